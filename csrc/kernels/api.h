@@ -1,0 +1,79 @@
+// Launcher API: raw pointers and plain structs, no torch and no exceptions.
+//
+// Arguments keep one order from the schema down: x, grad, x0, step_size, eps, norm, lo, hi, sparsity, active.
+// What the ops mean stands in fastlip/ops/__init__.py and, as code, in fastlip/ops/reference.py.
+#pragma once
+#include <cstdint>
+
+namespace fastlip {
+
+enum class DType : int32_t { f32, f64, f16, bf16 };
+enum class Norm : int32_t { linf, l2, l1 };
+
+// One number for all, or numbers of the arithmetic's type (double for f64 storage, else float) read at
+// data[sample * stride + element]; `element` stays 0 for what is one number a sample.
+struct Value {
+  double scalar;
+  const void* data;  // null: scalar
+  int64_t stride;
+};
+
+// Samples are dense blocks of `size` elements that all operands lay out alike.
+struct PgdStep {
+  void* x;
+  const void* grad;  // null: projection only
+  const void* x0;
+  Value step_size;  // stride 1: one number a sample
+  Value eps;        // stride 1: one number a sample
+  Norm norm;
+  Value lo;  // stride 0 (one sample's worth, shared) or size
+  Value hi;
+  int64_t kept;         // elements that an L1 step moves, ties apart: the top `kept` magnitudes
+  const uint8_t* active;  // null: all
+  DType dtype;
+  int64_t batch, size;
+  int64_t x_stride, grad_stride, x0_stride;  // elements from sample to sample
+};
+
+struct RandomStart {
+  void* out;
+  const void* x0;
+  Value eps;
+  Norm norm;
+  Value lo;
+  Value hi;
+  const int64_t* ids;
+  const int64_t* key;  // one number
+  DType dtype;
+  int64_t batch, size;
+  int64_t out_stride, x0_stride;
+  // Random numbers are indexed by the logical (row-major) element e. In memory it stands at e where channels is 1, and
+  // at (e % plane) * channels + e / plane, plane = size / channels, in channels_last.
+  int64_t channels;
+};
+
+namespace cpu {
+struct Kernels {
+  const char* isa;
+  // Elements [begin, end) of the batch x size grid; samples need not be whole.
+  void (*pgd_step_linf)(const PgdStep&, int64_t begin, int64_t end);
+  // Samples [begin, end), norm l2 or l1; scratch holds scratch_bytes(size) bytes.
+  void (*pgd_step_ball)(const PgdStep&, int64_t begin, int64_t end, void* scratch);
+  void (*random_start)(const RandomStart&, int64_t begin, int64_t end, void* scratch);
+  // Benchmark floor: y[i] = a[i] + b[i] + c[i], three reads and one write.
+  void (*stream)(float* y, const float* a, const float* b, const float* c, int64_t n);
+};
+constexpr int64_t scratch_bytes(int64_t size) { return 4 * (size + 64) * static_cast<int64_t>(sizeof(double)); }
+
+// Table for this CPU, or for FASTLIP_CPU_ISA; null with a message in `error` where that is unknown or unsupported.
+const Kernels* kernels(const char** error);
+const char* compiled_isas();  // comma-separated
+}  // namespace cpu
+
+namespace cuda {
+// `stream` is a cudaStream_t; the result is a cudaError_t. Nothing synchronises; all launches can be captured.
+int pgd_step_(const PgdStep& step, void* stream);
+int random_start(const RandomStart& start, void* stream);
+const char* error_string(int error);
+}  // namespace cuda
+}  // namespace fastlip

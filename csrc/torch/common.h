@@ -1,0 +1,199 @@
+// From tensors to launcher structs, shared by the bindings. Everything here is LibTorch stable ABI or header-only.
+//
+// The Python wrappers give users the full story of what is wrong; these checks keep a direct call of
+// torch.ops.fastlip from reading or writing out of bounds.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/api.h"
+
+namespace fastlip {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, " must be float32, float64, float16 or bfloat16");
+}
+
+inline ScalarType arithmetic_of(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Norm norm_of(const std::string& norm) {
+  if (norm == "linf") return Norm::linf;
+  if (norm == "l2") return Norm::l2;
+  STD_TORCH_CHECK(norm == "l1", "norm must be one of linf, l2, l1, got ", norm);
+  return Norm::l1;
+}
+
+// Elements of one sample.
+inline int64_t sample_size(const Tensor& x) {
+  int64_t size = 1;
+  for (int64_t d = 1; d < x.dim(); ++d) size *= x.size(d);
+  return size;
+}
+
+inline bool same_sample_layout(const Tensor& t, const Tensor& x) {
+  for (int64_t d = 1; d < x.dim(); ++d)
+    if (t.size(d) != x.size(d) || (x.size(d) > 1 && t.stride(d) != x.stride(d))) return false;
+  return true;
+}
+
+// A sample must fill one gapless block, whatever the order of its dimensions.
+inline void check_dense(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() >= 1, name, " must have a batch dimension");
+  if (x.numel() == 0) return;
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 1; d < x.dim(); ++d)
+    if (x.size(d) > 1) dims.emplace_back(x.stride(d), x.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    STD_TORCH_CHECK(stride == expected, "every sample of ", name, " must be dense in memory");
+    expected *= size;
+  }
+}
+
+inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have x's dtype");
+  STD_TORCH_CHECK(t.device() == x.device(), name, " must be on x's device");
+  STD_TORCH_CHECK(t.dim() == x.dim() && t.size(0) == x.size(0) && same_sample_layout(t, x), name,
+                  " must have x's shape and memory layout");
+}
+
+// In-place results need samples that do not overlap.
+inline void check_writable(const Tensor& x, const char* name) {
+  check_dense(x, name);
+  STD_TORCH_CHECK(x.size(0) <= 1 || x.stride(0) >= sample_size(x), "samples of ", name, " overlap in memory");
+}
+
+inline const void* data_of(const Tensor& t) { return t.const_data_ptr(); }
+
+inline Value value_of(double scalar, const OptionalTensor& tensor, const Tensor& x, const char* name) {
+  if (!tensor) return {scalar, nullptr, 0};
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == x.size(0) && tensor->is_contiguous() &&
+                      tensor->device() == x.device() && tensor->scalar_type() == arithmetic_of(x),
+                  name, " must be contiguous, of x's batch size and device, in the dtype of x's arithmetic");
+  return {scalar, data_of(*tensor), 1};
+}
+
+inline Value bound_of(double scalar, const OptionalTensor& tensor, const Tensor& x, const char* name) {
+  if (!tensor) return {scalar, nullptr, 0};
+  const int64_t size = sample_size(x);
+  STD_TORCH_CHECK(tensor->dim() == x.dim() && (tensor->size(0) == 1 || tensor->size(0) == x.size(0)) &&
+                      same_sample_layout(*tensor, x) && tensor->device() == x.device() &&
+                      tensor->scalar_type() == arithmetic_of(x),
+                  name, " must be [1 or B, ...] in x's memory layout and device, in the dtype of x's arithmetic");
+  const bool shared = tensor->size(0) == 1;
+  STD_TORCH_CHECK(shared || tensor->stride(0) == size, name, " must have packed samples");
+  return {scalar, data_of(*tensor), shared ? 0 : size};
+}
+
+inline const uint8_t* mask_of(const OptionalTensor& active, const Tensor& x) {
+  if (!active) return nullptr;
+  STD_TORCH_CHECK(active->dim() == 1 && active->size(0) == x.size(0) && active->is_contiguous() &&
+                      active->device() == x.device() && active->scalar_type() == ScalarType::Bool,
+                  "active must be a contiguous bool tensor of x's batch size and device");
+  return static_cast<const uint8_t*>(data_of(*active));
+}
+
+// How many elements an L1 step moves, ties apart: as kept_elements() in fastlip/ops/reference.py.
+inline int64_t kept_elements(int64_t size, double sparsity) {
+  STD_TORCH_CHECK(sparsity >= 0 && sparsity <= 1, "sparsity must lie in [0, 1]");
+  const int64_t spared = static_cast<int64_t>(std::floor(sparsity * static_cast<double>(size)));
+  return std::min(size, std::max<int64_t>(1, size - spared));
+}
+
+inline PgdStep pgd_step_of(Tensor& x, const Tensor* grad, const Tensor& x0, const Value& step_size, double eps,
+                           const OptionalTensor& eps_tensor, const std::string& norm, double lo,
+                           const OptionalTensor& lo_tensor, double hi, const OptionalTensor& hi_tensor, double sparsity,
+                           const OptionalTensor& active) {
+  const DType dtype = dtype_of(x, "x");
+  check_writable(x, "x");
+  if (grad) check_like(*grad, x, "grad");
+  check_like(x0, x, "x0");
+  const int64_t size = sample_size(x);
+  return {x.mutable_data_ptr(),
+          grad ? data_of(*grad) : nullptr,
+          data_of(x0),
+          step_size,
+          value_of(eps, eps_tensor, x, "eps_tensor"),
+          norm_of(norm),
+          bound_of(lo, lo_tensor, x, "lo_tensor"),
+          bound_of(hi, hi_tensor, x, "hi_tensor"),
+          kept_elements(size, sparsity),
+          mask_of(active, x),
+          dtype,
+          x.size(0),
+          size,
+          x.stride(0),
+          grad ? grad->stride(0) : 0,
+          x0.stride(0)};
+}
+
+// Logical dimension 1 where x is channels_last, else 1; see RandomStart::channels.
+inline int64_t channels_of(const Tensor& x) {
+  const auto ordered = [&](auto&& dims) {
+    int64_t expected = 1;
+    for (const int64_t d : dims) {
+      if (x.size(d) > 1 && x.stride(d) != expected) return false;
+      expected *= x.size(d);
+    }
+    return true;
+  };
+  std::vector<int64_t> dims;
+  for (int64_t d = x.dim() - 1; d >= 1; --d) dims.push_back(d);
+  if (ordered(dims)) return 1;
+  std::rotate(dims.begin(), dims.end() - 1, dims.end());  // the channel, last here, moves fastest
+  STD_TORCH_CHECK(ordered(dims), "x0 must be contiguous or channels_last");
+  return x.size(1);
+}
+
+inline RandomStart random_start_of(Tensor& out, const Tensor& x0, double eps, const OptionalTensor& eps_tensor,
+                                   const std::string& norm, double lo, const OptionalTensor& lo_tensor, double hi,
+                                   const OptionalTensor& hi_tensor, const Tensor& ids, const Tensor& key) {
+  const DType dtype = dtype_of(x0, "x0");
+  check_dense(x0, "x0");
+  check_like(out, x0, "out");
+  STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == x0.size(0) && ids.is_contiguous() && ids.device() == x0.device() &&
+                      ids.scalar_type() == ScalarType::Long,
+                  "ids must be a contiguous int64 tensor of x0's batch size and device");
+  STD_TORCH_CHECK(key.numel() == 1 && key.device() == x0.device() && key.scalar_type() == ScalarType::Long,
+                  "key must be one int64 on x0's device");
+  return {out.mutable_data_ptr(),
+          data_of(x0),
+          value_of(eps, eps_tensor, x0, "eps_tensor"),
+          norm_of(norm),
+          bound_of(lo, lo_tensor, x0, "lo_tensor"),
+          bound_of(hi, hi_tensor, x0, "hi_tensor"),
+          static_cast<const int64_t*>(data_of(ids)),
+          static_cast<const int64_t*>(data_of(key)),
+          dtype,
+          x0.size(0),
+          sample_size(x0),
+          out.stride(0),
+          x0.stride(0),
+          x0.numel() ? channels_of(x0) : 1};
+}
+
+}  // namespace fastlip

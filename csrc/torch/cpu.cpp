@@ -1,0 +1,74 @@
+// CPU implementations of torch.ops.fastlip: checks, scratch memory and threads; the arithmetic is in kernels/cpu.
+#include <cstddef>
+#include <memory>
+
+#include "kernels/api.h"
+#include "torch/common.h"
+
+namespace fastlip {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // elements worth a thread
+
+const cpu::Kernels& kernels() {
+  const char* error = nullptr;
+  const cpu::Kernels* table = cpu::kernels(&error);
+  STD_TORCH_CHECK(table != nullptr, "fastlip: ", error);
+  return *table;
+}
+
+// Runs f(begin, end, scratch) over samples, each thread with scratch memory of its own.
+template <typename F>
+void parallel_samples(int64_t batch, int64_t size, F f) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / size);
+  torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+    const auto scratch = std::make_unique_for_overwrite<std::byte[]>(cpu::scratch_bytes(size));
+    f(begin, end, scratch.get());
+  });
+}
+
+void run(const PgdStep& step) {
+  if (step.batch == 0 || step.size == 0) return;
+  const cpu::Kernels& table = kernels();
+  if (step.norm == Norm::linf) {
+    torch::stable::parallel_for(0, step.batch * step.size, kGrain,
+                                [&](int64_t begin, int64_t end) { table.pgd_step_linf(step, begin, end); });
+    return;
+  }
+  parallel_samples(step.batch, step.size,
+                   [&](int64_t begin, int64_t end, void* scratch) { table.pgd_step_ball(step, begin, end, scratch); });
+}
+
+void pgd_step_(Tensor x, const Tensor& grad, const Tensor& x0, double step_size, OptionalTensor step_size_tensor,
+               double eps, OptionalTensor eps_tensor, std::string norm, double lo, OptionalTensor lo_tensor, double hi,
+               OptionalTensor hi_tensor, double sparsity, OptionalTensor active) {
+  const Value step = value_of(step_size, step_size_tensor, x, "step_size_tensor");
+  run(pgd_step_of(x, &grad, x0, step, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, sparsity, active));
+}
+
+void project_(Tensor x, const Tensor& x0, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
+              OptionalTensor lo_tensor, double hi, OptionalTensor hi_tensor, OptionalTensor active) {
+  run(pgd_step_of(x, nullptr, x0, {0, nullptr, 0}, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0, active));
+}
+
+Tensor random_start(const Tensor& x0, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
+                    OptionalTensor lo_tensor, double hi, OptionalTensor hi_tensor, const Tensor& ids,
+                    const Tensor& key) {
+  Tensor out = torch::stable::empty_like(x0);
+  const RandomStart start = random_start_of(out, x0, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, ids, key);
+  if (start.batch == 0 || start.size == 0) return out;
+  const cpu::Kernels& table = kernels();
+  parallel_samples(start.batch, start.size,
+                   [&](int64_t begin, int64_t end, void* scratch) { table.random_start(start, begin, end, scratch); });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
+  m.impl("pgd_step_", TORCH_BOX(&pgd_step_));
+  m.impl("project_", TORCH_BOX(&project_));
+  m.impl("random_start", TORCH_BOX(&random_start));
+}
+
+}  // namespace fastlip

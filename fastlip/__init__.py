@@ -1,0 +1,65 @@
+"""fastlip: how unstable is this network, and how easily is it fooled?
+
+Everything is imported on first use, so that ``fastlip._native`` (the fused steps on NumPy arrays) stays free of torch.
+"""
+
+import importlib
+import pkgutil
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+# Python started in a source checkout imports this folder, which holds no compiled part;
+# the installed package's folder joins the path, so that `python -m fastlip` there finds it.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+__version__ = _version("fastlip")
+
+if TYPE_CHECKING:
+    from fastlip import attacks, data, lipschitz, metrics, models, norms, ops
+    from fastlip._info import build_info
+    from fastlip.lipschitz import LipschitzBound, lipschitz_bound
+    from fastlip.norms import NormInterval, NormReport, conv_norm, layer_norms
+
+_EXPORTS = {
+    "build_info": "fastlip._info",
+    "conv_norm": "fastlip.norms",
+    "layer_norms": "fastlip.norms",
+    "NormInterval": "fastlip.norms",
+    "NormReport": "fastlip.norms",
+    "lipschitz_bound": "fastlip.lipschitz",
+    "LipschitzBound": "fastlip.lipschitz",
+}
+_MODULES = ("attacks", "data", "lipschitz", "metrics", "models", "norms", "ops")
+
+__all__ = [
+    "LipschitzBound",
+    "NormInterval",
+    "NormReport",
+    "__version__",
+    "attacks",
+    "build_info",
+    "conv_norm",
+    "data",
+    "layer_norms",
+    "lipschitz",
+    "lipschitz_bound",
+    "metrics",
+    "models",
+    "norms",
+    "ops",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"fastlip.{name}")
+    else:
+        raise AttributeError(f"module 'fastlip' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

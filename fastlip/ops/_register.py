@@ -1,0 +1,104 @@
+"""Schemas and implementations of ``torch.ops.fastlip``.
+
+Each device takes the first backend available: the compiled library, Triton (GPU only), plain PyTorch.
+``FASTLIP_BACKEND`` (``native``, ``triton`` or ``reference``) forces one on every device, and importing fastlip fails
+where it cannot be had. With ``FASTLIP_BACKEND=triton TRITON_INTERPRET=1`` the Triton kernels run on CPU tensors, which
+is how they are tested without a GPU.
+"""
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import fastlip
+
+#: A per-sample or per-element value is a float and an optional tensor that overrides it.
+_EPS = "float eps, Tensor? eps_tensor"
+_BOUNDS = "float lo, Tensor? lo_tensor, float hi, Tensor? hi_tensor"
+_STEP = "float step_size, Tensor? step_size_tensor"
+SCHEMAS = {
+    "pgd_step_": f"(Tensor(a!) x, Tensor grad, Tensor x0, {_STEP}, {_EPS}, str norm, {_BOUNDS}, "
+    "float sparsity, Tensor? active) -> ()",
+    "project_": f"(Tensor(a!) x, Tensor x0, {_EPS}, str norm, {_BOUNDS}, Tensor? active) -> ()",
+    "random_start": f"(Tensor x0, {_EPS}, str norm, {_BOUNDS}, Tensor ids, Tensor key) -> Tensor",
+}
+BACKENDS = ("native", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What serves one device type, and why."""
+
+    name: str
+    reason: str
+
+
+_library = torch.library.Library("fastlip", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+def library_path(device: str) -> Path | None:
+    """Return the compiled library for ``device`` ("cpu" or "cuda"), or None where it was not built."""
+    for folder in fastlip.__path__:
+        path = Path(folder) / f"libfastlip_{device}.so"
+        if path.exists():
+            return path
+    return None
+
+
+def _implement(device: str, module: ModuleType) -> None:
+    for name in SCHEMAS:
+        _library.impl(name, getattr(module, name), device.upper())
+
+
+def _triton_serves(device: str) -> bool:
+    from triton.runtime.jit import JITFunction  # fails early where triton is installed but broken
+
+    return JITFunction is not None and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _choose(device: str) -> Backend:
+    forced = os.environ.get("FASTLIP_BACKEND") or None
+    if forced not in (None, *BACKENDS):
+        raise ImportError(f"fastlip: FASTLIP_BACKEND={forced} is unknown; choose one of {', '.join(BACKENDS)}")
+    because = f"forced by FASTLIP_BACKEND={forced}" if forced else ""
+
+    library = library_path(device)
+    if forced in (None, "native"):
+        if library is not None:
+            if device == "cpu":
+                from fastlip import _native
+
+                _native.cpu_isa()  # a FASTLIP_CPU_ISA that this CPU or build lacks is an error here, not in a kernel
+            torch.ops.load_library(library)
+            return Backend("native", because or f"{library.name} is installed")
+        if forced:
+            hint = "install nvcc and reinstall fastlip with FASTLIP_CUDA=ON" if device == "cuda" else "reinstall fastlip"
+            raise ImportError(f"fastlip: FASTLIP_BACKEND=native, but libfastlip_{device}.so was not built; {hint}")
+    if forced != "reference" and (device == "cuda" or forced):
+        if find_spec("triton") is not None and find_spec("fastlip.ops.triton_kernels") and _triton_serves(device):
+            from fastlip.ops import triton_kernels
+
+            _implement(device, triton_kernels)
+            return Backend("triton", because or f"libfastlip_{device}.so was not built")
+        if forced:
+            raise ImportError(
+                f"fastlip: FASTLIP_BACKEND=triton cannot serve {device}: install triton, and set TRITON_INTERPRET=1 to "
+                "run its kernels on CPU tensors"
+            )
+    from fastlip.ops import reference
+
+    _implement(device, reference)
+    missing = f"libfastlip_{device}.so was not built" + (", triton is not installed" if device == "cuda" else "")
+    return Backend("reference", because or missing)
+
+
+#: Backend in use for each device type that this torch supports.
+backends = {"cpu": _choose("cpu")}
+if torch.version.cuda is not None:
+    backends["cuda"] = _choose("cuda")

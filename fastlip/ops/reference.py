@@ -1,0 +1,275 @@
+"""The operators in plain PyTorch: what each op means, and what every kernel is tested against.
+
+Linf is computed in the kernels' own precision and order, because backends must agree on it bit for bit. L2 and L1 are
+computed in float64 and solved by bisection, a method that no kernel uses.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+#: Halvings of the bracket: float64 has no finer answer to give.
+_BISECTIONS = 70
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which arithmetic on ``dtype`` storage is done: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows(value: float, tensor: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A per-sample value as [B, 1, ...]; entries that are negative or not a number count as 0."""
+    if tensor is None:
+        # Rounded to the kernels' precision first: float64 arithmetic must see the same number.
+        return torch.full((), value, dtype=compute_dtype(x.dtype), device=x.device).to(dtype)
+    tensor = torch.where(tensor > 0, tensor, torch.zeros_like(tensor))
+    return _keepdim(tensor.to(dtype), x)
+
+
+def _steps(value: float, tensor: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A per-sample step size as [B, 1, ...]: any sign; entries that are not finite count as 0."""
+    if tensor is None:
+        return _rows(value, None, x, dtype)
+    tensor = torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor))
+    return _keepdim(tensor.to(dtype), x)
+
+
+def _bound(value: float, tensor: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return _rows(value, None, x, dtype) if tensor is None else tensor.to(dtype)
+
+
+def _store(x: Tensor, value: Tensor, x0: Tensor) -> Tensor:
+    """Round ``value`` to x's dtype; 16-bit storage rounds towards x0, so that rounding never leaves the ball."""
+    out = value.to(x.dtype)
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return out
+    wide, centre = value.float(), x0.float()
+    over = torch.where(wide >= centre, out.float() > wide, out.float() < wide)
+    # One unit in the last place towards zero where the overshoot is away from zero, else away from it.
+    shrink = (out.float().abs() > wide.abs()) & ~wide.isnan()
+    bits = out.view(torch.int16)
+    return torch.where(over, torch.where(shrink, bits - 1, bits + 1), bits).view(x.dtype)
+
+
+def _finite_or_zero(grad: Tensor) -> Tensor:
+    return torch.where(grad.isfinite(), grad, torch.zeros_like(grad))
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], -1)
+
+
+def _keepdim(per_sample: Tensor, x: Tensor) -> Tensor:
+    """[B] as [B, 1, ...] of x's rank."""
+    return per_sample.reshape(-1, *([1] * (x.dim() - 1)))
+
+
+def _sum(x: Tensor) -> Tensor:
+    return _keepdim(_flat(x).sum(1), x)
+
+
+def _project_l2(d: Tensor, lower: Tensor, upper: Tensor, eps: Tensor) -> Tensor:
+    """clip(s d, lower, upper) with the largest s in (0, 1] that keeps the norm within eps (METHODS section 6)."""
+
+    def clipped(s: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(s * d, lower), upper)
+
+    inside = _sum(clipped(torch.ones_like(eps)).square()).sqrt() <= eps
+    low, high = torch.zeros_like(inside, dtype=d.dtype), torch.ones_like(inside, dtype=d.dtype)
+    for _ in range(_BISECTIONS):
+        s = (low + high) / 2
+        fits = _sum(clipped(s).square()).sqrt() <= eps
+        low, high = torch.where(fits, s, low), torch.where(fits, high, s)
+    return torch.where(inside, clipped(torch.ones_like(low)), clipped(low))
+
+
+def _project_l1(d: Tensor, lower: Tensor, upper: Tensor, eps: Tensor) -> Tensor:
+    """sign(d) min(max(|d| - lam, 0), b) with the smallest lam >= 0 that keeps the L1 norm within eps."""
+    size, cap = d.abs(), torch.where(d > 0, upper, -lower)
+
+    def shrunk(lam: Tensor) -> Tensor:
+        return torch.minimum((size - lam).clamp_min(0), cap)
+
+    high = _keepdim(_flat(size).amax(1), d)
+    low = torch.zeros_like(high)
+    inside = _sum(shrunk(low)) <= eps
+    for _ in range(_BISECTIONS):
+        lam = (low + high) / 2
+        fits = _sum(shrunk(lam)) <= eps
+        low, high = torch.where(fits, low, lam), torch.where(fits, lam, high)
+    return d.sign() * torch.where(inside, shrunk(torch.zeros_like(low)), shrunk(high))
+
+
+def _projected(v: Tensor, x0: Tensor, eps: Tensor, norm: str, lo: Tensor, hi: Tensor) -> Tensor:
+    """Euclidean projection of v onto ball and box. Where x0 lies outside the box, the box wins."""
+    d = v - x0
+    if norm == "linf":
+        return torch.minimum(torch.maximum(x0 + torch.minimum(torch.maximum(d, -eps), eps), lo), hi)
+    lower, upper = (lo - x0).clamp_max(0), (hi - x0).clamp_min(0)
+    project = _project_l2 if norm == "l2" else _project_l1
+    return torch.minimum(torch.maximum(x0 + project(d, lower, upper, eps), lo), hi)
+
+
+def _direction(grad: Tensor, norm: str, sparsity: float) -> Tensor:
+    """Steepest ascent direction of unit norm; zero where the gradient is zero."""
+    if norm == "linf":
+        return grad.sign()
+    size = grad.abs()
+    peak = _keepdim(_flat(size).amax(1), grad)
+    if norm == "l2":
+        scaled = grad / torch.where(peak > 0, peak, 1)  # the square of a tiny or huge element leaves the range
+        length = _sum(scaled.square()).sqrt()
+        return scaled / torch.where(length > 0, length, 1)
+    kept = kept_elements(grad[0].numel(), sparsity)
+    threshold = _keepdim(_flat(size).topk(kept, dim=1).values[:, -1], grad)
+    keep = (size >= threshold) & (size > 0)
+    return grad.sign() * keep / _sum(keep.to(grad.dtype)).clamp_min(1)
+
+
+def kept_elements(size: int, sparsity: float) -> int:
+    """How many of ``size`` elements the L1 step moves (ties apart): those above the ``sparsity`` quantile."""
+    return min(size, max(1, size - math.floor(sparsity * size)))
+
+
+def _update(x: Tensor, value: Tensor, x0: Tensor, active: Tensor | None) -> None:
+    value = _store(x, value, x0)
+    if active is not None:
+        value = torch.where(_keepdim(active, x), value, x)
+    x.copy_(value)
+
+
+def pgd_step_(
+    x: Tensor,  # [B, ...]
+    grad: Tensor,  # [B, ...]
+    x0: Tensor,  # [B, ...]
+    step_size: float,
+    step_size_tensor: Tensor | None,  # [B]
+    eps: float,
+    eps_tensor: Tensor | None,  # [B]
+    norm: str,
+    lo: float,
+    lo_tensor: Tensor | None,  # [1 or B, ...]
+    hi: float,
+    hi_tensor: Tensor | None,  # [1 or B, ...]
+    sparsity: float,
+    active: Tensor | None,  # [B] bool
+) -> None:
+    if x.numel() == 0:
+        return
+    dtype = compute_dtype(x.dtype) if norm == "linf" else torch.float64
+    step = _steps(step_size, step_size_tensor, x, dtype)
+    centre = x0.to(dtype)
+    moved = x.to(dtype) + step * _direction(_finite_or_zero(grad.to(dtype)), norm, sparsity)
+    radius = _rows(eps, eps_tensor, x, dtype)
+    low, high = _bound(lo, lo_tensor, x, dtype), _bound(hi, hi_tensor, x, dtype)
+    _update(x, _projected(moved, centre, radius, norm, low, high), x0, active)
+
+
+def project_(
+    x: Tensor,  # [B, ...]
+    x0: Tensor,  # [B, ...]
+    eps: float,
+    eps_tensor: Tensor | None,  # [B]
+    norm: str,
+    lo: float,
+    lo_tensor: Tensor | None,  # [1 or B, ...]
+    hi: float,
+    hi_tensor: Tensor | None,  # [1 or B, ...]
+    active: Tensor | None,  # [B] bool
+) -> None:
+    if x.numel() == 0:
+        return
+    dtype = compute_dtype(x.dtype) if norm == "linf" else torch.float64
+    radius = _rows(eps, eps_tensor, x, dtype)
+    low, high = _bound(lo, lo_tensor, x, dtype), _bound(hi, hi_tensor, x, dtype)
+    _update(x, _projected(x.to(dtype), x0.to(dtype), radius, norm, low, high), x0, active)
+
+
+_MASK = 0xFFFFFFFF
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32 x 32 bit product, in int64 arithmetic that cannot overflow."""
+    low = (a & 0xFFFF) * b
+    high = (a >> 16) * b + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(key: Tensor, block: Tensor, tag: int, ids: Tensor) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, as int64, for each counter (block, tag, id)."""
+    block, ids = torch.broadcast_tensors(block, ids)
+    c = [block & _MASK, torch.full_like(block, tag), ids & _MASK, (ids >> 32) & _MASK]
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    for _ in range(10):
+        high0, low0 = _multiply(c[0], _PHILOX_MULTIPLIERS[0])
+        high1, low1 = _multiply(c[2], _PHILOX_MULTIPLIERS[1])
+        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
+        k0, k1 = (k0 + _PHILOX_WEYL[0]) & _MASK, (k1 + _PHILOX_WEYL[1]) & _MASK
+    return c
+
+
+#: Second counter word: the elements of a sample, and its one number for the radius (L2) or the slack (L1).
+_ELEMENTS, _SAMPLE = 0, 1
+
+
+def _integers(words: list[Tensor], wide: bool) -> Tensor:
+    """Uniform integers of 24 bits (one word each) or 53 bits (two words each), [..., 4 or 2]."""
+    if not wide:
+        return torch.stack([w >> 8 for w in words], -1)
+    pairs = [((words[i] >> 5) << 26) | (words[i + 1] >> 6) for i in (0, 2)]
+    return torch.stack(pairs, -1)
+
+
+def random_start(
+    x0: Tensor,  # [B, ...]
+    eps: float,
+    eps_tensor: Tensor | None,  # [B]
+    norm: str,
+    lo: float,
+    lo_tensor: Tensor | None,  # [1 or B, ...]
+    hi: float,
+    hi_tensor: Tensor | None,  # [1 or B, ...]
+    ids: Tensor,  # [B] int64
+    key: Tensor,  # [1] int64
+) -> Tensor:
+    out = torch.empty_like(x0)
+    if x0.numel() == 0:
+        return out
+    batch, size = x0.shape[0], x0[0].numel()
+    wide = x0.dtype == torch.float64
+    bits, lanes = (53, 2) if wide else (24, 4)
+    dtype = compute_dtype(x0.dtype) if norm == "linf" else torch.float64
+    radius = _rows(eps, eps_tensor, x0, dtype).nan_to_num(posinf=0.0)
+    low, high = _bound(lo, lo_tensor, x0, dtype), _bound(hi, hi_tensor, x0, dtype)
+
+    blocks = torch.arange(-(-size // lanes), device=x0.device)
+    words = philox(key, blocks[None, :], _ELEMENTS, ids[:, None])
+    draws = _integers(words, wide)
+    once = _integers(philox(key, torch.zeros_like(ids), _SAMPLE, ids), wide)[:, 0].to(dtype)
+    once = (once + 0.5) * 2.0**-bits  # [B], in (0, 1)
+    if norm == "linf":
+        unit = (draws - 2 ** (bits - 1)).to(dtype) * 2.0 ** (1 - bits)
+    elif norm == "l2":
+        # Box-Muller on consecutive pairs: a Gaussian direction, then U^(1/n) for the radius.
+        if wide:
+            first, second = draws[..., 0:1], draws[..., 1:2]
+        else:
+            first, second = draws[..., 0::2], draws[..., 1::2]
+        length = (-2 * ((first.to(dtype) + 0.5) * 2.0**-bits).log()).sqrt()
+        angle = second.to(dtype) * (2.0**-bits * 2 * math.pi)
+        unit = torch.stack([length * angle.cos(), length * angle.sin()], -1)
+    else:
+        signs = torch.stack([1 - 2 * (w & 1) for w in (words if not wide else words[1::2])], -1)
+        unit = -((draws.to(dtype) + 0.5) * 2.0**-bits).log() * signs
+    unit = unit.reshape(batch, -1)[:, :size]
+    if norm == "l2":
+        length = unit.square().sum(1).sqrt()
+        unit = unit * (once ** (1 / size) / torch.where(length > 0, length, 1))[:, None]
+    elif norm == "l1":
+        unit = unit / (unit.abs().sum(1) - once.log())[:, None]
+    centre = x0.to(dtype)
+    moved = centre + radius * unit.reshape(x0.shape)
+    return out.copy_(_store(x0, torch.minimum(torch.maximum(moved, low), high), x0))
