@@ -59,10 +59,12 @@ struct Kernels {
   void (*pgd_step_linf)(const PgdStep&, int64_t begin, int64_t end);
   // Samples [begin, end), norm l2 or l1; scratch holds scratch_bytes(size) bytes.
   void (*pgd_step_ball)(const PgdStep&, int64_t begin, int64_t end, void* scratch);
-  void (*random_start)(const RandomStart&, int64_t begin, int64_t end, void* scratch);
   // Benchmark floor: y[i] = a[i] + b[i] + c[i], three reads and one write.
   void (*stream)(float* y, const float* a, const float* b, const float* c, int64_t n);
 };
+// Samples [begin, end); scratch as above.
+void random_start(const RandomStart&, int64_t begin, int64_t end, void* scratch);
+
 constexpr int64_t scratch_bytes(int64_t size) { return 4 * (size + 64) * static_cast<int64_t>(sizeof(double)); }
 
 // Table for this CPU, or for FASTLIP_CPU_ISA; null with a message in `error` where that is unknown or unsupported.

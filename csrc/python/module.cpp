@@ -175,10 +175,9 @@ py::array random_start(const py::array& x0, const PerSample& eps, const std::str
   const RandomStart p{out.mutable_data(), x0.data(), radii.value, norm_of(norm), lo.value, hi.value, numbers.data(), &key,
                       dtype_of(x0, "x0"), x0.shape(0), size, size, size, 1};
   if (p.batch == 0 || p.size == 0) return out;
-  const cpu::Kernels& table = kernels();
   const auto scratch = std::make_unique_for_overwrite<std::byte[]>(cpu::scratch_bytes(size));
   const py::gil_scoped_release release;
-  table.random_start(p, 0, p.batch, scratch.get());
+  cpu::random_start(p, 0, p.batch, scratch.get());
   return out;
 }
 

@@ -57,9 +57,8 @@ Tensor random_start(const Tensor& x0, double eps, OptionalTensor eps_tensor, std
   Tensor out = torch::stable::empty_like(x0);
   const RandomStart start = random_start_of(out, x0, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, ids, key);
   if (start.batch == 0 || start.size == 0) return out;
-  const cpu::Kernels& table = kernels();
   parallel_samples(start.batch, start.size,
-                   [&](int64_t begin, int64_t end, void* scratch) { table.random_start(start, begin, end, scratch); });
+                   [&](int64_t begin, int64_t end, void* scratch) { cpu::random_start(start, begin, end, scratch); });
   return out;
 }
 

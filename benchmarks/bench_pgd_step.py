@@ -1,0 +1,152 @@
+"""One fused PGD step against what people run today, and against the floor.
+
+    python benchmarks/bench_pgd_step.py                  # one core, CSV under benchmarks/results
+    python benchmarks/bench_pgd_step.py --device cuda
+
+Compared in the same run, on the same float32 data, warm on the CPU and with a cold L2 on a GPU:
+
+- floor: a native kernel that reads three arrays and writes one (CPU: same instruction set; GPU: torch's fastest copy
+  scaled to four passes);
+- torchattacks: the eager sequence of torchattacks 3.5.1's PGD and PGDL2, and ``torch.compile`` of it. Its L2
+  projection alternates ball and box instead of projecting onto both;
+- L1: SLIDE's step followed by the sort-based projection onto ball and box of APGD-L1 (Croce and Hein 2021,
+  "Mind the box", Alg. 1, written here from the paper, for the comparison only).
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from _timing import environment, percentiles, times, write_csv
+from fastlip import ops
+
+SHAPES = {"256x3x32x32": (256, 3, 32, 32), "32x3x224x224": (32, 3, 224, 224)}
+LARGE_SHAPES = {"8192x3x32x32": (8192, 3, 32, 32), "512x3x224x224": (512, 3, 224, 224)}
+#: eps and step size of each norm at 32x32; scaled by the root of the pixel ratio (l2) or the ratio (l1) elsewhere.
+BUDGET = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1), "l1": (12.0, 1.0)}
+
+
+def torchattacks_linf(x: Tensor, grad: Tensor, x0: Tensor, eps: float, step: float) -> Tensor:
+    x = x.detach() + step * grad.sign()
+    delta = torch.clamp(x - x0, min=-eps, max=eps)
+    return torch.clamp(x0 + delta, min=0, max=1).detach()
+
+
+def torchattacks_l2(x: Tensor, grad: Tensor, x0: Tensor, eps: float, step: float) -> Tensor:
+    lengths = torch.norm(grad.view(len(x), -1), p=2, dim=1) + 1e-10
+    grad = grad / lengths.view(len(x), 1, 1, 1)
+    x = x.detach() + step * grad
+    delta = x - x0
+    lengths = torch.norm(delta.view(len(x), -1), p=2, dim=1)
+    delta = delta * torch.min(eps / lengths, torch.ones_like(lengths)).view(-1, 1, 1, 1)
+    return torch.clamp(x0 + delta, min=0, max=1).detach()
+
+
+def sort_project_l1(x: Tensor, x0: Tensor, eps: float) -> Tensor:
+    """Projection onto L1 ball and box by sorting the breakpoints of its dual, as APGD-L1 does."""
+    d = (x - x0).flatten(1)
+    cap = torch.where(d > 0, 1 - x0.flatten(1), x0.flatten(1))
+    size = d.abs()
+    # f(lam) = sum min(max(size - lam, 0), cap) falls by one more from each `size` and by one less from each `size - cap`.
+    points = torch.cat([size - cap, size], 1)
+    turns = torch.cat([-torch.ones_like(d), torch.ones_like(d)], 1)
+    points, order = points.sort(1)
+    slope = turns.gather(1, order).cumsum(1)
+    value = cap.sum(1, keepdim=True) + (slope[:, :-1] * points.diff(dim=1)).cumsum(1)
+    value = torch.cat([cap.sum(1, keepdim=True), value], 1)
+    last = (value > eps).sum(1, keepdim=True).clamp(1, value.shape[1]) - 1
+    lam = points.gather(1, last) + (value.gather(1, last) - eps) / -slope.gather(1, last).clamp(max=-1)
+    inside = torch.minimum(size, cap).sum(1, keepdim=True) <= eps
+    lam = torch.where(inside, 0, lam).clamp_min(0)
+    return x0 + (d.sign() * torch.minimum((size - lam).clamp_min(0), cap)).view_as(x)
+
+
+def slide_l1(x: Tensor, grad: Tensor, x0: Tensor, eps: float, step: float) -> Tensor:
+    size = grad.abs().flatten(1)
+    keep = (size >= size.quantile(0.99, dim=1, keepdim=True)).view_as(grad)
+    direction = grad.sign() * keep
+    direction = direction / keep.flatten(1).sum(1).view(-1, 1, 1, 1)
+    return sort_project_l1(x + step * direction, x0, eps)
+
+
+def floor_of(device: str, x: Tensor, grad: Tensor, x0: Tensor) -> Callable[[], object]:
+    y = torch.empty_like(x)
+    if device == "cpu":
+        from fastlip import _native
+
+        arrays = [t.numpy().reshape(-1) for t in (y, x, grad, x0)]
+        return lambda: _native._stream(*arrays)
+    both, into = torch.cat([x, grad]), torch.empty_like(torch.cat([x, grad]))  # 2 reads, 2 writes
+    return lambda: into.copy_(both)
+
+
+def measure(device: str, name: str, shape: tuple[int, ...], seconds: float, compile_peers: bool) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.rand(shape, generator=generator).to(device)
+    grad = torch.randn(shape, generator=generator).to(device)
+    flush = torch.empty(2**26, device=device) if device == "cuda" else None
+    pixels = x0[0].numel() / (3 * 32 * 32)
+    rows = []
+
+    def add(
+        norm: str,
+        what: str,
+        run: Callable[[], object],
+        floor: float | None,
+        setup: Callable[[], object] = lambda: None,
+    ) -> float:
+        median, low, high = percentiles(times(run, setup=setup, seconds=seconds, flush=flush))
+        rows.append(
+            {"shape": name, "norm": norm, "what": what, "ms": median, "ms_p20": low, "ms_p80": high}
+            | {"x_floor": median / floor if floor else 1.0}
+            | environment(device)
+        )
+        return median
+
+    floor = add("", "floor", floor_of(device, x0, grad, x0), None)
+    for norm, (eps, step) in BUDGET.items():
+        scale = {"linf": 1.0, "l2": pixels**0.5, "l1": pixels}[norm]
+        eps, step = eps * scale, step * scale
+        start = ops.random_start(x0, eps=eps, norm=norm)  # type: ignore[arg-type]
+        outside = start + 2 * step * torch.randn(shape, generator=generator).to(device) / (1 if norm == "linf" else 30)
+        x = start.clone()
+        kwargs = {"eps": eps, "norm": norm}
+        # x is not reset: a step costs the same from any point near the surface, and a copy would be timed too.
+        add(norm, "fastlip pgd_step_", lambda: ops.pgd_step_(x, grad, x0, step_size=step, **kwargs), floor)
+        add(norm, "fastlip project_", lambda: ops.project_(x, x0, **kwargs), floor, lambda: x.copy_(outside))
+        peer = {"linf": torchattacks_linf, "l2": torchattacks_l2, "l1": slide_l1}[norm]
+        label = "SLIDE step, sort projection" if norm == "l1" else "torchattacks"
+        add(norm, f"{label} eager", lambda: peer(start, grad, x0, eps, step), floor)
+        if compile_peers:
+            compiled = torch.compile(peer)
+            add(norm, f"{label} compiled", lambda: compiled(start, grad, x0, eps, step), floor)
+        if norm == "l1":
+            add(norm, "sort projection eager", lambda: sort_project_l1(outside, x0, eps), floor)
+            torch.testing.assert_close(sort_project_l1(outside, x0, eps), ops.project(outside, x0, **kwargs), rtol=0, atol=1e-4)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shapes = SHAPES | (LARGE_SHAPES if args.device == "cuda" else {})
+    rows = [r for n, s in shapes.items() for r in measure(args.device, n, s, args.seconds, not args.no_compile)]
+    write_csv(args.out / f"pgd_step_{args.device}.csv", rows)
+    print(f"{rows[0]['device']}, {rows[0]['isa']}, torch {rows[0]['torch']}, {args.threads} thread(s)")
+    print(f"{'shape':<14} {'norm':<5} {'what':<38} {'ms':>9} {'x floor':>8}")
+    for r in rows:
+        print(f"{r['shape']:<14} {r['norm']:<5} {r['what']:<38} {r['ms']:>9.3f} {r['x_floor']:>8.2f}")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -1,0 +1,57 @@
+// CUDA implementations of torch.ops.fastlip: checks, device and stream; the arithmetic is in kernels/cuda.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "kernels/api.h"
+#include "torch/common.h"
+
+// In libtorch_cuda.so; torch's header declares it only where CUDA headers are on the include path.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace fastlip {
+namespace {
+
+// Launches on the current stream of x's device, which stays current for the launch.
+template <typename Parameters>
+void launch(int (*launcher)(const Parameters&, void*), const Parameters& parameters, const Tensor& x) {
+  if (parameters.batch == 0 || parameters.size == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  const int error = launcher(parameters, stream);
+  STD_TORCH_CHECK(error == 0, "fastlip: CUDA error: ", cuda::error_string(error));
+}
+
+void pgd_step_(Tensor x, const Tensor& grad, const Tensor& x0, double step_size, OptionalTensor step_size_tensor,
+               double eps, OptionalTensor eps_tensor, std::string norm, double lo, OptionalTensor lo_tensor, double hi,
+               OptionalTensor hi_tensor, double sparsity, OptionalTensor active) {
+  const Value step = value_of(step_size, step_size_tensor, x, "step_size_tensor");
+  launch(&cuda::pgd_step_,
+         pgd_step_of(x, &grad, x0, step, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, sparsity, active), x);
+}
+
+void project_(Tensor x, const Tensor& x0, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
+              OptionalTensor lo_tensor, double hi, OptionalTensor hi_tensor, OptionalTensor active) {
+  launch(&cuda::pgd_step_,
+         pgd_step_of(x, nullptr, x0, {0, nullptr, 0}, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0, active),
+         x);
+}
+
+Tensor random_start(const Tensor& x0, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
+                    OptionalTensor lo_tensor, double hi, OptionalTensor hi_tensor, const Tensor& ids,
+                    const Tensor& key) {
+  Tensor out = torch::stable::empty_like(x0);
+  launch(&cuda::random_start, random_start_of(out, x0, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, ids, key),
+         x0);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastlip, CUDA, m) {
+  m.impl("pgd_step_", TORCH_BOX(&pgd_step_));
+  m.impl("project_", TORCH_BOX(&project_));
+  m.impl("random_start", TORCH_BOX(&random_start));
+}
+
+}  // namespace fastlip
