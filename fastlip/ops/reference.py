@@ -75,13 +75,16 @@ def _project_l2(d: Tensor, lower: Tensor, upper: Tensor, eps: Tensor) -> Tensor:
     def clipped(s: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(s * d, lower), upper)
 
-    inside = _sum(clipped(torch.ones_like(eps)).square()).sqrt() <= eps
-    low, high = torch.zeros_like(inside, dtype=d.dtype), torch.ones_like(inside, dtype=d.dtype)
+    length = _sum(d.square()).sqrt()
+    one = torch.ones_like(length)
+    inside = _sum(clipped(one).square()).sqrt() <= eps
+    # Clipping only shortens, so eps / ||d|| fits; halving the exponent finds scales far below 1.
+    low, high = torch.where(inside, one, eps / length).clamp_max(1), one
     for _ in range(_BISECTIONS):
-        s = (low + high) / 2
+        s = (low * high).sqrt()
         fits = _sum(clipped(s).square()).sqrt() <= eps
         low, high = torch.where(fits, s, low), torch.where(fits, high, s)
-    return torch.where(inside, clipped(torch.ones_like(low)), clipped(low))
+    return clipped(low)
 
 
 def _project_l1(d: Tensor, lower: Tensor, upper: Tensor, eps: Tensor) -> Tensor:

@@ -169,6 +169,11 @@ struct Box {
   FASTLIP_INLINE P clip(P v, int64_t i) const {
     return lesser(greater(v, lo<P>(i)), hi<P>(i));
   }
+  // clip(centre + d) - centre, without the rounding of the sum.
+  template <typename P>
+  FASTLIP_INLINE P clip_from(P d, P centre, int64_t i) const {
+    return lesser(greater(d, lo<P>(i) - centre), hi<P>(i) - centre);
+  }
 };
 
 // Calls f(box) with the kind of box at hand, from element `first` of the sample on.
@@ -289,7 +294,7 @@ Factors<T> l2_factors(const T* g, T step, int64_t n) {
   return {0, 0, false};  // a zero gradient
 }
 
-// The largest scale s with N(s^2) = ||clip(x0 + s d) - x0||^2 <= eps^2, given full = ||d||^2 and clipped = N(1) > eps^2.
+// The largest scale s with N(s^2) = ||clip(x0 + s d) - x0||^2 <= eps^2, given full = ||d||^2 and N(1) > eps^2.
 // N is concave and piecewise linear in s^2, its slope the squared norm of the elements still loose, so Newton from
 // either side lands left of the root and then rises to it (METHODS section 6). It starts right of the root, on the chord
 // through N(1): there the saturated set is nearly that of the root, and one pass is the rule.
@@ -300,9 +305,9 @@ T l2_scale(const T* d, const T* x0, const B box, double budget, double full, dou
   for (int64_t pass = 0; pass <= n + 1; ++pass) {
     const T s = static_cast<T>(__builtin_sqrt(square));
     const auto [length, loose] = reduce<2, T>(n, [&]<typename P>(int64_t i, P* sums) FASTLIP_INLINE {
-                                   const P zero{}, v = load<P>(d + i), centre = load<P>(x0 + i);
-                                   const P free = v * s + centre, kept = box.clip(free, i), c = kept - centre;
-                                   const P moving = kept == free ? v : zero;
+                                   const P zero{}, v = load<P>(d + i), free = v * s;
+                                   const P c = box.clip_from(free, load<P>(x0 + i), i);
+                                   const P moving = c == free ? v : zero;
                                    sums[0] += c * c;
                                    sums[1] += moving * moving;
                                  }).of;
@@ -312,8 +317,9 @@ T l2_scale(const T* d, const T* x0, const B box, double budget, double full, dou
       if (!(next < square)) break;
       // Between the two points the slope is at most `full`, which bounds what Newton leaves unused.
       const double unused = (square - next) * (full - loose) / budget;
+      const bool near = square < 2 * next;  // else the difference has lost its digits
       square = next;
-      if (next == newton && unused < Range<T>::kUnused) break;
+      if (near && next == newton && unused < Range<T>::kUnused) break;
     } else {
       if (!(next > square)) break;
       square = next;
@@ -328,7 +334,7 @@ void l2_sample(T* x, const T* g, const T* x0, T step, T eps, const B box, int64_
   const auto displace = [&](auto advance) FASTLIP_INLINE {
     return reduce<2, T>(n, [&]<typename P>(int64_t i, P* sums) FASTLIP_INLINE {
       const P v = advance.template operator()<P>(i), centre = load<P>(x0 + i);
-      const P d = v - centre, c = box.clip(v, i) - centre;
+      const P d = v - centre, c = box.clip_from(d, centre, i);
       sums[0] += d * d;
       sums[1] += c * c;
       store(x + i, d);
