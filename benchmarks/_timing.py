@@ -48,7 +48,9 @@ def times(
 
 def percentiles(ms: list[float]) -> tuple[float, float, float]:
     """Return the median, the 20th and the 80th percentile."""
-    low, mid, high = torch.tensor(ms, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    low, mid, high = (
+        torch.tensor(ms, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    )
     return mid, low, high
 
 

@@ -18,15 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _timing import environment, percentiles, times, write_csv
 from torch import Tensor
 
-from _timing import environment, percentiles, times, write_csv
 from fastlip import ops
+from fastlip.ops import Norm
 
 SHAPES = {"256x3x32x32": (256, 3, 32, 32), "32x3x224x224": (32, 3, 224, 224)}
 LARGE_SHAPES = {"8192x3x32x32": (8192, 3, 32, 32), "512x3x224x224": (512, 3, 224, 224)}
 #: eps and step size of each norm at 32x32; scaled by the root of the pixel ratio (l2) or the ratio (l1) elsewhere.
-BUDGET = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1), "l1": (12.0, 1.0)}
+BUDGET: dict[Norm, tuple[float, float]] = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1), "l1": (12.0, 1.0)}
 
 
 def torchattacks_linf(x: Tensor, grad: Tensor, x0: Tensor, eps: float, step: float) -> Tensor:
@@ -50,7 +51,7 @@ def sort_project_l1(x: Tensor, x0: Tensor, eps: float) -> Tensor:
     d = (x - x0).flatten(1)
     cap = torch.where(d > 0, 1 - x0.flatten(1), x0.flatten(1))
     size = d.abs()
-    # f(lam) = sum min(max(size - lam, 0), cap) falls by one more from each `size` and by one less from each `size - cap`.
+    # The slope of f(lam) = sum min(max(size - lam, 0), cap) changes at each `size - cap` and back at each `size`.
     points = torch.cat([size - cap, size], 1)
     turns = torch.cat([-torch.ones_like(d), torch.ones_like(d)], 1)
     points, order = points.sort(1)
@@ -83,50 +84,55 @@ def floor_of(device: str, x: Tensor, grad: Tensor, x0: Tensor) -> Callable[[], o
     return lambda: into.copy_(both)
 
 
+class Table:
+    """Rows of results for one shape, each with its ratio to the floor."""
+
+    def __init__(self, device: str, shape: str, seconds: float) -> None:
+        self.device, self.shape, self.seconds = device, shape, seconds
+        self.flush = torch.empty(2**26, device=device) if device == "cuda" else None
+        self.rows: list[dict] = []
+
+    def add(self, norm: str, what: str, run: Callable[[], object], setup: Callable[[], object] = lambda: None) -> None:
+        median, low, high = percentiles(times(run, setup=setup, seconds=self.seconds, flush=self.flush))
+        floor = self.rows[0]["ms"] if self.rows else median
+        row = {"shape": self.shape, "norm": norm, "what": what, "ms": median, "ms_p20": low, "ms_p80": high}
+        self.rows.append(row | {"x_floor": median / floor} | environment(self.device))
+
+
+def measure_norm(table: Table, norm: Norm, x0: Tensor, grad: Tensor, compile_peers: bool) -> None:
+    pixels = x0[0].numel() / (3 * 32 * 32)
+    scale = {"linf": 1.0, "l2": pixels**0.5, "l1": pixels}[norm]
+    eps, step = (v * scale for v in BUDGET[norm])
+    generator = torch.Generator(device=x0.device).manual_seed(1)
+    start = ops.random_start(x0, eps=eps, norm=norm, generator=generator)
+    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+    outside = start + noise * (2 * step if norm == "linf" else step / 15)
+    x = start.clone()
+    # x is not reset before a step: from any point near the surface it costs the same.
+    table.add(norm, "fastlip pgd_step_", lambda: ops.pgd_step_(x, grad, x0, step_size=step, eps=eps, norm=norm))
+    table.add(norm, "fastlip project_", lambda: ops.project_(x, x0, eps=eps, norm=norm), lambda: x.copy_(outside))
+
+    peer = {"linf": torchattacks_linf, "l2": torchattacks_l2, "l1": slide_l1}[norm]
+    label = "SLIDE step, sort projection" if norm == "l1" else "torchattacks"
+    table.add(norm, f"{label} eager", lambda: peer(start, grad, x0, eps, step))
+    if compile_peers:
+        compiled = torch.compile(peer)
+        table.add(norm, f"{label} compiled", lambda: compiled(start, grad, x0, eps, step))
+    if norm == "l1":
+        table.add(norm, "sort projection eager", lambda: sort_project_l1(outside, x0, eps))
+        ours = ops.project(outside, x0, eps=eps, norm=norm)
+        torch.testing.assert_close(sort_project_l1(outside, x0, eps), ours, rtol=0, atol=1e-4)
+
+
 def measure(device: str, name: str, shape: tuple[int, ...], seconds: float, compile_peers: bool) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     x0 = torch.rand(shape, generator=generator).to(device)
     grad = torch.randn(shape, generator=generator).to(device)
-    flush = torch.empty(2**26, device=device) if device == "cuda" else None
-    pixels = x0[0].numel() / (3 * 32 * 32)
-    rows = []
-
-    def add(
-        norm: str,
-        what: str,
-        run: Callable[[], object],
-        floor: float | None,
-        setup: Callable[[], object] = lambda: None,
-    ) -> float:
-        median, low, high = percentiles(times(run, setup=setup, seconds=seconds, flush=flush))
-        rows.append(
-            {"shape": name, "norm": norm, "what": what, "ms": median, "ms_p20": low, "ms_p80": high}
-            | {"x_floor": median / floor if floor else 1.0}
-            | environment(device)
-        )
-        return median
-
-    floor = add("", "floor", floor_of(device, x0, grad, x0), None)
-    for norm, (eps, step) in BUDGET.items():
-        scale = {"linf": 1.0, "l2": pixels**0.5, "l1": pixels}[norm]
-        eps, step = eps * scale, step * scale
-        start = ops.random_start(x0, eps=eps, norm=norm)  # type: ignore[arg-type]
-        outside = start + 2 * step * torch.randn(shape, generator=generator).to(device) / (1 if norm == "linf" else 30)
-        x = start.clone()
-        kwargs = {"eps": eps, "norm": norm}
-        # x is not reset: a step costs the same from any point near the surface, and a copy would be timed too.
-        add(norm, "fastlip pgd_step_", lambda: ops.pgd_step_(x, grad, x0, step_size=step, **kwargs), floor)
-        add(norm, "fastlip project_", lambda: ops.project_(x, x0, **kwargs), floor, lambda: x.copy_(outside))
-        peer = {"linf": torchattacks_linf, "l2": torchattacks_l2, "l1": slide_l1}[norm]
-        label = "SLIDE step, sort projection" if norm == "l1" else "torchattacks"
-        add(norm, f"{label} eager", lambda: peer(start, grad, x0, eps, step), floor)
-        if compile_peers:
-            compiled = torch.compile(peer)
-            add(norm, f"{label} compiled", lambda: compiled(start, grad, x0, eps, step), floor)
-        if norm == "l1":
-            add(norm, "sort projection eager", lambda: sort_project_l1(outside, x0, eps), floor)
-            torch.testing.assert_close(sort_project_l1(outside, x0, eps), ops.project(outside, x0, **kwargs), rtol=0, atol=1e-4)
-    return rows
+    table = Table(device, name, seconds)
+    table.add("", "floor", floor_of(device, x0, grad, x0.clone()))
+    for norm in BUDGET:
+        measure_norm(table, norm, x0, grad, compile_peers)
+    return table.rows
 
 
 def main() -> None:

@@ -25,7 +25,9 @@ class BuildInfo:
 
     def __str__(self) -> str:
         compiled = self.compiled
-        cuda = f"{compiled['cuda_toolkit']} for {compiled['cuda_architectures']}" if compiled.get("cuda_toolkit") else ""
+        cuda = (
+            f"{compiled['cuda_toolkit']} for {compiled['cuda_architectures']}" if compiled.get("cuda_toolkit") else ""
+        )
         rows = [
             ("fastlip", self.version),
             ("torch", f"{self.torch} (built against {compiled.get('torch_built_with', 'none')})"),

@@ -28,7 +28,7 @@ struct PgdStep {
   Norm norm;
   Value lo;  // stride 0 (one sample's worth, shared) or size
   Value hi;
-  int64_t kept;         // elements that an L1 step moves, ties apart: the top `kept` magnitudes
+  int64_t kept;           // elements that an L1 step moves, ties apart: the top `kept` magnitudes
   const uint8_t* active;  // null: all
   DType dtype;
   int64_t batch, size;

@@ -39,7 +39,8 @@ DType dtype_of(const py::array& a, const char* name) {
 void check_array(const py::array& a, const char* name) {
   dtype_of(a, name);
   if (a.ndim() < 1) refuse(std::string(name) + " must have a batch dimension");
-  if (!(a.flags() & py::array::c_style)) refuse(std::string(name) + " must be C-contiguous; see numpy.ascontiguousarray");
+  if (!(a.flags() & py::array::c_style))
+    refuse(std::string(name) + " must be C-contiguous; see numpy.ascontiguousarray");
 }
 
 void check_like(const py::array& a, const py::array& x, const char* name) {
@@ -100,9 +101,9 @@ Norm norm_of(const std::string& norm) {
   refuse("norm must be one of linf, l2, l1, got " + norm);
 }
 
-py::array step(py::array x, const py::array* grad, const py::array& x0, const PerSample& step_size, const PerSample& eps,
-               const std::string& norm, const std::pair<PerSample, PerSample>& bounds, double sparsity,
-               const std::optional<py::array>& active) {
+py::array step(py::array x, const py::array* grad, const py::array& x0, const PerSample& step_size,
+               const PerSample& eps, const std::string& norm, const std::pair<PerSample, PerSample>& bounds,
+               double sparsity, const std::optional<py::array>& active) {
   check_array(x, "x");
   if (!x.writeable()) refuse("x must be writeable");
   if (grad) check_like(*grad, x, "grad");
@@ -121,8 +122,22 @@ py::array step(py::array x, const py::array* grad, const py::array& x0, const Pe
   }
   const int64_t size = sample_size(x), spared = static_cast<int64_t>(std::floor(sparsity * static_cast<double>(size)));
   const int64_t kept = std::min(size, std::max<int64_t>(1, size - spared));
-  const PgdStep p{x.mutable_data(), grad ? grad->data() : nullptr, x0.data(), steps.value, radii.value, norm_of(norm),
-                  lo.value, hi.value, kept, mask, dtype_of(x, "x"), x.shape(0), size, size, size, size};
+  const PgdStep p{x.mutable_data(),
+                  grad ? grad->data() : nullptr,
+                  x0.data(),
+                  steps.value,
+                  radii.value,
+                  norm_of(norm),
+                  lo.value,
+                  hi.value,
+                  kept,
+                  mask,
+                  dtype_of(x, "x"),
+                  x.shape(0),
+                  size,
+                  size,
+                  size,
+                  size};
   if (p.batch == 0 || p.size == 0) return x;
   const cpu::Kernels& table = kernels();
   const auto scratch = std::make_unique_for_overwrite<std::byte[]>(cpu::scratch_bytes(size));
@@ -139,7 +154,8 @@ constexpr const char* kStepDoc = R"(One projected gradient ascent step on NumPy 
 
 As fastlip.ops.pgd_step_, without torch: x, grad, x0 are [B, ...], C-contiguous, float16, float32 or float64. Runs on the
 calling thread with the GIL released. Raises ValueError or TypeError naming the argument.)";
-constexpr const char* kProjectDoc = R"(Euclidean projection onto the eps ball around x0 and the box, in place; returns x.
+constexpr const char* kProjectDoc =
+    R"(Euclidean projection onto the eps ball around x0 and the box, in place; returns x.
 
 As fastlip.ops.project_, without torch: x, x0 are [B, ...], C-contiguous, float16, float32 or float64. Runs on the
 calling thread with the GIL released. Raises ValueError or TypeError naming the argument.)";
@@ -172,8 +188,9 @@ py::array random_start(const py::array& x0, const PerSample& eps, const std::str
   const py::array_t<int64_t, py::array::c_style> numbers(ids ? py::object(*ids) : numpy.attr("arange")(x0.shape(0)));
   if (numbers.ndim() != 1 || numbers.shape(0) != x0.shape(0)) refuse("ids must have shape [B]");
   const int64_t size = sample_size(x0);
-  const RandomStart p{out.mutable_data(), x0.data(), radii.value, norm_of(norm), lo.value, hi.value, numbers.data(), &key,
-                      dtype_of(x0, "x0"), x0.shape(0), size, size, size, 1};
+  const RandomStart p{
+      out.mutable_data(), x0.data(),   radii.value, norm_of(norm), lo.value, hi.value, numbers.data(), &key,
+      dtype_of(x0, "x0"), x0.shape(0), size,        size,          size,     1};
   if (p.batch == 0 || p.size == 0) return out;
   const auto scratch = std::make_unique_for_overwrite<std::byte[]>(cpu::scratch_bytes(size));
   const py::gil_scoped_release release;
@@ -197,7 +214,8 @@ py::dict build_info() {
   info["compiler"] = FASTLIP_COMPILER;
   info["cpu_isas"] = cpu::compiled_isas();
   info["torch_built_with"] = FASTLIP_TORCH_VERSION;
-  info["cuda_toolkit"] = std::string(FASTLIP_CUDA_TOOLKIT).empty() ? py::object(py::none()) : py::str(FASTLIP_CUDA_TOOLKIT);
+  info["cuda_toolkit"] =
+      std::string(FASTLIP_CUDA_TOOLKIT).empty() ? py::object(py::none()) : py::str(FASTLIP_CUDA_TOOLKIT);
   info["cuda_architectures"] =
       std::string(FASTLIP_CUDA_ARCHS).empty() ? py::object(py::none()) : py::str(FASTLIP_CUDA_ARCHS);
   return info;
@@ -217,9 +235,10 @@ PYBIND11_MODULE(_native, m) {
         py::arg("norm") = "linf", py::arg("bounds") = unit_box, py::arg("ids") = py::none(), py::arg("key"));
   m.def("_stream", &stream, py::arg("y").noconvert(), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("c").noconvert());
-  m.def("cpu_isa", [] { return kernels().isa; },
-        "Instruction set of the CPU kernels in use. Raises ImportError where FASTLIP_CPU_ISA asks for one that this CPU "
-        "or build lacks.");
+  m.def(
+      "cpu_isa", [] { return kernels().isa; },
+      "Instruction set of the CPU kernels in use. Raises ImportError where FASTLIP_CPU_ISA asks for one that this CPU "
+      "or build lacks.");
   m.def("build_info", &build_info, "What was built: version, compiler, instruction sets, CUDA toolkit, torch.");
 }
 

@@ -85,8 +85,8 @@ def pgd_step_(
     target, grad, x0 = _in_one_layout(x, grad, x0)
     lo, los, hi, his = _limits(bounds, target)
     active = _mask(active, x)
-    norm = _norm(norm)
-    _ops.pgd_step_(target, grad, x0, step, steps, radius, radii, norm, lo, los, hi, his, sparsity, active)
+    name = _norm(norm)
+    _ops.pgd_step_(target, grad, x0, step, steps, radius, radii, name, lo, los, hi, his, sparsity, active)
     return x if target is x else x.copy_(target)
 
 
@@ -313,9 +313,7 @@ def _sample_dense(x: Tensor) -> bool:
 
 
 def _same_layout(t: Tensor, x: Tensor) -> bool:
-    return all(
-        size == 1 or a == b for size, a, b in zip(x.shape[1:], t.stride()[1:], x.stride()[1:], strict=True)
-    )
+    return all(size == 1 or a == b for size, a, b in zip(x.shape[1:], t.stride()[1:], x.stride()[1:], strict=True))
 
 
 def _in_one_layout(x: Tensor, *others: Tensor) -> list[Tensor]:

@@ -57,9 +57,7 @@ def _implement(device: str, module: ModuleType) -> None:
 
 
 def _triton_serves(device: str) -> bool:
-    from triton.runtime.jit import JITFunction  # fails early where triton is installed but broken
-
-    return JITFunction is not None and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    return find_spec("triton") is not None and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _choose(device: str) -> Backend:
@@ -78,10 +76,12 @@ def _choose(device: str) -> Backend:
             torch.ops.load_library(library)
             return Backend("native", because or f"{library.name} is installed")
         if forced:
-            hint = "install nvcc and reinstall fastlip with FASTLIP_CUDA=ON" if device == "cuda" else "reinstall fastlip"
+            hint = (
+                "install nvcc and reinstall fastlip with FASTLIP_CUDA=ON" if device == "cuda" else "reinstall fastlip"
+            )
             raise ImportError(f"fastlip: FASTLIP_BACKEND=native, but libfastlip_{device}.so was not built; {hint}")
     if forced != "reference" and (device == "cuda" or forced):
-        if find_spec("triton") is not None and find_spec("fastlip.ops.triton_kernels") and _triton_serves(device):
+        if _triton_serves(device):
             from fastlip.ops import triton_kernels
 
             _implement(device, triton_kernels)

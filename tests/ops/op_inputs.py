@@ -1,13 +1,19 @@
 """Inputs shared by the op tests: odd shapes, layouts, values per sample, and an independent idea of feasibility."""
 
+import os
+
 import torch
 from torch import Tensor
 
+#: Triton's interpreter takes about a millisecond a program: fewer shapes and repetitions there.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NORMS = ["linf", "l2", "l1"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 #: Odd sizes around the vector widths, several ranks, one sample, one element, and a size of many blocks.
 SHAPES = [(1, 1), (5,), (3, 7), (2, 3, 5, 5), (4, 3, 11, 13), (2, 67), (1, 3, 32, 32), (2, 5003)]
+if INTERPRETED:
+    SHAPES = [(1, 1), (5,), (2, 3, 5, 5), (2, 67), (1, 2053)]
 #: Element-wise tolerance against float64, relative to 1: half a unit in the last place of x near 1 and a little.
 ATOL = {torch.float32: 2.5e-7, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -15,7 +21,7 @@ ATOL = {torch.float32: 2.5e-7, torch.float64: 1e-14, torch.float16: 1e-3, torch.
 def make(
     shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0, spread: float = 0.3
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (partly outside ball and box), grad, x0 (inside the unit box)."""
+    """Return x (partly outside ball and box), grad and x0 (inside the unit box)."""
     g = torch.Generator().manual_seed(seed)
     x0 = torch.rand(shape, generator=g, dtype=torch.float64)
     x = x0 + spread * torch.randn(shape, generator=g, dtype=torch.float64)

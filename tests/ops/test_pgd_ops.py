@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from op_inputs import ATOL, DEVICES, DTYPES, NORMS, SHAPES, make, overshoot
+from op_inputs import ATOL, DEVICES, DTYPES, INTERPRETED, NORMS, SHAPES, make, overshoot
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +21,9 @@ pytestmark = [
 ]
 
 
-def expected(x: Tensor, grad: Tensor | None, x0: Tensor, step_size, eps, norm, bounds=(0.0, 1.0), active=None) -> Tensor:
+def expected(
+    x: Tensor, grad: Tensor | None, x0: Tensor, step_size, eps, norm, bounds=(0.0, 1.0), active=None
+) -> Tensor:
     """The reference, which takes a value as a float and a tensor."""
     x = x.clone()
     split = [(0.0, v) if isinstance(v, Tensor) else (v, None) for v in (step_size, eps, *bounds)]
@@ -46,7 +48,7 @@ def assert_same(got: Tensor, want: Tensor, norm: str) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("eps", [0.5, 0.03, 1e-4, math.inf])
+@pytest.mark.parametrize("eps", [0.5, math.inf] if INTERPRETED else [0.5, 0.03, 1e-4, math.inf])
 def test_step_and_projection_match_reference(device, shape, dtype, norm, eps):
     x, grad, x0 = make(shape, dtype, device)
     got = ops.pgd_step_(x.clone(), grad, x0, step_size=0.1, eps=eps, norm=norm)
@@ -107,7 +109,9 @@ def test_layouts(device, dtype, norm):
 def test_one_centre_for_many_samples(device, norm):
     x, grad, x0 = make((4, 3, 5, 5), torch.float32, device)
     one = x0[:1].expand_as(x)
-    assert_same(ops.pgd_step(x, grad, one, step_size=0.1, eps=0.3, norm=norm), expected(x, grad, one, 0.1, 0.3, norm), norm)
+    assert_same(
+        ops.pgd_step(x, grad, one, step_size=0.1, eps=0.3, norm=norm), expected(x, grad, one, 0.1, 0.3, norm), norm
+    )
 
 
 class _Recorded(TorchDispatchMode):
@@ -191,7 +195,7 @@ def test_nan_stays_in_its_sample(device, norm, which):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_are_feasible(device, norm, dtype):
     n = 301
-    for seed in range(8):
+    for seed in range(2 if INTERPRETED else 8):
         for eps in (2.0, 0.3, 1e-3, 1e-6):
             x, grad, x0 = make((8, n), dtype, device, seed, spread=10.0 ** (-seed % 4))
             x0[0], x0[1], x0[2, ::2] = 0.0, 1.0, 0.0
@@ -213,11 +217,11 @@ def test_projection_is_the_nearest_point(device, norm):
     used = (p - x0).norm(p=2 if norm == "l2" else 1, dim=1)
     assert (used > eps * (1 - 1e-9)).all()  # the ball is active here, so all of it must be used
     generator = torch.Generator(device=device).manual_seed(1)
-    for _ in range(200):
+    for _ in range(10 if INTERPRETED else 200):
         y = ops.random_start(x0, eps=eps, norm=norm, generator=generator)
         assert (((z - p) * (y - p)).sum(1) <= 1e-9).all()
     # Towards each coordinate as well: random points rarely probe the corners of an L1 ball.
-    for i in range(50):
+    for i in range(0, 50, 10 if INTERPRETED else 1):
         y = p.clone()
         y[:, i] += 0.1 * (z - p)[:, i].sign()
         y = ops.project(y, x0, eps=eps, norm=norm)

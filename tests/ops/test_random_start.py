@@ -53,7 +53,7 @@ def test_laws_of_uniform_balls(device, dtype):
     radius = {"linf": unit["linf"].abs().amax(1), "l2": unit["l2"].norm(dim=1), "l1": unit["l1"].abs().sum(1)}
     for p in NORMS:  # in each norm's own ball of dimension n the radius to the n is uniform
         assert stats.kstest(radius[p] ** n, "uniform").pvalue > 1e-3, p
-    # Directions: one coordinate of a uniform L2 direction squared is Beta(1/2, (n-1)/2); of an L1 one |.| is Beta(1, n-1).
+    # One coordinate of a uniform L2 direction squared is Beta(1/2, (n-1)/2); the size of an L1 one is Beta(1, n-1).
     two = unit["l2"] / radius["l2"][:, None]
     assert stats.kstest(two[:, 3] ** 2, stats.beta(0.5, (n - 1) / 2).cdf).pvalue > 1e-3
     one = unit["l1"].abs() / radius["l1"][:, None]

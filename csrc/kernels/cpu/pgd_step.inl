@@ -39,8 +39,8 @@ struct Range<float> {
   static constexpr Bits kFinite = 0x7f800000;  // magnitudes from here on are not finite
   static constexpr double kLow = 1e-30, kHigh = 1e30;
   static constexpr float kUp = 0x1p96f, kDown = 0x1p-96f;
-  static constexpr double kUnused = 1e-6;      // of eps^2 when the L2 scale is good enough; it only ever errs low
-  static constexpr double kTolerance = 5e-7;   // of eps in the L1 threshold
+  static constexpr double kUnused = 1e-6;     // of eps^2 when the L2 scale is good enough; it only ever errs low
+  static constexpr double kTolerance = 5e-7;  // of eps in the L1 threshold
 };
 template <>
 struct Range<double> {
@@ -210,7 +210,8 @@ FASTLIP_INLINE inline P signed_step(P g, T step) {
   constexpr auto sign = static_cast<Bits>(Bits{1} << (8 * sizeof(T) - 1));
   if constexpr (sizeof(P) == sizeof(T)) {
     const Bits bits = bits_as<Bits>(g), size = bits & ~sign;
-    return size > 0 && size < Range<T>::kFinite ? bits_as<T>(static_cast<Bits>(bits_as<Bits>(step) ^ (bits & sign))) : T(0);
+    return size > 0 && size < Range<T>::kFinite ? bits_as<T>(static_cast<Bits>(bits_as<Bits>(step) ^ (bits & sign)))
+                                                : T(0);
   } else {
     using Mask = decltype(g < g);
     const Mask bits = (Mask)g, size = bits & ~(Mask{} + sign);
@@ -230,9 +231,8 @@ void linf_part(T* x, const T* g, const T* x0, const PgdStep& p, int64_t sample, 
       store(x + i, box.clip(centre + d, i));
     };
     if (g) {
-      map<T>(n, [&]<typename P>(int64_t i) FASTLIP_INLINE {
-        finish(load<P>(x + i) + signed_step(load<P>(g + i), step), i);
-      });
+      map<T>(n, [&]<typename P>(int64_t i)
+                    FASTLIP_INLINE { finish(load<P>(x + i) + signed_step(load<P>(g + i), step), i); });
     } else {
       map<T>(n, [&]<typename P>(int64_t i) FASTLIP_INLINE { finish(load<P>(x + i), i); });
     }
@@ -296,8 +296,8 @@ Factors<T> l2_factors(const T* g, T step, int64_t n) {
 
 // The largest scale s with N(s^2) = ||clip(x0 + s d) - x0||^2 <= eps^2, given full = ||d||^2 and N(1) > eps^2.
 // N is concave and piecewise linear in s^2, its slope the squared norm of the elements still loose, so Newton from
-// either side lands left of the root and then rises to it (METHODS section 6). It starts right of the root, on the chord
-// through N(1): there the saturated set is nearly that of the root, and one pass is the rule.
+// either side lands left of the root and then rises to it (METHODS section 6). It starts right of the root, on the
+// chord through N(1): there the saturated set is nearly that of the root, and one pass is the rule.
 template <typename T, typename B>
 T l2_scale(const T* d, const T* x0, const B box, double budget, double full, double start, int64_t n) {
   const double least_square = budget / full;
@@ -364,9 +364,8 @@ void l2_sample(T* x, const T* g, const T* x0, T step, T eps, const B box, int64_
   } else if (full > 0 && sums.of[1] > budget) {
     s = l2_scale(x, x0, box, budget, full, whole == T(1) ? budget / sums.of[1] : budget / full, n);
   }
-  map<T>(n, [&]<typename P>(int64_t i) FASTLIP_INLINE {
-    store(x + i, box.clip(load<P>(x + i) * s + load<P>(x0 + i), i));
-  });
+  map<T>(n, [&]<typename P>(int64_t i)
+                FASTLIP_INLINE { store(x + i, box.clip(load<P>(x + i) * s + load<P>(x0 + i), i)); });
 }
 
 // --- L1 ----------------------------------------------------------------------------------
@@ -393,7 +392,7 @@ int64_t count_from(const Bits* __restrict keys, Bits threshold, int64_t n) {
 template <typename Bits>
 Bits top_threshold(const Bits* keys, Bits high, int64_t kept, int64_t n, int64_t& count) {
   Bits low = 1;  // the answer lies in [low, high]
-  count = -1;                // of low, when counted
+  count = -1;    // of low, when counted
   while (low < high) {
     const Bits middle = low + (high - low) / 2 + 1;
     const int64_t reached = count_from(keys, middle, n);
@@ -523,7 +522,8 @@ void l1_sample(T* x, const T* g, const T* x0, T step, T eps, const B box, int64_
   const T reach = eps > T(0) ? kLargest<T> : T(0);
   map<T>(n, [&]<typename P>(int64_t i) FASTLIP_INLINE {
     const P zero{}, d = load<P>(x + i);
-    const P shrunk = lesser(greater(size_of<P, T>(d) - high - low, zero), lesser(load<P>(cap + i), broadcast<P>(reach)));
+    const P shrunk =
+        lesser(greater(size_of<P, T>(d) - high - low, zero), lesser(load<P>(cap + i), broadcast<P>(reach)));
     store(x + i, box.clip(load<P>(x0 + i) + (d > zero ? shrunk : -shrunk), i));
   });
 }
@@ -570,24 +570,31 @@ void pgd_step_ball_as(const PgdStep& p, int64_t begin, int64_t end, void* scratc
 
 void pgd_step_linf(const PgdStep& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case DType::f32: return pgd_step_linf_as<float>(p, begin, end);
-    case DType::f64: return pgd_step_linf_as<double>(p, begin, end);
-    case DType::f16: return pgd_step_linf_as<Half>(p, begin, end);
-    case DType::bf16: return pgd_step_linf_as<BFloat16>(p, begin, end);
+    case DType::f32:
+      return pgd_step_linf_as<float>(p, begin, end);
+    case DType::f64:
+      return pgd_step_linf_as<double>(p, begin, end);
+    case DType::f16:
+      return pgd_step_linf_as<Half>(p, begin, end);
+    case DType::bf16:
+      return pgd_step_linf_as<BFloat16>(p, begin, end);
   }
 }
 void pgd_step_ball(const PgdStep& p, int64_t begin, int64_t end, void* scratch) {
   switch (p.dtype) {
-    case DType::f32: return pgd_step_ball_as<float>(p, begin, end, scratch);
-    case DType::f64: return pgd_step_ball_as<double>(p, begin, end, scratch);
-    case DType::f16: return pgd_step_ball_as<Half>(p, begin, end, scratch);
-    case DType::bf16: return pgd_step_ball_as<BFloat16>(p, begin, end, scratch);
+    case DType::f32:
+      return pgd_step_ball_as<float>(p, begin, end, scratch);
+    case DType::f64:
+      return pgd_step_ball_as<double>(p, begin, end, scratch);
+    case DType::f16:
+      return pgd_step_ball_as<Half>(p, begin, end, scratch);
+    case DType::bf16:
+      return pgd_step_ball_as<BFloat16>(p, begin, end, scratch);
   }
 }
 void stream(float* y, const float* a, const float* b, const float* c, int64_t n) {
-  map<float>(n, [&]<typename P>(int64_t i) FASTLIP_INLINE {
-    store(y + i, load<P>(a + i) + load<P>(b + i) + load<P>(c + i));
-  });
+  map<float>(
+      n, [&]<typename P>(int64_t i) FASTLIP_INLINE { store(y + i, load<P>(a + i) + load<P>(b + i) + load<P>(c + i)); });
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // Random starts. Once per attack and bound by log and sine, so compiled for the baseline alone.
 //
 // Compiled without contraction (-ffp-contract=off): Linf starts are the same bit for bit on every backend.
-#include "kernels/cpu/scalar.h"
-
 #include <cmath>
+
+#include "kernels/cpu/scalar.h"
 
 namespace fastlip::cpu {
 namespace {
@@ -84,8 +84,9 @@ T unit_ball(T* unit, const RandomStart& p, int64_t id) {
   const int64_t key = *p.key;
   for (int64_t e = 0; e < p.size; e += lanes) {  // writes up to lanes - 1 past size: scratch has room
     const Words w = philox(key, static_cast<uint32_t>(e / lanes), kElements, id);
-    p.norm == Norm::linf ? linf_unit(unit + e, w) : p.norm == Norm::l2 ? normals(unit + e, w)
-                                                                       : signed_exponentials(unit + e, w);
+    p.norm == Norm::linf ? linf_unit(unit + e, w)
+    : p.norm == Norm::l2 ? normals(unit + e, w)
+                         : signed_exponentials(unit + e, w);
   }
   if (p.norm == Norm::linf) return 1;
   const double once = open_unit<T>(Draw<T>::integer(philox(key, 0, kSample, id), 0));
@@ -132,10 +133,14 @@ void start_as(const RandomStart& p, int64_t begin, int64_t end, void* scratch) {
 
 void random_start(const RandomStart& p, int64_t begin, int64_t end, void* scratch) {
   switch (p.dtype) {
-    case DType::f32: return start_as<float>(p, begin, end, scratch);
-    case DType::f64: return start_as<double>(p, begin, end, scratch);
-    case DType::f16: return start_as<Half>(p, begin, end, scratch);
-    case DType::bf16: return start_as<BFloat16>(p, begin, end, scratch);
+    case DType::f32:
+      return start_as<float>(p, begin, end, scratch);
+    case DType::f64:
+      return start_as<double>(p, begin, end, scratch);
+    case DType::f16:
+      return start_as<Half>(p, begin, end, scratch);
+    case DType::bf16:
+      return start_as<BFloat16>(p, begin, end, scratch);
   }
 }
 

@@ -68,7 +68,7 @@ inline void narrow(Half& out, float v, float x0) {
   const float units = bits_as<float>(size < 0x38800000u ? size : 0u) * 0x1p24f;
   const int32_t floor = static_cast<int32_t>(units);
   const uint32_t small = static_cast<uint32_t>(floor + (away_from_zero && static_cast<float>(floor) < units));
-  uint32_t result = size < 0x38800000u ? small : normal;  // 2^-14
+  uint32_t result = size < 0x38800000u ? small : normal;    // 2^-14
   const uint32_t top = away_from_zero ? 0x7c00u : 0x7bffu;  // beyond 65504
   result = size > 0x477fe000u ? top : result;
   result = size == 0x7f800000u ? 0x7c00u : result;
