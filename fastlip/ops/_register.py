@@ -1,12 +1,13 @@
 """Schemas and implementations of ``torch.ops.fastlip``.
 
 Each device takes the first backend available: the compiled library, Triton (GPU only), plain PyTorch.
-``FASTLIP_BACKEND`` (``native``, ``triton`` or ``reference``) forces one on every device, and importing fastlip fails
-where it cannot be had. With ``FASTLIP_BACKEND=triton TRITON_INTERPRET=1`` the Triton kernels run on CPU tensors, which
-is how they are tested without a GPU.
+``FASTLIP_BACKEND`` (``native``, ``triton`` or ``reference``) forces one, and importing fastlip fails where it cannot be
+had: on the CPU, and on the GPU where there is one (Triton: on either). With ``FASTLIP_BACKEND=triton
+TRITON_INTERPRET=1`` the Triton kernels run on CPU tensors, which is how they are tested without a GPU.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,42 +61,60 @@ def _triton_serves(device: str) -> bool:
     return find_spec("triton") is not None and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
+def _native(device: str) -> str | None:
+    """Load the compiled library and return why it serves, or None where it was not built."""
+    library = library_path(device)
+    if library is None:
+        return None
+    if device == "cpu":
+        from fastlip import _native
+
+        _native.cpu_isa()  # a FASTLIP_CPU_ISA that this CPU or build lacks is an error here, not in a kernel
+    torch.ops.load_library(library)
+    return f"{library.name} is installed"
+
+
+def _triton(device: str) -> str | None:
+    if find_spec("triton") is None or (device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
+        return None
+    from fastlip.ops import triton_kernels
+
+    _implement(device, triton_kernels)
+    return "interpreted" if device == "cpu" else f"libfastlip_{device}.so was not built"
+
+
+def _reference(device: str) -> str | None:
+    from fastlip.ops import reference
+
+    _implement(device, reference)
+    return f"libfastlip_{device}.so was not built" + (", triton is not installed" if device == "cuda" else "")
+
+
+_SERVE: dict[str, Callable[[str], str | None]] = {"native": _native, "triton": _triton, "reference": _reference}
+_HINTS = {
+    ("native", "cpu"): "libfastlip_cpu.so was not built; reinstall fastlip",
+    ("native", "cuda"): "libfastlip_cuda.so was not built; install nvcc and reinstall fastlip with FASTLIP_CUDA=ON",
+    ("triton", "cpu"): "there is no GPU for it; set TRITON_INTERPRET=1 to run its kernels on CPU tensors",
+    ("triton", "cuda"): "triton is not installed",
+}
+
+
 def _choose(device: str) -> Backend:
     forced = os.environ.get("FASTLIP_BACKEND") or None
     if forced not in (None, *BACKENDS):
         raise ImportError(f"fastlip: FASTLIP_BACKEND={forced} is unknown; choose one of {', '.join(BACKENDS)}")
-    because = f"forced by FASTLIP_BACKEND={forced}" if forced else ""
-
-    library = library_path(device)
-    if forced in (None, "native"):
-        if library is not None:
-            if device == "cpu":
-                from fastlip import _native
-
-                _native.cpu_isa()  # a FASTLIP_CPU_ISA that this CPU or build lacks is an error here, not in a kernel
-            torch.ops.load_library(library)
-            return Backend("native", because or f"{library.name} is installed")
-        if forced:
-            hint = (
-                "install nvcc and reinstall fastlip with FASTLIP_CUDA=ON" if device == "cuda" else "reinstall fastlip"
-            )
-            raise ImportError(f"fastlip: FASTLIP_BACKEND=native, but libfastlip_{device}.so was not built; {hint}")
-    if forced != "reference" and (device == "cuda" or forced):
-        if _triton_serves(device):
-            from fastlip.ops import triton_kernels
-
-            _implement(device, triton_kernels)
-            return Backend("triton", because or f"libfastlip_{device}.so was not built")
-        if forced:
-            raise ImportError(
-                f"fastlip: FASTLIP_BACKEND=triton cannot serve {device}: install triton, and set TRITON_INTERPRET=1 to "
-                "run its kernels on CPU tensors"
-            )
-    from fastlip.ops import reference
-
-    _implement(device, reference)
-    missing = f"libfastlip_{device}.so was not built" + (", triton is not installed" if device == "cuda" else "")
-    return Backend("reference", because or missing)
+    if forced:
+        if _SERVE[forced](device):
+            return Backend(forced, f"forced by FASTLIP_BACKEND={forced}")
+        # Triton need not serve the CPU where it serves a GPU, nor the CUDA library a machine without one.
+        if (device == "cuda") == torch.cuda.is_available():
+            raise ImportError(f"fastlip: FASTLIP_BACKEND={forced} cannot be had: {_HINTS[forced, device]}")
+    for name in BACKENDS:
+        if name == "triton" and device == "cpu":
+            continue  # interpreted: for tests, when asked for
+        if reason := _SERVE[name](device):
+            return Backend(name, reason)
+    raise AssertionError("the reference serves every device")
 
 
 #: Backend in use for each device type that this torch supports.

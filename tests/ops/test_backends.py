@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torchattacks
-from op_inputs import NORMS, make
+from op_inputs import INTERPRETED, NORMS, make
 
 import fastlip
 from fastlip import ops
@@ -26,7 +26,12 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_forced_backend_is_the_one_in_use():
     """Without this, a test run under a forced backend could silently test another."""
+    if FORCED == "triton" and torch.cuda.is_available() and not INTERPRETED:
+        assert ops.backends["cuda"].name == "triton"
+        return
     assert ops.backends["cpu"].name == (FORCED or "native")
+    if torch.cuda.is_available():
+        assert ops.backends["cuda"].name == (FORCED or "native")
     if ISA and ops.backends["cpu"].name == "native":
         assert fastlip.build_info().cpu_isa == ISA
 
