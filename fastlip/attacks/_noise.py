@@ -1,0 +1,88 @@
+"""Gaussian noise: the random perturbation that adversarial ones are compared with."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlip import ops
+from fastlip.attacks._batch import check_inputs
+from fastlip.ops import Bounds, PerSample
+
+#: Scales noise beyond any ball of interest, so that the projection alone decides its length.
+_FAR = 1e4
+
+
+def gaussian_noise(
+    inputs: Tensor,  # [B, ...]
+    *,
+    sigma: PerSample | None = None,
+    norm: PerSample | None = None,
+    bounds: Bounds = (0.0, 1.0),
+    ids: Tensor | None = None,  # [B] int64
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``inputs`` with white Gaussian noise, clipped to ``bounds``; [B, ...] like ``inputs``.
+
+    The noise is counter-based, as in :func:`fastlip.ops.random_start`: with the same generator state and id an image's
+    noise is the same in any batch.
+
+    Args:
+        inputs: images, [B, ...], within ``bounds``.
+        sigma: standard deviation of the noise before clipping, in the units of ``inputs``, float or [B], >= 0.
+        norm: instead of ``sigma``, the L2 norm that the perturbation has *after* clipping, float or [B]: the noise is
+            clip(s z) with the s that meets it, or clipped everywhere where the box has no room for that norm.
+        bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
+        ids: [B] int64 sample ids; 0 .. B-1 if None.
+        generator: source of the noise, advanced by one draw; the device's default generator if None.
+
+    Raises:
+        ValueError: not exactly one of ``sigma`` and ``norm`` is given, inputs leave the bounds, or a shape is wrong.
+        TypeError: a dtype is wrong.
+    """
+    if (sigma is None) == (norm is None):
+        raise ValueError("give either sigma or norm")
+    check_inputs(inputs, bounds)
+    wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    x0 = inputs.detach().to(wide)
+    z = standard_normal(x0, ids=ids, generator=generator)
+    if norm is not None:
+        moved = ops.project_(x0 + _FAR * z, x0, eps=norm, norm="l2", bounds=bounds)
+        return moved.to(inputs.dtype)
+    assert sigma is not None
+    return add_noise(x0, z, sigma, bounds).to(inputs.dtype)
+
+
+def standard_normal(
+    like: Tensor,  # [B, ...]
+    *,
+    ids: Tensor | None,  # [B] int64
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Independent standard normal elements in like's shape and dtype, float32 or float64."""
+    centre = torch.zeros_like(like)
+    uniform = ops.random_start(
+        centre, eps=1.0, norm="linf", bounds=(-math.inf, math.inf), ids=ids, generator=generator
+    ).double()
+    # The starts lie on a grid of 2^-23 (float64: 2^-52) from -1 up to 1 exclusive: its midpoints are symmetric.
+    half = 2.0**-53 if like.dtype == torch.float64 else 2.0**-24
+    return (math.sqrt(2.0) * torch.erfinv(uniform + half)).to(like.dtype)
+
+
+def add_noise(
+    x0: Tensor,  # [B, ...]
+    z: Tensor,  # [B, ...]
+    sigma: PerSample,
+    bounds: Bounds,
+) -> Tensor:
+    """x0 + sigma z, clipped to ``bounds``."""
+    if isinstance(sigma, Tensor):
+        if sigma.shape != x0.shape[:1]:
+            raise ValueError(f"sigma must be a float or have shape [{x0.shape[0]}], got {list(sigma.shape)}")
+        if bool((sigma < 0).any()):
+            raise ValueError("sigma must be at least 0")
+        sigma = sigma.to(x0.dtype).reshape(-1, *([1] * (x0.dim() - 1)))
+    elif not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma must be finite and at least 0, got {sigma}")
+    lo, hi = (torch.as_tensor(b, dtype=x0.dtype, device=x0.device) for b in bounds)
+    return torch.minimum(torch.maximum(x0 + sigma * z, lo), hi)

@@ -1,0 +1,41 @@
+"""CIFAR-10 (Krizhevsky 2009) through torchvision."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from fastlip.data._extra import torchvision_datasets
+from fastlip.data._image_set import ImageSet
+
+
+def cifar10(root: str | os.PathLike[str], train: bool, download: bool = False) -> ImageSet:
+    """CIFAR-10's training images (50,000) or test images (10,000).
+
+    Args:
+        root: folder that holds ``cifar-10-batches-py``.
+        train: training images rather than test images.
+        download: fetch the published archive into ``root`` where the files are missing.
+
+    Raises:
+        FileNotFoundError: the files are missing and ``download`` is False.
+        ValueError: a file is damaged (its MD5 differs from the published one).
+        OSError: the download failed.
+        ImportError: torchvision is missing.
+    """
+    dataset = torchvision_datasets().CIFAR10
+    folder = Path(root) / dataset.base_folder
+    fix = "pass download=True (--download), or unpack cifar-10-python.tar.gz there"
+    needed = [name for name, _ in (*dataset.train_list, *dataset.test_list)] + [dataset.meta["filename"]]
+    absent = [name for name in needed if not (folder / name).is_file()]
+    if absent and not download:
+        raise FileNotFoundError(f"CIFAR-10: {folder / absent[0]} is missing; {fix}")
+    try:
+        # torchvision checks every file against its MD5 before it unpickles any.
+        found = dataset(os.fspath(root), train=train, download=bool(absent))
+    except RuntimeError as error:
+        if absent:
+            raise OSError(f"CIFAR-10 could not be downloaded into {root}: {error}") from None
+        raise ValueError(f"CIFAR-10: a file in {folder} is damaged; delete that folder and {fix}") from None
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(images, torch.tensor(found.targets), tuple(found.classes), "CIFAR-10")

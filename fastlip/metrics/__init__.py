@@ -1,0 +1,26 @@
+"""Measures: distortion, accuracy, observed stretch, and the intervals that belong to them."""
+
+from fastlip.metrics._accuracy import accuracy
+from fastlip.metrics._distortion import average_distortion
+from fastlip.metrics._intervals import (
+    CensoredMedian,
+    Interval,
+    Rate,
+    censored_median,
+    clopper_pearson,
+    paired_bootstrap,
+)
+from fastlip.metrics._stretch import layer_stretch, observed_stretch
+
+__all__ = [
+    "CensoredMedian",
+    "Interval",
+    "Rate",
+    "accuracy",
+    "average_distortion",
+    "censored_median",
+    "clopper_pearson",
+    "layer_stretch",
+    "observed_stretch",
+    "paired_bootstrap",
+]

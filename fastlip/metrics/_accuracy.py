@@ -1,0 +1,40 @@
+"""Correctness of a model's decisions."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def accuracy(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,  # [B, ...]
+    labels: Tensor,  # [B] int64
+    *,
+    batch_size: int = 256,
+) -> Tensor:
+    """Whether each image is classified correctly, [B] bool; logits that hold a NaN are never correct.
+
+    The model is used as it is, so put it in eval mode first. The mean is the accuracy, and
+    :func:`fastlip.metrics.clopper_pearson` gives its interval.
+
+    Args:
+        model: maps inputs to logits [B, C].
+        inputs: images, [B, ...].
+        labels: true classes, [B] int64.
+        batch_size: images in one forward pass.
+
+    Raises:
+        ValueError: ``labels`` has not one entry for each image, or ``batch_size`` is below 1.
+    """
+    if labels.shape != inputs.shape[:1]:
+        raise ValueError(f"labels must have shape [{inputs.shape[0]}], got {list(labels.shape)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    correct = torch.zeros_like(labels, dtype=torch.bool)
+    with torch.no_grad():
+        for i in range(0, len(inputs), batch_size):
+            logits = model(inputs[i : i + batch_size])
+            right = logits.argmax(1) == labels[i : i + batch_size]
+            correct[i : i + batch_size] = right & ~logits.isnan().any(1)
+    return correct

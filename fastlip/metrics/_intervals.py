@@ -1,0 +1,147 @@
+"""Intervals: nothing is reported without one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastlip.metrics._extra import scipy_stats
+
+Statistic = Callable[..., NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+
+    def excludes(self, number: float) -> bool:
+        """Whether ``number`` lies outside the interval."""
+        return number < self.low or number > self.high
+
+
+@dataclass(frozen=True)
+class Rate(Interval):
+    """A share of successes with its Clopper-Pearson interval."""
+
+    successes: int
+    n: int
+
+
+@dataclass(frozen=True)
+class CensoredMedian(Interval):
+    """Median of values of which some may be censored at inf; inf where more than half of them are."""
+
+    found: int
+    n: int
+
+
+def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> Rate:
+    """Share of ``successes`` among ``n`` with its exact binomial interval (Clopper and Pearson 1934).
+
+    Args:
+        successes: number of successes, 0 .. n.
+        n: number of trials, at least 1.
+        confidence: least coverage of the interval.
+
+    Raises:
+        ValueError: a number is out of range.
+        ImportError: SciPy is missing.
+    """
+    _check_confidence(confidence)
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"successes must lie in 0 .. n and n be at least 1, got {successes} of {n}")
+    found = scipy_stats().binomtest(int(successes), int(n)).proportion_ci(confidence, method="exact")
+    return Rate(successes / n, float(found.low), float(found.high), confidence, int(successes), int(n))
+
+
+def paired_bootstrap(
+    a: ArrayLike,  # [N]
+    b: ArrayLike,  # [N]
+    statistic: Statistic = np.mean,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> Interval:
+    """Interval for statistic(a) - statistic(b) where a[i] and b[i] were measured on the same image.
+
+    Images are resampled with their pairs kept together (percentile bootstrap, Efron 1979).
+
+    Args:
+        a: values of one arm, [N]; inf stands for a censored value and is for rank statistics such as the median.
+        b: values of the other arm, [N].
+        statistic: reduces an array along its last axis: called as ``statistic(values, axis=-1)``.
+        confidence: coverage of the interval.
+        resamples: bootstrap samples.
+        seed: of the resampling.
+
+    Returns:
+        The difference and its interval. A difference of two infinite statistics is not a number; where resamples
+        contain such differences the interval's ends are NaN.
+
+    Raises:
+        ValueError: the shapes differ, there are fewer than 2 pairs, or a number is out of range.
+    """
+    _check_confidence(confidence)
+    one, other = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if one.ndim != 1 or one.shape != other.shape or one.size < 2:
+        raise ValueError(f"a and b must be vectors of one length of at least 2, got {one.shape} and {other.shape}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    rng = np.random.default_rng(seed)
+    differences = np.empty(resamples)
+    with np.errstate(invalid="ignore"):
+        value = float(statistic(one, axis=-1) - statistic(other, axis=-1))
+        chunk = max(1, _BOOTSTRAP_ELEMENTS // one.size)
+        for i in range(0, resamples, chunk):
+            rows = rng.integers(one.size, size=(min(chunk, resamples - i), one.size))
+            differences[i : i + len(rows)] = statistic(one[rows], axis=-1) - statistic(other[rows], axis=-1)
+    if np.isnan(differences).any():
+        return Interval(value, float("nan"), float("nan"), confidence)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(differences, [tail, 1 - tail], method="nearest")
+    return Interval(value, float(low), float(high), confidence)
+
+
+def censored_median(values: ArrayLike, confidence: float = 0.95) -> CensoredMedian:
+    """Median of right-censored distances (inf where none was found) with a distribution-free interval.
+
+    The interval is a pair of order statistics with ranks from the binomial distribution, which needs only the order
+    of the values, so censoring above the median does not matter and an end that is censored is inf.
+
+    Args:
+        values: distances, [N]; inf where censored.
+        confidence: least coverage of the interval.
+
+    Raises:
+        ValueError: there are no values, one is a NaN, or ``confidence`` is out of range.
+        ImportError: SciPy is missing.
+    """
+    _check_confidence(confidence)
+    data = np.sort(np.asarray(values, dtype=np.float64).ravel())
+    if data.size == 0 or np.isnan(data).any():
+        raise ValueError("values must hold at least one number and no NaN")
+    n = data.size
+    # P(X_(k) <= median <= X_(n+1-k)) >= 1 - 2 P(Bin(n, 1/2) < k).
+    rank = int(scipy_stats().binom.ppf((1 - confidence) / 2, n, 0.5))
+    low = data[rank - 1] if rank >= 1 else -np.inf
+    high = data[n - rank] if rank >= 1 else np.inf
+    lower, upper = data[(n - 1) // 2], data[n // 2]
+    value = lower if lower == upper else (lower + upper) / 2
+    found = int(np.isfinite(data).sum())
+    return CensoredMedian(float(value), float(low), float(high), confidence, found, n)
+
+
+#: Resampled elements held at a time: bounds the memory of a bootstrap over many images.
+_BOOTSTRAP_ELEMENTS = 4_000_000
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")

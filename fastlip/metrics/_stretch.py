@@ -1,0 +1,102 @@
+"""Observed stretch: how much a network enlarges perturbations that it actually meets."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def observed_stretch(
+    model: Callable[[Tensor], Tensor],
+    perturbed: Tensor,  # [B, ...]
+    inputs: Tensor,  # [B, ...]
+) -> Tensor:
+    """Stretch of each perturbation at the logits, ||f(x') - f(x)||_2 / ||x' - x||_2; [B] float64.
+
+    Any of them is a lower bound on the Lipschitz constant. NaN where an image was not perturbed. The model is used as
+    it is, so put it in eval mode first.
+
+    Args:
+        model: maps inputs to outputs [B, ...].
+        perturbed: perturbed images, [B, ...].
+        inputs: the images themselves, like ``perturbed``.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check(perturbed, inputs)
+    with torch.no_grad():
+        return _ratio(model(perturbed), model(inputs), perturbed, inputs)
+
+
+def layer_stretch(
+    model: nn.Module,
+    perturbed: Tensor,  # [B, ...]
+    inputs: Tensor,  # [B, ...]
+    layers: Sequence[str],
+) -> dict[str, Tensor]:
+    """Stretch of each perturbation from the input up to each named layer's output; name -> [B] float64.
+
+    Args:
+        model: the network; ``layers`` are names of its modules (``model.get_submodule``), "" is the network itself.
+        perturbed: perturbed images, [B, ...].
+        inputs: the images themselves, like ``perturbed``.
+        layers: modules that return one tensor [B, ...] and are called once in a forward pass.
+
+    Returns:
+        ||phi(x') - phi(x)||_2 / ||x' - x||_2 with phi the network up to the layer; NaN where an image was not
+        perturbed.
+
+    Raises:
+        ValueError: the shapes differ, or a layer is missing, was not called, or was called more than once.
+    """
+    _check(perturbed, inputs)
+    with torch.no_grad():
+        changed, original = _outputs(model, perturbed, layers), _outputs(model, inputs, layers)
+    return {name: _ratio(changed[name], original[name], perturbed, inputs) for name in layers}
+
+
+def _outputs(model: nn.Module, x: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if name in outputs:
+                raise ValueError(f"layers: {name!r} is called more than once in a forward pass")
+            # A copy: the next module may work in place on this one's output.
+            outputs[name] = output.clone()
+
+        return hook
+
+    handles = []
+    try:
+        for name in layers:
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(f"layers: the model has no module {name!r}") from None
+            handles.append(module.register_forward_hook(keep(name)))
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in layers:
+        if name not in outputs:
+            raise ValueError(f"layers: {name!r} is not called in a forward pass")
+    return outputs
+
+
+def _ratio(changed: Tensor, original: Tensor, perturbed: Tensor, inputs: Tensor) -> Tensor:
+    out = _length(changed, original)
+    moved = _length(perturbed, inputs)
+    return torch.where(moved > 0, out / moved, torch.nan)
+
+
+def _length(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vector_norm((a.double() - b.double()).flatten(1), dim=1)
+
+
+def _check(perturbed: Tensor, inputs: Tensor) -> None:
+    if perturbed.shape != inputs.shape:
+        raise ValueError(f"perturbed must have inputs' shape {list(inputs.shape)}, got {list(perturbed.shape)}")

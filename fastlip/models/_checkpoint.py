@@ -1,0 +1,74 @@
+"""Weights on disk: safetensors only, which hold numbers and can execute nothing."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fastlip.models._extra import safetensors
+
+
+def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, meta: Mapping[str, str] | None = None) -> None:
+    """Write the model's state dict and ``meta`` to ``path``, all or nothing.
+
+    Args:
+        path: file to write, replaced in one move once it is complete.
+        model: the model.
+        meta: strings to keep beside the weights.
+
+    Raises:
+        OSError: the file cannot be written.
+        TypeError: ``meta`` holds something else than strings.
+        ImportError: safetensors is missing.
+    """
+    for key, value in (meta or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"meta must map strings to strings, got {key!r}: {value!r}")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    path = Path(path)
+    data = safetensors().save(tensors, metadata=dict(meta or {}))
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the state dict and the metadata of a safetensors file.
+
+    Args:
+        path: file that :func:`save_checkpoint`, or any other writer of safetensors, wrote.
+
+    Returns:
+        Tensors by name, on the CPU, and the strings beside them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged, or of another format; a pickle is refused, never executed.
+        ImportError: safetensors is missing.
+    """
+    path = Path(path)
+    library = safetensors()
+    with open(path, "rb") as file:
+        start = file.read(4)
+    # torch.save writes a zip archive or, of old, a bare pickle of protocol 2 to 5.
+    if start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+        raise ValueError(
+            f"{path} is a pickle, which can execute code: load it yourself where you trust it and write it anew with "
+            "safetensors.torch.save_file"
+        )
+    try:
+        with library.safe_open(path, framework="pt") as opened:
+            return {k: opened.get_tensor(k) for k in opened.keys()}, dict(opened.metadata() or {})
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
+        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {error}") from None

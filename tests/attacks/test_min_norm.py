@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from fastlip import attacks
+
+DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
+ORDER = {"linf": torch.inf, "l2": 2, "l1": 1}
+SPARSITY = 1.0
+
+
+def closed_form(model, inputs, labels, norm):
+    """Distance of each input to the nearest decision boundary of a linear model in an unbounded box."""
+    logits = model(inputs)
+    gap = logits.gather(1, labels[:, None]) - logits
+    away = model.weight[None] - model.weight[labels][:, None]
+    slope = torch.linalg.vector_norm(away.double(), DUAL[norm], dim=2)
+    return (gap.double() / slope).masked_fill(slope == 0, torch.inf).amin(1).detach()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_distance_of_a_linear_model(linear_problem, norm, classes):
+    model, inputs, labels = linear_problem(classes=classes, batch=16)
+    found = attacks.min_norm(model, inputs, labels, norm=norm, bounds=(-5.0, 5.0), sparsity=SPARSITY)
+    truth = closed_form(model, inputs, labels, norm)
+    assert found.found.all()
+    assert (found.distance >= truth * (1 - 1e-5)).all()
+    assert (found.distance <= truth * 1.03).all()
+    assert (model(found.adversarial).argmax(1) != labels).all()
+    moved = torch.linalg.vector_norm((found.adversarial - inputs).double().flatten(1), ORDER[norm], dim=1)
+    torch.testing.assert_close(moved, found.distance)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_finds_every_image_of_a_network(cnn_problem, norm):
+    model, inputs, labels = cnn_problem
+    labels = labels.clone()
+    labels[3] = (labels[3] + 1) % 10
+    found = attacks.min_norm(model, inputs, labels, norm=norm)
+    assert found.found.all()
+    assert found.distance[3] == 0
+    assert torch.equal(found.adversarial[3], inputs[3])
+    assert found.adversarial.min() >= 0
+    assert found.adversarial.max() <= 1
+    assert (model(found.adversarial).argmax(1) != labels).all()
+    # No smaller ball holds what a plain attack can find there.
+    inside = attacks.pgd(
+        model, inputs, labels, norm=norm, eps=0.8 * found.distance, steps=20, generator=torch.Generator().manual_seed(0)
+    )
+    fell = (model(inside).argmax(1) != labels) & (found.distance > 0)
+    assert fell.float().mean() < 0.15
+
+
+def test_what_is_not_found_is_censored(linear_problem):
+    model, inputs, labels = linear_problem()
+    truth = closed_form(model, inputs, labels, "l2")
+    limit = truth.median()
+    found = attacks.min_norm(model, inputs, labels, eps_max=float(limit) * 1.001, bounds=(-5.0, 5.0))
+    assert torch.equal(found.found, truth <= limit)
+    assert found.distance[~found.found].isinf().all()
+    assert torch.equal(found.adversarial[~found.found], inputs[~found.found])
+
+
+def test_inactive_images_are_left_out(linear_problem):
+    model, inputs, labels = linear_problem()
+    active = torch.arange(8) < 3
+    found = attacks.min_norm(model, inputs, labels, active=active)
+    assert torch.equal(found.found, active)
+
+
+def test_targets_are_reached(linear_problem):
+    model, inputs, labels = linear_problem()
+    targets = (labels + 1) % 4
+    found = attacks.min_norm(model, inputs, labels, targets=targets, bounds=(-5.0, 5.0))
+    assert (model(found.adversarial).argmax(1) == targets).all()
+    free = attacks.min_norm(model, inputs, labels, bounds=(-5.0, 5.0))
+    assert (found.distance >= free.distance * 0.98).all()
+
+
+def test_works_where_gradients_are_off_and_leaves_modes(cnn_problem):
+    model, inputs, labels = cnn_problem
+    plain = attacks.min_norm(model, inputs, labels, search_steps=3)
+    model.train()
+    with torch.inference_mode():
+        found = attacks.min_norm(model, inputs.clone(), labels.clone(), search_steps=3)
+    assert torch.equal(plain.distance, found.distance)
+    assert all(m.training for m in model.modules())
+
+
+def test_errors_name_the_argument(linear_problem):
+    with pytest.raises(ValueError, match="search_steps"):
+        attacks.min_norm(*linear_problem(), search_steps=0)
+    with pytest.raises(ValueError, match="norm must be"):
+        attacks.min_norm(*linear_problem(), norm="l0")
+    with pytest.raises(ValueError, match="eps_max must have"):
+        attacks.min_norm(*linear_problem(), eps_max=torch.ones(3))
+
+
+def test_empty_batch(linear_problem):
+    model, inputs, labels = linear_problem()
+    for search in (attacks.min_norm, attacks.min_sigma):
+        found = search(model, inputs[:0], labels[:0])
+        assert (found.adversarial.shape, found.distance.shape) == (inputs[:0].shape, (0,))
