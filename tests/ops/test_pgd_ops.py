@@ -56,6 +56,18 @@ def test_step_and_projection_match_reference(device, shape, dtype, norm, eps):
     assert_same(ops.project_(x.clone(), x0, eps=eps, norm=norm), expected(x, None, x0, 0.0, eps, norm), norm)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="too large for Triton's interpreter")
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 112, 113), (2, 3, 224, 224)], ids=str)
+def test_large_samples_match_reference(device, shape, dtype, norm):
+    """Beyond what one block of a GPU holds on chip, and on a CPU beyond the L2 cache."""
+    x, grad, x0 = make(shape, dtype, device)
+    eps = {"linf": 0.03, "l2": 3.0, "l1": 500.0}[norm]
+    got = ops.pgd_step_(x.clone(), grad, x0, step_size=eps / 4, eps=eps, norm=norm)
+    assert_same(got, expected(x, grad, x0, eps / 4, eps, norm), norm)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_descending_step(device, norm):
     x, grad, x0 = make((3, 40), torch.float32, device)

@@ -1,0 +1,127 @@
+// What the CUDA kernels compute for one element or one sample, free of threads and memory, so that a host compiler
+// takes it too. The mathematics stands in fastlip/ops/__init__.py and, as code, in fastlip/ops/reference.py.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/api.h"
+
+#ifdef __CUDACC__
+#define FASTLIP_HD __host__ __device__ __forceinline__
+#else
+#define FASTLIP_HD inline
+#endif
+
+namespace fastlip::cuda {
+
+template <typename S>
+using Arith = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <typename To, typename From>
+FASTLIP_HD To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+FASTLIP_HD float lesser(float a, float b) { return fminf(a, b); }  // of a NaN and a number, the number
+FASTLIP_HD double lesser(double a, double b) { return fmin(a, b); }
+FASTLIP_HD float greater(float a, float b) { return fmaxf(a, b); }
+FASTLIP_HD double greater(double a, double b) { return fmax(a, b); }
+FASTLIP_HD float magnitude(float a) { return fabsf(a); }
+FASTLIP_HD double magnitude(double a) { return fabs(a); }
+FASTLIP_HD float with_sign(float size, float sign) { return copysignf(size, sign); }
+FASTLIP_HD double with_sign(double size, double sign) { return copysign(size, sign); }
+
+template <typename T>
+FASTLIP_HD T clamp(T value, T lo, T hi) {
+  return lesser(greater(value, lo), hi);
+}
+
+// Rounded once each: Linf must agree bit for bit with backends that do not contract a * b + c.
+FASTLIP_HD float add_rn(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+FASTLIP_HD double add_rn(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+FASTLIP_HD float multiply_rn(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+FASTLIP_HD double multiply_rn(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+FASTLIP_HD float widen(float v) { return v; }
+FASTLIP_HD double widen(double v) { return v; }
+FASTLIP_HD float widen(__half v) { return __half2float(v); }
+FASTLIP_HD float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename S>
+FASTLIP_HD S nearest(float v) {
+  if constexpr (std::is_same_v<S, __half>) {
+    return __float2half_rn(v);
+  } else {
+    return __float2bfloat16_rn(v);
+  }
+}
+
+// To storage; 16-bit storage rounds towards `centre`, so that rounding never leaves the ball.
+template <typename S>
+FASTLIP_HD S narrow(Arith<S> value, Arith<S> centre) {
+  if constexpr (sizeof(S) > 2) {
+    return value;
+  } else {
+    const S out = nearest<S>(value);
+    const float back = widen(out);
+    const bool over = value >= centre ? back > value : back < value;
+    auto bits = bit_cast<uint16_t>(out);
+    if (over) bits = static_cast<uint16_t>(magnitude(back) > magnitude(value) ? bits - 1 : bits + 1);
+    return bit_cast<S>(bits);
+  }
+}
+
+template <typename T>
+FASTLIP_HD T radius_of(T eps) {
+  return eps > T(0) ? eps : T(0);
+}
+
+template <typename T>
+FASTLIP_HD T finite_or_zero(T v) {
+  return magnitude(v) < T(INFINITY) ? v : T(0);
+}
+
+// Linf, whose result is a matter of a few roundings in a fixed order.
+template <typename T>
+FASTLIP_HD T signed_step(T grad, T step) {
+  return !(magnitude(grad) < T(INFINITY)) || grad == T(0) ? T(0) : grad > T(0) ? step : -step;
+}
+
+template <typename T>
+FASTLIP_HD T project_linf(T v, T x0, T eps, T lo, T hi) {
+  return clamp(add_rn(x0, clamp(add_rn(v, -x0), -eps, eps)), lo, hi);
+}
+
+}  // namespace fastlip::cuda

@@ -1,0 +1,395 @@
+// pgd_step_ and project_ (a step without a gradient).
+//
+// Floor: x, grad and x0 read once, x written once: 16 bytes an element in float32, 12 for project_, 8 in 16 bits.
+// Operations, an element: Linf 7. L2: 3 for the norm of the gradient, 10 for the move and the first sums, 6 for each
+// pass of the search for the scale (2 as a rule), 5 to write. L1: 6 for each pass of the search for the threshold (5 at
+// 3 x 32 x 32, 11 at 3 x 224 x 224, 16 at most), 10, 7 for each Newton step (3 to 6 as a rule), 6. A few per cent of
+// what a GPU does in the time that the bytes take; in L1, where shared memory is read again in every pass, about a
+// third.
+//
+// Linf: a thread takes 16 bytes of each operand; without per-sample values the batch is one long sample.
+//
+// L2 and L1: a team of threads takes a sample. Up to what a block's shared memory holds (28,000 floats on an H100 or
+// H200, 20,000 on an A100) it is one block; beyond, where there are clusters, up to eight blocks that add up over
+// distributed shared memory (3 x 224 x 224 in float32). v = x + move and x0 stay in shared memory, each thread reading
+// back only what it wrote itself, so every operand moves once. Larger samples still: one block that computes v afresh
+// in every pass, x written in the last alone. Chunks of four floats go round the threads in the same way whether they
+// can be accessed as one or not: sums do not depend on alignment, strides or the batch. Sums are in double.
+#include "kernels/cuda/ball.h"
+#include "kernels/cuda/team.cuh"
+
+namespace fastlip::cuda {
+namespace {
+
+// --- Linf ------------------------------------------------------------------------------------------------------------
+constexpr int kLinfThreads = 256;
+
+template <typename S, int kWidth>
+__global__ void __launch_bounds__(kLinfThreads)
+    pgd_step_linf_kernel(const __grid_constant__ PgdStep p, int64_t chunks) {
+  using T = Arith<S>;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kLinfThreads + threadIdx.x;
+  const int64_t all = p.batch * chunks;
+  if (index >= all) return;
+  const int64_t sample =
+      all <= UINT32_MAX ? static_cast<uint32_t>(index) / static_cast<uint32_t>(chunks) : index / chunks;
+  if (p.active != nullptr && p.active[sample] == 0) return;
+  const int64_t at = (index - sample * chunks) * kWidth;
+  const int valid = static_cast<int>(p.size - at < kWidth ? p.size - at : kWidth);
+
+  S* const out = static_cast<S*>(p.x) + sample * p.x_stride + at;
+  T x[kWidth], grad[kWidth], x0[kWidth], lo[kWidth], hi[kWidth];
+  load<S>(out, valid, true, x);
+  load<S>(static_cast<const S*>(p.x0) + sample * p.x0_stride + at, valid, true, x0);
+  if (p.grad != nullptr) {
+    load<S>(static_cast<const S*>(p.grad) + sample * p.grad_stride + at, valid, true, grad);
+    const T step = finite_or_zero(number<T>(p.step_size, sample));
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) x[i] = add_rn(x[i], signed_step(grad[i], step));
+  }
+  Bound<T>(p.lo, sample).load(at, valid, true, lo);
+  Bound<T>(p.hi, sample).load(at, valid, true, hi);
+  const T eps = radius_of(number<T>(p.eps, sample));
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) x[i] = project_linf(x[i], x0[i], eps, lo[i], hi[i]);
+  store<S>(out, valid, true, x, x0);
+}
+
+// Whether every sample of every operand may be accessed in units of `pack` elements, at most 16 bytes of storage.
+bool all_aligned(const PgdStep& p, int64_t pack, int64_t storage_bytes, int64_t arithmetic_bytes) {
+  const bool many = p.batch > 1;
+  const auto fits = [&](const void* data, int64_t stride, int64_t bytes) {
+    return data == nullptr || aligned(data, many ? stride * bytes : 0, pack * bytes < 16 ? pack * bytes : 16);
+  };
+  return fits(p.x, p.x_stride, storage_bytes) && fits(p.grad, p.grad_stride, storage_bytes) &&
+         fits(p.x0, p.x0_stride, storage_bytes) && fits(p.lo.data, p.lo.stride, arithmetic_bytes) &&
+         fits(p.hi.data, p.hi.stride, arithmetic_bytes);
+}
+
+template <typename S>
+cudaError_t launch_linf(PgdStep p, void* stream) {
+  constexpr int kWidth = 16 / sizeof(S);
+  const bool uniform = p.step_size.data == nullptr && p.eps.data == nullptr && p.lo.data == nullptr &&
+                       p.hi.data == nullptr && p.active == nullptr;
+  const bool packed = p.x_stride == p.size && p.x0_stride == p.size && (p.grad == nullptr || p.grad_stride == p.size);
+  if (uniform && packed) {
+    p.size *= p.batch;
+    p.batch = 1;
+  }
+  const int width = all_aligned(p, kWidth, sizeof(S), sizeof(Arith<S>)) ? kWidth : 1;
+  const int64_t chunks = (p.size + width - 1) / width;
+  const auto config = configure((p.batch * chunks + kLinfThreads - 1) / kLinfThreads, kLinfThreads, 0, stream);
+  if (width == 1) return cudaLaunchKernelEx(&config, pgd_step_linf_kernel<S, 1>, p, chunks);
+  return cudaLaunchKernelEx(&config, pgd_step_linf_kernel<S, kWidth>, p, chunks);
+}
+
+// --- L2 and L1 -------------------------------------------------------------------------------------------------------
+// How a sample is shared out.
+struct Shares {
+  int64_t first;  // sample of block 0
+  int64_t slice;  // elements a block, a whole number of chunks
+  int ranks;      // blocks a sample
+  bool wide;
+};
+
+// A block's slice of one sample. kStaged: v and x0 lie in shared memory once each thread has put its own chunks there.
+template <typename S, Norm kNorm, bool kStaged>
+class Slice {
+ public:
+  using T = Arith<S>;
+  static constexpr int kChunk = 16 / sizeof(T);  // 16 bytes in shared memory, as much or half of it in device memory
+  using Chunk = T[kChunk];
+
+  __device__ Slice(const PgdStep& p, const Shares& shares, int64_t sample, unsigned char* shared)
+      : x_(static_cast<S*>(p.x) + sample * p.x_stride),
+        grad_(p.grad == nullptr ? nullptr : static_cast<const S*>(p.grad) + sample * p.grad_stride),
+        x0_(static_cast<const S*>(p.x0) + sample * p.x0_stride),
+        lo_(p.lo, sample),
+        hi_(p.hi, sample),
+        begin_(static_cast<int64_t>(blockIdx.x % shares.ranks) * shares.slice),
+        end_(begin_ + shares.slice < p.size ? begin_ + shares.slice : p.size),
+        wide_(shares.wide),
+        staged_v_(reinterpret_cast<T*>(shared)),
+        staged_x0_(staged_v_ + shares.slice) {}
+
+  // body(offset, elements that exist) for each chunk of this thread.
+  template <typename Body>
+  __device__ void each(Body body) const {
+    for (int64_t at = begin_ + threadIdx.x * kChunk; at < end_; at += blockDim.x * kChunk) {
+      body(at, static_cast<int>(end_ - at < kChunk ? end_ - at : kChunk));
+    }
+  }
+
+  // The gradient, for the first time: it waits in v's place, and x0 is fetched along with it.
+  __device__ void fetch_gradient(int64_t at, int valid, Chunk& grad) const {
+    load<S>(grad_ + at, valid, wide_, grad);
+    if constexpr (kStaged) {
+      Chunk x0;
+      load<S>(x0_ + at, valid, wide_, x0);
+      put(staged_v_, at, grad);
+      put(staged_x0_, at, x0);
+    }
+  }
+  // The gradient again, until fetch_values.
+  __device__ void gradient(int64_t at, int valid, Chunk& grad) const {
+    if constexpr (kStaged) {
+      get(staged_v_, at, grad);
+    } else {
+      load<S>(grad_ + at, valid, wide_, grad);
+    }
+  }
+  // v = x + move and x0, for the first time.
+  __device__ void fetch_values(int64_t at, int valid, const Move<S>& move, Chunk& v, Chunk& x0) const {
+    load<S>(x_ + at, valid, wide_, v);
+    if (kStaged && grad_ != nullptr) {
+      get(staged_x0_, at, x0);
+    } else {
+      load<S>(x0_ + at, valid, wide_, x0);
+    }
+    if (grad_ != nullptr) {
+      Chunk grad;
+      gradient(at, valid, grad);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) v[i] = moved<S, kNorm>(v[i], grad[i], move);
+    }
+    if constexpr (kStaged) {
+      put(staged_v_, at, v);
+      if (grad_ == nullptr) put(staged_x0_, at, x0);
+    }
+  }
+  // The same again.
+  __device__ void values(int64_t at, int valid, const Move<S>& move, Chunk& v, Chunk& x0) const {
+    if constexpr (kStaged) {
+      get(staged_v_, at, v);
+      get(staged_x0_, at, x0);
+    } else {
+      fetch_values(at, valid, move, v, x0);
+    }
+  }
+  __device__ void bounds(int64_t at, int valid, Chunk& lo, Chunk& hi) const {
+    lo_.load(at, valid, wide_, lo);
+    hi_.load(at, valid, wide_, hi);
+  }
+  __device__ void write(int64_t at, int valid, const Chunk& v, const Chunk& x0) const {
+    store<S>(x_ + at, valid, wide_, v, x0);
+  }
+
+ private:
+  __device__ void put(T* staged, int64_t at, const Chunk& values) const {
+    Pack<T, kChunk> pack;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) pack.at[i] = values[i];
+    pack.store(staged + (at - begin_));
+  }
+  __device__ void get(const T* staged, int64_t at, Chunk& values) const {
+    const auto pack = Pack<T, kChunk>::load(staged + (at - begin_));
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) values[i] = pack.at[i];
+  }
+
+  S* x_;
+  const S* grad_;
+  const S* x0_;
+  Bound<T> lo_, hi_;
+  int64_t begin_, end_;
+  bool wide_;
+  T* staged_v_;
+  T* staged_x0_;
+};
+
+// Steepest ascent in L2: what step / ||grad|| multiplies. Squares of float are exact in double's range; a double
+// gradient whose squares are not is scaled by a power of two first.
+template <typename S, bool kStaged>
+__device__ Move<S> find_move(const Slice<S, Norm::l2, kStaged>& slice, Team& team, double step, double) {
+  using T = Arith<S>;
+  T grad[Slice<S, Norm::l2, kStaged>::kChunk];
+  double sums[2] = {};  // squares; the largest magnitude
+  slice.each([&](int64_t at, int valid) {
+    slice.fetch_gradient(at, valid, grad);
+    for (const T g : grad) {
+      const double size = finite_or_zero(g);
+      sums[0] += size * size;
+      if constexpr (std::is_same_v<T, double>) sums[1] = greater(sums[1], magnitude(size));
+    }
+  });
+  double squares[1] = {sums[0]};
+  team.reduce(squares, Sum());
+  if constexpr (std::is_same_v<T, double>) {
+    if (!(squares[0] > 1e-200 && squares[0] < 1e200)) {
+      double peak[1] = {sums[1]};
+      team.reduce(peak, Max());
+      if (peak[0] == 0) return {};
+      const int exponent = ilogb(peak[0]);
+      squares[0] = 0;
+      slice.each([&](int64_t at, int valid) {
+        slice.gradient(at, valid, grad);
+        for (const T g : grad) {
+          const double size = ldexp(finite_or_zero(g), -exponent);
+          squares[0] += size * size;
+        }
+      });
+      team.reduce(squares, Sum());
+      return l2_move<S>(step, squares[0], exponent);
+    }
+  }
+  return l2_move<S>(step, squares[0], 0);
+}
+
+// Steepest ascent in L1: the threshold that `kept` magnitudes reach, and what each such element moves by.
+template <typename S, bool kStaged>
+__device__ Move<S> find_move(const Slice<S, Norm::l1, kStaged>& slice, Team& team, double step, double kept) {
+  using T = Arith<S>;
+  T grad[Slice<S, Norm::l1, kStaged>::kChunk];
+  double nonzero[1] = {}, peak[1] = {};
+  slice.each([&](int64_t at, int valid) {
+    slice.fetch_gradient(at, valid, grad);
+    for (const T g : grad) {
+      const T size = magnitude(finite_or_zero(g));
+      nonzero[0] += size > T(0) ? 1 : 0;
+      peak[0] = greater(peak[0], static_cast<double>(size));
+    }
+  });
+  team.reduce(nonzero, Sum());
+  team.reduce(peak, Max());
+  if (nonzero[0] == 0) return {};
+  KeySearch<S> search(static_cast<T>(peak[0]), nonzero[0]);
+  while (!search.done(kept)) {
+    const Key<S> candidates[3] = {search.candidate(0), search.candidate(1), search.candidate(2)};
+    int counts[3] = {};
+    slice.each([&](int64_t at, int valid) {
+      slice.gradient(at, valid, grad);
+      for (const T g : grad) {
+        const Key<S> key = key_of<S>(g);
+#pragma unroll
+        for (int i = 0; i < 3; ++i) counts[i] += key >= candidates[i] ? 1 : 0;
+      }
+    });
+    double reached[3] = {static_cast<double>(counts[0]), static_cast<double>(counts[1]),
+                         static_cast<double>(counts[2])};
+    team.reduce(reached, Sum());
+    search.update(reached, kept);
+  }
+  return {static_cast<T>(step / search.count), 0, search.low};
+}
+
+template <typename S, Norm kNorm, bool kStaged>
+__global__ void __launch_bounds__(kMaxThreads)
+    pgd_step_ball_kernel(const __grid_constant__ PgdStep p, const __grid_constant__ Shares shares) {
+  using T = Arith<S>;
+  using Search = std::conditional_t<kNorm == Norm::l2, L2Search<T>, L1Search<T>>;
+  using Mine = Slice<S, kNorm, kStaged>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ Team::Memory memory;
+  const int64_t sample = shares.first + blockIdx.x / shares.ranks;
+  if (p.active != nullptr && p.active[sample] == 0) return;
+  Team team(memory, shares.ranks);
+  const Mine slice(p, shares, sample, shared);
+
+  Move<S> move = {};
+  if (p.grad != nullptr) {
+    const double step = finite_or_zero(number<T>(p.step_size, sample));
+    move = find_move(slice, team, step, static_cast<double>(p.kept));
+  }
+
+  T v[Mine::kChunk], x0[Mine::kChunk], lo[Mine::kChunk], hi[Mine::kChunk];
+  double sums[Search::kSums] = {};
+  slice.each([&](int64_t at, int valid) {
+    slice.fetch_values(at, valid, move, v, x0);
+    slice.bounds(at, valid, lo, hi);
+#pragma unroll
+    for (int i = 0; i < Mine::kChunk; ++i) Search::begin(gap_of(v[i], x0[i], lo[i], hi[i]), sums);
+  });
+  team.reduce(sums, Sum());
+  Search search(radius_of(number<T>(p.eps, sample)), sums);
+  for (bool more = search.searching(); more; more = search.update(sums)) {
+    const auto here = search.at();
+    for (double& sum : sums) sum = 0;
+    slice.each([&](int64_t at, int valid) {
+      slice.values(at, valid, move, v, x0);
+      slice.bounds(at, valid, lo, hi);
+#pragma unroll
+      for (int i = 0; i < Mine::kChunk; ++i) Search::add(gap_of(v[i], x0[i], lo[i], hi[i]), here, sums);
+    });
+    team.reduce(sums, Sum());
+  }
+
+  const auto here = search.at();
+  slice.each([&](int64_t at, int valid) {
+    slice.values(at, valid, move, v, x0);
+    slice.bounds(at, valid, lo, hi);
+#pragma unroll
+    for (int i = 0; i < Mine::kChunk; ++i) {
+      const Gap<T> gap = gap_of(v[i], x0[i], lo[i], hi[i]);
+      if (!search.inside) v[i] = x0[i] + with_sign(Search::shrunk(gap, here), gap.sign);
+      v[i] = clamp(v[i], lo[i], hi[i]);
+    }
+    slice.write(at, valid, v, x0);
+  });
+  team.leave();
+}
+
+template <typename S, Norm kNorm>
+cudaError_t launch_ball(const PgdStep& p, void* stream) {
+  using T = Arith<S>;
+  constexpr int64_t kChunk = Slice<S, kNorm, true>::kChunk, kBytes = 2 * sizeof(T);
+  constexpr int kMostRanks = 8;  // the largest cluster that every device with clusters accepts
+  int device = 0, shared_limit = 0, major = 0;
+  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (const auto error = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      error != cudaSuccess) {
+    return error;
+  }
+  if (const auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+      error != cudaSuccess) {
+    return error;
+  }
+  const int64_t capacity = (shared_limit - static_cast<int64_t>(sizeof(Team::Memory))) / kBytes;
+  const auto slice_of = [&](int ranks) { return ((p.size + ranks - 1) / ranks + kChunk - 1) / kChunk * kChunk; };
+  int ranks = 1;
+  while (slice_of(ranks) > capacity && major >= 9 && ranks < kMostRanks) ranks *= 2;
+  const bool staged = slice_of(ranks) <= capacity;
+  if (!staged) ranks = 1;
+  const int64_t slice = slice_of(ranks);
+
+  constexpr int64_t kLeast = 64, kChunksEach = 3;  // 3 x 32 x 32 in float32: 256 threads, three chunks each
+  const int64_t wanted = (slice / kChunk / kChunksEach + kWarp - 1) / kWarp * kWarp;
+  const int threads = static_cast<int>(wanted < kLeast ? kLeast : wanted > kMaxThreads ? kMaxThreads : wanted);
+  const auto kernel = staged ? pgd_step_ball_kernel<S, kNorm, true> : pgd_step_ball_kernel<S, kNorm, false>;
+  const size_t bytes = staged ? static_cast<size_t>(slice * kBytes) : 0;
+  if (staged) {  // always the same number, so that threads launching other sizes do not undercut this one
+    const auto error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(capacity * kBytes));
+    if (error != cudaSuccess) return error;
+  }
+
+  constexpr int64_t kMostBlocks = int64_t{1} << 30;
+  Shares shares{0, slice, ranks, all_aligned(p, kChunk, sizeof(S), sizeof(T))};
+  for (; shares.first < p.batch; shares.first += kMostBlocks / ranks) {
+    const int64_t samples = p.batch - shares.first < kMostBlocks / ranks ? p.batch - shares.first : kMostBlocks / ranks;
+    auto config = configure(samples * ranks, threads, bytes, stream);
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(ranks);
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = ranks > 1 ? 1 : 0;
+    if (const auto failed = cudaLaunchKernelEx(&config, kernel, p, shares); failed != cudaSuccess) return failed;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+int pgd_step_(const PgdStep& step, void* stream) {
+  if (step.batch == 0 || step.size == 0) return cudaSuccess;
+  return with_storage(step.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (step.norm == Norm::linf) return launch_linf<S>(step, stream);
+    return step.norm == Norm::l2 ? launch_ball<S, Norm::l2>(step, stream) : launch_ball<S, Norm::l1>(step, stream);
+  });
+}
+
+const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace fastlip::cuda

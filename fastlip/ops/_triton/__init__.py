@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operator; ``fastlip.ops.triton_kernels`` names what they offer."""

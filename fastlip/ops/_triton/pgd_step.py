@@ -1,0 +1,440 @@
+"""pgd_step_ and project_ (a step without a gradient).
+
+"linf" is one pass over the batch. In "l2" and "l1" one program serves a sample: it holds one of up to 4096 elements,
+and reads a larger one again in every pass.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlip.ops._triton.elements import (
+    arithmetic,
+    ball_radius,
+    bound,
+    bound_stride,
+    clamp,
+    finite_or_zero,
+    narrowed,
+    number,
+    on_device,
+    widened,
+)
+from fastlip.ops.reference import kept_elements
+
+_MOST_SEARCH_STEPS = tl.constexpr(200)
+_PATIENCE = tl.constexpr(12)  # Newton steps before every other one bisects
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _pgd_step_linf_kernel(
+    x_ptr,
+    grad_ptr,
+    x0_ptr,
+    step_size: tl.float64,
+    step_size_ptr,
+    eps: tl.float64,
+    eps_ptr,
+    lo: tl.float64,
+    lo_ptr,
+    hi: tl.float64,
+    hi_ptr,
+    active_ptr,
+    size,
+    chunks,
+    x_stride,
+    grad_stride,
+    x0_stride,
+    lo_stride,
+    hi_stride,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // chunks
+    at = (program - sample * chunks) * BLOCK + tl.arange(0, BLOCK)
+    if active_ptr is not None:
+        size = tl.where(tl.load(active_ptr + sample) != 0, size, 0)
+    mask = at < size
+    x0 = widened(tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0), T)
+    v = widened(tl.load(x_ptr + sample * x_stride + at, mask, other=0.0), T)
+    if grad_ptr is not None:
+        grad = finite_or_zero(widened(tl.load(grad_ptr + sample * grad_stride + at, mask, other=0.0), T))
+        step = finite_or_zero(number(step_size, step_size_ptr, sample, T))
+        v = v + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
+    radius = ball_radius(eps, eps_ptr, sample, T)
+    low = bound(lo, lo_ptr, sample * lo_stride, at, mask, T)
+    high = bound(hi, hi_ptr, sample * hi_stride, at, mask, T)
+    v = clamp(x0 + clamp(v - x0, -radius, radius), low, high)
+    tl.store(x_ptr + sample * x_stride + at, narrowed(v, x0, x_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _key(grad, S: tl.constexpr):
+    """Magnitudes as integers in the same order, without the low bits that ``S`` cannot set."""
+    size = tl.abs(finite_or_zero(grad))
+    if S == tl.float64:
+        return size.to(tl.int64, bitcast=True)
+    elif S == tl.bfloat16:
+        return size.to(tl.int32, bitcast=True) >> 16
+    elif S == tl.float16:
+        return size.to(tl.int32, bitcast=True) >> 13
+    else:
+        return size.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _l2_scale(grad_ptr, step, extent, SPAN: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """``peak`` and ``factor``: the gradient over its peak times ``factor`` is the move, of length ``step``.
+
+    Squares of float32 are exact in float64's range; only float64 gradients are divided by their peak.
+    """
+    peak = tl.full((), 0.0, tl.float64)
+    if T == tl.float64:
+        for start in range(0, SPAN, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            grad = finite_or_zero(widened(tl.load(grad_ptr + at, at < extent, other=0.0), T))
+            peak = tl.maximum(peak, tl.max(tl.abs(grad)))
+    peak = tl.where(peak > 0, peak, 1.0)
+    squares = tl.full((), 0.0, tl.float64)
+    for start in range(0, SPAN, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        grad = finite_or_zero(widened(tl.load(grad_ptr + at, at < extent, other=0.0), T))
+        scaled = grad.to(tl.float64) / peak
+        squares += tl.sum(scaled * scaled)
+    return peak, tl.where(squares > 0, step / tl.sqrt(tl.where(squares > 0, squares, 1.0)), 0.0)
+
+
+@triton.jit
+def _reaching(grad_ptr, key, extent, SPAN: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """How many keys reach each of ``key``, a triple in ascending order."""
+    first = tl.full((), 0, tl.int32)
+    second = tl.full((), 0, tl.int32)
+    third = tl.full((), 0, tl.int32)
+    for start in range(0, SPAN, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        keys = _key(widened(tl.load(grad_ptr + at, at < extent, other=0.0), T), S)
+        first += tl.sum((keys >= key[0]).to(tl.int32))
+        second += tl.sum((keys >= key[1]).to(tl.int32))
+        third += tl.sum((keys >= key[2]).to(tl.int32))
+    return first, second, third
+
+
+@triton.jit
+def _l1_threshold(grad_ptr, kept, extent, SPAN: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """The key that the ``kept`` largest magnitudes reach, and how many do: ``kept`` and ties, but none that is zero."""
+    peak = tl.full((), 0.0, T)
+    for start in range(0, SPAN, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        grad = finite_or_zero(widened(tl.load(grad_ptr + at, at < extent, other=0.0), T))
+        peak = tl.maximum(peak, tl.max(tl.abs(grad)))
+    high = _key(peak, S) + 1  # reached by none
+    low = tl.full((), 1, high.dtype)
+    count, _, _ = _reaching(grad_ptr, (low, high, high), extent, SPAN, S, T, BLOCK)
+    while (count > kept) & (high - low > 1):
+        step = tl.maximum((high - low) // 4, 1)
+        one = tl.minimum(low + step, high)
+        two = tl.minimum(one + step, high)
+        three = tl.minimum(two + step, high)
+        first, second, third = _reaching(grad_ptr, (one, two, three), extent, SPAN, S, T, BLOCK)
+        high = tl.where(first < kept, one, tl.where(second < kept, two, tl.where(third < kept, three, high)))
+        low = tl.where(third >= kept, three, tl.where(second >= kept, two, tl.where(first >= kept, one, low)))
+        count = tl.where(third >= kept, third, tl.where(second >= kept, second, tl.where(first >= kept, first, count)))
+    return low, count
+
+
+@triton.jit
+def _values(x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2: tl.constexpr, T: tl.constexpr):
+    """The moved v = x + move, x0, the bounds, and the displacement's size, cap and sign, for the elements ``at``."""
+    S: tl.constexpr = x_ptr.dtype.element_ty
+    x0 = widened(tl.load(x0_ptr + at, mask, other=0.0), T)
+    v = widened(tl.load(x_ptr + at, mask, other=0.0), T)
+    low = bound(lo, lo_ptr, 0, at, mask, T)
+    high = bound(hi, hi_ptr, 0, at, mask, T)
+    if grad_ptr is not None:
+        grad = finite_or_zero(widened(tl.load(grad_ptr + at, mask, other=0.0), T))
+        if L2:
+            v = v + (grad.to(tl.float64) / move[0] * move[1]).to(T)
+        else:
+            key = _key(grad, S)
+            amount = move[1].to(T)
+            v = v + tl.where((key >= move[0]) & (key > 0), tl.where(grad > 0, amount, -amount), 0.0)
+    d = v - x0
+    d = tl.where(d == d, d, 0.0)  # whatever the input, searches end and squares stay finite
+    LARGEST: tl.constexpr = 1e150 if T == tl.float64 else 3.4e38
+    size = tl.minimum(tl.abs(d), LARGEST)
+    cap = tl.maximum(tl.where(d > 0, high - x0, x0 - low), 0.0)
+    return v, x0, low, high, size, cap, tl.where(d < 0, -1.0, 1.0).to(T)
+
+
+@triton.jit
+def _shrunk(size, cap, head, tail, L2: tl.constexpr):
+    """What the projection leaves of ``size``, given s (l2) or lambda = head + tail (l1)."""
+    if L2:
+        return tl.minimum(size * head, cap)
+    else:
+        return tl.minimum(tl.maximum(size - head - tail, 0.0), cap)
+
+
+@triton.jit(do_not_specialize=["kept", "extent"])
+def _pgd_step_ball_kernel(
+    x_ptr,
+    grad_ptr,
+    x0_ptr,
+    step_size: tl.float64,
+    step_size_ptr,
+    eps: tl.float64,
+    eps_ptr,
+    lo: tl.float64,
+    lo_ptr,
+    hi: tl.float64,
+    hi_ptr,
+    active_ptr,
+    kept,
+    extent,
+    x_stride,
+    grad_stride,
+    x0_stride,
+    lo_stride,
+    hi_stride,
+    L2: tl.constexpr,
+    T: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    S: tl.constexpr = x_ptr.dtype.element_ty
+    sample = tl.program_id(0).to(tl.int64)
+    x_ptr += sample * x_stride
+    x0_ptr += sample * x0_stride
+    if lo_ptr is not None:
+        lo_ptr += sample * lo_stride
+    if hi_ptr is not None:
+        hi_ptr += sample * hi_stride
+    if active_ptr is not None:
+        extent = tl.where(tl.load(active_ptr + sample) != 0, extent, 0)
+
+    move = (0.0, 0.0)
+    if grad_ptr is not None:
+        grad_ptr += sample * grad_stride
+        step = finite_or_zero(number(step_size, step_size_ptr, sample, T)).to(tl.float64)
+        if L2:
+            move = _l2_scale(grad_ptr, step, extent, SPAN, T, BLOCK)
+        else:
+            threshold, count = _l1_threshold(grad_ptr, kept, extent, SPAN, S, T, BLOCK)
+            move = (threshold, step / tl.maximum(count, 1))
+
+    if SPAN == BLOCK:  # one block holds the sample: it is read once
+        at = tl.arange(0, BLOCK)
+        mask = at < extent
+        v, x0, low_bound, high_bound, size, cap, sign = _values(
+            x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2, T
+        )
+
+    # Sums of the box alone, of the displacement, and the number of elements that neither end of [0, cap] holds.
+    within = tl.full((), 0.0, tl.float64)
+    whole = tl.full((), 0.0, tl.float64)
+    free = tl.full((), 0, tl.int32)
+    for start in range(0, SPAN, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < extent
+        if SPAN != BLOCK:
+            _, _, _, _, size, cap, _ = _values(x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2, T)
+        boxed = tl.where(mask, tl.minimum(size, cap), 0.0).to(tl.float64)
+        all_of_it = tl.where(mask, size, 0.0).to(tl.float64)
+        if L2:
+            within += tl.sum(boxed * boxed)
+            whole += tl.sum(all_of_it * all_of_it)
+        else:
+            within += tl.sum(boxed)
+            whole += tl.sum(all_of_it)
+            free += tl.sum(((all_of_it > 0) & (boxed < cap.to(tl.float64))).to(tl.int32))
+
+    radius = ball_radius(eps, eps_ptr, sample, T).to(tl.float64)
+    if L2:
+        # s^2 <- (eps^2 - sum of cap^2 where capped) / (sum of size^2 elsewhere), until no further element is capped.
+        target = radius * radius
+        inside = within <= target
+        square = tl.where(inside, 0.0, target / tl.where(whole > 0, whole, 1.0))
+        capped = tl.full((), -1, tl.int32)
+        going = within > target
+        while going:
+            head = tl.sqrt(square).to(T)
+            room = target
+            rest = tl.full((), 0.0, tl.float64)
+            held = tl.full((), 0, tl.int32)
+            for start in range(0, SPAN, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                mask = at < extent
+                if SPAN != BLOCK:
+                    _, _, _, _, size, cap, _ = _values(
+                        x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2, T
+                    )
+                full = mask & (size * head >= cap)
+                value = tl.where(full, cap, size).to(tl.float64)
+                room -= tl.sum(tl.where(full, value * value, 0.0))
+                rest += tl.sum(tl.where(mask & (size * head < cap), value * value, 0.0))
+                held += tl.sum(full.to(tl.int32))
+            following = room / tl.where(rest > 0, rest, 1.0)
+            going = (held != capped) & (rest > 0) & (following > square) & (following <= 1)
+            square = tl.where(going, following, square)
+            capped = held
+        head = tl.sqrt(square).to(T)
+        tail = tl.full((), 0.0, T)
+    else:
+        # Newton's method for sum of delta = eps inside a bracket, lambda carried in float64.
+        TOLERANCE: tl.constexpr = 1e-13 if T == tl.float64 else 2e-7
+        target = radius
+        inside = within <= target
+        low = tl.full((), 0.0, tl.float64)
+        high = whole
+        total = within
+        going = (within > target) & (target > 0)
+        lam = tl.where(going, low, high)
+        steps = tl.full((), 0, tl.int32)
+        while going:
+            newton = lam + (total - target) / tl.maximum(free, 1)
+            stuck = (free > 0) & (newton == lam)  # lambda is as fine as it gets: its neighbour, or done
+            settled = stuck & (total < target)
+            newton = tl.where(stuck, lam * (1 + 2.3e-16), newton)
+            astray = (free == 0) | (newton <= low) | (newton >= high)
+            slow = (steps >= _PATIENCE) & (steps % 2 == 1)
+            following = tl.where(astray | slow, low + (high - low) / 2, newton)
+            ended = (following <= low) | (following >= high) | (steps >= _MOST_SEARCH_STEPS)
+            lam = tl.where(settled, lam, tl.where(ended, high, following))
+            head = lam.to(T)
+            tail = (lam - head).to(T)
+            total = tl.full((), 0.0, tl.float64)
+            free = tl.full((), 0, tl.int32)
+            for start in range(0, SPAN, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                mask = at < extent
+                if SPAN != BLOCK:
+                    _, _, _, _, size, cap, _ = _values(
+                        x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2, T
+                    )
+                left = tl.where(mask, _shrunk(size, cap, head, tail, L2), 0.0)
+                total += tl.sum(left.to(tl.float64))
+                free += tl.sum(((left > 0) & (left < cap)).to(tl.int32))
+            near = tl.abs(total - target) <= TOLERANCE * target
+            low = tl.where(total > target, lam, low)
+            high = tl.where(total > target, high, lam)
+            going = (near | settled | ended) == 0
+            steps += 1
+        head = lam.to(T)
+        tail = (lam - head).to(T)
+
+    for start in range(0, SPAN, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < extent
+        if SPAN != BLOCK:
+            v, x0, low_bound, high_bound, size, cap, sign = _values(
+                x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2, T
+            )
+        out = tl.where(inside, v, x0 + sign * _shrunk(size, cap, head, tail, L2))
+        tl.store(x_ptr + at, narrowed(clamp(out, low_bound, high_bound), x0, S), mask)
+
+
+def _step(
+    x: Tensor,
+    grad: Tensor | None,
+    x0: Tensor,
+    step_size: float,
+    step_size_tensor: Tensor | None,
+    eps: float,
+    eps_tensor: Tensor | None,
+    norm: str,
+    lo: float,
+    lo_tensor: Tensor | None,
+    hi: float,
+    hi_tensor: Tensor | None,
+    sparsity: float,
+    active: Tensor | None,
+) -> None:
+    if x.numel() == 0:
+        return
+    batch, size = x.shape[0], math.prod(x.shape[1:])
+    active = None if active is None else active.view(torch.uint8)
+    values = (step_size, step_size_tensor, eps, eps_tensor, lo, lo_tensor, hi, hi_tensor, active)
+    strides = (
+        x.stride(0),
+        0 if grad is None else grad.stride(0),
+        x0.stride(0),
+        bound_stride(lo_tensor),
+        bound_stride(hi_tensor),
+    )
+    with on_device(x):
+        if norm == "linf":
+            packed = all(t is None or t.stride(0) == size for t in (x, grad, x0))
+            if packed and all(not isinstance(value, Tensor) for value in values):
+                batch, size = 1, batch * size  # one number each for all: the samples' borders do not matter
+            block = 1024
+            chunks = triton.cdiv(size, block)
+            _pgd_step_linf_kernel[(batch * chunks,)](
+                x,
+                grad,
+                x0,
+                *values,
+                size,
+                chunks,
+                *strides,
+                T=arithmetic(x),
+                BLOCK=block,
+                enable_fp_fusion=False,
+            )
+            return
+        block = 1024 if size <= 1024 else 4096
+        _pgd_step_ball_kernel[(batch,)](
+            x,
+            grad,
+            x0,
+            *values,
+            kept_elements(size, sparsity),
+            size,
+            *strides,
+            L2=norm == "l2",
+            T=arithmetic(x),
+            SPAN=triton.cdiv(size, block) * block,
+            BLOCK=block,
+            num_warps=8 if block > 1024 else 4,
+            enable_fp_fusion=False,
+        )
+
+
+def pgd_step_(
+    x: Tensor,  # [B, ...]
+    grad: Tensor,  # [B, ...]
+    x0: Tensor,  # [B, ...]
+    step_size: float,
+    step_size_tensor: Tensor | None,  # [B]
+    eps: float,
+    eps_tensor: Tensor | None,  # [B]
+    norm: str,
+    lo: float,
+    lo_tensor: Tensor | None,  # [1 or B, ...]
+    hi: float,
+    hi_tensor: Tensor | None,  # [1 or B, ...]
+    sparsity: float,
+    active: Tensor | None,  # [B] bool
+) -> None:
+    _step(
+        x, grad, x0, step_size, step_size_tensor, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, sparsity, active
+    )
+
+
+def project_(
+    x: Tensor,  # [B, ...]
+    x0: Tensor,  # [B, ...]
+    eps: float,
+    eps_tensor: Tensor | None,  # [B]
+    norm: str,
+    lo: float,
+    lo_tensor: Tensor | None,  # [1 or B, ...]
+    hi: float,
+    hi_tensor: Tensor | None,  # [1 or B, ...]
+    active: Tensor | None,  # [B] bool
+) -> None:
+    _step(x, None, x0, 0.0, None, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0.0, active)

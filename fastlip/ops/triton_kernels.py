@@ -1,0 +1,10 @@
+"""The operators in Triton: for GPUs where the CUDA library was not built, and for the interpreter on CPU tensors.
+
+Functions take reference.py's arguments and mean the same; the algorithms are those of csrc/kernels/cuda. One file per
+operator stands in ``_triton``.
+"""
+
+from fastlip.ops._triton.pgd_step import pgd_step_, project_
+from fastlip.ops._triton.random_start import random_start
+
+__all__ = ["pgd_step_", "project_", "random_start"]
