@@ -208,7 +208,7 @@ def test_nan_stays_in_its_sample(device, norm, which):
 def test_results_are_feasible(device, norm, dtype):
     n = 301
     for seed in range(2 if INTERPRETED else 8):
-        for eps in (2.0, 0.3, 1e-3, 1e-6):
+        for eps in (0.3, 1e-6) if INTERPRETED else (2.0, 0.3, 1e-3, 1e-6):
             x, grad, x0 = make((8, n), dtype, device, seed, spread=10.0 ** (-seed % 4))
             x0[0], x0[1], x0[2, ::2] = 0.0, 1.0, 0.0
             for got in (
@@ -223,7 +223,7 @@ def test_results_are_feasible(device, norm, dtype):
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_projection_is_the_nearest_point(device, norm):
     """The variational inequality <z - Pz, y - Pz> <= 0 for all feasible y characterises the projection."""
-    z, _, x0 = make((64, 50), torch.float64, device, spread=0.7)
+    z, _, x0 = make((8 if INTERPRETED else 64, 50), torch.float64, device, spread=0.7)
     eps = 1.5 if norm == "l2" else 6.0
     p = ops.project(z, x0, eps=eps, norm=norm)
     used = (p - x0).norm(p=2 if norm == "l2" else 1, dim=1)

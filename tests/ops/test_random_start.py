@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_inputs import DEVICES, NORMS
+from op_inputs import DEVICES, INTERPRETED, NORMS
 from scipy import stats
 
 from fastlip import ops
@@ -46,7 +46,7 @@ def test_philox_known_answers(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_laws_of_uniform_balls(device, dtype):
-    batch, n = 400, 5
+    batch, n = 80 if INTERPRETED else 400, 5
     x0 = centre(batch, n, device=device, dtype=dtype)
     unit = {p: ((start(x0, p, seed=11) - x0) / 0.25).double().cpu() for p in NORMS}
     assert stats.kstest(unit["linf"].flatten(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
@@ -59,7 +59,7 @@ def test_laws_of_uniform_balls(device, dtype):
     one = unit["l1"].abs() / radius["l1"][:, None]
     assert stats.kstest(one[:, 4], stats.beta(1, n - 1).cdf).pvalue > 1e-3
     for p in NORMS:
-        assert abs(float((unit[p] > 0).double().mean()) - 0.5) < 0.05, p
+        assert abs(float((unit[p] > 0).double().mean()) - 0.5) < 0.1, p
 
 
 @pytest.mark.parametrize("norm", NORMS)
