@@ -1,0 +1,295 @@
+"""A sound upper bound on the Lipschitz constant of a whole network."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlip.lipschitz._graph import Step, fold_scales, origin_of, trace, walk
+from fastlip.lipschitz._registry import Diagonal
+from fastlip.lipschitz._residual import Block, block_factor, block_operators, find_block
+from fastlip.norms import NormInterval, Operator, Settings, diagonal_norm, operator_norms
+
+# Relative width of auxiliary norms, in units of that of the layers.
+_AUXILIARY = 4.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One factor of a bound.
+
+    Attributes:
+        name: qualified module name, or where a function is called.
+        kind: class of the module, or the function.
+        log10_factor: log10 of what this part multiplies the constant by.
+        norm: interval of the layer's norm, for layers with weights.
+        branches: for a sum or a concatenation, the parts of each branch since they parted.
+    """
+
+    name: str
+    kind: str
+    log10_factor: float
+    norm: NormInterval | None = None
+    branches: tuple[tuple["Part", ...], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values."""
+        result: dict[str, Any] = {"name": self.name, "kind": self.kind, "log10_factor": self.log10_factor}
+        if self.norm is not None:
+            result |= {"lower": self.norm.lower, "upper": self.norm.upper, "confidence": self.norm.confidence}
+        if self.branches:
+            result["branches"] = [[part.to_dict() for part in branch] for branch in self.branches]
+        return result
+
+
+@dataclass(frozen=True)
+class LipschitzBound:
+    """Upper bound on a network's L2 Lipschitz constant from its input to its output, in eval mode.
+
+    Attributes:
+        log10_upper: log10 of the bound.
+        confidence: probability that the bound holds, over the random starts; 1.0 when deterministic.
+        parts: the factors from input to output; their logarithms add up to ``log10_upper``.
+        log10_product: log10 of the plain product of the layers' upper norms, BatchNorm folded. It is what is often
+            quoted, and no bound for a network with skips.
+        log10_margin: log10 of a bound for the difference of any two outputs, as margins need: with the largest distance
+            of two rows of the last layer if that is linear, and the root of 2 times the bound otherwise.
+        log10_plain: log10 of the bound with skip + branch for every residual block.
+        seed: seed of the random starts, None if nothing was drawn.
+    """
+
+    log10_upper: float
+    confidence: float
+    parts: tuple[Part, ...]
+    log10_product: float
+    log10_margin: float
+    log10_plain: float
+    seed: int | None
+
+    @property
+    def upper(self) -> float:
+        """The bound itself; inf where it overflows a float."""
+        return _exp10(self.log10_upper)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for JSON apart from an infinite ``upper``."""
+        return {
+            "upper": self.upper,
+            "log10_upper": self.log10_upper,
+            "confidence": self.confidence,
+            "log10_product": self.log10_product,
+            "log10_margin": self.log10_margin,
+            "log10_plain": self.log10_plain,
+            "seed": self.seed,
+            "parts": [part.to_dict() for part in self.parts],
+        }
+
+    def __str__(self) -> str:
+        chance = "certain" if self.confidence == 1.0 else f"confidence 1 - {1.0 - self.confidence:.2g}"
+        head = f"L2 Lipschitz constant at most {_show(self.log10_upper)} ({chance})"
+        tail = f"skip + branch {_show(self.log10_plain)}; plain product of layer norms {_show(self.log10_product)}"
+        return "\n".join([head, *_lines(self.parts, 1), tail])
+
+
+def lipschitz_bound(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    rtol: float = 1e-2,
+    confidence: float = 1.0 - 1e-6,
+    method: str = "auto",
+    generator: torch.Generator | None = None,
+    starts: int = 4,
+    max_steps: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_memory: int = 1 << 31,
+    tight_residuals: bool = True,
+) -> LipschitzBound:
+    """Bound a network's L2 Lipschitz constant on inputs of one shape, by composition over its traced graph.
+
+    Layers with weights contribute the upper side of their norm, BatchNorm and input normalisation multiplied in
+    beforehand; activations and pooling contribute constants of their own; sums the sum of their branches,
+    concatenations the root of their sum of squares. Residual blocks of layers with monotone activations between them
+    get a tighter constant than skip + branch (after Fazlyab et al. 2023). All of it is a product of worst cases: sound,
+    and far above what any input shows.
+
+    Args:
+        model: a module that torch.fx can trace, from one tensor to one tensor; it is left as it was.
+        input_shape: shape of one input without the batch axis, such as (3, 32, 32).
+        rtol: relative width at which the iteration for a layer's norm stops.
+        confidence: probability that the bound holds.
+        method: see :func:`fastlip.norms.conv_norm`.
+        generator: source of the random starts; by default one seeded by the operating system.
+        starts: see :func:`fastlip.norms.conv_norm`.
+        max_steps: see :func:`fastlip.norms.conv_norm`.
+        dtype: see :func:`fastlip.norms.conv_norm`.
+        max_memory: see :func:`fastlip.norms.conv_norm`.
+        tight_residuals: whether residual blocks get their tighter constant, which takes up to three more norms each and
+            half of 1 - ``confidence``; only where ``method`` iterates.
+
+    Raises:
+        ValueError: the model cannot be traced, or something in it has no rule or no bound; the message names it.
+    """
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    settings = Settings(rtol, confidence, method, starts, max_steps, dtype, max_memory, generator)
+    last = trace(model, tuple(input_shape))
+    fold_scales(last)
+    steps = walk(last)
+    blocks = _blocks(steps) if tight_residuals and method in ("auto", "lanczos", "power") else []
+    # Two families of random starts, each with its share of what may fail, whichever operators turn out to need them.
+    share = replace(settings, confidence=1.0 - (1.0 - confidence) / 2.0) if blocks else settings
+    norms = _norms(steps, share)
+    logs = {step: _log10(_constant(step, norms)) for step in steps if not isinstance(step.factor, str)}
+    plain = _compose(steps, logs, {})
+    # Their norms stand in sums beside other terms, where less accuracy does.
+    tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * rtol))
+    totals = _compose(steps, logs, tighter)
+    given = [n.confidence for n in norms.values() if n.confidence < 1.0] + chances
+    drawn = bool(chances) or any(isinstance(s.factor, Operator) and norms[s].confidence < 1.0 for s in norms)
+    # Operators share 1 - confidence; intervals that rules return fail on their own account.
+    own = sum(1.0 - norms[s].confidence for s in norms if isinstance(s.factor, NormInterval))
+    layers = [s for s in steps if isinstance(s.factor, (Operator, NormInterval))]
+    return LipschitzBound(
+        totals[last],
+        max(0.0, (confidence if drawn else 1.0) - own) if given else 1.0,
+        tuple(_chain(last, None, totals, logs, norms, set())),
+        sum(logs[s] for s in layers),
+        _margin(last, totals),
+        plain[last],
+        generator.initial_seed() if drawn else None,
+    )
+
+
+def _norms(steps: list[Step], settings: Settings) -> dict[Step, NormInterval]:
+    """Intervals of all layers; a module that is used several times on one shape is computed once."""
+    pending: dict[tuple[int, tuple[int, ...]], list[Step]] = {}
+    norms: dict[Step, NormInterval] = {}
+    for step in steps:
+        if isinstance(step.factor, NormInterval):
+            norms[step] = step.factor
+        elif isinstance(step.factor, Operator):
+            same = step if step.scaled or step.module is None else step.module
+            key = (id(same), step.inputs[0].shape)
+            pending.setdefault(key, []).append(step)
+    operators = [group[0].factor for group in pending.values()]
+    intervals = operator_norms([op for op in operators if isinstance(op, Operator)], settings)
+    for group, interval in zip(pending.values(), intervals, strict=True):
+        norms |= dict.fromkeys(group, interval)
+    return norms
+
+
+def _constant(step: Step, norms: dict[Step, NormInterval]) -> float:
+    if step in norms:
+        return norms[step].upper
+    if isinstance(step.factor, Diagonal):
+        return diagonal_norm(step.factor.scale)
+    assert isinstance(step.factor, (int, float))
+    return float(step.factor)
+
+
+def _blocks(steps: list[Step]) -> list[Block]:
+    found = (find_block(step, origin_of(step)) for step in steps if step.factor == "sum")
+    return [block for block in found if block is not None]
+
+
+def _tighten(
+    blocks: list[Block], plain: dict[Step, float], norms: dict[Step, NormInterval], settings: Settings
+) -> tuple[dict[Step, tuple[Step, float]], list[float]]:
+    """For each block's sum its origin and log10 of its tighter constant, and the chances taken on the way."""
+    before = [_exp10(plain[block.layers[-1].inputs[0]] - plain[block.origin]) for block in blocks]
+    finite = [i for i, block in enumerate(blocks) if math.isfinite(plain[block.total]) and math.isfinite(before[i])]
+    requests = {i: block_operators(blocks[i], norms, before[i]) for i in finite}
+    intervals = iter(operator_norms([op for ops in requests.values() for op in ops], settings))
+    tighter: dict[Step, tuple[Step, float]] = {}
+    chances: list[float] = []
+    for i, ops in requests.items():
+        auxiliary = [next(intervals) for _ in ops]
+        chances += [interval.confidence for interval in auxiliary if interval.confidence < 1.0]
+        factor = block_factor(blocks[i], ops, norms, auxiliary, before[i])
+        tighter[blocks[i].total] = (blocks[i].origin, _log10(factor))
+    return tighter, chances
+
+
+def _compose(steps: list[Step], logs: dict[Step, float], tighter: dict[Step, tuple[Step, float]]) -> dict[Step, float]:
+    """log10 of the bound from the model's input to each step."""
+    totals: dict[Step, float] = {}
+    for step in steps:
+        if step.factor == "sum":
+            totals[step] = _log10_sum([totals[source] for source in step.inputs])
+            if step in tighter:
+                origin, factor = tighter[step]
+                totals[step] = min(totals[step], totals[origin] + factor)
+        elif step.factor == "concatenation":
+            totals[step] = 0.5 * _log10_sum([2.0 * totals[source] for source in step.inputs])
+        else:
+            totals[step] = logs[step] + (totals[step.inputs[0]] if step.inputs else 0.0)
+    return totals
+
+
+def _margin(last: Step, totals: dict[Step, float]) -> float:
+    """log10 of a bound for the difference of any two outputs."""
+    bound = totals[last] + 0.5 * math.log10(2.0)
+    if isinstance(last.factor, Operator) and isinstance(last.module, nn.Linear) and len(last.shape) == 1:
+        rows = last.factor.weight.double()
+        # A direct distance, without the cancellation of the quadratic expansion.
+        distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").max().item()
+        bound = min(bound, totals[last.inputs[0]] + _log10(distance * (1.0 + 1e-12)))
+    return bound
+
+
+def _chain(
+    step: Step,
+    stop: Step | None,
+    totals: dict[Step, float],
+    logs: dict[Step, float],
+    norms: dict[Step, NormInterval],
+    shown: set[Step],
+) -> list[Part]:
+    """The parts between two steps, the later one included; what was shown in another branch is not repeated."""
+    parts: list[Part] = []
+    while step is not stop and step.inputs and step not in shown:
+        shown.add(step)
+        if isinstance(step.factor, str):
+            origin = origin_of(step)
+            branches = tuple(tuple(_chain(source, origin, totals, logs, norms, shown)) for source in step.inputs)
+            log = totals[step] - totals[origin] if math.isfinite(totals[step]) else -math.inf
+            parts.append(Part(step.name, step.factor, log, None, branches))
+            step = origin
+        else:
+            if not step.folded and (logs[step] != 0.0 or step in norms):
+                kind = f"{step.kind} + scale" if step.scaled else step.kind
+                parts.append(Part(step.name, kind, logs[step], norms.get(step)))
+            step = step.inputs[0]
+    return parts[::-1]
+
+
+def _lines(parts: tuple[Part, ...], depth: int) -> Iterator[str]:
+    for part in parts:
+        yield f"{'  ' * depth}× {_show(part.log10_factor)}  {part.name} ({part.kind})"
+        for branch in part.branches:
+            yield f"{'  ' * (depth + 1)}branch {_show(sum(p.log10_factor for p in branch))}"
+            yield from _lines(branch, depth + 2)
+
+
+def _show(log10: float) -> str:
+    return f"{_exp10(log10):.4g}" if abs(log10) < 6 else f"10^{log10:.3f}"
+
+
+def _log10(x: float) -> float:
+    return math.log10(x) if x > 0.0 else -math.inf
+
+
+def _exp10(x: float) -> float:
+    return 10.0**x if x < 308.0 else math.inf
+
+
+def _log10_sum(logs: list[float]) -> float:
+    largest = max(logs)
+    if math.isinf(largest):
+        return largest
+    return largest + math.log10(sum(10.0 ** (log - largest) for log in logs))

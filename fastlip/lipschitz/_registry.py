@@ -1,0 +1,72 @@
+"""The registry of rules: what the L2 Lipschitz constant of each kind of module is."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fastlip.norms import NormInterval, Operator
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """A map that scales each channel by its own factor, and may shift it.
+
+    It is multiplied into a neighbouring convolution or linear layer where there is one.
+
+    Attributes:
+        scale: factors, [C] float64.
+    """
+
+    scale: Tensor
+
+
+Factor = float | NormInterval | Operator | Diagonal
+Rule = Callable[[nn.Module, tuple[int, ...]], Factor]
+
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def rule(*modules: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Register the Lipschitz rule of one or more module classes, and of their subclasses without a rule of their own.
+
+    The decorated function takes the module, in eval mode, and the shape of one input without its batch axis. It returns
+    an upper bound on the module's L2 Lipschitz constant as a float, a :class:`fastlip.norms.NormInterval`, or the
+    linear map itself (:class:`fastlip.norms.Operator`), whose norm then joins the others at one joint confidence;
+    :class:`Diagonal` for a factor per channel. It raises ValueError where no bound exists.
+
+    Example:
+        >>> @fastlip.lipschitz.rule(MyActivation)
+        ... def _(module, input_shape):
+        ...     return 1.0
+    """
+
+    def register(function: Rule) -> Rule:
+        for module in modules:
+            _RULES[module] = function
+        return function
+
+    return register
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """The rule of the nearest class a module derives from, or None."""
+    for cls in type(module).__mro__:
+        if cls in _RULES:
+            return _RULES[cls]
+    return None
+
+
+def missing_rule(what: str, name: str) -> ValueError:
+    """The error for something without a rule."""
+    return ValueError(
+        f"no Lipschitz rule for {what} (at {name}); register one with @fastlip.lipschitz.rule(TheModule), "
+        "a function (module, input_shape) -> upper bound on its L2 Lipschitz constant"
+    )
+
+
+def axes_of(value: int | Sequence[int] | None, axes: int, default: int = 1) -> tuple[int, ...]:
+    """One integer per axis from torch's int-or-tuple arguments."""
+    if value is None:
+        value = default
+    return (value,) * axes if isinstance(value, int) else tuple(value)

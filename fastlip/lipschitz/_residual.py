@@ -1,0 +1,169 @@
+"""Residual blocks, bounded more tightly than skip + branch.
+
+Identity blocks: with slopes in [0, 1] an activation is half the identity plus a map with constant 1/2, a loop
+transformation (M. Fazlyab, T. Entesari, A. Roy and R. Chellappa, "Certified robustness via dynamic margin
+maximization and improved Lipschitz regularization", NeurIPS 2023). What is linear is then added to the skip before any
+norm is taken.
+
+Projection blocks: D x + C g(x) is [D, a C] applied to (x, g(x) / a), for every a > 0.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from fastlip.lipschitz._graph import Step
+from fastlip.norms import Composed, NormInterval, Operator, simplify, trim
+
+_KEEP = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_MONOTONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Softsign)
+# Composed operators are not normalised; float32 holds products of such weights.
+_ORDINARY = (1e-6, 1e6)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A sum of an identity or a projection, and a branch of layers with activations between them.
+
+    Attributes:
+        total: the step that adds.
+        origin: the step both branches come from.
+        layers: the branch's layers, first applied first.
+        projection: the layer on the other branch, None for the identity.
+    """
+
+    total: Step
+    origin: Step
+    layers: tuple[Step, ...]
+    projection: Step | None
+
+
+def find_block(step: Step, origin: Step) -> Block | None:
+    """The residual block that ends in a sum, if it is one of those bounded here."""
+    if step.factor != "sum" or len(step.inputs) != 2:
+        return None
+    ends = [_strip(source, origin) for source in step.inputs]
+    for skip, branch in (ends, ends[::-1]):
+        if skip is origin:
+            layers = _layers(branch, origin)
+            if layers is not None and len(layers) in (2, 3):
+                return Block(step, origin, layers, None)
+        elif _is_layer(skip) and _strip(skip.inputs[0], origin) is origin and _is_layer(branch):
+            matrices = [simplify(op) for op in (skip.factor, branch.factor) if isinstance(op, Operator)]
+            if all(not m.kernel and m.groups == 1 and _ordinary(m.weight) for m in matrices) and skip is not branch:
+                return Block(step, origin, (branch,), skip)
+    return None
+
+
+def _strip(step: Step, origin: Step) -> Step:
+    """Skip steps that pass their input on."""
+    while step is not origin and step.inputs and (step.folded or isinstance(step.module, _KEEP)):
+        step = step.inputs[0]
+    return step
+
+
+def _is_layer(step: Step) -> bool:
+    return (
+        isinstance(step.factor, Operator)
+        and not isinstance(step.module, _ConvTransposeNd)
+        and step.factor.input_shape == step.inputs[0].shape
+        and step.factor.output_shape == step.shape
+    )
+
+
+def _ordinary(weight: Tensor) -> bool:
+    return _ORDINARY[0] <= weight.abs().max().item() <= _ORDINARY[1]
+
+
+def _has_slopes_in_unit_interval(step: Step) -> bool:
+    module = step.module
+    if isinstance(module, nn.LeakyReLU):
+        return 0.0 <= module.negative_slope <= 1.0
+    if isinstance(module, (nn.ELU, nn.CELU)):
+        return isinstance(module, nn.CELU) or 0.0 <= module.alpha <= 1.0
+    return isinstance(module, _MONOTONE)
+
+
+def _layers(step: Step, origin: Step) -> tuple[Step, ...] | None:
+    """Layers between two steps with one activation between any two of them; None if there is anything else."""
+    found: list[Step] = []
+    while True:
+        if not _is_layer(step) or not isinstance(step.factor, Operator) or not _ordinary(step.factor.weight):
+            return None
+        found.append(step)
+        step = _strip(step.inputs[0], origin)
+        if step is origin:
+            return tuple(reversed(found))
+        if not _has_slopes_in_unit_interval(step):
+            return None
+        step = _strip(step.inputs[0], origin)
+        if step is origin:
+            return None
+
+
+def block_operators(block: Block, norms: dict[Step, NormInterval], before: float) -> list[Composed | Operator]:
+    """The auxiliary operators whose norms :func:`block_factor` takes, in its order.
+
+    Args:
+        block: the block.
+        norms: intervals of its layers.
+        before: for a projection block, the constant from the origin to the input of the branch's last layer.
+    """
+    ops = tuple(trim(_operator(step)) for step in block.layers)
+    bounds = tuple(norms[step].upper for step in block.layers)
+    if block.projection is not None:
+        d, c = simplify(_operator(block.projection)).weight.double(), simplify(ops[0]).weight.double()
+        return [Operator(torch.cat([d, _best_weight(d, c, before) * c], dim=1))]
+    if len(ops) == 2:
+        return [Composed(ops, bounds, scale=0.5, identity=1.0)]
+    return [
+        Composed(ops, bounds, scale=0.25, identity=1.0),
+        Composed(ops[1:], bounds[1:]),
+        Composed(ops[:2], bounds[:2]),
+    ]
+
+
+def block_factor(
+    block: Block,
+    operators: list[Composed | Operator],
+    norms: dict[Step, NormInterval],
+    auxiliary: list[NormInterval],
+    before: float,
+) -> float:
+    """Upper bound on the block's Lipschitz constant."""
+    bounds = [norms[step].upper for step in block.layers]
+    uppers = [interval.upper for interval in auxiliary]
+    if block.projection is not None:
+        # The weight a is read off the operator that was bounded.
+        joint = operators[0]
+        assert isinstance(joint, Operator)
+        c = simplify(_operator(block.layers[0])).weight.double()
+        at = int(c.abs().argmax())
+        a = (joint.weight[:, -c.shape[1] :].flatten()[at] / c.flatten()[at]).item()
+        return uppers[0] * math.hypot(1.0, before / a) * (1.0 + 1e-12)
+    if len(bounds) == 2:
+        return (uppers[0] + 0.5 * bounds[0] * bounds[1]) * (1.0 + 1e-14)
+    one, two, three = bounds
+    linear, later, earlier = uppers
+    return (linear + 0.25 * (later * one + three * earlier + three * two * one)) * (1.0 + 1e-14)
+
+
+def _operator(step: Step) -> Operator:
+    assert isinstance(step.factor, Operator)
+    return step.factor
+
+
+def _best_weight(d: Tensor, c: Tensor, before: float) -> float:
+    """The a for which ||[d, a c]|| sqrt(1 + (before / a)^2) is about least; any positive number would be sound."""
+    first = math.sqrt(before * d.norm().item() / c.norm().item())
+    candidates = [first * 2.0 ** (0.5 * i) for i in range(-3, 4)] if first > 0.0 else [1.0]
+    weights = torch.tensor(candidates, dtype=torch.float64, device=d.device)
+    v = torch.ones(len(candidates), len(d), dtype=torch.float64, device=d.device)
+    for _ in range(15):
+        v = (v @ d) @ d.mT + weights[:, None] ** 2 * ((v @ c) @ c.mT)
+        growth = torch.linalg.vector_norm(v, dim=1)
+        v = v / growth[:, None].clamp_min(1e-300)
+    return candidates[int((growth * (1.0 + (before / weights) ** 2)).argmin())]

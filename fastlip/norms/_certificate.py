@@ -1,0 +1,162 @@
+"""Upper bounds on the largest singular value that hold with a stated probability over the random starts.
+
+Sources: J. D. Dixon, "Estimating extremal eigenvalues and condition numbers of matrices", SIAM J. Numer. Anal. 20
+(1983); J. L. M. van Dorsselaer, M. E. Hochstenbach and H. A. van der Vorst, "Computing probabilistic bounds for extreme
+eigenvalues of symmetric matrices with the Lanczos method", SIAM J. Matrix Anal. Appl. 22 (2001); M. E. Hochstenbach,
+"Probabilistic upper bounds for the matrix two-norm", J. Sci. Comput. 57 (2013).
+
+All of them rest on one event. Let q be a unit eigenvector of A^T A for its largest eigenvalue and v uniform on the unit
+sphere of R^N; then <q, v>^2 has the Beta(1/2, (N - 1) / 2) distribution. While |<q, v>| >= overlap(N, eta, b), which
+fails for all of b independent starts with probability eta, every bound below holds, whatever number of steps was done.
+"""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+def overlap(dimension: int, eta: float, starts: int) -> float:
+    """The number a with P(|<q, v>| < a) = eta^(1 / starts) for v uniform on the unit sphere of R^dimension.
+
+    P is an integral of cos^(dimension - 2) from 0 to asin(a); the result is rounded towards 0.
+    """
+    if dimension == 1:
+        return 1.0
+    target = eta ** (1.0 / starts)
+    log_scale = math.lgamma(dimension / 2) - math.lgamma((dimension - 1) / 2) - 0.5 * math.log(math.pi)
+
+    def probability(angle: float) -> float:
+        points = 0.5 * angle * (_NODES + 1.0)
+        density = np.exp(log_scale + (dimension - 2) * np.log(np.cos(points)))
+        return angle * float(_WEIGHTS @ density)
+
+    # Beyond 40 standard deviations nothing is left, and a shorter interval keeps the quadrature exact.
+    low, high = 0.0, min(0.5 * math.pi * (1.0 - 1e-15), 40.0 / math.sqrt(dimension))
+    while probability(high / 2) > target:
+        high /= 2
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if probability(middle) < target else (low, middle)
+    return math.sin(low) * (1.0 - 1e-6)
+
+
+def sketch_scale(eta: float, sketches: int) -> float:
+    """The number d with P(max_j |<w, z_j>| < d) = eta for a unit vector w and Gaussian z_1, ..., z_sketches.
+
+    So ||F|| <= max_j ||F z_j|| / d fails with probability at most eta, for any F chosen independently of the z_j.
+    """
+    return NormalDist().inv_cdf(0.5 + 0.5 * eta ** (1.0 / sketches)) * (1.0 - 1e-6)
+
+
+def tridiagonal(diagonal: Array, off_diagonal: Array) -> Array:
+    """Symmetric [..., k, k] from diagonals [..., k] and off-diagonals [..., k], whose last entry is not used."""
+    steps = diagonal.shape[-1]
+    index = np.arange(steps)
+    matrix = np.zeros((*diagonal.shape, steps))
+    matrix[..., index, index] = diagonal
+    matrix[..., index[1:], index[:-1]] = matrix[..., index[:-1], index[1:]] = off_diagonal[..., :-1]
+    return matrix
+
+
+def ritz_values(diagonal: Array, off_diagonal: Array) -> Array:
+    """Eigenvalues of T, [..., k] in ascending order."""
+    return np.asarray(np.linalg.eigvalsh(tridiagonal(diagonal, off_diagonal)), dtype=np.float64)
+
+
+def krylov_bound(
+    theta: Array,
+    diagonal: Array,
+    off_diagonal: Array,
+    last: Array,
+    residual: Array,
+    overlaps: Array,
+    bisections: int = 48,
+) -> Array:
+    """Upper bounds on sigma_1 from Lanczos tridiagonals, one per chain.
+
+    With A^T A V = V T + b_k v_{k+1} e_k^T + F the bound on sigma_1^2 is the root, right of T's eigenvalues, of
+    ||v_{k+1}|| b_1 ... b_k / det(t I - T) + ||F|| ||(t I - T)^{-1} e_1|| = overlap. It needs no orthogonality of V.
+
+    Args:
+        theta: eigenvalues of T in ascending order, [C, k].
+        diagonal: diagonal of T, [C, k].
+        off_diagonal: b_1 ... b_k, [C, k]; the last one couples to v_{k+1}.
+        last: norm of v_{k+1}, [C].
+        residual: upper bound on ||F||, [C].
+        overlaps: lower bound on |<q, v_1>|, [C].
+        bisections: halvings of the bracket; its upper end is returned, so that fewer are coarser and as sound.
+
+    Returns:
+        Upper bounds on sigma_1, [C].
+    """
+    steps = diagonal.shape[1]
+    matrix = tridiagonal(diagonal, off_diagonal)
+    identity, first = np.eye(steps), np.eye(steps, 1)
+    top = np.maximum(theta[:, -1], 0.0)
+    # The eigenvalues are those of a perturbed T, and the solves below are rounded: both are parts of F.
+    residual = 1.01 * (residual + 8.0 * steps * np.finfo(np.float64).eps * np.abs(theta).max(axis=1))
+    with np.errstate(divide="ignore"):
+        log_product = np.log(off_diagonal).sum(axis=1) + np.log(last)
+
+    def exceeds(t: Array) -> NDArray[np.bool_]:
+        """Whether the left side is above the overlap at t, so that the root is further right."""
+        with np.errstate(over="ignore"):
+            tail = np.exp(log_product - np.log(t[:, None] - theta).sum(axis=1))
+        solution = np.linalg.solve(t[:, None, None] * identity - matrix, first)
+        # Anything undefined counts as above.
+        return ~(tail + residual * np.linalg.norm(solution, axis=(1, 2)) <= overlaps)
+
+    # Both terms fall below overlap / 2 here: bisect the logarithm of the distance from the largest Ritz value.
+    with np.errstate(divide="ignore"):
+        far = np.maximum((log_product + np.log(2.0 / overlaps)) / steps, np.log(2.0 * residual / overlaps)) + np.log(
+            4.0
+        )
+    scale = np.where(top > 0.0, top, 1.0)
+    high = np.maximum(far, np.log(scale)) + 1.0
+    low = np.log(scale * 1e-12)
+    for _ in range(bisections):
+        middle = 0.5 * (low + high)
+        right = exceeds(top + np.exp(middle))
+        low, high = np.where(right, middle, low), np.where(right, high, middle)
+    return np.sqrt(top + np.exp(high)) * (1.0 + 1e-12)
+
+
+def power_bound(log_growth: Array, log_prefix: Array, log_error: float, overlaps: Array) -> Array:
+    """Dixon's upper bounds on sigma_1 after k steps of v <- A^T A v / c, with rounding; one per chain.
+
+    From c_i <q, v_{i+1}> = t <q, v_i> + e_i, t = sigma_1^2: |<q, v_1>| t^k is at most
+    ||v_{k+1}|| c_1 ... c_k + sum_i |e_i| c_1 ... c_{i-1} t^{k-i}.
+
+    Args:
+        log_growth: log(c_1 ... c_k ||v_{k+1}||), [C].
+        log_prefix: log(c_1 ... c_{i-1}) for i = 1 ... k, [C, k].
+        log_error: logarithm of an upper bound on every |e_i|.
+        overlaps: lower bound on |<q, v_1>|, [C].
+
+    Returns:
+        Upper bounds on sigma_1, [C].
+    """
+    steps = log_prefix.shape[1]
+    order = np.arange(1, steps + 1)
+
+    def exceeds(log_t: Array) -> NDArray[np.bool_]:
+        terms = log_error + log_prefix - order * log_t[:, None]
+        largest = np.maximum(terms.max(axis=1), log_growth - steps * log_t)
+        total = np.exp(terms - largest[:, None]).sum(axis=1) + np.exp(log_growth - steps * log_t - largest)
+        return largest + np.log(total) > np.log(overlaps)
+
+    low = log_growth / steps
+    high = low + 1.0
+    while (beyond := exceeds(high)).any():
+        high = np.where(beyond, high + (high - low), high)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        right = exceeds(middle)
+        low, high = np.where(right, middle, low), np.where(right, high, middle)
+    return np.exp(0.5 * high) * (1.0 + 1e-12)

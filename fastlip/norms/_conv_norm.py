@@ -1,0 +1,76 @@
+"""The norm of one convolution."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlip.norms._interval import NormInterval
+from fastlip.norms._operator import conv_operator
+from fastlip.norms._solve import Settings, operator_norms
+
+
+def conv_norm(
+    weight: Tensor,  # [Cout, Cin / groups, *kernel]
+    input_size: int | Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    rtol: float = 1e-2,
+    confidence: float = 1.0 - 1e-6,
+    method: str = "auto",
+    generator: torch.Generator | None = None,
+    starts: int = 4,
+    max_steps: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_memory: int = 1 << 31,
+) -> NormInterval:
+    """Largest singular value of the convolution as a network applies it, from both sides.
+
+    The operator is conv1d, conv2d or conv3d with its stride, padding, dilation, groups and input size, borders
+    included; the bias plays no part. Small operators, 1x1 kernels, windows that do not overlap and kernels as large as
+    the input are exact. Otherwise Golub-Kahan-Lanczos iteration runs from several random starts: the lower side is
+    evaluated on the best Ritz vector, the upper side is a bound that fails with probability at most 1 - ``confidence``
+    over the starts, rounding included (van Dorsselaer, Hochstenbach, van der Vorst 2001; Dixon 1983 for "power").
+
+    Args:
+        weight: kernel, [Cout, Cin / groups, *kernel] with 1 to 3 kernel axes, floating point.
+        input_size: spatial size of the input, one number or one per axis.
+        stride: as in torch.
+        padding: as in torch; numbers, "same" or "valid".
+        dilation: as in torch.
+        groups: as in torch.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+        rtol: relative width at which iteration stops.
+        confidence: probability that the upper side holds where it depends on random starts.
+        method: "auto"; "lanczos" or "power" to iterate in any case; with certainty "svd" (the dense matrix), "cholesky"
+            (factorisation of its Gram matrix), "ring" (the circular convolution that this one is part of) or "gram"
+            (Gram iteration on that one; Delattre et al. 2023). The last two are upper bounds of another operator, loose
+            on small inputs.
+        generator: source of the starts; by default one seeded by the operating system.
+        starts: independent starts of an iteration; at least 4 are advisable in float32.
+        max_steps: most steps of an iteration; 300 for "lanczos", 2000 for "power" if None.
+        dtype: arithmetic of "lanczos", torch.float32 or torch.float64; both are certified in float64.
+        max_memory: bytes that the iteration's vectors, or the matrix of "svd", may take.
+
+    Returns:
+        The interval. ``converged`` is False where it is wider than ``rtol``; it holds all the same.
+
+    Raises:
+        TypeError: ``weight`` is not a floating-point tensor.
+        ValueError: an argument is wrong, or ``weight`` holds NaN or infinite values.
+    """
+    settings = Settings(rtol, confidence, method, starts, max_steps, dtype, max_memory, generator)
+    op = conv_operator(
+        weight,
+        input_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+    )
+    return operator_norms([op], settings)[0]

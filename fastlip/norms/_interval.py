@@ -1,0 +1,42 @@
+"""What a norm computation returns."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NormInterval:
+    """Two-sided bound on an operator's largest singular value.
+
+    The norm lies in [``lower``, ``upper``] with probability at least ``confidence`` over the random starts. ``lower``
+    never depends on chance: it is attained by an explicit vector, up to the rounding it is lowered by.
+
+    Attributes:
+        lower: lower side, >= 0.
+        upper: upper side; never derived from the lower one.
+        confidence: probability that ``upper`` holds; 1.0 when the method is deterministic.
+        method: what produced the upper side, such as "lanczos", "power", "svd" or "closed form".
+        iterations: applications of the operator and its adjoint per start; 0 for exact methods.
+        converged: whether ``upper <= lower * (1 + rtol)``.
+    """
+
+    lower: float
+    upper: float
+    confidence: float
+    method: str
+    iterations: int
+    converged: bool
+
+    @property
+    def width(self) -> float:
+        """Relative width ``upper / lower - 1``; 0 for the zero operator."""
+        if self.upper == 0.0:
+            return 0.0
+        return self.upper / self.lower - 1.0 if self.lower > 0.0 else float("inf")
+
+    def __str__(self) -> str:
+        return f"[{self.lower:.6g}, {self.upper:.6g}] ({self.method}, confidence {confidence_text(self.confidence)})"
+
+
+def confidence_text(confidence: float) -> str:
+    """A confidence the way it is read: "1" or "1 - 1e-06"."""
+    return "1" if confidence == 1.0 else f"1 - {1.0 - confidence:.2g}"

@@ -1,0 +1,62 @@
+"""What the iterations share: their starts, and the rounding they are charged for."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlip.norms._composed import AnyOperator
+
+_UNIT = 2.0**-53
+
+
+class Iterate(NamedTuple):
+    """Result for one operator, in the scale of its normalised weight; the Ritz vector where the plan keeps it."""
+
+    lower: float
+    upper: float
+    steps: int
+    vector: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that must be settled before the first random number is drawn.
+
+    Attributes:
+        eta: probability each operator's upper side may fail with.
+        starts: independent starts per operator.
+        rtol: relative width to stop at.
+        max_steps: steps to stop at in any case.
+        dtype: arithmetic of the iteration.
+        generator: source of the starts.
+        keep_vectors: whether results hold the vector that attains the lower side, float64.
+    """
+
+    eta: float
+    starts: int
+    rtol: float
+    max_steps: int
+    dtype: torch.dtype
+    generator: torch.Generator
+    keep_vectors: bool = False
+
+
+def draw_starts(shape: tuple[int, ...], count: int, plan: Plan, device: torch.device) -> tuple[Tensor, float]:
+    """Independent uniform draws from the unit sphere, [count, starts, *shape], in the plan's arithmetic.
+
+    Drawn in float64 on the generator's device. Also returns how far rounding to the plan's arithmetic moved them.
+    """
+    size = (count, plan.starts, math.prod(shape))
+    exact = torch.randn(size, dtype=torch.float64, generator=plan.generator, device=plan.generator.device)
+    exact /= torch.linalg.vector_norm(exact, dim=2, keepdim=True)
+    rounded = exact.to(plan.dtype)
+    moved = torch.linalg.vector_norm(rounded.double() - exact, dim=2).max().item()
+    return rounded.reshape(count, plan.starts, *shape).to(device), moved + 1e-15
+
+
+def norm_error(op: AnyOperator) -> float:
+    """Relative error of a quotient of two float64 vector norms of this size."""
+    return 4.0 * _UNIT * (math.prod(op.input_shape) + math.prod(op.output_shape) + 4)

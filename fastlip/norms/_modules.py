@@ -1,0 +1,105 @@
+"""From torch modules to the linear maps they apply."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastlip.norms._operator import Operator, check_finite, conv_operator
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def module_operator(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    output_scale: Tensor | None = None,  # [Cout]
+    input_scale: Tensor | None = None,  # [Cin]
+) -> Operator:
+    """The linear map of a Conv, ConvTranspose or Linear module on inputs of one shape, without its bias.
+
+    A transposed convolution is represented by its adjoint, which has the same norm.
+
+    Args:
+        module: the module; its weight may be parametrised, of any floating dtype and on any device.
+        input_shape: shape of one input without the batch axis, [Cin, *spatial] or, for Linear, [..., features].
+        output_scale: factors for the output channels, such as those of a folded BatchNorm.
+        input_scale: factors for the input channels, such as those of a folded input normalisation.
+
+    Raises:
+        TypeError: there is no such map for this module.
+        ValueError: the weight holds NaN or infinite values, or the shape does not fit.
+    """
+    if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
+        raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
+    weight = module.weight.detach().double()
+    if isinstance(module, nn.Linear):
+        check_finite(weight)
+        return Operator(_scale(weight, output_scale, input_scale, 1))
+    geometry: dict[str, Any] = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
+    size = tuple(input_shape[1:])
+    if isinstance(module, CONVS):
+        weight = _scale(weight, output_scale, input_scale, module.groups)
+        return conv_operator(weight, size, padding=module.padding, padding_mode=module.padding_mode, **geometry)
+    # weight is [Cin, Cout / groups, *kernel]: the adjoint's output channels come first.
+    weight = _scale(weight, input_scale, output_scale, module.groups)
+    axes = zip(
+        size, module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding, strict=True
+    )
+    output = tuple((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, s, p, d, k, extra in axes)
+    return conv_operator(weight, output, padding=module.padding, **geometry)
+
+
+def _scale(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:
+    """Scale a weight's first axis, and its second one, whose channels are split into groups."""
+    ones = (1,) * (weight.dim() - 2)
+    if first is not None:
+        weight = weight * first.to(weight).reshape(-1, 1, *ones)
+    if second is not None:
+        blocks = second.to(weight).reshape(groups, 1, -1, *ones)
+        weight = (weight.unflatten(0, (groups, -1)) * blocks).flatten(0, 1)
+    return weight
+
+
+def batchnorm_scale(module: nn.Module) -> Tensor:
+    """Factors gamma / sqrt(var + eps) of a BatchNorm in eval mode, [C] float64.
+
+    Raises:
+        ValueError: the module has no running statistics, or its factors are not finite.
+    """
+    assert isinstance(module, _BatchNorm)
+    if module.running_var is None:
+        raise ValueError("BatchNorm without running statistics uses those of the batch, and has no Lipschitz constant")
+    variance = module.running_var.detach().double()
+    scale = (variance + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight.detach().double()
+    if not torch.isfinite(scale).all():
+        raise ValueError("BatchNorm's factors gamma / sqrt(var + eps) are NaN or infinite")
+    return scale
+
+
+def diagonal_norm(scale: Tensor) -> float:
+    """Largest magnitude of a vector of factors, rounded upwards by the few operations that made it."""
+    return scale.abs().max().item() * (1.0 + 1e-14)
+
+
+def describe_module(module: nn.Module, input_shape: Sequence[int]) -> str:
+    """A short description such as "Conv2d 64→64 3×3 /2 on 8×8"."""
+    name = type(module).__name__.removeprefix("Parametrized")
+    if isinstance(module, nn.Linear):
+        return f"{name} {module.in_features}→{module.out_features}"
+    if isinstance(module, (*CONVS, *TRANSPOSED)):
+        parts = [name, f"{module.in_channels}→{module.out_channels}", "×".join(map(str, module.kernel_size))]
+        if math.prod(module.stride) > 1:
+            parts.append("/" + "×".join(map(str, module.stride)))
+        if module.groups > 1:
+            parts.append(f"{module.groups} groups")
+        return " ".join([*parts, "on", "×".join(map(str, input_shape[1:]))])
+    return f"{name} {input_shape[0]}"

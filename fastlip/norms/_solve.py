@@ -1,0 +1,189 @@
+"""From a list of operators to their intervals: exact ones first, the others by one randomised certificate."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastlip.norms._composed import AnyOperator, Composed, weight_numel
+from fastlip.norms._deterministic import deterministic_upper
+from fastlip.norms._exact import dense_norm, matrix_entries, simplify, smallest_side
+from fastlip.norms._interval import NormInterval
+from fastlip.norms._iterate import Iterate, Plan
+from fastlip.norms._lanczos import lanczos_norms
+from fastlip.norms._operator import Operator
+from fastlip.norms._power import power_norms
+
+DETERMINISTIC = ("ring", "gram", "cholesky")
+METHODS = ("auto", "lanczos", "power", *DETERMINISTIC, "svd")
+
+# Above this an eigenvalue decomposition costs more than the iteration.
+_DENSE_SIDE = 1024
+_DENSE_ENTRIES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compute norms; checked on construction.
+
+    Attributes:
+        rtol: relative width ``upper / lower - 1`` to stop at.
+        confidence: joint probability that all upper sides hold.
+        method: one of ``METHODS``.
+        starts: independent random starts per iterated operator.
+        max_steps: most steps of an iteration; None for the method's default.
+        dtype: arithmetic of the Lanczos iteration, torch.float32 or torch.float64.
+        max_memory: bytes the vectors of one iteration may take.
+        generator: source of the starts; seeded by the operating system if None.
+        progress: called with the number of operators done and their total.
+    """
+
+    rtol: float = 1e-2
+    confidence: float = 1.0 - 1e-6
+    method: str = "auto"
+    starts: int = 4
+    max_steps: int | None = None
+    dtype: torch.dtype = torch.float32
+    max_memory: int = 1 << 31
+    generator: torch.Generator | None = None
+    progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rtol > 0.0:
+            raise ValueError(f"rtol must be positive, got {self.rtol}")
+        if not 0.0 < self.confidence < 1.0:
+            raise ValueError(f"confidence must lie strictly between 0 and 1, got {self.confidence}")
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.starts < 1:
+            raise ValueError(f"starts must be at least 1, got {self.starts}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {self.dtype}")
+        if self.max_memory < 1:
+            raise ValueError(f"max_memory must be positive, got {self.max_memory}")
+
+
+def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormInterval]:
+    """Norm intervals of all operators, whose upper sides hold jointly with ``settings.confidence``.
+
+    Which operators are iterated, with how many starts and at what share of 1 - confidence each, is settled before the
+    first random number is drawn.
+    """
+    results: dict[int, NormInterval] = {}
+
+    def settle(index: int, interval: NormInterval, exponent: int) -> None:
+        results[index] = _rescale(interval, exponent)
+        if settings.progress is not None:
+            settings.progress(len(results), len(ops))
+
+    iterated: list[tuple[int, AnyOperator, int]] = []
+    for index, op in enumerate(ops):
+        if isinstance(op, Composed):
+            iterated.append((index, op, 0))
+            continue
+        scaled, exponent = _normalise(op)
+        if scaled is None:
+            settle(index, NormInterval(0.0, 0.0, 1.0, "closed form", 0, True), 0)
+        elif settings.method == "svd":
+            needed = 8 * matrix_entries(scaled)
+            if needed > settings.max_memory:
+                raise ValueError(f"method 'svd' needs {needed:.1e} bytes; raise max_memory or use 'auto'")
+            settle(index, dense_norm(scaled, settings.rtol), exponent)
+        elif settings.method == "auto" and _is_small(small := simplify(scaled)):
+            settle(index, dense_norm(small, settings.rtol, "svd" if small.kernel else "closed form"), exponent)
+        else:
+            iterated.append((index, small if settings.method == "auto" else scaled, exponent))
+    if iterated:
+        solve = _deterministic if settings.method in DETERMINISTIC else _certified
+        for at, interval in solve([op for _, op, _ in iterated], settings):
+            settle(iterated[at][0], interval, iterated[at][2])
+    return [results[index] for index in range(len(ops))]
+
+
+def _is_small(op: Operator) -> bool:
+    side, entries = smallest_side(op), matrix_entries(op)
+    return entries == 0 or (side <= _DENSE_SIDE and entries <= _DENSE_ENTRIES)
+
+
+def _certified(ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[int, NormInterval]]:
+    """Intervals by iteration from random starts; each operator has an equal share of 1 - confidence."""
+    eta = (1.0 - settings.confidence) / len(ops)
+    method = "power" if settings.method == "power" else "lanczos"
+    for at, found in _iterate(ops, eta, settings):
+        converged = found.upper <= found.lower * (1.0 + settings.rtol)
+        yield at, NormInterval(found.lower, found.upper, 1.0 - eta, method, found.steps, converged)
+
+
+def _deterministic(ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[int, NormInterval]]:
+    """Deterministic upper sides, with the lower sides of one short iteration from a single start."""
+    # Of that iteration's own upper side nothing is used, so its chance of failing is of no concern.
+    short = replace(settings, method="lanczos", starts=1, rtol=settings.rtol / 4.0)
+    for at, found in _iterate(ops, 0.5, short):
+        op = ops[at]
+        if isinstance(op, Composed):
+            raise ValueError(f"method {settings.method!r} takes single convolutions only; use 'auto'")
+        upper = deterministic_upper(op, settings.method, found.lower, settings.rtol, settings.max_memory)
+        converged = upper <= found.lower * (1.0 + settings.rtol)
+        yield at, NormInterval(found.lower, upper, 1.0, settings.method, found.steps, converged)
+
+
+def _iterate(ops: list[AnyOperator], eta: float, settings: Settings) -> Iterator[tuple[int, Iterate]]:
+    """Iterate operators of equal geometry together; yields positions in ``ops`` and results."""
+    generator = settings.generator
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    power = settings.method == "power"
+    run: Callable[[list[AnyOperator], Plan], list[Iterate]] = power_norms if power else lanczos_norms
+    shared: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, op in enumerate(ops):
+        shared[op.geometry].append(index)
+    for indices in shared.values():
+        op = ops[indices[0]]
+        vector = settings.starts * math.prod(op.input_shape) * settings.dtype.itemsize
+        steps = settings.max_steps or (2000 if power else 300)
+        if not power:
+            # The Krylov basis is kept: bound its length, and how many operators are iterated at once.
+            steps = min(steps, max(16, settings.max_memory // vector))
+        width = max(1, settings.max_memory // (vector * min(steps, 64) + 12 * weight_numel(op)))
+        plan = Plan(eta, settings.starts, settings.rtol, steps, settings.dtype, generator)
+        for first in range(0, len(indices), width):
+            part = indices[first : first + width]
+            yield from zip(part, run([ops[i] for i in part], plan), strict=True)
+
+
+def _normalise(op: Operator) -> tuple[Operator | None, int]:
+    """The operator with a float64 weight of magnitude about 1, and the power of two taken out; None for zero."""
+    weight: Tensor = op.weight.detach().double()
+    largest = weight.abs().max().item()
+    if largest == 0.0:
+        return None, 0
+    _, exponent = math.frexp(largest)
+    half = exponent // 2
+    # In two factors, each of which is representable for every float64 weight.
+    weight = weight * 2.0**-half * 2.0 ** (half - exponent)
+    return replace(op, weight=weight), exponent
+
+
+def _rescale(interval: NormInterval, exponent: int) -> NormInterval:
+    lower, upper = _ldexp(interval.lower, exponent), _ldexp(interval.upper, exponent)
+    # Results outside float64's normal range lose bits: give way outwards.
+    if math.isinf(lower) or (lower > 0.0 and math.ldexp(lower, -exponent) > interval.lower):
+        lower = math.nextafter(lower, 0.0)
+    if 0.0 < upper < math.inf and math.ldexp(upper, -exponent) < interval.upper:
+        upper = math.nextafter(upper, math.inf)
+    if upper == 0.0 < interval.upper:
+        upper = math.ulp(0.0)
+    return replace(interval, lower=lower, upper=upper)
+
+
+def _ldexp(x: float, exponent: int) -> float:
+    try:
+        return math.ldexp(x, exponent)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,143 @@
+"""The tighter constants of residual blocks against explicit matrices and the largest stretch found."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlip.lipschitz import lipschitz_bound
+from fastlip.norms import Composed, Settings, conv_operator, operator_norms
+
+
+def matrix(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Matrix of an affine module, [out, in] float64."""
+    x = torch.zeros(1, *shape, dtype=torch.float64)
+    return torch.autograd.functional.jacobian(module.double().eval(), x).reshape(-1, math.prod(shape)).detach()
+
+
+def norm(m: Tensor) -> float:
+    return torch.linalg.matrix_norm(m, 2).item()
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, channels: int, mid: int, out: int, stride: int = 1, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, mid, 1), nn.BatchNorm2d(mid)
+        self.conv2, self.bn2 = nn.Conv2d(mid, mid, 3, stride, 1), nn.BatchNorm2d(mid)
+        self.conv3, self.bn3 = nn.Conv2d(mid, out, 1), nn.BatchNorm2d(out)
+        self.act = activation or nn.ReLU(inplace=True)
+        self.down = nn.Identity()
+        if stride > 1 or channels != out:
+            self.down = nn.Sequential(nn.Conv2d(channels, out, 1, stride), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.act(self.bn2(self.conv2(out)))
+        return self.bn3(self.conv3(out)) + self.down(x)
+
+
+class Basic(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(F.relu(self.conv1(x)))
+        out += x
+        return out
+
+
+def observed(model: nn.Module, shape: tuple[int, ...]) -> float:
+    """Largest Jacobian norm over random points, in float64."""
+    model = model.double().eval()
+    points = 3.0 * torch.randn(24, *shape, dtype=torch.float64)
+    return max(norm(torch.autograd.functional.jacobian(model, x[None]).reshape(-1, math.prod(shape))) for x in points)
+
+
+def test_identity_bottleneck_is_the_formula_and_holds() -> None:
+    torch.manual_seed(0)
+    block = Bottleneck(4, 3, 4)
+    shape = (4, 5, 5)
+    one = matrix(nn.Sequential(block.conv1, block.bn1), shape)
+    two = matrix(nn.Sequential(block.conv2, block.bn2), (3, 5, 5))
+    three = matrix(nn.Sequential(block.conv3, block.bn3), (3, 5, 5))
+    linear = norm(torch.eye(100, dtype=torch.float64) + 0.25 * three @ two @ one)
+    rest = norm(three @ two) * norm(one) + norm(three) * norm(two @ one) + norm(three) * norm(two) * norm(one)
+    expected = linear + 0.25 * rest
+    bound = lipschitz_bound(block, shape, rtol=1e-4)
+    assert expected * (1 - 1e-9) <= bound.upper <= expected * (1 + 1e-3)
+    assert bound.upper < 10**bound.log10_plain
+    assert 10**bound.log10_plain == pytest.approx(1 + norm(one) * norm(two) * norm(three), rel=1e-3)
+    assert observed(block, shape) <= bound.upper
+
+
+def test_identity_basic_block_is_the_formula_and_holds() -> None:
+    torch.manual_seed(1)
+    block = Basic(3)
+    shape = (3, 6, 6)
+    one, two = matrix(block.conv1, shape), matrix(block.conv2, shape)
+    expected = norm(torch.eye(108, dtype=torch.float64) + 0.5 * two @ one) + 0.5 * norm(two) * norm(one)
+    bound = lipschitz_bound(block, shape, rtol=1e-4)
+    assert expected * (1 - 1e-9) <= bound.upper <= expected * (1 + 1e-3)
+    assert observed(block, shape) <= bound.upper
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_projection_block_lies_between_the_stretch_and_skip_plus_branch(stride: int) -> None:
+    torch.manual_seed(2)
+    block = Bottleneck(4, 3, 8, stride)
+    shape = (4, 6, 6)
+    bound = lipschitz_bound(block, shape, rtol=1e-4)
+    assert observed(block, shape) <= bound.upper < 10**bound.log10_plain * 0.999
+
+
+def test_negative_identity_is_where_the_formula_bites() -> None:
+    # The branch undoes the skip where it is linear: plain composition says 3, the Jacobian is between -1 and 1.
+    block = Basic(1)
+    with torch.no_grad():
+        for conv, centre in ((block.conv1, 2.0), (block.conv2, -1.0)):
+            conv.weight.zero_()
+            conv.weight[0, 0, 1, 1] = centre
+    bound = lipschitz_bound(block, (1, 4, 4))
+    assert 10**bound.log10_plain == pytest.approx(3.0)
+    assert 1.0 <= bound.upper <= 1.02
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.LeakyReLU(-0.5), nn.ELU(2.0)], ids=repr)
+def test_other_slopes_fall_back_to_skip_plus_branch(activation: nn.Module) -> None:
+    torch.manual_seed(3)
+    bound = lipschitz_bound(Bottleneck(4, 3, 4, activation=activation), (4, 5, 5))
+    assert bound.log10_upper == bound.log10_plain
+
+
+def test_it_can_be_switched_off_and_deterministic_methods_do_without() -> None:
+    torch.manual_seed(4)
+    block = Basic(2)
+    for bound in (
+        lipschitz_bound(block, (2, 5, 5), tight_residuals=False),
+        lipschitz_bound(block, (2, 5, 5), method="svd"),
+    ):
+        assert bound.log10_upper == bound.log10_plain
+        assert bound.confidence == 1.0
+    assert lipschitz_bound(block, (2, 5, 5), confidence=0.999).confidence == 0.999
+
+
+def test_composed_operators_are_those_of_the_sequence() -> None:
+    torch.manual_seed(5)
+    first, second = nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Conv2d(3, 2, 3, padding=1, bias=False)
+    a = conv_operator(first.weight, 7, padding=1)
+    b = conv_operator(second.weight, 7, padding=1)
+    one, two = matrix(first, (2, 7, 7)), matrix(second, (3, 7, 7))
+    norms = (1.01 * norm(one), 1.01 * norm(two))
+    for identity, scale in ((0.0, 1.0), (1.0, -0.5)):
+        truth = norm(identity * torch.eye(98, dtype=torch.float64) + scale * two @ one)
+        for method in ("auto", "power"):
+            settings = Settings(method=method, rtol=1e-3)
+            interval = operator_norms([Composed((a, b), norms, scale, identity)], settings)[0]
+            assert interval.lower <= truth * (1 + 1e-11)
+            assert truth * (1 - 1e-11) <= interval.upper <= truth * (1 + 2e-3)
+    with pytest.raises(ValueError, match="single convolutions only"):
+        operator_norms([Composed((a, b), norms)], Settings(method="ring"))

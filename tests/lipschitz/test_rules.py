@@ -1,0 +1,205 @@
+"""The constants of activations and pooling, derived; the registry; and what is refused."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastlip
+from fastlip.lipschitz import lipschitz_bound
+
+SMOOTH = [
+    nn.CELU(2.0), nn.ELU(0.5), nn.ELU(3.0), nn.GELU(), nn.GELU("tanh"), nn.Hardsigmoid(), nn.Hardswish(), nn.Hardtanh(),
+    nn.LeakyReLU(0.1), nn.LeakyReLU(-3.0), nn.LogSigmoid(), nn.Mish(), nn.PReLU(init=-2.5), nn.ReLU(), nn.ReLU6(),
+    nn.SELU(), nn.SiLU(), nn.Sigmoid(), nn.Softplus(), nn.Softplus(3.0), nn.Softshrink(), nn.Softsign(), nn.Tanh(),
+    nn.Tanhshrink(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", SMOOTH, ids=repr)
+def test_activation_constants_are_the_largest_slope_rounded_upwards(module: nn.Module) -> None:
+    x = torch.linspace(-12, 12, 2_400_001, dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad(module.double()(x).sum(), x)
+    largest = slope.abs().max().item()
+    constant = lipschitz_bound(module, (3,)).upper
+    assert largest <= constant * (1 + 1e-12)
+    assert constant <= largest * 1.0003
+
+
+POOLS = [
+    (nn.AvgPool2d(2), (1, 6, 6)),
+    (nn.AvgPool2d(3, 2, 1), (1, 7, 8)),
+    (nn.AvgPool2d(3, 2, 1, count_include_pad=False), (1, 7, 8)),
+    (nn.AvgPool2d((2, 3), ceil_mode=True), (1, 7, 8)),
+    (nn.AvgPool2d(3, 1, divisor_override=2), (1, 6, 5)),
+    (nn.AvgPool3d(2, 1), (1, 3, 4, 3)),
+    (nn.AdaptiveAvgPool2d(1), (1, 5, 4)),
+    (nn.AdaptiveAvgPool2d((None, 3)), (1, 5, 4)),
+    (nn.AdaptiveAvgPool2d(7), (1, 1, 1)),
+    (nn.AdaptiveAvgPool1d(4), (1, 7)),
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), POOLS, ids=repr)
+def test_average_pools_are_their_matrix_norm(module: nn.Module, shape: tuple[int, ...]) -> None:
+    units = torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)
+    truth = torch.linalg.matrix_norm(module(units).flatten(1), 2).item()
+    bound = lipschitz_bound(module, shape).upper
+    assert bound == pytest.approx(truth, rel=1e-9)
+    assert bound >= truth * (1 - 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("module", "size", "squared"),
+    [
+        (nn.MaxPool2d(3, 2, 1), 8, 4),
+        (nn.MaxPool2d(2), 8, 1),
+        (nn.MaxPool2d(3, 1), 8, 9),
+        (nn.MaxPool2d(3, 2, dilation=2), 12, 9),
+        (nn.MaxPool2d(3, 3, dilation=2), 12, 1),
+        (nn.MaxPool2d(3, 2, ceil_mode=True), 8, 4),
+        (nn.MaxPool2d(4, 4), 3 + 1, 1),
+        (nn.AdaptiveMaxPool2d(3), 5, 4),
+        (nn.AdaptiveMaxPool2d(1), 5, 1),
+    ],
+    ids=repr,
+)
+def test_max_pools_are_bounded_and_the_bound_is_attained(module: nn.Module, size: int, squared: int) -> None:
+    bound = lipschitz_bound(module, (1, size, size)).upper
+    assert bound == pytest.approx(math.sqrt(squared))
+    # One raised pixel lifts every window it lies in.
+    spikes = torch.eye(size * size).reshape(-1, 1, size, size)
+    assert module(spikes).flatten(1).norm(dim=1).max().item() == pytest.approx(bound, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        F.relu, F.relu6, torch.tanh, torch.sigmoid, F.silu, F.gelu, F.softplus, F.hardswish,
+        lambda x: x.relu(), lambda x: F.leaky_relu(x, 0.2), lambda x: F.elu(x, alpha=1.5), lambda x: -2.0 * x,
+        lambda x: x.flatten(1), lambda x: x.view(x.shape[0], -1), lambda x: F.max_pool2d(x, 2),
+        lambda x: F.avg_pool2d(x, 3, 1), lambda x: F.adaptive_avg_pool2d(x, (1, 1)), lambda x: x.mean([2, 3]),
+        lambda x: F.dropout(x, 0.5, training=False), lambda x: x.mul(torch.tensor([1.0, -3.0]).view(2, 1, 1)),
+    ],
+)  # fmt: skip
+def test_functions_have_their_modules_rules(function: object) -> None:
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    torch.manual_seed(0)
+    bound = lipschitz_bound(Wrapped(), (2, 6, 6)).upper
+    x = torch.randn(512, 2, 6, 6, dtype=torch.float64)
+    moves = 1e-4 * torch.randn_like(x)
+    stretch = (function(x + moves) - function(x)).flatten(1).norm(dim=1) / moves.flatten(1).norm(dim=1)
+    assert stretch.max().item() <= bound * (1 + 1e-6)
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * x if bool((x.sum() > 1e9).item()) else 2.0 * x + 0.0
+
+
+def test_a_rule_can_be_registered() -> None:
+    class Mine(Twice):
+        pass
+
+    with pytest.raises(ValueError, match=r"torch\.fx.*register a rule"):
+        lipschitz_bound(nn.Sequential(Mine()), (3,))
+
+    @fastlip.lipschitz.rule(Mine)
+    def _(module: nn.Module, input_shape: tuple[int, ...]) -> float:
+        assert input_shape == (3,)
+        return 2.0
+
+    assert lipschitz_bound(nn.Sequential(Mine(), nn.ReLU(), Mine()), (3,)).upper == pytest.approx(4.0)
+
+
+def test_rules_may_return_intervals_operators_and_diagonals() -> None:
+    class Interval(Twice):
+        pass
+
+    class Operator(Twice):
+        pass
+
+    class Scale(Twice):
+        pass
+
+    matrix = torch.diag(torch.tensor([3.0, 1.0, 1.0]))
+    fastlip.lipschitz.rule(Interval)(lambda m, s: fastlip.NormInterval(1.0, 5.0, 0.75, "lanczos", 3, False))
+    fastlip.lipschitz.rule(Operator)(lambda m, s: fastlip.norms.Operator(matrix))
+    fastlip.lipschitz.rule(Scale)(lambda m, s: fastlip.lipschitz.Diagonal(torch.tensor([1.0, -7.0, 2.0])))
+    bound = lipschitz_bound(nn.Sequential(Interval(), Operator(), Scale()), (3,))
+    assert bound.upper == pytest.approx(105.0)
+    assert bound.confidence == 0.75
+
+
+class Gate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+class Chunks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, 1)
+        return 100.0 * first + second
+
+
+class Overwritten(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0.0
+        x.mul_(10.0)
+        return x
+
+
+class Mixer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)
+
+
+class Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), (4,), r"no Lipschitz rule for LayerNorm \(at 1\).*lipschitz\.rule"),
+        (Gate(), (4,), r"no Lipschitz rule for mul of several traced tensors"),
+        (Square(), (4,), r"no Lipschitz rule for a product of a traced tensor with itself"),
+        (Chunks(), (4,), r"no Lipschitz rule for getitem of something other than a traced tensor"),
+        (Overwritten(), (4,), r"in-place operation overwrote it.*inplace=False"),
+        (Mixer(), (3, 4), "mixes the batch axis"),
+        (Unknown(), (4,), "no Lipschitz rule for the function exp"),
+        (nn.BatchNorm1d(4, track_running_stats=False), (4,), "without running statistics"),
+        (nn.Sequential(nn.Linear(2, 2), nn.MultiheadAttention(2, 1)), (2,), "MultiheadAttention"),
+    ],
+)  # fmt: skip
+def test_what_has_no_bound_is_refused(model: nn.Module, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lipschitz_bound(model, shape)
+
+
+def test_weights_that_are_not_finite_name_their_module() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(3, 3))
+    with torch.no_grad():
+        model[1].weight[0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"module 1: weight holds NaN or infinite"):
+        lipschitz_bound(model, (3,))
+
+
+def test_a_rule_must_return_a_finite_bound() -> None:
+    class Bad(Twice):
+        pass
+
+    fastlip.lipschitz.rule(Bad)(lambda m, s: math.nan)
+    with pytest.raises(ValueError, match=r"Bad .* returned nan"):
+        lipschitz_bound(Bad(), (3,))

@@ -1,0 +1,163 @@
+"""layer_norms: which layers a report holds, on which sizes, and that each interval is right."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastlip.norms import NormReport, conv_norm, layer_norms
+
+
+def jacobian_norm(function: nn.Module, shape: tuple[int, ...]) -> float:
+    """Largest singular value of an affine map's matrix, in float64."""
+    x = torch.zeros(1, *shape, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(function.double().eval(), x)
+    return torch.linalg.matrix_norm(jacobian.reshape(-1, x.numel()), 2).item()
+
+
+def assert_contains(report: NormReport, name: str, truth: float) -> None:
+    assert report[name].lower <= truth * (1 + 1e-11), name
+    assert report[name].upper >= truth * (1 - 1e-11), name
+    assert report[name].width < 1.1e-2, name
+
+
+class Net(nn.Module):
+    """Layers in odd places: reused, grouped, transposed, unused, with BatchNorm before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pre = nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.twice = nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(4, 2, 3, stride=2, output_padding=1)
+        self.up_bn = nn.BatchNorm2d(2)
+        self.late = nn.BatchNorm2d(2)
+        self.unused = nn.Conv2d(3, 3, 1)
+        self.fc = nn.Linear(2 * 8 * 8, 5)
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_var.uniform_(0.1, 2.0)
+                    module.weight.uniform_(-2.0, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.conv(self.pre(x))))
+        x = self.twice(torch.relu(self.twice(x)))
+        x = torch.relu_(self.up_bn(self.up(x)))
+        return self.fc(self.late(x).flatten(1))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_every_layer_that_ran_and_no_other(net: Net) -> None:
+    report = layer_norms(net, (3, 10, 10))
+    assert list(report) == ["pre", "conv", "twice", "twice#2", "up", "late", "fc"]
+    assert_contains(report, "conv", jacobian_norm(nn.Sequential(net.conv, net.bn), (3, 10, 10)))
+    assert_contains(report, "twice", jacobian_norm(net.twice, (4, 10, 10)))
+    assert_contains(report, "twice#2", jacobian_norm(net.twice, (4, 5, 5)))
+    assert_contains(report, "up", jacobian_norm(nn.Sequential(net.up, net.up_bn), (4, 3, 3)))
+    assert_contains(report, "pre", jacobian_norm(net.pre, (3, 10, 10)))
+    assert_contains(report, "late", jacobian_norm(net.late, (2, 8, 8)))
+    assert_contains(report, "fc", torch.linalg.matrix_norm(net.fc.weight.double(), 2).item())
+
+
+def test_without_folding_every_batchnorm_stands_alone(net: Net) -> None:
+    report = layer_norms(net, (3, 10, 10), fold_batchnorm=False)
+    assert list(report) == ["pre", "conv", "bn", "twice", "twice#2", "up", "up_bn", "late", "fc"]
+    assert_contains(report, "conv", jacobian_norm(net.conv, (3, 10, 10)))
+    assert_contains(report, "bn", jacobian_norm(net.bn, (4, 10, 10)))
+
+
+def test_batchnorm_after_an_in_place_relu_is_not_folded() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(2))
+    assert list(layer_norms(model, (1, 4, 4))) == ["0", "2"]
+
+
+def test_model_is_left_as_it_was(net: Net) -> None:
+    net.train()
+    net.bn.eval()
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    modes = [m.training for m in net.modules()]
+    layer_norms(net, (3, 10, 10))
+    assert [m.training for m in net.modules()] == modes
+    assert all(torch.equal(state[k], v) for k, v in net.state_dict().items())
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_many_checkpoints_share_one_confidence() -> None:
+    torch.manual_seed(1)
+    models = [nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)) for _ in range(3)]
+    reports = layer_norms(models, (4, 20, 20), confidence=0.999)
+    assert len(reports) == 3
+    assert all(report.confidence == 0.999 for report in reports)
+    assert all(
+        interval.confidence == pytest.approx(1 - 0.001 / 6) for report in reports for interval in report.values()
+    )
+    single = conv_norm(models[2][1].weight, 20, padding=1, rtol=1e-3, dtype=torch.float64)
+    assert reports[2]["1"].lower <= single.upper
+    assert single.lower <= reports[2]["1"].upper
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_model_dtypes_and_parametrised_weights(dtype: torch.dtype) -> None:
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3, padding="same"))
+    report = layer_norms(nn.Sequential(layer).to(dtype), (2, 5, 5))
+    plain = conv_norm(layer.weight, 5, padding="same")
+    assert report["0"].upper == pytest.approx(plain.upper, rel=1e-9)
+
+
+def test_products_and_exports(net: Net) -> None:
+    report = layer_norms(net, (3, 10, 10), generator=torch.Generator().manual_seed(5), method="lanczos")
+    upper = sum(math.log10(i.upper) for i in report.values())
+    assert report.log10_product_upper == pytest.approx(upper)
+    assert report.log10_product_lower <= report.log10_product_upper
+    assert report.seed == 5
+    data = json.loads(report.to_json())
+    assert data == report.to_dict()
+    assert [row["name"] for row in data["layers"]] == list(report)
+    assert data["layers"][1]["upper"] == report["conv"].upper
+    lines = report.to_csv().splitlines()
+    assert lines[0].startswith("name,layer,lower,upper,confidence")
+    assert len(lines) == 1 + len(report)
+    frame = report.to_pandas()
+    assert frame.loc["fc", "upper"] == report["fc"].upper
+    text = str(report)
+    assert all(name in text for name in report)
+    assert "confidence 1 - 1e-06" in text
+
+
+def test_report_without_layers() -> None:
+    report = layer_norms(nn.Sequential(nn.ReLU()), (3,))
+    assert len(report) == 0
+    assert report.confidence == 1.0
+    assert report.to_csv() == "name\n"
+    assert "0 layers" in str(report)
+
+
+def test_errors_name_the_layer(net: Net) -> None:
+    with torch.no_grad():
+        net.twice.weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"layer twice: weight holds NaN"):
+        layer_norms(net, (3, 10, 10))
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, track_running_stats=False))
+    with pytest.raises(ValueError, match=r"layer 0: BatchNorm without running statistics"):
+        layer_norms(model, (1, 4, 4))
+    with pytest.raises(ValueError, match="input_shape must be"):
+        layer_norms(net, (3, 0, 4))
+
+
+def test_resnet50_at_cifar_resolution() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    report = layer_norms(torchvision.models.resnet50(num_classes=10), (3, 32, 32))
+    assert len(report) == 54
+    assert report.confidence == 1 - 1e-6
+    assert all(interval.converged and interval.width <= 1e-2 for interval in report.values())
+    assert sum(interval.confidence == 1.0 for interval in report.values()) >= 45

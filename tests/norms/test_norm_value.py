@@ -1,0 +1,107 @@
+"""The differentiable norm and the parametrisation."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlip.norms import constrain_norm, conv_norm, spectral_norm_value
+
+
+@pytest.mark.parametrize(
+    ("groups", "kwargs"),
+    [
+        (1, {"padding": 1}),
+        (2, {"stride": 2, "padding": 2}),
+        (1, {"dilation": 2, "padding": 1, "padding_mode": "reflect"}),
+    ],
+)
+def test_value_and_gradient_agree_with_the_matrix(groups: int, kwargs: dict) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4 // groups, 3, 3, dtype=torch.float64, requires_grad=True)
+    value = spectral_norm_value(weight, 6, groups=groups, rtol=1e-9, **kwargs)
+    (gradient,) = torch.autograd.grad(value, weight)
+    pad = kwargs.get("padding", 0)
+    units = torch.eye(144, dtype=torch.float64).reshape(144, 4, 6, 6)
+    padded = F.pad(units, (pad,) * 4, mode="reflect" if "padding_mode" in kwargs else "constant")
+    out = F.conv2d(padded, weight, None, kwargs.get("stride", 1), 0, kwargs.get("dilation", 1), groups)
+    norm = torch.linalg.svdvals(out.flatten(1))[0]
+    (expected,) = torch.autograd.grad(norm, weight)
+    assert value.item() == pytest.approx(norm.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_value_of_zero_is_zero_with_a_gradient() -> None:
+    weight = torch.zeros(2, 2, 3, 3, requires_grad=True)
+    value = spectral_norm_value(weight, 5)
+    value.backward()
+    assert value.item() == 0.0
+    assert weight.grad is not None
+
+
+def test_value_dtype_is_checked() -> None:
+    with pytest.raises(TypeError, match="float32 or float64"):
+        spectral_norm_value(torch.ones(1, 1, 3, 3).half(), 5)
+
+
+@pytest.mark.parametrize("bound", [0.5, 1.0])
+def test_constrained_convolution_learns_and_keeps_its_bound(bound: float) -> None:
+    torch.manual_seed(1)
+    conv = constrain_norm(nn.Conv2d(3, 4, 3, padding=1), 8, bound=bound, iterations=2)
+    optimizer = torch.optim.SGD(conv.parameters(), lr=1.0)
+    x = torch.randn(16, 3, 8, 8)
+    target = 3.0 * torch.randn(16, 4, 8, 8)
+    losses = []
+    for _ in range(30):
+        loss = F.mse_loss(conv(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    conv.eval()
+    interval = conv_norm(conv.weight, 8, padding=1, rtol=1e-6)
+    assert interval.lower <= bound
+    # The raw weight is above the bound, so that the bound is what binds.
+    assert interval.upper >= 0.98 * bound
+
+
+def test_constraint_leaves_small_weights_alone_and_follows_changes() -> None:
+    torch.manual_seed(2)
+    linear = nn.Linear(5, 3).eval()
+    with torch.no_grad():
+        linear.weight.mul_(1e-3)
+    before = linear.weight.clone()
+    constrain_norm(linear, bound=1.0)
+    torch.testing.assert_close(linear.weight, before)
+    with torch.no_grad():
+        linear.parametrizations.weight.original.mul_(1e6)
+    assert torch.linalg.matrix_norm(linear.weight.double(), 2).item() <= 1.0 + 1e-6
+
+
+def test_constrained_transposed_convolution_and_state_dict() -> None:
+    torch.manual_seed(3)
+    conv = constrain_norm(nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1), 4, bound=0.25)
+    for _ in range(50):
+        conv(torch.randn(1, 3, 4, 4))
+    other = constrain_norm(nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1), 4, bound=0.25)
+    other.load_state_dict(conv.state_dict())
+    units = torch.eye(48).reshape(48, 3, 4, 4)
+    for module in (conv.eval(), other.eval(), copy.deepcopy(conv)):
+        with torch.no_grad():
+            matrix = (module(units) - module(torch.zeros_like(units))).flatten(1)
+        norm = torch.linalg.matrix_norm(matrix.double(), 2).item()
+        assert 0.24 <= norm <= 0.25 * (1 + 1e-5)
+
+
+def test_constraint_errors() -> None:
+    with pytest.raises(ValueError, match="bound must be positive"):
+        constrain_norm(nn.Linear(2, 2), bound=0.0)
+    with pytest.raises(ValueError, match="input_size must have 2 axes"):
+        constrain_norm(nn.Conv2d(1, 1, 1), (3,))
+    with pytest.raises(ValueError, match="iterations must be"):
+        constrain_norm(nn.Linear(2, 2), iterations=0)
+    with pytest.raises(TypeError, match="Conv, ConvTranspose or Linear"):
+        constrain_norm(nn.PReLU())

@@ -1,0 +1,107 @@
+"""python -m fastlip.norms: its outputs, its checkpoints, and its errors."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from typer.testing import CliRunner, Result
+
+from fastlip.norms import layer_norms
+from fastlip.norms._cli import app
+from fastlip.norms._html import report_html
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 2))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
+    """Runs the command in a folder that holds a module of its own."""
+    (tmp_path / "tiny_net.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),"
+        " nn.Linear(256, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield lambda *args: CliRunner().invoke(app, args)
+    sys.modules.pop("tiny_net", None)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_checkpoint_to_json_csv_and_html(tmp_path: Path, run: Callable[..., Result], wrapped: bool) -> None:
+    model = small_model()
+    state = {f"module.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"state_dict": state} if wrapped else model.state_dict(), tmp_path / "weights.pt")
+    outputs = ["--json", "out.json", "--csv", "out.csv", "--html", "out.html"]
+    done = run("tiny_net:build", "--input", "3,8,8", "--checkpoint", "weights.pt", *outputs)
+    assert done.exit_code == 0, done.stderr
+    expected = layer_norms(model, (3, 8, 8))
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"] for row in data["layers"]] == ["0", "4"]
+    assert data["layers"][0]["upper"] == pytest.approx(expected["0"].upper, rel=1e-9)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
+    assert float(rows[1]["upper"]) == pytest.approx(expected["4"].upper, rel=1e-9)
+    assert "<html" in (tmp_path / "out.html").read_text()
+    assert "Product of 2 layers" in done.stdout
+
+
+def test_safetensors_and_standard_output(tmp_path: Path, run: Callable[..., Result]) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = small_model()
+    safetensors.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    done = run("tiny_net:build", "--input", "3,8,8", "--checkpoint", "weights.safetensors", "--json", "-")
+    assert json.loads(done.stdout)["layers"][0]["upper"] == pytest.approx(layer_norms(model, (3, 8, 8))["0"].upper)
+
+
+def test_torchvision_model(run: Callable[..., Result]) -> None:
+    pytest.importorskip("torchvision")
+    done = run("squeezenet1_1", "--input", "3,32,32", "--classes", "7", "--rtol", "0.2", "--seed", "3")
+    assert done.exit_code == 0, done.stderr
+    assert "features.0" in done.stdout
+    assert "Joint confidence 1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["tiny_net:build", "--input", "3,a"], "--input must be numbers"),
+        (["tiny_net:missing"], "must be a function that returns a torch module"),
+        (["no_such_model"], "torchvision has no model"),
+        (["tiny_net:build", "--checkpoint", "absent.pt"], "absent.pt"),
+        (["tiny_net:build", "--input", "3,8,8", "--method", "fft"], "method must be one of"),
+    ],
+)
+def test_errors_are_one_line(run: Callable[..., Result], args: list[str], message: str) -> None:
+    done = run(*args)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_module_runs_as_a_program() -> None:
+    command = [sys.executable, "-m", "fastlip.norms", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "--checkpoint" in done.stdout
+
+
+def test_page_escapes_names_and_is_self_contained() -> None:
+    report = layer_norms(nn.Sequential(nn.Linear(3, 2)), (3,))
+    page = report_html(report, "a <b> & c")
+    assert "a &lt;b&gt; &amp; c" in page
+    assert "http" not in page
+    assert f"{report['0'].upper:.5g}" in page
