@@ -1,0 +1,5 @@
+"""The study: does what Szegedy et al. (2013) found still hold for bigger and for pre-trained models?
+
+``python -m fastlip.study --preset demo`` runs it; everything it measures comes from fastlip's public functions.
+The packages of the extra ``study`` are needed.
+"""

@@ -1,0 +1,106 @@
+"""The command line of the study."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlip.study import config, presets
+from fastlip.study.errors import StudyError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+def _settings() -> str:
+    """Every setting with its value in each preset, for --help."""
+    columns = [config.names(chosen) for chosen in presets.PRESETS.values()]
+    lines = [f"**Settings** (`--set NAME=VALUE`; values of {' / '.join(presets.PRESETS)}):", ""]
+    for name in columns[0]:
+        if name not in presets.FIXED:
+            values = [",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (c[name] for c in columns)]
+            lines.append(f"- `{name}`: {values[0] if len(set(values)) == 1 else ' / '.join(values)}")
+    return "\n".join(lines)
+
+
+@app.callback(invoke_without_command=True, epilog=_settings())
+def study(
+    context: typer.Context,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="demo: generated images, no network, no files. quick: CIFAR-10 on two CPU cores."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; runs/PRESET by default. Resumed if it exists.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(envvar="FASTLIP_DATA", help="Folder that holds cifar-10-batches-py."),
+    ] = None,
+    download: Annotated[bool, typer.Option(help="Whether missing data and ImageNet weights may be fetched.")] = True,
+    source_checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Source weights under torchvision's names: safetensors, or a torch file, of which nothing is executed."
+        ),
+    ] = None,
+    source_data: Annotated[
+        Path | None, typer.Option(help="Folder of images, one folder per class, to pre-train the source on.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="First seed.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto by default.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; see below. Repeatable.")
+    ] = None,
+) -> None:
+    """Does what Szegedy et al. (2013) found hold for bigger and for pre-trained models?
+
+    Trains ResNet-50 from scratch and from a source, attacks both, bounds their Lipschitz constants and writes a run
+    directory with results.json, tables, figures and report.html. The same command run again resumes an unfinished run.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if preset is None:
+        raise StudyError("name a preset: python -m fastlip.study --preset demo (or --help)", status=2)
+    chosen = presets.preset(preset)
+    assignments = list(settings or [])
+    if seed is not None:
+        assignments.append(f"seed={seed}")
+    if device is not None:
+        assignments.append(f"device={device}")
+    chosen = presets.override(chosen, assignments)
+    origin = context.get_parameter_source("data")
+    if chosen.dataset == "generated" and origin is not None and origin.name == "ENVIRONMENT":
+        data = None  # FASTLIP_DATA is set for other runs
+    # Imported late: torch and matplotlib take seconds, and mistakes on the command line are said at once.
+    from fastlip.study import runner
+    from fastlip.study.inputs import Places
+
+    runner.run(chosen, Places(data, source_checkpoint, source_data, download), out or Path("runs") / preset)
+
+
+@app.command("report")
+def rebuild(run: Annotated[Path, typer.Argument(help="Run directory with results.json.")]) -> None:
+    """Rebuild tables, figures and report.html from stored results alone."""
+    from fastlip.study import report
+    from fastlip.study.rundir import RunDirectory
+
+    typer.echo(report.write(RunDirectory(run)))
+
+
+def main() -> None:
+    """Run the command line; errors that a person can mend are one line on stderr and an exit status."""
+    try:
+        app()
+    except StudyError as error:
+        _fail(str(error), error.status)
+    except OSError as error:
+        # Disk full, no permission, a file vanished: what was written before stays complete.
+        _fail(f"{error}; mend that and run the same command again to go on", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on", 130)
+
+
+def _fail(message: str, status: int) -> None:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(status)

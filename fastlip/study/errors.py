@@ -1,0 +1,13 @@
+"""The one exception that a person running the study sees, as one line and an exit status."""
+
+
+class StudyError(Exception):
+    """Something the person at the terminal can mend; the message is one line that says how.
+
+    Attributes:
+        status: exit status of the process, 2 where the command or its inputs are at fault and 1 otherwise.
+    """
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(" ".join(message.split()))
+        self.status = status

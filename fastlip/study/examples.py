@@ -1,0 +1,103 @@
+"""Example images with their smallest perturbations, magnified to be seen."""
+
+import base64
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from fastlip.study.files import read_arrays
+from fastlip.study.rundir import RunDirectory, Trained
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One perturbed version of an image.
+
+    Attributes:
+        kind: "PGD" or "Gaussian".
+        image: the perturbed image, a data URI.
+        perturbation: its difference from the clean image around mid-grey, a data URI.
+        gain: what the difference was multiplied by to be seen.
+        distortion: in [0, 1].
+        decision: class that the model decides for.
+    """
+
+    kind: str
+    image: str
+    perturbation: str
+    gain: float
+    distortion: float
+    decision: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One test image that the model classifies correctly, and what changes its decision."""
+
+    model: str
+    label: str
+    clean: str
+    shown: tuple[Shown, ...]
+
+
+def examples(run: RunDirectory, classes: list[str]) -> list[Example]:
+    """The first images, one per class as far as they go, that every model of the first seed decides rightly."""
+    models = [m for m in run.models if m.seed == run.settings.seed]
+    stored = {
+        m: {kind: read_arrays(run.images(m.name, f"smallest-{kind}")) for kind in ("pgd", "gaussian")} for m in models
+    }
+    clean = {m: read_arrays(run.images(m.name, "clean-attacked")) for m in models}
+    usable = np.ones(len(clean[models[0]]["image"]), dtype=bool)
+    for m in models:
+        usable &= (clean[m]["prediction"] == clean[m]["label"])[: len(usable)]
+        for arrays in stored[m].values():
+            usable &= arrays["found"][: len(usable)]
+    rows = _one_per_class(np.flatnonzero(usable), clean[models[0]]["label"], run.settings.examples)
+    return [_example(m, row, clean[m], stored[m], classes) for row in rows for m in models]
+
+
+def _one_per_class(rows: np.ndarray, labels: np.ndarray, count: int) -> list[int]:
+    """``count`` of ``rows``, their classes in turn."""
+    turn: dict[int, int] = {}
+    order = []
+    for row in rows.tolist():
+        label = int(labels[row])
+        turn[label] = turn.get(label, 0) + 1
+        order.append((turn[label], row))
+    return [row for _, row in sorted(order)[:count]]
+
+
+def _example(
+    model: Trained,
+    row: int,
+    clean: dict[str, np.ndarray],
+    stored: dict[str, dict[str, np.ndarray]],
+    classes: list[str],
+) -> Example:
+    original = clean["image"][row].astype(np.float32) / 255
+    shown = []
+    for kind, name in (("pgd", "PGD"), ("gaussian", "Gaussian")):
+        arrays = stored[kind]
+        difference = arrays["image"][row] - original
+        gain = 0.5 / max(float(np.abs(difference).max()), 1e-12)
+        shown.append(
+            Shown(
+                kind=name,
+                image=_uri(arrays["image"][row]),
+                perturbation=_uri(0.5 + gain * difference),
+                gain=gain,
+                distortion=float(arrays["distortion"][row]),
+                decision=classes[int(arrays["prediction"][row])],
+            )
+        )
+    return Example(model.name, classes[int(clean["label"][row])], _uri(original), tuple(shown))
+
+
+def _uri(image: np.ndarray) -> str:
+    """[3, H, W] in [0, 1] as a PNG data URI."""
+    pixels = np.clip(np.rint(image * 255), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

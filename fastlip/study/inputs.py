@@ -1,0 +1,272 @@
+"""Where the images and the source weights come from, all looked at before anything is written."""
+
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
+from torchvision.models import ResNet50_Weights
+
+from fastlip.data import ImageSet, cifar10, generated, image_folder
+from fastlip.models import imagenet_weights, load_backbone, load_checkpoint, resnet18, resnet50
+from fastlip.study.config import Settings
+from fastlip.study.errors import StudyError
+
+WAYS_OUT = (
+    "give --data DIR (or FASTLIP_DATA) with the CIFAR-10 files in DIR/cifar-10-batches-py, and either "
+    "--source-checkpoint FILE with the source's weights or --source-data IMAGE_FOLDER to pre-train on"
+)
+
+
+@dataclass(frozen=True)
+class Places:
+    """What the command line said about files.
+
+    Attributes:
+        data: folder that holds ``cifar-10-batches-py``.
+        source_checkpoint: weights under torchvision's names, safetensors or a torch file (read without executing it).
+        source_data: folder of images, one folder per class.
+        download: whether missing files may be fetched.
+    """
+
+    data: Path | None = None
+    source_checkpoint: Path | None = None
+    source_data: Path | None = None
+    download: bool = True
+
+
+def resolve_source(settings: Settings, places: Places) -> Settings:
+    """The settings with the source that the given files ask for; ImageNet's weights where they ask for none."""
+    if settings.dataset == "generated":
+        if places.source_checkpoint or places.source_data or places.data:
+            raise StudyError(
+                f"--preset {settings.preset} generates its images: leave out --data, --source-checkpoint and "
+                "--source-data, or use --preset quick",
+                status=2,
+            )
+        return settings
+    if places.source_checkpoint:
+        return replace(settings, source="checkpoint")
+    if places.source_data:
+        return replace(settings, source="folder")
+    return settings
+
+
+class Inputs:
+    """The study's images and source weights; each is loaded when it is first asked for."""
+
+    def __init__(self, settings: Settings, places: Places) -> None:
+        self.settings = settings
+        self.places = places
+
+    def check(self) -> None:
+        """Raise :class:`StudyError` with status 2 where anything is missing or does not fit; writes nothing."""
+        wanting = []
+        checks = [self._check_target]
+        if "finetune" in self.settings.arms:
+            checks.append(self._check_source)
+        for look in checks:
+            try:
+                look()
+            except OSError as error:
+                wanting.append(_short(error))
+            except ValueError as error:
+                raise StudyError(str(error), status=2) from None
+        if wanting:
+            raise StudyError(f"{'; '.join(wanting)}: {WAYS_OUT}", status=2)
+
+    def fingerprints(self) -> dict[str, str]:
+        """A name for each input that changes with its contents."""
+        s = self.settings
+        prints = {"target": "CIFAR-10, MD5 checked" if s.dataset == "cifar10" else "fastlip.data.generated"}
+        if "finetune" not in s.arms:
+            return prints
+        if s.source == "checkpoint":
+            assert self.places.source_checkpoint is not None
+            with self.places.source_checkpoint.open("rb") as file:
+                prints["source"] = "sha256 " + hashlib.file_digest(file, "sha256").hexdigest()
+        elif s.source == "folder":
+            root = self._source_folder
+            digest = hashlib.sha256()
+            for name, label in ImageFolder(str(root)).samples:
+                image = Path(name)
+                digest.update(f"{image.relative_to(root)} {label} {image.stat().st_size}\n".encode())
+            prints["source"] = "names and sizes, sha256 " + digest.hexdigest()
+        else:
+            prints["source"] = str(ResNet50_Weights.IMAGENET1K_V2) if s.source == "imagenet" else prints["target"]
+        return prints
+
+    @property
+    def source_name(self) -> str:
+        """What the fine-tuned arm starts from, for a reader."""
+        s = self.settings
+        if s.source == "generated":
+            return f"pre-training on {s.pretrain.images} generated images"
+        if s.source == "folder":
+            return f"pre-training on {s.pretrain.images} images of {self._source_folder.resolve().name}"
+        return "torchvision's ImageNet weights" if s.source == "imagenet" else "a checkpoint given on the command line"
+
+    @cached_property
+    def source_train(self) -> ImageSet:
+        n, seed = self.settings.pretrain.images, self.settings.seed
+        if self.settings.source == "generated":
+            return generated("source", "train", n, seed)
+        return image_folder(self._source_folder).balanced(n)
+
+    def target_train(self, n: int) -> ImageSet:
+        if self.settings.dataset == "generated":
+            return generated("target", "train", n, self.settings.seed)
+        return self._cifar_train.balanced(n)
+
+    @cached_property
+    def target_clean(self) -> ImageSet:
+        """Test images for clean accuracy."""
+        return self._target_test(self.settings.evaluation.clean_images)
+
+    @cached_property
+    def target_attacked(self) -> ImageSet:
+        """Test images that are attacked, some of those for clean accuracy."""
+        return self._target_test(self.settings.evaluation.images)
+
+    def source_weights(self) -> dict[str, Tensor]:
+        """ImageNet's or the given checkpoint's state dict."""
+        if self.settings.source == "imagenet":
+            return imagenet_weights()
+        assert self.places.source_checkpoint is not None
+        return _read_checkpoint(self.places.source_checkpoint)
+
+    def _target_test(self, n: int) -> ImageSet:
+        if self.settings.dataset == "generated":
+            return generated("target", "test", self.settings.evaluation.clean_images, self.settings.seed).balanced(n)
+        return self._cifar_test.balanced(n)
+
+    @cached_property
+    def _cifar_train(self) -> ImageSet:
+        return cifar10(self._cifar_folder, train=True)
+
+    @cached_property
+    def _cifar_test(self) -> ImageSet:
+        return cifar10(self._cifar_folder, train=False)
+
+    @property
+    def _cifar_folder(self) -> Path:
+        if self.places.data is not None:
+            return self.places.data
+        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastlip"
+
+    @property
+    def _source_folder(self) -> Path:
+        assert self.places.source_data is not None
+        return self.places.source_data
+
+    def _check_target(self) -> None:
+        s = self.settings
+        if s.dataset == "generated":
+            return
+        try:
+            cifar10(self._cifar_folder, train=False)
+        except FileNotFoundError:
+            if not self.places.download:
+                raise FileNotFoundError(f"no CIFAR-10 in {self._cifar_folder}") from None
+            with _unless_new(self._cifar_folder), _patience(10.0):
+                cifar10(self._cifar_folder, train=False, download=True)
+        self.target_train(max(s.scratch.images, s.finetune.images))
+        _ = self.target_clean
+
+    def _check_source(self) -> None:
+        s = self.settings
+        if s.source == "folder":
+            if not self._source_folder.is_dir():
+                raise StudyError(f"--source-data {self._source_folder} is not a folder", status=2)
+            try:
+                found = ImageFolder(str(self._source_folder))
+            except FileNotFoundError as error:
+                raise StudyError(f"--source-data {self._source_folder}: {error}", status=2) from None
+            fewest = int(torch.bincount(torch.tensor(found.targets)).min())
+            if fewest * len(found.classes) < s.pretrain.images:
+                raise StudyError(
+                    f"--source-data {self._source_folder} has a class of {fewest} images among {len(found.classes)}: "
+                    f"too few for pretrain.images={s.pretrain.images}",
+                    status=2,
+                )
+        elif s.source == "checkpoint":
+            _fits(self.source_weights(), s, str(self.places.source_checkpoint))
+        elif s.source == "imagenet":
+            if s.architecture != "resnet50" or s.stem != "imagenet":
+                raise StudyError(
+                    "ImageNet's weights are those of architecture=resnet50 with stem=imagenet; give --source-data or "
+                    "--source-checkpoint for another",
+                    status=2,
+                )
+            cached = Path(torch.hub.get_dir()) / "checkpoints" / ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]
+            if not self.places.download and not cached.exists():
+                raise FileNotFoundError(f"no ImageNet weights in {cached.parent}")
+            with _unless_new(cached.parent):
+                imagenet_weights()
+
+
+def build(architecture: str, classes: int, stem: str, seed: int) -> nn.Sequential:
+    """A network of the study, freshly initialised."""
+    make = {"resnet50": resnet50, "resnet18": resnet18}[architecture]
+    return make(classes, stem="cifar" if stem == "cifar" else "imagenet", seed=seed)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise StudyError(f"--source-checkpoint {path} is not a file", status=2)
+    try:
+        if path.suffix == ".safetensors":
+            return load_checkpoint(path)[0]
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise StudyError(
+            f"--source-checkpoint {path} cannot be read; it must be safetensors or a torch file of tensors alone "
+            f"({_short(error)})",
+            status=2,
+        ) from None
+    found = found.get("state_dict", found) if isinstance(found, dict) else {}
+    if not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise StudyError(f"--source-checkpoint {path} holds no state dict", status=2)
+    return found
+
+
+def _fits(state: dict[str, Tensor], settings: Settings, name: str) -> None:
+    try:
+        load_backbone(build(settings.architecture, 2, settings.stem, 0), state)
+    except ValueError as error:
+        raise StudyError(f"--source-checkpoint {name}: {error}", status=2) from None
+
+
+@contextmanager
+def _unless_new(folder: Path) -> Iterator[None]:
+    """Remove ``folder`` again where the block makes it and then fails."""
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """Let sockets without a timeout of their own give up after ``seconds`` without an answer."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]

@@ -1,0 +1,77 @@
+"""report.html: one file that opens anywhere, answers first; and the tables and figures beside it."""
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from fastlip.study import figures, tables
+from fastlip.study.config import names
+from fastlip.study.errors import StudyError
+from fastlip.study.examples import examples
+from fastlip.study.files import read_arrays, read_json, write_text
+from fastlip.study.rundir import RunDirectory
+from fastlip.study.schema import GENERATED, SCHEMA, Results
+
+
+def write(run: RunDirectory) -> str:
+    """Write tables, figures and report.html from the stored results; the path of the report."""
+    results: Results = read_json(run.results)
+    if results.get("schema") != SCHEMA:
+        raise StudyError(f"{run.results} has schema {results.get('schema')!r}, this fastlip reads {SCHEMA!r}")
+    all_tables = tables.all_tables(results)
+    accuracy = figures.accuracy_figures(results)
+    distortion = figures.distortion_figure(results, _distortions(run))
+    layers, training = figures.layer_figure(results), figures.training_figure(results)
+    tables.write(run.tables, all_tables)
+    figures.write(run.figures, [*accuracy, distortion, layers, training])
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fastlip.study"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": tables.number,
+        "percent": tables.percent,
+        "interval": tables.interval,
+        "distortion": tables.distortion,
+        "power": tables.power,
+        "svg": lambda figure: Markup(figures.inline(figure)),
+    }
+    html = environment.get_template("report.html").render(
+        r=results,
+        generated=GENERATED,
+        tables={table.name: table for table in all_tables},
+        accuracy=accuracy,
+        distortion=distortion,
+        layers=layers,
+        training=training,
+        examples=examples(run, results["classes"]),
+        arms=tables.ARM_NAMES,
+        config=run.config,
+        settings=names(run.settings),
+        timings=_timings(run),
+    )
+    # A sample size stays with its "n", however narrow the page.
+    write_text(run.report, html.replace("(n = ", "(n\u00a0=\u00a0"))
+    return str(run.report)
+
+
+def _timings(run: RunDirectory) -> dict[str, float]:
+    """Seconds per stage but this one, which is not over when the report is written."""
+    found = read_json(run.timings) if run.timings.exists() else {}
+    return {stage: seconds for stage, seconds in found.items() if stage != "report"}
+
+
+def _distortions(run: RunDirectory) -> dict[str, dict[str, np.ndarray]]:
+    """Smallest distortions of the images that each model classifies correctly."""
+    found = {}
+    for model in run.models:
+        clean = read_arrays(run.images(model.name, "clean-attacked"))
+        right = clean["prediction"] == clean["label"]
+        found[model.name] = {
+            kind: read_arrays(run.images(model.name, f"smallest-{kind}"))["distortion"][right]
+            for kind in ("pgd", "gaussian")
+        }
+    return found

@@ -1,0 +1,229 @@
+"""The run directory: what is where, its configuration, and the lock that keeps a second process out."""
+
+import contextlib
+import fcntl
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastlip
+from fastlip.study import config, verdicts
+from fastlip.study.config import Settings
+from fastlip.study.errors import StudyError
+from fastlip.study.files import read_json, write_json
+
+_PACKAGES = ("fastlip", "torch", "torchvision", "numpy", "scipy", "safetensors", "matplotlib", "jinja2")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What "auto" stood for on the machine that the run was begun on."""
+
+    device: str
+    precision: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One model of a run: an arm with a seed."""
+
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-s{self.seed}"
+
+
+def gaussian_name(sigma: float) -> str:
+    """File name of the measurement under Gaussian noise."""
+    return f"gaussian-{sigma:g}"
+
+
+def pgd_name(norm: str, strength: float) -> str:
+    """File name of the measurement under PGD; Linf strengths are in 255ths."""
+    return f"pgd-{norm}-{strength:g}"
+
+
+class RunDirectory:
+    """Paths inside a run directory and the configuration it was made with.
+
+    ``config.json`` holds the settings, the rules of the verdicts in words, fingerprints of the inputs, and the
+    versions and the build in use; it is written before anything else and never again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config: dict[str, Any] = read_json(path / "config.json")
+        try:
+            self.settings = config.from_json(self.config["settings"])
+            self.machine = Machine(**self.config["machine"])
+        except (KeyError, TypeError) as error:
+            raise StudyError(f"{path / 'config.json'} is not the configuration of a study ({error!r})") from None
+
+    @property
+    def models(self) -> list[Trained]:
+        return [Trained(arm, seed) for seed in self.settings.all_seeds for arm in self.settings.arms]
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the study trains the source itself."""
+        return "finetune" in self.settings.arms and self.settings.source in ("generated", "folder")
+
+    def tidy(self) -> None:
+        """Remove what a killed process left behind: half-written files, and states of runs that had just finished."""
+        for path in self.path.rglob("*.part*"):
+            path.unlink()
+        for state in self.path.glob("checkpoints/*.unfinished.pt"):
+            name = state.name.removesuffix(".unfinished.pt")
+            if self.checkpoint(name).exists() and self.training(name).exists():
+                state.unlink()
+
+    def checkpoint(self, name: str) -> Path:
+        return self.path / "checkpoints" / f"{name}.safetensors"
+
+    def training_state(self, name: str) -> Path:
+        return self.path / "checkpoints" / f"{name}.unfinished.pt"
+
+    def training(self, name: str) -> Path:
+        return self.path / "training" / f"{name}.json"
+
+    def images(self, name: str, measurement: str) -> Path:
+        return self.path / "images" / name / f"{measurement}.npz"
+
+    def lipschitz(self, name: str) -> Path:
+        return self.path / "lipschitz" / f"{name}.json"
+
+    @property
+    def timings(self) -> Path:
+        return self.path / "timings.json"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def tables(self) -> Path:
+        return self.path / "tables"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+
+def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
+    """Raise where ``path`` cannot become or go on as the directory of this run; nothing is written.
+
+    Raises:
+        StudyError: another configuration was begun there, other inputs were used, or it holds something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise StudyError(f"--out {path} is a file; name a directory", status=2)
+    _require_device(settings.device)
+    if not (path / "config.json").exists():
+        if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+            raise StudyError(f"--out {path} holds something that is not a run; name a new directory", status=2)
+        return
+    old = RunDirectory(path)
+    _require_device(old.machine.device)
+    before, now = config.names(old.settings), config.names(settings)
+    different = [f"{name} ({before[name]} there, {now[name]} now)" for name in now if before[name] != now[name]]
+    different += [
+        f"{name} (other files)" for name, value in fingerprints.items() if old.config["inputs"].get(name) != value
+    ]
+    if different:
+        raise StudyError(
+            f"{path} holds a run with another configuration: {'; '.join(different)}. Use another --out, or the same "
+            "settings to resume it",
+            status=2,
+        )
+
+
+def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str], command: str) -> RunDirectory:
+    """The run directory at ``path``, made if it is not there yet; call :func:`check` first."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / "config.json").exists():
+        machine = _this_machine(settings)
+        write_json(
+            path / "config.json",
+            {
+                "settings": config.to_json(settings),
+                "rules": verdicts.rules_in_words(settings.rules),
+                "machine": vars(machine),
+                "inputs": fingerprints,
+                "seeds": list(settings.all_seeds),
+                "command": command,
+                "versions": _versions(),
+                "build": fastlip.build_info().to_dict(),
+            },
+        )
+    return RunDirectory(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the run directory against other processes; the lock goes with the process, however that ends."""
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StudyError(
+                f"another process is running the study in {path}; wait for it or use another --out"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _this_machine(settings: Settings) -> Machine:
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bfloat16" if _fast_bfloat16(torch.device(device)) else "float32"
+    return Machine(device=device, precision=precision, threads=settings.threads or torch.get_num_threads())
+
+
+def _require_device(name: str) -> None:
+    try:
+        kind = "auto" if name == "auto" else torch.device(name).type
+    except RuntimeError:
+        raise StudyError(f"--device {name} is not a device; use auto, cpu, cuda or cuda:N", status=2) from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise StudyError(f"--device {name}: torch sees no CUDA device here", status=2)
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run in hardware; emulated ones are several times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def command_line() -> str:
+    return "python -m fastlip.study " + shlex.join(sys.argv[1:])

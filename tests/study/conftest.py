@@ -1,0 +1,50 @@
+"""A configuration of the whole study that takes seconds."""
+
+import pytest
+from rich.console import Console
+
+from fastlip.study import presets, runner
+from fastlip.study.config import Settings
+from fastlip.study.inputs import Places
+from fastlip.study.rundir import RunDirectory
+
+MICRO = [
+    "architecture=resnet18",
+    "evaluation.images=18",
+    "evaluation.clean_images=24",
+    "evaluation.batch_size=10",
+    "pgd.linf_255=1,8",
+    "pgd.l2=0.5",
+    "pgd.steps=2",
+    "gaussian.sigmas=0.1",
+    "smallest.steps=2",
+    "smallest.searches=3",
+    "smallest.directions=1",
+    "smallest.levels=4",
+    "smallest.halvings=1",
+    "save_seconds=0",
+    "examples=2",
+    "rules.resamples=50",
+    "device=cpu",
+] + [
+    f"{arm}.{setting}"
+    for arm in ("pretrain", "scratch", "finetune")
+    for setting in ("images=48", "epochs=1", "batch_size=24")
+]
+
+
+@pytest.fixture(scope="session")
+def micro_arguments() -> list[str]:
+    """The same on the command line."""
+    return ["--preset", "demo", *(f"--set={setting}" for setting in MICRO)]
+
+
+@pytest.fixture(scope="session")
+def micro() -> Settings:
+    return presets.override(presets.preset("demo"), MICRO)
+
+
+@pytest.fixture(scope="session")
+def finished(micro: Settings, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished micro run; tests leave it as it is."""
+    return runner.run(micro, Places(), tmp_path_factory.mktemp("study") / "run", Console(quiet=True))

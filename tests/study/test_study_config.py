@@ -1,0 +1,69 @@
+import dataclasses
+
+import pytest
+
+from fastlip.study import config, presets
+from fastlip.study.errors import StudyError
+
+
+@pytest.mark.parametrize("name", sorted(presets.PRESETS))
+def test_settings_survive_json(name):
+    settings = presets.preset(name)
+    assert config.from_json(config.to_json(settings)) == settings
+
+
+def test_every_setting_can_be_overridden_by_the_text_of_its_value():
+    settings = presets.preset("quick")
+    for name, value in config.names(settings).items():
+        if name not in presets.FIXED:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            assert presets.override(settings, [f"{name}={text}"]) == settings
+
+
+def test_override_changes_one_setting_and_its_type():
+    settings = presets.override(presets.preset("demo"), ["pgd.steps=20", "pgd.l2=0.3", "scratch.flip=false"])
+    assert (settings.pgd.steps, settings.pgd.l2, settings.scratch.flip) == (20, (0.3,), False)
+    assert settings.finetune == presets.preset("demo").finetune
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("pgd.steps", "NAME=VALUE"),
+        ("pgd.stepz=3", "pgd.stepz: no such setting"),
+        ("pgd=3", "pgd: no such setting"),
+        ("preset=full", "no such setting"),
+        ("source=folder", "no such setting"),
+        ("pgd.steps=many", "expected int"),
+        ("pgd.loss=hinge", "expected dlr or ce"),
+        ("pgd.steps=0", "pgd"),
+        ("arms=scratch,linear", "arms"),
+        ("evaluation.images=100000", "evaluation.images"),
+        ("rules.compared_linf_255=3", "rules.compared_linf_255"),
+        ("scratch.flip=perhaps", "expected bool"),
+        ("gaussian.sigmas=0.1,0.1", "gaussian.sigmas"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_names_it(assignment, message):
+    with pytest.raises(StudyError, match=message) as caught:
+        presets.override(presets.preset("demo"), [assignment])
+    assert caught.value.status == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(StudyError, match="demo or quick"):
+        presets.preset("huge")
+
+
+def test_settings_of_another_version_are_refused():
+    plain = config.to_json(presets.preset("demo"))
+    del plain["pgd"]["loss"]
+    with pytest.raises(StudyError, match="another version"):
+        config.from_json(plain)
+
+
+def test_every_field_is_described():
+    for kind in (config.Settings, config.Schedule, config.Evaluation, config.Pgd, config.Smallest, config.Rules):
+        for field in dataclasses.fields(kind):
+            assert f"{field.name}:" in kind.__doc__

@@ -1,0 +1,77 @@
+"""Per-image results on a linear model, whose smallest perturbations are known in closed form."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastlip.data import ImageSet
+from fastlip.study import measure, presets
+from fastlip.study.measure import Images
+
+SETTINGS = presets.override(presets.preset("demo"), ["smallest.steps=20", "smallest.searches=12"])
+
+
+def nothing(done, total, note):
+    pass
+
+
+@pytest.fixture
+def linear():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    return model.eval().requires_grad_(False)
+
+
+def images(model, batch_size=5):
+    pixels = torch.randint(90, 166, (12, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    labels = model(pixels.float() / 255).argmax(1)
+    labels[0] = 1 - labels[0]  # one image that is wrong from the start
+    return Images(ImageSet(pixels, labels, ("a", "b"), "test"), torch.device("cpu"), batch_size)
+
+
+def test_smallest_adversarial_distortion_is_the_distance_to_the_boundary(linear):
+    given = images(linear)
+    found = measure.smallest_adversarial(linear, given, SETTINGS, nothing)
+    normal = linear[1].weight[0] - linear[1].weight[1]
+    x = given.at(slice(0, 12)).flatten(1)
+    distance = ((x @ normal + linear[1].bias[0] - linear[1].bias[1]).abs() / normal.norm()).numpy()
+    assert found["found"].all()
+    np.testing.assert_allclose(found["distortion"][1:], distance[1:] / np.sqrt(192), rtol=0.03)
+    assert found["distortion"][0] == 0
+    assert found["image"].shape == (12, 3, 8, 8)
+    # A linear map to two logits stretches a perturbation along their difference by a known factor.
+    stretch = (linear[1].weight @ normal).norm() / normal.norm()
+    np.testing.assert_allclose(found["stretch"][1:], stretch.item(), rtol=0.05)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 12])
+def test_results_do_not_depend_on_the_batches(linear, batch_size):
+    for run in (
+        lambda given: measure.gaussian(linear, given, 0.1, 7, nothing),
+        lambda given: measure.projected_gradient(linear, given, "linf", 0.01, SETTINGS, 7, nothing),
+        lambda given: measure.smallest_gaussian(linear, given, SETTINGS, 7, nothing),
+    ):
+        expected, found = run(images(linear)), run(images(linear, batch_size))
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_gaussian_noise_has_its_strength(linear):
+    found = measure.gaussian(linear, images(linear), 0.05, 7, nothing)
+    # No pixel lies within four sigma of the box, so next to nothing is clipped.
+    assert found["distortion"].mean() == pytest.approx(0.05, rel=0.05)
+
+
+def test_gaussian_noise_of_a_given_norm(linear):
+    lengths = np.linspace(0.0, 0.5, 12)
+    found = measure.gaussian_of_norm(linear, images(linear), lengths, 7, nothing)
+    np.testing.assert_allclose(found["l2"], lengths, atol=1e-5)
+
+
+def test_nothing_found_is_infinite(linear):
+    settings = presets.override(SETTINGS, ["smallest.max_sigma=0.005", "smallest.levels=2"])
+    found = measure.smallest_gaussian(linear, images(linear), settings, 7, nothing)
+    assert np.isinf(found["distortion"][~found["found"]]).all()
+    assert not found["found"].all()

@@ -1,0 +1,269 @@
+"""The whole study at a size of seconds."""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import re
+import typing
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from fastlip.models import load_checkpoint
+from fastlip.study import presets, report, runner
+from fastlip.study.errors import StudyError
+from fastlip.study.files import read_arrays, read_json
+from fastlip.study.inputs import Places
+from fastlip.study.rundir import RunDirectory, locked
+from fastlip.study.schema import Results
+from fastlip.study.verdicts import rules_in_words
+
+QUIET = Console(quiet=True)
+
+
+def conforms(value, hint, where="results"):
+    """Assert that plain JSON ``value`` has the shape of the type ``hint``."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if typing.is_typeddict(hint):
+        assert set(value) == set(typing.get_type_hints(hint)), where
+        for name, inner in typing.get_type_hints(hint).items():
+            conforms(value[name], inner, f"{where}.{name}")
+    elif origin is list:
+        assert isinstance(value, list), where
+        for i, item in enumerate(value):
+            conforms(item, arguments[0], f"{where}[{i}]")
+    elif origin is typing.Literal:
+        assert value in arguments, where
+    elif arguments:
+        if value is not None:
+            conforms(value, next(a for a in arguments if a is not type(None)), where)
+        else:
+            assert type(None) in arguments, where
+    elif hint is float:
+        assert isinstance(value, int | float), where
+        assert not isinstance(value, bool), where
+    else:
+        assert type(value) is hint, where
+
+
+def test_results_have_the_schema_and_consistent_numbers(finished, micro):
+    results = read_json(finished.results)
+    conforms(results, Results)
+    assert results["generated"] is True
+    assert [m["name"] for m in results["models"]] == ["scratch-s0", "finetune-s0"]
+    for m in results["models"]:
+        assert m["clean_acc"] == pytest.approx(100 * m["clean"]["value"])
+        assert m["clean"]["n"] == micro.evaluation.clean_images
+        assert len(m["attacks"]) == 4
+        for attack in m["attacks"]:
+            assert attack["accuracy"]["n"] == micro.evaluation.images
+            assert attack["accuracy"]["low"] <= attack["accuracy"]["value"] <= attack["accuracy"]["high"]
+            assert attack["distortion"]["n"] == m["attacked_clean"]["k"]
+        bound = m["lipschitz"]
+        assert all(0 <= layer["lower"] <= layer["upper"] for layer in bound["layers"])
+        assert len(bound["layers"]) == 21  # ResNet-18: 20 convolutions and the head
+        # Soundness, as far as data can tell: no observed stretch exceeds the certified constant.
+        assert m["largest_stretch"] > 0
+        assert np.log10(m["largest_stretch"]) <= bound["log10_upper"]
+    assert [v["verdict"] for v in results["verdicts"]][2:] == ["undetermined", "undetermined"]
+
+
+def test_numbers_follow_from_the_stored_images(finished):
+    results = read_json(finished.results)
+    for m in results["models"]:
+        clean = read_arrays(finished.images(m["name"], "clean-attacked"))
+        right = clean["prediction"] == clean["label"]
+        pgd = read_arrays(finished.images(m["name"], "pgd-linf-8"))
+        attack = next(a for a in m["attacks"] if a["norm"] == "linf" and a["strength"] > 0.03)
+        assert attack["accuracy"]["k"] == int((pgd["prediction"] == pgd["label"]).sum())
+        assert (pgd["linf"] <= 8 / 255 * (1 + 1e-5)).all()
+        assert (pgd["distortion"][~right] == 0).all()  # what was wrong before is left alone
+        smallest = read_arrays(finished.images(m["name"], "smallest-pgd"))
+        assert np.isinf(smallest["distortion"][~smallest["found"]]).all()
+        found = smallest["found"]
+        np.testing.assert_allclose(smallest["distortion"][found], smallest["l2"][found] / np.sqrt(3 * 32 * 32))
+
+
+def test_configuration_holds_rules_versions_and_build(finished, micro):
+    config = read_json(finished.path / "config.json")
+    assert config["rules"] == rules_in_words(micro.rules)
+    assert {"python", "torch", "torchvision", "numpy", "scipy", "fastlip"} <= set(config["versions"])
+    assert config["build"]["torch"] == torch.__version__
+    assert config["seeds"] == [0]
+    assert (finished.path / "config.json").stat().st_mtime_ns < finished.results.stat().st_mtime_ns
+
+
+def test_checkpoints_are_safetensors_and_nothing_unfinished_is_left(finished):
+    for name in ("source", "scratch-s0", "finetune-s0"):
+        assert load_checkpoint(finished.checkpoint(name))[0]
+    left = [p for p in finished.path.rglob("*") if "unfinished" in p.name or ".part" in p.name]
+    assert left == []
+
+
+class Interrupted(BaseException):
+    """Stands for a kill: nothing in the study catches it."""
+
+
+def test_interrupted_at_every_write_and_resumed_gives_identical_results(finished, micro, tmp_path, monkeypatch):
+    real, seen = os.replace, set()
+
+    def replace(source, target):
+        path = Path(target).relative_to(tmp_path / "run")
+        # Tables and figures are made together: once in each folder is enough.
+        name = path.parts[0] if path.parts[0] in ("tables", "figures") else path.as_posix()
+        if name not in seen:
+            seen.add(name)
+            raise Interrupted(name)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for _ in itertools.count():
+        try:
+            run = runner.run(micro, Places(), tmp_path / "run", QUIET)
+            break
+        except Interrupted:
+            pass
+    written = {p.relative_to(finished.path) for p in finished.path.rglob("*") if p.is_file()} - {Path(".lock")}
+    assert seen >= {p.parts[0] if p.parts[0] in ("tables", "figures") else p.as_posix() for p in written}
+    assert sum("unfinished" in name for name in seen) == 3  # each training run was stopped on its way, too
+    assert run.results.read_bytes() == finished.results.read_bytes()
+    for path in finished.path.glob("images/*/*.npz"):
+        again = read_arrays(run.path / path.relative_to(finished.path))
+        for name, values in read_arrays(path).items():
+            np.testing.assert_array_equal(values, again[name])
+
+
+def test_the_terminal_says_generated_and_shows_progress(micro, tmp_path):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    # As far as the first stage that nothing but this test runs twice.
+    with pytest.raises(StudyError, match="not finite"):
+        runner.run(presets.override(micro, ["pretrain.max_lr=1e30"]), Places(), tmp_path / "run", console)
+    assert "G E N E R A T E D   I M A G E S" in screen.getvalue()
+    assert "source: pre-training" in screen.getvalue()
+
+
+def test_running_again_does_nothing(finished, micro):
+    before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.is_file() and p.name != ".lock"}
+    runner.run(micro, Places(), finished.path, QUIET)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_report_is_rebuilt_from_stored_results_alone(finished):
+    before = {p: p.read_bytes() for p in [finished.report, *finished.tables.iterdir(), *finished.figures.iterdir()]}
+    for path in before:
+        path.unlink()
+    report.write(RunDirectory(finished.path))
+    assert {p: p.read_bytes() for p in before} == before
+
+
+class References(HTMLParser):
+    """Every address a browser would follow or fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+        self.open = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [v for k, v in attributes if k in ("src", "href", "data", "poster", "action", "srcset")]
+        if tag not in ("meta", "br", "img", "path", "use", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+
+def test_report_is_self_contained_and_says_generated(finished):
+    html = finished.report.read_text()
+    parser = References()
+    parser.feed(html)
+    assert parser.found, "the report shows images"
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in parser.found)
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", html)
+    assert "<strong>GENERATED IMAGES</strong>" in html
+    assert html.index("GENERATED IMAGES") < html.index("The four answers") < html.index("seed-table")
+    assert "prefers-color-scheme: dark" in html
+    assert 'name="viewport"' in html
+    assert "@media print" in html
+
+
+def test_seed_table_has_the_decks_shape_in_three_formats(finished):
+    header = "Model,Attack,Average Distortion,Upper Lipschitz Constant,Clean Accuracy"
+    lines = (finished.tables / "seed.csv").read_text().splitlines()
+    assert lines[0] == header
+    assert len(lines) == 1 + 4 + 4  # ours and the deck's
+    markdown = (finished.tables / "seed.md").read_text()
+    assert "GENERATED IMAGES" in markdown
+    assert "| " + header.replace(",", " | ") + " |" in markdown
+    assert "fine-tuned (seed deck) | Gaussian | 33.70 (n = 96) | 1.33 | 93.8%" in markdown
+    latex = (finished.tables / "seed.tex").read_text()
+    assert latex.count(r"\\") == len(lines)
+    assert "%" not in re.sub(r"\\%|^%.*$", "", latex, flags=re.M)
+
+
+def test_figures_have_their_data_beside_them(finished):
+    drawings = sorted(p.stem for p in finished.figures.glob("*.svg"))
+    assert drawings == sorted(p.stem for p in finished.figures.glob("*.csv"))
+    assert len(drawings) == 6
+    for path in finished.figures.glob("*.csv"):
+        assert len(path.read_text().splitlines()) > 1
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"examples": 3}])
+def test_another_configuration_in_the_same_directory_is_refused(finished, micro, change):
+    with pytest.raises(StudyError, match=f"another configuration: {next(iter(change))}") as caught:
+        runner.run(dataclasses.replace(micro, **change), Places(), finished.path, QUIET)
+    assert caught.value.status == 2
+
+
+def test_a_directory_that_is_no_run_is_left_alone(micro, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(StudyError, match="not a run"):
+        runner.run(micro, Places(), tmp_path, QUIET)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("device", ["quantum", "cuda:99" if not torch.cuda.is_available() else "quantum:1"])
+def test_a_device_that_is_not_there_is_one_line(micro, tmp_path, device):
+    with pytest.raises(StudyError, match=f"--device {device}") as caught:
+        runner.run(dataclasses.replace(micro, device=device), Places(), tmp_path / "run", QUIET)
+    assert caught.value.status == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_process_is_kept_out(finished, micro):
+    with locked(finished.path), pytest.raises(StudyError, match="another process"):
+        runner.run(micro, Places(), finished.path, QUIET)
+
+
+def test_a_truncated_checkpoint_is_one_line_and_nothing_is_lost(finished, micro):
+    path = finished.checkpoint("scratch-s0")
+    whole, measured = path.read_bytes(), finished.images("scratch-s0", "clean")
+    kept = measured.read_bytes()
+    try:
+        path.write_bytes(whole[: len(whole) // 2])
+        measured.unlink()
+        with pytest.raises(StudyError, match=r"scratch-s0\.safetensors.*delete"):
+            runner.run(micro, Places(), finished.path, QUIET)
+        assert path.exists()
+    finally:
+        path.write_bytes(whole)
+        measured.write_bytes(kept)
+
+
+def test_results_of_another_version_are_refused(finished):
+    text = finished.results.read_text()
+    try:
+        finished.results.write_text(json.dumps(json.loads(text) | {"schema": "fastlip.study.results/99"}))
+        with pytest.raises(StudyError, match="results/99"):
+            report.write(finished)
+    finally:
+        finished.results.write_text(text)

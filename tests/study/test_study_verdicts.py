@@ -1,0 +1,120 @@
+"""The rules on planted results: what is there must be found, and what is not there must not."""
+
+import numpy as np
+import pytest
+
+from fastlip.study.config import Rules
+from fastlip.study.statistics import mean, median, rate
+from fastlip.study.verdicts import QUESTIONS, rules_in_words, verdicts
+
+RULES = Rules(resamples=500)
+
+
+def model(arm, seed, *, ratios=(0.01,) * 60, distortion=0.01, accuracy=0.5, log10_upper=20.0, stretch=5.0):
+    """As much of a model's results as the rules read."""
+    return {
+        "name": f"{arm}-s{seed}",
+        "arm": arm,
+        "seed": seed,
+        "ratio_share": rate(np.array(ratios) <= RULES.ratio, 0.95),
+        "smallest_pgd": {
+            "median": median(np.full(60, distortion), 0.95),
+            "stretch": {"mean": mean(np.array([stretch]), 0.95, 10), "largest": stretch},
+        },
+        "attacks": [{"norm": "linf", "strength": 1 / 255, "accuracy": rate(np.arange(1000) < 1000 * accuracy, 0.95)}],
+        "lipschitz": {"log10_upper": log10_upper},
+    }
+
+
+def verdict(models, number):
+    return verdicts(models, RULES)[number - 1]["verdict"]
+
+
+@pytest.mark.parametrize(("number", "arm"), [(1, "scratch"), (2, "finetune")])
+@pytest.mark.parametrize(
+    ("small", "of", "expected"),
+    [
+        (60, 60, "supported"),
+        (36, 36, "supported"),
+        (35, 35, "undetermined"),  # 0.025 ** (1 / 35) < 0.9: too few images to say so even if all agree
+        (30, 60, "contradicted"),
+        (54, 60, "undetermined"),
+        (0, 0, "undetermined"),
+    ],
+)
+def test_questions_1_and_2_by_the_share_of_small_ratios(number, arm, small, of, expected):
+    models = [model(arm, 0, ratios=[0.05] * small + [0.5] * (of - small))]
+    assert verdict(models, number) == expected
+    assert verdict(models, 3 - number) == "undetermined"  # the other arm is not there
+
+
+def test_a_ratio_of_an_image_on_which_nothing_was_found_is_not_small():
+    assert verdict([model("scratch", 0, ratios=[np.inf] * 60)], 1) == "contradicted"
+
+
+def test_seeds_that_disagree_determine_nothing():
+    models = [model("scratch", 0), model("scratch", 1, ratios=[0.5] * 60)]
+    assert verdict(models, 1) == "undetermined"
+
+
+def pairs(seeds, distortion, accuracy):
+    """Scratch and fine-tuned models that differ by the given amounts with some noise from seed to seed."""
+    rng = np.random.default_rng(0)
+    found = []
+    for seed in range(seeds):
+        found.append(model("scratch", seed, distortion=0.010, accuracy=0.5))
+        found.append(
+            model(
+                "finetune",
+                seed,
+                distortion=0.010 + distortion + 1e-4 * rng.normal(),
+                accuracy=0.5 + accuracy + 0.01 * rng.normal(),
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("seeds", "distortion", "accuracy", "expected"),
+    [
+        (5, 0.004, 0.2, "supported"),
+        (5, -0.004, -0.2, "contradicted"),
+        (5, 0.004, -0.2, "undetermined"),
+        (5, 0.0, 0.0, "undetermined"),
+        (2, 0.004, 0.2, "undetermined"),
+        (1, 0.004, 0.2, "undetermined"),
+        (0, 0.004, 0.2, "undetermined"),
+    ],
+)
+def test_question_3_by_differences_over_seeds(seeds, distortion, accuracy, expected):
+    assert verdict(pairs(seeds, distortion, accuracy), 3) == expected
+
+
+def test_one_seed_says_why_it_determines_nothing():
+    answer = verdicts(pairs(1, 0.01, 0.2), RULES)[2]
+    assert "1 of the 3 needed" in answer["because"]
+    assert answer["statistics"][0]["estimate"]["low"] is None
+
+
+@pytest.mark.parametrize(("slope", "expected"), [(-1, "supported"), (1, "supported"), (0, "undetermined")])
+def test_question_4_by_rank_correlation(slope, expected):
+    rng = np.random.default_rng(2)
+    models = [
+        model("scratch", seed, log10_upper=20 + x, stretch=5 + x, distortion=0.1 + 0.01 * (slope * x + noise))
+        for seed, (x, noise) in enumerate(zip(rng.normal(size=12), 0.1 * rng.normal(size=12), strict=True))
+    ]
+    assert verdict(models, 4) == expected
+
+
+def test_question_4_needs_models():
+    assert "2 of the 6 needed" in verdicts(pairs(1, 0, 0), RULES)[3]["because"]
+
+
+def test_rules_state_the_numbers_they_use():
+    words = rules_in_words(Rules(ratio=0.2, share=0.8, min_seeds=4, min_models=9, compared_linf_255=2.0))
+    assert len(words) == len(QUESTIONS) == 4
+    assert "0.2" in words[0]
+    assert "0.8" in words[1]
+    assert "4 seeds" in words[2]
+    assert "2/255" in words[2]
+    assert "9 trained models" in words[3]
