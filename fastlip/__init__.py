@@ -17,7 +17,7 @@ __version__ = _version("fastlip")
 if TYPE_CHECKING:
     from fastlip import attacks, data, lipschitz, metrics, models, norms, ops
     from fastlip._info import build_info
-    from fastlip.lipschitz import LipschitzBound, lipschitz_bound
+    from fastlip.lipschitz import LipschitzBound, lipschitz_bound, local_lipschitz
     from fastlip.norms import NormInterval, NormReport, conv_norm, layer_norms
 
 _EXPORTS = {
@@ -27,6 +27,7 @@ _EXPORTS = {
     "NormInterval": "fastlip.norms",
     "NormReport": "fastlip.norms",
     "lipschitz_bound": "fastlip.lipschitz",
+    "local_lipschitz": "fastlip.lipschitz",
     "LipschitzBound": "fastlip.lipschitz",
 }
 _MODULES = ("attacks", "data", "lipschitz", "metrics", "models", "norms", "ops")
@@ -43,6 +44,7 @@ __all__ = [
     "layer_norms",
     "lipschitz",
     "lipschitz_bound",
+    "local_lipschitz",
     "metrics",
     "models",
     "norms",

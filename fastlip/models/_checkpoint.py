@@ -1,12 +1,12 @@
 """Weights on disk: safetensors only, which hold numbers and can execute nothing."""
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from fastlip._files import replacing
 from fastlip.models._extra import safetensors
 
 
@@ -29,16 +29,8 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, meta: Mappin
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     path = Path(path)
     data = safetensors().save(tensors, metadata=dict(meta or {}))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,35 +1,16 @@
 """Files that are either there and complete or not there at all."""
 
 import json
-import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastlip._files import replacing
 from fastlip.study.errors import StudyError
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place, synced to disk, when the block ends without an error.
-
-    A process killed inside the block leaves ``path`` as it was and a temporary file that the next attempt overwrites.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part{path.suffix}")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -69,11 +50,3 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise StudyError(f"{path} is missing; run the study in this directory first") from None
     except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise StudyError(f"{path} is damaged ({error}); delete it and run the same command again") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
