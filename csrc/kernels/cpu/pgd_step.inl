@@ -137,8 +137,11 @@ FASTLIP_INLINE inline Totals<kSums> reduce(int64_t n, Body body) {
       wide[s] += __builtin_convertvector((sums[0][s] + sums[1][s]) + (sums[2][s] + sums[3][s]), Wide);
   }
   Totals<kSums> total{};
-  for (int s = 0; s < kSums; ++s)
-    for (int64_t l = 0; l < lanes; ++l) total.of[s] += wide[s][l];
+  for (int s = 0; s < kSums; ++s) {
+    double part[2] = {};  // two chains of additions rather than one
+    for (int64_t l = 0; l < lanes; ++l) part[l % 2] += wide[s][l];
+    total.of[s] = part[0] + part[1];
+  }
   for (; i < n; ++i) {
     T sums[kSums] = {};
     body.template operator()<T>(i, sums);
@@ -370,6 +373,24 @@ void l2_sample(T* x, const T* g, const T* x0, T step, T eps, const B box, int64_
 
 // --- L1 ----------------------------------------------------------------------------------
 
+// The largest of size(v[i]) >= 0.
+template <typename T, typename Size>
+FASTLIP_INLINE inline T greatest(const T* v, int64_t n, Size size) {
+  using V = Vector<T>;
+  constexpr int64_t lanes = VectorOf<T>::lanes;
+  V top[kUnroll] = {};
+  T result = 0;
+  int64_t i = 0;
+  for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) top[u] = greater(size(load<V>(v + i + u * lanes)), top[u]);
+  }
+  for (const V& t : top)
+    for (int64_t l = 0; l < lanes; ++l) result = greater(result, t[l]);
+  for (; i < n; ++i) result = greater(result, size(v[i]));
+  return result;
+}
+
 // Magnitudes as integers, which order alike; what is not finite counts as 0.
 template <typename T>
 void magnitudes(typename Range<T>::Bits* __restrict out, const T* __restrict g, int64_t n) {
@@ -390,18 +411,22 @@ int64_t count_from(const Bits* __restrict keys, Bits threshold, int64_t n) {
 // The largest threshold >= 1 that at least `kept` keys reach, or any that exactly `kept` do; and how many do. Where
 // fewer than `kept` keys are nonzero the threshold is 1 and all those count.
 template <typename Bits>
-Bits top_threshold(const Bits* keys, Bits high, int64_t kept, int64_t n, int64_t& count) {
-  Bits low = 1;  // the answer lies in [low, high]
-  count = -1;    // of low, when counted
-  while (low < high) {
-    const Bits middle = low + (high - low) / 2 + 1;
+Bits top_threshold(const Bits* keys, int64_t kept, int64_t n, int64_t& count) {
+  // The answer lies in [low, high]; count is of low, when counted.
+  Bits low = 1, high = greatest(keys, n, [](auto key) FASTLIP_INLINE { return key; });
+  count = -1;
+  // The top keys are mostly within a few powers of two of the largest: look there first.
+  for (Bits width = Bits{1} << (sizeof(Bits) == 4 ? 23 : 52); low < high;) {
+    const Bits middle = width < high - low ? high - width : low + (high - low) / 2 + 1;
     const int64_t reached = count_from(keys, middle, n);
     if (reached >= kept) {
       low = middle;
       count = reached;
       if (reached == kept) break;
+      width = high;  // from here on halve
     } else {
       high = middle - 1;
+      width = width < high / 2 ? 2 * width : high;
     }
   }
   if (count < 0) count = count_from(keys, low, n);
@@ -418,46 +443,43 @@ void l1_move(T* __restrict x, const T* __restrict g, const Bits* __restrict keys
   }
 }
 
-template <typename T>
-T greatest(const T* d, int64_t n) {
-  using V = Vector<T>;
-  constexpr int64_t lanes = VectorOf<T>::lanes;
-  V top[kUnroll] = {};
-  T result = 0;
-  int64_t i = 0;
-  for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) top[u] = greater(size_of<V, T>(load<V>(d + i + u * lanes)), top[u]);
-  }
-  for (const V& t : top)
-    for (int64_t l = 0; l < lanes; ++l) result = greater(result, t[l]);
-  for (; i < n; ++i) result = greater(result, magnitude(d[i]));
-  return result;
-}
-
 // f(lambda) = sum of min(max(|d| - lambda, 0), cap), and how many elements lambda moves; over one vector in `thin`.
-// kSplit: lambda = high + low, where one T would be too coarse against the ball.
-template <bool kSplit, typename T>
+// lambda = high + low: a single T is too coarse where |d| is large against the ball.
+template <typename T>
 Totals<2> l1_shrunk(const T* d, const T* cap, double lambda, int64_t n, int64_t thin) {
   const T high = static_cast<T>(lambda), low = static_cast<T>(lambda - static_cast<double>(high));
   return reduce<2, T>(n / thin, [&]<typename P>(int64_t i, P* sums) FASTLIP_INLINE {
     const P zero{}, one = broadcast<P>(T(1));
-    P t = size_of<P, T>(load<P>(d + i * thin)) - high;
-    if constexpr (kSplit) t -= low;
+    const P t = size_of<P, T>(load<P>(d + i * thin)) - high - low;
     const P most = load<P>(cap + i * thin), kept = lesser(greater(t, zero), most);
     sums[0] += kept;
     sums[1] += kept == t ? one : zero;  // t itself was kept: it lies in [0, cap]
   });
 }
 
-// Root of f(lambda) = target, f falling and piecewise linear: Newton kept inside a bracket, with false position and
-// halving in turn where Newton leaves it. The side with f <= target (1 + tolerance) is returned.
-template <bool kSplit, typename T>
+// What one pass over the elements tells of f: its value and, but for the sign, its slope.
+struct Point {
+  double lambda, sum, moving;
+};
+
+// Where f = target by the cubic through both points and slopes of the inverse of f: f is piecewise linear, but with
+// many pieces nearly smooth, so this converges faster than Newton. Not a number where a slope is zero.
+inline double l1_hermite(const Point& a, const Point& b, double target) {
+  const double width = b.sum - a.sum, t = (target - a.sum) / width, u = 1 - t;
+  const double from_a = a.lambda - t * width / a.moving, from_b = b.lambda + u * width / b.moving;  // the tangents
+  return u * u * (1 + 2 * t) * a.lambda + t * t * (1 + 2 * u) * b.lambda + u * u * (from_a - a.lambda) +
+         t * t * (from_b - b.lambda);
+}
+
+// Root of f(lambda) = target, f falling and piecewise linear: Newton and the cubic kept inside a bracket, with false
+// position and halving in turn where they leave it. The side with f <= target (1 + tolerance) is returned.
+template <typename T>
 double l1_root(const T* d, const T* cap, double target, double tolerance, double start, double at_zero, int64_t n,
                int64_t thin, int passes) {
   double low = 0, low_sum = at_zero, high = kLargest<double>, high_sum = 0, lambda = start;
+  Point before{0, 0, 0};
   for (int pass = 0; pass < passes; ++pass) {
-    const auto [sum, moving] = l1_shrunk<kSplit>(d, cap, lambda, n, thin).of;
+    const auto [sum, moving] = l1_shrunk(d, cap, lambda, n, thin).of;
     if (sum <= target * (1 + tolerance) && sum >= target * (1 - tolerance)) return lambda;
     if (sum <= target) {
       high = lambda;
@@ -466,9 +488,17 @@ double l1_root(const T* d, const T* cap, double target, double tolerance, double
       low = lambda;
       low_sum = sum;
     }
-    lambda += (sum - target) / moving;  // not finite where nothing moves
+    const Point here{lambda, sum, moving};
+    lambda = l1_hermite(before, here, target);
+    if (pass == 0 || pass > 6 || !(lambda > low && lambda < high)) {
+      lambda = here.lambda + (sum - target) / moving;  // not finite where nothing moves
+    }
+    before = here;
     if (!(lambda > low && lambda < high)) {
-      if (high == kLargest<double>) high = static_cast<double>(greatest(d, n));  // f is 0 there
+      if (high == kLargest<double>) {
+        const T peak = greatest(d, n, []<typename P>(P v) FASTLIP_INLINE { return size_of<P, T>(v); });
+        high = static_cast<double>(peak);  // f is 0 there
+      }
       const double share = (low_sum - target) / (low_sum - high_sum);
       lambda = low + (high - low) * (pass % 2 ? 0.5 : share);
       if (!(lambda > low && lambda < high)) lambda = low + (high - low) / 2;
@@ -485,14 +515,11 @@ double l1_threshold(const T* d, const T* cap, T eps, double at_zero, int64_t n) 
   constexpr int64_t lanes = VectorOf<T>::lanes;
   if (n >= 16 * kThin * lanes) {  // a guess from a part of the elements; the bracket makes up for a bad one
     const double share = 1.0 / static_cast<double>(kThin);
-    start = l1_root<false>(d, cap, target * share, 1e-3, 0, at_zero * share, n - n % (kThin * lanes), kThin, 8);
+    const double first = (at_zero - target) / static_cast<double>(n);  // Newton from 0, were all of them moving
+    start = l1_root(d, cap, target * share, 0.03, first, at_zero * share, n - n % (kThin * lanes), kThin, 8);
     if (start == kLargest<double>) start = 0;  // no end in sight within 8 passes
   }
-  // Rounding lambda to T shifts every moving element by up to half a unit in its last place.
-  const double shift = (start > 0 ? start : static_cast<double>(greatest(d, n))) * 0x1p-24 * static_cast<double>(n);
-  return sizeof(T) == 4 && shift > 0.25 * tolerance * target
-             ? l1_root<true>(d, cap, target, tolerance, start, at_zero, n, 1, kMaxPasses)
-             : l1_root<false>(d, cap, target, tolerance, start, at_zero, n, 1, kMaxPasses);
+  return l1_root(d, cap, target, tolerance, start, at_zero, n, 1, kMaxPasses);
 }
 
 template <typename T, typename B>
@@ -502,7 +529,7 @@ void l1_sample(T* x, const T* g, const T* x0, T step, T eps, const B box, int64_
     Bits* keys = reinterpret_cast<Bits*>(cap);  // done with before cap is written
     magnitudes(keys, g, n);
     int64_t count;
-    const Bits threshold = top_threshold(keys, Range<T>::kFinite, kept, n, count);
+    const Bits threshold = top_threshold(keys, kept, n, count);
     if (count > 0) {
       l1_move(x, g, keys, threshold, static_cast<T>(static_cast<double>(step) / static_cast<double>(count)), n);
     }
