@@ -56,7 +56,8 @@ def norms(
         for export in to_stdout:
             print(export(), end="")
     else:
-        Console().print(_table(report))
+        console = Console()
+        console.print(_table(report, wide=console.width >= 100))
 
 
 def _compute(
@@ -135,21 +136,22 @@ def _load_state(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _table(report: NormReport) -> Table:
+def _table(report: NormReport, wide: bool) -> Table:
     table = Table(box=None, header_style="bold", row_styles=["", "dim"])
     table.add_column("layer", no_wrap=True)
-    table.add_column("", overflow="ellipsis", no_wrap=True)
-    table.add_column("norm at least", justify="right", no_wrap=True)
-    table.add_column("at most", justify="right", style="bold", no_wrap=True)
-    table.add_column("width", justify="right", no_wrap=True)
-    table.add_column("method", no_wrap=True)
+    if wide:  # in a narrow terminal the descriptions give way, never the numbers
+        table.add_column("", overflow="ellipsis", no_wrap=True)
+    table.add_column("at least", justify="right", no_wrap=True, min_width=8)
+    table.add_column("at most", justify="right", style="bold", no_wrap=True, min_width=8)
+    table.add_column("width", justify="right", no_wrap=True, min_width=6)
+    table.add_column("method", no_wrap=True, min_width=11)
     for name, interval in report.items():
         width = "exact" if interval.width < 1e-6 else f"{100 * interval.width:.2g}%"
         method = f"{interval.method} {interval.iterations or ''}".rstrip()
         late = "" if interval.converged else "[yellow]"
         table.add_row(
             name,
-            report.descriptions[name],
+            *([report.descriptions[name]] if wide else []),
             f"{interval.lower:.5g}",
             f"{interval.upper:.5g}",
             f"{late}{width}",
