@@ -313,7 +313,8 @@ def _sample_dense(x: Tensor) -> bool:
 
 
 def _same_layout(t: Tensor, x: Tensor) -> bool:
-    return all(size == 1 or a == b for size, a, b in zip(x.shape[1:], t.stride()[1:], x.stride()[1:], strict=True))
+    a, b = t.stride(), x.stride()
+    return a == b or all(n == 1 or i == j for n, i, j in zip(x.shape[1:], a[1:], b[1:], strict=True))
 
 
 def _in_one_layout(x: Tensor, *others: Tensor) -> list[Tensor]:
