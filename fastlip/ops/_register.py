@@ -26,6 +26,9 @@ SCHEMAS = {
     "float sparsity, Tensor? active) -> ()",
     "project_": f"(Tensor(a!) x, Tensor x0, {_EPS}, str norm, {_BOUNDS}, Tensor? active) -> ()",
     "random_start": f"(Tensor x0, {_EPS}, str norm, {_BOUNDS}, Tensor ids, Tensor key) -> Tensor",
+    "apgd_step_": "(Tensor(a!) x, Tensor grad, Tensor loss, Tensor x0, Tensor(b!) x_prev, Tensor(c!) x_best, "
+    "Tensor(d!) grad_best, Tensor(e!) best_loss, Tensor(f!) past_loss, Tensor(g!) step_size, Tensor(h!) counters, "
+    f"Tensor schedule, {_EPS}, str norm, {_BOUNDS}, float momentum, float rho, Tensor? active) -> ()",
 }
 BACKENDS = ("native", "triton", "reference")
 
@@ -71,6 +74,9 @@ def _native(device: str) -> str | None:
 
         _native.cpu_isa()  # a FASTLIP_CPU_ISA that this CPU or build lacks is an error here, not in a kernel
     torch.ops.load_library(library)
+    from fastlip.ops import reference
+
+    _library.impl("apgd_step_", reference.apgd_step_, device.upper())
     return f"{library.name} is installed"
 
 

@@ -6,5 +6,6 @@ operator stands in ``_triton``.
 
 from fastlip.ops._triton.pgd_step import pgd_step_, project_
 from fastlip.ops._triton.random_start import random_start
+from fastlip.ops.reference import apgd_step_
 
-__all__ = ["pgd_step_", "project_", "random_start"]
+__all__ = ["apgd_step_", "pgd_step_", "project_", "random_start"]
