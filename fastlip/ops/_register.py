@@ -74,9 +74,6 @@ def _native(device: str) -> str | None:
 
         _native.cpu_isa()  # a FASTLIP_CPU_ISA that this CPU or build lacks is an error here, not in a kernel
     torch.ops.load_library(library)
-    from fastlip.ops import reference
-
-    _library.impl("apgd_step_", reference.apgd_step_, device.upper())
     return f"{library.name} is installed"
 
 
