@@ -8,7 +8,7 @@
 // Every thread works out for itself what its sample does (apgd.h), from numbers that nobody writes until all of the
 // sample's threads have read them. Linf: as many blocks a sample as it takes, each thread with 16 bytes of each
 // operand; the last of the blocks to arrive, counted in `counters`, writes the sample's numbers. L2 and L1: a team a
-// sample, as in pgd_step.cu, so the first reduction is the barrier. x is read again, from cache, where the momentum and
+// sample, as in pgd_step.cu. x is read again, from cache, where the momentum and
 // x_prev need it.
 #include "kernels/apgd.h"
 #include "kernels/cuda/slice.cuh"
@@ -212,7 +212,7 @@ __device__ Search searched(Team& team, T eps, double (&sums)[Search::kSums], Gap
 }
 
 template <typename S, Norm kNorm, bool kStaged>
-__global__ void __launch_bounds__(kStaged ? kMaxThreads : kStreamedThreads)
+__global__ void __launch_bounds__(kStaged ? kMaxThreads : kStreamedThreads, 1)
     apgd_step_ball_kernel(const __grid_constant__ ApgdStep a, const __grid_constant__ Shares shares) {
   using T = Arith<S>;
   using Search = std::conditional_t<kNorm == Norm::l2, L2Search<T>, L1Search<T>>;
@@ -245,10 +245,11 @@ __global__ void __launch_bounds__(kStaged ? kMaxThreads : kStreamedThreads)
   } else if (restart) {
     slice.start_from_best();
   }
-  const double kept = row.kept < 1 ? 1 : row.kept > p.size ? p.size : row.kept;
-  const Move<S> move = find_move(slice, team, static_cast<double>(finite_or_zero(row.step_size)), kept);
-  // That reduced, so every thread of the team has read the sample's numbers.
+  team.sync();  // every thread has read the sample's numbers; writing them now frees their registers
   if (threadIdx.x == 0 && blockIdx.x % shares.ranks == 0) write_apgd_row(a, sample, row, restart);
+  const T step = finite_or_zero(row.step_size);
+  const int32_t kept = row.kept < 1 ? 1 : row.kept > p.size ? static_cast<int32_t>(p.size) : row.kept;
+  const Move<S> move = find_move(slice, team, step, kept);
 
   Chunk v, x0, lo, hi;
   double sums[Search::kSums] = {};
