@@ -1,6 +1,7 @@
 """apgd_step_ against its definition on every backend, and against Auto-PGD written from the papers."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -107,7 +108,9 @@ def test_values_per_sample(device, dtype, norm):
     sample = torch.linspace(0.75, 1.0, 12, device=device).to(dtype).float().reshape(12, 1, 1, 1)
     loss = torch.randn(12, generator=torch.Generator().manual_seed(1)).to(device)
     loss[3], loss[4], loss[5] = math.nan, math.inf, -math.inf
-    for bounds in [(0.0, 1.0), (channel, 1.0), (channel, sample), (-0.5, sample.expand(12, 3, 5, 7))][INTERPRETED * 2 :]:
+    for bounds in [(0.0, 1.0), (channel, 1.0), (channel, sample), (-0.5, sample.expand(12, 3, 5, 7))][
+        INTERPRETED * 2 :
+    ]:
         low, high = (torch.as_tensor(b, device=device) for b in bounds)
         centre = torch.minimum(torch.maximum(x0.float(), low), high).to(dtype)
         state = some_state(x, centre, 20, 0.3, norm)
@@ -198,6 +201,88 @@ def test_opcheck(device):
         box = (0.0, row, 1.0, None)
         arguments = (x, grad, torch.ones(3, device=device), x0, *buffers, 0.0, radii, norm, *box, 0.75, 0.75, active)
         torch.library.opcheck(torch.ops.fastlip.apgd_step_.default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(6, 3, 8, 8), (3, 3, 224, 224)], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_captured_step_serves_a_whole_attack(norm, shape):
+    """No synchronisation, and nothing of the step's number in the launch."""
+    eps = {"linf": 0.03, "l2": 1.0, "l1": 20.0}[norm]
+    _, _, x0 = make(shape, torch.float32, "cuda")
+    target = torch.rand_like(x0)
+
+    def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+        d = torch.sin(20 * x) - target
+        return d.square().flatten(1).sum(1), 2 * d * torch.cos(20 * x)
+
+    def run(captured: bool) -> tuple[Tensor, ops.APGDState]:
+        x, state = x0.clone(), ops.apgd_state(x0, steps=15, eps=eps, norm=norm)
+
+        def step() -> None:
+            loss, grad = gradient(x)
+            ops.apgd_step_(x, grad, loss, x0, state, eps=eps, norm=norm)
+
+        if captured:
+            fresh = copy.deepcopy(state)
+            step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            x.copy_(x0)
+            for f in dataclasses.fields(state):
+                getattr(state, f.name).copy_(getattr(fresh, f.name))
+        for _ in range(15):
+            graph.replay() if captured else step()
+        return x, state
+
+    assert_same(run(True), run(False), "linf")
+
+
+@pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="checks of the compiled bindings")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(3, 8)[:, ::2]}, "every sample of x must be dense"),
+        ({1: torch.zeros(4, 4)}, "grad must have x's shape"),
+        ({2: torch.zeros(3, dtype=torch.float64)}, "loss must be contiguous"),
+        ({3: torch.zeros(3, 4).double()}, "x0 must have x's dtype"),
+        ({4: torch.zeros(1, 4).expand(3, 4)}, "samples of x_prev overlap"),
+        ({5: torch.zeros(3, 5)}, "x_best must have x's shape"),
+        ({6: torch.zeros(3, 4).half()}, "grad_best must have x's dtype"),
+        ({7: torch.zeros(2)}, "best_loss must be contiguous"),
+        ({8: torch.zeros(3)}, "past_loss must be contiguous"),
+        ({9: torch.zeros(6)[::2]}, "step_size must be contiguous"),
+        ({10: torch.zeros(3, 6)}, "counters must be contiguous"),
+        ({11: torch.zeros(5)}, "schedule must be contiguous"),
+        ({14: "l7"}, "norm must be one of"),
+        ({19: 2.0}, "momentum must lie in"),
+        ({20: -1.0}, "rho must lie in"),
+        ({21: torch.ones(3)}, "active must be a contiguous bool"),
+    ],
+)
+def test_direct_calls_are_checked_too(change, message):
+    x, grad, x0 = make((3, 4), torch.float32, "cpu")
+    s = ops.apgd_state(x, steps=5, eps=0.1)
+    arguments = [x, grad, torch.zeros(3), x0, s.x_prev, s.x_best, s.grad_best, s.best_loss, s.past_loss, s.step_size]
+    arguments += [s.counters, s.schedule, 0.1, None, "l2", 0.0, None, 1.0, None, 0.75, 0.75, None]
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastlip.apgd_step_(*arguments)
+
+
+def test_rows_of_a_state():
+    """Finished samples may be left out: the others go on as they would have."""
+    x, grad, x0 = make((6, 3, 8, 8), torch.float32, "cpu")
+    loss = torch.arange(6.0)
+    state = some_state(x, x0, 20, 0.3, "linf")
+    left = torch.tensor([True, False, True, True, False, True])
+    some = state[left]
+    whole = ops.apgd_step_(x.clone(), grad, loss, x0, state, eps=0.3)
+    got = ops.apgd_step_(x[left], grad[left], loss[left], x0[left], some, eps=0.3)
+    assert_same((got, some), (whole[left], state[left]), "linf")
 
 
 # --- Auto-PGD as published -------------------------------------------------------------------------------------------
