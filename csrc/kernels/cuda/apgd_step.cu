@@ -286,7 +286,8 @@ __global__ void __launch_bounds__(kStaged ? kMaxThreads : kStreamedThreads, 1)
       slice.previous(at, valid, last);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        v[i] = heavy(x[i], projected(search, found, v[i], x0[i], lo[i], hi[i]), last[i]);
+        const T z = projected(search, found, v[i], x0[i], lo[i], hi[i]);
+        v[i] = i < valid ? heavy(x[i], z, last[i]) : T(0);  // what does not exist counts for nothing in the sums
       }
     };
     const auto values = [&](int64_t at, int valid) {
