@@ -54,9 +54,8 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     spilling = [row for row in rows if row["spill_store_bytes"] != "0"]
-    print(
-        f"{len(rows)} kernels, {len(spilling)} of them spill, at most {max(int(r['registers']) for r in rows)} registers"
-    )
+    most = max(int(row["registers"]) for row in rows)
+    print(f"{len(rows)} kernels, {len(spilling)} of them spill, at most {most} registers")
     for row in spilling:
         print(f"{row['architecture']} {row['kernel']}: {row['spill_store_bytes']} bytes")
     sys.exit(bool(spilling))
