@@ -59,8 +59,9 @@ sanitize memcheck 50 memcheck
 sanitize racecheck 50 racecheck
 step bench 100 env FASTLIP_BACKEND=native "$python" "$repository/benchmarks/bench_pgd_step.py" --device cuda \
   --seconds 0.2 --out "$out"
+step bench_apgd 30 env FASTLIP_BACKEND=native "$python" "$repository/benchmarks/bench_apgd_step.py" --device cuda --no-compile --seconds 0.1 --out "$out"
 
-for log in build_info bench; do
+for log in build_info bench bench_apgd; do
   printf '\n--- %s\n' "$log"
   tail -n 40 "$log.log"
 done

@@ -35,6 +35,21 @@ struct PgdStep {
   int64_t x_stride, grad_stride, x0_stride;  // elements from sample to sample
 };
 
+// step: the move and its ball, without step_size and kept, which are the sample's own here; grad is given.
+struct ApgdStep {
+  PgdStep step;
+  const void* loss;  // one number a sample, in the arithmetic's type like the following
+  void *x_prev, *x_best, *grad_best;
+  void* best_loss;
+  void* past_loss;  // two numbers a sample: of the last iterate; the best at the last checkpoint
+  void* step_size;
+  int32_t* counters;  // six a sample: see kernels/apgd.h
+  const int32_t* schedule;
+  int64_t steps;  // of the schedule
+  double momentum, rho;
+  int64_t x_prev_stride, x_best_stride, grad_best_stride;
+};
+
 struct RandomStart {
   void* out;
   const void* x0;
@@ -59,6 +74,8 @@ struct Kernels {
   void (*pgd_step_linf)(const PgdStep&, int64_t begin, int64_t end);
   // Samples [begin, end), norm l2 or l1; scratch holds scratch_bytes(size) bytes.
   void (*pgd_step_ball)(const PgdStep&, int64_t begin, int64_t end, void* scratch);
+  // Samples [begin, end), any norm; scratch as above.
+  void (*apgd_step)(const ApgdStep&, int64_t begin, int64_t end, void* scratch);
   // Benchmark floor: y[i] = a[i] + b[i] + c[i], three reads and one write.
   void (*stream)(float* y, const float* a, const float* b, const float* c, int64_t n);
 };
@@ -76,6 +93,7 @@ namespace cuda {
 // `stream` is a cudaStream_t; the result is a cudaError_t. Nothing synchronises; all launches can be captured.
 int pgd_step_(const PgdStep& step, void* stream);
 int random_start(const RandomStart& start, void* stream);
+int apgd_step_(const ApgdStep& step, void* stream);
 const char* error_string(int error);
 }  // namespace cuda
 }  // namespace fastlip

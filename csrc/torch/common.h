@@ -156,6 +156,54 @@ inline PgdStep pgd_step_of(Tensor& x, const Tensor* grad, const Tensor& x0, cons
           x0.stride(0)};
 }
 
+inline ApgdStep apgd_step_of(Tensor& x, const Tensor& grad, const Tensor& loss, const Tensor& x0, Tensor& x_prev,
+                             Tensor& x_best, Tensor& grad_best, Tensor& best_loss, Tensor& past_loss, Tensor& step_size,
+                             Tensor& counters, const Tensor& schedule, double eps, const OptionalTensor& eps_tensor,
+                             const std::string& norm, double lo, const OptionalTensor& lo_tensor, double hi,
+                             const OptionalTensor& hi_tensor, double momentum, double rho,
+                             const OptionalTensor& active) {
+  const PgdStep step =
+      pgd_step_of(x, &grad, x0, {0, nullptr, 0}, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0, active);
+  STD_TORCH_CHECK(step.size <= INT32_MAX, "a sample of x must have less than 2**31 elements");
+  const auto buffer = [&](Tensor& t, const char* name) {
+    check_like(t, x, name);
+    check_writable(t, name);
+    return t.mutable_data_ptr();
+  };
+  const auto rows = [&](const Tensor& t, int64_t width, ScalarType type, const char* name) {
+    STD_TORCH_CHECK(t.dim() == (width ? 2 : 1) && t.size(0) == x.size(0) && (!width || t.size(1) == width) &&
+                        t.is_contiguous() && t.device() == x.device() && t.scalar_type() == type,
+                    name, " must be contiguous, of x's batch size and device, in its dtype");
+  };
+  const ScalarType arithmetic = arithmetic_of(x);
+  rows(loss, 0, arithmetic, "loss");
+  rows(best_loss, 0, arithmetic, "best_loss");
+  rows(past_loss, 2, arithmetic, "past_loss");
+  rows(step_size, 0, arithmetic, "step_size");
+  rows(counters, 6, ScalarType::Int, "counters");
+  STD_TORCH_CHECK(schedule.dim() == 1 && schedule.is_contiguous() && schedule.device() == x.device() &&
+                      schedule.scalar_type() == ScalarType::Int,
+                  "schedule must be contiguous, [steps] int32 on x's device");
+  STD_TORCH_CHECK(momentum >= 0 && momentum <= 1, "momentum must lie in [0, 1]");
+  STD_TORCH_CHECK(rho >= 0 && rho <= 1, "rho must lie in [0, 1]");
+  return {step,
+          data_of(loss),
+          buffer(x_prev, "x_prev"),
+          buffer(x_best, "x_best"),
+          buffer(grad_best, "grad_best"),
+          best_loss.mutable_data_ptr(),
+          past_loss.mutable_data_ptr(),
+          step_size.mutable_data_ptr(),
+          static_cast<int32_t*>(counters.mutable_data_ptr()),
+          static_cast<const int32_t*>(data_of(schedule)),
+          schedule.size(0),
+          momentum,
+          rho,
+          x_prev.stride(0),
+          x_best.stride(0),
+          grad_best.stride(0)};
+}
+
 // Logical dimension 1 where x is channels_last, else 1; see RandomStart::channels.
 inline int64_t channels_of(const Tensor& x) {
   const auto ordered = [&](auto&& dims) {

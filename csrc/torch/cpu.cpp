@@ -62,12 +62,27 @@ Tensor random_start(const Tensor& x0, double eps, OptionalTensor eps_tensor, std
   return out;
 }
 
+void apgd_step_(Tensor x, const Tensor& grad, const Tensor& loss, const Tensor& x0, Tensor x_prev, Tensor x_best,
+                Tensor grad_best, Tensor best_loss, Tensor past_loss, Tensor step_size, Tensor counters,
+                const Tensor& schedule, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
+                OptionalTensor lo_tensor, double hi, OptionalTensor hi_tensor, double momentum, double rho,
+                OptionalTensor active) {
+  const ApgdStep step =
+      apgd_step_of(x, grad, loss, x0, x_prev, x_best, grad_best, best_loss, past_loss, step_size, counters, schedule,
+                   eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, momentum, rho, active);
+  if (step.step.batch == 0 || step.step.size == 0) return;
+  const cpu::Kernels& table = kernels();
+  parallel_samples(step.step.batch, step.step.size,
+                   [&](int64_t begin, int64_t end, void* scratch) { table.apgd_step(step, begin, end, scratch); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("pgd_step_", TORCH_BOX(&pgd_step_));
   m.impl("project_", TORCH_BOX(&project_));
   m.impl("random_start", TORCH_BOX(&random_start));
+  m.impl("apgd_step_", TORCH_BOX(&apgd_step_));
 }
 
 }  // namespace fastlip

@@ -12,9 +12,14 @@ namespace fastlip {
 namespace {
 
 // Launches on the current stream of x's device, which stays current for the launch.
+const PgdStep& extent(const ApgdStep& step) { return step.step; }
+template <typename Parameters>
+const Parameters& extent(const Parameters& parameters) {
+  return parameters;
+}
 template <typename Parameters>
 void launch(int (*launcher)(const Parameters&, void*), const Parameters& parameters, const Tensor& x) {
-  if (parameters.batch == 0 || parameters.size == 0) return;
+  if (extent(parameters).batch == 0 || extent(parameters).size == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
@@ -46,12 +51,24 @@ Tensor random_start(const Tensor& x0, double eps, OptionalTensor eps_tensor, std
   return out;
 }
 
+void apgd_step_(Tensor x, const Tensor& grad, const Tensor& loss, const Tensor& x0, Tensor x_prev, Tensor x_best,
+                Tensor grad_best, Tensor best_loss, Tensor past_loss, Tensor step_size, Tensor counters,
+                const Tensor& schedule, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
+                OptionalTensor lo_tensor, double hi, OptionalTensor hi_tensor, double momentum, double rho,
+                OptionalTensor active) {
+  launch(&cuda::apgd_step_,
+         apgd_step_of(x, grad, loss, x0, x_prev, x_best, grad_best, best_loss, past_loss, step_size, counters, schedule,
+                      eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, momentum, rho, active),
+         x);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlip, CUDA, m) {
   m.impl("pgd_step_", TORCH_BOX(&pgd_step_));
   m.impl("project_", TORCH_BOX(&project_));
   m.impl("random_start", TORCH_BOX(&random_start));
+  m.impl("apgd_step_", TORCH_BOX(&apgd_step_));
 }
 
 }  // namespace fastlip

@@ -26,6 +26,9 @@ SCHEMAS = {
     "float sparsity, Tensor? active) -> ()",
     "project_": f"(Tensor(a!) x, Tensor x0, {_EPS}, str norm, {_BOUNDS}, Tensor? active) -> ()",
     "random_start": f"(Tensor x0, {_EPS}, str norm, {_BOUNDS}, Tensor ids, Tensor key) -> Tensor",
+    "apgd_step_": "(Tensor(a!) x, Tensor grad, Tensor loss, Tensor x0, Tensor(b!) x_prev, Tensor(c!) x_best, "
+    "Tensor(d!) grad_best, Tensor(e!) best_loss, Tensor(f!) past_loss, Tensor(g!) step_size, Tensor(h!) counters, "
+    f"Tensor schedule, {_EPS}, str norm, {_BOUNDS}, float momentum, float rho, Tensor? active) -> ()",
 }
 BACKENDS = ("native", "triton", "reference")
 

@@ -189,6 +189,112 @@ def project_(
     _update(x, _projected(x.to(dtype), x0.to(dtype), radius, norm, low, high), x0, active)
 
 
+#: What each column of APGD's counters holds.
+ITERATION, INCREASES, REDUCED, KEPT, SUPPORT, ARRIVED = range(6)
+#: Sparse APGD (Croce and Hein 2021): the support shrinks by this share before a restart, and is divided by this for
+#: the next step's; step sizes fall by the same factor to no less than this share of eps.
+_L1_SHRUNK, _L1_FACTOR, _L1_LEAST = 0.95, 1.5, 10.0
+
+
+def apgd_step_(
+    x: Tensor,  # [B, ...]
+    grad: Tensor,  # [B, ...]
+    loss: Tensor,  # [B]
+    x0: Tensor,  # [B, ...]
+    x_prev: Tensor,  # [B, ...]
+    x_best: Tensor,  # [B, ...]
+    grad_best: Tensor,  # [B, ...]
+    best_loss: Tensor,  # [B]
+    past_loss: Tensor,  # [B, 2]: of the last iterate; the best at the last checkpoint
+    step_size: Tensor,  # [B]
+    counters: Tensor,  # [B, 6] int32
+    schedule: Tensor,  # [steps] int32
+    eps: float,
+    eps_tensor: Tensor | None,  # [B]
+    norm: str,
+    lo: float,
+    lo_tensor: Tensor | None,  # [1 or B, ...]
+    hi: float,
+    hi_tensor: Tensor | None,  # [1 or B, ...]
+    momentum: float,
+    rho: float,
+    active: Tensor | None,  # [B] bool
+) -> None:
+    if x.numel() == 0:
+        return
+    on = torch.ones_like(loss, dtype=torch.bool) if active is None else active
+    arithmetic = compute_dtype(x.dtype)
+    dtype = arithmetic if norm == "linf" else torch.float64
+    size = x[0].numel()
+
+    def choose(where: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(_keepdim(where, x), a, b)
+
+    loss = torch.where(loss.isnan(), -math.inf, loss)
+    iteration = counters[:, ITERATION].long()
+    first = iteration == 0
+    improved = first | (loss > best_loss)
+    best = torch.where(improved, loss, best_loss)
+    x_top, grad_top = choose(improved, x, x_best), choose(improved, grad, grad_best)
+    increases = counters[:, INCREASES] + (~first & (loss > past_loss[:, 0])).int()
+    at_check = torch.where(first, best, past_loss[:, 1])
+
+    window = torch.zeros_like(iteration)
+    if len(schedule):
+        window = torch.where(iteration < len(schedule), schedule[iteration.clamp_max(len(schedule) - 1)].long(), 0)
+    check = ~first & (window > 0)
+    steps, kept, support = step_size, counters[:, KEPT], counters[:, SUPPORT]
+    if norm == "l1":
+        found = _flat(x_top != x0).sum(1).int()
+        restart = check & (found.double() < _L1_SHRUNK * support.double())
+        radius = _rows(eps, eps_tensor, x, arithmetic).reshape(-1).expand_as(steps)
+        shorter = torch.maximum(steps / _L1_FACTOR, radius / _L1_LEAST)
+        steps = torch.where(check, torch.where(restart, radius, shorter), steps)
+        support = torch.where(check, found, support)
+        kept = torch.where(check, (2 * found + 2) // 3, kept)
+    else:
+        stuck = (counters[:, REDUCED] == 0) & (best == at_check)
+        restart = check & ((increases.double() < rho * window.double()) | stuck)
+        steps = torch.where(restart, steps / 2, steps)
+    at_check = torch.where(check, best, at_check)
+    increases = torch.where(check, 0, increases)
+    reduced = torch.where(check, restart.int(), counters[:, REDUCED])
+
+    here, ascent = choose(restart, x_top, x), choose(restart, grad_top, grad)
+    centre, point = x0.to(dtype), here.to(dtype)
+    radius = _rows(eps, eps_tensor, x, dtype)
+    low, high = _bound(lo, lo_tensor, x, dtype), _bound(hi, hi_tensor, x, dtype)
+    usable = torch.where(steps.isfinite(), steps, 0).to(dtype)
+    if norm == "l1":
+        moved = point + _keepdim(usable, x) * _sparse_direction(_finite_or_zero(ascent.to(dtype)), kept.clamp(1, size))
+        out = _projected(moved, centre, radius, norm, low, high)
+    else:
+        moved = point + _keepdim(usable, x) * _direction(_finite_or_zero(ascent.to(dtype)), norm, 0.0)
+        aim = _projected(moved, centre, radius, norm, low, high)
+        last = x_prev.to(dtype)
+        heavy = point + momentum * (aim - point) + (1 - momentum) * (point - last)
+        out = choose(first, aim, _projected(heavy, centre, radius, norm, low, high))
+    stored = _store(x, out, x0)
+
+    for to, value in ((x_prev, here), (x_best, x_top), (grad_best, grad_top), (x, stored)):
+        to.copy_(choose(on, value, to))
+    past = torch.stack([torch.where(restart, best, loss), at_check], 1)
+    count = torch.stack([(iteration + 1).int(), increases, reduced, kept, support, counters[:, ARRIVED]], 1)
+    best_loss.copy_(torch.where(on, best, best_loss))
+    step_size.copy_(torch.where(on, steps, step_size))
+    past_loss.copy_(torch.where(on[:, None], past, past_loss))
+    counters.copy_(torch.where(on[:, None], count.int(), counters))
+
+
+def _sparse_direction(grad: Tensor, kept: Tensor) -> Tensor:
+    """Signs of the ``kept`` [B] largest magnitudes, ties included and zeros not, over their number."""
+    size = grad.abs()
+    ranked = _flat(size).sort(1, descending=True).values
+    threshold = _keepdim(ranked.gather(1, kept.long()[:, None] - 1)[:, 0], grad)
+    keep = (size >= threshold) & (size > 0)
+    return grad.sign() * keep / _sum(keep.to(grad.dtype)).clamp_min(1)
+
+
 _MASK = 0xFFFFFFFF
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)

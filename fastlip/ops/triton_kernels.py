@@ -4,7 +4,8 @@ Functions take reference.py's arguments and mean the same; the algorithms are th
 operator stands in ``_triton``.
 """
 
+from fastlip.ops._triton.apgd_step import apgd_step_
 from fastlip.ops._triton.pgd_step import pgd_step_, project_
 from fastlip.ops._triton.random_start import random_start
 
-__all__ = ["pgd_step_", "project_", "random_start"]
+__all__ = ["apgd_step_", "pgd_step_", "project_", "random_start"]

@@ -47,6 +47,11 @@ class Team {
     if (ranks_ > 1) across_blocks(values, op);
   }
 
+  __device__ void sync() const {
+    __syncthreads();
+    leave();
+  }
+
   // Before any block of the team ends: the others may still be reading its shared memory.
   __device__ void leave() const {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

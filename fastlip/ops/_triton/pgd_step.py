@@ -195,6 +195,8 @@ def _pgd_step_ball_kernel(
     hi_ptr,
     active_ptr,
     kept,
+    kept_ptr,
+    kept_stride,
     extent,
     x_stride,
     grad_stride,
@@ -217,6 +219,8 @@ def _pgd_step_ball_kernel(
     if active_ptr is not None:
         extent = tl.where(tl.load(active_ptr + sample) != 0, extent, 0)
 
+    if kept_ptr is not None:
+        kept = tl.maximum(1, tl.minimum(extent, tl.load(kept_ptr + sample * kept_stride)))
     move = (0.0, 0.0)
     if grad_ptr is not None:
         grad_ptr += sample * grad_stride
@@ -386,22 +390,42 @@ def _step(
                 enable_fp_fusion=False,
             )
             return
-        block = 1024 if size <= 1024 else 4096
-        _pgd_step_ball_kernel[(batch,)](
-            x,
-            grad,
-            x0,
-            *values,
-            kept_elements(size, sparsity),
-            size,
-            *strides,
-            L2=norm == "l2",
-            T=arithmetic(x),
-            SPAN=triton.cdiv(size, block) * block,
-            BLOCK=block,
-            num_warps=8 if block > 1024 else 4,
-            enable_fp_fusion=False,
+        launch_ball(
+            x, grad, x0, values, kept_elements(size, sparsity), None, size, strides, norm == "l2", arithmetic(x)
         )
+
+
+def launch_ball(
+    x: Tensor,
+    grad: Tensor | None,
+    x0: Tensor,
+    values: tuple[float | Tensor | None, ...],
+    kept: int,
+    kept_tensor: Tensor | None,  # [B] int32, any stride
+    size: int,
+    strides: tuple[int, ...],
+    l2: bool,
+    dtype: tl.dtype,
+) -> None:
+    """One program a sample; ``values`` and ``strides`` in the kernel's order."""
+    block = 1024 if size <= 1024 else 4096
+    _pgd_step_ball_kernel[(x.shape[0],)](
+        x,
+        grad,
+        x0,
+        *values,
+        kept,
+        kept_tensor,
+        0 if kept_tensor is None else kept_tensor.stride(0),
+        size,
+        *strides,
+        L2=l2,
+        T=dtype,
+        SPAN=triton.cdiv(size, block) * block,
+        BLOCK=block,
+        num_warps=8 if block > 1024 else 4,
+        enable_fp_fusion=False,
+    )
 
 
 def pgd_step_(

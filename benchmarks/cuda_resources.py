@@ -1,0 +1,65 @@
+"""Registers and spills of every CUDA kernel, as the compiler reports them: no GPU needed.
+
+python benchmarks/cuda_resources.py        # CSV under benchmarks/results; fails where a kernel spills
+"""
+
+import argparse
+import csv
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\d+)'")
+SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+def report(source: Path, architecture: str, nvcc: str) -> list[dict[str, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, "-std=c++17", f"-arch={architecture}", "--expt-relaxed-constexpr", f"-I{SOURCES}"]
+        command += ["-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/out.o"]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    rows: list[dict[str, str]] = []
+    for line in text.splitlines():
+        if found := ENTRY.search(line):
+            name = subprocess.run(["c++filt", found[1]], check=True, capture_output=True, text=True).stdout
+            name = re.sub(r"fastlip::|cuda::|\(anonymous namespace\)::|^void ", "", name.split(">(")[0].strip() + ">")
+            rows.append({"source": source.stem, "architecture": found[2], "kernel": name})
+        elif (found := SPILLS.search(line)) and rows:
+            rows[-1] |= {"stack_bytes": found[1], "spill_store_bytes": found[2], "spill_load_bytes": found[3]}
+        elif (found := USED.search(line)) and rows:
+            rows[-1] |= {"registers": found[1], "static_shared_bytes": found[2] or "0"}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", nargs="+", default=["sm_80", "sm_90"])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/cuda_resources.csv")
+    args = parser.parse_args()
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        sys.exit("nvcc was not found; install the CUDA toolkit and put it on PATH")
+    sources = sorted((SOURCES / "kernels/cuda").glob("*.cu"))
+    rows = [row for a in args.architectures for source in sources for row in report(source, a, nvcc)]
+    version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    release = re.search(r"V([\d.]+)", version)
+    rows = [row | {"nvcc": release[1] if release else ""} for row in rows]
+    with args.out.open("w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    spilling = [row for row in rows if row["spill_store_bytes"] != "0"]
+    most = max(int(row["registers"]) for row in rows)
+    print(f"{len(rows)} kernels, {len(spilling)} of them spill, at most {most} registers")
+    for row in spilling:
+        print(f"{row['architecture']} {row['kernel']}: {row['spill_store_bytes']} bytes")
+    sys.exit(bool(spilling))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""apgd_step_: a small kernel decides for each sample, then elements move.
+
+"linf" is one pass then. "l2" and "l1" go through the PGD step's kernel, "l2" twice, with the point between the two
+projections in the arithmetic's dtype.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlip.ops._triton.elements import (
+    arithmetic,
+    ball_radius,
+    bound,
+    bound_stride,
+    clamp,
+    finite_or_zero,
+    narrowed,
+    number,
+    on_device,
+    widened,
+)
+from fastlip.ops._triton.pgd_step import launch_ball
+from fastlip.ops.reference import compute_dtype
+
+_FIRST, _IMPROVED, _RESTART, _SKIP = (tl.constexpr(bit) for bit in (1, 2, 4, 8))
+_ITERATION, _INCREASES, _REDUCED, _KEPT, _SUPPORT = (tl.constexpr(i) for i in range(5))
+_COUNTERS = tl.constexpr(6)
+
+
+@triton.jit(do_not_specialize=["steps", "size"])
+def _decide_kernel(
+    decision_ptr,
+    loss_ptr,
+    x_ptr,
+    x0_ptr,
+    x_best_ptr,
+    best_loss_ptr,
+    past_loss_ptr,
+    step_size_ptr,
+    counters_ptr,
+    schedule_ptr,
+    eps: tl.float64,
+    eps_ptr,
+    rho: tl.float64,
+    active_ptr,
+    steps,
+    size,
+    x_stride,
+    x0_stride,
+    x_best_stride,
+    L1: tl.constexpr,
+    T: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Bring the sample's numbers up to date, and say what its elements are to do: bits, as named above."""
+    sample = tl.program_id(0).to(tl.int64)
+    if active_ptr is not None:
+        on = tl.load(active_ptr + sample) != 0
+    else:
+        on = sample >= 0
+    counters_ptr += sample * _COUNTERS
+    loss = tl.load(loss_ptr + sample)
+    loss = tl.where(loss == loss, loss, float("-inf"))
+    best = tl.load(best_loss_ptr + sample)
+    last = tl.load(past_loss_ptr + 2 * sample)
+    checked = tl.load(past_loss_ptr + 2 * sample + 1)
+    step = tl.load(step_size_ptr + sample)
+    iteration = tl.load(counters_ptr + _ITERATION)
+    increases = tl.load(counters_ptr + _INCREASES)
+    reduced = tl.load(counters_ptr + _REDUCED)
+
+    first = iteration == 0
+    improved = first | (loss > best)
+    best = tl.where(improved, loss, best)
+    checked = tl.where(first, loss, checked)
+    increases += ((loss > last) & (iteration != 0)).to(tl.int32)
+    scheduled = (iteration > 0) & (iteration < steps)
+    window = tl.load(schedule_ptr + iteration, scheduled, other=0)
+    check = window > 0
+    if L1:
+        support = tl.full((), 0, tl.int32)
+        extent = tl.where(check & on, size, 0)
+        for start in range(0, SPAN, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            mask = at < extent
+            x0 = widened(tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0), T)
+            here = widened(tl.load(x_ptr + sample * x_stride + at, at < _extent(extent, improved), other=0.0), T)
+            there = widened(
+                tl.load(x_best_ptr + sample * x_best_stride + at, at < extent - _extent(extent, improved), other=0.0), T
+            )
+            top = tl.where(improved, here, there)
+            support += tl.sum((mask & (top != x0)).to(tl.int32))
+        before = tl.load(counters_ptr + _SUPPORT)
+        restart = check & (support.to(tl.float64) < 0.95 * before.to(tl.float64))
+        radius = ball_radius(eps, eps_ptr, sample, T)
+        following = tl.where(restart, radius, tl.maximum(step / 1.5, radius / 10.0))
+        tl.store(counters_ptr + _KEPT, ((2 * support.to(tl.int64) + 2) // 3).to(tl.int32), check & on)
+        tl.store(counters_ptr + _SUPPORT, support, check & on)
+    else:
+        stuck = (reduced == 0) & (best == checked)
+        restart = check & ((increases.to(tl.float64) < rho * window.to(tl.float64)) | stuck)
+        following = tl.where(restart, step / 2, step)
+    tl.store(best_loss_ptr + sample, best, on)
+    tl.store(past_loss_ptr + 2 * sample, tl.where(restart, best, loss), on)
+    tl.store(past_loss_ptr + 2 * sample + 1, tl.where(check, best, checked), on)
+    tl.store(step_size_ptr + sample, following.to(T), check & on)
+    tl.store(counters_ptr + _ITERATION, iteration + 1, on)
+    tl.store(counters_ptr + _INCREASES, tl.where(check, 0, increases), on)
+    tl.store(counters_ptr + _REDUCED, restart.to(tl.int32), check & on)
+    bits = tl.where(first, _FIRST, 0) | tl.where(improved, _IMPROVED, 0) | tl.where(restart, _RESTART, 0)
+    tl.store(decision_ptr + sample, tl.where(on, bits, _SKIP))
+
+
+@triton.jit
+def _extent(size, flag):
+    """``size`` where ``flag``, else 0: what an element's index is compared with."""
+    return tl.where(flag, size, 0)
+
+
+@triton.jit
+def _origin(x_ptr, best_ptr, at, size, decision):
+    """What lies at ``x_ptr``, or at ``best_ptr`` where the sample restarts from an earlier iterate."""
+    how = decision & (_RESTART | _IMPROVED)
+    here = tl.load(x_ptr, at < _extent(size, how != _RESTART), other=0.0)
+    there = tl.load(best_ptr, at < _extent(size, how == _RESTART), other=0.0)
+    return tl.where(how == _RESTART, there, here)
+
+
+@triton.jit
+def _heavy_ball(x, z, last, momentum, rest):
+    return (x + (z - x) * momentum) + (x - last) * rest
+
+
+@triton.jit(do_not_specialize=["size", "chunks"])
+def _linf_kernel(
+    decision_ptr,
+    x_ptr,
+    grad_ptr,
+    x0_ptr,
+    x_prev_ptr,
+    x_best_ptr,
+    grad_best_ptr,
+    step_size_ptr,
+    eps: tl.float64,
+    eps_ptr,
+    lo: tl.float64,
+    lo_ptr,
+    hi: tl.float64,
+    hi_ptr,
+    momentum: tl.float64,
+    rest: tl.float64,
+    size,
+    chunks,
+    x_stride,
+    grad_stride,
+    x0_stride,
+    x_prev_stride,
+    x_best_stride,
+    grad_best_stride,
+    lo_stride,
+    hi_stride,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // chunks
+    at = (program - sample * chunks) * BLOCK + tl.arange(0, BLOCK)
+    decision = tl.load(decision_ptr + sample)
+    size = _extent(size, (decision & _SKIP) == 0)
+    mask = at < size
+    first = (decision & _FIRST) != 0
+    x_ptr += sample * x_stride + at
+    x_prev_ptr += sample * x_prev_stride + at
+    x_best_ptr += sample * x_best_stride + at
+    grad_best_ptr += sample * grad_best_stride + at
+    kept_x = _origin(x_ptr, x_best_ptr, at, size, decision)
+    kept_grad = _origin(grad_ptr + sample * grad_stride + at, grad_best_ptr, at, size, decision)
+    last = widened(tl.load(x_prev_ptr, mask, other=0.0), T)
+    x = widened(kept_x, T)
+    grad = finite_or_zero(widened(kept_grad, T))
+    x0 = widened(tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0), T)
+    improved = at < _extent(size, (decision & _IMPROVED) != 0)
+    tl.store(x_best_ptr, kept_x, improved)
+    tl.store(grad_best_ptr, kept_grad, improved)
+    tl.store(x_prev_ptr, kept_x, mask)
+    step = finite_or_zero(tl.load(step_size_ptr + sample))
+    radius = ball_radius(eps, eps_ptr, sample, T)
+    low = bound(lo, lo_ptr, sample * lo_stride, at, mask, T)
+    high = bound(hi, hi_ptr, sample * hi_stride, at, mask, T)
+    z = x + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
+    z = clamp(x0 + clamp(z - x0, -radius, radius), low, high)
+    v = _heavy_ball(x, z, last, number(momentum, None, sample, T), number(rest, None, sample, T))
+    v = clamp(x0 + clamp(v - x0, -radius, radius), low, high)
+    tl.store(x_ptr, narrowed(tl.where(first, z, v), x0, x_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["size", "chunks"])
+def _start_kernel(
+    decision_ptr,
+    z_ptr,
+    ascent_ptr,
+    x_ptr,
+    grad_ptr,
+    x_best_ptr,
+    grad_best_ptr,
+    size,
+    chunks,
+    x_stride,
+    grad_stride,
+    x_best_stride,
+    grad_best_stride,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The best so far; z and ascent <- where the step starts and the gradient there."""
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // chunks
+    at = (program - sample * chunks) * BLOCK + tl.arange(0, BLOCK)
+    decision = tl.load(decision_ptr + sample)
+    whole = size
+    size = _extent(size, (decision & _SKIP) == 0)
+    mask = at < size
+    x_best_ptr += sample * x_best_stride + at
+    grad_best_ptr += sample * grad_best_stride + at
+    x = _origin(x_ptr + sample * x_stride + at, x_best_ptr, at, size, decision)
+    grad = _origin(grad_ptr + sample * grad_stride + at, grad_best_ptr, at, size, decision)
+    improved = at < _extent(size, (decision & _IMPROVED) != 0)
+    tl.store(x_best_ptr, x, improved)
+    tl.store(grad_best_ptr, grad, improved)
+    tl.store(z_ptr + sample * whole + at, widened(x, T), mask)
+    tl.store(ascent_ptr + sample * whole + at, grad, mask)
+
+
+@triton.jit(do_not_specialize=["size", "chunks"])
+def _momentum_kernel(
+    decision_ptr,
+    z_ptr,
+    x_ptr,
+    x_prev_ptr,
+    x_best_ptr,
+    momentum: tl.float64,
+    rest: tl.float64,
+    size,
+    chunks,
+    x_stride,
+    x_prev_stride,
+    x_best_stride,
+    HEAVY: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Z <- the point after the momentum, but for a first step; x_prev <- where the step started."""
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // chunks
+    at = (program - sample * chunks) * BLOCK + tl.arange(0, BLOCK)
+    decision = tl.load(decision_ptr + sample)
+    whole = size
+    size = _extent(size, (decision & _SKIP) == 0)
+    mask = at < size
+    x_prev_ptr += sample * x_prev_stride + at
+    kept = _origin(x_ptr + sample * x_stride + at, x_best_ptr + sample * x_best_stride + at, at, size, decision)
+    if HEAVY:
+        x = widened(kept, T)
+        z = tl.load(z_ptr + sample * whole + at, mask, other=0.0)
+        last = widened(tl.load(x_prev_ptr, mask, other=0.0), T)
+        v = _heavy_ball(x, z, last, number(momentum, None, sample, T), number(rest, None, sample, T))
+        tl.store(z_ptr + sample * whole + at, v, at < _extent(size, (decision & _FIRST) == 0))
+    tl.store(x_prev_ptr, kept, mask)
+
+
+@triton.jit(do_not_specialize=["size", "chunks"])
+def _finish_kernel(
+    decision_ptr, z_ptr, x_ptr, x0_ptr, size, chunks, x_stride, x0_stride, T: tl.constexpr, BLOCK: tl.constexpr
+):
+    """X <- z."""
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // chunks
+    at = (program - sample * chunks) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < _extent(size, (tl.load(decision_ptr + sample) & _SKIP) == 0)
+    z = tl.load(z_ptr + sample * size + at, mask, other=0.0)
+    x0 = widened(tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0), T)
+    tl.store(x_ptr + sample * x_stride + at, narrowed(z, x0, x_ptr.dtype.element_ty), mask)
+
+
+def apgd_step_(
+    x: Tensor,  # [B, ...]
+    grad: Tensor,  # [B, ...]
+    loss: Tensor,  # [B]
+    x0: Tensor,  # [B, ...]
+    x_prev: Tensor,  # [B, ...]
+    x_best: Tensor,  # [B, ...]
+    grad_best: Tensor,  # [B, ...]
+    best_loss: Tensor,  # [B]
+    past_loss: Tensor,  # [B, 2]
+    step_size: Tensor,  # [B]
+    counters: Tensor,  # [B, 6] int32
+    schedule: Tensor,  # [steps] int32
+    eps: float,
+    eps_tensor: Tensor | None,  # [B]
+    norm: str,
+    lo: float,
+    lo_tensor: Tensor | None,  # [1 or B, ...]
+    hi: float,
+    hi_tensor: Tensor | None,  # [1 or B, ...]
+    momentum: float,
+    rho: float,
+    active: Tensor | None,  # [B] bool
+) -> None:
+    if x.numel() == 0:
+        return
+    batch, size = x.shape[0], math.prod(x.shape[1:])
+    dtype = arithmetic(x)
+    block = 1024
+    chunks = triton.cdiv(size, block)
+    grid = (batch * chunks,)
+    decision = torch.empty(batch, dtype=torch.int32, device=x.device)
+    bounds = (lo, lo_tensor, hi, hi_tensor)
+    limits = (bound_stride(lo_tensor), bound_stride(hi_tensor))
+    elementwise = {"T": dtype, "BLOCK": block, "enable_fp_fusion": False}
+    with on_device(x):
+        _decide_kernel[(batch,)](
+            decision, loss, x, x0, x_best, best_loss, past_loss, step_size, counters, schedule, eps, eps_tensor, rho,
+            None if active is None else active.view(torch.uint8), len(schedule), size, x.stride(0), x0.stride(0),
+            x_best.stride(0), L1=norm == "l1", SPAN=chunks * block, **elementwise,
+        )  # fmt: skip
+        if norm == "linf":
+            _linf_kernel[grid](
+                decision, x, grad, x0, x_prev, x_best, grad_best, step_size, eps, eps_tensor, *bounds, momentum,
+                1 - momentum, size, chunks, x.stride(0), grad.stride(0), x0.stride(0), x_prev.stride(0),
+                x_best.stride(0), grad_best.stride(0), *limits, **elementwise,
+            )  # fmt: skip
+            return
+        z = torch.empty(batch, size, dtype=compute_dtype(x.dtype), device=x.device)
+        ascent = torch.empty(batch, size, dtype=x.dtype, device=x.device)
+        _start_kernel[grid](
+            decision, z, ascent, x, grad, x_best, grad_best, size, chunks, x.stride(0), grad.stride(0),
+            x_best.stride(0), grad_best.stride(0), **elementwise,
+        )  # fmt: skip
+        on = (decision < _SKIP.value).view(torch.uint8)
+        strides = (size, size, x0.stride(0), *limits)
+        values = (0.0, step_size, eps, eps_tensor, *bounds, on)
+        launch_ball(z, ascent, x0, values, 0, counters[:, _KEPT.value], size, strides, norm == "l2", dtype)
+        _momentum_kernel[grid](
+            decision, z, x, x_prev, x_best, momentum, 1 - momentum, size, chunks, x.stride(0), x_prev.stride(0),
+            x_best.stride(0), HEAVY=norm == "l2", **elementwise,
+        )  # fmt: skip
+        if norm == "l2":
+            again = (decision & (_SKIP.value | _FIRST.value) == 0).view(torch.uint8)
+            projection = (0.0, None, eps, eps_tensor, *bounds, again)
+            launch_ball(z, None, x0, projection, 0, None, size, (size, 0, *strides[2:]), True, dtype)
+        _finish_kernel[grid](decision, z, x, x0, size, chunks, x.stride(0), x0.stride(0), **elementwise)

@@ -1,0 +1,85 @@
+// CUDA's launches and threads on the host, for test_cuda_source.py: kernels whose threads work together run with one
+// thread a block, the others with all of them one after the other, the first last.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <driver_types.h>
+#include <vector_functions.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __launch_bounds__
+#undef __grid_constant__
+#undef __forceinline__
+#undef __align__
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __forceinline__ inline
+#define __align__(n) __attribute__((aligned(n)))
+#define cudaGetDevice host_get_device
+#define cudaDeviceGetAttribute host_get_attribute
+#define cudaFuncSetAttribute host_set_attribute
+#define cudaGetErrorString host_error_string
+#define cudaLaunchKernelEx host_launch
+
+struct HostIndex {
+  unsigned x = 0;
+};
+inline HostIndex threadIdx, blockIdx, blockDim;
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+// Of shared memory what FASTLIP_HOST_SHARED says, so that samples can be made to exceed it; no clusters.
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  const char* const bytes = std::getenv("FASTLIP_HOST_SHARED");
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? std::atoi(bytes ? bytes : "200000") : 8;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "on the host"; }
+
+inline void __syncthreads() {}
+inline void __threadfence() {}
+inline int atomicAdd(int* at, int value) {
+  const int old = *at;
+  *at += value;
+  return old;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int) {
+  return value;
+}
+template <typename T>
+void __stwb(T* to, T value) {
+  std::memcpy(to, &value, sizeof(T));
+}
+
+template <typename... Declared, typename... Given>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Declared...), const Given&... given) {
+  // Teams: launches with attributes, and random_start in L2 and L1, the one kernel of four arguments.
+  const bool team = config->attrs != nullptr || sizeof...(Declared) == 4;
+  blockDim.x = team ? 1 : config->blockDim.x;
+  for (blockIdx.x = 0; blockIdx.x < config->gridDim.x; ++blockIdx.x) {
+    for (unsigned left = blockDim.x; left > 0; --left) {
+      threadIdx.x = left - 1;
+      kernel(given...);
+    }
+  }
+  return cudaSuccess;
+}
