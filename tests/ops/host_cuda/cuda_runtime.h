@@ -32,6 +32,8 @@
 #define cudaFuncSetAttribute host_set_attribute
 #define cudaGetErrorString host_error_string
 #define cudaLaunchKernelEx host_launch
+#define cudaOccupancyMaxActiveClusters host_max_active_clusters
+#define cudaGetLastError host_last_error
 
 struct HostIndex {
   unsigned x = 0;
@@ -52,6 +54,12 @@ template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
   return cudaSuccess;
 }
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
+  *clusters = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "on the host"; }
 
 inline void __syncthreads() {}
