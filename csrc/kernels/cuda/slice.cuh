@@ -225,32 +225,47 @@ cudaError_t launch_teams(const Parameters& parameters, const PgdStep& p, void (*
   const auto slice_of = [&](int ranks) { return ((p.size + ranks - 1) / ranks + kChunk - 1) / kChunk * kChunk; };
   int ranks = 1;
   while (slice_of(ranks) > capacity && major >= 9 && ranks < kMostRanks) ranks *= 2;
-  const bool staged = slice_of(ranks) <= capacity;
-  if (!staged) ranks = 1;
-  const int64_t slice = slice_of(ranks);
-
-  constexpr int64_t kLeast = 64, kChunksEach = 3;  // 3 x 32 x 32 in float32: 256 threads, three chunks each
-  const int64_t wanted = (slice / kChunk / kChunksEach + kWarp - 1) / kWarp * kWarp;
-  const int64_t most = staged ? kMaxThreads : streamed_threads;
-  const int threads = static_cast<int>(wanted < kLeast ? kLeast : wanted > most ? most : wanted);
-  const auto kernel = staged ? staged_kernel : streamed_kernel;
-  const size_t bytes = staged ? static_cast<size_t>(slice * kBytes) : 0;
+  bool staged = slice_of(ranks) <= capacity;
   if (staged) {  // always the same number, so that threads launching other sizes do not undercut this one
-    const auto error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(capacity * kBytes));
+    const auto error = cudaFuncSetAttribute(staged_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(capacity * kBytes));
     if (error != cudaSuccess) return error;
   }
+
+  constexpr int64_t kLeast = 64, kChunksEach = 3;  // 3 x 32 x 32 in float32: 256 threads, three chunks each
+  const auto threads_of = [&](int64_t slice, int64_t most) {
+    const int64_t wanted = (slice / kChunk / kChunksEach + kWarp - 1) / kWarp * kWarp;
+    return static_cast<int>(wanted < kLeast ? kLeast : wanted > most ? most : wanted);
+  };
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  if (staged && ranks > 1) {
+    // Where a GPU is shared or partitioned, no group of multiprocessors may have room for a whole cluster.
+    cluster.val.clusterDim.x = static_cast<unsigned>(ranks);
+    auto config = configure(ranks, threads_of(slice_of(ranks), kMaxThreads),
+                            static_cast<size_t>(slice_of(ranks) * kBytes), stream);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, staged_kernel, &config) != cudaSuccess) {
+      cudaGetLastError();  // not this launch's error: the streamed kernel needs no cluster
+      clusters = 0;
+    }
+    staged = clusters > 0;
+  }
+  if (!staged) ranks = 1;
+  const int64_t slice = slice_of(ranks);
+  const int threads = threads_of(slice, staged ? kMaxThreads : streamed_threads);
+  const auto kernel = staged ? staged_kernel : streamed_kernel;
+  const size_t bytes = staged ? static_cast<size_t>(slice * kBytes) : 0;
 
   constexpr int64_t kMostBlocks = int64_t{1} << 30;
   Shares shares{0, slice, ranks, wide};
   for (; shares.first < p.batch; shares.first += kMostBlocks / ranks) {
     const int64_t samples = p.batch - shares.first < kMostBlocks / ranks ? p.batch - shares.first : kMostBlocks / ranks;
     auto config = configure(samples * ranks, threads, bytes, stream);
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(ranks);
-    cluster.val.clusterDim.y = 1;
-    cluster.val.clusterDim.z = 1;
     config.attrs = &cluster;
     config.numAttrs = ranks > 1 ? 1 : 0;
     if (const auto failed = cudaLaunchKernelEx(&config, kernel, parameters, shares); failed != cudaSuccess)

@@ -32,6 +32,8 @@
 #define cudaFuncSetAttribute host_set_attribute
 #define cudaGetErrorString host_error_string
 #define cudaLaunchKernelEx host_launch
+#define cudaOccupancyMaxActiveClusters host_max_active_clusters
+#define cudaGetLastError host_last_error
 
 struct HostIndex {
   unsigned x = 0;
@@ -42,16 +44,23 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-// Of shared memory what FASTLIP_HOST_SHARED says, so that samples can be made to exceed it; no clusters.
+// Of shared memory what FASTLIP_HOST_SHARED says, so that samples can be made to exceed it; clusters exist, but none
+// can be scheduled, so that launches fall back.
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
   const char* const bytes = std::getenv("FASTLIP_HOST_SHARED");
-  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? std::atoi(bytes ? bytes : "200000") : 8;
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? std::atoi(bytes ? bytes : "200000") : 9;
   return cudaSuccess;
 }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
   return cudaSuccess;
 }
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
+  *clusters = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "on the host"; }
 
 inline void __syncthreads() {}
