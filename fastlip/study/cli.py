@@ -29,7 +29,7 @@ def study(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="demo: generated images, no network, no files. quick: CIFAR-10 on two CPU cores. full: all arms, for a GPU."
+            help="demo: generated images, no network. quick: CIFAR-10 on two cores. full: all arms, on a GPU."
         ),
     ] = None,
     out: Annotated[

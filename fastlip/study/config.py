@@ -163,8 +163,8 @@ class Settings:
         scratch: how the arms that start from nothing are trained.
         finetune: how the transfer arms are trained; "lpft" runs it twice, on the head and then on all weights.
         evaluation: test images.
-        arms: any of "scratch", "reference" (``reference_architecture`` from scratch), "finetune" (all weights), "linear"
-            (the head), "partial" (the last stage and the head) and "lpft" (the head, then all weights).
+        arms: any of "scratch", "reference" (``reference_architecture`` from scratch), "finetune" (all weights),
+            "linear" (the head), "partial" (the last stage and the head) and "lpft" (the head, then all weights).
         architecture: "resnet50" or "resnet18".
         reference_architecture: the small network that says what "bigger" is compared with.
         stem: "imagenet" (7x7 stride 2 and max-pool) or "cifar" (3x3).
