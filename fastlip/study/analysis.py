@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from fastlip.study.config import TRANSFER
 from fastlip.study.files import read_arrays, read_json, write_json
 from fastlip.study.rundir import RunDirectory, Trained, gaussian_name, pgd_name
 from fastlip.study.schema import SCHEMA, Attack, Comparison, DeckRow, Model, Results, Smallest, Stretch, Training
@@ -38,7 +39,7 @@ def analyse(run: RunDirectory, source_name: str) -> Results:
         dataset=models[0]["dataset"],
         classes=read_json(run.training(run.models[0].name))["classes"],
         generated=s.dataset == "generated",
-        source=source_name if "finetune" in s.arms else "none",
+        source=source_name if s.transfers else "none",
         models=models,
         comparisons=_comparisons(run),
         verdicts=verdicts(models, s.rules),
@@ -70,7 +71,7 @@ def _model(run: RunDirectory, trained: Trained) -> Model:
         seed=trained.seed,
         dataset=training["data"],
         architecture=s.architecture_of(trained.arm),
-        additional_data=trained.arm == "finetune",
+        additional_data=trained.arm in TRANSFER,
         clean_acc=100.0 * float(clean.mean()),
         clean=rate(clean, confidence),
         attacked_clean=rate(right, confidence),

@@ -28,7 +28,9 @@ def study(
     context: typer.Context,
     preset: Annotated[
         str | None,
-        typer.Option(help="demo: generated images, no network, no files. quick: CIFAR-10 on two CPU cores."),
+        typer.Option(
+            help="demo: generated images, no network. quick: CIFAR-10 on two cores. full: all arms, on a GPU."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory; runs/PRESET by default. Resumed if it exists.")

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from fastlip.study.errors import StudyError
 
-ARMS = ("reference", "scratch", "finetune")
+#: Arms that start from the source: all weights, the head alone, the last stage and the head, the head and then all.
+TRANSFER = ("finetune", "linear", "partial", "lpft")
+ARMS = ("reference", "scratch", *TRANSFER)
 SOURCES = ("generated", "imagenet", "checkpoint", "folder")
 
 
@@ -156,12 +158,13 @@ class Settings:
     Attributes:
         preset: name of the preset that this started from.
         dataset: "generated" or "cifar10".
-        source: what the fine-tuned arm starts from: "generated" and "folder" are pre-trained on by the study itself.
+        source: what the transfer arms start from: "generated" and "folder" are pre-trained on by the study itself.
         pretrain: how the source is trained.
         scratch: how the arms that start from nothing are trained.
-        finetune: how the fine-tuned arm is trained.
+        finetune: how the transfer arms are trained; "lpft" runs it twice, on the head and then on all weights.
         evaluation: test images.
-        arms: any of "scratch", "finetune" and "reference" (``reference_architecture`` from scratch).
+        arms: any of "scratch", "reference" (``reference_architecture`` from scratch), "finetune" (all weights),
+            "linear" (the head), "partial" (the last stage and the head) and "lpft" (the head, then all weights).
         architecture: "resnet50" or "resnet18".
         reference_architecture: the small network that says what "bigger" is compared with.
         stem: "imagenet" (7x7 stride 2 and max-pool) or "cifar" (3x3).
@@ -212,7 +215,12 @@ class Settings:
         return tuple(range(self.seed, self.seed + self.seeds))
 
     def schedule(self, arm: str) -> Schedule:
-        return self.finetune if arm == "finetune" else self.scratch
+        return self.finetune if arm in TRANSFER else self.scratch
+
+    @property
+    def transfers(self) -> bool:
+        """Whether any arm starts from the source."""
+        return any(arm in TRANSFER for arm in self.arms)
 
     def architecture_of(self, arm: str) -> str:
         return self.reference_architecture if arm == "reference" else self.architecture

@@ -19,7 +19,14 @@ from fastlip.study.tables import ARM_NAMES
 
 INK, MUTED, GRID = "#1f2328", "#656d76", "#d0d7de"
 #: Colours of the arms, told apart by the colour-blind and on white and black; the report swaps them in dark mode.
-ARM_COLOURS = {"scratch": "#c2510a", "finetune": "#0a5cc2", "reference": "#5c7a12"}
+ARM_COLOURS = {
+    "scratch": "#c2510a",
+    "finetune": "#0a5cc2",
+    "linear": "#8a3fb0",
+    "partial": "#0b7d78",
+    "lpft": "#b0216b",
+    "reference": "#5c7a12",
+}
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",

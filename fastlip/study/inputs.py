@@ -71,7 +71,7 @@ class Inputs:
         """Raise :class:`StudyError` with status 2 where anything is missing or does not fit; writes nothing."""
         wanting = []
         checks = [self._check_target]
-        if "finetune" in self.settings.arms:
+        if self.settings.transfers:
             checks.append(self._check_source)
         for look in checks:
             try:
@@ -87,7 +87,7 @@ class Inputs:
         """A name for each input that changes with its contents."""
         s = self.settings
         prints = {"target": "CIFAR-10, MD5 checked" if s.dataset == "cifar10" else "fastlip.data.generated"}
-        if "finetune" not in s.arms:
+        if not s.transfers:
             return prints
         if s.source == "checkpoint":
             assert self.places.source_checkpoint is not None

@@ -13,7 +13,7 @@ from fastlip.data import ImageSet
 from fastlip.models import load_backbone, load_checkpoint, save_checkpoint
 from fastlip.study import analysis, measure, report
 from fastlip.study.certified import certified
-from fastlip.study.config import Schedule
+from fastlip.study.config import TRANSFER, Schedule
 from fastlip.study.errors import StudyError
 from fastlip.study.files import read_arrays, write_arrays, write_json
 from fastlip.study.inputs import Inputs, build
@@ -51,6 +51,9 @@ def stages(run: RunDirectory, inputs: Inputs) -> list[Stage]:
         outputs = (run.checkpoint("source"), run.training("source"))
         found.append(Stage("source: pre-training", outputs, work.pretrain))
     for model in run.models:
+        if model.arm == "lpft":
+            outputs = (run.checkpoint(_probe(model)), run.training(_probe(model)))
+            found.append(Stage(f"{model.name}: training of the head", outputs, partial(work.probe, model)))
         outputs = (run.checkpoint(model.name), run.training(model.name))
         found.append(Stage(f"{model.name}: training", outputs, partial(work.train, model)))
     for model in run.models:
@@ -86,14 +89,29 @@ class _Work:
         return self._train("source", network, images, s.pretrain, s.seed, progress)
 
     def train(self, model: Trained, progress: Progress) -> str:
+        network, images = self._untrained(model)
+        if model.arm == "lpft":
+            self._load_own(network, self.run.checkpoint(_probe(model)), model)
+        stage, head = network.get_submodule("network.layer4"), network.get_submodule("network.fc")
+        parts = {"linear": [head], "partial": [stage, head]}.get(model.arm)
+        schedule = self.run.settings.schedule(model.arm)
+        return self._train(model.name, network, images, schedule, model.seed, progress, parts)
+
+    def probe(self, model: Trained, progress: Progress) -> str:
+        """The first half of LP-FT (Kumar et al. 2022): the head alone."""
+        network, images = self._untrained(model)
+        head, schedule = network.get_submodule("network.fc"), self.run.settings.finetune
+        return self._train(_probe(model), network, images, schedule, model.seed, progress, [head])
+
+    def _untrained(self, model: Trained) -> tuple[nn.Sequential, ImageSet]:
+        """What an arm starts from, and its training images."""
         s = self.run.settings
-        schedule = s.schedule(model.arm)
-        images = self.inputs.target_train(schedule.images)
+        images = self.inputs.target_train(s.schedule(model.arm).images)
         network = build(s.architecture_of(model.arm), len(images.classes), s.stem, seeded(model.seed, "weights"))
-        if model.arm == "finetune":
+        if model.arm in TRANSFER:
             pretrained = self.run.checkpoint("source")
             load_backbone(network, weights_at(pretrained) if self.run.pretrains else self.inputs.source_weights())
-        return self._train(model.name, network, images, schedule, model.seed, progress)
+        return network, images
 
     def measurements(self, model: Trained) -> list[tuple[str, Measurement]]:
         """What is measured on images, in order, by name."""
@@ -141,7 +159,14 @@ class _Work:
         return measure.gaussian_of_norm(network, self.attacked, l2, seed, progress)
 
     def _train(
-        self, name: str, network: nn.Module, images: ImageSet, schedule: Schedule, seed: int, progress: Progress
+        self,
+        name: str,
+        network: nn.Module,
+        images: ImageSet,
+        schedule: Schedule,
+        seed: int,
+        progress: Progress,
+        parts: list[nn.Module] | None = None,
     ) -> str:
         state = self.run.training_state(name)
         history = train(
@@ -154,6 +179,7 @@ class _Work:
             state_path=state,
             save_seconds=self.run.settings.save_seconds,
             progress=progress,
+            parts=parts,
         )
         path = self.run.checkpoint(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,13 +203,21 @@ class _Work:
         if self.loaded is None or self.loaded[0] != model.name:
             s, path = self.run.settings, self.run.checkpoint(model.name)
             network = build(s.architecture_of(model.arm), len(self.inputs.target_attacked.classes), s.stem, 0)
-            try:
-                network.load_state_dict(weights_at(path))
-            except RuntimeError:
-                raise StudyError(f"{path} holds another network; delete it to train {model.name} again") from None
+            self._load_own(network, path, model)
             network = network.to(self.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
             self.loaded = (model.name, network)
         return self.loaded[1]
+
+    def _load_own(self, network: nn.Module, path: Path, model: Trained) -> None:
+        try:
+            network.load_state_dict(weights_at(path))
+        except RuntimeError:
+            raise StudyError(f"{path} holds another network; delete it to train {model.name} again") from None
+
+
+def _probe(model: Trained) -> str:
+    """Name of what LP-FT has trained before its second half."""
+    return f"{model.name}-head"
 
 
 def weights_at(path: Path) -> dict[str, torch.Tensor]:

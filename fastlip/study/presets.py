@@ -32,6 +32,17 @@ PRESETS = {
         evaluation=Evaluation(images=200, clean_images=5000),
         save_seconds=60.0,
     ),
+    "full": Settings(
+        preset="full",
+        dataset="cifar10",
+        source="imagenet",
+        pretrain=Schedule(images=20000, epochs=60, max_lr=0.1, batch_size=128),
+        scratch=Schedule(images=50000, epochs=40, max_lr=0.1, batch_size=128),
+        finetune=Schedule(images=50000, epochs=15, max_lr=0.05, batch_size=128),
+        evaluation=Evaluation(images=1000, clean_images=10000, batch_size=500),
+        arms=("reference", "scratch", "finetune", "linear", "partial", "lpft"),
+        seeds=3,
+    ),
 }
 
 

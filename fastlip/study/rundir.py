@@ -77,7 +77,7 @@ class RunDirectory:
     @property
     def pretrains(self) -> bool:
         """Whether the study trains the source itself."""
-        return "finetune" in self.settings.arms and self.settings.source in ("generated", "folder")
+        return self.settings.transfers and self.settings.source in ("generated", "folder")
 
     def tidy(self) -> None:
         """Remove what a killed process left behind: half-written files, and states of runs that had just finished."""

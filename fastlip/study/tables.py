@@ -10,7 +10,14 @@ from fastlip.study.files import write_text
 from fastlip.study.schema import Attack, Results
 from fastlip.study.statistics import Estimate, Rate
 
-ARM_NAMES = {"scratch": "scratch", "finetune": "fine-tuned", "reference": "small reference, scratch"}
+ARM_NAMES = {
+    "scratch": "scratch",
+    "finetune": "fine-tuned",
+    "linear": "linear probe",
+    "partial": "last stage fine-tuned",
+    "lpft": "probed, then fine-tuned",
+    "reference": "small reference, scratch",
+}
 
 
 @dataclass(frozen=True)

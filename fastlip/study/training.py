@@ -10,7 +10,7 @@ batches of 64: 141 images/s in float32, 196 in bfloat16.
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def train(
     state_path: Path,
     save_seconds: float,
     progress: Callable[[int, int, str], None],
+    parts: Sequence[nn.Module] | None = None,
 ) -> History:
     """Train ``model`` in place on its own device, going on from ``state_path`` if that exists.
 
@@ -56,6 +57,8 @@ def train(
         state_path: where the unfinished run is kept; removed by the caller once the result is safe.
         save_seconds: time between two saves.
         progress: called with steps done, steps in all and a short note.
+        parts: modules of ``model`` that are trained, all of it if None; the rest keeps its weights and its BatchNorm
+            statistics.
 
     Raises:
         StudyError: the loss is not finite, or the saved state is damaged.
@@ -85,7 +88,10 @@ def train(
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, correct images of this epoch
     done = _restore(state_path, model, optimiser, rate, history, totals)
 
-    model.train()
+    # What has no gradient is left alone by SGD, weight decay included.
+    model.eval().requires_grad_(False)
+    for part in [model] if parts is None else parts:
+        part.train().requires_grad_(True)
     saved = time.monotonic()
     while done < steps:
         epoch, first = divmod(done, per_epoch)
