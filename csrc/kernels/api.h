@@ -67,6 +67,40 @@ struct RandomStart {
   int64_t channels;
 };
 
+// Half a step of bidiagonalisation for many operators: out = A x / |x| - (|x| / |previous|) previous, and |out|^2.
+// The tables are those of fastlip/ops/_operator_plan.py, which says what lies where; their contents are trusted.
+struct OperatorStep {
+  void* out;
+  double* out_square;  // one number a chain, like all squares
+  const void* x;
+  const double* x_square;  // null: x is not scaled
+  const void* previous;    // null: nothing is subtracted
+  const double* previous_square;
+  const void* weights;
+  const int64_t* problems;  // rows of Problem
+  const int64_t* tiles;     // rows of Tile
+  const int64_t* bundles;   // rows of Bundle
+  const int32_t* entries;
+  const uint8_t* active;  // null: all
+  double* partial;        // scratch, tile_count x most_chains: squared norms of what each tile wrote
+  DType dtype;            // f32 or f64
+  int64_t problem_count, tile_count, most_chains;
+
+  static constexpr int64_t kBlock = 64;  // target channels of a full block
+  static constexpr int64_t kLanes = 16;  // a block's channels are padded to a multiple of this
+  struct Problem {
+    int64_t depthwise, source_at, target_at, weight_at, chain_at, chains, groups, taps;
+    int64_t source_channels, target_channels;  // per group
+    int64_t tile_at, tiles;
+  };
+  struct Bundle {
+    int64_t taps, pixels, taps_at, targets_at, sources_at;
+  };
+  struct Tile {
+    int64_t problem, bundle, group, block, column, columns;
+  };
+};
+
 namespace cpu {
 struct Kernels {
   const char* isa;

@@ -25,17 +25,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan, pack_weight
+from fastlip.ops._operator_step import operator_step_
 from fastlip.ops._register import Backend, backends
 from fastlip.ops.reference import compute_dtype
 
 __all__ = [
     "APGDState",
     "Backend",
+    "ConvGeometry",
     "Norm",
+    "OperatorPlan",
     "apgd_schedule",
     "apgd_state",
     "apgd_step_",
     "backends",
+    "operator_plan",
+    "operator_step_",
+    "pack_weight",
     "pgd_step",
     "pgd_step_",
     "project",
@@ -571,6 +578,7 @@ def _fake_step(x: Tensor, *args: object) -> None:
 torch.library.register_fake("fastlip::pgd_step_")(_fake_step)
 torch.library.register_fake("fastlip::project_")(_fake_step)
 torch.library.register_fake("fastlip::apgd_step_")(_fake_step)
+torch.library.register_fake("fastlip::operator_step_")(_fake_step)
 
 
 @torch.library.register_fake("fastlip::random_start")

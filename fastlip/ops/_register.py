@@ -29,6 +29,9 @@ SCHEMAS = {
     "apgd_step_": "(Tensor(a!) x, Tensor grad, Tensor loss, Tensor x0, Tensor(b!) x_prev, Tensor(c!) x_best, "
     "Tensor(d!) grad_best, Tensor(e!) best_loss, Tensor(f!) past_loss, Tensor(g!) step_size, Tensor(h!) counters, "
     f"Tensor schedule, {_EPS}, str norm, {_BOUNDS}, float momentum, float rho, Tensor? active) -> ()",
+    "operator_step_": "(Tensor(a!) out, Tensor(b!) out_square, Tensor x, Tensor? x_square, Tensor? previous, "
+    "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor bundles, Tensor entries, "
+    "int most_chains, Tensor? active) -> ()",
 }
 BACKENDS = ("native", "triton", "reference")
 

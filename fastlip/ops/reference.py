@@ -382,3 +382,68 @@ def random_start(
     centre = x0.to(dtype)
     moved = centre + radius * unit.reshape(x0.shape)
     return out.copy_(_store(x0, torch.minimum(torch.maximum(moved, low), high), x0))
+
+
+def operator_step_(
+    out: Tensor,
+    out_square: Tensor,
+    x: Tensor,
+    x_square: Tensor | None,
+    previous: Tensor | None,
+    previous_square: Tensor | None,
+    weights: Tensor,
+    problems: Tensor,
+    tiles: Tensor,
+    bundles: Tensor,
+    entries: Tensor,
+    most_chains: int,
+    active: Tensor | None,
+) -> None:
+    """Each target element is the sum that the tables spell out; tiles only say which bundles belong to an operator."""
+    tile_rows, bundle_rows = tiles.tolist(), bundles.tolist()
+    for index, row in enumerate(problems.tolist()):
+        if active is not None and not active[index]:
+            continue
+        depthwise, source_at, target_at, weight_at, chain_at, b, groups, taps, k, n, tile_at, count = row
+        used = sorted({tile[1] for tile in tile_rows[tile_at : tile_at + count]})
+        pixels = sum(bundle_rows[i][1] for i in used)
+        vectors = _vectors(x, source_at, b * groups * k).reshape(-1, b, groups, k)
+        kernel = _unpacked(weights[weight_at:], bool(depthwise), groups, taps, k, n)
+        image = x.new_zeros(pixels, b, groups, n)
+        for t, m, taps_at, targets_at, sources_at in (bundle_rows[i] for i in used):
+            total = x.new_zeros(m, b, groups, n)
+            for j in range(t):
+                sources = entries[sources_at + j * m : sources_at + (j + 1) * m].long()
+                met = torch.where((sources >= 0)[:, None, None, None], vectors[sources.clamp_min(0)], 0.0)
+                total += torch.einsum("mbgk,gkn->mbgn", met, kernel[:, int(entries[taps_at + j])])
+            image[entries[targets_at : targets_at + m].long()] = total
+        chains = slice(chain_at, chain_at + b)
+        place = slice(target_at, target_at + image.numel())
+        if x_square is not None:
+            length = x_square[chains].sqrt()[:, None]
+            image = (image.reshape(pixels, b, -1) * torch.where(length > 0, 1 / length, 0.0)).to(x.dtype)
+            if previous is not None and previous_square is not None:
+                other = previous_square[chains].sqrt()[:, None]
+                shift = torch.where(other > 0, length / other, 0.0)
+                image -= (previous[place].reshape(pixels, b, -1) * shift).to(x.dtype)
+        out[place] = image.flatten()
+        out_square[chains] = image.reshape(pixels, b, -1).double().square().sum((0, 2))
+
+
+def _vectors(x: Tensor, at: int, width: int) -> Tensor:
+    """What stands at an offset, as whole rows; the reference takes all that follow, and its tables say how many."""
+    rest = x[at:]
+    return rest[: len(rest) // width * width]
+
+
+def _unpacked(weights: Tensor, depthwise: bool, groups: int, taps: int, k: int, n: int) -> Tensor:
+    """Packed weights as [groups, taps, source channels, target channels]; a depthwise kernel is a diagonal."""
+    padded, rows = -(-n // 16) * 16, taps * (1 if depthwise else k)
+    blocks = weights[: groups * rows * padded].reshape(groups, rows * padded)
+    columns, at = [], 0
+    for first in range(0, padded, 64):
+        lanes = min(64, padded - first)
+        columns.append(blocks[:, at : at + rows * lanes].reshape(groups, taps, -1, lanes))
+        at += rows * lanes
+    kernel = torch.cat(columns, dim=-1)[..., :n]
+    return torch.diag_embed(kernel[:, :, 0]) if depthwise else kernel

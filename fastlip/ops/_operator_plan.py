@@ -1,0 +1,276 @@
+"""Plans of batched operator applications: where everything lies, and which tile computes what.
+
+A plan describes one direction (A, or A^T) of any number of convolutions of any geometry. The kernels know no geometry:
+stride, dilation, padding and its mode are in tables that list, for each target pixel, which source pixels meet it
+through which taps. Pixels that meet the same taps form a bundle; a tile is a block of target channels by a run of a
+bundle's columns, a column being a pixel and a chain (one of the vectors an operator is applied to at once).
+
+Memory: vectors of one operator are [pixels, chains, channels], one operator after the other. Weights are
+[groups, blocks of at most 64 target channels, taps, source channels, lanes], a block's channels padded with zeros to a
+multiple of 16; those of depthwise convolutions [blocks, taps, lanes].
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+#: Target channels of a full block, and what a block's channels are padded to a multiple of.
+BLOCK, LANES = 64, 16
+#: Columns of the plan's tables; the C++ and CUDA kernels read them by these positions.
+PROBLEM = (
+    "depthwise",
+    "source_at",
+    "target_at",
+    "weight_at",
+    "chain_at",
+    "chains",
+    "groups",
+    "taps",
+    "source_channels",  # per group, as the next
+    "target_channels",
+    "tile_at",
+    "tiles",
+)
+BUNDLE = ("taps", "pixels", "taps_at", "targets_at", "sources_at")
+TILE = ("problem", "bundle", "group", "block", "column", "columns")
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """A convolution without its numbers; no spatial axes make it a matrix.
+
+    Attributes:
+        in_channels: of the convolution's input.
+        out_channels: of its output.
+        groups: number of independent channel groups.
+        kernel: taps per axis.
+        input_size: pixels per axis.
+        output_size: pixels per axis.
+        stride: per axis.
+        dilation: per axis.
+        padding: (before, after) per axis; negative numbers crop.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+    """
+
+    in_channels: int
+    out_channels: int
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+    input_size: tuple[int, ...] = ()
+    output_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    padding_mode: str = "zeros"
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel is a group of its own."""
+        return self.groups == self.in_channels == self.out_channels > 1
+
+    def size(self, adjoint: bool, source: bool) -> int:
+        """Elements of one source or target vector of A, or of A^T."""
+        of_input = source != adjoint
+        pixels = math.prod(self.input_size if of_input else self.output_size)
+        return pixels * (self.in_channels if of_input else self.out_channels)
+
+
+@dataclass(frozen=True, eq=False)
+class OperatorPlan:
+    """One direction of a batch of operators, as :func:`fastlip.ops.operator_step_` takes it.
+
+    Attributes:
+        problems: [P, 12] int64, one row an operator, columns ``PROBLEM``; offsets count elements.
+        tiles: [T, 6] int64, columns ``TILE``; those of one operator stand together.
+        bundles: [N, 5] int64, columns ``BUNDLE``; offsets into ``entries``.
+        entries: int32: taps [taps]; target pixels [pixels]; source pixels [taps, pixels], -1 for none.
+        source_size: elements of all source vectors.
+        target_size: elements of all target vectors.
+        weight_size: elements of all packed weights.
+        chains: number of chains of all operators.
+        most_chains: number of chains of the operator that has most.
+    """
+
+    problems: Tensor
+    tiles: Tensor
+    bundles: Tensor
+    entries: Tensor
+    source_size: int
+    target_size: int
+    weight_size: int
+    chains: int
+    most_chains: int
+
+
+def operator_plan(
+    geometries: Sequence[ConvGeometry],
+    chains: Sequence[int],
+    *,
+    adjoint: bool = False,
+    device: torch.device | str = "cpu",
+    tile_columns: int = 48,
+) -> OperatorPlan:
+    """Plan the application of operators, each to ``chains`` vectors at once.
+
+    Args:
+        geometries: one for each operator.
+        chains: vectors of each operator, at least 1.
+        adjoint: whether to plan A^T.
+        device: where the tables shall be.
+        tile_columns: most columns of a tile.
+
+    Raises:
+        ValueError: ``chains`` or ``tile_columns`` is wrong.
+    """
+    if len(chains) != len(geometries) or any(c < 1 for c in chains):
+        raise ValueError(f"chains must be {len(geometries)} numbers of at least 1, got {list(chains)}")
+    if tile_columns < 1:
+        raise ValueError(f"tile_columns must be at least 1, got {tile_columns}")
+    problems, tiles, bundles, entries = [], [], [], []
+    known: dict[ConvGeometry, list[int]] = {}
+    source_at = target_at = weight_at = chain_at = tile_at = entry_at = 0
+    for index, (g, b) in enumerate(zip(geometries, chains, strict=True)):
+        if g not in known:
+            known[g] = []
+            for taps, targets, sources in _bundles(g, adjoint):
+                parts = (taps, targets, sources.ravel())
+                at = entry_at + np.cumsum([0, *(p.size for p in parts)])
+                known[g].append(len(bundles))
+                bundles.append((taps.size, targets.size, at[0], at[1], at[2]))
+                entries += parts
+                entry_at = int(at[3])
+        sources_of, targets_of = (g.out_channels, g.in_channels) if adjoint else (g.in_channels, g.out_channels)
+        groups = 1 if g.depthwise else g.groups
+        lanes, taps_of = targets_of // groups, math.prod(g.kernel)
+        own = [
+            _tiles(index, bundle, group, -(-lanes // BLOCK), bundles[bundle][1] * b, tile_columns)
+            for group in range(groups)
+            for bundle in known[g]
+        ]
+        tiles += own
+        count = sum(len(t) for t in own)
+        place = (source_at, target_at, weight_at, chain_at, b, groups, taps_of, sources_of // groups, lanes)
+        problems.append((int(g.depthwise), *place, tile_at, count))
+        source_at += g.size(adjoint, True) * b
+        target_at += g.size(adjoint, False) * b
+        weight_at += packed_size(g, adjoint)
+        chain_at += b
+        tile_at += count
+
+    def table(rows: list[tuple[int, ...]], columns: int) -> Tensor:
+        return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(-1, columns)).to(device)
+
+    all_tiles = np.concatenate([np.zeros((0, len(TILE)), dtype=np.int64), *tiles])
+    flat = np.concatenate([np.zeros(0, dtype=np.int64), *entries]).astype(np.int32)
+    return OperatorPlan(
+        table(problems, len(PROBLEM)),
+        torch.from_numpy(all_tiles).to(device),
+        table(bundles, len(BUNDLE)),
+        torch.from_numpy(flat).to(device),
+        source_at,
+        target_at,
+        weight_at,
+        chain_at,
+        max(chains, default=0),
+    )
+
+
+def _tiles(problem: int, bundle: int, group: int, blocks: int, columns: int, width: int) -> Ints:
+    first = np.arange(0, columns, width)
+    block, column = (a.ravel() for a in np.meshgrid(np.arange(blocks), first, indexing="ij"))
+    fixed = np.broadcast_to([problem, bundle, group], (column.size, 3))
+    return np.column_stack([fixed, block, column, np.minimum(width, columns - column)])
+
+
+def packed_size(g: ConvGeometry, adjoint: bool) -> int:
+    """Elements of an operator's packed weights."""
+    targets = g.in_channels if adjoint else g.out_channels
+    taps = math.prod(g.kernel)
+    if g.depthwise:
+        return taps * _padded(targets)
+    return (g.out_channels if adjoint else g.in_channels) * taps * _padded(targets // g.groups)
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // LANES) * LANES
+
+
+def pack_weight(weight: Tensor, groups: int, *, adjoint: bool = False) -> Tensor:
+    """A kernel [Cout, Cin / groups, *kernel] in the order the kernels read it, flat."""
+    taps = math.prod(weight.shape[2:])
+    if groups == weight.shape[0] > 1 == weight.shape[1]:
+        blocks = weight.reshape(groups, taps).T[None]  # [1, taps, channels]
+    else:
+        blocks = weight.reshape(groups, -1, weight.shape[1], taps)  # [groups, Cout / groups, Cin / groups, taps]
+        blocks = blocks.permute(0, 3, 1, 2) if adjoint else blocks.permute(0, 3, 2, 1)
+    lanes = blocks.shape[-1]
+    blocks = torch.nn.functional.pad(blocks, (0, _padded(lanes) - lanes))
+    parts = [part.flatten(1) for part in blocks.split(BLOCK, dim=-1)]
+    return torch.cat(parts, dim=1).flatten()
+
+
+@lru_cache(maxsize=256)
+def _bundles(g: ConvGeometry, adjoint: bool) -> tuple[tuple[Ints, Ints, Ints], ...]:
+    """Taps [t], target pixels [m] and source pixels [t, m] of each bundle, the largest first."""
+    met = _met_pixels(g)  # [outputs, taps]
+    if adjoint:
+        taps, partners = _inverted(met, math.prod(g.input_size))
+    else:
+        present = np.argsort(met < 0, axis=1, kind="stable")  # taps that meet a pixel first
+        partners = np.take_along_axis(met, present, axis=1)
+        taps = np.where(partners >= 0, present, -1)
+    signatures, inverse = np.unique(taps, axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    found = []
+    for i, signature in enumerate(signatures):
+        count = int((signature >= 0).sum())
+        targets = np.flatnonzero(inverse == i)
+        found.append((signature[:count], targets, np.ascontiguousarray(partners[targets, :count].T)))
+    return tuple(sorted(found, key=lambda bundle: -bundle[1].size))
+
+
+def _met_pixels(g: ConvGeometry) -> Ints:
+    """The input pixel that each output pixel meets through each tap, [outputs, taps]; -1 in zero padding."""
+    axes = len(g.kernel)
+    met, inside = np.zeros((1,) * (2 * axes), dtype=np.int64), np.ones((1,) * (2 * axes), dtype=bool)
+    for axis, (n, m, k) in enumerate(zip(g.input_size, g.output_size, g.kernel, strict=True)):
+        left, _ = g.padding[axis]
+        position = np.arange(m)[:, None] * g.stride[axis] + np.arange(k) * g.dilation[axis] - left
+        ok = np.ones_like(position, dtype=bool)
+        if g.padding_mode == "zeros":
+            ok = (position >= 0) & (position < n)
+            position = np.clip(position, 0, n - 1)
+        elif g.padding_mode == "circular":
+            position %= n
+        elif g.padding_mode == "reflect":
+            position = n - 1 - np.abs(n - 1 - np.abs(position))
+        else:
+            position = np.clip(position, 0, n - 1)
+        shape = [1] * (2 * axes)
+        shape[axis], shape[axes + axis] = m, k
+        met = met * n + position.reshape(shape)
+        inside = inside & ok.reshape(shape)
+    outputs, taps = math.prod(g.output_size), math.prod(g.kernel)
+    return np.where(inside, met, -1).reshape(outputs, taps)
+
+
+def _inverted(met: Ints, pixels: int) -> tuple[Ints, Ints]:
+    """For each input pixel the taps it is met through and the output pixels it meets there, padded with -1."""
+    outputs, taps = np.nonzero(met >= 0)
+    pixel = met[outputs, taps]
+    order = np.lexsort((outputs, taps, pixel))
+    pixel, taps, outputs = pixel[order], taps[order], outputs[order]
+    counts = np.bincount(pixel, minlength=pixels)
+    place = np.arange(pixel.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    width = int(counts.max(initial=0))
+    tap_of, partner = np.full((pixels, width), -1), np.full((pixels, width), -1)
+    tap_of[pixel, place], partner[pixel, place] = taps, outputs
+    return tap_of, partner

@@ -1,0 +1,81 @@
+"""The checked wrapper of ``operator_step_``."""
+
+import torch
+from torch import Tensor
+
+from fastlip.ops._operator_plan import OperatorPlan
+
+
+def operator_step_(
+    out: Tensor,  # [target_size]
+    out_square: Tensor,  # [chains] float64
+    x: Tensor,  # [source_size]
+    weights: Tensor,  # [weight_size]
+    plan: OperatorPlan,
+    *,
+    x_square: Tensor | None = None,  # [chains] float64
+    previous: Tensor | None = None,  # [target_size]
+    previous_square: Tensor | None = None,  # [chains] float64
+    active: Tensor | None = None,  # [operators] bool
+) -> Tensor:
+    """Apply many operators to many vectors, with the scaling of a bidiagonalisation step, in place; returns ``out``.
+
+    For each operator A of the plan and each of its chains
+
+        out <- A x / ||x|| - (||x|| / ||previous||) previous,    out_square <- ||out||^2,
+
+    a half step of the Golub-Kahan bidiagonalisation (Golub and Kahan 1965) on vectors that are never normalised: with
+    out = a_i u_i and previous = a_{i-1} u_{i-1}, where x = b_{i-1} v_i; the other half is the same with the plan of
+    A^T. Without ``previous`` it is a step of power iteration, without ``x_square`` a plain application. A chain whose
+    ||x|| is 0 gives 0. The result does not depend on the number of threads.
+
+    Args:
+        out: target vectors of all operators, each [pixels, chains, channels], float32 or float64; not ``x``.
+        out_square: receives the squared norms, [chains] float64.
+        x: source vectors in the same order, in the dtype of ``out``.
+        weights: packed weights of all operators, in the dtype of ``out``.
+        plan: what lies where; see :func:`operator_plan` and :func:`pack_weight`.
+        x_square: squared norms of ``x``; None leaves ``x`` as it is.
+        previous: vectors to subtract, like ``out``; may not be ``out``. Takes ``x_square`` and ``previous_square``.
+        previous_square: squared norms of ``previous``.
+        active: operators to apply; the others' parts of ``out`` and ``out_square`` are left as they are.
+
+    Raises:
+        ValueError: a shape, device or layout is wrong; the message names the argument.
+        TypeError: a dtype is wrong; the message names the argument.
+    """
+    if out.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"out must be float32 or float64, got {out.dtype}")
+    sizes = {"x": (x, plan.source_size), "weights": (weights, plan.weight_size), "out": (out, plan.target_size)}
+    if previous is not None:
+        sizes["previous"] = (previous, plan.target_size)
+        if x_square is None or previous_square is None:
+            raise ValueError("previous needs x_square and previous_square")
+    elif previous_square is not None:
+        raise ValueError("previous_square needs previous")
+    for name, (tensor, size) in sizes.items():
+        if tensor.dtype != out.dtype:
+            raise TypeError(f"{name} must have out's dtype {out.dtype}, got {tensor.dtype}")
+        _check(name, tensor, size, plan)
+    squares = {"out_square": out_square, "x_square": x_square, "previous_square": previous_square}
+    for name, square in squares.items():
+        if square is not None:
+            if square.dtype != torch.float64:
+                raise TypeError(f"{name} must be float64, got {square.dtype}")
+            _check(name, square, plan.chains, plan)
+    if active is not None:
+        if active.dtype != torch.bool:
+            raise TypeError(f"active must be bool, got {active.dtype}")
+        _check("active", active, len(plan.problems), plan)
+    if any(other is out for other in (x, previous)):
+        raise ValueError("out must be another tensor than x and previous")
+    tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains)
+    torch.ops.fastlip.operator_step_(out, out_square, x, x_square, previous, previous_square, weights, *tables, active)
+    return out
+
+
+def _check(name: str, tensor: Tensor, size: int, plan: OperatorPlan) -> None:
+    if tensor.shape != (size,) or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous of shape [{size}] for this plan, got {list(tensor.shape)}")
+    if tensor.device != plan.problems.device:
+        raise ValueError(f"{name} must be on the plan's device {plan.problems.device}, got {tensor.device}")

@@ -1,0 +1,316 @@
+"""operator_step_ against torch's convolutions in float64: geometries, directions, recurrence, masks, errors."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from op_inputs import DEVICES, INTERPRETED
+from torch import Tensor
+
+from fastlip import ops
+from fastlip.ops import ConvGeometry
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+#: Rounding of sums of a few thousand products.
+RTOL = {torch.float32: 2e-5, torch.float64: 1e-12}
+
+
+def geometry(
+    cin: int,
+    cout: int,
+    kernel: tuple[int, ...],
+    size: tuple[int, ...],
+    stride: int = 1,
+    padding: int | tuple[tuple[int, int], ...] = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    mode: str = "zeros",
+) -> ConvGeometry:
+    axes = len(kernel)
+    pads = ((padding, padding),) * axes if isinstance(padding, int) else padding
+    out = tuple(
+        (n + sum(pad) - dilation * (k - 1) - 1) // stride + 1 for n, k, pad in zip(size, kernel, pads, strict=True)
+    )
+    return ConvGeometry(cin, cout, groups, kernel, size, out, (stride,) * axes, (dilation,) * axes, pads, mode)
+
+
+#: Channels around the blocks of 64 and 16, one of each border, crops, padding modes, depthwise and grouped kernels.
+GEOMETRIES = {
+    "matrix": ConvGeometry(37, 70),
+    "grouped matrix": ConvGeometry(12, 20, 4),
+    "3x3": geometry(5, 7, (3, 3), (6, 9), padding=1),
+    "3x3 wide": geometry(65, 131, (3, 3), (5, 4), padding=1),
+    "strided": geometry(16, 48, (3, 3), (8, 7), stride=2, padding=1),
+    "7x7 stem": geometry(3, 64, (7, 7), (13, 13), stride=2, padding=3),
+    "1x1 strided": geometry(6, 9, (1, 1), (5, 6), stride=2),
+    "gaps": geometry(4, 4, (2, 2), (11, 10), stride=3),
+    "dilated": geometry(8, 3, (3, 2), (9, 9), padding=2, dilation=2),
+    "all padding": geometry(2, 3, (3, 3), (1, 1), padding=1),
+    "one axis": geometry(9, 17, (5,), (23,), padding=2),
+    "three axes": geometry(3, 4, (2, 3, 3), (4, 5, 3), padding=1),
+    "crop": geometry(3, 5, (3, 3), (7, 7), padding=((-1, 2), (0, -2))),
+    "circular": geometry(4, 6, (3, 3), (5, 6), padding=1, mode="circular"),
+    "circular strided": geometry(4, 6, (5, 5), (7, 8), stride=2, padding=2, mode="circular"),
+    "reflect": geometry(5, 4, (3, 3), (4, 5), padding=1, mode="reflect"),
+    "replicate": geometry(5, 4, (5, 3), (4, 5), padding=2, mode="replicate"),
+    "grouped": geometry(12, 8, (3, 3), (6, 5), padding=1, groups=4),
+    "depthwise": geometry(70, 70, (3, 3), (6, 5), padding=1, groups=70),
+    "depthwise strided": geometry(33, 33, (3, 3), (7, 7), stride=2, padding=1, groups=33),
+    "multiplier": geometry(6, 12, (3, 3), (5, 5), padding=1, groups=6),
+}
+
+
+def apply(weight: Tensor, x: Tensor, g: ConvGeometry) -> Tensor:
+    """The convolution by torch: [b, Cin, *input_size] to [b, Cout, *output_size]."""
+    if not g.kernel:
+        blocks = weight.reshape(g.groups, -1, weight.shape[1])
+        return torch.einsum("bgi,goi->bgo", x.reshape(len(x), g.groups, -1), blocks).flatten(1)
+    pads = [p for pair in reversed(g.padding) for p in pair]
+    mode = "constant" if g.padding_mode == "zeros" else g.padding_mode
+    return _CONV[len(g.kernel)](F.pad(x, pads, mode=mode), weight, None, g.stride, 0, g.dilation, g.groups)
+
+
+def transpose(weight: Tensor, y: Tensor, g: ConvGeometry) -> Tensor:
+    """Its adjoint, by autograd."""
+    x = torch.zeros(len(y), g.in_channels, *g.input_size, dtype=y.dtype, requires_grad=True)
+    (gradient,) = torch.autograd.grad(apply(weight, x, g), x, y)
+    return gradient
+
+
+def to_flat(x: Tensor) -> Tensor:
+    """[b, C, *size] as [pixels, b, C], flat."""
+    return x.flatten(2).permute(2, 0, 1).flatten() if x.dim() > 2 else x.flatten()
+
+
+def case(
+    geometries: list[ConvGeometry], chains: list[int], adjoint: bool, dtype: torch.dtype, device: str, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+    """Sources, images and previous vectors per operator in float64, and packed weights, sources and previous."""
+    rng = torch.Generator().manual_seed(seed)
+    sources, images, earlier, packed = [], [], [], []
+    for g, b in zip(geometries, chains, strict=True):
+        weight = torch.randn(g.out_channels, g.in_channels // g.groups, *g.kernel, generator=rng, dtype=torch.float64)
+        weight = weight.to(dtype).double()
+        of_input, of_output = (b, g.in_channels, *g.input_size), (b, g.out_channels, *g.output_size)
+        x = torch.randn(of_output if adjoint else of_input, generator=rng, dtype=torch.float64).to(dtype).double()
+        images.append(transpose(weight, x, g) if adjoint else apply(weight, x, g))
+        sources.append(x)
+        earlier.append(torch.randn(images[-1].shape, generator=rng, dtype=torch.float64).to(dtype).double())
+        packed.append(ops.pack_weight(weight, g.groups, adjoint=adjoint))
+    joined = [torch.cat([to_flat(t) for t in part]).to(dtype).to(device) for part in (sources, earlier)]
+    return sources, images, earlier, torch.cat(packed).to(dtype).to(device), *joined
+
+
+def squares(vectors: list[Tensor]) -> Tensor:
+    return torch.cat([v.flatten(1).square().sum(1) for v in vectors])
+
+
+def check(got: Tensor, want: list[Tensor], dtype: torch.dtype) -> None:
+    at = 0
+    for w in want:
+        part = got[at : at + w.numel()].cpu().double()
+        at += w.numel()
+        scale = max(w.abs().max().item(), 1e-30) if w.numel() else 1.0
+        assert (part - to_flat(w)).abs().max().item() <= RTOL[dtype] * scale * 8
+    assert at == got.numel()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_one_operator(name, adjoint, dtype, device):
+    g, b = GEOMETRIES[name], 3
+    sources, images, earlier, weights, x, previous = case([g], [b], adjoint, dtype, device)
+    plan = ops.operator_plan([g], [b], adjoint=adjoint, device=device)
+    out = torch.full((plan.target_size,), 7.0, dtype=dtype, device=device)
+    found = torch.full((b,), 7.0, dtype=torch.float64, device=device)
+    ops.operator_step_(out, found, x, weights, plan)
+    check(out, images, dtype)
+    want = squares(images)
+    assert torch.allclose(found.cpu(), want, rtol=20 * RTOL[dtype], atol=1e-30)
+
+    # A half step of the recurrence.
+    x_square, previous_square = squares(sources).to(device), squares(earlier).to(device)
+    length, other = squares(sources).sqrt(), squares(earlier).sqrt()
+    rows = (b, *(1 for _ in images[0].shape[1:]))
+    step = [images[0] / length.view(rows) - (length / other).view(rows) * earlier[0]]
+    ops.operator_step_(
+        out, found, x, weights, plan, x_square=x_square, previous=previous, previous_square=previous_square
+    )
+    check(out, step, dtype)
+    assert torch.allclose(found.cpu(), squares(step), rtol=20 * RTOL[dtype])
+    ops.operator_step_(out, found, x, weights, plan, x_square=x_square)
+    check(out, [images[0] / length.view(rows)], dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
+def test_all_at_once_with_a_mask(adjoint, device):
+    """Operators of all geometries, each with its own number of chains; inactive ones are left alone."""
+    names = ["3x3", "depthwise", "reflect", "matrix", "3x3"] if INTERPRETED else [*GEOMETRIES, "3x3", "strided"]
+    geometries = [GEOMETRIES[name] for name in names]
+    chains = [1 + i % 5 for i in range(len(names))]
+    _, images, _, weights, x, _ = case(geometries, chains, adjoint, torch.float32, device)
+    plan = ops.operator_plan(geometries, chains, adjoint=adjoint, device=device)
+    active = torch.arange(len(names), device=device) % 3 != 1
+    out = torch.full((plan.target_size,), 7.0, device=device)
+    found = torch.full((plan.chains,), 7.0, dtype=torch.float64, device=device)
+    ops.operator_step_(out, found, x, weights, plan, active=active)
+    kept = [im if on else torch.full_like(im, 7.0) for im, on in zip(images, active.tolist(), strict=True)]
+    check(out, kept, torch.float32)
+    want = [
+        squares([im]) if on else torch.full((len(im),), 7.0) for im, on in zip(images, active.tolist(), strict=True)
+    ]
+    assert torch.allclose(found.cpu(), torch.cat(want).double(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tiles_of_any_width_give_the_same(device):
+    g = GEOMETRIES["3x3"]
+    _, images, _, weights, x, _ = case([g], [3], False, torch.float32, device)
+    for width in (1, 5, 64, 10_000):
+        plan = ops.operator_plan([g], [3], device=device, tile_columns=width)
+        out, found = torch.zeros(plan.target_size, device=device), torch.zeros(3, dtype=torch.float64, device=device)
+        check(ops.operator_step_(out, found, x, weights, plan), images, torch.float32)
+        assert torch.allclose(found.cpu(), squares(images), rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_chain_of_zeros_gives_zeros(device):
+    g = GEOMETRIES["3x3"]
+    sources, images, earlier, weights, _, _ = case([g], [2], False, torch.float32, device)
+    sources[0][1], earlier[0][1] = 0.0, 0.0
+    x, previous = (to_flat(t[0]).float().to(device) for t in (sources, earlier))
+    plan = ops.operator_plan([g], [2], device=device)
+    out, found = torch.full((plan.target_size,), 7.0, device=device), torch.ones(2, dtype=torch.float64, device=device)
+    x_square, previous_square = squares(sources).to(device), squares(earlier).to(device)
+    ops.operator_step_(
+        out, found, x, weights, plan, x_square=x_square, previous=previous, previous_square=previous_square
+    )
+    images[0] /= sources[0].norm()
+    images[0][0] -= sources[0].norm() / earlier[0].norm() * earlier[0][0]
+    images[0][1] = 0.0
+    check(out, images, torch.float32)
+    assert found[1] == 0.0
+
+
+def test_an_empty_plan_does_nothing():
+    plan = ops.operator_plan([], [])
+    out, none = torch.zeros(0), torch.zeros(0, dtype=torch.float64)
+    ops.operator_step_(out, none, torch.zeros(0), torch.zeros(0), plan)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="too slow in Triton's interpreter")
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_geometries(device):
+    """Kernels 1 to 5, strides, dilations, uneven padding, modes and groups drawn at random, forward and adjoint."""
+    rng = random.Random(0)
+    geometries: list[ConvGeometry] = []
+    while len(geometries) < 150:
+        axes, mode = rng.choice([1, 2, 2, 3]), rng.choice(["zeros", "zeros", "circular", "reflect", "replicate"])
+        kernel = tuple(rng.randint(1, 5) for _ in range(axes))
+        size = tuple(rng.randint(2, 9) for _ in range(axes))
+        least = -1 if mode == "zeros" else 0
+        pads = tuple((rng.randint(least, 1), rng.randint(least, 1)) for _ in range(axes))
+        groups = rng.choice([1, 1, 1, 2, 3])
+        cin, cout = groups * rng.randint(1, 9), groups * rng.randint(1, 9)
+        g = geometry(cin, cout, kernel, size, rng.randint(1, 3), pads, rng.randint(1, 2), groups, mode)
+        if min(g.output_size) >= 1:
+            geometries.append(g)
+    chains = [rng.randint(1, 4) for _ in geometries]
+    for adjoint in (False, True):
+        sources, images, _, weights, x, _ = case(geometries, chains, adjoint, torch.float64, device)
+        plan = ops.operator_plan(geometries, chains, adjoint=adjoint, device=device, tile_columns=13)
+        out = torch.full((plan.target_size,), 7.0, dtype=torch.float64, device=device)
+        found = torch.zeros(plan.chains, dtype=torch.float64, device=device)
+        ops.operator_step_(out, found, x, weights, plan)
+        check(out, images, torch.float64)
+        assert torch.allclose(found.cpu(), squares(images), rtol=1e-11, atol=1e-30)
+        assert len(sources) == len(geometries)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    names = ["3x3", "depthwise"]
+    geometries = [GEOMETRIES[name] for name in names]
+    _, _, _, weights, x, previous = case(geometries, [2, 1], False, torch.float32, device)
+    plan = ops.operator_plan(geometries, [2, 1], device=device)
+    out = torch.zeros(plan.target_size, device=device)
+    ones = torch.ones(plan.chains, dtype=torch.float64, device=device)
+    tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains)
+    for rest in ((None, None, None), (ones.clone(), previous, ones.clone())):
+        arguments = (out, ones.clone(), x, *rest, weights, *tables, torch.tensor([True, False], device=device))
+        torch.library.opcheck(torch.ops.fastlip.operator_step_.default, arguments)
+
+
+def test_the_plan_covers_every_target_once():
+    for name, g in GEOMETRIES.items():
+        for adjoint in (False, True):
+            plan = ops.operator_plan([g], [2], adjoint=adjoint, tile_columns=7)
+            entries, bundles = plan.entries.numpy(), plan.bundles.numpy()
+            lanes = (g.in_channels if adjoint else g.out_channels) // (1 if g.depthwise else g.groups)
+            pixels = plan.target_size // 2 // (g.in_channels if adjoint else g.out_channels)
+            groups = 1 if g.depthwise else g.groups
+            seen = np.zeros((pixels, 2, groups, -(-lanes // 64)), dtype=int)
+            for problem, bundle, group, block, column, columns in plan.tiles.tolist():
+                _, m, _, targets_at, _ = bundles[bundle]
+                run = np.arange(column, column + columns)
+                np.add.at(seen, (entries[targets_at + run // 2], run % 2, group, block), 1)
+                assert problem == 0
+                assert column + columns <= 2 * m
+            assert (seen == 1).all(), name
+
+
+def _arguments() -> tuple[dict[str, object], ConvGeometry]:
+    g = GEOMETRIES["3x3"]
+    plan = ops.operator_plan([g], [2])
+    return {
+        "out": torch.zeros(plan.target_size),
+        "out_square": torch.zeros(2, dtype=torch.float64),
+        "x": torch.zeros(plan.source_size),
+        "weights": torch.zeros(plan.weight_size),
+        "plan": plan,
+    }, g
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"out": torch.zeros(3)}, ValueError, "out must be contiguous of shape"),
+        ({"out": torch.zeros(3, dtype=torch.float16)}, TypeError, "out must be float32 or float64"),
+        ({"x": torch.zeros(3)}, ValueError, "x must be contiguous of shape"),
+        ({"x": torch.zeros(540, dtype=torch.float64)}, TypeError, "x must have out's dtype"),
+        ({"weights": torch.zeros(3)}, ValueError, "weights must be contiguous of shape"),
+        ({"out_square": torch.zeros(2)}, TypeError, "out_square must be float64"),
+        ({"x_square": torch.zeros(3, dtype=torch.float64)}, ValueError, "x_square must be contiguous of shape"),
+        ({"previous": torch.zeros(756)}, ValueError, "previous needs x_square"),
+        ({"previous_square": torch.zeros(2, dtype=torch.float64)}, ValueError, "previous_square needs previous"),
+        ({"active": torch.zeros(1)}, TypeError, "active must be bool"),
+        ({"active": torch.zeros(2, dtype=torch.bool)}, ValueError, "active must be contiguous of shape"),
+        ({"x": torch.zeros(1080)[::2]}, ValueError, "x must be contiguous"),
+        ({"x": torch.zeros(540, device="meta")}, ValueError, "x must be on the plan's device"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    arguments, _ = _arguments()
+    arguments |= change
+    with pytest.raises(error, match=message):
+        ops.operator_step_(**arguments)
+
+
+def test_in_place_on_the_source_is_an_error():
+    g = geometry(4, 4, (3, 3), (5, 5), padding=1)
+    plan = ops.operator_plan([g], [1])
+    x = torch.zeros(plan.source_size)
+    square = torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="out must be another tensor"):
+        ops.operator_step_(x, square, x, torch.zeros(plan.weight_size), plan)
+
+
+@pytest.mark.parametrize(("chains", "width", "message"), [([0], 8, "chains"), ([1, 1], 8, "chains"), ([1], 0, "tile_")])
+def test_a_wrong_plan_is_an_error(chains, width, message):
+    with pytest.raises(ValueError, match=message):
+        ops.operator_plan([GEOMETRIES["3x3"]], chains, tile_columns=width)
