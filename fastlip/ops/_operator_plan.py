@@ -5,7 +5,7 @@ stride, dilation, padding and its mode are in tables that list, for each target 
 through which taps. Pixels that meet the same taps form a bundle; a tile is a block of target channels by a run of a
 bundle's columns, a column being a pixel and a chain (one of the vectors an operator is applied to at once).
 
-Memory: vectors of one operator are [pixels, chains, channels], one operator after the other. Weights are
+Memory: vectors are [chains, pixels, channels] (channels_last), one operator after the other. Weights are
 [groups, blocks of at most 64 target channels, taps, source channels, lanes], a block's channels padded with zeros to a
 multiple of 16; those of depthwise convolutions [blocks, taps, lanes].
 """
@@ -34,6 +34,8 @@ PROBLEM = (
     "taps",
     "source_channels",  # per group, as the next
     "target_channels",
+    "source_pixels",
+    "target_pixels",
     "tile_at",
     "tiles",
 )
@@ -76,11 +78,15 @@ class ConvGeometry:
         """Whether every channel is a group of its own."""
         return self.groups == self.in_channels == self.out_channels > 1
 
-    def size(self, adjoint: bool, source: bool) -> int:
-        """Elements of one source or target vector of A, or of A^T."""
-        of_input = source != adjoint
-        pixels = math.prod(self.input_size if of_input else self.output_size)
-        return pixels * (self.in_channels if of_input else self.out_channels)
+    @property
+    def input(self) -> tuple[int, int]:
+        """Channels and pixels of the input."""
+        return self.in_channels, math.prod(self.input_size)
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Channels and pixels of the output."""
+        return self.out_channels, math.prod(self.output_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +94,7 @@ class OperatorPlan:
     """One direction of a batch of operators, as :func:`fastlip.ops.operator_step_` takes it.
 
     Attributes:
-        problems: [P, 12] int64, one row an operator, columns ``PROBLEM``; offsets count elements.
+        problems: [P, 14] int64, one row an operator, columns ``PROBLEM``; offsets count elements.
         tiles: [T, 6] int64, columns ``TILE``; those of one operator stand together.
         bundles: [N, 5] int64, columns ``BUNDLE``; offsets into ``entries``.
         entries: int32: taps [taps]; target pixels [pixels]; source pixels [taps, pixels], -1 for none.
@@ -134,33 +140,37 @@ def operator_plan(
         raise ValueError(f"chains must be {len(geometries)} numbers of at least 1, got {list(chains)}")
     if tile_columns < 1:
         raise ValueError(f"tile_columns must be at least 1, got {tile_columns}")
-    problems, tiles, bundles, entries = [], [], [], []
+    problems: list[tuple[int, ...]] = []
+    bundles: list[tuple[int, ...]] = []
+    tiles: list[Ints] = []
+    entries: list[Ints] = []
     known: dict[ConvGeometry, list[int]] = {}
     source_at = target_at = weight_at = chain_at = tile_at = entry_at = 0
     for index, (g, b) in enumerate(zip(geometries, chains, strict=True)):
         if g not in known:
             known[g] = []
-            for taps, targets, sources in _bundles(g, adjoint):
-                parts = (taps, targets, sources.ravel())
+            for taps, pixels, partners in _bundles(g, adjoint):
+                parts = (taps, pixels, partners.ravel())
                 at = entry_at + np.cumsum([0, *(p.size for p in parts)])
                 known[g].append(len(bundles))
-                bundles.append((taps.size, targets.size, at[0], at[1], at[2]))
+                bundles.append((taps.size, pixels.size, at[0], at[1], at[2]))
                 entries += parts
                 entry_at = int(at[3])
-        sources_of, targets_of = (g.out_channels, g.in_channels) if adjoint else (g.in_channels, g.out_channels)
+        (sources, from_pixels), (targets, to_pixels) = (g.output, g.input) if adjoint else (g.input, g.output)
         groups = 1 if g.depthwise else g.groups
-        lanes, taps_of = targets_of // groups, math.prod(g.kernel)
+        lanes, taps_of = targets // groups, math.prod(g.kernel)
         own = [
-            _tiles(index, bundle, group, -(-lanes // BLOCK), bundles[bundle][1] * b, tile_columns)
+            _tiles((index, bundle, group, block), bundles[bundle][1] * b, tile_columns)
             for group in range(groups)
+            for block in range(-(-lanes // BLOCK))  # all that needs a block's weights stands together
             for bundle in known[g]
         ]
         tiles += own
         count = sum(len(t) for t in own)
-        place = (source_at, target_at, weight_at, chain_at, b, groups, taps_of, sources_of // groups, lanes)
-        problems.append((int(g.depthwise), *place, tile_at, count))
-        source_at += g.size(adjoint, True) * b
-        target_at += g.size(adjoint, False) * b
+        place = (source_at, target_at, weight_at, chain_at, b, groups, taps_of, sources // groups, lanes)
+        problems.append((int(g.depthwise), *place, from_pixels, to_pixels, tile_at, count))
+        source_at += sources * from_pixels * b
+        target_at += targets * to_pixels * b
         weight_at += packed_size(g, adjoint)
         chain_at += b
         tile_at += count
@@ -183,11 +193,9 @@ def operator_plan(
     )
 
 
-def _tiles(problem: int, bundle: int, group: int, blocks: int, columns: int, width: int) -> Ints:
+def _tiles(place: tuple[int, ...], columns: int, width: int) -> Ints:
     first = np.arange(0, columns, width)
-    block, column = (a.ravel() for a in np.meshgrid(np.arange(blocks), first, indexing="ij"))
-    fixed = np.broadcast_to([problem, bundle, group], (column.size, 3))
-    return np.column_stack([fixed, block, column, np.minimum(width, columns - column)])
+    return np.column_stack([np.broadcast_to(place, (first.size, 4)), first, np.minimum(width, columns - first)])
 
 
 def packed_size(g: ConvGeometry, adjoint: bool) -> int:
