@@ -12,8 +12,10 @@ fails for all of b independent starts with probability eta, every bound below ho
 
 import math
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -76,15 +78,23 @@ def normal_equations(alpha: Array, beta: Array) -> tuple[Array, Array]:
     return diagonal, alpha * beta[:, 1:]
 
 
-def ritz(diagonal: Array, off_diagonal: Array) -> tuple[Array, Array]:
-    """Eigenvalues of T, [..., k] in ascending order, and the first entries of their unit eigenvectors."""
-    values, vectors = np.linalg.eigh(tridiagonal(diagonal, off_diagonal))
-    return values, vectors[..., 0, :]
+class Ritz(NamedTuple):
+    """T decomposed, [C, k] each: ascending eigenvalues, first entries of unit eigenvectors, the last eigenvector."""
+
+    values: Array
+    first: Array
+    top: Array
+
+
+def ritz(diagonal: Array, off_diagonal: Array) -> Ritz:
+    """Decompose T, given by its diagonals [C, k]."""
+    # By torch: numpy's own threads would go on spinning beside those that the operators are applied with.
+    values, vectors = torch.linalg.eigh(torch.from_numpy(tridiagonal(diagonal, off_diagonal)))
+    return Ritz(values.numpy(), vectors[:, 0].numpy(), vectors[..., -1].numpy())
 
 
 def krylov_bound(
-    theta: Array,
-    first: Array,
+    decomposed: Ritz,
     off_diagonal: Array,
     last: Array,
     residual: Array,
@@ -97,8 +107,7 @@ def krylov_bound(
     ||v_{k+1}|| b_1 ... b_k / det(t I - T) + ||F|| ||(t I - T)^{-1} e_1|| = overlap. It needs no orthogonality of V.
 
     Args:
-        theta: eigenvalues of T in ascending order, [C, k].
-        first: first entries of their eigenvectors, [C, k].
+        decomposed: T's eigenvalues and first entries of eigenvectors, [C, k].
         off_diagonal: b_1 ... b_k, [C, k]; the last one couples to v_{k+1}.
         last: norm of v_{k+1}, [C].
         residual: upper bound on ||F||, [C].
@@ -108,6 +117,7 @@ def krylov_bound(
     Returns:
         Upper bounds on sigma_1, [C].
     """
+    theta, first, _ = decomposed
     steps = theta.shape[1]
     top = np.maximum(theta[:, -1], 0.0)
     # What was decomposed is T perturbed by rounding, with eigenvectors orthonormal but for as much: parts of F.

@@ -88,7 +88,7 @@ def _sketches(plan: Plan, smallest: float) -> Sketches:
     The rounding expected of a usual number of steps shall be a small part of the overlap, the more so the narrower the
     interval that is asked for.
     """
-    share = 0.3 if plan.rtol >= 5e-3 else 0.1
+    share = 0.3 if plan.rtol >= 5e-3 else 0.1 if plan.rtol >= 5e-4 else 0.0
     for amount in range(4, 17):
         scale = sketch_scale(plan.eta * _SKETCH_SHARE, amount)
         if _rounding(plan.dtype, 40 * plan.starts, scale) <= share * smallest:
@@ -109,10 +109,10 @@ def _expected_widths(run: Recurrence, which: Array, overlaps: Array, plan: Plan,
     alpha, beta = run.coefficients()
     chains = (which[:, None] * plan.starts + np.arange(plan.starts)).ravel()
     diagonal, off = normal_equations(alpha[chains], beta[chains])
-    theta, first = ritz(diagonal, off)
-    top = np.sqrt(np.maximum(theta[:, -1], 0.0))
+    decomposed = ritz(diagonal, off)
+    top = np.sqrt(np.maximum(decomposed.values[:, -1], 0.0))
     guess = top**2 * _rounding(plan.dtype, run.steps * plan.starts, scale)
-    upper = krylov_bound(theta, first, off, np.ones(len(theta)), guess, overlaps[which].repeat(plan.starts), 16)
+    upper = krylov_bound(decomposed, off, np.ones(len(top)), guess, overlaps[which].repeat(plan.starts), 16)
     lower = top.reshape(-1, plan.starts).max(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(upper.reshape(-1, plan.starts).max(axis=1) / lower - 1.0, nan=0.0)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlip.norms._certificate import Array, krylov_bound, normal_equations, ritz, tridiagonal
+from fastlip.norms._certificate import Array, Ritz, krylov_bound, normal_equations, ritz
 from fastlip.norms._composed import AnyOperator, forward_error, magnitude
 from fastlip.norms._iterate import Iterate, Plan, norm_error
 from fastlip.norms._recurrence import Recurrence
@@ -36,8 +36,7 @@ class Sketches:
 class _Chains:
     """One operator's recurrence, [b, k] each: its T decomposed, and what V is multiplied by."""
 
-    theta: Array
-    first: Array
+    decomposed: Ritz
     off: Array
     coefficients: Array  # [2 s + 1, k + 1, b] of b_i v_{i+1}: the z, the Ritz vector, V T z + b_k v_{k+1} z_k
     size: float  # largest sum of magnitudes of a z
@@ -80,10 +79,13 @@ def certify(
     for i, k in enumerate(steps):
         together[k].append(i)
     for group in together.values():
-        theta, first, off = (np.concatenate([getattr(chains[i], n) for i in group]) for n in ("theta", "first", "off"))
+        off = np.concatenate([chains[i].off for i in group])
+        decomposed = Ritz(
+            *(np.concatenate(parts) for parts in zip(*(chains[i].decomposed for i in group), strict=True))
+        )
         last = np.array([1.0 + norm_error(ops[i]) for i in group]).repeat(b)
         per_chain = np.array([residuals[i] for i in group]).repeat(b), overlaps[group].repeat(b)
-        uppers[group] = krylov_bound(theta, first, off, last, *per_chain).reshape(-1, b).max(axis=1)
+        uppers[group] = krylov_bound(decomposed, off, last, *per_chain).reshape(-1, b).max(axis=1)
     return [
         Iterate(lower, upper, k, vector)
         for lower, upper, k, vector in zip(lowers, uppers.tolist(), steps, ritz_vectors, strict=True)
@@ -94,31 +96,19 @@ def _chains(alpha: Array, beta: Array, generator: torch.Generator, amount: int) 
     """Decompose T, draw the Gaussian vectors, and spell out what V is multiplied by; alpha [b, k], beta [b, k + 1]."""
     b, k = alpha.shape
     diagonal, off = normal_equations(alpha, beta)
-    theta, first = ritz(diagonal, off)
+    decomposed = ritz(diagonal, off)
     z = torch.randn((amount, k, b), dtype=torch.float64, generator=generator, device=generator.device).cpu().numpy()
     inner = np.zeros((amount + 1, k + 1, b))
     inner[:-1, :k] = z
-    best = int(theta[:, -1].argmax())
-    inner[-1, :k, best] = _top_vector(theta[best], diagonal[best], off[best])
+    best = int(decomposed.values[:, -1].argmax())
+    inner[-1, :k, best] = decomposed.top[best]
     expected = np.zeros((amount, k + 1, b))
     expected[:, :k] = diagonal.T * z
     expected[:, 1:] += off.T * z
     expected[:, : k - 1] += off.T[:-1] * z[:, 1:]
     lengths = beta.T
     inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0.0)
-    return _Chains(theta, first, off, np.concatenate([inner, expected]) * inverse, np.abs(z).sum(axis=(1, 2)).max())
-
-
-def _top_vector(theta: Array, diagonal: Array, off: Array) -> Array:
-    """Eigenvector of one tridiagonal matrix for its largest eigenvalue, [k], by inverse iteration."""
-    steps = len(diagonal)
-    shift = theta[-1] + 1e-13 * max(theta[-1], 1e-30)
-    matrix = shift * np.eye(steps) - tridiagonal(diagonal, off)
-    vector = np.linspace(1.0, 2.0, steps)
-    for _ in range(3):
-        vector = np.linalg.solve(matrix, vector)
-        vector = vector / np.linalg.norm(vector)
-    return vector
+    return _Chains(decomposed, off, np.concatenate([inner, expected]) * inverse, np.abs(z).sum(axis=(1, 2)).max())
 
 
 def _combine(basis: list[Tensor], coefficients: Tensor) -> Tensor:

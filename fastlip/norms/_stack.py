@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlip.norms._composed import AnyOperator, Composed
 from fastlip.norms._operator import Operator
-from fastlip.ops import ConvGeometry, OperatorPlan, operator_plan, operator_step_, pack_weight
+from fastlip.ops import ConvGeometry, OperatorPlan, operator_plan, operator_step_, pack_weight, packed_size
 
 
 class Stack(Protocol):
@@ -109,7 +109,10 @@ class _ConvStack:
         self._directions = []
         for adjoint in (False, True):
             plan = operator_plan(geometries, counts, adjoint=adjoint, device=self.device)
-            weights = torch.cat([pack_weight(op.weight.to(dtype), op.groups, adjoint=adjoint) for op in ops])
+            weights = torch.empty(plan.weight_size, dtype=dtype, device=self.device)
+            sizes = [packed_size(g, adjoint) for g in geometries]
+            for op, place in zip(ops, _slices(sizes), strict=True):
+                pack_weight(op.weight, op.groups, adjoint=adjoint, out=weights[place])
             self._directions.append((plan, weights))
 
     def forward(self, x: Tensor, out: Tensor | None = None, **history: Tensor | None) -> tuple[Tensor, Tensor]:
