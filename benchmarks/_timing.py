@@ -18,13 +18,14 @@ def times(
     setup: Callable[[], Any] = lambda: None,
     seconds: float = 1.0,
     least: int = 15,
+    warm: int = 3,
     flush: torch.Tensor | None = None,
 ) -> list[float]:
-    """Milliseconds of each repetition after warm-up.
+    """Milliseconds of each of at least ``least`` repetitions, after ``warm`` that do not count.
 
     ``setup`` runs before each, outside the time; ``flush`` (GPU) is overwritten before each to empty the L2.
     """
-    for _ in range(3):
+    for _ in range(warm):
         setup()
         run()
     out: list[float] = []

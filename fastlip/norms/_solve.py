@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlip.norms._composed import AnyOperator, Composed, weight_numel
-from fastlip.norms._deterministic import deterministic_upper
+from fastlip.norms._deterministic import deterministic_upper, ring_sizes
 from fastlip.norms._exact import dense_norm, matrix_entries, simplify, smallest_side
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._iterate import Iterate, Plan
@@ -24,6 +24,8 @@ METHODS = ("auto", "lanczos", "power", *DETERMINISTIC, "svd")
 # Above this an eigenvalue decomposition costs more than the iteration.
 _DENSE_SIDE = 1024
 _DENSE_ENTRIES = 1 << 26
+# Multiplications of a factorisation of all blocks of a ring that take about as long as a few steps of the iteration.
+_CHEAP_RING = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,14 @@ def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormI
             if needed > settings.max_memory:
                 raise ValueError(f"method 'svd' needs {needed:.1e} bytes; raise max_memory or use 'auto'")
             settle(index, dense_norm(scaled, settings.rtol), exponent)
-        elif settings.method == "auto" and _is_small(small := simplify(scaled)):
-            settle(index, dense_norm(small, settings.rtol, "svd" if small.kernel else "closed form"), exponent)
+        elif settings.method in ("lanczos", "power"):
+            iterated.append((index, scaled, exponent))
         else:
-            iterated.append((index, small if settings.method == "auto" else scaled, exponent))
+            small = simplify(scaled)
+            if settings.method == "auto" and _is_small(small):
+                settle(index, dense_norm(small, settings.rtol, "svd" if small.kernel else "closed form"), exponent)
+            else:
+                iterated.append((index, small, exponent))
     if iterated:
         solve = _deterministic if settings.method in DETERMINISTIC else _certified
         for at, interval in solve([op for _, op, _ in iterated], settings):
@@ -116,8 +122,25 @@ def _certified(ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[int
     eta = (1.0 - settings.confidence) / len(ops)
     method = "power" if settings.method == "power" else "lanczos"
     for at, found in _iterate(ops, eta, settings):
-        converged = found.upper <= found.lower * (1.0 + settings.rtol)
-        yield at, NormInterval(found.lower, found.upper, 1.0 - eta, method, found.steps, converged)
+        interval = NormInterval(found.lower, found.upper, 1.0 - eta, method, found.steps, False)
+        if settings.method == "auto" and interval.width > settings.rtol:
+            interval = _intersected(ops[at], interval, settings)
+        yield at, replace(interval, converged=interval.width <= settings.rtol)
+
+
+def _intersected(op: AnyOperator, interval: NormInterval, settings: Settings) -> NormInterval:
+    """The interval with the ring's upper side where that is lower, and cheap to have."""
+    rings = ring_sizes(op) if isinstance(op, Operator) and op.kernel else []
+    if not isinstance(op, Operator) or not rings:
+        return interval
+    side = min(op.weight.shape[0] // op.groups, op.weight.shape[1] * math.prod(op.stride))
+    if math.prod(rings[0]) // math.prod(op.stride) * op.groups * side**3 > _CHEAP_RING:
+        return interval
+    try:
+        upper = deterministic_upper(op, "ring", interval.lower, settings.rtol, settings.max_memory)
+    except ValueError:  # it does not fit into memory
+        return interval
+    return replace(interval, upper=upper, confidence=1.0, method="ring") if upper < interval.upper else interval
 
 
 def _deterministic(ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[int, NormInterval]]:

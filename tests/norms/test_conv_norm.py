@@ -144,6 +144,20 @@ def test_weight_dtypes(dtype: torch.dtype) -> None:
     assert_holds(conv_norm(weight, 6, padding=1), true_norm(weight, (6, 6), padding=1))
 
 
+def test_the_ring_helps_out_where_the_iteration_is_cut_short() -> None:
+    weight = torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    short = {"padding": 1, "max_steps": 3, "generator": generator}
+    iterated, joined = conv_norm(weight, 32, method="lanczos", **short), conv_norm(weight, 32, **short)
+    ring = conv_norm(weight, 32, padding=1, method="ring", generator=generator)
+    assert joined.method == "ring"
+    assert joined.confidence == 1.0
+    assert joined.upper < iterated.upper
+    assert joined.upper == pytest.approx(ring.upper, rel=1e-2)
+    # Reflect padding has no ring: the iteration's own interval is all there is.
+    assert conv_norm(weight, 32, padding_mode="reflect", **short).method == "lanczos"
+
+
 def test_large_operator_is_within_rtol_and_certified() -> None:
     weight = torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)

@@ -1,0 +1,229 @@
+"""Norms of ResNet-50's 53 convolutions, from both sides, against what else there is.
+
+    python benchmarks/bench_layer_norms.py [--checkpoint FILE] [--device cuda]
+
+One run, one process, two threads on the CPU. Models: the CIFAR stem (3x3, no pooling) and the ImageNet stem on 3x32x32,
+random weights, and trained ones where a checkpoint of the study (ImageNet stem) is given; the CIFAR stem then takes the
+central 3x3 taps of its first layer. BatchNorm is left out, so that all methods see the same 53 operators. Compared:
+
+- fastlip: :func:`fastlip.layer_norms` at several ``rtol`` (joint confidence 1 - 1e-6), Dixon's bound on power
+  iteration, and the deterministic ring bound; time includes looking the layers up and exact 1x1 layers;
+- torch power: 100 (and fewer) steps of power iteration by torch's convolutions, one-sided;
+- Gram iteration on the circular convolution, and SciPy's svds, both written here (_norm_peers.py).
+
+``truth`` is svds' value. ``width`` is the widest layer's upper / lower - 1; ``gap`` the worst |value / truth - 1| of
+the upper side, or of the value where there is one side only; ``product`` the product of all 53 over the truth.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _norm_peers import Layer, gram_iteration, power_iteration, scipy_svds
+from _timing import environment, percentiles, times, write_csv
+from torch import nn
+
+import fastlip
+from fastlip import models
+
+INPUT = (3, 32, 32)
+STEMS = ("cifar", "imagenet")
+
+
+def build(stem: str, checkpoint: Path | None) -> nn.Module:
+    """ResNet-50 with ten outputs: random, or with a checkpoint's weights."""
+    model = models.resnet50(10, stem=stem, seed=0)
+    if checkpoint is not None:
+        state, _ = models.load_checkpoint(checkpoint)
+        name = next(key for key in state if key.endswith("conv1.weight") and state[key].shape[1] == 3)
+        if stem == "cifar":
+            state[name] = state[name][..., 2:5, 2:5].clone()
+        model.load_state_dict(state)
+    # The convolutions alone, without the classifier, so that all methods bound the same operators.
+    model[1].fc = nn.Identity()
+    return model.eval()
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """Convolutions and the shapes of their inputs."""
+    found: list[Layer] = []
+    handles = [
+        m.register_forward_hook(lambda m, x, _: found.append((m, tuple(x[0].shape[1:]))))
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d)
+    ]
+    model(torch.zeros(1, *INPUT, device=next(model.parameters()).device))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+class Table:
+    """Rows of one model."""
+
+    def __init__(self, device: str, stem: str, weights: str, repeats: int) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._fixed = {"stem": stem, "weights": weights}
+        self._device, self._repeats = device, repeats
+
+    def add(self, method: str, setting: str, run: Callable[[], Any], repeats: int | None = None) -> Any:
+        """Time a method; its row and its last result."""
+        results: list[Any] = []
+
+        def once() -> None:
+            results[:] = [run()]
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+
+        count = self._repeats if repeats is None else repeats
+        ms = times(once, seconds=0.0, least=count, warm=min(1, count - 1))
+        mid, low, high = percentiles(ms)
+        row = self._fixed | {"method": method, "setting": setting, "ms": mid, "ms_p20": low, "ms_p80": high}
+        self.rows.append(row | {"runs": len(ms)})
+        return results[0]
+
+    def judge(self, lower: list[float] | None, value: list[float], truth: list[float]) -> None:
+        """Fill in the last row's accuracy."""
+        if lower is not None:
+            self.rows[-1]["width"] = max(u / low for u, low in zip(value, lower, strict=True)) - 1.0
+        self.rows[-1]["gap"] = max(abs(v / t - 1.0) for v, t in zip(value, truth, strict=True))
+        self.rows[-1]["product"] = math.exp(sum(math.log(v / t) for v, t in zip(value, truth, strict=True)))
+
+
+def measure(stem: str, checkpoint: Path | None, device: str, repeats: int, peers: bool) -> list[dict[str, Any]]:
+    model = build(stem, checkpoint).to(device)
+    layers = layers_of(model)
+    table = Table(device, stem, "random" if checkpoint is None else "trained", repeats)
+    truth = table.add("scipy svds", "float64", lambda: scipy_svds(layers), 1)
+    table.judge(None, truth, truth)
+    for steps in (100, 30, 10):
+        value = table.add("torch power", f"{steps} steps", lambda steps=steps: power_iteration(layers, steps))
+        table.judge(None, value, truth)
+
+    def norms(**options: Any) -> Callable[[], fastlip.NormReport]:
+        return lambda: fastlip.layer_norms(model, INPUT, fold_batchnorm=False, **options)
+
+    def two_sided(method: str, setting: str, run: Callable[[], fastlip.NormReport], count: int | None = None) -> None:
+        report = table.add(method, setting, run, count)
+        found = [report[name] for name in report if "bn" not in name and "downsample.1" not in name]
+        lower, upper = [i.lower for i in found], [i.upper for i in found]
+        assert len(found) == len(layers)
+        assert all(u >= t * (1.0 - 1e-9) for u, t in zip(upper, truth, strict=True)), "an upper side is below the truth"
+        table.judge(lower, upper, truth)
+
+    for rtol in (1e-1, 3e-2, 1e-2, 3e-3, 1e-3):
+        two_sided("fastlip", f"rtol {rtol:g}", norms(rtol=rtol))
+    if peers:
+        two_sided("fastlip power", "rtol 0.1", norms(rtol=1e-1, method="power"), 1)
+        if stem == "cifar":  # the last maps of the ImageNet stem are too small for a ring to be of use
+            two_sided("fastlip ring", "", norms(method="ring"), 1)
+        value = table.add("Gram iteration", "5 steps", lambda: gram_iteration(layers, 5), 1)
+        table.judge(None, value, truth)
+    base = next(row for row in table.rows if row["setting"] == "100 steps")
+    for row in table.rows:
+        row["x_torch_power"] = row["ms"] / base["ms"]
+    return table.rows
+
+
+def measure_checkpoints(device: str, repeats: int) -> list[dict[str, Any]]:
+    """Time for several checkpoints in one call: the same network, its weights moved a little."""
+    table = Table(device, "cifar", "random", repeats)
+    networks = [build("cifar", None).to(device) for _ in range(16)]
+    for i, network in enumerate(networks):
+        for parameter in network.parameters():
+            parameter.add_(0.01 * i * parameter)
+    for count in (1, 4, 16):
+        table.add(
+            "fastlip",
+            f"rtol 0.01, {count} checkpoints",
+            lambda count=count: fastlip.layer_norms(networks[:count], INPUT, fold_batchnorm=False),
+            max(1, repeats // count),
+        )
+        table.rows[-1]["ms_each"] = table.rows[-1]["ms"] / count
+    return table.rows
+
+
+def peak_memory(device: str) -> list[dict[str, Any]]:
+    """Memory that one call takes beyond the model's, each in a process of its own, in MiB."""
+    code = (
+        "import resource, sys, torch; sys.path.insert(0, {here!r}); import bench_layer_norms as b, fastlip\n"
+        "with torch.no_grad():\n"
+        "    m = b.build('cifar', None).to({device!r}); layers = b.layers_of(m); cuda = {device!r} == 'cuda'\n"
+        "    used = lambda: torch.cuda.max_memory_allocated() / 1024 if cuda else "
+        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "    before = used(); {call}; print((used() - before) / 1024)"
+    )
+    calls = {
+        ("torch power", "1 step"): "b.power_iteration(layers, 1)",
+        ("fastlip", "rtol 0.01"): "fastlip.layer_norms(m, b.INPUT, fold_batchnorm=False)",
+        ("fastlip", "rtol 0.001"): "fastlip.layer_norms(m, b.INPUT, fold_batchnorm=False, rtol=1e-3)",
+    }
+    rows = []
+    for (method, setting), call in calls.items():
+        text = code.format(here=str(Path(__file__).parent), device=device, call=call)
+        out = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True).stdout
+        rows.append({"stem": "cifar", "weights": "random", "method": method, "setting": setting, "MiB": float(out)})
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Interval width, or one-sided gap, against time, a line for each method."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.0, 4.5), layout="constrained")
+    chosen = [r for r in rows if r["stem"] == "cifar" and r["weights"] == "random" and "gap" in r]
+    for method in dict.fromkeys(r["method"] for r in chosen):
+        own = sorted((r for r in chosen if r["method"] == method), key=lambda r: r["ms"])
+        one_sided = all("width" not in r for r in own)
+        y = [max(r.get("width", r["gap"]), 1e-7) for r in own]
+        label = f"{method} (one-sided: gap to the truth)" if one_sided else f"{method} (two-sided: width)"
+        axes.loglog([r["ms"] / 1e3 for r in own], y, "o--" if one_sided else "o-", label=label, markersize=4)
+    axes.set(xlabel="seconds for all 53 convolutions", ylabel="relative, widest layer")
+    axes.set_title("ResNet-50, CIFAR stem, 3×32×32, random weights", loc="left", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--checkpoint", type=Path, help="trained weights: a checkpoint of the study's ResNet-50")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--no-peers", action="store_true", help="only power iteration, svds and fastlip's own intervals"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    for stem in STEMS:
+        for checkpoint in dict.fromkeys((None, args.checkpoint)):
+            rows += measure(stem, checkpoint, args.device, args.repeats, not args.no_peers and checkpoint is None)
+    rows += measure_checkpoints(args.device, args.repeats)
+    rows += peak_memory(args.device)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    shared = environment(args.device)
+    write_csv(args.out / f"layer_norms_{args.device}.csv", [{c: r.get(c, "") for c in columns} | shared for r in rows])
+    plot(rows, args.out / f"layer_norms_{args.device}.png")
+    print(f"{shared['device']}, {shared['isa']}, torch {shared['torch']}, {args.threads} thread(s)")
+    print(f"{'stem':<9}{'weights':<8} {'method':<15} {'setting':<24} {'ms':>8} {'x power':>8} {'width':>9} {'gap':>9}")
+    for r in rows:
+        numbers = (f"{r.get('ms', math.nan):>8.0f}", f"{r.get('x_torch_power', math.nan):>8.2f}")
+        accuracy = (f"{r.get('width', math.nan):>9.2g}", f"{r.get('gap', math.nan):>9.2g}")
+        extra = f" {r['MiB']:.0f} MiB" if "MiB" in r else f" {r['ms_each']:.0f} ms each" if "ms_each" in r else ""
+        print(f"{r['stem']:<9}{r['weights']:<8} {r['method']:<15} {r['setting']:<24}", *numbers, *accuracy, extra)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
