@@ -8,6 +8,9 @@ bundle's columns, a column being a pixel and a chain (one of the vectors an oper
 Memory: vectors of one operator are [pixels, chains, channels], one operator after the other. Weights are
 [groups, blocks of at most 64 target channels, taps, source channels, lanes], a block's channels padded with zeros to a
 multiple of 16; those of depthwise convolutions [blocks, taps, lanes].
+
+Plans for GPUs have wider tiles, merge small bundles, and cut tiles of many products into parts, rows of their own that
+are summed up at the end: a GPU needs more to do at once than a few small maps of many channels offer.
 """
 
 import math
@@ -17,8 +20,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from fastlip.ops._operator_bundles import Bundle, Ints, merged
 
 #: Target channels of a full block, and what a block's channels are padded to a multiple of.
 BLOCK, LANES = 64, 16
@@ -38,9 +42,11 @@ PROBLEM = (
     "tiles",
 )
 BUNDLE = ("taps", "pixels", "taps_at", "targets_at", "sources_at")
-TILE = ("problem", "bundle", "group", "block", "column", "columns")
-
-Ints = NDArray[np.int64]
+TILE = ("problem", "bundle", "group", "block", "column", "columns", "part", "parts", "slot")
+#: Most columns of a tile in parts, whose sums take 64 x 64 elements of scratch each.
+PART_COLUMNS = 64
+#: Fewest products of a part, and how many parts a multiprocessor should get.
+_LEAST_PRODUCTS, _PARTS_EACH = 512, 8
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ class OperatorPlan:
 
     Attributes:
         problems: [P, 12] int64, one row an operator, columns ``PROBLEM``; offsets count elements.
-        tiles: [T, 6] int64, columns ``TILE``; those of one operator stand together.
+        tiles: [T, 9] int64, columns ``TILE``; those of one operator stand together, as do the parts of one tile.
+            ``slot`` counts the rows that are parts, -1 for a whole tile.
         bundles: [N, 5] int64, columns ``BUNDLE``; offsets into ``entries``.
         entries: int32: taps [taps]; target pixels [pixels]; source pixels [taps, pixels], -1 for none.
         source_size: elements of all source vectors.
@@ -97,6 +104,7 @@ class OperatorPlan:
         weight_size: elements of all packed weights.
         chains: number of chains of all operators.
         most_chains: number of chains of the operator that has most.
+        parts: how many rows of ``tiles`` are parts of a tile.
     """
 
     problems: Tensor
@@ -108,6 +116,7 @@ class OperatorPlan:
     weight_size: int
     chains: int
     most_chains: int
+    parts: int
 
 
 def operator_plan(
@@ -116,7 +125,9 @@ def operator_plan(
     *,
     adjoint: bool = False,
     device: torch.device | str = "cpu",
-    tile_columns: int = 48,
+    tile_columns: int | None = None,
+    merge: bool | None = None,
+    part_products: int | None = None,
 ) -> OperatorPlan:
     """Plan the application of operators, each to ``chains`` vectors at once.
 
@@ -124,40 +135,61 @@ def operator_plan(
         geometries: one for each operator.
         chains: vectors of each operator, at least 1.
         adjoint: whether to plan A^T.
-        device: where the tables shall be.
-        tile_columns: most columns of a tile.
+        device: where the tables shall be, and whose kernels the defaults of what follows suit.
+        tile_columns: most columns of a tile; by default 48 on the CPU, 64 on a GPU.
+        merge: whether bundles are merged where that saves tiles; by default on a GPU.
+        part_products: about how many products of an element a part of a tile sums up; 0 leaves tiles whole. By default
+            0 on the CPU, and on a GPU what gives every multiprocessor several parts. Takes ``tile_columns`` of at most
+            64; the CPU library takes whole tiles only.
 
     Raises:
-        ValueError: ``chains`` or ``tile_columns`` is wrong.
+        ValueError: ``chains``, ``tile_columns`` or ``part_products`` is wrong.
     """
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
     if len(chains) != len(geometries) or any(c < 1 for c in chains):
         raise ValueError(f"chains must be {len(geometries)} numbers of at least 1, got {list(chains)}")
+    if tile_columns is None:
+        tile_columns = 64 if on_gpu else 48
     if tile_columns < 1:
         raise ValueError(f"tile_columns must be at least 1, got {tile_columns}")
+    if part_products is not None and part_products != 0 and not (part_products > 0 and tile_columns <= PART_COLUMNS):
+        raise ValueError(
+            f"part_products must be at least 0, and 0 for tiles of more than {PART_COLUMNS} columns, got {part_products}"
+        )
+    if merge is None:
+        merge = on_gpu
     problems, tiles, bundles, entries = [], [], [], []
-    known: dict[ConvGeometry, list[int]] = {}
-    source_at = target_at = weight_at = chain_at = tile_at = entry_at = 0
-    for index, (g, b) in enumerate(zip(geometries, chains, strict=True)):
-        if g not in known:
-            known[g] = []
-            for taps, targets, sources in _bundles(g, adjoint):
-                parts = (taps, targets, sources.ravel())
-                at = entry_at + np.cumsum([0, *(p.size for p in parts)])
-                known[g].append(len(bundles))
+    known: dict[tuple[ConvGeometry, int], list[int]] = {}
+    runs: list[list[_Run]] = []
+    source_at = target_at = weight_at = chain_at = tile_at = entry_at = slot_at = 0
+    for g, b in zip(geometries, chains, strict=True):
+        key = (g, b if merge else 0)
+        if key not in known:
+            known[key] = []
+            parts: Sequence[Bundle] = _bundles(g, adjoint)
+            for taps, targets, sources in merged(parts, b, tile_columns) if merge else parts:
+                at = entry_at + np.cumsum([0, taps.size, targets.size, sources.size])
+                known[key].append(len(bundles))
                 bundles.append((taps.size, targets.size, at[0], at[1], at[2]))
-                entries += parts
+                entries += [taps, targets, sources.ravel()]
                 entry_at = int(at[3])
-        sources_of, targets_of = (g.out_channels, g.in_channels) if adjoint else (g.in_channels, g.out_channels)
-        groups = 1 if g.depthwise else g.groups
-        lanes, taps_of = targets_of // groups, math.prod(g.kernel)
-        own = [
-            _tiles(index, bundle, group, -(-lanes // BLOCK), bundles[bundle][1] * b, tile_columns)
-            for group in range(groups)
-            for bundle in known[g]
-        ]
-        tiles += own
-        count = sum(len(t) for t in own)
-        place = (source_at, target_at, weight_at, chain_at, b, groups, taps_of, sources_of // groups, lanes)
+        sources_of, lanes = _channels(g, adjoint)
+        products = [(bundle, 0 if g.depthwise else bundles[bundle][0] * sources_of) for bundle in known[key]]
+        runs.append([_Run(i, bundles[i][1] * b, count, -(-lanes // BLOCK)) for i, count in products])
+    if part_products is None:
+        part_products = _part_products(geometries, runs, device) if on_gpu and tile_columns <= PART_COLUMNS else 0
+    for index, (g, b) in enumerate(zip(geometries, chains, strict=True)):
+        sources_of, lanes = _channels(g, adjoint)
+        groups = _groups(g)
+        count = 0
+        for group in range(groups):
+            for run in runs[index]:
+                rows = run.tiles(index, group, tile_columns, part_products, slot_at)
+                slot_at = max(slot_at, int(rows[:, -1].max(initial=-1)) + 1)
+                tiles.append(rows)
+                count += len(rows)
+        place = (source_at, target_at, weight_at, chain_at, b, groups, math.prod(g.kernel), sources_of, lanes)
         problems.append((int(g.depthwise), *place, tile_at, count))
         source_at += g.size(adjoint, True) * b
         target_at += g.size(adjoint, False) * b
@@ -180,14 +212,52 @@ def operator_plan(
         weight_at,
         chain_at,
         max(chains, default=0),
+        slot_at,
     )
 
 
-def _tiles(problem: int, bundle: int, group: int, blocks: int, columns: int, width: int) -> Ints:
-    first = np.arange(0, columns, width)
-    block, column = (a.ravel() for a in np.meshgrid(np.arange(blocks), first, indexing="ij"))
-    fixed = np.broadcast_to([problem, bundle, group], (column.size, 3))
-    return np.column_stack([fixed, block, column, np.minimum(width, columns - column)])
+def _groups(g: ConvGeometry) -> int:
+    return 1 if g.depthwise else g.groups
+
+
+def _channels(g: ConvGeometry, adjoint: bool) -> tuple[int, int]:
+    """Source and target channels of a group, in the direction of the plan."""
+    ways = (g.out_channels, g.in_channels) if adjoint else (g.in_channels, g.out_channels)
+    return ways[0] // _groups(g), ways[1] // _groups(g)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A bundle in an operator: its columns, the products each of their elements sums up, and the blocks of targets."""
+
+    bundle: int
+    columns: int
+    products: int
+    blocks: int
+
+    def tiles(self, problem: int, group: int, width: int, part_products: int, slot: int) -> Ints:
+        parts = max(1, round(self.products / part_products)) if part_products else 1
+        first = np.arange(0, self.columns, width)
+        axes = np.meshgrid(np.arange(self.blocks), first, np.arange(parts), indexing="ij")
+        block, column, part = (a.ravel() for a in axes)
+        rows = np.empty((column.size, len(TILE)), dtype=np.int64)
+        rows[:, :3] = problem, self.bundle, group
+        rows[:, 3:5] = np.stack([block, column], 1)
+        rows[:, 5] = np.minimum(width, self.columns - column)
+        rows[:, 6], rows[:, 7] = part, parts
+        rows[:, 8] = slot + np.arange(column.size) if parts > 1 else -1
+        return rows
+
+
+def _part_products(geometries: Sequence[ConvGeometry], runs: list[list[_Run]], device: torch.device) -> int:
+    """A share of all the work, for some parts for each multiprocessor."""
+    work = sum(
+        _groups(g) * run.blocks * -(-run.columns // PART_COLUMNS) * run.products
+        for g, of_one in zip(geometries, runs, strict=True)
+        for run in of_one
+    )
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(_LEAST_PRODUCTS, work // (count * _PARTS_EACH))
 
 
 def packed_size(g: ConvGeometry, adjoint: bool) -> int:
@@ -218,8 +288,8 @@ def pack_weight(weight: Tensor, groups: int, *, adjoint: bool = False) -> Tensor
 
 
 @lru_cache(maxsize=256)
-def _bundles(g: ConvGeometry, adjoint: bool) -> tuple[tuple[Ints, Ints, Ints], ...]:
-    """Taps [t], target pixels [m] and source pixels [t, m] of each bundle, the largest first."""
+def _bundles(g: ConvGeometry, adjoint: bool) -> tuple[Bundle, ...]:
+    """The largest first."""
     met = _met_pixels(g)  # [outputs, taps]
     if adjoint:
         taps, partners = _inverted(met, math.prod(g.input_size))
@@ -233,8 +303,8 @@ def _bundles(g: ConvGeometry, adjoint: bool) -> tuple[tuple[Ints, Ints, Ints], .
     for i, signature in enumerate(signatures):
         count = int((signature >= 0).sum())
         targets = np.flatnonzero(inverse == i)
-        found.append((signature[:count], targets, np.ascontiguousarray(partners[targets, :count].T)))
-    return tuple(sorted(found, key=lambda bundle: -bundle[1].size))
+        found.append(Bundle(signature[:count], targets, np.ascontiguousarray(partners[targets, :count].T)))
+    return tuple(sorted(found, key=lambda bundle: -bundle.targets.size))
 
 
 def _met_pixels(g: ConvGeometry) -> Ints:

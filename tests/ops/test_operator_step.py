@@ -240,7 +240,7 @@ def test_opcheck(device):
     plan = ops.operator_plan(geometries, [2, 1], device=device)
     out = torch.zeros(plan.target_size, device=device)
     ones = torch.ones(plan.chains, dtype=torch.float64, device=device)
-    tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains)
+    tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains, plan.parts)
     for rest in ((None, None, None), (ones.clone(), previous, ones.clone())):
         arguments = (out, ones.clone(), x, *rest, weights, *tables, torch.tensor([True, False], device=device))
         torch.library.opcheck(torch.ops.fastlip.operator_step_.default, arguments)
@@ -255,7 +255,7 @@ def test_the_plan_covers_every_target_once():
             pixels = plan.target_size // 2 // (g.in_channels if adjoint else g.out_channels)
             groups = 1 if g.depthwise else g.groups
             seen = np.zeros((pixels, 2, groups, -(-lanes // 64)), dtype=int)
-            for problem, bundle, group, block, column, columns in plan.tiles.tolist():
+            for problem, bundle, group, block, column, columns, *_ in plan.tiles.tolist():
                 _, m, _, targets_at, _ = bundles[bundle]
                 run = np.arange(column, column + columns)
                 np.add.at(seen, (entries[targets_at + run // 2], run % 2, group, block), 1)
