@@ -97,6 +97,7 @@ struct OperatorStep {
   struct Problem {
     int64_t depthwise, source_at, target_at, weight_at, chain_at, chains, groups, taps;
     int64_t source_channels, target_channels;  // per group
+    int64_t source_pixels, target_pixels;
     int64_t tile_at, tiles;
   };
   struct Bundle {
@@ -117,6 +118,8 @@ struct Kernels {
   void (*pgd_step_ball)(const PgdStep&, int64_t begin, int64_t end, void* scratch);
   // Samples [begin, end), any norm; scratch as above.
   void (*apgd_step)(const ApgdStep&, int64_t begin, int64_t end, void* scratch);
+  // One tile; those of inactive problems do nothing.
+  void (*operator_tile)(const OperatorStep&, int64_t tile);
   // Benchmark floor: y[i] = a[i] + b[i] + c[i], three reads and one write.
   void (*stream)(float* y, const float* a, const float* b, const float* c, int64_t n);
 };
@@ -127,6 +130,8 @@ constexpr int64_t scratch_bytes(int64_t size) { return 4 * (size + 64) * static_
 
 // Table for this CPU, or for FASTLIP_CPU_ISA; null with a message in `error` where that is unknown or unsupported.
 const Kernels* kernels(const char** error);
+// out_square from the partial sums of all tiles, in their order.
+void operator_squares(const OperatorStep&);
 const char* compiled_isas();  // comma-separated
 }  // namespace cpu
 

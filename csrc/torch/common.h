@@ -204,6 +204,54 @@ inline ApgdStep apgd_step_of(Tensor& x, const Tensor& grad, const Tensor& loss, 
           grad_best.stride(0)};
 }
 
+// The numbers in the tables are trusted: fastlip/ops/_operator_plan.py makes them.
+inline OperatorStep operator_step_of(Tensor& out, Tensor& out_square, const Tensor& x, const OptionalTensor& x_square,
+                                     const OptionalTensor& previous, const OptionalTensor& previous_square,
+                                     const Tensor& weights, const Tensor& problems, const Tensor& tiles,
+                                     const Tensor& bundles, const Tensor& entries, int64_t most_chains,
+                                     int64_t parts, const OptionalTensor& active, Tensor& partial) {
+  const DType dtype = dtype_of(out, "out");
+  STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, "out must be float32 or float64");
+  const auto vector = [&](const Tensor& t, ScalarType type, int64_t size, const char* name) {
+    STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous() && t.device() == out.device() && t.scalar_type() == type &&
+                        (size < 0 || t.size(0) == size),
+                    name, " must be contiguous, on out's device, of the dtype and size that operator_step_ describes");
+    return data_of(t);
+  };
+  const auto table = [&](const Tensor& t, size_t row, const char* name) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous() && t.device() == out.device() &&
+                        t.scalar_type() == ScalarType::Long && t.size(1) * sizeof(int64_t) == row,
+                    name, " must be a table of an OperatorPlan on out's device");
+    return static_cast<const int64_t*>(data_of(t));
+  };
+  const auto squares = [&](const OptionalTensor& t, const char* name) {
+    return t ? static_cast<const double*>(vector(*t, ScalarType::Double, out_square.size(0), name)) : nullptr;
+  };
+  vector(out, out.scalar_type(), -1, "out");
+  vector(out_square, ScalarType::Double, -1, "out_square");
+  STD_TORCH_CHECK(!previous || (x_square && previous_square), "previous needs x_square and previous_square");
+  return {out.mutable_data_ptr(),
+          static_cast<double*>(out_square.mutable_data_ptr()),
+          vector(x, out.scalar_type(), -1, "x"),
+          squares(x_square, "x_square"),
+          previous ? vector(*previous, out.scalar_type(), out.size(0), "previous") : nullptr,
+          squares(previous_square, "previous_square"),
+          vector(weights, out.scalar_type(), -1, "weights"),
+          table(problems, sizeof(OperatorStep::Problem), "problems"),
+          table(tiles, sizeof(OperatorStep::Tile), "tiles"),
+          table(bundles, sizeof(OperatorStep::Bundle), "bundles"),
+          static_cast<const int32_t*>(vector(entries, ScalarType::Int, -1, "entries")),
+          active ? static_cast<const uint8_t*>(vector(*active, ScalarType::Bool, problems.size(0), "active")) : nullptr,
+          static_cast<double*>(partial.mutable_data_ptr()),
+          dtype,
+          problems.size(0),
+          tiles.size(0),
+          most_chains,
+          parts,
+          nullptr,
+          nullptr};
+}
+
 // Logical dimension 1 where x is channels_last, else 1; see RandomStart::channels.
 inline int64_t channels_of(const Tensor& x) {
   const auto ordered = [&](auto&& dims) {

@@ -1,4 +1,5 @@
 // CPU implementations of torch.ops.fastlip: checks, scratch memory and threads; the arithmetic is in kernels/cpu.
+#include <atomic>
 #include <cstddef>
 #include <memory>
 
@@ -76,6 +77,24 @@ void apgd_step_(Tensor x, const Tensor& grad, const Tensor& loss, const Tensor& 
                    [&](int64_t begin, int64_t end, void* scratch) { table.apgd_step(step, begin, end, scratch); });
 }
 
+void operator_step_(Tensor out, Tensor out_square, const Tensor& x, OptionalTensor x_square, OptionalTensor previous,
+                    OptionalTensor previous_square, const Tensor& weights, const Tensor& problems, const Tensor& tiles,
+                    const Tensor& bundles, const Tensor& entries, int64_t most_chains, int64_t parts,
+                    OptionalTensor active) {
+  STD_TORCH_CHECK(parts == 0, "the CPU kernels take plans of whole tiles: part_products must be 0");
+  Tensor partial = torch::stable::new_empty(out_square, {tiles.size(0), most_chains});
+  const OperatorStep step = operator_step_of(out, out_square, x, x_square, previous, previous_square, weights, problems,
+                                             tiles, bundles, entries, most_chains, parts, active, partial);
+  const cpu::Kernels& table = kernels();
+  // Tiles cost from a little to a lot: threads take the next one when they are done.
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, step.tile_count, 1, [&](int64_t, int64_t) {
+    for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < step.tile_count;)
+      table.operator_tile(step, tile);
+  });
+  cpu::operator_squares(step);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
@@ -83,6 +102,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("project_", TORCH_BOX(&project_));
   m.impl("random_start", TORCH_BOX(&random_start));
   m.impl("apgd_step_", TORCH_BOX(&apgd_step_));
+  m.impl("operator_step_", TORCH_BOX(&operator_step_));
 }
 
 }  // namespace fastlip

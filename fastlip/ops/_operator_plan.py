@@ -5,7 +5,7 @@ stride, dilation, padding and its mode are in tables that list, for each target 
 through which taps. Pixels that meet the same taps form a bundle; a tile is a block of target channels by a run of a
 bundle's columns, a column being a pixel and a chain (one of the vectors an operator is applied to at once).
 
-Memory: vectors of one operator are [pixels, chains, channels], one operator after the other. Weights are
+Memory: vectors are [chains, pixels, channels] (channels_last), one operator after the other. Weights are
 [groups, blocks of at most 64 target channels, taps, source channels, lanes], a block's channels padded with zeros to a
 multiple of 16; those of depthwise convolutions [blocks, taps, lanes].
 
@@ -38,6 +38,8 @@ PROBLEM = (
     "taps",
     "source_channels",  # per group, as the next
     "target_channels",
+    "source_pixels",
+    "target_pixels",
     "tile_at",
     "tiles",
 )
@@ -82,11 +84,15 @@ class ConvGeometry:
         """Whether every channel is a group of its own."""
         return self.groups == self.in_channels == self.out_channels > 1
 
-    def size(self, adjoint: bool, source: bool) -> int:
-        """Elements of one source or target vector of A, or of A^T."""
-        of_input = source != adjoint
-        pixels = math.prod(self.input_size if of_input else self.output_size)
-        return pixels * (self.in_channels if of_input else self.out_channels)
+    @property
+    def input(self) -> tuple[int, int]:
+        """Channels and pixels of the input."""
+        return self.in_channels, math.prod(self.input_size)
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Channels and pixels of the output."""
+        return self.out_channels, math.prod(self.output_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +100,7 @@ class OperatorPlan:
     """One direction of a batch of operators, as :func:`fastlip.ops.operator_step_` takes it.
 
     Attributes:
-        problems: [P, 12] int64, one row an operator, columns ``PROBLEM``; offsets count elements.
+        problems: [P, 14] int64, one row an operator, columns ``PROBLEM``; offsets count elements.
         tiles: [T, 9] int64, columns ``TILE``; those of one operator stand together, as do the parts of one tile.
             ``slot`` counts the rows that are parts, -1 for a whole tile.
         bundles: [N, 5] int64, columns ``BUNDLE``; offsets into ``entries``.
@@ -159,40 +165,45 @@ def operator_plan(
         )
     if merge is None:
         merge = on_gpu
-    problems, tiles, bundles, entries = [], [], [], []
+    problems: list[tuple[int, ...]] = []
+    bundles: list[tuple[int, ...]] = []
+    tiles: list[Ints] = []
+    entries: list[Ints] = []
     known: dict[tuple[ConvGeometry, int], list[int]] = {}
-    runs: list[list[_Run]] = []
-    source_at = target_at = weight_at = chain_at = tile_at = entry_at = slot_at = 0
+    runs: list[list[_Run]] = []  # of each operator
+    entry_at = 0
     for g, b in zip(geometries, chains, strict=True):
         key = (g, b if merge else 0)
         if key not in known:
             known[key] = []
-            parts: Sequence[Bundle] = _bundles(g, adjoint)
-            for taps, targets, sources in merged(parts, b, tile_columns) if merge else parts:
-                at = entry_at + np.cumsum([0, taps.size, targets.size, sources.size])
+            found: Sequence[Bundle] = _bundles(g, adjoint)
+            for taps, pixels, partners in merged(found, b, tile_columns) if merge else found:
+                at = entry_at + np.cumsum([0, taps.size, pixels.size, partners.size])
                 known[key].append(len(bundles))
-                bundles.append((taps.size, targets.size, at[0], at[1], at[2]))
-                entries += [taps, targets, sources.ravel()]
+                bundles.append((taps.size, pixels.size, at[0], at[1], at[2]))
+                entries += [taps, pixels, partners.ravel()]
                 entry_at = int(at[3])
-        sources_of, lanes = _channels(g, adjoint)
-        products = [(bundle, 0 if g.depthwise else bundles[bundle][0] * sources_of) for bundle in known[key]]
-        runs.append([_Run(i, bundles[i][1] * b, count, -(-lanes // BLOCK)) for i, count in products])
+        runs.append([_Run(i, bundles[i][1] * b, bundles[i][0] * _reduced(g, adjoint)) for i in known[key]])
     if part_products is None:
-        part_products = _part_products(geometries, runs, device) if on_gpu and tile_columns <= PART_COLUMNS else 0
+        cut = on_gpu and tile_columns <= PART_COLUMNS
+        part_products = _part_products(geometries, runs, adjoint, device) if cut else 0
+    source_at = target_at = weight_at = chain_at = tile_at = slot_at = 0
     for index, (g, b) in enumerate(zip(geometries, chains, strict=True)):
-        sources_of, lanes = _channels(g, adjoint)
-        groups = _groups(g)
+        (sources, from_pixels), (targets, to_pixels) = (g.output, g.input) if adjoint else (g.input, g.output)
+        groups, blocks = _blocks(g, adjoint)
         count = 0
         for group in range(groups):
-            for run in runs[index]:
-                rows = run.tiles(index, group, tile_columns, part_products, slot_at)
-                slot_at = max(slot_at, int(rows[:, -1].max(initial=-1)) + 1)
-                tiles.append(rows)
-                count += len(rows)
-        place = (source_at, target_at, weight_at, chain_at, b, groups, math.prod(g.kernel), sources_of, lanes)
-        problems.append((int(g.depthwise), *place, tile_at, count))
-        source_at += g.size(adjoint, True) * b
-        target_at += g.size(adjoint, False) * b
+            for block in range(blocks):  # all that needs a block's weights stands together
+                for run in runs[index]:
+                    rows = run.tiles((index, run.bundle, group, block), tile_columns, part_products, slot_at)
+                    slot_at = max(slot_at, int(rows[-1, -1]) + 1)
+                    tiles.append(rows)
+                    count += len(rows)
+        channels = sources // groups, targets // groups
+        place = (source_at, target_at, weight_at, chain_at, b, groups, math.prod(g.kernel), *channels)
+        problems.append((int(g.depthwise), *place, from_pixels, to_pixels, tile_at, count))
+        source_at += sources * from_pixels * b
+        target_at += targets * to_pixels * b
         weight_at += packed_size(g, adjoint)
         chain_at += b
         tile_at += count
@@ -216,45 +227,42 @@ def operator_plan(
     )
 
 
-def _groups(g: ConvGeometry) -> int:
-    return 1 if g.depthwise else g.groups
-
-
-def _channels(g: ConvGeometry, adjoint: bool) -> tuple[int, int]:
-    """Source and target channels of a group, in the direction of the plan."""
-    ways = (g.out_channels, g.in_channels) if adjoint else (g.in_channels, g.out_channels)
-    return ways[0] // _groups(g), ways[1] // _groups(g)
-
-
 @dataclass(frozen=True)
 class _Run:
-    """A bundle in an operator: its columns, the products each of their elements sums up, and the blocks of targets."""
+    """The columns of one bundle of an operator, and how many products each element under them sums up."""
 
     bundle: int
     columns: int
     products: int
-    blocks: int
 
-    def tiles(self, problem: int, group: int, width: int, part_products: int, slot: int) -> Ints:
+    def tiles(self, place: tuple[int, ...], width: int, part_products: int, slot: int) -> Ints:
         parts = max(1, round(self.products / part_products)) if part_products else 1
-        first = np.arange(0, self.columns, width)
-        axes = np.meshgrid(np.arange(self.blocks), first, np.arange(parts), indexing="ij")
-        block, column, part = (a.ravel() for a in axes)
-        rows = np.empty((column.size, len(TILE)), dtype=np.int64)
-        rows[:, :3] = problem, self.bundle, group
-        rows[:, 3:5] = np.stack([block, column], 1)
-        rows[:, 5] = np.minimum(width, self.columns - column)
-        rows[:, 6], rows[:, 7] = part, parts
-        rows[:, 8] = slot + np.arange(column.size) if parts > 1 else -1
-        return rows
+        first, part = (a.ravel() for a in np.meshgrid(np.arange(0, self.columns, width), np.arange(parts), indexing="ij"))
+        slots = slot + np.arange(first.size) if parts > 1 else np.full(first.size, -1)
+        columns = np.minimum(width, self.columns - first)
+        fixed = np.broadcast_to(place, (first.size, 4))
+        return np.column_stack([fixed, first, columns, part, np.full(first.size, parts), slots])
 
 
-def _part_products(geometries: Sequence[ConvGeometry], runs: list[list[_Run]], device: torch.device) -> int:
+def _blocks(g: ConvGeometry, adjoint: bool) -> tuple[int, int]:
+    """Groups that the tiles know (channels of a depthwise kernel are not groups to them), and blocks of each."""
+    groups = 1 if g.depthwise else g.groups
+    return groups, -(-((g.in_channels if adjoint else g.out_channels) // groups) // BLOCK)
+
+
+def _reduced(g: ConvGeometry, adjoint: bool) -> int:
+    """Channels that an element sums over for each tap; 0 for depthwise kernels, whose tiles stay whole."""
+    return 0 if g.depthwise else (g.out_channels if adjoint else g.in_channels) // g.groups
+
+
+def _part_products(
+    geometries: Sequence[ConvGeometry], runs: list[list[_Run]], adjoint: bool, device: torch.device
+) -> int:
     """A share of all the work, for some parts for each multiprocessor."""
     work = sum(
-        _groups(g) * run.blocks * -(-run.columns // PART_COLUMNS) * run.products
-        for g, of_one in zip(geometries, runs, strict=True)
-        for run in of_one
+        math.prod(_blocks(g, adjoint)) * -(-run.columns // PART_COLUMNS) * run.products
+        for g, own in zip(geometries, runs, strict=True)
+        for run in own
     )
     count = torch.cuda.get_device_properties(device).multi_processor_count
     return max(_LEAST_PRODUCTS, work // (count * _PARTS_EACH))

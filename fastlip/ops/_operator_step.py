@@ -30,7 +30,7 @@ def operator_step_(
     ||x|| is 0 gives 0. The result does not depend on the number of threads.
 
     Args:
-        out: target vectors of all operators, each [pixels, chains, channels], float32 or float64; not ``x``.
+        out: target vectors of all operators, each [chains, pixels, channels], float32 or float64; not ``x``.
         out_square: receives the squared norms, [chains] float64.
         x: source vectors in the same order, in the dtype of ``out``.
         weights: packed weights of all operators, in the dtype of ``out``.

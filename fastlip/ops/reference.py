@@ -405,36 +405,31 @@ def operator_step_(
     for index, row in enumerate(problems.tolist()):
         if active is not None and not active[index]:
             continue
-        depthwise, source_at, target_at, weight_at, chain_at, b, groups, taps, k, n, tile_at, count = row
-        used = sorted({tile[1] for tile in tile_rows[tile_at : tile_at + count]})
-        pixels = sum(bundle_rows[i][1] for i in used)
-        vectors = _vectors(x, source_at, b * groups * k).reshape(-1, b, groups, k)
+        depthwise, source_at, target_at, weight_at, chain_at, b, groups, taps, k, n, *rest = row
+        from_pixels, to_pixels, tile_at, count = rest
+        vectors = x[source_at : source_at + b * from_pixels * groups * k].reshape(b, from_pixels, groups, k)
         kernel = _unpacked(weights[weight_at:], bool(depthwise), groups, taps, k, n)
-        image = x.new_zeros(pixels, b, groups, n)
-        for t, m, taps_at, targets_at, sources_at in (bundle_rows[i] for i in used):
-            total = x.new_zeros(m, b, groups, n)
+        image = x.new_zeros(b, to_pixels, groups, n)
+        for bundle in sorted({tile[1] for tile in tile_rows[tile_at : tile_at + count]}):
+            t, m, taps_at, targets_at, sources_at = bundle_rows[bundle]
+            total = x.new_zeros(b, m, groups, n)
             for j in range(t):
                 sources = entries[sources_at + j * m : sources_at + (j + 1) * m].long()
-                met = torch.where((sources >= 0)[:, None, None, None], vectors[sources.clamp_min(0)], 0.0)
-                total += torch.einsum("mbgk,gkn->mbgn", met, kernel[:, int(entries[taps_at + j])])
-            image[entries[targets_at : targets_at + m].long()] = total
+                met = torch.where((sources >= 0)[:, None, None], vectors[:, sources.clamp_min(0)], 0.0)
+                total += torch.einsum("bmgk,gkn->bmgn", met, kernel[:, int(entries[taps_at + j])])
+            image[:, entries[targets_at : targets_at + m].long()] = total
+        image = image.flatten(1)
         chains = slice(chain_at, chain_at + b)
         place = slice(target_at, target_at + image.numel())
         if x_square is not None:
             length = x_square[chains].sqrt()[:, None]
-            image = (image.reshape(pixels, b, -1) * torch.where(length > 0, 1 / length, 0.0)).to(x.dtype)
+            image = image * torch.where(length > 0, 1 / length, 0.0).to(x.dtype)
             if previous is not None and previous_square is not None:
                 other = previous_square[chains].sqrt()[:, None]
                 shift = torch.where(other > 0, length / other, 0.0)
-                image -= (previous[place].reshape(pixels, b, -1) * shift).to(x.dtype)
+                image -= previous[place].reshape(b, -1) * shift.to(x.dtype)
         out[place] = image.flatten()
-        out_square[chains] = image.reshape(pixels, b, -1).double().square().sum((0, 2))
-
-
-def _vectors(x: Tensor, at: int, width: int) -> Tensor:
-    """What stands at an offset, as whole rows; the reference takes all that follow, and its tables say how many."""
-    rest = x[at:]
-    return rest[: len(rest) // width * width]
+        out_square[chains] = image.double().square().sum(1)
 
 
 def _unpacked(weights: Tensor, depthwise: bool, groups: int, taps: int, k: int, n: int) -> Tensor:

@@ -80,8 +80,8 @@ def transpose(weight: Tensor, y: Tensor, g: ConvGeometry) -> Tensor:
 
 
 def to_flat(x: Tensor) -> Tensor:
-    """[b, C, *size] as [pixels, b, C], flat."""
-    return x.flatten(2).permute(2, 0, 1).flatten() if x.dim() > 2 else x.flatten()
+    """[b, C, *size] as [b, pixels, C], flat."""
+    return x.flatten(2).permute(0, 2, 1).flatten() if x.dim() > 2 else x.flatten()
 
 
 def case(

@@ -51,6 +51,20 @@ const Kernels* kernels(const char** error) {
   return choice.table;
 }
 
+void operator_squares(const OperatorStep& p) {
+  const auto* problems = reinterpret_cast<const OperatorStep::Problem*>(p.problems);
+  for (int64_t i = 0; i < p.problem_count; ++i) {
+    const OperatorStep::Problem& problem = problems[i];
+    if (p.active && !p.active[i]) continue;
+    for (int64_t chain = 0; chain < problem.chains; ++chain) {
+      double sum = 0;
+      for (int64_t tile = problem.tile_at; tile < problem.tile_at + problem.tiles; ++tile)
+        sum += p.partial[tile * p.most_chains + chain];
+      p.out_square[problem.chain_at + chain] = sum;
+    }
+  }
+}
+
 const char* compiled_isas() {
 #ifdef FASTLIP_X86_DISPATCH
   return "avx512, avx2, baseline";

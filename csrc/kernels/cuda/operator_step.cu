@@ -96,7 +96,7 @@ class TileBlock {
     if (at >= columns_) return;
     const int chain = place_.chain_of(first_ + at);
     const Scales<T> scales(p_, problem_.chain_at + chain);
-    shared_.target_at[at] = place_.target_of(place_.targets[place_.pixel_of(first_ + at)], chain);
+    shared_.target_at[at] = place_.target_of(chain * place_.target_pixels + place_.targets[place_.pixel_of(first_ + at)]);
     shared_.scale[at] = scales.scale;
     shared_.shift[at] = scales.shift;
   }
@@ -125,12 +125,13 @@ class TileBlock {
   // What a thread copies of a chunk, looked up in the tables one chunk ahead.
   struct Fetch {
     int tap[kPieces];     // of the kernel, for the weights of each piece
-    int source[kPieces];  // pixels that four columns meet through the tap of this thread's piece
+    int source[kPieces];  // pixels of all chains that four columns meet through the tap of this thread's piece
   };
 
-  // The four columns of which a thread copies a piece; no pixel (-1) beyond the last.
+  // The four columns of which a thread copies a piece: their target pixels, an index into the bundle's (-1 beyond the
+  // last), and their chains' first source pixels.
   struct Columns {
-    int pixel[kPieces], chain[kPieces];
+    int pixel[kPieces], first_source[kPieces];
   };
 
   __device__ void look_up(const Products& products, const Cursor& cursor, const Columns& columns, Fetch& fetch) const {
@@ -139,7 +140,10 @@ class TileBlock {
     for (int i = 0; i < kPieces; ++i) {
       const Piece piece = products.piece(cursor, i);
       fetch.tap[i] = piece.tap < 0 ? -1 : place_.taps[piece.tap];
-      fetch.source[i] = mine.tap < 0 || columns.pixel[i] < 0 ? -1 : place_.sources[mine.tap * place_.pixels + columns.pixel[i]];
+      fetch.source[i] = -1;
+      if (mine.tap < 0 || columns.pixel[i] < 0) continue;
+      const int source = place_.sources[mine.tap * place_.pixels + columns.pixel[i]];
+      if (source >= 0) fetch.source[i] = columns.first_source[i] + source;
     }
   }
 
@@ -168,8 +172,7 @@ class TileBlock {
       if (columns.pixel[i] < 0) continue;
       const int left = place_.channels - channel;
       const bool real = fetch.source[i] >= 0;
-      const T* const from =
-          x + (real ? place_.source_of(fetch.source[i], columns.chain[i]) + channel : place_.source_at);
+      const T* const from = x + (real ? place_.source_of(fetch.source[i]) + channel : place_.source_at);
       copy_piece<true>(stage.columns[column] + mine * kPiece, from, !real ? 0 : left < kPiece ? left : kPiece,
                        wide_source_);
     }
@@ -231,7 +234,7 @@ class TileBlock {
     for (int i = 0; i < kPieces; ++i) {
       const int column = threadIdx.x / kPieces + i * (kThreads / kPieces);
       columns.pixel[i] = column < columns_ ? place_.pixel_of(first_ + column) : -1;
-      columns.chain[i] = place_.chain_of(first_ + column);
+      columns.first_source[i] = place_.chain_of(first_ + column) * place_.source_pixels;
     }
 
     Sums total = {}, sums = {};
@@ -401,7 +404,7 @@ class TileBlock {
           if (first + i * kGroups >= columns_) continue;
           const int source = place_.sources[tap * place_.pixels + place_.pixel_of(column)];
           if (source < 0) continue;
-          load<T>(x + place_.source_of(source, place_.chain_of(column)), valid, wide_source_, value);
+          load<T>(x + place_.source_of(place_.chain_of(column) * place_.source_pixels + source), valid, wide_source_, value);
 #pragma unroll
           for (int k = 0; k < kPiece; ++k) sums[i][k] += weight[k] * value[k];
         }

@@ -15,10 +15,11 @@ struct TilePlace {
   const int32_t* targets;  // [pixels]
   const int32_t* sources;  // [bundle's taps, pixels]
   int64_t pixels;
-  int64_t source_at, source_row;  // of the group's first channel in pixel 0 and chain 0; from column to column
+  int64_t source_at, source_row;  // of the group's first channel in pixel 0 and chain 0; from pixel to pixel
   int64_t target_at, target_row;  // the same of the block's first channel
   int64_t weight_at;              // of the block
   int column, columns;            // fewer than 2^31 in a bundle
+  int source_pixels, target_pixels;  // of a chain; times the chains fewer than 2^31, too
   int tap_count, channels, chains;
   int lanes, rows;  // channels of the block as packed, and as they are
 
@@ -34,6 +35,8 @@ struct TilePlace {
         target_row(problem.groups * problem.target_channels),
         column(static_cast<int>(tile.column)),
         columns(static_cast<int>(tile.columns)),
+        source_pixels(static_cast<int>(problem.source_pixels)),
+        target_pixels(static_cast<int>(problem.target_pixels)),
         tap_count(static_cast<int>(bundle.taps)),
         channels(static_cast<int>(problem.source_channels)),
         chains(static_cast<int>(problem.chains)) {
@@ -49,13 +52,9 @@ struct TilePlace {
   // The pixel (an index into the bundle's) and the chain of a column, which counts from the bundle's first.
   FASTLIP_HD int pixel_of(int at) const { return at / chains; }
   FASTLIP_HD int chain_of(int at) const { return at % chains; }
-  // Offset in x of a source pixel's channels, and in out of a target pixel's.
-  FASTLIP_HD int64_t source_of(int64_t pixel, int chain) const {
-    return source_at + (pixel * chains + chain) * source_row;
-  }
-  FASTLIP_HD int64_t target_of(int64_t pixel, int chain) const {
-    return target_at + (pixel * chains + chain) * target_row;
-  }
+  // Offset in x of a source pixel's channels, and in out of a target pixel's; pixels are counted over all chains.
+  FASTLIP_HD int64_t source_of(int pixel) const { return source_at + pixel * source_row; }
+  FASTLIP_HD int64_t target_of(int pixel) const { return target_at + pixel * target_row; }
   // Offset of the weights with which a channel meets the block through a tap of the kernel.
   FASTLIP_HD int64_t weight_of(int tap, int channel) const {
     return weight_at + (static_cast<int64_t>(tap) * channels + channel) * lanes;
