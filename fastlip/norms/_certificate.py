@@ -12,8 +12,10 @@ fails for all of b independent starts with probability eta, every bound below ho
 
 import math
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -64,14 +66,35 @@ def tridiagonal(diagonal: Array, off_diagonal: Array) -> Array:
     return matrix
 
 
-def ritz_values(diagonal: Array, off_diagonal: Array) -> Array:
-    """Eigenvalues of T, [..., k] in ascending order."""
-    return np.asarray(np.linalg.eigvalsh(tridiagonal(diagonal, off_diagonal)), dtype=np.float64)
+def normal_equations(alpha: Array, beta: Array) -> tuple[Array, Array]:
+    """Diagonal and off-diagonal of T = B^T B, [C, k] each, for B with diagonal a_1 ... a_k beside b_1 ... b_{k-1}.
+
+    Args:
+        alpha: a_1 ... a_k, [C, k].
+        beta: b_0 ... b_k, [C, k + 1]; b_0 plays no part, b_k only in the last off-diagonal, which couples to v_{k+1}.
+    """
+    diagonal = alpha**2
+    diagonal[:, 1:] += beta[:, 1:-1] ** 2
+    return diagonal, alpha * beta[:, 1:]
+
+
+class Ritz(NamedTuple):
+    """T decomposed, [C, k] each: ascending eigenvalues, first entries of unit eigenvectors, the last eigenvector."""
+
+    values: Array
+    first: Array
+    top: Array
+
+
+def ritz(diagonal: Array, off_diagonal: Array) -> Ritz:
+    """Decompose T, given by its diagonals [C, k]."""
+    # By torch: numpy's own threads would go on spinning beside those that the operators are applied with.
+    values, vectors = torch.linalg.eigh(torch.from_numpy(tridiagonal(diagonal, off_diagonal)))
+    return Ritz(values.numpy(), vectors[:, 0].numpy(), vectors[..., -1].numpy())
 
 
 def krylov_bound(
-    theta: Array,
-    diagonal: Array,
+    decomposed: Ritz,
     off_diagonal: Array,
     last: Array,
     residual: Array,
@@ -84,8 +107,7 @@ def krylov_bound(
     ||v_{k+1}|| b_1 ... b_k / det(t I - T) + ||F|| ||(t I - T)^{-1} e_1|| = overlap. It needs no orthogonality of V.
 
     Args:
-        theta: eigenvalues of T in ascending order, [C, k].
-        diagonal: diagonal of T, [C, k].
+        decomposed: T's eigenvalues and first entries of eigenvectors, [C, k].
         off_diagonal: b_1 ... b_k, [C, k]; the last one couples to v_{k+1}.
         last: norm of v_{k+1}, [C].
         residual: upper bound on ||F||, [C].
@@ -95,22 +117,21 @@ def krylov_bound(
     Returns:
         Upper bounds on sigma_1, [C].
     """
-    steps = diagonal.shape[1]
-    matrix = tridiagonal(diagonal, off_diagonal)
-    identity, first = np.eye(steps), np.eye(steps, 1)
+    theta, first, _ = decomposed
+    steps = theta.shape[1]
     top = np.maximum(theta[:, -1], 0.0)
-    # The eigenvalues are those of a perturbed T, and the solves below are rounded: both are parts of F.
+    # What was decomposed is T perturbed by rounding, with eigenvectors orthonormal but for as much: parts of F.
     residual = 1.01 * (residual + 8.0 * steps * np.finfo(np.float64).eps * np.abs(theta).max(axis=1))
     with np.errstate(divide="ignore"):
         log_product = np.log(off_diagonal).sum(axis=1) + np.log(last)
 
     def exceeds(t: Array) -> NDArray[np.bool_]:
         """Whether the left side is above the overlap at t, so that the root is further right."""
+        gaps = t[:, None] - theta
         with np.errstate(over="ignore"):
-            tail = np.exp(log_product - np.log(t[:, None] - theta).sum(axis=1))
-        solution = np.linalg.solve(t[:, None, None] * identity - matrix, first)
+            tail = np.exp(log_product - np.log(gaps).sum(axis=1))
         # Anything undefined counts as above.
-        return ~(tail + residual * np.linalg.norm(solution, axis=(1, 2)) <= overlaps)
+        return ~(tail + residual * np.linalg.norm(first / gaps, axis=1) <= overlaps)
 
     # Both terms fall below overlap / 2 here: bisect the logarithm of the distance from the largest Ritz value.
     with np.errstate(divide="ignore"):

@@ -2,12 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from fastlip.norms._operator import Operator, OperatorBatch, absolute_bound, reduction_length
+from fastlip.norms._operator import Operator, absolute_bound, reduction_length
 
 _UNIT = 2.0**-53
 
@@ -41,11 +37,6 @@ class Composed:
         return self.parts[-1].output_shape
 
     @property
-    def geometry(self) -> tuple[object, ...]:
-        """Equal for operators that can share one batched application."""
-        return (self.scale, self.identity, *(part.geometry for part in self.parts))
-
-    @property
     def magnitude(self) -> float:
         """An upper bound on the norm."""
         return abs(self.identity) + abs(self.scale) * math.prod(self.norms)
@@ -64,47 +55,6 @@ class Composed:
 AnyOperator = Operator | Composed
 
 
-class Batch(Protocol):
-    """P operators of one geometry, applied together to b vectors each; what a fused kernel has to offer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A x: [P, b, *input_shape] to [P, b, *output_shape]."""
-        ...
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y: [P, b, *output_shape] to [P, b, *input_shape]."""
-        ...
-
-
-class _ComposedBatch:
-    """The batched application of composed operators."""
-
-    def __init__(self, ops: list[Composed], dtype: torch.dtype) -> None:
-        self._scale, self._identity = ops[0].scale, ops[0].identity
-        self._batches = [make_batch([op.parts[i] for op in ops], dtype) for i in range(len(ops[0].parts))]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for batch in self._batches:
-            y = batch.forward(y)
-        return self._scale * y + self._identity * x if self._identity else self._scale * y
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        x = y
-        for batch in reversed(self._batches):
-            x = batch.adjoint(x)
-        return self._scale * x + self._identity * y if self._identity else self._scale * x
-
-
-def make_batch(ops: list[Operator] | list[Composed] | list[AnyOperator], dtype: torch.dtype) -> Batch:
-    """The batched application of operators of one geometry, in the arithmetic of ``dtype``."""
-    composed = [op for op in ops if isinstance(op, Composed)]
-    if composed:
-        return _ComposedBatch(composed, dtype)
-    plain = [op for op in ops if isinstance(op, Operator)]
-    return OperatorBatch(plain[0], torch.stack([op.weight for op in plain]).to(dtype))
-
-
 def forward_error(op: AnyOperator) -> float:
     """Bound on ||fl(A x) - A x|| / ||x|| in float64, for A or its adjoint.
 
@@ -119,11 +69,6 @@ def forward_error(op: AnyOperator) -> float:
 def magnitude(op: AnyOperator) -> float:
     """An upper bound on the norm that costs nothing, for rounding terms."""
     return op.magnitude if isinstance(op, Composed) else absolute_bound(op)
-
-
-def device_of(op: AnyOperator) -> torch.device:
-    """Where the weights are."""
-    return op.parts[0].weight.device if isinstance(op, Composed) else op.weight.device
 
 
 def weight_numel(op: AnyOperator) -> int:

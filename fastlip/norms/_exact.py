@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._operator import Operator, OperatorBatch
+from fastlip.norms._operator import Operator, TorchOperator
 
 _EPS = torch.finfo(torch.float64).eps
 # Up to this side the eigenvalue solver is about as fast a way to the largest eigenvalue.
@@ -91,8 +91,8 @@ def _from_unit_vectors(op: Operator) -> Tensor:
     g, pixels = op.groups, math.prod(op.input_size)
     channels = op.input_shape[0] // g
     units = torch.eye(channels * pixels, dtype=torch.float64, device=op.weight.device)
-    stacked = units.reshape(1, -1, channels, *op.input_size).repeat(1, 1, g, *(1 for _ in op.input_size))
-    images = OperatorBatch(op, op.weight.double()[None]).forward(stacked)[0]  # [columns, Cout, *output]
+    stacked = units.reshape(-1, channels, *op.input_size).repeat(1, g, *(1 for _ in op.input_size))
+    images = TorchOperator(op, op.weight.double()).forward(stacked)  # [columns, Cout, *output]
     return images.flatten(2).unflatten(1, (g, -1)).flatten(2).permute(1, 2, 0)
 
 

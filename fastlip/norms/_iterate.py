@@ -44,17 +44,17 @@ class Plan:
     keep_vectors: bool = False
 
 
-def draw_starts(shape: tuple[int, ...], count: int, plan: Plan, device: torch.device) -> tuple[Tensor, float]:
-    """Independent uniform draws from the unit sphere, [count, starts, *shape], in the plan's arithmetic.
+def draw_starts(size: int, plan: Plan, device: torch.device) -> tuple[Tensor, float]:
+    """Independent uniform draws from the unit sphere of R^size, [starts, size], in the plan's arithmetic.
 
     Drawn in float64 on the generator's device. Also returns how far rounding to the plan's arithmetic moved them.
     """
-    size = (count, plan.starts, math.prod(shape))
-    exact = torch.randn(size, dtype=torch.float64, generator=plan.generator, device=plan.generator.device)
-    exact /= torch.linalg.vector_norm(exact, dim=2, keepdim=True)
+    shape = (plan.starts, size)
+    exact = torch.randn(shape, dtype=torch.float64, generator=plan.generator, device=plan.generator.device)
+    exact /= torch.linalg.vector_norm(exact, dim=1, keepdim=True)
     rounded = exact.to(plan.dtype)
-    moved = torch.linalg.vector_norm(rounded.double() - exact, dim=2).max().item()
-    return rounded.reshape(count, plan.starts, *shape).to(device), moved + 1e-15
+    moved = torch.linalg.vector_norm(rounded.double() - exact, dim=1).max().item()
+    return rounded.to(device), moved + 1e-15
 
 
 def norm_error(op: AnyOperator) -> float:

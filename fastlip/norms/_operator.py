@@ -62,20 +62,6 @@ class Operator:
         """[Cout, *output_size]."""
         return (self.weight.shape[0], *self.output_size)
 
-    @property
-    def geometry(self) -> tuple[object, ...]:
-        """Equal for operators that can share one batched application."""
-        return (
-            tuple(self.weight.shape),
-            self.input_size,
-            self.stride,
-            self.dilation,
-            self.padding,
-            self.groups,
-            self.padding_mode,
-            self.weight.device,
-        )
-
     def with_weight(self, weight: Tensor) -> "Operator":
         """The same geometry with another weight."""
         return replace(self, weight=weight)
@@ -156,23 +142,17 @@ def _padding(
     return tuple((p, p) for p in _per_axis(padding, len(kernel), "padding", 0))
 
 
-class OperatorBatch:
-    """P operators of one geometry, applied together to b vectors each.
+class TorchOperator:
+    """One operator by torch's convolutions: where a gradient in the weight is wanted, or a definition.
 
-    The only place where convolutions are computed: a fused kernel can take over behind ``forward`` and ``adjoint``.
+    Iterations use :func:`fastlip.ops.operator_step_` instead.
     """
 
-    def __init__(self, geometry: Operator, weights: Tensor) -> None:
-        """Use ``weights`` [P, Cout, Cin / groups, *kernel], in the arithmetic of their dtype."""
-        self.geometry = geometry
-        self.weights = weights
+    def __init__(self, geometry: Operator, weight: Tensor) -> None:
+        """Use ``weight`` [Cout, Cin / groups, *kernel] in place of the geometry's own."""
+        self.geometry, self.weight = geometry, weight
         self._axes = len(geometry.kernel)
         pads = geometry.padding
-        self._pointwise = (
-            geometry.groups == 1
-            and all(k == s == 1 for k, s in zip(geometry.kernel, geometry.stride, strict=True))
-            and all(pair == (0, 0) for pair in pads)
-        )
         self._native = geometry.padding_mode == "zeros" and all(left == right >= 0 for left, right in pads)
         self._pad = tuple(left for left, _ in pads) if self._native else (0,) * self._axes
         self._padded_size = (
@@ -182,44 +162,28 @@ class OperatorBatch:
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """A x: [P, b, Cin, *input_size] to [P, b, Cout, *output_size]."""
-        if self._pointwise:
-            return self._multiply(self.weights.flatten(2), x)
-        return torch.stack([self._forward(x[i], self.weights[i]) for i in range(len(self.weights))])
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y: [P, b, Cout, *output_size] to [P, b, Cin, *input_size]."""
-        if self._pointwise:
-            return self._multiply(self.weights.flatten(2).mT, y)
-        return torch.stack([self._adjoint(y[i], self.weights[i]) for i in range(len(self.weights))])
-
-    @staticmethod
-    def _multiply(matrices: Tensor, x: Tensor) -> Tensor:
-        """One matrix for all pixels: [P, m, n] times [P, b, n, *size], each matrix read once for all b."""
-        columns = x.flatten(3) if x.dim() > 3 else x[..., None]
-        product = matrices @ columns.transpose(1, 2).flatten(2)
-        return product.unflatten(2, columns.shape[1::2]).transpose(1, 2).reshape(*x.shape[:2], -1, *x.shape[3:])
-
-    def _forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A x: [b, Cin, *input_size] to [b, Cout, *output_size]."""
         g = self.geometry
         if not self._axes:
-            blocks = weight.unflatten(0, (g.groups, -1))
+            blocks = self.weight.unflatten(0, (g.groups, -1))
             return torch.einsum("bgi,goi->bgo", x.unflatten(1, (g.groups, -1)), blocks).flatten(1)
         if not self._native:
             x = self._extend(x)
-        return torch.convolution(x, weight, None, g.stride, self._pad, g.dilation, False, (0,) * self._axes, g.groups)
+        zeros = (0,) * self._axes
+        return torch.convolution(x, self.weight, None, g.stride, self._pad, g.dilation, False, zeros, g.groups)
 
-    def _adjoint(self, y: Tensor, weight: Tensor) -> Tensor:
+    def adjoint(self, y: Tensor) -> Tensor:
+        """A^T y: [b, Cout, *output_size] to [b, Cin, *input_size]."""
         g = self.geometry
         if not self._axes:
-            blocks = weight.unflatten(0, (g.groups, -1))
+            blocks = self.weight.unflatten(0, (g.groups, -1))
             return torch.einsum("bgo,goi->bgi", y.unflatten(1, (g.groups, -1)), blocks).flatten(1)
         # What the strided windows leave over at the far end gets no contribution, but belongs to the domain.
         rest = tuple(
             n + 2 * p - e - (m - 1) * s
             for n, p, e, m, s in zip(self._padded_size, self._pad, g.extent, g.output_size, g.stride, strict=True)
         )
-        x = torch.convolution(y, weight, None, g.stride, self._pad, g.dilation, True, rest, g.groups)
+        x = torch.convolution(y, self.weight, None, g.stride, self._pad, g.dilation, True, rest, g.groups)
         return x if self._native else self._fold(x)
 
     def _extend(self, x: Tensor) -> Tensor:
@@ -250,7 +214,7 @@ class OperatorBatch:
         for n, (left, right) in zip(g.input_size, g.padding, strict=True):
             positions = torch.arange(n, dtype=torch.float64)[None]
             copied = F.pad(positions, (left, right), mode=g.padding_mode)[0]
-            indices.append(copied.long().to(self.weights.device))
+            indices.append(copied.long().to(self.weight.device))
         return indices
 
 

@@ -16,6 +16,7 @@ from fastlip.norms._iterate import Iterate, Plan
 from fastlip.norms._lanczos import lanczos_norms
 from fastlip.norms._operator import Operator
 from fastlip.norms._power import power_norms
+from fastlip.norms._stack import kind
 
 DETERMINISTIC = ("ring", "gram", "cholesky")
 METHODS = ("auto", "lanczos", "power", *DETERMINISTIC, "svd")
@@ -133,28 +134,40 @@ def _deterministic(ops: list[AnyOperator], settings: Settings) -> Iterator[tuple
 
 
 def _iterate(ops: list[AnyOperator], eta: float, settings: Settings) -> Iterator[tuple[int, Iterate]]:
-    """Iterate operators of equal geometry together; yields positions in ``ops`` and results."""
+    """Iterate operators together; yields positions in ``ops`` and results."""
     generator = settings.generator
     if generator is None:
         generator = torch.Generator()
         generator.seed()
     power = settings.method == "power"
-    run: Callable[[list[AnyOperator], Plan], list[Iterate]] = power_norms if power else lanczos_norms
-    shared: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    run: Callable[[Sequence[AnyOperator], Plan], list[Iterate]] = power_norms if power else lanczos_norms
+    stacked: dict[tuple[int, torch.device], list[int]] = defaultdict(list)
     for index, op in enumerate(ops):
-        shared[op.geometry].append(index)
-    for indices in shared.values():
-        op = ops[indices[0]]
-        vector = settings.starts * math.prod(op.input_shape) * settings.dtype.itemsize
-        steps = settings.max_steps or (2000 if power else 300)
-        if not power:
-            # The Krylov basis is kept: bound its length, and how many operators are iterated at once.
-            steps = min(steps, max(16, settings.max_memory // vector))
-        width = max(1, settings.max_memory // (vector * min(steps, 64) + 12 * weight_numel(op)))
-        plan = Plan(eta, settings.starts, settings.rtol, steps, settings.dtype, generator)
-        for first in range(0, len(indices), width):
-            part = indices[first : first + width]
+        stacked[kind(op)].append(index)
+    for indices in stacked.values():
+        for part, steps in _waves(indices, ops, settings):
+            plan = Plan(eta, settings.starts, settings.rtol, steps, settings.dtype, generator)
             yield from zip(part, run([ops[i] for i in part], plan), strict=True)
+
+
+def _waves(indices: list[int], ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[list[int], int]]:
+    """Operators to iterate at once within the memory allowed, and the most steps they may take."""
+    power = settings.method == "power"
+    most = settings.max_steps or (2000 if power else 300)
+    wave: list[int] = []
+    used, longest = 0, most
+    for index in indices:
+        op = ops[index]
+        vector = settings.starts * math.prod(op.input_shape) * settings.dtype.itemsize
+        # The Krylov basis is kept: bound its length, and how many operators are iterated at once.
+        steps = most if power else min(most, max(16, settings.max_memory // vector))
+        needed = vector * (8 if power else min(steps, 64)) + 24 * weight_numel(op)
+        if wave and used + needed > settings.max_memory:
+            yield wave, longest
+            wave, used, longest = [], 0, most
+        wave.append(index)
+        used, longest = used + needed, min(longest, steps)
+    yield wave, longest
 
 
 def _normalise(op: Operator) -> tuple[Operator | None, int]:

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from fastlip.norms._iterate import Plan
 from fastlip.norms._lanczos import lanczos_norms
 from fastlip.norms._modules import CONVS, TRANSPOSED, module_operator
-from fastlip.norms._operator import Operator, OperatorBatch, absolute_bound, conv_operator
+from fastlip.norms._operator import Operator, TorchOperator, absolute_bound, conv_operator
 from fastlip.norms._solve import Settings, operator_norms
 
 
@@ -78,7 +78,7 @@ def _stretch(op: Operator, weight: Tensor, v: Tensor) -> Tensor:
     """||A v|| / ||v|| as <u, A v> with u and v constant."""
     v = v.detach()
     v = v / torch.linalg.vector_norm(v)
-    image = OperatorBatch(op, weight[None]).forward(v[None, None])
+    image = TorchOperator(op, weight).forward(v[None])
     u = image.detach()
     return (u * image).sum() / torch.linalg.vector_norm(u).clamp_min(torch.finfo(u.dtype).tiny)
 
@@ -149,13 +149,13 @@ class _Constraint(nn.Module):
         if not self.training:
             return weight * min(1.0, self.bound / self._upper(weight))
         op = self._geometry
-        batch = OperatorBatch(op, weight.detach()[None])
+        convolution = TorchOperator(op, weight.detach())
         with torch.no_grad():
-            v = self.v[None, None]
+            v = self.v[None]
             for _ in range(self.iterations):
-                v = batch.adjoint(batch.forward(v))
+                v = convolution.adjoint(convolution.forward(v))
                 v = v / torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
-            self.v.copy_(v[0, 0])
+            self.v.copy_(v[0])
         norm = _stretch(op, weight, self.v.clone())
         return weight * (self.bound / norm.clamp_min(self.bound))
 

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan, pack_weight
+from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan, pack_weight, packed_size
 from fastlip.ops._operator_step import operator_step_
 from fastlip.ops._register import Backend, backends
 from fastlip.ops.reference import compute_dtype
@@ -43,6 +43,7 @@ __all__ = [
     "operator_plan",
     "operator_step_",
     "pack_weight",
+    "packed_size",
     "pgd_step",
     "pgd_step_",
     "project",

@@ -281,18 +281,30 @@ def _padded(channels: int) -> int:
     return -(-channels // LANES) * LANES
 
 
-def pack_weight(weight: Tensor, groups: int, *, adjoint: bool = False) -> Tensor:
-    """A kernel [Cout, Cin / groups, *kernel] in the order the kernels read it, flat."""
+def pack_weight(weight: Tensor, groups: int, *, adjoint: bool = False, out: Tensor | None = None) -> Tensor:
+    """A kernel in the order the kernels read it, flat.
+
+    Args:
+        weight: [Cout, Cin / groups, *kernel].
+        groups: of the convolution.
+        adjoint: whether for the adjoint's plan.
+        out: where to put it, in any dtype; a new tensor in weight's if None.
+    """
     taps = math.prod(weight.shape[2:])
     if groups == weight.shape[0] > 1 == weight.shape[1]:
-        blocks = weight.reshape(groups, taps).T[None]  # [1, taps, channels]
+        blocks = weight.reshape(1, groups, 1, taps).permute(0, 3, 2, 1)  # [1, taps, 1, channels]
     else:
         blocks = weight.reshape(groups, -1, weight.shape[1], taps)  # [groups, Cout / groups, Cin / groups, taps]
         blocks = blocks.permute(0, 3, 1, 2) if adjoint else blocks.permute(0, 3, 2, 1)
-    lanes = blocks.shape[-1]
-    blocks = torch.nn.functional.pad(blocks, (0, _padded(lanes) - lanes))
-    parts = [part.flatten(1) for part in blocks.split(BLOCK, dim=-1)]
-    return torch.cat(parts, dim=1).flatten()
+    count, rows, lanes = len(blocks), blocks.shape[1] * blocks.shape[2], blocks.shape[3]
+    out = weight.new_empty(count * rows * _padded(lanes)) if out is None else out
+    per_group = out.view(count, rows * _padded(lanes))
+    for first in range(0, lanes, BLOCK):
+        used, width = min(BLOCK, lanes - first), min(BLOCK, _padded(lanes) - first)
+        part = per_group[:, first * rows : (first + width) * rows].view(*blocks.shape[:3], width)
+        part[..., :used] = blocks[..., first : first + used]
+        part[..., used:] = 0.0
+    return out
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,129 @@
+"""After the last step: lower sides on explicit vectors, upper sides with the rounding that was measured, in float64."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlip.norms._certificate import Array, Ritz, krylov_bound, normal_equations, ritz
+from fastlip.norms._composed import AnyOperator, forward_error, magnitude
+from fastlip.norms._iterate import Iterate, Plan, norm_error
+from fastlip.norms._recurrence import Recurrence
+from fastlip.norms._stack import from_rows, stack
+
+#: Elements of each vector that are brought to float64 and summed at a time: they stay in cache.
+_WIDTH = 2048
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """Gaussian vectors to measure ||F|| with.
+
+    Attributes:
+        amount: of them.
+        scale: ||F|| <= max ||F z|| / scale fails with the probability set aside for it.
+    """
+
+    amount: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Chains:
+    """One operator's recurrence, [b, k] each: its T decomposed, and what V is multiplied by."""
+
+    decomposed: Ritz
+    off: Array
+    coefficients: Array  # [2 s + 1, k + 1, b] of b_i v_{i+1}: the z, the Ritz vector, V T z + b_k v_{k+1} z_k
+    size: float  # largest sum of magnitudes of a z
+
+
+def certify(
+    ops: Sequence[AnyOperator], run: Recurrence, steps: list[int], overlaps: Array, plan: Plan, sketches: Sketches
+) -> list[Iterate]:
+    """Intervals of operators after ``steps`` steps each, from starts whose least overlaps are given."""
+    b, vectors = plan.starts, sketches.amount + 1
+    alpha, beta = run.coefficients()
+    # Rounding the weights to the plan's arithmetic is part of F, which is measured against the exact ones.
+    exact = stack(ops, vectors, torch.float64)
+    chains, combined, targets = [], [], []
+    for i, k in enumerate(steps):
+        own = slice(i * b, (i + 1) * b)
+        chains.append(_chains(alpha[own, :k], beta[own, : k + 1], plan.generator, sketches.amount))
+        sums = _combine(run.basis(i, k + 1), torch.from_numpy(chains[-1].coefficients))
+        combined.append(sums[:vectors].flatten())
+        targets.append(sums[vectors:])
+    images, squares = exact.forward(torch.cat(combined))
+    back, _ = exact.adjoint(images)
+
+    lowers, residuals, ritz_vectors = [], [], []
+    for i, op in enumerate(ops):
+        relative, slack, bound = norm_error(op), forward_error(op), magnitude(op)
+        rows = combined[i].unflatten(0, (vectors, -1))
+        length, stretch = torch.linalg.vector_norm(rows[-1]).item(), math.sqrt(squares[exact.chains[i]][-1].item())
+        lower = (stretch / length * (1.0 - relative) - slack) if length > 0.0 else 0.0
+        lowers.append(max(lower, 0.0))
+        missed = back[exact.domain[i]].unflatten(0, (vectors, -1))[:-1] - targets[i]
+        # Evaluating F z in float64 rounds too: the two applications, and the sums that form V z and V T z.
+        evaluation = chains[i].size * (2.1 * slack * bound + 1e-15 * (steps[i] * b + 8) * bound**2)
+        norm = torch.linalg.vector_norm(missed, dim=1).max().item()
+        residuals.append((norm * (1.0 + relative) + evaluation) / sketches.scale)
+        ritz_vectors.append(from_rows(rows[-1:], op.input_shape)[0] if plan.keep_vectors else None)
+
+    uppers = np.zeros(len(ops))
+    together = defaultdict(list)
+    for i, k in enumerate(steps):
+        together[k].append(i)
+    for group in together.values():
+        off = np.concatenate([chains[i].off for i in group])
+        decomposed = Ritz(
+            *(np.concatenate(parts) for parts in zip(*(chains[i].decomposed for i in group), strict=True))
+        )
+        last = np.array([1.0 + norm_error(ops[i]) for i in group]).repeat(b)
+        per_chain = np.array([residuals[i] for i in group]).repeat(b), overlaps[group].repeat(b)
+        uppers[group] = krylov_bound(decomposed, off, last, *per_chain).reshape(-1, b).max(axis=1)
+    return [
+        Iterate(lower, upper, k, vector)
+        for lower, upper, k, vector in zip(lowers, uppers.tolist(), steps, ritz_vectors, strict=True)
+    ]
+
+
+def _chains(alpha: Array, beta: Array, generator: torch.Generator, amount: int) -> _Chains:
+    """Decompose T, draw the Gaussian vectors, and spell out what V is multiplied by; alpha [b, k], beta [b, k + 1]."""
+    b, k = alpha.shape
+    diagonal, off = normal_equations(alpha, beta)
+    decomposed = ritz(diagonal, off)
+    z = torch.randn((amount, k, b), dtype=torch.float64, generator=generator, device=generator.device).cpu().numpy()
+    inner = np.zeros((amount + 1, k + 1, b))
+    inner[:-1, :k] = z
+    best = int(decomposed.values[:, -1].argmax())
+    inner[-1, :k, best] = decomposed.top[best]
+    expected = np.zeros((amount, k + 1, b))
+    expected[:, :k] = diagonal.T * z
+    expected[:, 1:] += off.T * z
+    expected[:, : k - 1] += off.T[:-1] * z[:, 1:]
+    lengths = beta.T
+    inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0.0)
+    return _Chains(decomposed, off, np.concatenate([inner, expected]) * inverse, np.abs(z).sum(axis=(1, 2)).max())
+
+
+def _combine(basis: list[Tensor], coefficients: Tensor) -> Tensor:
+    """Sums of a basis in parts [steps, b, N], in float64: [r, N] for coefficients [r, all steps, b]."""
+    size = basis[0].shape[2]
+    rows = [r.flatten(1).to(basis[0].device) for r in coefficients.split([len(part) for part in basis], dim=1)]
+    sums = rows[0].new_empty(len(rows[0]), size)
+    width = min(size, _WIDTH)
+    wide = rows[0].new_empty(max(len(part) for part in basis) * basis[0].shape[1] * width)
+    out = rows[0].new_empty(len(rows[0]) * width)
+    for at in range(0, size, width):
+        n = min(width, size - at)
+        total = out[: len(rows[0]) * n].view(-1, n).zero_()
+        for part, r in zip(basis, rows, strict=True):
+            columns = wide[: r.shape[1] * n].view(*part.shape[:2], n)
+            total.addmm_(r, columns.copy_(part[..., at : at + n]).flatten(0, 1))
+        sums[:, at : at + n] = total
+    return sums

@@ -1,0 +1,187 @@
+"""Operators side by side: one call applies all of them, or all of their adjoints, to all of their vectors."""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastlip.norms._composed import AnyOperator, Composed
+from fastlip.norms._operator import Operator
+from fastlip.ops import ConvGeometry, OperatorPlan, operator_plan, operator_step_, pack_weight, packed_size
+
+
+class Stack(Protocol):
+    """Operators with some chains (vectors) each; vectors are flat, [chains, pixels, channels] per operator.
+
+    Attributes:
+        domain: where each operator's chains are in a flat source vector of A.
+        range: where they are in a flat target vector of A.
+        chains: where they are among all chains.
+        dtype: of all vectors.
+        device: of all vectors.
+    """
+
+    domain: list[slice]
+    range: list[slice]
+    chains: list[slice]
+    dtype: torch.dtype
+    device: torch.device
+
+    def forward(
+        self, x: Tensor, out: Tensor | None = None, *, active: Tensor | None = None, **history: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A x, or A x / ||x|| - (||x|| / ||previous||) previous, and its squared norms.
+
+        Args:
+            x: vectors of all operators.
+            out: where to put the result; a new tensor if None.
+            active: operators to apply; all if None.
+            history: x_square, previous and previous_square of :func:`fastlip.ops.operator_step_`.
+        """
+        ...
+
+    def adjoint(
+        self, x: Tensor, out: Tensor | None = None, *, active: Tensor | None = None, **history: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same for A^T."""
+        ...
+
+
+def stack(ops: Sequence[AnyOperator], chains: int, dtype: torch.dtype) -> Stack:
+    """Operators of one kind, each with as many chains, in the arithmetic of ``dtype``.
+
+    Composed operators must all have the same number of parts; :func:`kind` tells them apart.
+    """
+    composed = [op for op in ops if isinstance(op, Composed)]
+    if composed:
+        return _ComposedStack(composed, chains, dtype)
+    return _ConvStack([op for op in ops if isinstance(op, Operator)], chains, dtype)
+
+
+def kind(op: AnyOperator) -> tuple[int, torch.device]:
+    """Equal for operators that can be stacked: the number of parts, and where they are."""
+    if isinstance(op, Composed):
+        return len(op.parts), op.parts[0].weight.device
+    return 0, op.weight.device
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """[b, C, *size] in the order of a stack's vectors, [b, pixels * C]."""
+    return x.flatten(2).mT.flatten(1) if x.dim() > 2 else x
+
+
+def from_rows(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """[b, pixels * C] as [b, C, *size]; ``shape`` is [C, *size]."""
+    return rows.unflatten(1, (-1, shape[0])).mT.reshape(-1, *shape)
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    return [slice(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
+
+
+def _geometry(op: Operator) -> ConvGeometry:
+    return ConvGeometry(
+        in_channels=op.input_shape[0],
+        out_channels=op.output_shape[0],
+        groups=op.groups,
+        kernel=op.kernel,
+        input_size=op.input_size,
+        output_size=op.output_size,
+        stride=op.stride,
+        dilation=op.dilation,
+        padding=op.padding,
+        padding_mode=op.padding_mode,
+    )
+
+
+class _ConvStack:
+    """Convolutions and matrices."""
+
+    def __init__(self, ops: Sequence[Operator], chains: int, dtype: torch.dtype) -> None:
+        self.dtype, self.device = dtype, ops[0].weight.device
+        self.domain = _slices([chains * prod(op.input_shape) for op in ops])
+        self.range = _slices([chains * prod(op.output_shape) for op in ops])
+        self.chains = _slices([chains] * len(ops))
+        geometries, counts = [_geometry(op) for op in ops], [chains] * len(ops)
+        self._directions = []
+        for adjoint in (False, True):
+            plan = operator_plan(geometries, counts, adjoint=adjoint, device=self.device)
+            weights = torch.empty(plan.weight_size, dtype=dtype, device=self.device)
+            sizes = [packed_size(g, adjoint) for g in geometries]
+            for op, place in zip(ops, _slices(sizes), strict=True):
+                pack_weight(op.weight, op.groups, adjoint=adjoint, out=weights[place])
+            self._directions.append((plan, weights))
+
+    def forward(self, x: Tensor, out: Tensor | None = None, **history: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._apply(*self._directions[0], x, out, history)
+
+    def adjoint(self, x: Tensor, out: Tensor | None = None, **history: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._apply(*self._directions[1], x, out, history)
+
+    @staticmethod
+    def _apply(
+        plan: OperatorPlan, weights: Tensor, x: Tensor, out: Tensor | None, history: dict[str, Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        out = x.new_empty(plan.target_size) if out is None else out
+        square = torch.zeros(plan.chains, dtype=torch.float64, device=x.device)
+        return operator_step_(out, square, x, weights, plan, **history), square
+
+
+class _ComposedStack:
+    """Composed operators: one stack for each of their parts, and the identity beside them."""
+
+    def __init__(self, ops: Sequence[Composed], chains: int, dtype: torch.dtype) -> None:
+        self._ops = ops
+        self._parts = [_ConvStack([op.parts[i] for op in ops], chains, dtype) for i in range(len(ops[0].parts))]
+        self.domain, self.range = self._parts[0].domain, self._parts[-1].range
+        self.chains, self.dtype, self.device = self._parts[0].chains, dtype, self._parts[0].device
+
+    def forward(
+        self, x: Tensor, out: Tensor | None = None, *, active: Tensor | None = None, **history: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y = x
+        for part in self._parts:
+            y, _ = part.forward(y, out if part is self._parts[-1] else None, active=active)
+        return self._finish(y, x, self.range, self.domain, active, **history)
+
+    def adjoint(
+        self, x: Tensor, out: Tensor | None = None, *, active: Tensor | None = None, **history: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y = x
+        for part in reversed(self._parts):
+            y, _ = part.adjoint(y, out if part is self._parts[0] else None, active=active)
+        return self._finish(y, x, self.domain, self.range, active, **history)
+
+    def _finish(
+        self,
+        product: Tensor,
+        x: Tensor,
+        targets: list[slice],
+        sources: list[slice],
+        active: Tensor | None,
+        x_square: Tensor | None = None,
+        previous: Tensor | None = None,
+        previous_square: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        square = torch.zeros(self.chains[-1].stop, dtype=torch.float64, device=x.device)
+        on = [True] * len(self._ops) if active is None else active.tolist()
+        for i, op in enumerate(self._ops):
+            if not on[i]:
+                continue
+            own = self.chains[i]
+            rows = product[targets[i]].unflatten(0, (own.stop - own.start, -1))  # a view: finished in place
+            rows *= op.scale
+            if op.identity:
+                rows += op.identity * x[sources[i]].view_as(rows)
+            if x_square is not None:
+                length = x_square[own].sqrt()
+                rows *= torch.where(length > 0, 1.0 / length, 0.0).to(rows.dtype)[:, None]
+                if previous is not None and previous_square is not None:
+                    other = previous_square[own].sqrt()
+                    shift = torch.where(other > 0, length / other, 0.0).to(rows.dtype)
+                    rows -= shift[:, None] * previous[targets[i]].view_as(rows)
+            square[own] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+        return product, square
