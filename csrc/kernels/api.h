@@ -91,8 +91,8 @@ struct OperatorStep {
   void* sums;
   int32_t* counters;
 
-  static constexpr int64_t kBlock = 64;  // target channels of a full block
-  static constexpr int64_t kLanes = 16;  // a block's channels are padded to a multiple of this
+  static constexpr int64_t kBlock = 64;        // target channels of a full block
+  static constexpr int64_t kLanes = 16;        // a block's channels are padded to a multiple of this
   static constexpr int64_t kPartColumns = 64;  // most columns of a tile in parts
   struct Problem {
     int64_t depthwise, source_at, target_at, weight_at, chain_at, chains, groups, taps;

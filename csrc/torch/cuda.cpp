@@ -69,8 +69,8 @@ void operator_step_(Tensor out, Tensor out_square, const Tensor& x, OptionalTens
   Tensor partial = torch::stable::new_empty(out_square, {tiles.size(0), most_chains});
   Tensor sums = torch::stable::new_empty(out, {parts, OperatorStep::kBlock * OperatorStep::kPartColumns});
   Tensor counters = torch::stable::new_empty(entries, {problems.size(0) + parts});
-  OperatorStep step = operator_step_of(out, out_square, x, x_square, previous, previous_square, weights, problems, tiles,
-                                       bundles, entries, most_chains, parts, active, partial);
+  OperatorStep step = operator_step_of(out, out_square, x, x_square, previous, previous_square, weights, problems,
+                                       tiles, bundles, entries, most_chains, parts, active, partial);
   step.sums = sums.mutable_data_ptr();
   step.counters = static_cast<int32_t*>(counters.mutable_data_ptr());
   launch(&cuda::operator_step_, step, out);

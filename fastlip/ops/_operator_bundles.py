@@ -57,6 +57,10 @@ def merged(bundles: Sequence[Bundle], chains: int, width: int) -> list[Bundle]:
             counts[where] = np.maximum(counts[where], own)
             pixels[where] += size
             members[where].append(bundle)
+    apart = sum(_cost(c.sum(), size * chains, width) for c, size in zip(counts, pixels, strict=True))
+    whole = np.max(counts, axis=0)
+    if _cost(whole.sum(), sum(pixels) * chains, width) < apart:  # no single merger may pay where all of them do
+        return [_joined(list(bundles), whole)]
     return [_joined(parts, count) for parts, count in zip(members, counts, strict=True)]
 
 

@@ -155,13 +155,16 @@ def operator_plan(
     on_gpu = device.type == "cuda"
     if len(chains) != len(geometries) or any(c < 1 for c in chains):
         raise ValueError(f"chains must be {len(geometries)} numbers of at least 1, got {list(chains)}")
+    for g, b in zip(geometries, chains, strict=True):
+        if b * max(g.input[1], g.output[1]) >= 2**31:
+            raise ValueError(f"chains times pixels must be below 2**31, got {b} chains of {g}")
     if tile_columns is None:
         tile_columns = 64 if on_gpu else 48
     if tile_columns < 1:
         raise ValueError(f"tile_columns must be at least 1, got {tile_columns}")
     if part_products is not None and part_products != 0 and not (part_products > 0 and tile_columns <= PART_COLUMNS):
         raise ValueError(
-            f"part_products must be at least 0, and 0 for tiles of more than {PART_COLUMNS} columns, got {part_products}"
+            f"part_products must be at least 0, and 0 where tile_columns is above {PART_COLUMNS}, got {part_products}"
         )
     if merge is None:
         merge = on_gpu
@@ -237,7 +240,8 @@ class _Run:
 
     def tiles(self, place: tuple[int, ...], width: int, part_products: int, slot: int) -> Ints:
         parts = max(1, round(self.products / part_products)) if part_products else 1
-        first, part = (a.ravel() for a in np.meshgrid(np.arange(0, self.columns, width), np.arange(parts), indexing="ij"))
+        starts = np.arange(0, self.columns, width)
+        first, part = np.repeat(starts, parts), np.tile(np.arange(parts), starts.size)
         slots = slot + np.arange(first.size) if parts > 1 else np.full(first.size, -1)
         columns = np.minimum(width, self.columns - first)
         fixed = np.broadcast_to(place, (first.size, 4))

@@ -4,8 +4,8 @@
 
 namespace fastlip::cuda {
 
-// Copy the first `valid` of kBytes (4, 8 or 16), all aligned to kBytes, and fill the rest with zeros. kNear keeps a copy
-// in L1, which smaller accesses take anyway.
+// Copy the first `valid` of kBytes (4, 8 or 16), all aligned to kBytes, and fill the rest with zeros. kNear keeps a
+// copy in L1, which smaller accesses take anyway.
 template <int kBytes, bool kNear>
 __device__ __forceinline__ void copy_async(void* to, const void* from, int valid) {
 #ifdef __CUDA_ARCH__

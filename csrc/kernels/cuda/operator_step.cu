@@ -8,9 +8,9 @@
 //
 // One block of 64 threads takes one row of the tile table: up to 64 target channels by 64 columns (pixels and chains)
 // over a part of the products. No thread knows the geometry: for each tap the table names the source pixel of a target
-// pixel, and its channels, contiguous, are gathered by asynchronous copies of 16 bytes (of one element where channels or
-// addresses are odd) three chunks deep; zeros are filled in where no pixel is met. A thread multiplies 8 channels by 8
-// columns, 256 multiply-adds for every 16 reads of 16 bytes from shared memory; on tiles of fewer channels or columns
+// pixel, and its channels, contiguous, are gathered by asynchronous copies of 16 bytes (of one element where channels
+// or addresses are odd) three chunks deep; zeros are filled in where no pixel is met. A thread multiplies 8 channels by
+// 8 columns, 256 multiply-adds for every 16 reads of 16 bytes from shared memory; on tiles of fewer channels or columns
 // threads share the products instead. float32 sums are blocked: 64 products in one register, then added to another.
 //
 // Parts of a tile leave their sums in scratch, and the one that finishes last adds them up in order. Then the tile is
@@ -96,7 +96,8 @@ class TileBlock {
     if (at >= columns_) return;
     const int chain = place_.chain_of(first_ + at);
     const Scales<T> scales(p_, problem_.chain_at + chain);
-    shared_.target_at[at] = place_.target_of(chain * place_.target_pixels + place_.targets[place_.pixel_of(first_ + at)]);
+    shared_.target_at[at] =
+        place_.target_of(chain * place_.target_pixels + place_.targets[place_.pixel_of(first_ + at)]);
     shared_.scale[at] = scales.scale;
     shared_.shift[at] = scales.shift;
   }
@@ -106,8 +107,7 @@ class TileBlock {
     const int valid = place_.rows - row < kPiece ? place_.rows - row : kPiece;
     const int64_t at = shared_.target_at[column] + row;
     T previous[kPiece] = {};
-    if (p_.previous != nullptr)
-      load<T>(static_cast<const T*>(p_.previous) + at, valid, wide_previous_, previous);
+    if (p_.previous != nullptr) load<T>(static_cast<const T*>(p_.previous) + at, valid, wide_previous_, previous);
     double squares = 0;
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) {
@@ -173,7 +173,10 @@ class TileBlock {
       const int left = place_.channels - channel;
       const bool real = fetch.source[i] >= 0;
       const T* const from = x + (real ? place_.source_of(fetch.source[i]) + channel : place_.source_at);
-      copy_piece<true>(stage.columns[column] + mine * kPiece, from, !real ? 0 : left < kPiece ? left : kPiece,
+      copy_piece<true>(stage.columns[column] + mine * kPiece, from,
+                       !real           ? 0
+                       : left < kPiece ? left
+                                       : kPiece,
                        wide_source_);
     }
   }
@@ -303,7 +306,8 @@ class TileBlock {
   __device__ void gather_splits(const Shape& shape, Sums& total) {
     const int width = shape.row_groups * shape.column_groups, mine = shape.split(threadIdx.x);
     for (int split = 1; split < shape.splits; ++split) {
-      if (mine == split) each(total, [&](int index, T& value) { shared_.exchanged[index][threadIdx.x % width] = value; });
+      if (mine == split)
+        each(total, [&](int index, T& value) { shared_.exchanged[index][threadIdx.x % width] = value; });
       __syncthreads();
       if (mine == 0) each(total, [&](int index, T& value) { value += shared_.exchanged[index][threadIdx.x]; });
       __syncthreads();
@@ -404,7 +408,8 @@ class TileBlock {
           if (first + i * kGroups >= columns_) continue;
           const int source = place_.sources[tap * place_.pixels + place_.pixel_of(column)];
           if (source < 0) continue;
-          load<T>(x + place_.source_of(place_.chain_of(column) * place_.source_pixels + source), valid, wide_source_, value);
+          load<T>(x + place_.source_of(place_.chain_of(column) * place_.source_pixels + source), valid, wide_source_,
+                  value);
 #pragma unroll
           for (int k = 0; k < kPiece; ++k) sums[i][k] += weight[k] * value[k];
         }
@@ -424,8 +429,8 @@ class TileBlock {
   const OperatorStep::Problem problem_;
   const TilePlace place_;
   bool wide_weights_, wide_source_, wide_target_, wide_previous_;
-  int first_;      // column
-  int columns_;    // of this square
+  int first_;    // column
+  int columns_;  // of this square
   int square_groups_;
 };
 

@@ -15,10 +15,10 @@ struct TilePlace {
   const int32_t* targets;  // [pixels]
   const int32_t* sources;  // [bundle's taps, pixels]
   int64_t pixels;
-  int64_t source_at, source_row;  // of the group's first channel in pixel 0 and chain 0; from pixel to pixel
-  int64_t target_at, target_row;  // the same of the block's first channel
-  int64_t weight_at;              // of the block
-  int column, columns;            // fewer than 2^31 in a bundle
+  int64_t source_at, source_row;     // of the group's first channel in pixel 0 and chain 0; from pixel to pixel
+  int64_t target_at, target_row;     // the same of the block's first channel
+  int64_t weight_at;                 // of the block
+  int column, columns;               // fewer than 2^31 in a bundle
   int source_pixels, target_pixels;  // of a chain; times the chains fewer than 2^31, too
   int tap_count, channels, chains;
   int lanes, rows;  // channels of the block as packed, and as they are
@@ -40,8 +40,8 @@ struct TilePlace {
         tap_count(static_cast<int>(bundle.taps)),
         channels(static_cast<int>(problem.source_channels)),
         chains(static_cast<int>(problem.chains)) {
-    const int64_t padded = (problem.target_channels + OperatorStep::kLanes - 1) / OperatorStep::kLanes *
-                           OperatorStep::kLanes;
+    const int64_t padded =
+        (problem.target_channels + OperatorStep::kLanes - 1) / OperatorStep::kLanes * OperatorStep::kLanes;
     const int64_t left = problem.target_channels - tile.block * kTileRows;
     lanes = static_cast<int>(padded - tile.block * kTileRows < kTileRows ? padded - tile.block * kTileRows : kTileRows);
     rows = static_cast<int>(left < kTileRows ? left : kTileRows);
@@ -75,7 +75,9 @@ struct Chunks {
       : taps(taps),
         channels(channels),
         pieces((channels + kPiece - 1) / kPiece),
-        taps_each(pieces == 1 ? 4 : pieces == 2 ? 2 : 1),
+        taps_each(pieces == 1   ? 4
+                  : pieces == 2 ? 2
+                                : 1),
         tap_chunks((taps + taps_each - 1) / taps_each),
         count(tap_chunks * ((pieces + kPieces - 1) / kPieces)) {}
 

@@ -237,9 +237,7 @@ def _operator_tile_kernel(
 
 
 @triton.jit
-def _operator_squares_kernel(
-    out_square_ptr, problems_ptr, tiles_ptr, active_ptr, partial_ptr, most_chains
-):
+def _operator_squares_kernel(out_square_ptr, problems_ptr, tiles_ptr, active_ptr, partial_ptr, most_chains):
     """One program for each operator: the sum of its tiles' squares, in their order."""
     problem_row = tl.program_id(0).to(tl.int64)
     problem = problems_ptr + problem_row * _PROBLEM
