@@ -41,16 +41,16 @@ def lanczos_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
         )
     sketches = _sketches(plan, least.min())
     run = Recurrence(operators, torch.cat(starts))
-    steps = _iterate(run, least, plan, sketches.scale, operators.device)
+    steps = _iterate(run, least, plan, sketches.scale)
     return certify(ops, run, steps, least, plan, sketches)
 
 
-def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float, device: torch.device) -> list[int]:
+def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> list[int]:
     """Run every operator until its interval is expected to be narrow enough; the steps each of them took."""
     steps = [0] * len(overlaps)
     open_ = list(range(len(overlaps)))
     widths: list[list[tuple[int, float]]] = [[] for _ in open_]
-    active = torch.ones(len(steps), dtype=torch.bool, device=device)
+    active = torch.ones(len(steps), dtype=torch.bool, device=run.device)
     check = _FIRST_CHECK
     while open_:
         run.step(active)

@@ -2,21 +2,24 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastlip.norms._certificate import Array, Ritz, krylov_bound, normal_equations, ritz
-from fastlip.norms._composed import AnyOperator, forward_error, magnitude
+from fastlip.norms._composed import AnyOperator, forward_error, magnitude, weight_numel
 from fastlip.norms._iterate import Iterate, Plan, norm_error
 from fastlip.norms._recurrence import Recurrence
 from fastlip.norms._stack import from_rows, stack
 
 #: Elements of each vector that are brought to float64 and summed at a time: they stay in cache.
 _WIDTH = 2048
+#: Bytes that operators measured together may take on a CPU: memory that is used again costs no page faults.
+_WORKING_SET = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -42,54 +45,82 @@ class _Chains:
     size: float  # largest sum of magnitudes of a z
 
 
+class _Measured(NamedTuple):
+    """One operator's lower side, an upper bound on the largest ||F z||, and the vector that attains the lower side."""
+
+    lower: float
+    residual: float
+    vector: Tensor
+
+
 def certify(
     ops: Sequence[AnyOperator], run: Recurrence, steps: list[int], overlaps: Array, plan: Plan, sketches: Sketches
 ) -> list[Iterate]:
     """Intervals of operators after ``steps`` steps each, from starts whose least overlaps are given."""
-    b, vectors = plan.starts, sketches.amount + 1
+    b = plan.starts
     alpha, beta = run.coefficients()
-    # Rounding the weights to the plan's arithmetic is part of F, which is measured against the exact ones.
-    exact = stack(ops, vectors, torch.float64)
-    chains, combined, targets = [], [], []
+    chains = []
     for i, k in enumerate(steps):
         own = slice(i * b, (i + 1) * b)
         chains.append(_chains(alpha[own, :k], beta[own, : k + 1], plan.generator, sketches.amount))
-        sums = _combine(run.basis(i, k + 1), torch.from_numpy(chains[-1].coefficients))
-        combined.append(sums[:vectors].flatten())
-        targets.append(sums[vectors:])
-    images, squares = exact.forward(torch.cat(combined))
-    back, _ = exact.adjoint(images)
-
-    lowers, residuals, ritz_vectors = [], [], []
-    for i, op in enumerate(ops):
-        relative, slack, bound = norm_error(op), forward_error(op), magnitude(op)
-        rows = combined[i].unflatten(0, (vectors, -1))
-        length, stretch = torch.linalg.vector_norm(rows[-1]).item(), math.sqrt(squares[exact.chains[i]][-1].item())
-        lower = (stretch / length * (1.0 - relative) - slack) if length > 0.0 else 0.0
-        lowers.append(max(lower, 0.0))
-        missed = back[exact.domain[i]].unflatten(0, (vectors, -1))[:-1] - targets[i]
-        # Evaluating F z in float64 rounds too: the two applications, and the sums that form V z and V T z.
-        evaluation = chains[i].size * (2.1 * slack * bound + 1e-15 * (steps[i] * b + 8) * bound**2)
-        norm = torch.linalg.vector_norm(missed, dim=1).max().item()
-        residuals.append((norm * (1.0 + relative) + evaluation) / sketches.scale)
-        ritz_vectors.append(from_rows(rows[-1:], op.input_shape)[0] if plan.keep_vectors else None)
-
+    found: list[_Measured] = []
+    for part in _parts(ops, sketches.amount + 1, run.device):
+        found += _measure([ops[i] for i in part], [run.basis(i, steps[i] + 1) for i in part], [chains[i] for i in part])
     uppers = np.zeros(len(ops))
     together = defaultdict(list)
     for i, k in enumerate(steps):
         together[k].append(i)
     for group in together.values():
         off = np.concatenate([chains[i].off for i in group])
-        decomposed = Ritz(
-            *(np.concatenate(parts) for parts in zip(*(chains[i].decomposed for i in group), strict=True))
-        )
+        parts = zip(*(chains[i].decomposed for i in group), strict=True)
+        decomposed = Ritz(*(np.concatenate(part) for part in parts))
         last = np.array([1.0 + norm_error(ops[i]) for i in group]).repeat(b)
-        per_chain = np.array([residuals[i] for i in group]).repeat(b), overlaps[group].repeat(b)
-        uppers[group] = krylov_bound(decomposed, off, last, *per_chain).reshape(-1, b).max(axis=1)
-    return [
-        Iterate(lower, upper, k, vector)
-        for lower, upper, k, vector in zip(lowers, uppers.tolist(), steps, ritz_vectors, strict=True)
+        residuals = np.array([found[i].residual / sketches.scale for i in group]).repeat(b)
+        bounds = krylov_bound(decomposed, off, last, residuals, overlaps[group].repeat(b))
+        uppers[group] = bounds.reshape(-1, b).max(axis=1)
+    vectors = [
+        from_rows(m.vector, op.input_shape)[0] if plan.keep_vectors else None for m, op in zip(found, ops, strict=True)
     ]
+    lowers = [m.lower for m in found]
+    return [Iterate(*interval) for interval in zip(lowers, uppers.tolist(), steps, vectors, strict=True)]
+
+
+def _parts(ops: Sequence[AnyOperator], vectors: int, device: torch.device) -> Iterator[list[int]]:
+    """Runs of operators to be measured together, within a working set."""
+    most = _WORKING_SET if device.type == "cpu" else 32 * _WORKING_SET
+    part: list[int] = []
+    used = 0
+    for i, op in enumerate(ops):
+        needed = 8 * (4 * vectors * math.prod(op.input_shape) + 2 * weight_numel(op))
+        if part and used + needed > most:
+            yield part
+            part, used = [], 0
+        part.append(i)
+        used += needed
+    yield part
+
+
+def _measure(ops: list[AnyOperator], bases: list[list[Tensor]], chains: list[_Chains]) -> list[_Measured]:
+    """Apply the operators in float64 to what is combined from their bases."""
+    vectors = (len(chains[0].coefficients) + 1) // 2
+    # Rounding the weights to the plan's arithmetic is part of F, which is measured against the exact ones.
+    exact = stack(ops, vectors, torch.float64)
+    sums = [_combine(basis, torch.from_numpy(c.coefficients)) for basis, c in zip(bases, chains, strict=True)]
+    images, squares = exact.forward(torch.cat([total[:vectors].flatten() for total in sums]))
+    back, _ = exact.adjoint(images)
+    found = []
+    for i, op in enumerate(ops):
+        relative, slack, bound = norm_error(op), forward_error(op), magnitude(op)
+        vector = sums[i][vectors - 1 : vectors]
+        length, stretch = torch.linalg.vector_norm(vector).item(), math.sqrt(squares[exact.chains[i]][-1].item())
+        lower = (stretch / length * (1.0 - relative) - slack) if length > 0.0 else 0.0
+        missed = back[exact.domain[i]].unflatten(0, (vectors, -1))[:-1].sub_(sums[i][vectors:])
+        norm = torch.linalg.vector_norm(missed, dim=1).max().item()
+        # Evaluating F z in float64 rounds too: the two applications, and the sums that form V z and V T z.
+        columns = chains[i].off.size
+        evaluation = chains[i].size * (2.1 * slack * bound + 1e-15 * (columns + 8) * bound**2)
+        found.append(_Measured(max(lower, 0.0), norm * (1.0 + relative) + evaluation, vector))
+    return found
 
 
 def _chains(alpha: Array, beta: Array, generator: torch.Generator, amount: int) -> _Chains:

@@ -17,7 +17,7 @@ class Recurrence:
 
     def __init__(self, operators: Stack, starts: Tensor) -> None:
         """Begin at ``starts``, flat, of norm 1 up to rounding."""
-        self._stack = operators
+        self._stack, self.device = operators, operators.device
         rows = [
             starts[place].unflatten(0, (chains.stop - chains.start, -1))
             for place, chains in zip(operators.domain, operators.chains, strict=True)
