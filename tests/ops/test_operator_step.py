@@ -292,7 +292,7 @@ def test_sums_of_many_products_lose_little(device):
     ops.operator_step_(out, found, x, weights, plan)
     want = to_flat(images[0])
     error = (out.cpu().double() - want).norm() / want.norm()
-    assert error < (2e-7 if device == "cuda" else 1e-6)
+    assert error < (4e-7 if device == "cuda" or HOST_CUDA else 1e-6)  # blocked sums, as the CUDA source has them
 
 
 def test_the_cpu_library_refuses_parts():

@@ -15,11 +15,12 @@ struct TilePlace {
   const int32_t* targets;  // [pixels]
   const int32_t* sources;  // [bundle's taps, pixels]
   int64_t pixels;
-  int64_t source_at, source_row;     // of the group's first channel in pixel 0 and chain 0; from pixel to pixel
-  int64_t target_at, target_row;     // the same of the block's first channel
+  int64_t source_at;                 // of the group's first channel in pixel 0 and chain 0
+  int64_t target_at;                 // of the block's first channel there
   int64_t weight_at;                 // of the block
-  int column, columns;               // fewer than 2^31 in a bundle
+  int source_row, target_row;        // from pixel to pixel
   int source_pixels, target_pixels;  // of a chain; times the chains fewer than 2^31, too
+  int column, columns;               // fewer than 2^31 in a bundle
   int tap_count, channels, chains;
   int lanes, rows;  // channels of the block as packed, and as they are
 
@@ -30,13 +31,13 @@ struct TilePlace {
         sources(p.entries + bundle.sources_at),
         pixels(bundle.pixels),
         source_at(problem.source_at + tile.group * problem.source_channels),
-        source_row(problem.groups * problem.source_channels),
         target_at(problem.target_at + tile.group * problem.target_channels + tile.block * kTileRows),
-        target_row(problem.groups * problem.target_channels),
-        column(static_cast<int>(tile.column)),
-        columns(static_cast<int>(tile.columns)),
+        source_row(static_cast<int>(problem.groups * problem.source_channels)),
+        target_row(static_cast<int>(problem.groups * problem.target_channels)),
         source_pixels(static_cast<int>(problem.source_pixels)),
         target_pixels(static_cast<int>(problem.target_pixels)),
+        column(static_cast<int>(tile.column)),
+        columns(static_cast<int>(tile.columns)),
         tap_count(static_cast<int>(bundle.taps)),
         channels(static_cast<int>(problem.source_channels)),
         chains(static_cast<int>(problem.chains)) {
@@ -53,11 +54,12 @@ struct TilePlace {
   FASTLIP_HD int pixel_of(int at) const { return at / chains; }
   FASTLIP_HD int chain_of(int at) const { return at % chains; }
   // Offset in x of a source pixel's channels, and in out of a target pixel's; pixels are counted over all chains.
-  FASTLIP_HD int64_t source_of(int pixel) const { return source_at + pixel * source_row; }
-  FASTLIP_HD int64_t target_of(int pixel) const { return target_at + pixel * target_row; }
-  // Offset of the weights with which a channel meets the block through a tap of the kernel.
+  FASTLIP_HD int64_t source_of(int pixel) const { return source_at + static_cast<int64_t>(pixel) * source_row; }
+  FASTLIP_HD int64_t target_of(int pixel) const { return target_at + static_cast<int64_t>(pixel) * target_row; }
+  // Offset of the weights with which a channel meets the block through a tap of the kernel; a channel of the block has
+  // fewer than 2^31 of them.
   FASTLIP_HD int64_t weight_of(int tap, int channel) const {
-    return weight_at + (static_cast<int64_t>(tap) * channels + channel) * lanes;
+    return weight_at + static_cast<int64_t>(tap * channels + channel) * lanes;
   }
 };
 
