@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run of under nine minutes: install, tests on the CUDA library and on Triton,
-# compute-sanitizer, benchmarks. The machine has to have nvcc, torch, triton, scikit-build-core, pybind11 and pytest;
+# compute-sanitizer, measured ceilings and benchmarks. The machine has to have nvcc, torch, triton, scikit-build-core, pybind11 and pytest;
 # nothing is fetched. Logs, JUnit reports and CSVs go to ${OUT:-benchmarks/results/gpu}; a table comes last.
 # A step that fails or overruns its time does not stop later ones; the exit status says whether all of them passed.
 set -euo pipefail
@@ -30,7 +30,7 @@ step() {
   fi
   local counts
   counts=$(grep -aE '[0-9]+ (passed|failed|error)|(ERROR|RACECHECK) SUMMARY' "$name.log" | tail -n 1 | tr -d '=' || true)
-  table+=("$(printf '%-12s %-14s %4d s  %s' "$name" "$verdict" $((SECONDS - begun)) "$counts")")
+  table+=("$(printf '%-19s %-13s %4d s  %s' "$name" "$verdict" $((SECONDS - begun)) "$counts")")
 }
 
 # tests NAME SECONDS BACKEND PYTEST_ARGUMENT...
@@ -46,24 +46,34 @@ tests() {
 sanitize() {
   step "$1" "$2" env FASTLIP_BACKEND=native PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$3" \
     --target-processes all --error-exitcode 99 "$python" -m pytest -q -c "$repository/pyproject.toml" \
-    --rootdir "$repository" -p no:cacheprovider -m "gpu and not slow" -k "${SANITIZE:-layouts or values_per_sample or large}" "$repository/tests/ops"
+    --rootdir "$repository" -p no:cacheprovider -m "gpu and not slow" -k "${SANITIZE:-$smaller}" "$repository/tests/ops"
+}
+smaller="layouts or values_per_sample or large or all_at_once or odd_addresses or (random_geometries and merged)"
+
+# bench NAME SECONDS ARGUMENT...: a benchmark on the CUDA library.
+bench() {
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" env FASTLIP_BACKEND=native "$python" "$repository/benchmarks/$name.py" --device cuda --out "$out" "$@"
 }
 
 # Limits add up to less than nine minutes.
 step machine 10 nvidia-smi
-step install 140 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "$repository"
+step install 130 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "$repository"
 step build_info 20 "$python" -m fastlip
 tests native 60 native "$repository/tests"
-tests triton 80 triton "$repository/tests/ops"
-sanitize memcheck 50 memcheck
-sanitize racecheck 50 racecheck
-step bench 90 env FASTLIP_BACKEND=native "$python" "$repository/benchmarks/bench_pgd_step.py" --device cuda \
-  --seconds 0.2 --out "$out"
-step bench_apgd 30 env FASTLIP_BACKEND=native "$python" "$repository/benchmarks/bench_apgd_step.py" --device cuda --no-compile --seconds 0.1 --out "$out"
+tests triton 70 triton "$repository/tests/ops"
+sanitize memcheck 45 memcheck
+sanitize racecheck 45 racecheck
+bench bench_operator_step 45 --seconds 0.1
+bench bench_pgd_step 60 --seconds 0.1
+bench bench_apgd_step 20 --no-compile --seconds 0.1
+if [[ -f $repository/benchmarks/bench_layer_norms.py ]]; then bench bench_layer_norms 30; fi
 
-for log in build_info bench bench_apgd; do
+for log in build_info bench_operator_step bench_pgd_step bench_apgd_step bench_layer_norms; do
+  [[ -f $log.log ]] || continue
   printf '\n--- %s\n' "$log"
-  tail -n 40 "$log.log"
+  tail -n 45 "$log.log"
 done
 printf '\n'
 printf '%s\n' "${table[@]}"

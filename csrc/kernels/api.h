@@ -85,9 +85,15 @@ struct OperatorStep {
   double* partial;        // scratch, tile_count x most_chains: squared norms of what each tile wrote
   DType dtype;            // f32 or f64
   int64_t problem_count, tile_count, most_chains;
+  // CUDA only: rows of `tiles` that are parts of a tile; scratch, kBlock x kPartColumns elements for each of them; and
+  // problem_count + parts numbers.
+  int64_t parts;
+  void* sums;
+  int32_t* counters;
 
-  static constexpr int64_t kBlock = 64;  // target channels of a full block
-  static constexpr int64_t kLanes = 16;  // a block's channels are padded to a multiple of this
+  static constexpr int64_t kBlock = 64;        // target channels of a full block
+  static constexpr int64_t kLanes = 16;        // a block's channels are padded to a multiple of this
+  static constexpr int64_t kPartColumns = 64;  // most columns of a tile in parts
   struct Problem {
     int64_t depthwise, source_at, target_at, weight_at, chain_at, chains, groups, taps;
     int64_t source_channels, target_channels;  // per group
@@ -99,6 +105,7 @@ struct OperatorStep {
   };
   struct Tile {
     int64_t problem, bundle, group, block, column, columns;
+    int64_t part, parts, slot;  // slot: of `sums`, -1 for a whole tile
   };
 };
 
@@ -133,6 +140,7 @@ namespace cuda {
 int pgd_step_(const PgdStep& step, void* stream);
 int random_start(const RandomStart& start, void* stream);
 int apgd_step_(const ApgdStep& step, void* stream);
+int operator_step_(const OperatorStep& step, void* stream);
 const char* error_string(int error);
 }  // namespace cuda
 }  // namespace fastlip

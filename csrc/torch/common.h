@@ -208,7 +208,7 @@ inline ApgdStep apgd_step_of(Tensor& x, const Tensor& grad, const Tensor& loss, 
 inline OperatorStep operator_step_of(Tensor& out, Tensor& out_square, const Tensor& x, const OptionalTensor& x_square,
                                      const OptionalTensor& previous, const OptionalTensor& previous_square,
                                      const Tensor& weights, const Tensor& problems, const Tensor& tiles,
-                                     const Tensor& bundles, const Tensor& entries, int64_t most_chains,
+                                     const Tensor& bundles, const Tensor& entries, int64_t most_chains, int64_t parts,
                                      const OptionalTensor& active, Tensor& partial) {
   const DType dtype = dtype_of(out, "out");
   STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, "out must be float32 or float64");
@@ -246,7 +246,10 @@ inline OperatorStep operator_step_of(Tensor& out, Tensor& out_square, const Tens
           dtype,
           problems.size(0),
           tiles.size(0),
-          most_chains};
+          most_chains,
+          parts,
+          nullptr,
+          nullptr};
 }
 
 // Logical dimension 1 where x is channels_last, else 1; see RandomStart::channels.

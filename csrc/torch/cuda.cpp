@@ -12,14 +12,13 @@ namespace fastlip {
 namespace {
 
 // Launches on the current stream of x's device, which stays current for the launch.
-const PgdStep& extent(const ApgdStep& step) { return step.step; }
-template <typename Parameters>
-const Parameters& extent(const Parameters& parameters) {
-  return parameters;
-}
+bool empty(const PgdStep& step) { return step.batch == 0 || step.size == 0; }
+bool empty(const ApgdStep& step) { return empty(step.step); }
+bool empty(const RandomStart& start) { return start.batch == 0 || start.size == 0; }
+bool empty(const OperatorStep& step) { return step.tile_count == 0; }
 template <typename Parameters>
 void launch(int (*launcher)(const Parameters&, void*), const Parameters& parameters, const Tensor& x) {
-  if (extent(parameters).batch == 0 || extent(parameters).size == 0) return;
+  if (empty(parameters)) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
@@ -62,6 +61,21 @@ void apgd_step_(Tensor x, const Tensor& grad, const Tensor& loss, const Tensor& 
          x);
 }
 
+void operator_step_(Tensor out, Tensor out_square, const Tensor& x, OptionalTensor x_square, OptionalTensor previous,
+                    OptionalTensor previous_square, const Tensor& weights, const Tensor& problems, const Tensor& tiles,
+                    const Tensor& bundles, const Tensor& entries, int64_t most_chains, int64_t parts,
+                    OptionalTensor active) {
+  STD_TORCH_CHECK(parts >= 0, "parts must not be negative");
+  Tensor partial = torch::stable::new_empty(out_square, {tiles.size(0), most_chains});
+  Tensor sums = torch::stable::new_empty(out, {parts, OperatorStep::kBlock * OperatorStep::kPartColumns});
+  Tensor counters = torch::stable::new_empty(entries, {problems.size(0) + parts});
+  OperatorStep step = operator_step_of(out, out_square, x, x_square, previous, previous_square, weights, problems,
+                                       tiles, bundles, entries, most_chains, parts, active, partial);
+  step.sums = sums.mutable_data_ptr();
+  step.counters = static_cast<int32_t*>(counters.mutable_data_ptr());
+  launch(&cuda::operator_step_, step, out);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlip, CUDA, m) {
@@ -69,6 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CUDA, m) {
   m.impl("project_", TORCH_BOX(&project_));
   m.impl("random_start", TORCH_BOX(&random_start));
   m.impl("apgd_step_", TORCH_BOX(&apgd_step_));
+  m.impl("operator_step_", TORCH_BOX(&operator_step_));
 }
 
 }  // namespace fastlip

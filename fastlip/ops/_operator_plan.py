@@ -8,6 +8,9 @@ bundle's columns, a column being a pixel and a chain (one of the vectors an oper
 Memory: vectors are [chains, pixels, channels] (channels_last), one operator after the other. Weights are
 [groups, blocks of at most 64 target channels, taps, source channels, lanes], a block's channels padded with zeros to a
 multiple of 16; those of depthwise convolutions [blocks, taps, lanes].
+
+Plans for GPUs have wider tiles, merge small bundles, and cut tiles of many products into parts, rows of their own that
+are summed up at the end: a GPU needs more to do at once than a few small maps of many channels offer.
 """
 
 import math
@@ -17,8 +20,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from fastlip.ops._operator_bundles import Bundle, Ints, merged
 
 #: Target channels of a full block, and what a block's channels are padded to a multiple of.
 BLOCK, LANES = 64, 16
@@ -40,9 +44,11 @@ PROBLEM = (
     "tiles",
 )
 BUNDLE = ("taps", "pixels", "taps_at", "targets_at", "sources_at")
-TILE = ("problem", "bundle", "group", "block", "column", "columns")
-
-Ints = NDArray[np.int64]
+TILE = ("problem", "bundle", "group", "block", "column", "columns", "part", "parts", "slot")
+#: Most columns of a tile in parts, whose sums take 64 x 64 elements of scratch each.
+PART_COLUMNS = 64
+#: Fewest products of a part, and how many parts a multiprocessor should get.
+_LEAST_PRODUCTS, _PARTS_EACH = 512, 8
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ class OperatorPlan:
 
     Attributes:
         problems: [P, 14] int64, one row an operator, columns ``PROBLEM``; offsets count elements.
-        tiles: [T, 6] int64, columns ``TILE``; those of one operator stand together.
+        tiles: [T, 9] int64, columns ``TILE``; those of one operator stand together, as do the parts of one tile.
+            ``slot`` counts the rows that are parts, -1 for a whole tile.
         bundles: [N, 5] int64, columns ``BUNDLE``; offsets into ``entries``.
         entries: int32: taps [taps]; target pixels [pixels]; source pixels [taps, pixels], -1 for none.
         source_size: elements of all source vectors.
@@ -103,6 +110,7 @@ class OperatorPlan:
         weight_size: elements of all packed weights.
         chains: number of chains of all operators.
         most_chains: number of chains of the operator that has most.
+        parts: how many rows of ``tiles`` are parts of a tile.
     """
 
     problems: Tensor
@@ -114,6 +122,7 @@ class OperatorPlan:
     weight_size: int
     chains: int
     most_chains: int
+    parts: int
 
 
 def operator_plan(
@@ -122,7 +131,9 @@ def operator_plan(
     *,
     adjoint: bool = False,
     device: torch.device | str = "cpu",
-    tile_columns: int = 48,
+    tile_columns: int | None = None,
+    merge: bool | None = None,
+    part_products: int | None = None,
 ) -> OperatorPlan:
     """Plan the application of operators, each to ``chains`` vectors at once.
 
@@ -130,44 +141,69 @@ def operator_plan(
         geometries: one for each operator.
         chains: vectors of each operator, at least 1.
         adjoint: whether to plan A^T.
-        device: where the tables shall be.
-        tile_columns: most columns of a tile.
+        device: where the tables shall be, and whose kernels the defaults of what follows suit.
+        tile_columns: most columns of a tile; by default 48 on the CPU, 64 on a GPU.
+        merge: whether bundles are merged where that saves tiles; by default on a GPU.
+        part_products: about how many products of an element a part of a tile sums up; 0 leaves tiles whole. By default
+            0 on the CPU, and on a GPU what gives every multiprocessor several parts. Takes ``tile_columns`` of at most
+            64; the CPU library takes whole tiles only.
 
     Raises:
-        ValueError: ``chains`` or ``tile_columns`` is wrong.
+        ValueError: ``chains``, ``tile_columns`` or ``part_products`` is wrong.
     """
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
     if len(chains) != len(geometries) or any(c < 1 for c in chains):
         raise ValueError(f"chains must be {len(geometries)} numbers of at least 1, got {list(chains)}")
+    for g, b in zip(geometries, chains, strict=True):
+        if b * max(g.input[1], g.output[1]) >= 2**31:
+            raise ValueError(f"chains times pixels must be below 2**31, got {b} chains of {g}")
+    if tile_columns is None:
+        tile_columns = 64 if on_gpu else 48
     if tile_columns < 1:
         raise ValueError(f"tile_columns must be at least 1, got {tile_columns}")
+    if part_products is not None and part_products != 0 and not (part_products > 0 and tile_columns <= PART_COLUMNS):
+        raise ValueError(
+            f"part_products must be at least 0, and 0 where tile_columns is above {PART_COLUMNS}, got {part_products}"
+        )
+    if merge is None:
+        merge = on_gpu
     problems: list[tuple[int, ...]] = []
     bundles: list[tuple[int, ...]] = []
     tiles: list[Ints] = []
     entries: list[Ints] = []
-    known: dict[ConvGeometry, list[int]] = {}
-    source_at = target_at = weight_at = chain_at = tile_at = entry_at = 0
-    for index, (g, b) in enumerate(zip(geometries, chains, strict=True)):
-        if g not in known:
-            known[g] = []
-            for taps, pixels, partners in _bundles(g, adjoint):
-                parts = (taps, pixels, partners.ravel())
-                at = entry_at + np.cumsum([0, *(p.size for p in parts)])
-                known[g].append(len(bundles))
+    known: dict[tuple[ConvGeometry, int], list[int]] = {}
+    runs: list[list[_Run]] = []  # of each operator
+    entry_at = 0
+    for g, b in zip(geometries, chains, strict=True):
+        key = (g, b if merge else 0)
+        if key not in known:
+            known[key] = []
+            found: Sequence[Bundle] = _bundles(g, adjoint)
+            for taps, pixels, partners in merged(found, b, tile_columns) if merge else found:
+                at = entry_at + np.cumsum([0, taps.size, pixels.size, partners.size])
+                known[key].append(len(bundles))
                 bundles.append((taps.size, pixels.size, at[0], at[1], at[2]))
-                entries += parts
+                entries += [taps, pixels, partners.ravel()]
                 entry_at = int(at[3])
+        runs.append([_Run(i, bundles[i][1] * b, bundles[i][0] * _reduced(g, adjoint)) for i in known[key]])
+    if part_products is None:
+        cut = on_gpu and tile_columns <= PART_COLUMNS
+        part_products = _part_products(geometries, runs, adjoint, device) if cut else 0
+    source_at = target_at = weight_at = chain_at = tile_at = slot_at = 0
+    for index, (g, b) in enumerate(zip(geometries, chains, strict=True)):
         (sources, from_pixels), (targets, to_pixels) = (g.output, g.input) if adjoint else (g.input, g.output)
-        groups = 1 if g.depthwise else g.groups
-        lanes, taps_of = targets // groups, math.prod(g.kernel)
-        own = [
-            _tiles((index, bundle, group, block), bundles[bundle][1] * b, tile_columns)
-            for group in range(groups)
-            for block in range(-(-lanes // BLOCK))  # all that needs a block's weights stands together
-            for bundle in known[g]
-        ]
-        tiles += own
-        count = sum(len(t) for t in own)
-        place = (source_at, target_at, weight_at, chain_at, b, groups, taps_of, sources // groups, lanes)
+        groups, blocks = _blocks(g, adjoint)
+        count = 0
+        for group in range(groups):
+            for block in range(blocks):  # all that needs a block's weights stands together
+                for run in runs[index]:
+                    rows = run.tiles((index, run.bundle, group, block), tile_columns, part_products, slot_at)
+                    slot_at = max(slot_at, int(rows[-1, -1]) + 1)
+                    tiles.append(rows)
+                    count += len(rows)
+        channels = sources // groups, targets // groups
+        place = (source_at, target_at, weight_at, chain_at, b, groups, math.prod(g.kernel), *channels)
         problems.append((int(g.depthwise), *place, from_pixels, to_pixels, tile_at, count))
         source_at += sources * from_pixels * b
         target_at += targets * to_pixels * b
@@ -190,12 +226,50 @@ def operator_plan(
         weight_at,
         chain_at,
         max(chains, default=0),
+        slot_at,
     )
 
 
-def _tiles(place: tuple[int, ...], columns: int, width: int) -> Ints:
-    first = np.arange(0, columns, width)
-    return np.column_stack([np.broadcast_to(place, (first.size, 4)), first, np.minimum(width, columns - first)])
+@dataclass(frozen=True)
+class _Run:
+    """The columns of one bundle of an operator, and how many products each element under them sums up."""
+
+    bundle: int
+    columns: int
+    products: int
+
+    def tiles(self, place: tuple[int, ...], width: int, part_products: int, slot: int) -> Ints:
+        parts = max(1, round(self.products / part_products)) if part_products else 1
+        starts = np.arange(0, self.columns, width)
+        first, part = np.repeat(starts, parts), np.tile(np.arange(parts), starts.size)
+        slots = slot + np.arange(first.size) if parts > 1 else np.full(first.size, -1)
+        columns = np.minimum(width, self.columns - first)
+        fixed = np.broadcast_to(place, (first.size, 4))
+        return np.column_stack([fixed, first, columns, part, np.full(first.size, parts), slots])
+
+
+def _blocks(g: ConvGeometry, adjoint: bool) -> tuple[int, int]:
+    """Groups that the tiles know (channels of a depthwise kernel are not groups to them), and blocks of each."""
+    groups = 1 if g.depthwise else g.groups
+    return groups, -(-((g.in_channels if adjoint else g.out_channels) // groups) // BLOCK)
+
+
+def _reduced(g: ConvGeometry, adjoint: bool) -> int:
+    """Channels that an element sums over for each tap; 0 for depthwise kernels, whose tiles stay whole."""
+    return 0 if g.depthwise else (g.out_channels if adjoint else g.in_channels) // g.groups
+
+
+def _part_products(
+    geometries: Sequence[ConvGeometry], runs: list[list[_Run]], adjoint: bool, device: torch.device
+) -> int:
+    """A share of all the work, for some parts for each multiprocessor."""
+    work = sum(
+        math.prod(_blocks(g, adjoint)) * -(-run.columns // PART_COLUMNS) * run.products
+        for g, own in zip(geometries, runs, strict=True)
+        for run in own
+    )
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(_LEAST_PRODUCTS, work // (count * _PARTS_EACH))
 
 
 def packed_size(g: ConvGeometry, adjoint: bool) -> int:
@@ -238,8 +312,8 @@ def pack_weight(weight: Tensor, groups: int, *, adjoint: bool = False, out: Tens
 
 
 @lru_cache(maxsize=256)
-def _bundles(g: ConvGeometry, adjoint: bool) -> tuple[tuple[Ints, Ints, Ints], ...]:
-    """Taps [t], target pixels [m] and source pixels [t, m] of each bundle, the largest first."""
+def _bundles(g: ConvGeometry, adjoint: bool) -> tuple[Bundle, ...]:
+    """The largest first."""
     met = _met_pixels(g)  # [outputs, taps]
     if adjoint:
         taps, partners = _inverted(met, math.prod(g.input_size))
@@ -253,8 +327,8 @@ def _bundles(g: ConvGeometry, adjoint: bool) -> tuple[tuple[Ints, Ints, Ints], .
     for i, signature in enumerate(signatures):
         count = int((signature >= 0).sum())
         targets = np.flatnonzero(inverse == i)
-        found.append((signature[:count], targets, np.ascontiguousarray(partners[targets, :count].T)))
-    return tuple(sorted(found, key=lambda bundle: -bundle[1].size))
+        found.append(Bundle(signature[:count], targets, np.ascontiguousarray(partners[targets, :count].T)))
+    return tuple(sorted(found, key=lambda bundle: -bundle.targets.size))
 
 
 def _met_pixels(g: ConvGeometry) -> Ints:

@@ -69,7 +69,7 @@ def operator_step_(
         _check("active", active, len(plan.problems), plan)
     if any(other is out for other in (x, previous)):
         raise ValueError("out must be another tensor than x and previous")
-    tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains)
+    tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains, plan.parts)
     torch.ops.fastlip.operator_step_(out, out_square, x, x_square, previous, previous_square, weights, *tables, active)
     return out
 

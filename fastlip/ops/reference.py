@@ -397,6 +397,7 @@ def operator_step_(
     bundles: Tensor,
     entries: Tensor,
     most_chains: int,
+    parts: int,
     active: Tensor | None,
 ) -> None:
     """Each target element is the sum that the tables spell out; tiles only say which bundles belong to an operator."""

@@ -5,7 +5,8 @@ operator stands in ``_triton``.
 """
 
 from fastlip.ops._triton.apgd_step import apgd_step_
+from fastlip.ops._triton.operator_step import operator_step_
 from fastlip.ops._triton.pgd_step import pgd_step_, project_
 from fastlip.ops._triton.random_start import random_start
 
-__all__ = ["apgd_step_", "pgd_step_", "project_", "random_start"]
+__all__ = ["apgd_step_", "operator_step_", "pgd_step_", "project_", "random_start"]

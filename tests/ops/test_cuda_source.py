@@ -1,7 +1,8 @@
 """The CUDA kernels' source run on the CPU, without a GPU: the op tests on a library made of it.
 
-Teams have one thread and warps one lane, so addresses, bounds, tails, decisions and searches are those of the GPU, but
-not reductions, barriers and clusters. Takes a C++ compiler and CUDA's headers.
+operator_step_ runs with all its threads, which meet at every barrier, and with plans as for a GPU. The teams of the
+other ops have one thread and warps one lane, so addresses, bounds, tails, decisions and searches are those of the GPU,
+but not reductions, barriers and clusters. Takes a C++ compiler and CUDA's headers.
 """
 
 import os
@@ -15,12 +16,20 @@ import torch
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc"
-KERNELS = ("pgd_step", "apgd_step", "random_start")
+KERNELS = ("pgd_step", "apgd_step", "random_start", "operator_step")
 COMPILER = shutil.which("g++")
-#: Puts the library before the installed one, and makes sure of it.
+#: Puts the library before the installed one, makes sure of it, and plans as for a small GPU.
 PLUGIN = """
 import fastlip, torch
 fastlip.__path__.insert(0, {folder!r})
+from fastlip import ops
+plan = ops.operator_plan
+
+def plan_as_for_a_gpu(*args, tile_columns=64, **options):
+    options = {{"merge": True, "part_products": 40 if tile_columns <= 64 else 0}} | options
+    return plan(*args, tile_columns=tile_columns, **options)
+
+ops.operator_plan = plan_as_for_a_gpu
 
 def pytest_collection_finish(session):
     assert {folder!r} + "/libfastlip_cpu.so" in torch.ops.loaded_libraries
@@ -77,15 +86,26 @@ def library(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shared_bytes", [200_000, 2_000], ids=["staged", "streamed"])
-def test_op_tests_pass_on_the_cuda_source(library, shared_bytes):
-    """Staged: samples up to 25,000 floats stay on chip; streamed: hardly any does."""
+def run_tests(library: Path, names: tuple[str, ...], **variables: str) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("FASTLIP_BACKEND", "FASTLIP_CPU_ISA", "TRITON_INTERPRET")}
-    env |= {"PYTHONPATH": str(library), "FASTLIP_HOST_SHARED": str(shared_bytes), "OMP_NUM_THREADS": "1"}
-    tests = [str(HERE / f"test_{name}.py") for name in ("pgd_ops", "apgd_step", "random_start")]
+    env |= {"PYTHONPATH": str(library), "OMP_NUM_THREADS": "1"} | variables
+    tests = [str(HERE / f"test_{name}.py") for name in names]
     options = ["-q", "-p", "host_cuda_plugin", "-p", "no:cacheprovider", "-m", "not gpu and not slow"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests], env=env, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stdout[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared_bytes", [200_000, 2_000], ids=["staged", "streamed"])
+def test_op_tests_pass_on_the_cuda_source(library, shared_bytes):
+    """Staged: samples up to 25,000 floats stay on chip; streamed: hardly any does."""
+    run_tests(library, ("pgd_ops", "apgd_step", "random_start"), FASTLIP_HOST_SHARED=str(shared_bytes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["up", "down"])
+def test_operator_tests_pass_on_the_cuda_source(library, order):
+    """Between barriers threads run one after the other: a race shows in one of the orders."""
+    run_tests(library, ("operator_step",), FASTLIP_HOST_ORDER=order)

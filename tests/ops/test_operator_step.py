@@ -1,5 +1,6 @@
 """operator_step_ against torch's convolutions in float64: geometries, directions, recurrence, masks, errors."""
 
+import os
 import random
 
 import numpy as np
@@ -9,10 +10,17 @@ import torch.nn.functional as F
 from op_inputs import DEVICES, INTERPRETED
 from torch import Tensor
 
+import fastlip
 from fastlip import ops
 from fastlip.ops import ConvGeometry
 
+on_each_device = pytest.mark.parametrize(
+    "device", [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES]
+)
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.float64]
+#: Whether test_cuda_source.py runs these tests on the CUDA library's source.
+HOST_CUDA = "FASTLIP_HOST_ORDER" in os.environ
 #: Rounding of sums of a few thousand products.
 RTOL = {torch.float32: 2e-5, torch.float64: 1e-12}
 
@@ -60,6 +68,14 @@ GEOMETRIES = {
     "depthwise strided": geometry(33, 33, (3, 3), (7, 7), stride=2, padding=1, groups=33),
     "multiplier": geometry(6, 12, (3, 3), (5, 5), padding=1, groups=6),
 }
+
+
+if INTERPRETED:
+    GEOMETRIES = {
+        name: g
+        for name, g in GEOMETRIES.items()
+        if name not in ("3x3 wide", "7x7 stem", "three axes", "circular strided", "multiplier", "gaps", "one axis")
+    }
 
 
 def apply(weight: Tensor, x: Tensor, g: ConvGeometry) -> Tensor:
@@ -117,8 +133,8 @@ def check(got: Tensor, want: list[Tensor], dtype: torch.dtype) -> None:
     assert at == got.numel()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@on_each_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_one_operator(name, adjoint, dtype, device):
@@ -146,7 +162,7 @@ def test_one_operator(name, adjoint, dtype, device):
     check(out, [images[0] / length.view(rows)], dtype)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_each_device
 @pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
 def test_all_at_once_with_a_mask(adjoint, device):
     """Operators of all geometries, each with its own number of chains; inactive ones are left alone."""
@@ -167,18 +183,18 @@ def test_all_at_once_with_a_mask(adjoint, device):
     assert torch.allclose(found.cpu(), torch.cat(want).double(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_each_device
 def test_tiles_of_any_width_give_the_same(device):
     g = GEOMETRIES["3x3"]
     _, images, _, weights, x, _ = case([g], [3], False, torch.float32, device)
-    for width in (1, 5, 64, 10_000):
+    for width in (64, 10_000) if INTERPRETED else (1, 5, 64, 10_000):
         plan = ops.operator_plan([g], [3], device=device, tile_columns=width)
         out, found = torch.zeros(plan.target_size, device=device), torch.zeros(3, dtype=torch.float64, device=device)
         check(ops.operator_step_(out, found, x, weights, plan), images, torch.float32)
         assert torch.allclose(found.cpu(), squares(images), rtol=1e-4)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_each_device
 def test_a_chain_of_zeros_gives_zeros(device):
     g = GEOMETRIES["3x3"]
     sources, images, earlier, weights, _, _ = case([g], [2], False, torch.float32, device)
@@ -203,13 +219,11 @@ def test_an_empty_plan_does_nothing():
     ops.operator_step_(out, none, torch.zeros(0), torch.zeros(0), plan)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="too slow in Triton's interpreter")
-@pytest.mark.parametrize("device", DEVICES)
-def test_random_geometries(device):
-    """Kernels 1 to 5, strides, dilations, uneven padding, modes and groups drawn at random, forward and adjoint."""
-    rng = random.Random(0)
+def random_geometries(count: int, seed: int) -> list[ConvGeometry]:
+    """Kernels 1 to 5, strides, dilations, uneven padding, modes and groups drawn at random."""
+    rng = random.Random(seed)
     geometries: list[ConvGeometry] = []
-    while len(geometries) < 150:
+    while len(geometries) < count:
         axes, mode = rng.choice([1, 2, 2, 3]), rng.choice(["zeros", "zeros", "circular", "reflect", "replicate"])
         kernel = tuple(rng.randint(1, 5) for _ in range(axes))
         size = tuple(rng.randint(2, 9) for _ in range(axes))
@@ -220,10 +234,27 @@ def test_random_geometries(device):
         g = geometry(cin, cout, kernel, size, rng.randint(1, 3), pads, rng.randint(1, 2), groups, mode)
         if min(g.output_size) >= 1:
             geometries.append(g)
-    chains = [rng.randint(1, 4) for _ in geometries]
+    return geometries
+
+
+def takes_parts(device: str) -> bool:
+    """Whether the backend in use takes plans with tiles in parts: all but the CPU library."""
+    return fastlip.build_info().backends[device].name != "native" or device == "cuda" or HOST_CUDA
+
+
+@on_each_device
+@pytest.mark.parametrize("layout", ["plain", "merged"])
+def test_random_geometries(layout, device):
+    """Merged: with merged bundles, and tiles in parts where the backend takes them."""
+    geometries = random_geometries(2 if INTERPRETED else 150, 0)
+    chains = [1 + i % 4 for i in range(len(geometries))]
+    options = {"tile_columns": 13, "merge": False, "part_products": 0}
+    if layout == "merged":
+        options = {"tile_columns": 64, "merge": True, "part_products": 12 if takes_parts(device) else 0}
     for adjoint in (False, True):
         sources, images, _, weights, x, _ = case(geometries, chains, adjoint, torch.float64, device)
-        plan = ops.operator_plan(geometries, chains, adjoint=adjoint, device=device, tile_columns=13)
+        plan = ops.operator_plan(geometries, chains, adjoint=adjoint, device=device, **options)
+        assert (plan.parts > 0) == (options["part_products"] > 0)
         out = torch.full((plan.target_size,), 7.0, dtype=torch.float64, device=device)
         found = torch.zeros(plan.chains, dtype=torch.float64, device=device)
         ops.operator_step_(out, found, x, weights, plan)
@@ -232,7 +263,49 @@ def test_random_geometries(device):
         assert len(sources) == len(geometries)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_each_device
+def test_operands_at_odd_addresses(device):
+    """Views that start one element into their storage rule wide accesses out, whatever the channels."""
+    g = GEOMETRIES["strided"]
+    sources, images, earlier, weights, x, previous = case([g], [3], False, torch.float32, device)
+
+    def shifted(t: Tensor) -> Tensor:
+        return torch.cat([t[:1], t])[1:]
+
+    x_square, previous_square = squares(sources).to(device), squares(earlier).to(device)
+    length, other = (squares(t).sqrt().view(-1, 1, 1, 1) for t in (sources, earlier))
+    plan = ops.operator_plan([g], [3], device=device)
+    out = shifted(torch.zeros(plan.target_size, device=device))
+    found = torch.zeros(3, dtype=torch.float64, device=device)
+    squared = {"x_square": x_square, "previous_square": previous_square}
+    ops.operator_step_(out, found, shifted(x), shifted(weights), plan, previous=shifted(previous), **squared)
+    check(out, [images[0] / length - length / other * earlier[0]], torch.float32)
+
+
+@on_each_device
+def test_sums_of_many_products_lose_little(device):
+    """float32 against float64 on 4,608 products an element: certificates pay for every unit of rounding."""
+    g = geometry(64 if INTERPRETED else 512, 64, (3, 3), (4, 4), padding=1)
+    _, images, _, weights, x, _ = case([g], [4], False, torch.float32, device)
+    plan = ops.operator_plan([g], [4], device=device)
+    out, found = torch.zeros(plan.target_size, device=device), torch.zeros(4, dtype=torch.float64, device=device)
+    ops.operator_step_(out, found, x, weights, plan)
+    want = to_flat(images[0])
+    error = (out.cpu().double() - want).norm() / want.norm()
+    assert error < (4e-7 if device == "cuda" or HOST_CUDA else 1e-6)  # blocked sums, as the CUDA source has them
+
+
+def test_the_cpu_library_refuses_parts():
+    if takes_parts("cpu"):
+        pytest.skip("this backend takes parts")
+    g = GEOMETRIES["3x3"]
+    plan = ops.operator_plan([g], [1], part_products=8)
+    out, found = torch.zeros(plan.target_size), torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="part_products must be 0"):
+        ops.operator_step_(out, found, torch.zeros(plan.source_size), torch.zeros(plan.weight_size), plan)
+
+
+@on_each_device
 def test_opcheck(device):
     names = ["3x3", "depthwise"]
     geometries = [GEOMETRIES[name] for name in names]
@@ -240,28 +313,90 @@ def test_opcheck(device):
     plan = ops.operator_plan(geometries, [2, 1], device=device)
     out = torch.zeros(plan.target_size, device=device)
     ones = torch.ones(plan.chains, dtype=torch.float64, device=device)
-    tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains)
+    tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains, plan.parts)
     for rest in ((None, None, None), (ones.clone(), previous, ones.clone())):
         arguments = (out, ones.clone(), x, *rest, weights, *tables, torch.tensor([True, False], device=device))
         torch.library.opcheck(torch.ops.fastlip.operator_step_.default, arguments)
 
 
-def test_the_plan_covers_every_target_once():
+@pytest.mark.parametrize("layout", ["plain", "merged"])
+def test_the_plan_covers_every_target_once(layout):
+    options = {"merge": layout == "merged", "part_products": 30 if layout == "merged" else 0}
     for name, g in GEOMETRIES.items():
         for adjoint in (False, True):
-            plan = ops.operator_plan([g], [2], adjoint=adjoint, tile_columns=7)
+            plan = ops.operator_plan([g], [2], adjoint=adjoint, tile_columns=7, **options)
             entries, bundles = plan.entries.numpy(), plan.bundles.numpy()
             lanes = (g.in_channels if adjoint else g.out_channels) // (1 if g.depthwise else g.groups)
             pixels = plan.target_size // 2 // (g.in_channels if adjoint else g.out_channels)
             groups = 1 if g.depthwise else g.groups
-            seen = np.zeros((pixels, 2, groups, -(-lanes // 64)), dtype=int)
-            for problem, bundle, group, block, column, columns in plan.tiles.tolist():
+            seen = np.zeros((pixels, 2, groups, -(-lanes // 64)))
+            slots = []
+            for problem, bundle, group, block, column, columns, part, parts, slot in plan.tiles.tolist():
                 _, m, _, targets_at, _ = bundles[bundle]
                 run = np.arange(column, column + columns)
-                np.add.at(seen, (entries[targets_at + run // 2], run % 2, group, block), 1)
+                np.add.at(seen, (entries[targets_at + run // 2], run % 2, group, block), 1 / parts)
                 assert problem == 0
                 assert column + columns <= 2 * m
-            assert (seen == 1).all(), name
+                assert 0 <= part < parts
+                slots += [slot] if parts > 1 else []
+            assert np.allclose(seen, 1), name
+            assert slots == list(range(plan.parts)), name
+
+
+def test_merging_saves_tiles_and_keeps_large_bundles():
+    """A padded 3x3 on 4x4 pixels and 4 chains becomes one tile; on 32x32 the inside keeps its nine taps to itself."""
+    small, large = (geometry(64, 64, (3, 3), (n, n), padding=1) for n in (4, 32))
+    merge = {"tile_columns": 64, "part_products": 0, "merge": True}
+    assert len(ops.operator_plan([small], [4], **merge).tiles) == 1
+    assert len(ops.operator_plan([small], [4], **merge | {"merge": False}).tiles) == 9
+    plan = ops.operator_plan([large], [4], **merge)
+    assert plan.bundles[0, :2].tolist() == [9, 900]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_steps_and_devices_agree():
+    """Two half steps in a CUDA graph: no synchronisation, the same bits each time, and the CPU's result."""
+    names = ["3x3 wide", "depthwise", "7x7 stem", "matrix", "strided"]
+    geometries, chains = [*(GEOMETRIES[name] for name in names), *random_geometries(40, 1)], [4] * 45
+    kernels = [torch.randn(g.out_channels, g.in_channels // g.groups, *g.kernel) for g in geometries]
+    results = []
+    for device in ("cpu", "cuda"):
+        plans = [ops.operator_plan(geometries, chains, adjoint=adjoint, device=device) for adjoint in (False, True)]
+        packed = [
+            torch.cat([ops.pack_weight(w, g.groups, adjoint=a) for w, g in zip(kernels, geometries, strict=True)])
+            for a in (False, True)
+        ]
+        weights = [p.to(device) for p in packed]
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(plans[0].source_size, generator=generator).to(device)
+        u, w = torch.zeros(plans[0].target_size, device=device), torch.zeros_like(v)
+        alpha, beta = (torch.ones(plans[0].chains, dtype=torch.float64, device=device) for _ in range(2))
+        active = torch.ones(len(geometries), dtype=torch.bool, device=device)
+
+        def steps(u=u, w=w, v=v, alpha=alpha, beta=beta, plans=plans, weights=weights, active=active) -> None:
+            ops.operator_step_(u, alpha, v, weights[0], plans[0], active=active)
+            history = {"x_square": alpha, "previous": v, "previous_square": torch.ones_like(alpha)}
+            ops.operator_step_(w, beta, u, weights[1], plans[1], active=active, **history)
+
+        steps()
+        results.append((u.clone(), w.clone(), alpha.clone(), beta.clone()))
+        if device == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                steps()
+            for _ in range(20):
+                for t in (u, w, alpha, beta):
+                    t.fill_(float("nan"))
+                graph.replay()
+                for got, want in zip((u, w, alpha, beta), results[-1], strict=True):
+                    assert torch.equal(got, want)
+            active.zero_()
+            u.fill_(7.0)
+            graph.replay()
+            assert (u == 7.0).all()
+    for got, want in zip(results[1], results[0], strict=True):
+        assert (got.cpu() - want).norm() <= 1e-5 * want.norm()
 
 
 def _arguments() -> tuple[dict[str, object], ConvGeometry]:
@@ -310,7 +445,17 @@ def test_in_place_on_the_source_is_an_error():
         ops.operator_step_(x, square, x, torch.zeros(plan.weight_size), plan)
 
 
-@pytest.mark.parametrize(("chains", "width", "message"), [([0], 8, "chains"), ([1, 1], 8, "chains"), ([1], 0, "tile_")])
-def test_a_wrong_plan_is_an_error(chains, width, message):
+@pytest.mark.parametrize(
+    ("chains", "options", "message"),
+    [
+        ([0], {}, "chains"),
+        ([1, 1], {}, "chains"),
+        ([2**26], {}, "chains times pixels"),
+        ([1], {"tile_columns": 0}, "tile_columns"),
+        ([1], {"part_products": -1}, "part_products"),
+        ([1], {"tile_columns": 65, "part_products": 1}, "part_products"),
+    ],
+)
+def test_a_wrong_plan_is_an_error(chains, options, message):
     with pytest.raises(ValueError, match=message):
-        ops.operator_plan([GEOMETRIES["3x3"]], chains, tile_columns=width)
+        ops.operator_plan([GEOMETRIES["3x3"]], chains, **options)

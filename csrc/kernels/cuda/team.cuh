@@ -193,7 +193,7 @@ struct Bound {
 };
 
 // --- launching -------------------------------------------------------------------------------------------------------
-inline bool aligned(const void* pointer, int64_t stride_bytes, int64_t bytes) {
+FASTLIP_HD bool aligned(const void* pointer, int64_t stride_bytes, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0 && stride_bytes % bytes == 0;
 }
 

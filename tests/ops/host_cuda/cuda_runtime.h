@@ -1,5 +1,6 @@
-// CUDA's launches and threads on the host, for test_cuda_source.py: kernels whose threads work together run with one
-// thread a block, the others with all of them one after the other, the first last.
+// CUDA's launches and threads on the host, for test_cuda_source.py: kernels whose teams of threads exchange values
+// between lanes run with one thread a block, those that only meet at barriers with all of them, the others with all of
+// them one after the other, the first last.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,6 +11,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+
+#include "fibers.h"
 
 #undef __global__
 #undef __device__
@@ -34,6 +37,7 @@
 #define cudaLaunchKernelEx host_launch
 #define cudaOccupancyMaxActiveClusters host_max_active_clusters
 #define cudaGetLastError host_last_error
+#define cudaMemsetAsync host_memset
 
 struct HostIndex {
   unsigned x = 0;
@@ -63,7 +67,12 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaun
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "on the host"; }
 
-inline void __syncthreads() {}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+inline void __syncthreads() { Fibers::barrier(); }
 inline void __threadfence() {}
 inline int atomicAdd(int* at, int value) {
   const int old = *at;
@@ -79,12 +88,27 @@ void __stwb(T* to, T value) {
   std::memcpy(to, &value, sizeof(T));
 }
 
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+
+namespace fastlip {
+struct OperatorStep;
+}
+
 template <typename... Declared, typename... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Declared...), const Given&... given) {
   // Teams: launches with attributes, and random_start in L2 and L1, the one kernel of four arguments.
   const bool team = config->attrs != nullptr || sizeof...(Declared) == 4;
   blockDim.x = team ? 1 : config->blockDim.x;
+  constexpr bool kBarriers = (std::is_same_v<Declared, fastlip::OperatorStep> || ...);
   for (blockIdx.x = 0; blockIdx.x < config->gridDim.x; ++blockIdx.x) {
+    if constexpr (kBarriers) {
+      Fibers::instance().resumed = [](unsigned thread) { threadIdx.x = thread; };
+      Fibers::run(blockDim.x, [&](unsigned) { kernel(given...); });
+      continue;
+    }
     for (unsigned left = blockDim.x; left > 0; --left) {
       threadIdx.x = left - 1;
       kernel(given...);
