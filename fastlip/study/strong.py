@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def suite(*a):
+    raise NotImplementedError
