@@ -159,7 +159,7 @@ def _power(run: RunDirectory, models: list[Model], points: list[Point]) -> list[
         3: len(run.settings.all_seeds) if {"scratch", "finetune"} <= set(run.settings.arms) else 0,
         4: min(len({p["run"] for p in points if p["arm"] in arms}) for arms in CASES.values()),
     }
-    rows = [Power(**(row | {"had": had[row["question"]]})) for row in power.planned(rules)]  # type: ignore[typeddict-item]
+    rows = [Power(**(row | {"had": had[row["question"]]})) for row in power.planned(rules)]
     for question, arm in ((1, "scratch"), (2, "finetune")):
         for m in models:
             share = m["ratio_share"]["value"]

@@ -99,6 +99,17 @@ def rebuild(run: Annotated[Path, typer.Argument(help="Run directory with results
     typer.echo(report.write(RunDirectory(run)))
 
 
+@app.command("compare")
+def side_by_side(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories with results.json, two or more.")],
+) -> None:
+    """Set finished runs side by side: verdicts, models, settings that differ; as Markdown."""
+    from fastlip.study.compare import compare
+
+    for table in compare(runs):
+        typer.echo(table.markdown())
+
+
 def main() -> None:
     """Run the command line; errors that a person can mend are one line on stderr and an exit status."""
     try:

@@ -204,8 +204,8 @@ class Inputs:
         names = self.corruption_names if self._corruption_folder.is_dir() else ()
         if not names:
             raise StudyError(
-                f"--corruptions {self._corruption_folder} must hold CIFAR-10-C's files, such as gaussian_noise.npy, and "
-                "labels.npy",
+                f"--corruptions {self._corruption_folder} must hold CIFAR-10-C's files, such as gaussian_noise.npy, "
+                "and labels.npy",
                 status=2,
             )
         for name in names:

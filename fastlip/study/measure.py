@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
-
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fastlip import local_lipschitz
@@ -102,7 +101,7 @@ def gaussian(model: nn.Module, images: Images, sigma: float, seed: int, progress
     def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
         return gaussian_noise(x, sigma=sigma, ids=ids, generator=generator)
 
-    return _perturbed(model, images, attack, seed, progress)
+    return perturbed(model, images, attack, seed, progress)
 
 
 def projected_gradient(
@@ -118,7 +117,7 @@ def projected_gradient(
     def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
         return pgd_attack(model, ball, settings, x, y, ids, generator)
 
-    return _perturbed(model, images, attack, seed, progress, control=True)
+    return perturbed(model, images, attack, seed, progress, control=True)
 
 
 def pgd_attack(
@@ -155,7 +154,7 @@ def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, p
             loss=settings.pgd.loss,
         ).adversarial
 
-    return _censored(_perturbed(model, images, search, 0, progress, keep=KEPT))
+    return _censored(perturbed(model, images, search, 0, progress, keep=KEPT))
 
 
 def smallest_gaussian(model: nn.Module, images: Images, settings: Settings, seed: int, progress: Progress) -> Arrays:
@@ -174,7 +173,7 @@ def smallest_gaussian(model: nn.Module, images: Images, settings: Settings, seed
             generator=generator,
         ).adversarial
 
-    return _censored(_perturbed(model, images, search, seed, progress, keep=KEPT))
+    return _censored(perturbed(model, images, search, seed, progress, keep=KEPT))
 
 
 def gaussian_of_norm(model: nn.Module, images: Images, l2: np.ndarray, seed: int, progress: Progress) -> Arrays:
@@ -184,7 +183,7 @@ def gaussian_of_norm(model: nn.Module, images: Images, l2: np.ndarray, seed: int
     def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
         return gaussian_noise(x, norm=lengths[ids], ids=ids, generator=generator)
 
-    return _perturbed(model, images, attack, seed, progress)
+    return perturbed(model, images, attack, seed, progress)
 
 
 def jacobian(model: nn.Module, images: Images, settings: Settings, seed: int, progress: Progress) -> Arrays:
@@ -201,7 +200,7 @@ def jacobian(model: nn.Module, images: Images, settings: Settings, seed: int, pr
     return joined(parts)
 
 
-def _perturbed(
+def perturbed(
     model: nn.Module,
     images: Images,
     attack: Attack,

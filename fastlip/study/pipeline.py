@@ -60,7 +60,8 @@ def stages(run: RunDirectory, inputs: Inputs, team: Team | None = None) -> list[
 
 def _training(run: RunDirectory, work: Work, model: Trained) -> list[Stage]:
     found = []
-    needs = (run.checkpoint("source"),) if run.pretrains and work.transfers(model) else ()
+    needs: tuple[Path, ...] = (run.checkpoint("source"),) if run.pretrains and work.transfers(model) else ()
+    outputs: tuple[Path, ...]
     if model.arm == "lpft":
         probe = probe_name(model)
         outputs = (run.checkpoint(probe), run.training(probe))

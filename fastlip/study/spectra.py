@@ -25,7 +25,7 @@ CONDITIONS = ("clean", "gaussian", "pgd")
 def effective_rank(
     values: np.ndarray,  # [K]
 ) -> float:
-    """exp of the entropy of the singular values over their sum (Roy and Vetterli 2007); 0 where all are 0."""
+    """Exponential of the entropy of the singular values over their sum (Roy and Vetterli 2007); 0 where all are 0."""
     total = values.sum()
     if total <= 0:
         return 0.0

@@ -145,7 +145,9 @@ class _SharedBatchNorm(nn.Module):
         centred = wide - mean[:, None, None]
         variance = all_reduce(centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
-            assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            assert norm.momentum is not None
             norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
             norm.running_var.lerp_((variance * (n / (n - 1))).to(norm.running_var), norm.momentum)
             assert norm.num_batches_tracked is not None
