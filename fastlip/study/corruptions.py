@@ -1,13 +1,15 @@
-"""Common corruptions: of CIFAR-10-C's files where given, otherwise made with torchvision and labelled so.
+"""Common corruptions: of CIFAR-10-C's files where given, otherwise made with torchvision and Pillow, and labelled so.
 
 The made ones carry the names of the corruptions of Hendrycks and Dietterich (2019) that they resemble, with strengths
 of our own for 32x32 images: their accuracies compare models with each other, not with published results on CIFAR-10-C.
 """
 
+import io
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
@@ -59,7 +61,12 @@ def _pixelate(images: Tensor, side: float) -> Tensor:
 
 
 def _jpeg(images: Tensor, quality: float) -> Tensor:
-    return torch.stack([functional.jpeg(image.cpu(), int(quality)) for image in images]).to(images.device)
+    found = np.empty_like(images.cpu().numpy())
+    for i, image in enumerate(images.cpu().permute(0, 2, 3, 1).contiguous().numpy()):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, format="JPEG", quality=int(quality))
+        found[i] = np.asarray(Image.open(file)).transpose(2, 0, 1)
+    return torch.from_numpy(found).to(images.device)
 
 
 _MADE: dict[str, Callable[[Tensor, float], Tensor]] = {

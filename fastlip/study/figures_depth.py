@@ -210,6 +210,10 @@ def corruption_figure(results: Results) -> Figure:
         legend(axes)
 
     source = results["models"][0]["corruptions"]["source"]
-    made = "the files of CIFAR-10-C" if source == "cifar10c" else "corruptions made with torchvision, not CIFAR-10-C"
+    made = (
+        "the files of CIFAR-10-C"
+        if source == "cifar10c"
+        else "corruptions made with torchvision and Pillow, not CIFAR-10-C"
+    )
     caption = f"Accuracy under common corruptions by severity, averaged over them: {made}."
     return drawn("corruptions", caption, draw, rows, ("model", "corruption", "severity", "k", "n"), 4.2)

@@ -48,8 +48,8 @@ def strong_table(results: Results) -> Table:
         ("Model", "Ball", "Attack", "Accuracy"),
         tuple(rows),
         "APGD with cross-entropy, then towards the likeliest wrong classes, then Square (black box), each on the "
-        "images that stood the one before it; PGD by itself. An image counts as right only where it stands all of them. It is "
-        "not AutoAttack. Brackets: 95% intervals.",
+        "images that stood the one before it; PGD by itself. An image counts as right only where it stands under all "
+        "of them. It is not AutoAttack. Brackets: 95% intervals.",
     )
 
 
@@ -59,10 +59,9 @@ def corruption_table(results: Results) -> Table:
         found = model["corruptions"]
         rows.append((model["name"], "all", "all", interval(found["mean"], 100.0)))
         rows += [(model["name"], c["corruption"], str(c["severity"]), percent(c["accuracy"])) for c in found["rows"]]
-    made = results["models"][0]["corruptions"]["source"] == "generated"
-    how = (
-        "made with torchvision, strengths of our own: not comparable with CIFAR-10-C" if made else "CIFAR-10-C's files"
-    )
+    how = "CIFAR-10-C's files"
+    if results["models"][0]["corruptions"]["source"] == "generated":
+        how = "made with torchvision and Pillow, strengths of our own: not comparable with CIFAR-10-C"
     return Table(
         "corruptions",
         f"{_said(results)}common corruptions",
