@@ -90,10 +90,11 @@ class RunDirectory:
 
     @property
     def snapshots(self) -> list[Trained]:
-        """The models on their way."""
+        """The models on their way, of the arms that question 4 is about."""
         return [
             Trained(model.arm, model.seed, epoch)
             for model in self.models
+            if model.arm != "reference"
             for epoch in sorted(self.settings.schedule(model.arm).snapshots)
         ]
 

@@ -76,7 +76,9 @@ class Work:
         schedule = self.run.settings.schedule(model.arm)
 
         def keep(epoch: int) -> None:
-            self._save(Trained(model.arm, model.seed, epoch).name, network, images)
+            snapshot = Trained(model.arm, model.seed, epoch)
+            if snapshot in self.run.snapshots:
+                self._save(snapshot.name, network, images)
 
         return self._train(model.name, network, images, schedule, model.seed, progress, parts, keep)
 
