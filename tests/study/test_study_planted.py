@@ -18,9 +18,18 @@ IMAGES = 80
 def settings() -> Settings:
     demo = presets.override(
         presets.preset("demo"),
-        ["seeds=6", "architecture=resnet18", "evaluation.images=80", "evaluation.clean_images=80", "device=cpu"]
-        + ["evaluation.snapshot_images=80", "gaussian.sigmas=0.1", "rules.resamples=100"]
-        + ["scratch.snapshots=1", "finetune.snapshots=1"],
+        [
+            "seeds=6",
+            "architecture=resnet18",
+            "evaluation.images=80",
+            "evaluation.clean_images=80",
+            "evaluation.snapshot_images=80",
+            "gaussian.sigmas=0.1",
+            "scratch.snapshots=1",
+            "finetune.snapshots=1",
+            "rules.resamples=100",
+            "device=cpu",
+        ],
     )
     return dataclasses.replace(
         demo,
