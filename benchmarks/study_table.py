@@ -1,8 +1,4 @@
-"""Write the README's headline table from the committed results of the study.
-
-python benchmarks/study_table.py            rewrite README.md between its markers
-python benchmarks/study_table.py --check    exit with status 1 where README.md differs
-"""
+"""Write the README's headline table from the committed results of the study; ``--check`` only compares."""
 
 import json
 import sys
