@@ -204,7 +204,8 @@ def corruption_figure(results: Results) -> Figure:
             )
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xticks(range(1, 6))
+        axes.set_xlim(0.7, 5.3)
         axes.set_xlabel("severity")
         axes.set_ylabel("accuracy, mean over corruptions")
         legend(axes)
@@ -216,4 +217,4 @@ def corruption_figure(results: Results) -> Figure:
         else "corruptions made with torchvision and Pillow, not CIFAR-10-C"
     )
     caption = f"Accuracy under common corruptions by severity, averaged over them: {made}."
-    return drawn("corruptions", caption, draw, rows, ("model", "corruption", "severity", "k", "n"), 4.2)
+    return drawn("corruptions", caption, draw, rows, ("model", "corruption", "severity", "k", "n"), 6.4)
