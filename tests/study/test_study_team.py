@@ -69,28 +69,30 @@ def test_two_processes_train_the_same_network_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_run_the_study_as_one(finished, micro_arguments, tmp_path):
-    out = tmp_path / "run"
-    done = launched(2, "-m", "fastlip.study", "--out", str(out), *micro_arguments, timeout=600)
+def test_two_processes_run_the_study_as_one(micro_arguments, tmp_path):
+    # In bfloat16 the rounding of the gradients depends on how a batch is split, and hides what is compared.
+    arguments = [*micro_arguments, "--set=precision=float32"]
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    assert launched(1, "-m", "fastlip.study", "--out", str(alone), *arguments, timeout=600).returncode == 0
+    done = launched(2, "-m", "fastlip.study", "--out", str(out), *arguments, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report.html") == 2  # the leader alone speaks
     for name in ("source", "scratch-s0", "finetune-s0"):
         assert read_json(out / "training" / f"{name}.json")["processes"] == 2
-        one, two = (load_checkpoint(path / "checkpoints" / f"{name}.safetensors")[0] for path in (finished.path, out))
-        # Training may be in bfloat16, whose rounding depends on how a batch is split.
+        one, two = (load_checkpoint(path / "checkpoints" / f"{name}.safetensors")[0] for path in (alone, out))
         a, b = (torch.cat([v.double().flatten() for v in state.values()]) for state in (one, two))
-        assert (a - b).norm() < 1e-2 * a.norm()
+        assert (a - b).norm() < 1e-3 * a.norm()
     # Evaluation alone, on the same weights, is the same to the last bit.
     for path in (out / "checkpoints").glob("*.safetensors"):
-        path.write_bytes((finished.path / "checkpoints" / path.name).read_bytes())
+        path.write_bytes((alone / "checkpoints" / path.name).read_bytes())
     for path in [*out.glob("images/*/*.npz"), out / "results.json"]:
         path.unlink()
-    again = launched(2, "-m", "fastlip.study", "--out", str(out), *micro_arguments, timeout=600)
+    again = launched(2, "-m", "fastlip.study", "--out", str(out), *arguments, timeout=600)
     assert again.returncode == 0, again.stderr
-    paths = list(finished.path.glob("images/*/*.npz"))
+    paths = list(alone.glob("images/*/*.npz"))
     assert paths
     for path in paths:
-        expected, found = read_arrays(path), read_arrays(out / path.relative_to(finished.path))
+        expected, found = read_arrays(path), read_arrays(out / path.relative_to(alone))
         for key, values in expected.items():
             np.testing.assert_array_equal(found[key], values, err_msg=f"{path.name}, {key}")
 
