@@ -6,10 +6,38 @@ were. An image that is misclassified already comes back unchanged. Iterates are 
 returned has the inputs' dtype and is exactly what the model was judged on.
 """
 
+from fastlip.attacks._apgd import apgd
+from fastlip.attacks._checks import AttackWarning, diagnose
+from fastlip.attacks._evaluate import Evaluation, evaluate
 from fastlip.attacks._losses import Loss
 from fastlip.attacks._min_norm import MinNormResult, min_norm
 from fastlip.attacks._min_sigma import min_sigma
+from fastlip.attacks._model import Network
 from fastlip.attacks._noise import gaussian_noise
+from fastlip.attacks._passes import Passes, count_passes
 from fastlip.attacks._pgd import fgsm, pgd
+from fastlip.attacks._prepare import prepare
+from fastlip.attacks._square import square
+from fastlip.attacks._suite import Attack, suite
 
-__all__ = ["Loss", "MinNormResult", "fgsm", "gaussian_noise", "min_norm", "min_sigma", "pgd"]
+__all__ = [
+    "Attack",
+    "AttackWarning",
+    "Evaluation",
+    "Loss",
+    "MinNormResult",
+    "Network",
+    "Passes",
+    "apgd",
+    "count_passes",
+    "diagnose",
+    "evaluate",
+    "fgsm",
+    "gaussian_noise",
+    "min_norm",
+    "min_sigma",
+    "pgd",
+    "prepare",
+    "square",
+    "suite",
+]

@@ -21,6 +21,7 @@ class Batch:
     bounds: Bounds
     ids: Tensor  # [B] int64
     rows: Tensor  # [B] int64
+    toward: Tensor | None = None  # [B] int64, a wrong class that the loss pulls to; success is any wrong decision
 
     def __len__(self) -> int:
         return self.x0.shape[0]
@@ -37,6 +38,7 @@ class Batch:
             x0=take(self.x0, kept),
             labels=self.labels[kept],
             targets=None if self.targets is None else self.targets[kept],
+            toward=None if self.toward is None else self.toward[kept],
             eps=_take_value(self.eps, kept),
             step_size=_take_value(self.step_size, kept),
             bounds=(lo, hi),

@@ -15,12 +15,15 @@ def attack_loss(
     logits: Tensor,  # [B, C]
     labels: Tensor,  # [B]
     targets: Tensor | None,  # [B]
+    toward: Tensor | None = None,  # [B]
 ) -> Tensor:
-    """Loss to be increased, [B]: away from ``labels``, or towards ``targets`` where given.
+    """Loss to be increased, [B]: away from ``labels``, to ``targets``, or away from ``labels`` in favour of ``toward``.
 
-    Towards a target "dlr" is the margin: a target far from the top would be "approached" by widening the spread. The
+    To a target "dlr" is the margin: a target far from the top would be "approached" by widening the spread. The
     margin's direction does not depend on the logits' scale either.
     """
+    if toward is not None:
+        return _PAIRED[name](logits, labels, toward)
     if targets is None:
         return _LOSSES[name](logits, labels)
     return -_LOSSES["margin" if name == "dlr" else name](logits, targets)
@@ -64,8 +67,28 @@ def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     return functional.cross_entropy(logits, classes, reduction="none")
 
 
+def _margin_of(logits: Tensor, classes: Tensor, toward: Tensor) -> Tensor:
+    """Logit of ``toward`` minus that of ``classes``, [B]."""
+    return (logits.gather(1, toward[:, None]) - logits.gather(1, classes[:, None])).squeeze(1)
+
+
+def _dlr_of(logits: Tensor, classes: Tensor, toward: Tensor) -> Tensor:
+    """The targeted form of DLR (Croce and Hein 2020, equation 7); the margin below four classes."""
+    margin = _margin_of(logits, classes, toward)
+    if logits.shape[1] < 4:
+        return margin
+    top = logits.topk(4, dim=1).values
+    spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
+    return margin / torch.where(spread > 0, spread, 1)
+
+
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "dlr": dlr_loss,
     "ce": _cross_entropy,
     "margin": margin_loss,
+}
+_PAIRED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "dlr": _dlr_of,
+    "ce": lambda logits, classes, toward: -_cross_entropy(logits, toward),
+    "margin": _margin_of,
 }

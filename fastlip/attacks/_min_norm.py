@@ -1,18 +1,22 @@
-"""The smallest perturbation that changes a decision, by a search over eps around PGD."""
+"""The smallest perturbation that changes a decision: FMN, and a search over eps around PGD."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastlip.attacks._batch import Batch, check_classes, check_vector, new_batch, rows_of, take
-from fastlip.attacks._losses import Loss, attack_loss, check_loss, succeeded
-from fastlip.attacks._model import Model, attacked, logits_of
+from fastlip.attacks._batch import Batch, check_vector, new_batch, rows_of, take
+from fastlip.attacks._climb import Climb, rows_where
+from fastlip.attacks._distance import ORDER, distance, largest_radius, slope
+from fastlip.attacks._fmn import fmn
+from fastlip.attacks._losses import Loss, check_loss, succeeded
+from fastlip.attacks._model import Model, attacked
 from fastlip.attacks._pgd import pgd
+from fastlip.attacks._prepare import network_of
 from fastlip.ops import Bounds, Norm, PerSample
 
-_ORDER = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
-_DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
+Method = Literal["search", "fmn", "both"]
 
 #: A radius to begin with where the margin is next to nothing.
 _LEAST_RADIUS = 1e-6
@@ -39,23 +43,16 @@ class MinNormResult:
     found: Tensor
 
 
-def distance(
-    x: Tensor,  # [B, ...]
-    x0: Tensor,  # [B, ...]
-    norm: Norm,
-) -> Tensor:
-    """Length of x - x0 in ``norm``, [B] float64."""
-    return torch.linalg.vector_norm((x.double() - x0.double()).flatten(1), _ORDER[norm], dim=1)
-
-
 def min_norm(
     model: Model,
     inputs: Tensor,  # [B, ...]
     labels: Tensor,  # [B] int64
     *,
     norm: Norm = "l2",
+    method: Method = "search",
     steps: int = 20,
     search_steps: int = 10,
+    fmn_steps: int = 100,
     eps_max: PerSample | None = None,
     tolerance: float = 0.02,
     loss: Loss = "dlr",
@@ -63,28 +60,36 @@ def min_norm(
     sparsity: float = 0.99,
     targets: Tensor | None = None,  # [B] int64
     active: Tensor | None = None,  # [B] bool
+    fast: bool = False,
+    precision: torch.dtype | None = None,
 ) -> MinNormResult:
-    """Smallest perturbation in ``norm`` that changes the decision, by a bracketed search over eps for each image.
+    """Smallest perturbation in ``norm`` that changes the decision.
 
-    The first radius is twice the one at which the margin's linearisation crosses zero. It is quadrupled while
-    :func:`pgd` fails and bisected (geometrically) once it has succeeded; what succeeded is pulled back to the decision
-    boundary along the segment to its input, and the next, smaller ball is searched from there. Deterministic: the
-    first run starts at the input. Images whose bracket has closed drop out.
+    "search" brackets eps for each image. The first radius is twice the one at which the margin's linearisation crosses
+    zero. It is quadrupled while :func:`pgd` fails and bisected (geometrically) once it has succeeded; what succeeded is
+    pulled back to the decision boundary along the segment to its input, and the next, smaller ball is searched from
+    there. Images whose bracket has closed drop out. "fmn" is the Fast Minimum-Norm attack (Pintor et al. 2021) with
+    exact projections: one run in a ball that shrinks by a few per cent where the iterate is misclassified and grows
+    where it is not, then pulled back. "both" searches below what FMN found. All are deterministic.
 
     Args:
-        model: maps inputs to logits [B, C].
+        model: maps inputs to logits [B, C], or what :func:`prepare` made of one.
         inputs: images, [B, ...], within ``bounds``.
         labels: true classes, [B] int64.
         norm: "linf", "l2" or "l1".
-        steps: gradient steps at each radius.
-        search_steps: radii tried for each image.
+        method: "search", "fmn" or "both".
+        steps: gradient steps of the search at each radius.
+        search_steps: radii that the search tries for each image.
+        fmn_steps: gradient steps of FMN.
         eps_max: largest radius of interest, float or [B]; the box's diameter if None.
         tolerance: relative width at which a bracket is closed.
-        loss: as in :func:`pgd`.
+        loss: as in :func:`pgd`, for the search; FMN follows the margin.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
         sparsity: as in :func:`pgd`.
         targets: classes to reach, [B] int64.
         active: [B] bool; False leaves an image out (unchanged, distance inf, not found).
+        fast: as in :func:`pgd`.
+        precision: as in :func:`pgd`.
 
     Returns:
         The smallest perturbations found.
@@ -94,24 +99,35 @@ def min_norm(
         TypeError: a type or dtype is wrong.
     """
     check_loss(loss)
-    if norm not in _ORDER:
-        raise ValueError(f"norm must be one of {', '.join(_ORDER)}, got {norm!r}")
-    if search_steps < 1:
-        raise ValueError(f"search_steps must be at least 1, got {search_steps}")
-    with attacked(model) as network:
+    if norm not in ORDER:
+        raise ValueError(f"norm must be one of {', '.join(ORDER)}, got {norm!r}")
+    if method not in ("search", "fmn", "both"):
+        raise ValueError(f"method must be search, fmn or both, got {method!r}")
+    for name, count, least in (("steps", steps, 0), ("search_steps", search_steps, 1), ("fmn_steps", fmn_steps, 1)):
+        if count < least:
+            raise ValueError(f"{name} must be at least {least}, got {count}")
+    if eps_max is None:
+        limit = largest_radius(inputs, norm, bounds)
+    elif isinstance(eps_max, Tensor):
+        check_vector(eps_max, "eps_max", inputs)
+        limit = eps_max.double()
+    else:
+        limit = torch.full(inputs.shape[:1], eps_max, dtype=torch.float64, device=inputs.device)
+    with attacked(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=0.0, step_size=0.0, bounds=bounds, ids=None)
-        if eps_max is None:
-            limit = _largest_radius(inputs, norm, bounds)
-        elif isinstance(eps_max, Tensor):
-            check_vector(eps_max, "eps_max", inputs)
-            limit = eps_max.double()
-        else:
-            limit = torch.full(inputs.shape[:1], eps_max, dtype=torch.float64, device=inputs.device)
+        climb = Climb(network, inputs, norm=norm, loss="margin")
         search = _Search(inputs, limit)
         search.open[rows_of(active, inputs)] = True
-        search.begin(*_first_radius(network, batch, inputs.dtype, norm))
-        for _ in range(search_steps):
-            rows = search.open.nonzero().squeeze(1)
+        search.begin(*_first_radius(climb, batch))
+        if method != "search":
+            rows = search.rows()
+            part, originals = batch.take(rows), take(search.inputs, rows)
+            found, nearest = fmn(climb, part, limit[rows], fmn_steps, sparsity)
+            hit, found = _pull_back(climb, found, originals, part)
+            search.update(rows, hit & nearest.isfinite(), found, distance(found, originals, norm), tolerance)
+            search.go_on_below()
+        for _ in range(search_steps if method != "fmn" else 0):
+            rows = search.rows()
             if len(rows) == 0:
                 break
             part, originals = batch.take(rows), take(search.inputs, rows)
@@ -129,7 +145,7 @@ def min_norm(
                 sparsity=sparsity,
                 targets=part.targets,
             )
-            hit, found = _pull_back(network, found, originals, part)
+            hit, found = _pull_back(climb, found, originals, part)
             search.update(rows, hit, found, distance(found, originals, norm), tolerance)
     return MinNormResult(adversarial=search.best, distance=search.high, found=search.high.isfinite())
 
@@ -149,6 +165,15 @@ class _Search:
         self.high = torch.full_like(limit, torch.inf)
         self.radius = torch.zeros_like(limit)
         self.open = torch.zeros_like(limit, dtype=torch.bool)
+
+    def rows(self) -> Tensor:
+        """Images that are still searched for, [K] int64."""
+        return rows_where(self.open)
+
+    def go_on_below(self) -> None:
+        """Begin anew below what another method found: that it failed at some radius says nothing of PGD."""
+        self.open |= self.high.isfinite() & (self.high > 0)
+        self.low.zero_()
 
     def begin(
         self,
@@ -179,42 +204,23 @@ class _Search:
         self.radius = torch.where(self.high.isfinite(), inside, torch.minimum(4.0 * self.radius, self.limit))
 
 
-def _largest_radius(
-    inputs: Tensor,  # [B, ...]
-    norm: Norm,
-    bounds: Bounds,
-) -> Tensor:
-    """Diameter of the box, [B] float64."""
-    lo, hi = (torch.as_tensor(b, dtype=torch.float64, device=inputs.device).expand(inputs.shape) for b in bounds)
-    return torch.linalg.vector_norm((hi - lo).flatten(1), _ORDER[norm], dim=1)
-
-
-def _first_radius(
-    model: Model,
-    batch: Batch,
-    dtype: torch.dtype,
-    norm: Norm,
-) -> tuple[Tensor, Tensor]:
+def _first_radius(climb: Climb, batch: Batch) -> tuple[Tensor, Tensor]:
     """Radius at which the linearised margin is zero, [B] float64, and which images are misclassified, [B] bool."""
-    x = batch.x0.to(dtype, copy=True).requires_grad_()
-    logits = logits_of(model, x)
-    check_classes(batch, logits)
-    margin = attack_loss("margin", logits, batch.labels, batch.targets)
-    (grad,) = torch.autograd.grad(margin.sum(), x)
-    slope = torch.linalg.vector_norm(grad.nan_to_num().flatten(1).double(), _DUAL[norm], dim=1)
-    estimate = (-margin.detach().double() / slope).nan_to_num(nan=torch.inf)
-    return estimate.clamp_min(_LEAST_RADIUS), succeeded(logits.detach(), batch.labels, batch.targets)
+    x = climb.seen(batch, batch.x0)
+    margin, wrong = climb.look(batch, x, gradient=True)
+    estimate = -margin.detach().double() / slope(climb.gradient(margin, x, x), climb.norm)
+    return estimate.nan_to_num(nan=torch.inf).clamp_min(_LEAST_RADIUS), wrong
 
 
 @torch.no_grad()
 def _pull_back(
-    model: Model,
+    climb: Climb,
     x: Tensor,  # [K, ...]
     x0: Tensor,  # [K, ...]
     batch: Batch,
 ) -> tuple[Tensor, Tensor]:
     """Whether ``x`` is misclassified, [K] bool, and the point nearest to ``x0`` on their segment that still is."""
-    hit = succeeded(logits_of(model, x), batch.labels, batch.targets)
+    hit = succeeded(climb.judge(batch, x), batch.labels, batch.targets)
     best = x.clone()
     near, far = torch.zeros_like(hit, dtype=torch.float64), torch.ones_like(hit, dtype=torch.float64)
     for _ in range(_HALVINGS):
@@ -222,7 +228,7 @@ def _pull_back(
         share = middle.reshape(-1, *([1] * (x.dim() - 1)))
         # In float64 and rounded once, so that a point between two points of the box stays inside it.
         point = (x0.double() + share * (x.double() - x0.double())).to(x.dtype)
-        fell = hit & succeeded(logits_of(model, point), batch.labels, batch.targets)
+        fell = hit & succeeded(climb.judge(batch, point), batch.labels, batch.targets)
         best = torch.where(fell.reshape(share.shape), point, best)
         near, far = torch.where(fell, near, middle), torch.where(fell, middle, far)
     return hit, best

@@ -8,6 +8,7 @@ from fastlip.attacks._losses import succeeded
 from fastlip.attacks._min_norm import MinNormResult
 from fastlip.attacks._model import Model, attacked, logits_of
 from fastlip.attacks._noise import add_noise, standard_normal
+from fastlip.attacks._prepare import network_of
 from fastlip.ops import Bounds
 
 
@@ -69,7 +70,7 @@ def min_sigma(
     standing[rows_of(active, inputs)] = True
     fell_along = torch.zeros(directions, size, dtype=torch.bool, device=device)
 
-    with attacked(model) as network, torch.no_grad():
+    with attacked(network_of(model, inputs, fast=False, precision=None)) as network, torch.no_grad():
 
         def fooled(sigma: Tensor, rows: Tensor, direction: int | None) -> Tensor:
             """Judge ``rows`` at ``sigma`` [B]; keep the noisy images that are misclassified."""

@@ -7,27 +7,72 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastlip.attacks._passes import report
+
 Model = Callable[[Tensor], Tensor]
 
 
+class Network:
+    """The model that judges, and a faster copy of it whose gradients are followed; from :func:`prepare`.
+
+    Calling it calls the model itself, so that it can stand wherever a model can.
+    """
+
+    def __init__(self, model: Model, faster: Model | None = None) -> None:
+        self.model = model
+        self.faster = faster
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs)
+
+    @property
+    def exact(self) -> bool:
+        """Whether gradients come from the model that judges."""
+        return self.faster is None
+
+    def judge(
+        self,
+        inputs: Tensor,  # [B, ...]
+    ) -> Tensor:
+        """Logits [B, C] of the model itself."""
+        return logits_of(self.model, inputs)
+
+    def ascend(
+        self,
+        inputs: Tensor,  # [B, ...]
+    ) -> Tensor:
+        """Logits [B, C] whose gradients are followed."""
+        if self.faster is None:
+            return logits_of(self.model, inputs)
+        logits = logits_of(self.faster, inputs)
+        report(self.model, logits)
+        return logits
+
+
 @contextmanager
-def attacked(model: Model) -> Iterator[Model]:
-    """The model in eval mode with gradients available, whatever mode the caller is in; modes are put back after.
+def attacked(network: Network) -> Iterator[Network]:
+    """The network in eval mode with gradients available, whatever mode the caller is in; modes are put back after.
 
     Modes are kept per module, because a network may be partly frozen.
     """
-    if isinstance(model, DistributedDataParallel):
-        # Its forward pass broadcasts buffers, and processes whose images fall at different steps would wait forever.
-        model = model.module
+    model = network.model
     training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
     try:
         for module in training:
             module.training = False
         with torch.inference_mode(False), torch.enable_grad():
-            yield model
+            yield network
     finally:
         for module in training:
             module.training = True
+
+
+def unwrapped(model: Model) -> Model:
+    """What DistributedDataParallel wraps, or the model.
+
+    Its forward pass broadcasts buffers, and processes whose images fall at different steps would wait forever.
+    """
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def logits_of(

@@ -2,4 +2,9 @@
 
 ``python -m fastlip.study --preset demo`` runs it; everything it measures comes from fastlip's public functions.
 The packages of the extra ``study`` are needed.
+:func:`frame` and :func:`image_frame` give a run's numbers to pandas.
 """
+
+from fastlip.study.frames import frame, image_frame
+
+__all__ = ["frame", "image_frame"]

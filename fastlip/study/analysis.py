@@ -1,15 +1,17 @@
 """From per-image results to results.json: every number with its sample size and interval."""
 
-from typing import Any
-
 import numpy as np
 
+from fastlip.study import power, summaries
 from fastlip.study.config import TRANSFER
-from fastlip.study.files import read_arrays, read_json, write_json
-from fastlip.study.rundir import RunDirectory, Trained, gaussian_name, pgd_name
-from fastlip.study.schema import SCHEMA, Attack, Comparison, DeckRow, Model, Results, Smallest, Stretch, Training
-from fastlip.study.statistics import mean, median, paired, rate
-from fastlip.study.verdicts import verdicts
+from fastlip.study.files import read_json, write_json
+from fastlip.study.inputs import build
+from fastlip.study.measure import depth_points
+from fastlip.study.rundir import RunDirectory, Trained, pgd_name
+from fastlip.study.schema import SCHEMA, Comparison, DeckRow, Model, Point, Power, Results, Training
+from fastlip.study.statistics import median, paired, rate
+from fastlip.study.summaries import Stored
+from fastlip.study.verdicts import CASES, verdicts
 
 #: The slide deck behind this project. 93.75% and 88.54% are 90 and 85 of its 96 images; the scale of its average
 #: distortion and the meaning of its upper Lipschitz constant are not stated there.
@@ -33,6 +35,7 @@ def analyse(run: RunDirectory, source_name: str) -> Results:
     """The contents of results.json, from the files of the stages before."""
     s = run.settings
     models = [_model(run, trained) for trained in run.models]
+    points = [_point(run, trained) for trained in sorted(run.models + run.snapshots, key=_moment)]
     return Results(
         schema=SCHEMA,
         preset=s.preset,
@@ -41,8 +44,10 @@ def analyse(run: RunDirectory, source_name: str) -> Results:
         generated=s.dataset == "generated",
         source=source_name if s.transfers else "none",
         models=models,
+        points=points,
         comparisons=_comparisons(run),
-        verdicts=verdicts(models, s.rules),
+        verdicts=verdicts(models, points, s.rules),
+        power=_power(run, models, points),
         seed_deck=[
             DeckRow(
                 model=model,
@@ -56,15 +61,19 @@ def analyse(run: RunDirectory, source_name: str) -> Results:
     )
 
 
+def _moment(trained: Trained) -> tuple[int, str, float]:
+    return trained.seed, trained.arm, np.inf if trained.epoch is None else trained.epoch
+
+
 def _model(run: RunDirectory, trained: Trained) -> Model:
     s = run.settings
+    stored = Stored(run, trained)
     confidence = s.rules.confidence
     training = read_json(run.training(trained.name))
-    clean = _right(_images(run, trained, "clean"))
-    right = _right(_images(run, trained, "clean-attacked"))
-    pgd, noise = (_images(run, trained, f"smallest-{kind}")["distortion"][right] for kind in ("pgd", "gaussian"))
-    with np.errstate(invalid="ignore"):  # inf / inf, replaced
-        ratios = np.where(np.isinf(pgd), np.inf, pgd / noise)
+    clean = stored.decided("clean")
+    ratios = summaries.ratios(stored)
+    bound = read_json(run.lipschitz(trained.name))
+    features, growth = summaries.features(stored)
     return Model(
         name=trained.name,
         arm=trained.arm,
@@ -74,93 +83,93 @@ def _model(run: RunDirectory, trained: Trained) -> Model:
         additional_data=trained.arm in TRANSFER,
         clean_acc=100.0 * float(clean.mean()),
         clean=rate(clean, confidence),
-        attacked_clean=rate(right, confidence),
+        attacked_clean=rate(stored.right, confidence),
         training=Training(
             images=training["images"],
             epochs=training["epochs"],
+            processes=training["processes"],
             loss=training["loss"],
             accuracy=training["accuracy"],
         ),
-        attacks=[_attack(run, trained, right, *which) for which in _strengths(run)],
-        smallest_pgd=_smallest(run, trained, right, "pgd"),
-        smallest_gaussian=_smallest(run, trained, right, "gaussian"),
-        gaussian_of_same_norm=rate(_right(_images(run, trained, "gaussian-of-same-norm"))[right], confidence),
+        attacks=summaries.attacks(stored),
+        strong=summaries.strong(stored),
+        smallest_pgd=summaries.smallest(stored, "pgd"),
+        smallest_gaussian=summaries.smallest(stored, "gaussian"),
+        gaussian_of_same_norm=rate(stored.decided("gaussian-of-same-norm")[stored.right], confidence),
         ratio_share=rate(ratios <= s.rules.ratio, confidence),
         ratio_median=median(ratios, confidence),
-        lipschitz=read_json(run.lipschitz(trained.name)),
-        largest_stretch=_largest(np.concatenate([_images(run, trained, name)["stretch"] for name in _perturbed(run)])),
+        largest_stretch=summaries.largest_stretch(stored),
+        depth_points=depth_points(build(s.architecture_of(trained.arm), 2, s.stem, 0)),
+        lipschitz=bound,
+        jacobian=summaries.jacobian(stored),
+        weights=summaries.weights(stored),
+        features=features,
+        growth=growth,
+        corruptions=summaries.corruptions(stored),
+        margins=summaries.margins(stored, bound),
+        smoothing=summaries.smoothed(stored),
     )
 
 
-def _strengths(run: RunDirectory) -> list[tuple[str, Any, Any, float]]:
-    """File name, attack, norm and strength of each attack at fixed strength."""
-    s = run.settings
-    found: list[tuple[str, Any, Any, float]] = [(gaussian_name(v), "gaussian", None, v) for v in s.gaussian.sigmas]
-    return found + [(pgd_name(norm, strength), "pgd", norm, eps) for norm, strength, eps in s.pgd.grid]
-
-
-def _perturbed(run: RunDirectory) -> list[str]:
-    return [name for name, *_ in _strengths(run)] + ["smallest-pgd", "smallest-gaussian", "gaussian-of-same-norm"]
-
-
-def _attack(
-    run: RunDirectory, trained: Trained, right: np.ndarray, name: str, attack: Any, norm: Any, strength: float
-) -> Attack:
-    arrays, rules = _images(run, trained, name), run.settings.rules
-    return Attack(
-        attack=attack,
-        norm=norm,
-        strength=strength,
-        accuracy=rate(_right(arrays), rules.confidence),
-        distortion=mean(arrays["distortion"][right], rules.confidence, rules.resamples),
-        stretch=_stretch(arrays["stretch"][right], rules.confidence, rules.resamples),
+def _point(run: RunDirectory, trained: Trained) -> Point:
+    """On the first images alone where there are snapshots, so that all moments are seen on the same."""
+    s, stored = run.settings, Stored(run, trained)
+    first = s.evaluation.snapshot_images if run.snapshots else s.evaluation.images
+    right = stored.right[:first]
+    arrays = stored.images("smallest-pgd")
+    found = median(arrays["distortion"][:first][right], s.rules.confidence)
+    return Point(
+        run=trained.run_name,
+        arm=trained.arm,
+        seed=trained.seed,
+        epoch=trained.epoch,
+        accuracy=rate(right, s.rules.confidence),
+        median=found["value"],
+        stretch=summaries.largest(arrays["stretch"][:first][right]),
+        log10_upper=read_json(run.lipschitz(trained.name))["log10_upper"],
     )
-
-
-def _smallest(run: RunDirectory, trained: Trained, right: np.ndarray, kind: Any) -> Smallest:
-    arrays, rules = _images(run, trained, f"smallest-{kind}"), run.settings.rules
-    distortion = arrays["distortion"][right]
-    found = np.isfinite(distortion)
-    return Smallest(
-        attack=kind,
-        found=rate(found, rules.confidence),
-        median=median(distortion, rules.confidence),
-        mean=mean(distortion[found], rules.confidence, rules.resamples),
-        stretch=_stretch(arrays["stretch"][right][found], rules.confidence, rules.resamples),
-    )
-
-
-def _stretch(values: np.ndarray, confidence: float, resamples: int) -> Stretch:
-    """Of the images that were moved at all."""
-    return Stretch(mean=mean(values[np.isfinite(values)], confidence, resamples), largest=_largest(values))
-
-
-def _largest(values: np.ndarray) -> float | None:
-    moved = values[np.isfinite(values)]
-    return float(moved.max()) if len(moved) else None
 
 
 def _comparisons(run: RunDirectory) -> list[Comparison]:
-    """Fine-tuned minus scratch, on the images that both classify correctly (distortion) or on all (accuracy)."""
+    """Each transfer arm minus scratch, on the images that both classify correctly (distortion) or on all (accuracy)."""
     s, found = run.settings, []
-    if not {"scratch", "finetune"} <= set(s.arms):
-        return []
+    arms = [arm for arm in s.arms if arm in TRANSFER] if "scratch" in s.arms else []
+    under = pgd_name("linf", s.rules.compared_linf_255)
     for seed in s.all_seeds:
-        pair = [Trained("finetune", seed), Trained("scratch", seed)]
-        both = np.logical_and(*(_right(_images(run, m, "clean-attacked")) for m in pair))
-        tuned, scratch = (_images(run, m, "smallest-pgd")["distortion"][both] for m in pair)
-        difference = paired(tuned, scratch, np.median, s.rules.confidence, s.rules.resamples)
-        found.append(Comparison(seed=seed, measure="median smallest distortion", difference=difference))
-        under = pgd_name("linf", s.rules.compared_linf_255)
-        tuned, scratch = (_right(_images(run, m, under)).astype(float) for m in pair)
-        difference = paired(tuned, scratch, np.mean, s.rules.confidence, s.rules.resamples)
-        found.append(Comparison(seed=seed, measure="accuracy under PGD", difference=difference))
+        for arm in arms:
+            pair = [Stored(run, Trained(arm, seed)), Stored(run, Trained("scratch", seed))]
+            both = pair[0].right & pair[1].right
+            a, b = (stored.images("smallest-pgd")["distortion"][both] for stored in pair)
+            difference = paired(a, b, np.median, s.rules.confidence, s.rules.resamples)
+            found.append(Comparison(arm=arm, seed=seed, measure="median smallest distortion", difference=difference))
+            a, b = (stored.decided(under).astype(float) for stored in pair)
+            difference = paired(a, b, np.mean, s.rules.confidence, s.rules.resamples)
+            found.append(Comparison(arm=arm, seed=seed, measure="accuracy under PGD", difference=difference))
     return found
 
 
-def _images(run: RunDirectory, trained: Trained, measurement: str) -> dict[str, np.ndarray]:
-    return read_arrays(run.images(trained.name, measurement))
-
-
-def _right(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    return arrays["prediction"] == arrays["label"]
+def _power(run: RunDirectory, models: list[Model], points: list[Point]) -> list[Power]:
+    """The plan with what this run had, and the same at the shares observed."""
+    rules = run.settings.rules
+    fewest = {
+        question: min((m["ratio_share"]["n"] for m in models if m["arm"] == arm), default=0)
+        for question, arm in ((1, "scratch"), (2, "finetune"))
+    }
+    had = fewest | {
+        3: len(run.settings.all_seeds) if {"scratch", "finetune"} <= set(run.settings.arms) else 0,
+        4: min(len({p["run"] for p in points if p["arm"] in arms}) for arms in CASES.values()),
+    }
+    rows = [Power(**(row | {"had": had[row["question"]]})) for row in power.planned(rules)]
+    for question, arm in ((1, "scratch"), (2, "finetune")):
+        for m in models:
+            share = m["ratio_share"]["value"]
+            if m["arm"] == arm and share is not None:
+                row = Power(
+                    question=question,
+                    unit="correctly classified images in each model",
+                    assumption=f"the true share is that observed in {m['name']}, {share:.3f}",
+                    needed=power.images_needed(share, rules.share, rules.confidence, rules.power),
+                    had=m["ratio_share"]["n"],
+                )
+                rows.append(row)
+    return sorted(rows, key=lambda row: row["question"])

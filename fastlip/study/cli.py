@@ -49,6 +49,14 @@ def study(
     source_data: Annotated[
         Path | None, typer.Option(help="Folder of images, one folder per class, to pre-train the source on.")
     ] = None,
+    corruptions: Annotated[
+        Path | None,
+        typer.Option(help="Folder with CIFAR-10-C's files; without it corruptions are made, and labelled so."),
+    ] = None,
+    join: Annotated[
+        bool,
+        typer.Option("--join", help="Share the run directory with other processes given the same, here or elsewhere."),
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="First seed.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto by default.")] = None,
     settings: Annotated[
@@ -78,7 +86,8 @@ def study(
     from fastlip.study import runner
     from fastlip.study.inputs import Places
 
-    runner.run(chosen, Places(data, source_checkpoint, source_data, download), out or Path("runs") / preset)
+    places = Places(data, source_checkpoint, source_data, corruptions, download)
+    runner.run(chosen, places, out or Path("runs") / preset, join=join)
 
 
 @app.command("report")
@@ -88,6 +97,17 @@ def rebuild(run: Annotated[Path, typer.Argument(help="Run directory with results
     from fastlip.study.rundir import RunDirectory
 
     typer.echo(report.write(RunDirectory(run)))
+
+
+@app.command("compare")
+def side_by_side(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories with results.json, two or more.")],
+) -> None:
+    """Set finished runs side by side: verdicts, models, settings that differ; as Markdown."""
+    from fastlip.study.compare import compare
+
+    for table in compare(runs):
+        typer.echo(table.markdown())
 
 
 def main() -> None:

@@ -6,12 +6,28 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastlip.study import checks
 from fastlip.study.errors import StudyError
 
 #: Arms that start from the source: all weights, the head alone, the last stage and the head, the head and then all.
 TRANSFER = ("finetune", "linear", "partial", "lpft")
 ARMS = ("reference", "scratch", *TRANSFER)
 SOURCES = ("generated", "imagenet", "checkpoint", "folder")
+
+#: Corruptions that the study generates itself (:mod:`fastlip.study.corruptions`).
+GENERATED_CORRUPTIONS = (
+    "gaussian_noise",
+    "gaussian_blur",
+    "brightness",
+    "contrast",
+    "saturate",
+    "pixelate",
+    "jpeg_compression",
+)
+
+
+#: A ball around an image: its norm, its strength as written in the settings, its radius for pixels in [0, 1].
+Ball = tuple[Literal["linf", "l2", "l1"], float, float]
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,7 @@ class Schedule:
         label_smoothing: share of the target spread over all classes.
         crop: images are shifted by up to this many pixels, mirrored at the border.
         flip: whether images are mirrored left to right half of the time.
+        snapshots: epochs after which the weights are kept and measured on their way, for question 4.
     """
 
     images: int
@@ -43,6 +60,7 @@ class Schedule:
     label_smoothing: float = 0.0
     crop: int = 3
     flip: bool = True
+    snapshots: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,11 +70,13 @@ class Evaluation:
     Attributes:
         images: attacked test images, the same number of each class, fixed by their order in the test set.
         clean_images: test images for clean accuracy alone; the attacked ones are the first of them.
+        snapshot_images: attacked images that the snapshots of training are measured on, the first of them.
         batch_size: images per forward pass.
     """
 
     images: int
     clean_images: int
+    snapshot_images: int = 48
     batch_size: int = 100
 
 
@@ -74,6 +94,7 @@ class Pgd:
     Attributes:
         linf_255: radii of the Linf ball in 255ths of the pixel range.
         l2: radii of the L2 ball, pixels in [0, 1].
+        l1: radii of the L1 ball, pixels in [0, 1].
         steps: gradient steps.
         relative_step: step size times ``steps`` over the radius.
         loss: "dlr" or "ce".
@@ -82,16 +103,42 @@ class Pgd:
 
     linf_255: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
     l2: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5)
+    l1: tuple[float, ...] = (1.0, 3.0, 6.0)
     steps: int = 10
     relative_step: float = 2.5
     loss: Literal["dlr", "ce"] = "dlr"
     restarts: int = 1
 
     @property
-    def grid(self) -> list[tuple[Literal["linf", "l2"], float, float]]:
-        """Norm, strength as written above, and radius in units of pixels in [0, 1]."""
-        linf: list[tuple[Literal["linf", "l2"], float, float]] = [("linf", v, v / 255) for v in self.linf_255]
-        return linf + [("l2", v, v) for v in self.l2]
+    def grid(self) -> list[Ball]:
+        """Every ball attacked."""
+        return _balls(self.linf_255, self.l2, self.l1)
+
+
+@dataclass(frozen=True)
+class Strong:
+    """The stronger suite: an image stands only where it stands under all of its attacks.
+
+    Attributes:
+        linf_255: radii of the Linf ball in 255ths of the pixel range.
+        l2: radii of the L2 ball, pixels in [0, 1].
+        steps: gradient steps of APGD, with cross-entropy and with the margin to each target.
+        restarts: runs of APGD with cross-entropy.
+        targets: wrong classes, the likeliest first, that targeted APGD tries one by one.
+        queries: forward passes of the black-box attack (Square).
+    """
+
+    linf_255: tuple[float, ...] = (1.0,)
+    l2: tuple[float, ...] = (0.25,)
+    steps: int = 20
+    restarts: int = 1
+    targets: int = 3
+    queries: int = 200
+
+    @property
+    def grid(self) -> list[Ball]:
+        """Every ball attacked."""
+        return _balls(self.linf_255, self.l2, ())
 
 
 @dataclass(frozen=True)
@@ -117,13 +164,61 @@ class Smallest:
 
 @dataclass(frozen=True)
 class Lipschitz:
-    """Certified norms.
+    """Certified norms and Jacobian norms.
 
     Attributes:
-        eta: probability, over all random starts of one model, that any stated upper bound fails.
+        eta: probability, over all random starts of the run, that any stated upper bound fails.
+        jacobian_images: images at which the norm of the Jacobian is computed.
+        jacobian_steps: most steps of its power iteration.
     """
 
     eta: float = 1e-6
+    jacobian_images: int = 16
+    jacobian_steps: int = 15
+
+
+@dataclass(frozen=True)
+class Features:
+    """Spectra of feature maps, and the growth of perturbations with depth.
+
+    Attributes:
+        images: images whose features are taken, clean, under PGD at ``rules.compared_linf_255`` and under Gaussian
+            noise of the same norm.
+    """
+
+    images: int = 96
+
+
+@dataclass(frozen=True)
+class Corruptions:
+    """Common corruptions.
+
+    Attributes:
+        severities: from 1 to 5.
+        images: images corrupted, the first of the attacked ones.
+    """
+
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    images: int = 96
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Randomised smoothing (Cohen et al. 2019): certificates for the model's decision under Gaussian noise.
+
+    Attributes:
+        images: images certified, the first of the attacked ones.
+        sigma: standard deviation of the noise, pixels in [0, 1].
+        selection: draws that choose the class.
+        samples: draws that certify it.
+        alpha: probability that one image's certificate is wrong.
+    """
+
+    images: int = 20
+    sigma: float = 0.1
+    selection: int = 16
+    samples: int = 128
+    alpha: float = 0.001
 
 
 @dataclass(frozen=True)
@@ -136,8 +231,9 @@ class Rules:
         share: questions 1 and 2: the lower limit of the share of images below the ratio must exceed this.
         compared_linf_255: question 3: Linf radius at which accuracies under PGD are compared.
         min_seeds: question 3: seeds below which nothing is said.
-        min_models: question 4: trained models below which nothing is said.
-        comparisons: comparisons declared in questions 3 and 4; each interval has confidence 1 - (1 - c)/comparisons.
+        min_runs: question 4: training runs (arm and seed) of a case below which nothing is said about it.
+        no_correlation: question 4: correlations within plus or minus this count as none.
+        power: chance of a verdict that the power note plans for.
         resamples: bootstrap resamples.
     """
 
@@ -146,8 +242,9 @@ class Rules:
     share: float = 0.9
     compared_linf_255: float = 1.0
     min_seeds: int = 3
-    min_models: int = 6
-    comparisons: int = 4
+    min_runs: int = 6
+    no_correlation: float = 0.2
+    power: float = 0.8
     resamples: int = 4000
 
 
@@ -159,6 +256,7 @@ class Settings:
         preset: name of the preset that this started from.
         dataset: "generated" or "cifar10".
         source: what the transfer arms start from: "generated" and "folder" are pre-trained on by the study itself.
+        corrupted: "generated" with torchvision, or the files of CIFAR-10-C.
         pretrain: how the source is trained.
         scratch: how the arms that start from nothing are trained.
         finetune: how the transfer arms are trained; "lpft" runs it twice, on the head and then on all weights.
@@ -173,13 +271,18 @@ class Settings:
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: "auto", "float32" or "bfloat16" for the matrix work of training and of the attacks' gradients;
             every reported prediction is float32.
+        compile: whether training compiles the network: "auto" (on a GPU), "on" or "off".
         threads: CPU threads; 0 takes torch's default.
         save_seconds: a training run in progress is saved this often.
         examples: test images shown in the report.
         gaussian: noise at fixed strengths.
         pgd: PGD at fixed strengths.
+        strong: the stronger suite.
         smallest: searches for the smallest perturbations.
-        lipschitz: certified norms.
+        lipschitz: certified norms and Jacobian norms.
+        features: spectra of feature maps.
+        corruptions: common corruptions.
+        smoothing: randomised smoothing.
         rules: numbers in the rules of the verdicts.
     """
 
@@ -190,6 +293,7 @@ class Settings:
     scratch: Schedule
     finetune: Schedule
     evaluation: Evaluation
+    corrupted: Literal["generated", "cifar10c"] = "generated"
     arms: tuple[str, ...] = ("scratch", "finetune")
     architecture: Literal["resnet50", "resnet18"] = "resnet50"
     reference_architecture: Literal["resnet50", "resnet18"] = "resnet18"
@@ -198,17 +302,22 @@ class Settings:
     seeds: int = 1
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
     threads: int = 0
     save_seconds: float = 30.0
     examples: int = 6
     gaussian: Gaussian = field(default_factory=Gaussian)
     pgd: Pgd = field(default_factory=Pgd)
+    strong: Strong = field(default_factory=Strong)
     smallest: Smallest = field(default_factory=Smallest)
     lipschitz: Lipschitz = field(default_factory=Lipschitz)
+    features: Features = field(default_factory=Features)
+    corruptions: Corruptions = field(default_factory=Corruptions)
+    smoothing: Smoothing = field(default_factory=Smoothing)
     rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
-        _check(self)
+        checks.check(self)
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
@@ -224,6 +333,12 @@ class Settings:
 
     def architecture_of(self, arm: str) -> str:
         return self.reference_architecture if arm == "reference" else self.architecture
+
+
+def _balls(linf_255: tuple[float, ...], l2: tuple[float, ...], l1: tuple[float, ...]) -> list[Ball]:
+    found: list[Ball] = [("linf", v, v / 255) for v in linf_255]
+    found += [("l2", v, v) for v in l2]
+    return found + [("l1", v, v) for v in l1]
 
 
 def names(settings: Settings) -> dict[str, Any]:
@@ -264,40 +379,3 @@ def _build(kind: Any, plain: dict[str, Any]) -> Any:
             value = tuple(value)
         values[name] = value
     return kind(**values)
-
-
-def _check(s: Settings) -> None:
-    def need(condition: bool, name: str, wanted: str) -> None:
-        if not condition:
-            raise StudyError(f"--set {name}: {wanted}", status=2)
-
-    need(bool(s.arms) and set(s.arms) <= set(ARMS), "arms", f"choose from {', '.join(ARMS)}")
-    need(len(set(s.arms)) == len(s.arms), "arms", "name each arm once")
-    need((s.dataset == "generated") == (s.source == "generated"), "source", "generated images go together")
-    for name in ("pretrain", "scratch", "finetune"):
-        schedule = getattr(s, name)
-        for part in ("images", "epochs", "batch_size", "max_lr", "head_lr"):
-            need(getattr(schedule, part) > 0, f"{name}.{part}", "must be above 0")
-        need(schedule.batch_size > 1, f"{name}.batch_size", "must be at least 2")
-        need(0 < schedule.warmup < 1, f"{name}.warmup", "must lie between 0 and 1")
-        need(schedule.weight_decay >= 0 and schedule.crop >= 0, name, "weight_decay and crop must be at least 0")
-        need(0 <= schedule.momentum < 1, f"{name}.momentum", "must lie in [0, 1)")
-        need(0 <= schedule.label_smoothing < 1, f"{name}.label_smoothing", "must lie in [0, 1)")
-    need(0 < s.evaluation.images <= s.evaluation.clean_images, "evaluation.images", "1 to evaluation.clean_images")
-    need(s.evaluation.batch_size > 0, "evaluation.batch_size", "must be above 0")
-    need(s.seeds > 0 and s.seed >= 0, "seeds", "seeds must be at least 1 and seed at least 0")
-    need(s.threads >= 0, "threads", "must be at least 0")
-    need(s.save_seconds >= 0, "save_seconds", "must be at least 0")
-    need(0 <= s.examples <= s.evaluation.images, "examples", "0 to evaluation.images")
-    for name, grid in (("gaussian.sigmas", s.gaussian.sigmas), ("pgd.linf_255", s.pgd.linf_255), ("pgd.l2", s.pgd.l2)):
-        # Files are named by six digits of the strength.
-        need(all(v > 0 for v in grid) and len({f"{v:g}" for v in grid}) == len(grid), name, "distinct values above 0")
-    need(s.rules.compared_linf_255 in s.pgd.linf_255, "rules.compared_linf_255", "must be one of pgd.linf_255")
-    need(s.pgd.steps > 0 and s.pgd.restarts > 0 and s.pgd.relative_step > 0, "pgd", "its numbers must be above 0")
-    for f in dataclasses.fields(s.smallest):
-        need(getattr(s.smallest, f.name) > 0, f"smallest.{f.name}", "must be above 0")
-    need(0 < s.lipschitz.eta < 1, "lipschitz.eta", "must lie between 0 and 1")
-    for name in ("confidence", "ratio", "share"):
-        need(0 < getattr(s.rules, name) < 1, f"rules.{name}", "must lie between 0 and 1")
-    for name in ("min_seeds", "min_models", "comparisons", "resamples"):
-        need(getattr(s.rules, name) > 0, f"rules.{name}", "must be at least 1")

@@ -82,14 +82,16 @@ def write(folder: Path, figures: list[Figure]) -> None:
 
 
 def accuracy_figures(results: Results) -> list[Figure]:
-    """Accuracy by strength: PGD in Linf and L2, Gaussian noise."""
-    return [
+    """Accuracy by strength: PGD in each norm, with the noise of the same norm as its control, and Gaussian noise."""
+    drawings = [
         _accuracy(results, "accuracy-linf", "PGD, L∞", "radius ε in 255ths", lambda a: a["norm"] == "linf", 255.0),
         _accuracy(results, "accuracy-l2", "PGD, L2", "radius ε, pixels in [0, 1]", lambda a: a["norm"] == "l2", 1.0),
+        _accuracy(results, "accuracy-l1", "PGD, L1", "radius ε, pixels in [0, 1]", lambda a: a["norm"] == "l1", 1.0),
         _accuracy(
             results, "accuracy-gaussian", "Gaussian noise", "σ, pixels in [0, 1]", lambda a: a["norm"] is None, 1.0
         ),
     ]
+    return [figure for figure in drawings if figure.csv.count("\n") > 1 + len(results["models"])]
 
 
 def distortion_figure(results: Results, distortions: dict[str, dict[str, np.ndarray]]) -> Figure:
@@ -113,7 +115,7 @@ def distortion_figure(results: Results, distortions: dict[str, dict[str, np.ndar
                     dashes,
                     where="post",
                     color=ARM_COLOURS[model["arm"]],
-                    label=f"{_label(results, model)}, {what}",
+                    label=f"{label_of(results, model)}, {what}",
                 )
                 rows.extend((model["name"], kind, float(v), float(s)) for v, s in zip(values, shares, strict=True))
         axes.set_xscale("log")
@@ -121,16 +123,14 @@ def distortion_figure(results: Results, distortions: dict[str, dict[str, np.ndar
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("smallest distortion that changes the decision (× 255)")
         axes.set_ylabel("share of images")
-        _legend(axes)
+        legend(axes)
 
     caption = (
         "Share of correctly classified images whose decision changes at a distortion of at most x. Solid: the smallest "
         "perturbation found by PGD; dotted: the smallest Gaussian noise found. A curve that ends below 100% marks "
         "images on which nothing was found."
     )
-    return _figure(
-        "smallest-distortion", caption, draw, rows, ("model", "perturbation", "distortion_x255", "share"), 6.4
-    )
+    return drawn("smallest-distortion", caption, draw, rows, ("model", "perturbation", "distortion_x255", "share"), 6.4)
 
 
 def layer_figure(results: Results) -> Figure:
@@ -143,7 +143,9 @@ def layer_figure(results: Results) -> Figure:
             depth = np.arange(1, len(layers) + 1)
             lower, upper = (np.array([layer[side] for layer in layers]) for side in ("lower", "upper"))
             colour = ARM_COLOURS[model["arm"]]
-            axes.plot(depth, upper, color=colour, linewidth=1.2, marker="o", markersize=3, label=_label(results, model))
+            axes.plot(
+                depth, upper, color=colour, linewidth=1.2, marker="o", markersize=3, label=label_of(results, model)
+            )
             axes.vlines(depth, lower, upper, color=colour, linewidth=3, alpha=0.4)
             rows.extend(
                 (model["name"], int(d), layer["name"], layer["kind"], layer["lower"], layer["upper"])
@@ -153,13 +155,13 @@ def layer_figure(results: Results) -> Figure:
         axes.set_xlabel("layer, in order of execution")
         axes.set_ylabel("L2 operator norm, BatchNorm folded")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend(axes)
+        legend(axes)
 
     caption = (
         "Certified operator norm of each layer as the network applies it, BatchNorm folded in. Points: upper sides; "
         "bars down to the lower sides, mostly narrower than the points."
     )
-    return _figure("layer-norms", caption, draw, rows, ("model", "depth", "layer", "kind", "lower", "upper"), 5.4)
+    return drawn("layer-norms", caption, draw, rows, ("model", "depth", "layer", "kind", "lower", "upper"), 5.4)
 
 
 def training_figure(results: Results) -> Figure:
@@ -170,7 +172,7 @@ def training_figure(results: Results) -> Figure:
         for model in results["models"]:
             accuracy = model["training"]["accuracy"]
             epochs = range(1, len(accuracy) + 1)
-            axes.plot(epochs, accuracy, color=ARM_COLOURS[model["arm"]], marker="o", label=_label(results, model))
+            axes.plot(epochs, accuracy, color=ARM_COLOURS[model["arm"]], marker="o", label=label_of(results, model))
             rows.extend(
                 (model["name"], e, a, loss)
                 for e, a, loss in zip(epochs, accuracy, model["training"]["loss"], strict=True)
@@ -180,9 +182,9 @@ def training_figure(results: Results) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel("accuracy, augmented training images")
-        _legend(axes)
+        legend(axes)
 
-    return _figure("training", "Accuracy during training.", draw, rows, ("model", "epoch", "accuracy", "loss"), 5.4)
+    return drawn("training", "Accuracy during training.", draw, rows, ("model", "epoch", "accuracy", "loss"), 5.4)
 
 
 def inline(figure: Figure) -> str:
@@ -217,28 +219,36 @@ def _accuracy(
             value = np.array([r["value"] for r in rates], dtype=float)
             colour = ARM_COLOURS[model["arm"]]
             axes.fill_between(x, [r["low"] for r in rates], [r["high"] for r in rates], color=colour, alpha=0.16, lw=0)
-            axes.plot(x, value, color=colour, marker="o", markersize=4, label=_label(results, model))
+            axes.plot(x, value, color=colour, marker="o", markersize=4, label=label_of(results, model))
+            noise = [model["attacked_clean"], *(a["noise_accuracy"] for a in attacks)]
+            kept = [None if r is None else r["value"] for r in noise]
+            if None not in kept[1:]:
+                axes.plot(x, np.array(kept, dtype=float), ":", color=colour, linewidth=1.2)
             rows.extend(
-                (model["name"], v, r["k"], r["n"], r["value"], r["low"], r["high"])
-                for v, r in zip(strengths, rates, strict=True)
+                (model["name"], v, r["k"], r["n"], r["value"], r["low"], r["high"], control)
+                for v, r, control in zip(strengths, rates, kept, strict=True)
             )
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_title(title)
         axes.set_xlabel(label)
-        _legend(axes)
+        legend(axes)
 
     n = results["models"][0]["attacked_clean"]["n"]
     caption = (
         f"{title}: accuracy by strength on {n} images, with 95% Clopper–Pearson bands. Strengths are not to scale."
     )
-    return _figure(name, caption, draw, rows, ("model", "strength", "k", "n", "accuracy", "low", "high"), 4.2)
+    if name != "accuracy-gaussian":
+        caption += " Dotted: the control, Gaussian noise of the L2 norm that PGD used on each image."
+    header = ("model", "strength", "k", "n", "accuracy", "low", "high", "accuracy_under_noise_of_same_norm")
+    return drawn(name, caption, draw, rows, header, 4.2)
 
 
-def _figure(
+def drawn(
     name: str, caption: str, draw: Callable[[Axes], None], rows: Rows, header: Sequence[str], width: float
 ) -> Figure:
+    """A figure by ``draw``, which also fills ``rows``; ``width`` in inches."""
     # One salt per figure: several drawings share a page, and their identifiers must not collide.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         canvas = Canvas(figsize=(width, 3.4), layout="constrained")
@@ -252,12 +262,12 @@ def _figure(
     return Figure(name, caption, svg.getvalue(), table.getvalue())
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
 
 
-def _label(results: Results, model: Model) -> str:
+def label_of(results: Results, model: Model) -> str:
     seeds = {m["seed"] for m in results["models"]}
     name = ARM_NAMES[model["arm"]]
     return name if len(seeds) == 1 else f"{name}, seed {model['seed']}"

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.models import ResNet50_Weights
 
-from fastlip.data import ImageSet, cifar10, generated, image_folder
+from fastlip.data import ImageSet, cifar10, cifar10_c, generated, image_folder
 from fastlip.models import imagenet_weights, load_backbone, load_checkpoint, resnet18, resnet50
-from fastlip.study.config import Settings
+from fastlip.study.config import GENERATED_CORRUPTIONS, Settings
 from fastlip.study.errors import StudyError
 
 WAYS_OUT = (
@@ -34,25 +34,29 @@ class Places:
         data: folder that holds ``cifar-10-batches-py``.
         source_checkpoint: weights under torchvision's names, safetensors or a torch file (read without executing it).
         source_data: folder of images, one folder per class.
+        corruptions: folder with the files of CIFAR-10-C.
         download: whether missing files may be fetched.
     """
 
     data: Path | None = None
     source_checkpoint: Path | None = None
     source_data: Path | None = None
+    corruptions: Path | None = None
     download: bool = True
 
 
 def resolve_source(settings: Settings, places: Places) -> Settings:
-    """The settings with the source that the given files ask for; ImageNet's weights where they ask for none."""
+    """The settings with the source and corruptions that the given files ask for; ImageNet's weights for want of one."""
     if settings.dataset == "generated":
-        if places.source_checkpoint or places.source_data or places.data:
+        if places.source_checkpoint or places.source_data or places.data or places.corruptions:
             raise StudyError(
-                f"--preset {settings.preset} generates its images: leave out --data, --source-checkpoint and "
-                "--source-data, or use --preset quick",
+                f"--preset {settings.preset} generates its images: leave out --data, --source-checkpoint, "
+                "--source-data and --corruptions, or use --preset quick",
                 status=2,
             )
         return settings
+    if places.corruptions:
+        settings = replace(settings, corrupted="cifar10c")
     if places.source_checkpoint:
         return replace(settings, source="checkpoint")
     if places.source_data:
@@ -73,6 +77,8 @@ class Inputs:
         checks = [self._check_target]
         if self.settings.transfers:
             checks.append(self._check_source)
+        if self.settings.corrupted == "cifar10c":
+            checks.append(self._check_corruptions)
         for look in checks:
             try:
                 look()
@@ -87,6 +93,8 @@ class Inputs:
         """A name for each input that changes with its contents."""
         s = self.settings
         prints = {"target": "CIFAR-10, MD5 checked" if s.dataset == "cifar10" else "fastlip.data.generated"}
+        if s.corrupted == "cifar10c":
+            prints["corruptions"] = _names_and_sizes(self._corruption_files)
         if not s.transfers:
             return prints
         if s.source == "checkpoint":
@@ -113,6 +121,22 @@ class Inputs:
         if s.source == "folder":
             return f"pre-training on {s.pretrain.images} images of {self._source_folder.resolve().name}"
         return "torchvision's ImageNet weights" if s.source == "imagenet" else "a checkpoint given on the command line"
+
+    @property
+    def corruption_names(self) -> tuple[str, ...]:
+        """The corruptions measured, by name."""
+        if self.settings.corrupted == "generated":
+            return GENERATED_CORRUPTIONS
+        return tuple(path.stem for path in self._corruption_files if path.stem != "labels")
+
+    @property
+    def corrupted_files(self) -> Callable[[str, int], ImageSet] | None:
+        """Gives the attacked images as CIFAR-10-C's files hold them, by corruption and severity; None if made here."""
+        if self.settings.corrupted == "generated":
+            return None
+        root, classes = self._corruption_folder, self.target_attacked.classes
+        # The same rows as of the clean images: the choice follows from the labels, which the files share.
+        return lambda name, severity: cifar10_c(root, name, severity, classes).balanced(self.settings.evaluation.images)
 
     @cached_property
     def source_train(self) -> ImageSet:
@@ -167,6 +191,28 @@ class Inputs:
         assert self.places.source_data is not None
         return self.places.source_data
 
+    @property
+    def _corruption_folder(self) -> Path:
+        assert self.places.corruptions is not None
+        return self.places.corruptions
+
+    @property
+    def _corruption_files(self) -> list[Path]:
+        return sorted(self._corruption_folder.glob("*.npy"))
+
+    def _check_corruptions(self) -> None:
+        names = self.corruption_names if self._corruption_folder.is_dir() else ()
+        if not names:
+            raise StudyError(
+                f"--corruptions {self._corruption_folder} must hold CIFAR-10-C's files, such as gaussian_noise.npy, "
+                "and labels.npy",
+                status=2,
+            )
+        for name in names:
+            found = cifar10_c(self._corruption_folder, name, 1, self._cifar_test.classes)
+            if not torch.equal(found.labels, self._cifar_test.labels):
+                raise ValueError(f"--corruptions {self._corruption_folder}: labels.npy is not in CIFAR-10's order")
+
     def _check_target(self) -> None:
         s = self.settings
         if s.dataset == "generated":
@@ -211,6 +257,11 @@ class Inputs:
                 raise FileNotFoundError(f"no ImageNet weights in {cached.parent}")
             with _unless_new(cached.parent):
                 imagenet_weights()
+
+
+def _names_and_sizes(files: list[Path]) -> str:
+    listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
+    return "names and sizes, sha256 " + hashlib.sha256(listing.encode()).hexdigest()
 
 
 def build(architecture: str, classes: int, stem: str, seed: int) -> nn.Sequential:

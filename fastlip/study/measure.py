@@ -4,16 +4,20 @@ Perturbed images are judged again by the network itself in one pass of their own
 distortion and stretch belongs to exactly the perturbed image that was found.
 """
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from fastlip import local_lipschitz
 from fastlip.attacks import gaussian_noise, min_norm, min_sigma, pgd
 from fastlip.data import ImageSet
-from fastlip.metrics import average_distortion, observed_stretch
-from fastlip.study.config import Settings
+from fastlip.metrics import average_distortion, layer_stretch
+from fastlip.study.config import Ball, Settings
 
 Arrays = dict[str, np.ndarray]
 Progress = Callable[[int, int, str], None]
@@ -32,17 +36,30 @@ class Images:
         self.ids = torch.arange(len(images), device=device)
         self.device = device
         self.batch_size = batch_size
+        self.part = (0, 1)
+
+    def share(self, rank: int, size: int) -> "Images":
+        """The same images, of which :meth:`batches` gives every ``size``-th batch from ``rank`` on."""
+        part = copy.copy(self)
+        part.part = (rank, size)
+        return part
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batches(self, progress: Progress) -> Iterator[slice]:
         """Rows of each batch; ``progress`` hears of each one that is done."""
-        n = len(self)
-        for i in range(0, n, self.batch_size):
+        n, (rank, size) = len(self), self.part
+        for i in range(rank * self.batch_size, n, size * self.batch_size):
             progress(i, n, "")
             yield slice(i, min(i + self.batch_size, n))
         progress(n, n, "")
+
+    def first(self, n: int) -> "Images":
+        """The first ``n`` of them, or all if there are fewer."""
+        part = copy.copy(self)
+        part.pixels, part.labels, part.ids = self.pixels[:n], self.labels[:n], self.ids[:n]
+        return part
 
     def at(self, rows: slice) -> Tensor:
         """Images in [0, 1], float32, channels_last."""
@@ -50,17 +67,32 @@ class Images:
         return x.contiguous(memory_format=torch.channels_last)
 
 
+def depth_points(model: nn.Module) -> list[str]:
+    """Modules of a ResNet after which stretch is observed: its stem and every residual block."""
+    found = [name for name, module in model.named_modules() if isinstance(module, BasicBlock | Bottleneck)]
+    return ["network.maxpool", *found] if found else []
+
+
 def clean(model: nn.Module, images: Images, progress: Progress) -> Arrays:
-    """Predictions on clean images, and the first :data:`KEPT` images themselves."""
-    predictions = []
+    """Predictions and margins on clean images, and the first :data:`KEPT` images themselves.
+
+    The margin is the label's logit minus the largest other one, below 0 where the decision is wrong.
+    """
+    parts = []
     for rows in images.batches(progress):
-        predictions.append(_predict(model, images.at(rows)))
-    return {
-        "id": images.ids.cpu().numpy(),
-        "label": images.labels.cpu().numpy(),
-        "prediction": torch.cat(predictions).cpu().numpy(),
-        "image": images.pixels[:KEPT].cpu().numpy(),
-    }
+        with torch.no_grad():
+            logits = model(images.at(rows)).double()
+        labels = images.labels[rows, None]
+        own = logits.gather(1, labels).squeeze(1)
+        part = {
+            "id": images.ids[rows],
+            "label": images.labels[rows],
+            "prediction": logits.argmax(1),
+            "margin": own - logits.scatter(1, labels, -torch.inf).amax(1),
+            "image": images.pixels[rows][: max(KEPT - rows.start, 0)],
+        }
+        parts.append(part)
+    return joined(parts)
 
 
 def gaussian(model: nn.Module, images: Images, sigma: float, seed: int, progress: Progress) -> Arrays:
@@ -69,36 +101,43 @@ def gaussian(model: nn.Module, images: Images, sigma: float, seed: int, progress
     def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
         return gaussian_noise(x, sigma=sigma, ids=ids, generator=generator)
 
-    return _perturbed(model, images, attack, seed, progress)
+    return perturbed(model, images, attack, seed, progress)
 
 
 def projected_gradient(
     model: nn.Module,
     images: Images,
-    norm: str,
-    eps: float,
+    ball: Ball,
     settings: Settings,
     seed: int,
     progress: Progress,
 ) -> Arrays:
-    """PGD in the ball of radius ``eps`` in ``norm``."""
+    """PGD in ``ball``; ``noise_prediction`` is what Gaussian noise as long (L2) as an image's perturbation does."""
 
     def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
-        return pgd(
-            model,
-            x,
-            y,
-            norm="linf" if norm == "linf" else "l2",
-            eps=eps,
-            steps=settings.pgd.steps,
-            step_size=settings.pgd.relative_step * eps / settings.pgd.steps,
-            loss=settings.pgd.loss,
-            restarts=settings.pgd.restarts,
-            ids=ids,
-            generator=generator,
-        )
+        return pgd_attack(model, ball, settings, x, y, ids, generator)
 
-    return _perturbed(model, images, attack, seed, progress)
+    return perturbed(model, images, attack, seed, progress, control=True)
+
+
+def pgd_attack(
+    model: nn.Module, ball: Ball, settings: Settings, x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The study's PGD in ``ball``; images like ``x``."""
+    norm, _, eps = ball
+    return pgd(
+        model,
+        x,
+        y,
+        norm=norm,
+        eps=eps,
+        steps=settings.pgd.steps,
+        step_size=settings.pgd.relative_step * eps / settings.pgd.steps,
+        loss=settings.pgd.loss,
+        restarts=settings.pgd.restarts,
+        ids=ids,
+        generator=generator,
+    )
 
 
 def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, progress: Progress) -> Arrays:
@@ -115,7 +154,7 @@ def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, p
             loss=settings.pgd.loss,
         ).adversarial
 
-    return _censored(_perturbed(model, images, search, 0, progress, keep=KEPT))
+    return _censored(perturbed(model, images, search, 0, progress, keep=KEPT))
 
 
 def smallest_gaussian(model: nn.Module, images: Images, settings: Settings, seed: int, progress: Progress) -> Arrays:
@@ -134,7 +173,7 @@ def smallest_gaussian(model: nn.Module, images: Images, settings: Settings, seed
             generator=generator,
         ).adversarial
 
-    return _censored(_perturbed(model, images, search, seed, progress, keep=KEPT))
+    return _censored(perturbed(model, images, search, seed, progress, keep=KEPT))
 
 
 def gaussian_of_norm(model: nn.Module, images: Images, l2: np.ndarray, seed: int, progress: Progress) -> Arrays:
@@ -144,13 +183,37 @@ def gaussian_of_norm(model: nn.Module, images: Images, l2: np.ndarray, seed: int
     def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
         return gaussian_noise(x, norm=lengths[ids], ids=ids, generator=generator)
 
-    return _perturbed(model, images, attack, seed, progress)
+    return perturbed(model, images, attack, seed, progress)
 
 
-def _perturbed(
-    model: nn.Module, images: Images, attack: Attack, seed: int, progress: Progress, keep: int = 0
+def jacobian(model: nn.Module, images: Images, settings: Settings, seed: int, progress: Progress) -> Arrays:
+    """Norm of the Jacobian of the logits at each of the first images, from below."""
+    chosen = images.first(settings.lipschitz.jacobian_images)
+    parts = []
+    for rows in chosen.batches(progress):
+        generator = torch.Generator().manual_seed(seed)
+        steps = settings.lipschitz.jacobian_steps
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own forward-mode rules still script
+            norm = local_lipschitz(model, chosen.at(rows), max_steps=steps, generator=generator)
+        parts.append({"id": chosen.ids[rows], "norm": norm})
+    return joined(parts)
+
+
+def perturbed(
+    model: nn.Module,
+    images: Images,
+    attack: Attack,
+    seed: int,
+    progress: Progress,
+    keep: int = 0,
+    control: bool = False,
 ) -> Arrays:
-    """What became of each image under ``attack``, and the perturbed pixels of the first ``keep``."""
+    """What became of each image under ``attack``, and the perturbed pixels of the first ``keep``.
+
+    ``stretch`` is that at the logits, and ``depth_stretch`` [N, D] that at :func:`depth_points`.
+    """
+    points = depth_points(model)
     parts = []
     for rows in images.batches(progress):
         x, y = images.at(rows), images.labels[rows]
@@ -158,22 +221,37 @@ def _perturbed(
         generator = torch.Generator(images.device).manual_seed(seed)
         z = attack(x, y, images.ids[rows], generator)
         moved = (z.double() - x.double()).flatten(1)
+        stretch = layer_stretch(model, z, x, ["", *points])
         part = {
             "id": images.ids[rows],
             "label": y,
             "prediction": _predict(model, z),
             "l2": moved.norm(dim=1),
             "linf": moved.abs().amax(1),
+            "l1": moved.abs().sum(1),
             "distortion": average_distortion(z, x),
-            "stretch": observed_stretch(model, z, x),
+            "stretch": stretch[""],
         }
+        if points:
+            part["depth_stretch"] = torch.stack([stretch[name] for name in points], 1).float()
+        if control:
+            generator = torch.Generator(images.device).manual_seed(seed)
+            noisy = gaussian_noise(x, norm=part["l2"].float(), ids=images.ids[rows], generator=generator)
+            part["noise_prediction"] = _predict(model, noisy)
         if keep:
             part["image"] = z[: max(keep - rows.start, 0)].contiguous()
         parts.append(part)
-    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+    return joined(parts)
+
+
+def joined(parts: list[dict[str, Tensor]]) -> Arrays:
+    """Batches one after the other; nothing where this process had none."""
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in (parts[0] if parts else ())}
 
 
 def _censored(arrays: Arrays) -> Arrays:
+    if not arrays:
+        return arrays
     found = arrays["prediction"] != arrays["label"]
     distortion = np.where(found, arrays["distortion"], np.inf)
     return arrays | {"found": found, "distortion": distortion}

@@ -4,7 +4,18 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
-from fastlip.study.config import Evaluation, Gaussian, Pgd, Schedule, Settings
+from fastlip.study.config import (
+    Corruptions,
+    Evaluation,
+    Features,
+    Gaussian,
+    Lipschitz,
+    Pgd,
+    Schedule,
+    Settings,
+    Smoothing,
+    Strong,
+)
 from fastlip.study.errors import StudyError
 
 #: Settings that follow from the preset and the files given, and not from --set.
@@ -16,32 +27,43 @@ PRESETS = {
         dataset="generated",
         source="generated",
         pretrain=Schedule(images=4000, epochs=2, max_lr=0.1, crop=0, flip=False),
-        scratch=Schedule(images=2000, epochs=3, max_lr=0.1, crop=0, flip=False),
-        finetune=Schedule(images=2000, epochs=3, max_lr=0.05, crop=0, flip=False),
-        evaluation=Evaluation(images=96, clean_images=600),
+        scratch=Schedule(images=2000, epochs=3, max_lr=0.1, crop=0, flip=False, snapshots=(1,)),
+        finetune=Schedule(images=2000, epochs=3, max_lr=0.05, crop=0, flip=False, snapshots=(1,)),
+        evaluation=Evaluation(images=60, clean_images=480, snapshot_images=24),
         gaussian=Gaussian(sigmas=(0.05, 0.1, 0.2)),
-        pgd=Pgd(linf_255=(0.5, 1.0, 2.0, 4.0, 8.0), l2=(0.25, 0.5, 1.0)),
+        pgd=Pgd(linf_255=(0.5, 1.0, 2.0), l2=(0.25, 0.5), l1=(6.0,)),
+        strong=Strong(linf_255=(1.0,), l2=(), steps=10, targets=1, queries=50),
+        lipschitz=Lipschitz(jacobian_images=8),
+        features=Features(images=60),
+        corruptions=Corruptions(severities=(1, 5), images=60),
+        smoothing=Smoothing(images=8, samples=96),
     ),
     "quick": Settings(
         preset="quick",
         dataset="cifar10",
         source="imagenet",
         pretrain=Schedule(images=20000, epochs=3, max_lr=0.1),
-        scratch=Schedule(images=10000, epochs=4, max_lr=0.1),
-        finetune=Schedule(images=10000, epochs=4, max_lr=0.05),
+        scratch=Schedule(images=10000, epochs=4, max_lr=0.1, snapshots=(1, 2)),
+        finetune=Schedule(images=10000, epochs=4, max_lr=0.05, snapshots=(1, 2)),
         evaluation=Evaluation(images=200, clean_images=5000),
         save_seconds=60.0,
+        corruptions=Corruptions(images=200),
     ),
     "full": Settings(
         preset="full",
         dataset="cifar10",
         source="imagenet",
         pretrain=Schedule(images=20000, epochs=60, max_lr=0.1, batch_size=128),
-        scratch=Schedule(images=50000, epochs=40, max_lr=0.1, batch_size=128),
-        finetune=Schedule(images=50000, epochs=15, max_lr=0.05, batch_size=128),
-        evaluation=Evaluation(images=1000, clean_images=10000, batch_size=500),
+        scratch=Schedule(images=50000, epochs=40, max_lr=0.1, batch_size=128, snapshots=(2, 5, 10, 20, 30)),
+        finetune=Schedule(images=50000, epochs=15, max_lr=0.05, batch_size=128, snapshots=(1, 2, 4, 8, 12)),
+        evaluation=Evaluation(images=1000, clean_images=10000, snapshot_images=200, batch_size=500),
         arms=("reference", "scratch", "finetune", "linear", "partial", "lpft"),
         seeds=3,
+        strong=Strong(linf_255=(0.5, 1.0, 2.0), l2=(0.1, 0.25), steps=100, targets=9, queries=1000),
+        lipschitz=Lipschitz(jacobian_images=100, jacobian_steps=50),
+        features=Features(images=1000),
+        corruptions=Corruptions(images=1000),
+        smoothing=Smoothing(images=200, selection=100, samples=1000),
     ),
 }
 

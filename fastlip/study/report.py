@@ -1,29 +1,41 @@
 """report.html: one file that opens anywhere, answers first; and the tables and figures beside it."""
 
+import base64
+
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from fastlip.study import figures, tables
+from fastlip.study import figures, figures_depth, tables
+from fastlip.study.compare import results as read_results
 from fastlip.study.config import names
-from fastlip.study.errors import StudyError
 from fastlip.study.examples import examples
 from fastlip.study.files import read_arrays, read_json, write_text
 from fastlip.study.rundir import RunDirectory
-from fastlip.study.schema import GENERATED, SCHEMA, Results
+from fastlip.study.schema import GENERATED
+from fastlip.study.tables_more import long_csv, more_tables
 
 
 def write(run: RunDirectory) -> str:
     """Write tables, figures and report.html from the stored results; the path of the report."""
-    results: Results = read_json(run.results)
-    if results.get("schema") != SCHEMA:
-        raise StudyError(f"{run.results} has schema {results.get('schema')!r}, this fastlip reads {SCHEMA!r}")
-    all_tables = tables.all_tables(results)
+    results = read_results(run)
+    all_tables = [*tables.all_tables(results), *more_tables(results)]
     accuracy = figures.accuracy_figures(results)
-    distortion = figures.distortion_figure(results, _distortions(run))
-    layers, training = figures.layer_figure(results), figures.training_figure(results)
+    single = [
+        figures.distortion_figure(results, _distortions(run)),
+        figures.layer_figure(results),
+        figures.training_figure(results),
+        figures_depth.stretch_figure(results),
+        figures_depth.growth_figure(results),
+        figures_depth.rank_figure(results),
+        figures_depth.weight_figure(results),
+        figures_depth.profile_figure(results),
+        figures_depth.trajectory_figure(results),
+        figures_depth.corruption_figure(results),
+    ]
     tables.write(run.tables, all_tables)
-    figures.write(run.figures, [*accuracy, distortion, layers, training])
+    write_text(run.tables / "results.csv", long_csv(results))
+    figures.write(run.figures, [*accuracy, *single])
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastlip.study"),
         autoescape=True,
@@ -38,15 +50,14 @@ def write(run: RunDirectory) -> str:
         "distortion": tables.distortion,
         "power": tables.power,
         "svg": lambda figure: Markup(figures.inline(figure)),
+        "data": lambda figure: "data:text/csv;base64," + base64.b64encode(figure.csv.encode()).decode(),
     }
     html = environment.get_template("report.html").render(
         r=results,
         generated=GENERATED,
         tables={table.name: table for table in all_tables},
         accuracy=accuracy,
-        distortion=distortion,
-        layers=layers,
-        training=training,
+        figures={figure.name: figure for figure in single},
         examples=examples(run, results["classes"]),
         arms=tables.ARM_NAMES,
         config=run.config,

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 import fastlip
-from fastlip.study import config, verdicts
+from fastlip.study import config, power, verdicts
 from fastlip.study.config import Settings
 from fastlip.study.errors import StudyError
 from fastlip.study.files import read_json, write_json
@@ -30,18 +31,25 @@ class Machine:
     device: str
     precision: str
     threads: int
+    compiled: bool
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One model of a run: an arm with a seed."""
+    """One model of a run: an arm with a seed; ``epoch`` is None at the end of training, else where it was kept."""
 
     arm: str
     seed: int
+    epoch: int | None = None
+
+    @property
+    def run_name(self) -> str:
+        """The training run that it comes from."""
+        return f"{self.arm}-s{self.seed}"
 
     @property
     def name(self) -> str:
-        return f"{self.arm}-s{self.seed}"
+        return self.run_name if self.epoch is None else f"{self.run_name}-e{self.epoch}"
 
 
 def gaussian_name(sigma: float) -> str:
@@ -52,6 +60,11 @@ def gaussian_name(sigma: float) -> str:
 def pgd_name(norm: str, strength: float) -> str:
     """File name of the measurement under PGD; Linf strengths are in 255ths."""
     return f"pgd-{norm}-{strength:g}"
+
+
+def strong_name(norm: str, strength: float) -> str:
+    """File name of the measurement under the stronger suite."""
+    return f"strong-{norm}-{strength:g}"
 
 
 class RunDirectory:
@@ -72,7 +85,18 @@ class RunDirectory:
 
     @property
     def models(self) -> list[Trained]:
+        """The models at the end of their training."""
         return [Trained(arm, seed) for seed in self.settings.all_seeds for arm in self.settings.arms]
+
+    @property
+    def snapshots(self) -> list[Trained]:
+        """The models on their way, of the arms that question 4 is about."""
+        return [
+            Trained(model.arm, model.seed, epoch)
+            for model in self.models
+            if model.arm != "reference"
+            for epoch in sorted(self.settings.schedule(model.arm).snapshots)
+        ]
 
     @property
     def pretrains(self) -> bool:
@@ -102,6 +126,9 @@ class RunDirectory:
 
     def lipschitz(self, name: str) -> Path:
         return self.path / "lipschitz" / f"{name}.json"
+
+    def spectra(self, name: str, kind: str) -> Path:
+        return self.path / "spectra" / name / f"{kind}.npz"
 
     @property
     def timings(self) -> Path:
@@ -162,6 +189,7 @@ def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str],
             {
                 "settings": config.to_json(settings),
                 "rules": verdicts.rules_in_words(settings.rules),
+                "power": power.planned(settings.rules),
                 "machine": vars(machine),
                 "inputs": fingerprints,
                 "seeds": list(settings.all_seeds),
@@ -173,21 +201,71 @@ def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str],
     return RunDirectory(path)
 
 
+class Lock:
+    """A lock on a run directory; it goes with the process, however that ends.
+
+    Attributes:
+        alone: whether no other process held the directory when this one came.
+    """
+
+    def __init__(self, descriptor: int, alone: bool) -> None:
+        self._descriptor = descriptor
+        self.alone = alone
+
+    def share(self) -> None:
+        """Let in other processes that join."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the run directory against other processes; the lock goes with the process, however that ends."""
+def locked(path: Path, join: bool = False, patience: float = 10.0) -> Iterator[Lock]:
+    """Hold the run directory against other processes.
+
+    Args:
+        path: the run directory, made if need be.
+        join: whether to come in beside processes that share it; one that has just begun is waited for.
+        patience: seconds to wait for it.
+
+    Raises:
+        StudyError: another process holds it and does not share it.
+    """
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        until = time.monotonic() + patience
+        alone = held = _lock(descriptor, fcntl.LOCK_EX)
+        while join and not held and time.monotonic() < until:
+            held = _lock(descriptor, fcntl.LOCK_SH)
+            if not held:
+                time.sleep(0.1)
+        if not held:
             raise StudyError(
-                f"another process is running the study in {path}; wait for it or use another --out"
-            ) from None
+                f"another process is running the study in {path}; wait for it, use another --out, or start all of them "
+                "with --join"
+            )
+        yield Lock(descriptor, alone)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone_for_a_moment(path: Path) -> Iterator[None]:
+    """Keep other processes that share the run directory from the same few lines; they wait."""
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path / ".moment", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _this_machine(settings: Settings) -> Machine:
@@ -197,7 +275,12 @@ def _this_machine(settings: Settings) -> Machine:
     precision = settings.precision
     if precision == "auto":
         precision = "bfloat16" if _fast_bfloat16(torch.device(device)) else "float32"
-    return Machine(device=device, precision=precision, threads=settings.threads or torch.get_num_threads())
+    return Machine(
+        device=device,
+        precision=precision,
+        threads=settings.threads or torch.get_num_threads(),
+        compiled=settings.compile == "on" or (settings.compile == "auto" and torch.device(device).type == "cuda"),
+    )
 
 
 def _require_device(name: str) -> None:

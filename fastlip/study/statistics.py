@@ -5,7 +5,8 @@ None, never NaN: results.json is strict JSON.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
@@ -102,23 +103,86 @@ def over_seeds(differences: np.ndarray, confidence: float) -> Estimate:
     return Estimate(n=n, value=value, low=_number(low), high=_number(high), confidence=confidence)
 
 
-def spearman(x: np.ndarray, y: np.ndarray, confidence: float, resamples: int) -> Estimate:
-    """Spearman's rank correlation of ``x`` and ``y`` [n], its percentile interval from resampled pairs.
+def over_seeds_p(differences: np.ndarray) -> float | None:
+    """Two-sided p-value of Student's t test that the mean of one difference per seed is 0; None below two seeds."""
+    if len(differences) < 2:
+        return None
+    if np.ptp(differences) == 0:
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
-    Each pair is one trained model, the unit that is independent. Resamples in which either side is constant have no
-    correlation and are left out.
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation with its bootstrap draws over whole runs.
+
+    Attributes:
+        value: of the data, None where a side is constant or there are too few points.
+        draws: of the resamples.
+        runs: number of runs, the units that were resampled.
     """
-    n = len(x)
-    if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Estimate(n=n, value=None, low=None, high=None, confidence=confidence)
-    rows = np.random.default_rng(0).integers(n, size=(resamples, n))
-    a, b = stats.rankdata(x[rows], axis=1), stats.rankdata(y[rows], axis=1)
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    draws = (a * b).sum(1)[scale > 0] / scale[scale > 0]
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    value = stats.spearmanr(x, y).statistic
-    return Estimate(n=n, value=_number(value), low=_number(low), high=_number(high), confidence=confidence)
+
+    value: float | None
+    draws: np.ndarray
+    runs: int
+
+    def estimate(self, confidence: float) -> Estimate:
+        """With its percentile interval; n counts runs."""
+        if self.value is None or not len(self.draws):
+            return Estimate(n=self.runs, value=self.value, low=None, high=None, confidence=confidence)
+        low, high = np.quantile(self.draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+        return Estimate(n=self.runs, value=self.value, low=_number(low), high=_number(high), confidence=confidence)
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided bootstrap p-value of a correlation of 0: the level at which the interval just reaches it."""
+        if self.value is None or not len(self.draws):
+            return None
+        tail = min(int((self.draws <= 0).sum()), int((self.draws >= 0).sum()))
+        return min(1.0, 2 * (tail + 1) / (len(self.draws) + 1))
+
+
+def spearman(x: np.ndarray, y: np.ndarray, runs: Sequence[object], resamples: int) -> Correlation:
+    """Spearman's rank correlation of ``x`` and ``y`` [n], of which those of one run are resampled together.
+
+    Checkpoints of one training run are not independent; the run is the unit. Resamples in which either side is constant
+    have no correlation and are left out.
+    """
+    names = sorted(set(runs), key=str)
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Correlation(None, np.zeros(0), len(names))
+    members = [np.flatnonzero([run == name for run in runs]) for name in names]
+    value = _number(stats.spearmanr(x, y).statistic)
+    rng = np.random.default_rng(0)
+    draws = []
+    for chosen in rng.integers(len(names), size=(resamples if len(names) > 1 else 0, len(names))):
+        rows = np.concatenate([members[k] for k in chosen])
+        a, b = stats.rankdata(x[rows]), stats.rankdata(y[rows])
+        a, b = a - a.mean(), b - b.mean()
+        scale = math.sqrt(float(a @ a) * float(b @ b))
+        if scale > 0:
+            draws.append(float(a @ b) / scale)
+    return Correlation(value, np.array(draws), len(names))
+
+
+def holm(p_values: Sequence[float | None], alpha: float) -> tuple[list[float], list[float]]:
+    """Holm's step-down correction (1979) over declared comparisons.
+
+    Args:
+        p_values: one for each comparison declared; None (it could not be made) counts as 1.
+        alpha: chance of any false rejection.
+
+    Returns:
+        Adjusted p-values, to be compared with ``alpha``; and the level at which each comparison was tested, ``alpha``
+        over the number of comparisons whose p-value is no smaller.
+    """
+    p = np.array([1.0 if v is None else v for v in p_values])
+    order = np.argsort(p, kind="stable")
+    left = len(p) - np.arange(len(p))
+    adjusted, levels = np.empty(len(p)), np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * left), 1.0)
+    levels[order] = alpha / left
+    return adjusted.tolist(), levels.tolist()
 
 
 def _number(value: float | np.floating) -> float | None:

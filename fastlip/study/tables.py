@@ -177,7 +177,7 @@ def attack_name(attack: Attack) -> str:
         return f"Gaussian σ = {attack['strength']:g}"
     if attack["norm"] == "linf":
         return f"PGD L∞ ε = {attack['strength'] * 255:g}/255"
-    return f"PGD L2 ε = {attack['strength']:g}"
+    return f"PGD {attack['norm'].upper()} ε = {attack['strength']:g}"
 
 
 def percent(rate: Rate) -> str:

@@ -1,19 +1,23 @@
 """The four questions, their rules, and the verdicts: rules in words are written into config.json before a run."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from fastlip.study.config import Rules
-from fastlip.study.schema import Model, Statistic, Verdict, VerdictName
-from fastlip.study.statistics import Estimate, Rate, over_seeds, spearman
+from fastlip.study.config import TRANSFER, Rules
+from fastlip.study.power import COMPARISONS
+from fastlip.study.schema import Model, Point, Statistic, Verdict, VerdictName
+from fastlip.study.statistics import Estimate, Rate, holm, over_seeds, over_seeds_p, rate, spearman
 
 QUESTIONS = (
     "Does the finding of Szegedy et al. hold for a bigger model (trained from scratch)?",
     "Does it hold for the pre-trained model?",
     "Does pre-training raise adversarial robustness?",
-    "Do “unstability” (the Lipschitz constant) and average distortion correlate?",
+    "Do “unstability” (the Lipschitz constant) and average distortion correlate, in both cases?",
 )
+CASES = {"from scratch": ("scratch",), "pre-trained": TRANSFER}
 
 
 def rules_in_words(rules: Rules) -> list[str]:
@@ -24,67 +28,126 @@ def rules_in_words(rules: Rules) -> list[str]:
         f"{rules.share:g}; contradicted where the upper limit is below {rules.share:g}; with several "
         "seeds, in every one."
     )
-    simultaneous = 1 - (1 - rules.confidence) / rules.comparisons
+    declared = (
+        f"Questions 3 and 4 declare {COMPARISONS} comparisons; Holm's correction over all of them keeps the chance of "
+        f"any false one at {1 - rules.confidence:.2g}, and each interval has the level at which Holm tests it."
+    )
     return [
         share,
         share,
-        f"With at least {rules.min_seeds} seeds: supported where the intervals over seeds ({simultaneous:.4%} each, "
-        f"{rules.confidence:.0%} together over {rules.comparisons} declared comparisons) of two differences, fine-"
-        "tuned minus scratch, the median smallest distortion and the accuracy under PGD at Linf "
-        f"{rules.compared_linf_255:g}/255, lie above 0; contradicted where both lie below; undetermined otherwise.",
-        f"With at least {rules.min_models} trained models: supported where an interval of Spearman's correlation "
-        f"({simultaneous:.4%}, resampling whole models) between median smallest distortion and the Lipschitz constant "
-        "excludes 0, certified and observed alike; contradicted where both intervals lie within ±0.2; undetermined "
-        "otherwise.",
+        f"With at least {rules.min_seeds} seeds: supported where two differences over seeds (Student's t), fine-tuned "
+        "minus scratch, of the median smallest distortion and of the accuracy under PGD at Linf "
+        f"{rules.compared_linf_255:g}/255, are above 0 after correction; contradicted where both are below; "
+        f"undetermined otherwise. {declared}",
+        f"With at least {rules.min_runs} training runs in each case (from scratch; pre-trained, by any method): "
+        "supported where Spearman's correlation between median smallest distortion and the Lipschitz constant, over "
+        "runs and their snapshots with whole runs resampled, differs from 0 after correction in both cases, for the "
+        "certified and for the observed constant, all four with one sign; contradicted where all four intervals lie "
+        f"within ±{rules.no_correlation:g}; undetermined otherwise. {declared}",
     ]
 
 
-def verdicts(models: list[Model], rules: Rules) -> list[Verdict]:
-    """The four answers. Reads nothing but ``models`` and ``rules``."""
-    words = rules_in_words(rules)
+def verdicts(models: list[Model], points: list[Point], rules: Rules) -> list[Verdict]:
+    """The four answers. Reads nothing but its arguments."""
+    declared = [*_differences(models, rules), *_correlations(points, rules)]
+    adjusted, levels = holm([c.p for c in declared], 1 - rules.confidence)
+    tested = [_tested(c, a, level) for c, a, level in zip(declared, adjusted, levels, strict=True)]
     answers = [
         _share(models, "scratch", rules),
         _share(models, "finetune", rules),
-        _pretraining(models, rules),
-        _correlation(models, rules),
+        _pretraining(tested[:2], rules),
+        _correlation(tested[2:], points, rules),
     ]
+    words = rules_in_words(rules)
     return [
-        Verdict(number=i + 1, question=QUESTIONS[i], rule=words[i], verdict=name, because=because, statistics=numbers)
-        for i, (name, because, numbers) in enumerate(answers)
+        Verdict(
+            number=i + 1,
+            question=QUESTIONS[i],
+            rule=words[i],
+            verdict=answer.verdict,
+            because=answer.because,
+            change=answer.change,
+            statistics=answer.statistics,
+        )
+        for i, answer in enumerate(answers)
     ]
 
 
-_Answer = tuple[VerdictName, str, list[Statistic]]
+@dataclass(frozen=True)
+class _Answer:
+    verdict: VerdictName
+    because: str
+    change: str
+    statistics: list[Statistic]
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """A declared comparison: its p-value, and its estimate at any confidence."""
+
+    name: str
+    p: float | None
+    estimate: Callable[[float], Estimate]
+
+
+def _tested(comparison: _Declared, adjusted: float, level: float) -> Statistic:
+    estimate = comparison.estimate(1 - level)
+    p_holm = None if comparison.p is None else adjusted
+    return Statistic(name=comparison.name, estimate=estimate, p=comparison.p, p_holm=p_holm)
 
 
 def _share(models: list[Model], arm: str, rules: Rules) -> _Answer:
-    chosen = [m for m in models if m["arm"] == arm]
-    numbers = [
-        Statistic(name=f"share of images with ratio ≤ {rules.ratio:g}, {m['name']}", estimate=_of(m["ratio_share"]))
-        for m in chosen
-    ]
-    shares = [m["ratio_share"] for m in chosen]
+    def stated(names: tuple[str, ...]) -> list[Statistic]:
+        return [
+            Statistic(
+                name=f"share of images with ratio ≤ {rules.ratio:g}, {m['name']}",
+                estimate=_of(m["ratio_share"]),
+                p=None,
+                p_holm=None,
+            )
+            for m in models
+            if m["arm"] in names
+        ]
+
+    # The small network beside the big one says what "bigger" is compared with; the rule does not read it.
+    numbers = stated((arm, "reference") if arm == "scratch" else (arm,))
+    shares = [m["ratio_share"] for m in models if m["arm"] == arm]
     if not shares:
-        return "undetermined", f"The arm {arm} is not part of this run.", numbers
+        return _Answer("undetermined", f"The arm {arm} is not part of this run.", f"Train the arm {arm}.", numbers)
     if any(s["n"] == 0 for s in shares):
-        return "undetermined", "A model classifies none of the attacked images correctly.", numbers
+        because = "A model classifies none of the attacked images correctly."
+        return _Answer("undetermined", because, "Train longer.", numbers)
     if all(s["low"] > rules.share for s in shares):
-        return "supported", f"The lower limit exceeds {rules.share:g}.", numbers
+        spare = min(_spare(s, rules) for s in shares)
+        change = (
+            f"It would be undetermined with {spare} more image{'s' if spare > 1 else ''} above the ratio in the model "
+            "nearest to the limit."
+        )
+        return _Answer("supported", f"The lower limit exceeds {rules.share:g}.", change, numbers)
     if all(s["high"] < rules.share for s in shares):
-        return "contradicted", f"The upper limit is below {rules.share:g}.", numbers
+        because = f"The upper limit is below {rules.share:g}."
+        return _Answer("contradicted", because, f"Shares near {rules.share:g} would make it undetermined.", numbers)
     if min(s["low"] for s in shares) <= rules.share <= max(s["high"] for s in shares):
         needed = math.ceil(math.log((1 - rules.confidence) / 2) / math.log(rules.share))
-        return (
-            "undetermined",
-            f"The interval contains {rules.share:g}; even if every image had such a ratio, {needed} "
-            "correctly classified images would be needed.",
-            numbers,
+        because = (
+            f"The interval contains {rules.share:g}; even if every image had such a ratio, {needed} correctly "
+            "classified images would be needed."
         )
-    return "undetermined", "The seeds disagree.", numbers
+        return _Answer("undetermined", because, "More attacked images would narrow the interval.", numbers)
+    return _Answer("undetermined", "The seeds disagree.", "Seeds that agree would settle it.", numbers)
 
 
-def _pretraining(models: list[Model], rules: Rules) -> _Answer:
-    confidence = 1 - (1 - rules.confidence) / rules.comparisons
+def _spare(share: Rate, rules: Rules) -> int:
+    """How many more images above the ratio would bring the lower limit down to the rule's share."""
+    n, k = share["n"], share["k"]
+    lost = 1
+    while k - lost > 0 and rate(np.arange(n) < k - lost, rules.confidence)["low"] > rules.share:
+        lost += 1
+    return lost
+
+
+def _differences(models: list[Model], rules: Rules) -> list[_Declared]:
+    """The two comparisons of question 3."""
     pairs = [
         (s, f)
         for s in models
@@ -94,59 +157,95 @@ def _pretraining(models: list[Model], rules: Rules) -> _Answer:
     ]
     radius = rules.compared_linf_255 / 255
     medians = [(s["smallest_pgd"]["median"]["value"], f["smallest_pgd"]["median"]["value"]) for s, f in pairs]
-    distortion = over_seeds(np.array([b - a for a, b in medians if a is not None and b is not None]), confidence)
-    accuracy = over_seeds(
-        np.array([_accuracy_at(f, radius) - _accuracy_at(s, radius) for s, f in pairs], dtype=float), confidence
-    )
-    numbers = [
-        Statistic(
-            name="median smallest distortion (pixels in [0, 1]), fine-tuned − scratch, over seeds", estimate=distortion
-        ),
-        Statistic(
-            name=f"accuracy under PGD at Linf {rules.compared_linf_255:g}/255, fine-tuned − scratch, over seeds",
-            estimate=accuracy,
-        ),
+    distortion = np.array([b - a for a, b in medians if a is not None and b is not None], dtype=float)
+    accuracy = np.array([_accuracy_at(f, radius) - _accuracy_at(s, radius) for s, f in pairs], dtype=float)
+    named = {
+        "median smallest distortion (pixels in [0, 1]), fine-tuned − scratch, over seeds": distortion,
+        f"accuracy under PGD at Linf {rules.compared_linf_255:g}/255, fine-tuned − scratch, over seeds": accuracy,
+    }
+    return [
+        _Declared(
+            name,
+            over_seeds_p(values) if len(values) >= rules.min_seeds else None,
+            lambda confidence, values=values: over_seeds(values, confidence),  # type: ignore[misc]
+        )
+        for name, values in named.items()
     ]
-    seeds = min(distortion["n"], accuracy["n"])
+
+
+def _pretraining(tested: list[Statistic], rules: Rules) -> _Answer:
+    seeds = min(s["estimate"]["n"] for s in tested)
     if seeds < rules.min_seeds:
-        return (
-            "undetermined",
+        because = (
             f"This is a claim about training, and its unit is the seed: {seeds} of the {rules.min_seeds} needed were "
-            "trained. One pair of models shows how those two differ, not what pre-training does.",
-            numbers,
+            "trained. One pair of models shows how those two differ, not what pre-training does."
         )
-    if all(_above(e, 0) for e in (distortion, accuracy)):
-        return "supported", "Both intervals lie above 0.", numbers
-    if all(_below(e, 0) for e in (distortion, accuracy)):
-        return "contradicted", "Both intervals lie below 0.", numbers
-    return "undetermined", "The two intervals do not lie on the same side of 0.", numbers
+        return _Answer("undetermined", because, f"Train {rules.min_seeds} seeds or more.", tested)
+    signs = [_sign(s, rules) for s in tested]
+    if signs == [1, 1]:
+        return _Answer("supported", "Both differences are above 0 after correction.", _MORE_SEEDS, tested)
+    if signs == [-1, -1]:
+        return _Answer("contradicted", "Both differences are below 0 after correction.", _MORE_SEEDS, tested)
+    if 0 in signs:
+        because = "Not both differences can be told from 0 after correction."
+        return _Answer("undetermined", because, "More seeds; the power note says how many.", tested)
+    return _Answer("undetermined", "The two measures contradict each other.", _MORE_SEEDS, tested)
 
 
-def _correlation(models: list[Model], rules: Rules) -> _Answer:
-    confidence = 1 - (1 - rules.confidence) / rules.comparisons
-    usable = [m for m in models if m["smallest_pgd"]["median"]["value"] is not None]
-    distortion = np.array([m["smallest_pgd"]["median"]["value"] for m in usable], dtype=float)
-    certified = np.array([m["lipschitz"]["log10_upper"] for m in usable], dtype=float)
-    observed = np.array([m["smallest_pgd"]["stretch"]["largest"] or 0.0 for m in usable], dtype=float)
-    sides = [spearman(side, distortion, confidence, rules.resamples) for side in (certified, observed)]
-    numbers = [
-        Statistic(
-            name="Spearman, certified upper Lipschitz constant and median smallest distortion", estimate=sides[0]
-        ),
-        Statistic(name="Spearman, largest observed stretch and median smallest distortion", estimate=sides[1]),
-    ]
-    if len(usable) < rules.min_models:
-        return (
-            "undetermined",
-            f"A correlation is over trained models: {len(usable)} of the {rules.min_models} needed were trained.",
-            numbers,
+_MORE_SEEDS = "Further seeds that disagree with these would."
+
+
+def _correlations(points: list[Point], rules: Rules) -> list[_Declared]:
+    """The four comparisons of question 4."""
+    found = []
+    for case, arms in CASES.items():
+        chosen = [p for p in points if p["arm"] in arms and p["median"] is not None and p["stretch"] is not None]
+        distortion = np.array([p["median"] for p in chosen], dtype=float)
+        sides = {
+            "certified upper Lipschitz constant": np.array([p["log10_upper"] for p in chosen], dtype=float),
+            "largest observed stretch": np.array([p["stretch"] for p in chosen], dtype=float),
+        }
+        for name, side in sides.items():
+            runs = [p["run"] for p in chosen]
+            correlation = spearman(side, distortion, runs, rules.resamples)
+            p = correlation.p if correlation.runs >= rules.min_runs else None
+            label = f"Spearman, {name} and median smallest distortion, {case} ({len(chosen)} points)"
+            found.append(_Declared(label, p, correlation.estimate))
+    return found
+
+
+def _correlation(tested: list[Statistic], points: list[Point], rules: Rules) -> _Answer:
+    runs = {case: len({p["run"] for p in points if p["arm"] in arms}) for case, arms in CASES.items()}
+    few = [f"{count} {case}" for case, count in runs.items() if count < rules.min_runs]
+    if few:
+        because = (
+            f"Snapshots of one training run are not independent, and the unit is the run: {' and '.join(few)}, where "
+            f"{rules.min_runs} are needed."
         )
-    if all(_above(e, 0) for e in sides) or all(_below(e, 0) for e in sides):
-        sign = "positive" if _above(sides[0], 0) else "negative"
-        return "supported", f"Both intervals exclude 0; the correlation is {sign}.", numbers
-    if all(_above(e, -0.2) and _below(e, 0.2) for e in sides):
-        return "contradicted", "Both intervals lie within ±0.2.", numbers
-    return "undetermined", "The intervals neither exclude 0 on one side nor lie within ±0.2.", numbers
+        return _Answer("undetermined", because, "More seeds, or more transfer methods.", tested)
+    signs = {_sign(s, rules) for s in tested}
+    if signs == {1} or signs == {-1}:
+        sign = "positive" if signs == {1} else "negative"
+        because = f"All four correlations differ from 0 after correction, and are {sign}."
+        return _Answer("supported", because, "Further runs that disagree with these would.", tested)
+    if all(_within(s["estimate"], rules.no_correlation) for s in tested):
+        because = f"All four intervals lie within ±{rules.no_correlation:g}."
+        return _Answer("contradicted", because, "Further runs that disagree with these would.", tested)
+    because = f"The four correlations neither differ from 0 with one sign nor lie within ±{rules.no_correlation:g}."
+    return _Answer("undetermined", because, "More runs would narrow the intervals.", tested)
+
+
+def _sign(statistic: Statistic, rules: Rules) -> int:
+    """Sign of what differs from 0 after correction, 0 for what does not."""
+    value, p = statistic["estimate"]["value"], statistic["p_holm"]
+    if value is None or p is None or p > 1 - rules.confidence:
+        return 0
+    return int(np.sign(value))
+
+
+def _within(estimate: Estimate, limit: float) -> bool:
+    low, high = estimate["low"], estimate["high"]
+    return low is not None and high is not None and low > -limit and high < limit
 
 
 def _accuracy_at(model: Model, radius: float) -> float:
@@ -156,13 +255,7 @@ def _accuracy_at(model: Model, radius: float) -> float:
     raise ValueError(f"{model['name']} was not attacked at Linf {radius}")
 
 
-def _of(rate: Rate) -> Estimate:
-    return Estimate(n=rate["n"], value=rate["value"], low=rate["low"], high=rate["high"], confidence=rate["confidence"])
-
-
-def _above(estimate: Estimate, value: float) -> bool:
-    return estimate["low"] is not None and estimate["low"] > value
-
-
-def _below(estimate: Estimate, value: float) -> bool:
-    return estimate["high"] is not None and estimate["high"] < value
+def _of(share: Rate) -> Estimate:
+    return Estimate(
+        n=share["n"], value=share["value"], low=share["low"], high=share["high"], confidence=share["confidence"]
+    )

@@ -15,6 +15,12 @@ MICRO = [
     "evaluation.batch_size=10",
     "pgd.linf_255=1,8",
     "pgd.l2=0.5",
+    "pgd.l1=",
+    "strong.linf_255=8",
+    "strong.steps=2",
+    "strong.targets=1",
+    "strong.queries=3",
+    "strong.l2=",
     "pgd.steps=2",
     "gaussian.sigmas=0.1",
     "smallest.steps=2",
@@ -24,13 +30,25 @@ MICRO = [
     "smallest.halvings=1",
     "save_seconds=0",
     "examples=2",
+    "evaluation.snapshot_images=12",
+    "lipschitz.jacobian_images=3",
+    "lipschitz.jacobian_steps=2",
+    "features.images=12",
+    "corruptions.images=12",
+    "corruptions.severities=5",
+    "smoothing.images=3",
+    "smoothing.selection=2",
+    "smoothing.samples=12",
     "rules.resamples=50",
     "device=cpu",
+    "scratch.snapshots=",
+    "finetune.snapshots=",
 ] + [
     f"{arm}.{setting}"
     for arm in ("pretrain", "scratch", "finetune")
-    for setting in ("images=48", "epochs=1", "batch_size=24")
+    for setting in ("images=48", f"epochs={2 if arm == 'scratch' else 1}", "batch_size=24")
 ]
+MICRO.append("scratch.snapshots=1")
 
 
 @pytest.fixture(scope="session")

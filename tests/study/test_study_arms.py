@@ -29,7 +29,7 @@ def changed(one, other):
 
 
 def test_every_arm_is_trained(weights):
-    assert set(weights) == {"source", "lpft-s0-head", *(f"{arm}-s0" for arm in ARMS)}
+    assert set(weights) == {"source", "lpft-s0-head", "scratch-s0-e1", *(f"{arm}-s0" for arm in ARMS)}
 
 
 @pytest.mark.parametrize("name", ["linear-s0", "lpft-s0-head"])
@@ -44,6 +44,11 @@ def test_partial_trains_the_last_stage_alone(weights):
 @pytest.mark.parametrize("name", ["finetune-s0", "lpft-s0", "scratch-s0"])
 def test_the_others_train_every_stage(weights, name):
     assert changed(weights[name], weights["source"]) >= {"conv1", "layer1", "layer4"}
+
+
+def test_a_snapshot_is_on_the_way(weights):
+    head = "network.fc.weight"
+    assert not torch.equal(weights["scratch-s0-e1"][head], weights["scratch-s0"][head])
 
 
 def test_lpft_goes_on_from_its_own_probe(weights):

@@ -50,7 +50,7 @@ def test_smallest_adversarial_distortion_is_the_distance_to_the_boundary(linear)
 def test_results_do_not_depend_on_the_batches(linear, batch_size):
     for run in (
         lambda given: measure.gaussian(linear, given, 0.1, 7, nothing),
-        lambda given: measure.projected_gradient(linear, given, "linf", 0.01, SETTINGS, 7, nothing),
+        lambda given: measure.projected_gradient(linear, given, ("linf", 2.55, 0.01), SETTINGS, 7, nothing),
         lambda given: measure.smallest_gaussian(linear, given, SETTINGS, 7, nothing),
     ):
         expected, found = run(images(linear)), run(images(linear, batch_size))

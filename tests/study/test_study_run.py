@@ -1,11 +1,15 @@
 """The whole study at a size of seconds."""
 
+import base64
 import dataclasses
 import io
 import itertools
 import json
 import os
 import re
+import resource
+import subprocess
+import sys
 import typing
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +20,8 @@ import torch
 from rich.console import Console
 
 from fastlip.models import load_checkpoint
-from fastlip.study import presets, report, runner
+from fastlip.study import frame, image_frame, presets, report, runner
+from fastlip.study.compare import compare
 from fastlip.study.errors import StudyError
 from fastlip.study.files import read_arrays, read_json
 from fastlip.study.inputs import Places
@@ -56,6 +61,7 @@ def test_results_have_the_schema_and_consistent_numbers(finished, micro):
     results = read_json(finished.results)
     conforms(results, Results)
     assert results["generated"] is True
+    assert [p["epoch"] for p in results["points"]] == [None, 1, None]
     assert [m["name"] for m in results["models"]] == ["scratch-s0", "finetune-s0"]
     for m in results["models"]:
         assert m["clean_acc"] == pytest.approx(100 * m["clean"]["value"])
@@ -129,7 +135,10 @@ def test_interrupted_at_every_write_and_resumed_gives_identical_results(finished
             break
         except Interrupted:
             pass
-    written = {p.relative_to(finished.path) for p in finished.path.rglob("*") if p.is_file()} - {Path(".lock")}
+    written = {p.relative_to(finished.path) for p in finished.path.rglob("*") if p.is_file()} - {
+        Path(".lock"),
+        Path(".moment"),
+    }
     assert seen >= {p.parts[0] if p.parts[0] in ("tables", "figures") else p.as_posix() for p in written}
     assert sum("unfinished" in name for name in seen) == 3  # each training run was stopped on its way, too
     assert run.results.read_bytes() == finished.results.read_bytes()
@@ -150,7 +159,9 @@ def test_the_terminal_says_generated_and_shows_progress(micro, tmp_path):
 
 
 def test_running_again_does_nothing(finished, micro):
-    before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.is_file() and p.name != ".lock"}
+    before = {
+        p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.is_file() and p.name not in (".lock", ".moment")
+    }
     runner.run(micro, Places(), finished.path, QUIET)
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
@@ -186,7 +197,9 @@ def test_report_is_self_contained_and_says_generated(finished):
     parser = References()
     parser.feed(html)
     assert parser.found, "the report shows images"
-    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in parser.found)
+    assert all(
+        reference.startswith(("data:image/png;base64,", "data:text/csv;base64,", "#")) for reference in parser.found
+    )
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", html)
     assert "<strong>GENERATED IMAGES</strong>" in html
     assert html.index("GENERATED IMAGES") < html.index("The four answers") < html.index("seed-table")
@@ -212,9 +225,50 @@ def test_seed_table_has_the_decks_shape_in_three_formats(finished):
 def test_figures_have_their_data_beside_them(finished):
     drawings = sorted(p.stem for p in finished.figures.glob("*.svg"))
     assert drawings == sorted(p.stem for p in finished.figures.glob("*.csv"))
-    assert len(drawings) == 6
+    assert len(drawings) == 13
+    html = finished.report.read_text()
     for path in finished.figures.glob("*.csv"):
         assert len(path.read_text().splitlines()) > 1
+        assert base64.b64encode(path.read_bytes()).decode() in html
+
+
+def test_results_load_into_pandas_in_one_line(finished):
+    numbers, images = frame(finished.path), image_frame(finished.path)
+    clean = numbers[(numbers.measure == "clean accuracy") & (numbers.model == "scratch-s0")]
+    results = read_json(finished.results)
+    assert clean.value.item() == pytest.approx(results["models"][0]["clean"]["value"])
+    found = images[(images.model == "scratch-s0") & (images.measurement == "clean-attacked")]
+    assert (found.prediction == found.label).sum() == results["models"][0]["attacked_clean"]["k"]
+    with pytest.raises(StudyError, match="missing"):
+        frame(finished.path / "nowhere")
+
+
+def test_runs_are_set_side_by_side(finished):
+    found = compare([finished.path, finished.path])
+    assert [table.name for table in found] == ["verdicts", "models", "settings"]
+    assert found[0].rows[0][1] == found[0].rows[0][2] == "undetermined"
+    assert found[2].rows == ()
+    with pytest.raises(StudyError, match="at least two"):
+        compare([finished.path])
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(finished, micro_arguments, tmp_path):
+    # A limit on the size of files stands for a disk without room: the kernel refuses the write in the same place.
+    command = [sys.executable, "-m", "fastlip.study", "--out", str(tmp_path / "run"), *micro_arguments]
+    limit = (1 << 20, 1 << 20)
+    full = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+        timeout=300,
+    )
+    assert full.returncode == 1
+    assert full.stderr.startswith("error: ")
+    assert "same command again" in full.stderr
+    assert full.stderr.count("\n") == 1
+    assert not list((tmp_path / "run").glob("checkpoints/*.safetensors"))
+    assert not list((tmp_path / "run").rglob("*.part*"))
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"examples": 3}])

@@ -27,7 +27,7 @@ def model(arm, seed, *, ratios=(0.01,) * 60, distortion=0.01, accuracy=0.5, log1
 
 
 def verdict(models, number):
-    return verdicts(models, RULES)[number - 1]["verdict"]
+    return verdicts(models, [], RULES)[number - 1]["verdict"]
 
 
 @pytest.mark.parametrize(("number", "arm"), [(1, "scratch"), (2, "finetune")])
@@ -91,30 +91,78 @@ def test_question_3_by_differences_over_seeds(seeds, distortion, accuracy, expec
 
 
 def test_one_seed_says_why_it_determines_nothing():
-    answer = verdicts(pairs(1, 0.01, 0.2), RULES)[2]
+    answer = verdicts(pairs(1, 0.01, 0.2), [], RULES)[2]
     assert "1 of the 3 needed" in answer["because"]
     assert answer["statistics"][0]["estimate"]["low"] is None
 
 
+def test_declared_comparisons_are_corrected_together():
+    statistics = verdicts(pairs(5, 0.004, 0.2), [], RULES)[2]["statistics"]
+    first, second = sorted(statistics, key=lambda s: s["p"])
+    assert first["p_holm"] == pytest.approx(6 * first["p"])  # the four of question 4 could not be made, and count
+    assert second["p_holm"] == pytest.approx(max(5 * second["p"], first["p_holm"]))
+    for s in statistics:
+        assert (s["estimate"]["low"] > 0) == (s["p_holm"] <= 0.05)
+
+
+def points(slope, *, runs=12, cases=("scratch", "finetune"), noise=0.1):
+    """Runs with two snapshots and an end each, distortion following the constants by ``slope`` plus noise."""
+    rng = np.random.default_rng(2)
+    found = []
+    for arm in cases:
+        for seed in range(runs):
+            x = rng.normal()
+            for epoch in (1, 2, None):
+                near = x + 0.05 * rng.normal()
+                found.append(
+                    {
+                        "run": f"{arm}-s{seed}",
+                        "arm": arm,
+                        "seed": seed,
+                        "epoch": epoch,
+                        "accuracy": rate(np.ones(10, dtype=bool), 0.95),
+                        "median": 0.1 + 0.01 * (slope * near + noise * rng.normal()),
+                        "stretch": 5 + near,
+                        "log10_upper": 20 + near,
+                    }
+                )
+    return found
+
+
 @pytest.mark.parametrize(("slope", "expected"), [(-1, "supported"), (1, "supported"), (0, "undetermined")])
 def test_question_4_by_rank_correlation(slope, expected):
-    rng = np.random.default_rng(2)
-    models = [
-        model("scratch", seed, log10_upper=20 + x, stretch=5 + x, distortion=0.1 + 0.01 * (slope * x + noise))
-        for seed, (x, noise) in enumerate(zip(rng.normal(size=12), 0.1 * rng.normal(size=12), strict=True))
-    ]
-    assert verdict(models, 4) == expected
+    assert verdicts([], points(slope, noise=0.1 if slope else 1.0), RULES)[3]["verdict"] == expected
 
 
-def test_question_4_needs_models():
-    assert "2 of the 6 needed" in verdicts(pairs(1, 0, 0), RULES)[3]["because"]
+def test_question_4_can_be_contradicted():
+    assert verdicts([], points(0, runs=400, noise=1.0), RULES)[3]["verdict"] == "contradicted"
+
+
+def test_question_4_wants_both_cases_to_agree():
+    mixed = points(1, cases=("scratch",)) + points(-1, cases=("finetune",))
+    assert verdicts([], mixed, RULES)[3]["verdict"] == "undetermined"
+
+
+def test_question_4_counts_runs_and_not_their_snapshots():
+    answer = verdicts([], points(1, runs=5), RULES)[3]
+    assert answer["verdict"] == "undetermined"
+    assert "5 from scratch" in answer["because"]
+
+
+@pytest.mark.parametrize(("small", "of"), [(60, 60), (97, 100)])
+def test_a_verdict_says_what_would_change_it(small, of):
+    answer = verdicts([model("scratch", 0, ratios=[0.05] * small + [0.5] * (of - small))], [], RULES)[0]
+    spare = int(answer["change"].split("with ")[1].split()[0])
+    for lost, expected in ((spare - 1, "supported"), (spare, "undetermined")):
+        left = small - lost
+        assert verdict([model("scratch", 0, ratios=[0.05] * left + [0.5] * (of - left))], 1) == expected
 
 
 def test_rules_state_the_numbers_they_use():
-    words = rules_in_words(Rules(ratio=0.2, share=0.8, min_seeds=4, min_models=9, compared_linf_255=2.0))
+    words = rules_in_words(Rules(ratio=0.2, share=0.8, min_seeds=4, min_runs=9, compared_linf_255=2.0))
     assert len(words) == len(QUESTIONS) == 4
     assert "0.2" in words[0]
     assert "0.8" in words[1]
     assert "4 seeds" in words[2]
     assert "2/255" in words[2]
-    assert "9 trained models" in words[3]
+    assert "9 training runs" in words[3]

@@ -1,0 +1,221 @@
+"""Auto-PGD (Croce and Hein 2020, 2021) over the fused step, in Linf, L2 and L1."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastlip import ops
+from fastlip.attacks._batch import Batch, new_batch, rows_of, take
+from fastlip.attacks._climb import Climb, Keep, Trail
+from fastlip.attacks._losses import Loss, check_loss
+from fastlip.attacks._model import Model, attacked
+from fastlip.attacks._pgd import check_settings, first_iterate, warn_of_lost_gradients
+from fastlip.attacks._prepare import network_of
+from fastlip.ops import Bounds, Norm, PerSample
+
+#: Radii, in multiples of eps, and shares of the steps of sparse APGD's schedule (Croce and Hein 2021, section 3.2).
+_RADII, _SHARES = (3.0, 2.0, 1.0), (0.3, 0.3)
+#: Columns of :attr:`fastlip.ops.APGDState.counters`.
+_KEPT, _SUPPORT = 3, 4
+
+
+def apgd(
+    model: Model,
+    inputs: Tensor,  # [B, ...]
+    labels: Tensor,  # [B] int64
+    *,
+    norm: Norm = "linf",
+    eps: PerSample,
+    steps: int = 100,
+    step_size: PerSample | None = None,
+    loss: Loss = "dlr",
+    target_classes: int = 0,
+    random_start: bool = True,
+    restarts: int = 1,
+    keep: Keep = "best",
+    early_stop: bool = True,
+    momentum: float = 0.75,
+    rho: float = 0.75,
+    larger_eps: bool | None = None,
+    bounds: Bounds = (0.0, 1.0),
+    targets: Tensor | None = None,  # [B] int64
+    start: Tensor | None = None,  # [B, ...]
+    active: Tensor | None = None,  # [B] bool
+    ids: Tensor | None = None,  # [B] int64
+    generator: torch.Generator | None = None,
+    fast: bool = False,
+    precision: torch.dtype | None = None,
+) -> Tensor:
+    """Adversarial images within ``eps`` of ``inputs`` by Auto-PGD; [B, ...] like ``inputs``.
+
+    Step sizes, restarts from the best iterate and, in "l1", the share of elements moved follow the published schedules
+    (:func:`fastlip.ops.apgd_step_`), image by image. With ``target_classes=k`` the runs head for each image's k most
+    likely wrong classes in turn (APGD-T: 9 in AutoAttack, with ``loss="dlr"``), any wrong decision being a success.
+
+    Args:
+        model: maps inputs to logits [B, C], or what :func:`prepare` made of one.
+        inputs: images, [B, ...], within ``bounds``.
+        labels: true classes, [B] int64.
+        norm: "linf", "l2" or "l1".
+        eps: radius of the ball in ``norm`` and the units of ``inputs``, float or [B], >= 0.
+        steps: gradient steps of each run.
+        step_size: first step size, float or [B]; the published one if None: 2 eps, in "l1" eps.
+        loss: "dlr", "margin" or "ce", as in :func:`pgd`; with ``target_classes`` the difference of two logits, over a
+            spread of the largest four for "dlr" (Croce and Hein 2020, equation 7), or the class's cross-entropy.
+        target_classes: how many wrong classes to head for in turn; 0 for none in particular. At most C - 1 are used.
+        random_start: begin at a uniform point of the ball; else at ``start``.
+        restarts: runs in all (for each class headed for); an image goes into the next one only while it stands.
+        keep: "best" or "last", as in :func:`pgd`.
+        early_stop: as in :func:`pgd`.
+        momentum: weight of the step against the last update (alpha in the paper); unused in "l1".
+        rho: share of steps that must increase the loss, or else the step size is halved; unused in "l1".
+        larger_eps: spend the first 30% of the steps in the ball of radius 3 eps and the next 30% in that of 2 eps, as
+            published for "l1". None: in "l1" where ``random_start`` is True and there are 10 steps at least.
+        bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
+        targets: classes to reach, [B] int64; success is then this decision, and no other.
+        start: points to begin from when ``random_start`` is False, projected onto ball and box; ``inputs`` if None.
+        active: [B] bool; False returns an image unchanged.
+        ids: [B] int64 sample ids, from which a sample's random starts are drawn; 0 .. B-1 if None.
+        generator: source of random starts, one draw for each run; the device's default generator if None.
+        fast: as in :func:`pgd`.
+        precision: as in :func:`pgd`.
+
+    Raises:
+        ValueError: a value or shape is wrong, inputs leave the bounds, or the model's output is not differentiable.
+        TypeError: a type or dtype is wrong.
+    """
+    check_loss(loss)
+    check_settings(steps, restarts, keep, random_start, start, inputs)
+    if target_classes < 0:
+        raise ValueError(f"target_classes must be at least 0, got {target_classes}")
+    if target_classes and targets is not None:
+        raise ValueError("give either targets or target_classes")
+    if larger_eps is None:
+        larger_eps = norm == "l1" and random_start and steps >= 10
+    with attacked(network_of(model, inputs, fast=fast, precision=precision)) as network:
+        batch = new_batch(
+            inputs, labels, targets, eps=eps, step_size=0.0 if step_size is None else step_size, bounds=bounds, ids=ids
+        )
+        climb = Climb(network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop)
+        run = _Run(climb, steps, published=step_size is None, momentum=momentum, rho=rho, larger_eps=larger_eps)
+        standing = batch.take(rows_of(active, inputs))
+        if keep == "best" and (random_start or start is not None or larger_eps):
+            standing = climb.without_fallen(standing)
+        for toward in _headings(climb, standing, target_classes):
+            for _ in range(restarts):
+                if len(standing) == 0:
+                    break
+                headed = replace(standing, toward=None if toward is None else toward[standing.rows])
+                begin = first_iterate(run.widest(headed), norm, random_start, start, generator)
+                standing = run.climb(headed, begin)
+    warn_of_lost_gradients("apgd", climb)
+    return climb.result
+
+
+def _headings(climb: Climb, batch: Batch, count: int) -> Iterator[Tensor | None]:
+    """The wrong classes to head for, one run after another: the likeliest first, each [N] int64 for all images."""
+    if count == 0:
+        yield None
+        return
+    if len(batch) == 0:
+        return
+    logits = climb.judge(batch, batch.x0.to(climb.result.dtype))
+    logits = logits.scatter(1, batch.labels[:, None], -torch.inf)
+    ranked = logits.argsort(dim=1, descending=True, stable=True)
+    for k in range(min(count, logits.shape[1] - 1)):
+        toward = torch.zeros(len(climb.result), dtype=torch.int64, device=logits.device)
+        toward[batch.rows] = ranked[:, k]
+        yield toward
+
+
+class _Run:
+    """The settings of a call's runs."""
+
+    def __init__(
+        self, climb: Climb, steps: int, *, published: bool, momentum: float, rho: float, larger_eps: bool
+    ) -> None:
+        self.climber = climb
+        self.published = published
+        self.momentum = momentum
+        self.rho = rho
+        shares = [math.ceil(share * steps) for share in _SHARES]
+        self.phases = list(zip(_RADII, [*shares, steps - sum(shares)], strict=True)) if larger_eps else [(1.0, steps)]
+
+    def widest(self, batch: Batch) -> Batch:
+        """The batch with the radius of the first phase, in which a run starts."""
+        return replace(batch, eps=self.phases[0][0] * batch.eps)
+
+    def climb(
+        self,
+        batch: Batch,
+        x: Tensor,  # [K, ...], changed
+    ) -> Batch:
+        """Take the steps from ``x`` and return the images that still stand."""
+        for phase, (radius, steps) in enumerate(self.phases):
+            ball = replace(batch, eps=radius * batch.eps)
+            if phase:
+                x = ops.project_(x, ball.x0, eps=ball.eps, norm=self.climber.norm, bounds=ball.bounds)
+            state = self._state(ball, x, steps, continued=phase > 0)
+            if phase < len(self.phases) - 1:
+                x = self._explore(ball, x, state, steps)
+        return self._settle(batch, x, state, steps)
+
+    def _explore(self, batch: Batch, x: Tensor, state: ops.APGDState, steps: int) -> Tensor:
+        """The iterate of largest loss in a ball that is too large: nothing found there counts."""
+        for _ in range(steps):
+            seen = x.clone()
+            losses = self.climber.losses(batch, seen, gradient=True)[0]
+            self._step(batch, x, self.climber.gradient(losses, seen, x), losses, state)
+        losses = self.climber.losses(batch, x.clone(), gradient=False)[0]
+        better = losses > state.best_loss
+        return torch.where(better.reshape(-1, *([1] * (x.dim() - 1))), x, state.x_best)
+
+    def _settle(self, batch: Batch, x: Tensor, state: ops.APGDState, steps: int) -> Batch:
+        climb = self.climber
+        trail = Trail(climb, batch)
+        for step in range(steps + 1):
+            final = step == steps
+            batch = trail.batch
+            seen = climb.seen(batch, x)
+            losses, hit = climb.look(batch, seen, gradient=not final, settled=trail.hit)
+            if climb.keep == "best":
+                trail.offer(seen, losses, hit)
+            elif final:
+                trail.replace(seen, hit)
+            kept = None if final else trail.standing(step)
+            if final or (kept is not None and len(kept) == 0):
+                break
+            grad = climb.gradient(losses, seen, x)
+            if kept is not None:
+                trail.leave_behind(kept)
+                batch, x, grad, losses, state = trail.batch, take(x, kept), take(grad, kept), losses[kept], state[kept]
+            self._step(batch, x, grad, losses, state)
+        return climb.finish(trail)
+
+    def _state(self, batch: Batch, x: Tensor, steps: int, continued: bool) -> ops.APGDState:
+        norm = self.climber.norm
+        step_size = None if self.published else batch.step_size
+        state = ops.apgd_state(x, steps=steps, eps=batch.eps, norm=norm, step_size=step_size)
+        if norm == "l1" and continued:
+            # As published: a phase goes on with the support of the point that it was given.
+            support = (x != batch.x0).flatten(1).sum(1).clamp_min(1).int()
+            state.counters[:, _SUPPORT] = support
+            state.counters[:, _KEPT] = (2 * support + 2) // 3
+        return state
+
+    def _step(self, batch: Batch, x: Tensor, grad: Tensor, losses: Tensor, state: ops.APGDState) -> None:
+        ops.apgd_step_(
+            x,
+            grad,
+            losses.detach().to(state.best_loss.dtype),
+            batch.x0,
+            state,
+            eps=batch.eps,
+            norm=self.climber.norm,
+            bounds=batch.bounds,
+            momentum=self.momentum,
+            rho=self.rho,
+        )

@@ -1,0 +1,78 @@
+"""Fast minimum-norm attack (Pintor et al. 2021): a ball for each image that shrinks on success and grows on failure."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastlip import ops
+from fastlip.attacks._batch import Batch, take
+from fastlip.attacks._climb import Climb
+from fastlip.attacks._distance import distance, slope
+
+#: Share by which a ball shrinks or grows at first and at last.
+_GAMMA = (0.05, 0.001)
+#: Length of a step over the ball's radius, at first and at last.
+_STEP = (1.0, 0.01)
+
+
+def fmn(
+    climb: Climb,
+    batch: Batch,
+    limit: Tensor,  # [K] float64
+    steps: int,
+    sparsity: float,
+) -> tuple[Tensor, Tensor]:
+    """The nearest misclassified iterates, [K, ...] in the inputs' dtype, and their distances, [K] float64 (inf: none).
+
+    Until an image has fallen its ball reaches to where the margin's linearisation crosses zero; then the radius follows
+    the paper's schedule. Departures from it: projections are exact on ball and box, and steps have the norm's own
+    steepest direction and a length relative to the ball, so that nothing depends on the scale of the inputs.
+
+    Args:
+        climb: the network, the norm, and the margin loss.
+        batch: images that are classified correctly.
+        limit: largest radius of interest.
+        steps: gradient steps.
+        sparsity: share of elements that an "l1" step leaves alone.
+    """
+    x = batch.x0.clone()
+    best = take(climb.result, batch.rows)
+    nearest = torch.full_like(limit, torch.inf)
+    radius = torch.zeros_like(limit)
+    for step in range(steps + 1):
+        seen = climb.seen(replace(batch, eps=radius), x)
+        losses, hit = climb.look(batch, seen, gradient=step < steps)
+        length = distance(seen, batch.x0.to(seen.dtype), climb.norm)
+        better = hit & (length < nearest) & (length <= limit)
+        best = torch.where(better.reshape(-1, *([1] * (x.dim() - 1))), seen.detach(), best)
+        nearest = torch.where(better, length, nearest)
+        if step == steps:
+            break
+        grad = climb.gradient(losses, seen, x)
+        gamma = _annealed(_GAMMA, step, steps)
+        reach = length + losses.detach().double().abs() / slope(grad, climb.norm)
+        grown = torch.where(nearest.isfinite(), radius * (1 + gamma), reach.nan_to_num(torch.inf, torch.inf))
+        radius = torch.minimum(torch.where(hit, torch.minimum(radius * (1 - gamma), nearest), grown), limit)
+        ball = replace(batch, eps=radius)
+        if climb.norm == "l1":
+            lo, hi = batch.bounds
+            grad = torch.where((grad > 0) & (x >= hi) | (grad < 0) & (x <= lo), 0.0, grad)
+        ops.pgd_step_(
+            x,
+            grad,
+            batch.x0,
+            step_size=_annealed(_STEP, step, steps) * radius,
+            eps=ball.eps,
+            norm=climb.norm,
+            bounds=batch.bounds,
+            sparsity=sparsity,
+        )
+    return best, nearest
+
+
+def _annealed(ends: tuple[float, float], step: int, steps: int) -> float:
+    """From the first to the last along half a cosine."""
+    first, last = ends
+    return last + (first - last) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -1,0 +1,266 @@
+"""The Square attack (Andriushchenko et al. 2020): random search with square-shaped updates, without gradients."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastlip import ops
+from fastlip.attacks._batch import Batch, new_batch, rows_of, take
+from fastlip.attacks._climb import Climb, Trail
+from fastlip.attacks._losses import Loss, check_loss
+from fastlip.attacks._model import Model, attacked
+from fastlip.attacks._prepare import network_of
+from fastlip.ops import Bounds, Norm, PerSample
+
+#: Iterations, of 10,000, at which the share of changed elements halves (section 4.1 of the paper).
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+#: How fast a bump falls off from its centre, and the norm that measures it.
+_FALL_OFF = {"l2": 2.0, "l1": 4.0}
+_ORDER = {"l2": 2.0, "l1": 1.0}
+#: Tiles along an image's shorter side in the first iterate of "l2" and "l1".
+_TILES = 5
+
+
+def square(
+    model: Model,
+    inputs: Tensor,  # [B, ...]
+    labels: Tensor,  # [B] int64
+    *,
+    norm: Norm = "linf",
+    eps: PerSample,
+    queries: int = 5000,
+    share: float = 0.8,
+    loss: Loss = "margin",
+    restarts: int = 1,
+    bounds: Bounds = (0.0, 1.0),
+    targets: Tensor | None = None,  # [B] int64
+    active: Tensor | None = None,  # [B] bool
+    ids: Tensor | None = None,  # [B] int64
+    generator: torch.Generator | None = None,
+    fast: bool = False,
+    precision: torch.dtype | None = None,
+) -> Tensor:
+    """Adversarial images within ``eps`` of ``inputs`` by random search over squares; [B, ...] like ``inputs``.
+
+    Only the model's outputs are asked for. Images [B, C, H, W] get squares across all channels, signals [B, C, L] and
+    vectors [B, N] get intervals; further axes are merged into H. Every image draws windows and signs of its own,
+    counter-based, and stops at its first misclassified iterate. "linf" and "l2" follow the paper; "l1" is its "l2"
+    with lengths in L1 and bumps that fall off faster, as in AutoAttack (Croce and Hein 2021).
+
+    Args:
+        model: maps inputs to logits [B, C], or what :func:`prepare` made of one.
+        inputs: images, [B, ...], within ``bounds``.
+        labels: true classes, [B] int64.
+        norm: "linf", "l2" or "l1".
+        eps: radius of the ball in ``norm`` and the units of ``inputs``, float or [B], >= 0.
+        queries: forward passes of each restart.
+        share: share of the pixels that the first squares cover.
+        loss: "margin", "dlr" or "ce"; an iterate is accepted where it increases.
+        restarts: runs in all; an image goes into the next one only while it stands.
+        bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
+        targets: classes to reach, [B] int64; success is then this decision, and no other.
+        active: [B] bool; False returns an image unchanged.
+        ids: [B] int64 sample ids, from which a sample's draws follow; 0 .. B-1 if None.
+        generator: source of the draws, one for each query; the device's default generator if None.
+        fast: as in :func:`pgd`.
+        precision: as in :func:`pgd`.
+
+    Raises:
+        ValueError: a value or shape is wrong, or inputs leave the bounds.
+        TypeError: a type or dtype is wrong.
+    """
+    check_loss(loss)
+    if queries < 1:
+        raise ValueError(f"queries must be at least 1, got {queries}")
+    if restarts < 1:
+        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], got {share}")
+    with attacked(network_of(model, inputs, fast=fast, precision=precision)) as network, torch.no_grad():
+        batch = new_batch(inputs, labels, targets, eps=eps, step_size=0.0, bounds=bounds, ids=ids)
+        climb = Climb(network, inputs, norm=norm, loss=loss)
+        standing = climb.without_fallen(batch.take(rows_of(active, inputs)))
+        for _ in range(restarts):
+            if len(standing) == 0:
+                break
+            standing = _run(climb, standing, queries, share, generator)
+    return climb.result
+
+
+def _run(climb: Climb, batch: Batch, queries: int, share: float, generator: torch.Generator | None) -> Batch:
+    """Ask ``queries`` times and return the images that still stand."""
+    trail = Trail(climb, batch)
+    x, level = batch.x0, torch.full_like(trail.level, -torch.inf)
+    for query, (height, width) in enumerate(_windows(batch.x0, queries, share)):
+        batch = trail.batch
+        draws = _Draws(batch, generator)
+        if query == 0:
+            moved = _first(batch, climb.norm, draws)
+        elif climb.norm == "linf":
+            moved = _recoloured(batch, x, height, width, draws)
+        else:
+            moved = _shifted(batch, x, height, width, climb.norm, draws)
+        point = ops.project_(moved, batch.x0, eps=batch.eps, norm=climb.norm, bounds=batch.bounds)
+        seen = climb.seen(batch, point)
+        losses, hit = climb.look(batch, seen, gradient=False, settled=trail.hit)
+        trail.offer(seen, losses, hit)
+        better = losses.double() > level
+        x = torch.where(better.reshape(-1, *([1] * (x.dim() - 1))), point, x)
+        level = torch.where(better, losses.double(), level)
+        kept = trail.standing(query)
+        if kept is not None:
+            if len(kept) == 0:
+                break
+            trail.leave_behind(kept)
+            x, level = take(x, kept), level[kept]
+    return climb.finish(trail)
+
+
+def _windows(x0: Tensor, queries: int, share: float) -> Iterator[tuple[int, int]]:
+    """Height and width of each query's windows."""
+    _, height, width = _as_image(x0).shape[1:]
+    for query in range(queries):
+        at = query * 10_000 // queries
+        now = share * 0.5 ** sum(at > h for h in _HALVINGS)
+        if height == 1:
+            yield 1, min(max(round(now * width), 1), width)
+        else:
+            side = max(round(math.sqrt(now * height * width)), 1)
+            yield min(side, height), min(side, width)
+
+
+def _as_image(x: Tensor) -> Tensor:
+    """[B, ...] as [B, C, H, W]."""
+    if x.dim() == 4:
+        return x
+    if x.dim() <= 2:
+        return x.reshape(x.shape[0], 1, 1, -1)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+class _Draws:
+    """One query's random numbers: those of an image do not depend on its batch."""
+
+    def __init__(self, batch: Batch, generator: torch.Generator | None) -> None:
+        self.batch = batch
+        image = _as_image(batch.x0)
+        self.channels, self.height, self.width = image.shape[1:]
+        needed = 5 + self.channels * (max(self.width, _TILES**2) + 1)
+        centre = torch.zeros(len(batch), needed, device=image.device)
+        self.uniform = ops.random_start(
+            centre, eps=1.0, bounds=(-math.inf, math.inf), ids=batch.ids, generator=generator
+        )
+        self.used = 0
+
+    def next(self, count: int) -> Tensor:
+        """``count`` numbers in [-1, 1) for each image, [K, count]."""
+        self.used += count
+        return self.uniform[:, self.used - count : self.used]
+
+    def signs(self, count: int) -> Tensor:
+        """``count`` signs for each image, [K, count]."""
+        return torch.where(self.next(count) < 0, -1.0, 1.0).to(self.batch.x0.dtype)
+
+    def corner(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Rows [K, height, 1] and columns [K, 1, width] of a window."""
+        share = (self.next(2).double() + 1) / 2
+        top = (share[:, 0] * (self.height - height + 1)).long()
+        left = (share[:, 1] * (self.width - width + 1)).long()
+        down = torch.arange(height, device=share.device)[:, None]
+        right = torch.arange(width, device=share.device)[None]
+        return top[:, None, None] + down, left[:, None, None] + right
+
+
+def _radius(batch: Batch) -> Tensor | float:
+    """The radius, to be multiplied with [K, C, H, W]."""
+    eps = batch.eps
+    return eps.to(batch.x0.dtype).reshape(-1, 1, 1, 1) if isinstance(eps, Tensor) else eps
+
+
+def _first(batch: Batch, norm: Norm, draws: _Draws) -> Tensor:
+    """The first iterate: vertical stripes in "linf", tiles of bumps otherwise."""
+    image = _as_image(batch.x0)
+    count, channels, height, width = image.shape
+    if norm == "linf":
+        move = draws.signs(channels * width).reshape(count, channels, 1, width).expand_as(image)
+    else:
+        move = torch.zeros(image.shape, dtype=image.dtype, device=image.device)
+        rows, columns = min(_TILES, height), min(_TILES, width)
+        tall, wide = height // rows, width // columns
+        signs = draws.signs(channels * rows * columns).reshape(count, channels, rows, columns)
+        tile = _bump(tall, wide, norm, image)
+        tiled = torch.kron(torch.ones(rows, columns, dtype=tile.dtype, device=tile.device), tile)
+        spread = signs.repeat_interleave(tall, 2).repeat_interleave(wide, 3)
+        move[:, :, : rows * tall, : columns * wide] = spread * tiled
+        move = move / _length(move.flatten(1), norm).reshape(-1, 1, 1, 1).clamp_min(1e-30)
+    return (image + _radius(batch) * move).reshape(batch.x0.shape)
+
+
+def _recoloured(batch: Batch, x: Tensor, height: int, width: int, draws: _Draws) -> Tensor:
+    """``x`` with a window where each channel is as far up or down as "linf" allows."""
+    image, centre = _as_image(x).clone(), _as_image(batch.x0)
+    rows, columns = draws.corner(height, width)
+    sign = draws.signs(image.shape[1])[:, None, None, :]
+    which = torch.arange(len(image), device=image.device)[:, None, None]
+    radius = _radius(batch)
+    image[which, :, rows, columns] = centre[which, :, rows, columns] + radius * sign
+    return image.reshape(x.shape)
+
+
+def _shifted(batch: Batch, x: Tensor, height: int, width: int, norm: Norm, draws: _Draws) -> Tensor:
+    """``x`` with the perturbation of one window, and what the ball has left, moved into another window."""
+    height, width = (min(max(n, 3), most) for n, most in ((height, draws.height), (width, draws.width)))
+    centre = _as_image(batch.x0)
+    move = _as_image(x) - centre  # [K, C, H, W]
+    order, radius = _ORDER[norm], _radius(batch)
+    which = torch.arange(len(move), device=move.device)[:, None, None]
+    into, out = draws.corner(height, width), draws.corner(height, width)
+    channels = move.shape[1]
+    left = (radius**order - _length(move.flatten(1), norm).reshape(-1, 1, 1, 1) ** order).clamp_min(0)
+
+    covered = torch.zeros(len(move), *move.shape[2:], dtype=torch.bool, device=move.device)
+    covered[which, into[0], into[1]] = True
+    covered[which, out[0], out[1]] = True
+    held = (move * covered[:, None]).abs().pow(order).sum((2, 3))  # [K, C]
+    there = (held + left.flatten(1) / channels).pow(1 / order)[:, None, None, :]
+
+    old = move[which, :, into[0], into[1]]  # [K, height, width, C]
+    old = old / _window_length(old, norm)
+    bump = _bump(height, width, norm, move)
+    turned = _bump(width, height, norm, move).T
+    flip = draws.next(1)[:, :, None] < 0
+    new = torch.where(flip, turned, bump)[..., None] * draws.signs(channels)[:, None, None, :] + old
+    move[which, :, out[0], out[1]] = 0.0
+    move[which, :, into[0], into[1]] = new / _window_length(new, norm) * there
+    return (centre + move).reshape(x.shape)
+
+
+def _length(rows: Tensor, norm: Norm) -> Tensor:
+    return torch.linalg.vector_norm(rows, _ORDER[norm], dim=1)
+
+
+def _window_length(window: Tensor, norm: Norm) -> Tensor:
+    """Length of each channel of [K, h, w, C], [K, 1, 1, C]; 1 for a window of zeros."""
+    length = torch.linalg.vector_norm(window, _ORDER[norm], dim=(1, 2), keepdim=True)
+    return torch.where(length > 0, length, 1)
+
+
+def _bump(height: int, width: int, norm: Norm, like: Tensor) -> Tensor:
+    """Two bumps of opposite sign side by side, of unit length, [height, width] (section 4.2 of the paper)."""
+    half = width // 2
+    halves = [_hill(height, w, _FALL_OFF[norm], like) for w in (half, width - half) if w]
+    both = torch.cat([halves[0], -halves[1]], 1) if len(halves) == 2 else halves[0]
+    return both / torch.linalg.vector_norm(both, _ORDER[norm])
+
+
+def _hill(height: int, width: int, fall_off: float, like: Tensor) -> Tensor:
+    """Sum of 1 / (n + 1 - k)^fall_off over the k + 1 innermost of the rings around the centre, [height, width]."""
+    n = max(height, width) // 2
+    down = (torch.arange(height, device=like.device) - height // 2).abs()
+    right = (torch.arange(width, device=like.device) - width // 2).abs()
+    ring = torch.maximum(down[:, None], right[None])  # 0 .. n
+    terms = torch.arange(1, n + 2, dtype=like.dtype, device=like.device).pow(-fall_off)
+    outward = terms.flip(0).cumsum(0).flip(0)  # [m] = sum over r >= m of 1 / (r + 1)^fall_off
+    return outward[ring]

@@ -1,0 +1,63 @@
+"""Named suites of attacks."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fastlip.attacks._apgd import apgd
+from fastlip.attacks._min_norm import MinNormResult, min_norm
+from fastlip.attacks._pgd import pgd
+from fastlip.attacks._square import square
+from fastlip.ops import Bounds, Norm
+
+#: Called as attack(model, inputs, labels, ...), with ``ids``, ``generator``, ``fast`` and ``precision`` where taken.
+Attack = Callable[..., Tensor | MinNormResult]
+Suite = Literal["standard", "rand", "quick"]
+
+#: Attacks that ask for outputs alone.
+BLACK_BOX: tuple[Callable[..., Any], ...] = (square,)
+
+
+def suite(
+    name: Suite = "standard",
+    *,
+    norm: Norm = "linf",
+    eps: float,
+    bounds: Bounds = (0.0, 1.0),
+) -> dict[str, Attack]:
+    """Attacks for :func:`evaluate`, weakest first, as in AutoAttack (Croce and Hein 2020, 2021).
+
+    "standard": APGD with cross-entropy (in "l1" 5 restarts), APGD-T on 9 classes ("l1": 5), FMN as the minimum-norm
+    attack in the place of FAB, Square with 5000 queries. "rand", for models with random outputs: APGD with
+    cross-entropy and with DLR. "quick": PGD with 20 steps and APGD-T on 3 classes with 50.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    ball: dict[str, Any] = {"norm": norm, "eps": eps, "bounds": bounds}
+    sparse = norm == "l1"
+    if name == "standard":
+        return {
+            "apgd-ce": partial(apgd, loss="ce", restarts=5 if sparse else 1, **ball),
+            "apgd-t": partial(apgd, loss="dlr", target_classes=5 if sparse else 9, **ball),
+            "fmn": partial(min_norm, method="fmn", norm=norm, eps_max=eps, bounds=bounds),
+            "square": partial(square, **ball),
+        }
+    if name == "rand":
+        return {"apgd-ce": partial(apgd, loss="ce", **ball), "apgd-dlr": partial(apgd, loss="dlr", **ball)}
+    if name == "quick":
+        return {
+            "pgd": partial(pgd, loss="ce", **ball),
+            "apgd-t": partial(apgd, loss="dlr", target_classes=3, steps=50, **ball),
+        }
+    raise ValueError(f"suite must be standard, rand or quick, got {name!r}")
+
+
+def is_black_box(attack: Attack) -> bool:
+    """Whether ``attack`` is known to ask for outputs alone: its ``black_box`` attribute, or what it wraps."""
+    if hasattr(attack, "black_box"):
+        return bool(attack.black_box)
+    inner = attack.func if isinstance(attack, partial) else attack
+    return inner in BLACK_BOX

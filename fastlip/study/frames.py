@@ -1,0 +1,57 @@
+"""A run's numbers as pandas data frames, one line each."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fastlip.study.errors import StudyError
+from fastlip.study.files import read_arrays
+
+
+def frame(run: str | os.PathLike[str]) -> Any:
+    """Every number of a run with its interval, one in each row: a ``pandas.DataFrame``.
+
+    Args:
+        run: run directory with ``tables/results.csv``.
+
+    Raises:
+        StudyError: there is no such file.
+        ImportError: pandas is missing.
+    """
+    path = Path(run) / "tables" / "results.csv"
+    if not path.is_file():
+        raise StudyError(f"{path} is missing; python -m fastlip.study report {run} writes it")
+    return _pandas().read_csv(path)
+
+
+def image_frame(run: str | os.PathLike[str]) -> Any:
+    """Every image under every measurement, one in each row: a ``pandas.DataFrame``.
+
+    Args:
+        run: run directory with ``images``.
+
+    Returns:
+        Columns "model", "measurement", "id" and whatever single numbers were measured.
+
+    Raises:
+        StudyError: there are no such files, or one is damaged.
+        ImportError: pandas is missing.
+    """
+    pandas = _pandas()
+    parts = []
+    for path in sorted((Path(run) / "images").glob("*/*.npz")):
+        arrays = read_arrays(path)
+        if "id" in arrays:
+            columns = {name: v for name, v in arrays.items() if v.shape == arrays["id"].shape}
+            parts.append(pandas.DataFrame({"model": path.parent.name, "measurement": path.stem, **columns}))
+    if not parts:
+        raise StudyError(f"{run} holds no per-image results")
+    return pandas.concat(parts, ignore_index=True)
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise ImportError("data frames need pandas: pip install pandas") from None
+    return pandas

@@ -1,0 +1,147 @@
+"""Further tables of a run: the stronger suite, corruptions, certificates, power, and every number in long form."""
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from fastlip.study.schema import Results
+from fastlip.study.tables import Table, interval, percent
+
+#: Columns of the table of every number.
+LONG = ("model", "arm", "seed", "measure", "attack", "norm", "strength", "n", "value", "low", "high", "confidence")
+
+_SMOOTH = (
+    "From margins: the clean margin over the certified bound on the difference of two logits. Smoothed: the share of "
+    "images whose class under Gaussian noise is right and certified within the radius (Cohen et al. 2019), each "
+    "certificate wrong with probability at most α. It speaks about the smoothed classifier. Brackets: 95% intervals."
+)
+
+
+def more_tables(results: Results) -> list[Table]:
+    return [strong_table(results), corruption_table(results), certificate_table(results), power_table(results)]
+
+
+def _said(results: Results) -> str:
+    return f"{'GENERATED IMAGES. ' if results['generated'] else ''}{results['dataset']}: "
+
+
+def ball_name(norm: str, eps: float) -> str:
+    return f"L∞ ε = {eps * 255:g}/255" if norm == "linf" else f"{norm.upper()} ε = {eps:g}"
+
+
+def strong_table(results: Results) -> Table:
+    """Accuracy as one attack after the other is added."""
+    rows = [
+        (model["name"], ball_name(s["norm"], s["strength"]), name, percent(share))
+        for model in results["models"]
+        for s in model["strong"]
+        for name, share in [
+            ("none", model["attacked_clean"]),
+            *((m["name"], m["accuracy"]) for m in s["members"]),
+            ("all together", s["accuracy"]),
+        ]
+    ]
+    return Table(
+        "strong",
+        f"{_said(results)}the stronger suite",
+        ("Model", "Ball", "Attack", "Accuracy"),
+        tuple(rows),
+        "APGD with cross-entropy, then towards the likeliest wrong classes, then Square (black box), each on the "
+        "images that stood the one before it; PGD by itself. An image counts as right only where it stands under all "
+        "of them. It is not AutoAttack. Brackets: 95% intervals.",
+    )
+
+
+def corruption_table(results: Results) -> Table:
+    rows = []
+    for model in results["models"]:
+        found = model["corruptions"]
+        rows.append((model["name"], "all", "all", interval(found["mean"], 100.0)))
+        rows += [(model["name"], c["corruption"], str(c["severity"]), percent(c["accuracy"])) for c in found["rows"]]
+    how = "CIFAR-10-C's files"
+    if results["models"][0]["corruptions"]["source"] == "generated":
+        how = "made with torchvision and Pillow, strengths of our own: not comparable with CIFAR-10-C"
+    return Table(
+        "corruptions",
+        f"{_said(results)}common corruptions",
+        ("Model", "Corruption", "Severity", "Accuracy"),
+        tuple(rows),
+        f"Corruptions: {how}. The mean over all, in per cent, has an interval over images. Brackets: 95% intervals.",
+    )
+
+
+def certificate_table(results: Results) -> Table:
+    rows = []
+    for model in results["models"]:
+        log10 = model["margins"]["log10_radius"]
+        radius = "none" if log10 is None else f"median radius 10^{log10:.1f}"
+        rows += [
+            (model["name"], f"margin over bound ({radius})", f"{c['radius']:g}", percent(c["accuracy"]))
+            for c in model["margins"]["certified"]
+        ]
+        s = model["smoothing"]
+        how = f"smoothed, σ = {s['sigma']:g}, {s['samples']} draws, α = {s['alpha']:g}"
+        rows += [(model["name"], how, f"{c['radius']:g}", percent(c["accuracy"])) for c in s["certified"]]
+    header = ("Model", "Certificate", "L2 Radius", "Certified Accuracy")
+    return Table("certificates", f"{_said(results)}certified accuracy", header, tuple(rows), _SMOOTH)
+
+
+def power_table(results: Results) -> Table:
+    rows = [
+        (
+            str(row["question"]),
+            row["assumption"],
+            "no number would do" if row["needed"] is None else f"{row['needed']} {row['unit']}",
+            "–" if row["had"] is None else str(row["had"]),
+        )
+        for row in results["power"]
+    ]
+    return Table(
+        "power",
+        f"{_said(results)}how much each question needs",
+        ("Question", "If", "Needed", "This run had"),
+        tuple(rows),
+        "For the chance of a verdict set by rules.power. Question 3: two-sided t test; question 4: Fisher's z for "
+        "independent runs; both at the level of one comparison among all declared. The plan is part of config.json.",
+    )
+
+
+def long_csv(results: Results) -> str:
+    """Every number with an interval, one in each row."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(LONG)
+    writer.writerows(_long(results))
+    return out.getvalue()
+
+
+def _long(results: Results) -> Iterator[tuple[Any, ...]]:
+    for model in results["models"]:
+        who = (model["name"], model["arm"], model["seed"])
+
+        def row(measure: str, e: Any, attack: str = "", norm: str = "", strength: Any = "", who: Any = who) -> Any:
+            return (*who, measure, attack, norm, strength, e["n"], e["value"], e["low"], e["high"], e["confidence"])
+
+        yield row("clean accuracy", model["clean"])
+        yield row("accuracy of attacked images", model["attacked_clean"])
+        for a in model["attacks"]:
+            which = (a["attack"], a["norm"] or "", a["strength"])
+            yield row("accuracy", a["accuracy"], *which)
+            if a["noise_accuracy"] is not None:
+                yield row("accuracy under noise of the same norm", a["noise_accuracy"], *which)
+            yield row("average distortion", a["distortion"], *which)
+            yield row("mean stretch", a["stretch"]["mean"], *which)
+        for s in model["strong"]:
+            yield row("accuracy", s["accuracy"], "stronger suite", s["norm"], s["strength"])
+        for smallest in (model["smallest_pgd"], model["smallest_gaussian"]):
+            yield row("share with a smallest perturbation", smallest["found"], smallest["attack"], "l2")
+            yield row("median smallest distortion", smallest["median"], smallest["attack"], "l2")
+            yield row("mean smallest distortion", smallest["mean"], smallest["attack"], "l2")
+        yield row("share of ratios below the rule's", model["ratio_share"])
+        yield row("median ratio", model["ratio_median"])
+        yield row("mean Jacobian norm", model["jacobian"]["mean"])
+        for c in model["corruptions"]["rows"]:
+            yield row("accuracy", c["accuracy"], c["corruption"], "", c["severity"])
+        for certified in model["smoothing"]["certified"]:
+            yield row("certified accuracy, smoothed", certified["accuracy"], "", "l2", certified["radius"])
