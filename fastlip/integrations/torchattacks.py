@@ -20,7 +20,7 @@ from fastlip import attacks
 from fastlip.integrations._require import require
 from fastlip.ops import Norm
 
-_Base: Any = require("torchattacks", "torchattacks").Attack
+_Base: Any = require("torchattacks.attack", "torchattacks").Attack
 _NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2", "L1": "l1"}
 
 
