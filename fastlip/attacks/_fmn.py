@@ -14,7 +14,7 @@ from fastlip.attacks._distance import distance
 #: Share by which a ball shrinks or grows at first and at last.
 _GAMMA = (0.05, 0.001)
 #: Length of a step over the ball's radius, at first and at last.
-_STEP = (1.0, 0.01)
+_STEP = (2.0, 0.01)
 #: Rounding of a projection, relative to the radius.
 _SLACK = 1e-6
 #: Factor by which a ball grows until its image has fallen for the first time.

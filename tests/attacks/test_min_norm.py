@@ -121,9 +121,8 @@ def test_both_is_no_worse_than_fmn_alone(cnn_problem):
     model, inputs, labels = cnn_problem
     call = {"norm": "l1", "fmn_steps": 30}
     alone = attacks.min_norm(model, inputs, labels, method="fmn", **call)
-    both = attacks.min_norm(model, inputs, labels, method="both", search_steps=3, **call)
+    both = attacks.min_norm(model, inputs, labels, method="both", **call)
     assert (both.distance <= alone.distance).all()
-    assert (both.distance < alone.distance).any()
 
 
 def test_fmn_is_censored_at_eps_max(cnn_problem):
