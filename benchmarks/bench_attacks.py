@@ -9,6 +9,9 @@ of a step counts, and one at which they fall. The libraries take turns, so that 
 ``fast`` and ``precision`` are those of ``fastlip.attacks``; every success of theirs is confirmed in float32. Robust
 accuracy is judged alike for all, by the float32 model.
 
+``--attack`` and ``--regime`` choose a part; the committed results were measured in four parts, each with all its
+libraries in one process (``--images 32 --repeats 2``).
+
 The checkpoint holds a network of ``fastlip.models.resnet50``, as a study run writes; where the file is missing it is
 trained here on 20,000 images for 6 epochs, which takes 12 minutes on two cores.
 """
