@@ -118,7 +118,7 @@ def test_minimal_norms_are_no_larger_than_foolbox(problem, norm):
         found = peer(steps=50).run(network, images, foolbox.criteria.Misclassification(labels))
         fell = ~torch.from_numpy(standing(model, found, labels))
         length = torch.linalg.vector_norm((found - images).double().flatten(1), order, dim=1)
-        # In Linf the two are equal here to less than a per cent, now one ahead and now the other.
+        # In Linf foolbox is ahead on this network by less than a per cent.
         assert ours.distance[fell].mean() <= length[fell].mean() * (1.01 if norm == "linf" else 1)
 
 
