@@ -52,8 +52,10 @@ def apgd(
     """Adversarial images within ``eps`` of ``inputs`` by Auto-PGD; [B, ...] like ``inputs``.
 
     Step sizes, restarts from the best iterate and, in "l1", the share of elements moved follow the published schedules
-    (:func:`fastlip.ops.apgd_step_`), image by image. With ``target_classes=k`` the runs head for each image's k most
-    likely wrong classes in turn (APGD-T: 9 in AutoAttack, with ``loss="dlr"``), any wrong decision being a success.
+    (:func:`fastlip.ops.apgd_step_`), image by image. In "l1" checkpoints are two steps apart at least, and from two
+    elements moved the next is one, at which the published schedule, rounding up at every step, never arrives. With
+    ``target_classes=k`` the runs head for each image's k most likely wrong classes in turn (APGD-T: 9 in AutoAttack,
+    with ``loss="dlr"``), any wrong decision being a success.
 
     Args:
         model: maps inputs to logits [B, C], or what :func:`prepare` made of one.
@@ -166,10 +168,10 @@ class _Run:
     def _explore(self, batch: Batch, x: Tensor, state: ops.APGDState, steps: int) -> Tensor:
         """The iterate of largest loss in a ball that is too large: nothing found there counts."""
         for _ in range(steps):
-            seen = x.clone()
+            seen = self.climber.seen(batch, x)
             losses = self.climber.losses(batch, seen, gradient=True)[0]
             self._step(batch, x, self.climber.gradient(losses, seen, x), losses, state)
-        losses = self.climber.losses(batch, x.clone(), gradient=False)[0]
+        losses = self.climber.losses(batch, self.climber.seen(batch, x), gradient=False)[0]
         better = losses > state.best_loss
         return torch.where(better.reshape(-1, *([1] * (x.dim() - 1))), x, state.x_best)
 
@@ -199,6 +201,10 @@ class _Run:
         norm = self.climber.norm
         step_size = None if self.published else batch.step_size
         state = ops.apgd_state(x, steps=steps, eps=batch.eps, norm=norm, step_size=step_size)
+        if norm == "l1":
+            window = max(steps // 25, 2)
+            at = torch.arange(steps, device=x.device)
+            state.schedule = torch.where((at % window == 0) & (at > 0), window, 0).int()
         if norm == "l1" and continued:
             # As published: a phase goes on with the support of the point that it was given.
             support = (x != batch.x0).flatten(1).sum(1).clamp_min(1).int()
@@ -219,3 +225,7 @@ class _Run:
             momentum=self.momentum,
             rho=self.rho,
         )
+        if self.climber.norm == "l1":
+            # Rounded up, two thirds of two are two, and the schedule never becomes one-hot.
+            kept = state.counters[:, _KEPT]
+            kept -= ((kept == 2) & (state.counters[:, _SUPPORT] == 2)).int()

@@ -9,30 +9,37 @@ from torch import Tensor
 from fastlip import ops
 from fastlip.attacks._batch import Batch, take
 from fastlip.attacks._climb import Climb
-from fastlip.attacks._distance import distance, slope
+from fastlip.attacks._distance import distance
 
 #: Share by which a ball shrinks or grows at first and at last.
 _GAMMA = (0.05, 0.001)
 #: Length of a step over the ball's radius, at first and at last.
-_STEP = (1.0, 0.01)
+_STEP = (2.0, 0.01)
+#: Rounding of a projection, relative to the radius.
+_SLACK = 1e-6
+#: Factor by which a ball grows until its image has fallen for the first time.
+_GROWTH = 1.1
 
 
 def fmn(
     climb: Climb,
     batch: Batch,
+    first: Tensor,  # [K] float64
     limit: Tensor,  # [K] float64
     steps: int,
     sparsity: float,
 ) -> tuple[Tensor, Tensor]:
     """The nearest misclassified iterates, [K, ...] in the inputs' dtype, and their distances, [K] float64 (inf: none).
 
-    Until an image has fallen its ball reaches to where the margin's linearisation crosses zero; then the radius follows
-    the paper's schedule. Departures from it: projections are exact on ball and box, and steps have the norm's own
-    steepest direction and a length relative to the ball, so that nothing depends on the scale of the inputs.
+    The radius shrinks by gamma at a misclassified iterate and grows by gamma at another, gamma falling along half a
+    cosine as published. Departures from the paper: projections are exact on ball and box; steps have the norm's own
+    steepest direction and a length relative to the ball, so that nothing depends on the scale of the inputs; and any
+    loss can be followed, the linearised margin giving the first radius only.
 
     Args:
-        climb: the network, the norm, and the margin loss.
+        climb: the network, the norm and the loss.
         batch: images that are classified correctly.
+        first: radius to begin with.
         limit: largest radius of interest.
         steps: gradient steps.
         sparsity: share of elements that an "l1" step leaves alone.
@@ -40,21 +47,21 @@ def fmn(
     x = batch.x0.clone()
     best = take(climb.result, batch.rows)
     nearest = torch.full_like(limit, torch.inf)
-    radius = torch.zeros_like(limit)
+    radius = torch.minimum(first, limit)
     for step in range(steps + 1):
         seen = climb.seen(replace(batch, eps=radius), x)
         losses, hit = climb.look(batch, seen, gradient=step < steps)
         length = distance(seen, batch.x0.to(seen.dtype), climb.norm)
-        better = hit & (length < nearest) & (length <= limit)
+        better = hit & (length < nearest) & (length <= limit * (1 + _SLACK))
         best = torch.where(better.reshape(-1, *([1] * (x.dim() - 1))), seen.detach(), best)
         nearest = torch.where(better, length, nearest)
         if step == steps:
             break
         grad = climb.gradient(losses, seen, x)
         gamma = _annealed(_GAMMA, step, steps)
-        reach = length + losses.detach().double().abs() / slope(grad, climb.norm)
-        grown = torch.where(nearest.isfinite(), radius * (1 + gamma), reach.nan_to_num(torch.inf, torch.inf))
-        radius = torch.minimum(torch.where(hit, torch.minimum(radius * (1 - gamma), nearest), grown), limit)
+        if step:
+            grown = torch.where(nearest.isfinite(), radius * (1 + gamma), radius * _GROWTH)
+            radius = torch.minimum(torch.where(hit, torch.minimum(radius * (1 - gamma), nearest), grown), limit)
         ball = replace(batch, eps=radius)
         if climb.norm == "l1":
             lo, hi = batch.bounds

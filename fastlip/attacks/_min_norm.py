@@ -83,7 +83,7 @@ def min_norm(
         fmn_steps: gradient steps of FMN.
         eps_max: largest radius of interest, float or [B]; the box's diameter if None.
         tolerance: relative width at which a bracket is closed.
-        loss: as in :func:`pgd`, for the search; FMN follows the margin.
+        loss: as in :func:`pgd`.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
         sparsity: as in :func:`pgd`.
         targets: classes to reach, [B] int64.
@@ -118,11 +118,13 @@ def min_norm(
         climb = Climb(network, inputs, norm=norm, loss="margin")
         search = _Search(inputs, limit)
         search.open[rows_of(active, inputs)] = True
-        search.begin(*_first_radius(climb, batch))
+        estimate, wrong = _first_radius(climb, batch)
+        search.begin(estimate, wrong)
+        climb.loss = loss
         if method != "search":
             rows = search.rows()
             part, originals = batch.take(rows), take(search.inputs, rows)
-            found, nearest = fmn(climb, part, limit[rows], fmn_steps, sparsity)
+            found, nearest = fmn(climb, part, estimate[rows], limit[rows], fmn_steps, sparsity)
             hit, found = _pull_back(climb, found, originals, part)
             search.update(rows, hit & nearest.isfinite(), found, distance(found, originals, norm), tolerance)
             search.go_on_below()

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastlip import ops
 from fastlip.attacks._batch import Batch, new_batch, rows_of, take
 from fastlip.attacks._climb import Climb, Trail
+from fastlip.attacks._distance import ORDER
 from fastlip.attacks._losses import Loss, check_loss
 from fastlip.attacks._model import Model, attacked
 from fastlip.attacks._prepare import network_of
@@ -16,9 +17,8 @@ from fastlip.ops import Bounds, Norm, PerSample
 
 #: Iterations, of 10,000, at which the share of changed elements halves (section 4.1 of the paper).
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-#: How fast a bump falls off from its centre, and the norm that measures it.
+#: How fast a bump falls off from its centre.
 _FALL_OFF = {"l2": 2.0, "l1": 4.0}
-_ORDER = {"l2": 2.0, "l1": 1.0}
 #: Tiles along an image's shorter side in the first iterate of "l2" and "l1".
 _TILES = 5
 
@@ -72,6 +72,8 @@ def square(
         TypeError: a type or dtype is wrong.
     """
     check_loss(loss)
+    if norm not in ORDER:
+        raise ValueError(f"norm must be one of {', '.join(ORDER)}, got {norm!r}")
     if queries < 1:
         raise ValueError(f"queries must be at least 1, got {queries}")
     if restarts < 1:
@@ -214,7 +216,7 @@ def _shifted(batch: Batch, x: Tensor, height: int, width: int, norm: Norm, draws
     height, width = (min(max(n, 3), most) for n, most in ((height, draws.height), (width, draws.width)))
     centre = _as_image(batch.x0)
     move = _as_image(x) - centre  # [K, C, H, W]
-    order, radius = _ORDER[norm], _radius(batch)
+    order, radius = ORDER[norm], _radius(batch)
     which = torch.arange(len(move), device=move.device)[:, None, None]
     into, out = draws.corner(height, width), draws.corner(height, width)
     channels = move.shape[1]
@@ -238,12 +240,12 @@ def _shifted(batch: Batch, x: Tensor, height: int, width: int, norm: Norm, draws
 
 
 def _length(rows: Tensor, norm: Norm) -> Tensor:
-    return torch.linalg.vector_norm(rows, _ORDER[norm], dim=1)
+    return torch.linalg.vector_norm(rows, ORDER[norm], dim=1)
 
 
 def _window_length(window: Tensor, norm: Norm) -> Tensor:
     """Length of each channel of [K, h, w, C], [K, 1, 1, C]; 1 for a window of zeros."""
-    length = torch.linalg.vector_norm(window, _ORDER[norm], dim=(1, 2), keepdim=True)
+    length = torch.linalg.vector_norm(window, ORDER[norm], dim=(1, 2), keepdim=True)
     return torch.where(length > 0, length, 1)
 
 
@@ -252,7 +254,7 @@ def _bump(height: int, width: int, norm: Norm, like: Tensor) -> Tensor:
     half = width // 2
     halves = [_hill(height, w, _FALL_OFF[norm], like) for w in (half, width - half) if w]
     both = torch.cat([halves[0], -halves[1]], 1) if len(halves) == 2 else halves[0]
-    return both / torch.linalg.vector_norm(both, _ORDER[norm])
+    return both / torch.linalg.vector_norm(both, ORDER[norm])
 
 
 def _hill(height: int, width: int, fall_off: float, like: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def suite(
         return {
             "apgd-ce": partial(apgd, loss="ce", restarts=5 if sparse else 1, **ball),
             "apgd-t": partial(apgd, loss="dlr", target_classes=5 if sparse else 9, **ball),
-            "fmn": partial(min_norm, method="fmn", norm=norm, eps_max=eps, bounds=bounds),
+            "fmn": partial(min_norm, method="fmn", loss="margin", norm=norm, eps_max=eps, bounds=bounds),
             "square": partial(square, **ball),
         }
     if name == "rand":

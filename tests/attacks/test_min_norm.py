@@ -101,3 +101,46 @@ def test_empty_batch(linear_problem):
     for search in (attacks.min_norm, attacks.min_sigma):
         found = search(model, inputs[:0], labels[:0])
         assert (found.adversarial.shape, found.distance.shape) == (inputs[:0].shape, (0,))
+
+
+@pytest.mark.parametrize("method", ["fmn", "both"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_other_methods_on_a_linear_model(linear_problem, norm, method):
+    model, inputs, labels = linear_problem(batch=16)
+    found = attacks.min_norm(
+        model, inputs, labels, norm=norm, method=method, bounds=(-5.0, 5.0), sparsity=SPARSITY, loss="margin"
+    )
+    truth = closed_form(model, inputs, labels, norm)
+    assert found.found.all()
+    assert (found.distance >= truth * (1 - 1e-5)).all()
+    assert (found.distance <= truth * 1.03).all()
+    assert (model(found.adversarial).argmax(1) != labels).all()
+
+
+def test_both_is_no_worse_than_fmn_alone(cnn_problem):
+    model, inputs, labels = cnn_problem
+    call = {"norm": "l1", "fmn_steps": 30}
+    alone = attacks.min_norm(model, inputs, labels, method="fmn", **call)
+    both = attacks.min_norm(model, inputs, labels, method="both", **call)
+    assert (both.distance <= alone.distance).all()
+
+
+def test_fmn_is_censored_at_eps_max(cnn_problem):
+    model, inputs, labels = cnn_problem
+    labels = labels.clone()
+    labels[3] = (labels[3] + 1) % 10
+    found = attacks.min_norm(model, inputs, labels, method="fmn", eps_max=1.0)
+    assert found.distance[3] == 0
+    assert (found.distance[found.found] <= 1 + 1e-5).all()
+    assert torch.equal(found.adversarial[~found.found], inputs[~found.found])
+    assert found.found.any()
+    assert not found.found.all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"method": "ddn"}, "method must be"), ({"fmn_steps": 0}, "fmn_steps"), ({"steps": -1}, "steps must be")],
+)
+def test_errors_of_methods(linear_problem, change, message):
+    with pytest.raises(ValueError, match=message):
+        attacks.min_norm(*linear_problem(), **change)

@@ -312,3 +312,36 @@ def test_errors_name_the_argument(cnn_problem, change, error, message):
 def test_models_that_cannot_be_attacked(model, message):
     with pytest.raises(ValueError, match=message):
         attacks.pgd(model, torch.full((2, 8), 0.4), torch.zeros(2, dtype=torch.int64), eps=0.01)
+
+
+@pytest.mark.parametrize("attack", ["pgd", "apgd"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_feasible_over_a_million_inputs(norm, attack):
+    generator = gen(5)
+    inputs = torch.rand(1_000_000, 6, generator=generator)
+    inputs[::7] = inputs[::7].round()
+    eps = 2 * torch.rand(len(inputs), generator=generator) ** 4
+    weight = torch.randn(6, 3, generator=generator)
+    labels = (inputs @ weight).argmax(1)
+    options = {"step_size": 1.0, "sparsity": 0.5} if attack == "pgd" else {}
+    found = getattr(attacks, attack)(
+        lambda x: x @ weight, inputs, labels, norm=norm, eps=eps, steps=2, loss="margin", generator=gen(), **options
+    )
+    assert found.min() >= 0
+    assert found.max() <= 1
+    half_ulp = length(torch.finfo(torch.float32).eps / 2 * found, norm)
+    assert (length(found.double() - inputs.double(), norm) <= eps.double() * (1 + 1e-6) + half_ulp).all()
+    assert (found != inputs).any(1).float().mean() > 0.9
+
+
+def test_without_early_stop_the_loss_goes_on_rising(cnn_problem):
+    model, inputs, labels = cnn_problem
+    call = {"eps": 0.1, "steps": 15, "loss": "margin", "random_start": False}
+    margins = []
+    for early_stop in (True, False):
+        logits = model(attacks.pgd(model, inputs, labels, early_stop=early_stop, **call))
+        own = logits.gather(1, labels[:, None]).squeeze(1)
+        margins.append((logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own).detach())
+    assert (margins[1] >= margins[0] - 1e-5).all()
+    assert torch.equal(margins[0] > 0, margins[1] > 0)
+    assert (margins[1] > margins[0] + 0.1).any()

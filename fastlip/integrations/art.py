@@ -1,0 +1,177 @@
+"""PGD as an ART evasion attack: on PyTorch estimators, and on any other through NumPy.
+
+    from fastlip.integrations.art import FastlipPGD
+    adversarial = FastlipPGD(classifier, norm=np.inf, eps=8 / 255, eps_step=2 / 255, max_iter=20).generate(x, y)
+
+On an ``art.estimators.classification.PyTorchClassifier`` whose preprocessing does nothing to gradients this is
+:func:`fastlip.attacks.pgd` on the estimator's model. Any other classifier with loss gradients (TensorFlow, JAX,
+scikit-learn; preprocessing) is attacked with the fused steps of ``fastlip._native`` on NumPy arrays.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastlip.integrations._require import require
+
+_PACKAGE = "adversarial-robustness-toolbox"
+_Base: Any = require("art.attacks", _PACKAGE).EvasionAttack
+_NORMS = {"inf": "linf", "2": "l2", "2.0": "l2", "1": "l1", "1.0": "l1"}
+
+
+def _requirements() -> tuple[Any, ...]:
+    estimators = require("art.estimators", _PACKAGE)
+    classification = require("art.estimators.classification.classifier", _PACKAGE)
+    return (estimators.BaseEstimator, estimators.LossGradientsMixin, classification.ClassifierMixin)
+
+
+class FastlipPGD(_Base):
+    """As art.attacks.evasion.ProjectedGradientDescent, with exact projections in every norm.
+
+    Args:
+        estimator: classifier with loss gradients.
+        norm: np.inf, 2 or 1.
+        eps: radius, a number or one for each sample, [B].
+        eps_step: length of a step, like ``eps``.
+        max_iter: steps.
+        targeted: whether ``y`` are classes to reach.
+        num_random_init: random starts; 0 starts at the input.
+        batch_size: samples at a time.
+        sparsity: share of elements that an L1 step leaves alone.
+        verbose: unused; nothing is printed.
+        seed: of the random starts; drawn from NumPy's global state if None.
+        options: further keywords of :func:`fastlip.attacks.pgd`, for PyTorch estimators.
+    """
+
+    attack_params: list[str] = [  # noqa: RUF012
+        *getattr(_Base, "attack_params", []),
+        *("norm", "eps", "eps_step", "max_iter", "targeted", "num_random_init", "batch_size", "sparsity", "verbose"),
+    ]
+    _estimator_requirements = _requirements()
+
+    def __init__(
+        self,
+        estimator: Any,
+        norm: float | str = np.inf,
+        eps: float | np.ndarray = 0.3,
+        eps_step: float | np.ndarray = 0.1,
+        max_iter: int = 100,
+        targeted: bool = False,
+        num_random_init: int = 0,
+        batch_size: int = 32,
+        sparsity: float = 0.99,
+        verbose: bool = False,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(estimator=estimator)
+        if str(norm) not in _NORMS:
+            raise ValueError(f"norm must be np.inf, 2 or 1, got {norm!r}")
+        self.norm = norm
+        self.eps, self.eps_step = eps, eps_step
+        self.max_iter = max_iter
+        self._targeted = targeted
+        self.num_random_init = num_random_init
+        self.batch_size = batch_size
+        self.sparsity = sparsity
+        self.verbose = verbose
+        self.seed = seed
+        self.options = options
+
+    def generate(
+        self,
+        x: np.ndarray,  # [B, ...]
+        y: np.ndarray | None = None,  # [B] or [B, C]
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Return adversarial samples, [B, ...]; ``y`` None takes the classifier's own decisions for the labels."""
+        if y is None:
+            if self.targeted:
+                raise ValueError("y must hold the classes to reach, because the attack is targeted")
+            y = self.estimator.predict(x, batch_size=self.batch_size)
+        classes = np.argmax(y, 1) if np.ndim(y) == 2 and np.shape(y)[1] > 1 else np.reshape(y, -1)
+        classes = classes.astype(np.int64)
+        low, high = self.estimator.clip_values if self.estimator.clip_values is not None else (-np.inf, np.inf)
+        seed = int(np.random.randint(2**31)) if self.seed is None else self.seed  # noqa: NPY002
+        run: Callable[..., np.ndarray] = self._torch if _plain_torch(self.estimator) else self._numpy
+        out = np.empty_like(x)
+        for first in range(0, len(x), self.batch_size):
+            rows = slice(first, min(first + self.batch_size, len(x)))
+            eps, step = (v[rows] if isinstance(v, np.ndarray) else float(v) for v in (self.eps, self.eps_step))
+            bounds = tuple(v if np.ndim(v) == 0 else np.asarray(v) for v in (low, high))
+            out[rows] = run(x[rows], classes[rows], np.arange(rows.start, rows.stop), eps, step, bounds, seed)
+        return out
+
+    def _torch(
+        self, x: np.ndarray, classes: np.ndarray, ids: np.ndarray, eps: Any, step: Any, bounds: Any, seed: int
+    ) -> np.ndarray:
+        import torch
+
+        from fastlip import attacks
+
+        device = self.estimator.device
+
+        def there(value: Any) -> Any:
+            return torch.from_numpy(value.copy()).to(device) if isinstance(value, np.ndarray) else value
+
+        labels = there(classes)
+        call: dict[str, Any] = {
+            "norm": _NORMS[str(self.norm)],
+            "eps": there(eps),
+            "step_size": there(step),
+            "steps": self.max_iter,
+            "loss": "ce",
+            "random_start": self.num_random_init > 0,
+            "restarts": max(self.num_random_init, 1),
+            "bounds": tuple(there(b) if isinstance(b, np.ndarray) else float(b) for b in bounds),
+            "sparsity": self.sparsity,
+            "targets": labels if self.targeted else None,
+            "ids": there(ids),
+            "generator": torch.Generator(device).manual_seed(seed),
+        }
+        found = attacks.pgd(self.estimator.model, there(x), labels, **call | self.options)
+        return found.cpu().numpy()
+
+    def _numpy(
+        self, x: np.ndarray, classes: np.ndarray, ids: np.ndarray, eps: Any, step: Any, bounds: Any, seed: int
+    ) -> np.ndarray:
+        from fastlip import _native
+
+        norm = _NORMS[str(self.norm)]
+        sign = -1.0 if self.targeted else 1.0
+        start = np.ascontiguousarray(x)
+        best = start.copy()
+        standing = np.arange(len(x))
+        for restart in range(max(self.num_random_init, 1)):
+            rows = standing
+            x0 = start[rows]
+            radius, length = (v[rows] if isinstance(v, np.ndarray) else v for v in (eps, step))
+            limits = tuple(b[rows] if np.ndim(b) == x.ndim and len(b) == len(start) > 1 else b for b in bounds)
+            ball = {"eps": radius, "norm": norm, "bounds": limits}
+            moved = x0.copy()
+            if self.num_random_init:
+                moved = _native.random_start(x0, **ball, ids=ids[rows].astype(np.int64), key=seed + restart)
+            labels = np.eye(self.estimator.nb_classes, dtype=np.float32)[classes[rows]]
+            for _ in range(self.max_iter):
+                grad = np.ascontiguousarray(self.estimator.loss_gradient(moved, labels), dtype=moved.dtype)
+                _native.pgd_step_(moved, sign * grad, x0, step_size=length, sparsity=self.sparsity, active=None, **ball)
+            best[rows] = moved
+            decided = np.argmax(self.estimator.predict(moved, batch_size=self.batch_size), 1)
+            fell = (decided == classes[rows]) if self.targeted else (decided != classes[rows])
+            standing = rows[~fell]
+            if len(standing) == 0:
+                break
+        return best
+
+
+def _plain_torch(estimator: Any) -> bool:
+    """Whether the estimator's model sees what the attack sees."""
+    classifier = require("art.estimators.classification", _PACKAGE).PyTorchClassifier
+    if not isinstance(estimator, classifier) or estimator.preprocessing_defences or estimator.postprocessing_defences:
+        return False
+    given = estimator.preprocessing
+    if given is None:
+        return True
+    mean, std = getattr(given, "mean", None), getattr(given, "std", None)
+    return mean is not None and std is not None and bool(np.all(mean == 0) and np.all(std == 1))

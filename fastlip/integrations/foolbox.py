@@ -1,0 +1,187 @@
+"""Attacks as foolbox attacks: same names, same arguments, and any option of fastlip's.
+
+An existing script changes its import::
+
+    from fastlip.integrations import foolbox as fast
+    attack = fast.LinfPGD(steps=40)
+    raw, clipped, success = attack(fmodel, images, labels, epsilons=8 / 255)
+
+Images and model are PyTorch's (``foolbox.PyTorchModel``). Unlike foolbox's own, the attacks stop working on an image
+once it is misclassified, compute no gradients of weights, and project exactly onto ball and box.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlip import attacks
+from fastlip.integrations._require import require
+from fastlip.ops import Norm
+
+_foolbox = require("foolbox", "foolbox")
+_Fixed: Any = require("foolbox.attacks.base", "foolbox").FixedEpsilonAttack
+_Minimal: Any = require("foolbox.attacks.base", "foolbox").MinimizationAttack
+
+
+class FixedEpsilon(_Fixed):
+    """Any attack of fastlip's within a ball as a foolbox attack.
+
+    Args:
+        attack: a function of :mod:`fastlip.attacks` that takes ``norm`` and ``eps`` and returns images.
+        norm: "linf", "l2" or "l1".
+        options: further keywords for ``attack``.
+    """
+
+    def __init__(self, attack: Callable[..., Tensor], norm: Norm, **options: Any) -> None:
+        self.attack = attack
+        self.norm = norm
+        self.options = options
+
+    @property
+    def distance(self) -> Any:
+        """Foolbox's distance of the norm."""
+        return getattr(_foolbox.distances, self.norm)
+
+    def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float, **kwargs: Any) -> Any:
+        """Return perturbed inputs no further than ``epsilon``."""
+        _no_more(kwargs)
+        images, restore, call = _torch_call(model, inputs, criterion)
+        options = self.at(epsilon)
+        return restore(self.attack(model, images, **call, norm=self.norm, eps=epsilon, **options))
+
+    def at(self, epsilon: float) -> dict[str, Any]:
+        """Keywords for the attack at this radius."""
+        return dict(self.options)
+
+
+class _PGD(FixedEpsilon):
+    """PGD with foolbox's arguments."""
+
+    def __init__(
+        self,
+        norm: Norm,
+        rel_stepsize: float,
+        abs_stepsize: float | None,
+        steps: int,
+        random_start: bool,
+        options: dict[str, Any],
+    ) -> None:
+        given = {"steps": steps, "random_start": random_start, "loss": "ce"}
+        super().__init__(attacks.pgd, norm, **given | options)
+        self.rel_stepsize = rel_stepsize
+        self.abs_stepsize = abs_stepsize
+
+    def at(self, epsilon: float) -> dict[str, Any]:
+        step = self.abs_stepsize if self.abs_stepsize is not None else self.rel_stepsize * epsilon
+        return {"step_size": step} | self.options
+
+
+class LinfPGD(_PGD):
+    """As foolbox.attacks.LinfPGD."""
+
+    def __init__(
+        self,
+        *,
+        rel_stepsize: float = 0.01 / 0.3,
+        abs_stepsize: float | None = None,
+        steps: int = 40,
+        random_start: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__("linf", rel_stepsize, abs_stepsize, steps, random_start, options)
+
+
+class L2PGD(_PGD):
+    """As foolbox.attacks.L2PGD."""
+
+    def __init__(
+        self,
+        *,
+        rel_stepsize: float = 0.025,
+        abs_stepsize: float | None = None,
+        steps: int = 50,
+        random_start: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__("l2", rel_stepsize, abs_stepsize, steps, random_start, options)
+
+
+class L1PGD(_PGD):
+    """As foolbox.attacks.L1PGD, but with steps along the largest 1% of the gradient (``sparsity``)."""
+
+    def __init__(
+        self,
+        *,
+        rel_stepsize: float = 0.025,
+        abs_stepsize: float | None = None,
+        steps: int = 50,
+        random_start: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__("l1", rel_stepsize, abs_stepsize, steps, random_start, options)
+
+
+class APGD(FixedEpsilon):
+    """Auto-PGD, which foolbox has not."""
+
+    def __init__(self, norm: Norm = "linf", *, steps: int = 100, **options: Any) -> None:
+        super().__init__(attacks.apgd, norm, **{"steps": steps} | options)
+
+
+class Square(FixedEpsilon):
+    """The Square attack, which foolbox has not."""
+
+    def __init__(self, norm: Norm = "linf", *, queries: int = 5000, **options: Any) -> None:
+        super().__init__(attacks.square, norm, **{"queries": queries} | options)
+
+
+class MinNorm(_Minimal):
+    """:func:`fastlip.attacks.min_norm` in the place of foolbox's DDN and FMN attacks.
+
+    Args:
+        norm: "linf", "l2" or "l1".
+        options: further keywords of min_norm.
+    """
+
+    def __init__(self, norm: Norm = "l2", **options: Any) -> None:
+        self.norm = norm
+        self.options = options
+
+    @property
+    def distance(self) -> Any:
+        """Foolbox's distance of the norm."""
+        return getattr(_foolbox.distances, self.norm)
+
+    def run(self, model: Any, inputs: Any, criterion: Any, *, early_stop: float | None = None, **kwargs: Any) -> Any:
+        """Return the nearest misclassified inputs found."""
+        _no_more(kwargs)
+        images, restore, call = _torch_call(model, inputs, criterion)
+        return restore(attacks.min_norm(model, images, **call, norm=self.norm, **self.options).adversarial)
+
+
+def _no_more(kwargs: dict[str, Any]) -> None:
+    if kwargs:
+        raise TypeError(f"attack got an unexpected keyword argument {next(iter(kwargs))!r}")
+
+
+def _torch_call(model: Any, inputs: Any, criterion: Any) -> tuple[Tensor, Callable[[Tensor], Any], dict[str, Any]]:
+    """Torch images, what turns images back into the caller's type, and the rest of the call."""
+    eagerpy = require("eagerpy", "eagerpy")
+    images = inputs.raw if isinstance(inputs, eagerpy.Tensor) else inputs
+    if not isinstance(images, Tensor):
+        raise TypeError(f"fastlip attacks PyTorch models and tensors, got {type(images).__name__}")
+    criteria = _foolbox.criteria
+    call: dict[str, Any] = {"bounds": (float(model.bounds.lower), float(model.bounds.upper))}
+    if isinstance(criterion, criteria.TargetedMisclassification):
+        targets = criterion.target_classes.raw
+        # Where a class is to be reached, what the true one is does not matter.
+        call |= {"labels": torch.zeros_like(targets), "targets": targets}
+    elif isinstance(criterion, criteria.Misclassification):
+        call["labels"] = criterion.labels.raw
+    elif isinstance(criterion, (Tensor, eagerpy.Tensor)):
+        call["labels"] = criterion.raw if isinstance(criterion, eagerpy.Tensor) else criterion
+    else:
+        raise ValueError(f"criterion must be a (targeted) misclassification, got {criterion!r}")
+    return images, (lambda x: eagerpy.astensor(x) if isinstance(inputs, eagerpy.Tensor) else x), call

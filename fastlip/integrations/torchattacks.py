@@ -1,0 +1,201 @@
+"""Attacks as subclasses of :class:`torchattacks.Attack`: same names, same arguments, and any option of fastlip's.
+
+An existing script changes its import::
+
+    from fastlip.integrations import torchattacks
+    attack = torchattacks.PGD(model, eps=8 / 255, alpha=2 / 255, steps=10)
+    adversarial = attack(images, labels)
+
+Unlike torchattacks' own, the attacks stop working on an image once it is misclassified (``keep="last"`` brings the last
+iterate back), leave frozen BatchNorm layers frozen, accept channels_last, and project exactly in L2.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlip import attacks
+from fastlip.integrations._require import require
+from fastlip.ops import Norm
+
+_Base: Any = require("torchattacks.attack", "torchattacks").Attack
+_NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2", "L1": "l1"}
+
+
+class FastlipAttack(_Base):
+    """Any attack of fastlip's as a torchattacks attack.
+
+    Args:
+        attack: a function of :mod:`fastlip.attacks` that returns images.
+        model: maps images to logits.
+        options: keywords for ``attack``.
+    """
+
+    def __init__(self, attack: Callable[..., Tensor], model: torch.nn.Module, **options: Any) -> None:
+        super().__init__(type(self).__name__, model)
+        self.supported_mode = ["default", "targeted"]
+        self.function = attack
+        self.options = options
+        self.seed: int | None = None
+
+    def forward(
+        self,
+        inputs: Tensor,  # [B, C, H, W]
+        labels: Tensor,  # [B]
+    ) -> Tensor:
+        """Return adversarial images, [B, C, H, W]."""
+        inputs = inputs.detach().clone().to(self.device)
+        labels = labels.detach().clone().to(self.device)
+        options = dict(self.options)
+        if self.targeted:
+            options["targets"] = self.get_target_label(inputs, labels)
+        if self.seed is not None:
+            options["generator"] = torch.Generator(inputs.device).manual_seed(self.seed)
+        model = self.model if self._normalization_applied is None else self.get_logits
+        return self.function(model, inputs, labels, **options)
+
+    # fastlip runs every module in eval mode and puts back what it found, module by module.
+    def _change_model_mode(self, given_training: bool) -> None:
+        if self._model_training:
+            raise ValueError("fastlip's attacks run models in eval mode; do not set_model_training_mode(True)")
+
+    def _recover_model_mode(self, given_training: bool) -> None:
+        pass
+
+
+class FGSM(FastlipAttack):
+    """As torchattacks.FGSM."""
+
+    def __init__(self, model: torch.nn.Module, eps: float = 8 / 255, **options: Any) -> None:
+        super().__init__(attacks.fgsm, model, **{"eps": eps, "loss": "ce", "keep": "last"} | options)
+
+
+class PGD(FastlipAttack):
+    """As torchattacks.PGD: Linf."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        random_start: bool = True,
+        **options: Any,
+    ) -> None:
+        given = {"norm": "linf", "eps": eps, "step_size": alpha, "steps": steps, "random_start": random_start}
+        super().__init__(attacks.pgd, model, **given | {"loss": "ce"} | options)
+
+
+class PGDL2(FastlipAttack):
+    """As torchattacks.PGDL2; ``eps_for_division`` has no use here, a zero gradient moving nothing."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        eps: float = 1.0,
+        alpha: float = 0.2,
+        steps: int = 10,
+        random_start: bool = True,
+        eps_for_division: float = 1e-10,
+        **options: Any,
+    ) -> None:
+        given = {"norm": "l2", "eps": eps, "step_size": alpha, "steps": steps, "random_start": random_start}
+        super().__init__(attacks.pgd, model, **given | {"loss": "ce"} | options)
+
+
+class PGDL1(FastlipAttack):
+    """PGD in L1, which torchattacks has not."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        eps: float = 12.0,
+        alpha: float = 1.0,
+        steps: int = 10,
+        random_start: bool = True,
+        **options: Any,
+    ) -> None:
+        given = {"norm": "l1", "eps": eps, "step_size": alpha, "steps": steps, "random_start": random_start}
+        super().__init__(attacks.pgd, model, **given | {"loss": "ce"} | options)
+
+
+class APGD(FastlipAttack):
+    """As torchattacks.APGD, and in L1; ``eot_iter`` is 1 and ``verbose`` prints nothing."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 10,
+        n_restarts: int = 1,
+        seed: int = 0,
+        loss: str = "ce",
+        eot_iter: int = 1,
+        rho: float = 0.75,
+        verbose: bool = False,
+        **options: Any,
+    ) -> None:
+        _only_once(eot_iter)
+        given = {"norm": _norm(norm), "eps": eps, "steps": steps, "restarts": n_restarts, "loss": loss, "rho": rho}
+        super().__init__(attacks.apgd, model, **given | options)
+        self.seed = seed
+
+
+class APGDT(FastlipAttack):
+    """As torchattacks.APGDT: towards the likeliest wrong classes in turn, and in L1."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 10,
+        n_restarts: int = 1,
+        seed: int = 0,
+        eot_iter: int = 1,
+        rho: float = 0.75,
+        verbose: bool = False,
+        n_classes: int = 10,
+        **options: Any,
+    ) -> None:
+        _only_once(eot_iter)
+        given = {"norm": _norm(norm), "eps": eps, "steps": steps, "restarts": n_restarts, "rho": rho}
+        super().__init__(attacks.apgd, model, **given | {"loss": "dlr", "target_classes": n_classes - 1} | options)
+        self.supported_mode = ["default"]
+        self.seed = seed
+
+
+class Square(FastlipAttack):
+    """As torchattacks.Square, and in L1; the schedule is always rescaled to ``n_queries``."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        n_queries: int = 5000,
+        n_restarts: int = 1,
+        p_init: float = 0.8,
+        loss: str = "margin",
+        resc_schedule: bool = True,
+        seed: int = 0,
+        verbose: bool = False,
+        **options: Any,
+    ) -> None:
+        given = {"norm": _norm(norm), "eps": eps, "queries": n_queries, "restarts": n_restarts, "share": p_init}
+        super().__init__(attacks.square, model, **given | {"loss": loss} | options)
+        self.seed = seed
+
+
+def _norm(name: str) -> Norm:
+    if name not in _NORMS:
+        raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {name!r}")
+    return _NORMS[name]
+
+
+def _only_once(eot_iter: int) -> None:
+    if eot_iter != 1:
+        raise ValueError("eot_iter must be 1: average gradients over random draws inside the model")

@@ -1,0 +1,198 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from fastlip import attacks
+
+EPS = 0.065
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small_suite(**options):
+    ball = {"norm": "linf", "eps": EPS} | options
+    return {
+        "pgd": partial(attacks.pgd, steps=5, loss="ce", **ball),
+        "apgd-t": partial(attacks.apgd, steps=10, target_classes=2, **ball),
+        "fmn": partial(attacks.min_norm, method="fmn", norm="linf", fmn_steps=10, eps_max=EPS),
+        "square": partial(attacks.square, queries=30, **ball),
+    }
+
+
+def test_worst_case_of_each_image(cnn_problem):
+    model, inputs, labels = cnn_problem
+    labels = labels.clone()
+    labels[:3] = (labels[:3] + 1) % 10
+    found = attacks.evaluate(model, inputs, labels, small_suite(), norm="linf", eps=EPS, batch_size=7)
+    decided = model(found.adversarial).argmax(1)
+    assert torch.equal(found.clean, torch.arange(32) >= 3)
+    assert torch.equal(found.robust, decided == labels)
+    assert torch.equal(found.fell_to == -2, ~found.clean)
+    assert torch.equal(found.fell_to == -1, found.robust)
+    assert torch.equal(found.success.any(0), found.fell_to >= 0)
+    assert torch.equal(found.adversarial[found.fell_to < 0], inputs[found.fell_to < 0])
+    assert ((found.adversarial - inputs).abs() <= EPS + 1e-6).all()
+    assert found.robust_accuracy < found.clean_accuracy == 29 / 32
+    after = [found.accuracy_after(name) for name in found.attacks]
+    assert after == sorted(after, reverse=True)
+    assert after[-1] == found.robust_accuracy
+    assert 0 < found.robust_accuracy, "the comparison needs images that stand"
+    assert f"robust accuracy {found.robust_accuracy:.2%}" in str(found)
+
+
+def test_only_standing_images_go_on(cnn_problem):
+    model, inputs, labels = cnn_problem
+    seen = []
+
+    def watching(model, x, y):
+        seen.append(len(x))
+        return x
+
+    first = partial(attacks.pgd, norm="linf", eps=EPS, steps=10, loss="ce")
+    found = attacks.evaluate(model, inputs, labels, {"pgd": first, "watching": watching}, batch_size=8)
+    assert sum(seen) == int(found.robust.sum()) < 32
+    assert len(seen) == -(-sum(seen) // 8), "standing images are packed anew"
+    seen.clear()
+    attacks.evaluate(model, inputs, labels, {"pgd": first, "watching": watching}, batch_size=8, every_attack=True)
+    assert sum(seen) == 32
+
+
+def test_result_does_not_depend_on_the_batch_size(linear_problem):
+    model, inputs, labels = linear_problem(batch=20)
+    results = [
+        attacks.evaluate(model, inputs, labels, small_suite(eps=0.01), norm="linf", eps=0.065, batch_size=size, seed=4)
+        for size in (20, 3)
+    ]
+    assert torch.equal(results[0].fell_to, results[1].fell_to)
+    assert torch.equal(results[0].adversarial, results[1].adversarial)
+
+
+def test_counts_passes(cnn_problem):
+    model, inputs, labels = cnn_problem
+    call = {"norm": "linf", "eps": 1e-5, "keep": "last", "steps": 4, "random_start": False}
+    found = attacks.evaluate(model, inputs, labels, {"pgd": partial(attacks.pgd, **call)})
+    assert found.passes["pgd"] == attacks.Passes(forward=5 * 32, backward=4 * 32)
+    fast = attacks.evaluate(model, inputs, labels, {"pgd": partial(attacks.pgd, **call)}, fast=True)
+    assert fast.passes["pgd"].backward == 4 * 32
+    plain = attacks.evaluate(lambda x: model(x), inputs, labels, {"pgd": partial(attacks.pgd, **call)})
+    assert plain.passes == {}
+
+
+def test_what_leaves_ball_or_box_does_not_count(cnn_problem):
+    model, inputs, labels = cnn_problem
+
+    def cheat(model, x, y):
+        return x.flip(0)
+
+    def escape(model, x, y):
+        return 3 * attacks.pgd(model, x, y, eps=0.9)
+
+    for attack, ball in ((cheat, {"norm": "linf", "eps": 0.01}), (escape, {})):
+        with pytest.warns(attacks.AttackWarning, match="outside"):
+            found = attacks.evaluate(model, inputs, labels, {"cheat": attack}, **ball)
+        assert found.robust.all()
+    assert not attacks.evaluate(model, inputs, labels, {"cheat": cheat}).robust.all()
+
+
+def test_warns_where_black_box_beats_white_box(cnn_problem):
+    model, inputs, labels = cnn_problem
+
+    class Masked(nn.Module):
+        def forward(self, x):
+            return model((255 * x).round() / 255 + 0 * x)
+
+    suite = {
+        "pgd": partial(attacks.pgd, eps=0.2, steps=3),
+        "square": partial(attacks.square, eps=0.2, queries=300),
+    }
+    with pytest.warns(attacks.AttackWarning) as caught:
+        found = attacks.evaluate(Masked(), inputs, labels, suite)
+    assert any("black-box attack square" in str(w.message) for w in caught)
+    assert any("gradient of exactly zero" in w for w in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda m: lambda x: m(x).softmax(1), "probabilities"),
+        (lambda m: lambda x: m(x) + 0.1 * torch.randn(len(x), 10), "call to call"),
+        (lambda m: lambda x: m(x).detach(), "differentiably"),
+        (lambda m: lambda x: m(x) * torch.nan, "not finite"),
+        (lambda m: lambda x: 1e4 * m(x), "zero"),
+    ],
+)
+def test_diagnose(cnn_problem, wrap, message):
+    model, inputs, labels = cnn_problem
+    assert attacks.diagnose(model, inputs, labels) == []
+    assert any(message in sentence for sentence in attacks.diagnose(wrap(model), inputs, labels))
+
+
+def test_leaves_modes_and_random_state(cnn_problem):
+    model, inputs, labels = cnn_problem
+    model.train()
+    model[1].eval()
+    modes = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    attacks.evaluate(model, inputs, labels, small_suite(), fast=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert modes == [m.training for m in model.modules()]
+    assert not model._forward_hooks
+
+
+def test_progress_is_reported(cnn_problem, capsys):
+    model, inputs, labels = cnn_problem
+    heard = []
+    suite = {"pgd": partial(attacks.pgd, eps=1e-4, steps=1)}
+    attacks.evaluate(model, inputs, labels, suite, batch_size=10, progress=lambda *a: heard.append(a))
+    assert heard == [(n, 32, "pgd") for n in (0, 10, 20, 30, 32)]
+    attacks.evaluate(model, inputs, labels, suite, batch_size=10, progress=True)
+    assert "32/32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["standard", "rand", "quick"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_suites_take_what_evaluate_offers(linear_problem, name, norm):
+    model, inputs, labels = linear_problem(batch=2, shape=(3, 6, 6))
+    suite = attacks.suite(name, norm=norm, eps={"linf": 5.0, "l2": 30.0, "l1": 300.0}[norm], bounds=(-100.0, 100.0))
+    if "square" in suite:
+        suite["square"] = partial(suite["square"], queries=5)
+    found = attacks.evaluate(model, inputs, labels, suite, bounds=(-100.0, 100.0), every_attack=True)
+    gradient = [i for i, attack in enumerate(found.attacks) if attack != "square"]
+    assert found.success[gradient].all()
+
+
+def test_empty_batch(cnn_problem):
+    model, inputs, labels = cnn_problem
+    found = attacks.evaluate(model, inputs[:0], labels[:0], small_suite(), norm="linf", eps=EPS, fast=True)
+    assert found.robust.shape == (0,)
+    assert found.success.shape == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"attacks": [attacks.pgd]}, TypeError, "mapping"),
+        ({"attacks": {"pgd": 3}}, TypeError, "callable"),
+        ({"norm": "linf"}, ValueError, "both norm and eps"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "labels must be"),
+        ({"ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "ids must be"),
+        ({"inputs": torch.full((32, 3, 12, 12), 7.0)}, ValueError, "inputs must lie"),
+        ({"attacks": {"bad": lambda m, x, y: x[:1]}}, ValueError, "must return images"),
+        ({"precision": torch.int8}, ValueError, "precision must be"),
+    ],
+)
+def test_errors_name_the_argument(cnn_problem, change, error, message):
+    model, inputs, labels = cnn_problem
+    call = {"inputs": inputs, "labels": labels, "attacks": small_suite()} | change
+    with pytest.raises(error, match=message):
+        attacks.evaluate(model, **call)
+
+
+def test_unknown_suite():
+    with pytest.raises(ValueError, match="suite must be"):
+        attacks.suite("strong", eps=0.1)

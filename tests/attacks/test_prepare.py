@@ -1,0 +1,173 @@
+"""The faster copy: it differs by rounding, and what it claims is confirmed on the model itself."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastlip import attacks
+from fastlip.attacks import _graphs, _prepare
+
+CALL = {"eps": 0.065, "steps": 8, "loss": "ce"}
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return torch.relu(x + self.bn(self.conv(x)))
+
+
+@pytest.fixture
+def residual():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Block(8), nn.Flatten(), nn.Linear(800, 5))
+        model.append(nn.BatchNorm1d(5))
+        for _ in range(3):
+            model(torch.rand(16, 3, 12, 12))
+    return model.eval()
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fast", [False, True])
+def test_logits_differ_by_rounding(residual, precision, fast):
+    inputs = torch.rand(9, 3, 12, 12, generator=gen())
+    network = attacks.prepare(residual, inputs, fast=fast, precision=precision)
+    assert torch.equal(network(inputs), residual(inputs))
+    assert network.exact == (not fast and precision is None)
+    spread = residual(inputs).std()
+    tolerance = {None: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.08}[precision]
+    assert (network.ascend(inputs) - residual(inputs)).abs().max() < tolerance * spread
+
+
+def test_every_batch_norm_is_folded(residual):
+    folded = _prepare._folded(residual)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+    assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in residual.modules()) == 3
+    assert all(not p.requires_grad for p in folded.parameters())
+    assert all(p.requires_grad for p in residual.parameters())
+
+
+def test_shared_and_branching_layers_are_not_folded():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return (self.first(y) + self.second(self.conv(y)) + y).flatten(1)
+
+    model = Shared()
+    model(torch.rand(8, 3, 4, 4))
+    model.eval()
+    inputs = torch.rand(4, 3, 4, 4)
+    torch.testing.assert_close(_prepare._folded(model)(inputs), model(inputs))
+
+
+def test_the_first_layer_keeps_its_precision(residual):
+    """A perturbation below bfloat16's resolution of the input must still reach the logits."""
+    inputs = torch.full((1, 3, 12, 12), 0.75)
+    network = attacks.prepare(residual, inputs, fast=True, precision=torch.bfloat16)
+    moved = inputs + 1e-3
+    assert torch.equal(moved.bfloat16(), inputs.bfloat16())
+    assert not torch.equal(network.ascend(moved), network.ascend(inputs))
+
+
+@pytest.mark.parametrize("options", [{"fast": True}, {"fast": True, "precision": torch.bfloat16}])
+@pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd, attacks.square])
+def test_strength_and_feasibility_stay(cnn_problem, options, attack):
+    model, inputs, labels = cnn_problem
+    call = {"eps": 0.065, "generator": None} | ({"queries": 60} if attack is attacks.square else {"steps": 20})
+    exact = attack(model, inputs, labels, **call | {"generator": gen()})
+    found = attack(model, inputs, labels, **call | {"generator": gen()}, **options)
+    assert ((found - inputs).abs() <= 0.065 + 1e-6).all()
+    fell = [(model(x).argmax(1) != labels).sum().item() for x in (exact, found)]
+    assert abs(fell[0] - fell[1]) <= 2
+
+
+def test_successes_are_those_of_the_model(cnn_problem):
+    """A copy that is wrong everywhere claims everything, and is believed nothing."""
+    model, inputs, labels = cnn_problem
+    claims = attacks.Network(model, lambda x: -model(x))
+    found = attacks.pgd(claims, inputs, labels, eps=0.01, steps=3, random_start=False)
+    assert (model(found).argmax(1) == labels).all()
+    found = attacks.min_norm(claims, inputs, labels, search_steps=2, steps=2, eps_max=1e-4)
+    assert not found.found.any()
+
+
+def test_what_the_copy_misses_is_seen_at_the_end(cnn_problem):
+    model, inputs, labels = cnn_problem
+    blind = attacks.Network(model, lambda x: model(x) + 1e3 * nn.functional.one_hot(labels[: len(x)], 10))
+    found = attacks.pgd(blind, inputs, labels, eps=0.3, steps=10, loss="margin", random_start=False)
+    assert (model(found).argmax(1) != labels).all()
+
+
+def test_prepared_once_serves_all(cnn_problem):
+    model, inputs, labels = cnn_problem
+    network = attacks.prepare(model, inputs, fast=True)
+    once = attacks.pgd(network, inputs, labels, generator=gen(), **CALL)
+    each = attacks.pgd(model, inputs, labels, generator=gen(), fast=True, **CALL)
+    assert torch.equal(once, each)
+    assert attacks.prepare(network, inputs) is network
+
+
+def test_the_model_is_left_as_it_was(cnn_problem):
+    model, inputs, labels = cnn_problem
+    model.train()
+    model[1].eval()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    attacks.pgd(model, inputs, labels, fast=True, precision=torch.bfloat16, generator=gen(), **CALL)
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_models_without_a_faster_form_go_as_they_are(cnn_problem):
+    model, inputs, _ = cnn_problem
+
+    class Untraceable(nn.Module):
+        def forward(self, x):
+            return model(x) if float(x.sum()) > 0 else model(-x)
+
+    class Random(nn.Module):
+        def forward(self, x):
+            return model(x) + torch.rand(len(x), 10)
+
+    for odd in (Untraceable(), Random()):
+        assert attacks.prepare(odd, inputs, fast=True).exact
+    assert attacks.prepare(lambda x: model(x), inputs, fast=True).exact
+    assert not attacks.prepare(lambda x: model(x), inputs, precision=torch.bfloat16).exact
+    assert not attacks.prepare(Untraceable(), inputs, precision=torch.bfloat16).exact
+
+
+def test_counts_and_hooks_of_the_copy(cnn_problem):
+    model, inputs, labels = cnn_problem
+    with attacks.count_passes(model) as passes:
+        attacks.pgd(model, inputs, labels, eps=1e-5, steps=3, keep="last", fast=True, random_start=False)
+    # 8 images are compared in preparation; the last iterate is judged where the copy claims a success.
+    assert passes.backward == 3 * 32
+    assert passes.forward == 8 + 4 * 32
+    with pytest.raises(TypeError, match=r"nn\.Module"), attacks.count_passes(lambda x: x):
+        pass
+
+
+def test_batches_are_padded_to_few_sizes():
+    assert [_graphs.padded_size(n) for n in (1, 2, 3, 64, 65, 100)] == [1, 2, 4, 64, 128, 128]
+
+
+def test_errors_name_the_argument(cnn_problem):
+    model, inputs, _ = cnn_problem
+    with pytest.raises(ValueError, match="precision must be"):
+        attacks.prepare(model, inputs, precision=torch.float64)
+    with pytest.raises(TypeError, match="inputs must be"):
+        attacks.prepare(model, [1.0])

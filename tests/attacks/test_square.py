@@ -1,0 +1,141 @@
+import pytest
+import torch
+from torch import nn
+
+from fastlip import attacks
+from fastlip.attacks import _square
+
+NORMS = ["linf", "l2", "l1"]
+EPS = {"linf": 0.15, "l2": 3.0, "l1": 50.0}
+ORDER = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_fells_images_without_gradients(cnn_problem, norm):
+    model, inputs, labels = cnn_problem
+
+    def blind(x):
+        with torch.no_grad():
+            return model(x)
+
+    found = attacks.square(blind, inputs, labels, norm=norm, eps=EPS[norm], queries=400, generator=gen())
+    assert (model(found).argmax(1) != labels).float().mean() > 0.5
+    assert found.min() >= 0
+    assert found.max() <= 1
+    length = torch.linalg.vector_norm((found.double() - inputs.double()).flatten(1), ORDER[norm], dim=1)
+    assert (length <= EPS[norm] * (1 + 1e-6) + 1e-5).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_more_queries_fell_no_fewer(cnn_problem, norm):
+    """Restarts are nested; the window schedule of a longer run is another one."""
+    model, inputs, labels = cnn_problem
+    fallen = []
+    for restarts in (1, 3):
+        found = attacks.square(
+            model, inputs, labels, norm=norm, eps=EPS[norm] / 2, queries=60, restarts=restarts, generator=gen()
+        )
+        fallen.append(model(found).argmax(1) != labels)
+    assert (fallen[1] | ~fallen[0]).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", [(9,), (3, 16), (3, 7, 9), (2, 3, 4, 5)])
+def test_result_does_not_depend_on_the_batch_at_any_rank(linear_problem, norm, shape):
+    model, inputs, labels = linear_problem(shape=shape)
+    ids = torch.arange(100, 108)
+    call = {"norm": norm, "eps": EPS[norm] / 20, "queries": 30}
+    together = attacks.square(model, inputs, labels, ids=ids, generator=gen(), **call)
+    order = torch.tensor([5, 2, 7])
+    apart = attacks.square(model, inputs[order], labels[order], ids=ids[order], generator=gen(), **call)
+    assert torch.equal(together[order], apart)
+    assert not torch.equal(together, inputs)
+
+
+def test_linf_moves_only_to_the_corners_of_the_ball(cnn_problem):
+    model, inputs, labels = cnn_problem
+    found = attacks.square(model, inputs, labels, eps=0.01, queries=50, generator=gen())
+    moved = found - inputs
+    inside = (found > 0) & (found < 1)
+    torch.testing.assert_close(moved[inside].abs(), torch.full_like(moved[inside], 0.01))
+
+
+def test_targets_are_reached(cnn_problem):
+    model, inputs, labels = cnn_problem
+    targets = (labels + 3) % 10
+    found = attacks.square(model, inputs, labels, eps=0.5, queries=600, targets=targets, loss="ce", generator=gen())
+    assert (model(found).argmax(1) == targets).float().mean() > 0.3
+
+
+def test_queries_are_counted_and_stop(cnn_problem):
+    model, inputs, labels = cnn_problem
+    with attacks.count_passes(model) as passes:
+        attacks.square(model, inputs, labels, eps=1e-4, queries=25, generator=gen())
+    assert (passes.forward, passes.backward) == (26 * 32, 0)
+    with attacks.count_passes(model) as passes:
+        attacks.square(model, inputs, labels, eps=0.5, queries=400, generator=gen())
+    assert passes.forward < 0.5 * 400 * 32
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_bumps_are_those_of_the_paper(norm):
+    """eta(h, w)_{r,s} = sum over k <= M(r, s) of 1 / (n + 1 - k)^2, one half negative, of unit length."""
+    side, power = 7, {"l2": 2, "l1": 4}[norm]
+
+    def hill(h, w):
+        n = max(h, w) // 2
+        rows = []
+        for r in range(h):
+            ring = [max(abs(r - h // 2), abs(s - w // 2)) for s in range(w)]
+            rows.append([sum((n + 1 - k) ** -power for k in range(n - m + 1)) for m in ring])
+        return torch.tensor(rows)
+
+    want = torch.cat([hill(side, side // 2), -hill(side, side - side // 2)], 1)
+    want = want / torch.linalg.vector_norm(want, ORDER[norm])
+    torch.testing.assert_close(_square._bump(side, side, norm, torch.zeros(1)), want)
+
+
+def test_windows_follow_the_schedule():
+    sides = [w[0] for w in _square._windows(torch.zeros(1, 3, 32, 32), 10_000, 0.8)]
+    assert sides[0] == round((0.8 * 1024) ** 0.5)
+    for at, halvings in ((11, 1), (51, 2), (201, 3), (501, 4), (1001, 5), (2001, 6), (4001, 7), (6001, 8), (8001, 9)):
+        assert sides[at] == max(round((0.8 / 2**halvings * 1024) ** 0.5), 1)
+        assert sides[at - 1] >= sides[at]
+
+
+def test_sees_what_gradients_do_not(cnn_problem):
+    model, inputs, labels = cnn_problem
+
+    class Masked(nn.Module):
+        def forward(self, x):
+            return model((255 * x).round() / 255 + 0 * x)
+
+    found = attacks.pgd(Masked(), inputs, labels, eps=0.2, generator=gen())
+    assert (model(found).argmax(1) == labels).float().mean() > 0.5
+    found = attacks.square(Masked(), inputs, labels, eps=0.2, queries=400, generator=gen())
+    assert (model(found).argmax(1) == labels).float().mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": 0}, "queries must be"),
+        ({"restarts": 0}, "restarts must be"),
+        ({"share": 0.0}, "share must lie"),
+        ({"loss": "hinge"}, "loss must be one of"),
+        ({"norm": "l0"}, "norm must be one of"),
+    ],
+)
+def test_errors_name_the_argument(cnn_problem, change, message):
+    model, inputs, labels = cnn_problem
+    with pytest.raises(ValueError, match=message):
+        attacks.square(model, inputs, labels, **{"eps": 0.01} | change)
+
+
+def test_empty_batch(cnn_problem):
+    model, inputs, labels = cnn_problem
+    assert attacks.square(model, inputs[:0], labels[:0], eps=0.1).shape == (0, 3, 12, 12)

@@ -1,0 +1,128 @@
+"""AutoAttack's interface, AttackBench's signature and RobustBench's JSON."""
+
+import ast
+import importlib.util
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlip import attacks
+from fastlip.integrations._require import require
+from fastlip.integrations.attackbench import as_attackbench
+from fastlip.integrations.autoattack import AutoAttack
+from fastlip.integrations.robustbench import model_info, write_model_info
+
+EPS = {"Linf": 0.065, "L2": 1.0, "L1": 8.0}
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+def test_no_weaker_than_auto_attack(trained, norm):
+    peer = pytest.importorskip("pyautoattack")
+    model, inputs, labels = trained
+    adversary = AutoAttack(
+        model, norm=norm, eps=EPS[norm], version="custom", attacks_to_run=["apgd-ce", "apgd-dlr"], verbose=False, seed=0
+    )
+    state = torch.get_rng_state()
+    found, decided = adversary.run_standard_evaluation(inputs, labels, bs=16, return_labels=True)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(decided, model(found).argmax(1))
+    assert adversary.evaluation.robust_accuracy == (decided == labels).double().mean()
+    with torch.random.fork_rng(devices=[]):
+        theirs = peer.AutoAttack(model, norm=norm, eps=EPS[norm], version="custom", seed=0,
+                                 attacks=["apgd-ce", "apgd-dlr"])  # fmt: skip
+        want, _ = theirs.run_standard_evaluation(inputs, labels, batch_size=16)
+    standing = [(model(x).argmax(1) == labels).sum() for x in (found, want)]
+    assert standing[0] <= standing[1] + 1
+    assert 0 < standing[0] < 32
+
+
+def test_individual_and_verbose(trained, capsys):
+    model, inputs, labels = trained
+    adversary = AutoAttack(model, eps=0.02, version="custom", attacks_to_run=["fab", "square"], seed=0)
+    adversary.attacks["square"] = partial(adversary.attacks["square"], queries=20)
+    found = adversary.run_standard_evaluation_individual(inputs, labels)
+    assert list(found) == ["fab", "square"]
+    assert "robust accuracy" in capsys.readouterr().out
+    assert adversary.clean_accuracy(inputs, labels, bs=10) == 1
+    assert list(AutoAttack(model).attacks) == ["apgd-ce", "apgd-t", "fmn", "square"]
+    assert list(AutoAttack(model, version="rand").attacks) == ["apgd-ce", "apgd-dlr"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "L0"}, "norm must be"),
+        ({"attacks_to_run": ["square"]}, "version='custom'"),
+        ({"version": "custom"}, "needs attacks_to_run"),
+        ({"version": "custom", "attacks_to_run": ["pgd"]}, "names out of"),
+        ({"version": "plus"}, "suite must be"),
+    ],
+)
+def test_errors_of_auto_attack(trained, options, message):
+    with pytest.raises(ValueError, match=message):
+        AutoAttack(trained[0], **options)
+
+
+@pytest.mark.parametrize("threat_model", ["linf", "l2", "l1"])
+def test_runs_under_attackbench(trained, threat_model):
+    attackbench = pytest.importorskip("attackbench")
+    model, inputs, labels = trained
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, labels), batch_size=16)
+    attack = as_attackbench(attacks.min_norm, method="fmn", fmn_steps=20)
+    results = attackbench.run_attack(
+        model=model, dataset=loader, attack=attack, threat_model=threat_model, device=torch.device("cpu")
+    )
+    assert not any(results["batch_failures"])
+    assert not any(results["box_failures"])
+    distances = torch.tensor(results["distances"][threat_model])
+    assert torch.isfinite(distances).float().mean() > 0.9
+
+
+def test_attackbench_signature(trained):
+    model, inputs, labels = trained
+    found = as_attackbench(attacks.pgd, eps=0.2)(model, inputs, labels)
+    assert (model(found).argmax(1) != labels).all()
+    targets = (labels + 1) % 10
+    found = as_attackbench(attacks.apgd, eps=0.3)(model, inputs, labels, targets=targets, targeted=True)
+    assert (model(found).argmax(1) == targets).float().mean() > 0.8
+    usual = as_attackbench(attacks.pgd, steps=1)(model, inputs, labels)
+    assert (usual - inputs).abs().max() <= 8 / 255 + 1e-6
+    with pytest.raises(ValueError, match="threat_model"):
+        as_attackbench(attacks.pgd)(model, inputs, labels, threat_model="l0")
+    with pytest.raises(TypeError, match="norm and bounds"):
+        as_attackbench(lambda model, x, y: x)
+
+
+def test_robustbench_json(trained, tmp_path):
+    model, inputs, labels = trained
+    suite = {"pgd": partial(attacks.pgd, eps=0.065, steps=3)}
+    found = attacks.evaluate(model, inputs, labels, suite, norm="linf", eps=0.065)
+    path = write_model_info(tmp_path, "Ours2026", "linf", found, dataset="cifar10", eps=0.065, architecture="CNN")
+    assert path == tmp_path / "cifar10" / "Linf" / "Ours2026.json"
+    info = json.loads(path.read_text())
+    assert float(info["autoattack_acc"]) == pytest.approx(100 * found.robust_accuracy, abs=0.005)
+    assert info["clean_acc"] == "100.00"
+    assert info == model_info(found, dataset="cifar10", eps=0.065, architecture="CNN")
+    with pytest.raises(ValueError, match="norm must be"):
+        write_model_info(tmp_path, "x", "l0", found, dataset="cifar10", eps=1.0)
+
+
+def test_keys_are_robustbench_s(trained):
+    """The fields of RobustBench's own record, read from its source: its import needs more than it installs."""
+    spec = importlib.util.find_spec("robustbench")
+    if spec is None:
+        pytest.skip("robustbench is not installed")
+    source = ast.parse((Path(spec.submodule_search_locations[0]) / "utils.py").read_text())
+    record = next(n for n in source.body if isinstance(n, ast.ClassDef) and n.name == "ModelInfo")
+    fields = {n.target.id for n in record.body if isinstance(n, ast.AnnAssign)}
+    model, inputs, labels = trained
+    found = attacks.evaluate(model, inputs, labels, {})
+    assert set(model_info(found, dataset="cifar10", eps=0.1)) <= fields
+
+
+def test_a_missing_package_is_named():
+    with pytest.raises(ImportError, match="pip install no-such-package"):
+        require("no_such_module", "no-such-package")

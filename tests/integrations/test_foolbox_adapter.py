@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+foolbox = pytest.importorskip("foolbox")
+from fastlip.integrations import foolbox as ours  # noqa: E402
+
+
+def wrapped(model):
+    return foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+
+
+@pytest.mark.parametrize(("name", "eps"), [("LinfPGD", 0.08), ("L2PGD", 1.2), ("L1PGD", 8.0)])
+def test_same_call_and_no_weaker(trained, name, eps):
+    model, inputs, labels = trained
+    network = wrapped(model)
+    options = {"steps": 10, "rel_stepsize": 0.25, "random_start": False}
+    _, _, want = getattr(foolbox.attacks, name)(**options)(network, inputs, labels, epsilons=eps)
+    attack = getattr(ours, name)(**options)
+    assert isinstance(attack, foolbox.attacks.base.Attack)
+    raw, clipped, success = attack(network, inputs, labels, epsilons=eps)
+    assert torch.equal(success, model(clipped).argmax(1) != labels)
+    assert success.sum() >= want.sum() - 1
+    assert (attack.distance(inputs, raw) <= eps * (1 + 1e-5)).all()
+    several, _, successes = attack(network, inputs, labels, epsilons=[0.0, eps])
+    assert len(several) == 2
+    assert not successes[0].any()
+
+
+@pytest.mark.parametrize("name", ["APGD", "Square"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attacks_that_foolbox_has_not(trained, name, norm):
+    model, inputs, labels = trained
+    budget = {"steps": 10} if name == "APGD" else {"queries": 400}
+    _, _, success = getattr(ours, name)(norm, **budget)(
+        wrapped(model), inputs, labels, epsilons=0.2 if norm == "linf" else 4.0
+    )
+    assert success.float().mean() > 0.5
+
+
+def test_minimal_norms(trained):
+    model, inputs, labels = trained
+    network = wrapped(model)
+    peer = foolbox.attacks.L2FMNAttack(steps=50)
+    _, want, found_peer = peer(network, inputs, labels, epsilons=None)
+    attack = ours.MinNorm("l2", method="fmn", fmn_steps=50)
+    _, found, success = attack(network, inputs, labels, epsilons=None)
+    assert success.all()
+    assert attack.distance(inputs, found).mean() <= attack.distance(inputs, want)[found_peer].mean() * 1.01
+
+
+def test_targeted(trained):
+    model, inputs, labels = trained
+    targets = (labels + 3) % 10
+    criterion = foolbox.criteria.TargetedMisclassification(targets)
+    _, found, success = ours.LinfPGD(steps=30)(wrapped(model), inputs, criterion, epsilons=0.3)
+    assert success.float().mean() > 0.8
+    assert torch.equal(success, model(found).argmax(1) == targets)
+
+
+def test_repeats(trained):
+    model, inputs, labels = trained
+    _, _, success = ours.LinfPGD(steps=10, rel_stepsize=0.25).repeat(2)(wrapped(model), inputs, labels, epsilons=0.08)
+    assert success.any()
+
+
+def test_errors(trained):
+    model, inputs, labels = trained
+    network = wrapped(model)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        ours.LinfPGD().run(network, inputs, labels, epsilon=0.1, other=1)
+    with pytest.raises(TypeError, match="PyTorch"):
+        ours.LinfPGD().run(network, inputs.numpy(), labels, epsilon=0.1)
+    with pytest.raises(ValueError, match="criterion must be"):
+        ours.LinfPGD().run(network, inputs, "labels", epsilon=0.1)
