@@ -216,7 +216,8 @@ def test_a_chain_of_zeros_gives_zeros(device):
 def test_an_empty_plan_does_nothing():
     plan = ops.operator_plan([], [])
     out, none = torch.zeros(0), torch.zeros(0, dtype=torch.float64)
-    ops.operator_step_(out, none, torch.zeros(0), torch.zeros(0), plan)
+    assert ops.operator_step_(out, none, torch.zeros(0), torch.zeros(0), plan) is out
+    assert plan.target_size == plan.chains == len(plan.tiles) == 0
 
 
 def random_geometries(count: int, seed: int) -> list[ConvGeometry]:
