@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from fastlip.norms._operator import Operator, absolute_bound, reduction_length
+from fastlip.norms._operator import Operator, reduction_length
 
 _UNIT = 2.0**-53
 
@@ -46,7 +46,7 @@ class Composed:
         """Bound on ||fl(A x) - A x|| / ||x|| in float64: each part's own, carried on by the norms of the others."""
         product = math.prod(self.norms)
         relative = sum(
-            (reduction_length(part) + 2) * absolute_bound(part) / norm if norm > 0.0 else 0.0
+            (reduction_length(part) + 2) * part.absolute_bound / norm if norm > 0.0 else 0.0
             for part, norm in zip(self.parts, self.norms, strict=True)
         )
         return 1.02 * _UNIT * (abs(self.scale) * product * relative + 4.0 * self.magnitude)
@@ -63,12 +63,12 @@ def forward_error(op: AnyOperator) -> float:
     """
     if isinstance(op, Composed):
         return op.forward_error
-    return 1.01 * (reduction_length(op) + 2) * _UNIT * absolute_bound(op)
+    return 1.01 * (reduction_length(op) + 2) * _UNIT * op.absolute_bound
 
 
 def magnitude(op: AnyOperator) -> float:
     """An upper bound on the norm that costs nothing, for rounding terms."""
-    return op.magnitude if isinstance(op, Composed) else absolute_bound(op)
+    return op.magnitude if isinstance(op, Composed) else op.absolute_bound
 
 
 def weight_numel(op: AnyOperator) -> int:

@@ -38,7 +38,7 @@ def module_operator(
     """
     if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
         raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
-    weight = module.weight.detach().double()
+    weight = module.weight.detach()
     if isinstance(module, nn.Linear):
         check_finite(weight)
         return Operator(_scale(weight, output_scale, input_scale, 1))
@@ -57,14 +57,16 @@ def module_operator(
 
 
 def _scale(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:
-    """Scale a weight's first axis, and its second one, whose channels are split into groups."""
+    """Scale, in float64, a weight's first axis, and its second one, whose channels are split into groups."""
+    if first is None and second is None:
+        return weight
+    scaled = weight.to(torch.float64, copy=True)
     ones = (1,) * (weight.dim() - 2)
     if first is not None:
-        weight = weight * first.to(weight).reshape(-1, 1, *ones)
+        scaled *= first.to(scaled).reshape(-1, 1, *ones)
     if second is not None:
-        blocks = second.to(weight).reshape(groups, 1, -1, *ones)
-        weight = (weight.unflatten(0, (groups, -1)) * blocks).flatten(0, 1)
-    return weight
+        scaled.unflatten(0, (groups, -1)).mul_(second.to(scaled).reshape(groups, 1, -1, *ones))
+    return scaled
 
 
 def batchnorm_scale(module: nn.Module) -> Tensor:

@@ -62,6 +62,22 @@ class Operator:
         """[Cout, *output_size]."""
         return (self.weight.shape[0], *self.output_size)
 
+    @cached_property
+    def absolute_bound(self) -> float:
+        """An upper bound on || |A| ||, the norm of the operator with the absolute values of its entries.
+
+        sqrt(||A||_1 ||A||_inf), with what a padding mode repeats counted. It scales the rounding terms.
+        """
+        grouped = self.weight.detach().reshape(self.groups, -1, self.weight.shape[1], math.prod(self.kernel))
+        rows, columns = (
+            torch.linalg.vector_norm(grouped, 1, dim, dtype=torch.float64).max().item() for dim in ((2, 3), (1, 3))
+        )
+        copies = 1
+        if self.padding_mode != "zeros":
+            # One position is copied at most once by the interior, and by each border in full.
+            copies = math.prod(1 + max(left, 0) + max(right, 0) for left, right in self.padding)
+        return math.sqrt(rows * columns * copies)
+
     def with_weight(self, weight: Tensor) -> "Operator":
         """The same geometry with another weight."""
         return replace(self, weight=weight)
@@ -216,21 +232,6 @@ class TorchOperator:
             copied = F.pad(positions, (left, right), mode=g.padding_mode)[0]
             indices.append(copied.long().to(self.weight.device))
         return indices
-
-
-def absolute_bound(op: Operator) -> float:
-    """An upper bound on || |A| ||, the norm of the operator with the absolute values of its entries.
-
-    sqrt(||A||_1 ||A||_inf), with what a padding mode repeats counted. It scales the rounding terms.
-    """
-    magnitude = op.weight.detach().abs().double()
-    rows = magnitude.flatten(1).sum(1).max().item()
-    columns = magnitude.reshape(op.groups, -1, op.weight.shape[1], math.prod(op.kernel)).sum((1, 3)).max().item()
-    copies = 1
-    if op.padding_mode != "zeros":
-        # One position is copied at most once by the interior, and by each border in full.
-        copies = math.prod(1 + max(left, 0) + max(right, 0) for left, right in op.padding)
-    return math.sqrt(rows * columns * copies)
 
 
 def reduction_length(op: Operator) -> int:

@@ -21,9 +21,18 @@ from fastlip.norms._stack import kind
 DETERMINISTIC = ("ring", "gram", "cholesky")
 METHODS = ("auto", "lanczos", "power", *DETERMINISTIC, "svd")
 
-# Above this an eigenvalue decomposition costs more than the iteration.
-_DENSE_SIDE = 1024
+# Above this a matrix costs more than the iteration, which takes more steps the narrower its interval is to be.
+_DENSE_SIDE = 512
+_DENSE_SIDE_NARROW = 1024
+_NARROW = 5e-3
 _DENSE_ENTRIES = 1 << 26
+# Width of matrices' intervals over the width asked for: they are to cost no more than needed, and look exact beside
+# the others.
+_SHARPER = 0.01
+# Bytes of vectors iterated at once on a CPU: more gain nothing there, and cost page faults.
+_CPU_WAVE = 1 << 28
+# Binary orders of magnitude that a weight may be from 1 and be taken as it is.
+_NEAR_ONE = 10
 # Multiplications of a factorisation of all blocks of a ring that take about as long as a few steps of the iteration.
 _CHEAP_RING = 1 << 30
 
@@ -101,8 +110,10 @@ def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormI
             iterated.append((index, scaled, exponent))
         else:
             small = simplify(scaled)
-            if settings.method == "auto" and _is_small(small):
-                settle(index, dense_norm(small, settings.rtol, "svd" if small.kernel else "closed form"), exponent)
+            if settings.method == "auto" and _is_small(small, settings.rtol):
+                accuracy = _SHARPER * min(settings.rtol, 1.0)
+                how = "svd" if small.kernel else "closed form"
+                settle(index, dense_norm(small, settings.rtol, how, accuracy), exponent)
             else:
                 iterated.append((index, small, exponent))
     if iterated:
@@ -112,9 +123,10 @@ def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormI
     return [results[index] for index in range(len(ops))]
 
 
-def _is_small(op: Operator) -> bool:
+def _is_small(op: Operator, rtol: float) -> bool:
     side, entries = smallest_side(op), matrix_entries(op)
-    return entries == 0 or (side <= _DENSE_SIDE and entries <= _DENSE_ENTRIES)
+    most = _DENSE_SIDE_NARROW if rtol < _NARROW else _DENSE_SIDE
+    return entries == 0 or (side <= most and entries <= _DENSE_ENTRIES)
 
 
 def _certified(ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[int, NormInterval]]:
@@ -167,14 +179,17 @@ def _iterate(ops: list[AnyOperator], eta: float, settings: Settings) -> Iterator
     stacked: dict[tuple[int, torch.device], list[int]] = defaultdict(list)
     for index, op in enumerate(ops):
         stacked[kind(op)].append(index)
-    for indices in stacked.values():
-        for part, steps in _waves(indices, ops, settings):
+    for (_, device), indices in stacked.items():
+        memory = min(settings.max_memory, _CPU_WAVE) if device.type == "cpu" else settings.max_memory
+        for part, steps in _waves(indices, ops, settings, memory):
             plan = Plan(eta, settings.starts, settings.rtol, steps, settings.dtype, generator)
             yield from zip(part, run([ops[i] for i in part], plan), strict=True)
 
 
-def _waves(indices: list[int], ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[list[int], int]]:
-    """Operators to iterate at once within the memory allowed, and the most steps they may take."""
+def _waves(
+    indices: list[int], ops: list[AnyOperator], settings: Settings, memory: int
+) -> Iterator[tuple[list[int], int]]:
+    """Operators to iterate at once, within ``memory`` bytes if several, and the most steps they may take."""
     power = settings.method == "power"
     most = settings.max_steps or (2000 if power else 300)
     wave: list[int] = []
@@ -185,7 +200,7 @@ def _waves(indices: list[int], ops: list[AnyOperator], settings: Settings) -> It
         # The Krylov basis is kept: bound its length, and how many operators are iterated at once.
         steps = most if power else min(most, max(16, settings.max_memory // vector))
         needed = vector * (8 if power else min(steps, 64)) + 24 * weight_numel(op)
-        if wave and used + needed > settings.max_memory:
+        if wave and used + needed > memory:
             yield wave, longest
             wave, used, longest = [], 0, most
         wave.append(index)
@@ -194,15 +209,17 @@ def _waves(indices: list[int], ops: list[AnyOperator], settings: Settings) -> It
 
 
 def _normalise(op: Operator) -> tuple[Operator | None, int]:
-    """The operator with a float64 weight of magnitude about 1, and the power of two taken out; None for zero."""
-    weight: Tensor = op.weight.detach().double()
-    largest = weight.abs().max().item()
+    """The operator with a weight of magnitude about 1, and the power of two taken out; None for zero."""
+    weight: Tensor = op.weight.detach()
+    largest = max(abs(extreme.item()) for extreme in torch.aminmax(weight))
     if largest == 0.0:
         return None, 0
     _, exponent = math.frexp(largest)
+    if abs(exponent) <= _NEAR_ONE and weight.dtype in (torch.float32, torch.float64):
+        return replace(op, weight=weight), 0  # no copy: of a network's weights it takes as long as their norms
     half = exponent // 2
     # In two factors, each of which is representable for every float64 weight.
-    weight = weight * 2.0**-half * 2.0 ** (half - exponent)
+    weight = weight.to(torch.float64, copy=True).mul_(2.0**-half).mul_(2.0 ** (half - exponent))
     return replace(op, weight=weight), exponent
 
 

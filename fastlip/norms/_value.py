@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from fastlip.norms._iterate import Plan
 from fastlip.norms._lanczos import lanczos_norms
 from fastlip.norms._modules import CONVS, TRANSPOSED, module_operator
-from fastlip.norms._operator import Operator, TorchOperator, absolute_bound, conv_operator
+from fastlip.norms._operator import Operator, TorchOperator, conv_operator
 from fastlip.norms._solve import Settings, operator_norms
 
 
@@ -164,7 +164,7 @@ class _Constraint(nn.Module):
             copy = weight.detach().clone()
             op = self._geometry.with_weight(copy)
             # Scaling the weight rounds it, each element by at most one unit.
-            rounding = torch.finfo(weight.dtype).eps * absolute_bound(op)
+            rounding = torch.finfo(weight.dtype).eps * op.absolute_bound
             upper = operator_norms([op], self.settings)[0].upper + rounding
             self._certified = (copy, max(upper, torch.finfo(weight.dtype).tiny))
         return self._certified[1]

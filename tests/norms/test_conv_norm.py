@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlip.norms import NormInterval, conv_norm
+from fastlip.norms._exact import gram_matrix
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -208,10 +209,24 @@ def test_large_matrices_are_exact_by_factorisation(rank: int, groups: int) -> No
     torch.manual_seed(rank)
     shape = (600 * groups, 700)
     weight = torch.randn(shape[0], rank, dtype=torch.float64) @ torch.randn(rank, 700, dtype=torch.float64)
-    interval = conv_norm(weight[:, :, None], 3, groups=groups)
     truth = torch.linalg.matrix_norm(weight.unflatten(0, (groups, 600)), 2).max().item()
-    assert interval.method == "closed form"
-    assert interval.width < 2e-8
+    for options, width in (({"method": "svd"}, 2e-8), ({"rtol": 1e-3}, 1e-5)):
+        interval = conv_norm(weight[:, :, None], 3, groups=groups, **options)
+        assert interval.confidence == 1.0
+        assert interval.method == ("svd" if "method" in options else "closed form")
+        assert interval.width < width
+        assert interval.lower <= truth * (1 + 1e-12)
+        assert interval.upper >= truth * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (385, 385)])
+def test_middling_matrices_are_no_more_exact_than_asked_for_and_hold(shape: tuple[int, int]) -> None:
+    torch.manual_seed(sum(shape))
+    weight = torch.randn(shape, dtype=torch.float64)
+    interval = conv_norm(weight[:, :, None], 3)
+    truth = torch.linalg.matrix_norm(weight, 2).item()
+    assert (interval.method, interval.confidence) == ("closed form", 1.0)
+    assert interval.width <= 1e-4
     assert interval.lower <= truth * (1 + 1e-12)
     assert interval.upper >= truth * (1 - 1e-12)
 
@@ -219,9 +234,15 @@ def test_large_matrices_are_exact_by_factorisation(rank: int, groups: int) -> No
 def test_equal_singular_values_of_a_large_matrix() -> None:
     # No gap to converge in, and none needed.
     q, _ = torch.linalg.qr(torch.randn(640, 640, dtype=torch.float64))
-    interval = conv_norm(3.0 * q[:, :, None], 2)
+    interval = conv_norm(3.0 * q[:, :, None], 2, method="svd")
     assert interval.lower <= 3.0 * (1 + 1e-12)
     assert 3.0 * (1 - 1e-12) <= interval.upper <= 3.0 * (1 + 1e-8)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 127, 9), (1, 128, 200), (3, 300, 40), (1, 257, 1), (2, 0, 4)])
+def test_gram_matrix_by_halves_is_the_gram_matrix(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(gram_matrix(matrices), matrices @ matrices.mT, rtol=1e-13, atol=1e-12)
 
 
 def test_generator_decides_the_result_and_the_global_state_is_left_alone() -> None:
