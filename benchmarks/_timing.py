@@ -2,8 +2,11 @@
 
 import csv
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +59,7 @@ def percentiles(ms: list[float]) -> tuple[float, float, float]:
 
 
 def device_name(device: str) -> str:
-    """Return the GPU's name and driver, or the CPU's model name."""
+    """Return the GPU's name, or the CPU's model name."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -65,9 +68,21 @@ def device_name(device: str) -> str:
     return platform.machine()
 
 
+@cache
+def driver_version() -> str:
+    """Return the GPU driver's version as nvidia-smi gives it; empty where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    out = subprocess.run(command, check=False, capture_output=True, text=True).stdout
+    return out.split("\n", 1)[0].strip()
+
+
 def environment(device: str) -> dict[str, str]:
-    """Columns that every row of a results file carries."""
+    """Columns that every row of a results file carries; on a GPU also the driver and CUDA versions."""
     info = fastlip.build_info()
+    gpu = {"driver": driver_version(), "cuda": str(torch.version.cuda)} if device == "cuda" else {}
     return {
         "device": device_name(device),
         "isa": info.cpu_isa or "" if device == "cpu" else f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}",
@@ -75,7 +90,7 @@ def environment(device: str) -> dict[str, str]:
         "threads": str(torch.get_num_threads()) if device == "cpu" else "",
         "torch": torch.__version__,
         "fastlip": info.version,
-    }
+    } | gpu
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

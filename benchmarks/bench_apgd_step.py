@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from _timing import write_csv
-from bench_pgd_step import BUDGET, LARGE_SHAPES, SHAPES, Table, floor_of, sort_project_l1
+from bench_pgd_step import BATCH_SHAPES, BUDGET, Table, floor_of, shapes_for, sort_project_l1
 from torch import Tensor
 
 from fastlip import ops
@@ -122,8 +122,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    shapes = SHAPES | (LARGE_SHAPES if args.device == "cuda" else {})
-    rows = [r for n, s in shapes.items() for r in measure(args.device, n, s, args.seconds, not args.no_compile)]
+    rows = []
+    for name, shape in shapes_for(args.device).items():
+        compiled = not args.no_compile and (args.device == "cpu" or name in BATCH_SHAPES)
+        rows += measure(args.device, name, shape, args.seconds, compiled)
     write_csv(args.out / f"apgd_step_{args.device}.csv", rows)
     print(f"{rows[0]['device']}, {rows[0]['isa']}, torch {rows[0]['torch']}, {args.threads} thread(s)")
     print(f"{'shape':<14} {'norm':<5} {'what':<20} {'ms':>9} {'x floor':>8}")

@@ -3,7 +3,8 @@
     python benchmarks/bench_pgd_step.py                  # one core, CSV under benchmarks/results
     python benchmarks/bench_pgd_step.py --device cuda
 
-Compared in the same run, on the same float32 data, warm on the CPU and with a cold L2 on a GPU:
+Compared in the same run, on the same float32 data, warm on the CPU and with a cold L2 on a GPU. ``ms_call``, on a GPU:
+the wall clock's time of a call among up to 50 in a row, launches included, L2 as the one before leaves it. Compared:
 
 - floor: three arrays read and one of them written (CPU: a native kernel of the same instruction set; GPU: torch's copy
   of two arrays, which moves as much);
@@ -14,6 +15,7 @@ Compared in the same run, on the same float32 data, warm on the CPU and with a c
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from fastlip import ops
 from fastlip.ops import Norm
 
 SHAPES = {"256x3x32x32": (256, 3, 32, 32), "32x3x224x224": (32, 3, 224, 224)}
+#: On a GPU, arrays well beyond its L2, too; and the batch at which launches count, where torch.compile is compared.
+BATCH_SHAPES = {"1024x3x32x32": (1024, 3, 32, 32)}
 LARGE_SHAPES = {"8192x3x32x32": (8192, 3, 32, 32), "512x3x224x224": (512, 3, 224, 224)}
 #: eps and step size of each norm at 32x32; scaled by the root of the pixel ratio (l2) or the ratio (l1) elsewhere.
 BUDGET: dict[Norm, tuple[float, float]] = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1), "l1": (12.0, 1.0)}
@@ -83,6 +87,19 @@ def floor_of(device: str, x: Tensor, grad: Tensor, x0: Tensor) -> Callable[[], o
     return lambda: into.copy_(both)
 
 
+def median_call(run: Callable[[], object], ms: float) -> float:
+    """Milliseconds of a call among up to 50 in a row on a GPU, fewer where they are slow; the median of three rows."""
+    calls, rows = max(3, min(50, int(100 / ms))), []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+        rows.append((time.perf_counter() - begin) * 1e3 / calls)
+    return percentiles(rows)[0]
+
+
 class Table:
     """Rows of results for one shape, each with its ratio to the floor."""
 
@@ -97,12 +114,15 @@ class Table:
         if what == "floor":
             self.floor = median
         row = {"shape": self.shape, "norm": norm, "what": what, "ms": median, "ms_p20": low, "ms_p80": high}
+        if self.device == "cuda":
+            row["ms_call"] = median_call(run, median)
         self.rows.append(row | {"x_floor": median / self.floor} | environment(self.device))
 
     def rescale_floor(self, factor: float) -> None:
         """Let the floor just added stand for ``factor`` times the bytes it moved."""
-        for name in ("ms", "ms_p20", "ms_p80"):
-            self.rows[-1][name] *= factor
+        for name in ("ms", "ms_p20", "ms_p80", "ms_call"):
+            if name in self.rows[-1]:
+                self.rows[-1][name] *= factor
         self.floor = self.rows[-1]["ms"]
 
 
@@ -131,6 +151,10 @@ def measure_norm(table: Table, norm: Norm, x0: Tensor, grad: Tensor, compile_pee
         torch.testing.assert_close(sort_project_l1(outside, x0, eps), ours, rtol=0, atol=1e-4)
 
 
+def shapes_for(device: str) -> dict[str, tuple[int, ...]]:
+    return SHAPES | BATCH_SHAPES | LARGE_SHAPES if device == "cuda" else SHAPES
+
+
 def measure(device: str, name: str, shape: tuple[int, ...], seconds: float, compile_peers: bool) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     x0 = torch.rand(shape, generator=generator).to(device)
@@ -152,13 +176,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    shapes = SHAPES | (LARGE_SHAPES if args.device == "cuda" else {})
-    rows = [r for n, s in shapes.items() for r in measure(args.device, n, s, args.seconds, not args.no_compile)]
+    rows = []
+    for name, shape in shapes_for(args.device).items():
+        # Compiling takes longer than anything else: on a GPU at the one batch that it is compared at.
+        compiled = not args.no_compile and (args.device == "cpu" or name in BATCH_SHAPES)
+        rows += measure(args.device, name, shape, args.seconds, compiled)
     write_csv(args.out / f"pgd_step_{args.device}.csv", rows)
     print(f"{rows[0]['device']}, {rows[0]['isa']}, torch {rows[0]['torch']}, {args.threads} thread(s)")
-    print(f"{'shape':<14} {'norm':<5} {'what':<38} {'ms':>9} {'x floor':>8}")
+    print(f"{'shape':<14} {'norm':<5} {'what':<38} {'ms':>9} {'x floor':>8} {'ms a call':>9}")
     for r in rows:
-        print(f"{r['shape']:<14} {r['norm']:<5} {r['what']:<38} {r['ms']:>9.3f} {r['x_floor']:>8.2f}")
+        call = f"{r['ms_call']:>9.3f}" if "ms_call" in r else ""
+        print(f"{r['shape']:<14} {r['norm']:<5} {r['what']:<38} {r['ms']:>9.3f} {r['x_floor']:>8.2f} {call}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ fails for all of b independent starts with probability eta, every bound below ho
 """
 
 import math
+from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ Array = NDArray[np.float64]
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
+@lru_cache(maxsize=1024)
 def overlap(dimension: int, eta: float, starts: int) -> float:
     """The number a with P(|<q, v>| < a) = eta^(1 / starts) for v uniform on the unit sphere of R^dimension.
 

@@ -44,16 +44,17 @@ class Plan:
     keep_vectors: bool = False
 
 
-def draw_starts(size: int, plan: Plan, device: torch.device) -> tuple[Tensor, float]:
+def draw_starts(size: int, plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
     """Independent uniform draws from the unit sphere of R^size, [starts, size], in the plan's arithmetic.
 
-    Drawn in float64 on the generator's device. Also returns how far rounding to the plan's arithmetic moved them.
+    Drawn in float64 on the generator's device. Also returns how far rounding to the plan's arithmetic moved them, as a
+    tensor there, which the host has not waited for.
     """
     shape = (plan.starts, size)
     exact = torch.randn(shape, dtype=torch.float64, generator=plan.generator, device=plan.generator.device)
     exact /= torch.linalg.vector_norm(exact, dim=1, keepdim=True)
     rounded = exact.to(plan.dtype)
-    moved = torch.linalg.vector_norm(rounded.double() - exact, dim=1).max().item()
+    moved = torch.linalg.vector_norm(rounded.double() - exact, dim=1).max()
     return rounded.to(device), moved + 1e-15
 
 

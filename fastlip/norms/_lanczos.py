@@ -22,25 +22,24 @@ from fastlip.norms._stack import stack
 _SKETCH_SHARE = 0.1
 _FIRST_CHECK = 6
 _PATIENCE = 18
+#: Fewest steps between two looks at the coefficients on a GPU, where a look takes as long as several steps.
+_LEAST_ON_GPU = 6
 
 
 def lanczos_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     """Intervals for operators that can be stacked; each upper side fails with probability at most ``plan.eta``."""
     operators = stack(ops, plan.starts, plan.dtype)
-    starts, overlaps = [], []
-    for op in ops:
-        size = math.prod(op.input_shape)
-        v, moved = draw_starts(size, plan, operators.device)
-        starts.append(v.flatten())
-        overlaps.append(overlap(size, plan.eta * (1.0 - _SKETCH_SHARE), plan.starts) - moved)
-    least = np.array(overlaps)
+    sizes = [math.prod(op.input_shape) for op in ops]
+    starts, moved = zip(*(draw_starts(size, plan, operators.device) for size in sizes), strict=True)
+    overlaps = [overlap(size, plan.eta * (1.0 - _SKETCH_SHARE), plan.starts) for size in sizes]
+    least = np.array(overlaps) - torch.stack(moved).cpu().numpy()
     if least.min() <= 0.0:
         raise ValueError(
             f"starts={plan.starts} in {plan.dtype} cannot be certified at this confidence, since rounding the starts "
             "moves them by more than their least overlap; use starts=4 or dtype=torch.float64"
         )
     sketches = _sketches(plan, least.min())
-    run = Recurrence(operators, torch.cat(starts))
+    run = Recurrence(operators, torch.cat([start.flatten() for start in starts]))
     steps = _iterate(run, least, plan, sketches.scale)
     return certify(ops, run, steps, least, plan, sketches)
 
@@ -50,14 +49,11 @@ def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> list
     steps = [0] * len(overlaps)
     open_ = list(range(len(overlaps)))
     widths: list[list[tuple[int, float]]] = [[] for _ in open_]
-    active = torch.ones(len(steps), dtype=torch.bool, device=run.device)
-    check = _FIRST_CHECK
+    check, least = _FIRST_CHECK, 1 if run.device.type == "cpu" else _LEAST_ON_GPU
     while open_:
-        run.step(active)
-        k = run.steps
-        if k < min(check, plan.max_steps):
-            continue
-        found = _expected_widths(run, np.array(open_), overlaps, plan, scale)
+        run.advance(min(check, plan.max_steps) - run.steps)
+        k = min(run.steps, plan.max_steps)
+        found = _expected_widths(run.coefficients(k), np.array(open_), overlaps, plan, scale)
         still, wanted = [], math.inf
         for i, width in zip(open_, found, strict=True):
             widths[i].append((k, width))
@@ -68,10 +64,9 @@ def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> list
                 # The bound closes in like 1 / k^2 at first, faster later.
                 wanted = min(wanted, k * math.sqrt(min(width, 1e3) / plan.rtol))
         if len(still) < len(open_):
-            active = torch.zeros_like(active)
-            active[still] = True
+            run.active.copy_(torch.tensor([i in still for i in range(len(steps))]))
         open_ = still
-        check = k + max(1, round(0.6 * (min(wanted, 2.0 * k) - k)))
+        check = k + max(least, round(0.6 * (min(wanted, 2.0 * k) - k)))
     return steps
 
 
@@ -101,17 +96,19 @@ def _rounding(dtype: torch.dtype, columns: int, scale: float) -> float:
     return 1.1 * torch.finfo(dtype).eps * math.sqrt(columns) / scale
 
 
-def _expected_widths(run: Recurrence, which: Array, overlaps: Array, plan: Plan, scale: float) -> Array:
+def _expected_widths(
+    coefficients: tuple[Array, Array], which: Array, overlaps: Array, plan: Plan, scale: float
+) -> Array:
     """Relative widths of some operators' intervals, with rounding guessed.
 
     They decide when to stop and nothing else. The Gaussian vectors are looked at once, after the last step.
     """
-    alpha, beta = run.coefficients()
+    alpha, beta = coefficients
     chains = (which[:, None] * plan.starts + np.arange(plan.starts)).ravel()
     diagonal, off = normal_equations(alpha[chains], beta[chains])
     decomposed = ritz(diagonal, off)
     top = np.sqrt(np.maximum(decomposed.values[:, -1], 0.0))
-    guess = top**2 * _rounding(plan.dtype, run.steps * plan.starts, scale)
+    guess = top**2 * _rounding(plan.dtype, alpha.shape[1] * plan.starts, scale)
     upper = krylov_bound(decomposed, off, np.ones(len(top)), guess, overlaps[which].repeat(plan.starts), 16)
     lower = top.reshape(-1, plan.starts).max(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):

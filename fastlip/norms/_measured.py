@@ -16,8 +16,10 @@ from fastlip.norms._iterate import Iterate, Plan, norm_error
 from fastlip.norms._recurrence import Recurrence
 from fastlip.norms._stack import from_rows, stack
 
-#: Elements of each vector that are brought to float64 and summed at a time: they stay in cache.
+#: Elements of each vector that are brought to float64 and summed at a time on a CPU: they stay in cache.
 _WIDTH = 2048
+#: Elements of all vectors that are brought to float64 at a time on a GPU.
+_AT_ONCE = 1 << 25
 #: Bytes that operators measured together may take on a CPU: memory that is used again costs no page faults.
 _WORKING_SET = 1 << 24
 
@@ -58,11 +60,11 @@ def certify(
 ) -> list[Iterate]:
     """Intervals of operators after ``steps`` steps each, from starts whose least overlaps are given."""
     b = plan.starts
-    alpha, beta = run.coefficients()
+    alpha, beta = run.coefficients(max(steps))
     chains = []
-    for i, k in enumerate(steps):
+    for i, (k, z) in enumerate(zip(steps, _gaussian(steps, plan, sketches.amount), strict=True)):
         own = slice(i * b, (i + 1) * b)
-        chains.append(_chains(alpha[own, :k], beta[own, : k + 1], plan.generator, sketches.amount))
+        chains.append(_chains(alpha[own, :k], beta[own, : k + 1], z))
     found: list[_Measured] = []
     for part in _parts(ops, sketches.amount + 1, run.device):
         found += _measure([ops[i] for i in part], [run.basis(i, steps[i] + 1) for i in part], [chains[i] for i in part])
@@ -108,27 +110,38 @@ def _measure(ops: list[AnyOperator], bases: list[list[Tensor]], chains: list[_Ch
     sums = [_combine(basis, torch.from_numpy(c.coefficients)) for basis, c in zip(bases, chains, strict=True)]
     images, squares = exact.forward(torch.cat([total[:vectors].flatten() for total in sums]))
     back, _ = exact.adjoint(images)
+    lengths, norms = [], []
+    for total, place in zip(sums, exact.domain, strict=True):
+        lengths.append(torch.linalg.vector_norm(total[vectors - 1 : vectors]))
+        missed = back[place].unflatten(0, (vectors, -1))[:-1].sub_(total[vectors:])
+        norms.append(torch.linalg.vector_norm(missed, dim=1).max())
+    numbers = torch.stack([torch.stack(lengths), squares[vectors - 1 :: vectors], torch.stack(norms)], dim=1).tolist()
     found = []
-    for i, op in enumerate(ops):
+    for i, (op, (length, square, norm)) in enumerate(zip(ops, numbers, strict=True)):
         relative, slack, bound = norm_error(op), forward_error(op), magnitude(op)
-        vector = sums[i][vectors - 1 : vectors]
-        length, stretch = torch.linalg.vector_norm(vector).item(), math.sqrt(squares[exact.chains[i]][-1].item())
-        lower = (stretch / length * (1.0 - relative) - slack) if length > 0.0 else 0.0
-        missed = back[exact.domain[i]].unflatten(0, (vectors, -1))[:-1].sub_(sums[i][vectors:])
-        norm = torch.linalg.vector_norm(missed, dim=1).max().item()
+        lower = (math.sqrt(square) / length * (1.0 - relative) - slack) if length > 0.0 else 0.0
         # Evaluating F z in float64 rounds too: the two applications, and the sums that form V z and V T z.
         columns = chains[i].off.size
         evaluation = chains[i].size * (2.1 * slack * bound + 1e-15 * (columns + 8) * bound**2)
+        vector = sums[i][vectors - 1 : vectors]
         found.append(_Measured(max(lower, 0.0), norm * (1.0 + relative) + evaluation, vector))
     return found
 
 
-def _chains(alpha: Array, beta: Array, generator: torch.Generator, amount: int) -> _Chains:
-    """Decompose T, draw the Gaussian vectors, and spell out what V is multiplied by; alpha [b, k], beta [b, k + 1]."""
-    b, k = alpha.shape
+def _gaussian(steps: list[int], plan: Plan, amount: int) -> list[Array]:
+    """Gaussian vectors for each operator, [amount, k, b], brought to the host at once."""
+    shapes = [(amount, k, plan.starts) for k in steps]
+    generator = plan.generator
+    drawn = [torch.randn(s, dtype=torch.float64, generator=generator, device=generator.device) for s in shapes]
+    host = torch.cat([z.flatten() for z in drawn]).cpu().split([z.numel() for z in drawn])
+    return [z.view(shape).numpy() for z, shape in zip(host, shapes, strict=True)]
+
+
+def _chains(alpha: Array, beta: Array, z: Array) -> _Chains:
+    """Decompose T, and spell out what V is multiplied by; alpha [b, k], beta [b, k + 1], z [amount, k, b]."""
+    amount, k, b = z.shape
     diagonal, off = normal_equations(alpha, beta)
     decomposed = ritz(diagonal, off)
-    z = torch.randn((amount, k, b), dtype=torch.float64, generator=generator, device=generator.device).cpu().numpy()
     inner = np.zeros((amount + 1, k + 1, b))
     inner[:-1, :k] = z
     best = int(decomposed.values[:, -1].argmax())
@@ -147,7 +160,8 @@ def _combine(basis: list[Tensor], coefficients: Tensor) -> Tensor:
     size = basis[0].shape[2]
     rows = [r.flatten(1).to(basis[0].device) for r in coefficients.split([len(part) for part in basis], dim=1)]
     sums = rows[0].new_empty(len(rows[0]), size)
-    width = min(size, _WIDTH)
+    on_gpu = basis[0].device.type == "cuda"
+    width = min(size, max(_WIDTH, _AT_ONCE // sum(r.shape[1] for r in rows)) if on_gpu else _WIDTH)
     wide = rows[0].new_empty(max(len(part) for part in basis) * basis[0].shape[1] * width)
     out = rows[0].new_empty(len(rows[0]) * width)
     for at in range(0, size, width):

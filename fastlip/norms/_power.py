@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastlip.norms._certificate import overlap, power_bound
+from fastlip.norms._certificate import Array, overlap, power_bound
 from fastlip.norms._composed import AnyOperator, forward_error, magnitude
 from fastlip.norms._iterate import Iterate, Plan, draw_starts, norm_error
-from fastlip.norms._stack import stack
+from fastlip.norms._replay import Replayed, Step, worthwhile
+from fastlip.norms._stack import Stack, stack
 
 _CHECK_EVERY = 10
 
@@ -23,41 +25,75 @@ def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     """
     plan = replace(plan, dtype=torch.float64)
     operators, b = stack(ops, plan.starts, plan.dtype), plan.starts
-    starts, overlaps = [], []
-    for op in ops:
-        size = math.prod(op.input_shape)
-        v, moved = draw_starts(size, plan, operators.device)
-        starts.append(v.flatten())
-        overlaps.append(max(overlap(size, plan.eta, b) - moved, 0.0))
+    sizes = [math.prod(op.input_shape) for op in ops]
+    starts, moved = zip(*(draw_starts(size, plan, operators.device) for size in sizes), strict=True)
+    events = np.array([overlap(size, plan.eta, b) for size in sizes]) - torch.stack(moved).cpu().numpy()
+    overlaps = np.maximum(events, 0.0)
     relative = np.array([norm_error(op) for op in ops])
     slack, magnitudes = np.array([forward_error(op) for op in ops]), np.array([magnitude(op) for op in ops])
     # One application of A^T A, and the scaling before it, on vectors of norm at most 1 + relative.
     errors = 2.02 * (slack * magnitudes + relative * magnitudes**2)
-    w = torch.cat(starts)
-    square = torch.ones(len(ops) * b, dtype=torch.float64, device=w.device)
+    run = _Steps(operators, torch.cat([start.flatten() for start in starts]))
     prefix = np.zeros((len(ops), b, 1))
     lower, upper, steps = np.zeros(len(ops)), np.full(len(ops), math.inf), np.zeros(len(ops), dtype=int)
-    active = torch.ones(len(ops), dtype=torch.bool, device=w.device)
     on = np.ones(len(ops), dtype=bool)
+    done = 0
     while on.any():
-        u, stretched = operators.forward(w, x_square=square, active=active)
-        w, square = operators.adjoint(u, active=active)
-        stretch = stretched.sqrt().reshape(-1, b).cpu().numpy()  # of vectors of norm 1 up to `relative`
-        reached = (stretch.max(axis=1) - 1.01 * slack) * (1.0 - 2.0 * relative)
-        lower[on] = np.maximum(lower, reached)[on]
-        with np.errstate(divide="ignore"):
-            logs = 0.5 * np.log(square.reshape(-1, b, 1).cpu().numpy())
-        prefix = np.concatenate([prefix, prefix[..., -1:] + logs], axis=2)
-        steps[on] += 1
-        done = steps.max()
-        if done % _CHECK_EVERY and done < plan.max_steps:
-            continue
+        count = min(_CHECK_EVERY, plan.max_steps - done)
+        stretched, grown = run.advance(count)
+        for stretch, growth in zip(stretched.reshape(count, -1, b), grown.reshape(count, -1, b, 1), strict=True):
+            # Of vectors of norm 1 up to `relative`.
+            reached = (stretch.max(axis=1) - 1.01 * slack) * (1.0 - 2.0 * relative)
+            lower[on] = np.maximum(lower, reached)[on]
+            with np.errstate(divide="ignore"):
+                logs = 0.5 * np.log(growth)
+            prefix = np.concatenate([prefix, prefix[..., -1:] + logs], axis=2)
+        done += count
+        steps[on] = done
         for i in np.flatnonzero(on):
             total = prefix[i, :, -1] + relative[i]
             if overlaps[i] > 0.0 and np.isfinite(total).all():
                 bounds = power_bound(total, prefix[i, :, :-1], math.log(errors[i]), np.full(b, overlaps[i]))
                 upper[i] = min(upper[i], bounds.max())
         on &= (upper > lower * (1.0 + plan.rtol)) & (done < plan.max_steps)
-        active = torch.from_numpy(on).to(w.device)
+        run.active.copy_(torch.from_numpy(on))
     found = zip(np.maximum(lower, 0.0).tolist(), upper.tolist(), steps.tolist(), strict=True)
     return [Iterate(*interval) for interval in found]
+
+
+class _Steps:
+    """v <- A^T A v / ||v|| for every chain of a stack, on fixed memory.
+
+    Attributes:
+        active: operators that take part, [operators] bool; written in place.
+    """
+
+    def __init__(self, operators: Stack, starts: Tensor) -> None:
+        self._stack, self._w = operators, starts
+        self.active = torch.ones(len(operators.chains), dtype=torch.bool, device=starts.device)
+        self._u = starts.new_empty(operators.range[-1].stop)
+        # Of u and the next w, a row a step; each chunk begins with the last w of the one before.
+        self._squares = torch.ones(
+            _CHECK_EVERY, 2, operators.chains[-1].stop, dtype=torch.float64, device=starts.device
+        )
+        self._before = torch.ones_like(self._squares[0, 1])
+        self._whole: Step = lambda: self._chunk(_CHECK_EVERY)
+        if worthwhile(starts.device, starts.numel() + self._u.numel()):
+            self._whole = Replayed(self._whole, starts.device)
+
+    def _chunk(self, count: int) -> None:
+        square = self._before
+        for u_square, w_square in self._squares[:count]:
+            self._stack.forward(self._w, self._u, u_square, x_square=square, active=self.active)
+            self._stack.adjoint(self._u, self._w, w_square, active=self.active)
+            square = w_square
+        self._before.copy_(square)
+
+    def advance(self, count: int) -> tuple[Array, Array]:
+        """Norms of A v / ||v|| and squared norms of A^T A v / ||v|| in each of ``count`` steps, [count, chains]."""
+        if count == _CHECK_EVERY:
+            self._whole()
+        else:
+            self._chunk(count)
+        squares = self._squares[:count].cpu().numpy()
+        return np.sqrt(squares[:, 0]), squares[:, 1]

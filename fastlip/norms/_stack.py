@@ -1,6 +1,7 @@
 """Operators side by side: one call applies all of them, or all of their adjoints, to all of their vectors."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Protocol
@@ -31,20 +32,35 @@ class Stack(Protocol):
     device: torch.device
 
     def forward(
-        self, x: Tensor, out: Tensor | None = None, *, active: Tensor | None = None, **history: Tensor | None
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        square: Tensor | None = None,
+        *,
+        active: Tensor | None = None,
+        **history: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """A x, or A x / ||x|| - (||x|| / ||previous||) previous, and its squared norms.
+
+        Nothing is read on the host, so that a CUDA graph can hold it.
 
         Args:
             x: vectors of all operators.
             out: where to put the result; a new tensor if None.
-            active: operators to apply; all if None.
+            square: where to put the squared norms; a new tensor if None.
+            active: operators to apply; all if None. What the others' results hold means nothing.
             history: x_square, previous and previous_square of :func:`fastlip.ops.operator_step_`.
         """
         ...
 
     def adjoint(
-        self, x: Tensor, out: Tensor | None = None, *, active: Tensor | None = None, **history: Tensor | None
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        square: Tensor | None = None,
+        *,
+        active: Tensor | None = None,
+        **history: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The same for A^T."""
         ...
@@ -97,6 +113,12 @@ def _geometry(op: Operator) -> ConvGeometry:
     )
 
 
+@lru_cache(maxsize=64)
+def _plan(geometries: tuple[ConvGeometry, ...], chains: int, adjoint: bool, device: torch.device) -> OperatorPlan:
+    """Kept, since a network's checkpoints are looked at one after the other, and tables take time."""
+    return operator_plan(geometries, [chains] * len(geometries), adjoint=adjoint, device=device)
+
+
 class _ConvStack:
     """Convolutions and matrices."""
 
@@ -105,28 +127,37 @@ class _ConvStack:
         self.domain = _slices([chains * prod(op.input_shape) for op in ops])
         self.range = _slices([chains * prod(op.output_shape) for op in ops])
         self.chains = _slices([chains] * len(ops))
-        geometries, counts = [_geometry(op) for op in ops], [chains] * len(ops)
+        geometries = tuple(_geometry(op) for op in ops)
         self._directions = []
         for adjoint in (False, True):
-            plan = operator_plan(geometries, counts, adjoint=adjoint, device=self.device)
+            plan = _plan(geometries, chains, adjoint, self.device)
             weights = torch.empty(plan.weight_size, dtype=dtype, device=self.device)
             sizes = [packed_size(g, adjoint) for g in geometries]
             for op, place in zip(ops, _slices(sizes), strict=True):
                 pack_weight(op.weight, op.groups, adjoint=adjoint, out=weights[place])
             self._directions.append((plan, weights))
 
-    def forward(self, x: Tensor, out: Tensor | None = None, **history: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._apply(*self._directions[0], x, out, history)
+    def forward(
+        self, x: Tensor, out: Tensor | None = None, square: Tensor | None = None, **history: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self._apply(*self._directions[0], x, out, square, history)
 
-    def adjoint(self, x: Tensor, out: Tensor | None = None, **history: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._apply(*self._directions[1], x, out, history)
+    def adjoint(
+        self, x: Tensor, out: Tensor | None = None, square: Tensor | None = None, **history: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self._apply(*self._directions[1], x, out, square, history)
 
     @staticmethod
     def _apply(
-        plan: OperatorPlan, weights: Tensor, x: Tensor, out: Tensor | None, history: dict[str, Tensor | None]
+        plan: OperatorPlan,
+        weights: Tensor,
+        x: Tensor,
+        out: Tensor | None,
+        square: Tensor | None,
+        history: dict[str, Tensor | None],
     ) -> tuple[Tensor, Tensor]:
         out = x.new_empty(plan.target_size) if out is None else out
-        square = torch.zeros(plan.chains, dtype=torch.float64, device=x.device)
+        square = torch.zeros(plan.chains, dtype=torch.float64, device=x.device) if square is None else square
         return operator_step_(out, square, x, weights, plan, **history), square
 
 
@@ -138,27 +169,43 @@ class _ComposedStack:
         self._parts = [_ConvStack([op.parts[i] for op in ops], chains, dtype) for i in range(len(ops[0].parts))]
         self.domain, self.range = self._parts[0].domain, self._parts[-1].range
         self.chains, self.dtype, self.device = self._parts[0].chains, dtype, self._parts[0].device
+        # What lies between two parts, in either direction, and squares that no one wants.
+        self._between = [torch.empty(part.range[-1].stop, dtype=dtype, device=self.device) for part in self._parts[:-1]]
+        self._unused = torch.zeros(self.chains[-1].stop, dtype=torch.float64, device=self.device)
 
     def forward(
-        self, x: Tensor, out: Tensor | None = None, *, active: Tensor | None = None, **history: Tensor | None
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        square: Tensor | None = None,
+        *,
+        active: Tensor | None = None,
+        **history: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         y = x
-        for part in self._parts:
-            y, _ = part.forward(y, out if part is self._parts[-1] else None, active=active)
-        return self._finish(y, x, self.range, self.domain, active, **history)
+        for part, target in zip(self._parts, (*self._between, out), strict=True):
+            y, _ = part.forward(y, target, self._unused, active=active)
+        return self._finish(y, x, square, self.range, self.domain, active, **history)
 
     def adjoint(
-        self, x: Tensor, out: Tensor | None = None, *, active: Tensor | None = None, **history: Tensor | None
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        square: Tensor | None = None,
+        *,
+        active: Tensor | None = None,
+        **history: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         y = x
-        for part in reversed(self._parts):
-            y, _ = part.adjoint(y, out if part is self._parts[0] else None, active=active)
-        return self._finish(y, x, self.domain, self.range, active, **history)
+        for part, target in zip(reversed(self._parts), (*reversed(self._between), out), strict=True):
+            y, _ = part.adjoint(y, target, self._unused, active=active)
+        return self._finish(y, x, square, self.domain, self.range, active, **history)
 
     def _finish(
         self,
         product: Tensor,
         x: Tensor,
+        square: Tensor | None,
         targets: list[slice],
         sources: list[slice],
         active: Tensor | None,
@@ -166,8 +213,10 @@ class _ComposedStack:
         previous: Tensor | None = None,
         previous_square: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        square = torch.zeros(self.chains[-1].stop, dtype=torch.float64, device=x.device)
-        on = [True] * len(self._ops) if active is None else active.tolist()
+        if square is None:
+            square = torch.zeros(self.chains[-1].stop, dtype=torch.float64, device=x.device)
+        # Only a CPU's mask can be looked at without waiting for the device; elsewhere all are finished.
+        on = active.tolist() if active is not None and active.device.type == "cpu" else [True] * len(self._ops)
         for i, op in enumerate(self._ops):
             if not on[i]:
                 continue

@@ -7,10 +7,13 @@ import pytest
 import torch
 from scipy import stats
 
+from fastlip.norms import _lanczos as lanczos_module
+from fastlip.norms import conv_operator
 from fastlip.norms._certificate import krylov_bound, overlap, power_bound, ritz, sketch_scale
 from fastlip.norms._iterate import Plan, draw_starts
 from fastlip.norms._lanczos import lanczos_norms
 from fastlip.norms._operator import Operator
+from fastlip.norms._stack import _ConvStack
 
 
 @pytest.mark.parametrize("dimension", [2, 3, 10, 1000, 10**6])
@@ -159,3 +162,36 @@ def test_starts_are_uniform_and_drawn_in_float64() -> None:
     assert all(v.shape == (8, 15) and v.dtype == torch.float32 and 0.0 < moved < 1e-6 for v, moved in drawn)
     first = torch.cat([v for v, _ in drawn]).double()[:, 0].numpy()
     assert stats.kstest(first**2, stats.beta(0.5, 7).cdf).pvalue > 1e-3
+
+
+class Coarse(_ConvStack):
+    """Products of vectors rounded to TF32's ten bits, as a matrix unit would take them."""
+
+    def forward(self, x: torch.Tensor, *args: object, **history: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(self.rounded(x), *args, **history)
+
+    def adjoint(self, x: torch.Tensor, *args: object, **history: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().adjoint(self.rounded(x), *args, **history)
+
+    @staticmethod
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_the_certificate_sees_whatever_arithmetic_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(32, 32, 3, 3, generator=torch.Generator().manual_seed(0)) / 17
+    op = conv_operator(weight, (16, 16), padding=1)
+
+    def norm(dtype: torch.dtype, rtol: float = 1e-2):
+        return lanczos_norms([op], Plan(1e-6, 4, rtol, 60, dtype, torch.Generator().manual_seed(1)))[0]
+
+    truth, fine = norm(torch.float64, 1e-5), norm(torch.float32)
+    monkeypatch.setattr(lanczos_module, "stack", Coarse)
+    coarse = norm(torch.float32)
+    assert fine.upper <= fine.lower * 1.01
+    assert coarse.upper > 2.0 * coarse.lower  # TF32 is no use for a certificate, and this one says so
+    for found in (fine, coarse):
+        assert found.lower <= truth.upper
+        assert found.upper >= truth.lower
+    # The lower side is an explicit vector's, evaluated in float64: rounding hardly moves it.
+    assert coarse.lower == pytest.approx(fine.lower, rel=1e-3)

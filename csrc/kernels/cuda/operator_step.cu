@@ -7,6 +7,12 @@
 // at 1, 4 and 8 chains (the 17 larger than 1 x 1: 2.42 GFLOP, 91 MB and 14 MB; 23, 67 and 97). A GPU of 67 TFLOP/s in
 // float32 and 4.8 TB/s does 14 in the time of a byte: float32 multiply-adds at full precision are the floor.
 //
+// Matrix units: TF32 and bfloat16 inputs make certificates useless (intervals 6 to 50 times as wide as the norm, see
+// benchmarks/bench_precision.py); 3xTF32, three products of split inputs, does as well as float32. By data sheets it
+// reaches 52 TFLOP/s where these do 19.5 (A100), and 165 where they do 67 (H100, H200), 34 operations in the time of a
+// byte: worth having from four chains on. It is not built: splitting takes vector instructions too, and what is left of
+// that advantage has to be timed.
+//
 // One block of 64 threads takes one row of the tile table: up to 64 target channels by 64 columns (pixels and chains)
 // over a part of the products. No thread knows the geometry: for each tap the table names the source pixel of a target
 // pixel, and its channels, contiguous, are gathered by asynchronous copies of 16 bytes (of one element where channels

@@ -211,20 +211,20 @@ cudaError_t launch_teams(const Parameters& parameters, const PgdStep& p, void (*
                          void (*streamed_kernel)(Parameters, Shares), int streamed_threads, bool wide, void* stream) {
   constexpr int64_t kChunk = 16 / sizeof(T), kBytes = 2 * sizeof(T);
   constexpr int kMostRanks = 8;  // the largest cluster that every device with clusters accepts
-  int device = 0, shared_limit = 0, major = 0;
+  int device = 0, shared_limit = 0;
   if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (const auto error = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
       error != cudaSuccess) {
     return error;
   }
-  if (const auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-      error != cudaSuccess) {
-    return error;
-  }
+  // Whether this code knows clusters is a matter of what it was compiled for: PTX for sm_80 runs on an sm_90, too.
+  cudaFuncAttributes compiled = {};
+  if (const auto error = cudaFuncGetAttributes(&compiled, staged_kernel); error != cudaSuccess) return error;
+  const bool clustered = compiled.ptxVersion >= 90;
   const int64_t capacity = (shared_limit - static_cast<int64_t>(sizeof(Team::Memory))) / kBytes;
   const auto slice_of = [&](int ranks) { return ((p.size + ranks - 1) / ranks + kChunk - 1) / kChunk * kChunk; };
   int ranks = 1;
-  while (slice_of(ranks) > capacity && major >= 9 && ranks < kMostRanks) ranks *= 2;
+  while (slice_of(ranks) > capacity && clustered && ranks < kMostRanks) ranks *= 2;
   bool staged = slice_of(ranks) <= capacity;
   if (staged) {  // always the same number, so that threads launching other sizes do not undercut this one
     const auto error = cudaFuncSetAttribute(staged_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

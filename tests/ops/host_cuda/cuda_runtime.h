@@ -32,6 +32,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define cudaGetDevice host_get_device
 #define cudaDeviceGetAttribute host_get_attribute
+#define cudaFuncGetAttributes host_get_function
 #define cudaFuncSetAttribute host_set_attribute
 #define cudaGetErrorString host_error_string
 #define cudaLaunchKernelEx host_launch
@@ -48,11 +49,16 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-// Of shared memory what FASTLIP_HOST_SHARED says, so that samples can be made to exceed it; clusters exist, but none
-// can be scheduled, so that launches fall back.
-inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+// Of shared memory what FASTLIP_HOST_SHARED says, so that samples can be made to exceed it.
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
   const char* const bytes = std::getenv("FASTLIP_HOST_SHARED");
-  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? std::atoi(bytes ? bytes : "200000") : 9;
+  *value = std::atoi(bytes ? bytes : "200000");
+  return cudaSuccess;
+}
+// Clusters exist, but none can be scheduled, so that launches fall back.
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->ptxVersion = 90;
   return cudaSuccess;
 }
 template <typename Kernel>

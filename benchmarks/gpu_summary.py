@@ -1,0 +1,100 @@
+"""What gpu_check.sh measured beside what is aimed at; reads its CSVs.
+
+python benchmarks/gpu_summary.py benchmarks/results/gpu
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+Row = dict[str, str]
+Rows = list[Row]
+
+
+def read(folder: Path, name: str, device: str) -> Rows:
+    path = folder / f"{name}_{device}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def one(rows: Rows, **wanted: str) -> Row | None:
+    """The row whose columns are, or begin with, what is wanted."""
+    return next((r for r in rows if all(r.get(k, "").startswith(v) for k, v in wanted.items())), None)
+
+
+def ratio(over: Row | None, under: Row | None, column: str = "ms") -> float | None:
+    if over is None or under is None or not over.get(column) or not under.get(column):
+        return None
+    return float(over[column]) / float(under[column])
+
+
+def share(row: Row | None, passes: int = 4) -> float | None:
+    """Per cent of the measured copy bandwidth, for reads and writes of so many arrays; the floor's are four."""
+    return None if row is None else 25.0 * passes / float(row["x_floor"])
+
+
+def number(row: Row | None, column: str) -> float | None:
+    return float(row[column]) if row is not None and row.get(column) else None
+
+
+def results(folder: Path, device: str) -> list[tuple[str, str, float | None]]:
+    """What, aim, measured."""
+    pgd, apgd = read(folder, "pgd_step", device), read(folder, "apgd_step", device)
+    norms, attack = read(folder, "gpu_norms", device), read(folder, "gpu_attack", device)
+    small, large, batch = "8192x3x32x32", "512x3x224x224", "1024x3x32x32"
+
+    def pgd_row(shape: str, norm: str, what: str) -> Row | None:
+        return one(pgd, shape=shape, norm=norm, what=what)
+
+    step = pgd_row(batch, "linf", "fastlip pgd_step_")
+    calls = ratio(pgd_row(batch, "linf", "torchattacks compiled"), step, "ms_call")
+    sort = ratio(pgd_row(batch, "l1", "sort projection eager"), pgd_row(batch, "l1", "fastlip project_"))
+    eager = [
+        ratio(one(apgd, shape=batch, norm=n, what="eager"), one(apgd, shape=batch, norm=n, what="fastlip"))
+        for n in ("linf", "l2", "l1")
+    ]
+    mine = one(norms, what="fastlip", setting="one network")
+    many = next((r for r in norms if r["setting"].endswith("checkpoints")), None)
+    alone = one(norms, what="fastlip", setting="iteration alone")
+    peers = [r for r in norms if r["what"].startswith("Lanczos on torch") and r["setting"].startswith("iteration")]
+    strong = min(peers, key=lambda r: float(r["ms"]), default=None)
+    power = one(norms, setting="100 steps, TF32 off")
+    tf32 = one(norms, setting="100 steps, default TF32")
+    fast = max((float(r["x_torchattacks"]) for r in attack if r["what"].startswith("fastlip, fast")), default=None)
+    robust = [float(r["robust_accuracy"]) for r in attack]
+    return [
+        (f"pgd_step_ linf {small}, % of copy", ">= 90", share(pgd_row(small, "linf", "fastlip pgd_step_"))),
+        (f"pgd_step_ linf {large}, % of copy", ">= 90", share(pgd_row(large, "linf", "fastlip pgd_step_"))),
+        (f"pgd_step_ l2 {small}, % of copy", ">= 80", share(pgd_row(small, "l2", "fastlip pgd_step_"))),
+        (f"pgd_step_ l2 {large}, % of copy", ">= 60", share(pgd_row(large, "l2", "fastlip pgd_step_"))),
+        (f"pgd_step_ l1 {small}, % of copy", ">= 50", share(pgd_row(small, "l1", "fastlip pgd_step_"))),
+        (f"pgd_step_ l1 {large}, % of copy", ">= 50", share(pgd_row(large, "l1", "fastlip pgd_step_"))),
+        (f"project_ l1 {small}, % of copy", ">= 50", share(pgd_row(small, "l1", "fastlip project_"), 3)),
+        (f"pgd_step_ linf {batch}, x torch.compile, a call", ">= 3", calls),
+        (f"project_ l1 {batch}, x sort", ">= 100", sort),
+        *((f"apgd_step_ {n} {batch}, x eager", ">= 5", v) for n, v in zip(("linf", "l2", "l1"), eager, strict=True)),
+        ("norms of one network, ms", "<= 10", number(mine, "ms")),
+        ("norms of one network, x floor", "<= 4", number(mine, "x_floor")),
+        ("norms of each checkpoint, x floor", "<= 1.7", number(many, "x_floor")),
+        ("norms, x faster than power iteration, TF32 off", ">= 30", ratio(power, mine)),
+        ("norms, x faster than power iteration, default TF32", "", ratio(tf32, mine)),
+        ("iteration, x faster than Lanczos on cuDNN", ">= 1.5", ratio(strong, alone)),
+        ("PGD-20 end to end, x torchattacks", ">= 2", fast),
+        ("PGD-20, spread of robust accuracies", "0", max(robust) - min(robust) if robust else None),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    args = parser.parse_args()
+    print(f"{'what':<56} {'aim':>7} {'measured':>9}")
+    for what, aim, value in results(args.folder, args.device):
+        print(f"{what:<56} {aim:>7} {'-' if value is None else f'{value:.3g}':>9}")
+
+
+if __name__ == "__main__":
+    main()

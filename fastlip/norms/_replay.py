@@ -1,0 +1,63 @@
+"""CUDA graphs of a few steps, replayed where launching their kernels could take longer than running them."""
+
+import contextlib
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from fastlip.ops import backends
+
+Step = Callable[[], None]
+
+#: Elements of all vectors of a half step above which launches hide behind the kernels: there a graph saves nothing, and
+#: copying the vectors out of its fixed memory would cost more. Reckoned from METHODS section 7, not measured.
+_HIDDEN = 1 << 24
+
+
+def worthwhile(device: torch.device, elements: int) -> bool:
+    """Whether steps on vectors of so many elements are better replayed; the reference reads its tables on the host."""
+    return device.type == "cuda" and elements <= _HIDDEN and backends["cuda"].name != "reference"
+
+
+class Replayed:
+    """A step that reads and writes the same memory each time, and nothing on the host.
+
+    Its first call runs as it is, which loads the kernels; the second captures it. Where that fails every call runs as
+    it is, after a warning.
+    """
+
+    def __init__(self, step: Step, device: torch.device) -> None:
+        self._step, self._device = step, device
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        self._calls += 1
+        if self._calls == 2:
+            self._graph = _captured(self._step, self._device)
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+
+
+def _captured(step: Step, device: torch.device) -> torch.cuda.CUDAGraph | None:
+    """None where the step cannot be captured, for which there is a warning."""
+    try:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        # Not torch.cuda.graph, which empties the allocator's cache: a capture may cost no more than a few steps.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                step()
+            except RuntimeError:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+    except RuntimeError as error:
+        warnings.warn(f"steps are launched one by one, since CUDA graph capture failed: {error}", stacklevel=2)
+        return None
+    return graph

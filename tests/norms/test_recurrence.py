@@ -1,0 +1,284 @@
+"""The iterations' chunks: what a CUDA graph asks of them, checked without one, and that graphs change no result."""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlip.norms import Composed, Operator, conv_norm, conv_operator
+from fastlip.norms import _replay as replay
+from fastlip.norms._power import _Steps
+from fastlip.norms._recurrence import Recurrence
+from fastlip.norms._stack import stack
+
+CHAINS = 3
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "bincount")
+
+
+def on(device: str, op: Operator) -> Operator:
+    return op.with_weight(op.weight.to(device))
+
+
+def convolutions(device: str = "cpu") -> list[Operator]:
+    g = torch.Generator().manual_seed(0)
+    shapes = ([6, 4, 3, 3], [5, 3, 3, 3], [7, 1, 3, 3])
+    weights = [torch.randn(shape, generator=g) for shape in shapes]
+    ops = [
+        conv_operator(weights[0], (9, 7), padding=1),
+        conv_operator(weights[1], (5, 5), stride=2),
+        conv_operator(weights[2], (6, 5), padding=1, groups=7),
+    ]
+    return [on(device, op) for op in ops]
+
+
+def composed(device: str = "cpu") -> list[Composed]:
+    g = torch.Generator().manual_seed(1)
+
+    def layer() -> Operator:
+        return on(device, conv_operator(torch.randn(4, 4, 3, 3, generator=g) / 6, (6, 6), padding=1))
+
+    return [Composed((layer(), layer()), (3.0, 3.0), 0.5, 1.0), Composed((layer(), layer()), (3.0, 3.0))]
+
+
+KINDS = {"convolutions": convolutions, "composed": composed}
+
+
+def begun(kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Recurrence:
+    operators = stack(KINDS[kind](), CHAINS, dtype)
+    g = torch.Generator().manual_seed(2)
+    starts = []
+    for place in operators.domain:
+        v = torch.randn(CHAINS, (place.stop - place.start) // CHAINS, generator=g, dtype=torch.float64)
+        starts.append((v / torch.linalg.vector_norm(v, dim=1, keepdim=True)).to(dtype).flatten())
+    if device != "cpu":
+        operators = stack(KINDS[kind](device), CHAINS, dtype)
+    return Recurrence(operators, torch.cat(starts).to(device))
+
+
+def plain(step: Callable[[], None], _: torch.device) -> Callable[[], None]:
+    return step
+
+
+class Watch(TorchDispatchMode):
+    """Fails on an operation that would make the host wait for a device; notes where operator_step_ works in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        assert name not in WAITING, f"{name} waits for the device"
+        indices = args[1] if name in ("index", "index_put_", "index_put") else ()
+        assert not any(i is not None and i.dtype == torch.bool for i in indices), "a boolean index waits for the device"
+        if name == "operator_step_":
+            self.steps.append(tuple(a.data_ptr() for a in args if isinstance(a, Tensor)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_notices() -> None:
+    for read in (lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: bool(t.any()), torch.nonzero):
+        with pytest.raises(AssertionError, match="waits for the device"), Watch():
+            read(torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_chunk_reads_nothing_on_the_host(kind: str, pairs: bool) -> None:
+    run = begun(kind)
+    if pairs:
+        run.work_in_pairs(plain)
+    run.advance(4)
+    fixed = run.active.data_ptr(), run._u.data_ptr()
+    with Watch() as watch:
+        run.active.copy_(torch.tensor([True] + [False] * (len(run.active) - 1)))
+        run.advance(14)
+    assert (run.active.data_ptr(), run._u.data_ptr()) == fixed
+    assert run.steps == 18
+    parts = 2 if kind == "composed" else 1
+    assert len(watch.steps) == 14 * 2 * parts
+    # Every tensor but the current x, target and squares of a plain step stays where it is; in pairs all do.
+    pair = 4 * parts
+    again = [watch.steps[i : i + pair] for i in range(0, len(watch.steps), pair)]
+    if pairs:
+        assert all(other == again[0] for other in again)
+    assert len({step[-1] for step in watch.steps}) == 1  # the mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunk_runs_where_there_are_no_numbers_to_read(kind: str) -> None:
+    operators = stack(KINDS[kind]("meta"), CHAINS, torch.float32)
+    start = torch.empty(operators.domain[-1].stop, device="meta")
+    for pairs in (False, True):
+        run = Recurrence(operators, start)
+        if pairs:
+            run.work_in_pairs(plain)
+        run.advance(6)
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
+            run.coefficients(6)
+    steps = _Steps(stack(KINDS[kind]("meta"), CHAINS, torch.float64), start.double())
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
+        steps.advance(10)  # its read comes last
+    steps._chunk(10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairs_on_fixed_memory_give_the_same_bits(kind: str, dtype: torch.dtype) -> None:
+    one, two = begun(kind, dtype), begun(kind, dtype)
+    two.work_in_pairs(plain)
+    for run in (one, two):
+        run.advance(10)
+        run.active[-1] = False
+        run.advance(12)
+    for a, b in zip(one.coefficients(22), two.coefficients(22), strict=True):
+        on = slice(0, CHAINS * (len(one.active) - 1))
+        np.testing.assert_array_equal(a[on], b[on])
+        np.testing.assert_array_equal(a[:, :10], b[:, :10])
+    for a, b in zip(one.basis(0, 23), two.basis(0, 23), strict=True):
+        assert torch.equal(a, b)
+    two.advance(3)
+    assert two.steps == 26  # whole pairs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vectors_begin_at_sixteen_bytes(dtype: torch.dtype) -> None:
+    run = begun("convolutions", dtype)  # 3 * (4 * 63 + 3 * 25 + 7 * 30) is odd
+    run.advance(2)
+    assert run._vector(0).numel() % 2 == 1
+    assert all(run._vector(i).data_ptr() % 16 == run._vector(0).data_ptr() % 16 == 0 for i in range(3))
+
+
+def test_an_exhausted_chain_ends_at_zero() -> None:
+    run = begun("convolutions")
+    run._start.zero_()
+    run.advance(3)
+    alpha, beta = run.coefficients(3)
+    assert (alpha == 0.0).all()
+    assert (beta == 0.0).all()
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_one_read_a_chunk(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"chunks": 0, "steps": 0, "reads": 0}
+    owner = Recurrence if method == "lanczos" else _Steps
+    advance, read = owner.advance, Recurrence.coefficients
+
+    def counted(self: Recurrence, count: int) -> object:
+        counts["chunks"] += 1
+        counts["steps"] += count
+        with Watch():
+            return advance(self, count)
+
+    def noted(self: Recurrence, count: int) -> object:
+        counts["reads"] += 1
+        return read(self, count)
+
+    monkeypatch.setattr(owner, "advance", counted)
+    monkeypatch.setattr(Recurrence, "coefficients", noted)
+    conv_norm(torch.randn(8, 4, 3, 3), 12, padding=1, method=method, generator=torch.Generator().manual_seed(0))
+    assert counts["chunks"] < counts["steps"]
+    if method == "lanczos":
+        assert counts["reads"] == counts["chunks"] + 1  # and one for the certificate
+
+
+def test_the_same_norms_from_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def norm(**kwargs: object):
+        g = torch.Generator().manual_seed(1)
+        return conv_norm(weight, 12, padding=1, method="lanczos", generator=g, **kwargs)
+
+    before, limited = norm(rtol=1e-4), norm(max_steps=9)
+    begin = Recurrence.__init__
+
+    def in_pairs(self: Recurrence, *args: object) -> None:
+        begin(self, *args)
+        self.work_in_pairs(plain)
+
+    monkeypatch.setattr(Recurrence, "__init__", in_pairs)
+    after, again = norm(rtol=1e-4), norm(max_steps=9)
+    assert again == limited  # though ten steps ran
+    assert after.converged
+    assert before.lower <= after.upper
+    assert after.lower <= before.upper
+    assert abs(after.iterations - before.iterations) <= 1
+
+
+def test_a_failed_capture_warns_once_and_goes_on() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("capture works where there is a GPU")
+    calls = []
+    step = replay.Replayed(lambda: calls.append(1), torch.device("cuda"))
+    step()
+    with pytest.warns(UserWarning, match="CUDA graph capture failed"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    assert len(calls) == 3
+
+
+def test_a_step_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, replays = [], []
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(1)
+
+    monkeypatch.setattr(replay, "_captured", lambda step, device: Graph())
+    step = replay.Replayed(lambda: calls.append(1), torch.device("cuda"))
+    for _ in range(4):
+        step()
+    assert (len(calls), len(replays)) == (1, 3)
+
+
+def test_where_graphs_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(replay.backends, "cuda", type(replay.backends["cpu"])("native", ""))
+    assert replay.worthwhile(torch.device("cuda"), 1 << 20)
+    assert not replay.worthwhile(torch.device("cuda"), 1 << 30)
+    assert not replay.worthwhile(torch.device("cpu"), 1 << 20)
+    monkeypatch.setitem(replay.backends, "cuda", type(replay.backends["cpu"])("reference", ""))
+    assert not replay.worthwhile(torch.device("cuda"), 1 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_give_the_same_bits_and_never_wait(kind: str) -> None:
+    one, two = (begun(kind, device="cuda") for _ in range(2))
+    one._pair = None
+    two.work_in_pairs(replay.Replayed)
+    for run in (one, two):
+        run.advance(4)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for run in (one, two):
+            run.advance(18)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(one.coefficients(22), two.coefficients(22), strict=True):
+        np.testing.assert_array_equal(a, b)
+    if replay.backends["cuda"].name != "reference":
+        assert two._pair._run._graph is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_norms_on_the_device_hold(method: str) -> None:
+    weight = torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a capture that failed
+        found = conv_norm(weight.cuda(), 14, padding=1, method=method, rtol=1e-3)
+    truth = conv_norm(weight, 14, padding=1, method="svd")
+    assert found.converged
+    assert found.lower <= truth.upper
+    assert found.upper >= truth.lower
+    assert math.isclose(found.upper, truth.upper, rel_tol=1e-3)
