@@ -83,7 +83,7 @@ def _sketches(plan: Plan, smallest: float) -> Sketches:
     The rounding expected of a usual number of steps shall be a small part of the overlap, the more so the narrower the
     interval that is asked for.
     """
-    share = 0.3 if plan.rtol >= 5e-3 else 0.1 if plan.rtol >= 5e-4 else 0.0
+    share = 0.3 if plan.rtol >= 5e-3 else 0.04 if plan.rtol >= 5e-4 else 0.0
     for amount in range(4, 17):
         scale = sketch_scale(plan.eta * _SKETCH_SHARE, amount)
         if _rounding(plan.dtype, 40 * plan.starts, scale) <= share * smallest:

@@ -157,9 +157,9 @@ def _intersected(op: AnyOperator, interval: NormInterval, settings: Settings) ->
 
 def _deterministic(ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[int, NormInterval]]:
     """Deterministic upper sides, with the lower sides of one short iteration from a single start."""
-    # Of that iteration's own upper side nothing is used, so its chance of failing is of no concern.
+    # Of that iteration's own upper side nothing is used but when to stop: the lower side should rarely be early.
     short = replace(settings, method="lanczos", starts=1, rtol=settings.rtol / 4.0)
-    for at, found in _iterate(ops, 0.5, short):
+    for at, found in _iterate(ops, 1e-3, short):
         op = ops[at]
         if isinstance(op, Composed):
             raise ValueError(f"method {settings.method!r} takes single convolutions only; use 'auto'")
