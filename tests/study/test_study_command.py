@@ -181,7 +181,7 @@ def test_a_full_disk_is_one_line_and_what_was_done_stays(tmp_path, micro_argumen
 def test_an_interruption_is_one_line_and_what_was_done_stays(micro_arguments, tmp_path):
     arguments = [sys.executable, "-m", "fastlip.study", "--out", str(tmp_path / "run"), *micro_arguments]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("run/checkpoints/*.safetensors")) and process.poll() is None:
+    while not (tmp_path / "run/checkpoints/source.safetensors").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
