@@ -159,15 +159,15 @@ def test_six_runs_without_a_correlation_are_hardly_ever_given_one():
     # Both constants follow each other, and the snapshots of a run each other: nothing but the number of runs is left.
     rng = np.random.default_rng(5)
     found = []
-    for _ in range(50):
+    for _ in range(30):
         null = points(0, runs=6, noise=0.0)
-        level = {run: rng.normal() for run in {p["run"] for p in null}}
+        level = {run: rng.normal() for run in sorted({p["run"] for p in null})}
         constant = {run: rng.normal() for run in level}
         for p in null:
             p["median"] = 0.1 + 0.01 * (level[p["run"]] + 0.1 * rng.normal())
             p["log10_upper"], p["stretch"] = 20 + constant[p["run"]], 5 + constant[p["run"]] + 0.1 * rng.normal()
         found.append(verdicts([], [], null, Rules(resamples=400))[3]["verdict"])
-    assert found.count("supported") <= 2
+    assert found.count("supported") <= 1
     assert found.count("contradicted") == 0
 
 
