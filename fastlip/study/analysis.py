@@ -36,6 +36,7 @@ def analyse(run: RunDirectory, source_name: str) -> Results:
     s = run.settings
     models = [_model(run, trained) for trained in run.models]
     points = [_point(run, trained) for trained in sorted(run.models + run.snapshots, key=_moment)]
+    comparisons = _comparisons(run)
     return Results(
         schema=SCHEMA,
         preset=s.preset,
@@ -45,8 +46,8 @@ def analyse(run: RunDirectory, source_name: str) -> Results:
         source=source_name if s.transfers else "none",
         models=models,
         points=points,
-        comparisons=_comparisons(run),
-        verdicts=verdicts(models, points, s.rules),
+        comparisons=comparisons,
+        verdicts=verdicts(models, comparisons, points, s.rules),
         power=_power(run, models, points),
         seed_deck=[
             DeckRow(
@@ -95,7 +96,7 @@ def _model(run: RunDirectory, trained: Trained) -> Model:
         strong=summaries.strong(stored),
         smallest_pgd=summaries.smallest(stored, "pgd"),
         smallest_gaussian=summaries.smallest(stored, "gaussian"),
-        gaussian_of_same_norm=rate(stored.decided("gaussian-of-same-norm")[stored.right], confidence),
+        gaussian_of_same_norm=summaries.gaussian_of_same_norm(stored),
         ratio_share=rate(ratios <= s.rules.ratio, confidence),
         ratio_median=median(ratios, confidence),
         largest_stretch=summaries.largest_stretch(stored),

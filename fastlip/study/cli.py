@@ -82,12 +82,16 @@ def study(
     origin = context.get_parameter_source("data")
     if chosen.dataset == "generated" and origin is not None and origin.name == "ENVIRONMENT":
         data = None  # FASTLIP_DATA is set for other runs
-    # Imported late: torch and matplotlib take seconds, and mistakes on the command line are said at once.
-    from fastlip.study import runner
-    from fastlip.study.inputs import Places
+    try:
+        # Imported late: torch and matplotlib take seconds, and mistakes on the command line are said at once.
+        from fastlip.study import runner
+        from fastlip.study.inputs import Places
 
-    places = Places(data, source_checkpoint, source_data, corruptions, download)
-    runner.run(chosen, places, out or Path("runs") / preset, join=join)
+        places = Places(data, source_checkpoint, source_data, corruptions, download)
+        runner.run(chosen, places, out or Path("runs") / preset, join=join)
+    except KeyboardInterrupt:
+        # Typer would end without a word.
+        raise StudyError("interrupted; run the same command again to go on", status=130) from None
 
 
 @app.command("report")
@@ -119,8 +123,6 @@ def main() -> None:
     except OSError as error:
         # Disk full, no permission, a file vanished: what was written before stays complete.
         _fail(f"{error}; mend that and run the same command again to go on", 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on", 130)
 
 
 def _fail(message: str, status: int) -> None:

@@ -65,7 +65,7 @@ def _models(heads: tuple[str, ...], found: list[Results]) -> Table:
         for name in every
         for measure, text in _MEASURES.items()
     ]
-    note = "Brackets: 95% intervals. Models of one name were trained and measured by each run's own settings."
+    note = "Brackets: intervals of each run's own confidence. Models of one name have each run's own settings."
     return Table("models", "Models", ("Model", "Measure", *heads), tuple(rows), note)
 
 

@@ -269,8 +269,8 @@ class Settings:
         seed: first seed.
         seeds: number of seeds; seed, seed + 1, ...
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        precision: "auto", "float32" or "bfloat16" for the matrix work of training and of the attacks' gradients;
-            every reported prediction is float32.
+        precision: "auto", "float32" or "bfloat16" for the matrix work of training; attacks and every reported
+            prediction are float32.
         compile: whether training compiles the network: "auto" (on a GPU), "on" or "off".
         threads: CPU threads; 0 takes torch's default.
         save_seconds: a training run in progress is saved this often.

@@ -58,7 +58,8 @@ PRESETS = {
         finetune=Schedule(images=50000, epochs=15, max_lr=0.05, batch_size=128, snapshots=(1, 2, 4, 8, 12)),
         evaluation=Evaluation(images=1000, clean_images=10000, snapshot_images=200, batch_size=500),
         arms=("reference", "scratch", "finetune", "linear", "partial", "lpft"),
-        seeds=3,
+        # Question 4 wants rules.min_runs training runs from scratch, whose snapshots are points of one run.
+        seeds=6,
         strong=Strong(linf_255=(0.5, 1.0, 2.0), l2=(0.1, 0.25), steps=100, targets=9, queries=1000),
         lipschitz=Lipschitz(jacobian_images=100, jacobian_steps=50),
         features=Features(images=1000),

@@ -1,19 +1,20 @@
 """report.html: one file that opens anywhere, answers first; and the tables and figures beside it."""
 
 import base64
+import re
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from fastlip.study import figures, figures_depth, tables
+from fastlip.study import drawing, figures, figures_depth, tables
 from fastlip.study.compare import results as read_results
 from fastlip.study.config import names
 from fastlip.study.examples import examples
 from fastlip.study.files import read_arrays, read_json, write_text
 from fastlip.study.rundir import RunDirectory
 from fastlip.study.schema import GENERATED
-from fastlip.study.tables_more import long_csv, more_tables
+from fastlip.study.tables_more import ball_name, long_csv, more_tables
 
 
 def write(run: RunDirectory) -> str:
@@ -23,19 +24,19 @@ def write(run: RunDirectory) -> str:
     accuracy = figures.accuracy_figures(results)
     single = [
         figures.distortion_figure(results, _distortions(run)),
-        figures.layer_figure(results),
+        figures_depth.layer_figure(results),
         figures.training_figure(results),
         figures_depth.stretch_figure(results),
         figures_depth.growth_figure(results),
         figures_depth.rank_figure(results),
         figures_depth.weight_figure(results),
         figures_depth.profile_figure(results),
-        figures_depth.trajectory_figure(results),
-        figures_depth.corruption_figure(results),
+        figures.trajectory_figure(results),
+        figures.corruption_figure(results),
     ]
     tables.write(run.tables, all_tables)
     write_text(run.tables / "results.csv", long_csv(results))
-    figures.write(run.figures, [*accuracy, *single])
+    drawing.write(run.figures, [*accuracy, *single])
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastlip.study"),
         autoescape=True,
@@ -49,7 +50,9 @@ def write(run: RunDirectory) -> str:
         "interval": tables.interval,
         "distortion": tables.distortion,
         "power": tables.power,
-        "svg": lambda figure: Markup(figures.inline(figure)),
+        "ball": lambda strong: ball_name(strong["norm"], strong["strength"]),
+        "unbroken": lambda cell: re.sub(r"(?<=\de)-(?=\d)", "\u2011", cell),  # 8e-08 stays on one line
+        "svg": lambda figure: Markup(drawing.inline(figure)),
         "data": lambda figure: "data:text/csv;base64," + base64.b64encode(figure.csv.encode()).decode(),
     }
     html = environment.get_template("report.html").render(

@@ -171,6 +171,9 @@ def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
     different += [
         f"{name} (other files)" for name, value in fingerprints.items() if old.config["inputs"].get(name) != value
     ]
+    if old.config["rules"] != verdicts.rules_in_words(old.settings.rules):
+        # They were fixed before any result existed, and hold for this run.
+        different.append("rules of the verdicts (another version of fastlip)")
     if different:
         raise StudyError(
             f"{path} holds a run with another configuration: {'; '.join(different)}. Use another --out, or the same "

@@ -62,6 +62,8 @@ def run(
         rundir.check(out, settings, prints)
         with rundir.locked(out, join) as lock:
             with rundir.alone_for_a_moment(out):
+                # Once more: another process may have begun it with other settings meanwhile.
+                rundir.check(out, settings, prints)
                 directory = rundir.open_or_create(out, settings, prints, rundir.command_line())
             if lock.alone:
                 directory.tidy()

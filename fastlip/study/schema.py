@@ -201,7 +201,8 @@ class Model(TypedDict):
     RobustBench's for accuracy under AutoAttack is given, because AutoAttack is not run.
 
     Ratios are those of the smallest adversarial to the smallest Gaussian distortion, over images classified correctly:
-    0 where noise of any strength changed nothing, infinite where PGD found nothing. ``largest_stretch`` is over every
+    0 where noise of any strength changed nothing, infinite where PGD found nothing. ``gaussian_of_same_norm`` is the
+    accuracy under noise as long as the smallest perturbation that PGD found. ``largest_stretch`` is over every
     perturbation the model met.
     """
 
@@ -252,7 +253,10 @@ class Point(TypedDict):
 
 
 class Comparison(TypedDict):
-    """One arm minus scratch on the same images, for one seed: what these two models show, not what training does."""
+    """One arm minus scratch for one seed: what these two models show, not what training does.
+
+    On the same images: those that both classify correctly (median smallest distortion), or all (accuracy).
+    """
 
     arm: str
     seed: int

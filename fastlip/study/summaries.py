@@ -25,7 +25,7 @@ from fastlip.study.schema import (
     Strong,
     WeightSpectrum,
 )
-from fastlip.study.statistics import mean, median, rate
+from fastlip.study.statistics import Rate, mean, median, rate
 
 
 class Stored:
@@ -106,6 +106,12 @@ def smallest(stored: Stored, kind: Any) -> Smallest:
         stretch=_stretch(stored, arrays["stretch"][stored.right][found]),
         depth=_depth(arrays, stored.right & arrays["found"]),
     )
+
+
+def gaussian_of_same_norm(stored: Stored) -> Rate:
+    """Accuracy under noise as long as the smallest adversarial perturbation, where there is one."""
+    chosen = stored.right & stored.images("smallest-pgd")["found"]
+    return rate(stored.decided("gaussian-of-same-norm")[chosen], stored.rules.confidence)
 
 
 def ratios(stored: Stored) -> np.ndarray:

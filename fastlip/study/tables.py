@@ -79,6 +79,15 @@ def all_tables(results: Results) -> list[Table]:
     return [seed_table(results), attack_table(results), lipschitz_table(results)]
 
 
+def of(results: Results) -> str:
+    """What a title begins with: whose images these are."""
+    return f"{'GENERATED IMAGES. ' if results['generated'] else ''}{results['dataset']}"
+
+
+def brackets(results: Results) -> str:
+    return f"Brackets: {100 * results['models'][0]['clean']['confidence']:g}% intervals."
+
+
 def seed_table(results: Results) -> Table:
     """The table in the shape of the slide deck behind this project, ours first and the deck's rows below."""
     rows = []
@@ -98,16 +107,15 @@ def seed_table(results: Results) -> Table:
                 percent(deck["clean_accuracy"]),
             )
         )
-    said = "GENERATED IMAGES. " if results["generated"] else ""
     return Table(
         "seed",
-        f"{said}{results['dataset']}: smallest perturbations, certified constants, clean accuracy",
+        f"{of(results)}: smallest perturbations, certified constants, clean accuracy",
         ("Model", "Attack", "Average Distortion", "Upper Lipschitz Constant", "Clean Accuracy"),
         tuple(rows),
         "Average distortion: mean over images of √(Σ(x′−x)²/n) × 255 for the smallest perturbation found that changes "
         "the decision (L2 search by PGD; search over σ along drawn Gaussian directions), over images classified "
         "correctly on which one was found. Upper Lipschitz constant: certified L2 bound of the whole network, the "
-        "same for both attacks. Brackets: 95% intervals. The seed deck states neither the scale of its distortions "
+        f"same for both attacks. {brackets(results)} The seed deck states neither the scale of its distortions "
         "nor what its constants bound; they are shown for reference alone.",
     )
 
@@ -126,15 +134,14 @@ def attack_table(results: Results) -> Table:
         for model in results["models"]
         for attack in model["attacks"]
     ]
-    said = "GENERATED IMAGES. " if results["generated"] else ""
     return Table(
         "attacks",
-        f"{said}{results['dataset']}: attacks at fixed strength",
+        f"{of(results)}: attacks at fixed strength",
         ("Model", "Attack", "Accuracy", "Average Distortion", "Mean Stretch", "Largest Stretch"),
         tuple(rows),
         "Accuracy over all attacked images; distortion (× 255) and stretch at the logits over those classified "
         "correctly when clean. PGD stops at the first iterate that is misclassified, so its distortion can stay below "
-        "its budget. Brackets: 95% intervals.",
+        f"its budget. {brackets(results)}",
     )
 
 
@@ -152,11 +159,12 @@ def lipschitz_table(results: Results) -> Table:
                 number(model["largest_stretch"]),
                 number(model["smallest_pgd"]["stretch"]["mean"]["value"]),
                 number(model["smallest_gaussian"]["stretch"]["mean"]["value"]),
+                f"{interval(model['jacobian']['mean'])}, {number(model['jacobian']['largest'])}",
             )
         )
     return Table(
         "lipschitz",
-        f"{'GENERATED IMAGES. ' if results['generated'] else ''}{results['dataset']}: Lipschitz constants",
+        f"{of(results)}: Lipschitz constants",
         (
             "Model",
             "Certified Upper Constant",
@@ -165,10 +173,12 @@ def lipschitz_table(results: Results) -> Table:
             "Largest Observed Stretch",
             "Mean Stretch, Smallest PGD",
             "Mean Stretch, Smallest Gaussian",
+            "Jacobian Norm at Images: Mean, Largest",
         ),
         tuple(rows),
         "The true constant lies between the largest observed stretch and the certified upper constant. The product of "
-        "the layers' upper norms leaves out pooling and residual sums, so it bounds nothing by itself.",
+        "the layers' upper norms leaves out pooling and residual sums, so it bounds nothing by itself. Norms of the "
+        f"Jacobian of the logits are from below. {brackets(results)}",
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastlip.study.schema import Results
-from fastlip.study.tables import Table, interval, percent
+from fastlip.study.tables import Table, brackets, interval, of, percent
 
 #: Columns of the table of every number.
 LONG = ("model", "arm", "seed", "measure", "attack", "norm", "strength", "n", "value", "low", "high", "confidence")
@@ -14,16 +14,12 @@ LONG = ("model", "arm", "seed", "measure", "attack", "norm", "strength", "n", "v
 _SMOOTH = (
     "From margins: the clean margin over the certified bound on the difference of two logits. Smoothed: the share of "
     "images whose class under Gaussian noise is right and certified within the radius (Cohen et al. 2019), each "
-    "certificate wrong with probability at most α. It speaks about the smoothed classifier. Brackets: 95% intervals."
+    "certificate wrong with probability at most α. It speaks about the smoothed classifier."
 )
 
 
 def more_tables(results: Results) -> list[Table]:
     return [strong_table(results), corruption_table(results), certificate_table(results), power_table(results)]
-
-
-def _said(results: Results) -> str:
-    return f"{'GENERATED IMAGES. ' if results['generated'] else ''}{results['dataset']}: "
 
 
 def ball_name(norm: str, eps: float) -> str:
@@ -44,12 +40,12 @@ def strong_table(results: Results) -> Table:
     ]
     return Table(
         "strong",
-        f"{_said(results)}the stronger suite",
+        f"{of(results)}: the stronger suite",
         ("Model", "Ball", "Attack", "Accuracy"),
         tuple(rows),
         "APGD with cross-entropy, then towards the likeliest wrong classes, then Square (black box), each on the "
         "images that stood the one before it; PGD by itself. An image counts as right only where it stands under all "
-        "of them. It is not AutoAttack. Brackets: 95% intervals.",
+        f"of them. It is not AutoAttack. {brackets(results)}",
     )
 
 
@@ -64,10 +60,10 @@ def corruption_table(results: Results) -> Table:
         how = "made with torchvision and Pillow, strengths of our own: not comparable with CIFAR-10-C"
     return Table(
         "corruptions",
-        f"{_said(results)}common corruptions",
+        f"{of(results)}: common corruptions",
         ("Model", "Corruption", "Severity", "Accuracy"),
         tuple(rows),
-        f"Corruptions: {how}. The mean over all, in per cent, has an interval over images. Brackets: 95% intervals.",
+        f"Corruptions: {how}. The mean over all, in per cent, has an interval over images. {brackets(results)}",
     )
 
 
@@ -84,7 +80,9 @@ def certificate_table(results: Results) -> Table:
         how = f"smoothed, σ = {s['sigma']:g}, {s['samples']} draws, α = {s['alpha']:g}"
         rows += [(model["name"], how, f"{c['radius']:g}", percent(c["accuracy"])) for c in s["certified"]]
     header = ("Model", "Certificate", "L2 Radius", "Certified Accuracy")
-    return Table("certificates", f"{_said(results)}certified accuracy", header, tuple(rows), _SMOOTH)
+    return Table(
+        "certificates", f"{of(results)}: certified accuracy", header, tuple(rows), f"{_SMOOTH} {brackets(results)}"
+    )
 
 
 def power_table(results: Results) -> Table:
@@ -99,7 +97,7 @@ def power_table(results: Results) -> Table:
     ]
     return Table(
         "power",
-        f"{_said(results)}how much each question needs",
+        f"{of(results)}: how much each question needs",
         ("Question", "If", "Needed", "This run had"),
         tuple(rows),
         "For the chance of a verdict set by rules.power. Question 3: two-sided t test; question 4: Fisher's z for "
@@ -108,7 +106,7 @@ def power_table(results: Results) -> Table:
 
 
 def long_csv(results: Results) -> str:
-    """Every number with an interval, one in each row."""
+    """Every number with its interval, one in each row; those of arms minus scratch last."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(LONG)
@@ -141,7 +139,27 @@ def _long(results: Results) -> Iterator[tuple[Any, ...]]:
         yield row("share of ratios below the rule's", model["ratio_share"])
         yield row("median ratio", model["ratio_median"])
         yield row("mean Jacobian norm", model["jacobian"]["mean"])
+        bound = model["lipschitz"]
+        single = {"n": None, "low": None, "high": None, "confidence": None}
+        certified = single | {"value": bound["log10_upper"], "confidence": bound["confidence"]}
+        yield row("log10 of the certified upper Lipschitz constant", certified)
+        yield row("largest observed stretch", single | {"value": model["largest_stretch"]})
+        yield row("mean accuracy under corruptions", model["corruptions"]["mean"])
         for c in model["corruptions"]["rows"]:
             yield row("accuracy", c["accuracy"], c["corruption"], "", c["severity"])
-        for certified in model["smoothing"]["certified"]:
-            yield row("certified accuracy, smoothed", certified["accuracy"], "", "l2", certified["radius"])
+        for at in model["smoothing"]["certified"]:
+            yield row("certified accuracy, smoothed", at["accuracy"], "", "l2", at["radius"])
+    for comparison in results["comparisons"]:
+        # One arm minus scratch: no model of its own.
+        e = comparison["difference"]
+        numbers = (e["n"], e["value"], e["low"], e["high"], e["confidence"])
+        yield (
+            "",
+            comparison["arm"],
+            comparison["seed"],
+            f"{comparison['measure']}, minus scratch",
+            "",
+            "",
+            "",
+            *numbers,
+        )

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastlip.study.config import TRANSFER, Rules
 from fastlip.study.power import COMPARISONS
-from fastlip.study.schema import Model, Point, Statistic, Verdict, VerdictName
+from fastlip.study.schema import Comparison, Model, Point, Statistic, Verdict, VerdictName
 from fastlip.study.statistics import Estimate, Rate, holm, over_seeds, over_seeds_p, rate, spearman
 
 QUESTIONS = (
@@ -36,9 +36,10 @@ def rules_in_words(rules: Rules) -> list[str]:
         share,
         share,
         f"With at least {rules.min_seeds} seeds: supported where two differences over seeds (Student's t), fine-tuned "
-        "minus scratch, of the median smallest distortion and of the accuracy under PGD at Linf "
-        f"{rules.compared_linf_255:g}/255, are above 0 after correction; contradicted where both are below; "
-        f"undetermined otherwise. {declared}",
+        "minus scratch on the same images, of the median smallest distortion (images that both classify correctly) and "
+        f"of the accuracy under PGD at Linf {rules.compared_linf_255:g}/255 (all images), are above 0 after "
+        "correction; contradicted where both are below; undetermined otherwise, and where a seed's median is censored. "
+        f"{declared}",
         f"With at least {rules.min_runs} training runs in each case (from scratch; pre-trained, by any method): "
         "supported where Spearman's correlation between median smallest distortion and the Lipschitz constant, over "
         "runs and their snapshots with whole runs resampled, differs from 0 after correction in both cases, for the "
@@ -47,9 +48,9 @@ def rules_in_words(rules: Rules) -> list[str]:
     ]
 
 
-def verdicts(models: list[Model], points: list[Point], rules: Rules) -> list[Verdict]:
+def verdicts(models: list[Model], comparisons: list[Comparison], points: list[Point], rules: Rules) -> list[Verdict]:
     """The four answers. Reads nothing but its arguments."""
-    declared = [*_differences(models, rules), *_correlations(points, rules)]
+    declared = [*_differences(comparisons, rules), *_correlations(points, rules)]
     adjusted, levels = holm([c.p for c in declared], 1 - rules.confidence)
     tested = [_tested(c, a, level) for c, a, level in zip(declared, adjusted, levels, strict=True)]
     answers = [
@@ -127,14 +128,15 @@ def _share(models: list[Model], arm: str, rules: Rules) -> _Answer:
     if all(s["high"] < rules.share for s in shares):
         because = f"The upper limit is below {rules.share:g}."
         return _Answer("contradicted", because, f"Shares near {rules.share:g} would make it undetermined.", numbers)
-    if min(s["low"] for s in shares) <= rules.share <= max(s["high"] for s in shares):
+    if any(s["low"] <= rules.share <= s["high"] for s in shares):
         needed = math.ceil(math.log((1 - rules.confidence) / 2) / math.log(rules.share))
         because = (
-            f"The interval contains {rules.share:g}; even if every image had such a ratio, {needed} correctly "
-            "classified images would be needed."
+            f"{'An' if len(shares) > 1 else 'The'} interval contains {rules.share:g}; even if every image had such a "
+            f"ratio, {needed} correctly classified images would be needed."
         )
         return _Answer("undetermined", because, "More attacked images would narrow the interval.", numbers)
-    return _Answer("undetermined", "The seeds disagree.", "Seeds that agree would settle it.", numbers)
+    because = f"The seeds disagree: some lie above {rules.share:g} and some below."
+    return _Answer("undetermined", because, "Seeds that agree would settle it.", numbers)
 
 
 def _spare(share: Rate, rules: Rules) -> int:
@@ -146,35 +148,34 @@ def _spare(share: Rate, rules: Rules) -> int:
     return lost
 
 
-def _differences(models: list[Model], rules: Rules) -> list[_Declared]:
-    """The two comparisons of question 3."""
-    pairs = [
-        (s, f)
-        for s in models
-        if s["arm"] == "scratch"
-        for f in models
-        if f["arm"] == "finetune" and f["seed"] == s["seed"]
-    ]
-    radius = rules.compared_linf_255 / 255
-    medians = [(s["smallest_pgd"]["median"]["value"], f["smallest_pgd"]["median"]["value"]) for s, f in pairs]
-    distortion = np.array([b - a for a, b in medians if a is not None and b is not None], dtype=float)
-    accuracy = np.array([_accuracy_at(f, radius) - _accuracy_at(s, radius) for s, f in pairs], dtype=float)
+def _differences(comparisons: list[Comparison], rules: Rules) -> list[_Declared]:
+    """The two comparisons of question 3, each seed's difference on the same images."""
     named = {
-        "median smallest distortion (pixels in [0, 1]), fine-tuned − scratch, over seeds": distortion,
-        f"accuracy under PGD at Linf {rules.compared_linf_255:g}/255, fine-tuned − scratch, over seeds": accuracy,
+        "median smallest distortion": "median smallest distortion (pixels in [0, 1])",
+        "accuracy under PGD": f"accuracy under PGD at Linf {rules.compared_linf_255:g}/255",
     }
-    return [
-        _Declared(
-            name,
-            over_seeds_p(values) if len(values) >= rules.min_seeds else None,
-            lambda confidence, values=values: over_seeds(values, confidence),  # type: ignore[misc]
+    found = []
+    for measure, name in named.items():
+        seeds = [c["difference"]["value"] for c in comparisons if c["arm"] == "finetune" and c["measure"] == measure]
+        values = np.array([v for v in seeds if v is not None], dtype=float)
+        # A seed without a difference is one with few or no perturbations found: leaving it out would choose the seeds.
+        complete = len(values) == len(seeds) >= rules.min_seeds
+        found.append(
+            _Declared(
+                f"{name}, fine-tuned − scratch on the same images, over seeds",
+                over_seeds_p(values) if complete else None,
+                lambda confidence, values=values: over_seeds(values, confidence),  # type: ignore[misc]
+            )
         )
-        for name, values in named.items()
-    ]
+    return found
 
 
 def _pretraining(tested: list[Statistic], rules: Rules) -> _Answer:
-    seeds = min(s["estimate"]["n"] for s in tested)
+    counts = [s["estimate"]["n"] for s in tested]
+    seeds = max(counts)
+    if seeds >= rules.min_seeds and min(counts) < seeds:
+        because = f"In {seeds - min(counts)} of {seeds} seeds the difference of the medians does not exist (censored)."
+        return _Answer("undetermined", because, "A search that finds more of the smallest perturbations.", tested)
     if seeds < rules.min_seeds:
         because = (
             f"This is a claim about training, and its unit is the seed: {seeds} of the {rules.min_seeds} needed were "
@@ -246,13 +247,6 @@ def _sign(statistic: Statistic, rules: Rules) -> int:
 def _within(estimate: Estimate, limit: float) -> bool:
     low, high = estimate["low"], estimate["high"]
     return low is not None and high is not None and low > -limit and high < limit
-
-
-def _accuracy_at(model: Model, radius: float) -> float:
-    for attack in model["attacks"]:
-        if attack["norm"] == "linf" and math.isclose(attack["strength"], radius):
-            return attack["accuracy"]["value"] or 0.0
-    raise ValueError(f"{model['name']} was not attacked at Linf {radius}")
 
 
 def _of(share: Rate) -> Estimate:

@@ -1,5 +1,7 @@
 """A configuration of the whole study that takes seconds."""
 
+import typing
+
 import pytest
 from rich.console import Console
 
@@ -66,3 +68,34 @@ def micro() -> Settings:
 def finished(micro: Settings, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A finished micro run; tests leave it as it is."""
     return runner.run(micro, Places(), tmp_path_factory.mktemp("study") / "run", Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def conforms():
+    """Asserts that plain JSON has the shape of a type."""
+    return _conforms
+
+
+def _conforms(value, hint, where="results"):
+    """Assert that plain JSON ``value`` has the shape of the type ``hint``."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if typing.is_typeddict(hint):
+        assert set(value) == set(typing.get_type_hints(hint)), where
+        for name, inner in typing.get_type_hints(hint).items():
+            _conforms(value[name], inner, f"{where}.{name}")
+    elif origin is list:
+        assert isinstance(value, list), where
+        for i, item in enumerate(value):
+            _conforms(item, arguments[0], f"{where}[{i}]")
+    elif origin is typing.Literal:
+        assert value in arguments, where
+    elif arguments:
+        if value is not None:
+            _conforms(value, next(a for a in arguments if a is not type(None)), where)
+        else:
+            assert type(None) in arguments, where
+    elif hint is float:
+        assert isinstance(value, int | float), where
+        assert not isinstance(value, bool), where
+    else:
+        assert type(value) is hint, where

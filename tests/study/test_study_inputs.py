@@ -179,28 +179,6 @@ def test_quick_on_real_images(micro, tmp_path):
     assert "on CIFAR-10, 18 attacked test images" in html
 
 
-def test_a_full_disk_is_one_line_and_what_was_done_stays(tmp_path, micro_arguments):
-    """RLIMIT_FSIZE stands for the full disk: the checkpoint, the first large file, cannot be written."""
-    program = (
-        "import resource, runpy, signal, sys;"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7));"
-        "sys.argv[0] = 'fastlip.study'; runpy.run_module('fastlip.study', run_name='__main__')"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", program, "--out", str(tmp_path / "run"), *micro_arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert found.returncode == 1
-    assert found.stderr.startswith("error: ")
-    assert "run the same command again" in found.stderr
-    assert found.stderr.count("\n") == 1
-    assert (tmp_path / "run" / "config.json").exists()
-    assert [p.name for p in (tmp_path / "run").rglob("*source*")] == []
-
-
 def test_an_out_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     found = command("--preset", "demo", "--out", str(tmp_path / "file" / "run"))

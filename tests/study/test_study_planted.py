@@ -1,15 +1,17 @@
 """Planted runs, from per-image files to verdicts: a difference that is there is found, one that is not is not."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fastlip.study import analysis, presets, rundir
-from fastlip.study.config import GENERATED_CORRUPTIONS, Corruptions, Pgd, Settings, Strong
+from fastlip.study.config import GENERATED_CORRUPTIONS, Corruptions, Pgd, Rules, Settings, Strong
 from fastlip.study.files import write_arrays, write_json
 from fastlip.study.rundir import gaussian_name, pgd_name
 from fastlip.study.spectra import CONDITIONS
+from fastlip.study.summaries import gaussian_of_same_norm
 
 IMAGES = 80
 
@@ -113,3 +115,20 @@ def test_a_planted_difference_is_found_and_a_missing_one_is_not(tmp_path, settin
         assert all(np.sign(c["difference"]["value"]) == np.sign(difference) for c in medians)
     had = {row["question"]: row["had"] for row in results["power"]}
     assert had == {1: IMAGES, 2: IMAGES, 3: 6, 4: 6}
+
+
+def test_noise_counts_where_there_is_a_smallest_perturbation_to_be_as_long_as():
+    label = np.zeros(4, dtype=int)
+    arrays = {
+        "smallest-pgd": {"found": np.array([True, True, False, True])},
+        # The third image was given noise of length 0, and the fourth was wrong to begin with.
+        "gaussian-of-same-norm": {"label": label, "prediction": np.array([0, 1, 0, 0])},
+    }
+    stored = SimpleNamespace(
+        right=np.array([True, True, True, False]),
+        rules=Rules(),
+        images=arrays.__getitem__,
+        decided=lambda name: arrays[name]["prediction"] == arrays[name]["label"],
+    )
+    found = gaussian_of_same_norm(stored)
+    assert (found["k"], found["n"]) == (1, 2)

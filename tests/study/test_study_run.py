@@ -7,10 +7,7 @@ import itertools
 import json
 import os
 import re
-import resource
-import subprocess
-import sys
-import typing
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -32,32 +29,7 @@ from fastlip.study.verdicts import rules_in_words
 QUIET = Console(quiet=True)
 
 
-def conforms(value, hint, where="results"):
-    """Assert that plain JSON ``value`` has the shape of the type ``hint``."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if typing.is_typeddict(hint):
-        assert set(value) == set(typing.get_type_hints(hint)), where
-        for name, inner in typing.get_type_hints(hint).items():
-            conforms(value[name], inner, f"{where}.{name}")
-    elif origin is list:
-        assert isinstance(value, list), where
-        for i, item in enumerate(value):
-            conforms(item, arguments[0], f"{where}[{i}]")
-    elif origin is typing.Literal:
-        assert value in arguments, where
-    elif arguments:
-        if value is not None:
-            conforms(value, next(a for a in arguments if a is not type(None)), where)
-        else:
-            assert type(None) in arguments, where
-    elif hint is float:
-        assert isinstance(value, int | float), where
-        assert not isinstance(value, bool), where
-    else:
-        assert type(value) is hint, where
-
-
-def test_results_have_the_schema_and_consistent_numbers(finished, micro):
+def test_results_have_the_schema_and_consistent_numbers(finished, micro, conforms):
     results = read_json(finished.results)
     conforms(results, Results)
     assert results["generated"] is True
@@ -203,7 +175,7 @@ def test_report_is_self_contained_and_says_generated(finished):
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", html)
     assert "<strong>GENERATED IMAGES</strong>" in html
     assert html.index("GENERATED IMAGES") < html.index("The four answers") < html.index("seed-table")
-    assert "prefers-color-scheme: dark" in html
+    assert "@media screen and (prefers-color-scheme: dark)" in html  # paper is white whatever the screen is
     assert 'name="viewport"' in html
     assert "@media print" in html
 
@@ -252,25 +224,6 @@ def test_runs_are_set_side_by_side(finished):
         compare([finished.path])
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(finished, micro_arguments, tmp_path):
-    # A limit on the size of files stands for a disk without room: the kernel refuses the write in the same place.
-    command = [sys.executable, "-m", "fastlip.study", "--out", str(tmp_path / "run"), *micro_arguments]
-    limit = (1 << 20, 1 << 20)
-    full = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-        timeout=300,
-    )
-    assert full.returncode == 1
-    assert full.stderr.startswith("error: ")
-    assert "same command again" in full.stderr
-    assert full.stderr.count("\n") == 1
-    assert not list((tmp_path / "run").glob("checkpoints/*.safetensors"))
-    assert not list((tmp_path / "run").rglob("*.part*"))
-
-
 @pytest.mark.parametrize("change", [{"seed": 1}, {"examples": 3}])
 def test_another_configuration_in_the_same_directory_is_refused(finished, micro, change):
     with pytest.raises(StudyError, match=f"another configuration: {next(iter(change))}") as caught:
@@ -291,6 +244,30 @@ def test_a_device_that_is_not_there_is_one_line(micro, tmp_path, device):
         runner.run(dataclasses.replace(micro, device=device), Places(), tmp_path / "run", QUIET)
     assert caught.value.status == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_other_rules_than_those_of_the_beginning_are_refused(finished, micro, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    config = read_json(run / "config.json")
+    (run / "config.json").write_text(json.dumps(config | {"rules": ["another rule", *config["rules"][1:]]}))
+    (run / "results.json").unlink()
+    with pytest.raises(StudyError, match="rules of the verdicts"):
+        runner.run(micro, Places(), run, QUIET)
+    assert not (run / "results.json").exists()
+
+
+def test_a_run_that_another_process_begins_first_is_looked_at_again(finished, micro, tmp_path, monkeypatch):
+    run, real = tmp_path / "run", runner.rundir.locked
+
+    def locked_late(path, join):
+        (run).mkdir()
+        shutil.copy(finished.path / "config.json", run)
+        return real(path, join)
+
+    monkeypatch.setattr(runner.rundir, "locked", locked_late)
+    with pytest.raises(StudyError, match="another configuration: seed"):
+        runner.run(dataclasses.replace(micro, seed=1), Places(), run, QUIET, join=True)
 
 
 def test_a_second_process_is_kept_out(finished, micro):

@@ -35,7 +35,7 @@ with joined() as team:
         model, images.to(torch.uint8), labels,
         Schedule(images=40, epochs=3, max_lr=0.1, batch_size=16, snapshots=(2,)),
         seed=5, precision=torch.float32, state_path=out / "state.pt", save_seconds=0,
-        progress=lambda *a: None, team=team, keep=kept.append,
+        progress=lambda *a: None, team=team, keep=kept.append, compiled="compiled" in sys.argv,
     )
     if team.leads:
         state = {k: v.tolist() for k, v in model.state_dict().items()}
@@ -50,22 +50,33 @@ def launched(processes, *arguments, timeout=300):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
-def test_two_processes_train_the_same_network_as_one(tmp_path):
+def trained(tmp_path, processes, *arguments):
+    """Weights, loss, accuracy, snapshots and the size of the team."""
     (tmp_path / "train.py").write_text(TRAIN)
-    found = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        out.mkdir()
-        done = launched(processes, str(tmp_path / "train.py"), str(out))
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads((out / "found.json").read_text()))
-    (one, loss, accuracy, kept, _), (two, loss2, accuracy2, kept2, size) = found
+    out = tmp_path / f"{processes}"
+    out.mkdir()
+    done = launched(processes, str(tmp_path / "train.py"), str(out), *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "found.json").read_text())
+
+
+def are_the_same(one, two):
+    (weights, loss, accuracy, kept, _), (weights2, loss2, accuracy2, kept2, size) = one, two
     assert size == 2
     assert kept == kept2 == [2]
     assert accuracy == accuracy2
     assert loss2 == pytest.approx(loss, rel=1e-5)
-    for name, value in one.items():
-        np.testing.assert_allclose(two[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    for name, value in weights.items():
+        np.testing.assert_allclose(weights2[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_two_processes_train_the_same_network_as_one(tmp_path):
+    are_the_same(trained(tmp_path, 1), trained(tmp_path, 2))
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_compiled_network(tmp_path):
+    are_the_same(trained(tmp_path, 1), trained(tmp_path, 2, "compiled"))
 
 
 @pytest.mark.slow

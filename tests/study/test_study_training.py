@@ -24,13 +24,21 @@ def data():
     return images.to(torch.uint8), labels
 
 
-def run(model, path, *, schedule=SCHEDULE, stop_at=None, precision=torch.float32, seed=5):
+def run(model, path, *, schedule=SCHEDULE, stop_at=None, precision=torch.float32, seed=5, compiled=False):
     def progress(done, total, note):
         if done == stop_at:
             raise KeyboardInterrupt
 
     return train(
-        model, *data(), schedule, seed=seed, precision=precision, state_path=path, save_seconds=0, progress=progress
+        model,
+        *data(),
+        schedule,
+        seed=seed,
+        precision=precision,
+        state_path=path,
+        save_seconds=0,
+        progress=progress,
+        compiled=compiled,
     )
 
 
@@ -80,6 +88,24 @@ def test_bfloat16_trains_float32_weights(tmp_path):
     model = tiny()
     run(model, tmp_path / "a.pt", precision=torch.bfloat16)
     assert model[0].weight.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_compiled_network_trains_like_the_same_network_and_resumes(tmp_path, precision):
+    plain, compiled, parts = tiny(), tiny(), tiny()
+    expected = run(plain, tmp_path / "a.pt", precision=precision)
+    found = run(compiled, tmp_path / "b.pt", precision=precision, compiled=True)
+    # Eager operations round each result to bfloat16; a compiled one rounds less often.
+    assert found.loss == pytest.approx(expected.loss, rel=1e-4 if precision == torch.float32 else 2e-2)
+    a, b = (torch.cat([v.double().flatten() for v in m.state_dict().values()]) for m in (plain, compiled))
+    assert (a - b).norm() < (1e-4 if precision == torch.float32 else 2e-2) * a.norm()
+    with pytest.raises(KeyboardInterrupt):
+        run(parts, tmp_path / "c.pt", precision=precision, compiled=True, stop_at=3)
+    parts = tiny()
+    assert run(parts, tmp_path / "c.pt", precision=precision, compiled=True) == found
+    for (name, x), y in zip(compiled.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path):

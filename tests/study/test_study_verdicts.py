@@ -3,31 +3,26 @@
 import numpy as np
 import pytest
 
-from fastlip.study.config import Rules
-from fastlip.study.statistics import mean, median, rate
+from fastlip.study import presets
+from fastlip.study.config import TRANSFER, Rules
+from fastlip.study.statistics import rate
 from fastlip.study.verdicts import QUESTIONS, rules_in_words, verdicts
 
 RULES = Rules(resamples=500)
 
 
-def model(arm, seed, *, ratios=(0.01,) * 60, distortion=0.01, accuracy=0.5, log10_upper=20.0, stretch=5.0):
+def model(arm, seed, *, ratios=(0.01,) * 60):
     """As much of a model's results as the rules read."""
     return {
         "name": f"{arm}-s{seed}",
         "arm": arm,
         "seed": seed,
         "ratio_share": rate(np.array(ratios) <= RULES.ratio, 0.95),
-        "smallest_pgd": {
-            "median": median(np.full(60, distortion), 0.95),
-            "stretch": {"mean": mean(np.array([stretch]), 0.95, 10), "largest": stretch},
-        },
-        "attacks": [{"norm": "linf", "strength": 1 / 255, "accuracy": rate(np.arange(1000) < 1000 * accuracy, 0.95)}],
-        "lipschitz": {"log10_upper": log10_upper},
     }
 
 
 def verdict(models, number):
-    return verdicts(models, [], RULES)[number - 1]["verdict"]
+    return verdicts(models, [], [], RULES)[number - 1]["verdict"]
 
 
 @pytest.mark.parametrize(("number", "arm"), [(1, "scratch"), (2, "finetune")])
@@ -52,26 +47,42 @@ def test_a_ratio_of_an_image_on_which_nothing_was_found_is_not_small():
     assert verdict([model("scratch", 0, ratios=[np.inf] * 60)], 1) == "contradicted"
 
 
-def test_seeds_that_disagree_determine_nothing():
+def test_seeds_that_disagree_determine_nothing_and_are_said_to():
     models = [model("scratch", 0), model("scratch", 1, ratios=[0.5] * 60)]
-    assert verdict(models, 1) == "undetermined"
+    answer = verdicts(models, [], [], RULES)[0]
+    assert answer["verdict"] == "undetermined"
+    assert "disagree" in answer["because"]
+
+
+def test_a_seed_that_cannot_be_told_determines_nothing():
+    models = [model("scratch", 0), model("scratch", 1, ratios=[0.05] * 54 + [0.5] * 6)]
+    answer = verdicts(models, [], [], RULES)[0]
+    assert answer["verdict"] == "undetermined"
+    assert "interval contains" in answer["because"]
 
 
 def pairs(seeds, distortion, accuracy):
-    """Scratch and fine-tuned models that differ by the given amounts with some noise from seed to seed."""
+    """Comparisons of fine-tuned and scratch models that differ by the given amounts with some noise between seeds."""
     rng = np.random.default_rng(0)
     found = []
     for seed in range(seeds):
-        found.append(model("scratch", seed, distortion=0.010, accuracy=0.5))
-        found.append(
-            model(
-                "finetune",
-                seed,
-                distortion=0.010 + distortion + 1e-4 * rng.normal(),
-                accuracy=0.5 + accuracy + 0.01 * rng.normal(),
-            )
-        )
+        for measure, value, spread in (
+            ("median smallest distortion", distortion, 1e-4),
+            ("accuracy under PGD", accuracy, 0.01),
+        ):
+            difference = estimate(None if value is None else value + spread * rng.normal())
+            found.append({"arm": "finetune", "seed": seed, "measure": measure, "difference": difference})
+            # Another arm's differences are not read.
+            found.append({"arm": "linear", "seed": seed, "measure": measure, "difference": estimate(-1.0)})
     return found
+
+
+def estimate(value):
+    return {"n": 60, "value": value, "low": None, "high": None, "confidence": 0.95}
+
+
+def pretraining(comparisons):
+    return verdicts([], comparisons, [], RULES)[2]
 
 
 @pytest.mark.parametrize(
@@ -87,22 +98,31 @@ def pairs(seeds, distortion, accuracy):
     ],
 )
 def test_question_3_by_differences_over_seeds(seeds, distortion, accuracy, expected):
-    assert verdict(pairs(seeds, distortion, accuracy), 3) == expected
+    assert pretraining(pairs(seeds, distortion, accuracy))["verdict"] == expected
 
 
 def test_one_seed_says_why_it_determines_nothing():
-    answer = verdicts(pairs(1, 0.01, 0.2), [], RULES)[2]
+    answer = pretraining(pairs(1, 0.01, 0.2))
     assert "1 of the 3 needed" in answer["because"]
     assert answer["statistics"][0]["estimate"]["low"] is None
 
 
 def test_declared_comparisons_are_corrected_together():
-    statistics = verdicts(pairs(5, 0.004, 0.2), [], RULES)[2]["statistics"]
+    statistics = pretraining(pairs(5, 0.004, 0.2))["statistics"]
     first, second = sorted(statistics, key=lambda s: s["p"])
     assert first["p_holm"] == pytest.approx(6 * first["p"])  # the four of question 4 could not be made, and count
     assert second["p_holm"] == pytest.approx(max(5 * second["p"], first["p_holm"]))
     for s in statistics:
         assert (s["estimate"]["low"] > 0) == (s["p_holm"] <= 0.05)
+
+
+def test_a_seed_whose_median_is_censored_is_not_left_out():
+    found = pairs(5, 0.004, 0.2)
+    found[0]["difference"] = estimate(None)
+    answer = pretraining(found)
+    assert answer["verdict"] == "undetermined"
+    assert "1 of 5 seeds" in answer["because"]
+    assert answer["statistics"][0]["p"] is None
 
 
 def points(slope, *, runs=12, cases=("scratch", "finetune"), noise=0.1):
@@ -131,27 +151,44 @@ def points(slope, *, runs=12, cases=("scratch", "finetune"), noise=0.1):
 
 @pytest.mark.parametrize(("slope", "expected"), [(-1, "supported"), (1, "supported"), (0, "undetermined")])
 def test_question_4_by_rank_correlation(slope, expected):
-    assert verdicts([], points(slope, noise=0.1 if slope else 1.0), RULES)[3]["verdict"] == expected
+    assert verdicts([], [], points(slope, noise=0.1 if slope else 1.0), RULES)[3]["verdict"] == expected
+
+
+@pytest.mark.slow
+def test_six_runs_without_a_correlation_are_hardly_ever_given_one():
+    # Both constants follow each other, and the snapshots of a run each other: nothing but the number of runs is left.
+    rng = np.random.default_rng(5)
+    found = []
+    for _ in range(30):
+        null = points(0, runs=6, noise=0.0)
+        level = {run: rng.normal() for run in sorted({p["run"] for p in null})}
+        constant = {run: rng.normal() for run in level}
+        for p in null:
+            p["median"] = 0.1 + 0.01 * (level[p["run"]] + 0.1 * rng.normal())
+            p["log10_upper"], p["stretch"] = 20 + constant[p["run"]], 5 + constant[p["run"]] + 0.1 * rng.normal()
+        found.append(verdicts([], [], null, Rules(resamples=400))[3]["verdict"])
+    assert found.count("supported") <= 1
+    assert found.count("contradicted") == 0
 
 
 def test_question_4_can_be_contradicted():
-    assert verdicts([], points(0, runs=400, noise=1.0), RULES)[3]["verdict"] == "contradicted"
+    assert verdicts([], [], points(0, runs=400, noise=1.0), RULES)[3]["verdict"] == "contradicted"
 
 
 def test_question_4_wants_both_cases_to_agree():
     mixed = points(1, cases=("scratch",)) + points(-1, cases=("finetune",))
-    assert verdicts([], mixed, RULES)[3]["verdict"] == "undetermined"
+    assert verdicts([], [], mixed, RULES)[3]["verdict"] == "undetermined"
 
 
 def test_question_4_counts_runs_and_not_their_snapshots():
-    answer = verdicts([], points(1, runs=5), RULES)[3]
+    answer = verdicts([], [], points(1, runs=5), RULES)[3]
     assert answer["verdict"] == "undetermined"
     assert "5 from scratch" in answer["because"]
 
 
 @pytest.mark.parametrize(("small", "of"), [(60, 60), (97, 100)])
 def test_a_verdict_says_what_would_change_it(small, of):
-    answer = verdicts([model("scratch", 0, ratios=[0.05] * small + [0.5] * (of - small))], [], RULES)[0]
+    answer = verdicts([model("scratch", 0, ratios=[0.05] * small + [0.5] * (of - small))], [], [], RULES)[0]
     spare = int(answer["change"].split("with ")[1].split()[0])
     for lost, expected in ((spare - 1, "supported"), (spare, "undetermined")):
         left = small - lost
@@ -166,3 +203,12 @@ def test_rules_state_the_numbers_they_use():
     assert "4 seeds" in words[2]
     assert "2/255" in words[2]
     assert "9 training runs" in words[3]
+
+
+def test_the_full_preset_has_as_many_runs_as_the_rules_want():
+    full = presets.preset("full")
+    assert full.seeds >= full.rules.min_seeds
+    assert full.seeds >= full.rules.min_runs  # question 4, from scratch: one arm
+    assert full.seeds * len(set(full.arms) & set(TRANSFER)) >= full.rules.min_runs
+    assert full.scratch.snapshots
+    assert full.finetune.snapshots

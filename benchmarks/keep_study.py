@@ -1,0 +1,50 @@
+"""Keep a finished run of the study in the repository: ``python benchmarks/keep_study.py RUN``.
+
+Copies what the report is made of to ``benchmarks/results/study/PRESET``, without checkpoints, without the paths that
+the run was given, and with no more stored images than the report shows; then builds tables and report there. Where only
+tables or report have changed, ``python -m fastlip.study report benchmarks/results/study/PRESET`` is enough.
+"""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from fastlip.study import report
+from fastlip.study.examples import examples
+from fastlip.study.files import read_arrays, read_json, write_arrays, write_json
+from fastlip.study.rundir import RunDirectory
+
+RESULTS = Path(__file__).resolve().parent / "results" / "study"
+#: Options of the command line that name files.
+PATHS = ("data", "source-checkpoint", "source-data", "corruptions", "out")
+
+
+def keep(run: RunDirectory, folder: Path) -> None:
+    if run.path.resolve() == folder.resolve():
+        raise SystemExit(f"{folder} is kept already")
+    shutil.rmtree(folder, ignore_errors=True)
+    command = re.sub(rf"--({'|'.join(PATHS)})[ =]\S+", lambda m: f"--{m[1]} {m[1].upper()}", run.config["command"])
+    write_json(folder / "config.json", run.config | {"command": command})
+    for path in (run.results, run.timings):
+        shutil.copy(path, folder)
+    kept = RunDirectory(folder)
+    shown = examples(run, read_json(run.results)["classes"])
+    for rows in (8, 16, 32, 64):
+        for model in run.models:
+            for name in ("clean-attacked", "smallest-pgd", "smallest-gaussian"):
+                arrays = read_arrays(run.images(model.name, name))
+                cut = {"image": arrays["image"][:rows]} if model.seed == run.settings.seed else {}
+                arrays.pop("image")
+                write_arrays(kept.images(model.name, name), arrays | cut)
+        if examples(kept, read_json(run.results)["classes"]) == shown:
+            break
+    report.write(kept)
+    shutil.rmtree(kept.figures)  # they are in the report, with their data
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    source = RunDirectory(Path(sys.argv[1]))
+    keep(source, RESULTS / source.settings.preset)
