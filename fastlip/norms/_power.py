@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlip.norms._certificate import Array, overlap, power_bound
 from fastlip.norms._composed import AnyOperator, forward_error, magnitude
-from fastlip.norms._iterate import Iterate, Plan, draw_starts, norm_error
+from fastlip.norms._iterate import Iterate, Plan, draw_starts, norm_error, on_device
 from fastlip.norms._replay import Replayed, Step, worthwhile
 from fastlip.norms._stack import Stack, stack
 
@@ -25,6 +25,7 @@ def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     """
     plan = replace(plan, dtype=torch.float64)
     operators, b = stack(ops, plan.starts, plan.dtype), plan.starts
+    plan = on_device(plan, operators.device)
     sizes = [math.prod(op.input_shape) for op in ops]
     starts, moved = zip(*(draw_starts(size, plan, operators.device) for size in sizes), strict=True)
     events = np.array([overlap(size, plan.eta, b) for size in sizes]) - torch.stack(moved).cpu().numpy()

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip.norms import Composed, Operator, conv_norm, conv_operator
 from fastlip.norms import _replay as replay
+from fastlip.norms._iterate import Plan, on_device
 from fastlip.norms._power import _Steps
 from fastlip.norms._recurrence import Recurrence
 from fastlip.norms._stack import stack
@@ -210,6 +211,14 @@ def test_the_same_norms_from_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(after.iterations - before.iterations) <= 1
 
 
+def test_starts_are_drawn_on_the_device_of_the_operators() -> None:
+    plan = Plan(1e-6, 4, 1e-2, 10, torch.float32, torch.Generator().manual_seed(0))
+    assert on_device(plan, torch.device("cpu")) is plan
+    if torch.cuda.is_available():
+        seeds = {on_device(plan, torch.device("cuda")).generator.initial_seed() for _ in range(3)}
+        assert len(seeds) == 3  # every run has draws of its own
+
+
 def test_a_failed_capture_warns_once_and_goes_on() -> None:
     if torch.cuda.is_available():
         pytest.skip("capture works where there is a GPU")
@@ -277,6 +286,11 @@ def test_norms_on_the_device_hold(method: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a capture that failed
         found = conv_norm(weight.cuda(), 14, padding=1, method=method, rtol=1e-3)
+        again = [
+            conv_norm(weight.cuda(), 14, padding=1, method=method, generator=torch.Generator().manual_seed(3))
+            for _ in range(2)
+        ]
+    assert again[0] == again[1]
     truth = conv_norm(weight, 14, padding=1, method="svd")
     assert found.converged
     assert found.lower <= truth.upper
