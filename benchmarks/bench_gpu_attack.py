@@ -131,7 +131,8 @@ def main() -> None:
         model.load_state_dict(load_checkpoint(args.checkpoint)[0])
         model = model.to(args.device).eval()
     warnings.simplefilter("ignore")
-    images, labels = test.images.float().div(255).to(args.device), test.labels.to(args.device)
+    most = 4 * args.images  # of which so many shall be right
+    images, labels = test.images[:most].float().div(255).to(args.device), test.labels[:most].to(args.device)
     right = decisions(model, images, args.batch) == labels
     images, labels = images[right][: args.images], labels[right][: args.images]
     clean = right.double().mean().item()
