@@ -94,8 +94,8 @@ else
   TRITON_INTERPRET=1 tests triton 300 triton -k "matches_reference and linf" "$repository/tests/ops/test_random_start.py"
   bench bench_gpu_norms 300 --tiny --checkpoints 3 --seconds 0.02
   bench bench_gpu_attack 300 --images 8 --batch 4 --train-seconds "${TRAIN_SECONDS:-60}"
-  bench bench_pgd_step 300 --seconds 0.01 --no-compile
-  bench bench_apgd_step 300 --seconds 0.01 --no-compile
+  bench bench_pgd_step 300 --shape 256x3x32x32 --seconds 0.01 --no-compile
+  bench bench_apgd_step 300 --shape 256x3x32x32 --seconds 0.01 --no-compile
   bench bench_operator_step 300 --starts 1 --seconds 0.01
 fi
 
