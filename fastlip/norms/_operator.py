@@ -62,6 +62,19 @@ class Operator:
         """[Cout, *output_size]."""
         return (self.weight.shape[0], *self.output_size)
 
+    @cached_property
+    def absolute_bound(self) -> float:
+        """See :func:`absolute_bound`."""
+        magnitude = self.weight.detach().abs().double()
+        rows = magnitude.flatten(1).sum(1).max()
+        columns = magnitude.reshape(self.groups, -1, self.weight.shape[1], math.prod(self.kernel)).sum((1, 3)).max()
+        copies = 1
+        if self.padding_mode != "zeros":
+            # One position is copied at most once by the interior, and by each border in full.
+            copies = math.prod(1 + max(left, 0) + max(right, 0) for left, right in self.padding)
+        by_row, by_column = torch.stack([rows, columns]).tolist()
+        return math.sqrt(by_row * by_column * copies)
+
     def with_weight(self, weight: Tensor) -> "Operator":
         """The same geometry with another weight."""
         return replace(self, weight=weight)
@@ -116,7 +129,7 @@ def conv_operator(
 
 def check_finite(weight: Tensor) -> None:
     """Raise ValueError if a weight holds NaN or infinite values; both show in its extremes."""
-    if weight.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(weight.detach())):
+    if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
         raise ValueError("weight holds NaN or infinite values; its norm is undefined")
 
 
@@ -223,14 +236,7 @@ def absolute_bound(op: Operator) -> float:
 
     sqrt(||A||_1 ||A||_inf), with what a padding mode repeats counted. It scales the rounding terms.
     """
-    magnitude = op.weight.detach().abs().double()
-    rows = magnitude.flatten(1).sum(1).max().item()
-    columns = magnitude.reshape(op.groups, -1, op.weight.shape[1], math.prod(op.kernel)).sum((1, 3)).max().item()
-    copies = 1
-    if op.padding_mode != "zeros":
-        # One position is copied at most once by the interior, and by each border in full.
-        copies = math.prod(1 + max(left, 0) + max(right, 0) for left, right in op.padding)
-    return math.sqrt(rows * columns * copies)
+    return op.absolute_bound
 
 
 def reduction_length(op: Operator) -> int:
