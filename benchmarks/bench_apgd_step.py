@@ -118,12 +118,15 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    parser.add_argument("--shape", nargs="*", help="only these, such as 256x3x32x32")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     for name, shape in shapes_for(args.device).items():
+        if args.shape and name not in args.shape:
+            continue
         compiled = not args.no_compile and (args.device == "cpu" or name in BATCH_SHAPES)
         rows += measure(args.device, name, shape, args.seconds, compiled)
     write_csv(args.out / f"apgd_step_{args.device}.csv", rows)

@@ -11,7 +11,7 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 out=${OUT:-$repository/benchmarks/results/gpu}
-deadline=${SECONDS_IN_ALL:-530}
+deadline=${SECONDS_IN_ALL:-$([[ $device == cpu ]] && echo 1800 || echo 530)}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 # Out of the repository: the installed package has the compiled libraries, the source tree has not.
@@ -89,14 +89,14 @@ if [[ $device == cuda ]]; then
   bench bench_operator_step 45 --seconds 0.05
 else
   export OMP_NUM_THREADS=1
-  step build_info 20 "$python" -m fastlip
-  tests native 60 native -k "layouts" "$repository/tests/ops" "$repository/tests/norms/test_recurrence.py"
-  bench bench_gpu_norms 60 --tiny --checkpoints 3 --seconds 0.02
-  bench bench_pgd_step 60 --seconds 0.01 --no-compile
-  bench bench_apgd_step 60 --seconds 0.01 --no-compile
-  bench bench_gpu_attack 120 --images 8 --batch 4 --train-seconds "${TRAIN_SECONDS:-30}"
-  TRITON_INTERPRET=1 tests triton 60 triton -k "layouts" "$repository/tests/ops/test_random_start.py"
-  bench bench_operator_step 120 --starts 1 --seconds 0.01
+  step build_info 100 "$python" -m fastlip
+  tests native 300 native -k "layouts" "$repository/tests/ops" "$repository/tests/norms/test_recurrence.py"
+  TRITON_INTERPRET=1 tests triton 300 triton -k "matches_reference and linf" "$repository/tests/ops/test_random_start.py"
+  bench bench_gpu_norms 300 --tiny --checkpoints 3 --seconds 0.02
+  bench bench_gpu_attack 300 --images 8 --batch 4 --train-seconds "${TRAIN_SECONDS:-60}"
+  bench bench_pgd_step 300 --shape 256x3x32x32 --seconds 0.01 --no-compile
+  bench bench_apgd_step 300 --shape 256x3x32x32 --seconds 0.01 --no-compile
+  bench bench_operator_step 300 --starts 1 --seconds 0.01
 fi
 
 for log in build_info bench_operator_step bench_pgd_step bench_apgd_step bench_gpu_norms bench_gpu_attack; do

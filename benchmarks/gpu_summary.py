@@ -91,6 +91,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     args = parser.parse_args()
+    if args.device == "cpu":
+        print("a dry run: numbers of small problems on a CPU, which say that the parts fit together and nothing else")
     print(f"{'what':<56} {'aim':>7} {'measured':>9}")
     for what, aim, value in results(args.folder, args.device):
         print(f"{what:<56} {aim:>7} {'-' if value is None else f'{value:.3g}':>9}")

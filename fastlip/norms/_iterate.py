@@ -1,7 +1,7 @@
 """What the iterations share: their starts, and the rounding they are charged for."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,14 @@ class Plan:
     dtype: torch.dtype
     generator: torch.Generator
     keep_vectors: bool = False
+
+
+def on_device(plan: Plan, device: torch.device) -> Plan:
+    """The plan with a generator on the operators' GPU, seeded by its own: a CPU draws more slowly than they iterate."""
+    if device.type != "cuda" or plan.generator.device.type == "cuda":
+        return plan
+    seed = int(torch.randint(2**63 - 1, (), generator=plan.generator))
+    return replace(plan, generator=torch.Generator(device).manual_seed(seed))
 
 
 def draw_starts(size: int, plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 
 from fastlip.norms._certificate import Array, krylov_bound, normal_equations, overlap, ritz, sketch_scale
 from fastlip.norms._composed import AnyOperator
-from fastlip.norms._iterate import Iterate, Plan, draw_starts
+from fastlip.norms._iterate import Iterate, Plan, draw_starts, on_device
 from fastlip.norms._measured import Sketches, certify
 from fastlip.norms._recurrence import Recurrence
 from fastlip.norms._stack import stack
@@ -29,6 +29,7 @@ _LEAST_ON_GPU = 6
 def lanczos_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     """Intervals for operators that can be stacked; each upper side fails with probability at most ``plan.eta``."""
     operators = stack(ops, plan.starts, plan.dtype)
+    plan = on_device(plan, operators.device)
     sizes = [math.prod(op.input_shape) for op in ops]
     starts, moved = zip(*(draw_starts(size, plan, operators.device) for size in sizes), strict=True)
     overlaps = [overlap(size, plan.eta * (1.0 - _SKETCH_SHARE), plan.starts) for size in sizes]

@@ -69,9 +69,8 @@ class Operator:
         sqrt(||A||_1 ||A||_inf), with what a padding mode repeats counted. It scales the rounding terms.
         """
         grouped = self.weight.detach().reshape(self.groups, -1, self.weight.shape[1], math.prod(self.kernel))
-        rows, columns = (
-            torch.linalg.vector_norm(grouped, 1, dim, dtype=torch.float64).max().item() for dim in ((2, 3), (1, 3))
-        )
+        sums = (torch.linalg.vector_norm(grouped, 1, dim, dtype=torch.float64).max() for dim in ((2, 3), (1, 3)))
+        rows, columns = torch.stack(list(sums)).tolist()  # one read from the device
         copies = 1
         if self.padding_mode != "zeros":
             # One position is copied at most once by the interior, and by each border in full.
@@ -132,7 +131,7 @@ def conv_operator(
 
 def check_finite(weight: Tensor) -> None:
     """Raise ValueError if a weight holds NaN or infinite values; both show in its extremes."""
-    if weight.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(weight.detach())):
+    if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
         raise ValueError("weight holds NaN or infinite values; its norm is undefined")
 
 

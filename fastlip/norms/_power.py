@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastlip.norms._certificate import Array, overlap, power_bound
 from fastlip.norms._composed import AnyOperator, forward_error, magnitude
-from fastlip.norms._iterate import Iterate, Plan, draw_starts, norm_error
-from fastlip.norms._replay import Replayed, Step, worthwhile
+from fastlip.norms._iterate import Iterate, Plan, draw_starts, norm_error, on_device
+from fastlip.norms._replay import Replayed, Runner, worthwhile
 from fastlip.norms._stack import Stack, stack
 
 _CHECK_EVERY = 10
@@ -25,6 +25,7 @@ def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     """
     plan = replace(plan, dtype=torch.float64)
     operators, b = stack(ops, plan.starts, plan.dtype), plan.starts
+    plan = on_device(plan, operators.device)
     sizes = [math.prod(op.input_shape) for op in ops]
     starts, moved = zip(*(draw_starts(size, plan, operators.device) for size in sizes), strict=True)
     events = np.array([overlap(size, plan.eta, b) for size in sizes]) - torch.stack(moved).cpu().numpy()
@@ -77,9 +78,9 @@ class _Steps:
             _CHECK_EVERY, 2, operators.chains[-1].stop, dtype=torch.float64, device=starts.device
         )
         self._before = torch.ones_like(self._squares[0, 1])
-        self._whole: Step = lambda: self._chunk(_CHECK_EVERY)
+        self._runner: Runner | None = None
         if worthwhile(starts.device, starts.numel() + self._u.numel()):
-            self._whole = Replayed(self._whole, starts.device)
+            self._runner = Replayed(starts.device)
 
     def _chunk(self, count: int) -> None:
         square = self._before
@@ -91,8 +92,8 @@ class _Steps:
 
     def advance(self, count: int) -> tuple[Array, Array]:
         """Norms of A v / ||v|| and squared norms of A^T A v / ||v|| in each of ``count`` steps, [count, chains]."""
-        if count == _CHECK_EVERY:
-            self._whole()
+        if self._runner is not None and count == _CHECK_EVERY:
+            self._runner(lambda: self._chunk(count))
         else:
             self._chunk(count)
         squares = self._squares[:count].cpu().numpy()

@@ -1,13 +1,12 @@
 """The bidiagonalisations of many operators, a chunk of steps at a time."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlip.norms._certificate import Array
-from fastlip.norms._replay import Replayed, Step, worthwhile
+from fastlip.norms._replay import Replayed, Runner, worthwhile
 from fastlip.norms._stack import Stack
 
 #: Steps whose vectors are allocated together; even, so that a pair of steps has its squares in one block.
@@ -46,18 +45,18 @@ class Recurrence:
             for place, chains in zip(operators.domain, operators.chains, strict=True)
         ]
         self._start = torch.cat([torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in rows]).square()
-        self._zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self._blocks: list[_Block] = []
         self._reserve(0)
         self._vector(0).copy_(starts)
         self._u = _vectors(2, operators.range[-1].stop, operators).zero_()
+        self._half_steps = _HalfSteps(operators, self.active)
         self._pair: _Pair | None = None
         if worthwhile(self.device, operators.domain[-1].stop + operators.range[-1].stop):
-            self.work_in_pairs(Replayed)
+            self.work_in_pairs(Replayed(self.device))
 
-    def work_in_pairs(self, replayed: Callable[[Step, torch.device], Step]) -> None:
-        """Take two steps at a time on fixed memory, by what ``replayed`` makes of them; to be set before any step."""
-        self._pair = _Pair(self, replayed)
+    def work_in_pairs(self, runner: Runner) -> None:
+        """Take two steps at a time on fixed memory, run by ``runner``; to be set before any step."""
+        self._pair = _Pair(self._half_steps, self._vector(0), self._start, self._u, runner)
 
     def _reserve(self, index: int) -> None:
         """Have memory for the vectors and squares of a step."""
@@ -85,68 +84,82 @@ class Recurrence:
         self._reserve(self.steps + count + 1)
         if self._pair is not None:
             for _ in range(0, count, 2):
-                self._pair.step(self)
+                self._take(self._pair)
             return
         for _ in range(count):
             k = self.steps
             w, beta = self._vector(k), self._squares(k - 1)[1] if k else self._start
             u, before = self._u[k % 2], (self._u[1 - k % 2], self._squares(k - 1)[0]) if k else None
-            self._step(w, beta, u, self._squares(k), self._vector(k + 1), before)
+            self._half_steps(w, beta, u, self._squares(k), self._vector(k + 1), before)
             self.steps += 1
 
-    def _step(
-        self, w: Tensor, beta: Tensor, u: Tensor, squares: Tensor, out: Tensor, before: tuple[Tensor, Tensor] | None
-    ) -> None:
-        """From w = b_{k-1} v_k and the u of the step before to u, its and the next w's squares, and ``out``."""
-        alpha = squares[0]
-        earlier = {} if before is None else {"previous": before[0], "previous_square": before[1]}
-        self._stack.forward(w, u, alpha, x_square=beta, active=self.active, **earlier)
-        self._end(alpha)
-        earlier = {"previous": w, "previous_square": beta}
-        self._stack.adjoint(u, out, squares[1], x_square=alpha, active=self.active, **earlier)
-        self._end(squares[1])
-
-    def _end(self, square: Tensor) -> None:
-        torch.where(square > _ENDED**2, square, self._zero, out=square)
+    def _take(self, pair: "_Pair") -> None:
+        k = self.steps
+        pair.run()
+        self._vector(k + 1).copy_(pair.vectors[1])
+        self._vector(k + 2).copy_(pair.vectors[0])
+        self._blocks[k // _BLOCK].squares[k % _BLOCK : k % _BLOCK + 2].copy_(pair.squares)
+        self.steps += 2
 
     def coefficients(self, count: int) -> tuple[Array, Array]:
         """a_1 ... a_k, [chains, k], and b_0 ... b_k, [chains, k + 1], for k = ``count``; b_0 is the norm of the start.
 
         One read from the device.
         """
-        start = torch.stack([self._zero.expand_as(self._start), self._start])
+        start = torch.stack([torch.zeros_like(self._start), self._start])
         squares = torch.cat([start[None], *(block.squares for block in self._blocks)])[: count + 1]
         alpha, beta = squares.permute(1, 2, 0).contiguous().sqrt_().cpu().numpy()
         return alpha[:, 1:], beta
 
 
+class _HalfSteps:
+    """One step, on memory that is named each time."""
+
+    def __init__(self, operators: Stack, active: Tensor) -> None:
+        self._stack, self._active = operators, active
+        self._zero = torch.zeros((), dtype=torch.float64, device=operators.device)
+
+    def __call__(
+        self, w: Tensor, beta: Tensor, u: Tensor, squares: Tensor, out: Tensor, before: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """From w = b_{k-1} v_k and the u of the step before to u, its and the next w's squares, and ``out``."""
+        alpha = squares[0]
+        earlier = {} if before is None else {"previous": before[0], "previous_square": before[1]}
+        self._stack.forward(w, u, alpha, x_square=beta, active=self._active, **earlier)
+        self._end(alpha)
+        earlier = {"previous": w, "previous_square": beta}
+        self._stack.adjoint(u, out, squares[1], x_square=alpha, active=self._active, **earlier)
+        self._end(squares[1])
+
+    def _end(self, square: Tensor) -> None:
+        torch.where(square > _ENDED**2, square, self._zero, out=square)
+
+
 class _Pair:
     """Two steps on fixed memory: the first leaves its w in row 1, the second in row 0, where the next pair begins."""
 
-    def __init__(self, run: Recurrence, replayed: Callable[[Step, torch.device], Step]) -> None:
-        self._vectors = _vectors(2, run._stack.domain[-1].stop, run._stack)
-        self._vectors[0].copy_(run._vector(0))
+    def __init__(self, half_steps: _HalfSteps, w: Tensor, square: Tensor, u: Tensor, runner: Runner) -> None:
+        self._half_steps, self._u, self._runner = half_steps, u, runner
+        self.vectors = w.new_empty(2, _room(w.numel()))[:, : w.numel()]
+        self.vectors[0].copy_(w)
         # The first u that is subtracted is 0, and its square says so: the first step is like the others.
-        self._squares = torch.zeros(2, 2, run._start.numel(), dtype=torch.float64, device=run.device)
-        self._squares[1, 1].copy_(run._start)
-        self._run = replayed(lambda: self._both(run), run.device)
+        self.squares = torch.zeros(2, 2, square.numel(), dtype=torch.float64, device=w.device)
+        self.squares[1, 1].copy_(square)
 
-    def _both(self, run: Recurrence) -> None:
+    def run(self) -> None:
+        self._runner(self._both)
+
+    def _both(self) -> None:
         for i in range(2):
-            before = run._u[1 - i], self._squares[1 - i, 0]
-            beta = self._squares[1 - i, 1]
-            run._step(self._vectors[i], beta, run._u[i], self._squares[i], self._vectors[1 - i], before)
+            before = self._u[1 - i], self.squares[1 - i, 0]
+            w, beta, out = self.vectors[i], self.squares[1 - i, 1], self.vectors[1 - i]
+            self._half_steps(w, beta, self._u[i], self.squares[i], out, before)
 
-    def step(self, run: Recurrence) -> None:
-        self._run()
-        k = run.steps
-        run._vector(k + 1).copy_(self._vectors[1])
-        run._vector(k + 2).copy_(self._vectors[0])
-        run._blocks[k // _BLOCK].squares[k % _BLOCK : k % _BLOCK + 2].copy_(self._squares)
-        run.steps += 2
+
+def _room(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
 
 
 def _vectors(count: int, size: int, stack: Stack) -> Tensor:
     """Uninitialised, [count, size], each aligned."""
-    room = -(-size // _ALIGNED) * _ALIGNED
-    return torch.empty(count, room, dtype=stack.dtype, device=stack.device)[:, :size]
+    return torch.empty(count, _room(size), dtype=stack.dtype, device=stack.device)[:, :size]

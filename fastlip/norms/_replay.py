@@ -9,6 +9,7 @@ import torch
 from fastlip.ops import backends
 
 Step = Callable[[], None]
+Runner = Callable[[Step], None]
 
 #: Elements of all vectors of a half step above which launches hide behind the kernels: there a graph saves nothing, and
 #: copying the vectors out of its fixed memory would cost more. Reckoned from METHODS section 7, not measured.
@@ -21,23 +22,24 @@ def worthwhile(device: torch.device, elements: int) -> bool:
 
 
 class Replayed:
-    """A step that reads and writes the same memory each time, and nothing on the host.
+    """Runs a step that reads and writes the same memory each time, and nothing on the host.
 
-    Its first call runs as it is, which loads the kernels; the second captures it. Where that fails every call runs as
-    it is, after a warning.
+    The first time it runs as it is, which loads the kernels; the second time it is captured. Where that fails it always
+    runs as it is, after a warning. The step is handed over each time and not kept, lest its memory outlive its owner in
+    a cycle of references.
     """
 
-    def __init__(self, step: Step, device: torch.device) -> None:
-        self._step, self._device = step, device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self) -> None:
+    def __call__(self, step: Step) -> None:
         self._calls += 1
         if self._calls == 2:
-            self._graph = _captured(self._step, self._device)
+            self._graph = _captured(step, self._device)
         if self._graph is None:
-            self._step()
+            step()
         else:
             self._graph.replay()
 

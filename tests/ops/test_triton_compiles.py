@@ -1,4 +1,4 @@
-"""The Triton kernels of operator_step_ through Triton's compiler for NVIDIA GPUs; that takes no GPU."""
+"""The Triton kernels through Triton's compiler for NVIDIA GPUs; that takes no GPU."""
 
 import pytest
 
@@ -21,10 +21,27 @@ POINTERS = {
     "active_ptr": "*i1",
     "most_chains": "i32",
 }
+#: Of the PGD family: numbers of a sample lie in the arithmetic's dtype.
+NUMBERS = ("step_size", "eps", "lo", "hi", "loss", "best_loss", "past_loss", "z")
+INTEGERS = {"active_ptr": "*u8", "key_ptr": "*i64", "ids_ptr": "*i64"}
+INTEGERS |= {f"{n}_ptr": "*i32" for n in ("counters", "schedule", "decision", "kept")}
+SCALARS = ("step_size", "eps", "lo", "hi", "momentum", "rest", "rho")
 
 
-def ptx(kernel, capability: int, storage: str, constants: dict[str, object]) -> str:
-    signature = {n: "constexpr" if n in constants else POINTERS.get(n, f"*{storage}") for n in kernel.arg_names}
+def signature_of(kernel, storage: str) -> dict[str, str]:
+    arithmetic = "fp64" if storage == "fp64" else "fp32"
+    pointers = {f"{n}_ptr": f"*{arithmetic}" for n in NUMBERS} | INTEGERS
+    return {
+        n: pointers.get(n, f"*{storage}") if n.endswith("_ptr") else "fp64" if n in SCALARS else "i32"
+        for n in kernel.arg_names
+    }
+
+
+def ptx(
+    kernel, capability: int, storage: str, constants: dict[str, object], signature: dict[str, str] | None = None
+) -> str:
+    signature = signature or {n: POINTERS.get(n, f"*{storage}") for n in kernel.arg_names}
+    signature = {n: "constexpr" if n in constants else kind for n, kind in signature.items()}
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -47,3 +64,32 @@ def test_operator_step_compiles_and_multiplies_at_full_precision(capability):
             if storage == "fp32" and not gather:
                 assert text.count("fma.rn.f32") >= 1024
     assert ".entry" in ptx(operator_step._operator_squares_kernel, capability, "fp32", {})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
+@pytest.mark.parametrize("storage", ["fp32", "fp64", "fp16", "bf16"])
+def test_pgd_family_compiles(storage):
+    from fastlip.ops._triton import apgd_step, pgd_step, random_start
+
+    dtype = tl.float64 if storage == "fp64" else tl.float32
+    flat, large = {"T": dtype, "BLOCK": 1024}, {"T": dtype, "SPAN": 8192, "BLOCK": 4096}
+    free = dict.fromkeys(("step_size_ptr", "eps_ptr", "lo_ptr", "hi_ptr", "active_ptr"))
+    cases = [
+        (pgd_step._pgd_step_linf_kernel, flat),
+        (pgd_step._pgd_step_linf_kernel, flat | free),
+        (pgd_step._pgd_step_linf_kernel, flat | {"grad_ptr": None}),
+        (pgd_step._pgd_step_ball_kernel, large | {"L2": True}),
+        (pgd_step._pgd_step_ball_kernel, large | {"L2": False}),
+        (pgd_step._pgd_step_ball_kernel, large | {"L2": True, "grad_ptr": None, "kept_ptr": None}),
+        (pgd_step._pgd_step_ball_kernel, flat | free | {"L2": False, "SPAN": 1024, "kept_ptr": None}),
+        (apgd_step._decide_kernel, flat | {"SPAN": 2048, "L1": True}),
+        (apgd_step._decide_kernel, flat | {"SPAN": 2048, "L1": False}),
+        (apgd_step._linf_kernel, flat),
+        (apgd_step._start_kernel, flat),
+        (apgd_step._momentum_kernel, flat | {"HEAVY": True}),
+        (apgd_step._finish_kernel, flat),
+        *((random_start._random_start_kernel, flat | {"SPAN": 2048, "NORM": n}) for n in ("linf", "l2", "l1")),
+    ]
+    for kernel, constants in cases:
+        assert ".entry" in ptx(kernel, 90, storage, constants, signature_of(kernel, storage))

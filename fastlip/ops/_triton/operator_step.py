@@ -228,6 +228,7 @@ def _operator_tile_kernel(
                     total = tl.sum(tl.where(chain == one, squares, 0.0))
                     to = partial_ptr + tile_row * most_chains + one
                     if first > 0:
+                        tl.debug_barrier()  # another thread may have stored it
                         total += tl.load(to)
                     tl.store(to, total)
                     one += 1
