@@ -17,7 +17,7 @@ Keep = Literal["best", "last"]
 _LOOK_EVERY = {"cpu": 1}
 _LOOK_EVERY_ELSEWHERE = 4
 #: Steps of images, summed over those that seem to have fallen, after which the model is asked about them.
-_PATIENCE = 8
+_PATIENCE = 12
 
 
 class Climb:
@@ -195,7 +195,7 @@ class Trail:
             return None
         waiting = int(self.claimed.sum())
         self.waited += waiting
-        if waiting and self.waited >= min(_PATIENCE, len(self.batch) / 2):
+        if waiting and self.waited >= min(_PATIENCE, len(self.batch)):
             self.confirm()
         kept = rows_where(~self.hit | self.claimed)
         return kept if len(kept) < len(self.batch) else None

@@ -19,6 +19,8 @@ from fastlip.attacks._rewrite import fold, fuse, lower
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 0.05, torch.bfloat16: 0.2}
 #: Inputs on which copy and model are compared, how much further apart they may be on others, and the least of that.
 _COMPARED, _MARGIN, _LEAST = 4, 4.0, 1e-6
+#: Copies kept of a model, of different precisions or for inputs of different shapes.
+_MOST_KEPT = 3
 
 
 def prepare(
@@ -34,8 +36,10 @@ def prepare(
     a CPU it fuses convolutions with sums and ReLUs, as matrix products where maps are small; on a GPU it replays CUDA
     graphs. ``precision`` runs all but the first layer in low precision. The copy is compared with the model on
     ``inputs``; where a part cannot be had (the model cannot be traced, or it draws random numbers) that part is left
-    out, to the model itself. Changes made to the model afterwards do not reach the copy. The last copy of a model is
-    kept for as long as the model lives and serves again while its tensors are the same and it agrees on ``inputs``.
+    out, to the model itself. Changes made to the model afterwards do not reach the copy.
+
+    Copies are kept for as long as the model lives. One serves again while the model's tensors are the same and it still
+    agrees on ``inputs``.
 
     Args:
         model: maps inputs to logits [B, C].
@@ -65,10 +69,7 @@ def prepare(
         with torch.inference_mode(False), torch.no_grad():
             few = inputs[:_COMPARED].detach().clone()
             want = model(few)
-            made = _kept_copy(model, few, want, fast, precision)
-            if made is None:
-                made = _faster(model, few, want, fast, precision)
-                _keep(model, few, fast, precision, made)
+            made = _copy_of(model, few, want, fast, precision)
         return Network(model, made.model, made.rounding) if made else Network(model)
     finally:
         for module in training:
@@ -88,31 +89,40 @@ class _Copy:
     rounding: float
 
 
-#: The last copy of each model, with what it was made for.
-_copies: WeakKeyDictionary[nn.Module, tuple[object, _Copy]] = WeakKeyDictionary()
+class _Kept:
+    """The copies of one model, for as long as its tensors stay as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.fingerprint = _fingerprint(model)
+        self.copies: dict[object, _Copy] = {}
 
 
-def _purpose(model: nn.Module, inputs: Tensor, fast: bool, precision: torch.dtype | None) -> object:
-    """What a copy depends on."""
-    tensors = tuple((t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers()) if not t.is_inference())
-    return fast, precision, inputs.shape[1:], inputs.dtype, inputs.device, tensors
+#: Copies do not hold the model, and go when it does.
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
-def _kept_copy(
-    model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, precision: torch.dtype | None
-) -> _Copy | None:
-    """The last copy where it serves again: ``.data`` and submodules can change without a trace, logits cannot."""
-    purpose, made = _copies.get(model, (None, None))
-    if made is None or purpose != _purpose(model, inputs, fast, precision):
-        return None
-    return made if _distance(made.model(inputs), want) <= made.rounding else None
+def _fingerprint(model: nn.Module) -> object:
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
-def _keep(model: nn.Module, inputs: Tensor, fast: bool, precision: torch.dtype | None, made: _Copy | None) -> None:
-    if made is None or isinstance(made.model, _Autocast):  # which holds the model, and is made in no time
-        _copies.pop(model, None)
-    else:
-        _copies[model] = _purpose(model, inputs, fast, precision), made
+def _copy_of(model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, precision: torch.dtype | None) -> _Copy | None:
+    """A copy that gives ``want``: one made before, or a new one.
+
+    That tensors are the same is not enough: ``.data`` and submodules change without a trace, and logits do not.
+    """
+    kept = _kept.get(model)
+    if kept is None or kept.fingerprint != _fingerprint(model):
+        kept = _kept[model] = _Kept(model)
+    purpose = (fast, precision, inputs.shape[1:], inputs.dtype, inputs.device)
+    made = kept.copies.pop(purpose, None)
+    if made is None or not _distance(made.model(inputs), want) <= made.rounding:
+        made = _faster(model, inputs, want, fast, precision)
+    if made is not None and not isinstance(made.model, _Autocast):  # which holds the model
+        kept.copies[purpose] = made
+        if len(kept.copies) > _MOST_KEPT:
+            del kept.copies[next(iter(kept.copies))]
+    return made
 
 
 def _faster(model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, precision: torch.dtype | None) -> _Copy | None:
@@ -213,9 +223,9 @@ class _FewSizes:
 
 
 def roomy_size(size: int) -> int:
-    """The next size of 1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, ..."""
-    step = 1 << max(size.bit_length() - (2 if size < 16 else 3), 0)
-    return -(-size // step) * step
+    """The next size of 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, ...; small batches cost not much more than smaller."""
+    step = 1 << max(size.bit_length() - 3, 0)
+    return 1 << (size - 1).bit_length() if size <= 32 else -(-size // step) * step
 
 
 class _Autocast:
