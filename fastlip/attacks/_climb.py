@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlip import ops
 from fastlip.attacks._batch import Batch, check_classes, take
-from fastlip.attacks._losses import Loss, attack_loss, succeeded
+from fastlip.attacks._losses import Loss, attack_loss, succeeded, undecided
 from fastlip.attacks._model import Network
 from fastlip.ops import Norm
 
@@ -16,6 +16,8 @@ Keep = Literal["best", "last"]
 #: Steps between looks at which images fell. Looking is free on the CPU and a synchronisation on a GPU.
 _LOOK_EVERY = {"cpu": 1}
 _LOOK_EVERY_ELSEWHERE = 4
+#: Steps of images, summed over those that seem to have fallen, after which the model is asked about them.
+_PATIENCE = 12
 
 
 class Climb:
@@ -38,7 +40,6 @@ class Climb:
         self.early_stop = early_stop
         self.result = inputs.detach().clone()
         self.best_loss = torch.full(inputs.shape[:1], -torch.inf, dtype=torch.float64, device=inputs.device)
-        self.fell = torch.zeros(inputs.shape[:1], dtype=torch.bool, device=inputs.device)
         self.lost_gradients = torch.zeros((), dtype=torch.bool, device=inputs.device)
         self._classes_checked = False
 
@@ -53,8 +54,12 @@ class Climb:
         """Leave out the images that are misclassified before anything is done to them."""
         if len(batch) == 0:
             return batch
-        logits = self.judge(batch, batch.x0.to(self.result.dtype))
-        return batch.take(rows_where(~succeeded(logits, batch.labels, batch.targets)))
+        x = batch.x0.to(self.result.dtype)
+        if self.network.exact:
+            logits = self.judge(batch, x)
+            return batch.take(rows_where(~succeeded(logits, batch.labels, batch.targets)))
+        _, fell, doubtful = self.losses(batch, x, gradient=False)
+        return batch.take(rows_where(~self.confirmed(batch, x, fell, fell | doubtful)))
 
     def seen(self, batch: Batch, x: Tensor) -> Tensor:
         """The iterate in the inputs' dtype, still feasible: what the model judges and the caller gets."""
@@ -69,14 +74,18 @@ class Climb:
         seen: Tensor,  # [K, ...]
         *,
         gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Losses at ``seen`` [K], with a graph where a gradient is wanted, and who seems to fall there [K] bool."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses at ``seen`` [K], with a graph where a gradient is wanted, and what the faster copy says of decisions.
+
+        That is who falls there and whose decision is in doubt, both [K] bool.
+        """
         seen.requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             logits = self.network.ascend(seen)
             self._check_classes(batch, logits)
             losses = attack_loss(self.loss, logits, batch.labels, batch.targets, batch.toward)
-        return losses, succeeded(logits.detach(), batch.labels, batch.targets)
+        logits = logits.detach()
+        return losses, succeeded(logits, batch.labels, batch.targets), undecided(logits, self.network.rounding)
 
     def look(
         self,
@@ -84,16 +93,25 @@ class Climb:
         seen: Tensor,  # [K, ...]
         *,
         gradient: bool,
-        settled: Tensor | None = None,  # [K] bool
     ) -> tuple[Tensor, Tensor]:
-        """Losses at ``seen`` [K], with a graph where a gradient is wanted, and who falls there [K] bool.
+        """Losses at ``seen`` [K], with a graph where a gradient is wanted, and who falls there, by the model's word."""
+        losses, hit, _ = self.losses(batch, seen, gradient=gradient)
+        return losses, hit if self.network.exact else self.confirmed(batch, seen.detach(), hit, hit)
 
-        Successes against a faster copy are confirmed on the model itself, but for images ``settled`` already.
-        """
-        losses, hit = self.losses(batch, seen, gradient=gradient)
-        if not self.network.exact and (self.keep == "best" or not gradient):
-            hit = self._confirmed(batch, seen.detach(), hit if settled is None else hit & ~settled)
-        return losses, hit
+    def confirmed(
+        self,
+        batch: Batch,
+        seen: Tensor,  # [K, ...]
+        hit: Tensor,  # [K] bool
+        asked: Tensor,  # [K] bool
+    ) -> Tensor:
+        """Who falls at ``seen``, [K] bool: ``hit``, and the model's word on those ``asked`` about."""
+        rows = rows_where(asked)
+        if len(rows) == 0:
+            return hit
+        part = batch.take(rows)
+        fell = succeeded(self.judge(part, take(seen, rows)), part.labels, part.targets)
+        return hit.index_put((rows,), fell)
 
     def gradient(
         self,
@@ -117,26 +135,12 @@ class Climb:
         """Put what a run found into the results."""
         self.result[trail.batch.rows] = trail.best
         self.best_loss[trail.batch.rows] = trail.level
-        self.fell[trail.batch.rows] = trail.hit
 
     def finish(self, trail: "Trail") -> Batch:
         """Store what a run found, and return the images that still stand."""
-        if not self.network.exact and self.keep == "best":
-            # A copy may think that an iterate is safe which is not.
-            rows = rows_where(~trail.hit)
-            if len(rows):
-                part = trail.batch.take(rows)
-                logits = self.judge(part, take(trail.best, rows))
-                trail.hit[rows] = succeeded(logits, part.labels, part.targets)
+        trail.confirm(also=trail.doubtful)
         self.store(trail)
         return trail.batch.take(rows_where(~trail.hit))
-
-    def _confirmed(self, batch: Batch, seen: Tensor, claimed: Tensor) -> Tensor:
-        rows = rows_where(claimed)
-        if len(rows):
-            part = batch.take(rows)
-            claimed[rows] = succeeded(self.judge(part, take(seen, rows)), part.labels, part.targets)
-        return claimed
 
     def _check_classes(self, batch: Batch, logits: Tensor) -> None:
         if not self._classes_checked:
@@ -145,7 +149,11 @@ class Climb:
 
 
 class Trail:
-    """The best iterates so far of the images of one run."""
+    """The best iterates so far of the images of one run.
+
+    Where a faster copy is followed, an image that seems to have fallen is a claim until the model has confirmed it.
+    Claims are gathered, because one image costs a forward pass nearly as much as several do.
+    """
 
     def __init__(self, climb: Climb, batch: Batch) -> None:
         self.climb = climb
@@ -153,14 +161,17 @@ class Trail:
         self.best = take(climb.result, batch.rows)
         self.level = climb.best_loss[batch.rows]
         self.hit = torch.zeros(len(batch), dtype=torch.bool, device=batch.x0.device)
-        device = batch.x0.device.type
-        self.look_every = _LOOK_EVERY.get(device, _LOOK_EVERY_ELSEWHERE) if climb.network.exact else 1
+        self.claimed = torch.zeros_like(self.hit)
+        self.doubtful = torch.zeros_like(self.hit)
+        self.look_every = _LOOK_EVERY.get(batch.x0.device.type, _LOOK_EVERY_ELSEWHERE)
+        self.waited = 0
 
     def offer(
         self,
         seen: Tensor,  # [K, ...]
         losses: Tensor,  # [K]
         hit: Tensor,  # [K] bool
+        doubtful: Tensor,  # [K] bool
     ) -> None:
         """Take in an iterate: the first that falls, or (not stopping early) the one of largest loss among those."""
         level = losses.detach().double()
@@ -170,24 +181,48 @@ class Trail:
             better = (hit & ~self.hit) | ((hit == self.hit) & (level > self.level))
         self.best = torch.where(better.reshape(-1, *([1] * (seen.dim() - 1))), seen.detach(), self.best)
         self.level = torch.where(better, level, self.level)
-        self.hit = self.hit | hit
+        self._claim(better, hit, doubtful)
 
-    def replace(self, seen: Tensor, hit: Tensor) -> None:
+    def replace(self, seen: Tensor, hit: Tensor, doubtful: Tensor) -> None:
         """Keep this iterate, whatever came before."""
         self.best, self.hit = seen.detach(), hit
+        self._claim(torch.ones_like(hit), hit, doubtful)
 
     def standing(self, step: int) -> Tensor | None:
         """Positions of the images that go on, [M] int64; None where all of them do or nobody looks."""
         stops = self.climb.early_stop and self.climb.keep == "best"
         if not stops or step % self.look_every or not bool(self.hit.any()):
             return None
-        return rows_where(~self.hit)
+        waiting = int(self.claimed.sum())
+        self.waited += waiting
+        if waiting and self.waited >= min(_PATIENCE, len(self.batch)):
+            self.confirm()
+        kept = rows_where(~self.hit | self.claimed)
+        return kept if len(kept) < len(self.batch) else None
+
+    def confirm(self, also: Tensor | None = None) -> None:
+        """Ask the model about what the copy claims, and about the images ``also`` [K] bool that have not fallen."""
+        if self.climb.network.exact:
+            return
+        asked = self.claimed if also is None else self.claimed | (also & ~self.hit)
+        self.hit = self.climb.confirmed(self.batch, self.best, self.hit, asked)
+        # The next iterate takes the place of one that was refuted.
+        self.level = torch.where(self.claimed & ~self.hit, -torch.inf, self.level)
+        self.claimed = torch.zeros_like(self.claimed)
+        self.waited = 0
 
     def leave_behind(self, kept: Tensor) -> None:
         """Store what was found and go on with the images at ``kept``."""
         self.climb.store(self)
         self.batch, self.best = self.batch.take(kept), take(self.best, kept)
         self.level, self.hit = self.level[kept], self.hit[kept]
+        self.claimed, self.doubtful = self.claimed[kept], self.doubtful[kept]
+
+    def _claim(self, better: Tensor, hit: Tensor, doubtful: Tensor) -> None:
+        if not self.climb.network.exact:
+            self.claimed = torch.where(better, hit, self.claimed)
+            self.doubtful = torch.where(better, doubtful, self.doubtful)
+        self.hit = self.hit | hit
 
 
 def rows_where(mask: Tensor) -> Tensor:

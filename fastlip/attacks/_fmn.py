@@ -9,12 +9,14 @@ from torch import Tensor
 from fastlip import ops
 from fastlip.attacks._batch import Batch, take
 from fastlip.attacks._climb import Climb
-from fastlip.attacks._distance import distance
+from fastlip.attacks._distance import distance, slope
 
 #: Share by which a ball shrinks or grows at first and at last.
 _GAMMA = (0.05, 0.001)
-#: Length of a step over the ball's radius, at first and at last.
-_STEP = (2.0, 0.01)
+#: Share of the steps that are steepest ones, and their length over the ball's radius, at first and at last.
+_STEEPEST, _STEP = 0.25, (2.0, 0.01)
+#: Length of the others, along the gradient, over that of the perturbation in L2.
+_ALONG = (4.0, 0.01)
 #: Rounding of a projection, relative to the radius.
 _SLACK = 1e-6
 #: Factor by which a ball grows until its image has fallen for the first time.
@@ -32,9 +34,11 @@ def fmn(
     """The nearest misclassified iterates, [K, ...] in the inputs' dtype, and their distances, [K] float64 (inf: none).
 
     The radius shrinks by gamma at a misclassified iterate and grows by gamma at another, gamma falling along half a
-    cosine as published. Departures from the paper: projections are exact on ball and box; steps have the norm's own
-    steepest direction and a length relative to the ball, so that nothing depends on the scale of the inputs; and any
-    loss can be followed, the linearised margin giving the first radius only.
+    cosine as published. Departures from the paper: projections are exact on ball and box; a quarter of the steps have
+    the norm's own steepest direction, which goes far, before they follow the gradient, which settles where the steepest
+    direction of "linf" and "l1" only changes signs; steps have a length relative to the ball and the perturbation, so
+    that nothing depends on the scale of the inputs; and any loss can be followed, the linearised margin giving the
+    first radius only.
 
     Args:
         climb: the network, the norm and the loss.
@@ -51,7 +55,7 @@ def fmn(
     for step in range(steps + 1):
         seen = climb.seen(replace(batch, eps=radius), x)
         losses, hit = climb.look(batch, seen, gradient=step < steps)
-        length = distance(seen, batch.x0.to(seen.dtype), climb.norm)
+        length = distance(seen.detach(), batch.x0.to(seen.dtype), climb.norm)
         better = hit & (length < nearest) & (length <= limit * (1 + _SLACK))
         best = torch.where(better.reshape(-1, *([1] * (x.dim() - 1))), seen.detach(), best)
         nearest = torch.where(better, length, nearest)
@@ -62,20 +66,20 @@ def fmn(
         if step:
             grown = torch.where(nearest.isfinite(), radius * (1 + gamma), radius * _GROWTH)
             radius = torch.minimum(torch.where(hit, torch.minimum(radius * (1 - gamma), nearest), grown), limit)
-        ball = replace(batch, eps=radius)
         if climb.norm == "l1":
             lo, hi = batch.bounds
             grad = torch.where((grad > 0) & (x >= hi) | (grad < 0) & (x <= lo), 0.0, grad)
-        ops.pgd_step_(
-            x,
-            grad,
-            batch.x0,
-            step_size=_annealed(_STEP, step, steps) * radius,
-            eps=ball.eps,
-            norm=climb.norm,
-            bounds=batch.bounds,
-            sparsity=sparsity,
-        )
+        if step < _STEEPEST * steps:
+            length = _annealed(_STEP, step, steps) * radius
+            ops.pgd_step_(
+                x, grad, batch.x0, step_size=length, eps=radius, norm=climb.norm, bounds=batch.bounds, sparsity=sparsity
+            )
+        else:
+            span = torch.maximum(distance(x, batch.x0, "l2"), radius / max(x.shape[1:].numel(), 1) ** 0.5)
+            steepness = slope(grad, "l2")
+            share = torch.where(steepness > 0, _annealed(_ALONG, step, steps) * span / steepness, 0.0)
+            moved = x + share.reshape(-1, *([1] * (x.dim() - 1))) * grad.nan_to_num(0, 0, 0)
+            x = ops.project_(moved.to(x.dtype), batch.x0, eps=radius, norm=climb.norm, bounds=batch.bounds)
     return best, nearest
 
 

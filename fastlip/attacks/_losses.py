@@ -45,6 +45,15 @@ def succeeded(
     return hit & ~logits.isnan().any(1)
 
 
+def undecided(
+    logits: Tensor,  # [B, C]
+    rounding: float,
+) -> Tensor:
+    """Whether errors up to ``rounding``, relative to the logits' spread, could change the decision, [B] bool."""
+    top = logits.topk(2, dim=1).values
+    return ~(top[:, 0] - top[:, 1] > 2 * rounding * (top[:, 0] - logits.amin(1)))
+
+
 def margin_loss(logits: Tensor, classes: Tensor) -> Tensor:
     """Largest other logit minus that of ``classes``, [B]; positive where another class wins."""
     own = logits.gather(1, classes[:, None]).squeeze(1)

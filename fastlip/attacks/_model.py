@@ -1,5 +1,6 @@
 """What an attack does to a model: nothing that lasts."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,11 +17,18 @@ class Network:
     """The model that judges, and a faster copy of it whose gradients are followed; from :func:`prepare`.
 
     Calling it calls the model itself, so that it can stand wherever a model can.
+
+    Args:
+        model: maps inputs to logits [B, C].
+        faster: the copy; None follows the model's own gradients.
+        rounding: largest difference to be expected between their logits, relative to an image's spread of logits.
+            Where that cannot change a decision the model is not asked.
     """
 
-    def __init__(self, model: Model, faster: Model | None = None) -> None:
+    def __init__(self, model: Model, faster: Model | None = None, rounding: float = math.inf) -> None:
         self.model = model
         self.faster = faster
+        self.rounding = rounding
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return self.model(inputs)

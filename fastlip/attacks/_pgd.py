@@ -188,11 +188,11 @@ def _run(
         final = step == steps
         batch = trail.batch
         seen = climb.seen(batch, x)
-        losses, hit = climb.look(batch, seen, gradient=not final, settled=trail.hit)
+        losses, hit, doubtful = climb.losses(batch, seen, gradient=not final)
         if climb.keep == "best":
-            trail.offer(seen, losses, hit)
+            trail.offer(seen, losses, hit, doubtful)
         elif final:
-            trail.replace(seen, hit)
+            trail.replace(seen, hit, doubtful)
         kept = None if final else trail.standing(step)
         if final or (kept is not None and len(kept) == 0):
             break

@@ -5,18 +5,22 @@ Successes are always confirmed on the model itself, so that a copy can cost stre
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from fastlip.attacks._graphs import Graphed
 from fastlip.attacks._model import Model, Network, unwrapped
+from fastlip.attacks._rewrite import fold, fuse, lower
 
 #: Largest difference of logits, relative to their spread, that counts as rounding.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 0.05, torch.bfloat16: 0.2}
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+#: Inputs on which copy and model are compared, how much further apart they may be on others, and the least of that.
+_COMPARED, _MARGIN, _LEAST = 4, 4.0, 1e-6
+#: Copies kept of a model, of different precisions or for inputs of different shapes.
+_MOST_KEPT = 3
 
 
 def prepare(
@@ -28,11 +32,14 @@ def prepare(
 ) -> Network:
     """The model beside a faster copy of it, to be handed to any attack in the model's place.
 
-    ``fast`` folds BatchNorm into convolutions, drops everything about the weights' gradients, uses channels_last where
-    it is faster (GPUs and low precision) and on a GPU replays CUDA graphs. ``precision`` runs all but the first layer
-    in low precision. The copy is compared with the model on ``inputs``; where a part cannot be had (the model cannot
-    be traced, or it draws random numbers) that part is left out, to the model itself. Changes made to the model
-    afterwards do not reach the copy.
+    ``fast`` folds BatchNorm into convolutions, drops everything about the weights' gradients and uses channels_last; on
+    a CPU it fuses convolutions with sums and ReLUs, as matrix products where maps are small; on a GPU it replays CUDA
+    graphs. ``precision`` runs all but the first layer in low precision. The copy is compared with the model on
+    ``inputs``; where a part cannot be had (the model cannot be traced, or it draws random numbers) that part is left
+    out, to the model itself. Changes made to the model afterwards do not reach the copy.
+
+    Copies are kept for as long as the model lives. One serves again while the model's tensors are the same and it still
+    agrees on ``inputs``.
 
     Args:
         model: maps inputs to logits [B, C].
@@ -60,7 +67,10 @@ def prepare(
         module.training = False
     try:
         with torch.inference_mode(False), torch.no_grad():
-            return Network(model, _faster(model, inputs[:8].detach().clone(), fast, precision))
+            few = inputs[:_COMPARED].detach().clone()
+            want = model(few)
+            made = _copy_of(model, few, want, fast, precision)
+        return Network(model, made.model, made.rounding) if made else Network(model)
     finally:
         for module in training:
             module.training = True
@@ -71,108 +81,121 @@ def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: torch.dty
     return prepare(model, inputs, fast=fast, precision=precision)
 
 
-def _faster(model: nn.Module, inputs: Tensor, fast: bool, precision: torch.dtype | None) -> Model | None:
+@dataclass(frozen=True)
+class _Copy:
+    """A faster model, and how far its logits may be from the model's, relative to their spread."""
+
+    model: Model
+    rounding: float
+
+
+class _Kept:
+    """The copies of one model, for as long as its tensors stay as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.fingerprint = _fingerprint(model)
+        self.copies: dict[object, _Copy] = {}
+
+
+#: Copies do not hold the model, and go when it does.
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
+def _fingerprint(model: nn.Module) -> object:
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+def _copy_of(model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, precision: torch.dtype | None) -> _Copy | None:
+    """A copy that gives ``want``: one made before, or a new one.
+
+    That tensors are the same is not enough: ``.data`` and submodules change without a trace, and logits do not.
+    """
+    kept = _kept.get(model)
+    if kept is None or kept.fingerprint != _fingerprint(model):
+        kept = _kept[model] = _Kept(model)
+    purpose = (fast, precision, inputs.shape[1:], inputs.dtype, inputs.device)
+    made = kept.copies.pop(purpose, None)
+    if made is None or not _distance(made.model(inputs), want) <= made.rounding:
+        made = _faster(model, inputs, want, fast, precision)
+    if made is not None and not isinstance(made.model, _Autocast):  # which holds the model
+        kept.copies[purpose] = made
+        if len(kept.copies) > _MOST_KEPT:
+            del kept.copies[next(iter(kept.copies))]
+    return made
+
+
+def _faster(model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, precision: torch.dtype | None) -> _Copy | None:
     """The first of several copies that agrees with the model, or None."""
     device = inputs.device.type
     wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     candidates: list[tuple[torch.dtype, Callable[[], Model]]] = []
     if precision:
         if fast:
-            candidates.append((precision, lambda: _laid_out(_lowered(_folded(model), inputs, precision), inputs)))
+            candidates.append((precision, lambda: _rewritten(model, inputs, precision)))
         candidates.append((precision, lambda: _Autocast(model, device, precision)))
     if fast:
-        # On a CPU float32 convolutions are faster as they come.
-        candidates.append((wide, lambda: _laid_out(_folded(model), inputs) if inputs.is_cuda else _folded(model)))
+        candidates.append((wide, lambda: _rewritten(model, inputs, None)))
         if inputs.is_cuda:
-            candidates.append((wide, lambda: _laid_out(_copied(model), inputs)))
-    want = model(inputs)
+            candidates.append((wide, lambda: _laid_out(_copied(model), inputs, model)))
     for dtype, build in candidates:
         try:
             made = build()
-            agrees = _agree(made(inputs), want, _ROUNDING[dtype])
+            with torch.enable_grad():  # some fail only there
+                got = made(seen := inputs.clone().requires_grad_())
+                torch.autograd.grad(got.sum(), seen)
+            apart = _distance(got.detach(), want)
         except Exception:  # whatever a model may raise in another form than its own: that form is not to be had
             continue
-        if agrees:
+        if apart <= _ROUNDING[dtype]:
             graphed = Graphed(made) if fast and inputs.is_cuda else None
-            return graphed if graphed and graphed.works(inputs) else made
+            return _Copy(graphed if graphed and graphed.works(inputs) else made, _MARGIN * max(apart, _LEAST))
     return None
 
 
-def _agree(got: Tensor, want: Tensor, tolerance: float) -> bool:
-    spread = (want.double().amax(1) - want.double().amin(1)).amax().clamp_min(1e-30)
-    return bool(((got.double() - want.double()).abs().amax() / spread) <= tolerance)
+def _distance(got: Tensor, want: Tensor) -> float:
+    """Largest difference of logits over their spread; NaN where there is one."""
+    got, want = got.double(), want.double()
+    spread = (want.amax(1) - want.amin(1)).clamp_min(1e-30)
+    return float(((got - want).abs().amax(1) / spread).amax())
+
+
+def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) -> Model:
+    """A traced copy: folded, in low precision, and fused on a CPU."""
+    made = fx.symbolic_trace(_copied(model))
+    fold(made)
+    if precision:
+        lower(made, precision)
+    if not inputs.is_cuda:
+        fuse(made)
+    made.delete_all_unused_submodules()
+    made.recompile()
+    laid_out = _laid_out(made, inputs, model)
+    return _FewSizes(laid_out) if precision and not inputs.is_cuda else laid_out
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy that has no gradients of its own."""
-    made = copy.deepcopy(model).requires_grad_(False)
+    """A copy that has no gradients and no hooks of its own; its tensors share the model's storage."""
+    tensors = (*model.parameters(), *model.buffers())
+    memo = {
+        id(t): nn.Parameter(t.detach(), requires_grad=False) if isinstance(t, nn.Parameter) else t.detach()
+        for t in tensors
+    }
+    made = copy.deepcopy(model, memo)
     made._forward_hooks.clear()  # they watch the model, and the copy's passes are reported to it already
     return made
 
 
-def _folded(model: nn.Module) -> nn.Module:
-    """A copy with each BatchNorm folded into the convolution or linear map before it, where nothing else reads that."""
-    made = fx.symbolic_trace(_copied(model))
-    modules = dict(made.named_modules())
-    calls = [n.target for n in made.graph.nodes if n.op == "call_module"]
-    for node in list(made.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[node.target], _NORMS):
-            continue
-        before = node.args[0]
-        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
-            continue
-        linear, norm = modules[str(before.target)], modules[node.target]
-        if calls.count(before.target) > 1 or norm.running_mean is None:
-            continue
-        if type(linear) in _CONVS:
-            fused: nn.Module = fuse_conv_bn_eval(linear, norm)
-        elif type(linear) is nn.Linear:
-            fused = fuse_linear_bn_eval(linear, norm)
-        else:
-            continue
-        made.set_submodule(str(before.target), fused)
-        node.replace_all_uses_with(before)
-        made.graph.erase_node(node)
-    made.delete_all_unused_submodules()
-    made.recompile()
-    return made.requires_grad_(False)
-
-
-class _FullFirst(nn.Module):
-    """The first layer: in its own precision, because small perturbations of the input vanish in a low one."""
-
-    def __init__(self, layer: nn.Module, precision: torch.dtype) -> None:
-        super().__init__()
-        self.layer = layer
-        self.precision = precision
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).to(self.precision)
-
-
-def _lowered(model: nn.Module, inputs: Tensor, precision: torch.dtype) -> nn.Module:
-    """``model`` (changed) with everything after its first convolution or linear map in ``precision``."""
-    order: list[tuple[str, nn.Module]] = []
-    handles = [
-        m.register_forward_pre_hook(lambda module, args, name=name: order.append((name, module)))
-        for name, m in model.named_modules()
-        if not list(m.children())
-    ]
-    model(inputs)
-    for handle in handles:
-        handle.remove()
-    first = next(i for i, (_, m) in enumerate(order) if isinstance(m, (*_CONVS, nn.Linear)))
-    early = {m for _, m in order[: first + 1]}
-    for _, module in order[first + 1 :]:
-        if module not in early:
-            module.to(precision)
-    model.set_submodule(order[first][0], _FullFirst(order[first][1], precision))
-    return model
-
-
-def _laid_out(model: nn.Module, inputs: Tensor) -> Model:
-    """``model`` (changed) in channels_last where inputs are images."""
-    return _ChannelsLast(model.to(memory_format=torch.channels_last)) if inputs.dim() == 4 else model
+def _laid_out(made: nn.Module, inputs: Tensor, model: nn.Module) -> Model:
+    """``made`` (changed) in channels_last where inputs are images, and with storage of its own."""
+    if inputs.dim() == 4:
+        made = made.to(memory_format=torch.channels_last)
+    models = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    for tensor in (*made.parameters(), *made.buffers()):
+        if tensor.untyped_storage().data_ptr() in models:
+            tensor.data = tensor.data.clone()
+    out: Model = _ChannelsLast(made) if inputs.dim() == 4 else made
+    return out
 
 
 class _ChannelsLast:
@@ -181,6 +204,28 @@ class _ChannelsLast:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.model(x.contiguous(memory_format=torch.channels_last))
+
+
+class _FewSizes:
+    """``model`` on batches of a few sizes: oneDNN compiles its kernels of low precision anew for each."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.largest = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = len(x)
+        self.largest = max(self.largest, size)
+        room = min(roomy_size(size), self.largest)
+        if room > size:
+            x = torch.cat([x, x.new_zeros(room - size, *x.shape[1:])])
+        return self.model(x)[:size]
+
+
+def roomy_size(size: int) -> int:
+    """The next size of 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, ...; small batches cost not much more than smaller."""
+    step = 1 << max(size.bit_length() - 3, 0)
+    return 1 << (size - 1).bit_length() if size <= 32 else -(-size // step) * step
 
 
 class _Autocast:

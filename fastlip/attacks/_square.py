@@ -106,8 +106,8 @@ def _run(climb: Climb, batch: Batch, queries: int, share: float, generator: torc
             moved = _shifted(batch, x, height, width, climb.norm, draws)
         point = ops.project_(moved, batch.x0, eps=batch.eps, norm=climb.norm, bounds=batch.bounds)
         seen = climb.seen(batch, point)
-        losses, hit = climb.look(batch, seen, gradient=False, settled=trail.hit)
-        trail.offer(seen, losses, hit)
+        losses, hit, doubtful = climb.losses(batch, seen, gradient=False)
+        trail.offer(seen, losses, hit, doubtful)
         better = losses.double() > level
         x = torch.where(better.reshape(-1, *([1] * (x.dim() - 1))), point, x)
         level = torch.where(better, losses.double(), level)

@@ -7,16 +7,20 @@ An existing script changes its import::
     raw, clipped, success = attack(fmodel, images, labels, epsilons=8 / 255)
 
 Images and model are PyTorch's (``foolbox.PyTorchModel``). Unlike foolbox's own, the attacks stop working on an image
-once it is misclassified, compute no gradients of weights, and project exactly onto ball and box.
+once it is misclassified, compute no gradients of weights, run the network in eval mode, and project exactly onto ball
+and box.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlip import attacks
+from fastlip.integrations._preprocessed import Preprocessed
 from fastlip.integrations._require import require
 from fastlip.ops import Norm
 
@@ -48,8 +52,7 @@ class FixedEpsilon(_Fixed):
         """Return perturbed inputs no further than ``epsilon``."""
         _no_more(kwargs)
         images, restore, call = _torch_call(model, inputs, criterion)
-        options = self.at(epsilon)
-        return restore(self.attack(model, images, **call, norm=self.norm, eps=epsilon, **options))
+        return restore(self.attack(_network(model), images, **call, norm=self.norm, eps=epsilon, **self.at(epsilon)))
 
     def at(self, epsilon: float) -> dict[str, Any]:
         """Keywords for the attack at this radius."""
@@ -158,12 +161,32 @@ class MinNorm(_Minimal):
         """Return the nearest misclassified inputs found."""
         _no_more(kwargs)
         images, restore, call = _torch_call(model, inputs, criterion)
-        return restore(attacks.min_norm(model, images, **call, norm=self.norm, **self.options).adversarial)
+        return restore(attacks.min_norm(_network(model), images, **call, norm=self.norm, **self.options).adversarial)
 
 
 def _no_more(kwargs: dict[str, Any]) -> None:
     if kwargs:
         raise TypeError(f"attack got an unexpected keyword argument {next(iter(kwargs))!r}")
+
+
+#: The modules made for foolbox models with preprocessing, so that their copies can be kept.
+_networks: WeakKeyDictionary[Any, Preprocessed] = WeakKeyDictionary()
+
+
+def _network(model: Any) -> Any:
+    """What a foolbox.PyTorchModel does as a module, of which faster copies can be made; any other model as it is."""
+    if type(model) is not _foolbox.PyTorchModel:
+        return model
+    network = inspect.getclosurevars(model._model).nonlocals.get("model")
+    if not isinstance(network, nn.Module):
+        return model
+    mean, std, flip = model._preprocess_args
+    if mean is None and std is None and flip is None:
+        return network
+    if model not in _networks:
+        mean, std = (None if t is None else t.raw for t in (mean, std))
+        _networks[model] = Preprocessed(network, mean, std, flip)
+    return _networks[model]
 
 
 def _torch_call(model: Any, inputs: Any, criterion: Any) -> tuple[Tensor, Callable[[Tensor], Any], dict[str, Any]]:

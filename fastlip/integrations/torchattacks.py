@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlip import attacks
+from fastlip.integrations._preprocessed import Preprocessed
 from fastlip.integrations._require import require
 from fastlip.ops import Norm
 
@@ -30,15 +31,19 @@ class FastlipAttack(_Base):
     Args:
         attack: a function of :mod:`fastlip.attacks` that returns images.
         model: maps images to logits.
+        seed: of the random draws of each call; the default generator's if None.
         options: keywords for ``attack``.
     """
 
-    def __init__(self, attack: Callable[..., Tensor], model: torch.nn.Module, **options: Any) -> None:
+    def __init__(
+        self, attack: Callable[..., Tensor], model: torch.nn.Module, *, seed: int | None = None, **options: Any
+    ) -> None:
+        self._made: Preprocessed | None = None
         super().__init__(type(self).__name__, model)
         self.supported_mode = ["default", "targeted"]
         self.function = attack
         self.options = options
-        self.seed: int | None = None
+        self.seed = seed
 
     def forward(
         self,
@@ -53,8 +58,22 @@ class FastlipAttack(_Base):
             options["targets"] = self.get_target_label(inputs, labels)
         if self.seed is not None:
             options["generator"] = torch.Generator(inputs.device).manual_seed(self.seed)
-        model = self.model if self._normalization_applied is None else self.get_logits
-        return self.function(model, inputs, labels, **options)
+        return self.function(self._network(), inputs, labels, **options)
+
+    def _network(self) -> torch.nn.Module:
+        """The model, behind the normalisation that it was said to need."""
+        if self._normalization_applied is None:
+            return self.model
+        made = self._made
+        if made is None or made.network is not self.model:
+            mean, std = (self.normalization_used[k].to(self.device) for k in ("mean", "std"))
+            made = self._made = Preprocessed(self.model, mean, std)
+        return made
+
+    def set_normalization_used(self, mean: Any, std: Any) -> None:
+        """As torchattacks.Attack.set_normalization_used."""
+        super().set_normalization_used(mean, std)
+        self._made = None
 
     # fastlip runs every module in eval mode and puts back what it found, module by module.
     def _change_model_mode(self, given_training: bool) -> None:
@@ -69,11 +88,13 @@ class FGSM(FastlipAttack):
     """As torchattacks.FGSM."""
 
     def __init__(self, model: torch.nn.Module, eps: float = 8 / 255, **options: Any) -> None:
-        super().__init__(attacks.fgsm, model, **{"eps": eps, "loss": "ce", "keep": "last"} | options)
+        super().__init__(attacks.fgsm, model, **{"eps": eps, "loss": "ce", "keep": "last", **options})
 
 
 class PGD(FastlipAttack):
     """As torchattacks.PGD: Linf."""
+
+    norm: Norm = "linf"
 
     def __init__(
         self,
@@ -84,12 +105,20 @@ class PGD(FastlipAttack):
         random_start: bool = True,
         **options: Any,
     ) -> None:
-        given = {"norm": "linf", "eps": eps, "step_size": alpha, "steps": steps, "random_start": random_start}
+        given: dict[str, Any] = {
+            "norm": self.norm,
+            "eps": eps,
+            "step_size": alpha,
+            "steps": steps,
+            "random_start": random_start,
+        }
         super().__init__(attacks.pgd, model, **given | {"loss": "ce"} | options)
 
 
-class PGDL2(FastlipAttack):
+class PGDL2(PGD):
     """As torchattacks.PGDL2; ``eps_for_division`` has no use here, a zero gradient moving nothing."""
+
+    norm = "l2"
 
     def __init__(
         self,
@@ -101,12 +130,13 @@ class PGDL2(FastlipAttack):
         eps_for_division: float = 1e-10,
         **options: Any,
     ) -> None:
-        given = {"norm": "l2", "eps": eps, "step_size": alpha, "steps": steps, "random_start": random_start}
-        super().__init__(attacks.pgd, model, **given | {"loss": "ce"} | options)
+        super().__init__(model, eps, alpha, steps, random_start, **options)
 
 
-class PGDL1(FastlipAttack):
+class PGDL1(PGD):
     """PGD in L1, which torchattacks has not."""
+
+    norm = "l1"
 
     def __init__(
         self,
@@ -117,8 +147,7 @@ class PGDL1(FastlipAttack):
         random_start: bool = True,
         **options: Any,
     ) -> None:
-        given = {"norm": "l1", "eps": eps, "step_size": alpha, "steps": steps, "random_start": random_start}
-        super().__init__(attacks.pgd, model, **given | {"loss": "ce"} | options)
+        super().__init__(model, eps, alpha, steps, random_start, **options)
 
 
 class APGD(FastlipAttack):
@@ -139,9 +168,15 @@ class APGD(FastlipAttack):
         **options: Any,
     ) -> None:
         _only_once(eot_iter)
-        given = {"norm": _norm(norm), "eps": eps, "steps": steps, "restarts": n_restarts, "loss": loss, "rho": rho}
-        super().__init__(attacks.apgd, model, **given | options)
-        self.seed = seed
+        given: dict[str, Any] = {
+            "norm": _norm(norm),
+            "eps": eps,
+            "steps": steps,
+            "restarts": n_restarts,
+            "loss": loss,
+            "rho": rho,
+        }
+        super().__init__(attacks.apgd, model, seed=seed, **given | options)
 
 
 class APGDT(FastlipAttack):
@@ -162,10 +197,10 @@ class APGDT(FastlipAttack):
         **options: Any,
     ) -> None:
         _only_once(eot_iter)
-        given = {"norm": _norm(norm), "eps": eps, "steps": steps, "restarts": n_restarts, "rho": rho}
-        super().__init__(attacks.apgd, model, **given | {"loss": "dlr", "target_classes": n_classes - 1} | options)
+        given: dict[str, Any] = {"norm": _norm(norm), "eps": eps, "steps": steps, "restarts": n_restarts, "rho": rho}
+        given |= {"loss": "dlr", "target_classes": n_classes - 1}
+        super().__init__(attacks.apgd, model, seed=seed, **given | options)
         self.supported_mode = ["default"]
-        self.seed = seed
 
 
 class Square(FastlipAttack):
@@ -185,9 +220,14 @@ class Square(FastlipAttack):
         verbose: bool = False,
         **options: Any,
     ) -> None:
-        given = {"norm": _norm(norm), "eps": eps, "queries": n_queries, "restarts": n_restarts, "share": p_init}
-        super().__init__(attacks.square, model, **given | {"loss": loss} | options)
-        self.seed = seed
+        given: dict[str, Any] = {
+            "norm": _norm(norm),
+            "eps": eps,
+            "queries": n_queries,
+            "restarts": n_restarts,
+            "share": p_init,
+        }
+        super().__init__(attacks.square, model, seed=seed, **given | {"loss": loss} | options)
 
 
 def _norm(name: str) -> Norm:

@@ -1,19 +1,26 @@
 """The faster copy: it differs by rounding, and what it claims is confirmed on the model itself."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fastlip import attacks
-from fastlip.attacks import _graphs, _prepare
+from fastlip.attacks import _graphs, _prepare, _rewrite
+from fastlip.models import resnet50
 
 CALL = {"eps": 0.065, "steps": 8, "loss": "ce"}
 
 
 def gen(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def traced(model):
+    return fx.symbolic_trace(copy.deepcopy(model).requires_grad_(False))
 
 
 class Block(nn.Module):
@@ -49,9 +56,13 @@ def test_logits_differ_by_rounding(residual, precision, fast):
 
 
 def test_every_batch_norm_is_folded(residual):
-    folded = _prepare._folded(residual)
+    folded = traced(residual)
+    _rewrite.fold(folded)
+    folded.delete_all_unused_submodules()
+    folded.recompile()
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
     assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in residual.modules()) == 3
+    torch.testing.assert_close(folded(torch.ones(2, 3, 12, 12)), residual(torch.ones(2, 3, 12, 12)))
     assert all(not p.requires_grad for p in folded.parameters())
     assert all(p.requires_grad for p in residual.parameters())
 
@@ -71,7 +82,56 @@ def test_shared_and_branching_layers_are_not_folded():
     model(torch.rand(8, 3, 4, 4))
     model.eval()
     inputs = torch.rand(4, 3, 4, 4)
-    torch.testing.assert_close(_prepare._folded(model)(inputs), model(inputs))
+    want = model(inputs)
+    folded = traced(model)
+    _rewrite.fold(folded)
+    _rewrite.fuse(folded)
+    folded.recompile()
+    torch.testing.assert_close(folded(inputs), want)
+
+
+def test_a_resnet50_on_small_images_and_its_gradients():
+    """Maps of 8x8 down to one pixel: every way in which a convolution is computed."""
+    pytest.importorskip("torchvision")
+    model = resnet50(10, seed=0).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.0)
+                nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    inputs = torch.rand(3, 3, 32, 32, generator=gen(), requires_grad=True)
+    network = attacks.prepare(model, inputs.detach())
+    assert not network.exact
+    want, got = model(inputs), network.ascend(inputs)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    grads = [torch.autograd.grad(y.logsumexp(1).sum(), inputs)[0] for y in (got, want)]
+    assert (grads[0] - grads[1]).norm() < 1e-4 * grads[1].norm()
+
+
+def test_a_copy_that_fails_only_backwards_is_not_to_be_had(residual):
+    class OneWay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no way back")
+
+    inputs = torch.rand(4, 3, 12, 12, generator=gen())
+    model = nn.Sequential(residual, nn.Identity())
+    model[1].forward = OneWay.apply
+    assert attacks.prepare(model, inputs, fast=True).exact
+
+
+def test_in_place_modules_after_a_convolution():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Hardtanh(inplace=True), nn.Conv2d(4, 2, 12), nn.Flatten()).eval()
+    inputs = torch.rand(4, 3, 12, 12, generator=gen(), requires_grad=True)
+    network = attacks.prepare(model, inputs.detach())
+    assert not network.exact
+    grads = [torch.autograd.grad(y.square().sum(), inputs)[0] for y in (network.ascend(inputs), model(inputs))]
+    torch.testing.assert_close(*grads)
 
 
 def test_the_first_layer_keeps_its_precision(residual):
@@ -154,15 +214,64 @@ def test_counts_and_hooks_of_the_copy(cnn_problem):
     model, inputs, labels = cnn_problem
     with attacks.count_passes(model) as passes:
         attacks.pgd(model, inputs, labels, eps=1e-5, steps=3, keep="last", fast=True, random_start=False)
-    # 8 images are compared in preparation; the last iterate is judged where the copy claims a success.
+    # 4 images are compared in preparation; the last iterate is judged where the copy claims a success.
     assert passes.backward == 3 * 32
-    assert passes.forward == 8 + 4 * 32
+    assert passes.forward == 4 + 4 * 32
     with pytest.raises(TypeError, match=r"nn\.Module"), attacks.count_passes(lambda x: x):
         pass
 
 
 def test_batches_are_padded_to_few_sizes():
     assert [_graphs.padded_size(n) for n in (1, 2, 3, 64, 65, 100)] == [1, 2, 4, 64, 128, 128]
+
+
+def test_copies_in_low_precision_see_few_batch_sizes(residual):
+    assert [_prepare.roomy_size(n) for n in (1, 2, 3, 5, 8, 9, 32, 33, 100)] == [1, 2, 4, 8, 8, 16, 32, 40, 112]
+    sizes = []
+
+    def small(x):
+        sizes.append(len(x))
+        return residual(x)
+
+    few = _prepare._FewSizes(small)
+    inputs = torch.rand(18, 3, 12, 12, generator=gen())
+    for size in (18, 17, 11, 3):
+        torch.testing.assert_close(few(inputs[:size]), residual(inputs[:size]))
+    assert sizes == [18, 18, 16, 4]
+
+
+def test_copies_serve_again_while_the_model_is_the_same(residual):
+    inputs = torch.rand(8, 3, 12, 12, generator=gen())
+
+    def copy_of(**options):
+        return attacks.prepare(residual, inputs, **options).faster
+
+    first, low = copy_of(), copy_of(precision=torch.bfloat16)
+    assert low is not first
+    assert copy_of() is first
+    assert copy_of(precision=torch.bfloat16) is low
+    with torch.no_grad():
+        residual[0].weight.mul_(1.01)
+    second = copy_of()
+    assert second is not first, "the version of a tensor"
+    residual[0].weight.data.mul_(1.01)
+    assert copy_of() is not second, "the logits"
+    torch.testing.assert_close(copy_of()(inputs), residual(inputs), atol=1e-5, rtol=1e-4)
+
+
+def test_a_kept_copy_shares_nothing_with_the_model_and_dies_with_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
+    inputs = torch.rand(2, 3, 4, 4)
+    network = attacks.prepare(model, inputs)
+    before = network.ascend(inputs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(network.ascend(inputs), before)
+    alive = weakref.ref(model)
+    del model, network, parameter
+    gc.collect()
+    assert alive() is None
 
 
 def test_errors_name_the_argument(cnn_problem):

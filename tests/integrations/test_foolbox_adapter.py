@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from fastlip import attacks
+
 foolbox = pytest.importorskip("foolbox")
 from fastlip.integrations import foolbox as ours  # noqa: E402
 
@@ -55,6 +57,43 @@ def test_targeted(trained):
     _, found, success = ours.LinfPGD(steps=30)(wrapped(model), inputs, criterion, epsilons=0.3)
     assert success.float().mean() > 0.8
     assert torch.equal(success, model(found).argmax(1) == targets)
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        None,
+        {"mean": [0.4, 0.5, 0.6], "std": [0.3, 0.2, 0.25], "axis": -3, "flip_axis": -3},
+        {"std": torch.tensor(0.5)},
+    ],
+)
+def test_fast_follows_a_copy_of_the_network_inside(trained, preprocessing):
+    model, inputs, labels = trained
+    network = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu", preprocessing=preprocessing)
+    labels = network(inputs).argmax(1)
+    inside = ours._network(network)
+    assert torch.equal(inside(inputs), network(inputs))
+    assert ours._network(network) is inside
+    assert not attacks.prepare(inside, inputs).exact
+    forward = []
+    handle = model.register_forward_hook(lambda *args: forward.append(len(args[1][0])))
+    ours.LinfPGD(steps=5, random_start=False).run(network, inputs, labels, epsilon=1e-4)
+    slow = len(forward)
+    ours.LinfPGD(steps=5, random_start=False, fast=True).run(network, inputs, labels, epsilon=1e-4)
+    handle.remove()
+    assert slow >= 6
+    assert len(forward) - slow < 6
+
+
+def test_other_models_are_attacked_as_they_come(trained):
+    model, inputs, labels = trained
+    network = wrapped(model).transform_bounds((-1, 1), wrapper=True)
+    assert ours._network(network) is network
+    _, found, success = ours.LinfPGD(steps=10, rel_stepsize=0.25, fast=True)(
+        network, 2 * inputs - 1, labels, epsilons=0.3
+    )
+    assert success.any()
+    assert torch.equal(success, network(found).argmax(1) != labels)
 
 
 def test_repeats(trained):

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from fastlip import attacks
+
 torchattacks = pytest.importorskip("torchattacks")
 from fastlip.integrations import torchattacks as ours  # noqa: E402
 
@@ -61,6 +63,11 @@ def test_normalisation_used(trained):
         if library is torchattacks:
             want = found
     torch.testing.assert_close(found, want)
+    fast = ours.PGD(inner, eps=EPS, alpha=ALPHA, steps=3, random_start=False, keep="last", fast=True)
+    fast.set_normalization_used(mean=mean, std=std)
+    for _ in range(2):
+        torch.testing.assert_close(fast((inputs - centre) / 0.25, labels), want)
+    assert not attacks.prepare(fast._made, inputs).exact
 
 
 def test_frozen_batch_norm_stays_frozen(trained):

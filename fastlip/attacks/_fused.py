@@ -1,0 +1,156 @@
+"""A convolution with the sum and the ReLU that follow, as matrix products: for input gradients on a CPU."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+class FusedConv(nn.Module):
+    """relu(conv(x) + other), or less of that, with gradients of ``x`` and ``other`` alone.
+
+    Networks made for large images end in maps of a few pixels, where most of a padded kernel meets zeros: on a map of
+    one pixel a 3x3 convolution is the product with its centre tap, and on one of 2x2 pixels the dense matrix from all
+    pixels to all pixels has fewer entries than the kernel has products. Such maps, and kernels of one pixel, are
+    matrix products on channels_last storage; what else there is stays a convolution.
+
+    Args:
+        conv: the convolution, with zeros for padding.
+        relu: whether a ReLU follows.
+        low: dtype of the output and of the gradients' products, for a first layer whose forward pass is wider.
+    """
+
+    def __init__(self, conv: nn.Conv2d, relu: bool, low: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.conv = conv
+        self.relu = relu
+        self.low = low
+        self.back = conv.weight if low is None else nn.Parameter(conv.weight.detach().to(low), requires_grad=False)
+        self.pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1 and low is None
+        self._dense: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        other: Tensor | None = None,  # [B, C', H', W']
+    ) -> Tensor:
+        if other is not None and other.shape != (len(x), self.conv.out_channels, *self.map_size(x)):
+            y: Tensor = _Fused.apply(x, None, self, False) + other
+            return y.relu() if self.relu else y
+        out: Tensor = _Fused.apply(x, other, self, self.relu)
+        return out
+
+    def map_size(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of the output."""
+        c = self.conv
+        height, width = (
+            (x.shape[2 + i] + 2 * int(c.padding[i]) - c.dilation[i] * (c.kernel_size[i] - 1) - 1) // c.stride[i] + 1
+            for i in (0, 1)
+        )
+        return height, width
+
+    def product(self, x: Tensor) -> Tensor:
+        """conv(x), [B, C', H', W'], and no view, so that what follows may work in place."""
+        c = self.conv
+        dense = self._matrix(x)
+        if dense is None and not self.pointwise:
+            y = functional.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
+            return y if self.low is None else y.to(self.low)
+        size = self.map_size(x)
+        out = torch.empty(
+            (len(x), c.out_channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        )
+        if dense is not None:
+            _affine(_pixels(x).flatten(1), *dense, out=_pixels(out).flatten(1))
+        else:
+            x = x[:, :, :: c.stride[0], :: c.stride[1]]
+            _affine(_pixels(x).flatten(0, 2), c.weight.flatten(1), c.bias, out=_pixels(out).flatten(0, 2))
+        return out
+
+    def gradient(
+        self,
+        grad: Tensor,  # [B, C', H', W']
+        x: Tensor,  # [B, C, H, W]
+    ) -> Tensor:
+        """Gradient of x, like x."""
+        c = self.conv
+        if dense := self._matrix(x):
+            return _maps(_pixels(grad).flatten(1) @ dense[0], len(x), x.shape[2:], c.in_channels)
+        if self.pointwise:
+            rows = _pixels(grad).flatten(0, 2) @ c.weight.flatten(1)
+            if c.stride == (1, 1):
+                return _maps(rows, len(x), x.shape[2:], c.in_channels)
+            spread = torch.zeros_like(x, memory_format=torch.channels_last)
+            spread[:, :, :: c.stride[0], :: c.stride[1]] = _maps(rows, len(x), grad.shape[2:], c.in_channels)
+            return spread
+        low = x.to(self.back.dtype)
+        back = torch.ops.aten.convolution_backward(
+            grad, low, self.back, None, c.stride, c.padding, c.dilation, False, [0, 0], c.groups, [True, False, False]
+        )[0]
+        return back.to(x.dtype)
+
+    def _matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """The matrix [H' W' C', H W C] and the bias [H' W' C'], or None where the kernel has fewer products."""
+        size = (x.shape[2], x.shape[3])
+        c = self.conv
+        if c.groups > 1 or self.low is not None or size[0] * size[1] >= c.kernel_size[0] * c.kernel_size[1]:
+            return None
+        if size not in self._dense:
+            out = self.map_size(x)
+            self._dense[size] = dense_matrix(c, size, out), None if c.bias is None else c.bias.repeat(out[0] * out[1])
+        return self._dense[size]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor | None, layer: FusedConv, relu: bool) -> Tensor:
+        y = layer.product(x)
+        if other is not None:
+            y += other
+        if relu:
+            y.relu_()
+        ctx.layer = layer
+        ctx.save_for_backward(x, y if relu else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        if y is not None:
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        return ctx.layer.gradient(grad, x), grad if ctx.needs_input_grad[1] else None, None, None
+
+
+def dense_matrix(conv: nn.Conv2d, size: tuple[int, int], out: tuple[int, int]) -> Tensor:
+    """The convolution from a map of ``size`` to one of ``out`` as a matrix, [H' W' C', H W C]."""
+    weight = conv.weight
+    dense = weight.new_zeros(*out, weight.shape[0], *size, weight.shape[1])
+    for row, column in itertools.product(*map(range, out)):
+        for i, j in itertools.product(*map(range, conv.kernel_size)):
+            y = row * conv.stride[0] - int(conv.padding[0]) + i * conv.dilation[0]
+            x = column * conv.stride[1] - int(conv.padding[1]) + j * conv.dilation[1]
+            if 0 <= y < size[0] and 0 <= x < size[1]:
+                dense[row, column, :, y, x] = weight[:, :, i, j]
+    return dense.view(out[0] * out[1] * weight.shape[0], -1)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[B, C, H, W] as [B, H, W, C]."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _maps(rows: Tensor, batch: int, size: Sequence[int], channels: int) -> Tensor:
+    """Rows of pixels, or of whole maps, as [B, C, H, W]."""
+    return rows.view(batch, *size, channels).permute(0, 3, 1, 2)
+
+
+def _affine(rows: Tensor, matrix: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(rows, matrix.t(), out=out)
+    else:
+        torch.addmm(bias, rows, matrix.t(), out=out)

@@ -1,0 +1,111 @@
+"""Rewriting a traced model into one that is faster in eval mode and differs by rounding alone."""
+
+import operator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from fastlip.attacks._fused import FusedConv
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_ADDS = (operator.add, operator.iadd, torch.add)
+_RELUS = (functional.relu, torch.relu, torch.relu_)
+
+
+def fold(model: fx.GraphModule) -> None:
+    """Fold each BatchNorm into the convolution or linear map before it, where nothing else reads that."""
+    modules = dict(model.named_modules())
+    calls = [n.target for n in model.graph.nodes if n.op == "call_module"]
+    for node in list(model.graph.nodes):
+        norm = modules[str(node.target)] if node.op == "call_module" else None
+        if not isinstance(norm, _NORMS):
+            continue
+        before = node.args[0]
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        linear = modules[str(before.target)]
+        if calls.count(before.target) > 1 or norm.running_mean is None or norm.running_var is None:
+            continue
+        if type(linear) not in (*_CONVS, nn.Linear) or (type(linear) is nn.Linear and norm.weight is None):
+            continue
+        fuse = fuse_linear_bn_weights if type(linear) is nn.Linear else fuse_conv_bn_weights
+        weight, bias = fuse(
+            linear.weight, linear.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        linear.weight, linear.bias = weight.requires_grad_(False), bias.requires_grad_(False)
+        node.replace_all_uses_with(before)
+        model.graph.erase_node(node)
+
+
+class FullFirst(nn.Module):
+    """The first layer: in its own precision, because small perturbations of the input vanish in a low one."""
+
+    def __init__(self, layer: nn.Module, precision: torch.dtype) -> None:
+        super().__init__()
+        self.layer = layer
+        self.precision = precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).to(self.precision)
+
+
+def lower(model: fx.GraphModule, precision: torch.dtype) -> None:
+    """Put everything after the first convolution or linear map into ``precision``."""
+    modules = dict(model.named_modules())
+    order = [str(n.target) for n in model.graph.nodes if n.op == "call_module"]
+    first = next(i for i, name in enumerate(order) if isinstance(modules[name], (*_CONVS, nn.Linear)))
+    for name in set(order[first + 1 :]) - set(order[: first + 1]):
+        modules[name].to(precision)
+    model.set_submodule(order[first], FullFirst(modules[order[first]], precision))
+
+
+def fuse(model: fx.GraphModule) -> None:
+    """Make each convolution, and the sum and the ReLU after it that alone read it, a :class:`FusedConv`."""
+    modules = dict(model.named_modules())
+    calls = [n.target for n in model.graph.nodes if n.op == "call_module"]
+    for node in list(model.graph.nodes):
+        layer = modules[str(node.target)] if node.op == "call_module" else None
+        conv, low = (layer.layer, layer.precision) if isinstance(layer, FullFirst) else (layer, None)
+        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            continue
+        if calls.count(node.target) > 1 or len(node.args) != 1:
+            continue
+        chain = [node]
+        other = _other_summand(_only_user(node), node)
+        if other is not None:
+            chain.append(next(iter(node.users)))
+        user = _only_user(chain[-1])
+        if relu := user is not None and _is_relu(user, modules):
+            chain.append(user)
+        model.set_submodule(str(node.target), FusedConv(conv, relu, low))
+        with model.graph.inserting_before(chain[-1]):
+            fused = model.graph.call_module(str(node.target), tuple(a for a in (node.args[0], other) if a is not None))
+        chain[-1].replace_all_uses_with(fused)
+        for done in reversed(chain):
+            model.graph.erase_node(done)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _other_summand(node: fx.Node | None, one: fx.Node) -> fx.Node | None:
+    """What ``node`` adds to ``one``, where it does that and changes nothing else."""
+    if node is None or node.op != "call_function" or node.target not in _ADDS or len(node.args) != 2 or node.kwargs:
+        return None
+    first, second = node.args
+    other = second if first is one else first
+    if first is second or not isinstance(other, fx.Node) or (node.target is operator.iadd and first is not one):
+        return None
+    return other
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) is nn.ReLU
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    return node.op == "call_function" and node.target in _RELUS
