@@ -6,11 +6,12 @@
 PGD-20 and APGD-20 in Linf with cross-entropy and a random start, on correctly classified CIFAR-10 test images, by a
 ResNet-50 with the ImageNet stem at 32x32. Two radii: one at which nearly all images stand, where nothing but the speed
 of a step counts, and one at which they fall. The libraries take turns, so that a machine that drifts is fair to all.
-``fast`` and ``precision`` are those of ``fastlip.attacks``; every success of theirs is confirmed in float32. Robust
-accuracy is judged alike for all, by the float32 model.
+``fast`` and ``precision`` are those of ``fastlip.attacks``; every success of theirs is confirmed in float32, and the
+copy that they follow, made in the first round and kept, is compared with the model in every call. Robust accuracy is
+judged alike for all, by the float32 model.
 
-``--attack`` and ``--regime`` choose a part; the committed results were measured in four parts, each with all its
-libraries in one process (``--images 32 --repeats 2``).
+``--attack`` and ``--regime`` choose a part; the committed results were measured in four parts on one and on two
+threads, each with all its libraries in one process (``--images 32``, 3 and 2 ``--repeats``), and put into one file.
 
 The checkpoint holds a network of ``fastlip.models.resnet50``, as a study run writes; where the file is missing it is
 trained here on 20,000 images for 6 epochs, which takes 12 minutes on two cores.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._batch import Batch, new_batch, rows_of, take
-from fastlip.attacks._climb import Climb, Keep, Trail
+from fastlip.attacks._batch import Batch, new_batch, rows_of
+from fastlip.attacks._climb import Climb, Keep, walk
 from fastlip.attacks._losses import Loss, check_loss
 from fastlip.attacks._model import Model, attacked
 from fastlip.attacks._pgd import check_settings, first_iterate, warn_of_lost_gradients
@@ -176,26 +176,14 @@ class _Run:
         return torch.where(better.reshape(-1, *([1] * (x.dim() - 1))), x, state.x_best)
 
     def _settle(self, batch: Batch, x: Tensor, state: ops.APGDState, steps: int) -> Batch:
-        climb = self.climber
-        trail = Trail(climb, batch)
-        for step in range(steps + 1):
-            final = step == steps
-            batch = trail.batch
-            seen = climb.seen(batch, x)
-            losses, hit, doubtful = climb.losses(batch, seen, gradient=not final)
-            if climb.keep == "best":
-                trail.offer(seen, losses, hit, doubtful)
-            elif final:
-                trail.replace(seen, hit, doubtful)
-            kept = None if final else trail.standing(step)
-            if final or (kept is not None and len(kept) == 0):
-                break
-            grad = climb.gradient(losses, seen, x)
-            if kept is not None:
-                trail.leave_behind(kept)
-                batch, x, grad, losses, state = trail.batch, take(x, kept), take(grad, kept), losses[kept], state[kept]
+        def step(batch: Batch, x: Tensor, grad: Tensor, losses: Tensor) -> None:
             self._step(batch, x, grad, losses, state)
-        return climb.finish(trail)
+
+        def leave_behind(kept: Tensor) -> None:
+            nonlocal state
+            state = state[kept]
+
+        return walk(self.climber, batch, x, steps, step, leave_behind)
 
     def _state(self, batch: Batch, x: Tensor, steps: int, continued: bool) -> ops.APGDState:
         norm = self.climber.norm

@@ -1,5 +1,6 @@
 """What gradient attacks share: looking at iterates, keeping the best, and leaving fallen images behind."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -223,6 +224,51 @@ class Trail:
             self.claimed = torch.where(better, hit, self.claimed)
             self.doubtful = torch.where(better, doubtful, self.doubtful)
         self.hit = self.hit | hit
+
+
+def walk(
+    climb: Climb,
+    batch: Batch,
+    x: Tensor,  # [K, ...], changed
+    steps: int,
+    step: Callable[[Batch, Tensor, Tensor, Tensor], None],
+    leave_behind: Callable[[Tensor], None] = lambda kept: None,
+) -> Batch:
+    """Take ``steps`` from ``x``, keep the best of all iterates, and return the images that still stand.
+
+    Args:
+        climb: the network, the settings and the results.
+        batch: images.
+        x: where they begin.
+        steps: gradient steps.
+        step: called with the batch, x (to be moved in place), the gradients and the losses [K].
+        leave_behind: called with the positions of the images that go on, [M] int64, where some do not.
+    """
+    trail = Trail(climb, batch)
+    for count in range(steps + 1):
+        final = count == steps
+        seen = climb.seen(trail.batch, x)
+        losses, hit, doubtful = climb.losses(trail.batch, seen, gradient=not final)
+        if climb.keep == "best":
+            trail.offer(seen, losses, hit, doubtful)
+        elif final:
+            trail.replace(seen, hit, doubtful)
+        kept = None if final else trail.standing(count)
+        if final or (kept is not None and len(kept) == 0):
+            break
+        grad, losses = climb.gradient(losses, seen, x), losses.detach()
+        if kept is not None:
+            trail.leave_behind(kept)
+            leave_behind(kept)
+            x, grad, losses = take(x, kept), take(grad, kept), losses[kept]
+        step(trail.batch, x, grad, losses)
+    return climb.finish(trail)
+
+
+def free_gradient(batch: Batch, x: Tensor, grad: Tensor) -> Tensor:
+    """``grad`` without the elements that the box stops: a sparse step moves few, and spends none on those."""
+    lo, hi = batch.bounds
+    return torch.where((grad > 0) & (x >= hi) | (grad < 0) & (x <= lo), 0.0, grad)
 
 
 def rows_where(mask: Tensor) -> Tensor:

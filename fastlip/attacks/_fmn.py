@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastlip import ops
 from fastlip.attacks._batch import Batch, take
-from fastlip.attacks._climb import Climb
+from fastlip.attacks._climb import Climb, free_gradient
 from fastlip.attacks._distance import distance, slope
 
 #: Share by which a ball shrinks or grows at first and at last.
@@ -67,8 +67,7 @@ def fmn(
             grown = torch.where(nearest.isfinite(), radius * (1 + gamma), radius * _GROWTH)
             radius = torch.minimum(torch.where(hit, torch.minimum(radius * (1 - gamma), nearest), grown), limit)
         if climb.norm == "l1":
-            lo, hi = batch.bounds
-            grad = torch.where((grad > 0) & (x >= hi) | (grad < 0) & (x <= lo), 0.0, grad)
+            grad = free_gradient(batch, x, grad)
         if step < _STEEPEST * steps:
             length = _annealed(_STEP, step, steps) * radius
             ops.pgd_step_(

@@ -165,6 +165,35 @@ def test_successes_are_those_of_the_model(cnn_problem):
     assert not found.found.any()
 
 
+def test_images_go_on_after_a_claim_that_was_refuted(cnn_problem):
+    model, inputs, labels = cnn_problem
+    calls = []
+
+    def lies_once(x):
+        calls.append(len(x))
+        return -model(x) if len(calls) == 1 else model(x)
+
+    network = attacks.Network(model, lies_once)
+    found = attacks.pgd(network, inputs, labels, eps=0.3, steps=10, loss="margin", random_start=False)
+    assert (model(found).argmax(1) != labels).all()
+    assert calls[1] == 32
+
+
+def test_claims_are_gathered_before_the_model_is_asked(cnn_problem):
+    model, inputs, labels = cnn_problem
+    call = {"eps": 0.065, "steps": 20, "step_size": 0.003, "loss": "ce", "random_start": False}
+    judged = []
+
+    def judge(x):
+        judged.append(len(x))
+        return model(x)
+
+    found = attacks.pgd(attacks.Network(judge, model, 1e-6), inputs, labels, **call)
+    fell = model(found).argmax(1) != labels
+    assert torch.equal(fell, model(attacks.pgd(model, inputs, labels, **call)).argmax(1) != labels)
+    assert sum(judged) == fell.sum() > 2 * len(judged)
+
+
 def test_what_the_copy_misses_is_seen_at_the_end(cnn_problem):
     model, inputs, labels = cnn_problem
     blind = attacks.Network(model, lambda x: model(x) + 1e3 * nn.functional.one_hot(labels[: len(x)], 10))
