@@ -21,10 +21,12 @@ from fastlip.norms._stack import kind
 DETERMINISTIC = ("ring", "gram", "cholesky")
 METHODS = ("auto", "lanczos", "power", *DETERMINISTIC, "svd")
 
-# Above this a matrix costs more than the iteration, which takes more steps the narrower its interval is to be.
+# Above this a matrix costs more than the iteration, which takes more steps the narrower its interval is to be. GPUs
+# factorise one small matrix no faster than a CPU, and iterate many at once.
 _DENSE_SIDE = 512
 _DENSE_SIDE_NARROW = 1024
 _NARROW = 5e-3
+_DENSE_SIDE_ON_GPU = 64
 _DENSE_ENTRIES = 1 << 26
 # Width of matrices' intervals over the width asked for: they are to cost no more than needed, and look exact beside
 # the others.
@@ -94,11 +96,12 @@ def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormI
             settings.progress(len(results), len(ops))
 
     iterated: list[tuple[int, AnyOperator, int]] = []
+    magnitudes = _magnitudes(ops)
     for index, op in enumerate(ops):
         if isinstance(op, Composed):
             iterated.append((index, op, 0))
             continue
-        scaled, exponent = _normalise(op)
+        scaled, exponent = _normalise(op, magnitudes[index])
         if scaled is None:
             settle(index, NormInterval(0.0, 0.0, 1.0, "closed form", 0, True), 0)
         elif settings.method == "svd":
@@ -126,6 +129,8 @@ def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormI
 def _is_small(op: Operator, rtol: float) -> bool:
     side, entries = smallest_side(op), matrix_entries(op)
     most = _DENSE_SIDE_NARROW if rtol < _NARROW else _DENSE_SIDE
+    if op.weight.device.type != "cpu":
+        most = _DENSE_SIDE_ON_GPU
     return entries == 0 or (side <= most and entries <= _DENSE_ENTRIES)
 
 
@@ -208,10 +213,23 @@ def _waves(
     yield wave, longest
 
 
-def _normalise(op: Operator) -> tuple[Operator | None, int]:
+def _magnitudes(ops: Sequence[AnyOperator]) -> dict[int, float]:
+    """The largest magnitude of each single operator's weight, read from every device at once."""
+    found: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
+    for index, op in enumerate(ops):
+        if isinstance(op, Operator) and op.weight.numel():
+            low, high = torch.aminmax(op.weight.detach())
+            found[op.weight.device].append((index, torch.maximum(-low, high).double()))
+    return dict.fromkeys(range(len(ops)), 0.0) | {
+        index: value
+        for rows in found.values()
+        for (index, _), value in zip(rows, torch.stack([v for _, v in rows]).tolist(), strict=True)
+    }
+
+
+def _normalise(op: Operator, largest: float) -> tuple[Operator | None, int]:
     """The operator with a weight of magnitude about 1, and the power of two taken out; None for zero."""
     weight: Tensor = op.weight.detach()
-    largest = max(abs(extreme.item()) for extreme in torch.aminmax(weight))
     if largest == 0.0:
         return None, 0
     _, exponent = math.frexp(largest)

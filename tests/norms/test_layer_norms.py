@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlip.norms import NormReport, conv_norm, layer_norms
+from fastlip.norms._operator import Operator
+from fastlip.norms._solve import _is_small
 
 
 def jacobian_norm(function: nn.Module, shape: tuple[int, ...]) -> float:
@@ -161,3 +163,16 @@ def test_resnet50_at_cifar_resolution() -> None:
     assert report.confidence == 1 - 1e-6
     assert all(interval.converged and interval.width <= 1e-2 for interval in report.values())
     assert sum(interval.confidence == 1.0 for interval in report.values()) >= 38
+
+
+def test_a_layer_without_weights_has_norm_zero() -> None:
+    assert layer_norms(nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2)), (3,))["0"].upper == 0.0
+
+
+@pytest.mark.parametrize(("side", "rtol", "device", "small"), [
+    (512, 1e-2, "cpu", True), (513, 1e-2, "cpu", False), (1024, 1e-3, "cpu", True), (1025, 1e-3, "cpu", False),
+    (64, 1e-3, "meta", True), (65, 1e-2, "meta", False),
+])  # fmt: skip
+def test_matrices_are_factorised_where_that_is_cheaper(side: int, rtol: float, device: str, small: bool) -> None:
+    # "meta" stands for any device but the CPU.
+    assert _is_small(Operator(torch.empty(side, 2 * side, device=device)), rtol) is small
