@@ -10,8 +10,8 @@ of a step counts, and one at which they fall. The libraries take turns, so that 
 copy that they follow, made in the first round and kept, is compared with the model in every call. Robust accuracy is
 judged alike for all, by the float32 model.
 
-``--attack`` and ``--regime`` choose a part; the committed results were measured in four parts on one and on two
-threads, each with all its libraries in one process (``--images 32``, 3 and 2 ``--repeats``), and put into one file.
+``--attack`` and ``--regime`` choose a part; the committed results are a run on one thread and one on two, put into one
+file (``--images 32 --repeats 2``).
 
 The checkpoint holds a network of ``fastlip.models.resnet50``, as a study run writes; where the file is missing it is
 trained here on 20,000 images for 6 epochs, which takes 12 minutes on two cores.

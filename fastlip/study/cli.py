@@ -123,6 +123,14 @@ def main() -> None:
     except OSError as error:
         # Disk full, no permission, a file vanished: what was written before stays complete.
         _fail(f"{error}; mend that and run the same command again to go on", 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported yet
+            raise
+        _fail(
+            f"{str(error).splitlines()[0]} Free the GPU and run the same command again to go on, or begin in another "
+            "--out with smaller batches (--set, see --help).",
+            1,
+        )
 
 
 def _fail(message: str, status: int) -> None:

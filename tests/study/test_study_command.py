@@ -196,3 +196,13 @@ def test_a_directory_that_may_not_be_written(command, micro_arguments, tmp_path,
 
     monkeypatch.setattr(os, "open", refused)
     is_one_line(command("--out", tmp_path / "run", *micro_arguments), 1, "Permission denied", "same command again")
+
+
+def test_a_full_gpu(command, monkeypatch, tmp_path):
+    from fastlip.study import runner
+
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.")
+
+    monkeypatch.setattr(runner, "run", full)
+    is_one_line(command("--preset", "demo", "--out", tmp_path), 1, "CUDA out of memory", "smaller batches")
