@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from _norm_peers import power_iteration
@@ -55,7 +56,7 @@ def build(tiny: bool) -> nn.Module:
 def operators(model: nn.Module) -> list[Operator]:
     """The convolutions larger than 1 x 1."""
     return [
-        conv_operator(m.weight.detach(), shape[1:], stride=m.stride, padding=m.padding)  # type: ignore[arg-type]
+        conv_operator(m.weight.detach(), shape[1:], stride=m.stride, padding=m.padding)
         for m, shape in layers_of(model)
         if m.kernel_size != (1, 1)
     ]
@@ -64,22 +65,15 @@ def operators(model: nn.Module) -> list[Operator]:
 @contextmanager
 def with_graphs(on: bool) -> Iterator[None]:
     """Whether fastlip's steps are replayed from CUDA graphs."""
-    kept = _replay._HIDDEN
-    _replay._HIDDEN = kept if on else -1
-    try:
+    with patch.object(_replay, "_HIDDEN", _replay._HIDDEN if on else -1):
         yield
-    finally:
-        _replay._HIDDEN = kept
 
 
 @contextmanager
 def on_torch() -> Iterator[None]:
     """Iterate by torch's convolutions; the certificate stays fastlip's."""
-    lanczos.stack = TorchStack  # type: ignore[assignment]
-    try:
+    with patch.object(lanczos, "stack", TorchStack):
         yield
-    finally:
-        lanczos.stack = stack
 
 
 def work(ops: list[Operator], steps: list[int]) -> tuple[float, float]:
@@ -96,7 +90,8 @@ class Table:
     """Rows of results."""
 
     def __init__(self, device: str, seconds: float) -> None:
-        self.device, self.seconds, self.rows = device, seconds, []  # type: ignore[var-annotated]
+        self.device, self.seconds = device, seconds
+        self.rows: list[dict[str, Any]] = []
         self.flop_rate, self.byte_rate = rates(device, min(seconds, 0.2))
 
     def floor(self, ops: list[Operator], steps: list[int]) -> float:

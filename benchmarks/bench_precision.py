@@ -20,6 +20,7 @@ import csv
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from fastlip import models
 from fastlip.norms import Operator, conv_operator
 from fastlip.norms import _lanczos as lanczos
 from fastlip.norms import _measured as measured
+from fastlip.norms._certificate import Array, Ritz
 from fastlip.norms._iterate import Plan
 from fastlip.norms._stack import Stack, stack
 
@@ -125,16 +127,13 @@ def run(op: Operator, split: Split | None, plan: Plan) -> tuple[float, float, in
     seen: dict[str, float] = {}
     bound = measured.krylov_bound
 
-    def noted(decomposed: object, off: object, last: object, residual: object, overlaps: object) -> object:
-        seen["residual"], seen["overlap"] = float(max(residual)), float(min(overlaps))  # type: ignore[call-overload]
-        return bound(decomposed, off, last, residual, overlaps)  # type: ignore[arg-type]
+    def noted(decomposed: Ritz, off: Array, last: Array, residual: Array, overlaps: Array) -> Array:
+        seen["residual"], seen["overlap"] = float(residual.max()), float(overlaps.min())
+        return bound(decomposed, off, last, residual, overlaps)
 
     build: Callable[..., Stack] = stack if split is None else functools.partial(Emulated, split)
-    lanczos.stack, measured.krylov_bound = build, noted  # type: ignore[assignment]
-    try:
+    with patch.object(lanczos, "stack", build), patch.object(measured, "krylov_bound", noted):
         (found,) = lanczos.lanczos_norms([op], plan)
-    finally:
-        lanczos.stack, measured.krylov_bound = stack, bound
     return found.lower, found.upper, found.steps, seen["residual"], seen["overlap"]
 
 

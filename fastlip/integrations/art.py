@@ -44,6 +44,7 @@ class FastlipPGD(_Base):
         options: further keywords of :func:`fastlip.attacks.pgd`, for PyTorch estimators.
     """
 
+    # A list of the class, as ART extends and reads it.
     attack_params: list[str] = [  # noqa: RUF012
         *getattr(_Base, "attack_params", []),
         *("norm", "eps", "eps_step", "max_iter", "targeted", "num_random_init", "batch_size", "sparsity", "verbose"),
@@ -93,6 +94,7 @@ class FastlipPGD(_Base):
         classes = np.argmax(y, 1) if np.ndim(y) == 2 and np.shape(y)[1] > 1 else np.reshape(y, -1)
         classes = classes.astype(np.int64)
         low, high = self.estimator.clip_values if self.estimator.clip_values is not None else (-np.inf, np.inf)
+        # As all of ART draws, so that a script which seeds NumPy repeats itself.
         seed = int(np.random.randint(2**31)) if self.seed is None else self.seed  # noqa: NPY002
         run: Callable[..., np.ndarray] = self._torch if _plain_torch(self.estimator) else self._numpy
         out = np.empty_like(x)

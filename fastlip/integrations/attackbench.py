@@ -54,6 +54,7 @@ def as_attackbench(attack: Callable[..., Tensor | MinNormResult], **options: Any
 
     name = getattr(attack, "__name__", "attack")
     run.__name__ = name
+    # AttackBench reads these of the function.
     run._attackbench_name = name  # type: ignore[attr-defined]
     run._attackbench_lib = "fastlip"  # type: ignore[attr-defined]
     return run

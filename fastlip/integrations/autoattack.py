@@ -130,6 +130,7 @@ class AutoAttack:
 
 def _attacks(version: str, names: Sequence[str], norm: Norm, eps: float, bounds: Bounds) -> dict[str, attacks.Attack]:
     if version != "custom":
+        # Any string may come: suite() refuses those that it does not know.
         return attacks.suite(version, norm=norm, eps=eps, bounds=bounds)  # type: ignore[arg-type]
     known = attacks.suite("standard", norm=norm, eps=eps, bounds=bounds)
     known["apgd-dlr"] = partial(attacks.apgd, loss="dlr", norm=norm, eps=eps, bounds=bounds)

@@ -31,8 +31,10 @@ def conv_norm(
     """Largest singular value of the convolution as a network applies it, from both sides.
 
     The operator is conv1d, conv2d or conv3d with its stride, padding, dilation, groups and input size, borders
-    included; the bias plays no part. Small operators, 1x1 kernels, windows that do not overlap and kernels as large as
-    the input are exact. Otherwise Golub-Kahan-Lanczos iteration runs from several random starts: the lower side is
+    included; the bias plays no part. Small operators are decomposed, with certainty: those that are a matrix of up to
+    512 rows or columns (1024 for ``rtol`` below 0.005; on a GPU 64), as 1x1 kernels, windows that do not overlap and
+    kernels as large as the input may be. With "auto" their intervals are up to a hundredth of ``rtol`` wide, mostly as
+    wide as rounding. Otherwise Golub-Kahan-Lanczos iteration runs from several random starts: the lower side is
     evaluated on the best Ritz vector, the upper side is a bound that fails with probability at most 1 - ``confidence``
     over the starts, rounding included (van Dorsselaer, Hochstenbach, van der Vorst 2001; Dixon 1983 for "power").
 
