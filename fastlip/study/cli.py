@@ -29,7 +29,8 @@ def study(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="demo: generated images, no network. quick: CIFAR-10 on two cores. full: all arms, on a GPU."
+            help="demo: generated images, no network. quick: CIFAR-10 on two cores. seeds: quick's training over six "
+            "seeds, for questions 3 and 4. full: all arms, on a GPU."
         ),
     ] = None,
     out: Annotated[
