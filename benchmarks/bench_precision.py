@@ -30,7 +30,7 @@ from fastlip import models
 from fastlip.norms import Operator, conv_operator
 from fastlip.norms import _lanczos as lanczos
 from fastlip.norms import _measured as measured
-from fastlip.norms._certificate import Array, Ritz
+from fastlip.norms._certificate import Array
 from fastlip.norms._iterate import Plan
 from fastlip.norms._stack import Stack, stack
 
@@ -127,9 +127,9 @@ def run(op: Operator, split: Split | None, plan: Plan) -> tuple[float, float, in
     seen: dict[str, float] = {}
     bound = measured.krylov_bound
 
-    def noted(decomposed: Ritz, off: Array, last: Array, residual: Array, overlaps: Array) -> Array:
+    def noted(diagonal: Array, off: Array, last: Array, residual: Array, overlaps: Array) -> Array:
         seen["residual"], seen["overlap"] = float(residual.max()), float(overlaps.min())
-        return bound(decomposed, off, last, residual, overlaps)
+        return bound(diagonal, off, last, residual, overlaps)
 
     build: Callable[..., Stack] = stack if split is None else functools.partial(Emulated, split)
     with patch.object(lanczos, "stack", build), patch.object(measured, "krylov_bound", noted):

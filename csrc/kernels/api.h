@@ -109,6 +109,21 @@ struct OperatorStep {
   };
 };
 
+// Symmetric tridiagonal matrices T, one a chain, [chains, steps] each; off-diagonals are not negative.
+struct Tridiagonal {
+  const double* diagonal;
+  const double* off;  // the last one couples to the vector after the last step
+  int64_t chains, steps;
+};
+
+// Krylov's certificate: see fastlip/ops/_krylov.py. One number a chain.
+struct KrylovBound {
+  Tridiagonal matrix;
+  const double *last, *residual, *overlaps;
+  double tolerance;  // relative width of the bracket whose upper end is returned
+  double* upper;
+};
+
 namespace cpu {
 struct Kernels {
   const char* isa;
@@ -133,6 +148,9 @@ const Kernels* kernels(const char** error);
 // out_square from the partial sums of all tiles, in their order.
 void operator_squares(const OperatorStep&);
 const char* compiled_isas();  // comma-separated
+// Largest eigenvalues [chains] and their unit vectors [chains, steps], at least one step.
+void top_eigenpairs(const Tridiagonal&, double* values, double* vectors);
+void krylov_bounds(const KrylovBound&);
 }  // namespace cpu
 
 namespace cuda {

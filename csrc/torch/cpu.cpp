@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstddef>
 #include <memory>
+#include <tuple>
 
 #include "kernels/api.h"
 #include "torch/common.h"
@@ -95,6 +96,41 @@ void operator_step_(Tensor out, Tensor out_square, const Tensor& x, OptionalTens
   cpu::operator_squares(step);
 }
 
+Tridiagonal tridiagonal_of(const Tensor& diagonal, const Tensor& off) {
+  for (const Tensor* t : {&diagonal, &off}) {
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double && t->is_contiguous(),
+                    "matrices must be contiguous float64");
+    STD_TORCH_CHECK(t->dim() == 2 && t->size(1) > 0, "matrices must be [chains, steps], of at least one step");
+  }
+  STD_TORCH_CHECK(diagonal.size(0) == off.size(0) && diagonal.size(1) == off.size(1), "off must be like diagonal");
+  return {static_cast<const double*>(diagonal.const_data_ptr()), static_cast<const double*>(off.const_data_ptr()),
+          diagonal.size(0), diagonal.size(1)};
+}
+
+std::tuple<Tensor, Tensor> top_eigenpairs(const Tensor& diagonal, const Tensor& off) {
+  const Tridiagonal matrix = tridiagonal_of(diagonal, off);
+  Tensor values = torch::stable::new_empty(diagonal, {matrix.chains});
+  Tensor vectors = torch::stable::new_empty(diagonal, {matrix.chains, matrix.steps});
+  cpu::top_eigenpairs(matrix, static_cast<double*>(values.mutable_data_ptr()),
+                      static_cast<double*>(vectors.mutable_data_ptr()));
+  return {values, vectors};
+}
+
+Tensor krylov_bound(const Tensor& diagonal, const Tensor& off, const Tensor& last, const Tensor& residual,
+                    const Tensor& overlaps, double tolerance) {
+  const Tridiagonal matrix = tridiagonal_of(diagonal, off);
+  const auto numbers = [&](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.dim() == 1, name,
+                    " must be contiguous float64 [chains]");
+    STD_TORCH_CHECK(t.size(0) == matrix.chains, name, " must be contiguous float64 [chains]");
+    return static_cast<const double*>(t.const_data_ptr());
+  };
+  Tensor upper = torch::stable::new_empty(diagonal, {matrix.chains});
+  cpu::krylov_bounds({matrix, numbers(last, "last"), numbers(residual, "residual"), numbers(overlaps, "overlaps"),
+                      tolerance, static_cast<double*>(upper.mutable_data_ptr())});
+  return upper;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
@@ -103,6 +139,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("random_start", TORCH_BOX(&random_start));
   m.impl("apgd_step_", TORCH_BOX(&apgd_step_));
   m.impl("operator_step_", TORCH_BOX(&operator_step_));
+  m.impl("top_eigenpairs", TORCH_BOX(&top_eigenpairs));
+  m.impl("krylov_bound", TORCH_BOX(&krylov_bound));
 }
 
 }  // namespace fastlip

@@ -13,11 +13,12 @@ fails for all of b independent starts with probability eta, every bound below ho
 import math
 from functools import lru_cache
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from fastlip import ops
 
 Array = NDArray[np.float64]
 
@@ -58,16 +59,6 @@ def sketch_scale(eta: float, sketches: int) -> float:
     return NormalDist().inv_cdf(0.5 + 0.5 * eta ** (1.0 / sketches)) * (1.0 - 1e-6)
 
 
-def tridiagonal(diagonal: Array, off_diagonal: Array) -> Array:
-    """Symmetric [..., k, k] from diagonals [..., k] and off-diagonals [..., k], whose last entry is not used."""
-    steps = diagonal.shape[-1]
-    index = np.arange(steps)
-    matrix = np.zeros((*diagonal.shape, steps))
-    matrix[..., index, index] = diagonal
-    matrix[..., index[1:], index[:-1]] = matrix[..., index[:-1], index[1:]] = off_diagonal[..., :-1]
-    return matrix
-
-
 def normal_equations(alpha: Array, beta: Array) -> tuple[Array, Array]:
     """Diagonal and off-diagonal of T = B^T B, [C, k] each, for B with diagonal a_1 ... a_k beside b_1 ... b_{k-1}.
 
@@ -80,74 +71,19 @@ def normal_equations(alpha: Array, beta: Array) -> tuple[Array, Array]:
     return diagonal, alpha * beta[:, 1:]
 
 
-class Ritz(NamedTuple):
-    """T decomposed, [C, k] each: ascending eigenvalues, first entries of unit eigenvectors, the last eigenvector."""
-
-    values: Array
-    first: Array
-    top: Array
-
-
-def ritz(diagonal: Array, off_diagonal: Array) -> Ritz:
-    """Decompose T, given by its diagonals [C, k]."""
-    # By torch: numpy's own threads would go on spinning beside those that the operators are applied with.
-    values, vectors = torch.linalg.eigh(torch.from_numpy(tridiagonal(diagonal, off_diagonal)))
-    return Ritz(values.numpy(), vectors[:, 0].numpy(), vectors[..., -1].numpy())
+def top_pairs(diagonal: Array, off_diagonal: Array) -> tuple[Array, Array]:
+    """Largest eigenvalues [C] and their unit vectors [C, k] of T, given by its diagonals [C, k]."""
+    values, vectors = ops.top_eigenpairs(torch.from_numpy(diagonal), torch.from_numpy(off_diagonal))
+    return values.numpy(), vectors.numpy()
 
 
 def krylov_bound(
-    decomposed: Ritz,
-    off_diagonal: Array,
-    last: Array,
-    residual: Array,
-    overlaps: Array,
-    bisections: int = 48,
+    diagonal: Array, off_diagonal: Array, last: Array, residual: Array, overlaps: Array, tolerance: float = 1e-12
 ) -> Array:
-    """Upper bounds on sigma_1 from Lanczos tridiagonals, one per chain.
-
-    With A^T A V = V T + b_k v_{k+1} e_k^T + F the bound on sigma_1^2 is the root, right of T's eigenvalues, of
-    ||v_{k+1}|| b_1 ... b_k / det(t I - T) + ||F|| ||(t I - T)^{-1} e_1|| = overlap. It needs no orthogonality of V.
-
-    Args:
-        decomposed: T's eigenvalues and first entries of eigenvectors, [C, k].
-        off_diagonal: b_1 ... b_k, [C, k]; the last one couples to v_{k+1}.
-        last: norm of v_{k+1}, [C].
-        residual: upper bound on ||F||, [C].
-        overlaps: lower bound on |<q, v_1>|, [C].
-        bisections: halvings of the bracket; its upper end is returned, so that fewer are coarser and as sound.
-
-    Returns:
-        Upper bounds on sigma_1, [C].
-    """
-    theta, first, _ = decomposed
-    steps = theta.shape[1]
-    top = np.maximum(theta[:, -1], 0.0)
-    # What was decomposed is T perturbed by rounding, with eigenvectors orthonormal but for as much: parts of F.
-    residual = 1.01 * (residual + 8.0 * steps * np.finfo(np.float64).eps * np.abs(theta).max(axis=1))
-    with np.errstate(divide="ignore"):
-        log_product = np.log(off_diagonal).sum(axis=1) + np.log(last)
-
-    def exceeds(t: Array) -> NDArray[np.bool_]:
-        """Whether the left side is above the overlap at t, so that the root is further right."""
-        gaps = t[:, None] - theta
-        with np.errstate(over="ignore"):
-            tail = np.exp(log_product - np.log(gaps).sum(axis=1))
-        # Anything undefined counts as above.
-        return ~(tail + residual * np.linalg.norm(first / gaps, axis=1) <= overlaps)
-
-    # Both terms fall below overlap / 2 here: bisect the logarithm of the distance from the largest Ritz value.
-    with np.errstate(divide="ignore"):
-        far = np.maximum((log_product + np.log(2.0 / overlaps)) / steps, np.log(2.0 * residual / overlaps)) + np.log(
-            4.0
-        )
-    scale = np.where(top > 0.0, top, 1.0)
-    high = np.maximum(far, np.log(scale)) + 1.0
-    low = np.log(scale * 1e-12)
-    for _ in range(bisections):
-        middle = 0.5 * (low + high)
-        right = exceeds(top + np.exp(middle))
-        low, high = np.where(right, middle, low), np.where(right, high, middle)
-    return np.sqrt(top + np.exp(high)) * (1.0 + 1e-12)
+    """:func:`fastlip.ops.krylov_bound` on arrays."""
+    matrices = torch.from_numpy(diagonal), torch.from_numpy(off_diagonal)
+    numbers = torch.from_numpy(last), torch.from_numpy(residual), torch.from_numpy(overlaps)
+    return ops.krylov_bound(*matrices, *numbers, tolerance).numpy()
 
 
 def power_bound(log_growth: Array, log_prefix: Array, log_error: float, overlaps: Array) -> Array:

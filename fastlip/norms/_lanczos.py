@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fastlip.norms._certificate import Array, krylov_bound, normal_equations, overlap, ritz, sketch_scale
+from fastlip.norms._certificate import Array, krylov_bound, normal_equations, overlap, sketch_scale, top_pairs
 from fastlip.norms._composed import AnyOperator
 from fastlip.norms._iterate import Iterate, Plan, draw_starts, on_device
 from fastlip.norms._measured import Sketches, certify
@@ -22,6 +22,8 @@ from fastlip.norms._stack import stack
 _SKETCH_SHARE = 0.1
 _FIRST_CHECK = 6
 _PATIENCE = 18
+#: Relative width of the brackets of bounds that decide when to stop and nothing else.
+_COARSE = 1e-5
 #: Fewest steps between two looks at the coefficients on a GPU, where a look takes as long as several steps.
 _LEAST_ON_GPU = 6
 
@@ -107,10 +109,10 @@ def _expected_widths(
     alpha, beta = coefficients
     chains = (which[:, None] * plan.starts + np.arange(plan.starts)).ravel()
     diagonal, off = normal_equations(alpha[chains], beta[chains])
-    decomposed = ritz(diagonal, off)
-    top = np.sqrt(np.maximum(decomposed.values[:, -1], 0.0))
-    guess = top**2 * _rounding(plan.dtype, alpha.shape[1] * plan.starts, scale)
-    upper = krylov_bound(decomposed, off, np.ones(len(top)), guess, overlaps[which].repeat(plan.starts), 16)
+    values, _ = top_pairs(diagonal, off)
+    guess = values * _rounding(plan.dtype, alpha.shape[1] * plan.starts, scale)
+    upper = krylov_bound(diagonal, off, np.ones(len(values)), guess, overlaps[which].repeat(plan.starts), _COARSE)
+    top = np.sqrt(values)
     lower = top.reshape(-1, plan.starts).max(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(upper.reshape(-1, plan.starts).max(axis=1) / lower - 1.0, nan=0.0)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlip.norms._certificate import Array, Ritz, krylov_bound, normal_equations, ritz
+from fastlip.norms._certificate import Array, krylov_bound, normal_equations, top_pairs
 from fastlip.norms._composed import AnyOperator, forward_error, magnitude, weight_numel
 from fastlip.norms._iterate import Iterate, Plan, norm_error
 from fastlip.norms._recurrence import Recurrence
@@ -39,9 +39,9 @@ class Sketches:
 
 @dataclass(frozen=True)
 class _Chains:
-    """One operator's recurrence, [b, k] each: its T decomposed, and what V is multiplied by."""
+    """One operator's recurrence: its T, [b, k] each, and what V is multiplied by."""
 
-    decomposed: Ritz
+    diagonal: Array
     off: Array
     coefficients: Array  # [2 s + 1, k + 1, b] of b_i v_{i+1}: the z, the Ritz vector, V T z + b_k v_{k+1} z_k
     size: float  # largest sum of magnitudes of a z
@@ -73,12 +73,11 @@ def certify(
     for i, k in enumerate(steps):
         together[k].append(i)
     for group in together.values():
+        diagonal = np.concatenate([chains[i].diagonal for i in group])
         off = np.concatenate([chains[i].off for i in group])
-        parts = zip(*(chains[i].decomposed for i in group), strict=True)
-        decomposed = Ritz(*(np.concatenate(part) for part in parts))
         last = np.array([1.0 + norm_error(ops[i]) for i in group]).repeat(b)
         residuals = np.array([found[i].residual / sketches.scale for i in group]).repeat(b)
-        bounds = krylov_bound(decomposed, off, last, residuals, overlaps[group].repeat(b))
+        bounds = krylov_bound(diagonal, off, last, residuals, overlaps[group].repeat(b))
         uppers[group] = bounds.reshape(-1, b).max(axis=1)
     vectors = [
         from_rows(m.vector, op.input_shape)[0] if plan.keep_vectors else None for m, op in zip(found, ops, strict=True)
@@ -141,18 +140,18 @@ def _chains(alpha: Array, beta: Array, z: Array) -> _Chains:
     """Decompose T, and spell out what V is multiplied by; alpha [b, k], beta [b, k + 1], z [amount, k, b]."""
     amount, k, b = z.shape
     diagonal, off = normal_equations(alpha, beta)
-    decomposed = ritz(diagonal, off)
+    values, tops = top_pairs(diagonal, off)
     inner = np.zeros((amount + 1, k + 1, b))
     inner[:-1, :k] = z
-    best = int(decomposed.values[:, -1].argmax())
-    inner[-1, :k, best] = decomposed.top[best]
+    best = int(values.argmax())
+    inner[-1, :k, best] = tops[best]
     expected = np.zeros((amount, k + 1, b))
     expected[:, :k] = diagonal.T * z
     expected[:, 1:] += off.T * z
     expected[:, : k - 1] += off.T[:-1] * z[:, 1:]
     lengths = beta.T
     inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0.0)
-    return _Chains(decomposed, off, np.concatenate([inner, expected]) * inverse, np.abs(z).sum(axis=(1, 2)).max())
+    return _Chains(diagonal, off, np.concatenate([inner, expected]) * inverse, np.abs(z).sum(axis=(1, 2)).max())
 
 
 def _combine(basis: list[Tensor], coefficients: Tensor) -> Tensor:

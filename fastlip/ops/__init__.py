@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastlip.ops._krylov import krylov_bound, top_eigenpairs
 from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan, pack_weight, packed_size
 from fastlip.ops._operator_step import operator_step_
 from fastlip.ops._register import Backend, backends
@@ -40,6 +41,7 @@ __all__ = [
     "apgd_state",
     "apgd_step_",
     "backends",
+    "krylov_bound",
     "operator_plan",
     "operator_step_",
     "pack_weight",
@@ -49,6 +51,7 @@ __all__ = [
     "project",
     "project_",
     "random_start",
+    "top_eigenpairs",
 ]
 
 Norm = Literal["linf", "l2", "l1"]
@@ -585,3 +588,13 @@ torch.library.register_fake("fastlip::operator_step_")(_fake_step)
 @torch.library.register_fake("fastlip::random_start")
 def _(x0: Tensor, *args: object) -> Tensor:
     return torch.empty_like(x0)
+
+
+@torch.library.register_fake("fastlip::top_eigenpairs")
+def _fake_pairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    return diagonal.new_empty(len(diagonal)), torch.empty_like(diagonal)
+
+
+@torch.library.register_fake("fastlip::krylov_bound")
+def _fake_bound(diagonal: Tensor, *others: Tensor | float) -> Tensor:
+    return diagonal.new_empty(len(diagonal))

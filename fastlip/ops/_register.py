@@ -33,6 +33,12 @@ SCHEMAS = {
     "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor bundles, Tensor entries, "
     "int most_chains, int parts, Tensor? active) -> ()",
 }
+#: Operators that run on the CPU alone, natively where the CPU library was built.
+HOST_SCHEMAS = {
+    "top_eigenpairs": "(Tensor diagonal, Tensor off_diagonal) -> (Tensor, Tensor)",
+    "krylov_bound": "(Tensor diagonal, Tensor off_diagonal, Tensor last, Tensor residual, Tensor overlaps, "
+    "float tolerance) -> Tensor",
+}
 BACKENDS = ("native", "triton", "reference")
 
 
@@ -45,7 +51,7 @@ class Backend:
 
 
 _library = torch.library.Library("fastlip", "DEF")
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in (SCHEMAS | HOST_SCHEMAS).items():
     _library.define(_name + _schema)
 
 
@@ -59,8 +65,13 @@ def library_path(device: str) -> Path | None:
 
 
 def _implement(device: str, module: ModuleType) -> None:
+    from fastlip.ops import reference
+
     for name in SCHEMAS:
         _library.impl(name, getattr(module, name), device.upper())
+    if device == "cpu":
+        for name in HOST_SCHEMAS:
+            _library.impl(name, getattr(reference, name), "CPU")
 
 
 def _triton_serves(device: str) -> bool:

@@ -443,3 +443,46 @@ def _unpacked(weights: Tensor, depthwise: bool, groups: int, taps: int, k: int, 
         at += rows * lanes
     kernel = torch.cat(columns, dim=-1)[..., :n]
     return torch.diag_embed(kernel[:, :, 0]) if depthwise else kernel
+
+
+def top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """By torch's solver, of the whole matrices; vectors with non-negative entries."""
+    values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
+    return values[:, -1].clamp_min(0.0), vectors[..., -1].abs()
+
+
+def krylov_bound(
+    diagonal: Tensor, off_diagonal: Tensor, last: Tensor, residual: Tensor, overlaps: Tensor, tolerance: float
+) -> Tensor:
+    """By eigenvalues and first entries of eigenvectors; always to the last bisection."""
+    finite = diagonal.isfinite().all(1) & off_diagonal.isfinite().all(1)
+    diagonal, off_diagonal = diagonal.clone(), off_diagonal.clone()
+    diagonal[~finite], off_diagonal[~finite] = 0.0, 0.0  # the solver takes no others
+    theta, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
+    first, steps, eps = vectors[:, 0], theta.shape[1], torch.finfo(torch.float64).eps
+    top = theta[:, -1].clamp_min(0.0)
+    # What was decomposed is T perturbed by rounding, with eigenvectors orthonormal but for as much: parts of F.
+    residual = 1.01 * (residual + 8.0 * steps * eps * theta.abs().amax(1))
+    log_product = off_diagonal.log().sum(1) + last.log()
+
+    def exceeds(t: Tensor) -> Tensor:
+        gaps = t[:, None] - theta
+        tail = torch.exp(log_product - gaps.log().sum(1))
+        # Anything undefined counts as above.
+        return ~(tail + residual * torch.linalg.vector_norm(first / gaps, dim=1) <= overlaps)
+
+    # Both terms fall below overlap / 2 at the far end. Bisect the logarithm of the distance from the largest eigenvalue.
+    far = torch.maximum((log_product + (2.0 / overlaps).log()) / steps, (2.0 * residual / overlaps).log()) + 1.4
+    scale = torch.where(top > 0.0, top, torch.ones_like(top))
+    high, low = torch.maximum(far, scale.log()) + 1.0, (scale * 1e-12).log()
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        right = exceeds(top + middle.exp())
+        low, high = torch.where(right, middle, low), torch.where(right, high, middle)
+    upper = (top + high.exp()).sqrt() * (1.0 + 1e-12)
+    return torch.where(finite & (overlaps > 0.0) & upper.isfinite(), upper, torch.inf)
+
+
+def _tridiagonal(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
+    off = off_diagonal[:, :-1]
+    return torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
