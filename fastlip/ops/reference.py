@@ -471,7 +471,7 @@ def krylov_bound(
         # Anything undefined counts as above.
         return ~(tail + residual * torch.linalg.vector_norm(first / gaps, dim=1) <= overlaps)
 
-    # Both terms fall below overlap / 2 at the far end. Bisect the logarithm of the distance from the largest eigenvalue.
+    # Both terms fall below overlap / 2 at the far end. Bisect the logarithm of the distance from the largest one.
     far = torch.maximum((log_product + (2.0 / overlaps).log()) / steps, (2.0 * residual / overlaps).log()) + 1.4
     scale = torch.where(top > 0.0, top, torch.ones_like(top))
     high, low = torch.maximum(far, scale.log()) + 1.0, (scale * 1e-12).log()
