@@ -223,7 +223,7 @@ def _scaling(constant: Any, power: int, source: Step, shape: tuple[int, ...], wh
 
 def fold_scales(last: Step) -> None:
     """Multiply factors per channel into the neighbouring layer with weights, before its norm is taken."""
-    scales: dict[Step, dict[str, Tensor]] = {}
+    scales: dict[Step, dict[str, Any]] = {}
     for step in walk(last):
         if not isinstance(step.factor, Diagonal):
             continue

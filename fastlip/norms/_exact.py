@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._operator import Operator, TorchOperator
+from fastlip.norms._operator import Operator, TorchOperator, inherit_norm
 
 _EPS = torch.finfo(torch.float64).eps
 # Up to this side the eigenvalue solver is about as fast a way to the largest eigenvalue.
@@ -22,14 +24,13 @@ def trim(op: Operator) -> Operator:
     if op.padding_mode != "zeros":
         return op
     weight, pads = op.weight, []
-    for axis, (n, (left, right), d) in enumerate(zip(op.input_size, op.padding, op.dilation, strict=True)):
-        k = op.kernel[axis]
-        starts = _window_starts(op, axis)
-        alive = [j for j in range(k) if any(0 <= start + j * d < n for start in starts)]
-        first, last = (alive[0], alive[-1]) if alive else (0, k - 1)
-        weight = weight.narrow(axis + 2, first, last - first + 1)
-        pads.append((left - d * first, right - d * (k - 1 - last)))
-    return replace(op, weight=weight, padding=tuple(pads))
+    for axis, (window, (left, right)) in enumerate(zip(_windows(op), op.padding, strict=True)):
+        weight = weight.narrow(axis + 2, window.first, window.last - window.first + 1)
+        spread = op.dilation[axis]
+        pads.append((left - spread * window.first, right - spread * (op.kernel[axis] - 1 - window.last)))
+    if weight.shape == op.weight.shape:
+        return op
+    return inherit_norm(replace(op, weight=weight, padding=tuple(pads)), op)
 
 
 def simplify(op: Operator) -> Operator:
@@ -42,18 +43,32 @@ def simplify(op: Operator) -> Operator:
     if op.padding_mode != "zeros" or not op.kernel:
         return op
     op = trim(op)
-    disjoint = True
-    for axis, (n, d, s, k, m) in enumerate(
-        zip(op.input_size, op.dilation, op.stride, op.kernel, op.output_size, strict=True)
-    ):
-        inside = any(start >= 0 and start + d * (k - 1) < n for start in _window_starts(op, axis))
-        disjoint = disjoint and inside and (m == 1 or k == 1 or (d == 1 and k <= s))
-    return Operator(op.weight.flatten(1), groups=op.groups) if disjoint else op
+    if not all(window.disjoint for window in _windows(op)):
+        return op
+    return inherit_norm(Operator(op.weight.flatten(1), groups=op.groups), op)
 
 
-def _window_starts(op: Operator, axis: int) -> list[int]:
-    """Position of each window's first tap; negative in the padding."""
-    return [o * op.stride[axis] - op.padding[axis][0] for o in range(op.output_size[axis])]
+class _Window(NamedTuple):
+    """How a kernel's windows lie along one axis, with zero padding."""
+
+    first: int  # tap that ever meets the input
+    last: int
+    disjoint: bool  # whether no two overlap, and one lies inside the input
+
+
+def _windows(op: Operator) -> list[_Window]:
+    axes = zip(op.input_size, op.output_size, op.kernel, op.stride, op.dilation, op.padding, strict=True)
+    return [_window(n, m, k, s, d, left) for n, m, k, s, d, (left, _) in axes]
+
+
+@lru_cache(maxsize=1024)
+def _window(n: int, m: int, k: int, stride: int, dilation: int, left: int) -> _Window:
+    """For n inputs and m outputs."""
+    starts = [o * stride - left for o in range(m)]  # of each window's first tap; negative in the padding
+    alive = [j for j in range(k) if any(0 <= start + j * dilation < n for start in starts)]
+    inside = any(start >= 0 and start + dilation * (k - 1) < n for start in starts)
+    disjoint = inside and (m == 1 or k == 1 or (dilation == 1 and k <= stride))
+    return _Window(*((alive[0], alive[-1]) if alive else (0, k - 1)), disjoint)
 
 
 def smallest_side(op: Operator) -> int:

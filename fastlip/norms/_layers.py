@@ -1,8 +1,10 @@
 """The norms of all layers of a model."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import overload
 
 import torch
@@ -12,15 +14,18 @@ from fastlip.norms._interval import NormInterval
 from fastlip.norms._modules import (
     BATCHNORMS,
     CONVS,
+    NO_STATISTICS,
     TRANSPOSED,
-    batchnorm_scale,
+    batchnorm_scales,
     describe_module,
-    diagonal_norm,
+    diagonal_norms,
     module_operator,
+    require_finite_scale,
 )
-from fastlip.norms._operator import Operator
+from fastlip.norms._operator import Operator, look_at, require_finite
 from fastlip.norms._report import NormReport
 from fastlip.norms._solve import Settings, operator_norms
+from fastlip.norms._structure import Remembered
 
 
 @dataclass
@@ -28,11 +33,27 @@ class _Call:
     """One layer at work: what it is, on what shape, and which BatchNorm follows it."""
 
     name: str
-    module: nn.Module
     input_shape: tuple[int, ...]
     output: Tensor
     version: int
-    batchnorm: nn.Module | None = None
+    batchnorm: str | None = None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of a model.
+
+    Attributes:
+        name: its own, with a number where it ran on several shapes.
+        description: for the report.
+        operator: its linear map; None for a BatchNorm alone.
+        scale: factors of the BatchNorm that is folded into it, or that it is.
+    """
+
+    name: str
+    description: str
+    operator: Operator | None
+    scale: Tensor | None
 
 
 @overload
@@ -114,16 +135,24 @@ def layer_norms(
         generator.seed()
     settings = Settings(rtol, confidence, method, starts, max_steps, dtype, max_memory, generator, progress)
     models = [model] if isinstance(model, nn.Module) else list(model)
-    collected = [_collect(m, input_shape, fold_batchnorm) for m in models]
-    solved = iter(operator_norms([x for layers in collected for *_, x in layers if isinstance(x, Operator)], settings))
+    collected = [_collect(m, checked_shape(input_shape), fold_batchnorm) for m in models]
+    every = [layer for layers in collected for layer in layers]
+    operators = [layer.operator for layer in every if layer.operator is not None]
+    look_at(operators)
+    for layer in every:
+        _require_finite(layer)
+    solved = iter(operator_norms(operators, settings))
+    factors = iter(
+        diagonal_norms([layer.scale for layer in every if layer.operator is None and layer.scale is not None])
+    )
     reports = []
     for layers in collected:
-        intervals = {name: next(solved) if isinstance(x, Operator) else x for name, _, x in layers}
+        intervals = {layer.name: next(solved) if layer.operator else _exactly(next(factors)) for layer in layers}
         random = any(interval.confidence < 1.0 for interval in intervals.values())
         reports.append(
             NormReport(
                 intervals,
-                {name: description for name, description, _ in layers},
+                {layer.name: layer.description for layer in layers},
                 confidence if random else 1.0,
                 generator.initial_seed() if random else None,
             )
@@ -131,35 +160,63 @@ def layer_norms(
     return reports[0] if isinstance(model, nn.Module) else reports
 
 
-def _collect(
-    model: nn.Module, input_shape: Sequence[int], fold_batchnorm: bool
-) -> list[tuple[str, str, Operator | NormInterval]]:
-    """Name, description and operator of each layer, or its interval where that is a maximum."""
-    found: list[tuple[str, str, Operator | NormInterval]] = []
-    seen: set[tuple[str, tuple[int, ...]]] = set()
-    for call in _record(model, input_shape, fold_batchnorm):
-        if (call.name, call.input_shape) in seen:
+def _exactly(norm: float) -> NormInterval:
+    return NormInterval(norm * (1 - 2e-14), norm, 1.0, "closed form", 0, True)
+
+
+def _collect(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool) -> list[_Layer]:
+    """The layers that run, in order; nothing is read from the device of their weights."""
+    modules = dict(model.named_modules())
+    calls = dict.fromkeys(_recorded(model, input_shape, fold_batchnorm))  # each once
+    users = {
+        batchnorm or name: name for name, _, batchnorm in calls if batchnorm or isinstance(modules[name], BATCHNORMS)
+    }
+    for batchnorm_name, name in users.items():
+        if modules[batchnorm_name].running_var is None:
+            raise ValueError(f"layer {_shown(name, modules)}: {NO_STATISTICS}")
+    scales = dict(zip(users, batchnorm_scales([modules[name] for name in users]), strict=True))
+    found: list[_Layer] = []
+    repeats: Counter[str] = Counter()
+    for name, shape, batchnorm in calls:
+        module, shown = modules[name], _shown(name, modules)
+        repeats[name] += 1
+        if repeats[name] > 1:
+            shown += f"#{repeats[name]}"
+        description = describe_module(module, shape)
+        if isinstance(module, BATCHNORMS):
+            found.append(_Layer(shown, description, None, scales[name]))
             continue
-        seen.add((call.name, call.input_shape))
-        repeats = sum(name == call.name for name, _ in seen)
-        name = call.name if repeats == 1 else f"{call.name}#{repeats}"
-        description = describe_module(call.module, call.input_shape)
+        scale = None if batchnorm is None else scales[batchnorm]
+        if scale is not None:
+            description += " + BN"
         try:
-            if isinstance(call.module, BATCHNORMS):
-                norm = diagonal_norm(batchnorm_scale(call.module))
-                found.append((name, description, NormInterval(norm * (1 - 2e-14), norm, 1.0, "closed form", 0, True)))
-                continue
-            scale = None
-            if call.batchnorm is not None:
-                scale = batchnorm_scale(call.batchnorm)
-                description += " + BN"
-            found.append((name, description, module_operator(call.module, call.input_shape, output_scale=scale)))
+            operator = module_operator(module, shape, output_scale=scale, finite=False)
         except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from None
+            raise ValueError(f"layer {shown}: {error}") from None
+        found.append(_Layer(shown, description, operator, scale))
     return found
 
 
-def _record(model: nn.Module, input_shape: Sequence[int], fold_batchnorm: bool) -> list[_Call]:
+def _shown(name: str, modules: dict[str, nn.Module]) -> str:
+    return name or type(modules[name]).__name__
+
+
+def _require_finite(layer: _Layer) -> None:
+    try:
+        if layer.operator is None or not math.isfinite(layer.operator.frobenius):
+            if layer.scale is not None:
+                require_finite_scale(layer.scale)
+            if layer.operator is not None:
+                require_finite(layer.operator)
+    except ValueError as error:
+        raise ValueError(f"layer {layer.name}: {error}") from None
+
+
+#: A layer's name, the shape of its input without the batch axis, and the name of the BatchNorm that takes its output.
+_Ran = tuple[str, tuple[int, ...], str | None]
+
+
+def _record(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool) -> list[_Ran]:
     """Run the model once and record what its layers were given, in order."""
     calls: list[_Call] = []
     handles = []
@@ -171,22 +228,38 @@ def _record(model: nn.Module, input_shape: Sequence[int], fold_batchnorm: bool) 
                 # The very tensor a layer returned, and not written to since, as an in-place ReLU would.
                 source = next((c for c in reversed(calls) if c.output is x and c.version == x._version), None)
                 if source is not None and source.batchnorm is None:
-                    source.batchnorm = module
+                    source.batchnorm = name
                     return
-            calls.append(_Call(name, module, tuple(x.shape[1:]), output, output._version))
+            calls.append(_Call(name, tuple(x.shape[1:]), output, output._version))
 
         handles.append(module.register_forward_hook(record))
 
     for name, module in model.named_modules():
         if isinstance(module, (*CONVS, *TRANSPOSED, *BATCHNORMS, nn.Linear)):
-            hook(name or type(module).__name__, module)
+            hook(name, module)
     try:
         with eval_mode(model), torch.no_grad():
             model(example_input(model, input_shape))
     finally:
         for handle in handles:
             handle.remove()
-    return [replace(call, output=torch.empty(0)) for call in calls]
+    return [(call.name, call.input_shape, call.batchnorm) for call in calls]
+
+
+#: Checkpoints of one model run alike: only the first of them runs.
+_recorded = Remembered(_record)
+
+
+def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape as a tuple.
+
+    Raises:
+        ValueError: ``input_shape`` is not a sequence of positive integers.
+    """
+    shape = tuple(input_shape)
+    if not shape or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"input_shape must be positive integers without the batch axis, got {input_shape!r}")
+    return shape
 
 
 def example_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
@@ -195,9 +268,7 @@ def example_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: ``input_shape`` is not a sequence of positive integers.
     """
-    shape = tuple(input_shape)
-    if not shape or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"input_shape must be positive integers without the batch axis, got {input_shape!r}")
+    shape = checked_shape(input_shape)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             return torch.zeros(1, *shape, dtype=tensor.dtype, device=tensor.device)

@@ -1,6 +1,7 @@
 """From torch modules to the linear maps they apply."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastlip.norms._operator import Operator, check_finite, conv_operator
+from fastlip.norms._operator import Operator, conv_operator, require_finite
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -21,6 +22,7 @@ def module_operator(
     *,
     output_scale: Tensor | None = None,  # [Cout]
     input_scale: Tensor | None = None,  # [Cin]
+    finite: bool = True,
 ) -> Operator:
     """The linear map of a Conv, ConvTranspose or Linear module on inputs of one shape, without its bias.
 
@@ -31,6 +33,7 @@ def module_operator(
         input_shape: shape of one input without the batch axis, [Cin, *spatial] or, for Linear, [..., features].
         output_scale: factors for the output channels, such as those of a folded BatchNorm.
         input_scale: factors for the input channels, such as those of a folded input normalisation.
+        finite: whether to see that the weight is finite; False leaves it to the caller.
 
     Raises:
         TypeError: there is no such map for this module.
@@ -40,9 +43,12 @@ def module_operator(
         raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
     weight = module.weight.detach()
     if isinstance(module, nn.Linear):
-        check_finite(weight)
-        return Operator(_scale(weight, output_scale, input_scale, 1))
+        op = Operator(_scale(weight, output_scale, input_scale, 1))
+        if finite:
+            require_finite(op)
+        return op
     geometry: dict[str, Any] = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
+    geometry["finite"] = finite
     size = tuple(input_shape[1:])
     if isinstance(module, CONVS):
         weight = _scale(weight, output_scale, input_scale, module.groups)
@@ -58,15 +64,17 @@ def module_operator(
 
 def _scale(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:
     """Scale, in float64, a weight's first axis, and its second one, whose channels are split into groups."""
-    if first is None and second is None:
-        return weight
-    scaled = weight.to(torch.float64, copy=True)
     ones = (1,) * (weight.dim() - 2)
     if first is not None:
-        scaled *= first.to(scaled).reshape(-1, 1, *ones)
+        weight = weight * first.to(weight.device, torch.float64).view(-1, 1, *ones)
     if second is not None:
-        scaled.unflatten(0, (groups, -1)).mul_(second.to(scaled).reshape(groups, 1, -1, *ones))
-    return scaled
+        factors = second.to(weight.device, torch.float64).view(groups, 1, -1, *ones)
+        weight = (weight.unflatten(0, (groups, -1)) * factors).flatten(0, 1)
+    return weight
+
+
+#: Why a BatchNorm has no factors.
+NO_STATISTICS = "BatchNorm without running statistics uses those of the batch, and has no Lipschitz constant"
 
 
 def batchnorm_scale(module: nn.Module) -> Tensor:
@@ -77,19 +85,48 @@ def batchnorm_scale(module: nn.Module) -> Tensor:
     """
     assert isinstance(module, _BatchNorm)
     if module.running_var is None:
-        raise ValueError("BatchNorm without running statistics uses those of the batch, and has no Lipschitz constant")
-    variance = module.running_var.detach().double()
-    scale = (variance + module.eps).rsqrt()
-    if module.weight is not None:
-        scale = scale * module.weight.detach().double()
-    if not torch.isfinite(scale).all():
-        raise ValueError("BatchNorm's factors gamma / sqrt(var + eps) are NaN or infinite")
+        raise ValueError(NO_STATISTICS)
+    (scale,) = batchnorm_scales([module])
+    require_finite_scale(scale)
     return scale
 
 
+def require_finite_scale(scale: Tensor) -> None:
+    """Raise ValueError if a BatchNorm's factors are not finite."""
+    if not torch.isfinite(scale).all():
+        raise ValueError("BatchNorm's factors gamma / sqrt(var + eps) are NaN or infinite")
+
+
+def batchnorm_scales(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Factors of BatchNorms with running statistics, [C] float64 each, by a few operations for all on one device."""
+    scales: dict[int, Tensor] = {}
+    together: dict[torch.device, list[tuple[int, _BatchNorm, Tensor]]] = defaultdict(list)
+    for index, module in enumerate(modules):
+        assert isinstance(module, _BatchNorm)
+        assert module.running_var is not None
+        together[module.running_var.device].append((index, module, module.running_var.detach()))
+    for device, group in together.items():
+        indices, some, variances = zip(*group, strict=True)
+        sizes = [v.numel() for v in variances]
+        eps = torch.tensor([m.eps for m in some], dtype=torch.float64)
+        eps = eps.repeat_interleave(torch.tensor(sizes)).to(device, non_blocking=True)
+        scale = (torch.cat(variances) + eps).rsqrt_()  # in float64, as eps is
+        gammas = [torch.ones_like(v) if m.weight is None else m.weight.detach() for _, m, v in group]
+        scale *= torch.cat(gammas)
+        scales |= zip(indices, scale.split(sizes), strict=True)
+    return [scales[index] for index in range(len(modules))]
+
+
+def diagonal_norms(scales: Sequence[Tensor]) -> list[float]:
+    """Largest magnitudes of vectors of factors, rounded upwards by the few operations that made them."""
+    if not scales:
+        return []
+    return [norm * (1.0 + 1e-14) for norm in torch.stack([s.abs().amax().cpu() for s in scales]).tolist()]
+
+
 def diagonal_norm(scale: Tensor) -> float:
-    """Largest magnitude of a vector of factors, rounded upwards by the few operations that made it."""
-    return scale.abs().max().item() * (1.0 + 1e-14)
+    """:func:`diagonal_norms` of one vector."""
+    return diagonal_norms([scale])[0]
 
 
 def describe_module(module: nn.Module, input_shape: Sequence[int]) -> str:

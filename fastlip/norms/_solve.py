@@ -1,6 +1,7 @@
 """From a list of operators to their intervals: exact ones first, the others by one randomised certificate."""
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from fastlip.norms._exact import dense_norm, matrix_entries, simplify, smallest_
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._iterate import Iterate, Plan
 from fastlip.norms._lanczos import lanczos_norms
-from fastlip.norms._operator import Operator
+from fastlip.norms._operator import Operator, look_at
 from fastlip.norms._power import power_norms
 from fastlip.norms._stack import kind
 
@@ -96,12 +97,12 @@ def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormI
             settings.progress(len(results), len(ops))
 
     iterated: list[tuple[int, AnyOperator, int]] = []
-    magnitudes = _magnitudes(ops)
+    look_at(op for op in ops if isinstance(op, Operator))
     for index, op in enumerate(ops):
         if isinstance(op, Composed):
             iterated.append((index, op, 0))
             continue
-        scaled, exponent = _normalise(op, magnitudes[index])
+        scaled, exponent = _normalise(op)
         if scaled is None:
             settle(index, NormInterval(0.0, 0.0, 1.0, "closed form", 0, True), 0)
         elif settings.method == "svd":
@@ -213,28 +214,15 @@ def _waves(
     yield wave, longest
 
 
-def _magnitudes(ops: Sequence[AnyOperator]) -> dict[int, float]:
-    """The largest magnitude of each single operator's weight, read from every device at once."""
-    found: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
-    for index, op in enumerate(ops):
-        if isinstance(op, Operator) and op.weight.numel():
-            low, high = torch.aminmax(op.weight.detach())
-            found[op.weight.device].append((index, torch.maximum(-low, high).double()))
-    return dict.fromkeys(range(len(ops)), 0.0) | {
-        index: value
-        for rows in found.values()
-        for (index, _), value in zip(rows, torch.stack([v for _, v in rows]).tolist(), strict=True)
-    }
-
-
-def _normalise(op: Operator, largest: float) -> tuple[Operator | None, int]:
+def _normalise(op: Operator) -> tuple[Operator | None, int]:
     """The operator with a weight of magnitude about 1, and the power of two taken out; None for zero."""
     weight: Tensor = op.weight.detach()
-    if largest == 0.0:
+    if op.frobenius == 0.0:
         return None, 0
-    _, exponent = math.frexp(largest)
+    # A finite weight's Frobenius norm may overflow.
+    _, exponent = math.frexp(min(op.frobenius, sys.float_info.max) / math.sqrt(weight.numel()))
     if abs(exponent) <= _NEAR_ONE and weight.dtype in (torch.float32, torch.float64):
-        return replace(op, weight=weight), 0  # no copy: of a network's weights it takes as long as their norms
+        return op, 0  # no copy: of a network's weights it takes as long as their norms
     half = exponent // 2
     # In two factors, each of which is representable for every float64 weight.
     weight = weight.to(torch.float64, copy=True).mul_(2.0**-half).mul_(2.0 ** (half - exponent))
