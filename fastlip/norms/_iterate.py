@@ -1,7 +1,9 @@
 """What the iterations share: their starts, and the rounding they are charged for."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -52,18 +54,31 @@ def on_device(plan: Plan, device: torch.device) -> Plan:
     return replace(plan, generator=torch.Generator(device).manual_seed(seed))
 
 
-def draw_starts(size: int, plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Independent uniform draws from the unit sphere of R^size, [starts, size], in the plan's arithmetic.
+def draw_starts(sizes: Sequence[int], plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Independent uniform draws from the unit spheres of R^size, in the plan's arithmetic.
 
-    Drawn in float64 on the generator's device. Also returns how far rounding to the plan's arithmetic moved them, as a
-    tensor there, which the host has not waited for.
+    Drawn in float64 on the generator's device, where neighbours of one size are handled together. Returns the starts of
+    all operators, [starts, size] each, flat, and how far rounding moved the furthest of each operator's, [operators],
+    as a tensor there, which the host has not waited for.
     """
-    shape = (plan.starts, size)
-    exact = torch.randn(shape, dtype=torch.float64, generator=plan.generator, device=plan.generator.device)
-    exact /= torch.linalg.vector_norm(exact, dim=1, keepdim=True)
-    rounded = exact.to(plan.dtype)
-    moved = torch.linalg.vector_norm(rounded.double() - exact, dim=1).max()
-    return rounded.to(device), moved + 1e-15
+    total, home = plan.starts * sum(sizes), plan.generator.device
+    exact = torch.randn(total, dtype=torch.float64, generator=plan.generator, device=home)
+    for rows in _rows(exact, sizes, plan.starts):
+        rows /= torch.linalg.vector_norm(rows, dim=2, keepdim=True)
+    rounded = exact.to(plan.dtype, copy=True)
+    exact -= rounded
+    moved = [torch.linalg.vector_norm(rows, dim=2).amax(1) for rows in _rows(exact, sizes, plan.starts)]
+    return rounded.to(device), torch.cat(moved) + 1e-15
+
+
+def _rows(flat: Tensor, sizes: Sequence[int], starts: int) -> Iterator[Tensor]:
+    """Views [operators, starts, size] of runs of operators of equal size."""
+    at = 0
+    for size, run in groupby(sizes):
+        count = len(list(run))
+        end = at + count * starts * size
+        yield flat[at:end].view(count, starts, size)
+        at = end
 
 
 def norm_error(op: AnyOperator) -> float:

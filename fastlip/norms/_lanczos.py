@@ -33,16 +33,16 @@ def lanczos_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     operators = stack(ops, plan.starts, plan.dtype)
     plan = on_device(plan, operators.device)
     sizes = [math.prod(op.input_shape) for op in ops]
-    starts, moved = zip(*(draw_starts(size, plan, operators.device) for size in sizes), strict=True)
+    starts, moved = draw_starts(sizes, plan, operators.device)
     overlaps = [overlap(size, plan.eta * (1.0 - _SKETCH_SHARE), plan.starts) for size in sizes]
-    least = np.array(overlaps) - torch.stack(moved).cpu().numpy()
+    least = np.array(overlaps) - moved.cpu().numpy()
     if least.min() <= 0.0:
         raise ValueError(
             f"starts={plan.starts} in {plan.dtype} cannot be certified at this confidence, since rounding the starts "
             "moves them by more than their least overlap; use starts=4 or dtype=torch.float64"
         )
     sketches = _sketches(plan, least.min())
-    run = Recurrence(operators, torch.cat([start.flatten() for start in starts]))
+    run = Recurrence(operators, starts)
     steps = _iterate(run, least, plan, sketches.scale)
     return certify(ops, run, steps, least, plan, sketches)
 

@@ -139,12 +139,13 @@ def layer_norms(
     every = [layer for layers in collected for layer in layers]
     operators = [layer.operator for layer in every if layer.operator is not None]
     look_at(operators)
+    alone = diagonal_norms([layer.scale for layer in every if layer.operator is None and layer.scale is not None])
+    factors = iter(alone)
     for layer in every:
-        _require_finite(layer)
-    solved = iter(operator_norms(operators, settings))
-    factors = iter(
-        diagonal_norms([layer.scale for layer in every if layer.operator is None and layer.scale is not None])
-    )
+        norm = layer.operator.frobenius if layer.operator else next(factors)
+        if not math.isfinite(norm):
+            _require_finite(layer)
+    solved, factors = iter(operator_norms(operators, settings)), iter(alone)
     reports = []
     for layers in collected:
         intervals = {layer.name: next(solved) if layer.operator else _exactly(next(factors)) for layer in layers}
@@ -202,12 +203,12 @@ def _shown(name: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _require_finite(layer: _Layer) -> None:
+    """Raise ValueError where factors or weight are not finite; a finite weight's norm may overflow."""
     try:
-        if layer.operator is None or not math.isfinite(layer.operator.frobenius):
-            if layer.scale is not None:
-                require_finite_scale(layer.scale)
-            if layer.operator is not None:
-                require_finite(layer.operator)
+        if layer.scale is not None:
+            require_finite_scale(layer.scale)
+        if layer.operator is not None:
+            require_finite(layer.operator)
     except ValueError as error:
         raise ValueError(f"layer {layer.name}: {error}") from None
 

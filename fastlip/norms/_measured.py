@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -60,18 +61,19 @@ def certify(
 ) -> list[Iterate]:
     """Intervals of operators after ``steps`` steps each, from starts whose least overlaps are given."""
     b = plan.starts
-    alpha, beta = run.coefficients(max(steps))
-    chains = []
-    for i, (k, z) in enumerate(zip(steps, _gaussian(steps, plan, sketches.amount), strict=True)):
-        own = slice(i * b, (i + 1) * b)
-        chains.append(_chains(alpha[own, :k], beta[own, : k + 1], z))
-    found: list[_Measured] = []
-    for part in _parts(ops, sketches.amount + 1, run.device):
-        found += _measure([ops[i] for i in part], [run.basis(i, steps[i] + 1) for i in part], [chains[i] for i in part])
-    uppers = np.zeros(len(ops))
+    alpha, beta = (array.reshape(len(ops), b, -1) for array in run.coefficients(max(steps)))
+    gaussian = _gaussian(steps, plan, sketches.amount)
     together = defaultdict(list)
     for i, k in enumerate(steps):
         together[k].append(i)
+    chains: dict[int, _Chains] = {}
+    for k, group in together.items():
+        z = np.stack([gaussian[i] for i in group])
+        chains |= zip(group, _chains(alpha[group, :, :k], beta[group, :, : k + 1], z), strict=True)
+    found: list[_Measured] = []
+    for part in _parts(ops, sketches.amount + 1, run.device):
+        found += _measure([ops[i] for i in part], part, run, steps, [chains[i] for i in part])
+    uppers = np.zeros(len(ops))
     for group in together.values():
         diagonal = np.concatenate([chains[i].diagonal for i in group])
         off = np.concatenate([chains[i].off for i in group])
@@ -101,73 +103,102 @@ def _parts(ops: Sequence[AnyOperator], vectors: int, device: torch.device) -> It
     yield part
 
 
-def _measure(ops: list[AnyOperator], bases: list[list[Tensor]], chains: list[_Chains]) -> list[_Measured]:
-    """Apply the operators in float64 to what is combined from their bases."""
+def _measure(
+    ops: list[AnyOperator], which: list[int], run: Recurrence, steps: list[int], chains: list[_Chains]
+) -> list[_Measured]:
+    """Apply neighbours in the recurrence, in float64, to what is combined from their bases."""
     vectors = (len(chains[0].coefficients) + 1) // 2
     # Rounding the weights to the plan's arithmetic is part of F, which is measured against the exact ones.
     exact = stack(ops, vectors, torch.float64)
-    sums = [_combine(basis, torch.from_numpy(c.coefficients)) for basis, c in zip(bases, chains, strict=True)]
-    images, squares = exact.forward(torch.cat([total[:vectors].flatten() for total in sums]))
+    coefficients = _on_device([c.coefficients for c in chains], run.device)
+    alike = _alike(ops, [steps[i] for i in which], run.device)
+    sums = []
+    for own in alike:
+        basis = run.basis(slice(which[own.start], which[own.start] + own.stop - own.start), steps[which[own.start]] + 1)
+        sums.append(_combine(basis, torch.stack(coefficients[own])))
+    images, squares = exact.forward(torch.cat([total[:, :vectors].flatten() for total in sums]))
     back, _ = exact.adjoint(images)
     lengths, norms = [], []
-    for total, place in zip(sums, exact.domain, strict=True):
-        lengths.append(torch.linalg.vector_norm(total[vectors - 1 : vectors]))
-        missed = back[place].unflatten(0, (vectors, -1))[:-1].sub_(total[vectors:])
-        norms.append(torch.linalg.vector_norm(missed, dim=1).max())
-    numbers = torch.stack([torch.stack(lengths), squares[vectors - 1 :: vectors], torch.stack(norms)], dim=1).tolist()
+    for own, total in zip(alike, sums, strict=True):
+        place = slice(exact.domain[own.start].start, exact.domain[own.stop - 1].stop)
+        lengths.append(torch.linalg.vector_norm(total[:, vectors - 1], dim=1))
+        missed = back[place].view(len(total), vectors, -1)[:, :-1].sub_(total[:, vectors:])
+        norms.append(torch.linalg.vector_norm(missed, dim=2).amax(1))
+    numbers = torch.stack([torch.cat(lengths), squares[vectors - 1 :: vectors], torch.cat(norms)], dim=1).tolist()
+    best = [row for total in sums for row in total[:, vectors - 1 : vectors]]
     found = []
-    for i, (op, (length, square, norm)) in enumerate(zip(ops, numbers, strict=True)):
+    for op, own_chains, (length, square, norm), vector in zip(ops, chains, numbers, best, strict=True):
         relative, slack, bound = norm_error(op), forward_error(op), magnitude(op)
         lower = (math.sqrt(square) / length * (1.0 - relative) - slack) if length > 0.0 else 0.0
         # Evaluating F z in float64 rounds too: the two applications, and the sums that form V z and V T z.
-        columns = chains[i].off.size
-        evaluation = chains[i].size * (2.1 * slack * bound + 1e-15 * (columns + 8) * bound**2)
-        vector = sums[i][vectors - 1 : vectors]
+        columns = own_chains.off.size
+        evaluation = own_chains.size * (2.1 * slack * bound + 1e-15 * (columns + 8) * bound**2)
         found.append(_Measured(max(lower, 0.0), norm * (1.0 + relative) + evaluation, vector))
     return found
 
 
+def _alike(ops: Sequence[AnyOperator], steps: list[int], device: torch.device) -> list[slice]:
+    """Runs of operators of one size after one number of steps; on a CPU, where launches are cheap, one at a time."""
+    if device.type == "cpu":
+        return [slice(i, i + 1) for i in range(len(ops))]
+    kinds = [(math.prod(op.input_shape), k) for op, k in zip(ops, steps, strict=True)]
+    begins = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+    return [slice(a, b) for a, b in pairwise([*begins, len(ops)])]
+
+
+def _on_device(arrays: list[Array], device: torch.device) -> list[Tensor]:
+    """The arrays as tensors on a device, by one copy."""
+    flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays])).to(device)
+    parts = flat.split([a.size for a in arrays])
+    return [part.view(a.shape) for part, a in zip(parts, arrays, strict=True)]
+
+
 def _gaussian(steps: list[int], plan: Plan, amount: int) -> list[Array]:
-    """Gaussian vectors for each operator, [amount, k, b], brought to the host at once."""
+    """Gaussian vectors for each operator, [amount, k, b], drawn and brought to the host at once."""
     shapes = [(amount, k, plan.starts) for k in steps]
-    generator = plan.generator
-    drawn = [torch.randn(s, dtype=torch.float64, generator=generator, device=generator.device) for s in shapes]
-    host = torch.cat([z.flatten() for z in drawn]).cpu().split([z.numel() for z in drawn])
-    return [z.view(shape).numpy() for z, shape in zip(host, shapes, strict=True)]
+    sizes, generator = [math.prod(shape) for shape in shapes], plan.generator
+    drawn = torch.randn(sum(sizes), dtype=torch.float64, generator=generator, device=generator.device).cpu()
+    return [z.view(shape).numpy() for z, shape in zip(drawn.split(sizes), shapes, strict=True)]
 
 
-def _chains(alpha: Array, beta: Array, z: Array) -> _Chains:
-    """Decompose T, and spell out what V is multiplied by; alpha [b, k], beta [b, k + 1], z [amount, k, b]."""
-    amount, k, b = z.shape
-    diagonal, off = normal_equations(alpha, beta)
-    values, tops = top_pairs(diagonal, off)
-    inner = np.zeros((amount + 1, k + 1, b))
-    inner[:-1, :k] = z
-    best = int(values.argmax())
-    inner[-1, :k, best] = tops[best]
-    expected = np.zeros((amount, k + 1, b))
-    expected[:, :k] = diagonal.T * z
-    expected[:, 1:] += off.T * z
-    expected[:, : k - 1] += off.T[:-1] * z[:, 1:]
-    lengths = beta.T
-    inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0.0)
-    return _Chains(diagonal, off, np.concatenate([inner, expected]) * inverse, np.abs(z).sum(axis=(1, 2)).max())
+def _chains(alpha: Array, beta: Array, z: Array) -> list[_Chains]:
+    """Of operators after k steps: decompose T, and spell out what V is multiplied by.
+
+    alpha [n, b, k], beta [n, b, k + 1], z [n, amount, k, b].
+    """
+    n, amount, k, b = z.shape
+    diagonal, off = (t.reshape(n, b, k) for t in normal_equations(alpha.reshape(-1, k), beta.reshape(-1, k + 1)))
+    values, tops = top_pairs(diagonal.reshape(-1, k), off.reshape(-1, k))
+    best, every = values.reshape(n, b).argmax(axis=1), np.arange(n)
+    coefficients = np.zeros((n, 2 * amount + 1, k + 1, b))
+    inner, expected = coefficients[:, : amount + 1], coefficients[:, amount + 1 :]
+    inner[:, :-1, :k] = z
+    inner[every, -1, :k, best] = tops.reshape(n, b, k)[every, best]
+    across, down = diagonal.transpose(0, 2, 1)[:, None], off.transpose(0, 2, 1)[:, None]
+    expected[:, :, :k] = across * z
+    expected[:, :, 1:] += down * z
+    expected[:, :, : k - 1] += down[:, :, :-1] * z[:, :, 1:]
+    lengths = beta.transpose(0, 2, 1)[:, None]
+    coefficients *= np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0.0)
+    sizes = np.abs(z).sum(axis=(2, 3)).max(axis=1)
+    return [_Chains(*row) for row in zip(diagonal, off, coefficients, sizes.tolist(), strict=True)]
 
 
 def _combine(basis: list[Tensor], coefficients: Tensor) -> Tensor:
-    """Sums of a basis in parts [steps, b, N], in float64: [r, N] for coefficients [r, all steps, b]."""
-    size = basis[0].shape[2]
-    rows = [r.flatten(1).to(basis[0].device) for r in coefficients.split([len(part) for part in basis], dim=1)]
-    sums = rows[0].new_empty(len(rows[0]), size)
+    """Sums of bases in parts [steps, n, b, N], in float64: [n, r, N] for coefficients [n, r, all steps, b]."""
+    count, size = basis[0].shape[1], basis[0].shape[3]
+    rows = [r.flatten(2) for r in coefficients.split([len(part) for part in basis], dim=2)]
+    sums = rows[0].new_empty(count, rows[0].shape[1], size)
     on_gpu = basis[0].device.type == "cuda"
-    width = min(size, max(_WIDTH, _AT_ONCE // sum(r.shape[1] for r in rows)) if on_gpu else _WIDTH)
-    wide = rows[0].new_empty(max(len(part) for part in basis) * basis[0].shape[1] * width)
-    out = rows[0].new_empty(len(rows[0]) * width)
+    most = _AT_ONCE // (count * sum(r.shape[2] for r in rows))
+    width = min(size, max(_WIDTH, most) if on_gpu else _WIDTH)
+    wide = rows[0].new_empty(count * max(r.shape[2] for r in rows) * width)
+    out = rows[0].new_empty(count * rows[0].shape[1] * width)
     for at in range(0, size, width):
         n = min(width, size - at)
-        total = out[: len(rows[0]) * n].view(-1, n).zero_()
+        total = out[: count * rows[0].shape[1] * n].view(count, -1, n).zero_()
         for part, r in zip(basis, rows, strict=True):
-            columns = wide[: r.shape[1] * n].view(*part.shape[:2], n)
-            total.addmm_(r, columns.copy_(part[..., at : at + n]).flatten(0, 1))
-        sums[:, at : at + n] = total
+            columns = wide[: count * r.shape[2] * n].view(count, len(part), -1, n)
+            total.baddbmm_(r, columns.copy_(part[..., at : at + n].transpose(0, 1)).flatten(1, 2))
+        sums[..., at : at + n] = total
     return sums

@@ -27,14 +27,14 @@ def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     operators, b = stack(ops, plan.starts, plan.dtype), plan.starts
     plan = on_device(plan, operators.device)
     sizes = [math.prod(op.input_shape) for op in ops]
-    starts, moved = zip(*(draw_starts(size, plan, operators.device) for size in sizes), strict=True)
-    events = np.array([overlap(size, plan.eta, b) for size in sizes]) - torch.stack(moved).cpu().numpy()
+    starts, moved = draw_starts(sizes, plan, operators.device)
+    events = np.array([overlap(size, plan.eta, b) for size in sizes]) - moved.cpu().numpy()
     overlaps = np.maximum(events, 0.0)
     relative = np.array([norm_error(op) for op in ops])
     slack, magnitudes = np.array([forward_error(op) for op in ops]), np.array([magnitude(op) for op in ops])
     # One application of A^T A, and the scaling before it, on vectors of norm at most 1 + relative.
     errors = 2.02 * (slack * magnitudes + relative * magnitudes**2)
-    run = _Steps(operators, torch.cat([start.flatten() for start in starts]))
+    run = _Steps(operators, starts)
     prefix = np.zeros((len(ops), b, 1))
     lower, upper, steps = np.zeros(len(ops)), np.full(len(ops), math.inf), np.zeros(len(ops), dtype=int)
     on = np.ones(len(ops), dtype=bool)

@@ -70,10 +70,11 @@ class Recurrence:
     def _squares(self, index: int) -> Tensor:
         return self._blocks[index // _BLOCK].squares[index % _BLOCK]
 
-    def basis(self, index: int, count: int) -> list[Tensor]:
-        """b_i v_{i+1} for i = 0 ... ``count`` - 1 of one operator, in parts [steps, chains, N]."""
-        place, chains = self._stack.domain[index], self._stack.chains[index]
-        parts = [block.vectors[:, place].unflatten(1, (chains.stop - chains.start, -1)) for block in self._blocks]
+    def basis(self, operators: slice, count: int) -> list[Tensor]:
+        """b_i v_{i+1} for i = 0 ... ``count`` - 1 of neighbours of one size, in parts [steps, operators, chains, N]."""
+        places, chains = self._stack.domain[operators], self._stack.chains[operators.start]
+        flat, starts = slice(places[0].start, places[-1].stop), chains.stop - chains.start
+        parts = [block.vectors[:, flat].unflatten(1, (len(places), starts, -1)) for block in self._blocks]
         return [part[: count - i * _BLOCK] for i, part in enumerate(parts) if count > i * _BLOCK]
 
     def advance(self, count: int) -> None:

@@ -186,6 +186,8 @@ def _iterate(ops: list[AnyOperator], eta: float, settings: Settings) -> Iterator
     for index, op in enumerate(ops):
         stacked[kind(op)].append(index)
     for (_, device), indices in stacked.items():
+        # What is of one size is handled together where it stands together.
+        indices.sort(key=lambda index: math.prod(ops[index].input_shape))
         memory = min(settings.max_memory, _CPU_WAVE) if device.type == "cpu" else settings.max_memory
         for part, steps in _waves(indices, ops, settings, memory):
             plan = Plan(eta, settings.starts, settings.rtol, steps, settings.dtype, generator)

@@ -7,12 +7,13 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 #: What every module has; of these only hooks of the forward pass can change what it computes.
 _INTERNAL = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, type, type(None), torch.dtype, torch.device, torch.memory_format)
+_NUMBERS = frozenset((bool, int, float, str, type(None)))
 _MOST_KEPT = 16
 
 T = TypeVar("T")
@@ -42,9 +43,23 @@ def _attributes(module: nn.Module) -> Hashable:
     own = vars(module)
     if any(own[hooks] for hooks in _HOOKS) or isinstance(module, torch.jit.ScriptModule):
         raise _UnknownError
-    plain = tuple((key, _plain(value)) for key, value in own.items() if key not in _INTERNAL)
-    tensors = tuple((key, _form(key, t)) for held in (own["_parameters"], own["_buffers"]) for key, t in held.items())
-    return plain, tensors
+    found: list[Hashable] = []
+    for key, value in own.items():
+        if key in _INTERNAL:
+            continue
+        kind = type(value)
+        if kind in _NUMBERS:  # the most, and quickly: this runs for every attribute of every checkpoint
+            found.append((key, kind, value))
+        elif kind is tuple and _NUMBERS.issuperset(map(type, value)):
+            found.append((key, value, *map(type, value)))
+        else:
+            found.append((key, _plain(value)))
+    for held in (own["_parameters"], own["_buffers"]):
+        for key, tensor in held.items():
+            if tensor is not None and not tensor.is_floating_point() and key != "num_batches_tracked":
+                raise _UnknownError
+            found.append((key, None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)))
+    return tuple(found)
 
 
 def _plain(value: Any) -> Hashable:
@@ -59,14 +74,6 @@ def _plain(value: Any) -> Hashable:
     if isinstance(value, partial):
         return partial, _plain(value.func), _plain(value.args), _plain(value.keywords)
     raise _UnknownError
-
-
-def _form(key: str, tensor: Tensor | None) -> Hashable:
-    if tensor is None:
-        return None
-    if not tensor.is_floating_point() and key != "num_batches_tracked":
-        raise _UnknownError
-    return tensor.shape, tensor.dtype, tensor.device
 
 
 class Remembered(Generic[T]):

@@ -303,11 +303,14 @@ def pack_weight(weight: Tensor, groups: int, *, adjoint: bool = False, out: Tens
     count, rows, lanes = len(blocks), blocks.shape[1] * blocks.shape[2], blocks.shape[3]
     out = weight.new_empty(count * rows * _padded(lanes)) if out is None else out
     per_group = out.view(count, rows * _padded(lanes))
-    for first in range(0, lanes, BLOCK):
-        used, width = min(BLOCK, lanes - first), min(BLOCK, _padded(lanes) - first)
-        part = per_group[:, first * rows : (first + width) * rows].view(*blocks.shape[:3], width)
-        part[..., :used] = blocks[..., first : first + used]
-        part[..., used:] = 0.0
+    whole = lanes - lanes % BLOCK
+    if whole:
+        full = per_group[:, : whole * rows].view(count, -1, *blocks.shape[1:3], BLOCK)
+        full.copy_(blocks[..., :whole].unflatten(-1, (-1, BLOCK)).permute(0, 3, 1, 2, 4))
+    if whole < lanes:
+        last = per_group[:, whole * rows :].view(*blocks.shape[:3], -1)
+        last[..., : lanes - whole] = blocks[..., whole:]
+        last[..., lanes - whole :] = 0.0
     return out
 
 

@@ -157,10 +157,31 @@ def test_lanczos_in_working_precision_misses_no_more_often_than_promised(
 
 def test_starts_are_uniform_and_drawn_in_float64() -> None:
     plan = Plan(1e-6, 8, 1e-2, 10, torch.float32, torch.Generator().manual_seed(0))
-    drawn = [draw_starts(15, plan, torch.device("cpu")) for _ in range(200)]
-    assert all(v.shape == (8, 15) and v.dtype == torch.float32 and 0.0 < moved < 1e-6 for v, moved in drawn)
-    first = torch.cat([v for v, _ in drawn]).double()[:, 0].numpy()
-    assert stats.kstest(first**2, stats.beta(0.5, 7).cdf).pvalue > 1e-3
+    drawn, moved = draw_starts([15] * 150 + [4] + [15] * 50, plan, torch.device("cpu"))
+    assert drawn.dtype == torch.float32
+    assert moved.shape == (201,)
+    assert ((moved > 0.0) & (moved < 1e-6)).all()
+    four = drawn[150 * 8 * 15 :][: 8 * 4].view(8, 4).double()
+    others = torch.cat([drawn[: 150 * 8 * 15], drawn[150 * 8 * 15 + 8 * 4 :]]).view(-1, 15).double()
+    assert len(others) == 200 * 8
+    for rows in (four, others):
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows), dtype=torch.float64), rtol=1e-6, atol=0)
+    assert stats.kstest(others[:, 0].numpy() ** 2, stats.beta(0.5, 7).cdf).pvalue > 1e-3
+    assert (drawn != 0.0).all()
+
+
+def test_how_far_rounding_moved_the_starts() -> None:
+    """Against the same draws in float64, which are not rounded."""
+    sizes, device = [7, 7, 30, 1], torch.device("cpu")
+
+    def draw(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return draw_starts(sizes, Plan(1e-6, 3, 1e-2, 10, dtype, torch.Generator().manual_seed(5)), device)
+
+    (rounded, moved), (exact, unmoved) = draw(torch.float32), draw(torch.float64)
+    parts = (rounded.double() - exact).split([3 * size for size in sizes])
+    furthest = torch.stack([part.view(3, -1).norm(dim=1).max() for part in parts])
+    torch.testing.assert_close(moved, furthest + 1e-15)
+    assert (unmoved == 1e-15).all()
 
 
 class Coarse(_ConvStack):

@@ -1,0 +1,171 @@
+"""Which models count as alike, and that what was recorded of one serves the others and no one else."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlip
+from fastlip.norms import _layers as layers
+from fastlip.norms._structure import Remembered, structure
+
+
+class Net(nn.Module):
+    def __init__(self, **attributes: object) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 2)
+        self.runs = 0
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.bn(self.conv(x)).relu().mean((2, 3)))
+
+
+class Other(Net):
+    pass
+
+
+def test_checkpoints_of_one_model_are_alike():
+    one, two = Net(), Net()
+    two.load_state_dict({k: v + 1 for k, v in two.state_dict().items()})
+    assert structure(one) is not None
+    assert structure(one) == structure(two) == structure(two.train()) == structure(copy.deepcopy(one).eval())
+
+
+DIFFERENT = {
+    "class": Other,
+    "plain attribute": partial(Net, depth=3),
+    "kind of number": partial(Net, runs=0.0),
+    "attribute in a container": partial(Net, sizes=[1, {"a": (2,)}]),
+    "function": partial(Net, activation=torch.relu),
+    "shape": lambda: _with(Net(), "conv", nn.Conv2d(3, 5, 3, padding=1)),
+    "stride": lambda: _with(Net(), "conv", nn.Conv2d(3, 4, 3, padding=1, stride=2)),
+    "dtype": lambda: Net().double(),
+    "bias": lambda: _with(Net(), "head", nn.Linear(4, 2, bias=False)),
+    "sharing": lambda: _with(Net(), "again", None),
+}
+
+
+def _with(net: Net, name: str, module: nn.Module | None) -> Net:
+    setattr(net, name, net.conv if module is None else module)
+    return net
+
+
+@pytest.mark.parametrize("build", DIFFERENT.values(), ids=DIFFERENT)
+def test_what_differs_is_not_alike(build):
+    found = structure(build())
+    assert found is not None
+    assert found != structure(Net())
+
+
+UNKNOWN = {
+    "hook": lambda net: net.conv.register_forward_hook(lambda *_: None),
+    "pre-hook": lambda net: net.conv.register_forward_pre_hook(lambda *_: None),
+    "tensor": lambda net: setattr(net, "gate", torch.zeros(1)),
+    "object": lambda net: setattr(net, "thing", object()),
+    "modules that are not registered": lambda net: setattr(net, "others", [nn.Linear(2, 2)]),
+    "integers": lambda net: net.register_buffer("depth", torch.tensor(2)),
+    "another forward": lambda net: setattr(net, "forward", net.forward),
+}
+
+
+@pytest.mark.parametrize("change", UNKNOWN.values(), ids=UNKNOWN)
+def test_of_what_is_unknown_nothing_is_said(change):
+    net = Net()
+    change(net)
+    assert structure(net) is None
+
+
+def test_only_the_first_of_like_models_runs(monkeypatch):
+    ran = []
+
+    def record(model: nn.Module, *arguments: object) -> list:
+        ran.append(model)
+        return layers._record(model, *arguments)
+
+    monkeypatch.setattr(layers, "_recorded", Remembered(record))
+    torch.manual_seed(0)
+    models = [Net(), Net(), Other(), Net(activation=torch.tanh)]
+    together = fastlip.layer_norms(models, (3, 8, 8))
+    assert ran == [models[0], *models[2:]]
+    for model, report in zip(models, together, strict=True):
+        alone = fastlip.layer_norms(model, (3, 8, 8))
+        assert list(report) == list(alone)
+        for name, interval in report.items():
+            assert interval.lower == pytest.approx(alone[name].lower, rel=1e-6)
+    assert len(ran) == 3
+    fastlip.layer_norms(models[0], (3, 9, 9))
+    fastlip.layer_norms(models[0], (3, 8, 8), fold_batchnorm=False)
+    assert ran[3:] == [models[0]] * 2
+    models[0].conv.stride = (2, 2)
+    assert fastlip.layer_norms(models[0], (3, 8, 8)).descriptions["conv"] != together[0].descriptions["conv"]
+
+
+def test_a_shape_that_is_wrong_is_so_after_one_that_is_right():
+    fastlip.layer_norms(Net(), (3, 8, 8))
+    with pytest.raises(ValueError, match="input_shape must be positive integers"):
+        fastlip.layer_norms(Net(), (3.0, 8, 8))
+
+
+def test_few_records_are_kept(monkeypatch):
+    counted = []
+    remembered = Remembered(lambda model, n: counted.append(n) or n)
+    net = Net()
+    for n in (*range(20), 19, 0):
+        assert remembered(net, n) == n
+    assert counted == [*range(20), 0]
+
+
+class TwoNorms(nn.Module):
+    """A convolution in front of one BatchNorm, then of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        nn.init.constant_(self.two.weight, 5.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.conv(self.one(self.conv(x))))
+
+
+def test_a_shared_layer_is_reported_with_each_batchnorm():
+    report = fastlip.layer_norms(TwoNorms().eval(), (3, 6, 6))
+    assert list(report) == ["conv", "conv#2"]
+    assert report["conv#2"].lower == pytest.approx(5.0 * report["conv"].lower, rel=1e-6)
+
+
+@pytest.mark.parametrize("spoil", ["weight", "variance", "lone variance"])
+def test_a_layer_that_is_not_finite_is_named(spoil):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+    tensor = {"weight": net[0].weight.data, "variance": net[1].running_var, "lone variance": net[3].running_var}[spoil]
+    tensor.view(-1)[0] = float("nan")
+    name, what = {"weight": ("0", "weight"), "variance": ("0", "BatchNorm"), "lone variance": ("3", "BatchNorm")}[spoil]
+    with pytest.raises(ValueError, match=f"layer {name}: {what}"):
+        fastlip.layer_norms(net, (3, 8, 8))
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that make the host wait for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_no_layer_is_waited_for_by_itself(fold):
+    layers = [m for _ in range(6) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())]
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), *layers).eval()
+    with Waits() as waits:
+        fastlip.layer_norms(net, (3, 8, 8), fold_batchnorm=fold, method="lanczos")
+    assert waits.count == 0
