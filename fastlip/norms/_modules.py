@@ -34,10 +34,17 @@ def module_operator(
 
     Raises:
         TypeError: there is no such map for this module.
-        ValueError: the weight holds NaN or infinite values, or the shape does not fit.
+        ValueError: the weight holds NaN or infinite values, the shape does not fit, or the module is of a subclass that
+            overrides ``forward``, so that it may apply something else than its weight.
     """
     if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
         raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
+    kind = next(cls for cls in (*CONVS, *TRANSPOSED, nn.Linear) if isinstance(module, cls))
+    if type(module).forward is not kind.forward:
+        raise ValueError(
+            f"{type(module).__name__} overrides {kind.__name__}.forward, and may apply another map than its weight; "
+            "describe that map with fastlip.norms.conv_operator"
+        )
     weight = module.weight.detach()
     if isinstance(module, nn.Linear):
         check_finite(weight)

@@ -203,3 +203,36 @@ def test_a_rule_must_return_a_finite_bound() -> None:
     fastlip.lipschitz.rule(Bad)(lambda m, s: math.nan)
     with pytest.raises(ValueError, match=r"Bad .* returned nan"):
         lipschitz_bound(Bad(), (3,))
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation: what it applies is not its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean()) / self.weight.std()
+        return F.conv2d(x, weight, self.bias)
+
+
+class Activated(nn.BatchNorm1d):
+    """BatchNorm with an activation behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3.0 * F.silu(super().forward(x))
+
+
+class Renamed(nn.ReLU):
+    """A ReLU by another name, traced into."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_subclass_with_a_forward_of_its_own_does_not_inherit_a_rule() -> None:
+    with pytest.raises(ValueError, match=r"no Lipschitz rule for the function conv2d \(at 0\.conv2d\)"):
+        lipschitz_bound(nn.Sequential(Standardised(2, 2, 1)), (2, 4, 4))
+    with pytest.raises(ValueError, match=r"cannot be traced"):
+        lipschitz_bound(nn.Sequential(Activated(4)), (4,))
+    assert lipschitz_bound(nn.Sequential(Renamed()), (4,)).upper == 1.0
+    parametrised = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    norm = torch.linalg.matrix_norm(parametrised.weight, 2).item()
+    assert lipschitz_bound(parametrised, (4,)).upper == pytest.approx(norm, rel=1e-5)

@@ -155,6 +155,15 @@ def test_errors_name_the_layer(net: Net) -> None:
         layer_norms(net, (3, 0, 4))
 
 
+def test_a_layer_that_applies_something_else_than_its_weight_is_refused() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+    with pytest.raises(ValueError, match=r"layer 1: Standardised overrides Conv2d\.forward"):
+        layer_norms(nn.Sequential(nn.Identity(), Standardised(1, 2, 3)), (1, 4, 4))
+
+
 def test_resnet50_at_cifar_resolution() -> None:
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
