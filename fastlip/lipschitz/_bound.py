@@ -117,7 +117,8 @@ def lipschitz_bound(
     and far above what any input shows.
 
     Args:
-        model: a module that torch.fx can trace, from one tensor to one tensor; it is left as it was.
+        model: a module that torch.fx can trace, from one tensor to one tensor, also inside DataParallel or what
+            ``torch.compile`` made; it is left as it was.
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
         rtol: relative width at which the iteration for a layer's norm stops.
         confidence: probability that the bound holds.
@@ -131,13 +132,15 @@ def lipschitz_bound(
             half of 1 - ``confidence``; only where ``method`` iterates.
 
     Raises:
-        ValueError: the model cannot be traced, or something in it has no rule or no bound; the message names it.
+        TypeError: the model is no module.
+        ValueError: an argument is wrong, the model cannot be traced or run, or something in it has no rule or no bound;
+            the message names it.
     """
     if generator is None:
         generator = torch.Generator()
         generator.seed()
     settings = Settings(rtol, confidence, method, starts, max_steps, dtype, max_memory, generator)
-    last = trace(model, tuple(input_shape))
+    last = trace(model, input_shape)
     fold_scales(last)
     steps = walk(last)
     blocks = _blocks(steps) if tight_residuals and method in ("auto", "lanczos", "power") else []
