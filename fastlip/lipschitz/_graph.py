@@ -26,7 +26,7 @@ class Step:
         name: qualified module name, or the node's name.
         kind: class of the module, or the function's name.
         inputs: steps it takes its tensors from.
-        factor: what multiplies the Lipschitz constant; for several inputs, "sum" or "concatenation".
+        factor: what multiplies the Lipschitz constant; for several inputs, "sum", "difference" or "concatenation".
         shape: shape of one output sample.
         module: the module called, or the one that does the same as the function.
         users: steps that take this one's output.
@@ -183,11 +183,12 @@ def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModul
         raise missing_rule(f"{name} of something other than a traced tensor ({source})", where)
     if target in functions.ADD or target in functions.SUBTRACT:
         operands = [a for a in args if isinstance(a, fx.Node)]
-        if kwargs or any(values.shapes[a][1:] != shape for a in operands):
+        if kwargs or len(args) != 2 or any(values.shapes[a][1:] != shape for a in operands):
             raise missing_rule(f"{name} with broadcasting or alpha", where)
         # x + x counts twice; adding a constant moves nothing.
         inputs = [steps[a] for a in operands]
-        return Step(where, name, inputs, "sum" if len(inputs) > 1 else 1.0, shape)
+        several = "sum" if target in functions.ADD else "difference"
+        return Step(where, name, inputs, several if len(inputs) > 1 else 1.0, shape)
     if target in functions.CONCATENATE:
         inputs = [steps[a] for a in (args[0] if args else kwargs["tensors"]) if isinstance(a, fx.Node)]
         return Step(where, name, inputs, "concatenation", shape)
