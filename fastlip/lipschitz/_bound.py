@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlip.lipschitz._graph import Step, fold_scales, origin_of, trace, walk
 from fastlip.lipschitz._registry import Diagonal
-from fastlip.lipschitz._residual import Block, block_factor, block_operators, find_block
+from fastlip.lipschitz._residual import SUMS, Block, block_factor, block_operators, find_block
 from fastlip.norms import NormInterval, Operator, Settings, diagonal_norm, operator_norms
 
 # Relative width of auxiliary norms, in units of that of the layers.
@@ -26,7 +26,7 @@ class Part:
         kind: class of the module, or the function.
         log10_factor: log10 of what this part multiplies the constant by.
         norm: interval of the layer's norm, for layers with weights.
-        branches: for a sum or a concatenation, the parts of each branch since they parted.
+        branches: for a sum, a difference or a concatenation, the parts of each branch since they parted.
     """
 
     name: str
@@ -117,7 +117,8 @@ def lipschitz_bound(
     and far above what any input shows.
 
     Args:
-        model: a module that torch.fx can trace, from one tensor to one tensor; it is left as it was.
+        model: a module that torch.fx can trace, from one tensor to one tensor, also inside DataParallel or what
+            ``torch.compile`` made; it is left as it was.
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
         rtol: relative width at which the iteration for a layer's norm stops.
         confidence: probability that the bound holds.
@@ -131,13 +132,15 @@ def lipschitz_bound(
             half of 1 - ``confidence``; only where ``method`` iterates.
 
     Raises:
-        ValueError: the model cannot be traced, or something in it has no rule or no bound; the message names it.
+        TypeError: the model is no module.
+        ValueError: an argument is wrong, the model cannot be traced or run, or something in it has no rule or no bound;
+            the message names it.
     """
     if generator is None:
         generator = torch.Generator()
         generator.seed()
     settings = Settings(rtol, confidence, method, starts, max_steps, dtype, max_memory, generator)
-    last = trace(model, tuple(input_shape))
+    last = trace(model, input_shape)
     fold_scales(last)
     steps = walk(last)
     blocks = _blocks(steps) if tight_residuals and method in ("auto", "lanczos", "power") else []
@@ -193,7 +196,7 @@ def _constant(step: Step, norms: dict[Step, NormInterval]) -> float:
 
 
 def _blocks(steps: list[Step]) -> list[Block]:
-    found = (find_block(step, origin_of(step)) for step in steps if step.factor == "sum")
+    found = (find_block(step, origin_of(step)) for step in steps if step.factor in SUMS)
     return [block for block in found if block is not None]
 
 
@@ -219,7 +222,7 @@ def _compose(steps: list[Step], logs: dict[Step, float], tighter: dict[Step, tup
     """log10 of the bound from the model's input to each step."""
     totals: dict[Step, float] = {}
     for step in steps:
-        if step.factor == "sum":
+        if step.factor in SUMS:
             totals[step] = _log10_sum([totals[source] for source in step.inputs])
             if step in tighter:
                 origin, factor = tighter[step]

@@ -65,7 +65,7 @@ def _max_pool(
 
 def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn.Module:
     if training:
-        raise ValueError("dropout runs with training=True although the model is in eval mode")
+        raise ValueError("dropout runs with training=True also in eval mode; use training=self.training")
     return nn.Identity()
 
 

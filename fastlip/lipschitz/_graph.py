@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from fastlip.lipschitz import _functions as functions
 from fastlip.lipschitz._linear import weighted
 from fastlip.lipschitz._registry import Diagonal, Factor, find_rule, missing_rule
-from fastlip.norms import Operator, eval_mode, example_input, module_operator
+from fastlip.norms import NormInterval, Operator, bare_model, eval_mode, example_input, module_operator, runs_on
 
 # Two samples, so that an operation that mixes the batch axis into others shows.
 _BATCH = 2
@@ -25,7 +26,7 @@ class Step:
         name: qualified module name, or the node's name.
         kind: class of the module, or the function's name.
         inputs: steps it takes its tensors from.
-        factor: what multiplies the Lipschitz constant; for several inputs, "sum" or "concatenation".
+        factor: what multiplies the Lipschitz constant; for several inputs, "sum", "difference" or "concatenation".
         shape: shape of one output sample.
         module: the module called, or the one that does the same as the function.
         users: steps that take this one's output.
@@ -45,7 +46,18 @@ class Step:
 
 
 class _Tracer(fx.Tracer):
-    """Stops at modules with a rule as well as at torch's own."""
+    """Stops at modules with a rule as well as at torch's own, and remembers which module could not be traced."""
+
+    failed = ""
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return find_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
@@ -56,6 +68,7 @@ class _Values(fx.Interpreter):
 
     def __init__(self, graph_module: fx.GraphModule, varying: set[fx.Node]) -> None:
         super().__init__(graph_module)
+        self.extra_traceback = False
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.constants: dict[fx.Node, Any] = {}
         self._varying = varying
@@ -78,12 +91,14 @@ class _Values(fx.Interpreter):
         return value
 
 
-def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Step:
+def trace(model: nn.Module, input_shape: Sequence[int]) -> Step:
     """The last step of a model's graph, in eval mode.
 
     Raises:
-        ValueError: the model cannot be traced, or a step has no rule; the message names it.
+        TypeError: the model is no module.
+        ValueError: the model cannot be traced or run, or a step has no rule; the message names it.
     """
+    model = bare_model(model)
     name = type(model).__name__
     tracer = _Tracer()
     # A leaf is not traced into, so it needs something around it.
@@ -92,9 +107,11 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Step:
         try:
             graph = tracer.trace(root)
         except Exception as error:
+            failed = tracer.failed
+            what = f"{type(model.get_submodule(failed)).__name__} (at {failed})" if failed else name
             raise ValueError(
-                f"{name} cannot be traced by torch.fx ({error}); "
-                "register a rule for the module whose forward depends on data"
+                f"{what} cannot be traced by torch.fx ({error}); register a rule for the module, "
+                "or write its forward without what depends on data"
             ) from error
         graph_module = fx.GraphModule(root, graph)
         for node in graph.find_nodes(op="call_module"):
@@ -104,7 +121,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Step:
         varying = _varying_nodes(graph)
         values = _Values(graph_module, varying)
         x = example_input(model, input_shape)
-        values.run(x.expand(_BATCH, *x.shape[1:]).contiguous())
+        with runs_on(model, input_shape):
+            values.run(x.expand(_BATCH, *x.shape[1:]).contiguous())
         return _build(graph_module, values)
 
 
@@ -150,7 +168,10 @@ def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModul
         if len(sources) != 1:
             raise missing_rule(f"{type(module).__name__} with {len(sources)} inputs", name)
         factor = module_factor(module, name, sources[0].shape)
-        return Step(name, type(module).__name__, sources, factor, shape, module)
+        step = Step(name, type(module).__name__, sources, factor, shape, module)
+        if find_rule(module) is weighted and len(node.args) + len(node.kwargs) > 1:
+            step.factor = _operator(step)  # a transposed convolution that was told its output's size
+        return step
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     args: Any = fx.node.map_arg(node.args, lambda n: values.constants.get(n, n))
@@ -158,21 +179,23 @@ def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModul
     where = _location(node)
     if not sources:
         # Its inputs are lists, or numbers taken from tensors: what they depend on is not followed.
-        raise missing_rule(f"{name} of something other than a traced tensor", where)
+        source = getattr(node.all_input_nodes[0], "name", "")
+        raise missing_rule(f"{name} of something other than a traced tensor ({source})", where)
     if target in functions.ADD or target in functions.SUBTRACT:
         operands = [a for a in args if isinstance(a, fx.Node)]
-        if kwargs or any(values.shapes[a][1:] != shape for a in operands):
+        if kwargs or len(args) != 2 or any(values.shapes[a][1:] != shape for a in operands):
             raise missing_rule(f"{name} with broadcasting or alpha", where)
         # x + x counts twice; adding a constant moves nothing.
         inputs = [steps[a] for a in operands]
-        return Step(where, name, inputs, "sum" if len(inputs) > 1 else 1.0, shape)
+        several = "sum" if target in functions.ADD else "difference"
+        return Step(where, name, inputs, several if len(inputs) > 1 else 1.0, shape)
     if target in functions.CONCATENATE:
         inputs = [steps[a] for a in (args[0] if args else kwargs["tensors"]) if isinstance(a, fx.Node)]
         return Step(where, name, inputs, "concatenation", shape)
     if len(sources) == 1 and target in functions.MULTIPLY and not kwargs and len(args) == 2:
         constant = args[1] if isinstance(args[0], fx.Node) else args[0]
         return Step(where, name, sources, _scaling(constant, 1, sources[0], shape, where), shape)
-    if len(sources) != 1 or not isinstance(args[0], fx.Node):
+    if len(sources) != 1 or not args or not isinstance(args[0], fx.Node):
         raise missing_rule(f"{name} of several traced tensors, or with the input in another place", where)
     if target in functions.DIVIDE and not kwargs:
         return Step(where, name, sources, _scaling(args[1], -1, sources[0], shape, where), shape)
@@ -180,7 +203,10 @@ def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModul
         # The mean of m values moves by at most 1/sqrt(m) of the move's norm.
         ratio = math.prod(sources[0].shape) / max(math.prod(shape), 1)
         return Step(where, name, sources, ratio**-0.5 * (1.0 + 1e-15), shape)
-    module_like = functions.as_module(target, tuple(args[1:]), dict(kwargs))
+    try:
+        module_like = functions.as_module(target, tuple(args[1:]), dict(kwargs))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if module_like is None:
         raise missing_rule(f"the function {name}", where)
     return Step(where, name, sources, module_factor(module_like, where, sources[0].shape), shape, module_like)
@@ -202,6 +228,11 @@ def module_factor(module: nn.Module, name: str, input_shape: tuple[int, ...]) ->
         factor = found(module, input_shape)
     except ValueError as error:
         raise ValueError(f"module {name}: {error}") from None
+    if not isinstance(factor, (int, float, NormInterval, Operator, Diagonal)):
+        raise ValueError(
+            f"the rule of {type(module).__name__} (at {name}) returned {type(factor).__name__}, not a float, "
+            "NormInterval, Operator or Diagonal"
+        )
     if isinstance(factor, (int, float)) and not 0.0 <= factor < math.inf:
         raise ValueError(f"the rule of {type(module).__name__} (at {name}) returned {factor}, not a finite bound >= 0")
     return factor
@@ -223,7 +254,7 @@ def _scaling(constant: Any, power: int, source: Step, shape: tuple[int, ...], wh
 
 def fold_scales(last: Step) -> None:
     """Multiply factors per channel into the neighbouring layer with weights, before its norm is taken."""
-    scales: dict[Step, dict[str, Any]] = {}
+    scales: dict[Step, dict[str, Tensor]] = {}
     for step in walk(last):
         if not isinstance(step.factor, Diagonal):
             continue
@@ -236,9 +267,14 @@ def fold_scales(last: Step) -> None:
             continue
         step.factor, step.folded = 1.0, True
     for step, factors in scales.items():
-        assert step.module is not None
-        step.factor = module_operator(step.module, step.inputs[0].shape, **factors)
+        step.factor = _operator(step, **factors)
         step.scaled = True
+
+
+def _operator(step: Step, **scales: Any) -> Operator:
+    """The linear map of a layer with torch's own rule, on the shapes of its step."""
+    assert step.module is not None
+    return module_operator(step.module, step.inputs[0].shape, output_size=step.shape[1:], **scales)
 
 
 def _takes_scale(step: Step) -> bool:

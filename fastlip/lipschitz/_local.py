@@ -1,11 +1,14 @@
 """Jacobian norms at data: what a network's Lipschitz constant is, seen from single points."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlip.norms import eval_mode
+from fastlip.norms import bare_model, eval_mode
 
 
 def local_lipschitz(
@@ -34,17 +37,21 @@ def local_lipschitz(
         Norms, [B] float64 on x's device.
 
     Raises:
-        ValueError: ``x`` is not a floating-point batch, or the output not one tensor of it.
+        TypeError: ``model`` is no module.
+        ValueError: ``x`` is not a floating-point batch, the output not one tensor of it, or part of the model is
+            TorchScript.
     """
     if not x.is_floating_point() or x.dim() < 2:
         raise ValueError(f"x must be a floating-point batch [B, ...], got {x.dtype} of shape {list(x.shape)}")
+    model = bare_model(model)  # forward-mode derivatives through TorchScript can be zeros
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    draws = torch.randn(x.shape, dtype=torch.float64, generator=generator, device=generator.device)
-    v = _unit(draws).to(x)
-    best = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    with eval_mode(model), torch.enable_grad():
+    with eval_mode(model), torch.enable_grad(), _plain_attention():
+        x = x.detach().clone()  # one made under inference_mode cannot take part in autograd
+        draws = torch.randn(x.shape, dtype=torch.float64, generator=generator, device=generator.device)
+        v = _unit(draws).to(x)
+        best = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for _ in range(max_steps):
             point = x.detach().requires_grad_()
             products: Any = torch.func.jvp(model, (point,), (v,))
@@ -63,6 +70,18 @@ def local_lipschitz(
                 break
             v = _unit(back.double()).to(x)
     return best
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by operations that have a forward-mode derivative, which the fused ones lack."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _unit(v: Tensor) -> Tensor:

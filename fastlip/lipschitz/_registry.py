@@ -28,7 +28,7 @@ _RULES: dict[type[nn.Module], Rule] = {}
 
 
 def rule(*modules: type[nn.Module]) -> Callable[[Rule], Rule]:
-    """Register the Lipschitz rule of one or more module classes, and of their subclasses without a rule of their own.
+    """Register the Lipschitz rule of one or more module classes, and of their subclasses that keep their ``forward``.
 
     The decorated function takes the module, in eval mode, and the shape of one input without its batch axis. It returns
     an upper bound on the module's L2 Lipschitz constant as a float, a :class:`fastlip.norms.NormInterval`, or the
@@ -50,10 +50,10 @@ def rule(*modules: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """The rule of the nearest class a module derives from, or None."""
+    """The rule of the nearest class a module derives from, or None; None too where it has a forward of its own."""
     for cls in type(module).__mro__:
         if cls in _RULES:
-            return _RULES[cls]
+            return _RULES[cls] if type(module).forward is cls.forward else None
     return None
 
 

@@ -18,39 +18,42 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from fastlip.lipschitz._graph import Step
 from fastlip.norms import Composed, NormInterval, Operator, simplify, trim
 
+SUMS = ("sum", "difference")
 _KEEP = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_MONOTONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Softsign)
+_MONOTONE = (nn.CELU, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Softsign)
 # Composed operators are not normalised; float32 holds products of such weights.
 _ORDINARY = (1e-6, 1e6)
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A sum of an identity or a projection, and a branch of layers with activations between them.
+    """A sum or difference of an identity or a projection, and a branch of layers with activations between them.
 
     Attributes:
         total: the step that adds.
         origin: the step both branches come from.
         layers: the branch's layers, first applied first.
         projection: the layer on the other branch, None for the identity.
+        sign: -1 where identity and branch are subtracted, in either order.
     """
 
     total: Step
     origin: Step
     layers: tuple[Step, ...]
     projection: Step | None
+    sign: float = 1.0
 
 
 def find_block(step: Step, origin: Step) -> Block | None:
-    """The residual block that ends in a sum, if it is one of those bounded here."""
-    if step.factor != "sum" or len(step.inputs) != 2:
+    """The residual block that ends in a sum or a difference, if it is one of those bounded here."""
+    if step.factor not in SUMS or len(step.inputs) != 2:
         return None
     ends = [_strip(source, origin) for source in step.inputs]
     for skip, branch in (ends, ends[::-1]):
         if skip is origin:
             layers = _layers(branch, origin)
             if layers is not None and len(layers) in (2, 3):
-                return Block(step, origin, layers, None)
+                return Block(step, origin, layers, None, 1.0 if step.factor == "sum" else -1.0)
         elif _is_layer(skip) and _strip(skip.inputs[0], origin) is origin and _is_layer(branch):
             matrices = [simplify(op) for op in (skip.factor, branch.factor) if isinstance(op, Operator)]
             if all(not m.kernel and m.groups == 1 and _ordinary(m.weight) for m in matrices) and skip is not branch:
@@ -60,7 +63,7 @@ def find_block(step: Step, origin: Step) -> Block | None:
 
 def _strip(step: Step, origin: Step) -> Step:
     """Skip steps that pass their input on."""
-    while step is not origin and step.inputs and (step.folded or isinstance(step.module, _KEEP)):
+    while step is not origin and step.inputs and (step.folded or type(step.module) in _KEEP):
         step = step.inputs[0]
     return step
 
@@ -79,12 +82,13 @@ def _ordinary(weight: Tensor) -> bool:
 
 
 def _has_slopes_in_unit_interval(step: Step) -> bool:
+    # Exactly these classes: a subclass with a rule of its own may do something else.
     module = step.module
-    if isinstance(module, nn.LeakyReLU):
+    if type(module) is nn.LeakyReLU:
         return 0.0 <= module.negative_slope <= 1.0
-    if isinstance(module, (nn.ELU, nn.CELU)):
-        return isinstance(module, nn.CELU) or 0.0 <= module.alpha <= 1.0
-    return isinstance(module, _MONOTONE)
+    if type(module) is nn.ELU:
+        return 0.0 <= module.alpha <= 1.0
+    return type(module) in _MONOTONE
 
 
 def _layers(step: Step, origin: Step) -> tuple[Step, ...] | None:
@@ -118,9 +122,9 @@ def block_operators(block: Block, norms: dict[Step, NormInterval], before: float
         d, c = simplify(_operator(block.projection)).weight.double(), simplify(ops[0]).weight.double()
         return [Operator(torch.cat([d, _best_weight(d, c, before) * c], dim=1))]
     if len(ops) == 2:
-        return [Composed(ops, bounds, scale=0.5, identity=1.0)]
+        return [Composed(ops, bounds, scale=0.5 * block.sign, identity=1.0)]
     return [
-        Composed(ops, bounds, scale=0.25, identity=1.0),
+        Composed(ops, bounds, scale=0.25 * block.sign, identity=1.0),
         Composed(ops[1:], bounds[1:]),
         Composed(ops[:2], bounds[:2]),
     ]

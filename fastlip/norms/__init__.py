@@ -11,7 +11,7 @@ from fastlip.norms._composed import Composed
 from fastlip.norms._conv_norm import conv_norm
 from fastlip.norms._exact import simplify, trim
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._layers import eval_mode, example_input, layer_norms
+from fastlip.norms._layers import bare_model, eval_mode, example_input, layer_norms, runs_on
 from fastlip.norms._modules import batchnorm_scale, diagonal_norm, module_operator
 from fastlip.norms._operator import Operator, conv_operator
 from fastlip.norms._report import NormReport
@@ -24,6 +24,7 @@ __all__ = [
     "NormReport",
     "Operator",
     "Settings",
+    "bare_model",
     "batchnorm_scale",
     "constrain_norm",
     "conv_norm",
@@ -34,6 +35,7 @@ __all__ = [
     "layer_norms",
     "module_operator",
     "operator_norms",
+    "runs_on",
     "simplify",
     "spectral_norm_value",
     "trim",

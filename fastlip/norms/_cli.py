@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,9 @@ from fastlip.norms._interval import confidence_text
 from fastlip.norms._layers import layer_norms
 from fastlip.norms._report import NormReport
 from fastlip.norms._solve import METHODS
+
+# Characters of an error.
+_LONGEST = 500
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,13 +48,16 @@ def norms(
         if checkpoint is not None:
             network.load_state_dict(_load_state(checkpoint))
         report = _compute(network, _parse_shape(shape), rtol, confidence, method, fold, seed)
+        page = f"{model} on {shape}"
+        exports = ((json, report.to_json), (csv, report.to_csv), (html, lambda: report_html(report, page)))
+        for path, export in exports:
+            if path is not None and str(path) != "-":
+                path.write_text(export(), encoding="utf-8")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # What load_state_dict says is long, and of many lines.
+        text = " ".join(str(error).split())
+        print(f"error: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'}", file=sys.stderr)
         raise typer.Exit(2) from None
-    exports = ((json, report.to_json), (csv, report.to_csv), (html, lambda: report_html(report, f"{model} on {shape}")))
-    for path, export in exports:
-        if path is not None and str(path) != "-":
-            path.write_text(export(), encoding="utf-8")
     to_stdout = [export for path, export in exports if path is not None and str(path) == "-"]
     if to_stdout:
         for export in to_stdout:
@@ -103,17 +110,20 @@ def _load_model(name: str, classes: int | None) -> nn.Module:
             raise ValueError("--classes is for torchvision models; give MODEL a function that sets them")
         module, _, function = name.partition(":")
         found = getattr(importlib.import_module(module), function, None)
-        network = found() if callable(found) else found
+        network = found() if callable(found) and not isinstance(found, nn.Module) else found
         if not isinstance(network, nn.Module):
-            raise ValueError(f"{name} must be a function that returns a torch module, got {type(network).__name__}")
+            got = type(network).__name__
+            raise ValueError(f"{name} must be a torch module or a function that returns one, got {got}")
         return network
     try:
         models = importlib.import_module("torchvision.models")
     except ImportError:
         raise ImportError('named models need torchvision: pip install "fastlip[study]"') from None
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    if name not in models.list_models():
-        raise ValueError(f"torchvision has no model {name!r}; give one of its names, or package.module:function")
+    if name not in models.list_models(module=models):
+        raise ValueError(
+            f"torchvision has no classification model {name!r}; give one of its names, or package.module:function"
+        )
     network = models.get_model(name, weights=None, **options)
     assert isinstance(network, nn.Module)
     return network
@@ -126,12 +136,21 @@ def _load_state(path: Path) -> dict[str, Tensor]:
             library = importlib.import_module("safetensors.torch")
         except ImportError:
             raise ImportError('safetensors files need safetensors: pip install "fastlip[study]"') from None
-        state: dict[str, Any] = library.load_file(path)
+        load, kind = library.load_file, "safetensors file"
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "model", "model_state_dict"):
-            if isinstance(state.get(key), dict):
-                state = state[key]
+        load, kind = partial(torch.load, map_location="cpu", weights_only=True), "state dict written by torch.save"
+    try:
+        state: Any = load(path)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file that is no such thing makes the readers raise
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} is no {kind}, or holds more than tensors ({reason})") from None
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} must hold a state dict, got {type(state).__name__}")
     # DataParallel writes every name behind "module.".
     return {name.removeprefix("module."): value for name, value in state.items()}
 

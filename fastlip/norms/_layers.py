@@ -2,13 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._modules import (
@@ -34,6 +35,7 @@ class _Call:
 
     name: str
     input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
     output: Tensor
     version: int
     batchnorm: str | None = None
@@ -107,11 +109,13 @@ def layer_norms(
 
     The model runs once on a zero input, in eval mode, to learn those sizes. Layers that did not run are left out; one
     that ran on several sizes appears once for each. BatchNorm that stands alone appears as its factor
-    max |gamma| / sqrt(var + eps).
+    max |gamma| / sqrt(var + eps). Weights in other hands are not seen: those of functional calls, and of modules that
+    apply them by themselves, such as ``nn.MultiheadAttention``.
 
     Args:
         model: the model, in any mode, dtype and on any device; it is left as it was. Or several models, whose layers of
-            equal shape are iterated together.
+            equal shape are iterated together. Layers have the names that they have inside DataParallel or what
+            ``torch.compile`` made.
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
         fold_batchnorm: multiply a BatchNorm into the layer whose output it takes, before the norm.
         rtol: relative width at which iteration stops.
@@ -128,14 +132,16 @@ def layer_norms(
         A report, or a list of them, one per model.
 
     Raises:
-        ValueError: an argument is wrong, or a layer's weight holds NaN or infinite values; the message names the layer.
+        TypeError: a model is no module.
+        ValueError: an argument is wrong, a model does not run on such inputs, or it is unknown what a layer applies, or
+            its weight holds NaN or infinite values; the message names the layer.
     """
     if generator is None:
         generator = torch.Generator()
         generator.seed()
     settings = Settings(rtol, confidence, method, starts, max_steps, dtype, max_memory, generator, progress)
-    models = [model] if isinstance(model, nn.Module) else list(model)
-    collected = [_collect(m, checked_shape(input_shape), fold_batchnorm) for m in models]
+    models = list(model) if isinstance(model, Iterable) and not isinstance(model, nn.Module) else [model]
+    collected = [_collect(bare_model(m), checked_shape(input_shape), fold_batchnorm) for m in models]
     every = [layer for layers in collected for layer in layers]
     operators = [layer.operator for layer in every if layer.operator is not None]
     look_at(operators)
@@ -170,7 +176,7 @@ def _collect(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: boo
     modules = dict(model.named_modules())
     calls = dict.fromkeys(_recorded(model, input_shape, fold_batchnorm))  # each once
     users = {
-        batchnorm or name: name for name, _, batchnorm in calls if batchnorm or isinstance(modules[name], BATCHNORMS)
+        batchnorm or name: name for name, *_, batchnorm in calls if batchnorm or isinstance(modules[name], BATCHNORMS)
     }
     for batchnorm_name, name in users.items():
         if modules[batchnorm_name].running_var is None:
@@ -178,7 +184,7 @@ def _collect(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: boo
     scales = dict(zip(users, batchnorm_scales([modules[name] for name in users]), strict=True))
     found: list[_Layer] = []
     repeats: Counter[str] = Counter()
-    for name, shape, batchnorm in calls:
+    for name, shape, output_shape, batchnorm in calls:
         module, shown = modules[name], _shown(name, modules)
         repeats[name] += 1
         if repeats[name] > 1:
@@ -191,7 +197,8 @@ def _collect(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: boo
         if scale is not None:
             description += " + BN"
         try:
-            operator = module_operator(module, shape, output_scale=scale, finite=False)
+            size = output_shape[1:] if isinstance(module, TRANSPOSED) else None
+            operator = module_operator(module, shape, output_scale=scale, output_size=size, finite=False)
         except ValueError as error:
             raise ValueError(f"layer {shown}: {error}") from None
         found.append(_Layer(shown, description, operator, scale))
@@ -213,8 +220,8 @@ def _require_finite(layer: _Layer) -> None:
         raise ValueError(f"layer {layer.name}: {error}") from None
 
 
-#: A layer's name, the shape of its input without the batch axis, and the name of the BatchNorm that takes its output.
-_Ran = tuple[str, tuple[int, ...], str | None]
+#: A layer's name, the shapes of its input and output without the batch axis, and the BatchNorm that takes its output.
+_Ran = tuple[str, tuple[int, ...], tuple[int, ...], str | None]
 
 
 def _record(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool) -> list[_Ran]:
@@ -223,28 +230,28 @@ def _record(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool
     handles = []
 
     def hook(name: str, module: nn.Module) -> None:
-        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0]
+        def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+            x = args[0] if args else kwargs["input"]
             if isinstance(module, BATCHNORMS) and fold_batchnorm:
                 # The very tensor a layer returned, and not written to since, as an in-place ReLU would.
                 source = next((c for c in reversed(calls) if c.output is x and c.version == x._version), None)
                 if source is not None and source.batchnorm is None:
                     source.batchnorm = name
                     return
-            calls.append(_Call(name, tuple(x.shape[1:]), output, output._version))
+            calls.append(_Call(name, tuple(x.shape[1:]), tuple(output.shape[1:]), output, output._version))
 
-        handles.append(module.register_forward_hook(record))
+        handles.append(module.register_forward_hook(record, with_kwargs=True))
 
     for name, module in model.named_modules():
         if isinstance(module, (*CONVS, *TRANSPOSED, *BATCHNORMS, nn.Linear)):
             hook(name, module)
     try:
-        with eval_mode(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad(), runs_on(model, input_shape):
             model(example_input(model, input_shape))
     finally:
         for handle in handles:
             handle.remove()
-    return [(call.name, call.input_shape, call.batchnorm) for call in calls]
+    return [(call.name, call.input_shape, call.output_shape, call.batchnorm) for call in calls]
 
 
 #: Checkpoints of one model run alike: only the first of them runs.
@@ -257,7 +264,7 @@ def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: ``input_shape`` is not a sequence of positive integers.
     """
-    shape = tuple(input_shape)
+    shape = tuple(input_shape) if isinstance(input_shape, Iterable) else ()
     if not shape or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"input_shape must be positive integers without the batch axis, got {input_shape!r}")
     return shape
@@ -276,13 +283,55 @@ def example_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     return torch.zeros(1, *shape)
 
 
+def bare_model(model: nn.Module) -> nn.Module:
+    """What a data-parallel wrapper or ``torch.compile`` holds, or the model itself.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: part of it is TorchScript.
+    """
+    _check_module(model)
+    inner = model.module if isinstance(model, (nn.DataParallel, DistributedDataParallel)) else model
+    inner = getattr(inner, "_orig_mod", inner)
+    if inner is not model:
+        return bare_model(inner)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f" (at {name})" if name else ""
+            raise ValueError(f"model holds TorchScript{where}, which cannot be looked into; give what it was made of")
+    return model
+
+
+@contextmanager
+def runs_on(model: nn.Module, input_shape: Sequence[int]) -> Iterator[None]:
+    """Errors of torch in a forward pass as ones that say what the model was given."""
+    try:
+        yield
+    except RuntimeError as error:
+        name = type(model).__name__
+        raise ValueError(
+            f"{name} does not run on an input of shape {list(input_shape)}, without the batch axis: {error}"
+        ) from error
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, every module's own mode restored afterwards."""
+    """The model in eval mode, outside of ``torch.inference_mode``; every module's own mode is restored afterwards.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    _check_module(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

@@ -22,6 +22,7 @@ def module_operator(
     *,
     output_scale: Tensor | None = None,  # [Cout]
     input_scale: Tensor | None = None,  # [Cin]
+    output_size: Sequence[int] | None = None,
     finite: bool = True,
 ) -> Operator:
     """The linear map of a Conv, ConvTranspose or Linear module on inputs of one shape, without its bias.
@@ -33,14 +34,22 @@ def module_operator(
         input_shape: shape of one input without the batch axis, [Cin, *spatial] or, for Linear, [..., features].
         output_scale: factors for the output channels, such as those of a folded BatchNorm.
         input_scale: factors for the input channels, such as those of a folded input normalisation.
+        output_size: spatial size of a transposed convolution's output; what its settings give if None.
         finite: whether to see that the weight is finite; False leaves it to the caller.
 
     Raises:
         TypeError: there is no such map for this module.
-        ValueError: the weight holds NaN or infinite values, or the shape does not fit.
+        ValueError: the weight holds NaN or infinite values, the shape does not fit, or the module is of a subclass that
+            overrides ``forward``, so that it may apply something else than its weight.
     """
     if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
         raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
+    kind = next(cls for cls in (*CONVS, *TRANSPOSED, nn.Linear) if isinstance(module, cls))
+    if type(module).forward is not kind.forward:
+        raise ValueError(
+            f"{type(module).__name__} overrides {kind.__name__}.forward, and may apply another map than its weight; "
+            "describe that map with fastlip.norms.conv_operator"
+        )
     weight = module.weight.detach()
     if isinstance(module, nn.Linear):
         op = Operator(_scale(weight, output_scale, input_scale, 1))
@@ -55,11 +64,12 @@ def module_operator(
         return conv_operator(weight, size, padding=module.padding, padding_mode=module.padding_mode, **geometry)
     # weight is [Cin, Cout / groups, *kernel]: the adjoint's output channels come first.
     weight = _scale(weight, input_scale, output_scale, module.groups)
-    axes = zip(
-        size, module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding, strict=True
-    )
-    output = tuple((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, s, p, d, k, extra in axes)
-    return conv_operator(weight, output, padding=module.padding, **geometry)
+    if output_size is None:
+        axes = zip(
+            size, module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding, strict=True
+        )
+        output_size = tuple((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, s, p, d, k, extra in axes)
+    return conv_operator(weight, output_size, padding=module.padding, **geometry)
 
 
 def _scale(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:

@@ -199,7 +199,7 @@ def _upper_norm(norm: float, weight: Tensor) -> float:
 
 
 def _per_axis(value: int | Sequence[int], axes: int, name: str, least: int) -> tuple[int, ...]:
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * axes
     if len(values) != axes or any(not isinstance(v, int) or v < least for v in values):
         raise ValueError(f"{name} must be an integer >= {least} or {axes} of them, got {value!r}")
     return values

@@ -81,6 +81,8 @@ class Settings:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {self.dtype}")
         if self.max_memory < 1:
             raise ValueError(f"max_memory must be positive, got {self.max_memory}")
+        if not isinstance(self.generator, torch.Generator | None):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(self.generator).__name__}")
 
 
 def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormInterval]:

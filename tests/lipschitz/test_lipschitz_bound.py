@@ -89,6 +89,18 @@ class Normalised(nn.Module):
         return self.conv((x - self.mean) / self.std).view(x.size(0), -1)
 
 
+class Told(nn.Module):
+    """A transposed convolution that is told the size of its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2, 3, 3, 2, 1)
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.up(x, output_size=[8, 8]))
+
+
 def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     torch.manual_seed(0)
     resnet = nn.Sequential(
@@ -114,6 +126,7 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         "dense": (Dense(), (2, 5, 5)),
         "normalised": (Normalised(), (3, 5, 5)),
         "transposed": (nn.Sequential(nn.ConvTranspose2d(2, 3, 3, 2), nn.BatchNorm2d(3), nn.ELU(2.0)), (2, 4, 4)),
+        "told": (Told(), (2, 4, 4)),
         "wide": (WideNet(), (3, 8, 8)),
         "one-dimensional": (nn.Sequential(nn.Conv1d(2, 3, 4), nn.SELU(), nn.AvgPool1d(3, 2, 1)), (2, 12)),
         "three-dimensional": (nn.Sequential(nn.Conv3d(1, 2, 2), nn.Softplus(), nn.MaxPool3d(2, 1)), (1, 4, 4, 4)),
@@ -137,7 +150,7 @@ def test_bound_is_above_the_largest_stretch_found(name: str) -> None:
     assert bound.upper <= 300 * stretch
 
 
-@pytest.mark.parametrize("name", ["linear", "normalised"])
+@pytest.mark.parametrize("name", ["linear", "normalised", "told"])
 def test_bound_of_an_affine_network_is_its_norm(name: str) -> None:
     model, shape = networks()[name]
     model = model.double().eval()
@@ -269,6 +282,21 @@ def test_a_zero_layer_makes_the_bound_zero() -> None:
     bound = lipschitz_bound(nn.Sequential(nn.Linear(3, 3), layer), (3,))
     assert bound.upper == 0.0
     assert "0" in str(bound)
+
+
+def test_wrappers_are_looked_through_and_other_things_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    truth = lipschitz_bound(model, (4,)).upper
+    for wrapped in (nn.DataParallel(model), torch.compile(model), torch.compile(nn.DataParallel(model))):
+        assert lipschitz_bound(wrapped, (4,)).upper == truth
+    with torch.inference_mode():
+        assert lipschitz_bound(model, (4,)).upper == truth
+    with pytest.raises(TypeError, match=r"nn\.Module, got function"):
+        lipschitz_bound(lambda x: x, (4,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="TorchScript"):
+        lipschitz_bound(torch.jit.trace(model, torch.zeros(1, 4)), (4,))
+    with pytest.raises(ValueError, match="input_shape must be positive integers"):
+        lipschitz_bound(model, 4)  # type: ignore[arg-type]
 
 
 def test_confidence_is_joint_and_the_model_left_alone() -> None:

@@ -44,8 +44,40 @@ def test_generator_and_constant_models() -> None:
     assert torch.equal(local_lipschitz(flat, torch.randn(2, 3)), torch.zeros(2, dtype=torch.float64))
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_attention_has_a_norm(frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = Attention().requires_grad_(not frozen)
+    x = torch.randn(1, 3, 6, dtype=torch.float64)
+    (norm,) = local_lipschitz(model, x, rtol=1e-10, max_steps=500).tolist()
+    jacobian = torch.autograd.functional.jacobian(model, x).reshape(18, 18)
+    assert norm == pytest.approx(torch.linalg.matrix_norm(jacobian, 2).item(), rel=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_norms_under_inference_mode() -> None:
+    model = small_network()
+    with torch.inference_mode():
+        x = torch.randn(2, 2, 6, 6)
+        norms = local_lipschitz(model, x, rtol=1e-6, max_steps=500)
+    assert torch.allclose(norms, local_lipschitz(model, x.clone(), rtol=1e-6, max_steps=500), rtol=1e-3)
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="x must be a floating-point batch"):
         local_lipschitz(nn.Linear(3, 3), torch.randn(3))
     with pytest.raises(ValueError, match="row per sample"):
         local_lipschitz(nn.Flatten(0), torch.randn(2, 3))
+    with pytest.raises(TypeError, match=r"nn\.Module, got function"):
+        local_lipschitz(lambda x: x, torch.randn(2, 3))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="TorchScript"):
+        local_lipschitz(torch.jit.trace(nn.ReLU(), torch.randn(2, 3)), torch.randn(2, 3))

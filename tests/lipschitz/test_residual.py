@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlip.lipschitz import lipschitz_bound
+from fastlip.lipschitz import lipschitz_bound, rule
 from fastlip.norms import Composed, Settings, conv_operator, operator_norms
 
 
@@ -106,10 +106,52 @@ def test_negative_identity_is_where_the_formula_bites() -> None:
     assert 1.0 <= bound.upper <= 1.02
 
 
+class Subtracted(nn.Module):
+    """What is left of the input when a branch is taken from it."""
+
+    def __init__(self, *branch: nn.Module, swapped: bool) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(*branch)
+        self.swapped = swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) - x if self.swapped else x - self.branch(x)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_branch_that_is_subtracted_counts_with_its_sign(depth: int, swapped: bool) -> None:
+    # Where all units are active the Jacobian is 1 + 4 = 5; added instead of subtracted it would be -3.
+    linear = [nn.Linear(3, 3, bias=False) for _ in range(depth)]
+    with torch.no_grad():
+        for layer, scale in zip(linear, (2.0, -2.0, 1.0), strict=False):
+            layer.weight.copy_(scale * torch.eye(3))
+    branch = [module for layer in linear for module in (layer, nn.Hardtanh(-9.0, 9.0))][:-1]
+    block = Subtracted(*branch, swapped=swapped)
+    bound = lipschitz_bound(block, (3,))
+    assert 5.0 <= bound.upper <= 5.0 * 1.001
+    assert bound.parts[-1].kind == "difference"
+    # With the other sign the block is between the identity and -3.
+    with torch.no_grad():
+        linear[0].weight.neg_()
+    assert 3.0 <= lipschitz_bound(block, (3,)).upper <= (4.01 if depth == 3 else 3.01)
+
+
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.LeakyReLU(-0.5), nn.ELU(2.0)], ids=repr)
 def test_other_slopes_fall_back_to_skip_plus_branch(activation: nn.Module) -> None:
     torch.manual_seed(3)
     bound = lipschitz_bound(Bottleneck(4, 3, 4, activation=activation), (4, 5, 5))
+    assert bound.log10_upper == bound.log10_plain
+
+
+def test_a_subclass_with_a_rule_of_its_own_has_unknown_slopes() -> None:
+    class Mirrored(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return -F.relu(x)
+
+    rule(Mirrored)(lambda module, input_shape: 1.0)
+    block = Bottleneck(4, 3, 4, activation=Mirrored())
+    bound = lipschitz_bound(block, (4, 5, 5))
     assert bound.log10_upper == bound.log10_plain
 
 

@@ -164,6 +164,16 @@ class Mixer(nn.Module):
         return x.flatten(0, 1)
 
 
+class Named(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.flatten(input=x, start_dim=1)
+
+
+class Careless(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x)
+
+
 class Unknown(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.exp(x)
@@ -175,9 +185,13 @@ class Unknown(nn.Module):
         (nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), (4,), r"no Lipschitz rule for LayerNorm \(at 1\).*lipschitz\.rule"),
         (Gate(), (4,), r"no Lipschitz rule for mul of several traced tensors"),
         (Square(), (4,), r"no Lipschitz rule for a product of a traced tensor with itself"),
-        (Chunks(), (4,), r"no Lipschitz rule for getitem of something other than a traced tensor"),
+        (Chunks(), (4,), r"no Lipschitz rule for getitem of something other than a traced tensor \(chunk\)"),
         (Overwritten(), (4,), r"in-place operation overwrote it.*inplace=False"),
         (Mixer(), (3, 4), "mixes the batch axis"),
+        (Named(), (4,), r"no Lipschitz rule for flatten .*the input in another place"),
+        (nn.Sequential(nn.ReLU(), Careless()), (4,), r"^1\.dropout: .*training=self\.training"),
+        (nn.Sequential(nn.ReLU(), Twice()), (4,), r"^Twice \(at 1\) cannot be traced"),
+        (nn.Linear(3, 3), (4,), r"^Linear does not run on an input of shape \[4\], without the batch axis: [^\n]*$"),
         (Unknown(), (4,), "no Lipschitz rule for the function exp"),
         (nn.BatchNorm1d(4, track_running_stats=False), (4,), "without running statistics"),
         (nn.Sequential(nn.Linear(2, 2), nn.MultiheadAttention(2, 1)), (2,), "MultiheadAttention"),
@@ -203,3 +217,39 @@ def test_a_rule_must_return_a_finite_bound() -> None:
     fastlip.lipschitz.rule(Bad)(lambda m, s: math.nan)
     with pytest.raises(ValueError, match=r"Bad .* returned nan"):
         lipschitz_bound(Bad(), (3,))
+    fastlip.lipschitz.rule(Bad)(lambda m, s: torch.tensor(1.0))  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match=r"Bad .* returned Tensor, not a float"):
+        lipschitz_bound(Bad(), (3,))
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation: what it applies is not its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean()) / self.weight.std()
+        return F.conv2d(x, weight, self.bias)
+
+
+class Activated(nn.BatchNorm1d):
+    """BatchNorm with an activation behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3.0 * F.silu(super().forward(x))
+
+
+class Renamed(nn.ReLU):
+    """A ReLU by another name, traced into."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_subclass_with_a_forward_of_its_own_does_not_inherit_a_rule() -> None:
+    with pytest.raises(ValueError, match=r"no Lipschitz rule for the function conv2d \(at 0\.conv2d\)"):
+        lipschitz_bound(nn.Sequential(Standardised(2, 2, 1)), (2, 4, 4))
+    with pytest.raises(ValueError, match=r"cannot be traced"):
+        lipschitz_bound(nn.Sequential(Activated(4)), (4,))
+    assert lipschitz_bound(nn.Sequential(Renamed()), (4,)).upper == 1.0
+    parametrised = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    norm = torch.linalg.matrix_norm(parametrised.weight, 2).item()
+    assert lipschitz_bound(parametrised, (4,)).upper == pytest.approx(norm, rel=1e-5)

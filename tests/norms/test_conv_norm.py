@@ -277,6 +277,7 @@ def test_unconverged_interval_says_so_and_still_holds() -> None:
         ({"padding": 9, "padding_mode": "circular"}, "padding must be at most"),
         ({"groups": 3}, "groups must divide"),
         ({"stride": 0}, "stride must be"),
+        ({"stride": 2.0}, "stride must be"),
         ({"dilation": (1, 2, 3)}, "dilation must be"),
         ({"dilation": 4}, "smaller than the kernel"),
         ({"rtol": 0.0}, "rtol must be positive"),
@@ -323,6 +324,8 @@ def test_weight_must_be_a_floating_point_kernel() -> None:
         conv_norm(torch.ones(4, 4, 3, 3, dtype=torch.int64), 8)
     with pytest.raises(ValueError, match="kernel axes"):
         conv_norm(torch.ones(4, 4), 8)
+    with pytest.raises(TypeError, match=r"torch\.Generator or None, got int"):
+        conv_norm(torch.ones(4, 4, 3, 3), 8, generator=0)  # type: ignore[arg-type]
 
 
 def test_lower_side_is_attained() -> None:

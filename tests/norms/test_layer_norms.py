@@ -155,6 +155,61 @@ def test_errors_name_the_layer(net: Net) -> None:
         layer_norms(net, (3, 0, 4))
 
 
+def test_a_layer_that_applies_something_else_than_its_weight_is_refused() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+    with pytest.raises(ValueError, match=r"layer 1: Standardised overrides Conv2d\.forward"):
+        layer_norms(nn.Sequential(nn.Identity(), Standardised(1, 2, 3)), (1, 4, 4))
+
+
+def test_a_layer_may_be_given_its_input_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(input=self.conv(input=x))
+
+    assert list(layer_norms(Named(), (1, 4, 4))) == ["conv"]
+
+
+def test_a_transposed_convolution_has_the_size_it_was_told() -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(3, 4, 3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x, output_size=[16, 16])
+
+    torch.manual_seed(0)
+    model = Up()
+    assert_contains(layer_norms(model, (3, 8, 8)), "up", jacobian_norm(model, (3, 8, 8)))
+
+
+def test_wrappers_are_looked_through(net: Net) -> None:
+    plain = layer_norms(net, (3, 10, 10))
+    for wrapped in (nn.DataParallel(net), torch.compile(net)):
+        assert dict(layer_norms(wrapped, (3, 10, 10))) == dict(plain)
+    with torch.inference_mode():
+        assert dict(layer_norms(net, (3, 10, 10))) == dict(plain)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"nn\.Module, got function"):
+        layer_norms(lambda x: x, (3,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="input_shape must be positive integers"):
+        layer_norms(nn.Linear(3, 3), 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^Linear does not run on an input of shape \[4\], without the batch axis"):
+        layer_norms(nn.Linear(3, 3), (4,))
+    scripted = torch.jit.trace(nn.Linear(3, 3), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"TorchScript \(at 1\)"):
+        layer_norms(nn.Sequential(nn.ReLU(), scripted), (3,))
+
+
 def test_resnet50_at_cifar_resolution() -> None:
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)

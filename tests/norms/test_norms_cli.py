@@ -80,17 +80,38 @@ def test_torchvision_model(run: Callable[..., Result]) -> None:
     ("args", "message"),
     [
         (["tiny_net:build", "--input", "3,a"], "--input must be numbers"),
-        (["tiny_net:missing"], "must be a function that returns a torch module"),
-        (["no_such_model"], "torchvision has no model"),
+        (["tiny_net:missing"], "must be a torch module or a function that returns one"),
+        (["no_such_model"], "torchvision has no classification model"),
+        (["fcn_resnet50"], "torchvision has no classification model"),  # it would fetch its backbone's weights
         (["tiny_net:build", "--checkpoint", "absent.pt"], "absent.pt"),
+        (["tiny_net:build", "--checkpoint", "tiny_net.py"], "no state dict written by torch.save"),
+        (["tiny_net:build", "--checkpoint", "model.pt"], "holds more than tensors"),
+        (["tiny_net:build", "--checkpoint", "list.pt"], "must hold a state dict, got list"),
+        (["tiny_net:build", "--checkpoint", "bad.safetensors"], "no safetensors file"),
+        (["tiny_net:build", "--checkpoint", "other.pt"], "Missing key(s)"),
+        (["tiny_net:build", "--input", "3,8,8", "--csv", "absent/out.csv"], "absent/out.csv"),
+        (["tiny_net:build", "--input", "1,3,8,8"], "without the batch axis"),
         (["tiny_net:build", "--input", "3,8,8", "--method", "fft"], "method must be one of"),
     ],
 )
 def test_errors_are_one_line(run: Callable[..., Result], args: list[str], message: str) -> None:
+    torch.save(small_model(), "model.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save({f"layers.{i}.weight": torch.zeros(1) for i in range(99)}, "other.pt")
+    Path("bad.safetensors").write_text("junk")
     done = run(*args)
     assert done.exit_code == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert len(done.stderr) < 600
+
+
+def test_a_module_may_be_named(run: Callable[..., Result], tmp_path: Path) -> None:
+    with open(tmp_path / "tiny_net.py", "a") as file:
+        file.write("ready = build()\n")
+    done = run("tiny_net:ready", "--input", "3,8,8", "--csv", "-")
+    assert done.exit_code == 0, done.stderr
 
 
 def test_module_runs_as_a_program() -> None:
