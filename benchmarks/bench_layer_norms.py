@@ -149,6 +149,30 @@ def measure_checkpoints(device: str, repeats: int) -> list[dict[str, Any]]:
     return table.rows
 
 
+def narrow(module: nn.Module) -> None:
+    """Leave every layer a thirty-second of its channels."""
+    for name, layer in module.named_children():
+        if isinstance(layer, nn.Conv2d):
+            into = max(layer.in_channels // 32, 3 if layer.in_channels == 3 else 1)
+            shape = (layer.kernel_size, layer.stride, layer.padding)
+            setattr(module, name, nn.Conv2d(into, layer.out_channels // 32, *shape, bias=False))
+        elif isinstance(layer, nn.BatchNorm2d):
+            setattr(module, name, nn.BatchNorm2d(layer.num_features // 32))
+        else:
+            narrow(layer)
+
+
+def measure_host(device: str, repeats: int) -> list[dict[str, Any]]:
+    """A network of as many layers and hardly any channels: what is left is the host's work."""
+    table = Table(device, "cifar", "random", 10 * repeats)
+    network = build("cifar", None)
+    narrow(network)
+    network = network.to(device).eval()
+    setting = "rtol 0.01, 1/32 of the channels, iterated"
+    table.add("fastlip", setting, lambda: fastlip.layer_norms(network, (3, 8, 8), method="lanczos"))
+    return table.rows
+
+
 def peak_memory(device: str) -> list[dict[str, Any]]:
     """Memory that one call takes beyond the model's, each in a process of its own, in MiB."""
     code = (
@@ -225,6 +249,7 @@ def main() -> None:
         for checkpoint in dict.fromkeys((None, args.checkpoint)):
             rows += measure(stem, checkpoint, args.device, args.repeats, not args.no_peers and checkpoint is None)
     rows += measure_checkpoints(args.device, args.repeats)
+    rows += measure_host(args.device, args.repeats)
     rows += peak_memory(args.device)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     shared = environment(args.device)

@@ -148,9 +148,9 @@ const Kernels* kernels(const char** error);
 // out_square from the partial sums of all tiles, in their order.
 void operator_squares(const OperatorStep&);
 const char* compiled_isas();  // comma-separated
-// Largest eigenvalues [chains] and their unit vectors [chains, steps], at least one step.
-void top_eigenpairs(const Tridiagonal&, double* values, double* vectors);
-void krylov_bounds(const KrylovBound&);
+// Chains [begin, end), of at least one step. Largest eigenvalues [chains] and their unit vectors [chains, steps].
+void top_eigenpairs(const Tridiagonal&, double* values, double* vectors, int64_t begin, int64_t end);
+void krylov_bounds(const KrylovBound&, int64_t begin, int64_t end);
 }  // namespace cpu
 
 namespace cuda {

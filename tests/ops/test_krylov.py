@@ -171,3 +171,16 @@ def test_opcheck():
     if NATIVE:
         with pytest.raises(RuntimeError, match="off must be like diagonal"):
             torch.ops.fastlip.top_eigenpairs(diagonal, off[:, :2].contiguous())
+
+
+def test_a_chain_does_not_depend_on_the_others():
+    """Chains go eight at a time, and over threads."""
+    diagonal, off = matrices(200, 20)
+    arguments = (numbers(200, 1.0), numbers(200, 1e-6), numbers(200, 1e-3))
+    together = (ops.krylov_bound(diagonal, off, *arguments), *ops.top_eigenpairs(diagonal, off))
+    for i in (0, 3, 64, 199):
+        own = slice(i, i + 1)
+        alone = (ops.krylov_bound(diagonal[own], off[own], *(n[own] for n in arguments)),)
+        alone += ops.top_eigenpairs(diagonal[own], off[own])
+        for one, every in zip(alone, together, strict=True):
+            torch.testing.assert_close(one, every[own], rtol=0 if NATIVE else 1e-12, atol=0 if NATIVE else 1e-12)

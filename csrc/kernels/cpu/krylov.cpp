@@ -285,10 +285,10 @@ class Equation {
 
 }  // namespace
 
-void top_eigenpairs(const Tridiagonal& t, double* values, double* vectors) {
+void top_eigenpairs(const Tridiagonal& t, double* values, double* vectors, int64_t begin, int64_t end) {
   Group group(t.steps);
-  for (int64_t first = 0; first < t.chains; first += kLanes) {
-    const int count = static_cast<int>(std::min<int64_t>(kLanes, t.chains - first));
+  for (int64_t first = begin; first < end; first += kLanes) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, end - first));
     group.load(t, first, count);
     group.top_vectors(vectors + first * t.steps, count);
     for (int lane = 0; lane < count; ++lane)
@@ -296,10 +296,10 @@ void top_eigenpairs(const Tridiagonal& t, double* values, double* vectors) {
   }
 }
 
-void krylov_bounds(const KrylovBound& p) {
+void krylov_bounds(const KrylovBound& p, int64_t begin, int64_t end) {
   Group group(p.matrix.steps);
-  for (int64_t first = 0; first < p.matrix.chains; first += kLanes) {
-    const int count = static_cast<int>(std::min<int64_t>(kLanes, p.matrix.chains - first));
+  for (int64_t first = begin; first < end; first += kLanes) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, end - first));
     group.load(p.matrix, first, count);
     Equation equation(group, p, first, count);
     const Lanes root = equation.root(p.tolerance);
