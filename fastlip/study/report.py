@@ -34,7 +34,7 @@ def write(run: RunDirectory) -> str:
         figures.trajectory_figure(results),
         figures.corruption_figure(results),
     ]
-    tables.write(run.tables, all_tables)
+    tables.write(run.tables, [table for table in all_tables if table.rows])
     write_text(run.tables / "results.csv", long_csv(results))
     drawing.write(run.figures, [*accuracy, *single])
     environment = jinja2.Environment(

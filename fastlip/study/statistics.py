@@ -97,9 +97,10 @@ def over_seeds(differences: np.ndarray, confidence: float) -> Estimate:
     value = _number(differences.mean()) if n else None
     if n < 2:
         return Estimate(n=n, value=value, low=None, high=None, confidence=confidence)
-    low, high = stats.t.interval(confidence, n - 1, differences.mean(), stats.sem(differences))
     if np.ptp(differences) == 0:
         low = high = differences[0]
+    else:
+        low, high = stats.t.interval(confidence, n - 1, differences.mean(), stats.sem(differences))
     return Estimate(n=n, value=value, low=_number(low), high=_number(high), confidence=confidence)
 
 

@@ -2,11 +2,14 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from fastlip.study.schema import Results
-from fastlip.study.tables import Table, brackets, interval, of, percent
+import numpy as np
+
+from fastlip.study.schema import Model, Results
+from fastlip.study.statistics import over_seeds
+from fastlip.study.tables import ARM_NAMES, Table, attack_name, brackets, interval, of, percent
 
 #: Columns of the table of every number.
 LONG = ("model", "arm", "seed", "measure", "attack", "norm", "strength", "n", "value", "low", "high", "confidence")
@@ -19,7 +22,55 @@ _SMOOTH = (
 
 
 def more_tables(results: Results) -> list[Table]:
-    return [strong_table(results), corruption_table(results), certificate_table(results), power_table(results)]
+    return [
+        arm_table(results),
+        strong_table(results),
+        corruption_table(results),
+        certificate_table(results),
+        power_table(results),
+    ]
+
+
+def arm_table(results: Results) -> Table:
+    """Means over seeds, which are what training is judged by; no rows where there is one seed."""
+    arms: dict[str, list[Model]] = {}
+    for model in results["models"]:
+        arms.setdefault(model["arm"], []).append(model)
+    confidence = results["models"][0]["clean"]["confidence"]
+
+    def row(name: str, value: Callable[[Model], float | None], scale: float = 1.0) -> tuple[str, ...]:
+        cells = []
+        for models in arms.values():
+            values = [value(model) for model in models]
+            found = [v for v in values if v is not None]
+            # Seeds without a value are those where a search found little: the others would be a choice among seeds.
+            complete = np.array(found if len(found) == len(values) else [], dtype=float)
+            cells.append(interval(over_seeds(complete, confidence), scale))
+        return name, *cells
+
+    rows = [
+        row("clean accuracy, %", lambda m: m["clean"]["value"], 100.0),
+        row("median smallest PGD distortion × 255", lambda m: m["smallest_pgd"]["median"]["value"], 255.0),
+        row("median smallest Gaussian distortion × 255", lambda m: m["smallest_gaussian"]["median"]["value"], 255.0),
+        row("images below the ratio of questions 1 and 2, %", lambda m: m["ratio_share"]["value"], 100.0),
+        *(
+            row(f"accuracy, {attack_name(a)}, %", lambda m, i=i: m["attacks"][i]["accuracy"]["value"], 100.0)  # type: ignore[misc]
+            for i, a in enumerate(results["models"][0]["attacks"])
+        ),
+        row("accuracy under corruptions, mean, %", lambda m: m["corruptions"]["mean"]["value"], 100.0),
+        row("log10 of the certified upper Lipschitz constant", lambda m: m["lipschitz"]["log10_upper"]),
+        row("largest observed stretch", lambda m: m["largest_stretch"]),
+        row("mean norm of the Jacobian at images", lambda m: m["jacobian"]["mean"]["value"]),
+    ]
+    several = max(map(len, arms.values())) > 1
+    return Table(
+        "arms",
+        f"{of(results)}: means over seeds",
+        ("Measure", *(ARM_NAMES[arm] for arm in arms)),
+        tuple(rows) if several else (),
+        f"Means over seeds with Student's t intervals at {100 * confidence:g}%; n counts seeds. Seeds share test "
+        "images, training images and source: intervals are over initial weights, order and augmentation.",
+    )
 
 
 def ball_name(norm: str, eps: float) -> str:

@@ -1,12 +1,16 @@
+import copy
 import csv
 import io
 import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from fastlip.study.files import read_json
 from fastlip.study.statistics import Estimate, rate
 from fastlip.study.tables import Table, interval, number, percent, power
+from fastlip.study.tables_more import arm_table
 
 
 @pytest.mark.parametrize("log10", [-7.3, -0.2, 0.0, 1.9566, 3.9999, 4.0, 28.5012, 120.7])
@@ -51,3 +55,25 @@ def test_cells_survive_each_format():
     assert r"| A\|B | C & D_1 |" in table.markdown()
     assert r"C \& D\_1 \\" in table.latex()
     assert r"50\% $-$ $\varepsilon$" in table.latex()
+
+
+def test_arms_are_summed_up_over_seeds(finished):
+    results = read_json(finished.results)
+    assert arm_table(results).rows == (), "one seed has no spread"
+    shares = {"scratch": [0.5, 0.7, 0.6], "finetune": [0.8, 0.8, 0.8]}
+    models = []
+    for seed in range(3):
+        for model in results["models"]:
+            clean = model["clean"] | {"value": shares[model["arm"]][seed]}
+            smallest = copy.deepcopy(model["smallest_pgd"])
+            if (model["arm"], seed) == ("scratch", 1):
+                smallest["median"]["value"] = None
+            models.append(model | {"seed": seed, "clean": clean, "smallest_pgd": smallest})
+    table = arm_table(results | {"models": models})
+    assert table.header == ("Measure", "scratch", "fine-tuned")
+    rows = {row[0]: row[1:] for row in table.rows}
+    low, high = stats.t.interval(0.95, 2, 60.0, stats.sem([50.0, 70.0, 60.0]))
+    assert rows["clean accuracy, %"] == (f"60.0 [{low:.1f}, {high:.1f}] (n = 3)", "80.0 [80.0, 80.0] (n = 3)")
+    # A median that does not exist in one seed is not left out of the mean.
+    assert rows["median smallest PGD distortion × 255"][0] == "does not exist (n = 0)"
+    assert len([name for name in rows if name.startswith("accuracy, PGD")]) == 3
