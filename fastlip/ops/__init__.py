@@ -218,6 +218,8 @@ def random_start(
         raise TypeError("ids must be an int64 tensor")
     elif ids.shape != x0.shape[:1] or ids.device != x0.device:
         raise ValueError(f"ids must have shape [{x0.shape[0]}] on {x0.device}, got {_describe(ids)}")
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     device = x0.device if generator is None else generator.device
     key = torch.randint(2**63 - 1, (1,), device=device, generator=generator).to(x0.device)
     (centre,) = _in_one_layout(x0.detach() if _known_layout(x0) else x0.detach().contiguous())
