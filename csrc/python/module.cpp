@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <variant>
 
 #include "kernels/api.h"
@@ -32,8 +33,8 @@ const cpu::Kernels& kernels() {
 DType dtype_of(const py::array& a, const char* name) {
   if (a.dtype().is(py::dtype::of<float>())) return DType::f32;
   if (a.dtype().is(py::dtype::of<double>())) return DType::f64;
-  if (a.dtype().kind() == 'f' && a.dtype().itemsize() == 2) return DType::f16;
-  throw py::type_error(std::string(name) + " must be float16, float32 or float64");
+  if (a.dtype().kind() == 'f' && a.dtype().itemsize() == 2 && a.dtype().byteorder() == '=') return DType::f16;
+  throw py::type_error(std::string(name) + " must be float16, float32 or float64, in native byte order");
 }
 
 void check_array(const py::array& a, const char* name) {
@@ -94,6 +95,13 @@ Held bound(const PerSample& value, const py::array& x) {
   }
 }
 
+std::pair<Held, Held> limits(const std::pair<PerSample, PerSample>& bounds, const py::array& x) {
+  Held lo = bound(bounds.first, x), hi = bound(bounds.second, x);
+  if (!lo.value.data && !hi.value.data && !(lo.value.scalar <= hi.value.scalar))
+    refuse("bounds must satisfy lower <= upper");
+  return {std::move(lo), std::move(hi)};
+}
+
 Norm norm_of(const std::string& norm) {
   if (norm == "linf") return Norm::linf;
   if (norm == "l2") return Norm::l2;
@@ -108,11 +116,11 @@ py::array step(py::array x, const py::array* grad, const py::array& x0, const Pe
   if (!x.writeable()) refuse("x must be writeable");
   if (grad) check_like(*grad, x, "grad");
   check_like(x0, x, "x0");
+  if (x.nbytes() && x0.data() == x.data())
+    refuse("x0 must not share its memory with x, which is changed in place; copy one of them");
   if (!(sparsity >= 0 && sparsity <= 1)) refuse("sparsity must lie in [0, 1]");
   const Held steps = per_sample(step_size, x, "step_size", true), radii = per_sample(eps, x, "eps", false);
-  const Held lo = bound(bounds.first, x), hi = bound(bounds.second, x);
-  if (!lo.value.data && !hi.value.data && !(lo.value.scalar <= hi.value.scalar))
-    refuse("bounds must satisfy lower <= upper");
+  const auto [lo, hi] = limits(bounds, x);
   const uint8_t* mask = nullptr;
   if (active) {
     if (!active->dtype().is(py::dtype::of<bool>())) throw py::type_error("active must be a bool array");
@@ -181,7 +189,8 @@ py::array random_start(const py::array& x0, const PerSample& eps, const std::str
                        int64_t key) {
   check_array(x0, "x0");
   py::array out(x0.dtype(), std::vector<py::ssize_t>(x0.shape(), x0.shape() + x0.ndim()));
-  const Held radii = per_sample(eps, x0, "eps", false), lo = bound(bounds.first, x0), hi = bound(bounds.second, x0);
+  const Held radii = per_sample(eps, x0, "eps", false);
+  const auto [lo, hi] = limits(bounds, x0);
   if (!radii.value.data && std::isinf(radii.value.scalar)) refuse("eps must be finite for a random start");
   const py::module_ numpy = py::module_::import("numpy");
   if (ids && (ids->dtype().kind() != 'i' || ids->itemsize() != 8)) throw py::type_error("ids must be an int64 array");

@@ -1,7 +1,7 @@
 """The images of a call and all that goes with each of them, so that those which fell can be left behind."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -86,9 +86,9 @@ def new_batch(
             check_vector(classes, name, inputs, torch.int64)
     if ids is not None:
         check_vector(ids, "ids", inputs, torch.int64)
-    for name, value in (("eps", eps), ("step_size", step_size)):
-        if isinstance(value, Tensor):
-            check_vector(value, name, inputs)
+    check_radius(eps, "eps", inputs)
+    if isinstance(step_size, Tensor):
+        check_vector(step_size, "step_size", inputs)
     wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     return Batch(
         # Copies: a tensor made under inference_mode cannot take part in autograd.
@@ -124,8 +124,12 @@ def check_inputs(
         raise TypeError(f"inputs must be a floating-point tensor, got {got}")
     if inputs.dim() == 0:
         raise ValueError("inputs must have a batch dimension, got a scalar")
+    if not isinstance(bounds, Sequence) or len(bounds) != 2:
+        raise TypeError("bounds must be a pair (lower, upper)")
     lo, hi = bounds
     if not bool(((inputs >= lo) & (inputs <= hi)).all()):
+        if bool(inputs.isnan().any()):
+            raise ValueError("inputs hold NaN")
         least, most = inputs.min().item(), inputs.max().item()
         raise ValueError(
             f"inputs must lie within bounds, but hold values from {least:g} to {most:g}: "
@@ -144,12 +148,21 @@ def check_vector(t: Tensor, name: str, inputs: Tensor, dtype: torch.dtype | None
         )
 
 
+def check_radius(value: PerSample, name: str, inputs: Tensor) -> None:
+    """Raise where ``value`` is no radius, nor one for each of ``inputs``."""
+    if isinstance(value, Tensor):
+        check_vector(value, name, inputs)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a [B] tensor, got {type(value).__name__}")
+    if not (bool((value >= 0).all()) if isinstance(value, Tensor) else value >= 0):
+        raise ValueError(f"{name} must be at least 0, got {value.min().item() if isinstance(value, Tensor) else value}")
+
+
 def check_classes(
-    batch: Batch,
     logits: Tensor,  # [B, C]
+    **classes: Tensor | None,  # [B] int64
 ) -> None:
     """Raise where a label is no class of the model."""
-    for name in ("labels", "targets"):
-        classes = cast(Tensor | None, getattr(batch, name))
-        if classes is not None and bool(((classes < 0) | (classes >= logits.shape[1])).any()):
+    for name, wanted in classes.items():
+        if wanted is not None and bool(((wanted < 0) | (wanted >= logits.shape[1])).any()):
             raise ValueError(f"{name} must lie in [0, {logits.shape[1]}), the model's classes")

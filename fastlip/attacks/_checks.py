@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastlip.attacks._batch import new_batch
+from fastlip.attacks._batch import check_classes, new_batch
 from fastlip.attacks._losses import attack_loss
 from fastlip.attacks._model import Model, Network, attacked, unwrapped
 from fastlip.ops import Bounds
@@ -47,6 +47,7 @@ def diagnose(
         x = batch.x0.to(inputs.dtype)
         with torch.no_grad():
             logits = network.judge(x)
+            check_classes(logits, labels=batch.labels)
             if not bool(logits.isfinite().all()):
                 return ["outputs are not finite: attacks count such images as standing"]
             spread = (logits.amax(1) - logits.amin(1)).amax().clamp_min(1e-30)

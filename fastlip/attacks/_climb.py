@@ -145,7 +145,7 @@ class Climb:
 
     def _check_classes(self, batch: Batch, logits: Tensor) -> None:
         if not self._classes_checked:
-            check_classes(batch, logits)
+            check_classes(logits, labels=batch.labels, targets=batch.targets)
             self._classes_checked = True
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlip.attacks._batch import check_inputs, take
+from fastlip.attacks._batch import check_classes, check_inputs, check_radius, take
 from fastlip.attacks._checks import AttackWarning, diagnose
 from fastlip.attacks._climb import rows_where
-from fastlip.attacks._distance import distance
+from fastlip.attacks._distance import ORDER, distance
 from fastlip.attacks._losses import succeeded
 from fastlip.attacks._min_norm import MinNormResult
 from fastlip.attacks._model import Model, Network, attacked
@@ -234,7 +234,9 @@ class _Evaluating:
     def wrong(self, x: Tensor, y: Tensor) -> Tensor:
         """Whether the model decides wrongly, [K] bool."""
         with attacked(self.network), torch.no_grad():
-            return succeeded(self.network.judge(x), y, None)
+            logits = self.network.judge(x)
+            check_classes(logits, labels=y)
+            return succeeded(logits, y, None)
 
     def attack_all(
         self, network: Model, attack: Attack, position: int, everyone: bool, show: Callable[[int, int], None]
@@ -330,9 +332,15 @@ def _check_call(
             raise TypeError(f"attacks must be callable, but {name!r} is of type {type(attack).__name__}")
     if (norm is None) != (eps is None):
         raise ValueError("give both norm and eps, or neither")
+    if norm is not None and norm not in ORDER:
+        raise ValueError(f"norm must be one of {', '.join(ORDER)}, got {norm!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     check_inputs(inputs, bounds)
+    if isinstance(eps, Tensor):
+        raise TypeError("eps must be one float for all images")
+    if eps is not None:
+        check_radius(eps, "eps", inputs)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != inputs.shape[:1]:
         raise ValueError(f"labels must be an int64 tensor of shape [{len(inputs)}]")
     if ids is not None and (ids.dtype != torch.int64 or ids.shape != labels.shape):

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastlip.attacks._batch import Batch, check_vector, new_batch, rows_of, take
+from fastlip.attacks._batch import Batch, check_radius, new_batch, rows_of, take
 from fastlip.attacks._climb import Climb, rows_where
 from fastlip.attacks._distance import ORDER, distance, largest_radius, slope
 from fastlip.attacks._fmn import fmn
@@ -108,11 +108,9 @@ def min_norm(
             raise ValueError(f"{name} must be at least {least}, got {count}")
     if eps_max is None:
         limit = largest_radius(inputs, norm, bounds)
-    elif isinstance(eps_max, Tensor):
-        check_vector(eps_max, "eps_max", inputs)
-        limit = eps_max.double()
     else:
-        limit = torch.full(inputs.shape[:1], eps_max, dtype=torch.float64, device=inputs.device)
+        check_radius(eps_max, "eps_max", inputs)
+        limit = torch.as_tensor(eps_max, dtype=torch.float64, device=inputs.device).expand(len(inputs)).clone()
     with attacked(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=0.0, step_size=0.0, bounds=bounds, ids=None)
         climb = Climb(network, inputs, norm=norm, loss="margin")

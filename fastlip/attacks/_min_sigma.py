@@ -1,9 +1,11 @@
 """The smallest Gaussian noise that changes a decision, by a search over sigma along drawn directions."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastlip.attacks._batch import new_batch, rows_of, take
+from fastlip.attacks._batch import check_classes, new_batch, rows_of, take
 from fastlip.attacks._losses import succeeded
 from fastlip.attacks._min_norm import MinNormResult
 from fastlip.attacks._model import Model, attacked, logits_of
@@ -57,20 +59,19 @@ def min_sigma(
     for name, count, least in (("directions", directions, 1), ("levels", levels, 2), ("halvings", halvings, 0)):
         if count < least:
             raise ValueError(f"{name} must be at least {least}, got {count}")
-    if not 0 < sigma_min < sigma_max:
+    if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
-            f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}"
+            f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {sigma_min}, {sigma_max}"
         )
-    batch = new_batch(inputs, labels, None, eps=0.0, step_size=0.0, bounds=bounds, ids=ids)
-    size, device = inputs.shape[0], inputs.device
-    noises = [standard_normal(batch.x0, ids=batch.ids, generator=generator) for _ in range(directions)]
-    best = inputs.detach().clone()
-    smallest = torch.full((size,), torch.inf, dtype=torch.float64, device=device)
-    standing = torch.zeros(size, dtype=torch.bool, device=device)
-    standing[rows_of(active, inputs)] = True
-    fell_along = torch.zeros(directions, size, dtype=torch.bool, device=device)
-
     with attacked(network_of(model, inputs, fast=False, precision=None)) as network, torch.no_grad():
+        batch = new_batch(inputs, labels, None, eps=0.0, step_size=0.0, bounds=bounds, ids=ids)
+        size, device = inputs.shape[0], inputs.device
+        noises = [standard_normal(batch.x0, ids=batch.ids, generator=generator) for _ in range(directions)]
+        best = inputs.detach().clone()
+        smallest = torch.full((size,), torch.inf, dtype=torch.float64, device=device)
+        standing = torch.zeros(size, dtype=torch.bool, device=device)
+        standing[rows_of(active, inputs)] = True
+        fell_along = torch.zeros(directions, size, dtype=torch.bool, device=device)
 
         def fooled(sigma: Tensor, rows: Tensor, direction: int | None) -> Tensor:
             """Judge ``rows`` at ``sigma`` [B]; keep the noisy images that are misclassified."""
@@ -81,7 +82,9 @@ def min_sigma(
             if direction is not None:
                 noisy = add_noise(noisy, take(noises[direction], rows), sigma[rows], chosen.bounds)
             noisy = noisy.to(inputs.dtype)
-            hit = succeeded(logits_of(network, noisy), chosen.labels, None)
+            logits = logits_of(network, noisy)
+            check_classes(logits, labels=chosen.labels)
+            hit = succeeded(logits, chosen.labels, None)
             better = rows[hit & (sigma[rows] < smallest[rows])]
             best[better] = noisy[hit & (sigma[rows] < smallest[rows])]
             smallest[better] = sigma[better]

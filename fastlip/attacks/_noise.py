@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._batch import check_inputs
+from fastlip.attacks._batch import check_inputs, check_radius
 from fastlip.ops import Bounds, PerSample
 
 #: Scales noise beyond any ball of interest, so that the projection alone decides its length.
@@ -43,6 +43,8 @@ def gaussian_noise(
     if (sigma is None) == (norm is None):
         raise ValueError("give either sigma or norm")
     check_inputs(inputs, bounds)
+    if norm is not None:
+        check_radius(norm, "norm", inputs)
     wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     x0 = inputs.detach().to(wide)
     z = standard_normal(x0, ids=ids, generator=generator)
@@ -79,8 +81,8 @@ def add_noise(
     if isinstance(sigma, Tensor):
         if sigma.shape != x0.shape[:1]:
             raise ValueError(f"sigma must be a float or have shape [{x0.shape[0]}], got {list(sigma.shape)}")
-        if bool((sigma < 0).any()):
-            raise ValueError("sigma must be at least 0")
+        if not bool(((sigma >= 0) & sigma.isfinite()).all()):
+            raise ValueError("sigma must be finite and at least 0")
         sigma = sigma.to(x0.dtype).reshape(-1, *([1] * (x0.dim() - 1)))
     elif not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be finite and at least 0, got {sigma}")

@@ -1,6 +1,7 @@
 """Projected gradient descent (Madry et al. 2018) over the fused step, in Linf, L2 and L1."""
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,10 +82,12 @@ def pgd(
     """
     check_loss(loss)
     check_settings(steps, restarts, keep, random_start, start, inputs)
-    if step_size is None:
-        step_size = 2.5 * eps / max(steps, 1)
     with attacked(network_of(model, inputs, fast=fast, precision=precision)) as network:
-        batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids)
+        batch = new_batch(
+            inputs, labels, targets, eps=eps, step_size=0.0 if step_size is None else step_size, bounds=bounds, ids=ids
+        )
+        if step_size is None:
+            batch = replace(batch, step_size=2.5 * batch.eps / max(steps, 1))
         climb = Climb(network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop)
         standing = batch.take(rows_of(active, inputs))
         if keep == "best" and (random_start or start is not None):

@@ -53,8 +53,10 @@ class ImageSet:
             seed: decides which; a larger n with the same seed contains the smaller one's images.
 
         Raises:
-            ValueError: a class has too few images.
+            ValueError: a class has too few images, or ``n`` is negative.
         """
+        if n < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self), generator=generator)
         labels = self.labels[order]

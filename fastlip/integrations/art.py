@@ -86,7 +86,16 @@ class FastlipPGD(_Base):
         y: np.ndarray | None = None,  # [B] or [B, C]
         **kwargs: Any,
     ) -> np.ndarray:
-        """Return adversarial samples, [B, ...]; ``y`` None takes the classifier's own decisions for the labels."""
+        """Return adversarial samples, [B, ...]; ``y`` None takes the classifier's own decisions for the labels.
+
+        Integers come back as float32, ART's own type; a PyTorch model sees its own.
+
+        Raises:
+            ValueError: a value is wrong, or another keyword asks for something else, such as ``mask``.
+        """
+        if unknown := [name for name, value in kwargs.items() if value is not None]:
+            raise ValueError(f"generate takes x and y alone, got {', '.join(unknown)}")
+        x = np.asarray(x) if np.asarray(x).dtype.kind == "f" else np.asarray(x, dtype=np.float32)
         if y is None:
             if self.targeted:
                 raise ValueError("y must hold the classes to reach, because the attack is targeted")
@@ -132,7 +141,9 @@ class FastlipPGD(_Base):
             "ids": there(ids),
             "generator": torch.Generator(device).manual_seed(seed),
         }
-        found = attacks.pgd(self.estimator.model, there(x), labels, **call | self.options)
+        model = self.estimator.model
+        dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        found = attacks.pgd(model, there(x).to(dtype), labels, **call | self.options)
         return found.cpu().numpy()
 
     def _numpy(

@@ -54,10 +54,13 @@ def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> Rate:
         ImportError: SciPy is missing.
     """
     _check_confidence(confidence)
+    if int(n) != n or int(successes) != successes:
+        raise ValueError(f"successes and n must be whole numbers, got {successes} of {n}")
+    successes, n = int(successes), int(n)
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes must lie in 0 .. n and n be at least 1, got {successes} of {n}")
-    found = scipy_stats().binomtest(int(successes), int(n)).proportion_ci(confidence, method="exact")
-    return Rate(successes / n, float(found.low), float(found.high), confidence, int(successes), int(n))
+    found = scipy_stats().binomtest(successes, n).proportion_ci(confidence, method="exact")
+    return Rate(successes / n, float(found.low), float(found.high), confidence, successes, n)
 
 
 def paired_bootstrap(

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fastlip._files import replacing
@@ -26,7 +27,9 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, meta: Mappin
     for key, value in (meta or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"meta must map strings to strings, got {key!r}: {value!r}")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    # Copies, because safetensors refuses tensors that share memory, as tied weights do.
+    state = model.state_dict()
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
     path = Path(path)
     data = safetensors().save(tensors, metadata=dict(meta or {}))
     with replacing(path) as temporary:

@@ -48,11 +48,12 @@ def spectral_norm_value(
         A scalar in weight's dtype and on its device.
 
     Raises:
-        TypeError: ``weight`` is not float32 or float64.
+        TypeError: ``weight`` is not float32 or float64, or ``generator`` is none.
         ValueError: an argument is wrong; the message names it.
     """
     if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float64):
         raise TypeError("weight must be a float32 or float64 tensor")
+    Settings(rtol=rtol, max_steps=max_steps, generator=generator)  # checks them
     op = conv_operator(
         weight,
         input_size,
@@ -153,8 +154,10 @@ class _Constraint(nn.Module):
         with torch.no_grad():
             v = self.v[None]
             for _ in range(self.iterations):
-                v = convolution.adjoint(convolution.forward(v))
-                v = v / torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
+                image = convolution.adjoint(convolution.forward(v))
+                length = torch.linalg.vector_norm(image)
+                # A weight of zeros, as layers may start with, must not take the vector along.
+                v = torch.where(length > 0.0, image / length.clamp_min(torch.finfo(v.dtype).tiny), v)
             self.v.copy_(v[0])
         norm = _stretch(op, weight, self.v.clone())
         return weight * (self.bound / norm.clamp_min(self.bound))

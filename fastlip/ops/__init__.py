@@ -87,7 +87,7 @@ def pgd_step_(
     Args:
         x: current iterate, [B, ...].
         grad: gradient of the loss to be increased, like ``x``.
-        x0: centre of the ball, like ``x``; may be expanded along B.
+        x0: centre of the ball, like ``x`` and in memory of its own; may be expanded along B.
         step_size: length of the step in the units of ``x``, float or [B]; negative descends.
         eps: radius of the ball in ``norm``, float or [B], >= 0; ``inf`` leaves only the box.
         norm: "linf", "l2" or "l1".
@@ -132,7 +132,7 @@ def project_(
 
     Args:
         x: points to project, [B, ...].
-        x0: centre of the ball, like ``x``; may be expanded along B.
+        x0: centre of the ball, like ``x`` and in memory of its own; may be expanded along B.
         eps: radius of the ball in ``norm``, float or [B], >= 0; ``inf`` leaves only the box.
         norm: "linf", "l2" or "l1".
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``x``.
@@ -221,6 +221,8 @@ def random_start(
         raise TypeError("ids must be an int64 tensor")
     elif ids.shape != x0.shape[:1] or ids.device != x0.device:
         raise ValueError(f"ids must have shape [{x0.shape[0]}] on {x0.device}, got {_describe(ids)}")
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     device = x0.device if generator is None else generator.device
     key = torch.randint(2**63 - 1, (1,), device=device, generator=generator).to(x0.device)
     (centre,) = _in_one_layout(x0.detach() if _known_layout(x0) else x0.detach().contiguous())
@@ -379,7 +381,7 @@ def apgd_step_(
         x: current iterate, [B, ...], of the form that ``state`` was made for.
         grad: gradient of the loss, like ``x``; elements that are not finite count as 0.
         loss: loss at x, [B], any dtype that ``x`` may have; NaN counts as -inf.
-        x0: centre of the ball, like ``x``; may be expanded along B.
+        x0: centre of the ball, like ``x`` and in memory of its own; may be expanded along B.
         state: from :func:`apgd_state`.
         eps: radius of the ball in ``norm``, float or [B], >= 0; finite for "l1".
         norm: "linf", "l2" or "l1".
@@ -466,6 +468,8 @@ def _check_inputs(x: Tensor, **others: Tensor) -> None:
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    if not torch.compiler.is_compiling() and x.numel() and x.data_ptr() == others["x0"].data_ptr() != 0:
+        raise ValueError("x0 must not share its memory with x, which is changed in place; clone one of them")
 
 
 def _norm(norm: str) -> str:

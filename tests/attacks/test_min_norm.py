@@ -94,6 +94,8 @@ def test_errors_name_the_argument(linear_problem):
         attacks.min_norm(*linear_problem(), norm="l0")
     with pytest.raises(ValueError, match="eps_max must have"):
         attacks.min_norm(*linear_problem(), eps_max=torch.ones(3))
+    with pytest.raises(ValueError, match="eps_max must be at least 0"):
+        attacks.min_norm(*linear_problem(), eps_max=-1.0)
 
 
 def test_empty_batch(linear_problem):

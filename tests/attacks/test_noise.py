@@ -62,6 +62,9 @@ def test_noise_follows_the_id():
         ({"sigma": -1.0}, "sigma must be"),
         ({"sigma": torch.tensor([-1.0, 1.0])}, "sigma must be"),
         ({"sigma": torch.ones(3)}, "sigma must be"),
+        ({"sigma": torch.full((2,), torch.nan)}, "sigma must be"),
+        ({"norm": -1.0}, "norm must be at least 0"),
+        ({"norm": torch.tensor([-1.0, 1.0])}, "norm must be at least 0"),
         ({"sigma": 0.1, "bounds": (0.9, 1.0)}, "inputs must lie within bounds"),
     ],
 )
@@ -116,8 +119,20 @@ def test_min_sigma_drops_out_as_it_should(linear_problem):
         ({"levels": 1}, "levels must be"),
         ({"halvings": -1}, "halvings must be"),
         ({"sigma_min": 5.0}, "sigma_min and sigma_max"),
+        ({"sigma_max": torch.inf}, "sigma_min and sigma_max"),
+        ({"labels": torch.full((8,), 4)}, r"labels must lie in \[0, 4\)"),
     ],
 )
 def test_min_sigma_errors(linear_problem, change, message):
+    model, inputs, labels = linear_problem()
     with pytest.raises(ValueError, match=message):
-        attacks.min_sigma(*linear_problem(), **change)
+        attacks.min_sigma(model, inputs, **({"labels": labels} | change))
+
+
+def test_min_sigma_works_in_inference_mode(linear_problem):
+    model, inputs, labels = linear_problem()
+    plain = attacks.min_sigma(model, inputs, labels, bounds=WIDE, generator=gen())
+    with torch.inference_mode():
+        found = attacks.min_sigma(model, inputs.clone(), labels.clone(), bounds=WIDE, generator=gen())
+    assert torch.equal(plain.distance, found.distance)
+    assert found.found.any()

@@ -272,7 +272,8 @@ def test_fgsm_is_one_step_of_length_eps(linear_problem):
     ("change", "error", "message"),
     [
         ({"inputs": 2.0}, ValueError, "inputs must lie within bounds"),
-        ({"inputs": torch.nan}, ValueError, "inputs must lie within bounds"),
+        ({"inputs": torch.nan}, ValueError, "inputs hold NaN"),
+        ({"bounds": (0.0,)}, TypeError, "bounds must be a pair"),
         ({"labels": 10}, ValueError, r"labels must lie in \[0, 10\)"),
         ({"labels": 0.5}, TypeError, "labels must be a torch.int64"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, ValueError, "targets must have shape"),
@@ -288,6 +289,11 @@ def test_fgsm_is_one_step_of_length_eps(linear_problem):
         ({"start": torch.zeros(3), "random_start": False}, ValueError, "start must have"),
         ({"eps": -0.1}, ValueError, "eps must be"),
         ({"eps": torch.ones(3)}, ValueError, "eps must have"),
+        ({"eps": torch.full((32,), -0.1)}, ValueError, "eps must be at least 0"),
+        ({"eps": torch.full((32,), torch.nan)}, ValueError, "eps must be at least 0"),
+        ({"eps": None}, TypeError, "eps must be a float"),
+        ({"eps": [0.1]}, TypeError, "eps must be a float"),
+        ({"generator": 0}, TypeError, "generator must be"),
     ],
 )
 def test_errors_name_the_argument(cnn_problem, change, error, message):

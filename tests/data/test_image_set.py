@@ -32,6 +32,8 @@ def test_balanced_subsets_are_balanced_nested_and_repeatable(images):
     assert not torch.equal(images.balanced(30, seed=6).images, subsets[1].images)
     with pytest.raises(ValueError, match="a class has 30"):
         images.balanced(91)
+    with pytest.raises(ValueError, match="n must be at least 0"):
+        images.balanced(-1)
 
 
 def test_batches_are_scaled_and_complete(images):

@@ -88,9 +88,33 @@ def test_targeted_per_sample_eps_and_seed(trained, path, monkeypatch):
     np.testing.assert_array_equal(found, attack.generate(x, targets))
 
 
+@pytest.mark.parametrize("path", ["torch", "numpy"])
+def test_arrays_of_other_types(trained, path, monkeypatch):
+    model, inputs, labels = trained
+    if path == "numpy":
+        monkeypatch.setattr(ours, "_plain_torch", lambda estimator: False)
+    pixels, y = (255 * inputs).byte().numpy(), labels.numpy()
+    scaled = PyTorchClassifier(
+        nn.Sequential(Scale(), model), nn.CrossEntropyLoss(), (3, 12, 12), 10, clip_values=(0, 255), device_type="cpu"
+    )
+    found = ours.FastlipPGD(scaled, eps=20, eps_step=5, max_iter=5).generate(pixels, y)
+    assert found.dtype == np.float32
+    assert 0 < np.abs(found - pixels).max() <= 20 + 1e-4
+    if path == "torch":
+        wide = ours.FastlipPGD(scaled, eps=20, eps_step=5, max_iter=5).generate(pixels.astype(np.float64), y)
+        np.testing.assert_array_equal(wide, found)
+
+
+class Scale(nn.Module):
+    def forward(self, x):
+        return x / 255
+
+
 def test_errors(trained):
     model, inputs, _ = trained
     with pytest.raises(ValueError, match="norm must be"):
         ours.FastlipPGD(classifier(model), norm=3)
     with pytest.raises(ValueError, match="classes to reach"):
         ours.FastlipPGD(classifier(model), targeted=True).generate(inputs.numpy())
+    with pytest.raises(ValueError, match="x and y alone, got mask"):
+        ours.FastlipPGD(classifier(model)).generate(inputs.numpy(), mask=np.ones((12, 12)))

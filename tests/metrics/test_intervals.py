@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from fastlip import metrics
@@ -32,6 +33,16 @@ def test_clopper_pearson_of_the_seed_deck():
 def test_clopper_pearson_errors(k, n, confidence):
     with pytest.raises(ValueError, match="must"):
         metrics.clopper_pearson(k, n, confidence)
+
+
+def test_clopper_pearson_takes_whole_numbers_of_any_type():
+    plain = metrics.clopper_pearson(3, 10)
+    for number in (np.int64, float, torch.tensor):
+        rate = metrics.clopper_pearson(number(3), number(10))
+        assert rate == plain
+        assert type(rate.value) is float
+    with pytest.raises(ValueError, match="whole numbers"):
+        metrics.clopper_pearson(2.5, 10)
 
 
 def test_paired_bootstrap_agrees_with_scipy():

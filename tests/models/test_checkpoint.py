@@ -26,6 +26,15 @@ def test_round_trip(saved):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_tied_weights_are_kept_under_both_names(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    models.save_checkpoint(tmp_path / "tied.safetensors", model)
+    state, _ = models.load_checkpoint(tmp_path / "tied.safetensors")
+    assert torch.equal(state["0.weight"], model[0].weight)
+    assert torch.equal(state["1.weight"], model[0].weight)
+
+
 @pytest.mark.parametrize("kept", [0, 5, 60, -1])
 def test_a_truncated_file_is_an_error(saved, kept):
     path, _ = saved

@@ -41,6 +41,16 @@ def test_value_of_zero_is_zero_with_a_gradient() -> None:
     assert weight.grad is not None
 
 
+def test_value_settings_are_checked() -> None:
+    weight = torch.ones(2, 2, 3, 3)
+    with pytest.raises(ValueError, match="max_steps must be"):
+        spectral_norm_value(weight, 8, max_steps=0)
+    with pytest.raises(ValueError, match="rtol must be"):
+        spectral_norm_value(weight, 8, rtol=0.0)
+    with pytest.raises(TypeError, match="generator must be"):
+        spectral_norm_value(weight, 8, generator=0)  # type: ignore[arg-type]
+
+
 def test_value_dtype_is_checked() -> None:
     with pytest.raises(TypeError, match="float32 or float64"):
         spectral_norm_value(torch.ones(1, 1, 3, 3).half(), 5)
@@ -94,6 +104,21 @@ def test_constrained_transposed_convolution_and_state_dict() -> None:
             matrix = (module(units) - module(torch.zeros_like(units))).flatten(1)
         norm = torch.linalg.matrix_norm(matrix.double(), 2).item()
         assert 0.24 <= norm <= 0.25 * (1 + 1e-5)
+
+
+def test_a_constrained_layer_may_start_at_zero() -> None:
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    nn.init.zeros_(layer.weight)
+    constrain_norm(layer, 6, bound=0.5)
+    x = torch.randn(2, 2, 6, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(50):
+        optimizer.zero_grad()
+        (layer(x) - 3.0 * x.sum(1, keepdim=True)).square().mean().backward()
+        optimizer.step()
+    layer.eval()
+    upper = conv_norm(layer.weight, 6, padding=1).upper
+    assert 0.4 < upper <= 0.5 * (1 + 1e-6)
 
 
 def test_constraint_errors() -> None:

@@ -83,6 +83,7 @@ def test_empty():
     ("change", "error", "message"),
     [
         ({"x": np.zeros((3, 4), np.int32)}, TypeError, "x must be float16"),
+        ({"x": np.zeros((3, 4), ">f2")}, TypeError, "native byte order"),
         ({"x": np.zeros((3, 8), np.float32)[:, ::2]}, ValueError, "x must be C-contiguous"),
         ({"x": np.array(1, np.float32)}, ValueError, "x must have a batch dimension"),
         ({"grad": np.zeros((3, 5), np.float32)}, ValueError, "grad must have x's shape"),
@@ -112,6 +113,15 @@ def test_read_only_arrays_are_refused():
         _native.pgd_step_(x, grad, x0, step_size=0.1, eps=0.1)
 
 
+def test_the_centre_must_not_move_with_the_iterate():
+    x, grad, _ = arrays((3, 4))
+    for x0 in (x, x[:]):
+        with pytest.raises(ValueError, match="x0 must not share its memory with x"):
+            _native.pgd_step_(x, grad, x0, step_size=0.1, eps=0.1, norm="l2")
+        with pytest.raises(ValueError, match="x0 must not share its memory with x"):
+            _native.project_(x, x0, eps=0.1)
+
+
 def test_random_start_errors():
     _, _, x0 = arrays((3, 4))
     with pytest.raises(TypeError, match="ids must be an int64"):
@@ -120,6 +130,8 @@ def test_random_start_errors():
         _native.random_start(x0, eps=0.1, ids=np.ones(2, np.int64), key=0)
     with pytest.raises(ValueError, match="eps must be finite"):
         _native.random_start(x0, eps=float("inf"), key=0)
+    with pytest.raises(ValueError, match="bounds must satisfy"):
+        _native.random_start(x0, eps=0.1, bounds=(1.0, 0.0), key=0)
 
 
 def test_version_and_isa():

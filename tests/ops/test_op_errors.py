@@ -43,6 +43,17 @@ def test_pgd_step_names_the_argument(wrong, error, message):
     assert torch.equal(x, before)
 
 
+def test_the_centre_must_not_move_with_the_iterate():
+    x = torch.rand(3, 4)
+    for x0 in (x, x.detach(), x[:1].expand(3, 4)):
+        with pytest.raises(ValueError, match="x0 must not share its memory with x"):
+            ops.pgd_step_(x, torch.randn(3, 4), x0, step_size=0.1, eps=0.1, norm="l2")
+        with pytest.raises(ValueError, match="x0 must not share its memory with x"):
+            ops.project_(x, x0, eps=0.1)
+    with pytest.raises(ValueError, match="x0 must not share its memory with x"):
+        ops.apgd_step_(x, x.clone(), torch.zeros(3), x, ops.apgd_state(x, steps=3, eps=0.1), eps=0.1)
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
