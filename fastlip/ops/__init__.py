@@ -468,7 +468,7 @@ def _check_inputs(x: Tensor, **others: Tensor) -> None:
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
-    if not torch.compiler.is_compiling() and x.numel() and x.data_ptr() == others["x0"].data_ptr() != 0:
+    if not torch.compiler.is_compiling() and x.numel() and x[0].is_set_to(others["x0"][0]):
         raise ValueError("x0 must not share its memory with x, which is changed in place; clone one of them")
 
 

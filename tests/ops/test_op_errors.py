@@ -1,8 +1,11 @@
 """Every check of the wrappers and of the bindings, each with the argument it names."""
 
+import functools
+
 import pytest
 import torch
 from op_inputs import make
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastlip import ops
 
@@ -120,3 +123,14 @@ def test_direct_random_starts_are_checked_too(change, message):
         arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastlip.random_start(*arguments)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_checks_can_be_traced(mode):
+    """They look at no memory: tracers hand over tensors that have none."""
+    x, grad, x0 = make((3, 4), torch.float32, "cpu")
+    step = functools.partial(ops.pgd_step, step_size=0.1, eps=0.1)
+    traced = make_fx(step, tracing_mode=mode)(x, grad, x0)
+    torch.testing.assert_close(traced(x, grad, x0), step(x, grad, x0), rtol=0, atol=0)
+    whole = torch.compile(step, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(x, grad, x0), step(x, grad, x0), rtol=0, atol=0)
