@@ -1,29 +1,33 @@
-"""Write the README's headline table from the committed results of the study; ``--check`` only compares."""
+"""Write the README's tables of the study from its committed results; ``--check`` only compares."""
 
 import json
 import sys
 from pathlib import Path
 
 from fastlip.study.tables import seed_table
+from fastlip.study.tables_more import arm_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "study" / "quick" / "results.json"
-START, END = "<!-- quick table -->", "<!-- /quick table -->"
+RESULTS = ROOT / "benchmarks" / "results" / "study"
+TABLES = {"quick": seed_table, "seeds": arm_table}
 
 
-def rewritten(text: str, table: str) -> str:
-    """``text`` with ``table`` between the markers."""
-    before, found, rest = text.partition(START)
-    _, closed, after = rest.partition(END)
+def rewritten(text: str, preset: str, table: str) -> str:
+    """``text`` with ``table`` between the preset's markers."""
+    start, end = f"<!-- {preset} table -->", f"<!-- /{preset} table -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise SystemExit(f"{README.name} must hold {START} and then {END}")
-    return f"{before}{START}\n\n{table}\n{END}{after}"
+        raise SystemExit(f"{README.name} must hold {start} and then {end}")
+    return f"{before}{start}\n\n{table}\n{end}{after}"
 
 
 def main() -> None:
-    text = README.read_text()
-    new = rewritten(text, seed_table(json.loads(RESULTS.read_text())).markdown())
+    new = text = README.read_text()
+    for preset, table in TABLES.items():
+        results = json.loads((RESULTS / preset / "results.json").read_text())
+        new = rewritten(new, preset, table(results).markdown())
     if "--check" in sys.argv[1:]:
         if new != text:
             raise SystemExit(f"{README.name} differs from {RESULTS.relative_to(ROOT)}: run python {sys.argv[0]}")
