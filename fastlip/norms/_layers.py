@@ -110,8 +110,8 @@ def layer_norms(
     The model runs once on a zero input, in eval mode, to learn those sizes. Models of the same classes, attributes and
     tensor shapes, such as checkpoints of one model, are taken to run alike: one of them runs, and none in later calls.
     Layers that did not run are left out; one that ran on several sizes, or in front of several BatchNorms, appears once
-    for each. BatchNorm that stands alone appears as its factor max |gamma| / sqrt(var + eps). Weights in other hands are
-    not seen: those of functional calls, and of modules that apply them by themselves, such as
+    for each. BatchNorm that stands alone appears as its factor max |gamma| / sqrt(var + eps). Weights in other hands
+    are not seen: those of functional calls, and of modules that apply them by themselves, such as
     ``nn.MultiheadAttention``.
 
     Args:
