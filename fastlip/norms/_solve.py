@@ -23,11 +23,11 @@ DETERMINISTIC = ("ring", "gram", "cholesky")
 METHODS = ("auto", "lanczos", "power", *DETERMINISTIC, "svd")
 
 # Above this a matrix costs more than the iteration, which takes more steps the narrower its interval is to be. GPUs
-# factorise one small matrix no faster than a CPU, and iterate many at once.
+# iterate many at once, and leave the eigenvalues of a small matrix to the host: each is waited for.
 _DENSE_SIDE = 512
 _DENSE_SIDE_NARROW = 1024
 _NARROW = 5e-3
-_DENSE_SIDE_ON_GPU = 64
+_DENSE_SIDE_ON_GPU = 32
 _DENSE_ENTRIES = 1 << 26
 # Width of matrices' intervals over the width asked for: they are to cost no more than needed, and look exact beside
 # the others.
