@@ -146,7 +146,7 @@ class Work:
         measured = certified if model.epoch is None else bounded
         found = measured(self._load(model), (channels, height, width), eta, seed)
         write_json(self.run.lipschitz(model.name), found)
-        return f"{len(found['layers'])} layers, upper Lipschitz constant 10^{found['log10_upper']:.2f}"
+        return f"upper Lipschitz constant 10^{found['log10_upper']:.2f}"
 
     def weight_spectra(self, model: Trained, progress: Progress) -> str:
         """The distance is from the source for transfer arms, and from their own first weights for the others."""
@@ -285,5 +285,10 @@ def seeded(seed: int, *purpose: str) -> int:
 def _in_words(arrays: Arrays) -> str:
     if "norm" in arrays:
         return f"Jacobian norm at {len(arrays['norm'])} images, median {float(np.median(arrays['norm'])):.3g}"
+    if "found" in arrays:
+        # An image that is misclassified as it is needs no perturbation.
+        distortion = arrays["distortion"][arrays["found"] & (arrays["distortion"] > 0)]
+        middle = f", median distortion x 255 {255 * float(np.median(distortion)):.3g}" if distortion.size else ""
+        return f"smallest perturbations of {distortion.size} images{middle}"
     right = arrays["prediction"] == arrays["label"]
     return f"{int(right.sum())} of {right.size} images classified correctly"
