@@ -87,9 +87,9 @@ def layer_norms(
     """Norm intervals of every convolution and linear layer of a model, on the input sizes they really have.
 
     The model runs once on a zero input, in eval mode, to learn those sizes. Layers that did not run are left out; one
-    that ran on several sizes appears once for each. BatchNorm that stands alone appears as its factor
-    max |gamma| / sqrt(var + eps). Weights in other hands are not seen: those of functional calls, and of modules that
-    apply them by themselves, such as ``nn.MultiheadAttention``.
+    that ran on several sizes, or before several BatchNorms, appears once for each. BatchNorm that stands alone appears
+    as its factor max |gamma| / sqrt(var + eps). Weights in other hands are not seen: those of functional calls, and of
+    modules that apply them by themselves, such as ``nn.MultiheadAttention``.
 
     Args:
         model: the model, in any mode, dtype and on any device; it is left as it was. Or several models, whose layers of
@@ -142,12 +142,13 @@ def _collect(
 ) -> list[tuple[str, str, Operator | NormInterval]]:
     """Name, description and operator of each layer, or its interval where that is a maximum."""
     found: list[tuple[str, str, Operator | NormInterval]] = []
-    seen: set[tuple[str, tuple[int, ...]]] = set()
+    seen: set[tuple[str, tuple[int, ...], nn.Module | None]] = set()
     for call in _record(model, input_shape, fold_batchnorm):
-        if (call.name, call.input_shape) in seen:
+        use = (call.name, call.input_shape, call.batchnorm)
+        if use in seen:
             continue
-        seen.add((call.name, call.input_shape))
-        repeats = sum(name == call.name for name, _ in seen)
+        seen.add(use)
+        repeats = sum(name == call.name for name, *_ in seen)
         name = call.name if repeats == 1 else f"{call.name}#{repeats}"
         description = describe_module(call.module, call.input_shape)
         try:

@@ -287,6 +287,9 @@ def test_a_zero_layer_makes_the_bound_zero() -> None:
 def test_wrappers_are_looked_through_and_other_things_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     truth = lipschitz_bound(model, (4,)).upper
+    normalised = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    expected = lipschitz_bound(normalised, (4,)).upper
+    assert lipschitz_bound(nn.SyncBatchNorm.convert_sync_batchnorm(normalised), (4,)).upper == expected
     for wrapped in (nn.DataParallel(model), torch.compile(model), torch.compile(nn.DataParallel(model))):
         assert lipschitz_bound(wrapped, (4,)).upper == truth
     with torch.inference_mode():
