@@ -302,6 +302,21 @@ def test_wrappers_are_looked_through_and_other_things_refused() -> None:
         lipschitz_bound(model, 4)  # type: ignore[arg-type]
 
 
+def test_arguments_with_defaults_keep_them() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, scale: float | None = None, latent: bool = False, *, k: float = 2.0) -> Tensor:
+            y = self.fc(x) if scale is None else scale * self.fc(x)
+            return torch.cat([x, y], 1) if latent else k * y
+
+    model = Optional()
+    expected = 2 * lipschitz_bound(model.fc, (4,)).upper
+    assert lipschitz_bound(model, (4,)).upper == pytest.approx(expected)
+
+
 def test_confidence_is_joint_and_the_model_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)).train()
     bound = lipschitz_bound(model, (4, 20, 20), confidence=0.9, generator=torch.Generator().manual_seed(11))
