@@ -175,11 +175,13 @@ def _record(model: nn.Module, input_shape: Sequence[int], fold_batchnorm: bool) 
 
     def hook(name: str, module: nn.Module) -> None:
         def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))
             if isinstance(module, BATCHNORMS) and fold_batchnorm:
                 # The very tensor a layer returned, and not written to since, as an in-place ReLU would.
                 source = next((c for c in reversed(calls) if c.output is x and c.version == x._version), None)
-                if source is not None and source.batchnorm is None:
+                # Of a linear layer on [B, L, features] it scales L, and not the features.
+                fits = source is not None and (x.dim() == 2 or not isinstance(source.module, nn.Linear))
+                if source is not None and fits and source.batchnorm is None:
                     source.batchnorm = module
                     return
             calls.append(_Call(name, module, tuple(x.shape[1:]), tuple(output.shape[1:]), output, output._version))

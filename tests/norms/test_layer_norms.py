@@ -106,6 +106,19 @@ def test_synchronised_batchnorm_is_batchnorm(net: Net) -> None:
     assert dict(layer_norms(nn.SyncBatchNorm.convert_sync_batchnorm(net), (3, 10, 10))) == dict(plain)
 
 
+def test_batchnorm_of_other_axes_than_a_linear_layers_features_is_not_folded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    report = layer_norms(model, (5, 4))
+    assert list(report) == ["0", "1"]
+    assert_contains(report, "0", torch.linalg.matrix_norm(model[0].weight.double(), 2).item())
+    assert report["1"].upper == pytest.approx(5.0, rel=1e-4)
+    assert list(layer_norms(model, (4,))) == ["0"]
+    assert list(layer_norms(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(3)), (3, 4))) == ["0", "1"]
+
+
 def test_model_is_left_as_it_was(net: Net) -> None:
     net.train()
     net.bn.eval()
