@@ -83,12 +83,20 @@ def unwrapped(model: Model) -> Model:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def _version(t: Tensor) -> int:
+    """Count of the in-place changes to a tensor; of those made in inference mode nobody counts."""
+    return 0 if t.is_inference() else t._version
+
+
 def logits_of(
     model: Model,
     inputs: Tensor,  # [B, ...]
 ) -> Tensor:
     """The model's logits [B, C] in float32 at least."""
+    version = _version(inputs)
     logits = model(inputs)
+    if _version(inputs) != version:
+        raise ValueError("model must not change its input in place: what is attacked would change with it")
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != inputs.shape[0]:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model must return logits [B, C] with B = {inputs.shape[0]}, got {got}")

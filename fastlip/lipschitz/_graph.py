@@ -1,5 +1,6 @@
 """A traced model: what each node of its graph does, on which shapes."""
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -105,7 +106,7 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> Step:
     root = nn.Sequential(OrderedDict({name: model})) if tracer.is_leaf_module(model, "") else model
     with eval_mode(model), torch.no_grad():
         try:
-            graph = tracer.trace(root)
+            graph = tracer.trace(root, _defaults(root) or None)
         except Exception as error:
             failed = tracer.failed
             what = f"{type(model.get_submodule(failed)).__name__} (at {failed})" if failed else name
@@ -126,10 +127,16 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> Step:
         return _build(graph_module, values)
 
 
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """Arguments of a module's forward that a call with one tensor leaves at their defaults."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
 def _varying_nodes(graph: fx.Graph) -> set[fx.Node]:
     varying: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or any(source in varying for source in node.all_input_nodes):
+        if (node.op == "placeholder" and not node.args) or any(source in varying for source in node.all_input_nodes):
             varying.add(node)
     return varying
 

@@ -25,7 +25,7 @@ def weighted(module: nn.Module, input_shape: tuple[int, ...]) -> Operator:
     return module_operator(module, input_shape)
 
 
-@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def _batchnorm(module: nn.Module, input_shape: tuple[int, ...]) -> Diagonal:
     return Diagonal(batchnorm_scale(module))
 

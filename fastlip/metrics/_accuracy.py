@@ -34,7 +34,7 @@ def accuracy(
     correct = torch.zeros_like(labels, dtype=torch.bool)
     with torch.no_grad():
         for i in range(0, len(inputs), batch_size):
-            logits = model(inputs[i : i + batch_size])
+            logits = model(inputs[i : i + batch_size].clone())  # the model may work in place
             right = logits.argmax(1) == labels[i : i + batch_size]
             correct[i : i + batch_size] = right & ~logits.isnan().any(1)
     return correct

@@ -27,7 +27,8 @@ def observed_stretch(
     """
     _check(perturbed, inputs)
     with torch.no_grad():
-        return _ratio(model(perturbed), model(inputs), perturbed, inputs)
+        # Copies, since the model may work in place.
+        return _ratio(model(perturbed.clone()), model(inputs.clone()), perturbed, inputs)
 
 
 def layer_stretch(
@@ -77,7 +78,7 @@ def _outputs(model: nn.Module, x: Tensor, layers: Sequence[str]) -> dict[str, Te
             except AttributeError:
                 raise ValueError(f"layers: the model has no module {name!r}") from None
             handles.append(module.register_forward_hook(keep(name)))
-        model(x)
+        model(x.clone())
     finally:
         for handle in handles:
             handle.remove()

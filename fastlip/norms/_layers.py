@@ -38,6 +38,7 @@ class _Call:
     output_shape: tuple[int, ...]
     output: Tensor
     version: int
+    linear: bool
     batchnorm: str | None = None
 
 
@@ -233,14 +234,17 @@ def _record(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool
 
     def hook(name: str, module: nn.Module) -> None:
         def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))
             if isinstance(module, BATCHNORMS) and fold_batchnorm:
                 # The very tensor a layer returned, and not written to since, as an in-place ReLU would.
                 source = next((c for c in reversed(calls) if c.output is x and c.version == x._version), None)
-                if source is not None and source.batchnorm is None:
+                # Of a linear layer on [B, L, features] it scales L, and not the features.
+                fits = source is not None and (x.dim() == 2 or not source.linear)
+                if source is not None and fits and source.batchnorm is None:
                     source.batchnorm = name
                     return
-            calls.append(_Call(name, tuple(x.shape[1:]), tuple(output.shape[1:]), output, output._version))
+            shapes = tuple(x.shape[1:]), tuple(output.shape[1:])
+            calls.append(_Call(name, *shapes, output, output._version, isinstance(module, nn.Linear)))
 
         handles.append(module.register_forward_hook(record, with_kwargs=True))
 

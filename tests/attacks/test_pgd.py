@@ -320,6 +320,20 @@ def test_models_that_cannot_be_attacked(model, message):
         attacks.pgd(model, torch.full((2, 8), 0.4), torch.zeros(2, dtype=torch.int64), eps=0.01)
 
 
+class Overwrites(nn.Module):
+    def forward(self, x):
+        return x.sub_(0.5).flatten(1)
+
+
+@pytest.mark.parametrize("attack", [
+    lambda *a: attacks.pgd(*a, eps=0.1), lambda *a: attacks.square(*a, eps=0.1, queries=5), attacks.min_sigma,
+    lambda *a: attacks.evaluate(*a, {}, check=False),
+])  # fmt: skip
+def test_models_that_overwrite_their_input_are_refused(attack):
+    with pytest.raises(ValueError, match="must not change its input in place"):
+        attack(Overwrites(), torch.rand(4, 5), torch.zeros(4, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("attack", ["pgd", "apgd"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_feasible_over_a_million_inputs(norm, attack):

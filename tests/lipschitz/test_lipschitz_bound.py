@@ -287,6 +287,9 @@ def test_a_zero_layer_makes_the_bound_zero() -> None:
 def test_wrappers_are_looked_through_and_other_things_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     truth = lipschitz_bound(model, (4,)).upper
+    normalised = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    expected = lipschitz_bound(normalised, (4,)).upper
+    assert lipschitz_bound(nn.SyncBatchNorm.convert_sync_batchnorm(normalised), (4,)).upper == expected
     for wrapped in (nn.DataParallel(model), torch.compile(model), torch.compile(nn.DataParallel(model))):
         assert lipschitz_bound(wrapped, (4,)).upper == truth
     with torch.inference_mode():
@@ -297,6 +300,21 @@ def test_wrappers_are_looked_through_and_other_things_refused() -> None:
         lipschitz_bound(torch.jit.trace(model, torch.zeros(1, 4)), (4,))
     with pytest.raises(ValueError, match="input_shape must be positive integers"):
         lipschitz_bound(model, 4)  # type: ignore[arg-type]
+
+
+def test_arguments_with_defaults_keep_them() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, scale: float | None = None, latent: bool = False, *, k: float = 2.0) -> Tensor:
+            y = self.fc(x) if scale is None else scale * self.fc(x)
+            return torch.cat([x, y], 1) if latent else k * y
+
+    model = Optional()
+    expected = 2 * lipschitz_bound(model.fc, (4,)).upper
+    assert lipschitz_bound(model, (4,)).upper == pytest.approx(expected)
 
 
 def test_confidence_is_joint_and_the_model_left_alone() -> None:

@@ -72,6 +72,22 @@ def test_stretch_of_a_linear_model_is_at_most_its_norm_and_reaches_it():
     assert found[2] <= sigma[0]
 
 
+def test_models_that_work_in_place_leave_the_images_alone():
+    class Overwrites(nn.Module):
+        def forward(self, x):
+            return x.sub_(0.5).mul_(3.0)
+
+    model = nn.Sequential(Overwrites())
+    inputs, moved = torch.rand(4, 5), torch.rand(4, 5)
+    copies = inputs.clone(), moved.clone()
+    three = torch.full((4,), 3.0, dtype=torch.float64)
+    torch.testing.assert_close(metrics.observed_stretch(model, moved, inputs), three)
+    torch.testing.assert_close(metrics.layer_stretch(model, moved, inputs, ["0"])["0"], three)
+    metrics.accuracy(model, inputs, torch.zeros(4, dtype=torch.int64))
+    assert torch.equal(inputs, copies[0])
+    assert torch.equal(moved, copies[1])
+
+
 def test_stretch_of_nothing_is_not_a_number():
     inputs = torch.rand(2, 3)
     assert metrics.observed_stretch(nn.Identity(), inputs, inputs).isnan().all()

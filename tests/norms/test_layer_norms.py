@@ -82,6 +82,43 @@ def test_batchnorm_after_an_in_place_relu_is_not_folded() -> None:
     assert list(layer_norms(model, (1, 4, 4))) == ["0", "2"]
 
 
+def test_a_shared_layer_appears_with_each_batchnorm_that_follows_it() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+            with torch.no_grad():
+                self.bn.weight.fill_(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(torch.relu(self.bn(self.conv(torch.relu(self.bn(self.conv(x)))))))
+
+    torch.manual_seed(0)
+    model = Shared()
+    report = layer_norms(model, (2, 5, 5))
+    assert list(report) == ["conv", "conv#2"]
+    assert_contains(report, "conv", jacobian_norm(nn.Sequential(model.conv, model.bn), (2, 5, 5)))
+    assert_contains(report, "conv#2", jacobian_norm(model.conv, (2, 5, 5)))
+
+
+def test_synchronised_batchnorm_is_batchnorm(net: Net) -> None:
+    plain = layer_norms(net, (3, 10, 10))
+    assert dict(layer_norms(nn.SyncBatchNorm.convert_sync_batchnorm(net), (3, 10, 10))) == dict(plain)
+
+
+def test_batchnorm_of_other_axes_than_a_linear_layers_features_is_not_folded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    report = layer_norms(model, (5, 4))
+    assert list(report) == ["0", "1"]
+    assert_contains(report, "0", torch.linalg.matrix_norm(model[0].weight.double(), 2).item())
+    assert report["1"].upper == pytest.approx(5.0, rel=1e-4)
+    assert list(layer_norms(model, (4,))) == ["0"]
+    assert list(layer_norms(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(3)), (3, 4))) == ["0", "1"]
+
+
 def test_model_is_left_as_it_was(net: Net) -> None:
     net.train()
     net.bn.eval()
