@@ -79,6 +79,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 }
 
 inline void __syncthreads() { Fibers::barrier(); }
+inline void __syncwarp() { Fibers::warp_barrier(); }
 inline void __threadfence() {}
 inline int atomicAdd(int* at, int value) {
   const int old = *at;
