@@ -1,8 +1,9 @@
 """The CUDA kernels' source run on the CPU, without a GPU: the op tests on a library made of it.
 
-operator_step_ runs with all its threads, which meet at every barrier, and with plans as for a GPU. The teams of the
-other ops have one thread and warps one lane, so addresses, bounds, tails, decisions and searches are those of the GPU,
-but not reductions, barriers and clusters. Takes a C++ compiler and CUDA's headers.
+operator_step_ runs with all its threads, which meet at every barrier, and with plans as for a GPU; the lanes of its
+warps exchange what a matrix instruction multiplies. The teams of the other ops have one thread and warps one lane, so
+addresses, bounds, tails, decisions and searches are those of the GPU, but not reductions, barriers and clusters. Takes
+a C++ compiler and CUDA's headers.
 """
 
 import os
@@ -89,7 +90,7 @@ def library(tmp_path_factory) -> Path:
 def run_tests(library: Path, names: tuple[str, ...], **variables: str) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("FASTLIP_BACKEND", "FASTLIP_CPU_ISA", "TRITON_INTERPRET")}
     env |= {"PYTHONPATH": str(library), "OMP_NUM_THREADS": "1"} | variables
-    tests = [str(HERE / f"test_{name}.py") for name in names]
+    tests = [str(HERE / name) + ".py" for name in names]
     options = ["-q", "-p", "host_cuda_plugin", "-p", "no:cacheprovider", "-m", "not gpu and not slow"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests], env=env, capture_output=True, text=True, timeout=900
@@ -101,11 +102,11 @@ def run_tests(library: Path, names: tuple[str, ...], **variables: str) -> None:
 @pytest.mark.parametrize("shared_bytes", [200_000, 2_000], ids=["staged", "streamed"])
 def test_op_tests_pass_on_the_cuda_source(library, shared_bytes):
     """Staged: samples up to 25,000 floats stay on chip; streamed: hardly any does."""
-    run_tests(library, ("pgd_ops", "apgd_step", "random_start"), FASTLIP_HOST_SHARED=str(shared_bytes))
+    run_tests(library, ("test_pgd_ops", "test_apgd_step", "test_random_start"), FASTLIP_HOST_SHARED=str(shared_bytes))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["up", "down"])
 def test_operator_tests_pass_on_the_cuda_source(library, order):
     """Between barriers threads run one after the other: a race shows in one of the orders."""
-    run_tests(library, ("operator_step",), FASTLIP_HOST_ORDER=order)
+    run_tests(library, ("test_operator_step", "../norms/test_products"), FASTLIP_HOST_ORDER=order)
