@@ -7,6 +7,7 @@ a C++ compiler and CUDA's headers.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,3 +111,19 @@ def test_op_tests_pass_on_the_cuda_source(library, shared_bytes):
 def test_operator_tests_pass_on_the_cuda_source(library, order):
     """Between barriers threads run one after the other: a race shows in one of the orders."""
     run_tests(library, ("test_operator_step", "../norms/test_products"), FASTLIP_HOST_ORDER=order)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["compute_80", "compute_90"])
+def test_products_are_the_instructions_they_should_be(architecture):
+    source = SOURCES / "kernels/cuda/operator_step.cu"
+    command = ["nvcc", "-std=c++17", f"-arch={architecture}", "--expt-relaxed-constexpr", f"-I{SOURCES}", "-ptx"]
+    text = subprocess.run([*command, str(source), "-o", "-"], check=True, capture_output=True, text=True).stdout
+    kernels = {name: body for name, body in re.findall(r"\.entry \w*?operator_step_kernelI(\w+)(.*?)\n}", text, re.S)}
+    assert len(kernels) == 3
+    for name, body in kernels.items():
+        # Four tiles of rows, one to four of columns, three products of each.
+        assert body.count("mma.sync.aligned.m16n8k8.row.col.f32.tf32") == (120 if "MatrixUnits" in name else 0), name
+        assert body.count("tf32") == body.count("mma.sync") * 2, name
+        assert "cp.async.cg.shared.global" in body, name

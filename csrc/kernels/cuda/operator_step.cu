@@ -9,16 +9,17 @@
 //
 // Matrix units: TF32 and bfloat16 inputs make certificates useless (intervals 6 to 50 times as wide as the norm, see
 // benchmarks/bench_precision.py); 3xTF32, three products of split inputs, does as well as float32. By data sheets it
-// reaches 52 TFLOP/s where these do 19.5 (A100), and 165 where they do 67 (H100, H200), 34 operations in the time of a
-// byte: worth having from four chains on. It is not built: splitting takes vector instructions too, and what is left of
-// that advantage has to be timed.
+// reaches 52 TFLOP/s where these do 19.5 (A100), and 165 where they do 67 (H100, H200; less by mma.sync, which does not
+// reach Hopper's full rate), 34 operations in the time of a byte: worth having from four chains on. It is there to be
+// asked for (products; operator_sums.cuh) and not the default, since no GPU has timed it: of a warp's 8 products of a
+// full tile, 48 instructions are the matrix units' and, as compiled for sm_80, about 170 are not: 72 split, 64 add, 12
+// read.
 //
 // One block of 64 threads takes one row of the tile table: up to 64 target channels by 64 columns (pixels and chains)
 // over a part of the products. No thread knows the geometry: for each tap the table names the source pixel of a target
 // pixel, and its channels, contiguous, are gathered by asynchronous copies of 16 bytes (of one element where channels
-// or addresses are odd) three chunks deep; zeros are filled in where no pixel is met. A thread multiplies 8 channels by
-// 8 columns, 256 multiply-adds for every 16 reads of 16 bytes from shared memory; on tiles of fewer channels or columns
-// threads share the products instead. float32 sums are blocked: 64 products in one register, then added to another.
+// or addresses are odd) three chunks deep; zeros are filled in where no pixel is met. operator_sums.cuh multiplies.
+// float32 sums are blocked: 64 products in one register, then added to another.
 //
 // Parts of a tile leave their sums in scratch, and the one that finishes last adds them up in order. Then the tile is
 // scaled, the previous vector subtracted and the result written, with its squared norm per chain to scratch; the block
@@ -234,7 +235,7 @@ class TileBlock {
     __syncthreads();  // the stages' memory serves what follows
 
     Sums<T>& total = units.hand_over(shared_.exchange);
-    const Shape shape(place_.lanes, columns_);
+    const Shape shape = units.shape();
     const bool mine = shape.split(threadIdx.x) == 0;
     if (tile_.parts > 1 && !gather_parts(mine, total)) return false;
     if (mine) {

@@ -16,6 +16,7 @@ constexpr int kThreads = 64;
 template <typename T, int kRowPadding, int kProductPadding>
 struct alignas(16) Stage {
   static constexpr int kPiece = 16 / sizeof(T), kDepth = kPieces * kPiece;
+  static_assert(kRowPadding % kPiece == 0 && kProductPadding % kPiece == 0, "copies are of 16 bytes");
   T weights[kDepth][kTileRows + kRowPadding];
   T columns[kTileColumns][kDepth + kProductPadding];
 };
@@ -52,6 +53,8 @@ class VectorUnits {
   static constexpr bool kBlocked = sizeof(T) == 4;
 
   __device__ VectorUnits(int lanes, int columns) : shape_(lanes, columns) {}
+
+  __device__ Shape shape() const { return shape_; }
 
   __device__ void multiply(const Stage& stage) {
     const int row0 = shape_.row(threadIdx.x, 0), row1 = shape_.row(threadIdx.x, 4);
@@ -118,6 +121,8 @@ class MatrixUnits {
 
   __device__ MatrixUnits(int lanes, int columns) : shape_(lanes, columns) {}
 
+  __device__ Shape shape() const { return {shape_.lanes, shape_.columns}; }
+
   // Indices of sums are known when this is compiled. Branches are the warp's: all of its lanes come to each
   // instruction.
   __device__ void multiply(const Stage& stage) {
@@ -159,7 +164,7 @@ class MatrixUnits {
       if (shape_.split(warp()) == split) leave(exchange, split > 0);
       __syncthreads();
     }
-    const Shape shape(shape_.lanes, shape_.columns);
+    const Shape shape = this->shape();
 #pragma unroll
     for (int j = 0; j < Shape::kColumns; ++j) {
       const int column = shape.column(threadIdx.x, j);
