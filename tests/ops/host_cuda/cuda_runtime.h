@@ -1,6 +1,6 @@
 // CUDA's launches and threads on the host, for test_cuda_source.py: kernels whose teams of threads exchange values
-// between lanes run with one thread a block, those that only meet at barriers with all of them, the others with all of
-// them one after the other, the first last.
+// between lanes run with one thread a block, those that only meet at barriers or multiply on matrix units with all of
+// them, the others with all of them one after the other, the first last.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,9 +1,9 @@
 // The matrix units' instruction on the host, in place of csrc's: the 32 fibers of a warp exchange their operands, and
 // each computes what its lane holds of the sums.
 //
-// Inputs lose the 13 bits that TF32 has not. Sums are cut more coarsely than devices were found to (Fasi et al. 2021): of
-// four products and what they are added to, all that lies below float32's last bit of the largest of them goes, then the
-// same with the next four.
+// Inputs lose the 13 bits that TF32 has not. Sums are cut more coarsely than devices were found to (Fasi et al. 2021):
+// of four products and what they are added to, all that lies below float32's last bit of the largest of them goes, then
+// the same with the next four.
 #pragma once
 #include <cuda_runtime.h>
 
