@@ -6,20 +6,25 @@
 CIFAR stem on 3x32x32, random weights, float32, rtol 0.01 at joint confidence 1 - 1e-6. Time is the wall clock's, with
 the device waited for, of warm calls (the weights of one network fit an H200's L2: it is not emptied). Rows:
 
-- one network: :func:`fastlip.layer_norms`, with CUDA graphs and without, and on torch's convolutions (cuDNN, TF32 off,
-  autotuned, in the graphs of pairs of steps that fastlip's own iteration uses): the same starts, steps and certificate;
+- one network: :func:`fastlip.layer_norms`, with CUDA graphs and without, with products by 3xTF32 on matrix units in
+  place of multiply-adds (the same thing where the CUDA library does not run), and on torch's convolutions (cuDNN, TF32
+  off, autotuned, in the graphs of pairs of steps that fastlip's own iteration uses): the same starts, steps and
+  certificate;
 - power iteration: 100 steps of every layer by torch, one-sided, TF32 off, and as torch has it by default (cuDNN's
   convolutions in TF32);
 - iteration alone: 24 steps of the 17 convolutions larger than 1 x 1, without looking the layers up and without a
   certificate, on both;
-- checkpoints: many networks in one call, the same weights moved a little; ``ms_each`` is per network.
+- checkpoints: many networks in one call, the same weights moved a little, by either products; ``ms_each`` is per
+  network.
 
 ``x_floor``: over METHODS section 7, what the operations and bytes of the steps that ran take at this device's measured
-rates of a float32 matrix product and of a copy, whichever is more; layers that needed no steps count nothing.
+rates of a float32 matrix product and of a copy, whichever is more, for 3xTF32 too; layers that needed no steps count
+nothing.
 """
 
 import argparse
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +72,11 @@ def with_graphs(on: bool) -> Iterator[None]:
     """Whether fastlip's steps are replayed from CUDA graphs."""
     with patch.object(_replay, "_HIDDEN", _replay._HIDDEN if on else -1):
         yield
+
+
+def with_products(name: str) -> Any:
+    """How the CUDA library multiplies in stacks that are built here."""
+    return patch.dict(os.environ, FASTLIP_PRODUCTS=name)
 
 
 @contextmanager
@@ -128,6 +138,12 @@ def norms(target: nn.Module | list[nn.Module], memory: int) -> Any:
     return fastlip.layer_norms(target, INPUT, fold_batchnorm=False, starts=STARTS, max_memory=memory)
 
 
+def meet(report: fastlip.NormReport, other: fastlip.NormReport) -> None:
+    for name, interval in report.items():
+        assert interval.lower <= other[name].upper, f"{name}: intervals do not meet"
+        assert other[name].lower <= interval.upper, f"{name}: intervals do not meet"
+
+
 def measure_network(table: Table, model: nn.Module, memory: int) -> None:
     ops = operators(model)
     report = norms(model, memory)
@@ -136,11 +152,15 @@ def measure_network(table: Table, model: nn.Module, memory: int) -> None:
     table.add("fastlip", "one network", lambda: norms(model, memory), floor)
     with with_graphs(False):
         table.add("fastlip", "one network, no CUDA graph", lambda: norms(model, memory), floor)
+    with with_products("3xtf32"):
+        found = norms(model, memory)
+        floor_found = table.floor(ops, steps_of(model, found))
+        table.add("fastlip, 3xTF32", "one network", lambda: norms(model, memory), floor_found)
+    assert all(interval.converged for interval in found.values()), "an interval by 3xTF32 is wider than 1%"
+    meet(report, found)
     with on_torch():
         other = table.add("Lanczos on torch's convolutions", "one network", lambda: norms(model, memory), floor)
-    for name, interval in report.items():
-        assert interval.lower <= other[name].upper, f"{name}: intervals do not meet"
-        assert other[name].lower <= interval.upper, f"{name}: intervals do not meet"
+    meet(report, other)
     layers = layers_of(model)
     lower = table.add("torch power iteration", "100 steps, TF32 off", lambda: power_iteration(layers, 100))
     assert max(v / report[n].upper for v, n in zip(lower, conv_names(model), strict=True)) <= 1.0 + 1e-5
@@ -172,6 +192,8 @@ def measure_iteration(table: Table, model: nn.Module) -> None:
 
     setting = f"iteration alone, {STEPS} steps"
     table.add("fastlip", setting, steps(begun(stack)), floor)
+    with with_products("3xtf32"):
+        table.add("fastlip, 3xTF32", setting, steps(begun(stack)), floor)
     with with_graphs(False):
         table.add("fastlip", f"{setting}, no CUDA graph", steps(begun(stack)), floor)
         plain = steps(begun(TorchStack))
@@ -185,10 +207,12 @@ def measure_checkpoints(table: Table, model: nn.Module, count: int, memory: int)
     for i, network in enumerate(networks):
         for parameter in network.parameters():
             parameter.mul_(1.0 + 0.001 * i)
-    reports = norms(networks, memory)
     ops = [op for network in networks for op in operators(network)]
-    steps = [k for network, report in zip(networks, reports, strict=True) for k in steps_of(network, report)]
-    table.add("fastlip", f"{count} checkpoints", lambda: norms(networks, memory), table.floor(ops, steps), count)
+    for what, products in (("fastlip", "float32"), ("fastlip, 3xTF32", "3xtf32")):
+        with with_products(products):
+            reports = norms(networks, memory)
+            steps = [k for network, report in zip(networks, reports, strict=True) for k in steps_of(network, report)]
+            table.add(what, f"{count} checkpoints", lambda: norms(networks, memory), table.floor(ops, steps), count)
 
 
 def main() -> None:

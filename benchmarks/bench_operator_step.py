@@ -11,7 +11,7 @@ operator), warm on the CPU and with a cold L2 on a GPU:
   those of a float32 matrix product of 2048 x 2048 and of a copy. Products with padding count, as they do in torch's
   convolutions; operator_step_ leaves some of them out, so it may go below;
 - operator_step_: both half steps of the bidiagonalisation, with scaling, subtraction and squared norms, for all
-  layers at once;
+  layers at once; on a GPU with either way to multiply float32 numbers, multiply-adds and 3xTF32;
 - torch: conv2d and conv_transpose2d of every layer, channels_last and not, and nothing else; on a GPU also in one CUDA
   graph, and with TF32, which is too coarse for certificates.
 """
@@ -87,7 +87,7 @@ def rates(device: str, seconds: float) -> tuple[float, float]:
     return 2 * 2048**3 / product * 1e3, 2 * 4 * large.numel() / moved * 1e3
 
 
-def fused(selected: list[Layer], starts: int, device: str) -> Callable[[], object]:
+def fused(selected: list[Layer], starts: int, device: str, products: ops.Products = "float32") -> Callable[[], object]:
     geometries, chains = [layer.geometry for layer in selected], [starts] * len(selected)
     plans = [ops.operator_plan(geometries, chains, adjoint=adjoint, device=device) for adjoint in (False, True)]
     weights = [
@@ -100,11 +100,12 @@ def fused(selected: list[Layer], starts: int, device: str) -> Callable[[], objec
         torch.ones(plans[0].chains, dtype=torch.float64, device=device) for _ in range(4)
     )
 
+    before = {"x_square": beta, "previous": u_before, "previous_square": alpha_before}
+    after = {"x_square": alpha, "previous": v, "previous_square": beta}
+
     def sweep() -> None:
-        ops.operator_step_(
-            u, alpha, v, weights[0], plans[0], x_square=beta, previous=u_before, previous_square=alpha_before
-        )
-        ops.operator_step_(w, beta_next, u, weights[1], plans[1], x_square=alpha, previous=v, previous_square=beta)
+        ops.operator_step_(u, alpha, v, weights[0], plans[0], products=products, **before)
+        ops.operator_step_(w, beta_next, u, weights[1], plans[1], products=products, **after)
 
     return sweep
 
@@ -168,6 +169,9 @@ def measure(device: str, starts: list[int], seconds: float) -> list[dict]:
             add("operator_step_", sweep)
             if device == "cuda":
                 add("operator_step_, CUDA graph", captured(sweep))
+                matrix = fused(selected, b, device, "3xtf32")
+                add("operator_step_, 3xTF32", matrix)
+                add("operator_step_, 3xTF32, CUDA graph", captured(matrix))
             for layout, label in ((torch.contiguous_format, "torch"), (torch.channels_last, "torch channels_last")):
                 peer = torch_sweep(selected, b, device, layout)
                 add(label, peer)

@@ -9,6 +9,7 @@ namespace fastlip {
 
 enum class DType : int32_t { f32, f64, f16, bf16 };
 enum class Norm : int32_t { linf, l2, l1 };
+enum class Products : int32_t { float32, tf32x3 };
 
 // One number for all, or numbers of the arithmetic's type (double for f64 storage, else float) read at
 // data[sample * stride + element]; `element` stays 0 for what is one number a sample.
@@ -84,6 +85,7 @@ struct OperatorStep {
   const uint8_t* active;  // null: all
   double* partial;        // scratch, tile_count x most_chains: squared norms of what each tile wrote
   DType dtype;            // f32 or f64
+  Products products;      // CUDA only: how float32 numbers are multiplied
   int64_t problem_count, tile_count, most_chains;
   // CUDA only: rows of `tiles` that are parts of a tile; scratch, kBlock x kPartColumns elements for each of them; and
   // problem_count + parts numbers.

@@ -51,6 +51,12 @@ inline Norm norm_of(const std::string& norm) {
   return Norm::l1;
 }
 
+inline Products products_of(const std::string& products) {
+  if (products == "float32") return Products::float32;
+  STD_TORCH_CHECK(products == "3xtf32", "products must be float32 or 3xtf32, got ", products);
+  return Products::tf32x3;
+}
+
 // Elements of one sample.
 inline int64_t sample_size(const Tensor& x) {
   int64_t size = 1;
@@ -209,7 +215,7 @@ inline OperatorStep operator_step_of(Tensor& out, Tensor& out_square, const Tens
                                      const OptionalTensor& previous, const OptionalTensor& previous_square,
                                      const Tensor& weights, const Tensor& problems, const Tensor& tiles,
                                      const Tensor& bundles, const Tensor& entries, int64_t most_chains, int64_t parts,
-                                     const OptionalTensor& active, Tensor& partial) {
+                                     const std::string& products, const OptionalTensor& active, Tensor& partial) {
   const DType dtype = dtype_of(out, "out");
   STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, "out must be float32 or float64");
   const auto vector = [&](const Tensor& t, ScalarType type, int64_t size, const char* name) {
@@ -244,6 +250,7 @@ inline OperatorStep operator_step_of(Tensor& out, Tensor& out_square, const Tens
           active ? static_cast<const uint8_t*>(vector(*active, ScalarType::Bool, problems.size(0), "active")) : nullptr,
           static_cast<double*>(partial.mutable_data_ptr()),
           dtype,
+          products_of(products),
           problems.size(0),
           tiles.size(0),
           most_chains,

@@ -81,11 +81,11 @@ void apgd_step_(Tensor x, const Tensor& grad, const Tensor& loss, const Tensor& 
 void operator_step_(Tensor out, Tensor out_square, const Tensor& x, OptionalTensor x_square, OptionalTensor previous,
                     OptionalTensor previous_square, const Tensor& weights, const Tensor& problems, const Tensor& tiles,
                     const Tensor& bundles, const Tensor& entries, int64_t most_chains, int64_t parts,
-                    OptionalTensor active) {
+                    std::string products, OptionalTensor active) {
   STD_TORCH_CHECK(parts == 0, "the CPU kernels take plans of whole tiles: part_products must be 0");
   Tensor partial = torch::stable::new_empty(out_square, {tiles.size(0), most_chains});
   const OperatorStep step = operator_step_of(out, out_square, x, x_square, previous, previous_square, weights, problems,
-                                             tiles, bundles, entries, most_chains, parts, active, partial);
+                                             tiles, bundles, entries, most_chains, parts, products, active, partial);
   const cpu::Kernels& table = kernels();
   // Tiles cost from a little to a lot: threads take the next one when they are done.
   std::atomic<int64_t> next = 0;

@@ -1,5 +1,10 @@
-"""Operators side by side: one call applies all of them, or all of their adjoints, to all of their vectors."""
+"""Operators side by side: one call applies all of them, or all of their adjoints, to all of their vectors.
 
+``FASTLIP_PRODUCTS=3xtf32`` lets the CUDA library multiply float32 numbers on matrix units; see
+:func:`fastlip.ops.operator_step_`. Certificates measure the rounding of whatever ran.
+"""
+
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -11,7 +16,16 @@ from torch import Tensor
 
 from fastlip.norms._composed import AnyOperator, Composed
 from fastlip.norms._operator import Operator
-from fastlip.ops import ConvGeometry, OperatorPlan, operator_plan, operator_step_, pack_weight, packed_size
+from fastlip.ops import (
+    PRODUCTS,
+    ConvGeometry,
+    OperatorPlan,
+    Products,
+    operator_plan,
+    operator_step_,
+    pack_weight,
+    packed_size,
+)
 
 
 class Stack(Protocol):
@@ -119,11 +133,19 @@ def _plan(geometries: tuple[ConvGeometry, ...], chains: int, adjoint: bool, devi
     return operator_plan(geometries, [chains] * len(geometries), adjoint=adjoint, device=device)
 
 
+def _products() -> Products:
+    chosen = os.environ.get("FASTLIP_PRODUCTS") or "float32"
+    for known in PRODUCTS:
+        if chosen == known:
+            return known
+    raise ValueError(f"FASTLIP_PRODUCTS={chosen} is unknown; choose one of {', '.join(PRODUCTS)}")
+
+
 class _ConvStack:
     """Convolutions and matrices."""
 
     def __init__(self, ops: Sequence[Operator], chains: int, dtype: torch.dtype) -> None:
-        self.dtype, self.device = dtype, ops[0].weight.device
+        self.dtype, self.device, self._products = dtype, ops[0].weight.device, _products()
         self.domain = _slices([chains * prod(op.input_shape) for op in ops])
         self.range = _slices([chains * prod(op.output_shape) for op in ops])
         self.chains = _slices([chains] * len(ops))
@@ -147,8 +169,8 @@ class _ConvStack:
     ) -> tuple[Tensor, Tensor]:
         return self._apply(*self._directions[1], x, out, square, history)
 
-    @staticmethod
     def _apply(
+        self,
         plan: OperatorPlan,
         weights: Tensor,
         x: Tensor,
@@ -158,7 +180,7 @@ class _ConvStack:
     ) -> tuple[Tensor, Tensor]:
         out = x.new_empty(plan.target_size) if out is None else out
         square = torch.zeros(plan.chains, dtype=torch.float64, device=x.device) if square is None else square
-        return operator_step_(out, square, x, weights, plan, **history), square
+        return operator_step_(out, square, x, weights, plan, products=self._products, **history), square
 
 
 class _ComposedStack:

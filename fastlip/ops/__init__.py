@@ -27,16 +27,18 @@ from torch import Tensor
 
 from fastlip.ops._krylov import krylov_bound, top_eigenpairs
 from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan, pack_weight, packed_size
-from fastlip.ops._operator_step import operator_step_
+from fastlip.ops._operator_step import PRODUCTS, Products, operator_step_
 from fastlip.ops._register import Backend, backends
 from fastlip.ops.reference import compute_dtype
 
 __all__ = [
+    "PRODUCTS",
     "APGDState",
     "Backend",
     "ConvGeometry",
     "Norm",
     "OperatorPlan",
+    "Products",
     "apgd_schedule",
     "apgd_state",
     "apgd_step_",

@@ -1,9 +1,15 @@
 """The checked wrapper of ``operator_step_``."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from fastlip.ops._operator_plan import OperatorPlan
+
+#: How the CUDA library multiplies float32 numbers.
+Products = Literal["float32", "3xtf32"]
+PRODUCTS: tuple[Products, ...] = get_args(Products)
 
 
 def operator_step_(
@@ -17,6 +23,7 @@ def operator_step_(
     previous: Tensor | None = None,  # [target_size]
     previous_square: Tensor | None = None,  # [chains] float64
     active: Tensor | None = None,  # [operators] bool
+    products: Products = "float32",
 ) -> Tensor:
     """Apply many operators to many vectors, with the scaling of a bidiagonalisation step, in place; returns ``out``.
 
@@ -29,6 +36,10 @@ def operator_step_(
     A^T. Without ``previous`` it is a step of power iteration, without ``x_square`` a plain application. A chain whose
     ||x|| is 0 gives 0. The result does not depend on the number of threads.
 
+    ``products`` matters to the CUDA library in float32 alone: "float32" takes multiply-adds, "3xtf32" matrix units on
+    numbers split in two (Ootomo and Yokota 2022), about as accurate on finite numbers below 2^127. The CPU library, the
+    Triton kernels, the reference and float64 take their own multiply-adds with either.
+
     Args:
         out: target vectors of all operators, each [chains, pixels, channels], float32 or float64; not ``x``.
         out_square: receives the squared norms, [chains] float64.
@@ -39,9 +50,10 @@ def operator_step_(
         previous: vectors to subtract, like ``out``; may not be ``out``. Takes ``x_square`` and ``previous_square``.
         previous_square: squared norms of ``previous``.
         active: operators to apply; the others' parts of ``out`` and ``out_square`` are left as they are.
+        products: "float32" or "3xtf32".
 
     Raises:
-        ValueError: a shape, device or layout is wrong; the message names the argument.
+        ValueError: a shape, device, layout or ``products`` is wrong; the message names the argument.
         TypeError: a dtype is wrong; the message names the argument.
     """
     if out.dtype not in (torch.float32, torch.float64):
@@ -67,10 +79,13 @@ def operator_step_(
         if active.dtype != torch.bool:
             raise TypeError(f"active must be bool, got {active.dtype}")
         _check("active", active, len(plan.problems), plan)
+    if products not in PRODUCTS:
+        raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
     if any(other is out for other in (x, previous)):
         raise ValueError("out must be another tensor than x and previous")
     tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains, plan.parts)
-    torch.ops.fastlip.operator_step_(out, out_square, x, x_square, previous, previous_square, weights, *tables, active)
+    history = (x_square, previous, previous_square)
+    torch.ops.fastlip.operator_step_(out, out_square, x, *history, weights, *tables, products, active)
     return out
 
 

@@ -31,7 +31,7 @@ SCHEMAS = {
     f"Tensor schedule, {_EPS}, str norm, {_BOUNDS}, float momentum, float rho, Tensor? active) -> ()",
     "operator_step_": "(Tensor(a!) out, Tensor(b!) out_square, Tensor x, Tensor? x_square, Tensor? previous, "
     "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor bundles, Tensor entries, "
-    "int most_chains, int parts, Tensor? active) -> ()",
+    "int most_chains, int parts, str products, Tensor? active) -> ()",
 }
 #: Operators that run on the CPU alone, natively where the CPU library was built.
 HOST_SCHEMAS = {

@@ -398,6 +398,7 @@ def operator_step_(
     entries: Tensor,
     most_chains: int,
     parts: int,
+    products: str,
     active: Tensor | None,
 ) -> None:
     """Each target element is the sum that the tables spell out; tiles only say which bundles belong to an operator."""

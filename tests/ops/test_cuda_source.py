@@ -1,11 +1,13 @@
 """The CUDA kernels' source run on the CPU, without a GPU: the op tests on a library made of it.
 
-operator_step_ runs with all its threads, which meet at every barrier, and with plans as for a GPU. The teams of the
-other ops have one thread and warps one lane, so addresses, bounds, tails, decisions and searches are those of the GPU,
-but not reductions, barriers and clusters. Takes a C++ compiler and CUDA's headers.
+operator_step_ runs with all its threads, which meet at every barrier, and with plans as for a GPU; the lanes of its
+warps exchange what a matrix instruction multiplies. The teams of the other ops have one thread and warps one lane, so
+addresses, bounds, tails, decisions and searches are those of the GPU, but not reductions, barriers and clusters. Takes
+a C++ compiler and CUDA's headers.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +20,15 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc"
 KERNELS = ("pgd_step", "apgd_step", "random_start", "operator_step")
 COMPILER = shutil.which("g++")
-#: Puts the library before the installed one, makes sure of it, and plans as for a small GPU.
+#: Puts the library before the installed one, makes sure of it, and plans as for a small GPU. What runs on the host
+#: alone is not in it.
 PLUGIN = """
 import fastlip, torch
 fastlip.__path__.insert(0, {folder!r})
 from fastlip import ops
+from fastlip.ops import _register, reference
+for name in _register.HOST_SCHEMAS:
+    _register._library.impl(name, getattr(reference, name), "CPU")
 plan = ops.operator_plan
 
 def plan_as_for_a_gpu(*args, tile_columns=64, **options):
@@ -89,7 +95,7 @@ def library(tmp_path_factory) -> Path:
 def run_tests(library: Path, names: tuple[str, ...], **variables: str) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("FASTLIP_BACKEND", "FASTLIP_CPU_ISA", "TRITON_INTERPRET")}
     env |= {"PYTHONPATH": str(library), "OMP_NUM_THREADS": "1"} | variables
-    tests = [str(HERE / f"test_{name}.py") for name in names]
+    tests = [str(HERE / name) + ".py" for name in names]
     options = ["-q", "-p", "host_cuda_plugin", "-p", "no:cacheprovider", "-m", "not gpu and not slow"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests], env=env, capture_output=True, text=True, timeout=900
@@ -101,11 +107,27 @@ def run_tests(library: Path, names: tuple[str, ...], **variables: str) -> None:
 @pytest.mark.parametrize("shared_bytes", [200_000, 2_000], ids=["staged", "streamed"])
 def test_op_tests_pass_on_the_cuda_source(library, shared_bytes):
     """Staged: samples up to 25,000 floats stay on chip; streamed: hardly any does."""
-    run_tests(library, ("pgd_ops", "apgd_step", "random_start"), FASTLIP_HOST_SHARED=str(shared_bytes))
+    run_tests(library, ("test_pgd_ops", "test_apgd_step", "test_random_start"), FASTLIP_HOST_SHARED=str(shared_bytes))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["up", "down"])
 def test_operator_tests_pass_on_the_cuda_source(library, order):
     """Between barriers threads run one after the other: a race shows in one of the orders."""
-    run_tests(library, ("operator_step",), FASTLIP_HOST_ORDER=order)
+    run_tests(library, ("test_operator_step", "../norms/test_products"), FASTLIP_HOST_ORDER=order)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["compute_80", "compute_90"])
+def test_products_are_the_instructions_they_should_be(architecture):
+    source = SOURCES / "kernels/cuda/operator_step.cu"
+    command = ["nvcc", "-std=c++17", f"-arch={architecture}", "--expt-relaxed-constexpr", f"-I{SOURCES}", "-ptx"]
+    text = subprocess.run([*command, str(source), "-o", "-"], check=True, capture_output=True, text=True).stdout
+    kernels = {name: body for name, body in re.findall(r"\.entry \w*?operator_step_kernelI(\w+)(.*?)\n}", text, re.S)}
+    assert len(kernels) == 3
+    for name, body in kernels.items():
+        # Four tiles of rows, one to four of columns, three products of each.
+        assert body.count("mma.sync.aligned.m16n8k8.row.col.f32.tf32") == (120 if "MatrixUnits" in name else 0), name
+        assert body.count("tf32") == body.count("mma.sync") * 2, name
+        assert "cp.async.cg.shared.global" in body, name

@@ -9,16 +9,17 @@
 //
 // Matrix units: TF32 and bfloat16 inputs make certificates useless (intervals 6 to 50 times as wide as the norm, see
 // benchmarks/bench_precision.py); 3xTF32, three products of split inputs, does as well as float32. By data sheets it
-// reaches 52 TFLOP/s where these do 19.5 (A100), and 165 where they do 67 (H100, H200), 34 operations in the time of a
-// byte: worth having from four chains on. It is not built: splitting takes vector instructions too, and what is left of
-// that advantage has to be timed.
+// reaches 52 TFLOP/s where these do 19.5 (A100), and 165 where they do 67 (H100, H200; less by mma.sync, which Luo et
+// al. 2024 found short of Hopper's full rate), 34 operations in the time of a byte: worth having from four chains on.
+// It is there to be asked for (products; operator_sums.cuh) and not the default, since no GPU has timed it. A warp's
+// step of 8 products on a full tile takes 48 instructions of the matrix units and, as compiled for sm_80, about 170
+// others: 72 split, 64 add, 12 read.
 //
 // One block of 64 threads takes one row of the tile table: up to 64 target channels by 64 columns (pixels and chains)
 // over a part of the products. No thread knows the geometry: for each tap the table names the source pixel of a target
 // pixel, and its channels, contiguous, are gathered by asynchronous copies of 16 bytes (of one element where channels
-// or addresses are odd) three chunks deep; zeros are filled in where no pixel is met. A thread multiplies 8 channels by
-// 8 columns, 256 multiply-adds for every 16 reads of 16 bytes from shared memory; on tiles of fewer channels or columns
-// threads share the products instead. float32 sums are blocked: 64 products in one register, then added to another.
+// or addresses are odd) three chunks deep; zeros are filled in where no pixel is met. operator_sums.cuh multiplies.
+// float32 sums are blocked: 64 products in one register, then added to another.
 //
 // Parts of a tile leave their sums in scratch, and the one that finishes last adds them up in order. Then the tile is
 // scaled, the previous vector subtracted and the result written, with its squared norm per chain to scratch; the block
@@ -27,28 +28,22 @@
 //
 // Depthwise convolutions are bound by memory: a thread takes 16 bytes of channels of four columns at a time.
 #include "kernels/cuda/copy_async.cuh"
+#include "kernels/cuda/operator_sums.cuh"
 #include "kernels/cuda/operator_tile.h"
 #include "kernels/cuda/team.cuh"
 
 namespace fastlip::cuda {
 namespace {
 
-constexpr int kThreads = 64, kBlocksEach = 4;  // blocks on a multiprocessor: 256 registers a thread
+constexpr int kBlocksEach = 4;  // on a multiprocessor: 256 registers a thread
 constexpr int kStages = 3;
 constexpr int kFlush = 4;  // chunks whose float32 products one register sums up, 16 each
 
-template <typename T>
-struct Stage {
-  static constexpr int kPiece = 16 / sizeof(T), kDepth = kPieces * kPiece;
-  T weights[kDepth][kTileRows];
-  T columns[kTileColumns][kDepth + kPiece];  // the padding keeps eight neighbours' reads apart
-};
-
-template <typename T>
+template <typename Units, typename T = typename Units::Number>
 struct Shared {
   union {
-    Stage<T> stages[kStages];
-    T exchanged[Shape::kRows * Shape::kColumns][kThreads / 2];
+    typename Units::Stage stages[kStages];
+    typename Units::Exchange exchange;
     double squares[kTileRows * sizeof(T) / 16][kTileColumns];  // of runs of channels
     double sums[kThreads];
   };
@@ -58,15 +53,16 @@ struct Shared {
 };
 
 // A block's share of the work: one row of the tile table.
-template <typename T>
+template <typename Units>
 class TileBlock {
  public:
+  using T = typename Units::Number;
+  using Stage = typename Units::Stage;
   using Piece = typename Chunks<16 / sizeof(T)>::Piece;
   static constexpr int kPiece = 16 / sizeof(T);
-  static constexpr bool kBlocked = sizeof(T) == 4;
   static constexpr int kRowPieces = kTileRows / kPiece;  // of 16 bytes
 
-  __device__ TileBlock(const OperatorStep& p, Shared<T>& shared)
+  __device__ TileBlock(const OperatorStep& p, Shared<Units>& shared)
       : p_(p),
         shared_(shared),
         tile_(reinterpret_cast<const OperatorStep::Tile*>(p.tiles)[blockIdx.x]),
@@ -155,7 +151,7 @@ class TileBlock {
   }
 
   __device__ void copy(const Products& products, const Cursor& cursor, const Columns& columns, const Fetch& fetch,
-                       Stage<T>& stage) const {
+                       Stage& stage) const {
     // Weights: pass i brings the rows of piece i.
     constexpr int kRowsEach = kThreads / kRowPieces;
     static_assert(kRowsEach == kPiece);
@@ -200,44 +196,9 @@ class TileBlock {
     }
   }
 
-  using Sums = T[Shape::kRows][Shape::kColumns];
-
-  __device__ static void multiply(const Stage<T>& stage, const Shape& shape, Sums& sums) {
-    const int row0 = shape.row(threadIdx.x, 0), row1 = shape.row(threadIdx.x, 4);
-#pragma unroll 1
-    for (int piece = shape.split(threadIdx.x); piece < kPieces; piece += shape.splits) {
-      T columns[Shape::kColumns][kPiece];
-#pragma unroll
-      for (int j = 0; j < Shape::kColumns; ++j)
-        read<kPiece>(stage.columns[shape.column(threadIdx.x, j)] + piece * kPiece, columns[j]);
-#pragma unroll
-      for (int k = 0; k < kPiece; ++k) {
-        T low[4], high[4];
-        read<4>(stage.weights[piece * kPiece + k] + row0, low);
-        read<4>(stage.weights[piece * kPiece + k] + row1, high);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-#pragma unroll
-          for (int j = 0; j < Shape::kColumns; ++j) {
-            sums[i][j] += low[i] * columns[j][k];
-            sums[i + 4][j] += high[i] * columns[j][k];
-          }
-        }
-      }
-    }
-  }
-
-  template <int kCount>
-  __device__ static void read(const T* from, T (&out)[kCount]) {
-    const auto pack = Pack<T, kCount>::load(from);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) out[i] = pack.at[i];
-  }
-
   // False where other parts of the tile are still at work; the last one carries on.
   __device__ bool dense() {
     const Products products(place_.tap_count, place_.channels);
-    const Shape shape(place_.lanes, columns_);
     const int begin = products.begin(tile_.part, tile_.parts), end = products.begin(tile_.part + 1, tile_.parts);
     Columns columns;
 #pragma unroll
@@ -247,7 +208,7 @@ class TileBlock {
       columns.first_source[i] = place_.chain_of(first_ + column) * place_.source_pixels;
     }
 
-    Sums total = {}, sums = {};
+    Units units(place_.lanes, columns_);
     Fetch fetch;
     Cursor next = products.cursor(begin);
     int ahead = begin;  // the chunk that `next` and `fetch` are of
@@ -266,14 +227,15 @@ class TileBlock {
       wait_for_copies<kStages - 2>();
       __syncthreads();  // this chunk is there, and everyone is done with the one before it, whose stage is next
       copy_next();
-      multiply(shared_.stages[(chunk - begin) % kStages], shape, sums);
-      if (kBlocked && (chunk - begin) % kFlush == kFlush - 1) flush(sums, total);
+      units.multiply(shared_.stages[(chunk - begin) % kStages]);
+      if (Units::kBlocked && (chunk - begin) % kFlush == kFlush - 1) units.flush();
     }
-    flush(sums, total);
+    units.flush();
     wait_for_copies<0>();
     __syncthreads();  // the stages' memory serves what follows
 
-    gather_splits(shape, total);
+    Sums<T>& total = units.hand_over(shared_.exchange);
+    const Shape shape = units.shape();
     const bool mine = shape.split(threadIdx.x) == 0;
     if (tile_.parts > 1 && !gather_parts(mine, total)) return false;
     if (mine) {
@@ -298,43 +260,11 @@ class TileBlock {
     return true;
   }
 
-  __device__ static void flush(Sums& sums, Sums& total) {
-#pragma unroll
-    for (int i = 0; i < Shape::kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < Shape::kColumns; ++j) {
-        total[i][j] += sums[i][j];
-        sums[i][j] = 0;
-      }
-    }
-  }
-
-  // Add up, in the threads of the first split, what the splits summed up.
-  __device__ void gather_splits(const Shape& shape, Sums& total) {
-    const int width = shape.row_groups * shape.column_groups, mine = shape.split(threadIdx.x);
-    for (int split = 1; split < shape.splits; ++split) {
-      if (mine == split)
-        each(total, [&](int index, T& value) { shared_.exchanged[index][threadIdx.x % width] = value; });
-      __syncthreads();
-      if (mine == 0) each(total, [&](int index, T& value) { value += shared_.exchanged[index][threadIdx.x]; });
-      __syncthreads();
-    }
-  }
-
-  template <typename Body>
-  __device__ static void each(Sums& sums, Body body) {
-#pragma unroll
-    for (int i = 0; i < Shape::kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < Shape::kColumns; ++j) body(i * Shape::kColumns + j, sums[i][j]);
-    }
-  }
-
   // --- parts and operators -------------------------------------------------------------------------------------------
-  __device__ bool gather_parts(bool mine, Sums& total) {
+  __device__ bool gather_parts(bool mine, Sums<T>& total) {
     constexpr int64_t kElements = OperatorStep::kBlock * OperatorStep::kPartColumns;
     T* const sums = static_cast<T*>(p_.sums) + (tile_.slot - tile_.part) * kElements + threadIdx.x;
-    if (mine) each(total, [&](int index, T& value) { sums[tile_.part * kElements + index * kThreads] = value; });
+    if (mine) each<T>(total, [&](int index, T& value) { sums[tile_.part * kElements + index * kThreads] = value; });
     // The tile's squares stand in the row of its first part.
     if (tile_.part > 0) {
       for (int chain = threadIdx.x; chain < place_.chains; chain += kThreads) partial(blockIdx.x)[chain] = 0;
@@ -344,9 +274,9 @@ class TileBlock {
       return false;
     }
     if (mine) {
-      each(total, [](int, T& value) { value = 0; });
+      each<T>(total, [](int, T& value) { value = 0; });
       for (int64_t part = 0; part < tile_.parts; ++part) {
-        each(total, [&](int index, T& value) { value += __ldcg(sums + part * kElements + index * kThreads); });
+        each<T>(total, [&](int index, T& value) { value += __ldcg(sums + part * kElements + index * kThreads); });
       }
     }
     return true;
@@ -431,7 +361,7 @@ class TileBlock {
   }
 
   const OperatorStep& p_;
-  Shared<T>& shared_;
+  Shared<Units>& shared_;
   const OperatorStep::Tile tile_;
   const OperatorStep::Problem problem_;
   const TilePlace place_;
@@ -441,28 +371,30 @@ class TileBlock {
   int square_groups_;
 };
 
-template <typename T>
+template <typename Units>
 __global__ void __launch_bounds__(kThreads, kBlocksEach) operator_step_kernel(const __grid_constant__ OperatorStep p) {
-  __shared__ Shared<T> shared;
+  __shared__ Shared<Units> shared;
   const auto problem = reinterpret_cast<const OperatorStep::Tile*>(p.tiles)[blockIdx.x].problem;
   if (p.active != nullptr && p.active[problem] == 0) return;
-  TileBlock<T>(p, shared).run();
+  TileBlock<Units>(p, shared).run();
 }
 
-template <typename T>
+template <typename Units>
 cudaError_t launch(const OperatorStep& p, void* stream) {
   const size_t bytes = static_cast<size_t>(p.problem_count + p.parts) * sizeof(int32_t);
   if (const auto error = cudaMemsetAsync(p.counters, 0, bytes, static_cast<cudaStream_t>(stream)); error != cudaSuccess)
     return error;
   const auto config = configure(p.tile_count, kThreads, 0, stream);
-  return cudaLaunchKernelEx(&config, operator_step_kernel<T>, p);
+  return cudaLaunchKernelEx(&config, operator_step_kernel<Units>, p);
 }
 
 }  // namespace
 
 int operator_step_(const OperatorStep& step, void* stream) {
   if (step.tile_count == 0) return cudaSuccess;
-  return step.dtype == DType::f64 ? launch<double>(step, stream) : launch<float>(step, stream);
+  if (step.dtype == DType::f64) return launch<VectorUnits<double>>(step, stream);
+  return step.products == Products::tf32x3 ? launch<MatrixUnits>(step, stream)
+                                           : launch<VectorUnits<float>>(step, stream);
 }
 
 }  // namespace fastlip::cuda

@@ -278,6 +278,7 @@ def operator_step_(
     entries: Tensor,
     most_chains: int,
     parts: int,
+    products: str,
     active: Tensor | None,
 ) -> None:
     if len(tiles) == 0:

@@ -1,6 +1,6 @@
 // CUDA's launches and threads on the host, for test_cuda_source.py: kernels whose teams of threads exchange values
-// between lanes run with one thread a block, those that only meet at barriers with all of them, the others with all of
-// them one after the other, the first last.
+// between lanes run with one thread a block, those that only meet at barriers or multiply on matrix units with all of
+// them, the others with all of them one after the other, the first last.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -79,6 +79,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 }
 
 inline void __syncthreads() { Fibers::barrier(); }
+inline void __syncwarp() { Fibers::warp_barrier(); }
 inline void __threadfence() {}
 inline int atomicAdd(int* at, int value) {
   const int old = *at;

@@ -1,0 +1,54 @@
+"""The ways to multiply: what FASTLIP_PRODUCTS chooses, and that certificates are as good with either.
+
+The backends of a CPU have one way; test_cuda_source.py runs these tests on the CUDA library's source.
+"""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlip import conv_norm
+from fastlip.norms import NormInterval, _stack
+from fastlip.ops import PRODUCTS
+
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+
+
+def weight(device: str) -> Tensor:
+    return torch.randn(24, 16, 3, 3, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def norm(device: str, dtype: torch.dtype = torch.float32) -> NormInterval:
+    generator = torch.Generator().manual_seed(0)
+    return conv_norm(weight(device), (8, 8), padding=1, method="lanczos", rtol=1e-3, dtype=dtype, generator=generator)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_certificates_are_as_good(products, device, monkeypatch):
+    monkeypatch.delenv("FASTLIP_PRODUCTS", raising=False)
+    exact, usual = norm("cpu", torch.float64), norm(device)
+    monkeypatch.setenv("FASTLIP_PRODUCTS", products)
+    found = norm(device)
+    assert found.converged
+    assert found.lower <= exact.upper
+    assert found.upper >= exact.lower
+    assert found.upper / found.lower - 1 <= 1.2 * (usual.upper / usual.lower - 1)
+
+
+@pytest.mark.parametrize(("value", "products"), [(None, "float32"), ("", "float32"), ("3xtf32", "3xtf32")])
+def test_the_variable_reaches_the_operator(value, products, monkeypatch):
+    monkeypatch.delenv("FASTLIP_PRODUCTS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FASTLIP_PRODUCTS", value)
+    with patch.object(_stack, "operator_step_", wraps=_stack.operator_step_) as step:
+        norm("cpu")
+    assert {call.kwargs["products"] for call in step.call_args_list} == {products}
+
+
+def test_an_unknown_value_is_an_error(monkeypatch):
+    monkeypatch.setenv("FASTLIP_PRODUCTS", "tf32")
+    with pytest.raises(ValueError, match="FASTLIP_PRODUCTS=tf32 is unknown; choose one of float32, 3xtf32"):
+        norm("cpu")
