@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,7 +64,12 @@ def module_operator(
             size, module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding, strict=True
         )
         output_size = tuple((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, s, p, d, k, extra in axes)
-    return conv_operator(weight, output_size, padding=module.padding, **geometry)
+    op = conv_operator(weight, output_size, padding=module.padding, **geometry)
+    if op.output_size == size:
+        return op
+    # An output padding of a stride or more adds what the adjoint must not reach: it goes off the far end's padding.
+    ends = zip(size, op.input_size, op.stride, op.extent, op.padding, strict=True)
+    return replace(op, padding=tuple((p, (n - 1) * s + e - m - p) for n, m, s, e, (p, _) in ends))
 
 
 def _scale(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:

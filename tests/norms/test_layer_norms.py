@@ -227,6 +227,18 @@ def test_a_transposed_convolution_has_the_size_it_was_told() -> None:
     assert_contains(layer_norms(model, (3, 8, 8)), "up", jacobian_norm(model, (3, 8, 8)))
 
 
+@pytest.mark.parametrize("method", ["auto", "lanczos", "ring"])
+def test_output_padding_may_exceed_the_stride(method: str) -> None:
+    # torch allows it where the dilation is larger.
+    torch.manual_seed(4)
+    model = nn.ConvTranspose2d(2, 1, (2, 3), (3, 1), (2, 1), output_padding=(0, 1), dilation=2)
+    report = layer_norms(model, (2, 3, 4), method=method)
+    truth = jacobian_norm(model, (2, 3, 4))
+    interval = report["ConvTranspose2d"]
+    assert interval.lower <= truth * (1 + 1e-11)
+    assert interval.upper >= truth * (1 - 1e-11)
+
+
 def test_wrappers_are_looked_through(net: Net) -> None:
     plain = layer_norms(net, (3, 10, 10))
     for wrapped in (nn.DataParallel(net), torch.compile(net)):
