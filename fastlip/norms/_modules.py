@@ -37,16 +37,16 @@ def module_operator(
 
     Raises:
         TypeError: there is no such map for this module.
-        ValueError: the weight holds NaN or infinite values, the shape does not fit, or the module is of a subclass that
-            overrides ``forward``, so that it may apply something else than its weight.
+        ValueError: the weight holds NaN or infinite values, the shape does not fit, or the module has another
+            ``forward`` than its class in torch, so that it may apply something else than its weight.
     """
     if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
         raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
     kind = next(cls for cls in (*CONVS, *TRANSPOSED, nn.Linear) if isinstance(module, cls))
-    if type(module).forward is not kind.forward:
+    if not keeps_forward(module, kind):
         raise ValueError(
-            f"{type(module).__name__} overrides {kind.__name__}.forward, and may apply another map than its weight; "
-            "describe that map with fastlip.norms.conv_operator"
+            f"{type(module).__name__} has another forward than {kind.__name__}, and may apply another map than its "
+            "weight; describe that map with fastlip.norms.conv_operator"
         )
     weight = module.weight.detach()
     if isinstance(module, nn.Linear):
@@ -83,6 +83,11 @@ def _scale(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: 
     if second is not None:
         scaled.unflatten(0, (groups, -1)).mul_(second.to(scaled).reshape(groups, 1, -1, *ones))
     return scaled
+
+
+def keeps_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module does what ``cls`` does: neither its own class nor the module itself overrides ``forward``."""
+    return type(module).forward is cls.forward and "forward" not in vars(module)
 
 
 def batchnorm_scale(module: nn.Module) -> Tensor:

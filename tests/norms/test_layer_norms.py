@@ -197,8 +197,12 @@ def test_a_layer_that_applies_something_else_than_its_weight_is_refused() -> Non
         def forward(self, x: Tensor) -> Tensor:
             return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
 
-    with pytest.raises(ValueError, match=r"layer 1: Standardised overrides Conv2d\.forward"):
+    with pytest.raises(ValueError, match=r"layer 1: Standardised has another forward than Conv2d"):
         layer_norms(nn.Sequential(nn.Identity(), Standardised(1, 2, 3)), (1, 4, 4))
+    patched = nn.Conv2d(1, 2, 3)
+    patched.forward = lambda x: 2.0 * nn.Conv2d.forward(patched, x)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"layer Conv2d: Conv2d has another forward than Conv2d"):
+        layer_norms(patched, (1, 4, 4))
 
 
 def test_a_layer_may_be_given_its_input_by_name() -> None:
