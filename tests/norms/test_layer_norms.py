@@ -258,6 +258,10 @@ def test_what_is_no_model_is_refused() -> None:
         layer_norms(nn.Linear(3, 3), 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^Linear does not run on an input of shape \[4\], without the batch axis"):
         layer_norms(nn.Linear(3, 3), (4,))
+    exhausted = nn.ReLU()
+    exhausted.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        layer_norms(exhausted, (3,))
     scripted = torch.jit.trace(nn.Linear(3, 3), torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"TorchScript \(at 1\)"):
         layer_norms(nn.Sequential(nn.ReLU(), scripted), (3,))
