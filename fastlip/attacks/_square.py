@@ -150,7 +150,7 @@ class _Draws:
         image = _as_image(batch.x0)
         self.channels, self.height, self.width = image.shape[1:]
         needed = 5 + self.channels * (max(self.width, _TILES**2) + 1)
-        centre = torch.zeros(len(batch), needed, device=image.device)
+        centre = torch.zeros(len(batch), needed, dtype=torch.float32, device=image.device)
         self.uniform = ops.random_start(
             centre, eps=1.0, bounds=(-math.inf, math.inf), ids=batch.ids, generator=generator
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastlip.norms import NormInterval, Operator
+from fastlip.norms import NormInterval, Operator, keeps_forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ def find_rule(module: nn.Module) -> Rule | None:
     """The rule of the nearest class a module derives from, or None; None too where it has a forward of its own."""
     for cls in type(module).__mro__:
         if cls in _RULES:
-            return _RULES[cls] if type(module).forward is cls.forward else None
+            return _RULES[cls] if keeps_forward(module, cls) else None
     return None
 
 

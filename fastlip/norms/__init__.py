@@ -12,7 +12,7 @@ from fastlip.norms._conv_norm import conv_norm
 from fastlip.norms._exact import simplify, trim
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._layers import bare_model, eval_mode, example_input, layer_norms, runs_on
-from fastlip.norms._modules import batchnorm_scale, diagonal_norm, module_operator
+from fastlip.norms._modules import batchnorm_scale, diagonal_norm, keeps_forward, module_operator
 from fastlip.norms._operator import Operator, conv_operator
 from fastlip.norms._report import NormReport
 from fastlip.norms._solve import Settings, operator_norms
@@ -32,6 +32,7 @@ __all__ = [
     "diagonal_norm",
     "eval_mode",
     "example_input",
+    "keeps_forward",
     "layer_norms",
     "module_operator",
     "operator_norms",

@@ -313,6 +313,8 @@ def runs_on(model: nn.Module, input_shape: Sequence[int]) -> Iterator[None]:
     """Errors of torch in a forward pass as ones that say what the model was given."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         name = type(model).__name__
         raise ValueError(

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,16 +40,16 @@ def module_operator(
 
     Raises:
         TypeError: there is no such map for this module.
-        ValueError: the weight holds NaN or infinite values, the shape does not fit, or the module is of a subclass that
-            overrides ``forward``, so that it may apply something else than its weight.
+        ValueError: the weight holds NaN or infinite values, the shape does not fit, or the module has another
+            ``forward`` than its class in torch, so that it may apply something else than its weight.
     """
     if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
         raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
     kind = next(cls for cls in (*CONVS, *TRANSPOSED, nn.Linear) if isinstance(module, cls))
-    if type(module).forward is not kind.forward:
+    if not keeps_forward(module, kind):
         raise ValueError(
-            f"{type(module).__name__} overrides {kind.__name__}.forward, and may apply another map than its weight; "
-            "describe that map with fastlip.norms.conv_operator"
+            f"{type(module).__name__} has another forward than {kind.__name__}, and may apply another map than its "
+            "weight; describe that map with fastlip.norms.conv_operator"
         )
     weight = module.weight.detach()
     if isinstance(module, nn.Linear):
@@ -69,7 +70,12 @@ def module_operator(
             size, module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding, strict=True
         )
         output_size = tuple((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, s, p, d, k, extra in axes)
-    return conv_operator(weight, output_size, padding=module.padding, **geometry)
+    op = conv_operator(weight, output_size, padding=module.padding, **geometry)
+    if op.output_size == size:
+        return op
+    # An output padding of a stride or more adds what the adjoint must not reach: it goes off the far end's padding.
+    ends = zip(size, op.input_size, op.stride, op.extent, op.padding, strict=True)
+    return replace(op, padding=tuple((p, (n - 1) * s + e - m - p) for n, m, s, e, (p, _) in ends))
 
 
 def _scale(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:
@@ -85,6 +91,11 @@ def _scale(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: 
 
 #: Why a BatchNorm has no factors.
 NO_STATISTICS = "BatchNorm without running statistics uses those of the batch, and has no Lipschitz constant"
+
+
+def keeps_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module does what ``cls`` does: neither its own class nor the module itself overrides ``forward``."""
+    return type(module).forward is cls.forward and "forward" not in vars(module)
 
 
 def batchnorm_scale(module: nn.Module) -> Tensor:

@@ -30,6 +30,19 @@ def test_fells_images_without_gradients(cnn_problem, norm):
     assert (length <= EPS[norm] * (1 + 1e-6) + 1e-5).all()
 
 
+def test_draws_do_not_depend_on_the_default_dtype(cnn_problem):
+    model, inputs, labels = cnn_problem
+    call = {"eps": 0.01, "queries": 5}
+    plain = attacks.square(model, inputs, labels, generator=gen(), **call)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = attacks.square(model, inputs, labels, generator=gen(), **call)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(plain, found)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_more_queries_fell_no_fewer(cnn_problem, norm):
     """Restarts are nested; the window schedule of a longer run is another one."""

@@ -250,6 +250,10 @@ def test_a_subclass_with_a_forward_of_its_own_does_not_inherit_a_rule() -> None:
     with pytest.raises(ValueError, match=r"cannot be traced"):
         lipschitz_bound(nn.Sequential(Activated(4)), (4,))
     assert lipschitz_bound(nn.Sequential(Renamed()), (4,)).upper == 1.0
+    patched = nn.ReLU()
+    patched.forward = lambda x: 2.0 * F.relu(x)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"no Lipschitz rule for ReLU \(at 0\)"):
+        lipschitz_bound(nn.Sequential(patched), (4,))
     parametrised = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
     norm = torch.linalg.matrix_norm(parametrised.weight, 2).item()
     assert lipschitz_bound(parametrised, (4,)).upper == pytest.approx(norm, rel=1e-5)

@@ -197,8 +197,12 @@ def test_a_layer_that_applies_something_else_than_its_weight_is_refused() -> Non
         def forward(self, x: Tensor) -> Tensor:
             return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
 
-    with pytest.raises(ValueError, match=r"layer 1: Standardised overrides Conv2d\.forward"):
+    with pytest.raises(ValueError, match=r"layer 1: Standardised has another forward than Conv2d"):
         layer_norms(nn.Sequential(nn.Identity(), Standardised(1, 2, 3)), (1, 4, 4))
+    patched = nn.Conv2d(1, 2, 3)
+    patched.forward = lambda x: 2.0 * nn.Conv2d.forward(patched, x)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"layer Conv2d: Conv2d has another forward than Conv2d"):
+        layer_norms(patched, (1, 4, 4))
 
 
 def test_a_layer_may_be_given_its_input_by_name() -> None:
@@ -227,6 +231,18 @@ def test_a_transposed_convolution_has_the_size_it_was_told() -> None:
     assert_contains(layer_norms(model, (3, 8, 8)), "up", jacobian_norm(model, (3, 8, 8)))
 
 
+@pytest.mark.parametrize("method", ["auto", "lanczos", "ring"])
+def test_output_padding_may_exceed_the_stride(method: str) -> None:
+    # torch allows it where the dilation is larger.
+    torch.manual_seed(4)
+    model = nn.ConvTranspose2d(2, 1, (2, 3), (3, 1), (2, 1), output_padding=(0, 1), dilation=2)
+    report = layer_norms(model, (2, 3, 4), method=method)
+    truth = jacobian_norm(model, (2, 3, 4))
+    interval = report["ConvTranspose2d"]
+    assert interval.lower <= truth * (1 + 1e-11)
+    assert interval.upper >= truth * (1 - 1e-11)
+
+
 def test_wrappers_are_looked_through(net: Net) -> None:
     plain = layer_norms(net, (3, 10, 10))
     for wrapped in (nn.DataParallel(net), torch.compile(net)):
@@ -242,6 +258,10 @@ def test_what_is_no_model_is_refused() -> None:
         layer_norms(nn.Linear(3, 3), 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^Linear does not run on an input of shape \[4\], without the batch axis"):
         layer_norms(nn.Linear(3, 3), (4,))
+    exhausted = nn.ReLU()
+    exhausted.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        layer_norms(exhausted, (3,))
     scripted = torch.jit.trace(nn.Linear(3, 3), torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"TorchScript \(at 1\)"):
         layer_norms(nn.Sequential(nn.ReLU(), scripted), (3,))
