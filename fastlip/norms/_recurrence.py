@@ -1,5 +1,6 @@
 """The bidiagonalisations of many operators, a chunk of steps at a time."""
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -40,11 +41,7 @@ class Recurrence:
         """Begin at ``starts``, flat, of norm 1 up to rounding."""
         self._stack, self.device, self.steps = operators, operators.device, 0
         self.active = torch.ones(len(operators.chains), dtype=torch.bool, device=self.device)
-        rows = [
-            starts[place].unflatten(0, (chains.stop - chains.start, -1))
-            for place, chains in zip(operators.domain, operators.chains, strict=True)
-        ]
-        self._start = torch.cat([torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in rows]).square()
+        self._start = _lengths(operators, starts).square()
         self._blocks: list[_Block] = []
         self._reserve(0)
         self._vector(0).copy_(starts)
@@ -155,6 +152,18 @@ class _Pair:
             before = self._u[1 - i], self.squares[1 - i, 0]
             w, beta, out = self.vectors[i], self.squares[1 - i, 1], self.vectors[1 - i]
             self._half_steps(w, beta, self._u[i], self.squares[i], out, before)
+
+
+def _lengths(operators: Stack, vectors: Tensor) -> Tensor:
+    """Norms of all chains; those of neighbours of one size together."""
+    found, at = [], 0
+    chains = operators.chains[0].stop
+    for size, places in groupby(place.stop - place.start for place in operators.domain):
+        end = at + size * len(list(places))
+        rows = vectors[at:end].view(-1, size // chains)
+        found.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
+        at = end
+    return torch.cat(found)
 
 
 def _room(size: int) -> int:
