@@ -470,8 +470,14 @@ def _check_inputs(x: Tensor, **others: Tensor) -> None:
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
-    if not torch.compiler.is_compiling() and x.numel() and x[0].is_set_to(others["x0"][0]):
+    if not torch.compiler.is_compiling() and x.numel() and _begin_together(x, others["x0"]):
         raise ValueError("x0 must not share its memory with x, which is changed in place; clone one of them")
+
+
+def _begin_together(x: Tensor, other: Tensor) -> bool:
+    """Whether two tensors begin at one place of one storage; neither calls an operator nor looks at memory."""
+    same: bool = x.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return same and x.storage_offset() == other.storage_offset()
 
 
 def _norm(norm: str) -> str:
