@@ -477,7 +477,7 @@ def _check_inputs(x: Tensor, **others: Tensor) -> None:
 def _begin_together(x: Tensor, other: Tensor) -> bool:
     """Whether two tensors begin at one place of one storage; neither calls an operator nor looks at memory."""
     same: bool = x.untyped_storage()._cdata == other.untyped_storage()._cdata
-    return same and x.storage_offset() == other.storage_offset()
+    return same and bool(x.storage_offset() == other.storage_offset())
 
 
 def _norm(norm: str) -> str:
