@@ -152,7 +152,7 @@ void operator_squares(const OperatorStep&);
 const char* compiled_isas();  // comma-separated
 // Chains [begin, end), of at least one step. Largest eigenvalues [chains] and their unit vectors [chains, steps].
 void top_eigenpairs(const Tridiagonal&, double* values, double* vectors, int64_t begin, int64_t end);
-void krylov_bounds(const KrylovBound&, int64_t begin, int64_t end);
+void krylov_bound(const KrylovBound&, int64_t begin, int64_t end);
 }  // namespace cpu
 
 namespace cuda {

@@ -102,7 +102,8 @@ Tridiagonal tridiagonal_of(const Tensor& diagonal, const Tensor& off) {
                     "matrices must be contiguous float64");
     STD_TORCH_CHECK(t->dim() == 2 && t->size(1) > 0, "matrices must be [chains, steps], of at least one step");
   }
-  STD_TORCH_CHECK(diagonal.size(0) == off.size(0) && diagonal.size(1) == off.size(1), "off must be like diagonal");
+  STD_TORCH_CHECK(diagonal.size(0) == off.size(0) && diagonal.size(1) == off.size(1),
+                  "off_diagonal must be like diagonal");
   return {static_cast<const double*>(diagonal.const_data_ptr()), static_cast<const double*>(off.const_data_ptr()),
           diagonal.size(0), diagonal.size(1)};
 }
@@ -140,7 +141,7 @@ Tensor krylov_bound(const Tensor& diagonal, const Tensor& off, const Tensor& las
                           numbers(overlaps, "overlaps"),
                           tolerance,
                           static_cast<double*>(upper.mutable_data_ptr())};
-  parallel_chains(matrix, [&](int64_t begin, int64_t end) { cpu::krylov_bounds(bound, begin, end); });
+  parallel_chains(matrix, [&](int64_t begin, int64_t end) { cpu::krylov_bound(bound, begin, end); });
   return upper;
 }
 

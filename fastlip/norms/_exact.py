@@ -129,7 +129,7 @@ def dense_norm(op: Operator, rtol: float, method: str = "svd", accuracy: float =
     for matrix in matrices.split(max(1, (1 << 22) // matrices.shape[1] ** 2)):
         gram = gram_matrix(matrix)
         if gram.shape[1] <= _EIGEN_SIDE:
-            gram = gram.cpu()  # which solves small ones as fast as a GPU, without a wait for each number below
+            gram = gram.cpu()  # else each number below would be waited for
         error = (_EPS * units * gram.diagonal(dim1=1, dim2=2).sum(1)).max().item() * (1.0 + 2.0 * units * _EPS)
         low, high = largest_eigenvalue(gram, accuracy)
         lower, upper = max(lower, low - error), max(upper, high + error)

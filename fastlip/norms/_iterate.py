@@ -63,16 +63,16 @@ def draw_starts(sizes: Sequence[int], plan: Plan, device: torch.device) -> tuple
     """
     total, home = plan.starts * sum(sizes), plan.generator.device
     exact = torch.randn(total, dtype=torch.float64, generator=plan.generator, device=home)
-    for rows in _rows(exact, sizes, plan.starts):
+    for rows in rows_by_size(exact, sizes, plan.starts):
         rows /= torch.linalg.vector_norm(rows, dim=2, keepdim=True)
     rounded = exact.to(plan.dtype, copy=True)
     exact -= rounded
-    moved = [torch.linalg.vector_norm(rows, dim=2).amax(1) for rows in _rows(exact, sizes, plan.starts)]
+    moved = [torch.linalg.vector_norm(rows, dim=2).amax(1) for rows in rows_by_size(exact, sizes, plan.starts)]
     return rounded.to(device), torch.cat(moved) + 1e-15
 
 
-def _rows(flat: Tensor, sizes: Sequence[int], starts: int) -> Iterator[Tensor]:
-    """Views [operators, starts, size] of runs of operators of equal size."""
+def rows_by_size(flat: Tensor, sizes: Sequence[int], starts: int) -> Iterator[Tensor]:
+    """Views [operators, starts, size] of runs of operators of equal size, in ``flat`` one after the other."""
     at = 0
     for size, run in groupby(sizes):
         count = len(list(run))

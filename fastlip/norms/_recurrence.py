@@ -1,12 +1,12 @@
 """The bidiagonalisations of many operators, a chunk of steps at a time."""
 
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlip.norms._certificate import Array
+from fastlip.norms._iterate import rows_by_size
 from fastlip.norms._replay import Replayed, Runner, worthwhile
 from fastlip.norms._stack import Stack
 
@@ -41,7 +41,13 @@ class Recurrence:
         """Begin at ``starts``, flat, of norm 1 up to rounding."""
         self._stack, self.device, self.steps = operators, operators.device, 0
         self.active = torch.ones(len(operators.chains), dtype=torch.bool, device=self.device)
-        self._start = _lengths(operators, starts).square()
+        chains = operators.chains[0].stop
+        sizes = [(place.stop - place.start) // chains for place in operators.domain]
+        lengths = [
+            torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64).flatten()
+            for rows in rows_by_size(starts, sizes, chains)
+        ]
+        self._start = torch.cat(lengths).square()
         self._blocks: list[_Block] = []
         self._reserve(0)
         self._vector(0).copy_(starts)
@@ -152,18 +158,6 @@ class _Pair:
             before = self._u[1 - i], self.squares[1 - i, 0]
             w, beta, out = self.vectors[i], self.squares[1 - i, 1], self.vectors[1 - i]
             self._half_steps(w, beta, self._u[i], self.squares[i], out, before)
-
-
-def _lengths(operators: Stack, vectors: Tensor) -> Tensor:
-    """Norms of all chains; those of neighbours of one size together."""
-    found, at = [], 0
-    chains = operators.chains[0].stop
-    for size, places in groupby(place.stop - place.start for place in operators.domain):
-        end = at + size * len(list(places))
-        rows = vectors[at:end].view(-1, size // chains)
-        found.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
-        at = end
-    return torch.cat(found)
 
 
 def _room(size: int) -> int:

@@ -23,7 +23,8 @@ DETERMINISTIC = ("ring", "gram", "cholesky")
 METHODS = ("auto", "lanczos", "power", *DETERMINISTIC, "svd")
 
 # Above this a matrix costs more than the iteration, which takes more steps the narrower its interval is to be. GPUs
-# iterate many at once, and leave the eigenvalues of a small matrix to the host: each is waited for.
+# iterate many at once, and leave the eigenvalues of a small matrix to the host: each is waited for. Their limit is a
+# guess that no GPU has measured.
 _DENSE_SIDE = 512
 _DENSE_SIDE_NARROW = 1024
 _NARROW = 5e-3

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastlip.ops import _fakes  # noqa: F401  # registers them
 from fastlip.ops._krylov import krylov_bound, top_eigenpairs
 from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan, pack_weight, packed_size
 from fastlip.ops._operator_step import PRODUCTS, Products, operator_step_
@@ -585,28 +586,3 @@ def _known_layout(x: Tensor) -> bool:
         return x[:1].is_contiguous()
     last = x[:1].movedim(1, -1)
     return last.is_contiguous()
-
-
-def _fake_step(x: Tensor, *args: object) -> None:
-    return None
-
-
-torch.library.register_fake("fastlip::pgd_step_")(_fake_step)
-torch.library.register_fake("fastlip::project_")(_fake_step)
-torch.library.register_fake("fastlip::apgd_step_")(_fake_step)
-torch.library.register_fake("fastlip::operator_step_")(_fake_step)
-
-
-@torch.library.register_fake("fastlip::random_start")
-def _(x0: Tensor, *args: object) -> Tensor:
-    return torch.empty_like(x0)
-
-
-@torch.library.register_fake("fastlip::top_eigenpairs")
-def _fake_pairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    return diagonal.new_empty(len(diagonal)), torch.empty_like(diagonal)
-
-
-@torch.library.register_fake("fastlip::krylov_bound")
-def _fake_bound(diagonal: Tensor, *others: Tensor | float) -> Tensor:
-    return diagonal.new_empty(len(diagonal))

@@ -21,6 +21,18 @@ from fastlip.study.errors import StudyError
 #: Settings that follow from the preset and the files given, and not from --set.
 FIXED = ("preset", "dataset", "source")
 
+_QUICK = Settings(
+    preset="quick",
+    dataset="cifar10",
+    source="imagenet",
+    pretrain=Schedule(images=20000, epochs=3, max_lr=0.1),
+    scratch=Schedule(images=10000, epochs=4, max_lr=0.1, snapshots=(1, 2)),
+    finetune=Schedule(images=10000, epochs=4, max_lr=0.05, snapshots=(1, 2)),
+    evaluation=Evaluation(images=200, clean_images=5000),
+    save_seconds=60.0,
+    corruptions=Corruptions(images=200),
+)
+
 PRESETS = {
     "demo": Settings(
         preset="demo",
@@ -38,28 +50,13 @@ PRESETS = {
         corruptions=Corruptions(severities=(1, 5), images=60),
         smoothing=Smoothing(images=8, samples=96),
     ),
-    "quick": Settings(
-        preset="quick",
-        dataset="cifar10",
-        source="imagenet",
-        pretrain=Schedule(images=20000, epochs=3, max_lr=0.1),
-        scratch=Schedule(images=10000, epochs=4, max_lr=0.1, snapshots=(1, 2)),
-        finetune=Schedule(images=10000, epochs=4, max_lr=0.05, snapshots=(1, 2)),
-        evaluation=Evaluation(images=200, clean_images=5000),
-        save_seconds=60.0,
-        corruptions=Corruptions(images=200),
-    ),
+    "quick": _QUICK,
     # The training of "quick" over enough seeds for questions 3 and 4, and of the measures what the questions read.
-    "seeds": Settings(
+    "seeds": dataclasses.replace(
+        _QUICK,
         preset="seeds",
-        dataset="cifar10",
-        source="imagenet",
-        pretrain=Schedule(images=20000, epochs=3, max_lr=0.1),
-        scratch=Schedule(images=10000, epochs=4, max_lr=0.1, snapshots=(1, 2)),
-        finetune=Schedule(images=10000, epochs=4, max_lr=0.05, snapshots=(1, 2)),
         evaluation=Evaluation(images=400, clean_images=5000, snapshot_images=100),
         seeds=6,
-        save_seconds=60.0,
         pgd=Pgd(linf_255=(0.5, 1.0, 2.0), l2=(), l1=()),
         strong=Strong(linf_255=(), l2=()),
         corruptions=Corruptions(severities=(1, 3, 5)),

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,8 @@ def arm_table(results: Results) -> Table:
         row("median smallest Gaussian distortion × 255", lambda m: m["smallest_gaussian"]["median"]["value"], 255.0),
         row("images below the ratio of questions 1 and 2, %", lambda m: m["ratio_share"]["value"], 100.0),
         *(
-            row(f"accuracy, {attack_name(a)}, %", lambda m, i=i: m["attacks"][i]["accuracy"]["value"], 100.0)  # type: ignore[misc]
-            for i, a in enumerate(results["models"][0]["attacks"])
+            row(f"accuracy, {attack_name(attack)}, %", partial(_accuracy_under, i), 100.0)
+            for i, attack in enumerate(results["models"][0]["attacks"])
         ),
         row("accuracy under corruptions, mean, %", lambda m: m["corruptions"]["mean"]["value"], 100.0),
         row("log10 of the certified upper Lipschitz constant", lambda m: m["lipschitz"]["log10_upper"]),
@@ -75,6 +76,10 @@ def arm_table(results: Results) -> Table:
 
 def ball_name(norm: str, eps: float) -> str:
     return f"L∞ ε = {eps * 255:g}/255" if norm == "linf" else f"{norm.upper()} ε = {eps:g}"
+
+
+def _accuracy_under(attack: int, model: Model) -> float | None:
+    return model["attacks"][attack]["accuracy"]["value"]
 
 
 def strong_table(results: Results) -> Table:

@@ -295,11 +295,11 @@ def test_wrappers_are_looked_through_and_other_things_refused() -> None:
     with torch.inference_mode():
         assert lipschitz_bound(model, (4,)).upper == truth
     with pytest.raises(TypeError, match=r"nn\.Module, got function"):
-        lipschitz_bound(lambda x: x, (4,))  # type: ignore[arg-type]
+        lipschitz_bound(lambda x: x, (4,))  # type: ignore[arg-type]  # what is refused
     with pytest.raises(ValueError, match="TorchScript"):
         lipschitz_bound(torch.jit.trace(model, torch.zeros(1, 4)), (4,))
     with pytest.raises(ValueError, match="input_shape must be positive integers"):
-        lipschitz_bound(model, 4)  # type: ignore[arg-type]
+        lipschitz_bound(model, 4)  # type: ignore[arg-type]  # what is refused
 
 
 def test_arguments_with_defaults_keep_them() -> None:

@@ -78,6 +78,6 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="row per sample"):
         local_lipschitz(nn.Flatten(0), torch.randn(2, 3))
     with pytest.raises(TypeError, match=r"nn\.Module, got function"):
-        local_lipschitz(lambda x: x, torch.randn(2, 3))  # type: ignore[arg-type]
+        local_lipschitz(lambda x: x, torch.randn(2, 3))  # type: ignore[arg-type]  # what is refused
     with pytest.raises(ValueError, match="TorchScript"):
         local_lipschitz(torch.jit.trace(nn.ReLU(), torch.randn(2, 3)), torch.randn(2, 3))

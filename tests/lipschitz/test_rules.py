@@ -217,7 +217,7 @@ def test_a_rule_must_return_a_finite_bound() -> None:
     fastlip.lipschitz.rule(Bad)(lambda m, s: math.nan)
     with pytest.raises(ValueError, match=r"Bad .* returned nan"):
         lipschitz_bound(Bad(), (3,))
-    fastlip.lipschitz.rule(Bad)(lambda m, s: torch.tensor(1.0))  # type: ignore[arg-type, return-value]
+    fastlip.lipschitz.rule(Bad)(lambda m, s: torch.tensor(1.0))  # type: ignore[arg-type, return-value]  # what is refused
     with pytest.raises(ValueError, match=r"Bad .* returned Tensor, not a float"):
         lipschitz_bound(Bad(), (3,))
 
@@ -251,7 +251,7 @@ def test_a_subclass_with_a_forward_of_its_own_does_not_inherit_a_rule() -> None:
         lipschitz_bound(nn.Sequential(Activated(4)), (4,))
     assert lipschitz_bound(nn.Sequential(Renamed()), (4,)).upper == 1.0
     patched = nn.ReLU()
-    patched.forward = lambda x: 2.0 * F.relu(x)  # type: ignore[method-assign]
+    patched.forward = lambda x: 2.0 * F.relu(x)  # type: ignore[method-assign]  # as users do
     with pytest.raises(ValueError, match=r"no Lipschitz rule for ReLU \(at 0\)"):
         lipschitz_bound(nn.Sequential(patched), (4,))
     parametrised = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))

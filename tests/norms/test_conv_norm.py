@@ -325,7 +325,7 @@ def test_weight_must_be_a_floating_point_kernel() -> None:
     with pytest.raises(ValueError, match="kernel axes"):
         conv_norm(torch.ones(4, 4), 8)
     with pytest.raises(TypeError, match=r"torch\.Generator or None, got int"):
-        conv_norm(torch.ones(4, 4, 3, 3), 8, generator=0)  # type: ignore[arg-type]
+        conv_norm(torch.ones(4, 4, 3, 3), 8, generator=0)  # type: ignore[arg-type]  # what is refused
 
 
 def test_lower_side_is_attained() -> None:

@@ -200,7 +200,7 @@ def test_a_layer_that_applies_something_else_than_its_weight_is_refused() -> Non
     with pytest.raises(ValueError, match=r"layer 1: Standardised has another forward than Conv2d"):
         layer_norms(nn.Sequential(nn.Identity(), Standardised(1, 2, 3)), (1, 4, 4))
     patched = nn.Conv2d(1, 2, 3)
-    patched.forward = lambda x: 2.0 * nn.Conv2d.forward(patched, x)  # type: ignore[method-assign]
+    patched.forward = lambda x: 2.0 * nn.Conv2d.forward(patched, x)  # type: ignore[method-assign]  # as users do
     with pytest.raises(ValueError, match=r"layer Conv2d: Conv2d has another forward than Conv2d"):
         layer_norms(patched, (1, 4, 4))
 
@@ -253,9 +253,9 @@ def test_wrappers_are_looked_through(net: Net) -> None:
 
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(TypeError, match=r"nn\.Module, got function"):
-        layer_norms(lambda x: x, (3,))  # type: ignore[arg-type]
+        layer_norms(lambda x: x, (3,))  # type: ignore[arg-type]  # what is refused
     with pytest.raises(ValueError, match="input_shape must be positive integers"):
-        layer_norms(nn.Linear(3, 3), 3)  # type: ignore[arg-type]
+        layer_norms(nn.Linear(3, 3), 3)  # type: ignore[arg-type]  # what is refused
     with pytest.raises(ValueError, match=r"^Linear does not run on an input of shape \[4\], without the batch axis"):
         layer_norms(nn.Linear(3, 3), (4,))
     exhausted = nn.ReLU()

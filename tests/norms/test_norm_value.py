@@ -48,7 +48,7 @@ def test_value_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="rtol must be"):
         spectral_norm_value(weight, 8, rtol=0.0)
     with pytest.raises(TypeError, match="generator must be"):
-        spectral_norm_value(weight, 8, generator=0)  # type: ignore[arg-type]
+        spectral_norm_value(weight, 8, generator=0)  # type: ignore[arg-type]  # what is refused
 
 
 def test_value_dtype_is_checked() -> None:

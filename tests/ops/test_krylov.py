@@ -169,7 +169,7 @@ def test_opcheck():
     rest = (numbers(3, 1.0), numbers(3, 1e-6), numbers(3, 1e-3), 1e-12)
     torch.library.opcheck(torch.ops.fastlip.krylov_bound.default, (diagonal, off, *rest))
     if NATIVE:
-        with pytest.raises(RuntimeError, match="off must be like diagonal"):
+        with pytest.raises(RuntimeError, match="off_diagonal must be like diagonal"):
             torch.ops.fastlip.top_eigenpairs(diagonal, off[:, :2].contiguous())
 
 

@@ -296,7 +296,7 @@ void top_eigenpairs(const Tridiagonal& t, double* values, double* vectors, int64
   }
 }
 
-void krylov_bounds(const KrylovBound& p, int64_t begin, int64_t end) {
+void krylov_bound(const KrylovBound& p, int64_t begin, int64_t end) {
   Group group(p.matrix.steps);
   for (int64_t first = begin; first < end; first += kLanes) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes, end - first));

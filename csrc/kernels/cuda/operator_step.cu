@@ -9,8 +9,8 @@
 //
 // Matrix units: TF32 and bfloat16 inputs make certificates useless (intervals 6 to 50 times as wide as the norm, see
 // benchmarks/bench_precision.py); 3xTF32, three products of split inputs, does as well as float32. By data sheets it
-// reaches 52 TFLOP/s where these do 19.5 (A100), and 165 where they do 67 (H100, H200; less by mma.sync, which Luo et
-// al. 2024 found short of Hopper's full rate), 34 operations in the time of a byte: worth having from four chains on.
+// reaches 52 TFLOP/s where these do 19.5 (A100), and 165 where they do 67 (H100, H200), 34 operations in the time
+// of a byte: worth having from four chains on.
 // It is there to be asked for (products; operator_sums.cuh) and not the default, since no GPU has timed it. A warp's
 // step of 8 products on a full tile takes 48 instructions of the matrix units and, as compiled for sm_80, about 170
 // others: 72 split, 64 add, 12 read.

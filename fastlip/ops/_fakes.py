@@ -1,0 +1,29 @@
+"""What each operator returns, without computing it: for tracers and torch.compile."""
+
+import torch
+from torch import Tensor
+
+from fastlip.ops import _register  # noqa: F401  # defines the operators
+
+
+def _in_place(x: Tensor, *others: object) -> None:
+    return None
+
+
+for _name in ("pgd_step_", "project_", "apgd_step_", "operator_step_"):
+    torch.library.register_fake(f"fastlip::{_name}")(_in_place)
+
+
+@torch.library.register_fake("fastlip::random_start")
+def _random_start(x0: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x0)
+
+
+@torch.library.register_fake("fastlip::top_eigenpairs")
+def _top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    return diagonal.new_empty(len(diagonal)), torch.empty_like(diagonal)
+
+
+@torch.library.register_fake("fastlip::krylov_bound")
+def _krylov_bound(diagonal: Tensor, *others: object) -> Tensor:
+    return diagonal.new_empty(len(diagonal))
