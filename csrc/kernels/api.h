@@ -1,6 +1,7 @@
 // Launcher API: raw pointers and plain structs, no torch and no exceptions.
 //
-// Arguments keep one order from the schema down: x, grad, x0, step_size, eps, norm, lo, hi, sparsity, active.
+// Arguments keep one order from the schema down: x, grad, x0, step_size, eps, norm, lo, hi, sparsity, active, and what
+// the model reads.
 // What the ops mean stands in fastlip/ops/__init__.py and, as code, in fastlip/ops/reference.py.
 #pragma once
 #include <cstdint>
@@ -34,6 +35,12 @@ struct PgdStep {
   DType dtype;
   int64_t batch, size;
   int64_t x_stride, grad_stride, x0_stride;  // elements from sample to sample
+  // With f32 storage: (x - mean) / std in a type of its own, f32 or 16 bits, which then is grad's too; grad is the
+  // gradient with respect to it.
+  void* input;  // null: x itself is what the model reads
+  DType input_dtype;
+  Value mean, std;  // stride 0
+  int64_t input_stride;
 };
 
 // step: the move and its ball, without step_size and kept, which are the sample's own here; grad is given.

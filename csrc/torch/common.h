@@ -85,11 +85,15 @@ inline void check_dense(const Tensor& x, const char* name) {
   }
 }
 
-inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have x's dtype");
+inline void check_layout(const Tensor& t, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(t.device() == x.device(), name, " must be on x's device");
   STD_TORCH_CHECK(t.dim() == x.dim() && t.size(0) == x.size(0) && same_sample_layout(t, x), name,
                   " must have x's shape and memory layout");
+}
+
+inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have x's dtype");
+  check_layout(t, x, name);
 }
 
 // In-place results need samples that do not overlap.
@@ -135,41 +139,72 @@ inline int64_t kept_elements(int64_t size, double sparsity) {
   return std::min(size, std::max<int64_t>(1, size - spared));
 }
 
+// What the model reads: the schema's last five arguments.
+struct ModelInput {
+  const OptionalTensor& values;
+  double mean;
+  const OptionalTensor& mean_tensor;
+  double std;
+  const OptionalTensor& std_tensor;
+};
+
+inline const OptionalTensor kNoTensor;
+inline const ModelInput kNoInput{kNoTensor, 0, kNoTensor, 1, kNoTensor};
+
+// Adds it to a step on x, and checks grad, which is of its type.
+inline void add_input(PgdStep& step, const Tensor& x, const Tensor& grad, const ModelInput& input) {
+  if (!input.values) return check_like(grad, x, "grad");
+  Tensor values = *input.values;
+  step.input_dtype = dtype_of(values, "model_input");
+  STD_TORCH_CHECK(step.dtype == DType::f32 && step.input_dtype != DType::f64,
+                  "x must be float32 and model_input float32, float16 or bfloat16");
+  check_layout(values, x, "model_input");
+  check_writable(values, "model_input");
+  check_layout(grad, x, "grad");
+  STD_TORCH_CHECK(grad.scalar_type() == values.scalar_type(), "grad must have model_input's dtype");
+  step.mean = bound_of(input.mean, input.mean_tensor, x, "mean_tensor");
+  step.std = bound_of(input.std, input.std_tensor, x, "std_tensor");
+  STD_TORCH_CHECK(step.mean.stride == 0 && step.std.stride == 0, "mean_tensor and std_tensor must be [1, ...]");
+  step.input = values.mutable_data_ptr();
+  step.input_stride = values.stride(0);
+}
+
 inline PgdStep pgd_step_of(Tensor& x, const Tensor* grad, const Tensor& x0, const Value& step_size, double eps,
                            const OptionalTensor& eps_tensor, const std::string& norm, double lo,
                            const OptionalTensor& lo_tensor, double hi, const OptionalTensor& hi_tensor, double sparsity,
-                           const OptionalTensor& active) {
+                           const OptionalTensor& active, const ModelInput& input) {
   const DType dtype = dtype_of(x, "x");
   check_writable(x, "x");
-  if (grad) check_like(*grad, x, "grad");
   check_like(x0, x, "x0");
   const int64_t size = sample_size(x);
-  return {x.mutable_data_ptr(),
-          grad ? data_of(*grad) : nullptr,
-          data_of(x0),
-          step_size,
-          value_of(eps, eps_tensor, x, "eps_tensor"),
-          norm_of(norm),
-          bound_of(lo, lo_tensor, x, "lo_tensor"),
-          bound_of(hi, hi_tensor, x, "hi_tensor"),
-          kept_elements(size, sparsity),
-          mask_of(active, x),
-          dtype,
-          x.size(0),
-          size,
-          x.stride(0),
-          grad ? grad->stride(0) : 0,
-          x0.stride(0)};
+  PgdStep step{x.mutable_data_ptr(),
+               grad ? data_of(*grad) : nullptr,
+               data_of(x0),
+               step_size,
+               value_of(eps, eps_tensor, x, "eps_tensor"),
+               norm_of(norm),
+               bound_of(lo, lo_tensor, x, "lo_tensor"),
+               bound_of(hi, hi_tensor, x, "hi_tensor"),
+               kept_elements(size, sparsity),
+               mask_of(active, x),
+               dtype,
+               x.size(0),
+               size,
+               x.stride(0),
+               grad ? grad->stride(0) : 0,
+               x0.stride(0)};
+  if (grad) add_input(step, x, *grad, input);
+  return step;
 }
 
 inline ApgdStep apgd_step_of(Tensor& x, const Tensor& grad, const Tensor& loss, const Tensor& x0, Tensor& x_prev,
                              Tensor& x_best, Tensor& grad_best, Tensor& best_loss, Tensor& past_loss, Tensor& step_size,
                              Tensor& counters, const Tensor& schedule, double eps, const OptionalTensor& eps_tensor,
                              const std::string& norm, double lo, const OptionalTensor& lo_tensor, double hi,
-                             const OptionalTensor& hi_tensor, double momentum, double rho,
-                             const OptionalTensor& active) {
+                             const OptionalTensor& hi_tensor, double momentum, double rho, const OptionalTensor& active,
+                             const ModelInput& input) {
   const PgdStep step =
-      pgd_step_of(x, &grad, x0, {0, nullptr, 0}, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0, active);
+      pgd_step_of(x, &grad, x0, {0, nullptr, 0}, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0, active, input);
   STD_TORCH_CHECK(step.size <= INT32_MAX, "a sample of x must have less than 2**31 elements");
   const auto buffer = [&](Tensor& t, const char* name) {
     check_like(t, x, name);

@@ -21,14 +21,19 @@ import fastlip
 _EPS = "float eps, Tensor? eps_tensor"
 _BOUNDS = "float lo, Tensor? lo_tensor, float hi, Tensor? hi_tensor"
 _STEP = "float step_size, Tensor? step_size_tensor"
+#: What the model reads, (x - mean) / std, where it is to be written.
+_INPUT = (
+    "Tensor({}!)? model_input=None, float mean=0.0, Tensor? mean_tensor=None, float std=1.0, Tensor? std_tensor=None"
+)
 SCHEMAS = {
     "pgd_step_": f"(Tensor(a!) x, Tensor grad, Tensor x0, {_STEP}, {_EPS}, str norm, {_BOUNDS}, "
-    "float sparsity, Tensor? active) -> ()",
+    f"float sparsity, Tensor? active, {_INPUT.format('b')}) -> ()",
     "project_": f"(Tensor(a!) x, Tensor x0, {_EPS}, str norm, {_BOUNDS}, Tensor? active) -> ()",
     "random_start": f"(Tensor x0, {_EPS}, str norm, {_BOUNDS}, Tensor ids, Tensor key) -> Tensor",
     "apgd_step_": "(Tensor(a!) x, Tensor grad, Tensor loss, Tensor x0, Tensor(b!) x_prev, Tensor(c!) x_best, "
     "Tensor(d!) grad_best, Tensor(e!) best_loss, Tensor(f!) past_loss, Tensor(g!) step_size, Tensor(h!) counters, "
-    f"Tensor schedule, {_EPS}, str norm, {_BOUNDS}, float momentum, float rho, Tensor? active) -> ()",
+    f"Tensor schedule, {_EPS}, str norm, {_BOUNDS}, float momentum, float rho, Tensor? active, "
+    f"{_INPUT.format('i')}) -> ()",
     "operator_step_": "(Tensor(a!) out, Tensor(b!) out_square, Tensor x, Tensor? x_square, Tensor? previous, "
     "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor bundles, Tensor entries, "
     "int most_chains, int parts, str products, Tensor? active) -> ()",

@@ -135,6 +135,28 @@ def kept_elements(size: int, sparsity: float) -> int:
     return min(size, max(1, size - math.floor(sparsity * size)))
 
 
+def _ascent(grad: Tensor, model_input: Tensor | None, std: float, std_tensor: Tensor | None) -> Tensor:
+    """Gradient with respect to x: that of the model's input (x - mean) / std by the chain rule."""
+    return grad if model_input is None else grad.float() / _bound(std, std_tensor, grad, torch.float32)
+
+
+def _feed(
+    model_input: Tensor | None,
+    x: Tensor,
+    mean: float,
+    mean_tensor: Tensor | None,
+    std: float,
+    std_tensor: Tensor | None,
+    active: Tensor | None,
+) -> None:
+    """Write what the model reads of x."""
+    if model_input is None:
+        return
+    centred = x - _bound(mean, mean_tensor, x, torch.float32)
+    value = (centred / _bound(std, std_tensor, x, torch.float32)).to(model_input.dtype)
+    model_input.copy_(value if active is None else torch.where(_keepdim(active, x), value, model_input))
+
+
 def _update(x: Tensor, value: Tensor, x0: Tensor, active: Tensor | None) -> None:
     value = _store(x, value, x0)
     if active is not None:
@@ -157,16 +179,23 @@ def pgd_step_(
     hi_tensor: Tensor | None,  # [1 or B, ...]
     sparsity: float,
     active: Tensor | None,  # [B] bool
+    model_input: Tensor | None = None,  # [B, ...]
+    mean: float = 0.0,
+    mean_tensor: Tensor | None = None,  # [1, ...]
+    std: float = 1.0,
+    std_tensor: Tensor | None = None,  # [1, ...]
 ) -> None:
     if x.numel() == 0:
         return
     dtype = compute_dtype(x.dtype) if norm == "linf" else torch.float64
     step = _steps(step_size, step_size_tensor, x, dtype)
     centre = x0.to(dtype)
-    moved = x.to(dtype) + step * _direction(_finite_or_zero(grad.to(dtype)), norm, sparsity)
+    ascent = _finite_or_zero(_ascent(grad, model_input, std, std_tensor).to(dtype))
+    moved = x.to(dtype) + step * _direction(ascent, norm, sparsity)
     radius = _rows(eps, eps_tensor, x, dtype)
     low, high = _bound(lo, lo_tensor, x, dtype), _bound(hi, hi_tensor, x, dtype)
     _update(x, _projected(moved, centre, radius, norm, low, high), x0, active)
+    _feed(model_input, x, mean, mean_tensor, std, std_tensor, active)
 
 
 def project_(
@@ -219,6 +248,11 @@ def apgd_step_(
     momentum: float,
     rho: float,
     active: Tensor | None,  # [B] bool
+    model_input: Tensor | None = None,  # [B, ...]
+    mean: float = 0.0,
+    mean_tensor: Tensor | None = None,  # [1, ...]
+    std: float = 1.0,
+    std_tensor: Tensor | None = None,  # [1, ...]
 ) -> None:
     if x.numel() == 0:
         return
@@ -226,6 +260,7 @@ def apgd_step_(
     arithmetic = compute_dtype(x.dtype)
     dtype = arithmetic if norm == "linf" else torch.float64
     size = x[0].numel()
+    grad = _ascent(grad, model_input, std, std_tensor)
 
     def choose(where: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.where(_keepdim(where, x), a, b)
@@ -284,6 +319,7 @@ def apgd_step_(
     step_size.copy_(torch.where(on, steps, step_size))
     past_loss.copy_(torch.where(on[:, None], past, past_loss))
     counters.copy_(torch.where(on[:, None], count.int(), counters))
+    _feed(model_input, x, mean, mean_tensor, std, std_tensor, active)
 
 
 def _sparse_direction(grad: Tensor, kept: Tensor) -> Tensor:

@@ -107,7 +107,11 @@ def run_tests(library: Path, names: tuple[str, ...], **variables: str) -> None:
 @pytest.mark.parametrize("shared_bytes", [200_000, 2_000], ids=["staged", "streamed"])
 def test_op_tests_pass_on_the_cuda_source(library, shared_bytes):
     """Staged: samples up to 25,000 floats stay on chip; streamed: hardly any does."""
-    run_tests(library, ("test_pgd_ops", "test_apgd_step", "test_random_start"), FASTLIP_HOST_SHARED=str(shared_bytes))
+    run_tests(
+        library,
+        ("test_pgd_ops", "test_apgd_step", "test_random_start", "test_model_input"),
+        FASTLIP_HOST_SHARED=str(shared_bytes),
+    )
 
 
 @pytest.mark.slow

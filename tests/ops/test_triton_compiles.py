@@ -22,10 +22,10 @@ POINTERS = {
     "most_chains": "i32",
 }
 #: Of the PGD family: numbers of a sample lie in the arithmetic's dtype.
-NUMBERS = ("step_size", "eps", "lo", "hi", "loss", "best_loss", "past_loss", "z")
+NUMBERS = ("step_size", "eps", "lo", "hi", "mean", "std", "loss", "best_loss", "past_loss", "z")
 INTEGERS = {"active_ptr": "*u8", "key_ptr": "*i64", "ids_ptr": "*i64"}
 INTEGERS |= {f"{n}_ptr": "*i32" for n in ("counters", "schedule", "decision", "kept")}
-SCALARS = ("step_size", "eps", "lo", "hi", "momentum", "rest", "rho")
+SCALARS = ("step_size", "eps", "lo", "hi", "mean", "std", "momentum", "rest", "rho")
 
 
 def signature_of(kernel, storage: str) -> dict[str, str]:
@@ -74,6 +74,7 @@ def test_pgd_family_compiles(storage):
 
     dtype = tl.float64 if storage == "fp64" else tl.float32
     flat, large = {"T": dtype, "BLOCK": 1024}, {"T": dtype, "SPAN": 8192, "BLOCK": 4096}
+    unfed = dict.fromkeys(("input_ptr", "mean_ptr", "std_ptr"))
     free = dict.fromkeys(("step_size_ptr", "eps_ptr", "lo_ptr", "hi_ptr", "active_ptr"))
     cases = [
         (pgd_step._pgd_step_linf_kernel, flat),
@@ -86,10 +87,35 @@ def test_pgd_family_compiles(storage):
         (apgd_step._decide_kernel, flat | {"SPAN": 2048, "L1": True}),
         (apgd_step._decide_kernel, flat | {"SPAN": 2048, "L1": False}),
         (apgd_step._linf_kernel, flat),
-        (apgd_step._start_kernel, flat),
+        (apgd_step._start_kernel, flat | {"FED": False, "std_ptr": None}),
         (apgd_step._momentum_kernel, flat | {"HEAVY": True}),
         (apgd_step._finish_kernel, flat),
         *((random_start._random_start_kernel, flat | {"SPAN": 2048, "NORM": n}) for n in ("linf", "l2", "l1")),
     ]
     for kernel, constants in cases:
-        assert ".entry" in ptx(kernel, 90, storage, constants, signature_of(kernel, storage))
+        known = {n: v for n, v in unfed.items() if n in kernel.arg_names} | constants
+        assert ".entry" in ptx(kernel, 90, storage, known, signature_of(kernel, storage))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
+@pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
+def test_pgd_family_compiles_with_what_the_model_reads(storage):
+    from fastlip.ops._triton import apgd_step, pgd_step
+
+    flat, large = {"T": tl.float32, "BLOCK": 1024}, {"T": tl.float32, "SPAN": 8192, "BLOCK": 4096}
+    cases = [
+        (pgd_step._pgd_step_linf_kernel, flat),
+        (pgd_step._pgd_step_linf_kernel, flat | {"mean_ptr": None, "std_ptr": None}),
+        (pgd_step._pgd_step_ball_kernel, large | {"L2": True, "kept_ptr": None}),
+        (pgd_step._pgd_step_ball_kernel, large | {"L2": False, "kept_ptr": None}),
+        (apgd_step._linf_kernel, flat),
+        (apgd_step._start_kernel, flat | {"FED": True}),
+        (apgd_step._finish_kernel, flat),
+    ]
+    for kernel, constants in cases:
+        signature = signature_of(kernel, "fp32") | {"grad_ptr": f"*{storage}", "input_ptr": f"*{storage}"}
+        signature = {name: signature[name] for name in kernel.arg_names}
+        text = ptx(kernel, 90, "fp32", constants, signature)
+        assert text.count("div.rn.f32") >= 1, kernel  # no approximate quotient
+        assert "div.full.f32" not in text

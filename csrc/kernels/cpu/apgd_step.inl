@@ -158,10 +158,17 @@ void apgd_step_as(const ApgdStep& a, int64_t begin, int64_t end, void* scratch) 
               row(a.x_prev, sample, a.x_prev_stride),
               row(a.x_best, sample, a.x_best_stride),
               row(a.grad_best, sample, a.grad_best_stride),
-              row(p.grad, sample, p.grad_stride),
+              p.input ? nullptr : row(p.grad, sample, p.grad_stride),
               row(p.x0, sample, p.x0_stride),
               nullptr,
               nullptr};
+    if constexpr (__is_same(S, float)) {
+      if (p.input) {
+        float* const grad = static_cast<float*>(scratch) + 3 * (p.size + 64);
+        with_input(p.input_dtype, [&]<typename I>(I) { ascent_row<I>(grad, p, sample, 0, p.size); });
+        r.grad = grad;
+      }
+    }
     ApgdRow<T> state = read_apgd_row<T>(a, sample);
     const T eps = radius<T>(p.eps, sample);
     const ApgdMove<T> move = apgd_begin(state);
@@ -183,6 +190,9 @@ void apgd_step_as(const ApgdStep& a, int64_t begin, int64_t end, void* scratch) 
     } else {
       const int64_t kept = most<int64_t>(1, least<int64_t>(p.size, state.kept));
       ball_rows<S, T>(r, a, sample, move.first, step, eps, kept, momentum, rest, static_cast<T*>(scratch));
+    }
+    if constexpr (__is_same(S, float)) {
+      if (p.input) with_input(p.input_dtype, [&]<typename I>(I) { feed_row<I>(r.x, p, sample, 0, p.size); });
     }
     write_apgd_row(a, sample, state, restart);
   }

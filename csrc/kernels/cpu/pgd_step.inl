@@ -1,7 +1,8 @@
 // The PGD step on the CPU, compiled once per instruction set; FASTLIP_ISA names the table.
 //
-// A step must read x, grad and x0 and write x: 16 bytes an element in float32. Linf is one pass; for L2 and L1 one
-// sample at a time stays in cache (sample.h).
+// A step must read x, grad and x0 and write x: 16 bytes an element in float32; with what the model reads in 16 bits as
+// much, since the gradient has 16 bits then, too. Linf is one pass; for L2 and L1 one sample at a time stays in cache
+// (sample.h).
 #include "kernels/cpu/sample.h"
 
 namespace fastlip::cpu {
@@ -56,9 +57,39 @@ void pgd_step_ball_as(const PgdStep& p, int64_t begin, int64_t end, void* scratc
   }
 }
 
+// With what the model reads, in storage I.
+template <typename I>
+void pgd_step_linf_fed(const PgdStep& p, int64_t begin, int64_t end) {
+  while (begin < end) {
+    const int64_t sample = begin / p.size, first = begin % p.size;
+    const int64_t n = least(least(p.size - first, end - begin), kChunk);
+    begin += n;
+    if (p.active && !p.active[sample]) continue;
+    float* const x = static_cast<float*>(p.x) + sample * p.x_stride + first;
+    const float* const x0 = static_cast<const float*>(p.x0) + sample * p.x0_stride + first;
+    float grad[kChunk];
+    ascent_row<I>(grad, p, sample, first, n);
+    linf_part(x, grad, x0, p, sample, first, n);
+    feed_row<I>(x, p, sample, first, n);
+  }
+}
+
+template <typename I>
+void pgd_step_ball_fed(const PgdStep& p, int64_t begin, int64_t end, void* scratch) {
+  float *const spare = static_cast<float*>(scratch), *const grad = spare + p.size + 64;
+  for (int64_t sample = begin; sample < end; ++sample) {
+    if (p.active && !p.active[sample]) continue;
+    float* const x = static_cast<float*>(p.x) + sample * p.x_stride;
+    ascent_row<I>(grad, p, sample, 0, p.size);
+    ball_sample<float>(x, grad, static_cast<const float*>(p.x0) + sample * p.x0_stride, p, sample, spare);
+    feed_row<I>(x, p, sample, 0, p.size);
+  }
+}
+
 // --- table -----------------------------------------------------------------------------------
 
 void pgd_step_linf(const PgdStep& p, int64_t begin, int64_t end) {
+  if (p.input) return with_input(p.input_dtype, [&]<typename I>(I) { pgd_step_linf_fed<I>(p, begin, end); });
   switch (p.dtype) {
     case DType::f32:
       return pgd_step_linf_as<float>(p, begin, end);
@@ -71,6 +102,7 @@ void pgd_step_linf(const PgdStep& p, int64_t begin, int64_t end) {
   }
 }
 void pgd_step_ball(const PgdStep& p, int64_t begin, int64_t end, void* scratch) {
+  if (p.input) return with_input(p.input_dtype, [&]<typename I>(I) { pgd_step_ball_fed<I>(p, begin, end, scratch); });
   switch (p.dtype) {
     case DType::f32:
       return pgd_step_ball_as<float>(p, begin, end, scratch);

@@ -205,6 +205,53 @@ void narrow_row(S* __restrict to, const float* __restrict from, const float* __r
   for (int64_t i = 0; i < n; ++i) narrow(to[i], from[i], x0[i]);
 }
 
+// --- what the model reads ----------------------------------------------------------------
+
+// Calls f with a number of the type of what the model reads.
+template <typename F>
+void with_input(DType dtype, F f) {
+  if (dtype == DType::f16) return f(Half{});
+  if (dtype == DType::bf16) return f(BFloat16{});
+  f(float{});
+}
+
+// The gradient with respect to x, from that with respect to (x - mean) / std; elements [first, first + n) of a sample.
+template <typename I>
+void ascent_row(float* __restrict to, const PgdStep& p, int64_t sample, int64_t first, int64_t n) {
+  const I* __restrict from = static_cast<const I*>(p.grad) + sample * p.grad_stride + first;
+  const Limit<float> std(p.std, sample);
+  const float* __restrict row = std.row + (std.row ? first : 0);
+  if (std.row) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]) / row[i];
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]) / std.scalar;
+  }
+}
+
+// (x - mean) / std, from elements [first, first + n) of a sample's x.
+template <typename I>
+void feed_row(const float* __restrict x, const PgdStep& p, int64_t sample, int64_t first, int64_t n) {
+  I* __restrict to = static_cast<I*>(p.input) + sample * p.input_stride + first;
+  const Limit<float> mean(p.mean, sample), std(p.std, sample);
+  const float* __restrict mean_row = mean.row + (mean.row ? first : 0);
+  const float* __restrict std_row = std.row + (std.row ? first : 0);
+  if (mean.row && std.row) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) nearest(to[i], (x[i] - mean_row[i]) / std_row[i]);
+  } else if (mean.row) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) nearest(to[i], (x[i] - mean_row[i]) / std.scalar);
+  } else if (std.row) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) nearest(to[i], (x[i] - mean.scalar) / std_row[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) nearest(to[i], (x[i] - mean.scalar) / std.scalar);
+  }
+}
+
 // --- Linf --------------------------------------------------------------------------------
 
 // sign(g) * step, 0 where g is not finite: step with g's sign flipped in, kept where 0 < |g| < inf.

@@ -58,6 +58,27 @@ inline float widen(Half h) {
 }
 inline float widen(BFloat16 b) { return bits_as<float>(static_cast<uint32_t>(b.bits) << 16); }
 
+inline float widen(float v) { return v; }
+
+// The nearest 16-bit number, ties to even; beyond the largest, infinity.
+inline void nearest(float& out, float v) { out = v; }
+inline void nearest(Half& out, float v) {
+  const uint32_t bits = bits_as<uint32_t>(v);
+  const uint32_t size = bits & 0x7fffffffu, odd = (size >> 13) & 1;
+  const uint32_t normal = (size - ((127u - 15u) << 23) + 0xfffu + odd) >> 13;  // a carry may reach the exponent
+  // Below 2^-14 units are 2^-24: those of a float just above 2^-1.
+  const uint32_t small = bits_as<uint32_t>(bits_as<float>(size < 0x38800000u ? size : 0u) + 0.5f) - 0x3f000000u;
+  uint32_t result = size < 0x38800000u ? small : normal;
+  result = size >= 0x477ff000u ? 0x7c00u : result;  // 65520 and beyond
+  result = size > 0x7f800000u ? 0x7e00u : result;
+  out.bits = static_cast<uint16_t>(result | (bits >> 16 & 0x8000u));
+}
+inline void nearest(BFloat16& out, float v) {
+  const uint32_t bits = bits_as<uint32_t>(v);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
 // Rounds v to 16 bits in the direction of x0, itself a 16-bit number: never past x0, never away from it.
 inline void narrow(Half& out, float v, float x0) {
   const uint32_t bits = bits_as<uint32_t>(v);

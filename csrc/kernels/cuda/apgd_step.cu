@@ -1,7 +1,8 @@
 // apgd_step_: Auto-PGD's bookkeeping, step, momentum and both projections.
 //
 // Floor: x, grad, x0 and x_prev read once, x and x_prev written once: 24 bytes an element in float32, 12 in 16 bits; 8
-// (4) more where the iterate is the best so far and goes to x_best and grad_best. A sample that restarts reads x_best
+// (4) more where the iterate is the best so far and goes to x_best and grad_best; as many with what the model reads in
+// 16 bits. A sample that restarts reads x_best
 // and grad_best instead of x and grad. Operations, an element: Linf 18. L2: those of pgd_step_ twice, without a second
 // norm of a gradient, and 6 for the momentum. L1: those of pgd_step_, and 2 at a checkpoint for the support.
 //
@@ -29,7 +30,6 @@ struct Operands {
   __device__ S* x_prev() const { return static_cast<S*>(a.x_prev) + sample * a.x_prev_stride; }
   __device__ S* x_best() const { return static_cast<S*>(a.x_best) + sample * a.x_best_stride; }
   __device__ S* grad_best() const { return static_cast<S*>(a.grad_best) + sample * a.grad_best_stride; }
-  __device__ const S* grad() const { return static_cast<const S*>(a.step.grad) + sample * a.step.grad_stride; }
   __device__ const S* x0() const { return static_cast<const S*>(a.step.x0) + sample * a.step.x0_stride; }
 };
 
@@ -45,7 +45,7 @@ struct HeavyBall {
 };
 
 // --- Linf ------------------------------------------------------------------------------------------------------------
-template <typename S, int kWidth>
+template <typename S, typename In, int kWidth>
 __global__ void __launch_bounds__(kLinfThreads)
     apgd_step_linf_kernel(const __grid_constant__ ApgdStep a, int64_t first_sample, int blocks) {
   using T = Arith<S>;
@@ -64,7 +64,11 @@ __global__ void __launch_bounds__(kLinfThreads)
     const bool back = restart && !move.improved;  // else the best iterate is the one at hand
     T x[kWidth], grad[kWidth], x0[kWidth], lo[kWidth], hi[kWidth], out[kWidth], last[kWidth];
     load<S>((back ? of.x_best() : of.x()) + at, valid, true, x);
-    load<S>((back ? of.grad_best() : of.grad()) + at, valid, true, grad);
+    if (back) {
+      load<S>(of.grad_best() + at, valid, true, grad);
+    } else {
+      load_ascent<S, In>(p, sample, at, valid, true, grad);
+    }
     load<S>(of.x0() + at, valid, true, x0);
     if (!move.first) load<S>(of.x_prev() + at, valid, true, last);
     Bound<T>(p.lo, sample).load(at, valid, true, lo);
@@ -82,6 +86,7 @@ __global__ void __launch_bounds__(kLinfThreads)
       if (!move.first) out[i] = project_linf(heavy(x[i], out[i], last[i]), x0[i], eps, lo[i], hi[i]);
     }
     store<S>(of.x() + at, valid, true, out, x0);
+    feed<In>(p, sample, at, valid, true, out);
   }
 
   __syncthreads();  // all of the block have read the sample's numbers
@@ -100,20 +105,22 @@ __global__ void __launch_bounds__(kLinfThreads)
 }
 
 // Whether all operands may be accessed in units of `pack` elements.
-bool all_aligned(const ApgdStep& a, int64_t pack, int64_t storage_bytes, int64_t arithmetic_bytes) {
-  const int64_t unit = pack * storage_bytes < 16 ? pack * storage_bytes : 16;
+template <typename S, typename In>
+bool all_aligned(const ApgdStep& a, int64_t pack) {
+  constexpr int64_t kBytes = sizeof(S);
+  const int64_t unit = pack * kBytes < 16 ? pack * kBytes : 16;
   const auto fits = [&](const void* data, int64_t stride) {
-    return aligned(data, a.step.batch > 1 ? stride * storage_bytes : 0, unit);
+    return aligned(data, a.step.batch > 1 ? stride * kBytes : 0, unit);
   };
-  return all_aligned(a.step, pack, storage_bytes, arithmetic_bytes) && fits(a.x_prev, a.x_prev_stride) &&
-         fits(a.x_best, a.x_best_stride) && fits(a.grad_best, a.grad_best_stride);
+  return all_aligned<S, In>(a.step, pack) && fits(a.x_prev, a.x_prev_stride) && fits(a.x_best, a.x_best_stride) &&
+         fits(a.grad_best, a.grad_best_stride);
 }
 
-template <typename S>
+template <typename S, typename In>
 cudaError_t launch_linf(const ApgdStep& a, void* stream) {
   constexpr int kWidth = 16 / sizeof(S);
   constexpr int64_t kMostBlocks = int64_t{1} << 30;
-  const int width = all_aligned(a, kWidth, sizeof(S), sizeof(Arith<S>)) ? kWidth : 1;
+  const int width = all_aligned<S, In>(a, kWidth) ? kWidth : 1;
   const int64_t chunks = (a.step.size + width - 1) / width;
   const int64_t wanted = (chunks + kWarp - 1) / kWarp * kWarp;
   const int threads = static_cast<int>(wanted < kLinfThreads ? wanted : kLinfThreads);
@@ -122,7 +129,7 @@ cudaError_t launch_linf(const ApgdStep& a, void* stream) {
   for (int64_t first = 0; first < a.step.batch; first += most) {
     const int64_t samples = a.step.batch - first < most ? a.step.batch - first : most;
     const auto config = configure(samples * blocks, threads, 0, stream);
-    const auto kernel = width == 1 ? apgd_step_linf_kernel<S, 1> : apgd_step_linf_kernel<S, kWidth>;
+    const auto kernel = width == 1 ? apgd_step_linf_kernel<S, In, 1> : apgd_step_linf_kernel<S, In, kWidth>;
     const auto error = cudaLaunchKernelEx(&config, kernel, a, first, static_cast<int>(blocks));
     if (error != cudaSuccess) return error;
   }
@@ -131,10 +138,10 @@ cudaError_t launch_linf(const ApgdStep& a, void* stream) {
 
 // --- L2 and L1 -------------------------------------------------------------------------------------------------------
 // A block's slice of a sample; the move starts from x and grad, or from the best iterate.
-template <typename S, Norm kNorm, bool kStaged>
-class ApgdSlice : public Slice<S, kNorm, kStaged> {
+template <typename S, typename In, Norm kNorm, bool kStaged>
+class ApgdSlice : public Slice<S, In, kNorm, kStaged> {
  public:
-  using Base = Slice<S, kNorm, kStaged>;
+  using Base = Slice<S, In, kNorm, kStaged>;
   using Base::kChunk;
   using typename Base::Chunk, typename Base::T;
 
@@ -146,7 +153,7 @@ class ApgdSlice : public Slice<S, kNorm, kStaged> {
     Chunk x, grad;
     this->each([&](int64_t at, int valid) {
       load<S>(of_.x() + at, valid, this->wide_, x);
-      load<S>(of_.grad() + at, valid, this->wide_, grad);
+      this->ascent(at, valid, grad);
       store<S>(of_.x_best() + at, valid, this->wide_, x, x);
       store<S>(of_.grad_best() + at, valid, this->wide_, grad, grad);
     });
@@ -181,6 +188,7 @@ class ApgdSlice : public Slice<S, kNorm, kStaged> {
     origin(at, valid, x);
     store<S>(of_.x_prev() + at, valid, this->wide_, x, x);
     store<S>(of_.x() + at, valid, this->wide_, out, x0);
+    feed<In>(this->p_, this->sample_, at, valid, this->wide_, out);
   }
 
  private:
@@ -211,12 +219,12 @@ __device__ Search searched(Team& team, T eps, double (&sums)[Search::kSums], Gap
   return search;
 }
 
-template <typename S, Norm kNorm, bool kStaged>
+template <typename S, typename In, Norm kNorm, bool kStaged>
 __global__ void __launch_bounds__(kStaged ? kMaxThreads : kStreamedThreads, 1)
     apgd_step_ball_kernel(const __grid_constant__ ApgdStep a, const __grid_constant__ Shares shares) {
   using T = Arith<S>;
   using Search = std::conditional_t<kNorm == Norm::l2, L2Search<T>, L1Search<T>>;
-  using Mine = ApgdSlice<S, kNorm, kStaged>;
+  using Mine = ApgdSlice<S, In, kNorm, kStaged>;
   using Chunk = typename Mine::Chunk;
   constexpr int kChunk = Mine::kChunk;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -249,7 +257,7 @@ __global__ void __launch_bounds__(kStaged ? kMaxThreads : kStreamedThreads, 1)
   if (threadIdx.x == 0 && blockIdx.x % shares.ranks == 0) write_apgd_row(a, sample, row, restart);
   const T step = finite_or_zero(row.step_size);
   const int32_t kept = row.kept < 1 ? 1 : row.kept > p.size ? static_cast<int32_t>(p.size) : row.kept;
-  const Move<S> move = find_move(slice, team, step, kept);
+  const Move<Ranked<S, In>> move = find_move(slice, team, step, kept);
 
   Chunk v, x0, lo, hi;
   double sums[Search::kSums] = {};
@@ -322,21 +330,23 @@ __global__ void __launch_bounds__(kStaged ? kMaxThreads : kStreamedThreads, 1)
   team.leave();
 }
 
-template <typename S, Norm kNorm>
+template <typename S, typename In, Norm kNorm>
 cudaError_t launch_ball(const ApgdStep& a, void* stream) {
-  const bool wide = all_aligned(a, ApgdSlice<S, kNorm, true>::kChunk, sizeof(S), sizeof(Arith<S>));
-  return launch_teams<Arith<S>>(a, a.step, apgd_step_ball_kernel<S, kNorm, true>,
-                                apgd_step_ball_kernel<S, kNorm, false>, kStreamedThreads, wide, stream);
+  const bool wide = all_aligned<S, In>(a, ApgdSlice<S, In, kNorm, true>::kChunk);
+  return launch_teams<Arith<S>>(a, a.step, apgd_step_ball_kernel<S, In, kNorm, true>,
+                                apgd_step_ball_kernel<S, In, kNorm, false>, kStreamedThreads, wide, stream);
 }
 
 }  // namespace
 
 int apgd_step_(const ApgdStep& step, void* stream) {
   if (step.step.batch == 0 || step.step.size == 0) return cudaSuccess;
-  return with_storage(step.step.dtype, [&](auto storage) {
+  return with_storages(step.step, [&](auto storage, auto input) {
     using S = decltype(storage);
-    if (step.step.norm == Norm::linf) return launch_linf<S>(step, stream);
-    return step.step.norm == Norm::l2 ? launch_ball<S, Norm::l2>(step, stream) : launch_ball<S, Norm::l1>(step, stream);
+    using In = decltype(input);
+    if (step.step.norm == Norm::linf) return launch_linf<S, In>(step, stream);
+    return step.step.norm == Norm::l2 ? launch_ball<S, In, Norm::l2>(step, stream)
+                                      : launch_ball<S, In, Norm::l1>(step, stream);
   });
 }
 

@@ -74,6 +74,22 @@ FASTLIP_HD double multiply_rn(double a, double b) {
 #endif
 }
 
+FASTLIP_HD float divide_rn(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+// Storage of what the model reads where that is x itself: grad has x's then.
+struct NoInput {};
+template <typename S, typename In>
+using Ascent = std::conditional_t<std::is_same_v<In, NoInput>, S, In>;
+// By what storage's bits magnitudes of gradients are ranked: with a standard deviation to divide by, float's.
+template <typename S, typename In>
+using Ranked = std::conditional_t<std::is_same_v<In, NoInput>, S, Arith<S>>;
+
 FASTLIP_HD float widen(float v) { return v; }
 FASTLIP_HD double widen(double v) { return v; }
 FASTLIP_HD float widen(__half v) { return __half2float(v); }
@@ -81,7 +97,9 @@ FASTLIP_HD float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 template <typename S>
 FASTLIP_HD S nearest(float v) {
-  if constexpr (std::is_same_v<S, __half>) {
+  if constexpr (std::is_same_v<S, float>) {
+    return v;
+  } else if constexpr (std::is_same_v<S, __half>) {
     return __float2half_rn(v);
   } else {
     return __float2bfloat16_rn(v);

@@ -1,6 +1,7 @@
 // pgd_step_ and project_ (a step without a gradient).
 //
-// Floor: x, grad and x0 read once, x written once: 16 bytes an element in float32, 12 for project_, 8 in 16 bits.
+// Floor: x, grad and x0 read once, x written once: 16 bytes an element in float32, 12 for project_, 8 in 16 bits. With
+// what the model reads in 16 bits: 16 too, since grad has 16 bits then; two quotients more.
 // Operations, an element: Linf 7. L2: 3 for the norm of the gradient, 10 for the move and the first sums, 6 for each
 // pass of the search for the scale (2 as a rule), 5 to write. L1: 6 for each pass of the search for the threshold (5 at
 // 3 x 32 x 32, 11 at 3 x 224 x 224, 16 at most), 10, 7 for each Newton step (3 to 6 as a rule), 6. A few per cent of
@@ -23,7 +24,7 @@ namespace {
 // --- Linf ------------------------------------------------------------------------------------------------------------
 constexpr int kLinfThreads = 256;
 
-template <typename S, int kWidth>
+template <typename S, typename In, int kWidth>
 __global__ void __launch_bounds__(kLinfThreads)
     pgd_step_linf_kernel(const __grid_constant__ PgdStep p, int64_t chunks) {
   using T = Arith<S>;
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kLinfThreads)
   load<S>(out, valid, true, x);
   load<S>(static_cast<const S*>(p.x0) + sample * p.x0_stride + at, valid, true, x0);
   if (p.grad != nullptr) {
-    load<S>(static_cast<const S*>(p.grad) + sample * p.grad_stride + at, valid, true, grad);
+    load_ascent<S, In>(p, sample, at, valid, true, grad);
     const T step = finite_or_zero(number<T>(p.step_size, sample));
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] = add_rn(x[i], signed_step(grad[i], step));
@@ -52,32 +53,38 @@ __global__ void __launch_bounds__(kLinfThreads)
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) x[i] = project_linf(x[i], x0[i], eps, lo[i], hi[i]);
   store<S>(out, valid, true, x, x0);
+  feed<In>(p, sample, at, valid, true, x);
 }
 
-template <typename S>
+template <typename S, typename In>
 cudaError_t launch_linf(PgdStep p, void* stream) {
   constexpr int kWidth = 16 / sizeof(S);
   const bool uniform = p.step_size.data == nullptr && p.eps.data == nullptr && p.lo.data == nullptr &&
-                       p.hi.data == nullptr && p.active == nullptr;
-  const bool packed = p.x_stride == p.size && p.x0_stride == p.size && (p.grad == nullptr || p.grad_stride == p.size);
+                       p.hi.data == nullptr && p.active == nullptr && p.mean.data == nullptr && p.std.data == nullptr;
+  const bool packed = p.x_stride == p.size && p.x0_stride == p.size && (p.grad == nullptr || p.grad_stride == p.size) &&
+                      (p.input == nullptr || p.input_stride == p.size);
   if (uniform && packed) {
     p.size *= p.batch;
     p.batch = 1;
   }
-  const int width = all_aligned(p, kWidth, sizeof(S), sizeof(Arith<S>)) ? kWidth : 1;
+  const int width = all_aligned<S, In>(p, kWidth) ? kWidth : 1;
   const int64_t chunks = (p.size + width - 1) / width;
   const auto config = configure((p.batch * chunks + kLinfThreads - 1) / kLinfThreads, kLinfThreads, 0, stream);
-  if (width == 1) return cudaLaunchKernelEx(&config, pgd_step_linf_kernel<S, 1>, p, chunks);
-  return cudaLaunchKernelEx(&config, pgd_step_linf_kernel<S, kWidth>, p, chunks);
+  if (width == 1) return cudaLaunchKernelEx(&config, pgd_step_linf_kernel<S, In, 1>, p, chunks);
+  return cudaLaunchKernelEx(&config, pgd_step_linf_kernel<S, In, kWidth>, p, chunks);
 }
 
 // --- L2 and L1 -------------------------------------------------------------------------------------------------------
-template <typename S, Norm kNorm, bool kStaged>
-__global__ void __launch_bounds__(kMaxThreads)
+// More would not leave registers enough.
+template <typename In>
+constexpr int kStreamedThreads = std::is_same_v<In, NoInput> ? kMaxThreads : kMaxThreads / 2;
+
+template <typename S, typename In, Norm kNorm, bool kStaged>
+__global__ void __launch_bounds__(kStaged ? kMaxThreads : kStreamedThreads<In>, 1)
     pgd_step_ball_kernel(const __grid_constant__ PgdStep p, const __grid_constant__ Shares shares) {
   using T = Arith<S>;
   using Search = std::conditional_t<kNorm == Norm::l2, L2Search<T>, L1Search<T>>;
-  using Mine = Slice<S, kNorm, kStaged>;
+  using Mine = Slice<S, In, kNorm, kStaged>;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ Team::Memory memory;
   const int64_t sample = shares.first + blockIdx.x / shares.ranks;
@@ -85,7 +92,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   Team team(memory, shares.ranks);
   const Mine slice(p, shares, sample, shared);
 
-  Move<S> move = {};
+  Move<Ranked<S, In>> move = {};
   if (p.grad != nullptr) {
     const double step = finite_or_zero(number<T>(p.step_size, sample));
     move = find_move(slice, team, step, static_cast<double>(p.kept));
@@ -128,22 +135,23 @@ __global__ void __launch_bounds__(kMaxThreads)
   team.leave();
 }
 
-template <typename S, Norm kNorm>
+template <typename S, typename In, Norm kNorm>
 cudaError_t launch_ball(const PgdStep& p, void* stream) {
-  constexpr int64_t kChunk = Slice<S, kNorm, true>::kChunk;
-  const bool wide = all_aligned(p, kChunk, sizeof(S), sizeof(Arith<S>));
-  return launch_teams<Arith<S>>(p, p, pgd_step_ball_kernel<S, kNorm, true>, pgd_step_ball_kernel<S, kNorm, false>,
-                                kMaxThreads, wide, stream);
+  const bool wide = all_aligned<S, In>(p, Slice<S, In, kNorm, true>::kChunk);
+  return launch_teams<Arith<S>>(p, p, pgd_step_ball_kernel<S, In, kNorm, true>,
+                                pgd_step_ball_kernel<S, In, kNorm, false>, kStreamedThreads<In>, wide, stream);
 }
 
 }  // namespace
 
 int pgd_step_(const PgdStep& step, void* stream) {
   if (step.batch == 0 || step.size == 0) return cudaSuccess;
-  return with_storage(step.dtype, [&](auto storage) {
+  return with_storages(step, [&](auto storage, auto input) {
     using S = decltype(storage);
-    if (step.norm == Norm::linf) return launch_linf<S>(step, stream);
-    return step.norm == Norm::l2 ? launch_ball<S, Norm::l2>(step, stream) : launch_ball<S, Norm::l1>(step, stream);
+    using In = decltype(input);
+    if (step.norm == Norm::linf) return launch_linf<S, In>(step, stream);
+    return step.norm == Norm::l2 ? launch_ball<S, In, Norm::l2>(step, stream)
+                                 : launch_ball<S, In, Norm::l1>(step, stream);
   });
 }
 

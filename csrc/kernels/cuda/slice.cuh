@@ -7,14 +7,16 @@ namespace fastlip::cuda {
 namespace {
 
 // Whether every sample of every operand may be accessed in units of `pack` elements, at most 16 bytes of storage.
-bool all_aligned(const PgdStep& p, int64_t pack, int64_t storage_bytes, int64_t arithmetic_bytes) {
+template <typename S, typename In>
+bool all_aligned(const PgdStep& p, int64_t pack) {
   const bool many = p.batch > 1;
   const auto fits = [&](const void* data, int64_t stride, int64_t bytes) {
     return data == nullptr || aligned(data, many ? stride * bytes : 0, pack * bytes < 16 ? pack * bytes : 16);
   };
-  return fits(p.x, p.x_stride, storage_bytes) && fits(p.grad, p.grad_stride, storage_bytes) &&
-         fits(p.x0, p.x0_stride, storage_bytes) && fits(p.lo.data, p.lo.stride, arithmetic_bytes) &&
-         fits(p.hi.data, p.hi.stride, arithmetic_bytes);
+  constexpr int64_t kStorage = sizeof(S), kAscent = sizeof(Ascent<S, In>), kArith = sizeof(Arith<S>);
+  return fits(p.x, p.x_stride, kStorage) && fits(p.grad, p.grad_stride, kAscent) && fits(p.x0, p.x0_stride, kStorage) &&
+         fits(p.lo.data, p.lo.stride, kArith) && fits(p.hi.data, p.hi.stride, kArith) &&
+         fits(p.input, p.input_stride, kAscent) && fits(p.mean.data, 0, kArith) && fits(p.std.data, 0, kArith);
 }
 
 // How a sample is shared out.
@@ -26,16 +28,21 @@ struct Shares {
 };
 
 // A block's slice of one sample. kStaged: v and x0 lie in shared memory once each thread has put its own chunks there.
-template <typename S, Norm kNorm, bool kStaged>
+// In: storage of what the model reads, or NoInput.
+template <typename S, typename In, Norm kNorm, bool kStaged>
 class Slice {
  public:
   using T = Arith<S>;
+  using Ranks = Ranked<S, In>;
+  static constexpr bool kFed = !std::is_same_v<In, NoInput>;  // there is a gradient, then
   static constexpr int kChunk = 16 / sizeof(T);  // 16 bytes in shared memory, as much or half of it in device memory
   using Chunk = T[kChunk];
 
   __device__ Slice(const PgdStep& p, const Shares& shares, int64_t sample, unsigned char* shared)
-      : x_(static_cast<S*>(p.x) + sample * p.x_stride),
-        grad_(p.grad == nullptr ? nullptr : static_cast<const S*>(p.grad) + sample * p.grad_stride),
+      : p_(p),
+        sample_(sample),
+        x_(static_cast<S*>(p.x) + sample * p.x_stride),
+        grad_(kFed || p.grad == nullptr ? nullptr : static_cast<const S*>(p.grad) + sample * p.grad_stride),
         x0_(static_cast<const S*>(p.x0) + sample * p.x0_stride),
         lo_(p.lo, sample),
         hi_(p.hi, sample),
@@ -55,7 +62,7 @@ class Slice {
 
   // The gradient, for the first time: it waits in v's place, and x0 is fetched along with it.
   __device__ void fetch_gradient(int64_t at, int valid, Chunk& grad) const {
-    load<S>(grad_ + at, valid, wide_, grad);
+    ascent(at, valid, grad);
     if constexpr (kStaged) {
       Chunk x0;
       load<S>(x0_ + at, valid, wide_, x0);
@@ -68,30 +75,30 @@ class Slice {
     if constexpr (kStaged) {
       get(staged_v_, at, grad);
     } else {
-      load<S>(grad_ + at, valid, wide_, grad);
+      ascent(at, valid, grad);
     }
   }
   // v = x + move and x0, for the first time.
-  __device__ void fetch_values(int64_t at, int valid, const Move<S>& move, Chunk& v, Chunk& x0) const {
+  __device__ void fetch_values(int64_t at, int valid, const Move<Ranks>& move, Chunk& v, Chunk& x0) const {
     load<S>(x_ + at, valid, wide_, v);
-    if (kStaged && grad_ != nullptr) {
+    if (kStaged && climbs()) {
       get(staged_x0_, at, x0);
     } else {
       load<S>(x0_ + at, valid, wide_, x0);
     }
-    if (grad_ != nullptr) {
+    if (climbs()) {
       Chunk grad;
       gradient(at, valid, grad);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) v[i] = moved<S, kNorm>(v[i], grad[i], move);
+      for (int i = 0; i < kChunk; ++i) v[i] = moved<Ranks, kNorm>(v[i], grad[i], move);
     }
     if constexpr (kStaged) {
       put(staged_v_, at, v);
-      if (grad_ == nullptr) put(staged_x0_, at, x0);
+      if (!climbs()) put(staged_x0_, at, x0);
     }
   }
   // The same again.
-  __device__ void values(int64_t at, int valid, const Move<S>& move, Chunk& v, Chunk& x0) const {
+  __device__ void values(int64_t at, int valid, const Move<Ranks>& move, Chunk& v, Chunk& x0) const {
     if constexpr (kStaged) {
       get(staged_v_, at, v);
       get(staged_x0_, at, x0);
@@ -105,9 +112,18 @@ class Slice {
   }
   __device__ void write(int64_t at, int valid, const Chunk& v, const Chunk& x0) const {
     store<S>(x_ + at, valid, wide_, v, x0);
+    feed<In>(p_, sample_, at, valid, wide_, v);
   }
 
  protected:
+  __device__ bool climbs() const { return kFed || grad_ != nullptr; }
+  __device__ void ascent(int64_t at, int valid, Chunk& grad) const {
+    if (!kFed || grad_ != nullptr) {
+      load<S>(grad_ + at, valid, wide_, grad);
+    } else {
+      load_ascent<S, In>(p_, sample_, at, valid, wide_, grad);
+    }
+  }
   __device__ void put(T* staged, int64_t at, const Chunk& values) const {
     Pack<T, kChunk> pack;
 #pragma unroll
@@ -120,8 +136,10 @@ class Slice {
     for (int i = 0; i < kChunk; ++i) values[i] = pack.at[i];
   }
 
+  const PgdStep& p_;
+  int64_t sample_;
   S* x_;
-  const S* grad_;
+  const S* grad_;  // with respect to x; null where the one at hand is not
   const S* x0_;
   Bound<T> lo_, hi_;
   int64_t begin_, end_;
@@ -132,10 +150,12 @@ class Slice {
 
 // Steepest ascent in L2: what step / ||grad|| multiplies. Squares of float are exact in double's range; a double
 // gradient whose squares are not is scaled by a power of two first.
-template <typename S, bool kStaged>
-__device__ Move<S> find_move(const Slice<S, Norm::l2, kStaged>& slice, Team& team, double step, double) {
+template <typename S, typename In, bool kStaged>
+__device__ Move<Ranked<S, In>> find_move(const Slice<S, In, Norm::l2, kStaged>& slice, Team& team, double step,
+                                         double) {
   using T = Arith<S>;
-  T grad[Slice<S, Norm::l2, kStaged>::kChunk];
+  using Ranks = Ranked<S, In>;
+  T grad[Slice<S, In, Norm::l2, kStaged>::kChunk];
   double sums[2] = {};  // squares; the largest magnitude
   slice.each([&](int64_t at, int valid) {
     slice.fetch_gradient(at, valid, grad);
@@ -162,17 +182,19 @@ __device__ Move<S> find_move(const Slice<S, Norm::l2, kStaged>& slice, Team& tea
         }
       });
       team.reduce(squares, Sum());
-      return l2_move<S>(step, squares[0], exponent);
+      return l2_move<Ranks>(step, squares[0], exponent);
     }
   }
-  return l2_move<S>(step, squares[0], 0);
+  return l2_move<Ranks>(step, squares[0], 0);
 }
 
 // Steepest ascent in L1: the threshold that `kept` magnitudes reach, and what each such element moves by.
-template <typename S, bool kStaged>
-__device__ Move<S> find_move(const Slice<S, Norm::l1, kStaged>& slice, Team& team, double step, double kept) {
+template <typename S, typename In, bool kStaged>
+__device__ Move<Ranked<S, In>> find_move(const Slice<S, In, Norm::l1, kStaged>& slice, Team& team, double step,
+                                         double kept) {
   using T = Arith<S>;
-  T grad[Slice<S, Norm::l1, kStaged>::kChunk];
+  using Ranks = Ranked<S, In>;
+  T grad[Slice<S, In, Norm::l1, kStaged>::kChunk];
   double nonzero[1] = {}, peak[1] = {};
   slice.each([&](int64_t at, int valid) {
     slice.fetch_gradient(at, valid, grad);
@@ -185,14 +207,14 @@ __device__ Move<S> find_move(const Slice<S, Norm::l1, kStaged>& slice, Team& tea
   team.reduce(nonzero, Sum());
   team.reduce(peak, Max());
   if (nonzero[0] == 0) return {};
-  KeySearch<S> search(static_cast<T>(peak[0]), nonzero[0]);
+  KeySearch<Ranks> search(static_cast<T>(peak[0]), nonzero[0]);
   while (!search.done(kept)) {
-    const Key<S> candidates[3] = {search.candidate(0), search.candidate(1), search.candidate(2)};
+    const Key<Ranks> candidates[3] = {search.candidate(0), search.candidate(1), search.candidate(2)};
     int counts[3] = {};
     slice.each([&](int64_t at, int valid) {
       slice.gradient(at, valid, grad);
       for (const T g : grad) {
-        const Key<S> key = key_of<S>(g);
+        const Key<Ranks> key = key_of<Ranks>(g);
 #pragma unroll
         for (int i = 0; i < 3; ++i) counts[i] += key >= candidates[i] ? 1 : 0;
       }

@@ -146,22 +146,28 @@ __device__ __forceinline__ void load(const S* from, int valid, bool wide, Arith<
   }
 }
 
-template <typename S, int kCount>
-__device__ __forceinline__ void store(S* to, int valid, bool wide, const Arith<S> (&values)[kCount],
-                                      const Arith<S> (&centre)[kCount]) {
+// element(i) to each of them.
+template <typename S, int kCount, typename Element>
+__device__ __forceinline__ void store_each(S* to, int valid, bool wide, Element element) {
   if (kCount > 1 && wide && valid == kCount) {
     if constexpr (kCount > 1) {
       Pack<S, kCount> pack;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) pack.at[i] = narrow<S>(values[i], centre[i]);
+      for (int i = 0; i < kCount; ++i) pack.at[i] = element(i);
       pack.write(to);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < valid) to[i] = narrow<S>(values[i], centre[i]);
+      if (i < valid) to[i] = element(i);
     }
   }
+}
+
+template <typename S, int kCount>
+__device__ __forceinline__ void store(S* to, int valid, bool wide, const Arith<S> (&values)[kCount],
+                                      const Arith<S> (&centre)[kCount]) {
+  store_each<S, kCount>(to, valid, wide, [&](int i) { return narrow<S>(values[i], centre[i]); });
 }
 
 // A sample's number.
@@ -192,6 +198,35 @@ struct Bound {
   }
 };
 
+// --- what the model reads
+// ---------------------------------------------------------------------------------------------- The gradient with
+// respect to x, from grad at a sample's element `at`.
+template <typename S, typename In, int kCount>
+__device__ __forceinline__ void load_ascent(const PgdStep& p, int64_t sample, int64_t at, int valid, bool wide,
+                                            Arith<S> (&grad)[kCount]) {
+  using G = Ascent<S, In>;
+  load<G>(static_cast<const G*>(p.grad) + sample * p.grad_stride + at, valid, wide, grad);
+  if constexpr (!std::is_same_v<In, NoInput>) {
+    float std[kCount];
+    Bound<float>(p.std, sample).load(at, valid, wide, std);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) grad[i] = i < valid ? divide_rn(grad[i], std[i]) : 0;
+  }
+}
+
+// (x - mean) / std of a sample's elements from `at` on.
+template <typename In, int kCount, typename T>
+__device__ __forceinline__ void feed(const PgdStep& p, int64_t sample, int64_t at, int valid, bool wide,
+                                     const T (&x)[kCount]) {
+  if constexpr (!std::is_same_v<In, NoInput>) {
+    float mean[kCount], std[kCount];
+    Bound<float>(p.mean, sample).load(at, valid, wide, mean);
+    Bound<float>(p.std, sample).load(at, valid, wide, std);
+    store_each<In, kCount>(static_cast<In*>(p.input) + sample * p.input_stride + at, valid, wide,
+                           [&](int i) { return nearest<In>(divide_rn(add_rn(x[i], -mean[i]), std[i])); });
+  }
+}
+
 // --- launching -------------------------------------------------------------------------------------------------------
 FASTLIP_HD bool aligned(const void* pointer, int64_t stride_bytes, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0 && stride_bytes % bytes == 0;
@@ -218,6 +253,24 @@ cudaError_t with_storage(DType dtype, Body body) {
       return body(__half{});
     case DType::bf16:
       return body(__nv_bfloat16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Likewise, and with one of what the model reads.
+template <typename Body>
+cudaError_t with_storages(const PgdStep& p, Body body) {
+  if (p.input == nullptr) return with_storage(p.dtype, [&](auto storage) { return body(storage, NoInput{}); });
+  if (p.dtype != DType::f32) return cudaErrorInvalidValue;
+  switch (p.input_dtype) {
+    case DType::f32:
+      return body(float{}, float{});
+    case DType::f16:
+      return body(float{}, __half{});
+    case DType::bf16:
+      return body(float{}, __nv_bfloat16{});
+    case DType::f64:
+      break;
   }
   return cudaErrorInvalidValue;
 }

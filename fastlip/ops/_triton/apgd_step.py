@@ -13,12 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlip.ops._triton.elements import (
+    NO_INPUT,
     arithmetic,
     ball_radius,
     bound,
     bound_stride,
     clamp,
+    feed,
     finite_or_zero,
+    gradient,
+    input_stride,
     narrowed,
     number,
     on_device,
@@ -133,6 +137,19 @@ def _origin(x_ptr, best_ptr, at, size, decision):
 
 
 @triton.jit
+def _ascent(grad_ptr, best_ptr, std, std_ptr, at, size, decision, FED: tl.constexpr, T: tl.constexpr):
+    """Likewise of gradients: in storage's dtype, or with respect to x where that is not what lies at ``grad_ptr``."""
+    how = decision & (_RESTART | _IMPROVED)
+    mask = at < _extent(size, how != _RESTART)
+    if FED:
+        here = gradient(grad_ptr, std, std_ptr, at, mask, FED, T)
+    else:
+        here = tl.load(grad_ptr + at, mask, other=0.0)
+    there = tl.load(best_ptr, at < _extent(size, how == _RESTART), other=0.0)
+    return tl.where(how == _RESTART, there, here)
+
+
+@triton.jit
 def _heavy_ball(x, z, last, momentum, rest):
     return (x + (z - x) * momentum) + (x - last) * rest
 
@@ -155,6 +172,11 @@ def _linf_kernel(
     hi_ptr,
     momentum: tl.float64,
     rest: tl.float64,
+    input_ptr,
+    mean: tl.float64,
+    mean_ptr,
+    std: tl.float64,
+    std_ptr,
     size,
     chunks,
     x_stride,
@@ -165,6 +187,7 @@ def _linf_kernel(
     grad_best_stride,
     lo_stride,
     hi_stride,
+    input_stride,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -180,7 +203,9 @@ def _linf_kernel(
     x_best_ptr += sample * x_best_stride + at
     grad_best_ptr += sample * grad_best_stride + at
     kept_x = _origin(x_ptr, x_best_ptr, at, size, decision)
-    kept_grad = _origin(grad_ptr + sample * grad_stride + at, grad_best_ptr, at, size, decision)
+    fed: tl.constexpr = input_ptr is not None
+    grad_ptr += sample * grad_stride
+    kept_grad = _ascent(grad_ptr, grad_best_ptr, std, std_ptr, at, size, decision, fed, T)
     last = widened(tl.load(x_prev_ptr, mask, other=0.0), T)
     x = widened(kept_x, T)
     grad = finite_or_zero(widened(kept_grad, T))
@@ -197,7 +222,10 @@ def _linf_kernel(
     z = clamp(x0 + clamp(z - x0, -radius, radius), low, high)
     v = _heavy_ball(x, z, last, number(momentum, None, sample, T), number(rest, None, sample, T))
     v = clamp(x0 + clamp(v - x0, -radius, radius), low, high)
-    tl.store(x_ptr, narrowed(tl.where(first, z, v), x0, x_ptr.dtype.element_ty), mask)
+    out = tl.where(first, z, v)
+    tl.store(x_ptr, narrowed(out, x0, x_ptr.dtype.element_ty), mask)
+    if input_ptr is not None:
+        feed(input_ptr + sample * input_stride, out, mean, mean_ptr, std, std_ptr, at, mask, T)
 
 
 @triton.jit(do_not_specialize=["size", "chunks"])
@@ -209,12 +237,15 @@ def _start_kernel(
     grad_ptr,
     x_best_ptr,
     grad_best_ptr,
+    std: tl.float64,
+    std_ptr,
     size,
     chunks,
     x_stride,
     grad_stride,
     x_best_stride,
     grad_best_stride,
+    FED: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -229,7 +260,8 @@ def _start_kernel(
     x_best_ptr += sample * x_best_stride + at
     grad_best_ptr += sample * grad_best_stride + at
     x = _origin(x_ptr + sample * x_stride + at, x_best_ptr, at, size, decision)
-    grad = _origin(grad_ptr + sample * grad_stride + at, grad_best_ptr, at, size, decision)
+    grad_ptr += sample * grad_stride
+    grad = _ascent(grad_ptr, grad_best_ptr, std, std_ptr, at, size, decision, FED, T)
     improved = at < _extent(size, (decision & _IMPROVED) != 0)
     tl.store(x_best_ptr, x, improved)
     tl.store(grad_best_ptr, grad, improved)
@@ -276,7 +308,22 @@ def _momentum_kernel(
 
 @triton.jit(do_not_specialize=["size", "chunks"])
 def _finish_kernel(
-    decision_ptr, z_ptr, x_ptr, x0_ptr, size, chunks, x_stride, x0_stride, T: tl.constexpr, BLOCK: tl.constexpr
+    decision_ptr,
+    z_ptr,
+    x_ptr,
+    x0_ptr,
+    input_ptr,
+    mean: tl.float64,
+    mean_ptr,
+    std: tl.float64,
+    std_ptr,
+    size,
+    chunks,
+    x_stride,
+    x0_stride,
+    input_stride,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """X <- z."""
     program = tl.program_id(0).to(tl.int64)
@@ -286,6 +333,8 @@ def _finish_kernel(
     z = tl.load(z_ptr + sample * size + at, mask, other=0.0)
     x0 = widened(tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0), T)
     tl.store(x_ptr + sample * x_stride + at, narrowed(z, x0, x_ptr.dtype.element_ty), mask)
+    if input_ptr is not None:
+        feed(input_ptr + sample * input_stride, z, mean, mean_ptr, std, std_ptr, at, mask, T)
 
 
 def apgd_step_(
@@ -311,6 +360,11 @@ def apgd_step_(
     momentum: float,
     rho: float,
     active: Tensor | None,  # [B] bool
+    model_input: Tensor | None = None,  # [B, ...]
+    mean: float = 0.0,
+    mean_tensor: Tensor | None = None,  # [1, ...]
+    std: float = 1.0,
+    std_tensor: Tensor | None = None,  # [1, ...]
 ) -> None:
     if x.numel() == 0:
         return
@@ -322,6 +376,7 @@ def apgd_step_(
     decision = torch.empty(batch, dtype=torch.int32, device=x.device)
     bounds = (lo, lo_tensor, hi, hi_tensor)
     limits = (bound_stride(lo_tensor), bound_stride(hi_tensor))
+    fed = (model_input, mean, mean_tensor, std, std_tensor)
     elementwise = {"T": dtype, "BLOCK": block, "enable_fp_fusion": False}
     with on_device(x):
         _decide_kernel[(batch,)](
@@ -332,19 +387,19 @@ def apgd_step_(
         if norm == "linf":
             _linf_kernel[grid](
                 decision, x, grad, x0, x_prev, x_best, grad_best, step_size, eps, eps_tensor, *bounds, momentum,
-                1 - momentum, size, chunks, x.stride(0), grad.stride(0), x0.stride(0), x_prev.stride(0),
-                x_best.stride(0), grad_best.stride(0), *limits, **elementwise,
+                1 - momentum, *fed, size, chunks, x.stride(0), grad.stride(0), x0.stride(0), x_prev.stride(0),
+                x_best.stride(0), grad_best.stride(0), *limits, input_stride(model_input), **elementwise,
             )  # fmt: skip
             return
         z = torch.empty(batch, size, dtype=compute_dtype(x.dtype), device=x.device)
         ascent = torch.empty(batch, size, dtype=x.dtype, device=x.device)
         _start_kernel[grid](
-            decision, z, ascent, x, grad, x_best, grad_best, size, chunks, x.stride(0), grad.stride(0),
-            x_best.stride(0), grad_best.stride(0), **elementwise,
+            decision, z, ascent, x, grad, x_best, grad_best, std, std_tensor, size, chunks, x.stride(0), grad.stride(0),
+            x_best.stride(0), grad_best.stride(0), FED=model_input is not None, **elementwise,
         )  # fmt: skip
         on = (decision < _SKIP.value).view(torch.uint8)
-        strides = (size, size, x0.stride(0), *limits)
-        values = (0.0, step_size, eps, eps_tensor, *bounds, on)
+        strides = (size, size, x0.stride(0), *limits, 0)
+        values = (0.0, step_size, eps, eps_tensor, *bounds, on, *NO_INPUT)
         launch_ball(z, ascent, x0, values, 0, counters[:, _KEPT.value], size, strides, norm == "l2", dtype)
         _momentum_kernel[grid](
             decision, z, x, x_prev, x_best, momentum, 1 - momentum, size, chunks, x.stride(0), x_prev.stride(0),
@@ -352,6 +407,8 @@ def apgd_step_(
         )  # fmt: skip
         if norm == "l2":
             again = (decision & (_SKIP.value | _FIRST.value) == 0).view(torch.uint8)
-            projection = (0.0, None, eps, eps_tensor, *bounds, again)
+            projection = (0.0, None, eps, eps_tensor, *bounds, again, *NO_INPUT)
             launch_ball(z, None, x0, projection, 0, None, size, (size, 0, *strides[2:]), True, dtype)
-        _finish_kernel[grid](decision, z, x, x0, size, chunks, x.stride(0), x0.stride(0), **elementwise)
+        _finish_kernel[grid](
+            decision, z, x, x0, *fed, size, chunks, x.stride(0), x0.stride(0), input_stride(model_input), **elementwise
+        )

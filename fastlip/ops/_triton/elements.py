@@ -74,6 +74,38 @@ def narrowed(value, centre, S: tl.constexpr):
         return value
 
 
+@triton.jit
+def _over(value, std, std_ptr, at, mask, T: tl.constexpr):
+    """``value`` over the standard deviation, rounded once."""
+    if std_ptr is None:
+        spread = tl.full(value.shape, std, T)
+    else:
+        spread = tl.load(std_ptr + at, mask, other=1.0)
+    return tl.div_rn(value, spread)
+
+
+@triton.jit
+def gradient(grad_ptr, std, std_ptr, at, mask, FED: tl.constexpr, T: tl.constexpr):
+    """The gradient with respect to x; ``FED``: at ``grad_ptr`` lies that of what the model reads."""
+    grad = widened(tl.load(grad_ptr + at, mask, other=0.0), T)
+    if FED:
+        grad = _over(grad, std, std_ptr, at, mask, T)
+    return grad
+
+
+@triton.jit
+def feed(input_ptr, x, mean, mean_ptr, std, std_ptr, at, mask, T: tl.constexpr):
+    """Write (x - mean) / std of the elements ``at``, rounded to nearest."""
+    value = _over(x - bound(mean, mean_ptr, 0, at, mask, T), std, std_ptr, at, mask, T)
+    S: tl.constexpr = input_ptr.dtype.element_ty
+    if S == tl.bfloat16:
+        # By its bits, as in `widened`.
+        bits = value.to(tl.int32, bitcast=True)
+        cut = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        value = tl.where(value == value, cut, 0x7FC0).to(tl.int16).to(S, bitcast=True)
+    tl.store(input_ptr + at, value.to(S), mask)
+
+
 def arithmetic(x: Tensor) -> tl.dtype:
     """In what dtype arithmetic on x's storage is done."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
@@ -82,6 +114,15 @@ def arithmetic(x: Tensor) -> tl.dtype:
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Make x's device current: that is where Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+#: An operator's last five arguments where the model reads x itself.
+NO_INPUT = (None, 0.0, None, 1.0, None)
+
+
+def input_stride(model_input: Tensor | None) -> int:
+    """Elements from one sample of what the model reads to the next one."""
+    return 0 if model_input is None else model_input.stride(0)
 
 
 def bound_stride(limit: Tensor | None) -> int:

@@ -13,12 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlip.ops._triton.elements import (
+    NO_INPUT,
     arithmetic,
     ball_radius,
     bound,
     bound_stride,
     clamp,
+    feed,
     finite_or_zero,
+    gradient,
+    input_stride,
     narrowed,
     number,
     on_device,
@@ -44,6 +48,11 @@ def _pgd_step_linf_kernel(
     hi: tl.float64,
     hi_ptr,
     active_ptr,
+    input_ptr,
+    mean: tl.float64,
+    mean_ptr,
+    std: tl.float64,
+    std_ptr,
     size,
     chunks,
     x_stride,
@@ -51,6 +60,7 @@ def _pgd_step_linf_kernel(
     x0_stride,
     lo_stride,
     hi_stride,
+    input_stride,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -63,7 +73,8 @@ def _pgd_step_linf_kernel(
     x0 = widened(tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0), T)
     v = widened(tl.load(x_ptr + sample * x_stride + at, mask, other=0.0), T)
     if grad_ptr is not None:
-        grad = finite_or_zero(widened(tl.load(grad_ptr + sample * grad_stride + at, mask, other=0.0), T))
+        fed: tl.constexpr = input_ptr is not None
+        grad = finite_or_zero(gradient(grad_ptr + sample * grad_stride, std, std_ptr, at, mask, fed, T))
         step = finite_or_zero(number(step_size, step_size_ptr, sample, T))
         v = v + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
     radius = ball_radius(eps, eps_ptr, sample, T)
@@ -71,6 +82,8 @@ def _pgd_step_linf_kernel(
     high = bound(hi, hi_ptr, sample * hi_stride, at, mask, T)
     v = clamp(x0 + clamp(v - x0, -radius, radius), low, high)
     tl.store(x_ptr + sample * x_stride + at, narrowed(v, x0, x_ptr.dtype.element_ty), mask)
+    if input_ptr is not None:
+        feed(input_ptr + sample * input_stride, v, mean, mean_ptr, std, std_ptr, at, mask, T)
 
 
 @triton.jit
@@ -88,7 +101,9 @@ def _key(grad, S: tl.constexpr):
 
 
 @triton.jit
-def _l2_scale(grad_ptr, step, extent, SPAN: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+def _l2_scale(
+    grad_ptr, std, std_ptr, step, extent, FED: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr
+):
     """``peak`` and ``factor``: the gradient over its peak times ``factor`` is the move, of length ``step``.
 
     Squares of float32 are exact in float64's range; only float64 gradients are divided by their peak.
@@ -97,27 +112,38 @@ def _l2_scale(grad_ptr, step, extent, SPAN: tl.constexpr, T: tl.constexpr, BLOCK
     if T == tl.float64:
         for start in range(0, SPAN, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            grad = finite_or_zero(widened(tl.load(grad_ptr + at, at < extent, other=0.0), T))
+            grad = finite_or_zero(gradient(grad_ptr, std, std_ptr, at, at < extent, FED, T))
             peak = tl.maximum(peak, tl.max(tl.abs(grad)))
     peak = tl.where(peak > 0, peak, 1.0)
     squares = tl.full((), 0.0, tl.float64)
     for start in range(0, SPAN, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        grad = finite_or_zero(widened(tl.load(grad_ptr + at, at < extent, other=0.0), T))
+        grad = finite_or_zero(gradient(grad_ptr, std, std_ptr, at, at < extent, FED, T))
         scaled = grad.to(tl.float64) / peak
         squares += tl.sum(scaled * scaled)
     return peak, tl.where(squares > 0, step / tl.sqrt(tl.where(squares > 0, squares, 1.0)), 0.0)
 
 
 @triton.jit
-def _reaching(grad_ptr, key, extent, SPAN: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+def _reaching(
+    grad_ptr,
+    std,
+    std_ptr,
+    key,
+    extent,
+    FED: tl.constexpr,
+    SPAN: tl.constexpr,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """How many keys reach each of ``key``, a triple in ascending order."""
     first = tl.full((), 0, tl.int32)
     second = tl.full((), 0, tl.int32)
     third = tl.full((), 0, tl.int32)
     for start in range(0, SPAN, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        keys = _key(widened(tl.load(grad_ptr + at, at < extent, other=0.0), T), S)
+        keys = _key(gradient(grad_ptr, std, std_ptr, at, at < extent, FED, T), S)
         first += tl.sum((keys >= key[0]).to(tl.int32))
         second += tl.sum((keys >= key[1]).to(tl.int32))
         third += tl.sum((keys >= key[2]).to(tl.int32))
@@ -125,22 +151,33 @@ def _reaching(grad_ptr, key, extent, SPAN: tl.constexpr, S: tl.constexpr, T: tl.
 
 
 @triton.jit
-def _l1_threshold(grad_ptr, kept, extent, SPAN: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+def _l1_threshold(
+    grad_ptr,
+    std,
+    std_ptr,
+    kept,
+    extent,
+    FED: tl.constexpr,
+    SPAN: tl.constexpr,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The key that the ``kept`` largest magnitudes reach, and how many do: ``kept`` and ties, but none that is zero."""
     peak = tl.full((), 0.0, T)
     for start in range(0, SPAN, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        grad = finite_or_zero(widened(tl.load(grad_ptr + at, at < extent, other=0.0), T))
+        grad = finite_or_zero(gradient(grad_ptr, std, std_ptr, at, at < extent, FED, T))
         peak = tl.maximum(peak, tl.max(tl.abs(grad)))
     high = _key(peak, S) + 1  # reached by none
     low = tl.full((), 1, high.dtype)
-    count, _, _ = _reaching(grad_ptr, (low, high, high), extent, SPAN, S, T, BLOCK)
+    count, _, _ = _reaching(grad_ptr, std, std_ptr, (low, high, high), extent, FED, SPAN, S, T, BLOCK)
     while (count > kept) & (high - low > 1):
         step = tl.maximum((high - low) // 4, 1)
         one = tl.minimum(low + step, high)
         two = tl.minimum(one + step, high)
         three = tl.minimum(two + step, high)
-        first, second, third = _reaching(grad_ptr, (one, two, three), extent, SPAN, S, T, BLOCK)
+        first, second, third = _reaching(grad_ptr, std, std_ptr, (one, two, three), extent, FED, SPAN, S, T, BLOCK)
         high = tl.where(first < kept, one, tl.where(second < kept, two, tl.where(third < kept, three, high)))
         low = tl.where(third >= kept, three, tl.where(second >= kept, two, tl.where(first >= kept, one, low)))
         count = tl.where(third >= kept, third, tl.where(second >= kept, second, tl.where(first >= kept, first, count)))
@@ -148,7 +185,23 @@ def _l1_threshold(grad_ptr, kept, extent, SPAN: tl.constexpr, S: tl.constexpr, T
 
 
 @triton.jit
-def _values(x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2: tl.constexpr, T: tl.constexpr):
+def _values(
+    x_ptr,
+    grad_ptr,
+    x0_ptr,
+    lo,
+    lo_ptr,
+    hi,
+    hi_ptr,
+    std,
+    std_ptr,
+    at,
+    mask,
+    move,
+    FED: tl.constexpr,
+    L2: tl.constexpr,
+    T: tl.constexpr,
+):
     """The moved v = x + move, x0, the bounds, and the displacement's size, cap and sign, for the elements ``at``."""
     S: tl.constexpr = x_ptr.dtype.element_ty
     x0 = widened(tl.load(x0_ptr + at, mask, other=0.0), T)
@@ -156,7 +209,7 @@ def _values(x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2:
     low = bound(lo, lo_ptr, 0, at, mask, T)
     high = bound(hi, hi_ptr, 0, at, mask, T)
     if grad_ptr is not None:
-        grad = finite_or_zero(widened(tl.load(grad_ptr + at, mask, other=0.0), T))
+        grad = finite_or_zero(gradient(grad_ptr, std, std_ptr, at, mask, FED, T))
         if L2:
             v = v + (grad.to(tl.float64) / move[0] * move[1]).to(T)
         else:
@@ -194,6 +247,11 @@ def _pgd_step_ball_kernel(
     hi: tl.float64,
     hi_ptr,
     active_ptr,
+    input_ptr,
+    mean: tl.float64,
+    mean_ptr,
+    std: tl.float64,
+    std_ptr,
     kept,
     kept_ptr,
     kept_stride,
@@ -203,12 +261,14 @@ def _pgd_step_ball_kernel(
     x0_stride,
     lo_stride,
     hi_stride,
+    input_stride,
     L2: tl.constexpr,
     T: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     S: tl.constexpr = x_ptr.dtype.element_ty
+    FED: tl.constexpr = input_ptr is not None
     sample = tl.program_id(0).to(tl.int64)
     x_ptr += sample * x_stride
     x0_ptr += sample * x0_stride
@@ -226,16 +286,16 @@ def _pgd_step_ball_kernel(
         grad_ptr += sample * grad_stride
         step = finite_or_zero(number(step_size, step_size_ptr, sample, T)).to(tl.float64)
         if L2:
-            move = _l2_scale(grad_ptr, step, extent, SPAN, T, BLOCK)
+            move = _l2_scale(grad_ptr, std, std_ptr, step, extent, FED, SPAN, T, BLOCK)
         else:
-            threshold, count = _l1_threshold(grad_ptr, kept, extent, SPAN, S, T, BLOCK)
+            threshold, count = _l1_threshold(grad_ptr, std, std_ptr, kept, extent, FED, SPAN, S, T, BLOCK)
             move = (threshold, step / tl.maximum(count, 1))
 
     if SPAN == BLOCK:  # one block holds the sample: it is read once
         at = tl.arange(0, BLOCK)
         mask = at < extent
         v, x0, low_bound, high_bound, size, cap, sign = _values(
-            x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2, T
+            x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, move, FED, L2, T
         )
 
     # Sums of the box alone, of the displacement, and the number of elements that neither end of [0, cap] holds.
@@ -246,7 +306,9 @@ def _pgd_step_ball_kernel(
         at = start + tl.arange(0, BLOCK)
         mask = at < extent
         if SPAN != BLOCK:
-            _, _, _, _, size, cap, _ = _values(x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2, T)
+            _, _, _, _, size, cap, _ = _values(
+                x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, move, FED, L2, T
+            )
         boxed = tl.where(mask, tl.minimum(size, cap), 0.0).to(tl.float64)
         all_of_it = tl.where(mask, size, 0.0).to(tl.float64)
         if L2:
@@ -275,7 +337,7 @@ def _pgd_step_ball_kernel(
                 mask = at < extent
                 if SPAN != BLOCK:
                     _, _, _, _, size, cap, _ = _values(
-                        x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2, T
+                        x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, move, FED, L2, T
                     )
                 full = mask & (size * head >= cap)
                 value = tl.where(full, cap, size).to(tl.float64)
@@ -318,7 +380,7 @@ def _pgd_step_ball_kernel(
                 mask = at < extent
                 if SPAN != BLOCK:
                     _, _, _, _, size, cap, _ = _values(
-                        x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2, T
+                        x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, move, FED, L2, T
                     )
                 left = tl.where(mask, _shrunk(size, cap, head, tail, L2), 0.0)
                 total += tl.sum(left.to(tl.float64))
@@ -336,10 +398,13 @@ def _pgd_step_ball_kernel(
         mask = at < extent
         if SPAN != BLOCK:
             v, x0, low_bound, high_bound, size, cap, sign = _values(
-                x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, at, mask, move, L2, T
+                x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, move, FED, L2, T
             )
         out = tl.where(inside, v, x0 + sign * _shrunk(size, cap, head, tail, L2))
-        tl.store(x_ptr + at, narrowed(clamp(out, low_bound, high_bound), x0, S), mask)
+        out = clamp(out, low_bound, high_bound)
+        tl.store(x_ptr + at, narrowed(out, x0, S), mask)
+        if FED:
+            feed(input_ptr + sample * input_stride, out, mean, mean_ptr, std, std_ptr, at, mask, T)
 
 
 def _step(
@@ -357,23 +422,25 @@ def _step(
     hi_tensor: Tensor | None,
     sparsity: float,
     active: Tensor | None,
+    fed: tuple[Tensor | None, float, Tensor | None, float, Tensor | None],
 ) -> None:
     if x.numel() == 0:
         return
     batch, size = x.shape[0], math.prod(x.shape[1:])
     active = None if active is None else active.view(torch.uint8)
-    values = (step_size, step_size_tensor, eps, eps_tensor, lo, lo_tensor, hi, hi_tensor, active)
+    values = (step_size, step_size_tensor, eps, eps_tensor, lo, lo_tensor, hi, hi_tensor, active, *fed)
     strides = (
         x.stride(0),
         0 if grad is None else grad.stride(0),
         x0.stride(0),
         bound_stride(lo_tensor),
         bound_stride(hi_tensor),
+        input_stride(fed[0]),
     )
     with on_device(x):
         if norm == "linf":
-            packed = all(t is None or t.stride(0) == size for t in (x, grad, x0))
-            if packed and all(not isinstance(value, Tensor) for value in values):
+            packed = all(t is None or t.stride(0) == size for t in (x, grad, x0, fed[0]))
+            if packed and not any(isinstance(value, Tensor) for value in (*values[:-5], *fed[1:])):
                 batch, size = 1, batch * size  # one number each for all: the samples' borders do not matter
             block = 1024
             chunks = triton.cdiv(size, block)
@@ -443,9 +510,29 @@ def pgd_step_(
     hi_tensor: Tensor | None,  # [1 or B, ...]
     sparsity: float,
     active: Tensor | None,  # [B] bool
+    model_input: Tensor | None = None,  # [B, ...]
+    mean: float = 0.0,
+    mean_tensor: Tensor | None = None,  # [1, ...]
+    std: float = 1.0,
+    std_tensor: Tensor | None = None,  # [1, ...]
 ) -> None:
+    fed = (model_input, mean, mean_tensor, std, std_tensor)
     _step(
-        x, grad, x0, step_size, step_size_tensor, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, sparsity, active
+        x,
+        grad,
+        x0,
+        step_size,
+        step_size_tensor,
+        eps,
+        eps_tensor,
+        norm,
+        lo,
+        lo_tensor,
+        hi,
+        hi_tensor,
+        sparsity,
+        active,
+        fed,
     )
 
 
@@ -461,4 +548,4 @@ def project_(
     hi_tensor: Tensor | None,  # [1 or B, ...]
     active: Tensor | None,  # [B] bool
 ) -> None:
-    _step(x, None, x0, 0.0, None, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0.0, active)
+    _step(x, None, x0, 0.0, None, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0.0, active, NO_INPUT)

@@ -1,0 +1,166 @@
+"""What the wrappers of the fused steps ask of their arguments, and the one memory layout they bring them into."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastlip.ops.reference import compute_dtype
+
+Norm = Literal["linf", "l2", "l1"]
+PerSample = float | Tensor
+Bounds = tuple[PerSample, PerSample]
+
+NORMS = ("linf", "l2", "l1")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def describe(t: Tensor) -> str:
+    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+
+
+def check_tensor(t: Tensor, name: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {describe(t)}")
+    if t.dim() == 0:
+        raise ValueError(f"{name} must have a batch dimension, got a scalar")
+
+
+def check_inputs(x: Tensor, **others: Tensor) -> None:
+    check_tensor(x, "x")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("x requires grad; fastlip's steps are not differentiable: use torch.no_grad() or x.detach()")
+    for name, t in others.items():
+        check_like(t, x, name)
+    if not torch.compiler.is_compiling() and x.numel() and begin_together(x, others["x0"]):
+        raise ValueError("x0 must not share its memory with x, which is changed in place; clone one of them")
+
+
+def check_like(t: Tensor, x: Tensor, name: str, dtype_of: tuple[Tensor, str] | None = None) -> None:
+    """Shape and device are x's, and the dtype, or that of another tensor."""
+    other, other_name = dtype_of or (x, "x")
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.shape != x.shape:
+        raise ValueError(f"{name} must have x's shape {list(x.shape)}, got {list(t.shape)}")
+    if t.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+
+
+def begin_together(x: Tensor, other: Tensor) -> bool:
+    """Whether two tensors begin at one place of one storage; neither calls an operator nor looks at memory."""
+    same: bool = x.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return same and bool(x.storage_offset() == other.storage_offset())
+
+
+def checked_norm(norm: str) -> str:
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    return norm
+
+
+def per_sample(value: PerSample, x: Tensor, name: str) -> tuple[float, Tensor | None]:
+    """A float, or 0.0 and the [B] tensor in the dtype of x's arithmetic."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a float or a [B] tensor, got {type(value).__name__}")
+        return float(value), None
+    if value.shape != x.shape[:1] or value.device != x.device:
+        raise ValueError(f"{name} must be a float or have shape [{x.shape[0]}] on {x.device}, got {describe(value)}")
+    return 0.0, value.detach().to(compute_dtype(x.dtype)).contiguous()
+
+
+def checked_radius(eps: PerSample, x: Tensor) -> tuple[float, Tensor | None]:
+    radius, radii = per_sample(eps, x, "eps")
+    if not radius >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {radius}")
+    return radius, radii
+
+
+def checked_mask(active: Tensor | None, x: Tensor) -> Tensor | None:
+    if active is None:
+        return None
+    if not isinstance(active, Tensor) or active.dtype != torch.bool:
+        raise TypeError("active must be a bool tensor")
+    if active.shape != x.shape[:1] or active.device != x.device:
+        raise ValueError(f"active must have shape [{x.shape[0]}] on {x.device}, got {describe(active)}")
+    return active.contiguous()
+
+
+def checked_limits(bounds: Bounds, x: Tensor) -> tuple[float, Tensor | None, float, Tensor | None]:
+    if not isinstance(bounds, Sequence) or len(bounds) != 2:
+        raise TypeError("bounds must be a pair (lower, upper)")
+    lo, los = per_element(bounds[0], x, "bounds")
+    hi, his = per_element(bounds[1], x, "bounds")
+    if los is None and his is None and not lo <= hi:
+        raise ValueError(f"bounds must satisfy lower <= upper, got ({lo}, {hi})")
+    return lo, los, hi, his
+
+
+def per_element(value: PerSample, x: Tensor, name: str) -> tuple[float, Tensor | None]:
+    """A float, or 0.0 and a tensor [1 or B, *x.shape[1:]] in x's layout; one sample's worth unless B vary."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be floats or tensors, got {type(value).__name__}")
+        return float(value), None
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+    value = value.detach().to(compute_dtype(x.dtype))
+    vary = value.dim() == x.dim() and value.shape[0] != 1
+    try:
+        value = value.expand(x.shape if vary else (1, *x.shape[1:]))
+    except RuntimeError:
+        raise ValueError(f"{name} must broadcast to x's shape {list(x.shape)}, got {list(value.shape)}") from None
+    if value.stride()[1:] == x.stride()[1:] and (not vary or value.stride(0) == value[0].numel()):
+        return 0.0, value
+    return 0.0, torch.empty_strided(value.shape, dense_strides(x), dtype=value.dtype, device=x.device).copy_(value)
+
+
+def dense_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of x's sample layout with the samples packed."""
+    return (math.prod(x.shape[1:]), *x.stride()[1:])
+
+
+def sample_dense(x: Tensor) -> bool:
+    """Whether each sample occupies one gapless block and distinct samples do not overlap."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return x.shape[0] <= 1 or x.stride(0) >= expected
+
+
+def same_layout(t: Tensor, x: Tensor) -> bool:
+    a, b = t.stride(), x.stride()
+    return a == b or all(n == 1 or i == j for n, i, j in zip(x.shape[1:], a[1:], b[1:], strict=True))
+
+
+def in_one_layout(x: Tensor, *others: Tensor) -> list[Tensor]:
+    """X with dense samples, and the others in its layout; a tensor that already fits is passed through."""
+    if not sample_dense(x):
+        x = x.contiguous()
+    fitted = [x]
+    for t in others:
+        t = t.detach() if t.requires_grad else t
+        if not same_layout(t, x):
+            t = torch.empty_strided(t.shape, dense_strides(x), dtype=t.dtype, device=t.device).copy_(t)
+        fitted.append(t)
+    return fitted
+
+
+def known_layout(x: Tensor) -> bool:
+    """Whether a sample's logical index follows from its memory index: contiguous or channels_last."""
+    if x.dim() < 3 or x[:1].is_contiguous():
+        return x[:1].is_contiguous()
+    last = x[:1].movedim(1, -1)
+    return last.is_contiguous()

@@ -1,0 +1,123 @@
+"""What a model reads of an iterate: normalised, in a dtype of its own, and written by the step that moves it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlip.ops._checks import (
+    PerSample,
+    begin_together,
+    check_like,
+    check_tensor,
+    dense_strides,
+    describe,
+    in_one_layout,
+    per_element,
+    same_layout,
+    sample_dense,
+)
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """(x - mean) / std of an iterate x, from :func:`model_input`; steps that are given it bring it up to date."""
+
+    values: Tensor
+    """What the model reads, [B, ...] in the iterate's memory layout; float32, float16 or bfloat16."""
+    mean: float | Tensor
+    """Subtracted from x; a number, or [1, ...] float32 in the iterate's layout."""
+    std: float | Tensor
+    """Divides what is left; likewise."""
+
+    def __getitem__(self, samples: Tensor | slice) -> "ModelInput":
+        """That of some samples (bool mask [B], indices or slice), values copied but for a slice."""
+        return ModelInput(self.values[samples], self.mean, self.std)
+
+
+def model_input(
+    x: Tensor,  # [B, ...]
+    *,
+    mean: PerSample = 0.0,
+    std: PerSample = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> ModelInput:
+    """What a model reads of ``x``: (x - mean) / std, rounded to ``dtype``; for steps to keep up to date.
+
+    Given to :func:`pgd_step_` or :func:`apgd_step_`, it is written in the same pass over memory as x, by the same
+    arithmetic: difference and quotient in float32, each rounded once, as torchvision's ``Normalize``. The iterate
+    itself stays in float32, so steps below ``dtype``'s resolution add up; the model does not see them until they do.
+    With a standard deviation of 1/4 neighbours are up to 1/2048 of the pixel range apart in float16, and 1/256 in
+    bfloat16, as far as a ball of 1/255 reaches.
+
+    Args:
+        x: the first iterate, [B, ...] float32, of the shape and memory layout of those to come.
+        mean: subtracted, float or a tensor that broadcasts to a sample of ``x``, such as [3, 1, 1].
+        std: divides, likewise; above 0.
+        dtype: torch.float32, torch.float16 or torch.bfloat16.
+
+    Raises:
+        ValueError: a shape or value is wrong; the message names the argument.
+        TypeError: a dtype or type is wrong; the message names the argument.
+    """
+    check_tensor(x, "x")
+    if x.dtype != torch.float32:
+        raise TypeError(f"x must be float32, got {describe(x)}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+    (layout,) = in_one_layout(x.detach())
+    centre, spread = _for_a_sample(mean, layout, "mean"), _for_a_sample(std, layout, "std")
+    if not bool((torch.as_tensor(spread) > 0).all()):
+        raise ValueError("std must be above 0")
+    values = torch.empty_strided(x.shape, dense_strides(layout), dtype=dtype, device=x.device)
+    return ModelInput(values.copy_((layout - centre) / spread), centre, spread)
+
+
+def _for_a_sample(value: PerSample, x: Tensor, name: str) -> float | Tensor:
+    number, rows = per_element(value, x, name)
+    if rows is None:
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {number}")
+        return number
+    if rows.shape[0] != 1:
+        raise ValueError(f"{name} must broadcast to a sample of x, got {list(rows.shape)}")
+    return rows
+
+
+def check_gradient(grad: Tensor, x: Tensor, given: ModelInput | None) -> None:
+    """``grad`` is of the dtype of what it is the gradient of; and that is in order."""
+    if given is None:
+        return check_like(grad, x, "grad")
+    if not isinstance(given, ModelInput):
+        raise TypeError(f"model_input must be a ModelInput or None, got {type(given).__name__}")
+    if x.dtype != torch.float32:
+        raise TypeError(f"x must be float32 where there is a model_input, got {describe(x)}")
+    values = given.values
+    check_like(values, x, "model_input", (values, "model_input"))
+    if values.dtype not in _DTYPES:
+        raise TypeError(f"model_input must be float32, float16 or bfloat16, got {describe(values)}")
+    check_like(grad, x, "grad", (values, "model_input"))
+    if not torch.compiler.is_compiling() and x.numel() and begin_together(x, values):
+        raise ValueError("model_input must not share its memory with x; make it with fastlip.ops.model_input")
+
+
+#: What an operator takes of a ModelInput: the values, and the mean and std as a number and a tensor that overrides it.
+Written = tuple[Tensor | None, float, Tensor | None, float, Tensor | None]
+_NOTHING: Written = (None, 0.0, None, 1.0, None)
+
+
+def written(given: ModelInput | None, x: Tensor) -> Written:
+    """What an operator takes, for an ``x`` whose samples are dense."""
+    if given is None:
+        return _NOTHING
+    values = given.values.detach()
+    mean, std = ((0.0, part) if isinstance(part, Tensor) else (part, None) for part in (given.mean, given.std))
+    fits = same_layout(values, x) and (len(x) <= 1 or sample_dense(values))
+    for rows in (mean[1], std[1]):
+        fits = fits and (rows is None or (rows.dim() == x.dim() and same_layout(rows, x)))
+    if not fits:
+        raise ValueError("x must have the shape and memory layout that model_input was made for")
+    return values, *mean, *std

@@ -1,0 +1,196 @@
+"""Projected gradient steps, projections and random starts, in place and out of place."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlip.ops._checks import (
+    Bounds,
+    Norm,
+    PerSample,
+    check_inputs,
+    check_tensor,
+    checked_limits,
+    checked_mask,
+    checked_norm,
+    checked_radius,
+    describe,
+    in_one_layout,
+    known_layout,
+    per_sample,
+)
+from fastlip.ops._model_input import ModelInput, check_gradient, written
+
+_ops = torch.ops.fastlip
+
+
+def pgd_step_(
+    x: Tensor,  # [B, ...]
+    grad: Tensor,  # [B, ...]
+    x0: Tensor,  # [B, ...]
+    *,
+    step_size: PerSample,
+    eps: PerSample,
+    norm: Norm = "linf",
+    bounds: Bounds = (0.0, 1.0),
+    sparsity: float = 0.99,
+    active: Tensor | None = None,  # [B] bool
+    model_input: ModelInput | None = None,
+) -> Tensor:
+    """One projected gradient ascent step, in place: x <- P(x + step_size * direction(grad)); returns ``x``.
+
+    The direction has unit norm: sign(grad) for "linf"; grad / ||grad||_2 for "l2"; for "l1" the signs of the
+    elements whose magnitude reaches the ``sparsity`` quantile (ties kept, at least one element), divided by their
+    number (Tramer and Boneh 2019, SLIDE; one-hot at ``sparsity=1``). A zero gradient moves nothing. P is the exact
+    Euclidean projection onto the intersection of the eps ball around ``x0`` with the box ``bounds``, not an alternation
+    of the two. "linf" is bit for bit the step of torchattacks' PGD (Madry et al. 2018) on finite gradients.
+
+    Args:
+        x: current iterate, [B, ...].
+        grad: gradient of the loss to be increased, like ``x``; where there is a ``model_input``, with respect to that
+            and of its dtype, and divided by its standard deviation here.
+        x0: centre of the ball, like ``x`` and in memory of its own; may be expanded along B.
+        step_size: length of the step in the units of ``x``, float or [B]; negative descends.
+        eps: radius of the ball in ``norm``, float or [B], >= 0; ``inf`` leaves only the box.
+        norm: "linf", "l2" or "l1".
+        bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``x``.
+        sparsity: share of elements in [0, 1] that an "l1" step leaves alone.
+        active: [B] bool; False leaves a sample as it is.
+        model_input: what the model reads of ``x``, float32 (:func:`model_input`): written anew in the same pass.
+
+    Raises:
+        ValueError: a shape, norm, layout or value is wrong; the message names the argument.
+        TypeError: a dtype or type is wrong; the message names the argument.
+        RuntimeError: ``x`` requires grad while gradients are enabled.
+    """
+    check_inputs(x, x0=x0)
+    check_gradient(grad, x, model_input)
+    step, steps = per_sample(step_size, x, "step_size")
+    if not math.isfinite(step):
+        raise ValueError(f"step_size must be finite, got {step}")
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
+    radius, radii = checked_radius(eps, x)
+    target, grad, x0 = in_one_layout(x, grad, x0)
+    lo, los, hi, his = checked_limits(bounds, target)
+    _ops.pgd_step_(
+        target, grad, x0, step, steps, radius, radii, checked_norm(norm), lo, los, hi, his, sparsity,
+        checked_mask(active, x), *written(model_input, target),
+    )  # fmt: skip
+    return x if target is x else x.copy_(target)
+
+
+def project_(
+    x: Tensor,  # [B, ...]
+    x0: Tensor,  # [B, ...]
+    *,
+    eps: PerSample,
+    norm: Norm = "linf",
+    bounds: Bounds = (0.0, 1.0),
+    active: Tensor | None = None,  # [B] bool
+) -> Tensor:
+    """Euclidean projection of ``x`` onto the eps ball around ``x0`` and the box ``bounds``, in place; returns ``x``.
+
+    Exact for the intersection in every norm: "l2" solves for the scale s in clip(s d, lo - x0, hi - x0), "l1" for the
+    threshold of a box-constrained soft-thresholding (a continuous quadratic knapsack; Condat 2016), d = x - x0. Float
+    results satisfy ||x - x0|| <= eps (1 + 1e-6) up to half a unit in the last place of each element.
+
+    Args:
+        x: points to project, [B, ...].
+        x0: centre of the ball, like ``x`` and in memory of its own; may be expanded along B.
+        eps: radius of the ball in ``norm``, float or [B], >= 0; ``inf`` leaves only the box.
+        norm: "linf", "l2" or "l1".
+        bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``x``.
+        active: [B] bool; False leaves a sample as it is.
+
+    Raises:
+        ValueError: a shape, norm, layout or value is wrong; the message names the argument.
+        TypeError: a dtype or type is wrong; the message names the argument.
+        RuntimeError: ``x`` requires grad while gradients are enabled.
+    """
+    check_inputs(x, x0=x0)
+    radius, radii = checked_radius(eps, x)
+    target, x0 = in_one_layout(x, x0)
+    lo, los, hi, his = checked_limits(bounds, target)
+    _ops.project_(target, x0, radius, radii, checked_norm(norm), lo, los, hi, his, checked_mask(active, x))
+    return x if target is x else x.copy_(target)
+
+
+def pgd_step(
+    x: Tensor,  # [B, ...]
+    grad: Tensor,  # [B, ...]
+    x0: Tensor,  # [B, ...]
+    *,
+    step_size: PerSample,
+    eps: PerSample,
+    norm: Norm = "linf",
+    bounds: Bounds = (0.0, 1.0),
+    sparsity: float = 0.99,
+    active: Tensor | None = None,  # [B] bool
+) -> Tensor:
+    """Out-of-place :func:`pgd_step_`: returns a new tensor in x's memory format."""
+    x = x.detach().clone()
+    return pgd_step_(
+        x, grad, x0, step_size=step_size, eps=eps, norm=norm, bounds=bounds, sparsity=sparsity, active=active
+    )
+
+
+def project(
+    x: Tensor,  # [B, ...]
+    x0: Tensor,  # [B, ...]
+    *,
+    eps: PerSample,
+    norm: Norm = "linf",
+    bounds: Bounds = (0.0, 1.0),
+    active: Tensor | None = None,  # [B] bool
+) -> Tensor:
+    """Out-of-place :func:`project_`: returns a new tensor in x's memory format."""
+    return project_(x.detach().clone(), x0, eps=eps, norm=norm, bounds=bounds, active=active)
+
+
+def random_start(
+    x0: Tensor,  # [B, ...]
+    *,
+    eps: PerSample,
+    norm: Norm = "linf",
+    bounds: Bounds = (0.0, 1.0),
+    ids: Tensor | None = None,  # [B] int64
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Points uniform in the eps ball around ``x0``, projected onto the box ``bounds``; [B, ...] like ``x0``.
+
+    Random numbers are counter-based (Philox4x32-10, Salmon et al. 2011): the key is one draw from ``generator`` (the
+    device's default generator if None), the counter is the sample's id and the element's index. With the same
+    generator state and id a sample's start is the same in any batch, memory format and backend: bit for bit in "linf",
+    to rounding in "l2" (Gaussian direction times U^(1/n)) and "l1" (signed exponentials E_i / sum of n + 1).
+
+    Args:
+        x0: centre of the ball, [B, ...].
+        eps: radius of the ball in ``norm``, float or [B], finite and >= 0.
+        norm: "linf", "l2" or "l1".
+        bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``x0``.
+        ids: [B] int64 sample ids; 0 .. B-1 if None.
+        generator: source of the key, advanced by one draw.
+
+    Raises:
+        ValueError: a shape, norm, layout or value is wrong; the message names the argument.
+        TypeError: a dtype or type is wrong; the message names the argument.
+    """
+    check_tensor(x0, "x0")
+    radius, radii = checked_radius(eps, x0)
+    if math.isinf(radius):
+        raise ValueError("eps must be finite for a random start")
+    if ids is None:
+        ids = torch.arange(x0.shape[0], device=x0.device)
+    elif not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise TypeError("ids must be an int64 tensor")
+    elif ids.shape != x0.shape[:1] or ids.device != x0.device:
+        raise ValueError(f"ids must have shape [{x0.shape[0]}] on {x0.device}, got {describe(ids)}")
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    device = x0.device if generator is None else generator.device
+    key = torch.randint(2**63 - 1, (1,), device=device, generator=generator).to(x0.device)
+    (centre,) = in_one_layout(x0.detach() if known_layout(x0) else x0.detach().contiguous())
+    lo, los, hi, his = checked_limits(bounds, centre)
+    return _ops.random_start(centre, radius, radii, checked_norm(norm), lo, los, hi, his, ids.contiguous(), key)
