@@ -10,6 +10,8 @@ the wall clock's time of a call among up to 50 in a row, launches included, L2 a
   of two arrays, which moves as much);
 - torchattacks: the eager sequence of torchattacks 3.5.1's PGD and PGDL2, and ``torch.compile`` of it. Its L2
   projection alternates ball and box instead of projecting onto both;
+- what the model reads, normalised by channel and in float16, written by the step (reading its float16 gradient: as many
+  bytes), and the same step with eager conversions before and after it;
 - L1: SLIDE's step followed by the sort-based projection onto ball and box of APGD-L1 (Croce and Hein 2021,
   "Mind the box", Alg. 1, written here from the paper, for the comparison only).
 """
@@ -30,6 +32,8 @@ SHAPES = {"256x3x32x32": (256, 3, 32, 32), "32x3x224x224": (32, 3, 224, 224)}
 #: On a GPU, arrays well beyond its L2, too; and the batch at which launches count, where torch.compile is compared.
 BATCH_SHAPES = {"1024x3x32x32": (1024, 3, 32, 32)}
 LARGE_SHAPES = {"8192x3x32x32": (8192, 3, 32, 32), "512x3x224x224": (512, 3, 224, 224)}
+#: ImageNet's, of the three channels.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: eps and step size of each norm at 32x32; scaled by the root of the pixel ratio (l2) or the ratio (l1) elsewhere.
 BUDGET: dict[Norm, tuple[float, float]] = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.1), "l1": (12.0, 1.0)}
 
@@ -126,6 +130,21 @@ class Table:
         self.floor = self.rows[-1]["ms"]
 
 
+def add_model_input(table: Table, norm: Norm, x: Tensor, grad: Tensor, x0: Tensor, step: dict[str, float]) -> None:
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    low, z = grad.half(), ops.model_input(x, mean=mean, std=std, dtype=torch.float16)
+
+    def after() -> None:
+        ops.pgd_step_(x, low.float() / std, x0, norm=norm, **step)
+        z.values.copy_((x - mean) / std)
+
+    def within() -> None:
+        ops.pgd_step_(x, low, x0, norm=norm, model_input=z, **step)
+
+    table.add(norm, "fastlip, float16 model input", within)
+    table.add(norm, "fastlip, converted eagerly", after)
+
+
 def measure_norm(table: Table, norm: Norm, x0: Tensor, grad: Tensor, compile_peers: bool) -> None:
     pixels = x0[0].numel() / (3 * 32 * 32)
     scale = {"linf": 1.0, "l2": pixels**0.5, "l1": pixels}[norm]
@@ -137,6 +156,7 @@ def measure_norm(table: Table, norm: Norm, x0: Tensor, grad: Tensor, compile_pee
     x = start.clone()
     # x is not reset before a step: from any point near the surface it costs the same.
     table.add(norm, "fastlip pgd_step_", lambda: ops.pgd_step_(x, grad, x0, step_size=step, eps=eps, norm=norm))
+    add_model_input(table, norm, x, grad, x0, {"step_size": step, "eps": eps})
     table.add(norm, "fastlip project_", lambda: ops.project_(x, x0, eps=eps, norm=norm), lambda: x.copy_(outside))
 
     peer = {"linf": torchattacks_linf, "l2": torchattacks_l2, "l1": slide_l1}[norm]

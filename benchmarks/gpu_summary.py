@@ -76,6 +76,7 @@ def results(folder: Path, device: str) -> list[tuple[str, str, float | None]]:
         (f"pgd_step_ l1 {small}, % of copy", ">= 50", share(pgd_row(small, "l1", "fastlip pgd_step_"))),
         (f"pgd_step_ l1 {large}, % of copy", ">= 50", share(pgd_row(large, "l1", "fastlip pgd_step_"))),
         (f"project_ l1 {small}, % of copy", ">= 50", share(pgd_row(small, "l1", "fastlip project_"), 3)),
+        (f"pgd_step_ linf {small}, float16 input, % of copy", "", share(pgd_row(small, "linf", "fastlip, float16"))),
         (f"pgd_step_ linf {batch}, x torch.compile, a call", ">= 3", calls),
         (f"project_ l1 {batch}, x sort", ">= 100", sort),
         *((f"apgd_step_ {n} {batch}, x eager", ">= 5", v) for n, v in zip(("linf", "l2", "l1"), eager, strict=True)),
