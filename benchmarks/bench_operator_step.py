@@ -90,10 +90,8 @@ def rates(device: str, seconds: float) -> tuple[float, float]:
 def fused(selected: list[Layer], starts: int, device: str, products: ops.Products = "float32") -> Callable[[], object]:
     geometries, chains = [layer.geometry for layer in selected], [starts] * len(selected)
     plans = [ops.operator_plan(geometries, chains, adjoint=adjoint, device=device) for adjoint in (False, True)]
-    weights = [
-        torch.cat([ops.pack_weight(layer.weight, layer.geometry.groups, adjoint=adjoint) for layer in selected])
-        for adjoint in (False, True)
-    ]
+    kernels, groups = [layer.weight for layer in selected], [layer.geometry.groups for layer in selected]
+    weights = [ops.pack_weights(kernels, groups, adjoint=adjoint) for adjoint in (False, True)]
     v, w = (torch.randn(plans[0].source_size, device=device) for _ in range(2))
     u, u_before = (torch.randn(plans[0].target_size, device=device) for _ in range(2))
     alpha, alpha_before, beta, beta_next = (

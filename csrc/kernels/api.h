@@ -118,6 +118,21 @@ struct OperatorStep {
   };
 };
 
+// Kernels in the order in which operator_step_ reads them, one after the other; see pack.h.
+struct PackWeights {
+  struct Problem {
+    const void* weight;                      // [groups * outputs, inputs, taps], dense
+    DType dtype;                             // f32 or f64
+    int32_t groups, targets, sources, taps;  // channels of a group: A's outputs and inputs, or the adjoint's
+    int64_t at;                              // where its elements begin in `out`
+  };
+  void* out;
+  DType dtype;  // f32 or f64
+  const Problem* problems;
+  int64_t count;
+  bool adjoint;
+};
+
 // Symmetric tridiagonal matrices T, one a chain, [chains, steps] each; off-diagonals are not negative.
 struct Tridiagonal {
   const double* diagonal;
@@ -154,6 +169,7 @@ constexpr int64_t scratch_bytes(int64_t size) { return 4 * (size + 64) * static_
 
 // Table for this CPU, or for FASTLIP_CPU_ISA; null with a message in `error` where that is unknown or unsupported.
 const Kernels* kernels(const char** error);
+void pack_weights(const PackWeights&, int64_t problem);
 // out_square from the partial sums of all tiles, in their order.
 void operator_squares(const OperatorStep&);
 const char* compiled_isas();  // comma-separated
@@ -168,6 +184,7 @@ int pgd_step_(const PgdStep& step, void* stream);
 int random_start(const RandomStart& start, void* stream);
 int apgd_step_(const ApgdStep& step, void* stream);
 int operator_step_(const OperatorStep& step, void* stream);
+int pack_weights_(const PackWeights& pack, void* stream);
 const char* error_string(int error);
 }  // namespace cuda
 }  // namespace fastlip

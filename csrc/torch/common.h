@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "kernels/api.h"
+#include "kernels/pack.h"
 
 namespace fastlip {
 
@@ -292,6 +293,43 @@ inline OperatorStep operator_step_of(Tensor& out, Tensor& out_square, const Tens
           parts,
           nullptr,
           nullptr};
+}
+
+// `problems` is filled, and kept by the caller.
+inline PackWeights pack_weights_of(Tensor& out, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
+                                   bool adjoint, std::vector<PackWeights::Problem>& problems) {
+  STD_TORCH_CHECK(weights.size() == groups.size(), "groups must be as many as weights");
+  const auto known = [](DType dtype) { return dtype == DType::f32 || dtype == DType::f64; };
+  const DType dtype = dtype_of(out, "out");
+  STD_TORCH_CHECK(known(dtype) && out.dim() == 1 && out.is_contiguous(), "out must be flat, float32 or float64");
+  problems.clear();
+  problems.reserve(weights.size());
+  int64_t at = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& w = weights[i];
+    const DType own = dtype_of(w, "weights");
+    STD_TORCH_CHECK(known(own) && w.is_contiguous() && w.dim() >= 2 && w.numel() > 0 && w.device() == out.device(),
+                    "weights must be contiguous [Cout, Cin / groups, *kernel], float32 or float64, on out's device");
+    int64_t count = groups[i];
+    STD_TORCH_CHECK(count > 0 && w.size(0) % count == 0, "groups must divide the output channels");
+    int64_t outputs = w.size(0) / count, inputs = w.size(1);
+    const int64_t taps = w.numel() / (w.size(0) * w.size(1));
+    STD_TORCH_CHECK(w.numel() <= INT32_MAX, "a weight must have less than 2**31 elements");
+    if (count > 1 && outputs == 1 && inputs == 1) {  // depthwise
+      if (adjoint) {
+        inputs = count;
+      } else {
+        outputs = count;
+      }
+      count = 1;
+    }
+    const auto number = [](int64_t n) { return static_cast<int32_t>(n); };
+    problems.push_back({data_of(w), own, number(count), number(adjoint ? inputs : outputs),
+                        number(adjoint ? outputs : inputs), number(taps), at});
+    at += pack_size(problems.back());
+  }
+  STD_TORCH_CHECK(at == out.size(0), "out must have ", at, " elements");
+  return {out.mutable_data_ptr(), dtype, problems.data(), static_cast<int64_t>(problems.size()), adjoint};
 }
 
 // Logical dimension 1 where x is channels_last, else 1; see RandomStart::channels.

@@ -100,6 +100,15 @@ void operator_step_(Tensor out, Tensor out_square, const Tensor& x, OptionalTens
   cpu::operator_squares(step);
 }
 
+void pack_weights_(Tensor out, std::vector<Tensor> weights, std::vector<int64_t> groups, bool adjoint) {
+  std::vector<PackWeights::Problem> problems;
+  const PackWeights pack = pack_weights_of(out, weights, groups, adjoint, problems);
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, pack.count, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pack.count;) cpu::pack_weights(pack, i);
+  });
+}
+
 Tridiagonal tridiagonal_of(const Tensor& diagonal, const Tensor& off) {
   for (const Tensor* t : {&diagonal, &off}) {
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double && t->is_contiguous(),
@@ -157,6 +166,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("random_start", TORCH_BOX(&random_start));
   m.impl("apgd_step_", TORCH_BOX(&apgd_step_));
   m.impl("operator_step_", TORCH_BOX(&operator_step_));
+  m.impl("pack_weights_", TORCH_BOX(&pack_weights_));
   m.impl("top_eigenpairs", TORCH_BOX(&top_eigenpairs));
   m.impl("krylov_bound", TORCH_BOX(&krylov_bound));
 }

@@ -16,6 +16,7 @@ bool empty(const PgdStep& step) { return step.batch == 0 || step.size == 0; }
 bool empty(const ApgdStep& step) { return empty(step.step); }
 bool empty(const RandomStart& start) { return start.batch == 0 || start.size == 0; }
 bool empty(const OperatorStep& step) { return step.tile_count == 0; }
+bool empty(const PackWeights& pack) { return pack.count == 0; }
 template <typename Parameters>
 void launch(int (*launcher)(const Parameters&, void*), const Parameters& parameters, const Tensor& x) {
   if (empty(parameters)) return;
@@ -82,6 +83,11 @@ void operator_step_(Tensor out, Tensor out_square, const Tensor& x, OptionalTens
   launch(&cuda::operator_step_, step, out);
 }
 
+void pack_weights_(Tensor out, std::vector<Tensor> weights, std::vector<int64_t> groups, bool adjoint) {
+  std::vector<PackWeights::Problem> problems;
+  launch(&cuda::pack_weights_, pack_weights_of(out, weights, groups, adjoint, problems), out);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlip, CUDA, m) {
@@ -90,6 +96,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CUDA, m) {
   m.impl("random_start", TORCH_BOX(&random_start));
   m.impl("apgd_step_", TORCH_BOX(&apgd_step_));
   m.impl("operator_step_", TORCH_BOX(&operator_step_));
+  m.impl("pack_weights_", TORCH_BOX(&pack_weights_));
 }
 
 }  // namespace fastlip

@@ -23,8 +23,7 @@ from fastlip.ops import (
     Products,
     operator_plan,
     operator_step_,
-    pack_weight,
-    packed_size,
+    pack_weights,
 )
 
 
@@ -150,13 +149,11 @@ class _ConvStack:
         self.range = _slices([chains * prod(op.output_shape) for op in ops])
         self.chains = _slices([chains] * len(ops))
         geometries = tuple(_geometry(op) for op in ops)
+        groups = [op.groups for op in ops]
         self._directions = []
         for adjoint in (False, True):
             plan = _plan(geometries, chains, adjoint, self.device)
-            weights = torch.empty(plan.weight_size, dtype=dtype, device=self.device)
-            sizes = [packed_size(g, adjoint) for g in geometries]
-            for op, place in zip(ops, _slices(sizes), strict=True):
-                pack_weight(op.weight, op.groups, adjoint=adjoint, out=weights[place])
+            weights = pack_weights([op.weight for op in ops], groups, adjoint=adjoint, dtype=dtype)
             self._directions.append((plan, weights))
 
     def forward(

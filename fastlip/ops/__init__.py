@@ -23,8 +23,9 @@ from fastlip.ops._apgd_step import APGDState, apgd_schedule, apgd_state, apgd_st
 from fastlip.ops._checks import Bounds, Norm, PerSample
 from fastlip.ops._krylov import krylov_bound, top_eigenpairs
 from fastlip.ops._model_input import ModelInput, model_input
-from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan, pack_weight, packed_size
+from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan
 from fastlip.ops._operator_step import PRODUCTS, Products, operator_step_
+from fastlip.ops._pack_weights import pack_weights
 from fastlip.ops._pgd_step import pgd_step, pgd_step_, project, project_, random_start
 from fastlip.ops._register import Backend, backends
 
@@ -47,8 +48,7 @@ __all__ = [
     "model_input",
     "operator_plan",
     "operator_step_",
-    "pack_weight",
-    "packed_size",
+    "pack_weights",
     "pgd_step",
     "pgd_step_",
     "project",

@@ -10,7 +10,7 @@ def _in_place(x: Tensor, *others: object) -> None:
     return None
 
 
-for _name in ("pgd_step_", "project_", "apgd_step_", "operator_step_"):
+for _name in ("pgd_step_", "project_", "apgd_step_", "operator_step_", "pack_weights_"):
     torch.library.register_fake(f"fastlip::{_name}")(_in_place)
 
 

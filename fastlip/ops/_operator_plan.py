@@ -207,7 +207,7 @@ def operator_plan(
         problems.append((int(g.depthwise), *place, from_pixels, to_pixels, tile_at, count))
         source_at += sources * from_pixels * b
         target_at += targets * to_pixels * b
-        weight_at += packed_size(g, adjoint)
+        weight_at += packed_size((g.out_channels, g.in_channels // g.groups, *g.kernel), g.groups, adjoint)
         chain_at += b
         tile_at += count
 
@@ -272,46 +272,18 @@ def _part_products(
     return max(_LEAST_PRODUCTS, work // (count * _PARTS_EACH))
 
 
-def packed_size(g: ConvGeometry, adjoint: bool) -> int:
-    """Elements of an operator's packed weights."""
-    targets = g.in_channels if adjoint else g.out_channels
-    taps = math.prod(g.kernel)
-    if g.depthwise:
-        return taps * _padded(targets)
-    return (g.out_channels if adjoint else g.in_channels) * taps * _padded(targets // g.groups)
+def packed_size(shape: Sequence[int], groups: int, adjoint: bool) -> int:
+    """Elements of a packed kernel of ``shape`` [Cout, Cin / groups, *kernel]."""
+    taps = math.prod(shape[2:])
+    if groups == shape[0] > 1 == shape[1]:  # depthwise
+        return taps * _padded(groups)
+    outputs, inputs = shape[0] // groups, shape[1]
+    targets, sources = (inputs, outputs) if adjoint else (outputs, inputs)
+    return groups * sources * taps * _padded(targets)
 
 
 def _padded(channels: int) -> int:
     return -(-channels // LANES) * LANES
-
-
-def pack_weight(weight: Tensor, groups: int, *, adjoint: bool = False, out: Tensor | None = None) -> Tensor:
-    """A kernel in the order the kernels read it, flat.
-
-    Args:
-        weight: [Cout, Cin / groups, *kernel].
-        groups: of the convolution.
-        adjoint: whether for the adjoint's plan.
-        out: where to put it, in any dtype; a new tensor in weight's if None.
-    """
-    taps = math.prod(weight.shape[2:])
-    if groups == weight.shape[0] > 1 == weight.shape[1]:
-        blocks = weight.reshape(1, groups, 1, taps).permute(0, 3, 2, 1)  # [1, taps, 1, channels]
-    else:
-        blocks = weight.reshape(groups, -1, weight.shape[1], taps)  # [groups, Cout / groups, Cin / groups, taps]
-        blocks = blocks.permute(0, 3, 1, 2) if adjoint else blocks.permute(0, 3, 2, 1)
-    count, rows, lanes = len(blocks), blocks.shape[1] * blocks.shape[2], blocks.shape[3]
-    out = weight.new_empty(count * rows * _padded(lanes)) if out is None else out
-    per_group = out.view(count, rows * _padded(lanes))
-    whole = lanes - lanes % BLOCK
-    if whole:
-        full = per_group[:, : whole * rows].view(count, -1, *blocks.shape[1:3], BLOCK)
-        full.copy_(blocks[..., :whole].unflatten(-1, (-1, BLOCK)).permute(0, 3, 1, 2, 4))
-    if whole < lanes:
-        last = per_group[:, whole * rows :].view(*blocks.shape[:3], -1)
-        last[..., : lanes - whole] = blocks[..., whole:]
-        last[..., lanes - whole :] = 0.0
-    return out
 
 
 @lru_cache(maxsize=256)

@@ -45,7 +45,7 @@ def operator_step_(
         out_square: receives the squared norms, [chains] float64.
         x: source vectors in the same order, in the dtype of ``out``.
         weights: packed weights of all operators, in the dtype of ``out``.
-        plan: what lies where; see :func:`operator_plan` and :func:`pack_weight`.
+        plan: what lies where; see :func:`operator_plan` and :func:`pack_weights`.
         x_square: squared norms of ``x``; None leaves ``x`` as it is.
         previous: vectors to subtract, like ``out``; may not be ``out``. Takes ``x_square`` and ``previous_square``.
         previous_square: squared norms of ``previous``.

@@ -37,6 +37,7 @@ SCHEMAS = {
     "operator_step_": "(Tensor(a!) out, Tensor(b!) out_square, Tensor x, Tensor? x_square, Tensor? previous, "
     "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor bundles, Tensor entries, "
     "int most_chains, int parts, str products, Tensor? active) -> ()",
+    "pack_weights_": "(Tensor(a!) out, Tensor[] weights, int[] groups, bool adjoint) -> ()",
 }
 #: Operators that run on the CPU alone, natively where the CPU library was built.
 HOST_SCHEMAS = {

@@ -18,7 +18,7 @@ import torch
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc"
-KERNELS = ("pgd_step", "apgd_step", "random_start", "operator_step")
+KERNELS = ("pgd_step", "apgd_step", "random_start", "operator_step", "pack_weights")
 COMPILER = shutil.which("g++")
 #: Puts the library before the installed one, makes sure of it, and plans as for a small GPU. What runs on the host
 #: alone is not in it.
@@ -118,7 +118,7 @@ def test_op_tests_pass_on_the_cuda_source(library, shared_bytes):
 @pytest.mark.parametrize("order", ["up", "down"])
 def test_operator_tests_pass_on_the_cuda_source(library, order):
     """Between barriers threads run one after the other: a race shows in one of the orders."""
-    run_tests(library, ("test_operator_step", "../norms/test_products"), FASTLIP_HOST_ORDER=order)
+    run_tests(library, ("test_operator_step", "test_pack_weights", "../norms/test_products"), FASTLIP_HOST_ORDER=order)
 
 
 @pytest.mark.slow

@@ -126,9 +126,10 @@ def case(
         images.append(transpose(weight, x, g) if adjoint else apply(weight, x, g))
         sources.append(x)
         earlier.append(torch.randn(images[-1].shape, generator=rng, dtype=torch.float64).to(dtype).double())
-        packed.append(ops.pack_weight(weight, g.groups, adjoint=adjoint))
+        packed.append(weight.to(device))
     joined = [torch.cat([to_flat(t) for t in part]).to(dtype).to(device) for part in (sources, earlier)]
-    return sources, images, earlier, torch.cat(packed).to(dtype).to(device), *joined
+    weights = ops.pack_weights(packed, [g.groups for g in geometries], adjoint=adjoint, dtype=dtype)
+    return sources, images, earlier, weights, *joined
 
 
 def squares(vectors: list[Tensor]) -> Tensor:
@@ -381,11 +382,8 @@ def test_captured_steps_and_devices_agree(products):
     results = []
     for device in ("cpu", "cuda"):
         plans = [ops.operator_plan(geometries, chains, adjoint=adjoint, device=device) for adjoint in (False, True)]
-        packed = [
-            torch.cat([ops.pack_weight(w, g.groups, adjoint=a) for w, g in zip(kernels, geometries, strict=True)])
-            for a in (False, True)
-        ]
-        weights = [p.to(device) for p in packed]
+        groups = [g.groups for g in geometries]
+        weights = [ops.pack_weights([k.to(device) for k in kernels], groups, adjoint=a) for a in (False, True)]
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(plans[0].source_size, generator=generator).to(device)
         u, w = torch.zeros(plans[0].target_size, device=device), torch.zeros_like(v)

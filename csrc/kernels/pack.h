@@ -1,0 +1,52 @@
+// Where a kernel's elements go when operator_step_ is to read them in order. One copy for CPU and CUDA, of internal
+// linkage (see cpu/scalar.h).
+//
+// A group's targets stand in blocks of 64, the last of them padded to a multiple of 16 with zeros. A block holds, for
+// each tap and each source, its targets next to each other. A depthwise convolution is one group of so many targets,
+// each with one tap for each row.
+#pragma once
+#include "kernels/api.h"
+
+#ifdef __CUDACC__
+#define FASTLIP_EITHER __host__ __device__ __forceinline__
+#else
+#define FASTLIP_EITHER inline
+#endif
+
+namespace fastlip {
+namespace {
+
+using PackProblem = PackWeights::Problem;
+
+FASTLIP_EITHER int64_t pack_padded(int64_t channels) {
+  return (channels + OperatorStep::kLanes - 1) / OperatorStep::kLanes * OperatorStep::kLanes;
+}
+FASTLIP_EITHER int64_t pack_size(const PackProblem& p) {
+  return int64_t{p.groups} * p.sources * p.taps * pack_padded(p.targets);
+}
+// Elements from one target to the next in the weight; sources are p.taps (where targets are not), taps 1 apart.
+FASTLIP_EITHER int64_t pack_target_stride(const PackProblem& p, bool adjoint) {
+  return adjoint ? p.taps : int64_t{p.sources} * p.taps;
+}
+FASTLIP_EITHER int64_t pack_source_stride(const PackProblem& p, bool adjoint) {
+  return adjoint ? int64_t{p.targets} * p.taps : p.taps;
+}
+
+// Of the packed element `at` of a problem: where it stands in the weight, -1 for padding.
+FASTLIP_EITHER int64_t pack_source(const PackProblem& p, bool adjoint, int64_t at) {
+  const int64_t rows = int64_t{p.sources} * p.taps, per_group = rows * pack_padded(p.targets);
+  const int64_t group = at / per_group;
+  at -= group * per_group;
+  const int64_t block = at / (rows * OperatorStep::kBlock), first = block * OperatorStep::kBlock;
+  at -= first * rows;
+  const int64_t left = p.targets - first;
+  const int64_t width = left < OperatorStep::kBlock ? pack_padded(left) : OperatorStep::kBlock;
+  const int64_t row = at / width, lane = at - row * width;
+  if (lane >= left) return -1;
+  const int64_t tap = row / p.sources, source = row - tap * p.sources;
+  return group * p.targets * rows + (first + lane) * pack_target_stride(p, adjoint) +
+         source * pack_source_stride(p, adjoint) + tap;
+}
+
+}  // namespace
+}  // namespace fastlip

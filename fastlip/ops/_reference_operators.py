@@ -1,0 +1,131 @@
+"""The part of the reference that serves operator norms: what its operators mean."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+#: Halvings of a bracket: float64 has no finer answer to give.
+_BISECTIONS = 70
+
+
+def pack_weights_(out: Tensor, weights: list[Tensor], groups: list[int], adjoint: bool) -> None:
+    at = 0
+    for weight, count in zip(weights, groups, strict=True):
+        taps = math.prod(weight.shape[2:])
+        if count == weight.shape[0] > 1 == weight.shape[1]:  # depthwise: one block of channels, [1, taps, 1, channels]
+            blocks = weight.reshape(1, count, 1, taps).permute(0, 3, 2, 1)
+        else:
+            blocks = weight.reshape(count, -1, weight.shape[1], taps)  # [groups, Cout / groups, Cin / groups, taps]
+            blocks = blocks.permute(0, 3, 1, 2) if adjoint else blocks.permute(0, 3, 2, 1)
+        for group in blocks:
+            for block in group.split(64, dim=2):
+                block = functional.pad(block, (0, -block.shape[2] % 16)).flatten()
+                out[at : at + len(block)] = block
+                at += len(block)
+
+
+def operator_step_(
+    out: Tensor,
+    out_square: Tensor,
+    x: Tensor,
+    x_square: Tensor | None,
+    previous: Tensor | None,
+    previous_square: Tensor | None,
+    weights: Tensor,
+    problems: Tensor,
+    tiles: Tensor,
+    bundles: Tensor,
+    entries: Tensor,
+    most_chains: int,
+    parts: int,
+    products: str,
+    active: Tensor | None,
+) -> None:
+    """Each target element is the sum that the tables spell out; tiles only say which bundles belong to an operator."""
+    tile_rows, bundle_rows = tiles.tolist(), bundles.tolist()
+    for index, row in enumerate(problems.tolist()):
+        if active is not None and not active[index]:
+            continue
+        depthwise, source_at, target_at, weight_at, chain_at, b, groups, taps, k, n, *rest = row
+        from_pixels, to_pixels, tile_at, count = rest
+        vectors = x[source_at : source_at + b * from_pixels * groups * k].reshape(b, from_pixels, groups, k)
+        kernel = _unpacked(weights[weight_at:], bool(depthwise), groups, taps, k, n)
+        image = x.new_zeros(b, to_pixels, groups, n)
+        for bundle in sorted({tile[1] for tile in tile_rows[tile_at : tile_at + count]}):
+            t, m, taps_at, targets_at, sources_at = bundle_rows[bundle]
+            total = x.new_zeros(b, m, groups, n)
+            for j in range(t):
+                sources = entries[sources_at + j * m : sources_at + (j + 1) * m].long()
+                met = torch.where((sources >= 0)[:, None, None], vectors[:, sources.clamp_min(0)], 0.0)
+                total += torch.einsum("bmgk,gkn->bmgn", met, kernel[:, int(entries[taps_at + j])])
+            image[:, entries[targets_at : targets_at + m].long()] = total
+        image = image.flatten(1)
+        chains = slice(chain_at, chain_at + b)
+        place = slice(target_at, target_at + image.numel())
+        if x_square is not None:
+            length = x_square[chains].sqrt()[:, None]
+            image = image * torch.where(length > 0, 1 / length, 0.0).to(x.dtype)
+            if previous is not None and previous_square is not None:
+                other = previous_square[chains].sqrt()[:, None]
+                shift = torch.where(other > 0, length / other, 0.0)
+                image -= previous[place].reshape(b, -1) * shift.to(x.dtype)
+        out[place] = image.flatten()
+        out_square[chains] = image.double().square().sum(1)
+
+
+def _unpacked(weights: Tensor, depthwise: bool, groups: int, taps: int, k: int, n: int) -> Tensor:
+    """Packed weights as [groups, taps, source channels, target channels]; a depthwise kernel is a diagonal."""
+    padded, rows = -(-n // 16) * 16, taps * (1 if depthwise else k)
+    blocks = weights[: groups * rows * padded].reshape(groups, rows * padded)
+    columns, at = [], 0
+    for first in range(0, padded, 64):
+        lanes = min(64, padded - first)
+        columns.append(blocks[:, at : at + rows * lanes].reshape(groups, taps, -1, lanes))
+        at += rows * lanes
+    kernel = torch.cat(columns, dim=-1)[..., :n]
+    return torch.diag_embed(kernel[:, :, 0]) if depthwise else kernel
+
+
+def top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """By torch's solver, of the whole matrices; vectors with non-negative entries."""
+    values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
+    return values[:, -1].clamp_min(0.0), vectors[..., -1].abs()
+
+
+def krylov_bound(
+    diagonal: Tensor, off_diagonal: Tensor, last: Tensor, residual: Tensor, overlaps: Tensor, tolerance: float
+) -> Tensor:
+    """By eigenvalues and first entries of eigenvectors; always to the last bisection."""
+    finite = diagonal.isfinite().all(1) & off_diagonal.isfinite().all(1)
+    diagonal, off_diagonal = diagonal.clone(), off_diagonal.clone()
+    diagonal[~finite], off_diagonal[~finite] = 0.0, 0.0  # the solver takes no others
+    theta, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
+    first, steps, eps = vectors[:, 0], theta.shape[1], torch.finfo(torch.float64).eps
+    top = theta[:, -1].clamp_min(0.0)
+    # What was decomposed is T perturbed by rounding, with eigenvectors orthonormal but for as much: parts of F.
+    residual = 1.01 * (residual + 8.0 * steps * eps * theta.abs().amax(1))
+    log_product = off_diagonal.log().sum(1) + last.log()
+
+    def exceeds(t: Tensor) -> Tensor:
+        gaps = t[:, None] - theta
+        tail = torch.exp(log_product - gaps.log().sum(1))
+        # Anything undefined counts as above.
+        return ~(tail + residual * torch.linalg.vector_norm(first / gaps, dim=1) <= overlaps)
+
+    # Both terms fall below overlap / 2 at the far end. Bisect the logarithm of the distance from the largest one.
+    far = torch.maximum((log_product + (2.0 / overlaps).log()) / steps, (2.0 * residual / overlaps).log()) + 1.4
+    scale = torch.where(top > 0.0, top, torch.ones_like(top))
+    high, low = torch.maximum(far, scale.log()) + 1.0, (scale * 1e-12).log()
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        right = exceeds(top + middle.exp())
+        low, high = torch.where(right, middle, low), torch.where(right, high, middle)
+    upper = (top + high.exp()).sqrt() * (1.0 + 1e-12)
+    return torch.where(finite & (overlaps > 0.0) & upper.isfinite(), upper, torch.inf)
+
+
+def _tridiagonal(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
+    off = off_diagonal[:, :-1]
+    return torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
