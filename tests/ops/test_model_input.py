@@ -290,6 +290,50 @@ def test_can_be_traced_and_compiled(device):
     torch.testing.assert_close(traced(*inputs), want, rtol=0, atol=0)
 
 
+def attack(x0: Tensor, weight: Tensor, norm: str, steps: int, graphed: bool) -> tuple[Tensor, Tensor]:
+    """Steps on a convolution in float16, whose input the step before wrote."""
+    normalization = statistics(x0.shape, "channels", x0.device.type)
+    x = x0.clone()
+    z = ops.model_input(x, dtype=torch.float16, **normalization)
+    values = z.values.requires_grad_()
+
+    def step() -> None:
+        loss = torch.nn.functional.conv2d(values, weight, padding=1).float().square().sum()
+        (grad,) = torch.autograd.grad(loss, values)
+        ops.pgd_step_(x, grad, x0, step_size=0.05, eps=0.3, norm=norm, sparsity=0.5, model_input=z)
+
+    step()
+    if graphed:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    for _ in range(steps - 1):
+        if graphed:
+            graph.replay()
+        else:
+            step()
+    return x, values.detach()
+
+
+@on_devices
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_loop_sees_what_it_wrote(device, norm):
+    """On a GPU as a CUDA graph, too: forward pass, backward pass and step are one replay."""
+    generator = torch.Generator().manual_seed(4)
+    x0 = torch.rand(4, 3, 8, 8, generator=generator).to(device)
+    weight = torch.randn(4, 3, 3, 3, generator=generator).half().to(device)
+    x, values = attack(x0, weight, norm, 5, graphed=False)
+    normalization = statistics(x0.shape, "channels", device)
+    torch.testing.assert_close(values, ((x - normalization["mean"]) / normalization["std"]).half(), rtol=0, atol=0)
+    assert ops.project(x, x0, eps=0.3, norm=norm).sub(x).abs().max() < 1e-6
+    assert (x - x0).flatten(1).norm(p={"linf": math.inf, "l2": 2, "l1": 1}[norm], dim=1).min() > 0.15
+    if device == "cuda":
+        again, replayed = attack(x0, weight, norm, 5, graphed=True)
+        torch.testing.assert_close(again, x, rtol=0, atol=1e-3)
+        torch.testing.assert_close(replayed.float(), values.float(), rtol=0, atol=1e-2)
+
+
 def channel(*values: float) -> Tensor:
     return torch.tensor(values).reshape(-1, 1, 1)
 
