@@ -206,7 +206,9 @@ def pgd_step_(
     dtype = compute_dtype(x.dtype) if norm == "linf" else torch.float64
     step = _steps(step_size, step_size_tensor, x, dtype)
     centre = x0.to(dtype)
-    ascent = _finite_or_zero(_ascent(grad, model_input, std, std_tensor).to(dtype))
+    if norm != "linf":  # whose signs no standard deviation changes
+        grad = _ascent(grad, model_input, std, std_tensor)
+    ascent = _finite_or_zero(grad.to(dtype))
     moved = x.to(dtype) + step * _direction(ascent, norm, sparsity)
     radius = _rows(eps, eps_tensor, x, dtype)
     low, high = _bound(lo, lo_tensor, x, dtype), _bound(hi, hi_tensor, x, dtype)

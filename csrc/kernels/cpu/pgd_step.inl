@@ -68,7 +68,7 @@ void pgd_step_linf_fed(const PgdStep& p, int64_t begin, int64_t end) {
     float* const x = static_cast<float*>(p.x) + sample * p.x_stride + first;
     const float* const x0 = static_cast<const float*>(p.x0) + sample * p.x0_stride + first;
     float grad[kChunk];
-    ascent_row<I>(grad, p, sample, first, n);
+    widen_row(grad, static_cast<const I*>(p.grad) + sample * p.grad_stride + first, n);  // signs are all it takes
     linf_part(x, grad, x0, p, sample, first, n);
     feed_row<I>(x, p, sample, first, n);
   }

@@ -1,7 +1,7 @@
 // pgd_step_ and project_ (a step without a gradient).
 //
 // Floor: x, grad and x0 read once, x written once: 16 bytes an element in float32, 12 for project_, 8 in 16 bits. With
-// what the model reads in 16 bits: 16 too, since grad has 16 bits then; two quotients more.
+// what the model reads in 16 bits: 16 too, since grad has 16 bits then; a quotient more, two in L2 and L1.
 // Operations, an element: Linf 7. L2: 3 for the norm of the gradient, 10 for the move and the first sums, 6 for each
 // pass of the search for the scale (2 as a rule), 5 to write. L1: 6 for each pass of the search for the threshold (5 at
 // 3 x 32 x 32, 11 at 3 x 224 x 224, 16 at most), 10, 7 for each Newton step (3 to 6 as a rule), 6. A few per cent of
@@ -42,7 +42,9 @@ __global__ void __launch_bounds__(kLinfThreads)
   load<S>(out, valid, true, x);
   load<S>(static_cast<const S*>(p.x0) + sample * p.x0_stride + at, valid, true, x0);
   if (p.grad != nullptr) {
-    load_ascent<S, In>(p, sample, at, valid, true, grad);
+    // Signs are all it takes: no standard deviation changes them.
+    using G = Ascent<S, In>;
+    load<G>(static_cast<const G*>(p.grad) + sample * p.grad_stride + at, valid, true, grad);
     const T step = finite_or_zero(number<T>(p.step_size, sample));
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] = add_rn(x[i], signed_step(grad[i], step));

@@ -73,8 +73,9 @@ def _pgd_step_linf_kernel(
     x0 = widened(tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0), T)
     v = widened(tl.load(x_ptr + sample * x_stride + at, mask, other=0.0), T)
     if grad_ptr is not None:
-        fed: tl.constexpr = input_ptr is not None
-        grad = finite_or_zero(gradient(grad_ptr + sample * grad_stride, std, std_ptr, at, mask, fed, T))
+        grad = finite_or_zero(
+            widened(tl.load(grad_ptr + sample * grad_stride + at, mask, other=0.0), T)
+        )  # for its sign
         step = finite_or_zero(number(step_size, step_size_ptr, sample, T))
         v = v + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
     radius = ball_radius(eps, eps_ptr, sample, T)
