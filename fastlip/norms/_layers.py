@@ -1,7 +1,7 @@
 """The norms of all layers of a model."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +22,12 @@ from fastlip.norms._modules import (
     diagonal_norms,
     module_operator,
     require_finite_scale,
+    scaled,
 )
 from fastlip.norms._operator import Operator, look_at, require_finite
 from fastlip.norms._report import NormReport
 from fastlip.norms._solve import Settings, operator_norms
-from fastlip.norms._structure import Remembered
+from fastlip.norms._structure import Remembered, modules_of
 
 
 @dataclass
@@ -40,6 +41,27 @@ class _Call:
     version: int
     linear: bool
     batchnorm: str | None = None
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A layer of any model of one structure; modules are named by their place in :func:`modules_of`.
+
+    Attributes:
+        name: as in :class:`_Layer`.
+        description: likewise.
+        module: whose weight it is.
+        geometry: its linear map, with a weight that holds no numbers; None for a BatchNorm alone.
+        batchnorm: the BatchNorm that is folded into it, or that it is.
+        transposed: whether the map is the adjoint's, so that output channels are the weight's second axis.
+    """
+
+    name: str
+    description: str
+    module: int
+    geometry: Operator | None
+    batchnorm: int | None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +166,7 @@ def layer_norms(
         generator.seed()
     settings = Settings(rtol, confidence, method, starts, max_steps, dtype, max_memory, generator, progress)
     models = list(model) if isinstance(model, Iterable) and not isinstance(model, nn.Module) else [model]
-    collected = [_collect(bare_model(m), checked_shape(input_shape), fold_batchnorm) for m in models]
+    collected = _collect([bare_model(m) for m in models], checked_shape(input_shape), fold_batchnorm)
     every = [layer for layers in collected for layer in layers]
     operators = [layer.operator for layer in every if layer.operator is not None]
     look_at(operators)
@@ -174,18 +196,16 @@ def _exactly(norm: float) -> NormInterval:
     return NormInterval(norm * (1 - 2e-14), norm, 1.0, "closed form", 0, True)
 
 
-def _collect(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool) -> list[_Layer]:
-    """The layers that run, in order; nothing is read from the device of their weights."""
+def _plan(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool) -> list[_Slot]:
+    """What is to be known of the layers that run, in order, but for their numbers."""
     modules = dict(model.named_modules())
-    calls = dict.fromkeys(_recorded(model, input_shape, fold_batchnorm))  # each once
-    users = {
-        batchnorm or name: name for name, *_, batchnorm in calls if batchnorm or isinstance(modules[name], BATCHNORMS)
-    }
-    for batchnorm_name, name in users.items():
-        if modules[batchnorm_name].running_var is None:
+    index = {id(module): i for i, module in enumerate(modules_of(model))}
+    calls = dict.fromkeys(_record(model, input_shape, fold_batchnorm))  # each once
+    for name, *_, batchnorm in calls:
+        user = batchnorm or (name if isinstance(modules[name], BATCHNORMS) else None)
+        if user is not None and modules[user].running_var is None:
             raise ValueError(f"layer {_shown(name, modules)}: {NO_STATISTICS}")
-    scales = dict(zip(users, batchnorm_scales([modules[name] for name in users]), strict=True))
-    found: list[_Layer] = []
+    found: list[_Slot] = []
     repeats: Counter[str] = Counter()
     for name, shape, output_shape, batchnorm in calls:
         module, shown = modules[name], _shown(name, modules)
@@ -193,19 +213,86 @@ def _collect(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: boo
         if repeats[name] > 1:
             shown += f"#{repeats[name]}"
         description = describe_module(module, shape)
+        place = index[id(module)]
         if isinstance(module, BATCHNORMS):
-            found.append(_Layer(shown, description, None, scales[name]))
+            found.append(_Slot(shown, description, place, None, place))
             continue
-        scale = None if batchnorm is None else scales[batchnorm]
-        if scale is not None:
+        if batchnorm is not None:
             description += " + BN"
         try:
             size = output_shape[1:] if isinstance(module, TRANSPOSED) else None
-            operator = module_operator(module, shape, output_scale=scale, output_size=size, finite=False)
+            operator = module_operator(module, shape, output_size=size, finite=False)
         except ValueError as error:
             raise ValueError(f"layer {shown}: {error}") from None
-        found.append(_Layer(shown, description, operator, scale))
+        geometry = operator.with_weight(operator.weight.new_empty(operator.weight.shape, device="meta"))
+        follower = None if batchnorm is None else index[id(modules[batchnorm])]
+        found.append(_Slot(shown, description, place, geometry, follower, isinstance(module, TRANSPOSED)))
     return found
+
+
+#: Checkpoints of one model run alike: only the first of them runs, and is looked at layer by layer.
+_planned = Remembered(_plan)
+
+
+def _collect(models: Sequence[nn.Module], input_shape: tuple[int, ...], fold_batchnorm: bool) -> list[list[_Layer]]:
+    """The layers of each model that run, in order; nothing is read from the device of their weights."""
+    plans = [_planned(model, input_shape, fold_batchnorm) for model in models]
+    modules = [modules_of(model) for model in models]
+    batchnorms = {
+        id(held[slot.batchnorm]): held[slot.batchnorm]
+        for slots, held in zip(plans, modules, strict=True)
+        for slot in slots
+        if slot.batchnorm is not None
+    }
+    scales = dict(zip(batchnorms, batchnorm_scales(list(batchnorms.values())), strict=True))
+    weights = _weights(plans, modules, scales)
+    found = []
+    for slots, held in zip(plans, modules, strict=True):
+        layers = []
+        for slot in slots:
+            scale = None if slot.batchnorm is None else scales[id(held[slot.batchnorm])]
+            operator = None if slot.geometry is None else slot.geometry.with_weight(next(weights))
+            layers.append(_Layer(slot.name, slot.description, operator, scale))
+        found.append(layers)
+    return found
+
+
+def _weights(
+    plans: Sequence[list[_Slot]], modules: Sequence[list[nn.Module]], scales: dict[int, Tensor]
+) -> Iterator[Tensor]:
+    """The weights of all layers with the factors of the BatchNorms that follow, in order."""
+    found: list[Tensor] = []
+    alike: dict[tuple[object, ...], list[tuple[int, Tensor, _Slot]]] = defaultdict(list)
+    for slots, held in zip(plans, modules, strict=True):
+        for slot in slots:
+            if slot.geometry is None:
+                continue
+            weight: Tensor = held[slot.module].weight.detach()  # type: ignore[operator]
+            if slot.batchnorm is not None:
+                scale = scales[id(held[slot.batchnorm])]
+                if _launches_cost(weight.device):
+                    alike[id(slot), weight.dtype, weight.device].append((len(found), scale, slot))
+                else:
+                    weight = _folded(weight, scale, slot)
+            found.append(weight)
+    for group in alike.values():  # a layer of all models at once
+        places, factors, (slot, *_) = zip(*group, strict=True)
+        together = _folded(torch.cat([found[i] for i in places]), torch.cat(factors), slot, len(group))
+        for i, part in zip(places, together.chunk(len(group)), strict=True):
+            found[i] = part
+    return iter(found)
+
+
+def _folded(weight: Tensor, scale: Tensor, slot: _Slot, count: int = 1) -> Tensor:
+    """A layer's weights in ``count`` models, one after the other, times their BatchNorms' factors."""
+    assert slot.geometry is not None
+    first, second = (None, scale) if slot.transposed else (scale, None)
+    return scaled(weight, first, second, count * slot.geometry.groups)
+
+
+def _launches_cost(device: torch.device) -> bool:
+    """Whether one operation on joined memory takes less time than several on its parts."""
+    return device.type == "cuda"
 
 
 def _shown(name: str, modules: dict[str, nn.Module]) -> str:
@@ -258,10 +345,6 @@ def _record(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool
         for handle in handles:
             handle.remove()
     return [(call.name, call.input_shape, call.output_shape, call.batchnorm) for call in calls]
-
-
-#: Checkpoints of one model run alike: only the first of them runs.
-_recorded = Remembered(_record)
 
 
 def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ def module_operator(
         )
     weight = module.weight.detach()
     if isinstance(module, nn.Linear):
-        op = Operator(_scale(weight, output_scale, input_scale, 1))
+        op = Operator(scaled(weight, output_scale, input_scale, 1))
         if finite:
             require_finite(op)
         return op
@@ -61,10 +61,10 @@ def module_operator(
     geometry["finite"] = finite
     size = tuple(input_shape[1:])
     if isinstance(module, CONVS):
-        weight = _scale(weight, output_scale, input_scale, module.groups)
+        weight = scaled(weight, output_scale, input_scale, module.groups)
         return conv_operator(weight, size, padding=module.padding, padding_mode=module.padding_mode, **geometry)
     # weight is [Cin, Cout / groups, *kernel]: the adjoint's output channels come first.
-    weight = _scale(weight, input_scale, output_scale, module.groups)
+    weight = scaled(weight, input_scale, output_scale, module.groups)
     if output_size is None:
         axes = zip(
             size, module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding, strict=True
@@ -78,7 +78,7 @@ def module_operator(
     return replace(op, padding=tuple((p, (n - 1) * s + e - m - p) for n, m, s, e, (p, _) in ends))
 
 
-def _scale(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:
+def scaled(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:
     """Scale, in float64, a weight's first axis, and its second one, whose channels are split into groups."""
     ones = (1,) * (weight.dim() - 2)
     if first is not None:

@@ -1,10 +1,12 @@
 """What a model computes with, apart from the numbers: equal for checkpoints of one model."""
 
+import marshal
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
+from itertools import filterfalse
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import nn
@@ -15,6 +17,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, type, type(None), torch.dtype, torch.device, torch.memory_format)
 _NUMBERS = frozenset((bool, int, float, str, type(None)))
 _MOST_KEPT = 16
+#: Format of marshal in which equal values give equal bytes, whoever else refers to them.
+_WITHOUT_REFERENCES = 2
 
 T = TypeVar("T")
 
@@ -23,43 +27,63 @@ class _UnknownError(Exception):
     """Something whose equality says nothing of its effect."""
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Every module of a model once, each before what it holds."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found.values())
+
+
 def structure(model: nn.Module) -> Hashable | None:
     """Equal for models of the same classes, attributes and shapes; None where that cannot be said.
 
-    Such models run alike on one input but for what branches on the numbers in tensors. Attributes must be plain values
-    or containers of them, and no module may have hooks on its forward pass or integers in its buffers, which may count.
+    Such models run alike on one input but for what branches on the numbers in tensors, and :func:`modules_of` lists
+    their modules in the same order. Attributes must be plain values or containers of them, and no module may have hooks
+    on its forward pass or integers in its buffers, which may count.
     """
-    seen: dict[int, int] = {}
+    modules = modules_of(model)
+    index = {id(module): i for i, module in enumerate(modules)}
     try:
         return tuple(
-            (name, seen.setdefault(id(module), len(seen)), type(module), _attributes(module))
-            for name, module in model.named_modules(remove_duplicate=False)
+            (cast(Hashable, type(module)), _children(module, index), *_attributes(module)) for module in modules
         )
     except _UnknownError:
         return None
 
 
-def _attributes(module: nn.Module) -> Hashable:
+def _children(module: nn.Module, index: dict[int, int]) -> Hashable:
+    return tuple([(name, index[id(child)]) for name, child in module._modules.items() if child is not None])
+
+
+def _attributes(module: nn.Module) -> tuple[Hashable, ...]:
+    """What a module has of its own; this runs for every module of every checkpoint."""
     own = vars(module)
     if any(own[hooks] for hooks in _HOOKS) or isinstance(module, torch.jit.ScriptModule):
         raise _UnknownError
-    found: list[Hashable] = []
-    for key, value in own.items():
-        if key in _INTERNAL:
-            continue
-        kind = type(value)
-        if kind in _NUMBERS:  # the most, and quickly: this runs for every attribute of every checkpoint
-            found.append((key, kind, value))
-        elif kind is tuple and _NUMBERS.issuperset(map(type, value)):
-            found.append((key, value, *map(type, value)))
-        else:
-            found.append((key, _plain(value)))
-    for held in (own["_parameters"], own["_buffers"]):
-        for key, tensor in held.items():
-            if tensor is not None and not tensor.is_floating_point() and key != "num_batches_tracked":
-                raise _UnknownError
-            found.append((key, None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)))
-    return tuple(found)
+    keys = tuple(filterfalse(_INTERNAL.__contains__, own))
+    values = [own[key] for key in keys]
+    attributes: Hashable
+    if all(map(_is_simple, values)):
+        attributes = marshal.dumps(values, _WITHOUT_REFERENCES)  # tells types and values apart as exactly as _plain
+    else:
+        attributes = tuple(map(_plain, values))
+    held = [*own["_parameters"].items(), *own["_buffers"].items()]
+    for key, tensor in held:
+        if tensor is not None and not tensor.is_floating_point() and key != "num_batches_tracked":
+            raise _UnknownError
+    tensors = tuple([(key, None if t is None else (t.shape, t.dtype, t.device)) for key, t in held])
+    return keys, attributes, len(own["_parameters"]), tensors
+
+
+def _is_simple(value: object) -> bool:
+    """Whether a value is a number or a string, or a sequence of them: of anything else marshal may forget the type."""
+    kind = type(value)
+    return kind in _NUMBERS or (kind in (tuple, list) and _NUMBERS.issuperset(map(type, cast("list[object]", value))))
 
 
 def _plain(value: Any) -> Hashable:

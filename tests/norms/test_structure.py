@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlip
 from fastlip.norms import _layers as layers
-from fastlip.norms._structure import Remembered, structure
+from fastlip.norms._structure import Remembered, modules_of, structure
 
 
 class Net(nn.Module):
@@ -42,6 +43,12 @@ DIFFERENT = {
     "class": Other,
     "plain attribute": partial(Net, depth=3),
     "kind of number": partial(Net, runs=0.0),
+    "truth value": partial(Net, runs=False),
+    "kind of container": partial(Net, runs=[0]),
+    "kind of number in a container": partial(Net, runs=(0.0,)),
+    "name": partial(Net, walks=0),
+    "missing child": lambda: _without(Net(), "bn"),
+    "child's name": lambda: _renamed(Net()),
     "attribute in a container": partial(Net, sizes=[1, {"a": (2,)}]),
     "function": partial(Net, activation=torch.relu),
     "shape": lambda: _with(Net(), "conv", nn.Conv2d(3, 5, 3, padding=1)),
@@ -50,6 +57,16 @@ DIFFERENT = {
     "bias": lambda: _with(Net(), "head", nn.Linear(4, 2, bias=False)),
     "sharing": lambda: _with(Net(), "again", None),
 }
+
+
+def _without(net: Net, name: str) -> Net:
+    setattr(net, name, None)
+    return net
+
+
+def _renamed(net: Net) -> Net:
+    net._modules["norm"] = net._modules.pop("bn")
+    return net
 
 
 def _with(net: Net, name: str, module: nn.Module | None) -> Net:
@@ -68,6 +85,8 @@ UNKNOWN = {
     "hook": lambda net: net.conv.register_forward_hook(lambda *_: None),
     "pre-hook": lambda net: net.conv.register_forward_pre_hook(lambda *_: None),
     "tensor": lambda net: setattr(net, "gate", torch.zeros(1)),
+    "array": lambda net: setattr(net, "gate", np.zeros(1)),
+    "array in a container": lambda net: setattr(net, "gates", [bytearray(2), np.zeros(1)]),
     "object": lambda net: setattr(net, "thing", object()),
     "modules that are not registered": lambda net: setattr(net, "others", [nn.Linear(2, 2)]),
     "integers": lambda net: net.register_buffer("depth", torch.tensor(2)),
@@ -87,9 +106,9 @@ def test_only_the_first_of_like_models_runs(monkeypatch):
 
     def record(model: nn.Module, *arguments: object) -> list:
         ran.append(model)
-        return layers._record(model, *arguments)
+        return layers._plan(model, *arguments)
 
-    monkeypatch.setattr(layers, "_recorded", Remembered(record))
+    monkeypatch.setattr(layers, "_planned", Remembered(record))
     torch.manual_seed(0)
     models = [Net(), Net(), Other(), Net(activation=torch.tanh)]
     together = fastlip.layer_norms(models, (3, 8, 8))
@@ -169,3 +188,87 @@ def test_no_layer_is_waited_for_by_itself(fold):
     with Waits() as waits:
         fastlip.layer_norms(net, (3, 8, 8), fold_batchnorm=fold, method="lanczos")
     assert waits.count == 0
+
+
+def test_modules_are_listed_as_torch_does():
+    net = _with(Net(), "again", None)
+    net.block = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(2, 2), net.head), nn.Identity())
+    net.nothing = None
+    assert modules_of(net) == list(net.modules())
+
+
+class Mixed(nn.Module):
+    """Every kind of layer in front of a BatchNorm, one of them twice, and one BatchNorm alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 6, 3, groups=3, bias=False), nn.ConvTranspose2d(6, 8, 3, stride=2, groups=2)
+        self.head, self.shared = nn.Linear(8, 4), nn.Conv2d(8, 8, 1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(6), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm1d(4)])
+        self.alone = nn.BatchNorm2d(8)
+        for norm in (*self.norms, self.alone):
+            nn.init.normal_(norm.weight)
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norms[1](self.up(self.norms[0](self.conv(x)).relu())).relu()
+        x = self.norms[2](self.shared(self.shared(x))).relu()
+        return self.norms[3](self.head(self.alone(x).mean((2, 3))))
+
+
+def test_joined_foldings_give_the_same_norms(monkeypatch):
+    """As on a GPU, where a layer's weights in all models are scaled at once."""
+    torch.manual_seed(1)
+    models = [Mixed(), Mixed(), Mixed().double(), Mixed()]
+    want = [fastlip.layer_norms(model, (3, 6, 6), method="svd") for model in models]
+    monkeypatch.setattr(layers, "_launches_cost", lambda device: True)
+    for got, report in zip(fastlip.layer_norms(models, (3, 6, 6), method="svd"), want, strict=True):
+        assert list(got) == list(report)
+        assert got.descriptions == report.descriptions
+        for name, interval in report.items():
+            assert got[name].lower == pytest.approx(interval.lower, rel=1e-12)
+            assert got[name].upper == pytest.approx(interval.upper, rel=1e-12)
+
+
+class _Counted(TorchDispatchMode):
+    """Counts operations that would be kernels of a GPU."""
+
+    VIEWS = ("detach", "view", "alias", "split", "select", "unsqueeze", "slice", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not any(name in str(func) for name in self.VIEWS)
+        return func(*args, **(kwargs or {}))
+
+
+def test_collecting_more_models_launches_no_more(monkeypatch):
+    monkeypatch.setattr(layers, "_launches_cost", lambda device: True)
+    models = [Mixed() for _ in range(9)]
+    counts = []
+    for some in (models[:1], models[:2], models):
+        layers._collect(some, (3, 6, 6), True)  # the first runs
+        with _Counted() as counted:
+            layers._collect(some, (3, 6, 6), True)
+        counts.append(counted.count)
+    # Weights and factors of two layers are joined first.
+    assert counts[1] == counts[2] <= counts[0] + 2 * 5
+
+
+def test_numbers_are_always_the_models_own():
+    """Nothing of one model's weights or statistics is remembered for another, or for itself later."""
+    torch.manual_seed(2)
+    one, two = Mixed(), Mixed()
+    first, second = (fastlip.layer_norms(m, (3, 6, 6), method="svd") for m in (one, two))
+    for name, interval in first.items():
+        assert not interval.lower <= second[name].lower <= interval.upper, name
+    with torch.no_grad():
+        one.norms[0].running_var *= 4
+        one.head.weight *= 3
+    third = fastlip.layer_norms(one, (3, 6, 6), method="svd")
+    assert third["conv"].lower == pytest.approx(first["conv"].lower / 2, rel=1e-3)
+    assert third["head"].lower == pytest.approx(first["head"].lower * 3, rel=1e-6)
+    two.norms[1].eps = 3.0
+    assert fastlip.layer_norms(two, (3, 6, 6), method="svd")["up"].upper < second["up"].lower
