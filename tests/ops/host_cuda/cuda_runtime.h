@@ -1,6 +1,5 @@
-// CUDA's launches and threads on the host, for test_cuda_source.py: kernels whose teams of threads exchange values
-// between lanes run with one thread a block, those that only meet at barriers or multiply on matrix units with all of
-// them, the others with all of them one after the other, the first last.
+// CUDA's launches and threads on the host, for test_cuda_source.py: blocks, or clusters of them, one after the other,
+// each with all of its threads.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,9 +9,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <type_traits>
+#include <map>
 
 #include "fibers.h"
+#include "shared_memory.h"
 
 #undef __global__
 #undef __device__
@@ -25,7 +25,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __forceinline__ inline
@@ -55,19 +54,26 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
   *value = std::atoi(bytes ? bytes : "200000");
   return cudaSuccess;
 }
-// Clusters exist, but none can be scheduled, so that launches fall back.
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
   attributes->ptxVersion = 90;
   return cudaSuccess;
 }
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
-  return cudaSuccess;
+// The most dynamic shared memory that launches of a kernel may ask for.
+inline int& host_dynamic_limit(const void* kernel) {
+  static std::map<const void*, int> limits;
+  return limits.try_emplace(kernel, 48 * 1024).first->second;
 }
 template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  host_dynamic_limit(reinterpret_cast<const void*>(kernel)) = bytes;
+  return cudaSuccess;
+}
+// FASTLIP_HOST_CLUSTERS=0: clusters exist, but none can be scheduled, so that launches fall back.
+template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
-  *clusters = 0;
+  const char* const most = std::getenv("FASTLIP_HOST_CLUSTERS");
+  *clusters = std::atoi(most ? most : "1");
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -87,8 +93,23 @@ inline int atomicAdd(int* at, int value) {
   return old;
 }
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int) {
-  return value;
+T __shfl_xor_sync(unsigned mask, T value, int offset) {
+  struct Lanes {
+    T value[32];
+    uint64_t call[32];  // which exchange these values are of
+  };
+  static Lanes warps[2][Fibers::kMostBlocks][Fibers::kMost / 32];  // in turn: others may still read the values before
+  const uint64_t call = Fibers::next_call() << 5 | static_cast<unsigned>(offset);
+  const unsigned lane = threadIdx.x % 32;
+  Lanes& lanes = warps[call >> 5 & 1][Fibers::block_in_cluster()][threadIdx.x / 32];
+  lanes.value[lane] = value;
+  lanes.call[lane] = call;
+  Fibers::warp_barrier();
+  for (const uint64_t other : lanes.call) {
+    if (other != call) host_abort("lanes of a warp are at different shuffles");
+  }
+  if (mask != 0xFFFFFFFFu) host_abort("a shuffle of some lanes of a warp alone");
+  return lanes.value[lane ^ offset];
 }
 template <typename T>
 void __stwb(T* to, T value) {
@@ -100,26 +121,22 @@ T __ldcg(const T* from) {
   return *from;
 }
 
-namespace fastlip {
-struct OperatorStep;
-}
-
 template <typename... Declared, typename... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Declared...), const Given&... given) {
-  // Teams: launches with attributes, and random_start in L2 and L1, the one kernel of four arguments.
-  const bool team = config->attrs != nullptr || sizeof...(Declared) == 4;
-  blockDim.x = team ? 1 : config->blockDim.x;
-  constexpr bool kBarriers = (std::is_same_v<Declared, fastlip::OperatorStep> || ...);
-  for (blockIdx.x = 0; blockIdx.x < config->gridDim.x; ++blockIdx.x) {
-    if constexpr (kBarriers) {
-      Fibers::instance().resumed = [](unsigned thread) { threadIdx.x = thread; };
-      Fibers::run(blockDim.x, [&](unsigned) { kernel(given...); });
-      continue;
-    }
-    for (unsigned left = blockDim.x; left > 0; --left) {
-      threadIdx.x = left - 1;
-      kernel(given...);
-    }
+  const size_t bytes = config->dynamicSmemBytes;
+  if (bytes > static_cast<size_t>(host_dynamic_limit(reinterpret_cast<const void*>(kernel))))
+    return cudaErrorInvalidValue;
+  const unsigned ranks = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
+  if (ranks == 0 || config->gridDim.x % ranks != 0) return cudaErrorInvalidValue;
+  blockDim.x = config->blockDim.x;
+  for (unsigned first = 0; first < config->gridDim.x; first += ranks) {
+    for (unsigned rank = 0; rank < ranks; ++rank) HostShared::start(rank, bytes);
+    Fibers::instance().resumed = [first](unsigned block, unsigned thread) {
+      blockIdx.x = first + block;
+      threadIdx.x = thread;
+    };
+    Fibers::run(ranks, blockDim.x, [&] { kernel(given...); });
+    for (unsigned rank = 0; rank < ranks; ++rank) HostShared::end(rank);
   }
   return cudaSuccess;
 }

@@ -9,15 +9,13 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
 namespace fastlip::cuda {
 
 struct HostWarp {
   uint32_t a[32][4], b[32][2];
-  unsigned call[32];  // which instruction these operands are of
+  uint64_t call[32];  // which instruction these operands are of
 };
 
 inline double host_tf32(uint32_t bits) {
@@ -48,17 +46,15 @@ inline float host_add(float sum, const double (&products)[4]) {
 
 inline void mma(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static HostWarp warps[2][Fibers::kMost / 32];  // in turn: others may still read the operands before
-  static unsigned calls[Fibers::kMost];
-  const unsigned lane = threadIdx.x % 32, call = ++calls[threadIdx.x];
+  const unsigned lane = threadIdx.x % 32;
+  const uint64_t call = Fibers::next_call();
   HostWarp& warp = warps[call % 2][threadIdx.x / 32];
   std::memcpy(warp.a[lane], a, sizeof(a));
   std::memcpy(warp.b[lane], b, sizeof(b));
   warp.call[lane] = call;
   Fibers::warp_barrier();
-  for (const unsigned other : warp.call) {
-    if (other == call) continue;
-    std::fprintf(stderr, "lanes of a warp are at different instructions\n");
-    std::abort();
+  for (const uint64_t other : warp.call) {
+    if (other != call) host_abort("lanes of a warp are at different instructions");
   }
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
