@@ -6,12 +6,34 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastlip.norms._composed import AnyOperator
 
+Indices = NDArray[np.int64]
+
 _UNIT = 2.0**-53
+
+
+class Grain(NamedTuple):
+    """What a kind of device handles at once."""
+
+    steps: int  # fewest steps between two looks at the coefficients
+    elements: int  # of vectors that are brought to float64 at a time
+    working_set: int  # bytes that operators measured together may take
+
+
+#: On a CPU launches are cheap; vectors in float64 shall stay in cache, and memory that is used again costs no page
+#: faults. On a GPU a look at the coefficients takes as long as several steps, and a launch as long as much of the work.
+GRAINS = {"cpu": Grain(1, 1 << 17, 1 << 24), "cuda": Grain(6, 1 << 25, 1 << 29)}
+
+
+def grain(device: torch.device) -> Grain:
+    """What such a device handles at once."""
+    return GRAINS["cpu" if device.type == "cpu" else "cuda"]
 
 
 class Iterate(NamedTuple):

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from fastlip.norms._replay import Replayed, Runner, worthwhile
 from fastlip.norms._stack import Stack
 
 #: Steps whose vectors are allocated together; even, so that a pair of steps has its squares in one block.
-_BLOCK = 16
+BLOCK = 16
 #: Vectors of all operators begin at multiples of so many elements, for kernels that move 16 bytes at a time.
 _ALIGNED = 4
 #: Below this norm a chain has ended: it has exhausted its Krylov space, and only rounding is left.
@@ -19,10 +20,10 @@ _ENDED = 1e-30
 
 
 class _Block(NamedTuple):
-    """Memory of ``_BLOCK`` steps."""
+    """Memory of ``BLOCK`` steps."""
 
-    vectors: Tensor  # b_i v_{i+1}, [_BLOCK, flat]
-    squares: Tensor  # of a_{i+1} and b_{i+1}, [_BLOCK, 2, chains]
+    vectors: Tensor  # b_i v_{i+1}, [BLOCK, flat]
+    squares: Tensor  # of a_{i+1} and b_{i+1}, [BLOCK, 2, chains]
 
 
 class Recurrence:
@@ -48,6 +49,7 @@ class Recurrence:
             for rows in rows_by_size(starts, sizes, chains)
         ]
         self._start = torch.cat(lengths).square()
+        self._known: Array = np.empty((2, len(self._start), 0))  # of a_i and b_i, from 0 on
         self._blocks: list[_Block] = []
         self._reserve(0)
         self._vector(0).copy_(starts)
@@ -63,22 +65,22 @@ class Recurrence:
 
     def _reserve(self, index: int) -> None:
         """Have memory for the vectors and squares of a step."""
-        while index >= _BLOCK * len(self._blocks):
-            squares = torch.zeros(_BLOCK, 2, self._start.numel(), dtype=torch.float64, device=self.device)
-            self._blocks.append(_Block(_vectors(_BLOCK, self._stack.domain[-1].stop, self._stack), squares))
+        while index >= BLOCK * len(self._blocks):
+            squares = torch.zeros(BLOCK, 2, self._start.numel(), dtype=torch.float64, device=self.device)
+            self._blocks.append(_Block(_vectors(BLOCK, self._stack.domain[-1].stop, self._stack), squares))
 
     def _vector(self, index: int) -> Tensor:
-        return self._blocks[index // _BLOCK].vectors[index % _BLOCK]
+        return self._blocks[index // BLOCK].vectors[index % BLOCK]
 
     def _squares(self, index: int) -> Tensor:
-        return self._blocks[index // _BLOCK].squares[index % _BLOCK]
+        return self._blocks[index // BLOCK].squares[index % BLOCK]
 
     def basis(self, operators: slice, count: int) -> list[Tensor]:
         """b_i v_{i+1} for i = 0 ... ``count`` - 1 of neighbours of one size, in parts [steps, operators, chains, N]."""
         places, chains = self._stack.domain[operators], self._stack.chains[operators.start]
         flat, starts = slice(places[0].start, places[-1].stop), chains.stop - chains.start
         parts = [block.vectors[:, flat].unflatten(1, (len(places), starts, -1)) for block in self._blocks]
-        return [part[: count - i * _BLOCK] for i, part in enumerate(parts) if count > i * _BLOCK]
+        return [part[: count - i * BLOCK] for i, part in enumerate(parts) if count > i * BLOCK]
 
     def advance(self, count: int) -> None:
         """``count`` steps more of the active operators, or one more than that, without a look at any of them.
@@ -102,17 +104,25 @@ class Recurrence:
         pair.run()
         self._vector(k + 1).copy_(pair.vectors[1])
         self._vector(k + 2).copy_(pair.vectors[0])
-        self._blocks[k // _BLOCK].squares[k % _BLOCK : k % _BLOCK + 2].copy_(pair.squares)
+        self._blocks[k // BLOCK].squares[k % BLOCK : k % BLOCK + 2].copy_(pair.squares)
         self.steps += 2
 
     def coefficients(self, count: int) -> tuple[Array, Array]:
         """a_1 ... a_k, [chains, k], and b_0 ... b_k, [chains, k + 1], for k = ``count``; b_0 is the norm of the start.
 
-        One read from the device.
+        One read from the device, of the steps that have not been read before.
         """
-        start = torch.stack([torch.zeros_like(self._start), self._start])
-        squares = torch.cat([start[None], *(block.squares for block in self._blocks)])[: count + 1]
-        alpha, beta = squares.permute(1, 2, 0).contiguous().sqrt_().cpu().numpy()
+        known = self._known.shape[2] - 1
+        if known < count:
+            first, last = max(known, 0), count - 1
+            parts = [block.squares for block in self._blocks[first // BLOCK : last // BLOCK + 1]]
+            new = torch.cat(parts)[first % BLOCK :][: count - first]
+            if known < 0:
+                start = torch.stack([torch.zeros_like(self._start), self._start])
+                new = torch.cat([start[None], new])
+            lengths = np.sqrt(new.cpu().numpy()).transpose(1, 2, 0)
+            self._known = np.concatenate([self._known, lengths], axis=2)
+        alpha, beta = self._known[:, :, : count + 1]
         return alpha[:, 1:], beta
 
 

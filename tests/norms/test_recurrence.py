@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip.norms import Composed, NormInterval, Operator, conv_norm, conv_operator
-from fastlip.norms import _measured as measured
 from fastlip.norms import _replay as replay
 from fastlip.norms._iterate import Plan, on_device
-from fastlip.norms._lanczos import lanczos_norms
 from fastlip.norms._power import _Steps
 from fastlip.norms._recurrence import Recurrence
 from fastlip.norms._stack import stack
@@ -318,30 +316,3 @@ def test_norms_on_the_device_hold(method: str, rtol: float) -> None:
     assert found.lower <= truth.upper
     assert found.upper >= truth.lower
     assert math.isclose(found.upper, truth.upper, rel_tol=rtol)
-
-
-def test_neighbours_of_one_size_are_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where a launch for each operator would take longer than its work."""
-    torch.manual_seed(3)
-    shapes = [(4, 3, 3), (5, 3, 3), (6, 3, 3), (3, 4, 1), (7, 4, 5)]
-    ops = [conv_operator(torch.randn(n, c, k, k), (9, 9), padding=k // 2) for n, c, k in shapes]
-
-    def norms() -> list:
-        plan = Plan(1e-6, 4, 1e-3, 40, torch.float32, torch.Generator().manual_seed(1), keep_vectors=True)
-        return lanczos_norms(ops, plan)
-
-    alone, alike = norms(), measured._alike
-    seen = []
-
-    def together(ops, steps, device):
-        seen.extend(found := alike(ops, [7] * len(steps), torch.device("cuda")))
-        assert found == [slice(0, 3), slice(3, 5)]
-        return alike(ops, steps, torch.device("cuda"))
-
-    monkeypatch.setattr(measured, "_alike", together)
-    for one, other in zip(alone, norms(), strict=True):
-        assert one.steps == other.steps
-        assert one.lower == pytest.approx(other.lower, rel=1e-12)
-        assert one.upper == pytest.approx(other.upper, rel=1e-9)
-        torch.testing.assert_close(one.vector, other.vector)
-    assert seen
