@@ -131,7 +131,6 @@ class _HalfSteps:
 
     def __init__(self, operators: Stack, active: Tensor) -> None:
         self._stack, self._active = operators, active
-        self._zero = torch.zeros((), dtype=torch.float64, device=operators.device)
 
     def __call__(
         self, w: Tensor, beta: Tensor, u: Tensor, squares: Tensor, out: Tensor, before: tuple[Tensor, Tensor] | None
@@ -140,13 +139,14 @@ class _HalfSteps:
         alpha = squares[0]
         earlier = {} if before is None else {"previous": before[0], "previous_square": before[1]}
         self._stack.forward(w, u, alpha, x_square=beta, active=self._active, **earlier)
-        self._end(alpha)
+        _end(alpha)
         earlier = {"previous": w, "previous_square": beta}
         self._stack.adjoint(u, out, squares[1], x_square=alpha, active=self._active, **earlier)
-        self._end(squares[1])
+        _end(squares[1])
 
-    def _end(self, square: Tensor) -> None:
-        torch.where(square > _ENDED**2, square, self._zero, out=square)
+
+def _end(square: Tensor) -> None:
+    torch.threshold_(square, _ENDED**2, 0.0)
 
 
 class _Pair:

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip.norms import Composed, Operator, conv_operator
+from fastlip.norms import _lanczos as lanczos
 from fastlip.norms import _recurrence as recurrence
 from fastlip.norms._combine import combine, runs_of
 from fastlip.norms._iterate import GRAINS, Grain, Iterate, Plan
 from fastlip.norms._lanczos import lanczos_norms
 from fastlip.norms._operator import look_at
 from fastlip.norms._recurrence import BLOCK
-from fastlip.norms._stack import stack
+from fastlip.norms._stack import _ConvStack, stack
 
 CHAINS = 3
 ALONE = Grain(1, 64, 1 << 29)  # one operator at a time, a few columns of it
@@ -151,6 +152,29 @@ def test_what_memory_held_before_plays_no_part(grain: Grain, monkeypatch: pytest
     for one, other in zip(norms("convolutions", torch.float32, 80), before, strict=True):
         assert one[:3] == other[:3]
         assert torch.equal(one.vector, other.vector)
+
+
+class Failing(_ConvStack):
+    """From the fourth application on the first operator's results are not finite."""
+
+    def forward(self, *args: object, **history: object) -> tuple[Tensor, Tensor]:
+        self.applied = getattr(self, "applied", 0) + 1
+        image, square = super().forward(*args, **history)
+        if self.applied > 3:
+            image[self.range[0]] = square[self.chains[0]] = float("nan")
+        return image, square
+
+
+@pytest.mark.parametrize("grain", [ALONE, TOGETHER])
+def test_a_failed_operator_has_no_upper_side_and_harms_no_other(grain: Grain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRAINS, "cpu", grain)
+    before = norms("convolutions", torch.float32, 80)
+    monkeypatch.setattr(lanczos, "stack", Failing)
+    failed, *others = norms("convolutions", torch.float32, 80)
+    assert (failed.lower, failed.upper) == (0.0, float("inf"))
+    for one, other in zip(others, before[1:], strict=True):
+        assert one.upper == pytest.approx(other.upper, rel=1e-3)
+        assert one.lower == pytest.approx(other.lower, rel=1e-3)
 
 
 class Launches(TorchDispatchMode):
