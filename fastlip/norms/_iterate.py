@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastlip.norms._certificate import Array
 from fastlip.norms._composed import AnyOperator
 
 Indices = NDArray[np.int64]
@@ -103,6 +104,9 @@ def rows_by_size(flat: Tensor, sizes: Sequence[int], starts: int) -> Iterator[Te
         at = end
 
 
-def norm_error(op: AnyOperator) -> float:
-    """Relative error of a quotient of two float64 vector norms of this size."""
-    return 4.0 * _UNIT * (math.prod(op.input_shape) + math.prod(op.output_shape) + 4)
+def norm_errors(ops: Sequence[AnyOperator], sizes: Indices) -> Array:
+    """Relative error of a quotient of two float64 norms, of vectors in each operator's range and domain.
+
+    ``sizes`` are the dimensions of the domains.
+    """
+    return 4.0 * _UNIT * (sizes + np.array([math.prod(op.output_shape) for op in ops]) + 4)

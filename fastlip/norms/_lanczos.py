@@ -43,7 +43,7 @@ def lanczos_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     sketches = _sketches(plan, least.min())
     run = Recurrence(operators, starts)
     steps = _iterate(run, least, plan, sketches.scale)
-    return certify(ops, run, steps, least, plan, sketches)
+    return certify(ops, np.array(sizes), run, steps, least, plan, sketches)
 
 
 def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> Indices:

@@ -1,6 +1,5 @@
 """After the last step: lower sides on explicit vectors, upper sides with the rounding that was measured, in float64."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor
 from fastlip.norms._certificate import Array, krylov_bound, normal_equations, top_pairs
 from fastlip.norms._combine import combine, runs_of
 from fastlip.norms._composed import AnyOperator, forward_error, magnitude, weight_numel
-from fastlip.norms._iterate import Indices, Iterate, Plan, grain, norm_error
+from fastlip.norms._iterate import Indices, Iterate, Plan, grain, norm_errors
 from fastlip.norms._recurrence import Recurrence
 from fastlip.norms._stack import from_rows, stack
 
@@ -50,6 +49,17 @@ class _Columns(NamedTuple):
     inverse: Array  # of the lengths b_i; 0 where a chain has ended
 
 
+class _Part(NamedTuple):
+    """Neighbours in the recurrence that are measured at once."""
+
+    first: int
+    ops: Sequence[AnyOperator]
+    runs: list[slice]  # of one size each
+    counts: Indices  # vectors of each
+    columns: _Columns
+    errors: Array  # relative, of quotients of norms
+
+
 class _Measured(NamedTuple):
     """Lower sides, upper bounds on the largest ||F z||, and the vectors that attain the lower sides, if kept."""
 
@@ -59,29 +69,33 @@ class _Measured(NamedTuple):
 
 
 def certify(
-    ops: Sequence[AnyOperator], run: Recurrence, steps: Indices, overlaps: Array, plan: Plan, sketches: Sketches
+    ops: Sequence[AnyOperator],
+    sizes: Indices,
+    run: Recurrence,
+    steps: Indices,
+    overlaps: Array,
+    plan: Plan,
+    sketches: Sketches,
 ) -> list[Iterate]:
-    """Intervals of operators after ``steps`` steps each, from starts whose least overlaps are given."""
-    b, counts = plan.starts, steps + 1
+    """Intervals of operators on R^size after ``steps`` steps each, from starts whose least overlaps are given."""
+    b, counts, errors = plan.starts, steps + 1, norm_errors(ops, sizes)
     groups, columns = _decompose(*run.coefficients(int(steps.max())), steps, b)
-    errors = np.array([norm_error(op) for op in ops])
-    ends = counts.cumsum()
-    lowers, residuals, uppers = (np.zeros(len(ops)) for _ in range(3))
-    vectors: list[Tensor | None] = []
-    for part in _parts(ops, sketches.amount + 1, run.device):
-        rows = slice(int(ends[part.start] - counts[part.start]), int(ends[part.stop - 1]))
-        own = _Columns(*(array[rows] for array in columns))
-        found = _measure(ops[part], part.start, run, counts[part], own, errors[part], plan, sketches.amount)
-        lowers[part], residuals[part] = found.lower, found.residual
-        vectors += found.vectors
-    last, residuals = 1.0 + errors, residuals / sketches.scale
+    begins = [0, *counts.cumsum().tolist()]
+    found = []
+    for at in _parts(ops, sizes, sketches.amount + 1, run.device):
+        runs = runs_of(sizes[at].tolist(), b, run.device)
+        own = _Columns(*(array[begins[at.start] : begins[at.stop]] for array in columns))
+        found.append(_measure(_Part(at.start, ops[at], runs, counts[at], own, errors[at]), run, plan, sketches.amount))
+    last, residuals = 1.0 + errors, np.concatenate([part.residual for part in found]) / sketches.scale
+    uppers = np.zeros(len(ops))
     for group in groups:
         i = group.operators
         numbers = [array[i].repeat(b) for array in (last, residuals, overlaps)]
         bounds = krylov_bound(group.diagonal, group.off, numbers[0], numbers[1], numbers[2])
         uppers[i] = bounds.reshape(-1, b).max(axis=1)
-    found_all = zip(lowers.tolist(), uppers.tolist(), steps.tolist(), vectors, strict=True)
-    return [Iterate(*interval) for interval in found_all]
+    lowers = [lower for part in found for lower in part.lower.tolist()]
+    vectors = [vector for part in found for vector in part.vectors]
+    return [Iterate(*interval) for interval in zip(lowers, uppers.tolist(), steps.tolist(), vectors, strict=True)]
 
 
 def _decompose(alpha: Array, beta: Array, steps: Indices, b: int) -> tuple[list[_Alike], _Columns]:
@@ -110,37 +124,29 @@ def _decompose(alpha: Array, beta: Array, steps: Indices, b: int) -> tuple[list[
     return groups, columns
 
 
-def _parts(ops: Sequence[AnyOperator], vectors: int, device: torch.device) -> Iterator[slice]:
-    """Runs of operators to be measured together, within a working set."""
+def _parts(ops: Sequence[AnyOperator], sizes: Indices, vectors: int, device: torch.device) -> Iterator[slice]:
+    """Neighbours to be measured together, within a working set."""
     begin = used = 0
-    for i, op in enumerate(ops):
-        needed = 8 * (4 * vectors * math.prod(op.input_shape) + 2 * weight_numel(op))
-        if i > begin and used + needed > grain(device).working_set:
+    most = grain(device).working_set
+    for i, (op, size) in enumerate(zip(ops, sizes.tolist(), strict=True)):
+        needed = 8 * (4 * vectors * size + 2 * weight_numel(op))
+        if i > begin and used + needed > most:
             yield slice(begin, i)
             begin, used = i, 0
         used += needed
     yield slice(begin, len(ops))
 
 
-def _measure(
-    ops: Sequence[AnyOperator],
-    first: int,
-    run: Recurrence,
-    counts: Indices,
-    columns: _Columns,
-    errors: Array,
-    plan: Plan,
-    amount: int,
-) -> _Measured:
-    """Apply neighbours in the recurrence, the first of them ``first``, in float64 to combinations of their vectors."""
+def _measure(part: _Part, run: Recurrence, plan: Plan, amount: int) -> _Measured:
+    """Apply operators, in float64, to combinations of their vectors."""
+    ops, runs, counts, errors = part.ops, part.runs, part.counts, part.errors
     # Rounding the weights to the plan's arithmetic is part of F, which is measured against the exact ones.
     exact = stack(ops, amount + 1, torch.float64)
-    runs = runs_of([math.prod(op.input_shape) for op in ops], plan.starts, run.device)
-    coefficients, sizes = _coefficients(counts, columns, amount, plan.generator, run.device)
+    coefficients, sizes = _coefficients(counts, part.columns, amount, plan.generator, run.device)
     flat = coefficients.new_empty(exact.domain[-1].stop)
     places = [slice(exact.domain[own.start].start, exact.domain[own.stop - 1].stop) for own in runs]
     sums, lengths, norms = [], [], []
-    for place, total in zip(places, combine(run, first, runs, counts, coefficients), strict=True):
+    for place, total in zip(places, combine(run, part.first, runs, counts, coefficients), strict=True):
         sums.append(total)
         flat[place].view(len(total), amount + 1, -1).copy_(total[:, : amount + 1])
         lengths.append(torch.linalg.vector_norm(total[:, amount], dim=1))
