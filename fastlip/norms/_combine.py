@@ -107,7 +107,7 @@ def _blocks(runs: Sequence[slice], counts: Indices, coefficients: Tensor) -> lis
     for span in every:
         hosted += [] if isinstance(span.members, slice) else [span.members]
         hosted += span.ended
-    flat = torch.from_numpy(np.concatenate(hosted)).to(coefficients.device)
+    flat = torch.from_numpy(np.concatenate(hosted)).to(coefficients.device, non_blocking=True)
     taken = sum(span.rows.size for span in every)
     places = iter(flat[taken:].split([len(a) for a in hosted[len(every) :]]))
     factors = iter(coefficients.index_select(1, flat[:taken]).split([span.rows.size for span in every], dim=1))

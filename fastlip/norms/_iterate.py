@@ -22,14 +22,16 @@ _UNIT = 2.0**-53
 class Grain(NamedTuple):
     """What a kind of device handles at once."""
 
-    steps: int  # fewest steps between two looks at the coefficients
+    steps: int  # fewest between two looks at the coefficients
+    ahead: int  # steps to go on with while the host looks
     elements: int  # of vectors that are brought to float64 at a time
     working_set: int  # bytes that operators measured together may take
 
 
 #: On a CPU launches are cheap; vectors in float64 shall stay in cache, and memory that is used again costs no page
-#: faults. On a GPU a look at the coefficients takes as long as several steps, and a launch as long as much of the work.
-GRAINS = {"cpu": Grain(1, 1 << 17, 1 << 24), "cuda": Grain(6, 1 << 25, 1 << 29)}
+#: faults. On a GPU a look at the coefficients takes as long as several steps, and a launch as long as much of the work:
+#: a pair of steps is in hand meanwhile, which is in vain for the operators that end.
+GRAINS = {"cpu": Grain(1, 0, 1 << 17, 1 << 24), "cuda": Grain(6, 2, 1 << 25, 1 << 29)}
 
 
 def grain(device: torch.device) -> Grain:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastlip.norms._certificate import Array, krylov_bound, normal_equations, overlap, sketch_scale, top_pairs
+from fastlip.norms._certificate import Array, krylov_bound, overlap, sketch_scale, top_pairs
 from fastlip.norms._composed import AnyOperator
 from fastlip.norms._iterate import Indices, Iterate, Plan, draw_starts, grain, on_device
 from fastlip.norms._measured import Sketches, certify
-from fastlip.norms._recurrence import Recurrence
+from fastlip.norms._recurrence import Reading, Recurrence
 from fastlip.norms._stack import stack
 
 _SKETCH_SHARE = 0.1
@@ -34,14 +34,14 @@ def lanczos_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     sizes = [math.prod(op.input_shape) for op in ops]
     starts, moved = draw_starts(sizes, plan, operators.device)
     overlaps = [overlap(size, plan.eta * (1.0 - _SKETCH_SHARE), plan.starts) for size in sizes]
-    least = np.array(overlaps) - moved.cpu().numpy()
+    furthest, run = Reading(moved), Recurrence(operators, starts)
+    least = np.array(overlaps) - furthest.wait().numpy()
     if least.min() <= 0.0:
         raise ValueError(
             f"starts={plan.starts} in {plan.dtype} cannot be certified at this confidence, since rounding the starts "
             "moves them by more than their least overlap; use starts=4 or dtype=torch.float64"
         )
     sketches = _sketches(plan, least.min())
-    run = Recurrence(operators, starts)
     steps = _iterate(run, least, plan, sketches.scale)
     return certify(ops, np.array(sizes), run, steps, least, plan, sketches)
 
@@ -50,11 +50,14 @@ def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> Indi
     """Run every operator until its interval is expected to be narrow enough; the steps each of them took."""
     steps, open_ = np.zeros(len(overlaps), dtype=np.int64), np.arange(len(overlaps), dtype=np.int64)
     narrowest: list[tuple[int, Array]] = []  # so far, after so many steps
-    check = _FIRST_CHECK
+    check, size = _FIRST_CHECK, grain(run.device)
     while True:
         run.advance(min(check, plan.max_steps) - run.steps)
         k = min(run.steps, plan.max_steps)
-        widths = _expected_widths(run.coefficients(k), open_, overlaps, plan, scale)
+        reading = run.matrices(k, open_)
+        if k < plan.max_steps:
+            run.advance(size.ahead)
+        widths = _expected_widths(reading.wait().numpy(), overlaps[open_], plan, scale)
         so_far = narrowest[-1][1].copy() if narrowest else np.full(len(overlaps), math.inf)
         so_far[open_] = np.minimum(so_far[open_], widths)
         narrowest.append((k, so_far))
@@ -66,10 +69,10 @@ def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> Indi
             open_ = open_[on]
             active = np.zeros(len(overlaps), dtype=bool)
             active[open_] = True
-            run.active.copy_(torch.from_numpy(active))
+            run.active.copy_(torch.from_numpy(active), non_blocking=True)
         # The bound closes in like 1 / k^2 at first, faster later.
         wanted = k * math.sqrt(min(widths[on].min(), 1e3) / plan.rtol)
-        check = k + max(grain(run.device).steps, round(0.6 * (min(wanted, 2.0 * k) - k)))
+        check = k + max(size.steps, round(0.6 * (min(wanted, 2.0 * k) - k)))
 
 
 def _stalled(narrowest: list[tuple[int, Array]]) -> NDArray[np.bool_]:
@@ -98,20 +101,14 @@ def _rounding(dtype: torch.dtype, columns: int, scale: float) -> float:
     return 1.1 * torch.finfo(dtype).eps * math.sqrt(columns) / scale
 
 
-def _expected_widths(
-    coefficients: tuple[Array, Array], which: Indices, overlaps: Array, plan: Plan, scale: float
-) -> Array:
-    """Relative widths of some operators' intervals, with rounding guessed.
+def _expected_widths(matrices: Array, overlaps: Array, plan: Plan, scale: float) -> Array:
+    """Relative widths of operators' intervals from their T, [2, chains, k], with rounding guessed.
 
     They decide when to stop and nothing else. The Gaussian vectors are looked at once, after the last step.
     """
-    alpha, beta = coefficients
-    if len(which) < len(overlaps):
-        chains = (which[:, None] * plan.starts + np.arange(plan.starts)).ravel()
-        alpha, beta, overlaps = alpha[chains], beta[chains], overlaps[which]
-    diagonal, off = normal_equations(alpha, beta)
+    diagonal, off = matrices
     values, _ = top_pairs(diagonal, off)
-    guess = values * _rounding(plan.dtype, alpha.shape[1] * plan.starts, scale)
+    guess = values * _rounding(plan.dtype, diagonal.shape[1] * plan.starts, scale)
     upper = krylov_bound(diagonal, off, np.ones(len(values)), guess, overlaps.repeat(plan.starts), _COARSE)
     top = np.sqrt(values)
     lower = top.reshape(-1, plan.starts).max(axis=1)

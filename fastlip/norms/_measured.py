@@ -177,9 +177,9 @@ def _coefficients(
 
     The z, the Ritz vector, and then V T z + b_k v_{k+1} z_k for each z; behind all vectors a 0.
     """
-    diagonal, off, top, inverse = torch.from_numpy(np.stack(columns)).to(device)
-    begins = counts.cumsum() - counts
-    own = torch.from_numpy(begins[:, None] + np.minimum(np.arange(counts.max()), counts[:, None] - 1)).to(device)
+    diagonal, off, top, inverse = torch.from_numpy(np.stack(columns)).to(device, non_blocking=True)
+    rows = (counts.cumsum() - counts)[:, None] + np.minimum(np.arange(counts.max()), counts[:, None] - 1)
+    own = torch.from_numpy(rows).to(device, non_blocking=True)
     z = torch.randn(amount, *top.shape, dtype=torch.float64, generator=generator, device=generator.device).to(device)
     # An operator's last vector has no z, nor a row of T: neighbours do not meet below.
     z.index_fill_(1, own[:, -1], 0.0)

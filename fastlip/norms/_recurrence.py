@@ -2,12 +2,11 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastlip.norms._certificate import Array
-from fastlip.norms._iterate import rows_by_size
+from fastlip.norms._iterate import Indices, rows_by_size
 from fastlip.norms._replay import Replayed, Runner, worthwhile
 from fastlip.norms._stack import Stack
 
@@ -29,8 +28,9 @@ class _Block(NamedTuple):
 class Recurrence:
     """A v_i = b_{i-1} u_{i-1} + a_i u_i and A^T u_i = a_i v_i + b_i v_{i+1} for every chain of a stack.
 
-    Steps only launch work: nothing is read on the host but by :meth:`coefficients`, and all state stays where it is in
-    memory. On a GPU pairs of steps work in a memory of their own, from a CUDA graph, and are copied to the basis.
+    Steps only launch work, and all state stays where it is in memory: the host waits in :meth:`coefficients` and for a
+    :class:`Reading`. On a GPU pairs of steps work in a memory of their own, from a CUDA graph, and are copied to the
+    basis.
 
     Attributes:
         active: operators that take part in steps, [operators] bool; written in place.
@@ -49,7 +49,6 @@ class Recurrence:
             for rows in rows_by_size(starts, sizes, chains)
         ]
         self._start = torch.cat(lengths).square()
-        self._known: Array = np.empty((2, len(self._start), 0))  # of a_i and b_i, from 0 on
         self._blocks: list[_Block] = []
         self._reserve(0)
         self._vector(0).copy_(starts)
@@ -107,23 +106,52 @@ class Recurrence:
         self._blocks[k // BLOCK].squares[k % BLOCK : k % BLOCK + 2].copy_(pair.squares)
         self.steps += 2
 
+    def matrices(self, count: int, operators: Indices) -> "Reading":
+        """Diagonals and off-diagonals of T after ``count`` steps of some operators, [2, their chains, count].
+
+        Only work is launched, and a copy to the host begun.
+        """
+        squares = self._read(count)
+        if len(operators) < len(self.active):
+            chosen = torch.from_numpy(operators).to(self.device, non_blocking=True)
+            squares = squares.unflatten(2, (len(self.active), -1))[:, :, chosen].flatten(2)
+        found = squares.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+        off = found.prod(0).sqrt_()
+        found[0, :, 1:] += found[1, :, :-1]
+        found[1] = off
+        return Reading(found)
+
     def coefficients(self, count: int) -> tuple[Array, Array]:
         """a_1 ... a_k, [chains, k], and b_0 ... b_k, [chains, k + 1], for k = ``count``; b_0 is the norm of the start.
 
-        One read from the device, of the steps that have not been read before.
+        One read from the device.
         """
-        known = self._known.shape[2] - 1
-        if known < count:
-            first, last = max(known, 0), count - 1
-            parts = [block.squares for block in self._blocks[first // BLOCK : last // BLOCK + 1]]
-            new = torch.cat(parts)[first % BLOCK :][: count - first]
-            if known < 0:
-                start = torch.stack([torch.zeros_like(self._start), self._start])
-                new = torch.cat([start[None], new])
-            lengths = np.sqrt(new.cpu().numpy()).transpose(1, 2, 0)
-            self._known = np.concatenate([self._known, lengths], axis=2)
-        alpha, beta = self._known[:, :, : count + 1]
+        start = torch.stack([torch.zeros_like(self._start), self._start])
+        squares = torch.cat([start[None], self._read(count)])
+        alpha, beta = squares.permute(1, 2, 0).contiguous().sqrt_().cpu().numpy()
         return alpha[:, 1:], beta
+
+    def _read(self, count: int) -> Tensor:
+        """Squares of a_i and b_i for i = 1 ... ``count``, [count, 2, chains]."""
+        parts = [block.squares[: count - i * BLOCK] for i, block in enumerate(self._blocks) if count > i * BLOCK]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class Reading:
+    """Numbers on their way to the host, while the device goes on."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._done: torch.cuda.Event | None = None
+        if numbers.device.type == "cuda":
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(numbers.device))
+
+    def wait(self) -> Tensor:
+        """The numbers, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._numbers
 
 
 class _HalfSteps:

@@ -21,8 +21,8 @@ from fastlip.norms._recurrence import BLOCK
 from fastlip.norms._stack import _ConvStack, stack
 
 CHAINS = 3
-ALONE = Grain(1, 64, 1 << 29)  # one operator at a time, a few columns of it
-TOGETHER = GRAINS["cuda"]._replace(steps=1)
+ALONE = Grain(1, 0, 64, 1 << 29)  # one operator at a time, a few columns of it
+TOGETHER = GRAINS["cuda"]._replace(steps=1, ahead=0)
 
 
 class Vectors(NamedTuple):
@@ -58,7 +58,7 @@ COUNTS = {
 def test_sums_of_an_operators_own_vectors(
     counts: list[int], elements: int, beyond: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(GRAINS, "cpu", Grain(1, elements, 1 << 29))
+    monkeypatch.setitem(GRAINS, "cpu", Grain(1, 0, elements, 1 << 29))
     vectors = some_vectors(SIZES, counts, beyond)
     g = torch.Generator().manual_seed(5)
     coefficients = torch.randn(4, sum(counts) + 1, CHAINS, dtype=torch.float64, generator=g)
@@ -76,7 +76,7 @@ def test_sums_of_an_operators_own_vectors(
 
 
 def test_runs_are_neighbours_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRAINS, "cpu", Grain(1, 2 * BLOCK * CHAINS * 11, 1))
+    monkeypatch.setitem(GRAINS, "cpu", Grain(1, 0, 2 * BLOCK * CHAINS * 11, 1))
     runs = runs_of(SIZES, CHAINS, torch.device("cpu"))
     assert [i for own in runs for i in range(own.start, own.stop)] == list(range(len(SIZES)))
     assert [len(set(SIZES[own])) for own in runs] == [1] * len(runs)

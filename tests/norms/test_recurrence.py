@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip.norms import Composed, NormInterval, Operator, conv_norm, conv_operator
 from fastlip.norms import _replay as replay
-from fastlip.norms._iterate import Plan, on_device
+from fastlip.norms._certificate import normal_equations
+from fastlip.norms._iterate import GRAINS, Plan, on_device
 from fastlip.norms._power import _Steps
-from fastlip.norms._recurrence import Recurrence
+from fastlip.norms._recurrence import Reading, Recurrence
 from fastlip.norms._stack import stack
 
 CHAINS = 3
@@ -186,24 +187,68 @@ def test_an_exhausted_chain_ends_at_zero() -> None:
 def test_one_read_a_chunk(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {"chunks": 0, "steps": 0, "reads": 0}
     owner = Recurrence if method == "lanczos" else _Steps
-    advance, read = owner.advance, Recurrence.coefficients
+    advance, matrices, coefficients = owner.advance, Recurrence.matrices, Recurrence.coefficients
 
     def counted(self: Recurrence, count: int) -> object:
-        counts["chunks"] += 1
+        counts["chunks"] += count > 0
         counts["steps"] += count
         with Watch():
             return advance(self, count)
 
-    def noted(self: Recurrence, count: int) -> object:
-        counts["reads"] += 1
-        return read(self, count)
+    def noted(read: Callable) -> Callable:
+        def noting(*args: object) -> object:
+            counts["reads"] += 1
+            return read(*args)
+
+        return noting
 
     monkeypatch.setattr(owner, "advance", counted)
-    monkeypatch.setattr(Recurrence, "coefficients", noted)
+    monkeypatch.setattr(Recurrence, "matrices", noted(matrices))
+    monkeypatch.setattr(Recurrence, "coefficients", noted(coefficients))
     conv_norm(torch.randn(8, 4, 3, 3), 12, padding=1, method=method, generator=torch.Generator().manual_seed(0))
     assert counts["chunks"] < counts["steps"]
     if method == "lanczos":
         assert counts["reads"] == counts["chunks"] + 1  # and one for the certificate
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_matrices_are_those_of_the_coefficients(pairs: bool) -> None:
+    run = begun("convolutions")
+    if pairs:
+        run.work_in_pairs(plain)
+    run.advance(20)
+    for count in (1, 6, 16, 17, 20):
+        alpha, beta = run.coefficients(count)
+        for operators in ([0, 1, 2], [2], [0, 2]):
+            own = np.concatenate([np.arange(CHAINS * i, CHAINS * (i + 1)) for i in operators])
+            found = run.matrices(count, np.array(operators)).wait().numpy()
+            np.testing.assert_allclose(found, normal_equations(alpha[own], beta[own]), rtol=1e-15)
+
+
+def test_the_device_goes_on_while_the_host_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, events = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0)), []
+
+    def norms() -> list[NormInterval]:
+        g = torch.Generator().manual_seed(1)
+        options = ({"rtol": 1e-4}, {"max_steps": 9}, {"rtol": 0.5})
+        return [conv_norm(weight, 12, padding=1, method="lanczos", generator=g, **chosen) for chosen in options]
+
+    def noted(owner: type, name: str) -> None:
+        function = getattr(owner, name)
+
+        def noting(*args: object) -> object:
+            events.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, noting)
+
+    monkeypatch.setitem(GRAINS, "cpu", GRAINS["cuda"]._replace(ahead=0))
+    expected = norms()
+    monkeypatch.setitem(GRAINS, "cpu", GRAINS["cuda"])
+    for owner, name in ((Recurrence, "advance"), (Recurrence, "matrices"), (Reading, "wait")):
+        noted(owner, name)
+    assert norms() == expected
+    assert events[:9] == ["wait", *["advance", "matrices", "advance", "wait"] * 2]  # for the starts first
 
 
 def test_the_same_norms_from_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,10 +332,14 @@ def test_graphs_give_the_same_bits_and_never_wait(kind: str) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
+        readings = []
         for run in (one, two):
-            run.advance(18)
+            run.advance(10)
+            readings.append(run.matrices(14, np.arange(len(run.active) - 1)))
+            run.advance(8)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(*(reading.wait() for reading in readings))
     for a, b in zip(one.coefficients(22), two.coefficients(22), strict=True):
         np.testing.assert_array_equal(a, b)
     if replay.backends["cuda"].name != "reference":
