@@ -61,32 +61,36 @@ def combine(
     """
     amount, most = len(coefficients), grain(coefficients.device).elements
     wide = part = coefficients.new_empty(0)
+    zero = coefficients.new_zeros(())
     for own, blocks in zip(runs, _blocks(runs, counts, coefficients), strict=True):
         basis = run.basis(slice(first + own.start, first + own.stop), int(counts[own].max()))
         size, largest = basis[0].shape[3], max(b.factors.shape[0] * b.factors.shape[2] for b in blocks)
-        width = min(size, max(1, most // largest))  # all of it but for operators that are runs of their own
-        if wide.numel() < largest * width:
-            wide = wide.new_empty(largest * width)
+        width = min(size, max(1, most // largest))
+        wide = _room(wide, largest * width)
         total = coefficients.new_empty(own.stop - own.start, amount, size)
         if width == size:
-            _sum(basis, blocks, wide, total)
-        elif part.numel() < amount * width:
-            part = part.new_empty(amount * width)
-        for at in range(0, size if width < size else 0, width):
-            elements = slice(at, min(at + width, size))
-            piece = part[: amount * (elements.stop - at)].view(1, amount, -1)
-            _sum([vectors[..., elements] for vectors in basis], blocks, wide, piece)
-            total[..., elements] = piece
+            _sum(basis, blocks, wide, total, zero)
+        else:  # one operator
+            part = _room(part, amount * width)
+            for at in range(0, size, width):
+                elements = slice(at, min(at + width, size))
+                piece = part[: amount * (elements.stop - at)].view(1, amount, -1)
+                _sum([vectors[..., elements] for vectors in basis], blocks, wide, piece, zero)
+                total[..., elements] = piece
         yield total
 
 
-def _sum(basis: Sequence[Tensor], blocks: Sequence[_Block], memory: Tensor, total: Tensor) -> None:
+def _room(memory: Tensor, numel: int) -> Tensor:
+    return memory if memory.numel() >= numel else memory.new_empty(numel)
+
+
+def _sum(basis: Sequence[Tensor], blocks: Sequence[_Block], memory: Tensor, total: Tensor, zero: Tensor) -> None:
     """Sums of vectors [columns, operators, chains, N] of each block, into ``total``, [operators, r, N]."""
     for i, (vectors, block) in enumerate(zip(basis, blocks, strict=True)):
         own = vectors[:, block.members].transpose(0, 1)
         wide = memory[: own.numel()].view(own.shape).copy_(own)
         if block.ended:
-            wide.index_put_(tuple(block.ended), memory.new_zeros(()))
+            wide.index_put_(tuple(block.ended), zero)
         wide = wide.flatten(1, 2)
         if i == 0:  # all have vectors there
             torch.bmm(block.factors, wide, out=total)
