@@ -50,13 +50,13 @@ def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> Indi
     """Run every operator until its interval is expected to be narrow enough; the steps each of them took."""
     steps, open_ = np.zeros(len(overlaps), dtype=np.int64), np.arange(len(overlaps), dtype=np.int64)
     narrowest: list[tuple[int, Array]] = []  # so far, after so many steps
-    check, size = _FIRST_CHECK, grain(run.device)
+    check, least, ahead = _FIRST_CHECK, grain(run.device).steps, grain(run.device).ahead
     while True:
         run.advance(min(check, plan.max_steps) - run.steps)
         k = min(run.steps, plan.max_steps)
         reading = run.matrices(k, open_)
         if k < plan.max_steps:
-            run.advance(size.ahead)
+            run.advance(ahead)
         widths = _expected_widths(reading.wait().numpy(), overlaps[open_], plan, scale)
         so_far = narrowest[-1][1].copy() if narrowest else np.full(len(overlaps), math.inf)
         so_far[open_] = np.minimum(so_far[open_], widths)
@@ -72,7 +72,7 @@ def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> Indi
             run.active.copy_(torch.from_numpy(active), non_blocking=True)
         # The bound closes in like 1 / k^2 at first, faster later.
         wanted = k * math.sqrt(min(widths[on].min(), 1e3) / plan.rtol)
-        check = k + max(size.steps, round(0.6 * (min(wanted, 2.0 * k) - k)))
+        check = k + max(least, round(0.6 * (min(wanted, 2.0 * k) - k)))
 
 
 def _stalled(narrowest: list[tuple[int, Array]]) -> NDArray[np.bool_]:

@@ -97,20 +97,21 @@ def test_holds_on_many_random_operators(method: str) -> None:
     check_range(range(1000, 3000), method)
 
 
-def check_together(seeds: range, device: str = "cpu") -> None:
+def check_together(seeds: range, device: str = "cpu", method: str = "lanczos", rtol: float = 1e-3) -> None:
     cases = [random_case(seed) for seed in seeds]
     ops = [conv_operator(weight.to(device), size, **kwargs) for weight, size, kwargs in cases]
     generator = torch.Generator().manual_seed(seeds.start)
-    found = operator_norms(ops, Settings(method="lanczos", max_steps=60, rtol=1e-3, generator=generator))
+    found = operator_norms(ops, Settings(method=method, max_steps=60, rtol=rtol, generator=generator))
     for interval, (weight, size, kwargs) in zip(found, cases, strict=True):
         assert_holds(interval, true_norm(weight, size, **kwargs))
     assert len({interval.iterations for interval in found}) > 3
 
 
-def test_random_operators_hold_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "rtol"), [("lanczos", 1e-3), ("power", 0.3)])
+def test_random_operators_hold_together(method: str, rtol: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one iteration, measured in groups of the size that a GPU takes."""
     monkeypatch.setitem(GRAINS, "cpu", GRAINS["cuda"]._replace(steps=1))
-    check_together(range(5000, 5120))
+    check_together(range(5000, 5120), method=method, rtol=rtol)
 
 
 @pytest.mark.gpu
