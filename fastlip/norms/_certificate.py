@@ -86,7 +86,7 @@ def krylov_bound(
     return ops.krylov_bound(*matrices, *numbers, tolerance).numpy()
 
 
-def power_bound(log_growth: Array, log_prefix: Array, log_error: float, overlaps: Array) -> Array:
+def power_bound(log_growth: Array, log_prefix: Array, log_error: Array, overlaps: Array) -> Array:
     """Dixon's upper bounds on sigma_1 after k steps of v <- A^T A v / c, with rounding; one per chain.
 
     From c_i <q, v_{i+1}> = t <q, v_i> + e_i, t = sigma_1^2: |<q, v_1>| t^k is at most
@@ -95,7 +95,7 @@ def power_bound(log_growth: Array, log_prefix: Array, log_error: float, overlaps
     Args:
         log_growth: log(c_1 ... c_k ||v_{k+1}||), [C].
         log_prefix: log(c_1 ... c_{i-1}) for i = 1 ... k, [C, k].
-        log_error: logarithm of an upper bound on every |e_i|.
+        log_error: logarithm of an upper bound on every |e_i|, [C].
         overlaps: lower bound on |<q, v_1>|, [C].
 
     Returns:
@@ -105,7 +105,7 @@ def power_bound(log_growth: Array, log_prefix: Array, log_error: float, overlaps
     order = np.arange(1, steps + 1)
 
     def exceeds(log_t: Array) -> NDArray[np.bool_]:
-        terms = log_error + log_prefix - order * log_t[:, None]
+        terms = log_error[:, None] + log_prefix - order * log_t[:, None]
         largest = np.maximum(terms.max(axis=1), log_growth - steps * log_t)
         total = np.exp(terms - largest[:, None]).sum(axis=1) + np.exp(log_growth - steps * log_t - largest)
         return largest + np.log(total) > np.log(overlaps)

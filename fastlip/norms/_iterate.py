@@ -6,12 +6,37 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fastlip.norms._certificate import Array
 from fastlip.norms._composed import AnyOperator
 
+Indices = NDArray[np.int64]
+
 _UNIT = 2.0**-53
+
+
+class Grain(NamedTuple):
+    """What a kind of device handles at once."""
+
+    steps: int  # fewest between two looks at the coefficients
+    ahead: int  # steps to go on with while the host looks
+    elements: int  # of vectors that are brought to float64 at a time
+    working_set: int  # bytes that operators measured together may take
+
+
+#: On a CPU launches are cheap; vectors in float64 shall stay in cache, and memory that is used again costs no page
+#: faults. On a GPU a look at the coefficients takes as long as several steps, and a launch as long as much of the work:
+#: a pair of steps is in hand meanwhile, which is in vain for the operators that end.
+GRAINS = {"cpu": Grain(1, 0, 1 << 17, 1 << 24), "cuda": Grain(6, 2, 1 << 25, 1 << 29)}
+
+
+def grain(device: torch.device) -> Grain:
+    """What such a device handles at once."""
+    return GRAINS["cpu" if device.type == "cpu" else "cuda"]
 
 
 class Iterate(NamedTuple):
@@ -81,6 +106,9 @@ def rows_by_size(flat: Tensor, sizes: Sequence[int], starts: int) -> Iterator[Te
         at = end
 
 
-def norm_error(op: AnyOperator) -> float:
-    """Relative error of a quotient of two float64 vector norms of this size."""
-    return 4.0 * _UNIT * (math.prod(op.input_shape) + math.prod(op.output_shape) + 4)
+def norm_errors(ops: Sequence[AnyOperator], sizes: Indices) -> Array:
+    """Relative error of a quotient of two float64 norms, of vectors in each operator's range and domain.
+
+    ``sizes`` are the dimensions of the domains.
+    """
+    return 4.0 * _UNIT * (sizes + np.array([math.prod(op.output_shape) for op in ops]) + 4)

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from fastlip.norms._certificate import Array, krylov_bound, normal_equations, overlap, sketch_scale, top_pairs
+from fastlip.norms._certificate import Array, krylov_bound, overlap, sketch_scale, top_pairs
 from fastlip.norms._composed import AnyOperator
-from fastlip.norms._iterate import Iterate, Plan, draw_starts, on_device
+from fastlip.norms._iterate import Indices, Iterate, Plan, draw_starts, grain, on_device
 from fastlip.norms._measured import Sketches, certify
-from fastlip.norms._recurrence import Recurrence
+from fastlip.norms._recurrence import Reading, Recurrence
 from fastlip.norms._stack import stack
 
 _SKETCH_SHARE = 0.1
@@ -24,8 +25,6 @@ _FIRST_CHECK = 6
 _PATIENCE = 18
 #: Relative width of the brackets of bounds that decide when to stop and nothing else.
 _COARSE = 1e-5
-#: Fewest steps between two looks at the coefficients on a GPU, where a look takes as long as several steps.
-_LEAST_ON_GPU = 6
 
 
 def lanczos_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
@@ -35,49 +34,52 @@ def lanczos_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     sizes = [math.prod(op.input_shape) for op in ops]
     starts, moved = draw_starts(sizes, plan, operators.device)
     overlaps = [overlap(size, plan.eta * (1.0 - _SKETCH_SHARE), plan.starts) for size in sizes]
-    least = np.array(overlaps) - moved.cpu().numpy()
+    furthest, run = Reading(moved), Recurrence(operators, starts)
+    least = np.array(overlaps) - furthest.wait().numpy()
     if least.min() <= 0.0:
         raise ValueError(
             f"starts={plan.starts} in {plan.dtype} cannot be certified at this confidence, since rounding the starts "
             "moves them by more than their least overlap; use starts=4 or dtype=torch.float64"
         )
     sketches = _sketches(plan, least.min())
-    run = Recurrence(operators, starts)
     steps = _iterate(run, least, plan, sketches.scale)
-    return certify(ops, run, steps, least, plan, sketches)
+    return certify(ops, np.array(sizes), run, steps, least, plan, sketches)
 
 
-def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> list[int]:
+def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> Indices:
     """Run every operator until its interval is expected to be narrow enough; the steps each of them took."""
-    steps = [0] * len(overlaps)
-    open_ = list(range(len(overlaps)))
-    widths: list[list[tuple[int, float]]] = [[] for _ in open_]
-    check, least = _FIRST_CHECK, 1 if run.device.type == "cpu" else _LEAST_ON_GPU
-    while open_:
+    steps, open_ = np.zeros(len(overlaps), dtype=np.int64), np.arange(len(overlaps), dtype=np.int64)
+    narrowest: list[tuple[int, Array]] = []  # so far, after so many steps
+    check, least, ahead = _FIRST_CHECK, grain(run.device).steps, grain(run.device).ahead
+    while True:
         run.advance(min(check, plan.max_steps) - run.steps)
         k = min(run.steps, plan.max_steps)
-        found = _expected_widths(run.coefficients(k), np.array(open_), overlaps, plan, scale)
-        still, wanted = [], math.inf
-        for i, width in zip(open_, found, strict=True):
-            widths[i].append((k, width))
-            if width <= 0.97 * plan.rtol or k >= plan.max_steps or _stalled(widths[i]):
-                steps[i] = k
-            else:
-                still.append(i)
-                # The bound closes in like 1 / k^2 at first, faster later.
-                wanted = min(wanted, k * math.sqrt(min(width, 1e3) / plan.rtol))
-        if len(still) < len(open_):
-            run.active.copy_(torch.tensor([i in still for i in range(len(steps))]))
-        open_ = still
+        reading = run.matrices(k, open_)
+        if k < plan.max_steps:
+            run.advance(ahead)
+        widths = _expected_widths(reading.wait().numpy(), overlaps[open_], plan, scale)
+        so_far = narrowest[-1][1].copy() if narrowest else np.full(len(overlaps), math.inf)
+        so_far[open_] = np.minimum(so_far[open_], widths)
+        narrowest.append((k, so_far))
+        on = (widths > 0.97 * plan.rtol) & ~_stalled(narrowest)[open_] & (k < plan.max_steps)
+        steps[open_[~on]] = k
+        if not on.any():
+            return steps
+        if not on.all():
+            open_ = open_[on]
+            active = np.zeros(len(overlaps), dtype=bool)
+            active[open_] = True
+            run.active.copy_(torch.from_numpy(active), non_blocking=True)
+        # The bound closes in like 1 / k^2 at first, faster later.
+        wanted = k * math.sqrt(min(widths[on].min(), 1e3) / plan.rtol)
         check = k + max(least, round(0.6 * (min(wanted, 2.0 * k) - k)))
-    return steps
 
 
-def _stalled(widths: list[tuple[int, float]]) -> bool:
+def _stalled(narrowest: list[tuple[int, Array]]) -> NDArray[np.bool_]:
     """Whether the last steps made no difference: rounding sets a floor, below which more of them do not help."""
-    last = widths[-1][0]
-    early = [width for k, width in widths if k <= last - _PATIENCE]
-    return bool(early) and min(width for _, width in widths) > 0.98 * min(early)
+    last, now = narrowest[-1]
+    early = [widths for k, widths in narrowest if k <= last - _PATIENCE]
+    return now > 0.98 * early[-1] if early else np.zeros(len(now), dtype=bool)
 
 
 def _sketches(plan: Plan, smallest: float) -> Sketches:
@@ -99,19 +101,15 @@ def _rounding(dtype: torch.dtype, columns: int, scale: float) -> float:
     return 1.1 * torch.finfo(dtype).eps * math.sqrt(columns) / scale
 
 
-def _expected_widths(
-    coefficients: tuple[Array, Array], which: Array, overlaps: Array, plan: Plan, scale: float
-) -> Array:
-    """Relative widths of some operators' intervals, with rounding guessed.
+def _expected_widths(matrices: Array, overlaps: Array, plan: Plan, scale: float) -> Array:
+    """Relative widths of operators' intervals from their T, [2, chains, k], with rounding guessed.
 
     They decide when to stop and nothing else. The Gaussian vectors are looked at once, after the last step.
     """
-    alpha, beta = coefficients
-    chains = (which[:, None] * plan.starts + np.arange(plan.starts)).ravel()
-    diagonal, off = normal_equations(alpha[chains], beta[chains])
+    diagonal, off = matrices
     values, _ = top_pairs(diagonal, off)
-    guess = values * _rounding(plan.dtype, alpha.shape[1] * plan.starts, scale)
-    upper = krylov_bound(diagonal, off, np.ones(len(values)), guess, overlaps[which].repeat(plan.starts), _COARSE)
+    guess = values * _rounding(plan.dtype, diagonal.shape[1] * plan.starts, scale)
+    upper = krylov_bound(diagonal, off, np.ones(len(values)), guess, overlaps.repeat(plan.starts), _COARSE)
     top = np.sqrt(values)
     lower = top.reshape(-1, plan.starts).max(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):

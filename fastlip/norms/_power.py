@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlip.norms._certificate import Array, overlap, power_bound
 from fastlip.norms._composed import AnyOperator, forward_error, magnitude
-from fastlip.norms._iterate import Iterate, Plan, draw_starts, norm_error, on_device
+from fastlip.norms._iterate import Iterate, Plan, draw_starts, norm_errors, on_device
 from fastlip.norms._replay import Replayed, Runner, worthwhile
 from fastlip.norms._stack import Stack, stack
 
@@ -30,7 +30,7 @@ def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     starts, moved = draw_starts(sizes, plan, operators.device)
     events = np.array([overlap(size, plan.eta, b) for size in sizes]) - moved.cpu().numpy()
     overlaps = np.maximum(events, 0.0)
-    relative = np.array([norm_error(op) for op in ops])
+    relative = norm_errors(ops, np.array(sizes))
     slack, magnitudes = np.array([forward_error(op) for op in ops]), np.array([magnitude(op) for op in ops])
     # One application of A^T A, and the scaling before it, on vectors of norm at most 1 + relative.
     errors = 2.02 * (slack * magnitudes + relative * magnitudes**2)
@@ -51,11 +51,13 @@ def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
             prefix = np.concatenate([prefix, prefix[..., -1:] + logs], axis=2)
         done += count
         steps[on] = done
-        for i in np.flatnonzero(on):
-            total = prefix[i, :, -1] + relative[i]
-            if overlaps[i] > 0.0 and np.isfinite(total).all():
-                bounds = power_bound(total, prefix[i, :, :-1], math.log(errors[i]), np.full(b, overlaps[i]))
-                upper[i] = min(upper[i], bounds.max())
+        total = prefix[:, :, -1] + relative[:, None]
+        which = np.flatnonzero(on & (overlaps > 0.0) & np.isfinite(total).all(axis=1))
+        if len(which):
+            numbers = [array[which].repeat(b) for array in (np.log(errors), overlaps)]
+            before = prefix[which, :, :-1].reshape(len(which) * b, -1)
+            bounds = power_bound(total[which].ravel(), before, numbers[0], numbers[1])
+            upper[which] = np.minimum(upper[which], bounds.reshape(-1, b).max(axis=1))
         on &= (upper > lower * (1.0 + plan.rtol)) & (done < plan.max_steps)
         run.active.copy_(torch.from_numpy(on))
     found = zip(np.maximum(lower, 0.0).tolist(), upper.tolist(), steps.tolist(), strict=True)

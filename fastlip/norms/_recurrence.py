@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fastlip.norms._certificate import Array
-from fastlip.norms._iterate import rows_by_size
+from fastlip.norms._iterate import Indices, rows_by_size
 from fastlip.norms._replay import Replayed, Runner, worthwhile
 from fastlip.norms._stack import Stack
 
 #: Steps whose vectors are allocated together; even, so that a pair of steps has its squares in one block.
-_BLOCK = 16
+BLOCK = 16
 #: Vectors of all operators begin at multiples of so many elements, for kernels that move 16 bytes at a time.
 _ALIGNED = 4
 #: Below this norm a chain has ended: it has exhausted its Krylov space, and only rounding is left.
@@ -19,17 +19,18 @@ _ENDED = 1e-30
 
 
 class _Block(NamedTuple):
-    """Memory of ``_BLOCK`` steps."""
+    """Memory of ``BLOCK`` steps."""
 
-    vectors: Tensor  # b_i v_{i+1}, [_BLOCK, flat]
-    squares: Tensor  # of a_{i+1} and b_{i+1}, [_BLOCK, 2, chains]
+    vectors: Tensor  # b_i v_{i+1}, [BLOCK, flat]
+    squares: Tensor  # of a_{i+1} and b_{i+1}, [BLOCK, 2, chains]
 
 
 class Recurrence:
     """A v_i = b_{i-1} u_{i-1} + a_i u_i and A^T u_i = a_i v_i + b_i v_{i+1} for every chain of a stack.
 
-    Steps only launch work: nothing is read on the host but by :meth:`coefficients`, and all state stays where it is in
-    memory. On a GPU pairs of steps work in a memory of their own, from a CUDA graph, and are copied to the basis.
+    Steps only launch work, and all state stays where it is in memory: the host waits in :meth:`coefficients` and for a
+    :class:`Reading`. On a GPU pairs of steps work in a memory of their own, from a CUDA graph, and are copied to the
+    basis.
 
     Attributes:
         active: operators that take part in steps, [operators] bool; written in place.
@@ -63,22 +64,22 @@ class Recurrence:
 
     def _reserve(self, index: int) -> None:
         """Have memory for the vectors and squares of a step."""
-        while index >= _BLOCK * len(self._blocks):
-            squares = torch.zeros(_BLOCK, 2, self._start.numel(), dtype=torch.float64, device=self.device)
-            self._blocks.append(_Block(_vectors(_BLOCK, self._stack.domain[-1].stop, self._stack), squares))
+        while index >= BLOCK * len(self._blocks):
+            squares = torch.zeros(BLOCK, 2, self._start.numel(), dtype=torch.float64, device=self.device)
+            self._blocks.append(_Block(_vectors(BLOCK, self._stack.domain[-1].stop, self._stack), squares))
 
     def _vector(self, index: int) -> Tensor:
-        return self._blocks[index // _BLOCK].vectors[index % _BLOCK]
+        return self._blocks[index // BLOCK].vectors[index % BLOCK]
 
     def _squares(self, index: int) -> Tensor:
-        return self._blocks[index // _BLOCK].squares[index % _BLOCK]
+        return self._blocks[index // BLOCK].squares[index % BLOCK]
 
     def basis(self, operators: slice, count: int) -> list[Tensor]:
         """b_i v_{i+1} for i = 0 ... ``count`` - 1 of neighbours of one size, in parts [steps, operators, chains, N]."""
         places, chains = self._stack.domain[operators], self._stack.chains[operators.start]
         flat, starts = slice(places[0].start, places[-1].stop), chains.stop - chains.start
         parts = [block.vectors[:, flat].unflatten(1, (len(places), starts, -1)) for block in self._blocks]
-        return [part[: count - i * _BLOCK] for i, part in enumerate(parts) if count > i * _BLOCK]
+        return [part[: count - i * BLOCK] for i, part in enumerate(parts) if count > i * BLOCK]
 
     def advance(self, count: int) -> None:
         """``count`` steps more of the active operators, or one more than that, without a look at any of them.
@@ -102,8 +103,23 @@ class Recurrence:
         pair.run()
         self._vector(k + 1).copy_(pair.vectors[1])
         self._vector(k + 2).copy_(pair.vectors[0])
-        self._blocks[k // _BLOCK].squares[k % _BLOCK : k % _BLOCK + 2].copy_(pair.squares)
+        self._blocks[k // BLOCK].squares[k % BLOCK : k % BLOCK + 2].copy_(pair.squares)
         self.steps += 2
+
+    def matrices(self, count: int, operators: Indices) -> "Reading":
+        """Diagonals and off-diagonals of T after ``count`` steps of some operators, [2, their chains, count].
+
+        Only work is launched, and a copy to the host begun.
+        """
+        squares = self._read(count)
+        if len(operators) < len(self.active):
+            chosen = torch.from_numpy(operators).to(self.device, non_blocking=True)
+            squares = squares.unflatten(2, (len(self.active), -1))[:, :, chosen].flatten(2)
+        found = squares.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+        off = found.prod(0).sqrt_()
+        found[0, :, 1:] += found[1, :, :-1]
+        found[1] = off
+        return Reading(found)
 
     def coefficients(self, count: int) -> tuple[Array, Array]:
         """a_1 ... a_k, [chains, k], and b_0 ... b_k, [chains, k + 1], for k = ``count``; b_0 is the norm of the start.
@@ -111,9 +127,31 @@ class Recurrence:
         One read from the device.
         """
         start = torch.stack([torch.zeros_like(self._start), self._start])
-        squares = torch.cat([start[None], *(block.squares for block in self._blocks)])[: count + 1]
+        squares = torch.cat([start[None], self._read(count)])
         alpha, beta = squares.permute(1, 2, 0).contiguous().sqrt_().cpu().numpy()
         return alpha[:, 1:], beta
+
+    def _read(self, count: int) -> Tensor:
+        """Squares of a_i and b_i for i = 1 ... ``count``, [count, 2, chains]."""
+        parts = [block.squares[: count - i * BLOCK] for i, block in enumerate(self._blocks) if count > i * BLOCK]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class Reading:
+    """Numbers on their way to the host, while the device goes on."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._done: torch.cuda.Event | None = None
+        if numbers.device.type == "cuda":
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(numbers.device))
+
+    def wait(self) -> Tensor:
+        """The numbers, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._numbers
 
 
 class _HalfSteps:
@@ -121,7 +159,6 @@ class _HalfSteps:
 
     def __init__(self, operators: Stack, active: Tensor) -> None:
         self._stack, self._active = operators, active
-        self._zero = torch.zeros((), dtype=torch.float64, device=operators.device)
 
     def __call__(
         self, w: Tensor, beta: Tensor, u: Tensor, squares: Tensor, out: Tensor, before: tuple[Tensor, Tensor] | None
@@ -130,13 +167,14 @@ class _HalfSteps:
         alpha = squares[0]
         earlier = {} if before is None else {"previous": before[0], "previous_square": before[1]}
         self._stack.forward(w, u, alpha, x_square=beta, active=self._active, **earlier)
-        self._end(alpha)
+        _end(alpha)
         earlier = {"previous": w, "previous_square": beta}
         self._stack.adjoint(u, out, squares[1], x_square=alpha, active=self._active, **earlier)
-        self._end(squares[1])
+        _end(squares[1])
 
-    def _end(self, square: Tensor) -> None:
-        torch.where(square > _ENDED**2, square, self._zero, out=square)
+
+def _end(square: Tensor) -> None:
+    torch.threshold_(square, _ENDED**2, 0.0)
 
 
 class _Pair:

@@ -112,7 +112,7 @@ def test_large_residual_widens_the_bound_and_never_breaks_it() -> None:
 
 def test_power_bound_is_dixons_without_rounding() -> None:
     growth, prefix = np.array([-3.0]), np.log(np.array([[1.0, 0.9, 0.8]]))
-    bound = power_bound(growth, prefix, -700.0, np.array([1e-3]))[0]
+    bound = power_bound(growth, prefix, np.array([-700.0]), np.array([1e-3]))[0]
     assert bound == pytest.approx(math.exp((-3.0 - math.log(1e-3)) / 3 / 2), rel=1e-9)
 
 
@@ -129,7 +129,8 @@ def test_power_bound_misses_only_in_the_event() -> None:
         norms = np.linalg.norm(v, axis=1, keepdims=True)
         v /= norms
         logs = np.concatenate([logs, logs[:, -1:] + np.log(norms)], axis=1)
-    bounds = power_bound(logs[:, -1], logs[:, :-1], math.log(1e-15), np.full(len(v), overlap(size, eta, 1)))
+    errors, overlaps = np.full(len(v), math.log(1e-15)), np.full(len(v), overlap(size, eta, 1))
+    bounds = power_bound(logs[:, -1], logs[:, :-1], errors, overlaps)
     assert (bounds[~unlucky] >= 1.0).all()
 
 

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlip.norms import NormInterval, conv_norm
+from fastlip.norms import NormInterval, conv_norm, conv_operator
 from fastlip.norms._exact import gram_matrix
+from fastlip.norms._iterate import GRAINS
+from fastlip.norms._solve import Settings, operator_norms
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -93,6 +95,36 @@ def test_holds_on_random_operators(method: str) -> None:
 @pytest.mark.parametrize("method", ["auto", "lanczos", "power"])
 def test_holds_on_many_random_operators(method: str) -> None:
     check_range(range(1000, 3000), method)
+
+
+def check_together(seeds: range, device: str = "cpu", method: str = "lanczos", rtol: float = 1e-3) -> None:
+    cases = [random_case(seed) for seed in seeds]
+    ops = [conv_operator(weight.to(device), size, **kwargs) for weight, size, kwargs in cases]
+    generator = torch.Generator().manual_seed(seeds.start)
+    found = operator_norms(ops, Settings(method=method, max_steps=60, rtol=rtol, generator=generator))
+    for interval, (weight, size, kwargs) in zip(found, cases, strict=True):
+        assert_holds(interval, true_norm(weight, size, **kwargs))
+    assert len({interval.iterations for interval in found}) > 3
+
+
+@pytest.mark.parametrize(("method", "rtol"), [("lanczos", 1e-3), ("power", 0.3)])
+def test_random_operators_hold_together(method: str, rtol: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one iteration, measured in groups of the size that a GPU takes."""
+    monkeypatch.setitem(GRAINS, "cpu", GRAINS["cuda"]._replace(steps=1))
+    check_together(range(5000, 5120), method=method, rtol=rtol)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_operators_hold_together_on_the_device() -> None:
+    check_together(range(5000, 5120), "cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_many_random_operators_hold_together(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRAINS, "cpu", GRAINS[device]._replace(steps=1))
+    check_together(range(6000, 8000))
 
 
 @pytest.mark.parametrize("method", ["auto", "lanczos", "power", "svd"])

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip.norms import Composed, NormInterval, Operator, conv_norm, conv_operator
-from fastlip.norms import _measured as measured
 from fastlip.norms import _replay as replay
-from fastlip.norms._iterate import Plan, on_device
-from fastlip.norms._lanczos import lanczos_norms
+from fastlip.norms._certificate import normal_equations
+from fastlip.norms._iterate import GRAINS, Plan, on_device
 from fastlip.norms._power import _Steps
-from fastlip.norms._recurrence import Recurrence
+from fastlip.norms._recurrence import Reading, Recurrence
 from fastlip.norms._stack import stack
 
 CHAINS = 3
@@ -188,24 +187,68 @@ def test_an_exhausted_chain_ends_at_zero() -> None:
 def test_one_read_a_chunk(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {"chunks": 0, "steps": 0, "reads": 0}
     owner = Recurrence if method == "lanczos" else _Steps
-    advance, read = owner.advance, Recurrence.coefficients
+    advance, matrices, coefficients = owner.advance, Recurrence.matrices, Recurrence.coefficients
 
     def counted(self: Recurrence, count: int) -> object:
-        counts["chunks"] += 1
+        counts["chunks"] += count > 0
         counts["steps"] += count
         with Watch():
             return advance(self, count)
 
-    def noted(self: Recurrence, count: int) -> object:
-        counts["reads"] += 1
-        return read(self, count)
+    def noted(read: Callable) -> Callable:
+        def noting(*args: object) -> object:
+            counts["reads"] += 1
+            return read(*args)
+
+        return noting
 
     monkeypatch.setattr(owner, "advance", counted)
-    monkeypatch.setattr(Recurrence, "coefficients", noted)
+    monkeypatch.setattr(Recurrence, "matrices", noted(matrices))
+    monkeypatch.setattr(Recurrence, "coefficients", noted(coefficients))
     conv_norm(torch.randn(8, 4, 3, 3), 12, padding=1, method=method, generator=torch.Generator().manual_seed(0))
     assert counts["chunks"] < counts["steps"]
     if method == "lanczos":
         assert counts["reads"] == counts["chunks"] + 1  # and one for the certificate
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_matrices_are_those_of_the_coefficients(pairs: bool) -> None:
+    run = begun("convolutions")
+    if pairs:
+        run.work_in_pairs(plain)
+    run.advance(20)
+    for count in (1, 6, 16, 17, 20):
+        alpha, beta = run.coefficients(count)
+        for operators in ([0, 1, 2], [2], [0, 2]):
+            own = np.concatenate([np.arange(CHAINS * i, CHAINS * (i + 1)) for i in operators])
+            found = run.matrices(count, np.array(operators)).wait().numpy()
+            np.testing.assert_allclose(found, normal_equations(alpha[own], beta[own]), rtol=1e-15)
+
+
+def test_the_device_goes_on_while_the_host_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, events = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0)), []
+
+    def norms() -> list[NormInterval]:
+        g = torch.Generator().manual_seed(1)
+        options = ({"rtol": 1e-4}, {"max_steps": 9}, {"rtol": 0.5})
+        return [conv_norm(weight, 12, padding=1, method="lanczos", generator=g, **chosen) for chosen in options]
+
+    def noted(owner: type, name: str) -> None:
+        function = getattr(owner, name)
+
+        def noting(*args: object) -> object:
+            events.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, noting)
+
+    monkeypatch.setitem(GRAINS, "cpu", GRAINS["cuda"]._replace(ahead=0))
+    expected = norms()
+    monkeypatch.setitem(GRAINS, "cpu", GRAINS["cuda"])
+    for owner, name in ((Recurrence, "advance"), (Recurrence, "matrices"), (Reading, "wait")):
+        noted(owner, name)
+    assert norms() == expected
+    assert events[:9] == ["wait", *["advance", "matrices", "advance", "wait"] * 2]  # for the starts first
 
 
 def test_the_same_norms_from_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,10 +332,14 @@ def test_graphs_give_the_same_bits_and_never_wait(kind: str) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
+        readings = []
         for run in (one, two):
-            run.advance(18)
+            run.advance(10)
+            readings.append(run.matrices(14, np.arange(len(run.active) - 1)))
+            run.advance(8)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(*(reading.wait() for reading in readings))
     for a, b in zip(one.coefficients(22), two.coefficients(22), strict=True):
         np.testing.assert_array_equal(a, b)
     if replay.backends["cuda"].name != "reference":
@@ -318,30 +365,3 @@ def test_norms_on_the_device_hold(method: str, rtol: float) -> None:
     assert found.lower <= truth.upper
     assert found.upper >= truth.lower
     assert math.isclose(found.upper, truth.upper, rel_tol=rtol)
-
-
-def test_neighbours_of_one_size_are_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where a launch for each operator would take longer than its work."""
-    torch.manual_seed(3)
-    shapes = [(4, 3, 3), (5, 3, 3), (6, 3, 3), (3, 4, 1), (7, 4, 5)]
-    ops = [conv_operator(torch.randn(n, c, k, k), (9, 9), padding=k // 2) for n, c, k in shapes]
-
-    def norms() -> list:
-        plan = Plan(1e-6, 4, 1e-3, 40, torch.float32, torch.Generator().manual_seed(1), keep_vectors=True)
-        return lanczos_norms(ops, plan)
-
-    alone, alike = norms(), measured._alike
-    seen = []
-
-    def together(ops, steps, device):
-        seen.extend(found := alike(ops, [7] * len(steps), torch.device("cuda")))
-        assert found == [slice(0, 3), slice(3, 5)]
-        return alike(ops, steps, torch.device("cuda"))
-
-    monkeypatch.setattr(measured, "_alike", together)
-    for one, other in zip(alone, norms(), strict=True):
-        assert one.steps == other.steps
-        assert one.lower == pytest.approx(other.lower, rel=1e-12)
-        assert one.upper == pytest.approx(other.upper, rel=1e-9)
-        torch.testing.assert_close(one.vector, other.vector)
-    assert seen
