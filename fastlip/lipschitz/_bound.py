@@ -11,7 +11,7 @@ from torch import nn
 from fastlip.lipschitz._graph import Step, fold_scales, origin_of, trace, walk
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._residual import SUMS, Block, block_factor, block_operators, find_block
-from fastlip.norms import NormInterval, Operator, Settings, diagonal_norm, operator_norms
+from fastlip.norms import NormInterval, Operator, Settings, bare_model, diagonal_norm, memory_for, operator_norms
 
 # Relative width of auxiliary norms, in units of that of the layers.
 _AUXILIARY = 4.0
@@ -105,7 +105,7 @@ def lipschitz_bound(
     starts: int = 4,
     max_steps: int | None = None,
     dtype: torch.dtype = torch.float32,
-    max_memory: int = 1 << 31,
+    max_memory: int | None = None,
     tight_residuals: bool = True,
 ) -> LipschitzBound:
     """Bound a network's L2 Lipschitz constant on inputs of one shape, by composition over its traced graph.
@@ -139,7 +139,8 @@ def lipschitz_bound(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    settings = Settings(rtol, confidence, method, starts, max_steps, dtype, max_memory, generator)
+    memory = memory_for(max_memory, bare_model(model).parameters())
+    settings = Settings(rtol, confidence, method, starts, max_steps, dtype, memory, generator)
     last = trace(model, input_shape)
     fold_scales(last)
     steps = walk(last)

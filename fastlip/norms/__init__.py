@@ -15,7 +15,7 @@ from fastlip.norms._layers import bare_model, eval_mode, example_input, layer_no
 from fastlip.norms._modules import batchnorm_scale, diagonal_norm, keeps_forward, module_operator
 from fastlip.norms._operator import Operator, conv_operator
 from fastlip.norms._report import NormReport
-from fastlip.norms._solve import Settings, operator_norms
+from fastlip.norms._solve import Settings, memory_for, operator_norms
 from fastlip.norms._value import constrain_norm, spectral_norm_value
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "example_input",
     "keeps_forward",
     "layer_norms",
+    "memory_for",
     "module_operator",
     "operator_norms",
     "runs_on",

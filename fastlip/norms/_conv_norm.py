@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._operator import conv_operator
-from fastlip.norms._solve import Settings, operator_norms
+from fastlip.norms._solve import Settings, memory_for, operator_norms
 
 
 def conv_norm(
@@ -26,13 +26,13 @@ def conv_norm(
     starts: int = 4,
     max_steps: int | None = None,
     dtype: torch.dtype = torch.float32,
-    max_memory: int = 1 << 31,
+    max_memory: int | None = None,
 ) -> NormInterval:
     """Largest singular value of the convolution as a network applies it, from both sides.
 
     The operator is conv1d, conv2d or conv3d with its stride, padding, dilation, groups and input size, borders
     included; the bias plays no part. Small operators are decomposed, with certainty: those that are a matrix of up to
-    512 rows or columns (1024 for ``rtol`` below 0.005; on a GPU 64), as 1x1 kernels, windows that do not overlap and
+    512 rows or columns (1024 for ``rtol`` below 0.005; on a GPU 32), as 1x1 kernels, windows that do not overlap and
     kernels as large as the input may be. With "auto" their intervals are up to a hundredth of ``rtol`` wide, mostly as
     wide as rounding. Otherwise Golub-Kahan-Lanczos iteration runs from several random starts: the lower side is
     evaluated on the best Ritz vector, the upper side is a bound that fails with probability at most 1 - ``confidence``
@@ -56,7 +56,8 @@ def conv_norm(
         starts: independent starts of an iteration; at least 4 are advisable in float32.
         max_steps: most steps of an iteration; 300 for "lanczos", 2000 for "power" if None.
         dtype: arithmetic of "lanczos", torch.float32 or torch.float64; both are certified in float64.
-        max_memory: bytes that the iteration's vectors, or the matrix of "svd", may take.
+        max_memory: bytes that the iteration's vectors, or the matrix of "svd", may take; if None 2 GiB, on a GPU half
+            of what is free there.
 
     Returns:
         The interval. ``converged`` is False where it is wider than ``rtol``; it holds all the same.
@@ -65,7 +66,8 @@ def conv_norm(
         TypeError: ``weight`` is not a floating-point tensor.
         ValueError: an argument is wrong, or ``weight`` holds NaN or infinite values.
     """
-    settings = Settings(rtol, confidence, method, starts, max_steps, dtype, max_memory, generator)
+    memory = memory_for(max_memory, [weight] if isinstance(weight, Tensor) else [])
+    settings = Settings(rtol, confidence, method, starts, max_steps, dtype, memory, generator)
     op = conv_operator(
         weight,
         input_size,

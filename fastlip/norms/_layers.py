@@ -26,7 +26,7 @@ from fastlip.norms._modules import (
 )
 from fastlip.norms._operator import Operator, look_at, require_finite
 from fastlip.norms._report import NormReport
-from fastlip.norms._solve import Settings, operator_norms
+from fastlip.norms._solve import Settings, memory_for, operator_norms
 from fastlip.norms._structure import Remembered, modules_of
 
 
@@ -94,7 +94,7 @@ def layer_norms(
     starts: int = ...,
     max_steps: int | None = ...,
     dtype: torch.dtype = ...,
-    max_memory: int = ...,
+    max_memory: int | None = ...,
     progress: Callable[[int, int], None] | None = ...,
 ) -> NormReport: ...
 @overload
@@ -110,7 +110,7 @@ def layer_norms(
     starts: int = ...,
     max_steps: int | None = ...,
     dtype: torch.dtype = ...,
-    max_memory: int = ...,
+    max_memory: int | None = ...,
     progress: Callable[[int, int], None] | None = ...,
 ) -> list[NormReport]: ...
 def layer_norms(
@@ -125,7 +125,7 @@ def layer_norms(
     starts: int = 4,
     max_steps: int | None = None,
     dtype: torch.dtype = torch.float32,
-    max_memory: int = 1 << 31,
+    max_memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> NormReport | list[NormReport]:
     """Norm intervals of every convolution and linear layer of a model, on the input sizes they really have.
@@ -164,9 +164,11 @@ def layer_norms(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    settings = Settings(rtol, confidence, method, starts, max_steps, dtype, max_memory, generator, progress)
     models = list(model) if isinstance(model, Iterable) and not isinstance(model, nn.Module) else [model]
-    collected = _collect([bare_model(m) for m in models], checked_shape(input_shape), fold_batchnorm)
+    bare = [bare_model(m) for m in models]
+    memory = memory_for(max_memory, (t for m in bare for t in m.parameters()))
+    settings = Settings(rtol, confidence, method, starts, max_steps, dtype, memory, generator, progress)
+    collected = _collect(bare, checked_shape(input_shape), fold_batchnorm)
     every = [layer for layers in collected for layer in layers]
     operators = [layer.operator for layer in every if layer.operator is not None]
     look_at(operators)

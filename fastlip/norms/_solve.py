@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,8 @@ _DENSE_ENTRIES = 1 << 26
 # Width of matrices' intervals over the width asked for: they are to cost no more than needed, and look exact beside
 # the others.
 _SHARPER = 0.01
+# Bytes that vectors may take where nothing else is said.
+_MEMORY = 1 << 31
 # Bytes of vectors iterated at once on a CPU: more gain nothing there, and cost page faults.
 _CPU_WAVE = 1 << 28
 # Binary orders of magnitude that a weight may be from 1 and be taken as it is.
@@ -52,7 +54,7 @@ class Settings:
         starts: independent random starts per iterated operator.
         max_steps: most steps of an iteration; None for the method's default.
         dtype: arithmetic of the Lanczos iteration, torch.float32 or torch.float64.
-        max_memory: bytes the vectors of one iteration may take.
+        max_memory: bytes the vectors of one iteration may take; see :func:`memory_for`.
         generator: source of the starts; seeded by the operating system if None.
         progress: called with the number of operators done and their total.
     """
@@ -63,7 +65,7 @@ class Settings:
     starts: int = 4
     max_steps: int | None = None
     dtype: torch.dtype = torch.float32
-    max_memory: int = 1 << 31
+    max_memory: int = _MEMORY
     generator: torch.Generator | None = None
     progress: Callable[[int, int], None] | None = None
 
@@ -84,6 +86,20 @@ class Settings:
             raise ValueError(f"max_memory must be positive, got {self.max_memory}")
         if not isinstance(self.generator, torch.Generator | None):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(self.generator).__name__}")
+
+
+def memory_for(given: int | None, tensors: Iterable[Tensor]) -> int:
+    """``given``, or what is taken without asking where these tensors are: 2 GiB, on a GPU half of what is free there.
+
+    Of operators iterated at once a GPU has use for as many as fit, since each wave of them is launched and waited for.
+    """
+    if given is not None:
+        return given
+    device = next((t.device for t in tensors), None)
+    if device is None or device.type != "cuda":
+        return _MEMORY
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(_MEMORY, (torch.cuda.mem_get_info(device)[0] + unused) // 2)
 
 
 def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormInterval]:

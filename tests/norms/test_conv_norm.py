@@ -370,3 +370,19 @@ def test_lower_side_is_attained() -> None:
         x /= x.norm()
     reached = F.conv2d(x, weight, padding=1).norm().item()
     assert interval.lower * (1 - 1e-2) <= reached <= interval.upper
+
+
+def test_memory_that_nobody_named(monkeypatch):
+    """2 GiB; on a GPU half of what is free, with what torch holds and does not use."""
+    from fastlip.norms import memory_for
+
+    assert memory_for(5, []) == 5
+    assert memory_for(None, []) == memory_for(None, [torch.zeros(1)]) == 2**31
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 12 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 8 * 2**30)
+
+    class OnGPU:
+        device = torch.device("cuda:0")
+
+    assert memory_for(None, [OnGPU()]) == 32 * 2**30
