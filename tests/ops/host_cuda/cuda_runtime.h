@@ -48,10 +48,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-// Of shared memory what FASTLIP_HOST_SHARED says, so that samples can be made to exceed it.
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  const char* const bytes = std::getenv("FASTLIP_HOST_SHARED");
-  *value = std::atoi(bytes ? bytes : "200000");
+  *value = HostShared::limit();
   return cudaSuccess;
 }
 template <typename Kernel>

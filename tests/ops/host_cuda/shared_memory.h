@@ -10,10 +10,17 @@ class HostShared {
  public:
   static constexpr size_t kStatic = 48 * 1024;  // as much of it as a block may have
 
+  // Of a block's: what FASTLIP_HOST_SHARED says, so that samples can be made to exceed it.
+  static int limit() {
+    const char* const bytes = std::getenv("FASTLIP_HOST_SHARED");
+    return std::atoi(bytes ? bytes : "200000");
+  }
+
   // New memory for the block, with `dynamic` bytes of the launch.
   static void start(unsigned block, size_t dynamic) {
     HostShared& mine = of(block);
     mine.dynamic_ = dynamic;
+    mine.limit_ = limit();
     mine.bytes_.assign(kStatic + dynamic + kFence + kAlign, 0xFF);
     std::memset(mine.base() + kStatic + dynamic, kMark, kFence);
   }
@@ -28,7 +35,9 @@ class HostShared {
   template <typename T>
   static T& variable() {
     static_assert(sizeof(T) <= kStatic && alignof(T) <= kAlign);
-    return *reinterpret_cast<T*>(of(Fibers::block_in_cluster()).base());
+    HostShared& mine = of(Fibers::block_in_cluster());
+    if (sizeof(T) + mine.dynamic_ > mine.limit_) host_abort("more shared memory than a block may have");
+    return *reinterpret_cast<T*>(mine.base());
   }
   static unsigned char* dynamic() { return of(Fibers::block_in_cluster()).base() + kStatic; }
 
@@ -57,5 +66,5 @@ class HostShared {
   }
 
   std::vector<unsigned char> bytes_;
-  size_t dynamic_ = 0;
+  size_t dynamic_ = 0, limit_ = 0;
 };
