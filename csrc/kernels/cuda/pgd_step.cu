@@ -157,6 +157,9 @@ int pgd_step_(const PgdStep& step, void* stream) {
   });
 }
 
-const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+const char* error_string(int error) {
+  cudaGetLastError();  // it is reported here, and shall not be again by whoever asks next
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 
 }  // namespace fastlip::cuda
