@@ -43,8 +43,10 @@ step() {
   table+=("$(printf '%-19s %-13s %4d s  %s' "$name" "$verdict" $((SECONDS - begun)) "$counts")")
 }
 
+# Without the project's options, of which some need plugins that the machine may lack.
 pytest=("$python" -m pytest -q -c "$repository/pyproject.toml" --rootdir "$repository" -p no:cacheprovider)
-small="layouts or values_per_sample or large or all_at_once or odd_addresses or (random_geometries and merged)"
+pytest+=(-o addopts=-ra)
+small="layouts or values_per_sample or large or all_at_once or odd_addresses or (random_geometries and merged) or pack_weights"
 
 # tests NAME SECONDS BACKEND PYTEST_ARGUMENT...
 tests() {

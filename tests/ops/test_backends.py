@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-import torchattacks
 from op_inputs import INTERPRETED, NORMS, make
 
 import fastlip
@@ -103,6 +102,7 @@ class _Linear(torch.nn.Module):
 
 
 def test_one_linf_step_is_torchattacks_step_bit_for_bit():
+    torchattacks = pytest.importorskip("torchattacks")
     model = _Linear().eval()
     _, _, images = make((16, 3, 9, 9), torch.float32, "cpu")
     labels = torch.arange(16) % 5
