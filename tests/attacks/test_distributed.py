@@ -1,3 +1,4 @@
+import gc
 import json
 import subprocess
 import sys
@@ -76,6 +77,10 @@ def main(rank, folder):
     nn.functional.cross_entropy(wrapped.train()(inputs[rows]), labels[rows]).backward()
     norm = sum(float(p.grad.square().sum()) for p in model.parameters())
     (folder / f"{rank}.json").write_text(json.dumps({"gradient": norm}))
+    # Neither may end while the other still talks to it, nor its threads outlive the group: torch aborts then, at exit.
+    distributed.barrier()
+    del wrapped
+    gc.collect()
     distributed.destroy_process_group()
 
 

@@ -165,6 +165,7 @@ def test_products_and_exports(net: Net) -> None:
     lines = report.to_csv().splitlines()
     assert lines[0].startswith("name,layer,lower,upper,confidence")
     assert len(lines) == 1 + len(report)
+    pytest.importorskip("pandas")
     frame = report.to_pandas()
     assert frame.loc["fc", "upper"] == report["fc"].upper
     text = str(report)
