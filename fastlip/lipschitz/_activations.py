@@ -3,12 +3,14 @@
 The constants are the largest magnitude of each function's slope, rounded upwards; a test derives them.
 """
 
+import math
+
+import torch
 from torch import nn
 
 from fastlip.lipschitz._registry import rule
 
 _CONSTANTS: dict[type[nn.Module], float] = {
-    nn.CELU: 1.0,
     nn.GELU: 1.1290,
     nn.Hardsigmoid: 0.16667,
     nn.Hardswish: 1.5,
@@ -49,19 +51,52 @@ def _constant(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     return next(_CONSTANTS[cls] for cls in type(module).__mro__ if cls in _CONSTANTS)
 
 
+@rule(nn.CELU)
+def _celu(module: nn.Module, input_shape: tuple[int, ...]) -> float:
+    assert isinstance(module, nn.CELU)
+    if not module.alpha > 0.0:
+        raise ValueError(f"CELU with alpha {module.alpha} grows like an exponential, and has no Lipschitz constant")
+    return 1.0
+
+
 @rule(nn.ELU)
 def _elu(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     assert isinstance(module, nn.ELU)
-    return max(1.0, abs(module.alpha))
+    return _largest_slope(abs(module.alpha))
 
 
 @rule(nn.LeakyReLU)
 def _leaky_relu(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     assert isinstance(module, nn.LeakyReLU)
-    return max(1.0, abs(module.negative_slope))
+    return _largest_slope(abs(module.negative_slope))
 
 
 @rule(nn.PReLU)
 def _prelu(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     assert isinstance(module, nn.PReLU)
-    return max(1.0, module.weight.detach().double().abs().max().item())
+    return _largest_slope(module.weight.detach().double().abs().max().item())
+
+
+def _largest_slope(negative: float) -> float:
+    """Of a function with slope 1 on one side; a slope that is not a number stays one."""
+    return negative if math.isnan(negative) else max(1.0, negative)
+
+
+def require_continuous(module: nn.Module, dtype: torch.dtype) -> None:
+    """Raise ValueError for a Softplus that jumps, by more than rounding does in its input's dtype.
+
+    Above its threshold torch returns the input, x, in place of x + log(1 + exp(-beta x)) / beta.
+    """
+    if not isinstance(module, nn.Softplus):
+        return
+    beta, threshold = float(module.beta), float(module.threshold)
+    if math.isinf(threshold) and threshold > 0.0 and beta != 0.0:
+        return
+    jump = math.log1p(math.exp(-threshold)) if threshold > 0.0 else math.inf
+    # The value there is (threshold + jump) / beta.
+    if beta == 0.0 or not jump <= 0.5 * torch.finfo(dtype).eps * threshold:
+        enough = math.ceil(-math.log(torch.finfo(dtype).eps))
+        raise ValueError(
+            f"Softplus with beta {beta:g} jumps at its threshold {threshold:g} by more than {dtype} rounds, and has no "
+            f"Lipschitz constant; threshold={enough} is enough"
+        )

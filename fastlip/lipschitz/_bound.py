@@ -3,15 +3,19 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastlip.lipschitz._graph import Step, fold_scales, origin_of, trace, walk
+from fastlip.lipschitz._logs import add, exp10, half, log10, multiply
 from fastlip.lipschitz._registry import Diagonal
+from fastlip.lipschitz._replay import refute, replay, require_bounded
 from fastlip.lipschitz._residual import SUMS, Block, block_factor, block_operators, find_block
-from fastlip.norms import NormInterval, Operator, Settings, bare_model, diagonal_norm, memory_for, operator_norms
+from fastlip.norms import NormInterval, Operator, Settings, diagonal_norm, memory_for, operator_norms
+from fastlip.norms._model import bare_model, checked_shape, eval_mode, training_left_on
 
 # Relative width of auxiliary norms, in units of that of the layers.
 _AUXILIARY = 4.0
@@ -72,7 +76,7 @@ class LipschitzBound:
     @property
     def upper(self) -> float:
         """The bound itself; inf where it overflows a float."""
-        return _exp10(self.log10_upper)
+        return exp10(self.log10_upper)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON apart from an infinite ``upper``."""
@@ -107,6 +111,7 @@ def lipschitz_bound(
     dtype: torch.dtype = torch.float32,
     max_memory: int | None = None,
     tight_residuals: bool = True,
+    check: bool = True,
 ) -> LipschitzBound:
     """Bound a network's L2 Lipschitz constant on inputs of one shape, by composition over its traced graph.
 
@@ -115,6 +120,11 @@ def lipschitz_bound(
     concatenations the root of their sum of squares. Residual blocks of layers with monotone activations between them
     get a tighter constant than skip + branch (after Fazlyab et al. 2023). All of it is a product of worst cases: sound,
     and far above what any input shows.
+
+    The bound speaks of a graph. Each step of it is carried out as its rule takes it to be, on random inputs in batches
+    of two sizes, and compared with the model itself, hooks and all; no two of these inputs, nor of those that a short
+    search for a counter-example finds, may be further apart at any step than the bound allows. Where the root module is
+    in training mode, the bound is that of eval mode; otherwise every module keeps its mode.
 
     Args:
         model: a module that torch.fx can trace, from one tensor to one tensor, also inside DataParallel or what
@@ -130,43 +140,66 @@ def lipschitz_bound(
         max_memory: see :func:`fastlip.norms.conv_norm`.
         tight_residuals: whether residual blocks get their tighter constant, which takes up to three more norms each and
             half of 1 - ``confidence``; only where ``method`` iterates.
+        check: whether to compare the traced graph with the model, and to look for a counter-example.
 
     Raises:
         TypeError: the model is no module.
-        ValueError: an argument is wrong, the model cannot be traced or run, or something in it has no rule or no bound;
-            the message names it.
+        ValueError: an argument is wrong, the model cannot be traced or run, something in it has no rule or no bound, or
+            the model does something else than its traced graph; the message names it.
     """
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    memory = memory_for(max_memory, bare_model(model).parameters())
-    settings = Settings(rtol, confidence, method, starts, max_steps, dtype, memory, generator)
-    last = trace(model, input_shape)
-    fold_scales(last)
+    bare, shape = bare_model(model), checked_shape(input_shape)
+    settings = Settings(
+        rtol, confidence, method, starts, max_steps, dtype, memory_for(max_memory, bare.parameters()), generator
+    )
+    with eval_mode(bare):
+        left_on = training_left_on(bare)
+        if left_on is not None:
+            raise ValueError(
+                f"module {left_on} is in training mode though the model is in eval mode, so that it depends on the "
+                "batch or on chance; call model.eval() first"
+            )
+        traced = trace(bare, shape)
+        if check:
+            replay(bare, shape, traced)
+        fold_scales(traced.last)
+        bound, totals = _bound(traced.last, settings, tight_residuals)
+        if check:
+            require_bounded(walk(traced.last), totals)
+            refute(bare, shape, traced, bound.log10_upper)
+    return bound
+
+
+def _bound(last: Step, settings: Settings, tight_residuals: bool) -> tuple[LipschitzBound, dict[Step, float]]:
+    """The bound, and log10 of that from the model's input to each step."""
     steps = walk(last)
-    blocks = _blocks(steps) if tight_residuals and method in ("auto", "lanczos", "power") else []
+    blocks = _blocks(steps) if tight_residuals and settings.method in ("auto", "lanczos", "power") else []
     # Two families of random starts, each with its share of what may fail, whichever operators turn out to need them.
-    share = replace(settings, confidence=1.0 - (1.0 - confidence) / 2.0) if blocks else settings
+    share = replace(settings, confidence=1.0 - (1.0 - settings.confidence) / 2.0) if blocks else settings
     norms = _norms(steps, share)
-    logs = {step: _log10(_constant(step, norms)) for step in steps if not isinstance(step.factor, str)}
+    logs = {step: log10(_constant(step, norms)) for step in steps if not isinstance(step.factor, str)}
     plain = _compose(steps, logs, {})
     # Their norms stand in sums beside other terms, where less accuracy does.
-    tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * rtol))
+    tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * settings.rtol))
     totals = _compose(steps, logs, tighter)
     given = [n.confidence for n in norms.values() if n.confidence < 1.0] + chances
     drawn = bool(chances) or any(isinstance(s.factor, Operator) and norms[s].confidence < 1.0 for s in norms)
     # Operators share 1 - confidence; intervals that rules return fail on their own account.
     own = sum(1.0 - norms[s].confidence for s in norms if isinstance(s.factor, NormInterval))
     layers = [s for s in steps if isinstance(s.factor, (Operator, NormInterval))]
-    return LipschitzBound(
+    assert settings.generator is not None
+    bound = LipschitzBound(
         totals[last],
-        max(0.0, (confidence if drawn else 1.0) - own) if given else 1.0,
+        max(0.0, (settings.confidence if drawn else 1.0) - own) if given else 1.0,
         tuple(_chain(last, None, totals, logs, norms, set())),
-        sum(logs[s] for s in layers),
+        reduce(multiply, (logs[s] for s in layers), 0.0),
         _margin(last, totals),
         plain[last],
-        generator.initial_seed() if drawn else None,
+        settings.generator.initial_seed() if drawn else None,
     )
+    return bound, totals
 
 
 def _norms(steps: list[Step], settings: Settings) -> dict[Step, NormInterval]:
@@ -205,7 +238,7 @@ def _tighten(
     blocks: list[Block], plain: dict[Step, float], norms: dict[Step, NormInterval], settings: Settings
 ) -> tuple[dict[Step, tuple[Step, float]], list[float]]:
     """For each block's sum its origin and log10 of its tighter constant, and the chances taken on the way."""
-    before = [_exp10(plain[block.layers[-1].inputs[0]] - plain[block.origin]) for block in blocks]
+    before = [exp10(plain[block.layers[-1].inputs[0]] - plain[block.origin]) for block in blocks]
     finite = [i for i, block in enumerate(blocks) if math.isfinite(plain[block.total]) and math.isfinite(before[i])]
     requests = {i: block_operators(blocks[i], norms, before[i]) for i in finite}
     intervals = iter(operator_norms([op for ops in requests.values() for op in ops], settings))
@@ -215,7 +248,7 @@ def _tighten(
         auxiliary = [next(intervals) for _ in ops]
         chances += [interval.confidence for interval in auxiliary if interval.confidence < 1.0]
         factor = block_factor(blocks[i], ops, norms, auxiliary, before[i])
-        tighter[blocks[i].total] = (blocks[i].origin, _log10(factor))
+        tighter[blocks[i].total] = (blocks[i].origin, log10(factor))
     return tighter, chances
 
 
@@ -224,25 +257,25 @@ def _compose(steps: list[Step], logs: dict[Step, float], tighter: dict[Step, tup
     totals: dict[Step, float] = {}
     for step in steps:
         if step.factor in SUMS:
-            totals[step] = _log10_sum([totals[source] for source in step.inputs])
+            totals[step] = add(totals[source] for source in step.inputs)
             if step in tighter:
                 origin, factor = tighter[step]
-                totals[step] = min(totals[step], totals[origin] + factor)
+                totals[step] = min(totals[step], multiply(totals[origin], factor))
         elif step.factor == "concatenation":
-            totals[step] = 0.5 * _log10_sum([2.0 * totals[source] for source in step.inputs])
+            totals[step] = half(add(multiply(totals[source], totals[source]) for source in step.inputs))
         else:
-            totals[step] = logs[step] + (totals[step.inputs[0]] if step.inputs else 0.0)
+            totals[step] = multiply(logs[step], totals[step.inputs[0]]) if step.inputs else 0.0
     return totals
 
 
 def _margin(last: Step, totals: dict[Step, float]) -> float:
     """log10 of a bound for the difference of any two outputs."""
-    bound = totals[last] + 0.5 * math.log10(2.0)
+    bound = multiply(totals[last], log10(math.sqrt(2.0) * (1.0 + 1e-15)))
     if isinstance(last.factor, Operator) and isinstance(last.module, nn.Linear) and len(last.shape) == 1:
         rows = last.factor.weight.double()
         # A direct distance, without the cancellation of the quadratic expansion.
         distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").max().item()
-        bound = min(bound, totals[last.inputs[0]] + _log10(distance * (1.0 + 1e-12)))
+        bound = min(bound, multiply(totals[last.inputs[0]], log10(distance * (1.0 + 1e-12))))
     return bound
 
 
@@ -281,19 +314,4 @@ def _lines(parts: tuple[Part, ...], depth: int) -> Iterator[str]:
 
 
 def _show(log10: float) -> str:
-    return f"{_exp10(log10):.4g}" if abs(log10) < 6 else f"10^{log10:.3f}"
-
-
-def _log10(x: float) -> float:
-    return math.log10(x) if x > 0.0 else -math.inf
-
-
-def _exp10(x: float) -> float:
-    return 10.0**x if x < 308.0 else math.inf
-
-
-def _log10_sum(logs: list[float]) -> float:
-    largest = max(logs)
-    if math.isinf(largest):
-        return largest
-    return largest + math.log10(sum(10.0 ** (log - largest) for log in logs))
+    return f"{exp10(log10):.4g}" if abs(log10) < 6 else f"10^{log10:.3f}"

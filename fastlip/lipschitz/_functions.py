@@ -2,29 +2,29 @@
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-_SHAPE_ONLY = (
+#: These keep the order of values as well.
+MOVE_IN_ORDER = (
     torch.flatten,
     torch.reshape,
     torch.squeeze,
     torch.unsqueeze,
-    torch.permute,
-    torch.transpose,
+    torch.clone,
     "flatten",
     "reshape",
     "view",
     "squeeze",
     "unsqueeze",
-    "permute",
-    "transpose",
     "contiguous",
     "clone",
 )
+#: Values are put elsewhere, each once.
+MOVE = (*MOVE_IN_ORDER, torch.permute, torch.transpose, "permute", "transpose")
 
 _ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
     "relu": lambda inplace=False: nn.ReLU(),
@@ -86,8 +86,6 @@ def _table() -> dict[Any, Callable[..., nn.Module]]:
         table[getattr(F, f"adaptive_max_pool{axes}d")] = getattr(nn, f"AdaptiveMaxPool{axes}d")
     for function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
         table[function] = _dropout
-    for same in _SHAPE_ONLY:
-        table[same] = lambda *args, **kwargs: nn.Identity()
     return table
 
 
@@ -99,6 +97,13 @@ MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 DIVIDE = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
 CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
 MEAN = (torch.mean, "mean")
+
+
+def as_function(target: Any) -> Callable[..., Any]:
+    """A traced target as a function of its arguments; methods come as their names."""
+    if not isinstance(target, str):
+        return cast("Callable[..., Any]", target)
+    return lambda x, *args, **kwargs: getattr(x, target)(*args, **kwargs)
 
 
 def as_module(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module | None:

@@ -1,8 +1,7 @@
-"""A traced model: what each node of its graph does, on which shapes."""
+"""A traced model: what each step of its graph does, on which shapes, and what is believed of it."""
 
-import inspect
 import math
-from collections import OrderedDict
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +10,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlip.lipschitz import _functions as functions
-from fastlip.lipschitz._linear import weighted
+from fastlip.lipschitz._activations import require_continuous
+from fastlip.lipschitz._linear import batchnorm, weighted
 from fastlip.lipschitz._registry import Diagonal, Factor, find_rule, missing_rule
-from fastlip.norms import NormInterval, Operator, bare_model, eval_mode, example_input, module_operator, runs_on
+from fastlip.lipschitz._trace import Values, location, module_name, trace_graph, varying_nodes
+from fastlip.norms import NormInterval, Operator, module_operator
+from fastlip.norms._agreement import agree, apply_operator, rounding_of
+from fastlip.norms._model import random_inputs, runs_on
+from fastlip.norms._modules import TRANSPOSED
 
 # Two samples, so that an operation that mixes the batch axis into others shows.
-_BATCH = 2
+BATCH = 2
 
 
 @dataclass(eq=False)
@@ -29,10 +33,16 @@ class Step:
         inputs: steps it takes its tensors from.
         factor: what multiplies the Lipschitz constant; for several inputs, "sum", "difference" or "concatenation".
         shape: shape of one output sample.
-        module: the module called, or the one that does the same as the function.
+        module: the module called, or the one that does the same as the function; None where values are only moved.
+        apply: what the rule bounds, as a function of the node's arguments: out of place, without hooks, with the very
+            operator, factors or constants that the bound is made of.
         users: steps that take this one's output.
         folded: whether ``factor`` was multiplied into a neighbour and is 1 now.
         scaled: whether a neighbour's factors were multiplied into this one.
+        ahead: whether the constant up to here is that of values which a neighbour's factors have yet to multiply, or
+            have multiplied already.
+        exact: whether a linear ``factor`` is the map itself, and not just one of at least its norm.
+        moved: how far the outputs of two samples are apart, 0-d; None before the replay.
     """
 
     name: str
@@ -41,122 +51,59 @@ class Step:
     factor: Factor | str
     shape: tuple[int, ...]
     module: nn.Module | None = None
+    apply: Callable[..., Tensor] = operator.pos
     users: list["Step"] = field(default_factory=list)
     folded: bool = False
     scaled: bool = False
+    ahead: bool = False
+    exact: bool = True
+    moved: Tensor | None = None
 
 
-class _Tracer(fx.Tracer):
-    """Stops at modules with a rule as well as at torch's own, and remembers which module could not be traced."""
+@dataclass(frozen=True)
+class Traced:
+    """A traced model: its graph, the steps of the nodes that depend on the input, and the last of them.
 
-    failed = ""
+    ``constants`` are the values of all other nodes in the run that the steps were read from.
+    """
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or self.path_of_module(m)
-            raise
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return find_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
+    graph_module: fx.GraphModule
+    steps: dict[fx.Node, Step]
+    last: Step
+    constants: dict[fx.Node, Any]
+    varying: set[fx.Node]
 
 
-class _Values(fx.Interpreter):
-    """Runs the graph once and keeps shapes, and the values of what is not a tensor of the batch."""
-
-    def __init__(self, graph_module: fx.GraphModule, varying: set[fx.Node]) -> None:
-        super().__init__(graph_module)
-        self.extra_traceback = False
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.constants: dict[fx.Node, Any] = {}
-        self._varying = varying
-        self._versions: dict[fx.Node, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        for source in n.all_input_nodes:
-            if source in self._versions and self.env[source]._version != self._versions[source]:
-                raise ValueError(
-                    f"{_location(source)} is used by {_location(n)} after an in-place operation overwrote it, "
-                    "so that the traced graph is not what runs; use inplace=False there"
-                )
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self._versions[n] = value._version
-        if isinstance(value, Tensor) and n in self._varying:
-            self.shapes[n] = tuple(value.shape)
-        elif n.op != "output":
-            self.constants[n] = value
-        return value
-
-
-def trace(model: nn.Module, input_shape: Sequence[int]) -> Step:
-    """The last step of a model's graph, in eval mode.
+def trace(model: nn.Module, input_shape: Sequence[int]) -> Traced:
+    """The graph of a model, which is in eval mode, with a step for each node that depends on the input.
 
     Raises:
-        TypeError: the model is no module.
         ValueError: the model cannot be traced or run, or a step has no rule; the message names it.
     """
-    model = bare_model(model)
-    name = type(model).__name__
-    tracer = _Tracer()
-    # A leaf is not traced into, so it needs something around it.
-    root = nn.Sequential(OrderedDict({name: model})) if tracer.is_leaf_module(model, "") else model
-    with eval_mode(model), torch.no_grad():
-        try:
-            graph = tracer.trace(root, _defaults(root) or None)
-        except Exception as error:
-            failed = tracer.failed
-            what = f"{type(model.get_submodule(failed)).__name__} (at {failed})" if failed else name
-            raise ValueError(
-                f"{what} cannot be traced by torch.fx ({error}); register a rule for the module, "
-                "or write its forward without what depends on data"
-            ) from error
-        graph_module = fx.GraphModule(root, graph)
-        for node in graph.find_nodes(op="call_module"):
-            module = graph_module.get_submodule(str(node.target))
-            if find_rule(module) is None:
-                raise missing_rule(type(module).__name__, str(node.target))
-        varying = _varying_nodes(graph)
-        values = _Values(graph_module, varying)
-        x = example_input(model, input_shape)
+    with torch.no_grad():
+        graph_module = trace_graph(model)
+        varying = varying_nodes(graph_module.graph)
+        values = Values(graph_module, varying)
+        x = random_inputs(model, input_shape, BATCH)
         with runs_on(model, input_shape):
-            values.run(x.expand(_BATCH, *x.shape[1:]).contiguous())
-        return _build(graph_module, values)
+            values.run(x)
+        return _build(graph_module, values, varying)
 
 
-def _defaults(module: nn.Module) -> dict[str, Any]:
-    """Arguments of a module's forward that a call with one tensor leaves at their defaults."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def _varying_nodes(graph: fx.Graph) -> set[fx.Node]:
-    varying: set[fx.Node] = set()
-    for node in graph.nodes:
-        if (node.op == "placeholder" and not node.args) or any(source in varying for source in node.all_input_nodes):
-            varying.add(node)
-    return varying
-
-
-def _build(graph_module: fx.GraphModule, values: _Values) -> Step:
+def _build(graph_module: fx.GraphModule, values: Values, varying: set[fx.Node]) -> Traced:
     steps: dict[fx.Node, Step] = {}
     for node in graph_module.graph.nodes:
         if node.op == "output":
             result = node.args[0]
             if not isinstance(result, fx.Node) or result not in steps:
                 raise ValueError("the model must return one tensor that depends on its input")
-            return steps[result]
+            return Traced(graph_module, steps, steps[result], values.constants, varying)
         if node not in values.shapes:
             continue
         shape = values.shapes[node]
-        if shape[:1] != (_BATCH,):
+        if shape[:1] != (BATCH,):
             raise ValueError(f"{node.format_node()} mixes the batch axis into others, which no Lipschitz rule covers")
         if node.op == "placeholder":
-            if steps:
-                raise ValueError("the model must take one tensor")
             steps[node] = Step(node.name, "input", [], 1.0, shape[1:])
             continue
         step = _step(node, steps, graph_module, values)
@@ -166,24 +113,16 @@ def _build(graph_module: fx.GraphModule, values: _Values) -> Step:
     raise AssertionError("a traced graph ends in an output")
 
 
-def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModule, values: _Values) -> Step:
+def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModule, values: Values) -> Step:
     shape = values.shapes[node][1:]
     sources = [steps[source] for source in node.all_input_nodes if source in steps]
     if node.op == "call_module":
-        name = str(node.target)
-        module = graph_module.get_submodule(name)
-        if len(sources) != 1:
-            raise missing_rule(f"{type(module).__name__} with {len(sources)} inputs", name)
-        factor = module_factor(module, name, sources[0].shape)
-        step = Step(name, type(module).__name__, sources, factor, shape, module)
-        if find_rule(module) is weighted and len(node.args) + len(node.kwargs) > 1:
-            step.factor = _operator(step)  # a transposed convolution that was told its output's size
-        return step
+        return _module_step(node, sources, graph_module, values)
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     args: Any = fx.node.map_arg(node.args, lambda n: values.constants.get(n, n))
     kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: values.constants.get(n, n))
-    where = _location(node)
+    where = location(node)
     if not sources:
         # Its inputs are lists, or numbers taken from tensors: what they depend on is not followed.
         source = getattr(node.all_input_nodes[0], "name", "")
@@ -194,44 +133,156 @@ def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModul
             raise missing_rule(f"{name} with broadcasting or alpha", where)
         # x + x counts twice; adding a constant moves nothing.
         inputs = [steps[a] for a in operands]
-        several = "sum" if target in functions.ADD else "difference"
-        return Step(where, name, inputs, several if len(inputs) > 1 else 1.0, shape)
+        several, by = ("sum", operator.add) if target in functions.ADD else ("difference", operator.sub)
+        return Step(where, name, inputs, several if len(inputs) > 1 else 1.0, shape, apply=_believing(by, args))
     if target in functions.CONCATENATE:
         inputs = [steps[a] for a in (args[0] if args else kwargs["tensors"]) if isinstance(a, fx.Node)]
-        return Step(where, name, inputs, "concatenation", shape)
+        return Step(where, name, inputs, "concatenation", shape, apply=torch.cat)
     if len(sources) == 1 and target in functions.MULTIPLY and not kwargs and len(args) == 2:
         constant = args[1] if isinstance(args[0], fx.Node) else args[0]
-        return Step(where, name, sources, _scaling(constant, 1, sources[0], shape, where), shape)
+        factor = _scaling(constant, 1, sources[0], shape, where)
+        return Step(where, name, sources, factor, shape, apply=_believing(operator.mul, args))
     if len(sources) != 1 or not args or not isinstance(args[0], fx.Node):
         raise missing_rule(f"{name} of several traced tensors, or with the input in another place", where)
     if target in functions.DIVIDE and not kwargs:
-        return Step(where, name, sources, _scaling(args[1], -1, sources[0], shape, where), shape)
+        factor = _scaling(args[1], -1, sources[0], shape, where)
+        return Step(where, name, sources, factor, shape, apply=_believing(operator.truediv, args))
+    call = functions.as_function(target)
     if target in functions.MEAN:
         # The mean of m values moves by at most 1/sqrt(m) of the move's norm.
         ratio = math.prod(sources[0].shape) / max(math.prod(shape), 1)
-        return Step(where, name, sources, ratio**-0.5 * (1.0 + 1e-15), shape)
+        return Step(where, name, sources, ratio**-0.5 * (1.0 + 1e-15), shape, apply=call)
+    if target in functions.MOVE:
+        if values.dtypes[node] != values.dtypes[args[0]]:
+            raise missing_rule(f"{name} to another dtype", where)
+        same = shape == sources[0].shape and target in functions.MOVE_IN_ORDER
+        return Step(where, name, sources, 1.0, shape, nn.Identity() if same else None, apply=call)
     try:
         module_like = functions.as_module(target, tuple(args[1:]), dict(kwargs))
+    except TypeError:
+        raise missing_rule(f"{name} with these arguments", where) from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if module_like is None:
         raise missing_rule(f"the function {name}", where)
-    return Step(where, name, sources, module_factor(module_like, where, sources[0].shape), shape, module_like)
+    factor = module_factor(module_like, where, sources[0].shape, values.dtypes[args[0]])
+    forward = module_like.forward
+    return Step(where, name, sources, factor, shape, module_like, apply=lambda x, *_, **__: forward(x))
 
 
-def _location(node: fx.Node) -> str:
-    """The module a function is called in, and the node's name."""
-    stack = node.meta.get("nn_module_stack")
-    path = next(reversed(stack)) if stack else ""
-    return f"{path}.{node.name}" if path else node.name
+def _module_step(node: fx.Node, sources: list[Step], graph_module: fx.GraphModule, values: Values) -> Step:
+    module, name = graph_module.get_submodule(str(node.target)), module_name(node, graph_module)
+    shape = values.shapes[node][1:]
+    if len(sources) != 1:
+        raise missing_rule(f"{type(module).__name__} with {len(sources)} inputs", name)
+    source = next(n for n in node.all_input_nodes if n in values.shapes)
+    factor = module_factor(module, name, sources[0].shape, values.dtypes[source])
+    step = Step(name, type(module).__name__, sources, factor, shape, module)
+    if find_rule(module) is weighted:
+        if len(node.args) + len(node.kwargs) > 1:
+            step.factor = _operator(step)  # a transposed convolution that was told its output's size
+        step.apply = _weighted_map(module, step.factor)
+        return step
+    if isinstance(factor, Diagonal) and find_rule(module) is batchnorm:
+        step.apply = _batchnorm_map(module, factor)
+        return step
+    step.apply = _forward(module)
+    if isinstance(factor, (Operator, Diagonal)):
+        linear = _linear_map(step.apply, factor)
+        x = torch.rand(2, *sources[0].shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        x = x.to(values.constants.get(source, next(module.parameters(), x)).device, values.dtypes[source])
+        if linear is not None and agree(linear(x), step.apply(x), 10.0 * rounding_of(x)):
+            step.apply = linear
+        else:  # a norm, and not the map that is folded, or added to a skip
+            step.exact = False
+    return step
 
 
-def module_factor(module: nn.Module, name: str, input_shape: tuple[int, ...]) -> Factor:
-    """What a module's rule says; errors name the module."""
+def _forward(module: nn.Module) -> Callable[..., Tensor]:
+    """A module's forward, without hooks and out of place."""
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        args, kwargs = fx.node.map_aggregate((args, kwargs), _copied)
+        return type(module).forward(module, *args, **kwargs)
+
+    return forward
+
+
+def _weighted_map(module: nn.Module, factor: Factor | str) -> Callable[..., Tensor]:
+    """The map of a layer with torch's own rule, by the operator that is bounded."""
+    assert isinstance(factor, Operator)
+    transposed = isinstance(module, TRANSPOSED)
+
+    def apply(*args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        return apply_operator(factor, x, module.bias, transposed=transposed)  # type: ignore[arg-type]
+
+    return apply
+
+
+def _batchnorm_map(module: nn.Module, factor: Diagonal) -> Callable[..., Tensor]:
+    """A BatchNorm in eval mode, by the factors that are bounded."""
+    shift = -factor.scale * module.running_mean.detach().double()  # type: ignore[operator]
+    if module.bias is not None:
+        shift = shift + module.bias.detach().double()  # type: ignore[operator]
+
+    def apply(*args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        ones = (-1, *(1,) * (x.dim() - 2))
+        return torch.addcmul(shift.to(x).view(ones), x, factor.scale.to(x).view(ones))
+
+    return apply
+
+
+def _linear_map(forward: Callable[..., Tensor], factor: Operator | Diagonal) -> Callable[..., Tensor] | None:
+    """What a rule of someone's own returned, as a map with the module's offset; None if it cannot be applied."""
+
+    def apply(*args: Any, **kwargs: Any) -> Tensor:
+        (x,) = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        if isinstance(factor, Diagonal):
+            y = x * factor.scale.to(x).view(-1, *(1,) * (x.dim() - 2))
+        else:
+            y = apply_operator(factor, x) if x.shape[1:] == factor.input_shape else x.new_zeros(0)
+        shift = forward(torch.zeros_like(x[:1]))
+        return y + shift if y.shape[1:] == shift.shape[1:] else y
+
+    return apply
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _believing(by: Callable[..., Tensor], believed: Sequence[Any]) -> Callable[..., Tensor]:
+    """``by`` with the constants that the bound was made of in place of those that turn up later.
+
+    A tensor of another shape, as one with the batch's size, is taken as it comes.
+    """
+    constants = {i: _copied(a) for i, a in enumerate(believed) if not isinstance(a, fx.Node)}
+
+    def apply(*args: Any) -> Tensor:
+        first = next(a for i, a in enumerate(args) if i not in constants)
+        chosen = []
+        for i, now in enumerate(args):
+            then = constants.get(i, now)
+            if isinstance(then, Tensor) and isinstance(now, Tensor) and i in constants:
+                then = now if now.shape != then.shape else then.to(now.device, now.dtype)
+            chosen.append(then)
+        result = by(*chosen)
+        return result.to(first.dtype) if result.dtype != first.dtype else result
+
+    return apply
+
+
+def module_factor(
+    module: nn.Module, name: str, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Factor:
+    """What a module's rule says of inputs of one shape and dtype; errors name the module."""
     found = find_rule(module)
     if found is None:
         raise missing_rule(type(module).__name__, name)
     try:
+        require_continuous(module, dtype)
         factor = found(module, input_shape)
     except ValueError as error:
         raise ValueError(f"module {name}: {error}") from None
@@ -263,13 +314,15 @@ def fold_scales(last: Step) -> None:
     """Multiply factors per channel into the neighbouring layer with weights, before its norm is taken."""
     scales: dict[Step, dict[str, Tensor]] = {}
     for step in walk(last):
-        if not isinstance(step.factor, Diagonal):
+        if not isinstance(step.factor, Diagonal) or not step.exact:
             continue
         before, after = step.inputs[0], step.users[0] if len(step.users) == 1 else None
         if before.users == [step] and _takes_scale(before):
             scales.setdefault(before, {})["output_scale"] = step.factor.scale
+            before.ahead = True
         elif after is not None and _takes_scale(after):
             scales.setdefault(after, {})["input_scale"] = step.factor.scale
+            step.ahead = True
         else:
             continue
         step.factor, step.folded = 1.0, True

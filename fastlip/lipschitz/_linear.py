@@ -26,7 +26,8 @@ def weighted(module: nn.Module, input_shape: tuple[int, ...]) -> Operator:
 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-def _batchnorm(module: nn.Module, input_shape: tuple[int, ...]) -> Diagonal:
+def batchnorm(module: nn.Module, input_shape: tuple[int, ...]) -> Diagonal:
+    """The factors of a BatchNorm in eval mode."""
     return Diagonal(batchnorm_scale(module))
 
 
@@ -34,7 +35,7 @@ def _batchnorm(module: nn.Module, input_shape: tuple[int, ...]) -> Diagonal:
 def _average_pool(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     """A product over the axes, since the average over a window is one per axis, borders and divisors included."""
     assert isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d))
-    size = input_shape[1:]
+    size = _spatial(module, input_shape)
     kernel = axes_of(module.kernel_size, len(size))
     stride = axes_of(module.stride, len(size))
     padding = axes_of(module.padding, len(size))
@@ -62,6 +63,19 @@ def _adaptive_average_pool(module: nn.Module, input_shape: tuple[int, ...]) -> f
     return factor
 
 
+_AXES = {
+    1: (nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
+    2: (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    3: (nn.AvgPool3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
+}
+
+
+def _spatial(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes a pool works on, the last ones: of a batch without channels torch takes the samples for channels."""
+    axes = next(n for n, kinds in _AXES.items() if isinstance(module, kinds))
+    return input_shape[len(input_shape) - axes :]
+
+
 def _axis_norm(n: int, pool: Callable[[Tensor], Tensor]) -> float:
     """Norm of a pooling along one axis of n values, rounded upwards."""
     matrix = pool(torch.eye(n, dtype=torch.float64)[:, None])[:, 0]
@@ -72,7 +86,7 @@ def _axis_norm(n: int, pool: Callable[[Tensor], Tensor]) -> float:
 def _max_pool(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     """Root of the largest number of windows a value lies in: an output moves no more than something in its window."""
     assert isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d))
-    size = input_shape[1:]
+    size = _spatial(module, input_shape)
     settings = (module.kernel_size, module.stride, module.padding, module.dilation)
     windows = 1
     for n, k, s, p, d in zip(size, *(axes_of(value, len(size)) for value in settings), strict=True):
@@ -102,7 +116,7 @@ def _most_covered(n: int, windows: Iterable[Iterable[int]]) -> int:
 
 def _adaptive_axes(module: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[int, int]]:
     """Input and output size of each axis; None keeps the size."""
-    size = input_shape[1:]
+    size = _spatial(module, input_shape)
     output = module.output_size
     wanted = (output,) * len(size) if output is None or isinstance(output, int) else tuple(output)  # type: ignore[arg-type]
     return [(n, n if m is None else m) for n, m in zip(size, wanted, strict=True)]

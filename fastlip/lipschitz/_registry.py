@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastlip.norms import NormInterval, Operator, keeps_forward
+from fastlip.norms import NormInterval, Operator
+from fastlip.norms._modules import keeps_forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,4 +70,5 @@ def axes_of(value: int | Sequence[int] | None, axes: int, default: int = 1) -> t
     """One integer per axis from torch's int-or-tuple arguments."""
     if value is None:
         value = default
-    return (value,) * axes if isinstance(value, int) else tuple(value)
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values

@@ -71,6 +71,7 @@ def _strip(step: Step, origin: Step) -> Step:
 def _is_layer(step: Step) -> bool:
     return (
         isinstance(step.factor, Operator)
+        and step.exact
         and not isinstance(step.module, _ConvTransposeNd)
         and step.factor.input_shape == step.inputs[0].shape
         and step.factor.output_shape == step.shape

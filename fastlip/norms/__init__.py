@@ -11,8 +11,8 @@ from fastlip.norms._composed import Composed
 from fastlip.norms._conv_norm import conv_norm
 from fastlip.norms._exact import simplify, trim
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._layers import bare_model, eval_mode, example_input, layer_norms, runs_on
-from fastlip.norms._modules import batchnorm_scale, diagonal_norm, keeps_forward, module_operator
+from fastlip.norms._layers import layer_norms
+from fastlip.norms._modules import batchnorm_scale, diagonal_norm, module_operator
 from fastlip.norms._operator import Operator, conv_operator
 from fastlip.norms._report import NormReport
 from fastlip.norms._solve import Settings, memory_for, operator_norms
@@ -24,20 +24,15 @@ __all__ = [
     "NormReport",
     "Operator",
     "Settings",
-    "bare_model",
     "batchnorm_scale",
     "constrain_norm",
     "conv_norm",
     "conv_operator",
     "diagonal_norm",
-    "eval_mode",
-    "example_input",
-    "keeps_forward",
     "layer_norms",
     "memory_for",
     "module_operator",
     "operator_norms",
-    "runs_on",
     "simplify",
     "spectral_norm_value",
     "trim",

@@ -2,16 +2,26 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from fastlip.norms._agreement import Use, require_agreement
 from fastlip.norms._interval import NormInterval
+from fastlip.norms._model import (
+    bare_model,
+    checked_shape,
+    eval_mode,
+    example_input,
+    random_inputs,
+    runs_on,
+    training_left_on,
+)
 from fastlip.norms._modules import (
     BATCHNORMS,
     CONVS,
@@ -20,6 +30,7 @@ from fastlip.norms._modules import (
     batchnorm_scales,
     describe_module,
     diagonal_norms,
+    keeps_forward,
     module_operator,
     require_finite_scale,
     scaled,
@@ -27,7 +38,7 @@ from fastlip.norms._modules import (
 from fastlip.norms._operator import Operator, look_at, require_finite
 from fastlip.norms._report import NormReport
 from fastlip.norms._solve import Settings, memory_for, operator_norms
-from fastlip.norms._structure import Remembered, modules_of
+from fastlip.norms._structure import modules_of, structure
 
 
 @dataclass
@@ -96,6 +107,7 @@ def layer_norms(
     dtype: torch.dtype = ...,
     max_memory: int | None = ...,
     progress: Callable[[int, int], None] | None = ...,
+    check: bool = ...,
 ) -> NormReport: ...
 @overload
 def layer_norms(
@@ -112,6 +124,7 @@ def layer_norms(
     dtype: torch.dtype = ...,
     max_memory: int | None = ...,
     progress: Callable[[int, int], None] | None = ...,
+    check: bool = ...,
 ) -> list[NormReport]: ...
 def layer_norms(
     model: nn.Module | Sequence[nn.Module],
@@ -127,12 +140,14 @@ def layer_norms(
     dtype: torch.dtype = torch.float32,
     max_memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    check: bool = True,
 ) -> NormReport | list[NormReport]:
     """Norm intervals of every convolution and linear layer of a model, on the input sizes they really have.
 
-    The model runs once on a zero input, in eval mode, to learn those sizes. Models of the same classes, attributes and
-    tensor shapes, such as checkpoints of one model, are taken to run alike: one of them runs, and none in later calls.
-    Layers that did not run are left out; one that ran on several sizes, or in front of several BatchNorms, appears once
+    The model runs on a few random inputs, in eval mode, to learn those sizes, and what each layer made of its input is
+    compared with the map whose norm is reported. Models of the same classes, attributes and tensor shapes, such as
+    checkpoints of one model, are taken to run alike: one of them runs in each call. Layers that did not run are left
+    out; one that ran on several sizes, or in front of several BatchNorms, appears once
     for each. BatchNorm that stands alone appears as its factor max |gamma| / sqrt(var + eps). Weights in other hands
     are not seen: those of functional calls, and of modules that apply them by themselves, such as
     ``nn.MultiheadAttention``.
@@ -152,6 +167,8 @@ def layer_norms(
         dtype: see :func:`conv_norm`.
         max_memory: see :func:`conv_norm`.
         progress: called with the number of layers done and their total, each time one is.
+        check: whether to compare what layers do with what is said of them, hooks and all, and to see that it does not
+            depend on the batch. Without, the model runs once, on zeros.
 
     Returns:
         A report, or a list of them, one per model.
@@ -159,7 +176,7 @@ def layer_norms(
     Raises:
         TypeError: a model is no module.
         ValueError: an argument is wrong, a model does not run on such inputs, or it is unknown what a layer applies, or
-            its weight holds NaN or infinite values; the message names the layer.
+            it is something else than its weight says, or that holds NaN or infinite values; the message names it.
     """
     if generator is None:
         generator = torch.Generator()
@@ -168,7 +185,7 @@ def layer_norms(
     bare = [bare_model(m) for m in models]
     memory = memory_for(max_memory, (t for m in bare for t in m.parameters()))
     settings = Settings(rtol, confidence, method, starts, max_steps, dtype, memory, generator, progress)
-    collected = _collect(bare, checked_shape(input_shape), fold_batchnorm)
+    collected = _collect(bare, checked_shape(input_shape), fold_batchnorm, check)
     every = [layer for layers in collected for layer in layers]
     operators = [layer.operator for layer in every if layer.operator is not None]
     look_at(operators)
@@ -198,18 +215,32 @@ def _exactly(norm: float) -> NormInterval:
     return NormInterval(norm * (1 - 2e-14), norm, 1.0, "closed form", 0, True)
 
 
-def _plan(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool) -> list[_Slot]:
-    """What is to be known of the layers that run, in order, but for their numbers."""
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be known of the layers that run, in order, but for their numbers.
+
+    Attributes:
+        slots: the layers.
+        shared: whether it holds for all models of one structure: each layer ran with the weight it holds, as no one
+            else's could serve another model.
+    """
+
+    slots: list[_Slot]
+    shared: bool
+
+
+def _plan(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool) -> _Plan:
+    """Run the model, which is in eval mode, and say what its layers are."""
     modules = dict(model.named_modules())
     index = {id(module): i for i, module in enumerate(modules_of(model))}
-    calls = dict.fromkeys(_record(model, input_shape, fold_batchnorm))  # each once
-    for name, *_, batchnorm in calls:
+    ran = _record(model, input_shape, fold_batchnorm, check)
+    for name, *_, batchnorm in ran.calls:
         user = batchnorm or (name if isinstance(modules[name], BATCHNORMS) else None)
-        if user is not None and modules[user].running_var is None:
-            raise ValueError(f"layer {_shown(name, modules)}: {NO_STATISTICS}")
+        if user is not None:
+            _require_batchnorm(modules[user], _shown(user, modules), _shown(name, modules))
     found: list[_Slot] = []
     repeats: Counter[str] = Counter()
-    for name, shape, output_shape, batchnorm in calls:
+    for name, shape, output_shape, batchnorm in ran.calls:
         module, shown = modules[name], _shown(name, modules)
         repeats[name] += 1
         if repeats[name] > 1:
@@ -229,17 +260,54 @@ def _plan(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool) 
         geometry = operator.with_weight(operator.weight.new_empty(operator.weight.shape, device="meta"))
         follower = None if batchnorm is None else index[id(modules[batchnorm])]
         found.append(_Slot(shown, description, place, geometry, follower, isinstance(module, TRANSPOSED)))
-    return found
+    if check:
+        require_agreement(ran.uses)
+    return _Plan(found, ran.by_own_weights)
 
 
-#: Checkpoints of one model run alike: only the first of them runs, and is looked at layer by layer.
-_planned = Remembered(_plan)
+def _require_batchnorm(module: nn.Module, shown: str, layer: str) -> None:
+    """Raise ValueError unless a BatchNorm multiplies by its factors."""
+    kind = next(cls for cls in BATCHNORMS if isinstance(module, cls))
+    if not keeps_forward(module, kind):
+        raise ValueError(
+            f"layer {shown}: {type(module).__name__} has another forward than {kind.__name__}, and may do something "
+            "else than multiply by its factors"
+        )
+    if module.running_var is None:
+        raise ValueError(f"layer {layer}: {NO_STATISTICS}")
 
 
-def _collect(models: Sequence[nn.Module], input_shape: tuple[int, ...], fold_batchnorm: bool) -> list[list[_Layer]]:
-    """The layers of each model that run, in order; nothing is read from the device of their weights."""
-    plans = [_planned(model, input_shape, fold_batchnorm) for model in models]
-    modules = [modules_of(model) for model in models]
+def _collect(
+    models: Sequence[nn.Module], input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool = True
+) -> list[list[_Layer]]:
+    """The layers of each model that run, in order; nothing is read from the device of their weights.
+
+    Of models of one structure only the first runs.
+    """
+    plans: list[list[_Slot]] = []
+    known: dict[Hashable, list[_Slot]] = {}
+    with ExitStack() as running:
+        for model in models:
+            key = structure(model)
+            if key is None or key not in known:
+                # Its weights are read below: those that hooks compute are up to date inside only.
+                running.enter_context(eval_mode(model))
+                left_on = training_left_on(model, BATCHNORMS)
+                if left_on is not None:
+                    raise ValueError(
+                        f"layer {left_on} is in training mode, where BatchNorm uses the batch's statistics, though the "
+                        "model is in eval mode; call model.eval() first"
+                    )
+                plan = _plan(model, input_shape, fold_batchnorm, check)
+                plans.append(plan.slots)
+                if key is not None and plan.shared:
+                    known[key] = plan.slots
+            else:
+                plans.append(known[key])
+        return _with_numbers(plans, [modules_of(model) for model in models])
+
+
+def _with_numbers(plans: Sequence[list[_Slot]], modules: Sequence[list[nn.Module]]) -> list[list[_Layer]]:
     batchnorms = {
         id(held[slot.batchnorm]): held[slot.batchnorm]
         for slots, held in zip(plans, modules, strict=True)
@@ -316,14 +384,54 @@ def _require_finite(layer: _Layer) -> None:
 _Ran = tuple[str, tuple[int, ...], tuple[int, ...], str | None]
 
 
-def _record(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool) -> list[_Ran]:
-    """Run the model once and record what its layers were given, in order."""
+@dataclass
+class _Record:
+    """What layers did as a model ran."""
+
+    calls: list[_Ran]
+    uses: list[Use]
+    by_own_weights: bool
+
+
+def _record(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool) -> _Record:
+    """Run the model, which is in eval mode, and record what its layers were given, each call of one kind once.
+
+    With ``check`` it runs on random inputs, in batches of two sizes, and what layers made of one input is kept.
+
+    Raises:
+        ValueError: the model does not run, or what it does depends on the batch.
+    """
+    if not check:
+        first = _run_once(model, example_input(model, input_shape), input_shape, fold_batchnorm, keep=False)
+        return _Record(list(dict.fromkeys(first.calls)), [], first.by_own_weights)
+    x = random_inputs(model, input_shape, 2)
+    both = _run_once(model, x, input_shape, fold_batchnorm, keep=False)
+    first = _run_once(model, x[:1], input_shape, fold_batchnorm, keep=True)
+    if first.calls != both.calls:
+        pairs = zip_longest(first.calls, both.calls)
+        name = next((one or other)[0] for one, other in pairs if one != other)
+        raise ValueError(
+            f"layer {name or type(model).__name__} is used otherwise in a batch of two inputs than in one of one, so "
+            "that it has no norm for itself; check=False takes it as it is for one input"
+        )
+    first.calls = list(dict.fromkeys(first.calls))
+    return first
+
+
+def _run_once(
+    model: nn.Module, x: Tensor, input_shape: tuple[int, ...], fold_batchnorm: bool, *, keep: bool
+) -> _Record:
     calls: list[_Call] = []
+    uses: list[Use] = []
+    weights: list[tuple[nn.Module, int]] = []
     handles = []
 
     def hook(name: str, module: nn.Module) -> None:
         def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
+            if keep:
+                uses.append(Use(name or type(model).__name__, module, x.detach().clone(), output.detach().clone()))
+            weights.append((module, _address(module)))
             if isinstance(module, BATCHNORMS) and fold_batchnorm:
                 # The very tensor a layer returned, and not written to since, as an in-place ReLU would.
                 source = next((c for c in reversed(calls) if c.output is x and c.version == x._version), None)
@@ -341,90 +449,16 @@ def _record(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool
         if isinstance(module, (*CONVS, *TRANSPOSED, *BATCHNORMS, nn.Linear)):
             hook(name, module)
     try:
-        with eval_mode(model), torch.no_grad(), runs_on(model, input_shape):
-            model(example_input(model, input_shape))
+        with torch.no_grad(), runs_on(model, input_shape):
+            model(x.clone())
     finally:
         for handle in handles:
             handle.remove()
-    return [(call.name, call.input_shape, call.output_shape, call.batchnorm) for call in calls]
+    own = all(_address(module) == address for module, address in weights)
+    return _Record([(c.name, c.input_shape, c.output_shape, c.batchnorm) for c in calls], uses, own)
 
 
-def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape as a tuple.
-
-    Raises:
-        ValueError: ``input_shape`` is not a sequence of positive integers.
-    """
-    shape = tuple(input_shape) if isinstance(input_shape, Iterable) else ()
-    if not shape or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"input_shape must be positive integers without the batch axis, got {input_shape!r}")
-    return shape
-
-
-def example_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """A zero input, [1, *input_shape], in the dtype and on the device of the model's first parameter or buffer.
-
-    Raises:
-        ValueError: ``input_shape`` is not a sequence of positive integers.
-    """
-    shape = checked_shape(input_shape)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            return torch.zeros(1, *shape, dtype=tensor.dtype, device=tensor.device)
-    return torch.zeros(1, *shape)
-
-
-def bare_model(model: nn.Module) -> nn.Module:
-    """What a data-parallel wrapper or ``torch.compile`` holds, or the model itself.
-
-    Raises:
-        TypeError: it is no module.
-        ValueError: part of it is TorchScript.
-    """
-    _check_module(model)
-    inner = model.module if isinstance(model, (nn.DataParallel, DistributedDataParallel)) else model
-    inner = getattr(inner, "_orig_mod", inner)
-    if inner is not model:
-        return bare_model(inner)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            where = f" (at {name})" if name else ""
-            raise ValueError(f"model holds TorchScript{where}, which cannot be looked into; give what it was made of")
-    return model
-
-
-@contextmanager
-def runs_on(model: nn.Module, input_shape: Sequence[int]) -> Iterator[None]:
-    """Errors of torch in a forward pass as ones that say what the model was given."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        name = type(model).__name__
-        raise ValueError(
-            f"{name} does not run on an input of shape {list(input_shape)}, without the batch axis: {error}"
-        ) from error
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, outside of ``torch.inference_mode``; every module's own mode is restored afterwards.
-
-    Raises:
-        TypeError: it is no module.
-    """
-    _check_module(model)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(False):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _check_module(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+def _address(module: nn.Module) -> int:
+    """Where a layer's weight is; -1 where that is not settled, since it is computed."""
+    weight = module._parameters.get("weight")
+    return -1 if weight is None else weight.data_ptr()

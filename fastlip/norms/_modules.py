@@ -94,8 +94,14 @@ NO_STATISTICS = "BatchNorm without running statistics uses those of the batch, a
 
 
 def keeps_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a module does what ``cls`` does: neither its own class nor the module itself overrides ``forward``."""
-    return type(module).forward is cls.forward and "forward" not in vars(module)
+    """Whether a module does what ``cls`` does: neither its own class nor the module itself overrides ``forward``.
+
+    Of convolutions neither may override ``_conv_forward`` either, which theirs calls.
+    """
+    return all(
+        getattr(type(module), name, None) is getattr(cls, name, None) and name not in vars(module)
+        for name in ("forward", "_conv_forward")
+    )
 
 
 def batchnorm_scale(module: nn.Module) -> Tensor:

@@ -1,12 +1,11 @@
 """What a model computes with, apart from the numbers: equal for checkpoints of one model."""
 
 import marshal
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import partial
 from itertools import filterfalse
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,11 +15,8 @@ _INTERNAL = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, type, type(None), torch.dtype, torch.device, torch.memory_format)
 _NUMBERS = frozenset((bool, int, float, str, type(None)))
-_MOST_KEPT = 16
 #: Format of marshal in which equal values give equal bytes, whoever else refers to them.
 _WITHOUT_REFERENCES = 2
-
-T = TypeVar("T")
 
 
 class _UnknownError(Exception):
@@ -98,25 +94,3 @@ def _plain(value: Any) -> Hashable:
     if isinstance(value, partial):
         return partial, _plain(value.func), _plain(value.args), _plain(value.keywords)
     raise _UnknownError
-
-
-class Remembered(Generic[T]):
-    """Results of a function of models that depend on their structure alone, for the last few structures."""
-
-    def __init__(self, function: Callable[..., T]) -> None:
-        self._function = function
-        self._kept: OrderedDict[Hashable, T] = OrderedDict()
-
-    def __call__(self, model: nn.Module, *arguments: Hashable) -> T:
-        """What the function made of ``model`` and ``arguments``, or of a model like it."""
-        key = structure(model)
-        if key is None:
-            return self._function(model, *arguments)
-        purpose = (key, arguments)
-        if purpose in self._kept:
-            self._kept.move_to_end(purpose)
-            return self._kept[purpose]
-        made = self._kept[purpose] = self._function(model, *arguments)
-        if len(self._kept) > _MOST_KEPT:
-            self._kept.popitem(last=False)
-        return made

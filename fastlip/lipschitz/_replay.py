@@ -1,0 +1,328 @@
+"""The traced graph beside the model: what is bounded must be what runs.
+
+The steps are carried out as their rules take them to be and compared with the model, and what two samples do is held
+against the bound. Neither proves a bound; both turn silence about a mistake into a refusal.
+"""
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastlip.lipschitz._graph import BATCH, Step, Traced
+from fastlip.lipschitz._trace import location, module_name
+from fastlip.norms._agreement import agree, rounding_of
+from fastlip.norms._model import random_inputs, runs_on
+
+#: Largest difference of two ways to compute a step in float64, relative to its largest output: weights that a model
+#: computes by itself are float32's in one of them.
+_ROUNDING = 1e-5
+#: In the model's own dtype rounding grows from step to step, where nothing in between is known of the model.
+_GROWTH = 10.0
+#: Weights that are not widened to float64 for the comparison; they would take too much memory.
+_MOST_WIDENED = 1 << 27
+#: What a search may cost, by the size of a model's weights and outputs: points, and rounds of power iteration.
+_EFFORT = ((1 << 18, 8, 8), (1 << 22, 4, 3), (math.inf, 1, 1))
+#: A search ends when even its best stretch is this far below the bound.
+_FAR_BELOW = -3.0
+#: Share of an output that rounding may put into a difference.
+_NOISE = 1e-9
+#: log10 of what rounding may add to a stretch.
+_SLACK = 1e-6
+_SLACK_NATIVE = 1e-2
+
+
+def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced) -> None:
+    """Compare the graph with the model, which is in eval mode, on random inputs in batches of two sizes.
+
+    Sets how far two samples are apart at each step.
+
+    Raises:
+        ValueError: they differ; the message names the first step that does.
+    """
+    with torch.no_grad(), runs_on(model, input_shape):
+        x = random_inputs(model, input_shape, BATCH, seed=1)
+        try:
+            with _in_float64(model, x) as wide:
+                _compare(model, wide, traced)
+        except (RuntimeError, TypeError):  # something in it takes one dtype only
+            _compare(model, x, traced)
+
+
+def _compare(model: nn.Module, x: Tensor, traced: Traced) -> None:
+    for step in traced.steps.values():
+        step.moved = None
+    together, outputs = _recorded(model, x, traced)
+    _Replay(traced, outputs).follow(x, together)
+    # Some models lose the batch axis of a single sample; that is not what a bound of theirs speaks of.
+    alone, outputs = _recorded(model, x[:1], traced)
+    if alone.shape[:1] != (1,) or alone.dim() != together.dim():
+        x = torch.cat([x[:1], x[1:].flip(-1), x[1:]])
+        alone, outputs = _recorded(model, x, traced)
+    replayed = _Replay(traced, outputs)
+    replayed.follow(x[: len(alone)], alone)
+    if not agree(alone[:1], together[:1], replayed.rounding):
+        raise ValueError(
+            f"what {type(model).__name__} makes of one input depends on the others in its batch, or differs from run "
+            "to run, which no Lipschitz rule covers"
+        )
+
+
+@contextmanager
+def _in_float64(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """The model's floating-point tensors in float64 for a while, in place, and x so."""
+    held: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        held |= {id(v): v for v in vars(module).values() if isinstance(v, Tensor)}
+    narrow = [t for t in held.values() if t.is_floating_point() and t.dtype != torch.float64]
+    if sum(t.numel() for t in narrow) > _MOST_WIDENED:
+        yield x
+        return
+    kept = [(t, t.data) for t in narrow]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.double()
+        yield x.double()
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
+def _recorded(
+    model: nn.Module, x: Tensor, traced: Traced
+) -> tuple[Tensor, dict[int, deque[tuple[Tensor, int] | None]]]:
+    """The model's output, and those of the modules that its graph calls, in order, with their versions."""
+    outputs: dict[int, deque[tuple[Tensor, int] | None]] = defaultdict(deque)
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        kept = (output, output._version) if isinstance(output, Tensor) else None
+        outputs[id(module)].append(kept)
+
+    called = {str(node.target) for node in traced.graph_module.graph.find_nodes(op="call_module")}
+    modules = {id(m): m for m in (traced.graph_module.get_submodule(target) for target in called)}
+    handles = [module.register_forward_hook(record) for module in modules.values()]
+    try:
+        result = model(x.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(result, Tensor):
+        raise ValueError(f"{type(model).__name__} returns {type(result).__name__}, where its traced graph has a tensor")
+    return result, outputs
+
+
+class _Replay(fx.Interpreter):
+    """Carries out each step as its rule takes it to be, beside what the modules of the model put out.
+
+    Where the two agree the model's own value goes on, so that rounding does not add up.
+    """
+
+    def __init__(self, traced: Traced, outputs: dict[int, deque[tuple[Tensor, int] | None]]) -> None:
+        super().__init__(traced.graph_module)
+        self.extra_traceback = False
+        self.rounding = _ROUNDING
+        self._traced = traced
+        self._outputs = outputs
+        self._batch = 0
+        self._agreed = "the input"
+
+    def follow(self, x: Tensor, result: Tensor) -> None:
+        """Replay on x and compare with the model's result.
+
+        Raises:
+            ValueError: they differ.
+        """
+        self._batch = len(x)
+        if x.dtype != torch.float64:
+            self.rounding = _GROWTH * rounding_of(x)
+        value = self.run(x.clone())
+        for node in self._traced.graph_module.graph.find_nodes(op="call_module"):
+            if self._outputs.get(id(self.fetch_attr(str(node.target)))):
+                raise _otherwise(f"{self._name(node)} runs more often")
+        if not agree(value, result, self.rounding):
+            raise _otherwise(f"they agree up to {self._agreed}, and then differ by {_share(value, result)}")
+
+    def run_node(self, n: fx.Node) -> Any:
+        step = self._traced.steps.get(n)
+        if step is None:
+            value = super().run_node(n)
+            self._require_constant(n, value)
+            return value
+        if n.op == "placeholder":
+            value = super().run_node(n)
+        else:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            value = step.apply(*args, **kwargs)
+        if tuple(value.shape) != (self._batch, *step.shape):
+            raise ValueError(
+                f"{step.name} ({step.kind}) gives shape {list(value.shape)} for {self._batch} samples where one has "
+                f"{list(step.shape)}: it mixes the batch axis into others, which no Lipschitz rule covers"
+            )
+        if n.op == "call_module":
+            value = self._compared(n, step, value)
+        if self._batch == BATCH and step.moved is None:
+            step.moved = torch.linalg.vector_norm((value[0] - value[1]).double())
+        return value
+
+    def _compared(self, n: fx.Node, step: Step, value: Tensor) -> Tensor:
+        """The output of the model's own module where it agrees with the step's."""
+        queue = self._outputs.get(id(self.fetch_attr(str(n.target))))
+        if not queue:
+            raise _otherwise(f"{step.name} runs less often")
+        kept = queue.popleft()
+        if kept is None or kept[0]._version != kept[1]:
+            return value  # overwritten in place by what follows, which is compared in its stead
+        seen = kept[0]
+        if not agree(value, seen, self.rounding):
+            where = f"{step.name} ({step.kind})"
+            differ = f"by {_share(value, seen)}" if value.shape == seen.shape else "in shape"
+            raise _otherwise(f"they agree up to {self._agreed}, and differ {differ} at {where}")
+        self._agreed = step.name
+        return seen.clone()
+
+    def _require_constant(self, n: fx.Node, value: Any) -> None:
+        """Raise ValueError if what should not depend on the input's numbers does."""
+        if self._batch != BATCH or n not in self._traced.varying or n.op == "output":
+            return
+        if not _equal(value, self._traced.constants.get(n)):
+            raise ValueError(
+                f"{location(n)} depends on the numbers in the input and is no tensor of the batch, which no Lipschitz "
+                "rule covers"
+            )
+
+    def _name(self, n: fx.Node) -> str:
+        return module_name(n, self._traced.graph_module)
+
+
+def _equal(now: Any, then: Any) -> bool:
+    if isinstance(now, Tensor) and isinstance(then, Tensor):
+        return now.shape == then.shape and bool(torch.isclose(now.double(), then.double(), 1e-5, equal_nan=True).all())
+    if isinstance(now, (bool, int, float)) and isinstance(then, (bool, int, float)):
+        return now == then or math.isclose(now, then, rel_tol=1e-5) or (math.isnan(now) and math.isnan(then))
+    if isinstance(now, (tuple, list)) and isinstance(then, (tuple, list)):
+        return len(now) == len(then) and all(map(_equal, now, then))
+    return True  # dtypes, devices and the like
+
+
+def _share(said: Tensor, seen: Tensor) -> str:
+    if said.shape != seen.shape:
+        return f"shape, {list(said.shape)} and {list(seen.shape)}"
+    gap = (said.double() - seen.double()).abs().amax() / seen.double().abs().amax()
+    return f"{gap.item():.2g} of the largest output"
+
+
+def _otherwise(how: str) -> ValueError:
+    return ValueError(
+        f"the model does something else than its traced graph: {how}. A hook, a tensor changed in place under another "
+        "name, a branch that tracing takes otherwise, or a layer that forward changes and puts back can do that; "
+        "without it there is a bound"
+    )
+
+
+def require_bounded(steps: Sequence[Step], totals: dict[Step, float]) -> None:
+    """See that two samples of the replay are nowhere further apart than the bound allows.
+
+    Raises:
+        ValueError: they are, at the step that the message names.
+    """
+    compared = [step for step in steps if step.moved is not None and not step.ahead]
+    if not compared or steps[0].moved is None:
+        return
+    moved = torch.stack([step.moved.cpu() for step in compared if step.moved is not None]).tolist()
+    distance = dict(zip(compared, moved, strict=True))
+    start = distance[steps[0]]
+    for step in compared:
+        if not _exceeds(distance[step], start, totals[step], _SLACK_NATIVE):
+            continue
+        raise _refuted(
+            f"at {step.name} ({step.kind}) two inputs {start:.4g} apart come out {distance[step]:.4g} apart, where the "
+            f"bound allows 10^{totals[step]:.4f} times as much"
+        )
+
+
+def _exceeds(moved: float, distance: float, log10_bound: float, slack: float) -> bool:
+    """Whether a stretch is above a bound by more than rounding."""
+    if not (math.isfinite(moved) and distance > 0.0 and moved > 0.0) or math.isinf(distance):
+        return False
+    return math.log10(moved) - math.log10(distance) > log10_bound + slack
+
+
+def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, log10_upper: float) -> None:
+    """Search for two inputs that the model, which is in eval mode, takes further apart than the bound allows.
+
+    Random directions and those of a power iteration on the Jacobian, at several points, small steps and large ones.
+
+    Raises:
+        ValueError: there are such inputs.
+    """
+    size = sum(p.numel() for p in model.parameters()) + sum(math.prod(step.shape) for step in traced.steps.values())
+    points, rounds = next((points, rounds) for most, points, rounds in _EFFORT if size <= most)
+    x = random_inputs(model, input_shape, points + 1, seed=2)[:points]
+    with runs_on(model, input_shape):
+        try:
+            with _in_float64(model, x) as wide:
+                found = _climb(model, wide, rounds, log10_upper)
+        except (RuntimeError, TypeError):
+            found = _climb(model, x, rounds, log10_upper)
+    if found is not None:
+        moved, distance = found
+        raise _refuted(
+            f"two inputs {distance:.4g} apart come out {moved:.4g} apart, where the bound allows 10^{log10_upper:.4f} "
+            "times as much"
+        )
+
+
+def _climb(model: nn.Module, x: Tensor, rounds: int, log10_upper: float) -> tuple[float, float] | None:
+    """How far apart, at the end and at the start, a pair of inputs is that refutes the bound; None if none is found."""
+    native = x.dtype != torch.float64
+    noise, slack = (1e6 * _NOISE, _SLACK_NATIVE) if native else (_NOISE, _SLACK)
+    generator = torch.Generator().manual_seed(3)
+    v = _unit(torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x)
+    length = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(1.0).view(-1, *(1,) * (x.dim() - 1))
+    steps = (1e-2,) if native else (1e-6,)
+    best = -math.inf
+    for round_ in range(rounds + 1):
+        # Far enough to cross kinks and thresholds in the first round, and in the last along what was climbed.
+        sizes = (*steps, 1e-1, 10.0) if round_ in (0, rounds) else steps
+        point = x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            out = model(point.clone())
+        here = out.detach()
+        for size in sizes:
+            there = (x + size * length * v).detach()
+            with torch.no_grad():
+                moved = (model(there.clone()).detach() - here).flatten(1).double()
+            apart = torch.linalg.vector_norm((there - x).flatten(1).double(), dim=1)
+            rounded = noise * torch.linalg.vector_norm(here.flatten(1).double(), dim=1)
+            ends = torch.linalg.vector_norm(moved, dim=1)
+            for end, start, lost in torch.stack([ends, apart, rounded], 1).tolist():
+                if _exceeds(end - lost, start, log10_upper, slack):
+                    return end, start
+                if math.isfinite(end) and end > 0.0 and start > 0.0:
+                    best = max(best, math.log10(end / start))
+            if size == steps[0]:
+                direction = moved.reshape(here.shape).to(here)
+        if round_ == rounds or best < log10_upper + _FAR_BELOW or not out.requires_grad:
+            return None
+        (back,) = torch.autograd.grad(out, point, direction, allow_unused=True)
+        if back is None or not torch.isfinite(back).all():
+            return None
+        v = _unit(back.double()).to(x)
+    return None
+
+
+def _unit(v: Tensor) -> Tensor:
+    """Samples scaled to norm 1; zeros stay."""
+    norm = torch.linalg.vector_norm(v.flatten(1), dim=1)
+    return v / torch.where(norm > 0.0, norm, 1.0).reshape(-1, *(1,) * (v.dim() - 1))
+
+
+def _refuted(how: str) -> ValueError:
+    return ValueError(
+        f"the bound does not hold: {how}. If the model has a rule of its own, that is wrong; otherwise please report "
+        "this model to fastlip's developers"
+    )

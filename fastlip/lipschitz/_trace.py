@@ -1,0 +1,141 @@
+"""From a model to the graph of what it calls, by torch.fx, and one run of that graph."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastlip.lipschitz._registry import find_rule, missing_rule
+
+#: Name of the model inside the module that is traced; no layer's name is to start with it.
+_MODEL = "model"
+
+
+class _Root(nn.Module):
+    """Calls the model, so that its own hooks, ``__call__`` and ``forward`` are traced like those of its parts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x)
+
+
+class _Proxy(fx.Proxy):
+    """Records augmented assignments, which fx takes for operations out of place: other names of a tensor change too."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    """Stops at modules with a rule as well as at torch's own, and remembers which module could not be traced."""
+
+    failed = ""
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return find_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+class Values(fx.Interpreter):
+    """Runs the graph once as it is and keeps shapes and dtypes, and the values of what is not a tensor of the batch."""
+
+    def __init__(self, graph_module: fx.GraphModule, varying: set[fx.Node]) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.dtypes: dict[fx.Node, torch.dtype] = {}
+        self.constants: dict[fx.Node, Any] = {}
+        self._varying = varying
+        self._versions: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        for source in n.all_input_nodes:
+            if source in self._versions and self.env[source]._version != self._versions[source]:
+                raise ValueError(
+                    f"{location(source)} is used by {location(n)} after an in-place operation overwrote it, "
+                    "so that the traced graph is not what runs; use inplace=False there"
+                )
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self._versions[n] = value._version
+        if isinstance(value, Tensor) and n in self._varying:
+            self.shapes[n], self.dtypes[n] = tuple(value.shape), value.dtype
+        elif n.op != "output":
+            self.constants[n] = value
+        return value
+
+
+def trace_graph(model: nn.Module) -> fx.GraphModule:
+    """The graph of a model in eval mode.
+
+    Raises:
+        ValueError: it cannot be traced, or holds a module without a rule; the message names it.
+    """
+    tracer, root = _Tracer(), _Root(model)
+    try:
+        graph = tracer.trace(root)
+    except Exception as error:
+        failed = shown(tracer.failed)
+        what = f"{type(model.get_submodule(failed)).__name__} (at {failed})" if failed else type(model).__name__
+        raise ValueError(
+            f"{what} cannot be traced by torch.fx ({error}); register a rule for the module, "
+            "or write its forward without what depends on data"
+        ) from error
+    graph_module = fx.GraphModule(root, graph)
+    for node in graph.find_nodes(op="call_module"):
+        module = graph_module.get_submodule(str(node.target))
+        if find_rule(module) is None:
+            raise missing_rule(type(module).__name__, module_name(node, graph_module))
+    return graph_module
+
+
+def varying_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The input, and all that is made of it."""
+    varying: set[fx.Node] = set()
+    for node in graph.nodes:
+        if (node.op == "placeholder" and not node.args) or any(source in varying for source in node.all_input_nodes):
+            varying.add(node)
+    return varying
+
+
+def module_name(node: fx.Node, graph_module: fx.GraphModule) -> str:
+    """Qualified name of a called module in the model, or its class where it is the model itself."""
+    return shown(str(node.target)) or type(graph_module.get_submodule(str(node.target))).__name__
+
+
+def shown(path: str) -> str:
+    """A path below the traced root as one in the model."""
+    return path.removeprefix(_MODEL).removeprefix(".")
+
+
+def location(node: fx.Node) -> str:
+    """The module a function is called in, and the node's name; of a called module its own name."""
+    stack = node.meta.get("nn_module_stack")
+    path = shown(next(reversed(stack))) if stack else ""
+    return f"{path}.{node.name}" if path else node.name

@@ -1,0 +1,213 @@
+"""Models as they are found: looked at in eval mode, run on inputs of one shape, and left exactly as they were."""
+
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
+
+#: Containers a forward pass may write into; beyond this many items their insides are not followed.
+_CONTAINERS = (list, dict, set, deque)
+_MOST_ITEMS = 10_000
+
+
+def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape as a tuple.
+
+    Raises:
+        ValueError: ``input_shape`` is not a sequence of positive integers.
+    """
+    shape = tuple(input_shape) if isinstance(input_shape, Iterable) else ()
+    if not shape or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in shape):
+        raise ValueError(f"input_shape must be positive integers without the batch axis, got {input_shape!r}")
+    return tuple(int(n) for n in shape)
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """What a data-parallel wrapper or ``torch.compile`` holds, or the model itself.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: part of it is TorchScript, or a wrapper has hooks of its own on the forward pass.
+    """
+    _check_module(model)
+    inner = model.module if isinstance(model, (nn.DataParallel, DistributedDataParallel)) else model
+    inner = getattr(inner, "_orig_mod", inner)
+    if inner is not model:
+        if has_hooks(model):
+            raise ValueError(
+                f"{type(model).__name__} has hooks on its forward pass, which what it wraps lacks; register them on "
+                "the model inside"
+            )
+        return bare_model(inner)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f" (at {name})" if name else ""
+            raise ValueError(f"model holds TorchScript{where}, which cannot be looked into; give what it was made of")
+    return model
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks of its own on its forward pass."""
+    return bool(vars(module).get("_forward_hooks") or vars(module).get("_forward_pre_hooks"))
+
+
+def is_dressed(module: nn.Module) -> bool:
+    """Whether calling a module may do more than its ``forward``: by its hooks, all modules', or a ``__call__``."""
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(everywhere) or has_hooks(module) or type(module).__call__ is not nn.Module.__call__
+
+
+def training_left_on(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (_BatchNorm, _DropoutNd)) -> str | None:
+    """Name of a module of one of ``kinds`` that is in training mode although the model is not, or None.
+
+    It stays there in :func:`eval_mode`, since that is what runs.
+    """
+    if model.training:
+        return None
+    return next((name for name, m in model.named_modules() if m.training and isinstance(m, kinds)), None)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, outside of inference mode, autocast and compiled code, to be run and traced.
+
+    Modes are set as flags, since ``train()`` and ``eval()`` may do something (LoRA layers merge their weights); in a
+    model that is in eval mode itself every module keeps the mode it has. Afterwards all attributes of all modules,
+    containers among them, buffers, and the random state are as before.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: the model wrote into its own parameters.
+    """
+    _check_module(model)
+    found = _Found(model)
+    devices = {t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"}
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.random.fork_rng(devices))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if model.training:
+                for module in model.modules():
+                    module.training = False
+            yield
+    finally:
+        written = found.put_back()
+    if written is not None:
+        raise ValueError(f"the model's forward writes into its parameter {written}, so that no two runs are alike")
+
+
+class _Found:
+    """What a forward pass can change on a model's modules, to be put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._attributes = [(vars(module), dict(vars(module))) for module in modules]
+        self._containers: dict[int, tuple[Any, Any]] = {}
+        self._tensors: dict[int, tuple[Tensor, Tensor, int]] = {}
+        for own, _ in self._attributes:
+            for value in own.values():
+                self._keep(value)
+        self._parameters = [(name, p, p.data, _version(p)) for name, p in model.named_parameters()]
+        for _, p, *_ in self._parameters:
+            self._tensors.pop(id(p), None)
+        self._tensors = {key: (t, t.detach().clone(), v) for key, (t, _, v) in self._tensors.items()}
+
+    def _keep(self, value: object) -> None:
+        if isinstance(value, Tensor):
+            if not value.is_inference():
+                self._tensors[id(value)] = (value, value, value._version)
+        elif isinstance(value, _CONTAINERS) and id(value) not in self._containers:
+            self._containers[id(value)] = (value, value.copy())
+            if len(value) <= _MOST_ITEMS:
+                for inner in value.values() if isinstance(value, dict) else value:
+                    self._keep(inner)
+
+    def put_back(self) -> str | None:
+        """Undo all changes; the name of a parameter that was written into, which nothing undoes."""
+        for own, before in self._attributes:
+            if not _same(own, before):
+                own.clear()
+                own.update(before)
+        for container, before in self._containers.values():
+            if _same(container, before):
+                continue
+            container.clear()
+            container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
+        for _, parameter, data, _ in self._parameters:
+            if parameter.dtype != data.dtype or parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+        with torch.no_grad():
+            for tensor, values, version in self._tensors.values():
+                if tensor._version != version:
+                    tensor.copy_(values)
+        return next((name for name, p, _, version in self._parameters if _version(p) != version), None)
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def _same(now: Any, before: Any) -> bool:
+    """Whether a container holds the very objects it held, in their order."""
+    if len(now) != len(before):
+        return False
+    if isinstance(now, dict):
+        return all(k is j and v is w for (k, v), (j, w) in zip(now.items(), before.items(), strict=True))
+    return all(v is w for v, w in zip(now, before, strict=True))
+
+
+def example_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    """A zero input, [1, *input_shape], in the dtype and on the device of the model's first parameter or buffer.
+
+    Raises:
+        ValueError: ``input_shape`` is not a sequence of positive integers.
+    """
+    shape = checked_shape(input_shape)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return torch.zeros(1, *shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.zeros(1, *shape)
+
+
+def random_inputs(model: nn.Module, input_shape: Sequence[int], count: int, seed: int = 0) -> Tensor:
+    """Inputs like images, uniform in [0, 1], and by turns Gaussian ones of twice the size, [count, *input_shape].
+
+    They show whether two ways of computing are one, so their seed may be fixed: nothing is certified by chance here.
+    """
+    like = example_input(model, input_shape)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(count, *like.shape[1:], generator=generator, dtype=torch.float64)
+    x[1::2] = 2.0 * torch.randn(x[1::2].shape, generator=generator, dtype=torch.float64)
+    return x.to(like.device, like.dtype)
+
+
+@contextmanager
+def runs_on(model: nn.Module, input_shape: Sequence[int]) -> Iterator[None]:
+    """Errors of torch in a forward pass as ones that say what the model was given."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        name = type(model).__name__
+        raise ValueError(
+            f"{name} does not run on an input of shape {list(input_shape)}, without the batch axis: {error}"
+        ) from error
+
+
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
