@@ -61,7 +61,7 @@ def layer_output(module: nn.Module, x: Tensor, output_shape: Sequence[int], *, m
     if isinstance(module, BATCHNORMS):
         ones = (1,) * (x.dim() - 2)
         scale = batchnorm_scales([module])[0].to(x)
-        shift = -scale * module.running_mean.to(x)
+        shift = -scale * module.running_mean.to(x)  # type: ignore[union-attr]
         shift = shift if module.bias is None else shift + module.bias.detach().to(x)
         if magnitudes:
             scale, shift = scale.abs(), shift.abs()

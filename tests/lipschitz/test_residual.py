@@ -1,6 +1,7 @@
 """The tighter constants of residual blocks against explicit matrices and the largest stretch found."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -183,3 +184,60 @@ def test_composed_operators_are_those_of_the_sequence() -> None:
             assert truth * (1 - 1e-11) <= interval.upper <= truth * (1 + 2e-3)
     with pytest.raises(ValueError, match="single convolutions only"):
         operator_norms([Composed((a, b), norms)], Settings(method="ring"))
+
+
+class Moved(nn.Module):
+    """A residual block whose branch or skip moves values, by a function of its own."""
+
+    def __init__(self, move: Callable[[Tensor], Tensor], where: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 4, 1, groups=2)
+        self.move, self.where = move, where
+        with torch.no_grad():
+            for conv, sign in ((self.a, -1.0), (self.b, 1.0)):
+                conv.weight.zero_()
+                conv.bias.fill_(50.0)  # keeps the activation at slope 1
+                for channel in range(4):
+                    conv.weight[channel, channel % 2] = sign
+
+    def forward(self, x: Tensor) -> Tensor:
+        turn = {
+            name: self.move if name == self.where else (lambda y: y) for name in ("skip", "before", "between", "after")
+        }
+        branch = turn["after"](self.b(turn["between"](F.relu(self.a(turn["before"](x))))))
+        return turn["skip"](x) + branch
+
+
+def shuffle(x: Tensor) -> Tensor:
+    n, c, h, w = x.size()
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+MOVES = {
+    "channel shuffle": shuffle,
+    "transposition": lambda x: x.transpose(2, 3),
+    "permutation": lambda x: x.permute(0, 1, 3, 2),
+    "reinterpretation": lambda x: x.flatten(1).view(-1, 3, 3, 4).permute(0, 3, 1, 2),
+}
+
+
+@pytest.mark.parametrize("where", ["skip", "before", "between", "after"])
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_values_moved_inside_a_block_are_not_passed_over(move: Callable[[Tensor], Tensor], where: str) -> None:
+    block = Moved(move, where)
+    x = torch.zeros(1, 36, dtype=torch.float64).reshape(1, 4, 3, 3)
+    jacobian = torch.autograd.functional.jacobian(block.double(), x).reshape(36, 36)
+    assert norm(jacobian) > 1.99  # skip and branch add up somewhere, where without the move they cancel
+    assert lipschitz_bound(block.float(), (4, 3, 3)).upper >= norm(jacobian) * (1 - 1e-9)
+
+
+def test_copies_and_reshapings_to_the_same_shape_keep_the_tighter_constant() -> None:
+    class Copied(Basic):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv1(x).contiguous().view(-1, 3, 6, 6)
+            return self.conv2(F.relu(y.clone())).reshape(y.shape) + x
+
+    torch.manual_seed(3)
+    block = Copied(3)
+    bound = lipschitz_bound(block, (3, 6, 6))
+    assert bound.upper < 0.99 * 10**bound.log10_plain

@@ -202,6 +202,70 @@ def test_what_has_no_bound_is_refused(model: nn.Module, shape: tuple[int, ...], 
         lipschitz_bound(model, shape)
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Softplus(1.0, 1.0), "Softplus with beta 1 jumps at its threshold 1 "),
+        (nn.Softplus(2.0, 0.0), "jumps at its threshold 0"),
+        (nn.Softplus(-1.0, -5.0), "jumps at its threshold -5"),
+        (nn.Softplus(0.0), "Softplus with beta 0"),
+        (nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), nn.Softplus()), r"20 by more than torch\.float64.*=37"),
+        (nn.CELU(-1.0), "CELU with alpha -1.0 grows like an exponential"),
+        (nn.CELU(math.nan), "CELU with alpha nan"),
+        (nn.LeakyReLU(math.nan), "LeakyReLU .* returned nan"),
+        (nn.ELU(math.inf), "ELU .* returned inf"),
+        (nn.PReLU(init=math.nan), "PReLU .* returned nan"),
+    ],
+)  # fmt: skip
+def test_activations_without_a_constant_are_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lipschitz_bound(nn.Sequential(model), (3,))
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Softplus(), nn.Softplus(3.0, 25.0), nn.Softplus(-2.0, 30.0), nn.Softplus(1.0, math.inf), nn.CELU(0.3)]
+)
+def test_activations_near_their_limits_are_accepted(model: nn.Module) -> None:
+    assert lipschitz_bound(nn.Sequential(model), (3,)).upper == 1.0
+    wide = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), nn.Softplus(1.0, 37.0))
+    assert lipschitz_bound(wide, (3,)).upper > 0.0
+
+
+@pytest.mark.parametrize(
+    ("pool", "shape", "largest"),
+    [
+        (nn.MaxPool1d(3, 1), (7,), math.sqrt(3.0)),
+        (nn.MaxPool2d(3, 1), (9, 9), 3.0),
+        (nn.MaxPool2d((3,), (1,)), (2, 9, 9), 3.0),
+        (nn.MaxPool3d(2, 1), (5, 5, 5), math.sqrt(8.0)),
+        (nn.AvgPool1d(3, 3), (9,), 3**-0.5),
+        (nn.AvgPool2d(3, 1, divisor_override=1), (9, 9), None),
+        (nn.AdaptiveAvgPool2d(7), (1, 1), 7.0),
+        (nn.AdaptiveAvgPool1d(12), (3,), 2.0),
+        (nn.AdaptiveMaxPool2d(6), (2, 2), 3.0),
+        (nn.AdaptiveAvgPool3d((None, 1, 1)), (2, 3, 3), 1 / 3),
+    ],
+)
+def test_pools_of_batches_without_channels(pool: nn.Module, shape: tuple[int, ...], largest: float | None) -> None:
+    """Torch takes the samples for channels, and pools each by itself."""
+    if largest is None:
+        basis = torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)
+        largest = torch.linalg.matrix_norm(pool(basis).flatten(1), 2).item()
+    assert lipschitz_bound(nn.Sequential(pool), shape).upper == pytest.approx(largest, rel=1e-9)
+
+
+class Turned(nn.Module):
+    """A function of the input with arguments that fit no rule."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x, out=None)
+
+
+def test_functions_with_other_arguments_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"no Lipschitz rule for tanh with these arguments \(at tanh\)"):
+        lipschitz_bound(Turned(), (3,))
+
+
 def test_weights_that_are_not_finite_name_their_module() -> None:
     model = nn.Sequential(nn.ReLU(), nn.Linear(3, 3))
     with torch.no_grad():

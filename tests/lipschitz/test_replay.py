@@ -1,0 +1,483 @@
+"""The traced graph against the model that runs: what differs is refused by name, all else is accepted and right."""
+
+import contextlib
+import math
+import pickle
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import prune
+
+import fastlip
+from fastlip.lipschitz import lipschitz_bound
+
+
+def scaled(factor: float = 1.0, features: int = 3) -> nn.Linear:
+    """A linear layer that multiplies by a number."""
+    layer = nn.Linear(features, features, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(factor * torch.eye(features))
+    return layer
+
+
+class Alias(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        y *= 10.0
+        return x
+
+
+class DenseAlias(nn.Module):
+    """Features from before and after a sum, which are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        out = h
+        out += F.relu(h)
+        return torch.cat([h, out], 1)
+
+
+class OnTensors(nn.Module):
+    """Takes another branch where it is traced."""
+
+    def __init__(self, test: Callable[[object], bool]) -> None:
+        super().__init__()
+        self.layer, self.test = scaled(), test
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(100.0 * x) if self.test(x) else self.layer(x)
+
+
+class Reinterpreted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(torch.int32).view(torch.float32)
+
+
+class Borrowed(nn.Module):
+    """Runs its layer with another weight than the layer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = scaled()
+        self.register_buffer("average", 100.0 * torch.eye(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional_call(self.layer, {"weight": self.average}, (x,))
+
+
+class Swapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.layer.weight.data
+        self.layer.weight.data = 100.0 * kept
+        y = self.layer(x)
+        self.layer.weight.data = kept
+        return y
+
+
+class Reset(nn.Module):
+    """Changes a layer's settings for the call."""
+
+    def __init__(self, layer: nn.Module, **settings: object) -> None:
+        super().__init__()
+        self.layer, self.settings = layer, settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = {name: getattr(self.layer, name) for name in self.settings}
+        for name, value in self.settings.items():
+            setattr(self.layer, name, value)
+        y = self.layer(x)
+        for name, value in before.items():
+            setattr(self.layer, name, value)
+        return y
+
+
+class ByBatch(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Largest(nn.Module):
+    """A number taken from the input's values, which the graph holds as a constant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.abs().max().item()
+
+
+def hooked(where: int | None, before: bool) -> nn.Module:
+    model = nn.Sequential(scaled(), nn.ReLU(), scaled())
+    module = model if where is None else model[where]
+    if before:
+        module.register_forward_pre_hook(lambda module, args: (100.0 * args[0],))
+    else:
+        module.register_forward_hook(lambda module, args, output: 100.0 * output)
+    return model
+
+
+def patched_layer() -> nn.Module:
+    layer = scaled()
+    layer.forward = types.MethodType(lambda self, x: 100.0 * nn.Linear.forward(self, x), layer)
+    return nn.Sequential(layer)
+
+
+class ScaledConv(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, 100.0 * weight, bias)
+
+
+class TwiceCalled(nn.Linear):
+    """The class's own ``__call__`` is what runs."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 100.0 * super().__call__(x)
+
+
+class ScaledNorm(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * super().forward(x)
+
+
+REFUSED = {
+    "another name of a tensor": (Alias, (3,), "after an in-place operation overwrote it"),
+    "another name of a sum": (DenseAlias, (3,), "layer is used by cat after an in-place operation overwrote it"),
+    "isinstance": (lambda: OnTensors(lambda x: isinstance(x, Tensor)), (3,), "agree up to the input, and differ by"),
+    "is_tensor": (lambda: OnTensors(torch.is_tensor), (3,), r"at layer \(Linear\)"),
+    "view of bits": (lambda: Reinterpreted(), (3,), "no Lipschitz rule for view to another dtype"),
+    "borrowed weight": (Borrowed, (3,), r"at layer \(Linear\)|cannot be traced"),
+    "swapped weight": (Swapped, (3,), r"differ by 0\.99 of the largest output at layer"),
+    "slope of the call": (lambda: Reset(nn.LeakyReLU(0.1), negative_slope=9.0), (3,), r"at layer \(LeakyReLU\)"),
+    "window of the call": (lambda: Reset(nn.MaxPool1d(1), kernel_size=3, stride=1, padding=1), (2, 6), "at layer"),
+    "hook on a layer": (lambda: hooked(0, False), (3,), r"at 0 \(Linear\)"),
+    "pre-hook on a layer": (lambda: hooked(2, True), (3,), r"agree up to 1, and differ by .* at 2 \(Linear\)"),
+    "hook on an activation": (lambda: hooked(1, False), (3,), r"at 1 \(ReLU\)"),
+    "forward of a layer replaced": (patched_layer, (3,), r"no Lipschitz rule for Linear \(at 0\)"),
+    "_conv_forward": (lambda: nn.Sequential(ScaledConv(1, 1, 1)), (1, 4, 4), "no Lipschitz rule"),
+    "data": (Largest, (3,), "no Lipschitz rule for|depends on the numbers in the input"),
+    "batch swapped": (lambda: ByBatch(lambda x: x.transpose(0, 1)), (2, 4), "batch"),
+    "mean over the batch": (lambda: ByBatch(lambda x: x.mean(0)), (2, 4), "batch"),
+    "size of the batch": (lambda: ByBatch(lambda x: x * x.size(0)), (3,), "of the largest output|others in its batch"),
+    "shape of the batch": (lambda: ByBatch(lambda x: x.view(2, -1)), (3,), "does not run|batch"),
+    "batch subtracted": (lambda: ByBatch(lambda x: x.view(-1, 3, 1) - x.mean(0, keepdim=True)[:, :, None]), (3,), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_graph_that_is_not_what_runs_is_refused(case: str) -> None:
+    build, shape, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        lipschitz_bound(build(), shape)
+
+
+ACCEPTED = {
+    "pre-hook on the model": (lambda: hooked(None, True), 100.0),
+    "hook on the model": (lambda: hooked(None, False), 100.0),
+    "class with a __call__": (lambda: nn.Sequential(TwiceCalled(3, 3, bias=False)), None),
+    "hook that looks on": (lambda: looked_at(hooked_nothing()), 1.0),
+    "in place, one name": (lambda: nn.Sequential(scaled(3.0), nn.ReLU(inplace=True), nn.ReLU6(inplace=True)), 3.0),
+}
+
+
+def hooked_nothing() -> nn.Module:
+    return nn.Sequential(scaled(), nn.ReLU(), scaled())
+
+
+def looked_at(model: nn.Module) -> nn.Module:
+    seen: list[torch.Size] = []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    return model
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_tracing_follows_is_accepted_and_right(case: str) -> None:
+    build, constant = ACCEPTED[case]
+    model = build()
+    if constant is None:
+        constant = 100.0 * torch.linalg.matrix_norm(model[0].weight, 2).item()
+    assert lipschitz_bound(model, (3,)).upper == pytest.approx(constant, rel=1e-6)
+
+
+def test_a_forward_put_on_the_model_is_what_is_bounded() -> None:
+    model = nn.Sequential(scaled())
+    old = model.forward
+    model.forward = lambda x: 100.0 * old(x)
+    assert lipschitz_bound(model, (3,)).upper == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+def test_hooks_on_all_modules_are_part_of_the_model(register: Callable[..., object]) -> None:
+    model = nn.Sequential(scaled(), nn.Tanh(), scaled())
+    handle = register(lambda module, args, *output: 3.0 * output[0] if output else (3.0 * args[0],))
+    try:
+        for call in (lambda: lipschitz_bound(model, (3,)), lambda: fastlip.layer_norms(model, (3,))):
+            with pytest.raises(ValueError, match=r"does something else than its traced graph|does not apply the map"):
+                call()
+    finally:
+        handle.remove()
+    handle = register(lambda *_: None)
+    try:
+        assert lipschitz_bound(model, (3,)).upper == pytest.approx(1.0)
+        assert fastlip.layer_norms(model, (3,))["0"].upper == pytest.approx(1.0)
+    finally:
+        handle.remove()
+
+
+def test_weights_made_by_pre_hooks_are_those_of_now() -> None:
+    """Old-style normalisation and pruning compute the weight in a pre-hook; it may be old when the call begins."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    nn.utils.weight_norm(model[0])
+    nn.utils.spectral_norm(model[2])
+    prune.l1_unstructured(model[4], "weight", 0.5)
+    model(torch.randn(2, 4))
+    with torch.no_grad():
+        model.eval()[0].weight_g.mul_(4.0)
+    kept = model[0].weight
+    bound, report = lipschitz_bound(model, (4,)), fastlip.layer_norms(model, (4,), method="svd")
+    assert model[0].weight is kept
+    model(torch.randn(2, 4))
+    true = [torch.linalg.matrix_norm(model[i].weight.detach().double(), 2).item() for i in (0, 2, 4)]
+    assert [report[name].upper for name in ("0", "2", "4")] == pytest.approx(true, rel=1e-5)
+    assert bound.upper == pytest.approx(math.prod(true), rel=1e-5)
+
+
+def test_layer_norms_refuses_layers_that_do_something_else() -> None:
+    for build, shape in (
+        (Borrowed, (3,)),
+        (Swapped, (3,)),
+        (lambda: hooked(0, False), (3,)),
+        (lambda: hooked(2, True), (3,)),
+    ):
+        with pytest.raises(ValueError, match="does not apply the map that its weight and settings describe"):
+            fastlip.layer_norms(build(), shape)
+        assert fastlip.layer_norms(build(), shape, check=False)
+    model = nn.Sequential(nn.Linear(4, 4), ScaledNorm(4)).eval()
+    with pytest.raises(ValueError, match="layer 1: ScaledNorm has another forward than BatchNorm1d"):
+        fastlip.layer_norms(model, (4,))
+    with pytest.raises(ValueError, match="layer 0: Scaled"):
+        fastlip.layer_norms(nn.Sequential(ScaledConv(1, 1, 1)), (1, 4, 4))
+
+
+def test_layer_norms_refuses_layers_whose_use_depends_on_the_batch() -> None:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv1d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.reshape(1, 1, -1)).view_as(x)
+
+    with pytest.raises(ValueError, match="layer layer is used otherwise in a batch of two inputs"):
+        fastlip.layer_norms(Folded(), (8,))
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.Dropout(0.9)], ids=["BatchNorm", "Dropout"])
+def test_layers_left_in_training_mode_are_refused(layer: nn.Module) -> None:
+    model = nn.Sequential(scaled(), layer).eval()
+    layer.train()
+    with pytest.raises(ValueError, match=r"module 1 is in training mode though the model is in eval mode"):
+        lipschitz_bound(model, (3,))
+    assert layer.training
+    if isinstance(layer, nn.BatchNorm1d):
+        with pytest.raises(ValueError, match="layer 1 is in training mode"):
+            fastlip.layer_norms(model, (3,))
+    assert lipschitz_bound(model.train(), (3,)).upper == pytest.approx(1.0, rel=1e-4)
+    assert model.training
+    assert layer.training
+
+
+class Memory(nn.Module):
+    """Keeps what it sees, in every way a forward pass can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.features, self.trail, self.by_name, self.counts = None, [], {"inner": []}, True
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("average", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = self.layer(x)
+        self.trail.append(self.features)
+        self.by_name["last"] = self.features
+        self.by_name["inner"].append(x)
+        if self.counts:
+            self.count += 1
+        self.average = 0.5 * self.average
+        return self.features.relu()
+
+
+def without_counting(net: Memory) -> Memory:
+    """Forward-mode derivatives cannot follow a buffer that is written to."""
+    net.counts = False
+    return net
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net: lipschitz_bound(net, (3,)),
+        lambda net: lipschitz_bound(net, (4,)),
+        lambda net: fastlip.layer_norms(net, (3,)),
+        lambda net: fastlip.local_lipschitz(without_counting(net), torch.ones(2, 3)),
+    ],
+    ids=["bound", "refused", "norms", "local"],
+)
+def test_a_model_is_left_as_it_was_found(training: bool, call: Callable[[nn.Module], object]) -> None:
+    net = Memory().train(training)
+    pickle.dumps(net)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    held, before = dict(vars(net)), torch.get_rng_state()
+    grad = net.layer.weight.grad = torch.ones(3, 3)
+    with contextlib.suppress(ValueError):
+        call(net)
+    assert all(vars(net)[name] is value for name, value in held.items() if name != "counts")
+    assert list(vars(net)) == list(held)
+    assert net.trail == []
+    assert net.by_name == {"inner": []}
+    assert net.features is None
+    assert not net._forward_hooks
+    assert not net.layer._forward_hooks
+    assert net.layer.weight.grad is grad
+    assert net.layer.weight.dtype == torch.float32
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    pickle.dumps(net)
+
+
+class LoRA(nn.Module):
+    """Merges its weights on eval() and takes them apart on train()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, bias=False)
+        self.a, self.b = nn.Parameter(torch.randn(1, 3)), nn.Parameter(torch.randn(3, 1))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> "LoRA":
+        super().train(mode)
+        if mode == self.merged:
+            self.layer.weight.data += (-1 if mode else 1) * self.b @ self.a
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if self.merged else self.layer(x) + F.linear(x, self.b @ self.a)
+
+
+def test_nothing_that_eval_does_is_done() -> None:
+    net = LoRA()
+    weight = net.layer.weight.detach().clone()
+    for call in (
+        lambda: lipschitz_bound(net, (3,)),
+        lambda: fastlip.layer_norms(net, (3,)),
+        lambda: fastlip.local_lipschitz(net, torch.randn(2, 3)),
+    ):
+        with contextlib.suppress(ValueError):
+            call()
+        assert torch.equal(net.layer.weight, weight)
+        assert not net.merged
+        assert net.training
+
+
+def test_a_forward_that_writes_into_its_parameters_is_refused() -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.layer.bias.add_(1.0)
+            return self.layer(x)
+
+    for call in (lipschitz_bound, fastlip.layer_norms):
+        with pytest.raises(ValueError, match=r"writes into its parameter layer\.bias|depends on the others|differ"):
+            call(Writing(), (3,))
+
+
+def test_wrappers_with_hooks_are_refused() -> None:
+    wrapped = nn.DataParallel(scaled())
+    wrapped.register_forward_hook(lambda module, args, output: 100.0 * output)
+    for call in (lipschitz_bound, fastlip.layer_norms):
+        with pytest.raises(ValueError, match="DataParallel has hooks on its forward pass"):
+            call(wrapped, (3,))
+
+
+def test_rules_that_are_too_small_are_found_out() -> None:
+    class Thrice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 3.0 * x.clamp(-1e6, 1e6)
+
+    class Steep(nn.Module):
+        """Steep near 0 alone, where two samples hardly ever lie."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x.abs() < 1e-3, 100.0 * x, x + 0.099 * x.sign())
+
+    fastlip.lipschitz.rule(Thrice)(lambda module, shape: 2.0)
+    fastlip.lipschitz.rule(Steep)(lambda module, shape: 1.0)
+    with pytest.raises(ValueError, match=r"does not hold: from 0 to 1 \(Thrice\) two inputs .* report"):
+        lipschitz_bound(nn.Sequential(nn.ReLU(), Thrice()), (3,))
+    assert lipschitz_bound(nn.Sequential(nn.ReLU(), Thrice()), (3,), check=False).upper == pytest.approx(2.0)
+    with pytest.raises(ValueError, match=r"does not hold: .* report"):
+        lipschitz_bound(nn.Sequential(Steep()), (300,))
+
+
+def test_rules_may_return_more_than_the_map_but_then_it_is_not_folded() -> None:
+    """A Diagonal of the right norm must not be multiplied into a neighbour as if it were the map."""
+
+    class Flip(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flip(1)
+
+    fastlip.lipschitz.rule(Flip)(lambda module, shape: fastlip.lipschitz.Diagonal(torch.tensor([2.0, 1.0])))
+    layer = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.tensor([1.0, 3.0])))
+    assert lipschitz_bound(nn.Sequential(layer, Flip()), (2,)).upper == pytest.approx(6.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_models_of_every_dtype_agree_with_themselves(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(True),
+        nn.ConvTranspose2d(8, 4, 2, stride=2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5),
+    ).to(dtype)  # fmt: skip
+    assert lipschitz_bound(model, (3, 8, 8)).upper > 0.0
+    assert len(fastlip.layer_norms(model, (3, 8, 8))) == 4
+
+
+def test_models_that_take_one_dtype_only_are_compared_in_it() -> None:
+    class Single(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype != torch.float32:
+                raise RuntimeError("expected float32")
+            return 5.0 * x
+
+    fastlip.lipschitz.rule(Single)(lambda module, shape: 5.0)
+    model = nn.Sequential(scaled(), Single())
+    assert lipschitz_bound(model, (3,)).upper == pytest.approx(5.0)
+    model[0].register_forward_hook(lambda module, args, output: 1.5 * output)
+    with pytest.raises(ValueError, match=r"at 0 \(Linear\)"):
+        lipschitz_bound(model, (3,))
