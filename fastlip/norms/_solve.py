@@ -183,7 +183,9 @@ def _certified(ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[int
     eta = (1.0 - settings.confidence) / len(ops)
     method = "power" if settings.method == "power" else "lanczos"
     for at, found in _iterate(ops, eta, settings):
-        interval = NormInterval(found.lower, found.upper, 1.0 - eta, method, found.steps, False)
+        # Where the sides contradict each other these were the unlucky starts, and nothing is known of the upper one.
+        upper = found.upper if found.upper >= found.lower else math.inf
+        interval = NormInterval(found.lower, upper, 1.0 - eta, method, found.steps, False)
         if settings.method == "auto" and interval.width > settings.rtol:
             interval = _intersected(ops[at], interval, settings)
         yield at, replace(interval, converged=interval.width <= settings.rtol)
@@ -207,7 +209,7 @@ def _intersected(op: AnyOperator, interval: NormInterval, settings: Settings) ->
 def _deterministic(ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[int, NormInterval]]:
     """Deterministic upper sides, with the lower sides of one short iteration from a single start."""
     # Of that iteration's own upper side nothing is used but when to stop: the lower side should rarely be early.
-    short = replace(settings, method="lanczos", starts=1, rtol=settings.rtol / 4.0)
+    short = replace(settings, method="lanczos", starts=1, rtol=max(settings.rtol / 4.0, sys.float_info.min))
     for at, found in _iterate(ops, 1e-3, short):
         op = ops[at]
         if isinstance(op, Composed):

@@ -133,7 +133,7 @@ def constrain_norm(
     weight = module.weight
     require_floating(weight)
     axes = weight.dim() - 2
-    if isinstance(input_size, Sequence) and len(input_size) != axes:
+    if isinstance(input_size, Sequence) and not isinstance(input_size, str) and len(input_size) != axes:
         raise ValueError(f"input_size must have {axes} axes for {type(module).__name__}, got {input_size!r}")
     op = module_operator(module, (0, *per_axis("input_size", input_size, axes, 1)))
     constraint = _Constraint(op, weight, bound, iterations, settings)
@@ -170,7 +170,8 @@ class _Constraint(nn.Module):
                 v = torch.where(image.any(), image, v)
             self.v.copy_(v[0])
         norm = _stretch(op, weight, self.v.clone())
-        return weight * (self.bound / norm.clamp_min(self.bound))
+        # The backward pass of a number over the norm would square the norm's reciprocal, which may be out of range.
+        return weight / (norm / self.bound).clamp_min(1.0)
 
     def _upper(self, weight: Tensor) -> float:
         if self._certified is None or not torch.equal(self._certified[0], weight.detach()):

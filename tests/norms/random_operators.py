@@ -110,10 +110,10 @@ class Case:
         return math.ldexp(norm, exponent), math.ldexp(error, exponent)
 
     def __str__(self) -> str:
-        given = f"padding={self.given}" if self.kind == "conv" else f"padding={self.padding}"
-        return f"seed {self.seed}: {self.kind} {list(self.weight.shape)} {self.weight.dtype} on {self.size}, " + ", ".join(
-            [given, *(f"{name}={value}" for name, value in (self.geometry | self.settings).items())]
-        )
+        padding = self.given if self.kind == "conv" else self.padding
+        options = {"padding": padding, **self.geometry, **self.settings}
+        shown = ", ".join(f"{name}={value}" for name, value in options.items())
+        return f"seed {self.seed}: {self.kind} {list(self.weight.shape)} {self.weight.dtype} on {self.size}, {shown}"
 
 
 def random_case(seed: int) -> Case:
@@ -220,14 +220,14 @@ def _settings(rng: random.Random) -> dict[str, Any]:
 
 def _weight(rng: random.Random, shape: tuple[int, ...], seed: int) -> Tensor:
     """Of one of many patterns and a magnitude between 1e-40 and 1e30, as far as the dtype has it."""
-    dtype, info_of = rng.choice(DTYPES), torch.finfo
+    dtype = rng.choice(DTYPES)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
     weight = rng.choice(PATTERNS)(weight, rng)
     scale = 10.0 ** rng.uniform(-40.0, 30.0) if rng.randrange(2) else 1.0
     if dtype == torch.float16 and scale != 1.0:
         scale = 10.0 ** rng.uniform(-8.0, 4.0)
-    info = info_of(dtype)
+    info = torch.finfo(dtype)
     if rng.randrange(12) == 0:  # denormal numbers alone
         least = info.tiny * info.eps if dtype != torch.float64 else 5e-324
         weight = (weight / weight.abs().max().clamp_min(1e-300) * 5.0).round() * least

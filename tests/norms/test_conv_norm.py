@@ -1,6 +1,7 @@
 """conv_norm against dense singular values of the convolution that torch itself applies."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -275,6 +276,35 @@ def test_equal_singular_values_of_a_large_matrix() -> None:
 def test_gram_matrix_by_halves_is_the_gram_matrix(shape: tuple[int, int, int]) -> None:
     matrices = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(gram_matrix(matrices), matrices @ matrices.mT, rtol=1e-13, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["auto", "svd", "cholesky", "lanczos", "power"])
+def test_pixels_repeated_by_padding_whose_weights_cancel(method: str) -> None:
+    """The one entry is 0.1 + 0.2 - 0.3, which float64 arithmetic has twice as large as the sum of these numbers is."""
+    weight = torch.tensor([[[0.1, 0.2, -0.3]]], dtype=torch.float64)
+    truth = float(abs(Fraction(0.1) + Fraction(0.2) - Fraction(0.3)))
+    interval = conv_norm(weight, 1, padding=1, padding_mode="replicate", method=method)
+    assert interval.lower <= truth <= interval.upper
+
+
+@pytest.mark.parametrize("channels", [3, 300])
+@pytest.mark.parametrize("method", ["auto", "svd", "cholesky"])
+def test_an_operator_that_padding_cancels_has_next_to_no_norm(channels: int, method: str) -> None:
+    tap = torch.randn(channels, channels, 1, generator=torch.Generator().manual_seed(0))
+    interval = conv_norm(torch.cat([tap, -tap], 2), 1, padding=1, padding_mode="replicate", method=method, max_steps=9)
+    assert interval.lower == 0.0
+    assert interval.upper < 1e-11
+
+
+def test_converged_is_said_of_the_interval_that_is_returned() -> None:
+    """At the end of float64's range its sides are further apart than they were before."""
+    denormal = conv_norm(torch.full((1, 1, 2), 5e-324, dtype=torch.float64), 4)
+    assert denormal.lower < denormal.upper
+    assert not denormal.converged
+    huge = conv_norm(torch.full((4, 4, 3), 1e308, dtype=torch.float64), 4)
+    assert huge.upper == math.inf
+    assert not huge.converged
+    assert conv_norm(torch.full((4, 4, 3), 1e300, dtype=torch.float64), 4).converged
 
 
 def test_generator_decides_the_result_and_the_global_state_is_left_alone() -> None:

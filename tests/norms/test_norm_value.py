@@ -41,6 +41,54 @@ def test_value_of_zero_is_zero_with_a_gradient() -> None:
     assert weight.grad is not None
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-37, 1e-30, 1e-25, 1e-18, 1.0, 1e15, 1e19, 1e30, 1e37])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_value_and_gradient_at_any_magnitude(scale: float, mode: str) -> None:
+    base = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight = (base * scale).requires_grad_()
+    truth = conv_norm(weight, 6, padding=1, padding_mode=mode).upper
+    value = spectral_norm_value(weight, 6, padding=1, padding_mode=mode)
+    value.backward()
+    assert weight.grad is not None
+    assert value.item() == pytest.approx(truth, rel=1e-2)
+    # <gradient, W> is the norm for any of its subgradients.
+    assert (weight.grad.double() * weight.detach().double()).sum().item() == pytest.approx(truth, rel=1e-2)
+
+
+def test_value_of_taps_that_never_meet_the_input_is_zero_with_a_gradient() -> None:
+    weight = torch.full((2, 2, 2, 2), 3e38, requires_grad=True)
+    value = spectral_norm_value(weight, 10, padding=20, dilation=40)
+    value.backward()
+    assert value.item() == 0.0
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_value_of_what_padding_cancels() -> None:
+    weight = torch.tensor([[[1.0, -1.0]]], requires_grad=True)
+    value = spectral_norm_value(weight, 1, padding=1, padding_mode="replicate")
+    value.backward()
+    assert value.item() == 0.0
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e12, 1e25, 1e30])
+def test_constraint_at_any_magnitude(scale: float) -> None:
+    torch.manual_seed(4)
+    conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    with torch.no_grad():
+        conv.weight.mul_(scale)
+    constrain_norm(conv, 6, bound=0.5 * scale, iterations=3)
+    for _ in range(60):
+        weight = conv.weight  # in training mode, where each look at it takes steps
+    norm = conv_norm(weight, 6, padding=1).upper
+    assert norm == pytest.approx(0.5 * scale, rel=1e-2)
+    conv.weight.sum().backward()
+    assert conv.parametrizations.weight.original.grad.isfinite().all()
+    assert conv_norm(conv.eval().weight, 6, padding=1).lower <= 0.5 * scale
+
+
 def test_value_settings_are_checked() -> None:
     weight = torch.ones(2, 2, 3, 3)
     with pytest.raises(ValueError, match="max_steps must be"):
