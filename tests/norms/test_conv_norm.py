@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlip.norms import NormInterval, conv_norm, conv_operator
+from fastlip.norms._certificate import Array, power_bound
 from fastlip.norms._exact import gram_matrix
 from fastlip.norms._iterate import GRAINS
 from fastlip.norms._solve import Settings, operator_norms
@@ -305,6 +306,20 @@ def test_converged_is_said_of_the_interval_that_is_returned() -> None:
     assert huge.upper == math.inf
     assert not huge.converged
     assert conv_norm(torch.full((4, 4, 3), 1e300, dtype=torch.float64), 4).converged
+
+
+def test_power_iteration_bounds_less_often_the_more_steps_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    def counted(growth: Array, prefix: Array, *numbers: Array) -> Array:
+        looks.append(prefix.shape[1])
+        return power_bound(growth, prefix, *numbers)
+
+    monkeypatch.setattr("fastlip.norms._power.power_bound", counted)
+    interval = conv_norm(torch.ones(1, 1, 3), 12, padding=1, method="power", rtol=1e-15, max_steps=1234)
+    assert interval.iterations == looks[-1] == 1234
+    assert looks[:5] == [10, 20, 30, 40, 50]
+    assert len(looks) < 60
 
 
 def test_generator_decides_the_result_and_the_global_state_is_left_alone() -> None:

@@ -194,6 +194,7 @@ def test_numbers_of_numpy_are_taken_and_become_pythons() -> None:
     assert conv_norm(conv.weight, 6).lower <= 0.5
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("rtol", [5e-324, 1e-300, 1e-17, 1e300])
 @pytest.mark.parametrize("method", ["auto", "lanczos", "power", "ring", "gram", "cholesky", "svd"])
 def test_any_positive_width_may_be_asked_for(method: str, rtol: float) -> None:
