@@ -31,7 +31,8 @@ class Operator:
         dilation: one number per axis.
         padding: (before, after) per axis; negative numbers crop.
         groups: number of independent channel groups.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
+        padding_mode: "zeros", "circular", "reflect" or "replicate"; with "circular" the whole input comes around again,
+            also where the other side is cropped.
     """
 
     weight: Tensor
@@ -302,9 +303,11 @@ class TorchOperator:
         g = self.geometry
         indices = []
         for n, (left, right) in zip(g.input_size, g.padding, strict=True):
-            positions = torch.arange(n, dtype=torch.float64)[None]
-            copied = F.pad(positions, (left, right), mode=g.padding_mode)[0]
-            indices.append(copied.long().to(self.weight.device))
+            if g.padding_mode == "circular":  # around the whole input, whereas F.pad goes around what a crop leaves
+                copied = torch.arange(-left, n + right) % n
+            else:
+                copied = F.pad(torch.arange(n, dtype=torch.float64)[None], (left, right), mode=g.padding_mode)[0].long()
+            indices.append(copied.to(self.weight.device))
         return indices
 
 

@@ -147,7 +147,7 @@ def _draw(seed: int, rng: random.Random, limit: int) -> Case | None:
     kind = rng.choice(("conv", "conv", "conv", "transposed", "operator"))
     shared = {"stride": tuple(stride), "dilation": tuple(dilation), "groups": groups}
     if kind == "transposed":
-        pads = [rng.choice((0, 0, 1, k // 2, e // 2)) for k, e in zip(kernel, extents, strict=True)]
+        pads = [rng.choice((0, 0, 1, k // 2, e // 2, e - 1, e + 1)) for k, e in zip(kernel, extents, strict=True)]
         extra = [rng.randrange(max(s, d)) for s, d in zip(stride, dilation, strict=True)]
         shape, mode = (inner, outer // groups, *kernel), "zeros"
         ends = zip(size, stride, pads, extents, extra, strict=True)
@@ -192,9 +192,10 @@ def _padding(
     if kind == "conv":
         same = [min(rng.choice(c), most) for c in choices]
         return tuple(same), [(p, p) for p in same]
-    # Operators take each side by itself, and crops with zero padding.
-    crops = (-1, -2) if mode == "zeros" else ()
-    sides = [tuple(min(rng.choice((*c, *crops)), most) for _ in range(2)) for c in choices]
+    # Operators take each side by itself, and crops.
+    sides = [[min(rng.choice((*c, -1, -2)), most) for _ in range(2)] for c in choices]
+    if mode == "circular":  # of an input that is cropped on one side torch repeats what is left, and Operator all of it
+        sides = [pair if min(pair) >= 0 else [min(side, 0) for side in pair] for pair in sides]
     return None, [(left, right) for left, right in sides]
 
 

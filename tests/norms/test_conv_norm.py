@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlip.norms import NormInterval, conv_norm, conv_operator
+from fastlip.norms import NormInterval, Operator, conv_norm, conv_operator
 from fastlip.norms._certificate import Array, power_bound
 from fastlip.norms._exact import gram_matrix
 from fastlip.norms._iterate import GRAINS
@@ -295,6 +295,23 @@ def test_an_operator_that_padding_cancels_has_next_to_no_norm(channels: int, met
     interval = conv_norm(torch.cat([tap, -tap], 2), 1, padding=1, padding_mode="replicate", method=method, max_steps=9)
     assert interval.lower == 0.0
     assert interval.upper < 1e-11
+
+
+@pytest.mark.parametrize("method", ["auto", "svd", "cholesky", "ring", "lanczos", "power"])
+@pytest.mark.parametrize("pads", [(2, -1), (-1, 2), (-2, -1)])
+def test_every_method_has_the_same_operator_where_a_circular_input_is_cropped(
+    pads: tuple[int, int], method: str
+) -> None:
+    """What comes around again is the whole input, and so what is cropped on the other side too."""
+    n, weight = 6, torch.tensor([[[1.0, 2.0, -3.0]]], dtype=torch.float64)
+    copied = torch.eye(n, dtype=torch.float64)[torch.arange(-pads[0], n + pads[1]) % n]
+    truth = torch.linalg.matrix_norm(F.conv1d(copied.T[:, None], weight)[:, 0], 2).item()
+    op = Operator(weight, (n,), (1,), (1,), (pads,), 1, "circular")
+    settings = Settings(method=method, rtol=1e-6, dtype=torch.float64)
+    interval = operator_norms([op], settings)[0]
+    assert_holds(interval, truth)
+    if method != "ring":
+        assert interval.width < 1e-2
 
 
 def test_converged_is_said_of_the_interval_that_is_returned() -> None:
