@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlip.norms import NormInterval, Operator, Settings, conv_norm, module_operator, operator_norms
+from fastlip.norms import (
+    NormInterval,
+    Operator,
+    Settings,
+    conv_norm,
+    conv_operator,
+    module_operator,
+    operator_norms,
+)
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -59,16 +67,18 @@ class Case:
     def interval(self) -> NormInterval:
         """What fastlip says."""
         generator = torch.Generator().manual_seed(self.seed)
-        names = ("stride", "dilation", "groups", "padding_mode")
-        geometry = {name: self.geometry[name] for name in names if name in self.geometry}
         if self.kind == "conv":
-            options = {**geometry, **self.settings, "generator": generator}
+            options = {**self.geometry, **self.settings, "generator": generator}
             return conv_norm(self.weight, self.size, padding=self.given, **options)
+        return operator_norms([self.operator()], Settings(**self.settings, generator=generator))[0]
+
+    def operator(self) -> Operator:
+        """What the norm is taken of."""
+        if self.kind == "conv":
+            return conv_operator(self.weight, self.size, padding=self.given, **self.geometry)
         if self.kind == "operator":
-            op = Operator(self.weight, self.size, padding=self.padding, **geometry)
-        else:
-            op = module_operator(self.module(self.weight), (self.weight.shape[0], *self.size))
-        return operator_norms([op], Settings(**self.settings, generator=generator))[0]
+            return Operator(self.weight, self.size, padding=self.padding, **self.geometry)
+        return module_operator(self.module(self.weight), (self.weight.shape[0], *self.size))
 
     def module(self, weight: Tensor) -> nn.Module:
         """The transposed convolution with this weight."""
@@ -326,14 +336,14 @@ class Tally:
         self.slowest = max(self.slowest, (seconds, str(case)))
         self.methods[interval.method] += 1
         truth, error = case.truth()
-        fault = _fault(case, interval, truth, error)
+        fault = fault_of(case, interval, truth, error)
         if fault or seconds > LIMIT:
             self.faults.append(f"{case}\n  {fault}: {interval!r}, truth {truth!r}, {seconds:.1f} s")
         if truth == 0.0 == interval.upper:
             self.exact_zeros += 1
 
 
-def _fault(case: Case, interval: NormInterval, truth: float, error: float) -> str:
+def fault_of(case: Case, interval: NormInterval, truth: float, error: float) -> str:
     """What is wrong with an interval; "" for nothing."""
     if not 0.0 <= interval.lower <= interval.upper:
         return "sides"

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from random_operators import LIMIT, Tally, check, random_case
+from random_operators import LIMIT, Tally, check, fault_of, random_case
 
-from fastlip.norms import spectral_norm_value
+from fastlip.norms import Settings, operator_norms, spectral_norm_value
 
 
 def assert_clean(tally: Tally) -> None:
@@ -15,13 +15,24 @@ def assert_clean(tally: Tally) -> None:
 
 
 def test_random_operators_hold_by_every_method() -> None:
-    tally = check(range(600))
+    tally = check(range(400))
     assert_clean(tally)
     assert set(tally.methods) == {"closed form", "svd", "lanczos", "power", "ring", "gram", "cholesky"}
     assert min(tally.methods.values()) > 10
     # Most are answered, also those that are zero; and what is refused is refused for a reason that was written down.
     assert sum(tally.refusals.values()) < 0.1 * tally.number
     assert tally.exact_zeros > 20
+
+
+@pytest.mark.parametrize("method", ["auto", "lanczos", "power", "svd"])
+def test_random_operators_of_all_magnitudes_hold_in_one_call(method: str) -> None:
+    cases = [random_case(seed) for seed in range(20_000, 20_120)]
+    generator = torch.Generator().manual_seed(0)
+    settings = {"method": method, "rtol": 1e-3, "max_steps": 40}
+    found = operator_norms([case.operator() for case in cases], Settings(**settings, generator=generator))
+    for case, interval in zip(cases, found, strict=True):
+        case.settings = settings
+        assert not fault_of(case, interval, *case.truth()), f"{case}: {interval!r}"
 
 
 @pytest.mark.slow
