@@ -166,8 +166,8 @@ class _Constraint(nn.Module):
             v = self.v[None]
             for _ in range(self.iterations):
                 image = _unit(convolution.adjoint(_unit(convolution.forward(v))))
-                # A weight of zeros, as layers may start with, must not take the vector along.
-                v = torch.where(image.any(), image, v)
+                # Weights of zeros, as layers may start with, or of NaN must not take the vector along.
+                v = torch.where(image.any() & image.isfinite().all(), image, v)
             self.v.copy_(v[0])
         norm = _stretch(op, weight, self.v.clone())
         # The backward pass of a number over the norm would square the norm's reciprocal, which may be out of range.

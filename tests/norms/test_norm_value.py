@@ -169,6 +169,24 @@ def test_a_constrained_layer_may_start_at_zero() -> None:
     assert 0.4 < upper <= 0.5 * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("spoilt", [0.0, float("nan"), float("inf")])
+def test_a_constraint_recovers_from_weights_that_have_no_norm(spoilt: float) -> None:
+    layer = constrain_norm(nn.Linear(4, 3, bias=False), bound=0.5)
+    original = layer.parametrizations.weight.original
+    good = original.detach().clone() * 10.0
+    with torch.no_grad():
+        original.fill_(spoilt)
+        layer(torch.ones(1, 4))
+        original.copy_(good)
+        for _ in range(50):
+            layer(torch.ones(1, 4))
+    assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() == pytest.approx(0.5, rel=1e-3)
+    with torch.no_grad():
+        original.fill_(float("nan"))
+    with pytest.raises(ValueError, match="weight holds NaN or infinite values"):
+        layer.eval()(torch.ones(1, 4))
+
+
 def test_constraint_errors() -> None:
     with pytest.raises(ValueError, match="bound must be positive"):
         constrain_norm(nn.Linear(2, 2), bound=0.0)
