@@ -108,11 +108,15 @@ def power_bound(log_growth: Array, log_prefix: Array, log_error: Array, overlaps
         terms = log_error[:, None] + log_prefix - order * log_t[:, None]
         largest = np.maximum(terms.max(axis=1), log_growth - steps * log_t)
         total = np.exp(terms - largest[:, None]).sum(axis=1) + np.exp(log_growth - steps * log_t - largest)
-        return largest + np.log(total) > np.log(overlaps)
+        return ~(largest + np.log(total) <= np.log(overlaps))  # what is undefined counts as above
 
     low = log_growth / steps
     high = low + 1.0
-    while (beyond := exceeds(high)).any():
+    # Every doubling of the distance from `low` takes as much off the logarithm of each term as all before.
+    for _ in range(64):
+        beyond = exceeds(high)
+        if not beyond.any():
+            break
         high = np.where(beyond, high + (high - low), high)
     for _ in range(60):
         middle = 0.5 * (low + high)

@@ -31,7 +31,8 @@ def conv_norm(
     """Largest singular value of the convolution as a network applies it, from both sides.
 
     The operator is conv1d, conv2d or conv3d with its stride, padding, dilation, groups and input size, borders
-    included; the bias plays no part. Small operators are decomposed, with certainty: those that are a matrix of up to
+    included; the bias plays no part. Taps that with zero padding never meet the input play none either, and an operator
+    without others has the norm 0. Small operators are decomposed, with certainty: those that are a matrix of up to
     512 rows or columns (1024 for ``rtol`` below 0.005; on a GPU 32), as 1x1 kernels, windows that do not overlap and
     kernels as large as the input may be. With "auto" their intervals are up to a hundredth of ``rtol`` wide, mostly as
     wide as rounding. Otherwise Golub-Kahan-Lanczos iteration runs from several random starts: the lower side is
@@ -46,7 +47,7 @@ def conv_norm(
         dilation: as in torch.
         groups: as in torch.
         padding_mode: "zeros", "circular", "reflect" or "replicate".
-        rtol: relative width at which iteration stops.
+        rtol: relative width at which iteration stops, positive and finite.
         confidence: probability that the upper side holds where it depends on random starts.
         method: "auto"; "lanczos" or "power" to iterate in any case; with certainty "svd" (the dense matrix), "cholesky"
             (factorisation of its Gram matrix), "ring" (the circular convolution that this one is part of) or "gram"
@@ -63,8 +64,9 @@ def conv_norm(
         The interval. ``converged`` is False where it is wider than ``rtol``; it holds all the same.
 
     Raises:
-        TypeError: ``weight`` is not a floating-point tensor.
-        ValueError: an argument is wrong, or ``weight`` holds NaN or infinite values.
+        TypeError: ``weight`` is not a dense floating-point tensor, or another argument is of the wrong type; the
+            message names it.
+        ValueError: an argument is wrong, ``weight`` holds NaN or infinite values, or the method does not apply.
     """
     memory = memory_for(max_memory, [weight] if isinstance(weight, Tensor) else [])
     settings = Settings(rtol, confidence, method, starts, max_steps, dtype, memory, generator)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlip.norms._exact import dense_matrix, matrix_entries
+from fastlip.norms._exact import dense_matrix, entry_error, matrix_entries
 from fastlip.norms._operator import Operator
 
 _EPS = torch.finfo(torch.float64).eps
@@ -104,24 +104,35 @@ def cholesky_bound(grams: Tensor, error: float, start: float, rtol: float) -> fl
     """The root of a number above all eigenvalues of Hermitian matrices [B, n, n], within rtol / 4 of the least one.
 
     t I - G is positive definite up to the rounding of its factorisation where that runs to its end; its backward error
-    is at most (n + 1) units times the trace of t I (Rump 2006), doubled twice for complex arithmetic.
+    is at most (n + 1) units times the trace of t I (Rump 2006), doubled twice for complex arithmetic. The largest
+    eigenvalue lies between a diagonal element and the trace, which bounds the search.
 
     Args:
-        grams: the matrices.
+        grams: the matrices, positive semidefinite but for ``error``.
         error: bound on what they may be off by, in the 2-norm.
-        start: a positive number that is not above the root sought by much, such as a lower side.
-        rtol: relative accuracy.
+        start: a number that is not above the root sought by much, such as a lower side; may be 0.
+        rtol: relative accuracy; below that of rounding the bound is as accurate as rounding lets it be.
     """
     n = grams.shape[1]
+    diagonal = grams.diagonal(dim1=1, dim2=2).real
+    # Rounding may have left negative eigenvalues, whose sum the trace is short of.
+    most = math.sqrt(diagonal.sum(1).max().item() + n * error) * (1.0 + 4.0 * _EPS * n)
+    least = math.sqrt(max(diagonal.max().item(), 0.0))
+    if least == 0.0:
+        return math.sqrt(most**2 + error)
+    if not least < start < most:
+        start = least
     identity = torch.eye(n, dtype=grams.dtype, device=grams.device)
 
     def definite(root: float) -> bool:
         return int(torch.linalg.cholesky_ex(root**2 * identity - grams).info.abs().max()) == 0
 
-    low, step = 0.0, rtol / 4.0
-    while not definite(start * (1.0 + step)):
+    fine, far = max(rtol / 4.0, 8.0 * _EPS), most / start - 1.0
+    low, step = 0.0, fine
+    while step < far and not definite(start * (1.0 + step)):
         low, step = step, 2.0 * step
-    while step - low > rtol / 4.0:
+    step = min(step, far)
+    while step - low > fine * (1.0 + step):
         middle = 0.5 * (low + step)
         low, step = (low, middle) if definite(start * (1.0 + middle)) else (middle, step)
     root = start * (1.0 + step)
@@ -134,7 +145,7 @@ def gram_bound(grams: Tensor, error: float, rtol: float) -> float:
     The Schatten norm of order p of an n x n matrix is at most n^(1/p) times its largest eigenvalue.
     """
     n = grams.shape[1]
-    doublings = max(1, math.ceil(math.log2(max(math.log(n), 1.0) / (0.5 * rtol))))
+    doublings = max(1, math.ceil(math.log2(max(math.log(n), 1.0) / (0.5 * max(rtol, _EPS)))))
     matrix = grams
     log = torch.zeros(len(grams), dtype=torch.float64, device=grams.device)
     for power in range(doublings):
@@ -171,5 +182,5 @@ def deterministic_upper(op: Operator, method: str, lower: float, rtol: float, ma
         candidates = [ring_grams(op, sizes, max_memory) for sizes in rings]
     if method == "gram":
         return min(gram_bound(grams, error, rtol) for grams, error in candidates)
-    start = lower if lower > 0.0 else 1e-12
-    return min(cholesky_bound(grams, error, start, rtol) for grams, error in candidates)
+    upper = min(cholesky_bound(grams, error, lower, rtol) for grams, error in candidates)
+    return upper + entry_error(op) if method == "cholesky" else upper

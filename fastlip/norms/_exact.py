@@ -20,16 +20,27 @@ _GRAM_COLUMNS = 512
 
 
 def trim(op: Operator) -> Operator:
-    """The same operator without the outer taps that, with zero padding, only ever meet zeros."""
+    """The same operator without the taps that, with zero padding, only ever meet zeros.
+
+    The outer ones are cut off; those between others, as wide strides leave them, become 0. If no tap ever meets the
+    input, all of the weight is 0, as the operator is.
+    """
     if op.padding_mode != "zeros":
         return op
-    weight, pads = op.weight, []
-    for axis, (window, (left, right)) in enumerate(zip(_windows(op), op.padding, strict=True)):
-        weight = weight.narrow(axis + 2, window.first, window.last - window.first + 1)
-        spread = op.dilation[axis]
-        pads.append((left - spread * window.first, right - spread * (op.kernel[axis] - 1 - window.last)))
-    if weight.shape == op.weight.shape:
+    alive = [window.alive for window in _windows(op)]
+    if all(len(taps) == k for taps, k in zip(alive, op.kernel, strict=True)):
         return op
+    if not all(alive):
+        return replace(op, weight=torch.zeros_like(op.weight))
+    weight, pads = op.weight, []
+    for axis, (taps, (left, right)) in enumerate(zip(alive, op.padding, strict=True)):
+        first, last = taps[0], taps[-1]
+        weight = weight.narrow(axis + 2, first, last - first + 1)
+        idle = [tap - first for tap in range(first, last) if tap not in taps]
+        if idle:
+            weight = weight.index_fill(axis + 2, torch.tensor(idle, device=weight.device), 0.0)
+        spread = op.dilation[axis]
+        pads.append((left - spread * first, right - spread * (op.kernel[axis] - 1 - last)))
     return inherit_norm(replace(op, weight=weight, padding=tuple(pads)), op)
 
 
@@ -40,9 +51,13 @@ def simplify(op: Operator) -> Operator:
     block diagonal and its largest block is the flattened kernel's; the same holds when one window is all there is. The
     result then is that matrix, with no spatial axes.
     """
+    return flatten(trim(op))
+
+
+def flatten(op: Operator) -> Operator:
+    """:func:`simplify` for what is trimmed already."""
     if op.padding_mode != "zeros" or not op.kernel:
         return op
-    op = trim(op)
     if not all(window.disjoint for window in _windows(op)):
         return op
     return inherit_norm(Operator(op.weight.flatten(1), groups=op.groups), op)
@@ -51,8 +66,7 @@ def simplify(op: Operator) -> Operator:
 class _Window(NamedTuple):
     """How a kernel's windows lie along one axis, with zero padding."""
 
-    first: int  # tap that ever meets the input
-    last: int
+    alive: tuple[int, ...]  # taps that ever meet the input
     disjoint: bool  # whether no two overlap, and one lies inside the input
 
 
@@ -64,11 +78,15 @@ def _windows(op: Operator) -> list[_Window]:
 @lru_cache(maxsize=1024)
 def _window(n: int, m: int, k: int, stride: int, dilation: int, left: int) -> _Window:
     """For n inputs and m outputs."""
-    starts = [o * stride - left for o in range(m)]  # of each window's first tap; negative in the padding
-    alive = [j for j in range(k) if any(0 <= start + j * dilation < n for start in starts)]
-    inside = any(start >= 0 and start + dilation * (k - 1) < n for start in starts)
+
+    def begins_between(first: int, end: int) -> bool:
+        """Whether a window's first tap is at one of these positions, which are negative in the padding."""
+        return max(0, -(-(first + left) // stride)) <= min(m - 1, (end - 1 + left) // stride)
+
+    alive = tuple(j for j in range(k) if begins_between(-j * dilation, n - j * dilation))
+    inside = begins_between(0, n - dilation * (k - 1))
     disjoint = inside and (m == 1 or k == 1 or (dilation == 1 and k <= stride))
-    return _Window(*((alive[0], alive[-1]) if alive else (0, k - 1)), disjoint)
+    return _Window(alive, disjoint)
 
 
 def smallest_side(op: Operator) -> int:
@@ -104,6 +122,15 @@ def dense_matrix(op: Operator) -> Tensor:
     return weight.permute(order).flatten(1 + 1 + axes).flatten(1, 1 + axes)
 
 
+def entry_error(op: Operator) -> float:
+    """Bound on the 2-norm of what rounding adds to :func:`dense_matrix`.
+
+    With zero padding an entry is a weight. Padding that repeats pixels adds several of them up, which may cancel: an
+    error in each entry of as many units of the sum of their magnitudes.
+    """
+    return 0.0 if op.padding_mode == "zeros" else _EPS * math.prod(op.kernel) * op.absolute_bound
+
+
 def _from_unit_vectors(op: Operator) -> Tensor:
     """One column per input position, all groups at once."""
     g, pixels = op.groups, math.prod(op.input_size)
@@ -118,8 +145,8 @@ def dense_norm(op: Operator, rtol: float, method: str = "svd", accuracy: float =
     """Largest singular value over the groups' matrices, from the smaller Gram matrix's eigenvalues.
 
     The interval covers rounding: forming the Gram matrix costs at most (reduction length + 2) units of ||M||_F^2
-    (Higham 2002, section 3.5), padding modes that repeat pixels as many more as taps were summed before. ``accuracy``
-    is that of :func:`largest_eigenvalue`.
+    (Higham 2002, section 3.5); what the entries themselves are off by comes on top. ``accuracy`` is that of
+    :func:`largest_eigenvalue`.
     """
     matrices = dense_matrix(op) if op.kernel else op.weight.unflatten(0, (op.groups, -1))
     if matrices.shape[1] > matrices.shape[2]:
@@ -133,7 +160,8 @@ def dense_norm(op: Operator, rtol: float, method: str = "svd", accuracy: float =
         error = (_EPS * units * gram.diagonal(dim1=1, dim2=2).sum(1)).max().item() * (1.0 + 2.0 * units * _EPS)
         low, high = largest_eigenvalue(gram, accuracy)
         lower, upper = max(lower, low - error), max(upper, high + error)
-    lower, upper = math.sqrt(lower), math.sqrt(upper)
+    entries = entry_error(op)
+    lower, upper = max(math.sqrt(lower) - entries, 0.0), math.sqrt(upper) + entries
     return NormInterval(lower, upper, 1.0, method, 0, upper <= lower * (1.0 + rtol) or upper == 0.0)
 
 
@@ -183,6 +211,8 @@ def _ritz_value(matrix: Tensor, tolerance: float) -> float:
     """
     v = matrix[:, int(matrix.diagonal().argmax())]
     v = v + 1e-3 * v.abs().max()
+    if not v.any():
+        return 0.0
     most = min(len(matrix), 160)
     basis, images = matrix.new_empty(most, len(matrix)), matrix.new_empty(most, len(matrix))
     basis[0] = v / torch.linalg.vector_norm(v)

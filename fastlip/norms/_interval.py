@@ -12,7 +12,7 @@ class NormInterval:
 
     Attributes:
         lower: lower side, >= 0.
-        upper: upper side; never derived from the lower one.
+        upper: upper side; never derived from the lower one, and infinite where the two contradict each other.
         confidence: probability that ``upper`` holds; 1.0 when the method is deterministic.
         method: what produced the upper side, such as "lanczos", "power", "svd" or "closed form".
         iterations: applications of the operator and its adjoint per start; 0 for exact methods.

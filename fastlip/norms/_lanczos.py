@@ -71,7 +71,7 @@ def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> Indi
             active[open_] = True
             run.active.copy_(torch.from_numpy(active), non_blocking=True)
         # The bound closes in like 1 / k^2 at first, faster later.
-        wanted = k * math.sqrt(min(widths[on].min(), 1e3) / plan.rtol)
+        wanted = k * math.sqrt(min(widths[on].min().item(), 1e3) / plan.rtol)
         check = k + max(least, round(0.6 * (min(wanted, 2.0 * k) - k)))
 
 

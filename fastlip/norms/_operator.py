@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlip.norms._arguments import integer, per_axis
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 
 #: Elements whose squares are summed up in float32, and norms between which none of them can have left its range.
@@ -28,7 +31,8 @@ class Operator:
         dilation: one number per axis.
         padding: (before, after) per axis; negative numbers crop.
         groups: number of independent channel groups.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
+        padding_mode: "zeros", "circular", "reflect" or "replicate"; with "circular" the whole input comes around again,
+            also where the other side is cropped.
     """
 
     weight: Tensor
@@ -110,11 +114,10 @@ def conv_operator(
     ``finite=False`` leaves it to the caller to see whether the weight is finite, which takes a read from its device.
 
     Raises:
-        TypeError: ``weight`` is not a floating-point tensor.
+        TypeError: ``weight`` is not a dense floating-point tensor, or ``groups`` no integer.
         ValueError: an argument is wrong; the message names it.
     """
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError("weight must be a floating-point tensor")
+    require_floating(weight)
     axes = weight.dim() - 2
     if not 1 <= axes <= 3:
         raise ValueError(
@@ -122,13 +125,14 @@ def conv_operator(
         )
     if weight.numel() == 0:
         raise ValueError(f"weight must not be empty, got {list(weight.shape)}")
-    if padding_mode not in PADDING_MODES:
+    if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-    if groups < 1 or weight.shape[0] % groups:
+    groups = integer("groups", groups)
+    if weight.shape[0] % groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} output channels of weight, got {groups}")
-    size = _per_axis(input_size, axes, "input_size", 1)
-    strides = _per_axis(stride, axes, "stride", 1)
-    dilations = _per_axis(dilation, axes, "dilation", 1)
+    size = per_axis("input_size", input_size, axes, 1)
+    strides = per_axis("stride", stride, axes, 1)
+    dilations = per_axis("dilation", dilation, axes, 1)
     pads = _padding(padding, tuple(weight.shape[2:]), strides, dilations)
     for n, (left, right) in zip(size, pads, strict=True):
         if padding_mode == "reflect" and max(left, right) >= n:
@@ -161,6 +165,18 @@ def inherit_norm(new: Operator, old: Operator) -> Operator:
     if "frobenius" in vars(old):
         vars(new)["frobenius"] = old.frobenius
     return new
+
+
+def require_floating(weight: Tensor) -> None:
+    """Raise TypeError for what is no tensor of numbers whose norm can be taken."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a floating-point tensor, got {type(weight).__name__}")
+    if weight.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"weight must be a floating-point tensor, one of {names}, got {weight.dtype}")
+    if weight.layout != torch.strided or weight.device.type == "meta":
+        kind = weight.layout if weight.layout != torch.strided else "one on the meta device, which has no numbers"
+        raise TypeError(f"weight must be a dense floating-point tensor, got {kind}")
 
 
 def require_finite(op: Operator) -> None:
@@ -202,26 +218,19 @@ def _upper_norm(norm: float, weight: Tensor) -> float:
     return norm * (1.0 + _ROW * torch.finfo(torch.float32).eps)
 
 
-def _per_axis(value: int | Sequence[int], axes: int, name: str, least: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * axes
-    if len(values) != axes or any(not isinstance(v, int) or v < least for v in values):
-        raise ValueError(f"{name} must be an integer >= {least} or {axes} of them, got {value!r}")
-    return values
-
-
 def _padding(
     padding: int | Sequence[int] | str, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
+    if not isinstance(padding, str):
+        return tuple((p, p) for p in per_axis("padding", padding, len(kernel), 0))
     if padding == "valid":
         return ((0, 0),) * len(kernel)
-    if padding == "same":
-        if max(stride) > 1:
-            raise ValueError("padding='same' needs stride 1, as in torch; give the padding as numbers")
-        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
-    if isinstance(padding, str):
+    if padding != "same":
         raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
-    return tuple((p, p) for p in _per_axis(padding, len(kernel), "padding", 0))
+    if max(stride) > 1:
+        raise ValueError("padding='same' needs stride 1, as in torch; give the padding as numbers")
+    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return tuple((total // 2, total - total // 2) for total in totals)
 
 
 class TorchOperator:
@@ -294,9 +303,11 @@ class TorchOperator:
         g = self.geometry
         indices = []
         for n, (left, right) in zip(g.input_size, g.padding, strict=True):
-            positions = torch.arange(n, dtype=torch.float64)[None]
-            copied = F.pad(positions, (left, right), mode=g.padding_mode)[0]
-            indices.append(copied.long().to(self.weight.device))
+            if g.padding_mode == "circular":  # around the whole input, whereas F.pad goes around what a crop leaves
+                copied = torch.arange(-left, n + right) % n
+            else:
+                copied = F.pad(torch.arange(n, dtype=torch.float64)[None], (left, right), mode=g.padding_mode)[0].long()
+            indices.append(copied.to(self.weight.device))
         return indices
 
 

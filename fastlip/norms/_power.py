@@ -15,13 +15,15 @@ from fastlip.norms._replay import Replayed, Runner, worthwhile
 from fastlip.norms._stack import Stack, stack
 
 _CHECK_EVERY = 10
+#: Steps over those at the last bound for another one: each looks at all steps so far, and late ones differ little.
+_SPACING = 1.05
 
 
 def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     """Intervals for operators that can be stacked; each upper side fails with probability at most ``plan.eta``.
 
     The certificate holds for every number of steps at once, so an operator stops at the first check that meets
-    ``rtol``.
+    ``rtol``. Checks are further apart the more steps were taken.
     """
     plan = replace(plan, dtype=torch.float64)
     operators, b = stack(ops, plan.starts, plan.dtype), plan.starts
@@ -38,7 +40,7 @@ def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     prefix = np.zeros((len(ops), b, 1))
     lower, upper, steps = np.zeros(len(ops)), np.full(len(ops), math.inf), np.zeros(len(ops), dtype=int)
     on = np.ones(len(ops), dtype=bool)
-    done = 0
+    done = looked = 0
     while on.any():
         count = min(_CHECK_EVERY, plan.max_steps - done)
         stretched, grown = run.advance(count)
@@ -53,7 +55,8 @@ def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
         steps[on] = done
         total = prefix[:, :, -1] + relative[:, None]
         which = np.flatnonzero(on & (overlaps > 0.0) & np.isfinite(total).all(axis=1))
-        if len(which):
+        if len(which) and (done >= _SPACING * looked or done == plan.max_steps):
+            looked = done
             numbers = [array[which].repeat(b) for array in (np.log(errors), overlaps)]
             before = prefix[which, :, :-1].reshape(len(which) * b, -1)
             bounds = power_bound(total[which].ravel(), before, numbers[0], numbers[1])

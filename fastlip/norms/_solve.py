@@ -5,17 +5,19 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from fastlip.norms._arguments import integer, number
 from fastlip.norms._composed import AnyOperator, Composed, weight_numel
 from fastlip.norms._deterministic import deterministic_upper, ring_sizes
-from fastlip.norms._exact import dense_norm, matrix_entries, simplify, smallest_side
+from fastlip.norms._exact import dense_norm, flatten, matrix_entries, smallest_side, trim
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._iterate import Iterate, Plan
 from fastlip.norms._lanczos import lanczos_norms
-from fastlip.norms._operator import Operator, look_at
+from fastlip.norms._operator import Operator, look_at, require_finite
 from fastlip.norms._power import power_norms
 from fastlip.norms._stack import kind
 
@@ -45,10 +47,10 @@ _CHEAP_RING = 1 << 30
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compute norms; checked on construction.
+    """How to compute norms; checked on construction, where numbers of numpy become Python's.
 
     Attributes:
-        rtol: relative width ``upper / lower - 1`` to stop at.
+        rtol: relative width ``upper / lower - 1`` to stop at; positive and finite.
         confidence: joint probability that all upper sides hold.
         method: one of ``METHODS``.
         starts: independent random starts per iterated operator.
@@ -57,6 +59,10 @@ class Settings:
         max_memory: bytes the vectors of one iteration may take; see :func:`memory_for`.
         generator: source of the starts; seeded by the operating system if None.
         progress: called with the number of operators done and their total.
+
+    Raises:
+        TypeError: a field is of the wrong type; the message names it.
+        ValueError: its value is out of range.
     """
 
     rtol: float = 1e-2
@@ -70,22 +76,27 @@ class Settings:
     progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
-        if not self.rtol > 0.0:
-            raise ValueError(f"rtol must be positive, got {self.rtol}")
+        checked = {
+            "rtol": number("rtol", self.rtol, "a positive number"),
+            "confidence": number("confidence", self.confidence, "a number strictly between 0 and 1"),
+            "starts": integer("starts", self.starts),
+            "max_steps": None if self.max_steps is None else integer("max_steps", self.max_steps),
+            "max_memory": integer("max_memory", self.max_memory),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if not 0.0 < self.rtol < math.inf:
+            raise ValueError(f"rtol must be positive and finite, got {self.rtol}")
         if not 0.0 < self.confidence < 1.0:
             raise ValueError(f"confidence must lie strictly between 0 and 1, got {self.confidence}")
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.starts < 1:
-            raise ValueError(f"starts must be at least 1, got {self.starts}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
-        if self.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {self.dtype}")
-        if self.max_memory < 1:
-            raise ValueError(f"max_memory must be positive, got {self.max_memory}")
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {self.dtype!r}")
         if not isinstance(self.generator, torch.Generator | None):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(self.generator).__name__}")
+        if self.progress is not None and not callable(self.progress):
+            raise TypeError(f"progress must be callable or None, got {type(self.progress).__name__}")
 
 
 def memory_for(given: int | None, tensors: Iterable[Tensor]) -> int:
@@ -107,15 +118,28 @@ def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormI
 
     Which operators are iterated, with how many starts and at what share of 1 - confidence each, is settled before the
     first random number is drawn.
+
+    Raises:
+        TypeError: ``ops`` are no operators, or ``settings`` no :class:`Settings`.
+        ValueError: a weight holds NaN or infinite values, or the method does not apply to one of the operators.
     """
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings must be a Settings, got {type(settings).__name__}")
+    if not isinstance(ops, Sequence) or not all(isinstance(op, AnyOperator) for op in ops):
+        raise TypeError(f"ops must be a sequence of Operator and Composed, got {ops!r:.80}")
+    given = list(chain.from_iterable(op.parts if isinstance(op, Composed) else (op,) for op in ops))
+    look_at(given)
+    for part in given:
+        require_finite(part)
     results: dict[int, NormInterval] = {}
 
     def settle(index: int, interval: NormInterval, exponent: int) -> None:
-        results[index] = _rescale(interval, exponent)
+        results[index] = _rescale(interval, exponent, settings.rtol)
         if settings.progress is not None:
             settings.progress(len(results), len(ops))
 
     iterated: list[tuple[int, AnyOperator, int]] = []
+    ops = [_as_applied(op) if isinstance(op, Operator) else op for op in ops]
     look_at(op for op in ops if isinstance(op, Operator))
     for index, op in enumerate(ops):
         if isinstance(op, Composed):
@@ -132,7 +156,7 @@ def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormI
         elif settings.method in ("lanczos", "power"):
             iterated.append((index, scaled, exponent))
         else:
-            small = simplify(scaled)
+            small = flatten(scaled)
             if settings.method == "auto" and _is_small(small, settings.rtol):
                 accuracy = _SHARPER * min(settings.rtol, 1.0)
                 how = "svd" if small.kernel else "closed form"
@@ -159,7 +183,9 @@ def _certified(ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[int
     eta = (1.0 - settings.confidence) / len(ops)
     method = "power" if settings.method == "power" else "lanczos"
     for at, found in _iterate(ops, eta, settings):
-        interval = NormInterval(found.lower, found.upper, 1.0 - eta, method, found.steps, False)
+        # Where the sides contradict each other these were the unlucky starts, and nothing is known of the upper one.
+        upper = found.upper if found.upper >= found.lower else math.inf
+        interval = NormInterval(found.lower, upper, 1.0 - eta, method, found.steps, False)
         if settings.method == "auto" and interval.width > settings.rtol:
             interval = _intersected(ops[at], interval, settings)
         yield at, replace(interval, converged=interval.width <= settings.rtol)
@@ -183,7 +209,7 @@ def _intersected(op: AnyOperator, interval: NormInterval, settings: Settings) ->
 def _deterministic(ops: list[AnyOperator], settings: Settings) -> Iterator[tuple[int, NormInterval]]:
     """Deterministic upper sides, with the lower sides of one short iteration from a single start."""
     # Of that iteration's own upper side nothing is used but when to stop: the lower side should rarely be early.
-    short = replace(settings, method="lanczos", starts=1, rtol=settings.rtol / 4.0)
+    short = replace(settings, method="lanczos", starts=1, rtol=max(settings.rtol / 4.0, sys.float_info.min))
     for at, found in _iterate(ops, 1e-3, short):
         op = ops[at]
         if isinstance(op, Composed):
@@ -235,6 +261,12 @@ def _waves(
     yield wave, longest
 
 
+def _as_applied(op: Operator) -> Operator:
+    """Without the taps that never meet the input, whose magnitude must not set the scale of the others."""
+    trimmed = trim(op)
+    return op if trimmed is op else trimmed.with_weight(trimmed.weight)  # with a Frobenius norm of its own
+
+
 def _normalise(op: Operator) -> tuple[Operator | None, int]:
     """The operator with a weight of magnitude about 1, and the power of two taken out; None for zero."""
     weight: Tensor = op.weight.detach()
@@ -250,7 +282,7 @@ def _normalise(op: Operator) -> tuple[Operator | None, int]:
     return replace(op, weight=weight), exponent
 
 
-def _rescale(interval: NormInterval, exponent: int) -> NormInterval:
+def _rescale(interval: NormInterval, exponent: int, rtol: float) -> NormInterval:
     lower, upper = _ldexp(interval.lower, exponent), _ldexp(interval.upper, exponent)
     # Results outside float64's normal range lose bits: give way outwards.
     if math.isinf(lower) or (lower > 0.0 and math.ldexp(lower, -exponent) > interval.lower):
@@ -259,7 +291,9 @@ def _rescale(interval: NormInterval, exponent: int) -> NormInterval:
         upper = math.nextafter(upper, math.inf)
     if upper == 0.0 < interval.upper:
         upper = math.ulp(0.0)
-    return replace(interval, lower=lower, upper=upper)
+    rescaled = replace(interval, lower=lower, upper=upper)
+    # Where bits were lost the interval has become wider.
+    return replace(rescaled, converged=interval.converged and rescaled.width <= max(rtol, interval.width))
 
 
 def _ldexp(x: float, exponent: int) -> float:

@@ -1,15 +1,18 @@
 """The norm as a differentiable number, and a parametrisation that keeps it below a bound."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastlip.norms._arguments import integer, number, per_axis
+from fastlip.norms._exact import trim
 from fastlip.norms._iterate import Plan
 from fastlip.norms._lanczos import lanczos_norms
 from fastlip.norms._modules import CONVS, TRANSPOSED, module_operator
-from fastlip.norms._operator import Operator, TorchOperator, conv_operator
+from fastlip.norms._operator import Operator, TorchOperator, conv_operator, require_floating
 from fastlip.norms._solve import Settings, operator_norms
 
 
@@ -48,12 +51,13 @@ def spectral_norm_value(
         A scalar in weight's dtype and on its device.
 
     Raises:
-        TypeError: ``weight`` is not float32 or float64, or ``generator`` is none.
+        TypeError: ``weight`` is not float32 or float64, or another argument is of the wrong type; the message names it.
         ValueError: an argument is wrong; the message names it.
     """
     if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float64):
-        raise TypeError("weight must be a float32 or float64 tensor")
-    Settings(rtol=rtol, max_steps=max_steps, generator=generator)  # checks them
+        given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a float32 or float64 tensor, got {given}")
+    settings = Settings(rtol=rtol, max_steps=integer("max_steps", max_steps), generator=generator)
     op = conv_operator(
         weight,
         input_size,
@@ -66,22 +70,27 @@ def spectral_norm_value(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    largest = weight.detach().abs().max()
+    trimmed = trim(op)
+    largest = trimmed.weight.abs().max().double()
     if largest == 0:
-        return weight.sum() * 0.0
-    plan = Plan(0.5, 1, rtol, max_steps, torch.float32, generator, keep_vectors=True)
-    found = lanczos_norms([op.with_weight(op.weight.double() / largest.double())], plan)[0]
+        return (weight * 0.0).sum()
+    plan = Plan(0.5, 1, settings.rtol, max_steps, torch.float32, generator, keep_vectors=True)
+    found = lanczos_norms([trimmed.with_weight(trimmed.weight.double() / largest)], plan)[0]
     assert found.vector is not None
     return _stretch(op, weight, found.vector.to(weight.dtype))
 
 
 def _stretch(op: Operator, weight: Tensor, v: Tensor) -> Tensor:
     """||A v|| / ||v|| as <u, A v> with u and v constant."""
-    v = v.detach()
-    v = v / torch.linalg.vector_norm(v)
-    image = TorchOperator(op, weight).forward(v[None])
-    u = image.detach()
-    return (u * image).sum() / torch.linalg.vector_norm(u).clamp_min(torch.finfo(u.dtype).tiny)
+    image = TorchOperator(op, weight).forward(_unit(v.detach())[None])
+    return (_unit(image.detach()) * image).sum()
+
+
+def _unit(x: Tensor) -> Tensor:
+    """The vector over its norm, though its squares may leave the range of its dtype; 0 for 0."""
+    least = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax().clamp_min(least)
+    return x / torch.linalg.vector_norm(x).clamp_min(least)
 
 
 def constrain_norm(
@@ -110,21 +119,23 @@ def constrain_norm(
         confidence: of the certified interval in eval mode.
 
     Raises:
-        TypeError: ``module`` is of another kind.
+        TypeError: ``module`` is of another kind, its weight no floating-point tensor, or an argument of the wrong type;
+            the message names it.
         ValueError: ``bound`` is not positive, or the size does not fit; the message names it.
     """
-    if not bound > 0.0:
-        raise ValueError(f"bound must be positive, got {bound}")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
-    axes = module.weight.dim() - 2 if isinstance(module, (*CONVS, *TRANSPOSED)) else 0
-    size = (input_size,) * axes if isinstance(input_size, int) else tuple(input_size)
-    if len(size) != axes:
-        raise ValueError(f"input_size must have {axes} axes for {type(module).__name__}, got {input_size!r}")
-    op = module_operator(module, (0, *size))
+    bound = number("bound", bound, "a positive number")
+    if not 0.0 < bound < math.inf:
+        raise ValueError(f"bound must be positive and finite, got {bound}")
+    iterations = integer("iterations", iterations)
     settings = Settings(rtol=rtol, confidence=confidence)
+    if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
+        raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
     weight = module.weight
-    assert isinstance(weight, Tensor)
+    require_floating(weight)
+    axes = weight.dim() - 2
+    if isinstance(input_size, Sequence) and not isinstance(input_size, str) and len(input_size) != axes:
+        raise ValueError(f"input_size must have {axes} axes for {type(module).__name__}, got {input_size!r}")
+    op = module_operator(module, (0, *per_axis("input_size", input_size, axes, 1)))
     constraint = _Constraint(op, weight, bound, iterations, settings)
     parametrize.register_parametrization(module, "weight", constraint)
     return module
@@ -154,13 +165,13 @@ class _Constraint(nn.Module):
         with torch.no_grad():
             v = self.v[None]
             for _ in range(self.iterations):
-                image = convolution.adjoint(convolution.forward(v))
-                length = torch.linalg.vector_norm(image)
-                # A weight of zeros, as layers may start with, must not take the vector along.
-                v = torch.where(length > 0.0, image / length.clamp_min(torch.finfo(v.dtype).tiny), v)
+                image = _unit(convolution.adjoint(_unit(convolution.forward(v))))
+                # Weights of zeros, as layers may start with, or of NaN must not take the vector along.
+                v = torch.where(image.any() & image.isfinite().all(), image, v)
             self.v.copy_(v[0])
         norm = _stretch(op, weight, self.v.clone())
-        return weight * (self.bound / norm.clamp_min(self.bound))
+        # The backward pass of a number over the norm would square the norm's reciprocal, which may be out of range.
+        return weight / (norm / self.bound).clamp_min(1.0)
 
     def _upper(self, weight: Tensor) -> float:
         if self._certified is None or not torch.equal(self._certified[0], weight.detach()):

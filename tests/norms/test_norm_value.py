@@ -41,6 +41,54 @@ def test_value_of_zero_is_zero_with_a_gradient() -> None:
     assert weight.grad is not None
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-37, 1e-30, 1e-25, 1e-18, 1.0, 1e15, 1e19, 1e30, 1e37])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_value_and_gradient_at_any_magnitude(scale: float, mode: str) -> None:
+    base = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight = (base * scale).requires_grad_()
+    truth = conv_norm(weight, 6, padding=1, padding_mode=mode).upper
+    value = spectral_norm_value(weight, 6, padding=1, padding_mode=mode)
+    value.backward()
+    assert weight.grad is not None
+    assert value.item() == pytest.approx(truth, rel=1e-2)
+    # <gradient, W> is the norm for any of its subgradients.
+    assert (weight.grad.double() * weight.detach().double()).sum().item() == pytest.approx(truth, rel=1e-2)
+
+
+def test_value_of_taps_that_never_meet_the_input_is_zero_with_a_gradient() -> None:
+    weight = torch.full((2, 2, 2, 2), 3e38, requires_grad=True)
+    value = spectral_norm_value(weight, 10, padding=20, dilation=40)
+    value.backward()
+    assert value.item() == 0.0
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_value_of_what_padding_cancels() -> None:
+    weight = torch.tensor([[[1.0, -1.0]]], requires_grad=True)
+    value = spectral_norm_value(weight, 1, padding=1, padding_mode="replicate")
+    value.backward()
+    assert value.item() == 0.0
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e12, 1e25, 1e30])
+def test_constraint_at_any_magnitude(scale: float) -> None:
+    torch.manual_seed(4)
+    conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    with torch.no_grad():
+        conv.weight.mul_(scale)
+    constrain_norm(conv, 6, bound=0.5 * scale, iterations=3)
+    for _ in range(60):
+        weight = conv.weight  # in training mode, where each look at it takes steps
+    norm = conv_norm(weight, 6, padding=1).upper
+    assert norm == pytest.approx(0.5 * scale, rel=1e-2)
+    conv.weight.sum().backward()
+    assert conv.parametrizations.weight.original.grad.isfinite().all()
+    assert conv_norm(conv.eval().weight, 6, padding=1).lower <= 0.5 * scale
+
+
 def test_value_settings_are_checked() -> None:
     weight = torch.ones(2, 2, 3, 3)
     with pytest.raises(ValueError, match="max_steps must be"):
@@ -119,6 +167,24 @@ def test_a_constrained_layer_may_start_at_zero() -> None:
     layer.eval()
     upper = conv_norm(layer.weight, 6, padding=1).upper
     assert 0.4 < upper <= 0.5 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("spoilt", [0.0, float("nan"), float("inf")])
+def test_a_constraint_recovers_from_weights_that_have_no_norm(spoilt: float) -> None:
+    layer = constrain_norm(nn.Linear(4, 3, bias=False), bound=0.5)
+    original = layer.parametrizations.weight.original
+    good = original.detach().clone() * 10.0
+    with torch.no_grad():
+        original.fill_(spoilt)
+        layer(torch.ones(1, 4))
+        original.copy_(good)
+        for _ in range(50):
+            layer(torch.ones(1, 4))
+    assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() == pytest.approx(0.5, rel=1e-3)
+    with torch.no_grad():
+        original.fill_(float("nan"))
+    with pytest.raises(ValueError, match="weight holds NaN or infinite values"):
+        layer.eval()(torch.ones(1, 4))
 
 
 def test_constraint_errors() -> None:
