@@ -52,6 +52,8 @@ class FixedEpsilon(_Fixed):
         """Return perturbed inputs no further than ``epsilon``."""
         _no_more(kwargs)
         images, restore, call = _torch_call(model, inputs, criterion)
+        # Copies: foolbox judges by what it holds, and an attack may write into what it is handed.
+        images, call = images.clone(), {k: v.clone() if isinstance(v, Tensor) else v for k, v in call.items()}
         return restore(self.attack(_network(model), images, **call, norm=self.norm, eps=epsilon, **self.at(epsilon)))
 
     def at(self, epsilon: float) -> dict[str, Any]:

@@ -105,6 +105,22 @@ def test_arrays_of_other_types(trained, path, monkeypatch):
         np.testing.assert_array_equal(wide, found)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_random_init": 2}, {"targeted": True}])
+@pytest.mark.parametrize("path", ["torch", "numpy"])
+def test_what_has_fallen_already_comes_back_as_it_is(trained, path, options, monkeypatch):
+    model, inputs, labels = trained
+    if path == "numpy":
+        monkeypatch.setattr(ours, "_plain_torch", lambda estimator: False)
+    x = inputs.numpy()
+    fallen = np.arange(len(x)) % 2 == 0
+    y = np.where(fallen == bool(options.get("targeted")), labels.numpy(), (labels.numpy() + 1) % 10)
+    call = {"eps": 0.05, "eps_step": 0.01, "max_iter": 3} | options
+    moved = (ours.FastlipPGD(classifier(model), **call).generate(x, y) != x).reshape(len(x), -1).any(1)
+    np.testing.assert_array_equal(moved, ~fallen)
+    last = ours.FastlipPGD(classifier(model), keep="last", **call).generate(x, y)
+    assert (last != x).reshape(len(x), -1).any(1).all()
+
+
 class Scale(nn.Module):
     def forward(self, x):
         return x / 255

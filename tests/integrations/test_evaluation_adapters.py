@@ -96,6 +96,19 @@ def test_attackbench_signature(trained):
         as_attackbench(lambda model, x, y: x)
 
 
+def test_attackbench_keeps_its_own_images(trained):
+    model, inputs, labels = trained
+    before = inputs.clone(), labels.clone()
+
+    def attack(model, x, y, *, norm, bounds=(0.0, 1.0)):
+        y.add_(1)
+        return x.fill_(0.5)
+
+    assert (as_attackbench(attack)(model, inputs, labels) == 0.5).all()
+    assert torch.equal(inputs, before[0])
+    assert torch.equal(labels, before[1])
+
+
 def test_robustbench_json(trained, tmp_path):
     model, inputs, labels = trained
     suite = {"pgd": partial(attacks.pgd, eps=0.065, steps=3)}
