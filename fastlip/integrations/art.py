@@ -13,11 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from fastlip.integrations._names import named
 from fastlip.integrations._require import require
 
 _PACKAGE = "adversarial-robustness-toolbox"
 _Base: Any = require("art.attacks", _PACKAGE).EvasionAttack
 _NORMS = {"inf": "linf", "2": "l2", "2.0": "l2", "1": "l1", "1.0": "l1"}
+#: What ART calls arguments of fastlip's.
+_NAMES = {
+    "inputs": "x", "labels": "y", "targets": "y", "step_size": "eps_step", "steps": "max_iter",
+    "bounds": "clip_values",
+}  # fmt: skip
 
 
 def _requirements() -> tuple[Any, ...]:
@@ -146,8 +152,8 @@ class FastlipPGD(_Base):
         }
         model = self.estimator.model
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
-        found = attacks.pgd(model, there(x).to(dtype), labels, **call | self.options)
-        return found.cpu().numpy()
+        with named({ours: theirs for ours, theirs in _NAMES.items() if ours not in self.options}):
+            return attacks.pgd(model, there(x).to(dtype), labels, **call | self.options).cpu().numpy()
 
     def _numpy(
         self, x: np.ndarray, classes: np.ndarray, ids: np.ndarray, eps: Any, step: Any, bounds: Any, seed: int

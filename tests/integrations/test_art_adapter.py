@@ -121,6 +121,18 @@ def test_what_has_fallen_already_comes_back_as_it_is(trained, path, options, mon
     assert (last != x).reshape(len(x), -1).any(1).all()
 
 
+def test_errors_say_art_s_names(trained):
+    model, inputs, labels = trained
+    for options, message in (
+        ({"eps_step": np.inf}, "eps_step must be"),
+        ({"max_iter": -1}, "max_iter must be"),
+        ({"eps": -1.0}, "eps must be"),
+        ({"step_size": np.inf}, "step_size must be"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            ours.FastlipPGD(classifier(model), **options).generate(inputs.numpy(), labels.numpy())
+
+
 class Scale(nn.Module):
     def forward(self, x):
         return x / 255

@@ -126,3 +126,12 @@ def test_errors(trained):
         ours.LinfPGD().run(network, inputs.numpy(), labels, epsilon=0.1)
     with pytest.raises(ValueError, match="criterion must be"):
         ours.LinfPGD().run(network, inputs, "labels", epsilon=0.1)
+    for attack, epsilon, message in (
+        (ours.LinfPGD(), -0.1, "epsilons must be"),
+        (ours.LinfPGD(abs_stepsize=float("nan")), 0.1, "abs_stepsize must be"),
+        (ours.L2PGD(rel_stepsize=float("inf")), 0.1, "rel_stepsize must be"),
+        (ours.LinfPGD(step_size=float("inf")), 0.1, "step_size must be"),
+        (ours.LinfPGD(steps=-1), 0.1, "steps must be"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            attack.run(network, inputs, labels, epsilon=epsilon)
