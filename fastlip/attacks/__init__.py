@@ -2,8 +2,16 @@
 
 Shared by all: ``inputs`` are [B, ...] within ``bounds`` (checked once), ``labels`` are [B] int64 and ``model`` maps
 inputs to logits [B, C]. A module is run in eval mode; its mode, gradients and ``requires_grad`` flags are left as they
-were. A function is called as it is. An image that is misclassified already comes back unchanged. Iterates are kept in
-float32 at least; what is returned has the inputs' dtype and is exactly what the model was judged on.
+were. A function is called as it is. Iterates are kept in float32 at least; what is returned has the inputs' dtype and
+is exactly what the model was judged on.
+
+An image that is misclassified already comes back unchanged under every setting but ``keep="last"``, which stands for
+the last iterate of every image. With ``targets`` success is the target's decision: an image that has it already comes
+back unchanged, and one that is misclassified as something else is led to its target like any other.
+
+A number may be Python's, NumPy's or a tensor without axes; a radius or a step size also a tensor [B] of one for each
+image, and a bound any tensor that broadcasts to ``inputs``. What is none of these, or out of range, is refused with a
+TypeError or ValueError that names the argument.
 """
 
 from fastlip.attacks._apgd import apgd

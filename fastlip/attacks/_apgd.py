@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._batch import Batch, new_batch, rows_of
+from fastlip.attacks._arguments import count, flag, length, radius, share
+from fastlip.attacks._batch import Batch, new_batch, rows_of, within
 from fastlip.attacks._climb import Climb, Keep, walk
+from fastlip.attacks._distance import check_norm
 from fastlip.attacks._losses import Loss, check_loss
 from fastlip.attacks._model import Model, attacked
 from fastlip.attacks._pgd import check_settings, first_iterate, warn_of_lost_gradients
 from fastlip.attacks._prepare import network_of
 from fastlip.ops import Bounds, Norm, PerSample
 
-#: Radii, in multiples of eps, and shares of the steps of sparse APGD's schedule (Croce and Hein 2021, section 3.2).
-_RADII, _SHARES = (3.0, 2.0, 1.0), (0.3, 0.3)
+#: Radii above eps, in multiples of it, and their shares of the steps in sparse APGD's schedule (Croce and Hein 2021,
+#: section 3.2).
+_RADII, _SHARES = (3.0, 2.0), (0.3, 0.3)
 #: Columns of :attr:`fastlip.ops.APGDState.counters`.
 _KEPT, _SUPPORT = 3, 4
 
@@ -74,8 +77,9 @@ def apgd(
         early_stop: as in :func:`pgd`.
         momentum: weight of the step against the last update (alpha in the paper); unused in "l1".
         rho: share of steps that must increase the loss, or else the step size is halved; unused in "l1".
-        larger_eps: spend the first 30% of the steps in the ball of radius 3 eps and the next 30% in that of 2 eps, as
-            published for "l1". None: in "l1" where ``random_start`` is True and there are 10 steps at least.
+        larger_eps: spend the first 30% of the steps (rounded up) in the ball of radius 3 eps and the next 30% in that
+            of 2 eps, as published for "l1"; what counts is found in that of radius eps alone. None: in "l1" where
+            ``random_start`` is True and there are 10 steps at least.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
         targets: classes to reach, [B] int64; success is then this decision, and no other.
         start: points to begin from when ``random_start`` is False, projected onto ball and box; ``inputs`` if None.
@@ -89,22 +93,28 @@ def apgd(
         ValueError: a value or shape is wrong, inputs leave the bounds, or the model's output is not differentiable.
         TypeError: a type or dtype is wrong.
     """
+    bounds = within(inputs, bounds)
+    steps, restarts = check_settings(steps, restarts, keep, early_stop, random_start, start, generator, inputs)
     check_loss(loss)
-    check_settings(steps, restarts, keep, random_start, start, inputs)
-    if target_classes < 0:
-        raise ValueError(f"target_classes must be at least 0, got {target_classes}")
+    check_norm(norm)
+    target_classes = count(target_classes, "target_classes")
+    momentum, rho = share(momentum, "momentum"), share(rho, "rho")
     if target_classes and targets is not None:
         raise ValueError("give either targets or target_classes")
     if larger_eps is None:
         larger_eps = norm == "l1" and random_start and steps >= 10
+    flag(larger_eps, "larger_eps")
+    finite = "where random_start is True, step_size is None or norm is 'l1'"
+    eps = radius(eps, "eps", inputs, finite=finite if random_start or step_size is None or norm == "l1" else "")
+    published = step_size is None
+    step_size = 0.0 if step_size is None else length(step_size, "step_size", inputs)
     with attacked(network_of(model, inputs, fast=fast, precision=precision)) as network:
-        batch = new_batch(
-            inputs, labels, targets, eps=eps, step_size=0.0 if step_size is None else step_size, bounds=bounds, ids=ids
-        )
+        batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids)
         climb = Climb(network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop)
-        run = _Run(climb, steps, published=step_size is None, momentum=momentum, rho=rho, larger_eps=larger_eps)
+        run = _Run(climb, steps, published=published, momentum=momentum, rho=rho, larger_eps=larger_eps)
+        run.from_inputs = not random_start and start is None and len(run.phases) == 1
         standing = batch.take(rows_of(active, inputs))
-        if keep == "best" and (random_start or start is not None or larger_eps):
+        if keep == "best" and not run.from_inputs:
             standing = climb.without_fallen(standing)
         for toward in _headings(climb, standing, target_classes):
             for _ in range(restarts):
@@ -134,7 +144,7 @@ def _headings(climb: Climb, batch: Batch, count: int) -> Iterator[Tensor | None]
 
 
 class _Run:
-    """The settings of a call's runs."""
+    """The settings of a call's runs; ``from_inputs`` where they begin at the images themselves, in the ball proper."""
 
     def __init__(
         self, climb: Climb, steps: int, *, published: bool, momentum: float, rho: float, larger_eps: bool
@@ -143,8 +153,16 @@ class _Run:
         self.published = published
         self.momentum = momentum
         self.rho = rho
-        shares = [math.ceil(share * steps) for share in _SHARES]
-        self.phases = list(zip(_RADII, [*shares, steps - sum(shares)], strict=True)) if larger_eps else [(1.0, steps)]
+        self.from_inputs = False
+        self.phases: list[tuple[float, int]] = []
+        left = steps
+        for multiple, part in zip(_RADII, _SHARES, strict=True) if larger_eps else ():
+            # Shares are rounded up: a run of one or two steps has none left for the later balls.
+            now = min(math.ceil(part * steps), left)
+            left -= now
+            if now:
+                self.phases.append((multiple, now))
+        self.phases.append((1.0, left))
 
     def widest(self, batch: Batch) -> Batch:
         """The batch with the radius of the first phase, in which a run starts."""
@@ -156,8 +174,8 @@ class _Run:
         x: Tensor,  # [K, ...], changed
     ) -> Batch:
         """Take the steps from ``x`` and return the images that still stand."""
-        for phase, (radius, steps) in enumerate(self.phases):
-            ball = replace(batch, eps=radius * batch.eps)
+        for phase, (multiple, steps) in enumerate(self.phases):
+            ball = replace(batch, eps=multiple * batch.eps)
             if phase:
                 x = ops.project_(x, ball.x0, eps=ball.eps, norm=self.climber.norm, bounds=ball.bounds)
             state = self._state(ball, x, steps, continued=phase > 0)
@@ -183,7 +201,7 @@ class _Run:
             nonlocal state
             state = state[kept]
 
-        return walk(self.climber, batch, x, steps, step, leave_behind)
+        return walk(self.climber, batch, x, steps, step, leave_behind, from_inputs=self.from_inputs)
 
     def _state(self, batch: Batch, x: Tensor, steps: int, continued: bool) -> ops.APGDState:
         norm = self.climber.norm

@@ -1,11 +1,11 @@
 """The images of a call and all that goes with each of them, so that those which fell can be left behind."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fastlip.attacks._arguments import check_images, check_inside, check_vector, checked_bounds
 from fastlip.ops import Bounds, PerSample
 
 
@@ -32,7 +32,7 @@ class Batch:
     ) -> "Batch":
         """The images at positions ``kept``."""
         size = len(self)
-        lo, hi = (_take_bound(b, kept, size, self.x0.dim()) for b in self.bounds)
+        lo, hi = (take_bound(b, kept, size, self.x0.dim()) for b in self.bounds)
         return replace(
             self,
             x0=take(self.x0, kept),
@@ -61,11 +61,14 @@ def _take_value(value: PerSample, kept: Tensor) -> PerSample:
     return value[kept] if isinstance(value, Tensor) else value
 
 
-def _take_bound(bound: PerSample, kept: Tensor, size: int, dims: int) -> PerSample:
-    """A bound may be a float, one tensor for all images, or one for each."""
-    if isinstance(bound, Tensor) and bound.dim() == dims and bound.shape[0] == size and size > 1:
-        return bound[kept]
-    return bound
+def take_bound(bound: PerSample, kept: Tensor | slice, size: int, dims: int) -> PerSample:
+    """The bound of the images at positions ``kept``: a float, one tensor for all images, or one for each."""
+    return bound[kept] if isinstance(bound, Tensor) and differs_between_images(bound, size, dims) else bound
+
+
+def differs_between_images(bound: Tensor, size: int, dims: int) -> bool:
+    """Whether a bound of ``size`` inputs with ``dims`` axes has a row for each of them."""
+    return bound.dim() == dims and bound.shape[0] == size and size > 1
 
 
 def new_batch(
@@ -78,21 +81,19 @@ def new_batch(
     bounds: Bounds,
     ids: Tensor | None,  # [B] int64
 ) -> Batch:
-    """Check what every attack is given and widen the images to float32 at least."""
-    check_inputs(inputs, bounds)
+    """The images of a call, widened to float32 at least, with labels, targets and ids that are checked here.
+
+    ``inputs`` and ``bounds`` have been (:func:`within`), and so have ``eps`` and ``step_size``.
+    """
     size = inputs.shape[0]
     for name, classes in (("labels", labels), ("targets", targets)):
-        if classes is not None:
+        if name == "labels" or classes is not None:
             check_vector(classes, name, inputs, torch.int64)
     if ids is not None:
         check_vector(ids, "ids", inputs, torch.int64)
-    check_radius(eps, "eps", inputs)
-    if isinstance(step_size, Tensor):
-        check_vector(step_size, "step_size", inputs)
-    wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     return Batch(
         # Copies: a tensor made under inference_mode cannot take part in autograd.
-        x0=inputs.detach().to(wide, copy=True),
+        x0=inputs.detach().to(wide_dtype(inputs), copy=True),
         labels=labels.clone(),
         targets=None if targets is None else targets.clone(),
         eps=eps,
@@ -101,6 +102,22 @@ def new_batch(
         ids=torch.arange(size, device=inputs.device) if ids is None else ids,
         rows=torch.arange(size, device=inputs.device),
     )
+
+
+def wide_dtype(inputs: Tensor) -> torch.dtype:
+    """The dtype in which iterates are kept."""
+    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
+
+
+def within(
+    inputs: Tensor,  # [B, ...]
+    bounds: Bounds,
+) -> Bounds:
+    """The bounds as floats or tensors; raise where ``inputs`` are not images within them."""
+    check_images(inputs)
+    bounds = checked_bounds(bounds, inputs)
+    check_inside(inputs, bounds)
+    return bounds
 
 
 def rows_of(
@@ -112,50 +129,6 @@ def rows_of(
         return torch.arange(inputs.shape[0], device=inputs.device)
     check_vector(active, "active", inputs, torch.bool)
     return active.nonzero().squeeze(1)
-
-
-def check_inputs(
-    inputs: Tensor,  # [B, ...]
-    bounds: Bounds,
-) -> None:
-    """Raise where ``inputs`` are not images within ``bounds``."""
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        got = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise TypeError(f"inputs must be a floating-point tensor, got {got}")
-    if inputs.dim() == 0:
-        raise ValueError("inputs must have a batch dimension, got a scalar")
-    if not isinstance(bounds, Sequence) or len(bounds) != 2:
-        raise TypeError("bounds must be a pair (lower, upper)")
-    lo, hi = bounds
-    if not bool(((inputs >= lo) & (inputs <= hi)).all()):
-        if bool(inputs.isnan().any()):
-            raise ValueError("inputs hold NaN")
-        least, most = inputs.min().item(), inputs.max().item()
-        raise ValueError(
-            f"inputs must lie within bounds, but hold values from {least:g} to {most:g}: "
-            "scale them, or pass the bounds they have (normalisation belongs into the model)"
-        )
-
-
-def check_vector(t: Tensor, name: str, inputs: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raise where ``t`` is not one value of ``dtype`` for each of ``inputs``."""
-    if not isinstance(t, Tensor) or t.dtype != (dtype or t.dtype):
-        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name} must be a {dtype} tensor, got {got}")
-    if t.shape != inputs.shape[:1] or t.device != inputs.device:
-        raise ValueError(
-            f"{name} must have shape [{inputs.shape[0]}] on {inputs.device}, got {list(t.shape)} on {t.device}"
-        )
-
-
-def check_radius(value: PerSample, name: str, inputs: Tensor) -> None:
-    """Raise where ``value`` is no radius, nor one for each of ``inputs``."""
-    if isinstance(value, Tensor):
-        check_vector(value, name, inputs)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float or a [B] tensor, got {type(value).__name__}")
-    if not (bool((value >= 0).all()) if isinstance(value, Tensor) else value >= 0):
-        raise ValueError(f"{name} must be at least 0, got {value.min().item() if isinstance(value, Tensor) else value}")
 
 
 def check_classes(

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastlip.attacks._batch import check_classes, new_batch
+from fastlip.attacks._arguments import check_model, check_vector
+from fastlip.attacks._batch import check_classes, new_batch, take_bound, within
 from fastlip.attacks._losses import attack_loss
 from fastlip.attacks._model import Model, Network, attacked, unwrapped
 from fastlip.ops import Bounds
@@ -37,11 +38,16 @@ def diagnose(
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
     """
-    inputs, labels = inputs[:_IMAGES], labels[:_IMAGES]
+    check_model(model)
+    bounds = within(inputs, bounds)
+    check_vector(labels, "labels", inputs, torch.int64)
+    few = slice(_IMAGES)
+    lo, hi = (take_bound(b, few, len(inputs), inputs.dim()) for b in bounds)
+    inputs, labels = inputs[few], labels[few]
     network = model if isinstance(model, Network) else Network(unwrapped(model))
     found = []
     with attacked(network):
-        batch = new_batch(inputs, labels, None, eps=0.0, step_size=0.0, bounds=bounds, ids=None)
+        batch = new_batch(inputs, labels, None, eps=0.0, step_size=0.0, bounds=(lo, hi), ids=None)
         if len(batch) == 0:
             return []
         x = batch.x0.to(inputs.dtype)

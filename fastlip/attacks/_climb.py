@@ -57,10 +57,11 @@ class Climb:
             return batch
         x = batch.x0.to(self.result.dtype)
         if self.network.exact:
-            logits = self.judge(batch, x)
-            return batch.take(rows_where(~succeeded(logits, batch.labels, batch.targets)))
-        _, fell, doubtful = self.losses(batch, x, gradient=False)
-        return batch.take(rows_where(~self.confirmed(batch, x, fell, fell | doubtful)))
+            fell = succeeded(self.judge(batch, x), batch.labels, batch.targets)
+        else:
+            _, hit, doubtful = self.losses(batch, x, gradient=False)
+            fell = self.settled(batch, x, hit, doubtful)
+        return batch.take(rows_where(~fell))
 
     def seen(self, batch: Batch, x: Tensor) -> Tensor:
         """The iterate in the inputs' dtype, still feasible: what the model judges and the caller gets."""
@@ -98,6 +99,16 @@ class Climb:
         """Losses at ``seen`` [K], with a graph where a gradient is wanted, and who falls there, by the model's word."""
         losses, hit, _ = self.losses(batch, seen, gradient=gradient)
         return losses, hit if self.network.exact else self.confirmed(batch, seen.detach(), hit, hit)
+
+    def settled(
+        self,
+        batch: Batch,
+        seen: Tensor,  # [K, ...]
+        hit: Tensor,  # [K] bool
+        doubtful: Tensor,  # [K] bool
+    ) -> Tensor:
+        """Who falls at ``seen``, [K] bool, by the model's word wherever the copy's might be another."""
+        return hit if self.network.exact else self.confirmed(batch, seen, hit, hit | doubtful)
 
     def confirmed(
         self,
@@ -198,8 +209,7 @@ class Trail:
         self.waited += waiting
         if waiting and self.waited >= min(_PATIENCE, len(self.batch)):
             self.confirm()
-        kept = rows_where(~self.hit | self.claimed)
-        return kept if len(kept) < len(self.batch) else None
+        return fewer(~self.hit | self.claimed)
 
     def confirm(self, also: Tensor | None = None) -> None:
         """Ask the model about what the copy claims, and about the images ``also`` [K] bool that have not fallen."""
@@ -233,6 +243,8 @@ def walk(
     steps: int,
     step: Callable[[Batch, Tensor, Tensor, Tensor], None],
     leave_behind: Callable[[Tensor], None] = lambda kept: None,
+    *,
+    from_inputs: bool = False,
 ) -> Batch:
     """Take ``steps`` from ``x``, keep the best of all iterates, and return the images that still stand.
 
@@ -243,17 +255,22 @@ def walk(
         steps: gradient steps.
         step: called with the batch, x (to be moved in place), the gradients and the losses [K].
         leave_behind: called with the positions of the images that go on, [M] int64, where some do not.
+        from_inputs: whether ``x`` are the images themselves. Those that are misclassified then go no further, except
+            with ``keep="last"``: the first iterate tells them apart, and nobody has to look at the images before.
     """
     trail = Trail(climb, batch)
     for count in range(steps + 1):
         final = count == steps
         seen = climb.seen(trail.batch, x)
         losses, hit, doubtful = climb.losses(trail.batch, seen, gradient=not final)
+        clean = from_inputs and count == 0 and climb.keep == "best"
+        if clean:
+            hit = climb.settled(trail.batch, seen.detach(), hit, doubtful)
         if climb.keep == "best":
             trail.offer(seen, losses, hit, doubtful)
         elif final:
             trail.replace(seen, hit, doubtful)
-        kept = None if final else trail.standing(count)
+        kept = None if final else fewer(~hit) if clean else trail.standing(count)
         if final or (kept is not None and len(kept) == 0):
             break
         grad, losses = climb.gradient(losses, seen, x), losses.detach()
@@ -269,6 +286,12 @@ def free_gradient(batch: Batch, x: Tensor, grad: Tensor) -> Tensor:
     """``grad`` without the elements that the box stops: a sparse step moves few, and spends none on those."""
     lo, hi = batch.bounds
     return torch.where((grad > 0) & (x >= hi) | (grad < 0) & (x <= lo), 0.0, grad)
+
+
+def fewer(mask: Tensor) -> Tensor | None:
+    """Positions of the true elements, [M] int64; None where all are."""
+    kept = rows_where(mask)
+    return kept if len(kept) < len(mask) else None
 
 
 def rows_where(mask: Tensor) -> Tensor:

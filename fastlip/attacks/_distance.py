@@ -3,11 +3,17 @@
 import torch
 from torch import Tensor
 
+from fastlip.attacks._arguments import check_choice
 from fastlip.ops import Bounds, Norm
 
 ORDER = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 #: Order of the dual norm, in which a gradient's length is the steepest slope.
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
+
+
+def check_norm(norm: str) -> None:
+    """Raise where the norm is none of those known."""
+    check_choice(norm, "norm", tuple(ORDER))
 
 
 def distance(

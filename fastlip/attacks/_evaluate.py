@@ -3,7 +3,7 @@
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlip.attacks._batch import check_classes, check_inputs, check_radius, take
+from fastlip.attacks._arguments import check_images, check_model, count, flag, integer, number, radius, shown
+from fastlip.attacks._batch import check_classes, differs_between_images, take, within
 from fastlip.attacks._checks import AttackWarning, diagnose
 from fastlip.attacks._climb import rows_where
-from fastlip.attacks._distance import ORDER, distance
+from fastlip.attacks._distance import check_norm, distance
 from fastlip.attacks._losses import succeeded
 from fastlip.attacks._min_norm import MinNormResult
 from fastlip.attacks._model import Model, Network, attacked
 from fastlip.attacks._passes import Passes, count_passes
-from fastlip.attacks._prepare import prepare
+from fastlip.attacks._prepare import check_precision, prepare
 from fastlip.attacks._progress import Progress, shower
 from fastlip.attacks._suite import Attack, is_black_box
-from fastlip.ops import Bounds, Norm
+from fastlip.ops import Bounds, Norm, PerSample
 
 #: Values of :attr:`Evaluation.fell_to` for images that no attack felled.
 STANDING, MISCLASSIFIED = -1, -2
@@ -67,7 +68,13 @@ class Evaluation:
         return self.robust.double().mean().item()
 
     def accuracy_after(self, attack: str) -> float:
-        """Share of images still standing once ``attack`` and all before it had run."""
+        """Share of images still standing once ``attack`` and all before it had run.
+
+        Raises:
+            ValueError: no attack has that name.
+        """
+        if attack not in self.attacks:
+            raise ValueError(f"attack must be one of {', '.join(self.attacks)}, got {shown(attack)}")
         last = self.attacks.index(attack)
         fallen = self.success[: last + 1].any(0)
         return (self.clean & ~fallen).double().mean().item()
@@ -105,12 +112,17 @@ def evaluate(
 ) -> Evaluation:
     """Run the attacks one after another, each on the images that still stand, and judge what they return.
 
-    An attack is called as ``attack(model, inputs, labels)`` and returns images, or a :class:`MinNormResult`; parameters
-    ``ids``, ``generator``, ``fast`` and ``precision`` are passed where it has them (:func:`pgd`, :func:`apgd`,
-    :func:`square`, ``functools.partial`` of them, an attack of one's own, another library's). What it returns is judged
-    by the model itself in eval mode, and counts only inside the bounds and, where ``norm`` and ``eps`` are given, the
-    ball. Images stay where they are until their batch is due; standing images are packed into full batches anew for
-    each attack.
+    An attack is called as ``attack(model, inputs, labels)``, the model in eval mode, and returns images, or a
+    :class:`MinNormResult`; parameters ``bounds``, ``ids``, ``generator``, ``fast`` and ``precision`` are passed where
+    it has them and they are not given already (:func:`pgd`, :func:`apgd`, :func:`square`, ``functools.partial`` of
+    them, an attack of one's own, another library's). Of bounds that differ between images the batch's are passed, also
+    where a partial holds those of all N. What an attack is handed are copies: whatever it writes into them, its images
+    are judged against the caller's.
+
+    What it returns is brought into the dtype of ``inputs``, each element rounded towards the image's own so that no
+    perturbation grows, and that is what the model itself judges in eval mode and what is kept. It counts only inside
+    the bounds and, where ``norm`` and ``eps`` are given, the ball. Images stay where they are until their batch is due;
+    standing images are packed into full batches anew for each attack.
 
     Args:
         model: maps inputs to logits [B, C].
@@ -119,7 +131,8 @@ def evaluate(
         attacks: by name, in the order in which they run; see :func:`suite`.
         norm: norm of the ball that successes are checked against; unchecked if None.
         eps: its radius.
-        bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to one image.
+        bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``, so for each image
+            too.
         batch_size: images at a time.
         every_attack: show every correctly classified image to every attack, so that each has an accuracy of its own.
         ids: [N] int64 sample ids, from which random draws follow; 0 .. N-1 if None.
@@ -136,25 +149,33 @@ def evaluate(
         ValueError: a value or shape is wrong, inputs leave the bounds, or an attack returned something else.
         TypeError: a type or dtype is wrong.
     """
-    _check_call(inputs, labels, attacks, norm, eps, ids, batch_size, bounds)
-    where = torch.device(device) if device is not None else _device_of(model, inputs)
-    run = _Evaluating(model, inputs, labels, where, bounds, batch_size, norm, eps, ids, seed)
+    bounds = _check_call(model, inputs, labels, attacks, norm, eps, ids, bounds)
+    batch_size, seed = count(batch_size, "batch_size", 1), integer(seed, "seed")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    for name, value in (("every_attack", every_attack), ("fast", fast), ("check", check)):
+        flag(value, name)
+    check_precision(precision)
+    show = shower(progress)
+    where = _device(device, model, inputs)
+    run = _Evaluating(
+        model, inputs, labels, where, bounds, batch_size, norm, None if eps is None else number(eps, "eps"), ids, seed
+    )
     found: list[str] = []
     if check:
-        few = slice(0, min(64, len(inputs)))
-        found = diagnose(model, inputs[few].to(where), labels[few].to(where), bounds=bounds)
+        few = torch.arange(min(64, len(inputs)))
+        found = diagnose(model, *run.at(few), bounds=run.box(few))
     network = model
     if fast or precision:
-        network = prepare(model, inputs[:8].to(where), fast=fast, precision=precision)
+        network = prepare(model, run.at(torch.arange(min(8, len(inputs))))[0], fast=fast, precision=precision)
     run.judge_clean()
-    show = shower(progress)
     passes: dict[str, Passes] = {}
     seconds: dict[str, float] = {}
     white_box = False
     for position, (name, attack) in enumerate(attacks.items()):
         begin = time.perf_counter()
         before = int(run.robust.sum())
-        counted = run.attack_all(network, attack, position, every_attack, partial(_named, show, name))
+        counted = run.attack_all(network, name, attack, position, every_attack, partial(_named, show, name))
         if counted is not None:
             passes[name] = counted
         seconds[name] = time.perf_counter() - begin
@@ -206,7 +227,7 @@ class _Evaluating:
         self.network = prepare(model, inputs, fast=False)
         self.inputs, self.labels = inputs.detach(), labels.to(inputs.device)
         self.device, self.batch_size = device, batch_size
-        self.lo, self.hi = (b.to(device) if isinstance(b, Tensor) else b for b in bounds)
+        self.bounds = bounds
         self.norm, self.eps, self.seed = norm, eps, seed
         self.ids = torch.arange(count) if ids is None else ids.cpu()
         self.clean = torch.zeros(count, dtype=torch.bool)
@@ -220,8 +241,22 @@ class _Evaluating:
         return list(rows.split(self.batch_size)) if len(rows) else []
 
     def at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels of ``rows``, copies where the model is."""
         there = rows.to(self.inputs.device)
         return take(self.inputs, there).to(self.device), self.labels[there].to(self.device)
+
+    def box(self, rows: Tensor, bounds: Bounds | None = None) -> Bounds:
+        """Those of ``bounds`` (the evaluation's if None) that belong to ``rows``, copies where the model is."""
+
+        def of_rows(bound: PerSample) -> PerSample:
+            if not isinstance(bound, Tensor):
+                return bound
+            if not differs_between_images(bound, len(self.inputs), self.inputs.dim()):
+                return torch.empty_like(bound, device=self.device).copy_(bound)
+            return bound[rows.to(bound.device)].to(self.device)
+
+        lo, hi = self.bounds if bounds is None else bounds
+        return of_rows(lo), of_rows(hi)
 
     def judge_clean(self) -> None:
         for rows in self.batches(torch.arange(len(self.labels))):
@@ -239,7 +274,7 @@ class _Evaluating:
             return succeeded(logits, y, None)
 
     def attack_all(
-        self, network: Model, attack: Attack, position: int, everyone: bool, show: Callable[[int, int], None]
+        self, network: Model, name: str, attack: Attack, position: int, everyone: bool, show: Callable[[int, int], None]
     ) -> Passes | None:
         """Show the images to ``attack``, and count what it sent through the model."""
         self.outside = 0
@@ -249,38 +284,86 @@ class _Evaluating:
         model = self.network.model
         show(0, len(todo))
         for done, rows in enumerate(self.batches(todo)):
-            x, y = self.at(rows)
-            generator = torch.Generator(self.device).manual_seed(self.seed + _STRIDE * position)
-            offered = {"ids": self.ids[rows].to(self.device), "generator": generator}
             if isinstance(model, nn.Module):
                 with count_passes(model) as passes:
-                    found = _call(attack, network, x, y, offered)
+                    found = self.found_by(network, attack, rows, position)
                 counted.forward += passes.forward
                 counted.backward += passes.backward
             else:
-                found = _call(attack, network, x, y, offered)
-            self.take_in(rows, x, y, found, position)
+                found = self.found_by(network, attack, rows, position)
+            self.take_in(rows, found, name, position)
             show(min((done + 1) * self.batch_size, len(todo)), len(todo))
         return counted if isinstance(model, nn.Module) else None
 
-    def take_in(self, rows: Tensor, x: Tensor, y: Tensor, found: Tensor, position: int) -> None:
-        """Judge what an attack returned for ``rows``."""
-        wrong = self.wrong(found, y)
-        inside = self.feasible(found, x)
+    def found_by(self, network: Model, attack: Attack, rows: Tensor, position: int) -> object:
+        """What ``attack`` returns for ``rows``."""
+        try:
+            known = inspect.signature(attack).parameters
+        except (TypeError, ValueError):
+            known = {}  # type: ignore[assignment]
+        given = getattr(attack, "keywords", None)
+        given = given if isinstance(given, dict) else {}
+        offered: dict[str, Any] = {}
+        if "ids" in known and "ids" not in given:
+            offered["ids"] = self.ids[rows].to(self.device)
+        if "generator" in known and "generator" not in given:
+            offered["generator"] = torch.Generator(self.device).manual_seed(self.seed + _STRIDE * position)
+        if "bounds" in known:
+            bounds = given.get("bounds")
+            if bounds is None or _is_pair(bounds):
+                offered["bounds"] = self.box(rows, bounds)
+        ours = "fast" in known and "precision" in known
+        model = network if ours or not isinstance(network, Network) else network.model
+        with attacked(self.network):
+            return attack(model, *self.at(rows), **offered)
+
+    def take_in(self, rows: Tensor, found: object, name: str, position: int) -> None:
+        """Judge what an attack returned for ``rows``, beside images and labels that it has not had in its hands."""
+        x, y = self.at(rows)
+        kept = _rounded(_images_of(found, x, name), x)
+        wrong = self.wrong(kept, y)
+        inside = self.feasible(kept, x, self.box(rows))
         self.outside += int((wrong & ~inside).sum())
         fell = (wrong & inside).cpu()
         self.success[position, rows] = fell
         first = rows[fell & self.robust[rows]]
         self.fell_to[first] = position
-        self.adversarial[first] = found[(fell & self.robust[rows]).to(found.device)].detach().to(self.adversarial)
+        self.adversarial[first] = kept[(fell & self.robust[rows]).to(kept.device)].cpu()
         self.robust[rows[fell]] = False
 
-    def feasible(self, found: Tensor, x: Tensor) -> Tensor:
-        inside = ((found >= self.lo) & (found <= self.hi)).flatten(1).all(1)
+    def feasible(self, found: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
+        lo, hi = bounds
+        inside = ((found >= lo) & (found <= hi)).flatten(1).all(1)
         if self.norm is None or self.eps is None:
             return inside
         half_ulp = distance(torch.finfo(found.dtype).eps / 2 * found, torch.zeros_like(found), self.norm)
         return inside & (distance(found, x, self.norm) <= self.eps * (1 + 1e-5) + half_ulp)
+
+
+def _is_pair(bounds: object) -> bool:
+    """Whether these are bounds as fastlip has them, of which there may be a pair for each image."""
+    return isinstance(bounds, Sequence) and len(bounds) == 2 and any(isinstance(b, Tensor) for b in bounds)
+
+
+def _images_of(found: object, x: Tensor, name: str) -> Tensor:
+    """The images that the attack ``name`` returned for ``x``."""
+    images = found.adversarial if isinstance(found, MinNormResult) else found
+    if not isinstance(images, Tensor) or images.shape != x.shape:
+        got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"attacks: {name!r} must return images of the shape {list(x.shape)}, got {got}")
+    if not images.is_floating_point():
+        raise ValueError(f"attacks: {name!r} must return images of floating-point numbers, got {images.dtype}")
+    return images.detach().to(x.device)
+
+
+def _rounded(found: Tensor, x: Tensor) -> Tensor:
+    """``found`` in the dtype of ``x``, each element rounded towards x's, so that none leaves a ball or a box by it."""
+    if found.dtype == x.dtype:
+        return found
+    near = found.to(x.dtype)
+    beyond = (near.double() - x.double()).abs() > (found.double() - x.double()).abs()
+    # On the CPU, where every dtype has it.
+    return torch.where(beyond, torch.nextafter(near.cpu(), x.cpu()).to(x.device), near)
 
 
 def _named(show: Progress, name: str, done: int, total: int) -> None:
@@ -291,22 +374,14 @@ def _named(show: Progress, name: str, done: int, total: int) -> None:
 _STRIDE = 1_000_003
 
 
-def _call(attack: Attack, network: Model, x: Tensor, y: Tensor, offered: dict[str, Any]) -> Tensor:
+def _device(device: torch.device | str | None, model: Model, inputs: Tensor) -> torch.device:
+    """Where the model is."""
+    if device is None:
+        return _device_of(model.model if isinstance(model, Network) else model, inputs)
     try:
-        known = inspect.signature(attack).parameters
-    except (TypeError, ValueError):
-        known = {}  # type: ignore[assignment]
-    ours = "fast" in known and "precision" in known
-    model = network if ours or not isinstance(network, Network) else network.model
-    taken = {k: v for k, v in offered.items() if k in known}
-    if isinstance(attack_keywords := getattr(attack, "keywords", None), dict):
-        taken = {k: v for k, v in taken.items() if k not in attack_keywords}
-    found = attack(model, x, y, **taken)
-    images = found.adversarial if isinstance(found, MinNormResult) else found
-    if not isinstance(images, Tensor) or images.shape != x.shape:
-        got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"an attack must return images of the shape {list(x.shape)}, got {got}")
-    return images.detach()
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch.device, its name or None, got {shown(device)}") from error
 
 
 def _device_of(model: Model, inputs: Tensor) -> torch.device:
@@ -316,15 +391,17 @@ def _device_of(model: Model, inputs: Tensor) -> torch.device:
 
 
 def _check_call(
+    model: Model,
     inputs: Tensor,
     labels: Tensor,
     attacks: Mapping[str, Attack],
     norm: Norm | None,
     eps: float | None,
     ids: Tensor | None,
-    batch_size: int,
     bounds: Bounds,
-) -> None:
+) -> Bounds:
+    """The bounds, beside ``inputs``."""
+    check_model(model)
     if not isinstance(attacks, Mapping):
         raise TypeError(f"attacks must be a mapping from names to attacks, got {type(attacks).__name__}; see suite()")
     for name, attack in attacks.items():
@@ -332,16 +409,20 @@ def _check_call(
             raise TypeError(f"attacks must be callable, but {name!r} is of type {type(attack).__name__}")
     if (norm is None) != (eps is None):
         raise ValueError("give both norm and eps, or neither")
-    if norm is not None and norm not in ORDER:
-        raise ValueError(f"norm must be one of {', '.join(ORDER)}, got {norm!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    check_inputs(inputs, bounds)
-    if isinstance(eps, Tensor):
+    check_images(inputs)
+    if norm is not None:
+        check_norm(norm)
+    if isinstance(eps, Tensor) and eps.dim() > 0:
         raise TypeError("eps must be one float for all images")
     if eps is not None:
-        check_radius(eps, "eps", inputs)
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != inputs.shape[:1]:
-        raise ValueError(f"labels must be an int64 tensor of shape [{len(inputs)}]")
-    if ids is not None and (ids.dtype != torch.int64 or ids.shape != labels.shape):
-        raise ValueError(f"ids must be int64 of shape {list(labels.shape)}, got {ids.dtype} {list(ids.shape)}")
+        radius(eps, "eps", inputs)
+    for what, values in (("labels", labels), ("ids", ids)):
+        if what == "labels" or values is not None:
+            if not isinstance(values, Tensor) or values.dtype != torch.int64:
+                raise TypeError(f"{what} must be a torch.int64 tensor of shape [{len(inputs)}], got {shown(values)}")
+            if values.shape != inputs.shape[:1]:
+                raise ValueError(f"{what} must be of shape [{len(inputs)}], got {list(values.shape)}")
+    if isinstance(bounds, tuple) and len(bounds) == 2:
+        lo, hi = (b.to(inputs.device) if isinstance(b, Tensor) else b for b in bounds)
+        bounds = lo, hi
+    return within(inputs, bounds)

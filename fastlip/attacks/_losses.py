@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastlip.attacks._arguments import check_choice
+
 Loss = Literal["dlr", "ce", "margin"]
 
 
@@ -30,8 +32,8 @@ def attack_loss(
 
 
 def check_loss(name: str) -> None:
-    if name not in _LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {name!r}")
+    """Raise where the loss is none of those known."""
+    check_choice(name, "loss", tuple(_LOSSES))
 
 
 def succeeded(

@@ -1,18 +1,19 @@
 """The smallest perturbation that changes a decision: FMN, and a search over eps around PGD."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastlip.attacks._batch import Batch, check_radius, new_batch, rows_of, take
+from fastlip.attacks._arguments import check_choice, count, number, radius, share
+from fastlip.attacks._batch import Batch, new_batch, rows_of, take, within
 from fastlip.attacks._climb import Climb, rows_where
-from fastlip.attacks._distance import ORDER, distance, largest_radius, slope
+from fastlip.attacks._distance import check_norm, distance, largest_radius, slope
 from fastlip.attacks._fmn import fmn
 from fastlip.attacks._losses import Loss, check_loss, succeeded
 from fastlip.attacks._model import Model, attacked
-from fastlip.attacks._pgd import pgd
+from fastlip.attacks._pgd import default_step, first_iterate, pgd_run, warn_of_lost_gradients
 from fastlip.attacks._prepare import network_of
 from fastlip.ops import Bounds, Norm, PerSample
 
@@ -20,6 +21,8 @@ Method = Literal["search", "fmn", "both"]
 
 #: A radius to begin with where the margin is next to nothing.
 _LEAST_RADIUS = 1e-6
+#: A radius that no search goes beyond: steps in proportion to it stay finite in float32.
+_LARGEST_RADIUS = 1e30
 
 #: Forward passes spent on pulling a success back to the decision boundary.
 _HALVINGS = 6
@@ -98,19 +101,21 @@ def min_norm(
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
     """
+    bounds = within(inputs, bounds)
     check_loss(loss)
-    if norm not in ORDER:
-        raise ValueError(f"norm must be one of {', '.join(ORDER)}, got {norm!r}")
-    if method not in ("search", "fmn", "both"):
-        raise ValueError(f"method must be search, fmn or both, got {method!r}")
-    for name, count, least in (("steps", steps, 0), ("search_steps", search_steps, 1), ("fmn_steps", fmn_steps, 1)):
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}")
+    check_norm(norm)
+    check_choice(method, "method", ("search", "fmn", "both"))
+    steps, sparsity = count(steps, "steps"), share(sparsity, "sparsity")
+    search_steps, fmn_steps = count(search_steps, "search_steps", 1), count(fmn_steps, "fmn_steps", 1)
+    tolerance = number(tolerance, "tolerance")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
     if eps_max is None:
         limit = largest_radius(inputs, norm, bounds)
     else:
-        check_radius(eps_max, "eps_max", inputs)
-        limit = torch.as_tensor(eps_max, dtype=torch.float64, device=inputs.device).expand(len(inputs)).clone()
+        eps_max = radius(eps_max, "eps_max", inputs)
+        limit = torch.as_tensor(eps_max, dtype=torch.float64, device=inputs.device).expand(len(inputs))
+    limit = limit.clamp_max(_LARGEST_RADIUS)
     with attacked(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=0.0, step_size=0.0, bounds=bounds, ids=None)
         climb = Climb(network, inputs, norm=norm, loss="margin")
@@ -119,8 +124,7 @@ def min_norm(
         estimate, wrong = _first_radius(climb, batch)
         search.begin(estimate, wrong)
         climb.loss = loss
-        if method != "search":
-            rows = search.rows()
+        if method != "search" and len(rows := search.rows()) > 0:
             part, originals = batch.take(rows), take(search.inputs, rows)
             found, nearest = fmn(climb, part, estimate[rows], limit[rows], fmn_steps, sparsity)
             hit, found = _pull_back(climb, found, originals, part)
@@ -131,22 +135,10 @@ def min_norm(
             if len(rows) == 0:
                 break
             part, originals = batch.take(rows), take(search.inputs, rows)
-            found = pgd(
-                network,
-                originals,
-                part.labels,
-                norm=norm,
-                eps=search.radius[rows],
-                steps=steps,
-                loss=loss,
-                random_start=False,
-                start=take(search.best, rows),
-                bounds=part.bounds,
-                sparsity=sparsity,
-                targets=part.targets,
-            )
+            found = _found_within(climb, part, originals, search.radius[rows], take(search.best, rows), steps, sparsity)
             hit, found = _pull_back(climb, found, originals, part)
             search.update(rows, hit, found, distance(found, originals, norm), tolerance)
+    warn_of_lost_gradients("min_norm", climb)
     return MinNormResult(adversarial=search.best, distance=search.high, found=search.high.isfinite())
 
 
@@ -206,10 +198,32 @@ class _Search:
 
 def _first_radius(climb: Climb, batch: Batch) -> tuple[Tensor, Tensor]:
     """Radius at which the linearised margin is zero, [B] float64, and which images are misclassified, [B] bool."""
+    if len(batch) == 0:  # not every model takes an empty batch
+        nothing = torch.zeros(0, dtype=torch.float64, device=batch.x0.device)
+        return nothing, nothing.bool()
     x = climb.seen(batch, batch.x0)
-    margin, wrong = climb.look(batch, x, gradient=True)
+    margin, hit, doubtful = climb.losses(batch, x, gradient=True)
     estimate = -margin.detach().double() / slope(climb.gradient(margin, x, x), climb.norm)
+    wrong = climb.settled(batch, x.detach(), hit, doubtful)
     return estimate.nan_to_num(nan=torch.inf).clamp_min(_LEAST_RADIUS), wrong
+
+
+def _found_within(
+    climb: Climb,
+    batch: Batch,
+    originals: Tensor,  # [K, ...]
+    eps: Tensor,  # [K] float64
+    start: Tensor,  # [K, ...]
+    steps: int,
+    sparsity: float,
+) -> Tensor:
+    """What :func:`pgd` finds within ``eps`` of images that are classified correctly, from ``start``; [K, ...]."""
+    inner = Climb(climb.network, originals, norm=climb.norm, loss=climb.loss)
+    rows = torch.arange(len(batch), device=batch.x0.device)
+    ball = replace(batch, eps=eps, step_size=default_step(eps, steps), rows=rows)
+    pgd_run(inner, ball, first_iterate(ball, climb.norm, False, start, None), steps, sparsity, from_inputs=False)
+    climb.lost_gradients |= inner.lost_gradients
+    return inner.result
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastlip.attacks._batch import check_classes, new_batch, rows_of, take
+from fastlip.attacks._arguments import check_generator, count, number
+from fastlip.attacks._batch import check_classes, new_batch, rows_of, take, within
 from fastlip.attacks._losses import succeeded
 from fastlip.attacks._min_norm import MinNormResult
 from fastlip.attacks._model import Model, attacked, logits_of
@@ -56,9 +57,11 @@ def min_sigma(
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
     """
-    for name, count, least in (("directions", directions, 1), ("levels", levels, 2), ("halvings", halvings, 0)):
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}")
+    bounds = within(inputs, bounds)
+    check_generator(generator)
+    directions, levels = count(directions, "directions", 1), count(levels, "levels", 2)
+    halvings = count(halvings, "halvings")
+    sigma_min, sigma_max = number(sigma_min, "sigma_min"), number(sigma_max, "sigma_max")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
             f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {sigma_min}, {sigma_max}"

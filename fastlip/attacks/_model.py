@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastlip.attacks._arguments import check_model, number, shown
 from fastlip.attacks._passes import report
 
 Model = Callable[[Tensor], Tensor]
@@ -23,12 +24,18 @@ class Network:
         faster: the copy; None follows the model's own gradients.
         rounding: largest difference to be expected between their logits, relative to an image's spread of logits.
             Where that cannot change a decision the model is not asked.
+
+    Raises:
+        TypeError: a type is wrong.
     """
 
     def __init__(self, model: Model, faster: Model | None = None, rounding: float = math.inf) -> None:
+        check_model(model)
+        if faster is not None and not callable(faster):
+            raise TypeError(f"faster must map inputs to logits [B, C] or be None, got {shown(faster)}")
         self.model = model
         self.faster = faster
-        self.rounding = rounding
+        self.rounding = number(rounding, "rounding")
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return self.model(inputs)
@@ -61,18 +68,20 @@ class Network:
 def attacked(network: Network) -> Iterator[Network]:
     """The network in eval mode with gradients available, whatever mode the caller is in; modes are put back after.
 
-    Modes are kept per module, because a network may be partly frozen.
+    Modes are kept per module, because a network may be partly frozen, and put back whatever was done to them meanwhile.
     """
     model = network.model
-    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
     try:
-        for module in training:
-            module.training = False
+        for module, training in modes:
+            if training:
+                module.training = False
         with torch.inference_mode(False), torch.enable_grad():
             yield network
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            if module.training != training:
+                module.training = training
 
 
 def unwrapped(model: Model) -> Model:

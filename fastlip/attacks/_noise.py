@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._batch import check_inputs, check_radius
+from fastlip.attacks._arguments import check_generator, check_vector, radius
+from fastlip.attacks._batch import wide_dtype, within
 from fastlip.ops import Bounds, PerSample
 
 #: Scales noise beyond any ball of interest, so that the projection alone decides its length.
@@ -37,21 +38,24 @@ def gaussian_noise(
         generator: source of the noise, advanced by one draw; the device's default generator if None.
 
     Raises:
-        ValueError: not exactly one of ``sigma`` and ``norm`` is given, inputs leave the bounds, or a shape is wrong.
-        TypeError: a dtype is wrong.
+        ValueError: not exactly one of ``sigma`` and ``norm`` is given, a value or shape is wrong, or inputs leave the
+            bounds.
+        TypeError: a type or dtype is wrong.
     """
     if (sigma is None) == (norm is None):
         raise ValueError("give either sigma or norm")
-    check_inputs(inputs, bounds)
+    bounds = within(inputs, bounds)
+    check_generator(generator)
+    if ids is not None:
+        check_vector(ids, "ids", inputs, torch.int64)
+    x0 = inputs.detach().to(wide_dtype(inputs))
     if norm is not None:
-        check_radius(norm, "norm", inputs)
-    wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-    x0 = inputs.detach().to(wide)
-    z = standard_normal(x0, ids=ids, generator=generator)
-    if norm is not None:
+        norm = radius(norm, "norm", inputs)
+        z = standard_normal(x0, ids=ids, generator=generator)
         moved = ops.project_(x0 + _FAR * z, x0, eps=norm, norm="l2", bounds=bounds)
         return moved.to(inputs.dtype)
-    assert sigma is not None
+    sigma = radius(sigma, "sigma", inputs, finite="and at least 0")
+    z = standard_normal(x0, ids=ids, generator=generator)
     return add_noise(x0, z, sigma, bounds).to(inputs.dtype)
 
 
@@ -79,12 +83,6 @@ def add_noise(
 ) -> Tensor:
     """x0 + sigma z, clipped to ``bounds``."""
     if isinstance(sigma, Tensor):
-        if sigma.shape != x0.shape[:1]:
-            raise ValueError(f"sigma must be a float or have shape [{x0.shape[0]}], got {list(sigma.shape)}")
-        if not bool(((sigma >= 0) & sigma.isfinite()).all()):
-            raise ValueError("sigma must be finite and at least 0")
         sigma = sigma.to(x0.dtype).reshape(-1, *([1] * (x0.dim() - 1)))
-    elif not 0 <= sigma < math.inf:
-        raise ValueError(f"sigma must be finite and at least 0, got {sigma}")
     lo, hi = (torch.as_tensor(b, dtype=x0.dtype, device=x0.device) for b in bounds)
     return torch.minimum(torch.maximum(x0 + sigma * z, lo), hi)

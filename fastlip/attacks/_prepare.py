@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from fastlip.attacks._arguments import check_images, check_model, flag
 from fastlip.attacks._graphs import Graphed
 from fastlip.attacks._model import Model, Network, unwrapped
 from fastlip.attacks._rewrite import fold, fuse, lower
@@ -48,15 +49,15 @@ def prepare(
         precision: torch.bfloat16 or torch.float16 for the copy; its own precision if None.
 
     Raises:
-        ValueError: the precision is none of those.
-        TypeError: ``inputs`` is no tensor.
+        ValueError: the precision is none of those, or ``inputs`` have no batch dimension.
+        TypeError: ``model`` cannot be called, or ``inputs`` is no tensor of floating-point numbers.
     """
-    if precision not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"precision must be None, torch.bfloat16 or torch.float16, got {precision}")
+    check_precision(precision)
+    flag(fast, "fast")
+    check_model(model)
     if isinstance(model, Network):
         return model
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"inputs must be a floating-point tensor, got {type(inputs).__name__}")
+    check_images(inputs)
     model = unwrapped(model)
     if not (fast or precision) or len(inputs) == 0:
         return Network(model)
@@ -74,6 +75,12 @@ def prepare(
     finally:
         for module in training:
             module.training = True
+
+
+def check_precision(precision: torch.dtype | None) -> None:
+    """Raise where a copy cannot have this precision."""
+    if not any(precision is p for p in (None, torch.bfloat16, torch.float16)):
+        raise ValueError(f"precision must be None, torch.bfloat16 or torch.float16, got {precision!r}")
 
 
 def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: torch.dtype | None) -> Network:

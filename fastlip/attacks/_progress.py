@@ -4,6 +4,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from fastlip.attacks._arguments import flag
+
 Progress = Callable[[int, int, str], None]
 
 _WIDTH = 24
@@ -13,7 +15,7 @@ def shower(progress: bool | Progress) -> Progress:
     """What to call with images done, images in all and a name: a bar on standard error, nothing, or ``progress``."""
     if callable(progress):
         return progress
-    return Bar() if progress else lambda done, total, name: None
+    return Bar() if flag(progress, "progress") else lambda done, total, name: None
 
 
 class Bar:

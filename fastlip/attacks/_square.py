@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._batch import Batch, new_batch, rows_of, take
+from fastlip.attacks._arguments import check_generator, count, number, radius
+from fastlip.attacks._batch import Batch, new_batch, rows_of, take, within
 from fastlip.attacks._climb import Climb, Trail
-from fastlip.attacks._distance import ORDER
+from fastlip.attacks._distance import ORDER, check_norm
 from fastlip.attacks._losses import Loss, check_loss
 from fastlip.attacks._model import Model, attacked
 from fastlip.attacks._prepare import network_of
@@ -71,15 +72,15 @@ def square(
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
     """
+    bounds = within(inputs, bounds)
     check_loss(loss)
-    if norm not in ORDER:
-        raise ValueError(f"norm must be one of {', '.join(ORDER)}, got {norm!r}")
-    if queries < 1:
-        raise ValueError(f"queries must be at least 1, got {queries}")
-    if restarts < 1:
-        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    check_norm(norm)
+    check_generator(generator)
+    queries, restarts = count(queries, "queries", 1), count(restarts, "restarts", 1)
+    share = number(share, "share")
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
+    eps = radius(eps, "eps", inputs, finite="for square, which goes to its ends")
     with attacked(network_of(model, inputs, fast=fast, precision=precision)) as network, torch.no_grad():
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=0.0, bounds=bounds, ids=ids)
         climb = Climb(network, inputs, norm=norm, loss=loss)

@@ -7,6 +7,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastlip.attacks._apgd import apgd
+from fastlip.attacks._arguments import number, shown
+from fastlip.attacks._distance import check_norm
 from fastlip.attacks._min_norm import MinNormResult, min_norm
 from fastlip.attacks._pgd import pgd
 from fastlip.attacks._square import square
@@ -34,8 +36,13 @@ def suite(
     cross-entropy and with DLR. "quick": PGD with 20 steps and APGD-T on 3 classes with 50.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name or the norm is unknown, or the radius below 0.
+        TypeError: the radius is no float.
     """
+    check_norm(norm)
+    eps = number(eps, "eps")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
     ball: dict[str, Any] = {"norm": norm, "eps": eps, "bounds": bounds}
     sparse = norm == "l1"
     if name == "standard":
@@ -52,7 +59,7 @@ def suite(
             "pgd": partial(pgd, loss="ce", **ball),
             "apgd-t": partial(apgd, loss="dlr", target_classes=3, steps=50, **ball),
         }
-    raise ValueError(f"suite must be standard, rand or quick, got {name!r}")
+    raise ValueError(f"suite must be standard, rand or quick, got {shown(name)}")
 
 
 def is_black_box(attack: Attack) -> bool:

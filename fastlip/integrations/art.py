@@ -13,11 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from fastlip.integrations._names import named
 from fastlip.integrations._require import require
 
 _PACKAGE = "adversarial-robustness-toolbox"
 _Base: Any = require("art.attacks", _PACKAGE).EvasionAttack
 _NORMS = {"inf": "linf", "2": "l2", "2.0": "l2", "1": "l1", "1.0": "l1"}
+#: What ART calls arguments of fastlip's.
+_NAMES = {
+    "inputs": "x", "labels": "y", "targets": "y", "step_size": "eps_step", "steps": "max_iter",
+    "bounds": "clip_values",
+}  # fmt: skip
 
 
 def _requirements() -> tuple[Any, ...]:
@@ -88,6 +94,9 @@ class FastlipPGD(_Base):
     ) -> np.ndarray:
         """Return adversarial samples, [B, ...]; ``y`` None takes the classifier's own decisions for the labels.
 
+        One that is misclassified (or, targeted, at its class) already comes back as it is, except with
+        ``keep="last"``.
+
         Integers come back as float32, ART's own type; a PyTorch model sees its own.
 
         Raises:
@@ -143,8 +152,8 @@ class FastlipPGD(_Base):
         }
         model = self.estimator.model
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
-        found = attacks.pgd(model, there(x).to(dtype), labels, **call | self.options)
-        return found.cpu().numpy()
+        with named({ours: theirs for ours, theirs in _NAMES.items() if ours not in self.options}):
+            return attacks.pgd(model, there(x).to(dtype), labels, **call | self.options).cpu().numpy()
 
     def _numpy(
         self, x: np.ndarray, classes: np.ndarray, ids: np.ndarray, eps: Any, step: Any, bounds: Any, seed: int
@@ -156,7 +165,11 @@ class FastlipPGD(_Base):
         start = np.ascontiguousarray(x)
         best = start.copy()
         standing = np.arange(len(x))
+        if self.options.get("keep") != "last":
+            standing = standing[~self._fell(x, classes)]
         for restart in range(max(self.num_random_init, 1)):
+            if len(standing) == 0:
+                break
             rows = standing
             x0 = start[rows]
             radius, length = (v[rows] if isinstance(v, np.ndarray) else v for v in (eps, step))
@@ -170,12 +183,14 @@ class FastlipPGD(_Base):
                 grad = np.ascontiguousarray(self.estimator.loss_gradient(moved, labels), dtype=moved.dtype)
                 _native.pgd_step_(moved, sign * grad, x0, step_size=length, sparsity=self.sparsity, active=None, **ball)
             best[rows] = moved
-            decided = np.argmax(self.estimator.predict(moved, batch_size=self.batch_size), 1)
-            fell = (decided == classes[rows]) if self.targeted else (decided != classes[rows])
-            standing = rows[~fell]
-            if len(standing) == 0:
-                break
+            standing = rows[~self._fell(moved, classes[rows])]
         return best
+
+    def _fell(self, x: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """Whether the attack has succeeded at ``x``, [B] bool."""
+        decided = np.argmax(self.estimator.predict(x, batch_size=self.batch_size), 1)
+        found: np.ndarray = (decided == classes) if self.targeted else (decided != classes)
+        return found
 
 
 def _plain_torch(estimator: Any) -> bool:

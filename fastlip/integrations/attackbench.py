@@ -49,7 +49,8 @@ def as_attackbench(attack: Callable[..., Tensor | MinNormResult], **options: Any
             call["eps"] = _EPS[threat_model]
         if targeted:
             call["targets"] = targets
-        found = attack(model, inputs, labels, **call | options)
+        # Copies: AttackBench judges by what it holds, and an attack may write into what it is handed.
+        found = attack(model, inputs.clone(), labels.clone(), **call | options)
         return found.adversarial if isinstance(found, MinNormResult) else found
 
     name = getattr(attack, "__name__", "attack")

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from fastlip import attacks
 from fastlip.attacks import Evaluation
+from fastlip.integrations._names import named
 from fastlip.ops import Bounds, Norm
 
 _NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2", "L1": "l1"}
+#: What AutoAttack calls arguments of fastlip's.
+_NAMES = {"inputs": "x_orig", "labels": "y_orig", "batch_size": "bs", "progress": "verbose", "suite": "version"}
 
 
 class AutoAttack:
@@ -107,10 +110,11 @@ class AutoAttack:
 
     def _evaluate(self, x: Tensor, y: Tensor, bs: int, suite: dict[str, attacks.Attack]) -> Evaluation:
         seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
-        found = attacks.evaluate(
-            self.model, x, y, suite, norm=_NORMS[self.norm], eps=self.eps, bounds=self.bounds, batch_size=bs, seed=seed,
-            device=self.device, fast=self.fast, precision=self.precision, progress=self.verbose,
-        )  # fmt: skip
+        with named(_NAMES):
+            found = attacks.evaluate(
+                self.model, x, y, suite, norm=_NORMS[self.norm], eps=self.eps, bounds=self.bounds, batch_size=bs,
+                seed=seed, device=self.device, fast=self.fast, precision=self.precision, progress=self.verbose,
+            )  # fmt: skip
         if self.verbose:
             print(found)
         return found
@@ -130,8 +134,8 @@ class AutoAttack:
 
 def _attacks(version: str, names: Sequence[str], norm: Norm, eps: float, bounds: Bounds) -> dict[str, attacks.Attack]:
     if version != "custom":
-        # Any string may come: suite() refuses those that it does not know.
-        return attacks.suite(version, norm=norm, eps=eps, bounds=bounds)  # type: ignore[arg-type]
+        with named(_NAMES):  # any string may come: suite() refuses those that it does not know
+            return attacks.suite(version, norm=norm, eps=eps, bounds=bounds)  # type: ignore[arg-type]
     known = attacks.suite("standard", norm=norm, eps=eps, bounds=bounds)
     known["apgd-dlr"] = partial(attacks.apgd, loss="dlr", norm=norm, eps=eps, bounds=bounds)
     chosen: dict[str, attacks.Attack] = {}

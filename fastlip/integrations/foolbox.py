@@ -12,7 +12,7 @@ and box.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlip import attacks
+from fastlip.integrations._names import named
 from fastlip.integrations._preprocessed import Preprocessed
 from fastlip.integrations._require import require
 from fastlip.ops import Norm
@@ -38,6 +39,9 @@ class FixedEpsilon(_Fixed):
         options: further keywords for ``attack``.
     """
 
+    #: What foolbox calls arguments of the attack's.
+    _names: Mapping[str, str] = {"eps": "epsilons", "labels": "criterion", "targets": "criterion"}
+
     def __init__(self, attack: Callable[..., Tensor], norm: Norm, **options: Any) -> None:
         self.attack = attack
         self.norm = norm
@@ -52,7 +56,11 @@ class FixedEpsilon(_Fixed):
         """Return perturbed inputs no further than ``epsilon``."""
         _no_more(kwargs)
         images, restore, call = _torch_call(model, inputs, criterion)
-        return restore(self.attack(_network(model), images, **call, norm=self.norm, eps=epsilon, **self.at(epsilon)))
+        # Copies: foolbox judges by what it holds, and an attack may write into what it is handed.
+        images, call = images.clone(), {k: v.clone() if isinstance(v, Tensor) else v for k, v in call.items()}
+        with named(self._names):
+            found = self.attack(_network(model), images, **call, norm=self.norm, eps=epsilon, **self.at(epsilon))
+        return restore(found)
 
     def at(self, epsilon: float) -> dict[str, Any]:
         """Keywords for the attack at this radius."""
@@ -75,6 +83,9 @@ class _PGD(FixedEpsilon):
         super().__init__(attacks.pgd, norm, **given | options)
         self.rel_stepsize = rel_stepsize
         self.abs_stepsize = abs_stepsize
+        if "step_size" not in options:
+            given_step = "rel_stepsize" if abs_stepsize is None else "abs_stepsize"
+            self._names = {**self._names, "step_size": given_step}
 
     def at(self, epsilon: float) -> dict[str, Any]:
         step = self.abs_stepsize if self.abs_stepsize is not None else self.rel_stepsize * epsilon

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from fastlip import attacks
+from fastlip.integrations._names import named
 from fastlip.integrations._preprocessed import Preprocessed
 from fastlip.integrations._require import require
 from fastlip.ops import Norm
 
 _Base: Any = require("torchattacks.attack", "torchattacks").Attack
 _NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2", "L1": "l1"}
+#: What torchattacks calls arguments of fastlip's.
+_NAMES = {"step_size": "alpha", "queries": "n_queries", "restarts": "n_restarts", "share": "p_init"}
 
 
 class FastlipAttack(_Base):
@@ -34,6 +37,9 @@ class FastlipAttack(_Base):
         seed: of the random draws of each call; the default generator's if None.
         options: keywords for ``attack``.
     """
+
+    #: Arguments that the class takes by torchattacks' names.
+    _renamed: tuple[str, ...] = ()
 
     def __init__(
         self, attack: Callable[..., Tensor], model: torch.nn.Module, *, seed: int | None = None, **options: Any
@@ -58,7 +64,8 @@ class FastlipAttack(_Base):
             options["targets"] = self.get_target_label(inputs, labels)
         if self.seed is not None:
             options["generator"] = torch.Generator(inputs.device).manual_seed(self.seed)
-        return self.function(self._network(), inputs, labels, **options)
+        with named({ours: theirs for ours, theirs in _NAMES.items() if ours in self._renamed}):
+            return self.function(self._network(), inputs, labels, **options)
 
     def _network(self) -> torch.nn.Module:
         """The model, behind the normalisation that it was said to need."""
@@ -95,6 +102,7 @@ class PGD(FastlipAttack):
     """As torchattacks.PGD: Linf."""
 
     norm: Norm = "linf"
+    _renamed = ("step_size",)
 
     def __init__(
         self,
@@ -153,6 +161,8 @@ class PGDL1(PGD):
 class APGD(FastlipAttack):
     """As torchattacks.APGD, and in L1; ``eot_iter`` is 1 and ``verbose`` prints nothing."""
 
+    _renamed = ("restarts",)
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -182,6 +192,8 @@ class APGD(FastlipAttack):
 class APGDT(FastlipAttack):
     """As torchattacks.APGDT: towards the likeliest wrong classes in turn, and in L1."""
 
+    _renamed = ("restarts",)
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -197,6 +209,8 @@ class APGDT(FastlipAttack):
         **options: Any,
     ) -> None:
         _only_once(eot_iter)
+        if not isinstance(n_classes, int) or n_classes < 2:
+            raise ValueError(f"n_classes must be an int of at least 2, got {n_classes!r}")
         given: dict[str, Any] = {"norm": _norm(norm), "eps": eps, "steps": steps, "restarts": n_restarts, "rho": rho}
         given |= {"loss": "dlr", "target_classes": n_classes - 1}
         super().__init__(attacks.apgd, model, seed=seed, **given | options)
@@ -205,6 +219,8 @@ class APGDT(FastlipAttack):
 
 class Square(FastlipAttack):
     """As torchattacks.Square, and in L1; the schedule is always rescaled to ``n_queries``."""
+
+    _renamed = ("queries", "restarts", "share")
 
     def __init__(
         self,

@@ -117,7 +117,7 @@ def per_element(value: PerSample, x: Tensor, name: str) -> tuple[float, Tensor |
         value = value.expand(x.shape if vary else (1, *x.shape[1:]))
     except RuntimeError:
         raise ValueError(f"{name} must broadcast to x's shape {list(x.shape)}, got {list(value.shape)}") from None
-    if value.stride()[1:] == x.stride()[1:] and (not vary or value.stride(0) == value[0].numel()):
+    if value.stride()[1:] == x.stride()[1:] and (not vary or value.stride(0) == math.prod(x.shape[1:])):
         return 0.0, value
     return 0.0, torch.empty_strided(value.shape, dense_strides(x), dtype=value.dtype, device=x.device).copy_(value)
 

@@ -61,7 +61,7 @@ def test_noise_follows_the_id():
         ({"sigma": 0.1, "norm": 1.0}, "either sigma or norm"),
         ({"sigma": -1.0}, "sigma must be"),
         ({"sigma": torch.tensor([-1.0, 1.0])}, "sigma must be"),
-        ({"sigma": torch.ones(3)}, "sigma must be"),
+        ({"sigma": torch.ones(3)}, "sigma must have shape"),
         ({"sigma": torch.full((2,), torch.nan)}, "sigma must be"),
         ({"norm": -1.0}, "norm must be at least 0"),
         ({"norm": torch.tensor([-1.0, 1.0])}, "norm must be at least 0"),

@@ -105,6 +105,34 @@ def test_arrays_of_other_types(trained, path, monkeypatch):
         np.testing.assert_array_equal(wide, found)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_random_init": 2}, {"targeted": True}])
+@pytest.mark.parametrize("path", ["torch", "numpy"])
+def test_what_has_fallen_already_comes_back_as_it_is(trained, path, options, monkeypatch):
+    model, inputs, labels = trained
+    if path == "numpy":
+        monkeypatch.setattr(ours, "_plain_torch", lambda estimator: False)
+    x = inputs.numpy()
+    fallen = np.arange(len(x)) % 2 == 0
+    y = np.where(fallen == bool(options.get("targeted")), labels.numpy(), (labels.numpy() + 1) % 10)
+    call = {"eps": 0.05, "eps_step": 0.01, "max_iter": 3} | options
+    moved = (ours.FastlipPGD(classifier(model), **call).generate(x, y) != x).reshape(len(x), -1).any(1)
+    np.testing.assert_array_equal(moved, ~fallen)
+    last = ours.FastlipPGD(classifier(model), keep="last", **call).generate(x, y)
+    assert (last != x).reshape(len(x), -1).any(1).all()
+
+
+def test_errors_say_art_s_names(trained):
+    model, inputs, labels = trained
+    for options, message in (
+        ({"eps_step": np.inf}, "eps_step must be"),
+        ({"max_iter": -1}, "max_iter must be"),
+        ({"eps": -1.0}, "eps must be"),
+        ({"step_size": np.inf}, "step_size must be"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            ours.FastlipPGD(classifier(model), **options).generate(inputs.numpy(), labels.numpy())
+
+
 class Scale(nn.Module):
     def forward(self, x):
         return x / 255

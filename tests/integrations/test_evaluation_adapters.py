@@ -58,12 +58,25 @@ def test_individual_and_verbose(trained, capsys):
         ({"attacks_to_run": ["square"]}, "version='custom'"),
         ({"version": "custom"}, "needs attacks_to_run"),
         ({"version": "custom", "attacks_to_run": ["pgd"]}, "names out of"),
-        ({"version": "plus"}, "suite must be"),
+        ({"version": "plus"}, "version must be"),
+        ({"eps": -1.0}, "eps must be"),
     ],
 )
 def test_errors_of_auto_attack(trained, options, message):
     with pytest.raises(ValueError, match=message):
         AutoAttack(trained[0], **options)
+
+
+def test_auto_attack_s_own_names_are_said(trained):
+    model, inputs, labels = trained
+    adversary = AutoAttack(model, eps=0.02, version="custom", attacks_to_run=["apgd-ce"], verbose=False)
+    for call, message in (
+        ({"x_orig": 3 * inputs, "y_orig": labels}, "x_orig must lie"),
+        ({"x_orig": inputs, "y_orig": labels.float()}, "y_orig must be"),
+        ({"x_orig": inputs, "y_orig": labels, "bs": 0}, "bs must be"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            adversary.run_standard_evaluation(**call)
 
 
 @pytest.mark.parametrize("threat_model", ["linf", "l2", "l1"])
@@ -94,6 +107,19 @@ def test_attackbench_signature(trained):
         as_attackbench(attacks.pgd)(model, inputs, labels, threat_model="l0")
     with pytest.raises(TypeError, match="norm and bounds"):
         as_attackbench(lambda model, x, y: x)
+
+
+def test_attackbench_keeps_its_own_images(trained):
+    model, inputs, labels = trained
+    before = inputs.clone(), labels.clone()
+
+    def attack(model, x, y, *, norm, bounds=(0.0, 1.0)):
+        y.add_(1)
+        return x.fill_(0.5)
+
+    assert (as_attackbench(attack)(model, inputs, labels) == 0.5).all()
+    assert torch.equal(inputs, before[0])
+    assert torch.equal(labels, before[1])
 
 
 def test_robustbench_json(trained, tmp_path):

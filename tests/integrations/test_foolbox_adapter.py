@@ -96,6 +96,21 @@ def test_other_models_are_attacked_as_they_come(trained):
     assert torch.equal(success, network(found).argmax(1) != labels)
 
 
+def test_an_attack_that_writes_into_its_arguments_changes_no_verdict(trained):
+    model, inputs, labels = trained
+    before = inputs.clone(), labels.clone()
+
+    def attack(model, images, labels, *, norm, eps, bounds):
+        labels.add_(1)
+        return images.fill_(0.5)
+
+    _, clipped, success = ours.FixedEpsilon(attack, "linf")(wrapped(model), inputs, labels, epsilons=0.01)
+    assert torch.equal(inputs, before[0])
+    assert torch.equal(labels, before[1])
+    assert (clipped - inputs).abs().max() <= 0.01 + 1e-6
+    assert torch.equal(success, model(clipped).argmax(1) != labels)
+
+
 def test_repeats(trained):
     model, inputs, labels = trained
     _, _, success = ours.LinfPGD(steps=10, rel_stepsize=0.25).repeat(2)(wrapped(model), inputs, labels, epsilons=0.08)
@@ -111,3 +126,12 @@ def test_errors(trained):
         ours.LinfPGD().run(network, inputs.numpy(), labels, epsilon=0.1)
     with pytest.raises(ValueError, match="criterion must be"):
         ours.LinfPGD().run(network, inputs, "labels", epsilon=0.1)
+    for attack, epsilon, message in (
+        (ours.LinfPGD(), -0.1, "epsilons must be"),
+        (ours.LinfPGD(abs_stepsize=float("nan")), 0.1, "abs_stepsize must be"),
+        (ours.L2PGD(rel_stepsize=float("inf")), 0.1, "rel_stepsize must be"),
+        (ours.LinfPGD(step_size=float("inf")), 0.1, "step_size must be"),
+        (ours.LinfPGD(steps=-1), 0.1, "steps must be"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            attack.run(network, inputs, labels, epsilon=epsilon)

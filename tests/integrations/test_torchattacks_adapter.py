@@ -101,6 +101,19 @@ def test_errors(trained):
         ours.APGD(model, norm="L0")
     with pytest.raises(ValueError, match="eot_iter"):
         ours.APGD(model, eot_iter=2)
+    for attack, message in (
+        (ours.PGD(model, alpha="x"), "alpha must be"),
+        (ours.PGDL2(model, alpha=float("inf")), "alpha must be"),
+        (ours.PGD(model, steps=-1), "steps must be"),
+        (ours.APGD(model, n_restarts=0), "n_restarts must be"),
+        (ours.Square(model, n_queries=0), "n_queries must be"),
+        (ours.Square(model, p_init=2.0), "p_init must lie"),
+        (ours.FastlipAttack(attacks.square, model, eps=0.1, queries=0), "queries must be"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            attack(inputs, labels)
+    with pytest.raises(ValueError, match="n_classes must be"):
+        ours.APGDT(model, n_classes=0)
     attack = ours.PGD(model)
     attack.set_model_training_mode(model_training=True)
     with pytest.raises(ValueError, match="eval mode"):

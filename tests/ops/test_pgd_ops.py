@@ -294,6 +294,18 @@ def test_empty(device, norm, shape):
     assert ops.random_start(x, eps=0.1, norm=norm).shape == x.shape
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3, 4, 4), (3, 0), (2, 0, 5)], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_empty_with_bounds_of_its_own_shape(device, norm, shape):
+    x = torch.empty(shape, device=device)
+    for bounds in ((x.clone(), x.clone()), (x.clone(), 1.0), (0.0, x[:1].clone())):
+        assert ops.pgd_step(x, x, x, step_size=0.1, eps=0.1, norm=norm, bounds=bounds).shape == x.shape
+        assert ops.project(x, x, eps=0.1, norm=norm, bounds=bounds).shape == x.shape
+        assert ops.random_start(x, eps=0.1, norm=norm, bounds=bounds).shape == x.shape
+        state = ops.apgd_state(x, steps=3, eps=0.1, norm=norm)
+        ops.apgd_step_(x.clone(), x, torch.zeros(len(x), device=device), x, state, eps=0.1, norm=norm, bounds=bounds)
+
+
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_box_wins_where_the_centre_is_outside(device, norm, dtype):
