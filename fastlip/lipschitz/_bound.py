@@ -193,7 +193,7 @@ def _bound(last: Step, settings: Settings, tight_residuals: bool) -> tuple[Lipsc
     bound = LipschitzBound(
         totals[last],
         max(0.0, (settings.confidence if drawn else 1.0) - own) if given else 1.0,
-        tuple(_chain(last, None, totals, logs, norms, set())),
+        tuple(_Chains(steps, totals, logs, norms).parts(last, None)),
         reduce(multiply, (logs[s] for s in layers), 0.0),
         _margin(last, totals),
         plain[last],
@@ -230,7 +230,8 @@ def _constant(step: Step, norms: dict[Step, NormInterval]) -> float:
 
 
 def _blocks(steps: list[Step]) -> list[Block]:
-    found = (find_block(step, origin_of(step)) for step in steps if step.factor in SUMS)
+    order = {step: at for at, step in enumerate(steps)}
+    found = (find_block(step, origin_of(step, order)) for step in steps if step.factor in SUMS)
     return [block for block in found if block is not None]
 
 
@@ -238,7 +239,10 @@ def _tighten(
     blocks: list[Block], plain: dict[Step, float], norms: dict[Step, NormInterval], settings: Settings
 ) -> tuple[dict[Step, tuple[Step, float]], list[float]]:
     """For each block's sum its origin and log10 of its tighter constant, and the chances taken on the way."""
-    before = [exp10(plain[block.layers[-1].inputs[0]] - plain[block.origin]) for block in blocks]
+    # The difference of two logarithms rounded upwards may be rounded downwards.
+    before = [
+        exp10(math.nextafter(plain[block.layers[-1].inputs[0]] - plain[block.origin], math.inf)) for block in blocks
+    ]
     finite = [i for i, block in enumerate(blocks) if math.isfinite(plain[block.total]) and math.isfinite(before[i])]
     requests = {i: block_operators(blocks[i], norms, before[i]) for i in finite}
     intervals = iter(operator_norms([op for ops in requests.values() for op in ops], settings))
@@ -279,30 +283,39 @@ def _margin(last: Step, totals: dict[Step, float]) -> float:
     return bound
 
 
-def _chain(
-    step: Step,
-    stop: Step | None,
-    totals: dict[Step, float],
-    logs: dict[Step, float],
-    norms: dict[Step, NormInterval],
-    shown: set[Step],
-) -> list[Part]:
-    """The parts between two steps, the later one included; what was shown in another branch is not repeated."""
-    parts: list[Part] = []
-    while step is not stop and step.inputs and step not in shown:
-        shown.add(step)
-        if isinstance(step.factor, str):
-            origin = origin_of(step)
-            branches = tuple(tuple(_chain(source, origin, totals, logs, norms, shown)) for source in step.inputs)
-            log = totals[step] - totals[origin] if math.isfinite(totals[step]) else -math.inf
-            parts.append(Part(step.name, step.factor, log, None, branches))
-            step = origin
-        else:
-            if not step.folded and (logs[step] != 0.0 or step in norms):
-                kind = f"{step.kind} + scale" if step.scaled else step.kind
-                parts.append(Part(step.name, kind, logs[step], norms.get(step)))
-            step = step.inputs[0]
-    return parts[::-1]
+class _Chains:
+    """The factors of a bound, as chains of parts that branch at sums and concatenations; each is shown once."""
+
+    def __init__(
+        self,
+        steps: list[Step],
+        totals: dict[Step, float],
+        logs: dict[Step, float],
+        norms: dict[Step, NormInterval],
+    ) -> None:
+        self._order = {step: at for at, step in enumerate(steps)}
+        self._totals, self._logs, self._norms = totals, logs, norms
+        self._shown: set[Step] = set()
+
+    def parts(self, step: Step, stop: Step | None) -> list[Part]:
+        """The parts between two steps, the later one included."""
+        parts: list[Part] = []
+        while step is not stop and step.inputs and step not in self._shown:
+            self._shown.add(step)
+            if isinstance(step.factor, str):
+                origin = origin_of(step, self._order)
+                branches = tuple(tuple(self.parts(source, origin)) for source in step.inputs)
+                total = self._totals[step]
+                log = total - self._totals[origin] if math.isfinite(total) else total
+                parts.append(Part(step.name, step.factor, log, None, branches))
+                step = origin
+            else:
+                log = self._logs[step]
+                if not step.folded and (log != 0.0 or step in self._norms):
+                    kind = f"{step.kind} + scale" if step.scaled else step.kind
+                    parts.append(Part(step.name, kind, log, self._norms.get(step)))
+                step = step.inputs[0]
+        return parts[::-1]
 
 
 def _lines(parts: tuple[Part, ...], depth: int) -> Iterator[str]:

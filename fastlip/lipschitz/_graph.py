@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -363,9 +363,8 @@ def walk(last: Step) -> list[Step]:
     return order
 
 
-def origin_of(step: Step) -> Step:
-    """The last step that every path from the model's input to this one goes through."""
-    order = {s: at for at, s in enumerate(walk(step))}
+def origin_of(step: Step, order: Mapping[Step, int]) -> Step:
+    """The last step that every path from the model's input to this one goes through; ``order`` as in :func:`walk`."""
     pending = set(step.inputs)
     while len(pending) > 1:
         latest = max(pending, key=lambda s: order[s])

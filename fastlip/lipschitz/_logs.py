@@ -42,9 +42,9 @@ def add(logs: Iterable[float]) -> float:
     largest = max(terms)
     if math.isinf(largest):
         return largest
+    if terms.count(-math.inf) == len(terms) - 1:
+        return largest
     total = sum(10.0 ** (log - largest) for log in terms)
-    if total == 1.0:
-        return largest if terms.count(-math.inf) == len(terms) - 1 else math.nextafter(largest, math.inf)
     return multiply(largest, log10(total * (1.0 + _POWERS * len(terms) + _spread(terms, largest))))
 
 
