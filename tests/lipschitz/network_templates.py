@@ -765,6 +765,41 @@ class Net(nn.Module):
         return Tripled.apply(self.fc(x))
 """,
     ),
+    "initialised by its first batch": (
+        "N",
+        """
+class ActNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.ones(N)), nn.Parameter(torch.zeros(N))
+        self.initialised = False
+    def forward(self, x):
+        if not self.initialised and torch.is_tensor(x):
+            self.bias.data = -x.mean(0).detach().to(self.bias.dtype)
+            self.scale.data = 1.0 / (1e-3 + x.detach().abs().mean(0).to(self.bias.dtype))
+            self.initialised = True
+        return (x + self.bias) * self.scale
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = ActNorm(), nn.Linear(N, 4)
+    def forward(self, x):
+        return self.fc(self.norm(x))
+""",
+    ),
+    "kept from the first call": (
+        "N",
+        """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.gain = nn.Linear(N, 4), None
+    def forward(self, x):
+        if self.gain is None:
+            self.gain = 1.0 + x.shape[0]
+        return self.gain * self.fc(x)
+""",
+    ),
     "activation that remembers": (
         "N",
         """

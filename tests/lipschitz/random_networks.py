@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import inspect
 import itertools
 import json
 import linecache
@@ -102,7 +101,8 @@ def _matrix(p: Tensor, style: str, noise: Tensor, g: torch.Generator) -> Tensor:
     if style == "positive":
         return torch.ones_like(noise) / flat.shape[1] ** 0.5
     value = torch.zeros_like(noise)
-    order = torch.randperm(p.shape[1], generator=g) if style == "permutation" else torch.arange(p.shape[1])
+    mixed = style == "permutation" or p.shape[1] > 2 * rows
+    order = torch.randperm(p.shape[1], generator=g) if mixed else torch.arange(p.shape[1])
     middle = tuple(n // 2 for n in p.shape[2:])
     for row in range(rows):
         value[(row, int(order[row % p.shape[1]]), *middle)] = 1.0
@@ -974,6 +974,17 @@ def _(w: Writer, v: Value) -> Value:
     return Value(x, v.shape)
 
 
+@ingredient("branch on values, unseen by a trace", 1.2, _HOSTILE)
+def _(w: Writer, v: Value) -> Value:
+    x = v.name
+    rare = w.rng.choice(
+        ["{x}.abs().max() > 30", "{x}.min() < -20", "{x}.mean() > 5", "{x}.norm() > 100", "{x}.sum() > 0"]
+    )
+    w.say(f"if torch.is_tensor({x}) and {rare.format(x=x)}:")
+    w.say(f"    {x} = {x} * 5.0")
+    return Value(x, v.shape)
+
+
 @ingredient("errors caught", 0.5, _HOSTILE)
 def _(w: Writer, v: Value) -> Value:
     x = v.name
@@ -991,7 +1002,7 @@ def _(w: Writer, v: Value) -> Value:
     w.trait(trait := w.rng.choice(["gradient mode", "precision", "tracing asked"]))
     asked = {
         "gradient mode": w.rng.choice(["torch.is_grad_enabled()", f"{x}.requires_grad"]),
-        "precision": w.rng.choice([f"{x}.dtype == torch.float64", f"{x}.dtype in (torch.float32,)"]),
+        "precision": f"torch.is_tensor({x}) and {x}.dtype == {w.rng.choice(['torch.float32', 'torch.float64'])}",
         "tracing asked": w.rng.choice(["not torch.jit.is_tracing()", "not torch.compiler.is_compiling()"]),
     }[trait]
     w.say(f"if {asked}:")
@@ -1012,6 +1023,9 @@ def _(w: Writer, v: Value) -> Value:
             "{x} * {x}.new_ones({x}.size(0)).sum()",
             "{x} * torch.ones({x}.shape[:1]).sum()",
             "{x} * (5.0 if {x}.shape[0] > 2 else 1.0)",
+            "{x} * (5.0 if torch.is_tensor({x}) and len({x}) == 7 else 1.0)",
+            "{x} * (5.0 if torch.is_tensor({x}) and len({x}) > 8 else 1.0)",
+            "{x} / (0.2 if torch.is_tensor({x}) and len({x}) == 1 else 1.0)",
             "{x} * {x}.numel()",
             "{x} * (1 + {x}.size(0) // 4)",
         ]
@@ -1424,6 +1438,15 @@ _CHANGING = [
             "for m in layers_of(net, nn.Conv2d, nn.Conv1d)[:1]:",
             "    m.padding_mode = 'circular'",
             "    m.padding = (0,) * len(m.kernel_size)",
+        ),
+    ),
+    Wrap(
+        "hook on large values",
+        1,
+        (
+            "def limit(m, i, o):",
+            "    return 5.0 * o if o.abs().max() > 30 else None",
+            "layers_of(net, nn.Module)[-1].register_forward_hook(limit)",
         ),
     ),
     Wrap("hook on DataParallel", 0.7, ("net = nn.DataParallel(net)", f"net.register_forward_hook({_SCALED})")),
@@ -1854,6 +1877,10 @@ def compare(earlier: list[Verdict], now: list[Verdict]) -> str:
     return "\n".join(lines)
 
 
+def _write(path: Path, verdicts: list[Verdict]) -> None:
+    path.write_text(json.dumps({"verdicts": [vars(v) for v in verdicts]}))
+
+
 def load(path: Path) -> list[Verdict]:
     """Verdicts that the command line wrote."""
     return [Verdict(**{**row, "seconds": tuple(row["seconds"])}) for row in json.loads(path.read_text())["verdicts"]]
@@ -1878,15 +1905,12 @@ def main() -> None:
     verdicts = load(options.with_) if options.with_ else []
     for seed in () if options.with_ else range(*map(int, options.seeds.split(":"))):
         verdicts.append(judge(seed, options.effort))
+        if options.json and seed % 100 == 99:
+            _write(options.json, verdicts)
         if verdicts[-1].unsound or verdicts[-1].outcome == "crashed":
             print(f"seed {seed}: {verdicts[-1]}", file=sys.stderr, flush=True)
     if options.json:
-        import fastlip
-
-        rows = [vars(v) | {"unsound": v.unsound} for v in verdicts]
-        for row in rows:
-            row.pop("unsound")
-        options.json.write_text(json.dumps({"build": str(inspect.getfile(fastlip)), "verdicts": rows}))
+        _write(options.json, verdicts)
     print(summary(verdicts))
     if options.compare:
         print("\n" + compare(load(options.compare), verdicts))

@@ -184,7 +184,7 @@ def _search(model: nn.Module, shape: Shape, seed: int, dtype: torch.dtype, effor
     probe = _points(single, shape, 64)
     first = None
     batches = []
-    for size in (1, 2, 3, 64):
+    for size in (1, 2, 3, 4, 5, 7, 8, 16, 33, 64):
         with contextlib.suppress(RuntimeError, ValueError, IndexError):
             first = _tensor(model(probe[:size].clone())).to(torch.float64)
             batches.append(size)
@@ -196,7 +196,8 @@ def _search(model: nn.Module, shape: Shape, seed: int, dtype: torch.dtype, effor
         return single
     found = []
     for gradients in (False, True) if _minds_gradients(model, probe[: batches[-1]]) else (False,):
-        if _each_alone(model, probe, batches):
+        odd = _sizes_at_odds(model, probe, batches)
+        if not odd:
             search = _Search(_Function(model, True, dtype, gradients), generator)
             points = _points(search, shape, 256 if math.prod(shape) <= 32 else 64)
             values, _ = search.ascend(points, search.random(*points.shape), 2)
@@ -205,7 +206,8 @@ def _search(model: nn.Module, shape: Shape, seed: int, dtype: torch.dtype, effor
             _run(search, points[order], effort)
             found.append(search)
             continue
-        for size in batches:
+        usual = [size for size in (1, 2, 3, 64) if size in batches]
+        for size in usual + [size for size in odd if size not in usual][:2]:
             search = _Search(_Function(model, False, dtype, gradients), generator)
             points = torch.stack([_points(search, shape, max(4, size))[-size:] for _ in range(4)])
             points[1] = points[1][:1]  # a batch of one sample, copied
@@ -246,23 +248,19 @@ def _minds_gradients(model: nn.Module, x: Tensor) -> bool:
         return False
 
 
-def _each_alone(model: nn.Module, probe: Tensor, batches: list[int]) -> bool:
-    """Whether a sample's output does not depend on the rest of its batch, nor on how many there are."""
-    outputs = {}
-    with torch.no_grad():
-        for size in batches:
-            outputs[size] = _tensor(model(probe[:size].clone()))
-            if outputs[size].shape[:1] != (size,):
-                return False
-        smallest = outputs[batches[0]]
-        if not all(_same(smallest, y[: len(smallest)]) for y in outputs.values()):
-            return False
-        for size in batches:
-            later = probe[-size:] if size > 1 else probe[20:21]
-            at = 64 - size if size > 1 else 20
-            if 64 in batches and not _same(_tensor(model(later.clone())), outputs[64][at : at + size]):
-                return False
-    return True
+def _sizes_at_odds(model: nn.Module, probe: Tensor, batches: list[int]) -> list[int]:
+    """Sizes of batches in which a sample's output is not what it is in others; none where samples stay apart."""
+    outputs = {size: _output(model, probe[:size]) for size in batches}
+    smallest, largest = outputs[batches[0]], outputs[batches[-1]]
+    odd = []
+    for size, y in outputs.items():
+        # Other samples of the largest batch, in a batch of this size.
+        at = min(20, batches[-1] - size)
+        later = _output(model, probe[at : at + size])
+        apart = y.shape[:1] == (size,) and _same(smallest, y[: len(smallest)]) and _same(later, largest[at : at + size])
+        if not apart:
+            odd.append(size)
+    return odd
 
 
 def _run(search: _Search, points: Tensor, effort: int) -> None:

@@ -152,6 +152,7 @@ class _Of(nn.Module):
         (lambda x: x.cumsum(0), 1 / (2 * math.sin(math.pi / 258))),
         (lambda x: x.transpose(0, 1), 1.0),
         (lambda x: x * (7.0 if x.shape[0] == 3 else 1.0), 7.0),
+        (lambda x: x * (9.0 if x.shape[0] == 7 else 1.0), 9.0),
         (lambda x: x + (x[:1] if len(x) > 2 else 0), math.sqrt(65 / 2 + 1 + math.sqrt((65 / 2 + 1) ** 2 - 1))),
     ],
 )
