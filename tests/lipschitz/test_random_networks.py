@@ -12,6 +12,7 @@ from random_networks import (
     UNCOVERED,
     Verdict,
     build,
+    compare,
     differences,
     judge,
     random_network,
@@ -240,6 +241,33 @@ def test_a_wrong_bound_would_show() -> None:
     stretch = stretch_of(network)
     assert stretch is not None
     assert 0.99 * bound < stretch <= bound * (1 + 1e-6)
+
+
+def test_a_comparison_lists_what_was_lost() -> None:
+    """Sound bounds that became refusals count; unsound ones are no loss."""
+    sound = {"traits": ["relu"], "hostile": False, "stretch": 1.0}
+    earlier = [
+        Verdict(1, outcome="accepted", bound=2.0, **sound),
+        Verdict(2, outcome="accepted", bound=2.0, **sound),
+        Verdict(3, outcome="accepted", bound=0.5, **sound),
+        Verdict(4, outcome="refused", **sound),
+    ]
+    refused = {"outcome": "refused", "reason": "no rule for conv1 (at a.b)"}
+    now = [
+        Verdict(1, **refused, **sound),
+        Verdict(2, outcome="accepted", bound=2.5, **sound),
+        Verdict(3, **refused, **sound),
+        Verdict(4, outcome="accepted", bound=2.0, **sound),
+    ]
+    text = compare(earlier, now)
+    assert "accepted and sound before: 2, of which accepted now: 1" in text
+    assert "unsound before: 1, now: 0" in text
+    assert "newly accepted and sound: 1" in text
+    assert "more than 2% larger than before: 1: 2 (1.250)" in text
+    assert "1  no rule for … (at …)" in text
+    assert "seed 1: benign: bound was 2" in text
+    assert "seed 3:" not in text
+    assert "all: 4; {'refused': 2, 'accepted': 2}; unsound 0" in summary(now)
 
 
 # -- the judgement
