@@ -996,7 +996,7 @@ def _(w: Writer, v: Value) -> Value:
     return Value(x, v.shape)
 
 
-@ingredient("mode of the run", 0.6, _HOSTILE)
+@ingredient("mode of the run", 1.2, _HOSTILE)
 def _(w: Writer, v: Value) -> Value:
     x = v.name
     w.trait(trait := w.rng.choice(["gradient mode", "precision", "tracing asked"]))
@@ -1010,7 +1010,7 @@ def _(w: Writer, v: Value) -> Value:
     return Value(x, v.shape)
 
 
-@ingredient("depends on the batch's size", 1.5, _HOSTILE)
+@ingredient("depends on the batch's size", 2.5, _HOSTILE)
 def _(w: Writer, v: Value) -> Value:
     x = v.name
     form = w.rng.choice(
@@ -1097,7 +1097,7 @@ def _(w: Writer, v: Value) -> Value:
     return w.put(v, f"{layer}({v.name})", v.shape)
 
 
-@ingredient("fresh noise", 0.7, _HOSTILE)
+@ingredient("fresh noise", 1, _HOSTILE)
 def _(w: Writer, v: Value) -> Value:
     size = list(v.shape)
     name = w.attach("noise", f"torch.zeros({size})")
@@ -1212,7 +1212,7 @@ def _(w: Writer, v: Value) -> Value:
     return w.put(v, f"{w.attach('odd', f'{name}({arguments})')}({v.name})", shape)
 
 
-@ingredient("pool without channels", 2.5, _HOSTILE)
+@ingredient("pool without channels", 4, _HOSTILE)
 def _(w: Writer, v: Value) -> Value:
     """Torch reads [B, L], [B, H, W] and [B, D, H, W] as unbatched: the same, sample by sample."""
     if len(v.shape) > 3:
@@ -1220,7 +1220,7 @@ def _(w: Writer, v: Value) -> Value:
     return _pool(w, v, len(v.shape))
 
 
-@ingredient("parameter at which there is no constant", 0.8, _HOSTILE)
+@ingredient("parameter at which there is no constant", 2, _HOSTILE)
 def _(w: Writer, v: Value) -> Value:
     choices = ["nn.Softplus(threshold=0.1)", "nn.Softplus(1.0, -3.0)", "nn.Softplus(4.0, 1.0)", "nn.CELU(-0.5)"]
     choices += [
@@ -1329,15 +1329,15 @@ _HARMLESS = [
 
 _SCALED = "lambda m, i, o: 5.0 * o"
 _CHANGING = [
-    Wrap("scaling hook on a layer", 2, (f"for m in layers_of(net)[-1:]: m.register_forward_hook({_SCALED})",)),
+    Wrap("scaling hook on a layer", 2, (f"layers_of(net)[-1].register_forward_hook({_SCALED})",)),
     Wrap("scaling hook on the network", 1, (f"net.register_forward_hook({_SCALED})",)),
     Wrap("scaling hook on the last module", 2, (f"layers_of(net, nn.Module)[-1].register_forward_hook({_SCALED})",)),
-    Wrap("scaling hook on a block", 1, (f"for m in list(net.children())[:1]: m.register_forward_hook({_SCALED})",)),
+    Wrap("scaling hook on a block", 1, (f"list(net.children())[0].register_forward_hook({_SCALED})",)),
     Wrap("scaling pre-hook", 1, ("net.register_forward_pre_hook(lambda m, i: (5.0 * i[0],))",)),
     Wrap(
         "scaling pre-hook on a layer",
         1,
-        ("for m in layers_of(net)[:1]:", "    m.register_forward_pre_hook(lambda m, i: 5.0 * i[0])"),
+        ("m = layers_of(net)[0]", "m.register_forward_pre_hook(lambda m, i: 5.0 * i[0])"),
     ),
     Wrap(
         "hook that writes in place",
@@ -1373,14 +1373,14 @@ _CHANGING = [
         "forward of a layer replaced",
         2,
         (
-            "for m in layers_of(net)[:1]:",
-            "    m.forward = types.MethodType(lambda self, x: 5.0 * type(self).forward(self, x), m)",
+            "m = layers_of(net)[0]",
+            "m.forward = types.MethodType(lambda self, x: 5.0 * type(self).forward(self, x), m)",
         ),
     ),
     Wrap(
         "forward of an activation replaced",
         1,
-        ("for m in layers_of(net, nn.ReLU, nn.Tanh, nn.LeakyReLU):", "    m.forward = lambda x: 5.0 * x"),
+        ("m = layers_of(net, nn.ReLU, nn.Tanh, nn.LeakyReLU)[0]", "m.forward = lambda x: 5.0 * x"),
     ),
     Wrap(
         "partial forward",
@@ -1391,9 +1391,8 @@ _CHANGING = [
         "_conv_forward of an instance",
         1.5,
         (
-            "for m in layers_of(net, nn.modules.conv._ConvNd):",
-            "    if hasattr(m, '_conv_forward'):",
-            "        m._conv_forward = lambda x, w, b, m=m: type(m)._conv_forward(m, x, 5.0 * w, b)",
+            "m = layers_of(net, nn.Conv1d, nn.Conv2d, nn.Conv3d)[0]",
+            "m._conv_forward = lambda x, w, b: type(m)._conv_forward(m, x, 5.0 * w, b)",
         ),
     ),
     Wrap(
@@ -1409,12 +1408,12 @@ _CHANGING = [
     Wrap(
         "stale weight_norm",
         1,
-        ("for m in layers_of(net)[:1]:", "    nn.utils.weight_norm(m)", "    m.weight_g.data.mul_(4.0)"),
+        ("m = layers_of(net)[0]", "nn.utils.weight_norm(m)", "m.weight_g.data.mul_(4.0)"),
     ),
     Wrap(
         "stale spectral_norm",
         0.7,
-        ("for m in layers_of(net)[:1]:", "    nn.utils.spectral_norm(m)", "    m.eval()", "    m.weight_u.mul_(0.3)"),
+        ("m = layers_of(net)[0]", "nn.utils.spectral_norm(m)", "m.eval()", "m.weight_u.mul_(0.3)"),
     ),
     Wrap(
         "weight set by a hook",
@@ -1422,22 +1421,22 @@ _CHANGING = [
         (
             "def refill(m, i):",
             "    m.weight.data.fill_(3.0)",
-            "for m in layers_of(net)[:1]:",
-            "    m.register_forward_pre_hook(refill)",
+            "m = layers_of(net)[0]",
+            "m.register_forward_pre_hook(refill)",
         ),
     ),
     Wrap(
         "stride changed",
         1,
-        ("for m in layers_of(net, nn.Conv2d, nn.Conv1d)[:1]:", "    m.stride = (1,) * len(m.stride)"),
+        ("m = layers_of(net, nn.Conv2d, nn.Conv1d)[0]", "m.stride = (1,) * len(m.stride)"),
     ),
     Wrap(
         "padding changed",
         1.5,
         (
-            "for m in layers_of(net, nn.Conv2d, nn.Conv1d)[:1]:",
-            "    m.padding_mode = 'circular'",
-            "    m.padding = (0,) * len(m.kernel_size)",
+            "m = layers_of(net, nn.Conv2d, nn.Conv1d)[0]",
+            "m.padding_mode = 'circular'",
+            "m.padding = (0,) * len(m.kernel_size)",
         ),
     ),
     Wrap(
@@ -1453,9 +1452,9 @@ _CHANGING = [
     Wrap(
         "batch norm without weight",
         0.7,
-        ("for m in layers_of(net, nn.modules.batchnorm._BatchNorm):", "    m.weight = None"),
+        ("layers_of(net, nn.modules.batchnorm._BatchNorm)[0].weight = None",),
     ),
-    Wrap("class of a layer replaced", 0.5, ("for m in layers_of(net, nn.ReLU)[:1]:", "    m.__class__ = nn.Hardswish")),
+    Wrap("class of a layer replaced", 0.5, ("layers_of(net, nn.ReLU)[0].__class__ = nn.Hardswish",)),
 ]
 
 
@@ -1486,9 +1485,10 @@ def _from_template(program: Program, templates: dict[str, tuple[str, str]]) -> S
 
 
 _SHAPES: list[tuple[float, Callable[[random.Random], Shape]]] = [
-    (3, lambda r: (r.randint(2, 8),)),
-    (2, lambda r: (r.randint(1, 4), r.randint(3, 9))),
-    (5, lambda r: (r.randint(1, 4), n := r.randint(3, 6), n)),
+    # Two often, as it is a size of batches that traces like.
+    (3, lambda r: (r.choice([2, 2, 2, 3, 4, 5, 6, 8]),)),
+    (2, lambda r: (r.choice([1, 2, 2, 3, 4]), r.randint(3, 9))),
+    (5, lambda r: (r.choice([1, 2, 2, 3, 4]), n := r.randint(3, 6), n)),
     (1, lambda r: (r.randint(1, 3), r.randint(3, 6), r.randint(3, 6))),
     (0.5, lambda r: (r.randint(1, 2), 3, r.randint(3, 4), 4)),
 ]
