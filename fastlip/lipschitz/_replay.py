@@ -16,17 +16,18 @@ from torch import Tensor, fx, nn
 from fastlip.lipschitz._graph import BATCH, Step, Traced
 from fastlip.lipschitz._trace import location, module_name
 from fastlip.norms._agreement import agree, rounding_of
-from fastlip.norms._model import random_inputs, runs_on
+from fastlip.norms._model import MOST_COPIED, as_found, random_inputs, runs_on
 
 #: Largest difference of two ways to compute a step in float64, relative to its largest output: weights that a model
 #: computes by itself are float32's in one of them.
 _ROUNDING = 1e-5
 #: In the model's own dtype rounding grows from step to step, where nothing in between is known of the model.
 _GROWTH = 10.0
-#: Weights that are not widened to float64 for the comparison; they would take too much memory.
-_MOST_WIDENED = 1 << 27
 #: What a search may cost, by the size of a model's weights and outputs: points, and rounds of power iteration.
 _EFFORT = ((1 << 18, 8, 8), (1 << 22, 4, 3), (math.inf, 1, 1))
+#: Models up to this size are compared at inputs of other magnitudes as well.
+_SMALL = 1 << 22
+_MAGNITUDES = (30.0, 1e3, 1e-3)
 #: A search ends when even its best stretch is this far below the bound.
 _FAR_BELOW = -3.0
 #: Share of an output that rounding may put into a difference.
@@ -59,18 +60,28 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> None:
     together, outputs = _recorded(model, x, traced)
     _Replay(traced, outputs).follow(x, together)
     other = x[:1]
-    result, outputs = _recorded(model, other, traced)
+    result, outputs = _recorded(model, other, traced, differentiable=True)
     if result.shape != (1, *together.shape[1:]):
         # Some models lose the batch axis of a single sample; that is not what a bound of theirs speaks of.
         other = torch.cat([x[:1], x[1:].flip(-1), x[1:]])
-        result, outputs = _recorded(model, other, traced)
+        result, outputs = _recorded(model, other, traced, differentiable=True)
     replayed = _Replay(traced, outputs)
     replayed.follow(other, result)
     if not agree(result[:1], together[:1], replayed.rounding):
         raise ValueError(
             f"what {type(model).__name__} makes of one input depends on the others in its batch, or differs from run "
-            "to run, which no Lipschitz rule covers"
+            "to run, or on whether gradients are wanted, which no Lipschitz rule covers"
         )
+    if size_of(model, traced) <= _SMALL:
+        like = torch.cat([x, x])[: len(_MAGNITUDES)]
+        other = like * like.new_tensor(_MAGNITUDES).view(-1, *(1,) * (x.dim() - 1))
+        result, outputs = _recorded(model, other, traced)
+        _Replay(traced, outputs).follow(other, result)
+
+
+def size_of(model: nn.Module, traced: Traced) -> int:
+    """Numbers in a model's parameters and in the outputs of its steps, of one sample."""
+    return sum(p.numel() for p in model.parameters()) + sum(math.prod(step.shape) for step in traced.steps.values())
 
 
 @contextmanager
@@ -80,7 +91,7 @@ def _in_float64(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
     for module in model.modules():
         held |= {id(v): v for v in vars(module).values() if isinstance(v, Tensor)}
     narrow = [t for t in held.values() if t.is_floating_point() and t.dtype != torch.float64]
-    if sum(t.numel() for t in narrow) > _MOST_WIDENED:
+    if sum(t.numel() for t in narrow) > MOST_COPIED:
         yield x
         return
     kept = [(t, t.data) for t in narrow]
@@ -93,27 +104,37 @@ def _in_float64(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
             tensor.data = data
 
 
+def _run(model: nn.Module, x: Tensor) -> Any:
+    """What the model, as it was found, makes of a copy of x."""
+    with as_found(model):
+        return model(x.clone())
+
+
 def _recorded(
-    model: nn.Module, x: Tensor, traced: Traced
+    model: nn.Module, x: Tensor, traced: Traced, *, differentiable: bool = False
 ) -> tuple[Tensor, dict[int, deque[tuple[Tensor, int] | None]]]:
-    """The model's output, and those of the modules that its graph calls, in order, with their versions."""
+    """The model's output, and those of the modules that its graph calls, in order, with their versions.
+
+    ``differentiable`` runs it as for a gradient, which a model can tell.
+    """
     outputs: dict[int, deque[tuple[Tensor, int] | None]] = defaultdict(deque)
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
-        kept = (output, output._version) if isinstance(output, Tensor) else None
+        kept = (output.detach(), output._version) if isinstance(output, Tensor) else None
         outputs[id(module)].append(kept)
 
     called = {str(node.target) for node in traced.graph_module.graph.find_nodes(op="call_module")}
     modules = {id(m): m for m in (traced.graph_module.get_submodule(target) for target in called)}
     handles = [module.register_forward_hook(record) for module in modules.values()]
     try:
-        result = model(x.clone())
+        with torch.set_grad_enabled(differentiable):
+            result = _run(model, x)
     finally:
         for handle in handles:
             handle.remove()
     if not isinstance(result, Tensor):
         raise ValueError(f"{type(model).__name__} returns {type(result).__name__}, where its traced graph has a tensor")
-    return result, outputs
+    return result.detach(), outputs
 
 
 class _Replay(fx.Interpreter):
@@ -262,9 +283,11 @@ def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, log10_u
     Raises:
         ValueError: there are such inputs.
     """
-    size = sum(p.numel() for p in model.parameters()) + sum(math.prod(step.shape) for step in traced.steps.values())
+    size = size_of(model, traced)
     points, rounds = next((points, rounds) for most, points, rounds in _EFFORT if size <= most)
-    x = random_inputs(model, input_shape, points + 1, seed=2)[:points]
+    x = random_inputs(model, input_shape, points, seed=2)
+    for index, magnitude in enumerate(_MAGNITUDES[: points - 1], start=1):
+        x[-index] *= magnitude
     with runs_on(model, input_shape):
         try:
             with _in_float64(model, x) as wide:
@@ -292,11 +315,11 @@ def _climb(model: nn.Module, x: Tensor, rounds: int, log10_upper: float) -> tupl
         # Far enough to cross kinks and thresholds in the first round, and in the last along what was climbed.
         sizes = (*steps, 1e-1, 10.0) if round_ in (0, rounds) else steps
         with torch.no_grad():
-            here = model(x.clone()).detach()
+            here = _run(model, x).detach()
         for size in sizes:
             there = (x + size * length * v).detach()
             with torch.no_grad():
-                moved = (model(there.clone()).detach() - here).flatten(1).double()
+                moved = (_run(model, there).detach() - here).flatten(1).double()
             apart = torch.linalg.vector_norm((there - x).flatten(1).double(), dim=1)
             rounded = noise * torch.linalg.vector_norm(here.flatten(1).double(), dim=1)
             ends = torch.linalg.vector_norm(moved, dim=1)
@@ -321,7 +344,7 @@ def _pulled_back(model: nn.Module, x: Tensor, direction: Tensor) -> Tensor | Non
     try:
         with torch.enable_grad():
             point = x.detach().clone().requires_grad_()
-            (back,) = torch.autograd.grad(model(point.clone()), point, direction, allow_unused=True)
+            (back,) = torch.autograd.grad(_run(model, point), point, direction, allow_unused=True)
     except RuntimeError:
         return None
     return back if back is not None and bool(torch.isfinite(back).all()) else None

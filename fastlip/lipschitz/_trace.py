@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlip.lipschitz._registry import find_rule, missing_rule
+from fastlip.norms._model import as_found
 
 #: Name of the model inside the module that is traced; no layer's name is to start with it.
 _MODEL = "model"
@@ -99,7 +100,8 @@ def trace_graph(model: nn.Module) -> fx.GraphModule:
     """
     tracer, root = _Tracer(), _Root(model)
     try:
-        graph = tracer.trace(root)
+        with as_found(model):  # a forward that keeps a feature map has kept a proxy
+            graph = tracer.trace(root)
     except Exception as error:
         failed = shown(tracer.failed)
         what = f"{type(model.get_submodule(failed)).__name__} (at {failed})" if failed else type(model).__name__

@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 #: Containers a forward pass may write into; beyond this many items their insides are not followed.
 _CONTAINERS = (list, dict, set, deque)
 _MOST_ITEMS = 10_000
+#: Numbers in parameters of which a copy is taken, and which may be widened to float64.
+MOST_COPIED = 1 << 27
 
 
 def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
@@ -80,29 +82,43 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, outside of inference mode, autocast and compiled code, to be run and traced.
 
     Modes are set as flags, since ``train()`` and ``eval()`` may do something (LoRA layers merge their weights); in a
-    model that is in eval mode itself every module keeps the mode it has. Afterwards all attributes of all modules,
-    containers among them, buffers, and the random state are as before.
+    model that is in eval mode itself every module keeps the mode it has. Afterwards the model is as it was found, see
+    :func:`as_found`, and so is the random state.
 
     Raises:
         TypeError: it is no module.
-        ValueError: the model wrote into its own parameters.
+        ValueError: the model wrote into its own parameters, and they are too large for a copy.
     """
     _check_module(model)
-    found = _Found(model)
     devices = {t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(as_found(model, parameters=True))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.random.fork_rng(devices))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if model.training:
+            for module in model.modules():
+                module.training = False
+        yield
+
+
+@contextmanager
+def as_found(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
+    """Undo afterwards what runs of a model change on its modules.
+
+    All attributes are put back, containers among them, and what buffers and other tensors hold; with ``parameters``
+    also what those hold.
+
+    Raises:
+        ValueError: a forward wrote into parameters that are too large for a copy.
+    """
+    found = _Found(model, parameters)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.random.fork_rng(devices))
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-            if "torch._dynamo" in sys.modules:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if model.training:
-                for module in model.modules():
-                    module.training = False
-            yield
+        yield
     finally:
         written = found.put_back()
     if written is not None:
@@ -112,23 +128,29 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 class _Found:
     """What a forward pass can change on a model's modules, to be put back."""
 
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._attributes = [(vars(module), dict(vars(module))) for module in modules]
+    def __init__(self, model: nn.Module, parameters: bool) -> None:
+        self._attributes = [(vars(module), dict(vars(module))) for module in list(model.modules())]
         self._containers: dict[int, tuple[Any, Any]] = {}
-        self._tensors: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self._tensors: dict[int, Tensor] = {}
         for own, _ in self._attributes:
             for value in own.values():
                 self._keep(value)
-        self._parameters = [(name, p, p.data, _version(p)) for name, p in model.named_parameters()]
-        for _, p, *_ in self._parameters:
-            self._tensors.pop(id(p), None)
-        self._tensors = {key: (t, t.detach().clone(), v) for key, (t, _, v) in self._tensors.items()}
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._judged = parameters
+        copied = parameters and sum(p.numel() for p in model.parameters()) <= MOST_COPIED
+        held = [t for t in self._tensors.values() if id(t) not in self._names]
+        # Also where the data are, which a forward may exchange, and a copy of what they are.
+        self._held = [(t, t.data, t.detach().clone(), t._version) for t in held]
+        self._parameters = [
+            (t, t.data, t.detach().clone() if copied else None, _version(t))
+            for t in self._tensors.values()
+            if id(t) in self._names
+        ]
 
     def _keep(self, value: object) -> None:
         if isinstance(value, Tensor):
-            if not value.is_inference():
-                self._tensors[id(value)] = (value, value, value._version)
+            if not value.is_inference() or isinstance(value, nn.Parameter):
+                self._tensors[id(value)] = value
         elif isinstance(value, _CONTAINERS) and id(value) not in self._containers:
             self._containers[id(value)] = (value, value.copy())
             if len(value) <= _MOST_ITEMS:
@@ -136,7 +158,7 @@ class _Found:
                     self._keep(inner)
 
     def put_back(self) -> str | None:
-        """Undo all changes; the name of a parameter that was written into, which nothing undoes."""
+        """Undo all changes; the name of a parameter that was written into, of which there is no copy."""
         for own, before in self._attributes:
             if not _same(own, before):
                 own.clear()
@@ -146,14 +168,21 @@ class _Found:
                 continue
             container.clear()
             container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
-        for _, parameter, data, _ in self._parameters:
-            if parameter.dtype != data.dtype or parameter.data_ptr() != data.data_ptr():
-                parameter.data = data
-        with torch.no_grad():
-            for tensor, values, version in self._tensors.values():
-                if tensor._version != version:
-                    tensor.copy_(values)
-        return next((name for name, p, _, version in self._parameters if _version(p) != version), None)
+        for tensor, data, *_ in (*self._held, *self._parameters):
+            if tensor.dtype != data.dtype or tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+                tensor.data = data
+        for tensor, data, values, version in self._held:
+            if tensor._version != version:
+                data.copy_(values)
+        copied = [(data, values) for _, data, values, _ in self._parameters if values is not None and data.numel()]
+        if copied:
+            # Writing through .data counts nowhere. One read for all.
+            written = torch.stack([(data != values).any().cpu() for data, values in copied]).tolist()
+            for (data, values), changed in zip(copied, written, strict=True):
+                if changed:
+                    data.copy_(values)
+        uncopied = [(t, v) for t, _, values, v in self._parameters if values is None and self._judged]
+        return next((self._names[id(t)] for t, version in uncopied if _version(t) != version), None)
 
 
 def _version(t: Tensor) -> int:
