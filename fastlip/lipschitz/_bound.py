@@ -15,7 +15,7 @@ from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._replay import refute, replay, require_bounded
 from fastlip.lipschitz._residual import SUMS, Block, block_factor, block_operators, find_block
 from fastlip.norms import NormInterval, Operator, Settings, diagonal_norm, memory_for, operator_norms
-from fastlip.norms._model import bare_model, checked_shape, eval_mode, training_left_on
+from fastlip.norms._model import bare_model, checked_shape, eval_mode, require_eval
 
 # Relative width of auxiliary norms, in units of that of the layers.
 _AUXILIARY = 4.0
@@ -154,13 +154,8 @@ def lipschitz_bound(
     settings = Settings(
         rtol, confidence, method, starts, max_steps, dtype, memory_for(max_memory, bare.parameters()), generator
     )
+    require_eval(bare)
     with eval_mode(bare):
-        left_on = training_left_on(bare)
-        if left_on is not None:
-            raise ValueError(
-                f"module {left_on} is in training mode though the model is in eval mode, so that it depends on the "
-                "batch or on chance; call model.eval() first"
-            )
         traced = trace(bare, shape)
         if check:
             replay(bare, shape, traced)

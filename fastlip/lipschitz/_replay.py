@@ -27,6 +27,9 @@ _GROWTH = 10.0
 _EFFORT = ((1 << 18, 8, 8), (1 << 22, 4, 3), (math.inf, 1, 1))
 #: Models up to this size are compared at inputs of other magnitudes as well.
 _SMALL = 1 << 22
+#: Models up to this size are run in batches of more sizes.
+_TINY = 1 << 18
+_SIZES = (4, 5, 6, 7, 8, 16, 64)
 _MAGNITUDES = (30.0, 1e3, 1e-3)
 #: A search ends when even its best stretch is this far below the bound.
 _FAR_BELOW = -3.0
@@ -49,12 +52,27 @@ def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced) -> None
         x = random_inputs(model, input_shape, BATCH, seed=1)
         try:
             with _in_float64(model, x) as wide:
-                _compare(model, wide, traced)
+                result = _compare(model, wide, traced)
+            _require_one_function_in(x, _run(model, x), result)
         except (RuntimeError, TypeError):  # something in it takes one dtype only
             _compare(model, x, traced)
 
 
-def _compare(model: nn.Module, x: Tensor, traced: Traced) -> None:
+def _require_one_function_in(x: Tensor, native: Any, wide: Tensor) -> None:
+    """Raise ValueError if a float32 model does something else than it does in float64."""
+    finite = isinstance(native, Tensor) and bool(torch.isfinite(native).all())
+    if x.dtype == torch.float32 and finite and not agree(native, wide, _GROWTH * rounding_of(x)):
+        raise ValueError(
+            f"what the model does depends on the dtype: in float32 and float64 it differs by {_share(native, wide)}"
+        )
+
+
+def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
+    """Compare graph and model on x and on parts of it; returns the model's output.
+
+    Raises:
+        ValueError: they differ.
+    """
     for step in traced.steps.values():
         step.moved = None
     together, outputs = _recorded(model, x, traced)
@@ -67,16 +85,22 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> None:
         result, outputs = _recorded(model, other, traced, differentiable=True)
     replayed = _Replay(traced, outputs)
     replayed.follow(other, result)
-    if not agree(result[:1], together[:1], replayed.rounding):
-        raise ValueError(
-            f"what {type(model).__name__} makes of one input depends on the others in its batch, or differs from run "
-            "to run, or on whether gradients are wanted, which no Lipschitz rule covers"
-        )
-    if size_of(model, traced) <= _SMALL:
+    size = size_of(model, traced)
+    again = [_run(model, other, after=x[1:].repeat_interleave(len(other), 0))]
+    if size <= _TINY:
+        again += [_run(model, torch.cat([x[:1], x[1:].expand(n - 1, *x.shape[1:])])) for n in _SIZES]
+    for seen in (result, *again):
+        if seen.shape[1:] != together.shape[1:] or not agree(seen[:1], together[:1], replayed.rounding):
+            raise ValueError(
+                f"what {type(model).__name__} makes of one input depends on the others in its batch, on what ran "
+                "before or on whether gradients are wanted, which no Lipschitz rule covers"
+            )
+    if size <= _SMALL:
         like = torch.cat([x, x])[: len(_MAGNITUDES)]
         other = like * like.new_tensor(_MAGNITUDES).view(-1, *(1,) * (x.dim() - 1))
         result, outputs = _recorded(model, other, traced)
         _Replay(traced, outputs).follow(other, result)
+    return together
 
 
 def size_of(model: nn.Module, traced: Traced) -> int:
@@ -104,24 +128,26 @@ def _in_float64(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
             tensor.data = data
 
 
-def _run(model: nn.Module, x: Tensor) -> Any:
-    """What the model, as it was found, makes of a copy of x."""
+def _run(model: nn.Module, x: Tensor, after: Tensor | None = None) -> Any:
+    """What the model, as it was found, or after a run on other inputs, makes of a copy of x."""
     with as_found(model):
+        if after is not None:
+            model(after.clone())
         return model(x.clone())
 
 
 def _recorded(
     model: nn.Module, x: Tensor, traced: Traced, *, differentiable: bool = False
-) -> tuple[Tensor, dict[int, deque[tuple[Tensor, int] | None]]]:
-    """The model's output, and those of the modules that its graph calls, in order, with their versions.
+) -> tuple[Tensor, dict[int, deque[Tensor | None]]]:
+    """The model's output, and those of the modules that its graph calls, in order.
 
     ``differentiable`` runs it as for a gradient, which a model can tell.
     """
-    outputs: dict[int, deque[tuple[Tensor, int] | None]] = defaultdict(deque)
+    outputs: dict[int, deque[Tensor | None]] = defaultdict(deque)
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
-        kept = (output.detach(), output._version) if isinstance(output, Tensor) else None
-        outputs[id(module)].append(kept)
+        # What follows may overwrite it.
+        outputs[id(module)].append(output.detach().clone() if isinstance(output, Tensor) else None)
 
     called = {str(node.target) for node in traced.graph_module.graph.find_nodes(op="call_module")}
     modules = {id(m): m for m in (traced.graph_module.get_submodule(target) for target in called)}
@@ -143,7 +169,7 @@ class _Replay(fx.Interpreter):
     Where the two agree the model's own value goes on, so that rounding does not add up.
     """
 
-    def __init__(self, traced: Traced, outputs: dict[int, deque[tuple[Tensor, int] | None]]) -> None:
+    def __init__(self, traced: Traced, outputs: dict[int, deque[Tensor | None]]) -> None:
         super().__init__(traced.graph_module)
         self.extra_traceback = False
         self.rounding = _ROUNDING
@@ -195,16 +221,15 @@ class _Replay(fx.Interpreter):
         queue = self._outputs.get(id(self.fetch_attr(str(n.target))))
         if not queue:
             raise _otherwise(f"{step.name} runs less often")
-        kept = queue.popleft()
-        if kept is None or kept[0]._version != kept[1]:
-            return value  # overwritten in place by what follows, which is compared in its stead
-        seen = kept[0]
+        seen = queue.popleft()
+        if seen is None:
+            raise _otherwise(f"{step.name} returns no tensor")
         if not agree(value, seen, self.rounding):
             where = f"{step.name} ({step.kind})"
             differ = f"by {_share(value, seen)}" if value.shape == seen.shape else "in shape"
             raise _otherwise(f"they agree up to {self._agreed}, and differ {differ} at {where}")
         self._agreed = step.name
-        return seen.clone()
+        return seen
 
     def _require_constant(self, n: fx.Node, value: Any) -> None:
         """Raise ValueError if what should not depend on the input's numbers does."""

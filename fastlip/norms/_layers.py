@@ -19,8 +19,8 @@ from fastlip.norms._model import (
     eval_mode,
     example_input,
     random_inputs,
+    require_eval,
     runs_on,
-    training_left_on,
 )
 from fastlip.norms._modules import (
     BATCHNORMS,
@@ -291,13 +291,8 @@ def _collect(
             key = structure(model)
             if key is None or key not in known:
                 # Its weights are read below: those that hooks compute are up to date inside only.
+                require_eval(model, BATCHNORMS)
                 running.enter_context(eval_mode(model))
-                left_on = training_left_on(model, BATCHNORMS)
-                if left_on is not None:
-                    raise ValueError(
-                        f"layer {left_on} is in training mode, where BatchNorm uses the batch's statistics, though the "
-                        "model is in eval mode; call model.eval() first"
-                    )
                 plan = _plan(model, input_shape, fold_batchnorm, check)
                 plans.append(plan.slots)
                 if key is not None and plan.shared:

@@ -67,14 +67,26 @@ def is_dressed(module: nn.Module) -> bool:
     return bool(everywhere) or has_hooks(module) or type(module).__call__ is not nn.Module.__call__
 
 
-def training_left_on(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (_BatchNorm, _DropoutNd)) -> str | None:
-    """Name of a module of one of ``kinds`` that is in training mode although the model is not, or None.
+def require_eval(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (_BatchNorm, _DropoutNd)) -> None:
+    """See that the modules of some kinds are in eval mode when the model is, or will be.
 
-    It stays there in :func:`eval_mode`, since that is what runs.
+    Raises:
+        ValueError: one is in training mode although the model is not, and so stays there in :func:`eval_mode`; or the
+            model is in training mode, and above such a module there is a ``train`` of its own, which alone knows what
+            eval mode would be.
     """
-    if model.training:
-        return None
-    return next((name for name, m in model.named_modules() if m.training and isinstance(m, kinds)), None)
+    for name, module in model.named_modules():
+        if not model.training and module.training and isinstance(module, kinds):
+            raise ValueError(
+                f"module {name or type(module).__name__} ({type(module).__name__}) is in training mode though the "
+                "model is in eval mode, so that what it does depends on the batch or on chance; call model.eval() first"
+            )
+        own = type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval
+        if model.training and own and any(isinstance(m, kinds) for m in module.modules()):
+            raise ValueError(
+                f"{type(module).__name__}{f' (at {name})' if name else ''} has a train() or eval() of its own, which "
+                "decides over layers that depend on the mode; call model.eval() first"
+            )
 
 
 @contextmanager
