@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_arrays
+from fastlip.study.files import damaged, read_arrays
 
 
 def frame(run: str | os.PathLike[str]) -> Any:
@@ -15,13 +15,16 @@ def frame(run: str | os.PathLike[str]) -> Any:
         run: run directory with ``tables/results.csv``.
 
     Raises:
-        StudyError: there is no such file.
+        StudyError: there is no such file, or it is damaged.
         ImportError: pandas is missing.
     """
     path = Path(run) / "tables" / "results.csv"
     if not path.is_file():
         raise StudyError(f"{path} is missing; python -m fastlip.study report {run} writes it")
-    return _pandas().read_csv(path)
+    try:
+        return _pandas().read_csv(path)
+    except ValueError as error:  # what pandas has for damaged files, and UnicodeDecodeError
+        raise damaged(path, error, f"python -m fastlip.study report {run} writes it anew") from None
 
 
 def image_frame(run: str | os.PathLike[str]) -> Any:
