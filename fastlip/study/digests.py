@@ -1,4 +1,4 @@
-"""SHA-256 of a run's JSON and HTML files, in ``.sha256`` beside them; ``sha256sum -c .sha256`` reads it, too.
+"""SHA-256 of a run's JSON, CSV and HTML files, in ``.sha256`` beside them; ``sha256sum -c .sha256`` reads it, too.
 
 Arrays and checkpoints carry sums of their own. Runs made before there were records have none, and are read as they are.
 """
@@ -12,7 +12,7 @@ from fastlip.study.files import write_text
 NAME = ".sha256"
 
 #: Kinds of files that nothing in themselves protects.
-KINDS = (".json", ".html")
+KINDS = (".json", ".csv", ".html")
 
 
 def recorded(root: Path) -> dict[str, str]:

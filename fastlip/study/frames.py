@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastlip.study import digests
 from fastlip.study.errors import StudyError
 from fastlip.study.files import damaged, read_arrays
 
@@ -21,10 +22,13 @@ def frame(run: str | os.PathLike[str]) -> Any:
     path = Path(run) / "tables" / "results.csv"
     if not path.is_file():
         raise StudyError(f"{path} is missing; python -m fastlip.study report {run} writes it")
+    remedy = f"python -m fastlip.study report {run} writes it anew"
+    if not digests.intact(Path(run), path):
+        raise damaged(path, f"it is not what its SHA-256 in {digests.NAME} was taken of", remedy)
     try:
         return _pandas().read_csv(path)
     except ValueError as error:  # what pandas has for damaged files, and UnicodeDecodeError
-        raise damaged(path, error, f"python -m fastlip.study report {run} writes it anew") from None
+        raise damaged(path, error, remedy) from None
 
 
 def image_frame(run: str | os.PathLike[str]) -> Any:

@@ -56,7 +56,7 @@ def stages(run: RunDirectory, inputs: Inputs, team: Team | None = None) -> list[
     everything = tuple(path for stage in found for path in stage.outputs)
     name = inputs.source_name
     found.append(Stage("results", (run.results,), lambda progress: analysis.write(run, name), everything))
-    found.append(Stage("report", (run.report,), lambda progress: report.write(run), (run.results,)))
+    found.append(Stage("report", run.written_by_report, lambda progress: report.write(run), (run.results,)))
     return found
 
 
@@ -78,9 +78,9 @@ def _look_at(run: RunDirectory, path: Path) -> None:
     """Raise where a file that a stage has written cannot be read."""
     if path == run.results:
         run.read_results()
-    elif path == run.report:
-        if not path.read_bytes().rstrip().endswith(b"</html>"):
-            raise damaged(path, "it has no end")
+    elif path in run.written_by_report:
+        if not path.read_bytes().endswith(b"</html>" if path == run.report else b"\n"):
+            raise damaged(path, "it has no end", run.rewrite)
     elif path.suffix == ".npz":
         read_arrays(path)
     elif path.suffix == ".safetensors":

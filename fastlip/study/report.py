@@ -41,7 +41,6 @@ def write(run: RunDirectory) -> str:
         figures.corruption_figure(results),
     ]
     tables.write(run.tables, [table for table in all_tables if table.rows])
-    write_text(run.tables / "results.csv", long_csv(results))
     drawing.write(run.figures, [*accuracy, *single])
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastlip.study"),
@@ -74,7 +73,8 @@ def write(run: RunDirectory) -> str:
         timings=timings,
     )
     # A sample size stays with its "n", however narrow the page.
-    with run.recorded(run.report):
+    with run.recorded(*run.written_by_report):
+        write_text(run.tables / "results.csv", long_csv(results))
         write_text(run.report, html.replace("(n = ", "(n\u00a0=\u00a0"))
     return str(run.report)
 

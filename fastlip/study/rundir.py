@@ -158,13 +158,12 @@ class RunDirectory:
         for path in paths:
             if not digests.intact(self.path, path):
                 reason = f"it is not what its SHA-256 in {digests.NAME} was taken of"
-                raise damaged(path, reason, _RESTORE if path == self.config_file else AGAIN)
+                remedies = {self.config_file: _RESTORE} | dict.fromkeys(self.written_by_report, self.rewrite)
+                raise damaged(path, reason, remedies.get(path, AGAIN))
 
     def require_unobstructed(self, *paths: Path) -> None:
         """Raise where one of ``paths``, or a table, figure or the timings, cannot be written for what stands there."""
-        unobstructed(
-            self.path, (*paths, self.timings, self.report, self.tables / "seed.md", self.figures / "growth.svg")
-        )
+        unobstructed(self.path, (*paths, *self.written_by_report, self.timings, self.figures / "growth.svg"))
 
     def read_results(self) -> schema.Results:
         """results.json."""
@@ -218,6 +217,16 @@ class RunDirectory:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def written_by_report(self) -> tuple[Path, Path]:
+        """The page, and the table of every number; other tables and all figures are for people to change."""
+        return self.report, self.tables / "results.csv"
+
+    @property
+    def rewrite(self) -> str:
+        """What to do about a damaged file of these."""
+        return f"python -m fastlip.study report {shlex.quote(str(self.path))} writes it anew"
 
 
 def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
