@@ -18,7 +18,8 @@ def require(value: Any, hint: Any, where: str) -> None:
     Args:
         value: plain lists, dicts, strings, numbers, booleans and None.
         hint: a TypedDict or dataclass (exactly its keys), ``list[T]``, ``tuple[T, ...]``, ``dict[str, T]``,
-            ``Literal``, ``T | None``, ``float`` (finite; whole numbers too), ``int``, ``str``, ``bool`` or ``Any``.
+            ``Literal``, ``T | None``, ``float`` (finite; whole numbers too), ``int`` (of 64 bits), ``str``, ``bool`` or
+            ``Any``.
         where: name of the value, which the message begins with.
 
     Raises:
@@ -47,7 +48,8 @@ def require(value: Any, hint: Any, where: str) -> None:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         _need(fits and abs(value) <= _LARGEST, value, where, "a finite number")
     else:
-        _need(type(value) is hint, value, where, {int: "a whole number", str: "a string", bool: "true or false"}[hint])
+        fits = type(value) is hint and (hint is not int or -(2**63) <= value < 2**63)
+        _need(fits, value, where, {int: "a whole number", str: "a string", bool: "true or false"}[hint])
 
 
 def shown(value: Any) -> str:

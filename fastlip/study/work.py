@@ -16,7 +16,7 @@ from fastlip.study import corruptions, measure, smoothing, spectra, strong
 from fastlip.study.certified import bounded, certified
 from fastlip.study.config import TRANSFER, Ball, Schedule
 from fastlip.study.errors import StudyError
-from fastlip.study.files import AGAIN, write_arrays, write_json
+from fastlip.study.files import AGAIN, damaged, write_arrays, write_json
 from fastlip.study.inputs import Inputs, build
 from fastlip.study.measure import Arrays, Images, Progress
 from fastlip.study.rundir import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
@@ -100,7 +100,12 @@ class Work:
         network = build(s.architecture_of(model.arm), classes, s.stem, seeded(model.seed, "weights"))
         if self.transfers(model):
             pretrained = self.run.checkpoint("source")
-            load_backbone(network, weights_at(pretrained) if self.run.pretrains else self.inputs.source_weights())
+            weights = weights_at(pretrained) if self.run.pretrains else self.inputs.source_weights()
+            try:
+                load_backbone(network, weights)
+            except ValueError as error:
+                # Weights that were given were looked at before anything began.
+                raise damaged(pretrained, error) from None
         return network
 
     def measurements(self, model: Trained) -> dict[str, Measurement]:
