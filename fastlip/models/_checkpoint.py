@@ -1,5 +1,6 @@
 """Weights on disk: safetensors only, which hold numbers and can execute nothing."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fastlip._files import replacing
+from fastlip._text import printable
 from fastlip.models._extra import safetensors
+
+#: Where a file's own SHA-256 stands among its metadata.
+_DIGEST = "fastlip.sha256"
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, meta: Mapping[str, str] | None = None) -> None:
-    """Write the model's state dict and ``meta`` to ``path``, all or nothing.
+    """Write the model's state dict and ``meta`` to ``path``, all or nothing, with a SHA-256 over both.
 
     Args:
         path: file to write, replaced in one move once it is complete.
@@ -22,16 +27,19 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, meta: Mappin
     Raises:
         OSError: the file cannot be written.
         TypeError: ``meta`` holds something else than strings.
+        ValueError: ``meta`` holds the key of the SHA-256.
         ImportError: safetensors is missing.
     """
     for key, value in (meta or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"meta must map strings to strings, got {key!r}: {value!r}")
+        if key == _DIGEST:
+            raise ValueError(f"meta must leave {_DIGEST!r} to the file's own SHA-256")
     # Copies, because safetensors refuses tensors that share memory, as tied weights do.
     state = model.state_dict()
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
     path = Path(path)
-    data = safetensors().save(tensors, metadata=dict(meta or {}))
+    data = safetensors().save(tensors, metadata={**(meta or {}), _DIGEST: _digest(tensors, meta or {})})
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
@@ -47,7 +55,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged, or of another format; a pickle is refused, never executed.
+        ValueError: the file is truncated, damaged (where it holds its SHA-256, as :func:`save_checkpoint` writes it, to
+            the last bit), or of another format; a pickle is refused, never executed.
         ImportError: safetensors is missing.
     """
     path = Path(path)
@@ -62,8 +71,21 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         )
     try:
         with library.safe_open(path, framework="pt") as opened:
-            return {k: opened.get_tensor(k) for k in opened.keys()}, dict(opened.metadata() or {})
+            tensors, meta = {k: opened.get_tensor(k) for k in opened.keys()}, dict(opened.metadata() or {})
     except Exception as error:
         if isinstance(error, OSError):
             raise
-        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {error}") from None
+        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {printable(str(error))}") from None
+    written = meta.pop(_DIGEST, None)
+    if written is not None and written != _digest(tensors, meta):
+        raise ValueError(f"{path} is damaged: it is not what its SHA-256 was taken of")
+    return tensors, meta
+
+
+def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of contiguous CPU tensors, and over the strings beside them."""
+    found = hashlib.sha256(repr(sorted(meta.items())).encode(errors="surrogatepass"))
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name!r} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

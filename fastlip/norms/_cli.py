@@ -1,7 +1,11 @@
 """The command line of layer norms."""
 
 import importlib
+import math
+import re
 import sys
+import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,16 +15,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
+from fastlip._text import printable
 from fastlip.norms._html import report_html
 from fastlip.norms._interval import confidence_text
 from fastlip.norms._layers import layer_norms
 from fastlip.norms._report import NormReport
 from fastlip.norms._solve import METHODS
 
-# Characters of an error.
-_LONGEST = 500
+# Characters of an error, and names listed in one.
+_LONGEST, _NAMED = 500, 3
+
+# Select Graphic Rendition, which torch puts into its own messages.
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,18 +53,22 @@ def norms(
 ) -> None:
     """Operator norms of every convolution and linear layer of MODEL, with certified upper sides."""
     try:
+        _check_options(classes, rtol, confidence, seed)
+        sizes = _parse_shape(shape)
         network = _load_model(model, classes)
         if checkpoint is not None:
-            network.load_state_dict(_load_state(checkpoint))
-        report = _compute(network, _parse_shape(shape), rtol, confidence, method, fold, seed)
-        page = f"{model} on {shape}"
-        exports = ((json, report.to_json), (csv, report.to_csv), (html, lambda: report_html(report, page)))
+            _load_into(network, _load_state(checkpoint), checkpoint, model)
+        report = _compute(network, sizes, rtol, confidence, method, fold, seed)
+        # JSON escapes whatever is in a name by itself, and keeps it.
+        shown = _shown(report)
+        page = printable(f"{model} on {shape}")
+        exports = ((json, report.to_json), (csv, shown.to_csv), (html, lambda: report_html(shown, page)))
         for path, export in exports:
             if path is not None and str(path) != "-":
                 path.write_text(export(), encoding="utf-8")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        # What load_state_dict says is long, and of many lines.
-        text = " ".join(str(error).split())
+        # What load_state_dict says is long, and of many lines, with names out of the file in it.
+        text = printable(" ".join(_COLOURS.sub("", str(error)).split()))
         print(f"error: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'}", file=sys.stderr)
         raise typer.Exit(2) from None
     to_stdout = [export for path, export in exports if path is not None and str(path) == "-"]
@@ -64,7 +77,7 @@ def norms(
             print(export(), end="")
     else:
         console = Console()
-        console.print(_table(report, wide=console.width >= 100))
+        console.print(_table(shown, wide=console.width >= 100))
 
 
 def _compute(
@@ -78,7 +91,8 @@ def _compute(
 ) -> NormReport:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     columns = (TextColumn("operator norms"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("norms", total=None)
 
         def step(done: int, total: int) -> None:
@@ -96,11 +110,26 @@ def _compute(
         )
 
 
+def _check_options(classes: int | None, rtol: float, confidence: float, seed: int | None) -> None:
+    """Say what is wrong with an option in the option's own words, before anything is loaded."""
+    if classes is not None and not 0 < classes < 2**31:
+        raise ValueError(f"--classes must be a number of classes, got {classes}")
+    if not 0.0 < rtol < math.inf:
+        raise ValueError(f"--rtol must be above 0 and finite, got {rtol}")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"--confidence must lie strictly between 0 and 1, got {confidence}")
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"--seed must fit 64 bits, got {seed}")
+
+
 def _parse_shape(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--input must be numbers such as 3,32,32, got {text!r}") from None
+    if math.prod(max(size, 1) for size in sizes) >= 2**40:
+        raise ValueError(f"--input {text} is larger than any memory")
+    return sizes
 
 
 def _load_model(name: str, classes: int | None) -> nn.Module:
@@ -129,8 +158,8 @@ def _load_model(name: str, classes: int | None) -> nn.Module:
     return network
 
 
-def _load_state(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from safetensors, or from a torch file, also one that holds them under "state_dict"."""
+def _load_state(path: Path) -> dict[str, Any]:
+    """What a safetensors or torch file holds by name, also one that holds it under "state_dict"."""
     if path.suffix == ".safetensors":
         try:
             library = importlib.import_module("safetensors.torch")
@@ -140,19 +169,81 @@ def _load_state(path: Path) -> dict[str, Tensor]:
     else:
         load, kind = partial(torch.load, map_location="cpu", weights_only=True), "state dict written by torch.save"
     try:
-        state: Any = load(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's, about pickles that it then refuses
+            state: Any = load(path)
     except OSError:
         raise
     except Exception as error:  # whatever a file that is no such thing makes the readers raise
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is no {kind}, or holds more than tensors ({reason})") from None
+        raise ValueError(f"{path} is no {kind}, or holds more than tensors ({_refusal(error)})") from None
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
         raise ValueError(f"{path} must hold a state dict, got {type(state).__name__}")
-    # DataParallel writes every name behind "module.".
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    for name in state:
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: names must be strings, got {repr(name)[:60]} ({type(name).__name__})")
+    return state
+
+
+def _refusal(error: Exception) -> str:
+    """What a reader refused, in a few words; torch says it in the middle of a page of advice."""
+    text = " ".join(_COLOURS.sub("", str(error)).split())
+    refused = text.partition("WeightsUnpickler error: ")[2] or text
+    for advice in (" Please use ", " Please file ", " Check the documentation "):
+        refused = refused.partition(advice)[0]
+    return refused[: _LONGEST // 2]
+
+
+def _load_into(network: nn.Module, given: dict[str, Any], path: Path, model: str) -> None:
+    """Load a checkpoint whose names, values and shapes are those of ``network``.
+
+    Raises:
+        ValueError: they are not, or a value is complex or of whole numbers where the network's is real.
+    """
+    own = network.state_dict()
+    state: dict[str, Any] = {}
+    for name, value in given.items():
+        # DataParallel writes every name behind "module.".
+        bare = name if name in own else name.removeprefix("module.")
+        if bare in state:
+            raise ValueError(f"{path} has {bare!r} twice, once behind 'module.': keep one of them")
+        state[bare] = value
+        if bare.rpartition(".")[2] == "_extra_state":
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {name!r} must be a tensor, got {type(value).__name__}")
+        if value.is_complex():
+            raise ValueError(f"{path}: {name!r} is complex ({value.dtype}), and its imaginary part would be lost")
+        wanted = own.get(bare)
+        if isinstance(wanted, Tensor) and wanted.is_floating_point() and not value.is_floating_point():
+            raise ValueError(f"{path}: {name!r} holds {value.dtype} where the model has {wanted.dtype}: dequantise it")
+    found = network.load_state_dict(state, strict=False)
+    wrong = [
+        f"{kind} key(s): {', '.join(map(repr, names[:_NAMED]))}"
+        + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        for kind, names in (("Missing", found.missing_keys), ("Unexpected", found.unexpected_keys))
+        if names
+    ]
+    if wrong:
+        raise ValueError(f"{path} is no checkpoint of {model}. {'. '.join(wrong)}")
+
+
+def _shown(report: NormReport) -> NormReport:
+    """The report with names and descriptions that are safe to print.
+
+    Raises:
+        ValueError: two names cannot be told apart then.
+    """
+    shown = replace(
+        report,
+        intervals={printable(name): interval for name, interval in report.items()},
+        descriptions={printable(name): printable(text) for name, text in report.descriptions.items()},
+    )
+    if len(shown) != len(report):
+        raise ValueError("two layers have names that differ in how control characters are written; rename one")
+    return shown
 
 
 def _table(report: NormReport, wide: bool) -> Table:
@@ -169,8 +260,8 @@ def _table(report: NormReport, wide: bool) -> Table:
         method = f"{interval.method} {interval.iterations or ''}".rstrip()
         late = "" if interval.converged else "[yellow]"
         table.add_row(
-            name,
-            *([report.descriptions[name]] if wide else []),
+            Text(name),  # what looks like rich's markup in a name is part of the name
+            *([Text(report.descriptions[name])] if wide else []),
             f"{interval.lower:.5g}",
             f"{interval.upper:.5g}",
             f"{late}{width}",

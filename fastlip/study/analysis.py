@@ -4,11 +4,23 @@ import numpy as np
 
 from fastlip.study import power, summaries
 from fastlip.study.config import TRANSFER
-from fastlip.study.files import read_json, write_json
+from fastlip.study.files import write_json
 from fastlip.study.inputs import build
 from fastlip.study.measure import depth_points
 from fastlip.study.rundir import RunDirectory, Trained, pgd_name
-from fastlip.study.schema import SCHEMA, Comparison, DeckRow, Model, Point, Power, Results, Training
+from fastlip.study.schema import (
+    SCHEMA,
+    Comparison,
+    DeckRow,
+    Lipschitz,
+    Model,
+    Point,
+    Power,
+    Results,
+    Training,
+    TrainingRecord,
+    read,
+)
 from fastlip.study.statistics import median, paired, rate
 from fastlip.study.summaries import Stored
 from fastlip.study.verdicts import CASES, verdicts
@@ -41,7 +53,7 @@ def analyse(run: RunDirectory, source_name: str) -> Results:
         schema=SCHEMA,
         preset=s.preset,
         dataset=models[0]["dataset"],
-        classes=read_json(run.training(run.models[0].name))["classes"],
+        classes=read(run.training(run.models[0].name), TrainingRecord)["classes"],
         generated=s.dataset == "generated",
         source=source_name if s.transfers else "none",
         models=models,
@@ -70,10 +82,10 @@ def _model(run: RunDirectory, trained: Trained) -> Model:
     s = run.settings
     stored = Stored(run, trained)
     confidence = s.rules.confidence
-    training = read_json(run.training(trained.name))
+    training = read(run.training(trained.name), TrainingRecord)
     clean = stored.decided("clean")
     ratios = summaries.ratios(stored)
-    bound = read_json(run.lipschitz(trained.name))
+    bound = read(run.lipschitz(trained.name), Lipschitz)
     features, growth = summaries.features(stored)
     return Model(
         name=trained.name,
@@ -127,7 +139,7 @@ def _point(run: RunDirectory, trained: Trained) -> Point:
         accuracy=rate(right, s.rules.confidence),
         median=found["value"],
         stretch=summaries.largest(arrays["stretch"][:first][right]),
-        log10_upper=read_json(run.lipschitz(trained.name))["log10_upper"],
+        log10_upper=read(run.lipschitz(trained.name), Lipschitz)["log10_upper"],
     )
 
 

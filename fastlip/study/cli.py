@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fastlip._text import printable
 from fastlip.study import config, presets
 from fastlip.study.errors import StudyError
 
@@ -112,7 +113,7 @@ def side_by_side(
     from fastlip.study.compare import compare
 
     for table in compare(runs):
-        typer.echo(table.markdown())
+        typer.echo("\n".join(map(printable, table.markdown().split("\n"))))
 
 
 def main() -> None:
@@ -135,5 +136,5 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {printable(' '.join(message.split()))}\n")
     sys.exit(status)

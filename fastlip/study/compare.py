@@ -6,9 +6,8 @@ from typing import Any
 
 from fastlip.study.config import names
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_json
 from fastlip.study.rundir import RunDirectory
-from fastlip.study.schema import SCHEMA, Model, Results
+from fastlip.study.schema import Model, Results
 from fastlip.study.tables import Table, distortion, interval, number, percent, power
 
 _MEASURES: dict[str, Callable[[Model], str]] = {
@@ -27,22 +26,16 @@ def compare(paths: list[Path]) -> list[Table]:
     """Verdicts, models and differing settings of two or more runs.
 
     Raises:
-        StudyError: fewer than two runs, or a directory holds no results of this version.
+        StudyError: fewer than two runs, or a directory holds no results of this version, or damaged ones.
     """
     if len(paths) < 2:
         raise StudyError("name at least two runs: python -m fastlip.study compare RUN RUN", status=2)
     runs = [RunDirectory(path) for path in paths]
-    found = [results(run) for run in runs]
+    found = [run.read_results() for run in runs]
+    for run in runs:
+        run.require_intact(run.config_file)
     heads = tuple(str(path) for path in paths)
     return [_verdicts(heads, found), _models(heads, found), _settings(heads, runs)]
-
-
-def results(run: RunDirectory) -> Results:
-    """results.json of a run, of this version."""
-    plain: Results = read_json(run.results)
-    if plain.get("schema") != SCHEMA:
-        raise StudyError(f"{run.results} has schema {plain.get('schema')!r}, this fastlip reads {SCHEMA!r}")
-    return plain
 
 
 def _verdicts(heads: tuple[str, ...], found: list[Results]) -> Table:

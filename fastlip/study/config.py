@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fastlip.study import checks
 from fastlip.study.errors import StudyError
+from fastlip.study.shapes import require
 
 #: Arms that start from the source: all weights, the head alone, the last stage and the head, the head and then all.
 TRANSFER = ("finetune", "linear", "partial", "lpft")
@@ -362,20 +363,28 @@ def to_json(settings: Settings) -> dict[str, Any]:
 
 
 def from_json(plain: dict[str, Any]) -> Settings:
-    """The settings that :func:`to_json` wrote."""
-    settings: Settings = _build(Settings, plain)
+    """The settings that :func:`to_json` wrote.
+
+    Raises:
+        ValueError: a value is of another type.
+        StudyError: settings were added or removed since, or one is out of range.
+    """
+    settings: Settings = _build(Settings, plain, "")
     return settings
 
 
-def _build(kind: Any, plain: dict[str, Any]) -> Any:
+def _build(kind: Any, plain: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(kind)
+    require(plain, dict[str, Any], prefix.rstrip(".") or "settings")
     if set(plain) != set(hints):
-        raise StudyError(f"the run was made by another version of fastlip: {sorted(set(plain) ^ set(hints))} differ")
+        names = sorted(prefix + name for name in set(plain) ^ set(hints))
+        raise StudyError(f"the run was made by another version of fastlip: {names[:3]} differ")
     values = {}
     for name, value in plain.items():
         if dataclasses.is_dataclass(hints[name]):
-            value = _build(hints[name], value)
-        elif isinstance(value, list):
-            value = tuple(value)
+            value = _build(hints[name], value, f"{prefix}{name}.")
+        else:
+            require(value, hints[name], prefix + name)
+            value = tuple(value) if isinstance(value, list) else value
         values[name] = value
     return kind(**values)

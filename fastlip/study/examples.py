@@ -3,12 +3,14 @@
 import base64
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from fastlip.study.files import read_arrays
+from fastlip.study.files import damaged
 from fastlip.study.rundir import RunDirectory, Trained
+from fastlip.study.schema import read_measured
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class Example:
 def examples(run: RunDirectory, classes: list[str]) -> list[Example]:
     """The first images, one per class as far as they go, that every model of the first seed decides rightly."""
     models = [m for m in run.models if m.seed == run.settings.seed]
+    clean = {m: _of_classes(run.images(m.name, "clean-attacked"), len(classes)) for m in models}
+    n = len(clean[models[0]]["label"])
     stored = {
-        m: {kind: read_arrays(run.images(m.name, f"smallest-{kind}")) for kind in ("pgd", "gaussian")} for m in models
+        m: {kind: _of_classes(run.images(m.name, f"smallest-{kind}"), len(classes), n) for kind in ("pgd", "gaussian")}
+        for m in models
     }
-    clean = {m: read_arrays(run.images(m.name, "clean-attacked")) for m in models}
     usable = np.ones(len(clean[models[0]]["image"]), dtype=bool)
     for m in models:
         usable &= (clean[m]["prediction"] == clean[m]["label"])[: len(usable)]
@@ -56,6 +60,15 @@ def examples(run: RunDirectory, classes: list[str]) -> list[Example]:
             usable &= arrays["found"][: len(usable)]
     rows = _one_per_class(np.flatnonzero(usable), clean[models[0]]["label"], run.settings.examples)
     return [_example(m, row, clean[m], stored[m], classes) for row in rows for m in models]
+
+
+def _of_classes(path: Path, classes: int, n: int | None = None) -> dict[str, np.ndarray]:
+    """The arrays of one measurement, of which nothing is about a class that there is not."""
+    arrays = read_measured(path, n, "image")
+    decided = np.concatenate([arrays["label"], arrays["prediction"]])
+    if not ((decided >= 0) & (decided < classes)).all():
+        raise damaged(path, f"it speaks of a class that is not among the {classes} of results.json")
+    return arrays
 
 
 def _one_per_class(rows: np.ndarray, labels: np.ndarray, count: int) -> list[int]:

@@ -1,8 +1,6 @@
 """Files that are either there and complete or not there at all."""
 
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,9 @@ import numpy as np
 
 from fastlip._files import replacing
 from fastlip.study.errors import StudyError
+
+#: What to do about a damaged file that the study can make anew.
+AGAIN = "delete it and run the study in its directory again, with the settings that it was begun with"
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -33,20 +34,76 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
-def read_json(path: Path) -> Any:
+def damaged(path: Path, reason: object, remedy: str = AGAIN) -> StudyError:
+    """The error to raise about a file that is not what it should be."""
+    return StudyError(f"{path} is damaged ({reason}); {remedy}")
+
+
+def read_json(path: Path, remedy: str = AGAIN) -> Any:
+    """What a JSON file holds, whatever its shape; :func:`fastlip.study.schema.read` looks at that, too.
+
+    Raises:
+        StudyError: it is missing or no JSON (NaN and infinities, lone surrogates and bottomless nesting included).
+    """
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise StudyError(f"{path} is missing; run the study in this directory first") from None
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=_refuse)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _missing(path) from None
+    except IsADirectoryError:
+        raise damaged(path, "it is a folder", remedy) from None
+    except RecursionError:
+        raise damaged(path, "nested too deep", remedy) from None
     except ValueError as error:
-        raise StudyError(f"{path} is damaged ({error}); delete it and run the same command again") from None
+        raise damaged(path, error if path.stat().st_size else "empty", remedy) from None
+    return value
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a NumPy archive by name, each checked against its CRC-32.
+
+    Raises:
+        StudyError: it is missing or no such archive.
+    """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("no archive")
+            bad = None if archive.zip is None else archive.zip.testzip()
+            if bad is not None:
+                raise ValueError(f"wrong CRC-32 of {bad!r}")
             return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise StudyError(f"{path} is missing; run the study in this directory first") from None
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise StudyError(f"{path} is damaged ({error}); delete it and run the same command again") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise _missing(path) from None
+    except IsADirectoryError:
+        raise damaged(path, "it is a folder") from None
+    except PermissionError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy's reader have one each for every way to be damaged
+        raise damaged(path, error or type(error).__name__) from None
+
+
+def unobstructed(root: Path, paths: tuple[Path, ...]) -> None:
+    """Raise where a file stands in the place of a folder that holds one of ``paths``, or a folder in that of a file.
+
+    Raises:
+        StudyError: it does; paths below ``root`` alone are looked at.
+    """
+    for path in paths:
+        folders = [root / folder for folder in path.relative_to(root).parents]
+        for place, kind, other in [*((folder, "folder", "file") for folder in folders), (path, "file", "folder")]:
+            if place.exists() and place.is_dir() != (kind == "folder"):
+                raise StudyError(
+                    f"{place} is a {other} where the study keeps a {kind}; move it away and run the study in its "
+                    "directory again, with the settings that it was begun with"
+                )
+
+
+def _missing(path: Path) -> StudyError:
+    return StudyError(f"{path} is missing; run the study in this directory first")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastlip.study import digests
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_arrays
+from fastlip.study.files import damaged, read_arrays
 
 
 def frame(run: str | os.PathLike[str]) -> Any:
@@ -15,13 +16,19 @@ def frame(run: str | os.PathLike[str]) -> Any:
         run: run directory with ``tables/results.csv``.
 
     Raises:
-        StudyError: there is no such file.
+        StudyError: there is no such file, or it is damaged.
         ImportError: pandas is missing.
     """
     path = Path(run) / "tables" / "results.csv"
     if not path.is_file():
         raise StudyError(f"{path} is missing; python -m fastlip.study report {run} writes it")
-    return _pandas().read_csv(path)
+    remedy = f"python -m fastlip.study report {run} writes it anew"
+    if not digests.intact(Path(run), path):
+        raise damaged(path, f"it is not what its SHA-256 in {digests.NAME} was taken of", remedy)
+    try:
+        return _pandas().read_csv(path)
+    except ValueError as error:  # what pandas has for damaged files, and UnicodeDecodeError
+        raise damaged(path, error, remedy) from None
 
 
 def image_frame(run: str | os.PathLike[str]) -> Any:

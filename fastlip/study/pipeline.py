@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from fastlip.study import analysis, report
+from fastlip.study.files import damaged, read_arrays
 from fastlip.study.inputs import Inputs
 from fastlip.study.measure import Progress
 from fastlip.study.rundir import RunDirectory, Trained
+from fastlip.study.schema import Lipschitz, TrainingRecord, read
 from fastlip.study.team import Team
-from fastlip.study.work import Work, probe_name
+from fastlip.study.work import Work, probe_name, weights_at
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,37 @@ def stages(run: RunDirectory, inputs: Inputs, team: Team | None = None) -> list[
     everything = tuple(path for stage in found for path in stage.outputs)
     name = inputs.source_name
     found.append(Stage("results", (run.results,), lambda progress: analysis.write(run, name), everything))
-    found.append(Stage("report", (run.report,), lambda progress: report.write(run), (run.results,)))
+    found.append(Stage("report", run.written_by_report, lambda progress: report.write(run), (run.results,)))
     return found
+
+
+def require_sound(run: RunDirectory, work: list[Stage]) -> None:
+    """Raise where something would stop a run halfway, or where a stage counts as done whose output is damaged.
+
+    Raises:
+        StudyError: the first such file, and what to do about it.
+    """
+    run.require_unobstructed(*(path for stage in work for path in stage.outputs))
+    run.read_timings()
+    for stage in work:
+        for path in stage.outputs if stage.done else ():
+            _look_at(run, path)
+            run.require_intact(path)
+
+
+def _look_at(run: RunDirectory, path: Path) -> None:
+    """Raise where a file that a stage has written cannot be read."""
+    if path == run.results:
+        run.read_results()
+    elif path in run.written_by_report:
+        if not path.read_bytes().endswith(b"</html>" if path == run.report else b"\n"):
+            raise damaged(path, "it has no end", run.rewrite)
+    elif path.suffix == ".npz":
+        read_arrays(path)
+    elif path.suffix == ".safetensors":
+        weights_at(path)
+    else:
+        read(path, Lipschitz if path.parent == run.lipschitz("").parent else TrainingRecord)
 
 
 def _training(run: RunDirectory, work: Work, model: Trained) -> list[Stage]:

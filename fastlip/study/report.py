@@ -8,18 +8,24 @@ import numpy as np
 from markupsafe import Markup
 
 from fastlip.study import drawing, figures, figures_depth, tables
-from fastlip.study.compare import results as read_results
 from fastlip.study.config import names
 from fastlip.study.examples import examples
-from fastlip.study.files import read_arrays, read_json, write_text
+from fastlip.study.files import write_text
 from fastlip.study.rundir import RunDirectory
-from fastlip.study.schema import GENERATED
+from fastlip.study.schema import GENERATED, read_measured
 from fastlip.study.tables_more import ball_name, long_csv, more_tables
 
 
 def write(run: RunDirectory) -> str:
-    """Write tables, figures and report.html from the stored results; the path of the report."""
-    results = read_results(run)
+    """Write tables, figures and report.html from the stored results; the path of the report.
+
+    Raises:
+        StudyError: what it is made from is missing or damaged; nothing was written then.
+    """
+    run.require_unobstructed(*(run.images(model.name, "clean-attacked") for model in run.models))
+    results, timings = run.read_results(), _timings(run)
+    run.require_intact(run.config_file)
+    shown = examples(run, results["classes"])
     all_tables = [*tables.all_tables(results), *more_tables(results)]
     accuracy = figures.accuracy_figures(results)
     single = [
@@ -35,7 +41,6 @@ def write(run: RunDirectory) -> str:
         figures.corruption_figure(results),
     ]
     tables.write(run.tables, [table for table in all_tables if table.rows])
-    write_text(run.tables / "results.csv", long_csv(results))
     drawing.write(run.figures, [*accuracy, *single])
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastlip.study"),
@@ -61,31 +66,32 @@ def write(run: RunDirectory) -> str:
         tables={table.name: table for table in all_tables},
         accuracy=accuracy,
         figures={figure.name: figure for figure in single},
-        examples=examples(run, results["classes"]),
+        examples=shown,
         arms=tables.ARM_NAMES,
         config=run.config,
         settings=names(run.settings),
-        timings=_timings(run),
+        timings=timings,
     )
     # A sample size stays with its "n", however narrow the page.
-    write_text(run.report, html.replace("(n = ", "(n\u00a0=\u00a0"))
+    with run.recorded(*run.written_by_report):
+        write_text(run.tables / "results.csv", long_csv(results))
+        write_text(run.report, html.replace("(n = ", "(n\u00a0=\u00a0"))
     return str(run.report)
 
 
 def _timings(run: RunDirectory) -> dict[str, float]:
     """Seconds per stage but this one, which is not over when the report is written."""
-    found = read_json(run.timings) if run.timings.exists() else {}
-    return {stage: seconds for stage, seconds in found.items() if stage != "report"}
+    return {stage: seconds for stage, seconds in run.read_timings().items() if stage != "report"}
 
 
 def _distortions(run: RunDirectory) -> dict[str, dict[str, np.ndarray]]:
     """Smallest distortions of the images that each model classifies correctly."""
     found = {}
     for model in run.models:
-        clean = read_arrays(run.images(model.name, "clean-attacked"))
+        clean = read_measured(run.images(model.name, "clean-attacked"))
         right = clean["prediction"] == clean["label"]
         found[model.name] = {
-            kind: read_arrays(run.images(model.name, f"smallest-{kind}"))["distortion"][right]
+            kind: read_measured(run.images(model.name, f"smallest-{kind}"), len(right))["distortion"][right]
             for kind in ("pgd", "gaussian")
         }
     return found

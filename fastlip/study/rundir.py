@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 
 import fastlip
-from fastlip.study import config, power, verdicts
+from fastlip.study import config, digests, power, schema, verdicts
 from fastlip.study.config import Settings
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_json, write_json
+from fastlip.study.files import AGAIN, damaged, unobstructed, write_json
 
 _PACKAGES = ("fastlip", "torch", "torchvision", "numpy", "scipy", "safetensors", "matplotlib", "jinja2")
 
@@ -29,9 +29,30 @@ class Machine:
     """What "auto" stood for on the machine that the run was begun on."""
 
     device: str
-    precision: str
+    precision: Literal["float32", "bfloat16"]
     threads: int
     compiled: bool
+
+
+class Config(TypedDict):
+    """config.json; ``settings`` are those of :class:`fastlip.study.config.Settings`."""
+
+    settings: dict[str, Any]
+    rules: list[str]
+    power: list[schema.Power]
+    machine: Machine
+    inputs: dict[str, str]
+    seeds: list[int]
+    command: str
+    versions: dict[str, str]
+    build: dict[str, Any]
+
+
+#: What to do about a damaged config.json; without it nobody can say how what lies beside it was made.
+_RESTORE = "put back a copy of it, or begin anew with another --out"
+
+#: What to do about damaged timings.
+_FORGET = "delete it, which loses how long each stage took and nothing else, and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -76,12 +97,16 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config: dict[str, Any] = read_json(path / "config.json")
+        file = self.config_file
+        self.config: dict[str, Any] = schema.read(file, Config, _RESTORE)
+        self.machine = Machine(**self.config["machine"])
         try:
             self.settings = config.from_json(self.config["settings"])
-            self.machine = Machine(**self.config["machine"])
-        except (KeyError, TypeError) as error:
-            raise StudyError(f"{path / 'config.json'} is not the configuration of a study ({error!r})") from None
+            torch.device(self.machine.device)
+        except (StudyError, ValueError, RuntimeError) as error:
+            raise damaged(file, str(error).partition("\n")[0], _RESTORE) from None
+        if self.machine.threads < 1:
+            raise damaged(file, f"machine.threads is {self.machine.threads}", _RESTORE)
 
     @property
     def models(self) -> list[Trained]:
@@ -111,6 +136,49 @@ class RunDirectory:
             name = state.name.removesuffix(".unfinished.pt")
             if self.checkpoint(name).exists() and self.training(name).exists():
                 state.unlink()
+
+    @contextlib.contextmanager
+    def recorded(self, *paths: Path) -> Iterator[None]:
+        """Record the SHA-256 of what the block writes to ``paths``; see :mod:`fastlip.study.digests`.
+
+        Old records go first: killed at any moment, the process leaves a file without a record and never a false one.
+        """
+        with alone_for_a_moment(self.path):
+            digests.note(self.path, list(paths), forget=True)
+        yield
+        with alone_for_a_moment(self.path):
+            digests.note(self.path, list(paths))
+
+    def require_intact(self, *paths: Path) -> None:
+        """Raise where one of ``paths`` is not as recorded.
+
+        Raises:
+            StudyError: it is not, or the records themselves are damaged.
+        """
+        for path in paths:
+            if not digests.intact(self.path, path):
+                reason = f"it is not what its SHA-256 in {digests.NAME} was taken of"
+                remedies = {self.config_file: _RESTORE} | dict.fromkeys(self.written_by_report, self.rewrite)
+                raise damaged(path, reason, remedies.get(path, AGAIN))
+
+    def require_unobstructed(self, *paths: Path) -> None:
+        """Raise where one of ``paths``, or a table, figure or the timings, cannot be written for what stands there."""
+        unobstructed(self.path, (*paths, *self.written_by_report, self.timings, self.figures / "growth.svg"))
+
+    def read_results(self) -> schema.Results:
+        """results.json."""
+        found = schema.read_results(self.results, [model.name for model in self.models])
+        self.require_intact(self.results)
+        return found
+
+    def read_timings(self) -> dict[str, float]:
+        """Seconds by stage, of those done so far."""
+        found: dict[str, float] = {}
+        return schema.read(self.timings, dict[str, float], _FORGET) if self.timings.exists() else found
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
 
     def checkpoint(self, name: str) -> Path:
         return self.path / "checkpoints" / f"{name}.safetensors"
@@ -150,6 +218,16 @@ class RunDirectory:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def written_by_report(self) -> tuple[Path, Path]:
+        """The page, and the table of every number; other tables and all figures are for people to change."""
+        return self.report, self.tables / "results.csv"
+
+    @property
+    def rewrite(self) -> str:
+        """What to do about a damaged file of these."""
+        return f"python -m fastlip.study report {shlex.quote(str(self.path))} writes it anew"
+
 
 def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
     """Raise where ``path`` cannot become or go on as the directory of this run; nothing is written.
@@ -165,7 +243,6 @@ def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
             raise StudyError(f"--out {path} holds something that is not a run; name a new directory", status=2)
         return
     old = RunDirectory(path)
-    _require_device(old.machine.device)
     before, now = config.names(old.settings), config.names(settings)
     different = [f"{name} ({before[name]} there, {now[name]} now)" for name in now if before[name] != now[name]]
     different += [
@@ -174,6 +251,10 @@ def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
     if old.config["rules"] != verdicts.rules_in_words(old.settings.rules):
         # They were fixed before any result existed, and hold for this run.
         different.append("rules of the verdicts (another version of fastlip)")
+    if not digests.intact(path, old.config_file):
+        reason = "; ".join(["it is not what its SHA-256 was taken of", *different])
+        raise damaged(old.config_file, reason, _RESTORE)
+    _require_device(old.machine.device)
     if different:
         raise StudyError(
             f"{path} holds a run with another configuration: {'; '.join(different)}. Use another --out, or the same "
@@ -183,7 +264,7 @@ def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
 
 
 def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str], command: str) -> RunDirectory:
-    """The run directory at ``path``, made if it is not there yet; call :func:`check` first."""
+    """The run directory at ``path``, made if it is not there yet; call :func:`check` first, and this alone."""
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "config.json").exists():
         machine = _this_machine(settings)
@@ -201,6 +282,7 @@ def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str],
                 "build": fastlip.build_info().to_dict(),
             },
         )
+        digests.note(path, [path / "config.json"])
     return RunDirectory(path)
 
 
@@ -275,12 +357,10 @@ def _this_machine(settings: Settings) -> Machine:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bfloat16" if _fast_bfloat16(torch.device(device)) else "float32"
+    fast: Literal["float32", "bfloat16"] = "bfloat16" if _fast_bfloat16(torch.device(device)) else "float32"
     return Machine(
         device=device,
-        precision=precision,
+        precision=fast if settings.precision == "auto" else settings.precision,
         threads=settings.threads or torch.get_num_threads(),
         compiled=settings.compile == "on" or (settings.compile == "auto" and torch.device(device).type == "cuda"),
     )

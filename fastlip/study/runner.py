@@ -1,5 +1,6 @@
 """One run from its command to its report, with progress on the terminal."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from fastlip.study import rundir
 from fastlip.study.claims import Claims
 from fastlip.study.config import Settings
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_json, write_json
+from fastlip.study.files import write_json
 from fastlip.study.inputs import Inputs, Places, resolve_source
-from fastlip.study.pipeline import Stage, stages
+from fastlip.study.pipeline import Stage, require_sound, stages
 from fastlip.study.rundir import RunDirectory
 from fastlip.study.schema import GENERATED
 from fastlip.study.team import Team, joined
@@ -82,6 +83,8 @@ def run(
 def _execute(directory: RunDirectory, inputs: Inputs, team: Team, claims: Claims | None, console: Console) -> None:
     torch.set_num_threads(directory.machine.threads)
     work = stages(directory, inputs, team)
+    if team.leads:
+        require_sound(directory, work)
     finished = sum(stage.done for stage in work)
     if finished:
         console.print(
@@ -109,7 +112,8 @@ def _execute(directory: RunDirectory, inputs: Inputs, team: Team, claims: Claims
                 bars.update(bar, completed=done, total=total, note=note)
 
             began = time.monotonic()
-            words = stage.run(advance) if team.leads or stage.together else ""
+            with directory.recorded(*stage.outputs) if team.leads else contextlib.nullcontext():
+                words = stage.run(advance) if team.leads or stage.together else ""
             seconds = time.monotonic() - began
             bars.remove_task(bar)
             if team.leads:
@@ -144,8 +148,7 @@ def _next(work: list[Stage], claims: Claims | None) -> int | None:
 def _note_time(directory: RunDirectory, stage: str, seconds: float) -> None:
     """Wall-clock seconds per stage; of a stage that was interrupted, those since it was last resumed."""
     with rundir.alone_for_a_moment(directory.path):
-        times = read_json(directory.timings) if directory.timings.exists() else {}
-        write_json(directory.timings, times | {stage: round(seconds, 2)})
+        write_json(directory.timings, directory.read_timings() | {stage: round(seconds, 2)})
 
 
 def _banner() -> Panel:

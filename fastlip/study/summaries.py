@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 
 from fastlip.study import spectra
-from fastlip.study.files import read_arrays
 from fastlip.study.rundir import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
 from fastlip.study.schema import (
     Attack,
@@ -24,6 +23,9 @@ from fastlip.study.schema import (
     Stretch,
     Strong,
     WeightSpectrum,
+    read_corruptions,
+    read_measured,
+    read_spectra,
 )
 from fastlip.study.statistics import Rate, mean, median, rate
 
@@ -39,7 +41,9 @@ class Stored:
         self.right = self.decided("clean-attacked")
 
     def images(self, measurement: str) -> dict[str, np.ndarray]:
-        return read_arrays(self.run.images(self.trained.name, measurement))
+        # These are measured on other numbers of images than the attacks are, or say themselves how many those are.
+        n = None if measurement in ("clean-attacked", "clean", "jacobian", "smoothing") else len(self.right)
+        return read_measured(self.run.images(self.trained.name, measurement), n)
 
     def decided(self, measurement: str) -> np.ndarray:
         """Whether each image is classified correctly under a measurement."""
@@ -152,7 +156,7 @@ def jacobian(stored: Stored) -> Jacobian:
 
 
 def weights(stored: Stored) -> list[WeightSpectrum]:
-    arrays = read_arrays(stored.run.spectra(stored.trained.name, "weights"))
+    arrays = read_spectra(stored.run.spectra(stored.trained.name, "weights"), "layer", ("",), {"distance": 1})
     return [
         WeightSpectrum(
             layer=str(layer),
@@ -168,7 +172,9 @@ def weights(stored: Stored) -> list[WeightSpectrum]:
 
 
 def features(stored: Stored) -> tuple[list[FeatureSpectrum], list[Growth]]:
-    arrays = read_arrays(stored.run.spectra(stored.trained.name, "features"))
+    path = stored.run.spectra(stored.trained.name, "features")
+    moved_under = {f"growth/{condition}": 2 for condition in spectra.CONDITIONS[1:]}
+    arrays = read_spectra(path, "stage", tuple(f"{c}/" for c in spectra.CONDITIONS), moved_under)
     stages: list[str] = arrays["stage"].tolist()
     values: dict[tuple[Any, str], np.ndarray] = {
         (condition, stage): arrays[f"{condition}/{stage}"] for stage in stages for condition in spectra.CONDITIONS
@@ -200,7 +206,7 @@ def features(stored: Stored) -> tuple[list[FeatureSpectrum], list[Growth]]:
 
 
 def corruptions(stored: Stored) -> Corruptions:
-    arrays, rules = stored.images("corruptions"), stored.rules
+    arrays, rules = read_corruptions(stored.run.images(stored.trained.name, "corruptions")), stored.rules
     right = arrays["prediction"] == arrays["label"]  # [K, S, N]
     rows = [
         Corruption(corruption=name, severity=severity, accuracy=rate(right[k, j], rules.confidence))

@@ -16,10 +16,11 @@ from fastlip.study import corruptions, measure, smoothing, spectra, strong
 from fastlip.study.certified import bounded, certified
 from fastlip.study.config import TRANSFER, Ball, Schedule
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_arrays, write_arrays, write_json
+from fastlip.study.files import AGAIN, damaged, write_arrays, write_json
 from fastlip.study.inputs import Inputs, build
 from fastlip.study.measure import Arrays, Images, Progress
 from fastlip.study.rundir import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
+from fastlip.study.schema import read_measured
 from fastlip.study.team import Team, merged
 from fastlip.study.training import train
 
@@ -99,7 +100,12 @@ class Work:
         network = build(s.architecture_of(model.arm), classes, s.stem, seeded(model.seed, "weights"))
         if self.transfers(model):
             pretrained = self.run.checkpoint("source")
-            load_backbone(network, weights_at(pretrained) if self.run.pretrains else self.inputs.source_weights())
+            weights = weights_at(pretrained) if self.run.pretrains else self.inputs.source_weights()
+            try:
+                load_backbone(network, weights)
+            except ValueError as error:
+                # Weights that were given were looked at before anything began.
+                raise damaged(pretrained, error) from None
         return network
 
     def measurements(self, model: Trained) -> dict[str, Measurement]:
@@ -182,7 +188,7 @@ class Work:
         return measure.smallest_gaussian(network, self.attacked, self.run.settings, seed, progress)
 
     def _gaussian_of_norm(self, model: Trained, network: nn.Module, seed: int, progress: Progress) -> Arrays:
-        l2 = read_arrays(self.run.images(model.name, "smallest-pgd"))["l2"]
+        l2 = read_measured(self.run.images(model.name, "smallest-pgd"))["l2"]
         return measure.gaussian_of_norm(network, self.attacked, l2, seed, progress)
 
     def _jacobian(self, network: nn.Module, seed: int, progress: Progress) -> Arrays:
@@ -272,8 +278,8 @@ def weights_at(path: Path) -> dict[str, torch.Tensor]:
     """The state dict of one of the run's own checkpoints."""
     try:
         return load_checkpoint(path)[0]
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{error}; delete {path} and run the same command again") from None
+    except ValueError as error:
+        raise StudyError(f"{error}; {AGAIN}") from None
 
 
 def seeded(seed: int, *purpose: str) -> int:

@@ -83,3 +83,45 @@ def test_meta_must_be_strings(saved):
     path, model = saved
     with pytest.raises(TypeError, match="meta must map"):
         models.save_checkpoint(path, model, {"seed": 3})
+
+
+def test_a_changed_byte_is_an_error_wherever_it_is(saved):
+    path, model = saved
+    whole = path.read_bytes()
+    before, changed = model.state_dict(), 0
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            state, _ = models.load_checkpoint(path)
+        except ValueError:
+            changed += 1
+            continue
+        # Where the name of the SHA-256 itself was hit, nothing can be checked, and no weight was hit.
+        assert whole.find(b"fastlip.sha256") <= at < whole.find(b"fastlip.sha256") + 14
+        assert all(torch.equal(value, state[name]) for name, value in before.items())
+    assert changed >= len(whole) - 14
+
+
+def test_a_file_without_a_digest_loads(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"weight": torch.ones(2)}, tmp_path / "plain.safetensors", {"arm": "scratch"})
+    state, meta = models.load_checkpoint(tmp_path / "plain.safetensors")
+    assert meta == {"arm": "scratch"}
+    assert torch.equal(state["weight"], torch.ones(2))
+
+
+def test_every_dtype_and_shape_has_a_digest(tmp_path):
+    model = nn.Module()
+    values = {"a": torch.tensor(3), "b": torch.zeros(0, 2), "c": torch.tensor([True]), "d": torch.ones(2).bfloat16()}
+    for name, value in values.items():
+        model.register_buffer(name, value)
+    models.save_checkpoint(tmp_path / "a.safetensors", model)
+    state, meta = models.load_checkpoint(tmp_path / "a.safetensors")
+    assert meta == {}
+    assert all(torch.equal(state[name], value) for name, value in values.items())
+
+
+def test_the_digest_is_not_for_meta(saved):
+    path, model = saved
+    with pytest.raises(ValueError, match=r"meta must leave 'fastlip\.sha256'"):
+        models.save_checkpoint(path, model, {"fastlip.sha256": "0"})

@@ -92,6 +92,11 @@ def test_torchvision_model(run: Callable[..., Result]) -> None:
         (["tiny_net:build", "--input", "3,8,8", "--csv", "absent/out.csv"], "absent/out.csv"),
         (["tiny_net:build", "--input", "1,3,8,8"], "without the batch axis"),
         (["tiny_net:build", "--input", "3,8,8", "--method", "fft"], "method must be one of"),
+        (["tiny_net:build", "--input", "3,8,8", "--seed", str(2**64)], "--seed must fit 64 bits"),
+        (["tiny_net:build", "--input", "3,8,8", "--rtol", "nan"], "--rtol must be above 0"),
+        (["tiny_net:build", "--input", "3,8,8", "--confidence", "1"], "--confidence must lie strictly between"),
+        (["tiny_net:build", "--input", "3,8,99999999999999999999"], "--input 3,8,99999999999999999999 is larger"),
+        (["squeezenet1_1", "--classes", "0"], "--classes must be a number of classes, got 0"),
     ],
 )
 def test_errors_are_one_line(run: Callable[..., Result], args: list[str], message: str) -> None:
@@ -126,3 +131,77 @@ def test_page_escapes_names_and_is_self_contained() -> None:
     assert "a &lt;b&gt; &amp; c" in page
     assert "http" not in page
     assert f"{report['0'].upper:.5g}" in page
+
+
+ESCAPES = "\x1b[2J\x1b]0;x\x07\x9b31m\u202e\u2066\r\n\x00"
+
+
+def harmless(text: str) -> bool:
+    return all(c.isprintable() or c == "\n" for c in text)
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (lambda s: {1: torch.zeros(2)}, ["names must be strings, got 1 (int)"]),
+        (lambda s: {None: torch.zeros(2)}, ["names must be strings, got None (NoneType)"]),
+        (lambda s: {"state_dict": {("a", ESCAPES): torch.zeros(2)}}, ["names must be strings", "(tuple)"]),
+        (lambda s: s | {"4.weight": s["4.weight"] * (1 + 1j)}, ["'4.weight' is complex (torch.complex64)"]),
+        (lambda s: s | {"4.weight": s["4.weight"].char()}, ["'4.weight' holds torch.int8", "torch.float32"]),
+        (lambda s: s | {"4.weight": 3}, ["'4.weight' must be a tensor, got int"]),
+        (lambda s: s | {"module.4.weight": s["4.weight"] + 1}, ["'4.weight' twice", "'module.'"]),
+        (lambda s: {f"module.{k}": v for k, v in s.items()} | {"0.bias": s["0.bias"]}, ["'0.bias' twice"]),
+        (lambda s: {k: v for k, v in s.items() if k != "4.bias"}, ["Missing key(s): '4.bias'"]),
+        (lambda s: s | {ESCAPES: torch.zeros(1)}, ["Unexpected key(s)", "x1b", "u202e"]),
+        (
+            lambda s: {f"{k}{i}": v for k, v in s.items() for i in range(2)},
+            ["Missing key(s): '0.weight', '0.bias', '1.weight' and", "Unexpected key(s): '0.weight0', '0.weight1',"],
+        ),
+        (lambda s: s | {"4.weight": torch.zeros(2, 3)}, ["size mismatch for 4.weight"]),
+    ],
+)
+def test_a_strangers_checkpoint_is_refused_by_name(run: Callable[..., Result], change, messages: list[str]) -> None:
+    torch.save(change(small_model().state_dict()), "weights.pt")
+    done = run("tiny_net:build", "--input", "3,8,8", "--checkpoint", "weights.pt")
+    assert done.exit_code == 2, done.output
+    for message in messages:
+        assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert harmless(done.stderr)
+    assert not done.stdout
+
+
+def test_a_refused_pickle_is_named_without_torchs_colours(run: Callable[..., Result]) -> None:
+    torch.save({"m": nn.Linear(2, 2)}, "weights.pt")
+    done = run("tiny_net:build", "--input", "3,8,8", "--checkpoint", "weights.pt")
+    assert done.exit_code == 2
+    assert "GLOBAL torch.nn.modules.linear.Linear" in done.stderr
+    assert "[1m" not in done.stderr
+    assert harmless(done.stderr)
+
+
+def test_a_model_may_have_a_part_called_module(run: Callable[..., Result], tmp_path: Path) -> None:
+    with open(tmp_path / "tiny_net.py", "a") as file:
+        file.write("class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n")
+        file.write("        self.module = nn.Linear(3, 2)\n    def forward(self, x):\n        return self.module(x)\n")
+    torch.save({"module.weight": 7 * torch.eye(2, 3), "module.bias": torch.zeros(2)}, "weights.pt")
+    done = run("tiny_net:Net", "--input", "3", "--checkpoint", "weights.pt", "--json", "-")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["layers"][0]["upper"] == pytest.approx(7.0)
+
+
+def test_names_of_layers_reach_no_terminal_as_commands(run: Callable[..., Result], tmp_path: Path) -> None:
+    name = "[red]&<b>" + ESCAPES
+    with open(tmp_path / "tiny_net.py", "a") as file:
+        file.write(f"odd = nn.Sequential()\nodd.add_module({name!r}, nn.Linear(3, 2))\n")
+    outputs = [("--csv", "-"), ("--json", "-"), ("--html", "-"), ()]
+    shown = [run("tiny_net:odd", "--input", "3", *output) for output in outputs]
+    for done in shown:
+        assert done.exit_code == 0, done.stderr
+        assert harmless(done.stdout)
+    csv_, json_, html, table = (done.stdout for done in shown)
+    assert len(list(csv.DictReader(io.StringIO(csv_)))) == 1
+    assert json.loads(json_)["layers"][0]["name"] == name  # to a program a name is a name
+    assert "[red]&amp;&lt;b&gt;" in html
+    assert "[red]" in table

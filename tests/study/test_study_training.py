@@ -1,3 +1,5 @@
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -123,6 +125,36 @@ def test_a_damaged_state_is_one_line_and_stays(tmp_path, damage):
     with pytest.raises(StudyError, match=r"a\.pt is damaged.*delete it"):
         run(tiny(), path)
     assert path.exists()
+
+
+def test_any_changed_byte_of_a_state_is_found(tmp_path):
+    path = tmp_path / "a.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(), path, stop_at=3)
+    whole = path.read_bytes()
+    weight = whole.rindex(b"fastlip.study") + 200
+    for at in (*range(weight, len(whole), len(whole) // 50), len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(StudyError, match=r"a\.pt is damaged.*SHA-256.*delete it and run the same command again"):
+            run(tiny(), path)
+    path.unlink()
+    assert run(tiny(), path) == run(tiny(), tmp_path / "b.pt")
+
+
+def test_a_state_of_an_earlier_version_goes_on(tmp_path):
+    expected = run(tiny(), tmp_path / "a.pt")
+    path = tmp_path / "b.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(), path, stop_at=3)
+    data = path.read_bytes()
+    path.write_bytes(data[data.index(b"PK") :])
+    assert set(torch.load(path, weights_only=True)) >= {"model", "done"}
+    assert run(tiny(), path) == expected
+    # Of these, what is not a state is found all the same.
+    for change in ({"done": 10**6}, {"loss": [1.0] * 5}, {"done": "x"}, {"totals": torch.zeros(7)}):
+        torch.save(torch.load(io.BytesIO(data[data.index(b"PK") :]), weights_only=True) | change, path)
+        with pytest.raises(StudyError, match=r"b\.pt is damaged.*delete it"):
+            run(tiny(), path)
 
 
 def test_augmentation_shifts_and_flips_each_image_as_told():

@@ -1,0 +1,57 @@
+"""SHA-256 of a run's JSON, CSV and HTML files, in ``.sha256`` beside them; ``sha256sum -c .sha256`` reads it, too.
+
+Arrays and checkpoints carry sums of their own. Runs made before there were records have none, and are read as they are.
+"""
+
+import hashlib
+from pathlib import Path
+
+from fastlip.study.errors import StudyError
+from fastlip.study.files import write_text
+
+NAME = ".sha256"
+
+#: Kinds of files that nothing in themselves protects.
+KINDS = (".json", ".csv", ".html")
+
+
+def recorded(root: Path) -> dict[str, str]:
+    """Digests by path within the run directory ``root``; none where it has no records.
+
+    Raises:
+        StudyError: the records are damaged.
+    """
+    try:
+        text = (root / NAME).read_text()
+    except FileNotFoundError:
+        return {}
+    except (IsADirectoryError, UnicodeDecodeError):
+        text = ""
+    body, mark, own = text.rpartition("# ")
+    if not mark or own != f"{_of(body.encode())}\n":
+        raise StudyError(
+            f"{root / NAME} is damaged, which holds SHA-256 sums of files beside it; delete it alone and run the same "
+            "command again, which takes them as they are"
+        )
+    return {name: digest for digest, name in (line.split("  ", 1) for line in body.splitlines())}
+
+
+def note(root: Path, paths: list[Path], forget: bool = False) -> None:
+    """Record what is in ``paths``, or forget what was; not for two processes at once."""
+    before = recorded(root)
+    names = [path.relative_to(root).as_posix() for path in paths if path.suffix in KINDS]
+    found = before | {name: "" if forget else _of((root / name).read_bytes()) for name in names}
+    found = {name: digest for name, digest in found.items() if digest}
+    if found != before:
+        body = "".join(f"{digest}  {name}\n" for name, digest in sorted(found.items()))
+        write_text(root / NAME, f"{body}# {_of(body.encode())}\n")
+
+
+def intact(root: Path, path: Path) -> bool:
+    """Whether ``path`` is as recorded, or has no record."""
+    digest = recorded(root).get(path.relative_to(root).as_posix())
+    return digest is None or digest == _of(path.read_bytes())
+
+
+def _of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
