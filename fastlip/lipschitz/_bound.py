@@ -19,6 +19,8 @@ from fastlip.norms._model import bare_model, checked_shape, eval_mode, require_e
 
 # Relative width of auxiliary norms, in units of that of the layers.
 _AUXILIARY = 4.0
+# Branches within branches that are shown.
+_DEEPEST = 100
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,10 @@ def lipschitz_bound(
     settings = Settings(
         rtol, confidence, method, starts, max_steps, dtype, memory_for(max_memory, bare.parameters()), generator
     )
-    require_eval(bare)
+    training = bare.training
     with eval_mode(bare):
         traced = trace(bare, shape)
+        require_eval(bare, training, traced.modules())
         if check:
             replay(bare, shape, traced)
         fold_scales(traced.last)
@@ -199,14 +202,14 @@ def _bound(last: Step, settings: Settings, tight_residuals: bool) -> tuple[Lipsc
 
 def _norms(steps: list[Step], settings: Settings) -> dict[Step, NormInterval]:
     """Intervals of all layers; a module that is used several times on one shape is computed once."""
-    pending: dict[tuple[int, tuple[int, ...]], list[Step]] = {}
+    pending: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[Step]] = {}
     norms: dict[Step, NormInterval] = {}
     for step in steps:
         if isinstance(step.factor, NormInterval):
             norms[step] = step.factor
         elif isinstance(step.factor, Operator):
             same = step if step.scaled or step.module is None else step.module
-            key = (id(same), step.inputs[0].shape)
+            key = (id(same), step.inputs[0].shape, step.shape)
             pending.setdefault(key, []).append(step)
     operators = [group[0].factor for group in pending.values()]
     intervals = operator_norms([op for op in operators if isinstance(op, Operator)], settings)
@@ -270,7 +273,8 @@ def _compose(steps: list[Step], logs: dict[Step, float], tighter: dict[Step, tup
 def _margin(last: Step, totals: dict[Step, float]) -> float:
     """log10 of a bound for the difference of any two outputs."""
     bound = multiply(totals[last], log10(math.sqrt(2.0) * (1.0 + 1e-15)))
-    if isinstance(last.factor, Operator) and isinstance(last.module, nn.Linear) and len(last.shape) == 1:
+    is_matrix = isinstance(last.module, nn.Linear) and last.exact and len(last.shape) == 1
+    if is_matrix and isinstance(last.factor, Operator):
         rows = last.factor.weight.double()
         # A direct distance, without the cancellation of the quadratic expansion.
         distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").max().item()
@@ -292,14 +296,15 @@ class _Chains:
         self._totals, self._logs, self._norms = totals, logs, norms
         self._shown: set[Step] = set()
 
-    def parts(self, step: Step, stop: Step | None) -> list[Part]:
-        """The parts between two steps, the later one included."""
+    def parts(self, step: Step, stop: Step | None, depth: int = 0) -> list[Part]:
+        """The parts between two steps, the later one included; branches deep inside branches are left out."""
         parts: list[Part] = []
         while step is not stop and step.inputs and step not in self._shown:
             self._shown.add(step)
             if isinstance(step.factor, str):
                 origin = origin_of(step, self._order)
-                branches = tuple(tuple(self.parts(source, origin)) for source in step.inputs)
+                inner = step.inputs if depth < _DEEPEST else []
+                branches = tuple(tuple(self.parts(source, origin, depth + 1)) for source in inner)
                 total = self._totals[step]
                 log = total - self._totals[origin] if math.isfinite(total) else total
                 parts.append(Part(step.name, step.factor, log, None, branches))

@@ -73,6 +73,11 @@ class Traced:
     constants: dict[fx.Node, Any]
     varying: set[fx.Node]
 
+    def modules(self) -> list[nn.Module]:
+        """The modules that the graph calls, and what they hold."""
+        called = {str(node.target) for node in self.graph_module.graph.find_nodes(op="call_module")}
+        return [m for target in called for m in self.graph_module.get_submodule(target).modules()]
+
 
 def trace(model: nn.Module, input_shape: Sequence[int]) -> Traced:
     """The graph of a model, which is in eval mode, with a step for each node that depends on the input.
@@ -159,7 +164,7 @@ def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModul
         return Step(where, name, sources, 1.0, shape, nn.Identity() if same else None, apply=call)
     try:
         module_like = functions.as_module(target, tuple(args[1:]), dict(kwargs))
-    except TypeError:
+    except (AssertionError, RuntimeError, TypeError):
         raise missing_rule(f"{name} with these arguments", where) from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -190,12 +195,20 @@ def _module_step(node: fx.Node, sources: list[Step], graph_module: fx.GraphModul
     if isinstance(factor, (Operator, Diagonal)):
         linear = _linear_map(step.apply, factor)
         x = torch.rand(2, *sources[0].shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-        x = x.to(values.constants.get(source, next(module.parameters(), x)).device, values.dtypes[source])
-        if linear is not None and agree(linear(x), step.apply(x), 10.0 * rounding_of(x)):
+        x = x.to(values.devices[source], values.dtypes[source])
+        if _is_map(linear, step.apply, x):
             step.apply = linear
         else:  # a norm, and not the map that is folded, or added to a skip
             step.exact = False
     return step
+
+
+def _is_map(linear: Callable[..., Tensor], forward: Callable[..., Tensor], x: Tensor) -> bool:
+    """Whether what a rule returned is what the module does; not where it cannot be told."""
+    try:
+        return agree(linear(x), forward(x), 10.0 * rounding_of(x))
+    except (RuntimeError, TypeError, ValueError):  # of other shapes, or a forward with more arguments
+        return False
 
 
 def _forward(module: nn.Module) -> Callable[..., Tensor]:
@@ -234,8 +247,8 @@ def _batchnorm_map(module: nn.Module, factor: Diagonal) -> Callable[..., Tensor]
     return apply
 
 
-def _linear_map(forward: Callable[..., Tensor], factor: Operator | Diagonal) -> Callable[..., Tensor] | None:
-    """What a rule of someone's own returned, as a map with the module's offset; None if it cannot be applied."""
+def _linear_map(forward: Callable[..., Tensor], factor: Operator | Diagonal) -> Callable[..., Tensor]:
+    """What a rule of someone's own returned, as a map with the module's offset."""
 
     def apply(*args: Any, **kwargs: Any) -> Tensor:
         (x,) = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
@@ -300,7 +313,10 @@ def _scaling(constant: Any, power: int, source: Step, shape: tuple[int, ...], wh
     """Multiplication (power 1) or division (-1) by a number or a tensor that does not depend on the input."""
     if isinstance(constant, fx.Node):
         raise missing_rule("a product of a traced tensor with itself", where)
-    value = torch.as_tensor(constant, dtype=torch.float64) ** power
+    try:
+        value = torch.as_tensor(constant, dtype=torch.float64) ** power
+    except (RuntimeError, TypeError, ValueError):
+        raise missing_rule(f"a factor that is {type(constant).__name__}", where) from None
     if shape != source.shape or not torch.isfinite(value).all():
         raise missing_rule("a factor that broadcasts the input or is not finite", where)
     channels = shape[0]

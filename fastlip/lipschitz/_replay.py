@@ -6,17 +6,18 @@ against the bound. Neither proves a bound; both turn silence about a mistake int
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
 
 from fastlip.lipschitz._graph import BATCH, Step, Traced
 from fastlip.lipschitz._trace import location, module_name
-from fastlip.norms._agreement import agree, rounding_of
-from fastlip.norms._model import MOST_COPIED, as_found, random_inputs, runs_on
+from fastlip.norms._agreement import agree, rounding_of, unlike
+from fastlip.norms._model import MOST_COPIED, Refused, as_found, has_hooks, random_inputs, runs_on, version_of
 
 #: Largest difference of two ways to compute a step in float64, relative to its largest output: weights that a model
 #: computes by itself are float32's in one of them.
@@ -53,16 +54,20 @@ def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced) -> None
         try:
             with _in_float64(model, x) as wide:
                 result = _compare(model, wide, traced)
-            _require_one_function_in(x, _run(model, x), result)
-        except (RuntimeError, TypeError):  # something in it takes one dtype only
+            with torch.enable_grad():
+                native = _run(model, x)
+            _require_one_function_in(x, native, result)
+        except (Refused, torch.OutOfMemoryError):
+            raise
+        except Exception:  # something in it takes one dtype only
             _compare(model, x, traced)
 
 
 def _require_one_function_in(x: Tensor, native: Any, wide: Tensor) -> None:
     """Raise ValueError if a float32 model does something else than it does in float64."""
     finite = isinstance(native, Tensor) and bool(torch.isfinite(native).all())
-    if x.dtype == torch.float32 and finite and not agree(native, wide, _GROWTH * rounding_of(x)):
-        raise ValueError(
+    if x.dtype == torch.float32 and finite and not agree(native.detach(), wide, _GROWTH * rounding_of(x)):
+        raise Refused(
             f"what the model does depends on the dtype: in float32 and float64 it differs by {_share(native, wide)}"
         )
 
@@ -91,7 +96,7 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
         again += [_run(model, torch.cat([x[:1], x[1:].expand(n - 1, *x.shape[1:])])) for n in _SIZES]
     for seen in (result, *again):
         if seen.shape[1:] != together.shape[1:] or not agree(seen[:1], together[:1], replayed.rounding):
-            raise ValueError(
+            raise Refused(
                 f"what {type(model).__name__} makes of one input depends on the others in its batch, on what ran "
                 "before or on whether gradients are wanted, which no Lipschitz rule covers"
             )
@@ -159,7 +164,7 @@ def _recorded(
         for handle in handles:
             handle.remove()
     if not isinstance(result, Tensor):
-        raise ValueError(f"{type(model).__name__} returns {type(result).__name__}, where its traced graph has a tensor")
+        raise Refused(f"{type(model).__name__} returns {type(result).__name__}, where its traced graph has a tensor")
     return result.detach(), outputs
 
 
@@ -177,6 +182,7 @@ class _Replay(fx.Interpreter):
         self._outputs = outputs
         self._batch = 0
         self._agreed = "the input"
+        self._tried: set[fx.Node] = set()
 
     def follow(self, x: Tensor, result: Tensor) -> None:
         """Replay on x and compare with the model's result.
@@ -206,7 +212,7 @@ class _Replay(fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             value = step.apply(*args, **kwargs)
         if tuple(value.shape) != (self._batch, *step.shape):
-            raise ValueError(
+            raise Refused(
                 f"{step.name} ({step.kind}) gives shape {list(value.shape)} for {self._batch} samples where one has "
                 f"{list(step.shape)}: it mixes the batch axis into others, which no Lipschitz rule covers"
             )
@@ -228,6 +234,10 @@ class _Replay(fx.Interpreter):
             where = f"{step.name} ({step.kind})"
             differ = f"by {_share(value, seen)}" if value.shape == seen.shape else "in shape"
             raise _otherwise(f"they agree up to {self._agreed}, and differ {differ} at {where}")
+        module = self.fetch_attr(str(n.target))
+        if n not in self._tried and _is_hooked(module) and not n.kwargs and len(n.args) == 1:
+            self._tried.add(n)
+            _try_hooked(module, step, self.env[n.all_input_nodes[0]], self.rounding)
         self._agreed = step.name
         return seen
 
@@ -236,13 +246,66 @@ class _Replay(fx.Interpreter):
         if self._batch != BATCH or n not in self._traced.varying or n.op == "output":
             return
         if not _equal(value, self._traced.constants.get(n)):
-            raise ValueError(
+            raise Refused(
                 f"{location(n)} depends on the numbers in the input and is no tensor of the batch, which no Lipschitz "
                 "rule covers"
             )
 
     def _name(self, n: fx.Node) -> str:
         return module_name(n, self._traced.graph_module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether hooks of the module or of all modules see it run."""
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(everywhere) or has_hooks(module)
+
+
+def _try_hooked(module: nn.Module, step: Step, x: Tensor, rounding: float) -> None:
+    """Try a module with hooks on inputs that the model may never give it, where they might show.
+
+    Raises:
+        Refused: one of its hooks changes something.
+    """
+    where = f"{step.name} ({step.kind})"
+    with as_found(module):
+        changed = [_watch(hooks) for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+        for inputs in unlike(x):
+            said, seen = step.apply(inputs), module(inputs.clone())
+            if not isinstance(seen, Tensor) or not agree(said, seen, rounding):
+                raise _otherwise(f"hooks on {where} change what it does to other inputs")
+    if any(changed):
+        raise _otherwise(f"a hook on {where} returns other values than it was given, or writes into them")
+
+
+def _watch(hooks: dict[int, Callable[..., Any]]) -> list[bool]:
+    """Have a module's hooks note whether they return something of their own, or write into what they are given."""
+    changed: list[bool] = []
+
+    def watched(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def run(module: nn.Module, *given: Any) -> Any:
+            tensors = _tensors(given)
+            before = [(t.data_ptr(), version_of(t)) for t in tensors]
+            result = hook(module, *given)
+            after = [(t.data_ptr(), version_of(t)) for t in tensors]
+            own = {t.data_ptr() for t in _tensors(result)} - {address for address, _ in before}
+            if own or before != after:
+                changed.append(True)
+            return result
+
+        return run
+
+    for key, hook in list(hooks.items()):
+        hooks[key] = watched(hook)
+    return changed
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [t for inner in value for t in _tensors(inner)] if isinstance(value, (tuple, list)) else []
 
 
 def _equal(now: Any, then: Any) -> bool:
@@ -262,8 +325,8 @@ def _share(said: Tensor, seen: Tensor) -> str:
     return f"{gap.item():.2g} of the largest output"
 
 
-def _otherwise(how: str) -> ValueError:
-    return ValueError(
+def _otherwise(how: str) -> Refused:
+    return Refused(
         f"the model does something else than its traced graph: {how}. A hook, a tensor changed in place under another "
         "name, a branch that tracing takes otherwise, or a layer that forward changes and puts back can do that; "
         "without it there is a bound"
@@ -317,7 +380,9 @@ def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, log10_u
         try:
             with _in_float64(model, x) as wide:
                 found = _climb(model, wide, rounds, log10_upper)
-        except (RuntimeError, TypeError):
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
             found = _climb(model, x, rounds, log10_upper)
     if found is not None:
         moved, distance = found
@@ -367,7 +432,9 @@ def _climb(model: nn.Module, x: Tensor, rounds: int, log10_upper: float) -> tupl
 def _pulled_back(model: nn.Module, x: Tensor, direction: Tensor) -> Tensor | None:
     """The adjoint of the Jacobian at x, applied to a direction; None where the model cannot be differentiated."""
     try:
-        with torch.enable_grad():
+        with as_found(model), torch.enable_grad():
+            for module in model.modules():  # their hooks on gradients are none of ours
+                vars(module).update(_backward_hooks={}, _backward_pre_hooks={})
             point = x.detach().clone().requires_grad_()
             (back,) = torch.autograd.grad(_run(model, point), point, direction, allow_unused=True)
     except RuntimeError:
@@ -381,8 +448,8 @@ def _unit(v: Tensor) -> Tensor:
     return v / torch.where(norm > 0.0, norm, 1.0).reshape(-1, *(1,) * (v.dim() - 1))
 
 
-def _refuted(how: str) -> ValueError:
-    return ValueError(
+def _refuted(how: str) -> Refused:
+    return Refused(
         f"the bound does not hold: {how}. If the model has a rule of its own, that is wrong; otherwise please report "
         "this model to fastlip's developers"
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlip.lipschitz._registry import find_rule, missing_rule
-from fastlip.norms._model import as_found
+from fastlip.norms._model import Refused, as_found, version_of
 
 #: Name of the model inside the module that is traced; no layer's name is to start with it.
 _MODEL = "model"
@@ -71,22 +71,23 @@ class Values(fx.Interpreter):
         self.extra_traceback = False
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.dtypes: dict[fx.Node, torch.dtype] = {}
+        self.devices: dict[fx.Node, torch.device] = {}
         self.constants: dict[fx.Node, Any] = {}
         self._varying = varying
         self._versions: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         for source in n.all_input_nodes:
-            if source in self._versions and self.env[source]._version != self._versions[source]:
-                raise ValueError(
+            if source in self._versions and version_of(self.env[source]) != self._versions[source]:
+                raise Refused(
                     f"{location(source)} is used by {location(n)} after an in-place operation overwrote it, "
                     "so that the traced graph is not what runs; use inplace=False there"
                 )
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self._versions[n] = value._version
+            self._versions[n] = version_of(value)
         if isinstance(value, Tensor) and n in self._varying:
-            self.shapes[n], self.dtypes[n] = tuple(value.shape), value.dtype
+            self.shapes[n], self.dtypes[n], self.devices[n] = tuple(value.shape), value.dtype, value.device
         elif n.op != "output":
             self.constants[n] = value
         return value

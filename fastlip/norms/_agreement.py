@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastlip.norms._model import is_dressed
+from fastlip.norms._model import Refused, is_dressed
 from fastlip.norms._modules import BATCHNORMS, TRANSPOSED, batchnorm_scales, module_operator
 from fastlip.norms._operator import Operator, TorchOperator
 
@@ -16,6 +16,8 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 _ROUNDING_TF32 = 1e-2
 #: The same relative to the largest sum of magnitudes, which does not shrink where terms cancel.
 _OF_MAGNITUDES = 0.1
+#: Of inputs on which a layer with hooks is tried.
+_MAGNITUDES = (1.0, 30.0, 1e3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,34 +77,42 @@ def layer_output(module: nn.Module, x: Tensor, output_shape: Sequence[int], *, m
 def require_agreement(uses: Sequence[Use]) -> None:
     """See that every layer did what its weight and settings, as they are now, say it does.
 
-    A layer that hooks or a ``__call__`` of its own dress is called once more, since what they do before it was not
-    recorded. Devices are read once for all layers.
+    A layer that hooks or a ``__call__`` of its own dress is called again, since what they do before it was not
+    recorded, and what they do to other inputs may not have shown. Devices are read once for all layers.
 
     Raises:
         ValueError: one did not; the message names it.
     """
     compared: list[tuple[Use, Tensor, Tensor]] = []
     for use in uses:
-        said = layer_output(use.module, use.input, use.output.shape)
-        seen = [use.output]
+        seen = [(use.input, use.output)]
         if is_dressed(use.module):
-            seen.append(use.module(use.input.clone()))
-        for output in seen:
+            seen += [(x, use.module(x.clone())) for x in (use.input, *unlike(use.input))]
+        for x, output in seen:
+            said = layer_output(use.module, x, use.output.shape)
             if not isinstance(output, Tensor) or output.shape != said.shape:
                 raise _disagreement(use, "its output has another shape")
-            compared.append((use, said, output))
+            compared.append((use, x, _gap(said, output)))
     if not compared:
         return
-    gaps = torch.stack([_gap(said, seen).cpu() for _, said, seen in compared]).tolist()
-    for (use, said, _), (difference, largest) in zip(compared, gaps, strict=True):
+    gaps = torch.stack([gap.cpu() for *_, gap in compared]).tolist()
+    for (use, x, _), (difference, largest) in zip(compared, gaps, strict=True):
         rounding = rounding_of(use.output)
-        tiny = torch.finfo(said.dtype).tiny * use.input[0].numel()
+        # Below it a dtype's numbers are equally far apart.
+        tiny = 4.0 * torch.finfo(use.output.dtype).tiny
         if difference <= rounding * largest + tiny:
             continue
         with torch.no_grad():
-            sums = layer_output(use.module, use.input.abs(), use.output.shape, magnitudes=True).abs().amax().item()
+            sums = layer_output(use.module, x.abs(), use.output.shape, magnitudes=True).abs().amax().item()
         if not difference <= _OF_MAGNITUDES * rounding * sums:
             raise _disagreement(use, f"they differ by {difference / max(largest, tiny):.2g} of its largest output")
+
+
+def unlike(x: Tensor) -> list[Tensor]:
+    """Inputs of x's shape and of several magnitudes, whatever x is: it may show nothing of what a hook does."""
+    generator = torch.Generator().manual_seed(5)
+    draws = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for _ in _MAGNITUDES)
+    return [(size * draw).to(x.device, x.dtype) for size, draw in zip(_MAGNITUDES, draws, strict=True)]
 
 
 def rounding_of(output: Tensor) -> float:
@@ -136,8 +146,8 @@ def _gap(said: Tensor, seen: Tensor) -> Tensor:
     return torch.stack([difference, torch.maximum(one, other)])
 
 
-def _disagreement(use: Use, how: str) -> ValueError:
-    return ValueError(
+def _disagreement(use: Use, how: str) -> Refused:
+    return Refused(
         f"layer {use.name} does not apply the map that its weight and settings describe ({how}): a hook, a forward "
         "that changes it for the call and puts it back, or other weights in its place can do that; check=False leaves "
         "this comparison out"

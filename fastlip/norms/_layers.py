@@ -21,6 +21,7 @@ from fastlip.norms._model import (
     random_inputs,
     require_eval,
     runs_on,
+    version_of,
 )
 from fastlip.norms._modules import (
     BATCHNORMS,
@@ -229,11 +230,13 @@ class _Plan:
     shared: bool
 
 
-def _plan(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool) -> _Plan:
-    """Run the model, which is in eval mode, and say what its layers are."""
+def _plan(
+    model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool, several: bool = False
+) -> _Plan:
+    """Run the model, which is in eval mode, and say what its layers are; to ``several`` models if they are alike."""
     modules = dict(model.named_modules())
     index = {id(module): i for i, module in enumerate(modules_of(model))}
-    ran = _record(model, input_shape, fold_batchnorm, check)
+    ran = _record(model, input_shape, fold_batchnorm, check, several)
     for name, *_, batchnorm in ran.calls:
         user = batchnorm or (name if isinstance(modules[name], BATCHNORMS) else None)
         if user is not None:
@@ -288,17 +291,24 @@ def _collect(
     known: dict[Hashable, list[_Slot]] = {}
     with ExitStack() as running:
         for model in models:
-            key = structure(model)
+            key, training = structure(model), model.training
             if key is None or key not in known:
                 # Its weights are read below: those that hooks compute are up to date inside only.
-                require_eval(model, BATCHNORMS)
                 running.enter_context(eval_mode(model))
-                plan = _plan(model, input_shape, fold_batchnorm, check)
+                try:
+                    plan = _plan(model, input_shape, fold_batchnorm, check, len(models) > 1)
+                except ValueError:
+                    # A BatchNorm that takes the batch's statistics may be why it does not run.
+                    require_eval(model, training, model.modules())
+                    raise
                 plans.append(plan.slots)
                 if key is not None and plan.shared:
                     known[key] = plan.slots
             else:
                 plans.append(known[key])
+            held = modules_of(model)
+            batchnorms = [held[slot.batchnorm] for slot in plans[-1] if slot.batchnorm is not None]
+            require_eval(model, training, batchnorms)
         return _with_numbers(plans, [modules_of(model) for model in models])
 
 
@@ -388,7 +398,9 @@ class _Record:
     by_own_weights: bool
 
 
-def _record(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool) -> _Record:
+def _record(
+    model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool, several: bool
+) -> _Record:
     """Run the model, which is in eval mode, and record what its layers were given, each call of one kind once.
 
     With ``check`` it runs on random inputs, in batches of two sizes, and what layers made of one input is kept.
@@ -397,10 +409,10 @@ def _record(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool
         ValueError: the model does not run, or what it does depends on the batch.
     """
     if not check:
-        first = _run_once(model, example_input(model, input_shape), input_shape, fold_batchnorm, keep=False)
+        first = _run_once(model, example_input(model, input_shape), input_shape, fold_batchnorm, several=several)
         return _Record(list(dict.fromkeys(first.calls)), [], first.by_own_weights)
     x = random_inputs(model, input_shape, 2)
-    both = _run_once(model, x, input_shape, fold_batchnorm, keep=False)
+    both = _run_once(model, x, input_shape, fold_batchnorm, several=several)
     first = _run_once(model, x[:1], input_shape, fold_batchnorm, keep=True)
     if first.calls != both.calls:
         pairs = zip_longest(first.calls, both.calls)
@@ -409,16 +421,23 @@ def _record(model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool
             f"layer {name or type(model).__name__} is used otherwise in a batch of two inputs than in one of one, so "
             "that it has no norm for itself; check=False takes it as it is for one input"
         )
-    first.calls = list(dict.fromkeys(first.calls))
+    first.calls, first.by_own_weights = list(dict.fromkeys(first.calls)), both.by_own_weights
     return first
 
 
 def _run_once(
-    model: nn.Module, x: Tensor, input_shape: tuple[int, ...], fold_batchnorm: bool, *, keep: bool
+    model: nn.Module,
+    x: Tensor,
+    input_shape: tuple[int, ...],
+    fold_batchnorm: bool,
+    *,
+    keep: bool = False,
+    several: bool = False,
 ) -> _Record:
+    """Run the model; with ``keep`` what layers made of their inputs is kept, with ``several`` their weights watched."""
     calls: list[_Call] = []
     uses: list[Use] = []
-    weights: list[tuple[nn.Module, int]] = []
+    watched = _Weights(model) if several else None
     handles = []
 
     def hook(name: str, module: nn.Module) -> None:
@@ -426,17 +445,18 @@ def _run_once(
             x = args[0] if args else next(iter(kwargs.values()))
             if keep:
                 uses.append(Use(name or type(model).__name__, module, x.detach().clone(), output.detach().clone()))
-            weights.append((module, _address(module)))
+            if watched is not None:
+                watched.look(module)
             if isinstance(module, BATCHNORMS) and fold_batchnorm:
                 # The very tensor a layer returned, and not written to since, as an in-place ReLU would.
-                source = next((c for c in reversed(calls) if c.output is x and c.version == x._version), None)
+                source = next((c for c in reversed(calls) if c.output is x and c.version == version_of(x)), None)
                 # Of a linear layer on [B, L, features] it scales L, and not the features.
                 fits = source is not None and (x.dim() == 2 or not source.linear)
                 if source is not None and fits and source.batchnorm is None:
                     source.batchnorm = name
                     return
             shapes = tuple(x.shape[1:]), tuple(output.shape[1:])
-            calls.append(_Call(name, *shapes, output, output._version, isinstance(module, nn.Linear)))
+            calls.append(_Call(name, *shapes, output, version_of(output), isinstance(module, nn.Linear)))
 
         handles.append(module.register_forward_hook(record, with_kwargs=True))
 
@@ -449,11 +469,34 @@ def _run_once(
     finally:
         for handle in handles:
             handle.remove()
-    own = all(_address(module) == address for module, address in weights)
+    own = watched is not None and watched.untouched()
     return _Record([(c.name, c.input_shape, c.output_shape, c.batchnorm) for c in calls], uses, own)
 
 
-def _address(module: nn.Module) -> int:
-    """Where a layer's weight is; -1 where that is not settled, since it is computed."""
-    weight = module._parameters.get("weight")
-    return -1 if weight is None else weight.data_ptr()
+class _Weights:
+    """Whether layers ran with the weights that they hold, as one structure's others then do with theirs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = {
+            m: (w, w.data_ptr(), w.detach().clone()) for m in model.modules() if (w := _weight(m)) is not None
+        }
+        self._same = True
+        self._changed: list[Tensor] = []
+
+    def look(self, module: nn.Module) -> None:
+        """Compare a layer's weight, as it is used, with what it was."""
+        now = _weight(module)
+        weight, address, values = self._before.get(module, (None, 0, None))
+        if now is None or values is None or now is not weight or now.data_ptr() != address:
+            # Computed, or exchanged; without one there is nothing to exchange.
+            self._same &= getattr(module, "weight", None) is None
+        elif now.numel():
+            self._changed.append((now.detach() != values).any())
+
+    def untouched(self) -> bool:
+        """Whether all were as before; devices are read once."""
+        return self._same and not (self._changed and any(torch.stack([c.cpu() for c in self._changed]).tolist()))
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    return module._parameters.get("weight")

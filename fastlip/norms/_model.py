@@ -1,23 +1,30 @@
 """Models as they are found: looked at in eval mode, run on inputs of one shape, and left exactly as they were."""
 
+import random
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 #: Containers a forward pass may write into; beyond this many items their insides are not followed.
 _CONTAINERS = (list, dict, set, deque)
 _MOST_ITEMS = 10_000
 #: Numbers in parameters of which a copy is taken, and which may be widened to float64.
 MOST_COPIED = 1 << 27
+
+
+class Refused(ValueError):
+    """What a model does is not what would be bounded; raised from within its runs."""
 
 
 def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
@@ -49,6 +56,9 @@ def bare_model(model: nn.Module) -> nn.Module:
                 "the model inside"
             )
         return bare_model(inner)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet: run a lazy model once on an input before")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = f" (at {name})" if name else ""
@@ -67,22 +77,28 @@ def is_dressed(module: nn.Module) -> bool:
     return bool(everywhere) or has_hooks(module) or type(module).__call__ is not nn.Module.__call__
 
 
-def require_eval(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (_BatchNorm, _DropoutNd)) -> None:
-    """See that the modules of some kinds are in eval mode when the model is, or will be.
+def require_eval(model: nn.Module, training: bool, used: Iterable[nn.Module]) -> None:
+    """See that the layers ``used`` that depend on the mode are in eval mode as the model is, or will be.
+
+    Args:
+        model: the model.
+        training: whether it was found in training mode.
+        used: layers that it uses.
 
     Raises:
         ValueError: one is in training mode although the model is not, and so stays there in :func:`eval_mode`; or the
             model is in training mode, and above such a module there is a ``train`` of its own, which alone knows what
             eval mode would be.
     """
-    for name, module in model.named_modules():
-        if not model.training and module.training and isinstance(module, kinds):
+    dependent = {m for m in used if isinstance(m, _BatchNorm) or (isinstance(m, _DropoutNd) and m.p > 0.0)}
+    for name, module in model.named_modules() if dependent else ():
+        if not training and module.training and module in dependent:
             raise ValueError(
                 f"module {name or type(module).__name__} ({type(module).__name__}) is in training mode though the "
                 "model is in eval mode, so that what it does depends on the batch or on chance; call model.eval() first"
             )
         own = type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval
-        if model.training and own and any(isinstance(m, kinds) for m in module.modules()):
+        if training and own and any(m in dependent for m in module.modules()):
             raise ValueError(
                 f"{type(module).__name__}{f' (at {name})' if name else ''} has a train() or eval() of its own, which "
                 "decides over layers that depend on the mode; call model.eval() first"
@@ -105,6 +121,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     devices = {t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(as_found(model, parameters=True))
+        stack.enter_context(_random_state())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng(devices))
         for device in ("cpu", "cuda"):
@@ -114,8 +131,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if model.training:
             for module in model.modules():
-                module.training = False
+                vars(module)["training"] = False  # whatever assigning may do
+        for module in model.modules():
+            vars(module)["_compiled_call_impl"] = None
         yield
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    """Python's and NumPy's random numbers as they were; torch has its own way."""
+    kept = random.getstate(), np.random.get_state()  # noqa: NPY002, a forward may draw from it
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])  # noqa: NPY002
 
 
 @contextmanager
@@ -144,17 +174,20 @@ class _Found:
         self._attributes = [(vars(module), dict(vars(module))) for module in list(model.modules())]
         self._containers: dict[int, tuple[Any, Any]] = {}
         self._tensors: dict[int, Tensor] = {}
+        self._arrays: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         for own, _ in self._attributes:
             for value in own.values():
                 self._keep(value)
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._judged = parameters
+        self._outer = parameters
         copied = parameters and sum(p.numel() for p in model.parameters()) <= MOST_COPIED
         held = [t for t in self._tensors.values() if id(t) not in self._names]
         # Also where the data are, which a forward may exchange, and a copy of what they are.
         self._held = [(t, t.data, t.detach().clone(), t._version) for t in held]
+        self._wanted = [(t, t.requires_grad) for t in self._tensors.values() if t.is_leaf]
         self._parameters = [
-            (t, t.data, t.detach().clone() if copied else None, _version(t))
+            (t, t.data, t.detach().clone() if copied else None, version_of(t))
             for t in self._tensors.values()
             if id(t) in self._names
         ]
@@ -163,6 +196,13 @@ class _Found:
         if isinstance(value, Tensor):
             if not value.is_inference() or isinstance(value, nn.Parameter):
                 self._tensors[id(value)] = value
+        elif isinstance(value, np.ndarray):
+            self._arrays[id(value)] = (value, value.copy())
+        elif isinstance(value, torch.Generator):
+            self._generators[id(value)] = (value, value.get_state())
+        elif isinstance(value, tuple):
+            for inner in value:
+                self._keep(inner)
         elif isinstance(value, _CONTAINERS) and id(value) not in self._containers:
             self._containers[id(value)] = (value, value.copy())
             if len(value) <= _MOST_ITEMS:
@@ -183,21 +223,31 @@ class _Found:
         for tensor, data, *_ in (*self._held, *self._parameters):
             if tensor.dtype != data.dtype or tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
                 tensor.data = data
+        for leaf, wanted in self._wanted:
+            if leaf.requires_grad != wanted:
+                leaf.requires_grad_(wanted)
+        for array, numbers in self._arrays.values():
+            array[...] = numbers
+        for generator, state in self._generators.values():
+            generator.set_state(state)
         for tensor, data, values, version in self._held:
             if tensor._version != version:
                 data.copy_(values)
         copied = [(data, values) for _, data, values, _ in self._parameters if values is not None and data.numel()]
+        if self._outer:
+            copied += [(data, values) for _, data, values, _ in self._held if data.numel() and not data.is_sparse]
         if copied:
             # Writing through .data counts nowhere. One read for all.
             written = torch.stack([(data != values).any().cpu() for data, values in copied]).tolist()
             for (data, values), changed in zip(copied, written, strict=True):
                 if changed:
                     data.copy_(values)
-        uncopied = [(t, v) for t, _, values, v in self._parameters if values is None and self._judged]
-        return next((self._names[id(t)] for t, version in uncopied if _version(t) != version), None)
+        uncopied = [(t, v) for t, _, values, v in self._parameters if values is None and self._outer]
+        return next((self._names[id(t)] for t, version in uncopied if version_of(t) != version), None)
 
 
-def _version(t: Tensor) -> int:
+def version_of(t: Tensor) -> int:
+    """Count of the in-place changes to a tensor; of those made in inference mode nobody counts."""
     return 0 if t.is_inference() else t._version
 
 
@@ -240,12 +290,12 @@ def runs_on(model: nn.Module, input_shape: Sequence[int]) -> Iterator[None]:
     """Errors of torch in a forward pass as ones that say what the model was given."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, Refused):
         raise
-    except RuntimeError as error:
-        name = type(model).__name__
+    except Exception as error:
+        name, why = type(model).__name__, f"{error}" or type(error).__name__
         raise ValueError(
-            f"{name} does not run on an input of shape {list(input_shape)}, without the batch axis: {error}"
+            f"{name} does not run on an input of shape {list(input_shape)}, without the batch axis: {why}"
         ) from error
 
 

@@ -282,8 +282,8 @@ def test_collecting_more_models_launches_no_more(monkeypatch):
         with _Counted() as counted:
             layers._collect(some, (3, 6, 6), True)  # the first runs
         counts.append(counted.count)
-    # Weights and factors of two layers are joined first.
-    assert counts[1] == counts[2] <= counts[0] + 2 * 5
+    # Weights and factors of two layers are joined first, and the first model's weights are watched as it runs.
+    assert counts[1] == counts[2] <= counts[0] + 6 * 5
 
 
 def test_numbers_are_always_the_models_own():
