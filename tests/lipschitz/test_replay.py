@@ -3,9 +3,11 @@
 import contextlib
 import math
 import pickle
+import random
 import types
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -554,3 +556,265 @@ def test_models_that_take_one_dtype_only_are_compared_in_it() -> None:
     model[0].register_forward_hook(lambda module, args, output: 1.5 * output)
     with pytest.raises(ValueError, match=r"at 0 \(Linear\)"):
         lipschitz_bound(model, (3,))
+
+
+class Upward(nn.Module):
+    """One transposed convolution with two output sizes, whose maps have different norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(1, 1, 3, stride=2, padding=1, bias=False)
+        with torch.no_grad():
+            self.up.weight.zero_()
+            self.up.weight[0, 0, 2, 2] = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        small, large = self.up(x, output_size=[1, 1]), self.up(x, output_size=[2, 2])
+        return torch.cat([small.flatten(1), 10.0 * large.flatten(1)], 1)
+
+
+def test_one_layer_with_two_output_sizes_has_two_norms() -> None:
+    model = Upward()
+    assert model(torch.ones(1, 1, 1, 1)).norm().item() == pytest.approx(10.0)
+    assert lipschitz_bound(model, (1, 1, 1)).upper == pytest.approx(10.0)
+    assert [i.upper for i in fastlip.layer_norms(model, (1, 1, 1)).values()] == pytest.approx([0.0, 1.0])
+
+
+class Assigned(nn.Module):
+    """Runs its layer with a weight that forward puts there."""
+
+    def __init__(self, factor: float, by: str) -> None:
+        super().__init__()
+        self.layer, self.other, self.by = scaled(), scaled(factor), by
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by == "data":
+            self.layer.weight.data = self.other.weight.data
+        elif self.by == "copy":
+            self.layer.weight.data.copy_(self.other.weight.data)
+        else:
+            self.layer.weight = self.other.weight
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("by", ["data", "copy", "parameter"])
+def test_weights_that_forward_puts_in_place_are_each_models_own(by: str) -> None:
+    models = [Assigned(2.0, by), Assigned(5.0, by)]
+    together = fastlip.layer_norms(models, (3,))
+    assert [report["layer"].upper for report in together] == pytest.approx([2.0, 5.0])
+    for model in models:
+        assert torch.equal(model.layer.weight, torch.eye(3))
+
+
+def test_a_layer_left_in_training_mode_is_found_in_every_model() -> None:
+    models = [nn.Sequential(scaled(), nn.BatchNorm1d(3)).eval() for _ in range(2)]
+    models[1][1].train()
+    with pytest.raises(ValueError, match=r"module 1 .* is in training mode"):
+        fastlip.layer_norms(models, (3,))
+
+
+def test_a_mode_without_effect_is_left_alone() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.spare, self.nothing = scaled(), nn.BatchNorm1d(3), nn.Dropout(0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.nothing(self.layer(x))
+
+    model = Spare().eval()
+    model.spare.train()
+    model.nothing.train()
+    assert lipschitz_bound(model, (3,)).upper == pytest.approx(1.0)
+    assert fastlip.layer_norms(model, (3,))["layer"].upper == pytest.approx(1.0)
+
+
+def dead(hook: Callable[..., object]) -> nn.Module:
+    """The hooked layer gets zeros from every input of ordinary size."""
+    model = nn.Sequential(scaled(), nn.ReLU(), scaled())
+    model[0].bias = nn.Parameter(torch.full((3,), -5e3))
+    model[2].register_forward_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda module, args, output: 30.0 * output,
+        lambda module, args, output: torch.where(output > 1e9, 100.0 * output, output),
+        lambda module, args, output: output.mul_(30.0) and None,
+    ],
+    ids=["everywhere", "far away", "in place"],
+)
+def test_hooks_are_found_where_the_model_never_shows_them(hook: Callable[..., object]) -> None:
+    def quiet(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> object:
+        try:
+            return hook(module, args, output)
+        except RuntimeError:  # the truth of a tensor, after it was written to
+            return None
+
+    with pytest.raises(ValueError, match=r"hooks? on 2 \(Linear\)"):
+        lipschitz_bound(dead(quiet), (3,))
+
+
+def test_margins_take_only_rows_of_the_map_itself() -> None:
+    class Shifted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).flip(1) * torch.tensor([1.0, -1.0])
+
+    fastlip.lipschitz.rule(Shifted)(lambda module, shape: fastlip.norms.Operator(torch.ones(2, 3)))
+    layer = Shifted(3, 2)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+    assert lipschitz_bound(nn.Sequential(layer), (3,)).log10_margin > math.log10(math.sqrt(3.0))
+
+
+def test_rules_of_ones_own_may_not_fit() -> None:
+    class Biased(nn.Module):
+        def forward(self, x: Tensor, more: float) -> Tensor:
+            return x + more
+
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Biased()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, 2.0)
+
+    class Narrow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.dtype == torch.float32
+            return 2.0 * x
+
+    fastlip.lipschitz.rule(Biased)(lambda module, shape: fastlip.norms.Operator(torch.eye(3)))
+    fastlip.lipschitz.rule(Narrow)(lambda module, shape: fastlip.lipschitz.Diagonal(torch.full((7,), 2.0)))
+    assert lipschitz_bound(Once(), (3,)).upper == pytest.approx(1.0)
+    assert lipschitz_bound(nn.Sequential(scaled(), Narrow()), (3,)).upper == pytest.approx(2.0)
+
+
+def test_compiled_and_lazy_models() -> None:
+    model = nn.Sequential(scaled(3.0), nn.ReLU())
+    model.compile()
+    compiled = model._compiled_call_impl
+    assert lipschitz_bound(model, (3,)).upper == pytest.approx(3.0)
+    assert fastlip.layer_norms(model, (3,))["0"].upper == pytest.approx(3.0)
+    assert model._compiled_call_impl is compiled
+    for call in (lipschitz_bound, fastlip.layer_norms):
+        with pytest.raises(ValueError, match=r"0\.weight has no shape yet: run a lazy model once"):
+            call(nn.Sequential(nn.LazyLinear(3)), (3,))
+
+
+def test_backward_hooks_are_not_run() -> None:
+    model = nn.Sequential(scaled(), nn.Tanh(), scaled())
+    seen: list[int] = []
+    model[1].register_full_backward_hook(lambda module, entering, leaving: seen.append(1))
+    assert lipschitz_bound(model, (3,)).upper == pytest.approx(1.0)
+    assert seen == []
+    model(torch.ones(1, 3)).sum().backward()
+    assert seen == [1]
+
+
+class Everything(nn.Module):
+    """Writes past every counter: through .data, into arrays, generators, tuples, sizes and flags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = scaled()
+        self.register_buffer("counted", torch.zeros(3))
+        self.register_buffer("grown", torch.zeros(2))
+        self.array, self.generator = np.zeros(2), torch.Generator().manual_seed(0)
+        self.pair = (torch.zeros(1), [torch.zeros(1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counted.data.add_(1.0)
+        self.grown.resize_(5)
+        self.layer.weight.data.clamp_(max=0.5)
+        self.layer.weight.requires_grad_(False)
+        self.array += 1.0
+        torch.rand(1, generator=self.generator)
+        self.pair[0].add_(1.0)
+        self.pair[1][0].add_(1.0)
+        random.random()
+        np.random.rand()  # noqa: NPY002, what is to be put back
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("call", [lipschitz_bound, fastlip.layer_norms])
+def test_what_no_counter_shows_is_put_back(call: Callable[..., object]) -> None:
+    net = Everything()
+    states = random.getstate(), str(np.random.get_state()), net.generator.get_state()  # noqa: NPY002
+    with contextlib.suppress(ValueError):
+        call(net, (3,))
+    assert torch.equal(net.layer.weight, torch.eye(3))
+    assert net.layer.weight.requires_grad
+    assert torch.equal(net.counted, torch.zeros(3))
+    assert torch.equal(net.grown, torch.zeros(2))
+    assert net.array.tolist() == [0.0, 0.0]
+    assert net.pair[0].item() == net.pair[1][0].item() == 0.0
+    assert random.getstate() == states[0]
+    assert str(np.random.get_state()) == states[1]  # noqa: NPY002
+    assert torch.equal(net.generator.get_state(), states[2])
+
+
+def test_an_interrupted_call_leaves_the_model_as_it_was() -> None:
+    net, runs, stop = Memory().train(), 0, 0
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def forward(x: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        if runs == stop:
+            raise KeyboardInterrupt
+        return Memory.forward(net, x)
+
+    for stop in range(1, 12):  # noqa: B007, the forward reads it
+        runs = 0
+        vars(net)["forward"] = forward
+        with contextlib.suppress(KeyboardInterrupt, ValueError):
+            lipschitz_bound(net, (3,))
+        del vars(net)["forward"]
+        assert net.training
+        assert net.layer.weight.dtype == torch.float32
+        assert net.trail == []
+        assert not net.layer._forward_hooks
+        for name, value in net.state_dict().items():
+            assert torch.equal(value, state[name])
+    assert runs >= 5
+
+
+def test_deeply_nested_branches_are_bounded() -> None:
+    class Nested(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            skips = [x]
+            for _ in range(300):
+                skips.append(0.5 * skips[-1])
+            while len(skips) > 1:
+                last = skips.pop()
+                skips[-1] = skips[-1] + last
+            return skips[0]
+
+    assert lipschitz_bound(Nested(), (2,)).upper == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: torch.flatten(x, 5), "does not run on an input"),
+        (lambda x: x.mean(5), "does not run on an input"),
+        (lambda x: F.hardtanh(x, 0.0, 0.0), "no Lipschitz rule for hardtanh with these arguments|does not run"),
+        (lambda x: x * 1j, "a factor that is complex"),
+    ],
+)
+def test_errors_of_torch_become_ours(function: Callable[[Tensor], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lipschitz_bound(ByBatch(function), (3,))
+
+
+def test_small_activations_of_half_precision_agree() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3))).half()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.mul_(0.01)
+    assert len(fastlip.layer_norms(model, (8,))) == 3
