@@ -186,17 +186,19 @@ def layer_norms(
     bare = [bare_model(m) for m in models]
     memory = memory_for(max_memory, (t for m in bare for t in m.parameters()))
     settings = Settings(rtol, confidence, method, starts, max_steps, dtype, memory, generator, progress)
-    collected = _collect(bare, checked_shape(input_shape), fold_batchnorm, check)
-    every = [layer for layers in collected for layer in layers]
-    operators = [layer.operator for layer in every if layer.operator is not None]
-    look_at(operators)
-    alone = diagonal_norms([layer.scale for layer in every if layer.operator is None and layer.scale is not None])
-    factors = iter(alone)
-    for layer in every:
-        norm = layer.operator.frobenius if layer.operator else next(factors)
-        if not math.isfinite(norm):
-            _require_finite(layer)
-    solved, factors = iter(operator_norms(operators, settings)), iter(alone)
+    with ExitStack() as running:
+        # Weights that a forward computes or writes are what they were in it until this ends.
+        collected = _collect(bare, checked_shape(input_shape), fold_batchnorm, check, running)
+        every = [layer for layers in collected for layer in layers]
+        operators = [layer.operator for layer in every if layer.operator is not None]
+        look_at(operators)
+        alone = diagonal_norms([layer.scale for layer in every if layer.operator is None and layer.scale is not None])
+        factors = iter(alone)
+        for layer in every:
+            norm = layer.operator.frobenius if layer.operator else next(factors)
+            if not math.isfinite(norm):
+                _require_finite(layer)
+        solved, factors = iter(operator_norms(operators, settings)), iter(alone)
     reports = []
     for layers in collected:
         intervals = {layer.name: next(solved) if layer.operator else _exactly(next(factors)) for layer in layers}
@@ -281,35 +283,32 @@ def _require_batchnorm(module: nn.Module, shown: str, layer: str) -> None:
 
 
 def _collect(
-    models: Sequence[nn.Module], input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool = True
+    models: Sequence[nn.Module], input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool, running: ExitStack
 ) -> list[list[_Layer]]:
     """The layers of each model that run, in order; nothing is read from the device of their weights.
 
-    Of models of one structure only the first runs.
+    Of models of one structure only the first runs; those that do are in eval mode until ``running`` ends.
     """
     plans: list[list[_Slot]] = []
     known: dict[Hashable, list[_Slot]] = {}
-    with ExitStack() as running:
-        for model in models:
-            key, training = structure(model), model.training
-            if key is None or key not in known:
-                # Its weights are read below: those that hooks compute are up to date inside only.
-                running.enter_context(eval_mode(model))
-                try:
-                    plan = _plan(model, input_shape, fold_batchnorm, check, len(models) > 1)
-                except ValueError:
-                    # A BatchNorm that takes the batch's statistics may be why it does not run.
-                    require_eval(model, training, model.modules())
-                    raise
-                plans.append(plan.slots)
-                if key is not None and plan.shared:
-                    known[key] = plan.slots
-            else:
-                plans.append(known[key])
-            held = modules_of(model)
-            batchnorms = [held[slot.batchnorm] for slot in plans[-1] if slot.batchnorm is not None]
-            require_eval(model, training, batchnorms)
-        return _with_numbers(plans, [modules_of(model) for model in models])
+    for model in models:
+        key, training = structure(model), model.training
+        if key is None or key not in known:
+            running.enter_context(eval_mode(model))
+            try:
+                plan = _plan(model, input_shape, fold_batchnorm, check, len(models) > 1)
+            except ValueError:
+                # A BatchNorm that takes the batch's statistics may be why it does not run.
+                require_eval(model, training, model.modules())
+                raise
+            plans.append(plan.slots)
+            if key is not None and plan.shared:
+                known[key] = plan.slots
+        else:
+            plans.append(known[key])
+        held = modules_of(model)
+        require_eval(model, training, [held[slot.batchnorm] for slot in plans[-1] if slot.batchnorm is not None])
+    return _with_numbers(plans, [modules_of(model) for model in models])
 
 
 def _with_numbers(plans: Sequence[list[_Slot]], modules: Sequence[list[nn.Module]]) -> list[list[_Layer]]:

@@ -1,6 +1,7 @@
 """Which models count as alike, and that what was recorded of one serves the others and no one else."""
 
 import copy
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -279,8 +280,8 @@ def test_collecting_more_models_launches_no_more(monkeypatch):
     models = [Mixed() for _ in range(9)]
     counts = []
     for some in (models[:1], models[:2], models):
-        with _Counted() as counted:
-            layers._collect(some, (3, 6, 6), True)  # the first runs
+        with _Counted() as counted, ExitStack() as running:
+            layers._collect(some, (3, 6, 6), True, True, running)  # the first runs
         counts.append(counted.count)
     # Weights and factors of two layers are joined first, and the first model's weights are watched as it runs.
     assert counts[1] == counts[2] <= counts[0] + 6 * 5
