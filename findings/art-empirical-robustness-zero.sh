@@ -4,7 +4,7 @@
 # Behaviour: a classifier that the attack fools on no image gets an empirical robustness of 0.0, lower than a
 #   classifier that it fools on all of them.
 # Expected: the score stands for the relative size of the perturbation that is needed, so it is large, infinite or nan
-#   where none was found. Guess before running: nan with a warning, as the mean of nothing.
+#   where none was found. A reader of the page would guess: nan with a warning, as the mean of nothing.
 # Seen: 0.0 where FGSM with eps 1e-4 fools none of 5 images, and 0.27 where eps 0.9 fools all 5. Compared by this
 #   number the model under the failing attack is the weaker one, and a mean over models is dragged towards 0.
 # Source: empirical_robustness returns 0 when no prediction changes, and otherwise averages over the images that were

@@ -3,8 +3,8 @@
 #
 # Behaviour: the area under the robust-accuracy curve does not change when every adversarial distance grows by the
 #   same amount, and is 0 when all distances are equal, however large they are.
-# Expected: the area grows with the distances; it stands for the mean distance an attack needs. Guess before running:
-#   about 2.5 for the distances 1, 2, 3, 4 and about 102.5 for 101, 102, 103, 104.
+# Expected: the area grows with the distances; it stands for the mean distance an attack needs. A reader of the page
+#   would guess: about 2.5 for the distances 1, 2, 3, 4 and about 102.5 for 101, 102, 103, 104.
 # Seen: 1.125 for both, and 0.0 for 5, 5, 5, 5, which no attack of size under 5 breaks at all.
 # Source: compute_robust_accuracy_curve starts its curve at the smallest distance, without the stretch from 0 to there
 #   on which accuracy is 1, and compute_auc_robust_accuracy integrates what is left by trapezoids over a step

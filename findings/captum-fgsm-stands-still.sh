@@ -3,8 +3,8 @@
 #
 # Behaviour: FGSM returns the image unchanged, without a word, where the model is confident: a pixel whose gradient is
 #   at most 1e-6 is not moved, although only the sign of the gradient is used.
-# Expected: the fast gradient sign step does not depend on the scale of the loss. Guess before running: logits
-#   multiplied by 10 give the same image, as long as the gradient is a nonzero float.
+# Expected: the fast gradient sign step does not depend on the scale of the loss. A reader of the page would guess:
+#   logits multiplied by 10 give the same image, as long as the gradient is a nonzero float.
 # Seen: a model with margin 1.9 moves by eps = 0.3 and is fooled; the same model with logits times 10, whose gradient
 #   is small and nonzero, does not move at all and counts as robust. PGD calls FGSM and inherits it. Mean losses add
 #   to it, for they divide the gradient by the batch size.

@@ -3,8 +3,8 @@
 #
 # Behaviour: given an activation whose slope lies in [alpha, beta] with alpha < 0, the returned "Lipschitz constant"
 #   is alpha + beta for one unit: below beta, which the activation reaches.
-# Expected: a bound of at least max(-alpha, beta), or the refusal that ECLipsE_Fast gives for such slopes. Guess
-#   before running: ValueError, for the message about signs stands in the same function.
+# Expected: a bound of at least max(-alpha, beta), or the refusal that ECLipsE_Fast gives for such slopes. A reader of
+#   the page would guess: ValueError, for the message about signs stands in the same function.
 # Seen: slopes [-0.1, 1.1], those of SiLU rounded outwards: 1.0, below the derivative 1.0998 of SiLU at 2.4. Slopes
 #   [-0.5, 1]: 0.5. The signs are checked only where the solver fails and ECLipsE_Fast takes over.
 # Source: ECLipsE, which computes the product of the two slopes and never uses it; without that term the multiplier

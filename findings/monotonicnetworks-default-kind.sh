@@ -4,7 +4,7 @@
 # Behaviour: two LipschitzLinear layers with their default settings, wrapped to be monotone, make a network that
 #   falls: its partial derivatives go down to -31 where they must not be negative.
 # Expected: layers whose Lipschitz constant is given as 1 by default compose to 1, so that the wrapper's residual of
-#   slope 1 keeps every derivative at least 0. Guess before running: smallest derivative 0.
+#   slope 1 keeps every derivative at least 0. A reader of the page would guess: smallest derivative 0.
 # Seen: -31.0 by default; with kind="inf" on the second layer the smallest derivative is 0.
 # Source: LipschitzLinear. Its default kind, "one-inf", bounds single entries, a norm from L1 to L-infinity, which
 #   only a first layer may have: between two such layers a factor of the width is lost (32 here). The same description

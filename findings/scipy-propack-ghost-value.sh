@@ -4,7 +4,7 @@
 # Behaviour: a dense matrix of rank 1, in double precision, is given a second singular value as large as its only one.
 #   The two right singular vectors returned with it are the same vector up to the fourth digit.
 # Expected: the second value is 0 to rounding, as from the default solver, or the LinAlgError about an invariant
-#   subspace that PROPACK raises for other matrices of low rank. Guess before running: that error.
+#   subspace that PROPACK raises for other matrices of low rank. Guess before running: rounding, about 1e-15.
 # Seen: [36.975, 36.97] from PROPACK, [36.975, 1e-15] from ARPACK; the squares of PROPACK's two values add up to twice
 #   the squared Frobenius norm, which no singular values do. A matrix of rank 2 beside it comes out right.
 # Why it matters: an effective rank, a nuclear norm or a spectral gap taken from such values is off by a factor of 2.

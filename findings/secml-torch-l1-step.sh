@@ -3,8 +3,8 @@
 #
 # Behaviour: of a batch of images, one step of the L1 attack moves only the image that has the largest gradient of the
 #   whole batch. The others stay where they are and count as robust.
-# Expected: images of a batch are attacked each on its own, as the same class does for L2. Guess before running: one
-#   pixel of every image moves.
+# Expected: images of a batch are attacked each on its own, as the same class does for L2. A reader of the page would
+#   guess: one pixel of every image moves.
 # Seen: L1 moves 1 of 8 images in 2 steps and the same 1 in 10, L2 all 8 in 2; one image at a time, L1 moves all 8
 #   too.
 # Source: lin_proj_l1, which compares with the maximum over the whole tensor, behind

@@ -3,8 +3,8 @@
 #
 # Behaviour: a pixel that is exactly 0 or exactly 1 is never changed by the Carlini-Wagner attack. Images of black and
 #   white alone come back as they were, and the model counts as robust on them.
-# Expected: every pixel can move, black ones upwards. Guess before running: such images are a little harder, since
-#   tanh is flat there, and some of them are fooled.
+# Expected: every pixel can move, black ones upwards. A reader of the page would guess: such images are a little
+#   harder, since tanh is flat there, and some of them are fooled.
 # Seen: 8 of 8 grey images fooled; 0 of 8 of the same images rounded to 0 and 1, with a change of exactly 0. With half
 #   of the pixels rounded only the other half moves. No warning, no nan.
 # Source: CW.inverse_tanh_space clamps to the closed interval, so the variable starts at plus or minus infinity, where

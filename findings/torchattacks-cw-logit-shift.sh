@@ -3,8 +3,8 @@
 #
 # Behaviour: add one constant to all logits of a model, which changes neither its predictions nor its softmax, and the
 #   Carlini-Wagner attack fools another number of images; with all logits below 0 it fools none.
-# Expected: the attack's margin is a difference of logits, so a shift cancels. Guess before running: the same images
-#   to the last digits, at every shift.
+# Expected: the attack's margin is a difference of logits, so a shift cancels. A reader of the page would guess: the
+#   same images to the last digits, at every shift.
 # Seen: of 8 images 3 are fooled at shift 0, 8 at +100, and none at -100, where they come back untouched. A model that
 #   ends in log_softmax, all of whose outputs are negative, is in that last case.
 # Source: CW.f leaves the other classes out by multiplying with 0 before the maximum; where all logits are negative
