@@ -5,7 +5,7 @@
 #   kernel on a 4x4 image.
 # Expected: norm at most 1, which is what the layer is for; it refuses padding and overlapping windows to keep it. A
 #   reader of the page would guess: ceil_mode is refused too, or divides by the full window.
-# Seen: norm 1 without ceil_mode (on 3x3 and on 4x4), 3 with it on 4x4, 1 with it on 6x6, where the windows fit.
+# Seen: norm 1 without ceil_mode on 4x4, 3 with it on 4x4, 1 with it on 6x6, where the windows fit.
 # Source: ScaledAvgPool2d.forward multiplies by the square root of the full window's area, and torch.nn.AvgPool2d
 #   divides a window that hangs over the edge by the few pixels inside. The layer's description offers ceil_mode as a
 #   way to compute the output's shape.
