@@ -21,6 +21,8 @@ _CONTAINERS = (list, dict, set, deque)
 _MOST_ITEMS = 10_000
 #: Numbers in parameters of which a copy is taken, and which may be widened to float64.
 MOST_COPIED = 1 << 27
+#: What every module has and forwards leave alone, hooks above all; put back at the end of all runs, and not of each.
+_RARELY_CHANGED = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
 
 
 class Refused(ValueError):
@@ -177,8 +179,9 @@ class _Found:
         self._arrays: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         for own, _ in self._attributes:
-            for value in own.values():
-                self._keep(value)
+            for name, value in own.items():
+                if parameters or name not in _RARELY_CHANGED:
+                    self._keep(value)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._outer = parameters
         copied = parameters and sum(p.numel() for p in model.parameters()) <= MOST_COPIED
