@@ -104,23 +104,22 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
     replayed = _Replay(traced, outputs)
     replayed.follow(other, result)
     size = size_of(model, traced)
-    again = [result]
+    alike = [(result[:1], together[:1])]
     if size <= _SMALL:
-        again.append(_run(model, x, after=x.flip(0)))
-    if size <= _TINY:
-        again += [_run(model, torch.cat([x[:1], x[1:].expand(n - 1, *x.shape[1:])])) for n in _SIZES]
-    for seen in again:
-        rows = len(together) if len(seen) == len(together) else 1
-        if not agree(seen[:rows], together[:rows], replayed.rounding):
-            raise Refused(
-                f"what {type(model).__name__} makes of one input depends on the others in its batch, on what ran "
-                "before or on whether gradients are wanted, which no Lipschitz rule covers"
-            )
-    if size <= _SMALL:
+        alike.append((_run(model, x, after=x.flip(0)), together))
         like = torch.cat([x, x])[: len(_MAGNITUDES)]
         other = like * like.new_tensor(_MAGNITUDES).view(-1, *(1,) * (x.dim() - 1))
         result, outputs = _recorded(model, other, traced)
         _Replay(traced, outputs).follow(other, result)
+        alike.append((_run(model, other, after=x), result))
+    if size <= _TINY:
+        batches = (torch.cat([x[:1], x[1:].expand(n - 1, *x.shape[1:])]) for n in _SIZES)
+        alike += [(_run(model, batch)[:1], together[:1]) for batch in batches]
+    if not all(agree(seen, first, replayed.rounding) for seen, first in alike):
+        raise Refused(
+            f"what {type(model).__name__} makes of one input depends on the others in its batch, on what ran before or "
+            "on whether gradients are wanted, which no Lipschitz rule covers"
+        )
     return together
 
 
