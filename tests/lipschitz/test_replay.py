@@ -693,6 +693,19 @@ def test_rules_of_ones_own_may_not_fit() -> None:
     assert lipschitz_bound(nn.Sequential(scaled(), Narrow()), (3,)).upper == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("head", [nn.Identity(), nn.Flatten(), nn.Unflatten(1, (1, 3))], ids=["alone", "flat", "apart"])
+def test_models_that_lose_the_batch_axis_of_one_sample(head: nn.Module) -> None:
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.pool, self.head = nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d(1), head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.pool(self.layer(x)).squeeze())
+
+    assert lipschitz_bound(Squeezed(), (2, 6, 6)).upper > 0.0
+
+
 def test_compiled_and_lazy_models() -> None:
     model = nn.Sequential(scaled(3.0), nn.ReLU())
     model.compile()
