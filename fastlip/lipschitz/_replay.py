@@ -33,9 +33,9 @@ _HIDDEN = 1e-3
 _EFFORT = ((1 << 18, 8, 8), (1 << 22, 4, 3), (math.inf, 1, 1))
 #: Models up to this size are compared at inputs of other magnitudes as well.
 _SMALL = 1 << 22
-#: Models up to this size are run in batches of more sizes.
+#: Models up to this size are run in batches of more sizes, and a number of times.
 _TINY = 1 << 18
-_SIZES = (4, 5, 6, 7, 8, 16, 64)
+_SIZES = (4, 5, 6, 7, 8, 16, 64, *(2,) * 9)
 _MAGNITUDES = (30.0, 1e3, 1e-3)
 #: A search ends when even its best stretch is this far below the bound.
 _FAR_BELOW = -3.0
@@ -116,8 +116,9 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
         _Replay(traced, outputs).follow(other, result)
         alike.append((_run(model, other, after=x), result))
     if size <= _TINY:
-        batches = (torch.cat([x[:1], x[1:].expand(n - 1, *x.shape[1:])]) for n in _SIZES)
-        alike += [(_run(model, batch)[:1], together[:1]) for batch in batches]
+        with as_found(model):  # one after the other: some count their calls
+            batches = (torch.cat([x[:1], x[1:].expand(n - 1, *x.shape[1:])]) for n in _SIZES)
+            alike += [(model(batch)[:1], together[:1]) for batch in batches]
     if not all(agree(seen, first, replayed.rounding) for seen, first in alike):
         raise Refused(
             f"what {type(model).__name__} makes of one input depends on the others in its batch, on what ran before or "

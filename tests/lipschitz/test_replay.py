@@ -189,6 +189,7 @@ REFUSED = {
     "large values": (lambda: OnTensors(lambda x: torch.is_tensor(x) and bool(x.abs().max() > 20)), (3,), "at layer"),
     "no gradient wanted": (lambda: OnTensors(lambda x: torch.is_grad_enabled()), (3,), "at layer"),
     "second call": (lambda: Counting(lambda calls: calls > 1), (3,), "on what ran before"),
+    "twelfth call": (lambda: Counting(lambda calls: calls > 11), (3,), "on what ran before"),
     "every other call": (lambda: Counting(lambda calls: calls % 2 == 0), (3,), "on what ran before"),
     "float32": (lambda: OnTensors(lambda x: is_float32(x)), (3,), "depends on the dtype"),
     "seven inputs": (lambda: OnTensors(lambda x: torch.is_tensor(x) and len(x) == 7), (3,), "others in its batch"),
