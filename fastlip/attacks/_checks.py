@@ -15,6 +15,8 @@ _IMAGES = 64
 _REPEATS = 4
 #: Differences of logits, relative to their spread, above which they count as random.
 _RANDOM = 1e-4
+#: Share of the box, or a value where that is less, by which pixels are moved off the bounds: more than bfloat16 rounds.
+_INSIDE = 1 / 64
 
 
 class AttackWarning(UserWarning):
@@ -31,8 +33,9 @@ def diagnose(
     """What about ``model`` makes gradient attacks unreliable, one sentence each; empty where nothing was found.
 
     Looked for on the first 64 images: outputs that are not finite, outputs that change from call to call, outputs that
-    are probabilities instead of logits, outputs that do not depend differentiably on the input, and images whose
-    cross-entropy has a gradient of exactly zero (saturated or masked).
+    are probabilities instead of logits, outputs that do not depend differentiably on the input, images whose
+    cross-entropy has a gradient of exactly zero (saturated or masked), and a clamp of the input to ``bounds``, whose
+    gradient PyTorch takes to be zero on the bounds themselves.
 
     Raises:
         ValueError: a value or shape is wrong, or inputs leave the bounds.
@@ -79,4 +82,41 @@ def diagnose(
                 f"the cross-entropy of {silent} of {len(batch)} images has a gradient of exactly zero: it is saturated "
                 "or masked; use loss='dlr' or 'margin', and a black-box attack"
             )
+        if _clamps(network, x.detach(), grad, batch.labels, (lo, hi)):
+            found.append(
+                "the model clamps its input: gradients of exactly zero at all pixels on the bounds keep gradient "
+                "attacks from changing these; remove the clamp from the model, since attacks keep to bounds themselves"
+            )
     return found
+
+
+def _clamps(
+    network: Network,
+    x: Tensor,  # [B, ...]
+    grad: Tensor,  # [B, ...]
+    labels: Tensor,  # [B]
+    bounds: Bounds,
+) -> bool:
+    """Whether pixels have a gradient just when they are moved off the bounds.
+
+    Some are moved and then the others. Where it is another kink or saturation that silences an image, those that stay
+    on the bounds come to life with the image; behind a clamp none of them does.
+    """
+    lo, hi = (torch.as_tensor(b, dtype=x.dtype, device=x.device) for b in bounds)
+    low, high = (x == lo) & (lo < hi), (x == hi) & (lo < hi)
+    on = low | high
+    if not bool(on.any()) or bool(grad[on].count_nonzero()):
+        return False
+    step = ((hi - lo) * _INSIDE).clamp(max=_INSIDE)
+    inside = torch.where(low, lo + step, torch.where(high, hi - step, x))
+    chosen = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device) < 0.5
+    alive = False
+    for moved in (chosen, ~chosen):
+        point = torch.where(moved, inside, x).requires_grad_()
+        # The margin does not saturate.
+        loss = attack_loss("margin", network.judge(point), labels, None).sum()
+        (grad,) = torch.autograd.grad(loss, point)
+        if bool(grad[on & ~moved].count_nonzero()):
+            return False
+        alive |= bool(grad[on & moved].count_nonzero())
+    return alive

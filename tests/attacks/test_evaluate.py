@@ -131,6 +131,57 @@ def test_diagnose(cnn_problem, wrap, message):
     assert any(message in sentence for sentence in attacks.diagnose(wrap(model), inputs, labels))
 
 
+def black_and_white() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    inputs = torch.rand(16, 3, 4, 4).round()
+    return model, inputs, model(inputs).argmax(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("gray", [0, 20])
+def test_diagnoses_a_clamp_of_the_input(dtype, gray):
+    model, inputs, labels = black_and_white()
+    model, inputs = model.to(dtype), inputs.to(dtype)
+    inputs.view(16, -1)[:, :gray] = 0.5
+    assert attacks.diagnose(model, inputs, labels) == []
+    found = attacks.diagnose(lambda x: model(x.clamp(0, 1)), inputs, labels)
+    assert any("clamps its input" in sentence and "remove the clamp" in sentence for sentence in found)
+    # In other units, and with the bounds as tensors.
+    lo, hi = torch.full((3, 1, 1), -2.0, dtype=dtype), torch.full((3, 1, 1), 6.0, dtype=dtype)
+    found = attacks.diagnose(lambda x: model(x.clamp(-2, 6)), 8 * inputs - 2, labels, bounds=(lo, hi))
+    assert any("clamps its input" in sentence for sentence in found)
+
+
+def test_evaluate_warns_of_a_clamp_of_the_input():
+    model, inputs, labels = black_and_white()
+    suite = {"pgd": partial(attacks.pgd, eps=0.3, steps=5, random_start=False)}
+    plain = attacks.evaluate(model, inputs, labels, suite)
+    assert plain.warnings == ()
+    with pytest.warns(attacks.AttackWarning) as caught:
+        clamped = attacks.evaluate(nn.Sequential(nn.Hardtanh(0.0, 1.0), model), inputs, labels, suite)
+    assert any("clamps its input" in str(w.message) for w in caught)
+    assert clamped.robust_accuracy > plain.robust_accuracy
+
+
+@pytest.mark.parametrize(
+    "silent",
+    [
+        # An all-black image at the kink of every ReLU, one whose ReLUs are dead, saturated logits, pixels that the
+        # model does not look at, and no pixel on the bounds.
+        lambda m, x: (nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)), 0 * x),
+        lambda m, x: (lambda z: m((z - 2).relu()) + m[1].bias, x),
+        lambda m, x: (lambda z: 1e4 * m(z), x),
+        lambda m, x: (lambda z: m(z * (torch.arange(4) > 1)), torch.where(torch.arange(4) > 1, 0.5, x)),
+        lambda m, x: (lambda z: m(z.clamp(0, 1)), 0.5 + 0 * x),
+    ],
+)
+def test_takes_nothing_else_for_a_clamp(silent):
+    model, images, labels = black_and_white()
+    model, images = silent(model, images)
+    assert not any("clamp" in sentence for sentence in attacks.diagnose(model, images, labels))
+
+
 def test_leaves_modes_and_random_state(cnn_problem):
     model, inputs, labels = cnn_problem
     model.train()

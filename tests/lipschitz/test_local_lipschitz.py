@@ -72,6 +72,67 @@ def test_norms_under_inference_mode() -> None:
     assert torch.allclose(norms, local_lipschitz(model, x.clone(), rtol=1e-6, max_steps=500), rtol=1e-3)
 
 
+class OddPReLU(nn.Module):
+    """prelu(x) - prelu(-x), which is (1 + slope) x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prelu = nn.PReLU(init=0.25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.prelu(x) - self.prelu(-x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_derivatives_that_disagree_are_refused(dtype: torch.dtype) -> None:
+    model = OddPReLU().to(dtype)
+    x = torch.tensor([[1.0], [-1.0]], dtype=dtype)
+    assert local_lipschitz(model, x).tolist() == [1.25, 1.25]
+    with pytest.raises(ValueError, match=r"disagree at sample 1: .* move these inputs"):
+        local_lipschitz(model, torch.tensor([[1.0], [0.0], [2.0]], dtype=dtype))
+    with pytest.raises(ValueError, match=r"disagree at samples 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.:"):
+        local_lipschitz(model, torch.zeros(9, 1, dtype=dtype))
+
+
+def test_disagreement_in_the_last_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="disagree at sample 0"):
+        local_lipschitz(OddPReLU(), torch.zeros(1, 3), max_steps=1)
+
+
+def test_derivatives_that_are_no_numbers_are_refused() -> None:
+    x = torch.rand(3, 1, 4, 4) + 0.5
+    model = nn.LPPool2d(2, 2)
+    assert local_lipschitz(model, x).tolist() == pytest.approx([1.0] * 3, rel=1e-5)
+    x[2, 0, :2, :2] = 0.0
+    with pytest.raises(ValueError, match="not finite at sample 2"):
+        local_lipschitz(model, x)
+
+
+def test_exact_zeros_of_relu_have_a_norm() -> None:
+    # Zero inputs and no biases: every ReLU sits at its kink, where both derivatives are 0.
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2))
+    x = torch.rand(3, 1, 6, 6)
+    x[1] = 0.0
+    x[2, 0, :3] = 0.0
+    norms = local_lipschitz(model, x, rtol=1e-7, max_steps=500)
+    assert norms[1].item() == 0.0
+    for row in (0, 2):
+        jacobian = torch.autograd.functional.jacobian(model, x[row, None]).reshape(2, 36)
+        assert norms[row].item() == pytest.approx(torch.linalg.matrix_norm(jacobian, 2).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("gain", [16.0, 18.0, 20.0, 24.0])
+def test_rounding_is_no_disagreement(gain: float) -> None:
+    # J v of a saturated softmax, and of a normalisation over two values, is a difference of nearly equal numbers.
+    torch.manual_seed(0)
+    x = torch.randn(64, 40)
+    linear = nn.Linear(40, 5)
+    with torch.no_grad():
+        linear.weight.mul_(gain)
+    for last in (nn.Softmax(1), nn.Sequential(nn.Linear(5, 2), nn.LayerNorm(2), nn.Linear(2, 3))):
+        assert local_lipschitz(nn.Sequential(linear, last), x).isfinite().all()
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="x must be a floating-point batch"):
         local_lipschitz(nn.Linear(3, 3), torch.randn(3))
