@@ -241,12 +241,20 @@ class _Found:
             copied += [(data, values) for _, data, values, _ in self._held if data.numel() and not data.is_sparse]
         if copied:
             # Writing through .data counts nowhere. One read for all.
-            written = torch.stack([(data != values).any().cpu() for data, values in copied]).tolist()
+            written = torch.stack([_differ(data, values).cpu() for data, values in copied]).tolist()
             for (data, values), changed in zip(copied, written, strict=True):
                 if changed:
                     data.copy_(values)
         uncopied = [(t, v) for t, _, values, v in self._parameters if values is None and self._outer]
         return next((self._names[id(t)] for t, version in uncopied if version_of(t) != version), None)
+
+
+def _differ(now: Tensor, before: Tensor) -> Tensor:
+    """Whether any number is another one, 0-d bool; a zero's sign counts."""
+    differ = (now != before).any()
+    if now.is_floating_point():
+        differ |= (torch.signbit(now) != torch.signbit(before)).any()
+    return differ
 
 
 def version_of(t: Tensor) -> int:

@@ -737,6 +737,7 @@ class Everything(nn.Module):
         self.layer = scaled()
         self.register_buffer("counted", torch.zeros(3))
         self.register_buffer("grown", torch.zeros(2))
+        self.signed = nn.Parameter(torch.zeros(2))
         self.array, self.generator = np.zeros(2), torch.Generator().manual_seed(0)
         self.pair = (torch.zeros(1), [torch.zeros(1)])
 
@@ -744,6 +745,7 @@ class Everything(nn.Module):
         self.counted.data.add_(1.0)
         self.grown.resize_(5)
         self.layer.weight.data.clamp_(max=0.5)
+        self.signed.data.mul_(-1.0)
         self.layer.weight.requires_grad_(False)
         self.array += 1.0
         torch.rand(1, generator=self.generator)
@@ -764,6 +766,7 @@ def test_what_no_counter_shows_is_put_back(call: Callable[..., object]) -> None:
     assert net.layer.weight.requires_grad
     assert torch.equal(net.counted, torch.zeros(3))
     assert torch.equal(net.grown, torch.zeros(2))
+    assert not torch.signbit(net.signed).any()
     assert net.array.tolist() == [0.0, 0.0]
     assert net.pair[0].item() == net.pair[1][0].item() == 0.0
     assert random.getstate() == states[0]
