@@ -3,7 +3,7 @@
 #
 # Behaviour: with padding_mode="reflect" or "replicate" the layer stretches a vector by 1.78 and 1.83.
 # Expected: the class says that its Lipschitz constant "is guaranteed to be less than 1", and lists padding_mode among
-#   its arguments without a restriction. Guess before running: at most 1, or an error for the modes that repeat pixels.
+#   its arguments without a restriction. A reader would guess: at most 1, or an error for the modes that repeat pixels.
 # Seen: zeros 1.000, circular 1.000, reflect 1.779, replicate 1.835, without an error or a warning.
 # Why it matters: padding that repeats pixels is a map of norm above 1 in front of the convolution. A certificate read
 #   off the promise, margin / sqrt(2), is too large by this factor for each such layer.

@@ -3,7 +3,7 @@
 #
 # Behaviour: a deep copy of a parametrized layer shares the class that parametrize made for the original. Removing the
 #   parametrization of the copy deletes the property from that class, and the original has no weight any more.
-# Expected: copy.deepcopy gives layers that do not affect each other. Guess before running: the original computes what
+# Expected: copy.deepcopy gives layers that do not affect each other. A reader would guess: the original computes what
 #   it did.
 # Seen: the original still counts as parametrized, and its forward pass raises AttributeError: no attribute 'weight'.
 #   A layer that was parametrized by itself is unharmed.
