@@ -42,7 +42,7 @@ class Step:
         ahead: whether the constant up to here is that of values which a neighbour's factors have yet to multiply, or
             have multiplied already.
         exact: whether a linear ``factor`` is the map itself, and not just one of at least its norm.
-        moved: how far the outputs of two samples are apart, 0-d; None before the replay.
+        moved: how far the outputs of two samples are apart at least, 0-d; None before the replay.
     """
 
     name: str

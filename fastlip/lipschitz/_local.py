@@ -52,7 +52,7 @@ def local_lipschitz(
     with eval_mode(model), torch.enable_grad(), _plain_attention():
         x = x.detach().clone()  # one made under inference_mode cannot take part in autograd
         draws = torch.randn(x.shape, dtype=torch.float64, generator=generator, device=generator.device)
-        v = _unit(draws).to(x)
+        v = unit(draws).to(x)
         best = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for _ in range(max_steps):
             tangent, back = _products(model, x, v)
@@ -63,7 +63,7 @@ def local_lipschitz(
             best = torch.maximum(best, stretch)
             if bool(settled.all()):
                 break
-            v = _unit(back.double()).to(x)
+            v = unit(back.double()).to(x)
     return best
 
 
@@ -75,7 +75,7 @@ def _products(model: nn.Module, x: Tensor, v: Tensor, scale: float = 1.0) -> tup
     if not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
         raise ValueError("model must return one tensor with a row per sample")
     tangent = tangent.detach()
-    cotangent = scale * _unit(tangent.double()).to(tangent)
+    cotangent = scale * unit(tangent.double()).to(tangent)
     (back,) = torch.autograd.grad(out, point, cotangent, allow_unused=True)
     return tangent, torch.zeros_like(x) if back is None else back
 
@@ -140,7 +140,7 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _unit(v: Tensor) -> Tensor:
+def unit(v: Tensor) -> Tensor:
     """Samples scaled to norm 1; zeros stay."""
     norm = torch.linalg.vector_norm(v.flatten(1), dim=1)
     return v / torch.where(norm > 0.0, norm, 1.0).reshape(-1, *(1,) * (v.dim() - 1))

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as torch_module
 
 from fastlip.lipschitz._graph import BATCH, Step, Traced
+from fastlip.lipschitz._local import unit
 from fastlip.lipschitz._trace import location, module_name
 from fastlip.norms._agreement import agree, rounding_of, unlike
-from fastlip.norms._model import MOST_COPIED, Refused, as_found, has_hooks, random_inputs, runs_on, version_of
+from fastlip.norms._model import MOST_COPIED, Refused, as_found, is_hooked, random_inputs, runs_on, version_of
 
 #: Largest difference of two ways to compute a step in float64, relative to its largest output: weights that a model
 #: computes by itself are float32's in one of them.
@@ -39,8 +39,9 @@ _SIZES = (4, 5, 6, 7, 8, 16, 64, *(2,) * 9)
 _MAGNITUDES = (30.0, 1e3, 1e-3)
 #: A search ends when even its best stretch is this far below the bound.
 _FAR_BELOW = -3.0
-#: Share of an output that rounding may put into a difference.
+#: Share of an output that rounding may put into a difference, in float64 and in what models come in.
 _NOISE = 1e-9
+_NOISE_NATIVE = 1e-3
 #: log10 of what rounding may add to a stretch.
 _SLACK = 1e-6
 _SLACK_NATIVE = 1e-2
@@ -238,7 +239,9 @@ class _Replay(fx.Interpreter):
         if n.op == "call_module":
             value = self._compared(n, step, value)
         if self._batch == BATCH and step.moved is None:
-            step.moved = torch.linalg.vector_norm((value[0] - value[1]).double())
+            # Outputs much larger than their difference round it away, and may seem to move by what is rounding alone.
+            apart, size = torch.linalg.vector_norm((value[0] - value[1]).double()), torch.linalg.vector_norm(value)
+            step.moved = (apart - noise_of(value) * size).clamp_min(0.0)
         return value
 
     def _compared(self, n: fx.Node, step: Step, value: Tensor) -> Tensor:
@@ -254,7 +257,7 @@ class _Replay(fx.Interpreter):
             differ = f"by {_share(value, seen)}" if value.shape == seen.shape else "in shape"
             raise _otherwise(f"they agree up to {self._agreed}, and differ {differ} at {where}")
         module = self.fetch_attr(str(n.target))
-        if n not in self._tried and _is_hooked(module) and not n.kwargs and len(n.args) == 1:
+        if n not in self._tried and is_hooked(module) and not n.kwargs and len(n.args) == 1:
             self._tried.add(n)
             _try_hooked(module, step, self.env[n.all_input_nodes[0]], self.rounding)
         self._agreed = step.name
@@ -272,12 +275,6 @@ class _Replay(fx.Interpreter):
 
     def _name(self, n: fx.Node) -> str:
         return module_name(n, self._traced.graph_module)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether hooks of the module or of all modules see it run."""
-    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return bool(everywhere) or has_hooks(module)
 
 
 def _try_hooked(module: nn.Module, step: Step, x: Tensor, rounding: float) -> None:
@@ -414,10 +411,10 @@ def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, log10_u
 
 def _climb(model: nn.Module, x: Tensor, rounds: int, log10_upper: float) -> tuple[float, float] | None:
     """How far apart, at the end and at the start, a pair of inputs is that refutes the bound; None if none is found."""
-    native = x.dtype != torch.float64
-    noise, slack = (1e6 * _NOISE, _SLACK_NATIVE) if native else (_NOISE, _SLACK)
+    native, noise = x.dtype != torch.float64, noise_of(x)
+    slack = _SLACK_NATIVE if native else _SLACK
     generator = torch.Generator().manual_seed(3)
-    v = _unit(torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x)
+    v = unit(torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x)
     length = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(1.0).view(-1, *(1,) * (x.dim() - 1))
     steps = (1e-2,) if native else (1e-6,)
     best = -math.inf
@@ -445,8 +442,13 @@ def _climb(model: nn.Module, x: Tensor, rounds: int, log10_upper: float) -> tupl
         back = _pulled_back(model, x, direction)
         if back is None:
             return None
-        v = _unit(back.double()).to(x)
+        v = unit(back.double()).to(x)
     return None
+
+
+def noise_of(t: Tensor) -> float:
+    """Share of an output that rounding may put into the difference of two."""
+    return _NOISE if t.dtype == torch.float64 else _NOISE_NATIVE
 
 
 def _pulled_back(model: nn.Module, x: Tensor, direction: Tensor) -> Tensor | None:
@@ -457,15 +459,11 @@ def _pulled_back(model: nn.Module, x: Tensor, direction: Tensor) -> Tensor | Non
                 vars(module).update(_backward_hooks={}, _backward_pre_hooks={})
             point = x.detach().clone().requires_grad_()
             (back,) = torch.autograd.grad(_run(model, point), point, direction, allow_unused=True)
-    except RuntimeError:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a backward pass of someone's own may raise
         return None
     return back if back is not None and bool(torch.isfinite(back).all()) else None
-
-
-def _unit(v: Tensor) -> Tensor:
-    """Samples scaled to norm 1; zeros stay."""
-    norm = torch.linalg.vector_norm(v.flatten(1), dim=1)
-    return v / torch.where(norm > 0.0, norm, 1.0).reshape(-1, *(1,) * (v.dim() - 1))
 
 
 def _refuted(how: str) -> Refused:

@@ -73,10 +73,15 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(vars(module).get("_forward_hooks") or vars(module).get("_forward_pre_hooks"))
 
 
-def is_dressed(module: nn.Module) -> bool:
-    """Whether calling a module may do more than its ``forward``: by its hooks, all modules', or a ``__call__``."""
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks of the module or of all modules see it run."""
     everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return bool(everywhere) or has_hooks(module) or type(module).__call__ is not nn.Module.__call__
+    return bool(everywhere) or has_hooks(module)
+
+
+def is_dressed(module: nn.Module) -> bool:
+    """Whether calling a module may do more than its ``forward``: by hooks, or a ``__call__`` of its own."""
+    return is_hooked(module) or type(module).__call__ is not nn.Module.__call__
 
 
 def require_eval(model: nn.Module, training: bool, used: Iterable[nn.Module]) -> None:
@@ -224,7 +229,7 @@ class _Found:
             container.clear()
             container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
         for tensor, data, *_ in (*self._held, *self._parameters):
-            if tensor.dtype != data.dtype or tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+            if tensor.dtype != data.dtype or tensor.shape != data.shape or _address(tensor) != _address(data):
                 tensor.data = data
         for leaf, wanted in self._wanted:
             if leaf.requires_grad != wanted:
@@ -238,7 +243,7 @@ class _Found:
                 data.copy_(values)
         copied = [(data, values) for _, data, values, _ in self._parameters if values is not None and data.numel()]
         if self._outer:
-            copied += [(data, values) for _, data, values, _ in self._held if data.numel() and not data.is_sparse]
+            copied += [(data, values) for _, data, values, _ in self._held if data.numel() and _is_dense(data)]
         if copied:
             # Writing through .data counts nowhere. One read for all.
             written = torch.stack([_differ(data, values).cpu() for data, values in copied]).tolist()
@@ -247,6 +252,15 @@ class _Found:
                     data.copy_(values)
         uncopied = [(t, v) for t, _, values, v in self._parameters if values is None and self._outer]
         return next((self._names[id(t)] for t, version in uncopied if version_of(t) != version), None)
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.layout == torch.strided
+
+
+def _address(t: Tensor) -> int:
+    """Where a tensor's numbers are; 0 for all sparse ones, which have no such place."""
+    return t.data_ptr() if _is_dense(t) else 0
 
 
 def _differ(now: Tensor, before: Tensor) -> Tensor:

@@ -707,6 +707,30 @@ def test_models_that_lose_the_batch_axis_of_one_sample(head: nn.Module) -> None:
     assert lipschitz_bound(Squeezed(), (2, 6, 6)).upper > 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-9, 1e-16, 1e-17])
+def test_rounding_beside_a_tiny_layer_refutes_nothing(dtype: torch.dtype, scale: float) -> None:
+    """Two outputs of such a layer differ by its bias's rounding, which later layers multiply."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        tiny = nn.Linear(8, 8, dtype=dtype)
+        with torch.no_grad():
+            tiny.weight.mul_(scale)
+        model = nn.Sequential(nn.Linear(8, 8, dtype=dtype), nn.ReLU(), tiny, nn.Tanh(), nn.Linear(8, 4, dtype=dtype))
+        assert lipschitz_bound(model, (8,)).upper < 1e-6
+
+
+@pytest.mark.parametrize("convert", [Tensor.to_sparse, Tensor.to_sparse_csr, lambda t: t * 1j, lambda t: t > 0])
+@pytest.mark.parametrize("call", [lipschitz_bound, fastlip.layer_norms])
+def test_buffers_of_every_kind_are_left_alone(convert: Callable[[Tensor], Tensor], call: Callable[..., object]) -> None:
+    model = nn.Sequential(scaled())
+    model.register_buffer("mask", convert(torch.eye(3)))
+    mask = model.mask
+    call(model, (3,))
+    assert model.mask is mask
+    assert torch.equal(mask.to_dense() if mask.layout != torch.strided else mask, convert(torch.eye(3)).to_dense())
+
+
 def test_compiled_and_lazy_models() -> None:
     model = nn.Sequential(scaled(3.0), nn.ReLU())
     model.compile()
