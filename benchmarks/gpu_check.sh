@@ -1,113 +1,184 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one run of under nine minutes: install, tests on the CUDA library and on Triton,
-# compute-sanitizer, measured ceilings and benchmarks. The machine has to have nvcc, torch, torchvision, triton, scipy,
-# scikit-build-core, pybind11, ninja and pytest; nothing is fetched. CSVs and logs.tar.gz go to
-# ${OUT:-benchmarks/results/gpu}; a table of what was aimed at and what was measured comes last.
-# A step that fails or overruns its time does not stop later ones; the exit status says whether all of them passed.
-# DEVICE=cpu is a dry run: every step that can run without a GPU, on small problems, with nothing installed.
+# What needs a GPU, in two runs of a few minutes each, the most valuable first:
+#
+#   benchmarks/gpu_check.sh first     install, a covering set of the GPU tests, memcheck, norms, steps, PGD end to end
+#   benchmarks/gpu_check.sh second    all GPU tests, racecheck, Triton, the study's training and a short study
+#   benchmarks/gpu_check.sh           both
+#
+# The machine has to have torch, torchvision, triton, scipy and pytest; nothing is fetched. WHEEL=FILE installs that file
+# (see CONTRIBUTING.md for how to make one beforehand); without it the package is built, which takes nvcc,
+# scikit-build-core, pybind11 and ninja. OLD_WHEEL=FILE times another build's steps beside this one's.
+# CSVs, written row by row, and logs.tar.gz go to ${OUT:-benchmarks/results/gpu}; a table of what was aimed at and what
+# was measured comes last. A step that fails or overruns its time does not stop later ones; the exit status says whether
+# all of them passed. DEVICE=cpu is a dry run: every step that can run without a GPU, on small problems.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+part=${1:-both}
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 out=${OUT:-$repository/benchmarks/results/gpu}
-deadline=${SECONDS_IN_ALL:-$([[ $device == cpu ]] && echo 1800 || echo 530)}
+case $part in
+  first) allowed=350 ;;
+  second) allowed=290 ;;
+  both) allowed=900 ;;
+  *)
+    sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+    ;;
+esac
+deadline=${SECONDS_IN_ALL:-$([[ $device == cpu ]] && echo 3600 || echo $allowed)}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 # Out of the repository: the installed package has the compiled libraries, the source tree has not.
 logs=$(mktemp -d)
 cd "$logs"
+names=()
 
-table=()
-failures=0
-
-# step NAME SECONDS COMMAND...: run it within that time and the whole's, its output in NAME.log, a line in the table.
-step() {
-  local name=$1 limit=$2 begun=$SECONDS status=0 verdict=passed counts
+# begin NAME SECONDS COMMAND...: start it, to end within that time and the whole's; its output in NAME.log.
+begin() {
+  local name=$1 limit=$2
   shift 2
+  names+=("$name")
+  if [[ $device == cpu ]]; then limit=600; fi
   if ((deadline - SECONDS < limit)); then limit=$((deadline - SECONDS)); fi
   if ((limit < 5)); then
-    table+=("$(printf '%-19s %s' "$name" 'not begun: no time left')")
-    failures=$((failures + 1))
+    printf '%s\n' 'not begun: no time left' >"$name.verdict"
     return
   fi
-  timeout --kill-after=5 "$limit" "$@" >"$name.log" 2>&1 || status=$?
-  if ((status != 0)); then
-    verdict="failed ($status)"
-    if ((status == 124 || status == 137)); then verdict="over $limit s"; fi
-    failures=$((failures + 1))
-    printf -- '--- %s %s; the end of its log:\n' "$name" "$verdict"
-    tail -n 12 "$name.log"
-  fi
-  counts=$(grep -aE '[0-9]+ (passed|failed|error)|(ERROR|RACECHECK) SUMMARY' "$name.log" | tail -n 1 | tr -d '=' || true)
-  table+=("$(printf '%-19s %-13s %4d s  %s' "$name" "$verdict" $((SECONDS - begun)) "$counts")")
+  {
+    local begun=$SECONDS status=0 verdict=passed
+    timeout --kill-after=5 "$limit" "$@" >"$name.log" 2>&1 || status=$?
+    if ((status == 124 || status == 137)); then
+      verdict="over $limit s"
+    elif ((status != 0)); then
+      verdict="failed ($status)"
+    fi
+    printf '%-14s %4d s\n' "$verdict" $((SECONDS - begun)) >"$name.verdict"
+  } &
+}
+
+# step NAME SECONDS COMMAND...: the same, alone.
+step() {
+  wait
+  begin "$@"
+  wait
 }
 
 # Without the project's options, of which some need plugins that the machine may lack.
-pytest=("$python" -m pytest -q -c "$repository/pyproject.toml" --rootdir "$repository" -p no:cacheprovider)
-pytest+=(-o addopts=-ra)
-small="layouts or values_per_sample or large or all_at_once or odd_addresses or (random_geometries and merged) or pack_weights"
+pytest=("$python" -m pytest -v -c "$repository/pyproject.toml" --rootdir "$repository" -p no:cacheprovider)
+pytest+=(-o addopts=-ra --tb=short)
+marks=$([[ $device == cpu ]] && echo "not gpu and not slow" || echo "gpu and not slow")
+at_once=()
+if [[ $device == cuda ]] && "$python" -c "import xdist" 2>/dev/null; then at_once=(-n 8 --dist worksteal); fi
 
-# tests NAME SECONDS BACKEND PYTEST_ARGUMENT...
-tests() {
-  local name=$1 limit=$2 backend=$3
-  shift 3
-  local marks="gpu and not slow"
-  if [[ $device == cpu ]]; then marks="not gpu and not slow"; fi
-  step "$name" "$limit" env FASTLIP_BACKEND="$backend" "${pytest[@]}" -m "$marks" "$@"
-}
+# tests BACKEND PYTEST_ARGUMENT...
+tests() { env FASTLIP_BACKEND="$1" "${pytest[@]}" -m "$marks" "${@:2}"; }
 
-# sanitize SECONDS TOOL: the smaller tests under compute-sanitizer. PyTorch's caching allocator would hide accesses
-# beyond a tensor's end.
+# sanitize TOOL: about ten tests under compute-sanitizer, every kernel among them. PyTorch's caching allocator would hide
+# accesses beyond a tensor's end.
+small="(test_layouts and not input) or large_samples or test_all_at_once or odd_addresses or many_of_all_kinds"
 sanitize() {
-  step "$2" "$1" env FASTLIP_BACKEND=native PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$2" \
-    --target-processes all --error-exitcode 99 "${pytest[@]}" -m "gpu and not slow" -k "${SANITIZE:-$small}" \
-    "$repository/tests/ops"
+  env FASTLIP_BACKEND=native PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --target-processes all \
+    --error-exitcode 99 "${pytest[@]}" -m "$marks" --cover 1 -k "${SANITIZE:-$small}" "$repository/tests/ops"
 }
 
-# bench NAME SECONDS ARGUMENT...: a benchmark on the CUDA library.
-bench() {
-  local name=$1 limit=$2
-  shift 2
-  step "$name" "$limit" env FASTLIP_BACKEND=native "$python" "$repository/benchmarks/$name.py" --device "$device" \
-    --out "$out" "$@"
+# bench NAME ARGUMENT...: a benchmark on the CUDA library.
+bench() { env FASTLIP_BACKEND=native "$python" "$repository/benchmarks/$1.py" --device "$device" --out "$out" "${@:2}"; }
+# So that `timeout` can run them.
+export repository python device out marks small
+for name in tests sanitize bench; do
+  declare -f "$name"
+done >functions.sh
+declare -p pytest at_once >>functions.sh
+run=(bash -c 'source functions.sh; "$@"' run)
+
+install() {
+  local target=$logs/$1 wheel=$2
+  if [[ -n $wheel ]]; then
+    step "install_$1" 40 "$python" -m pip install -q --no-index --no-deps --no-compile --target "$target" "$wheel"
+  else
+    step "install_$1" 240 "$python" -m pip install --no-build-isolation --no-deps --target "$target" "$repository"
+  fi
 }
 
-if [[ $device == cuda ]]; then
-  # Code for this machine alone builds faster.
-  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d '. ')
-  export FASTLIP_CUDA=ON FASTLIP_CUDA_ARCHITECTURES=${FASTLIP_CUDA_ARCHITECTURES:-$capability-real}
-  step machine 10 nvidia-smi
-  step install 150 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "$repository"
-  step build_info 20 "$python" -m fastlip
-  tests native 60 native "$repository/tests"
-  bench bench_gpu_norms 90 --seconds 0.3
-  bench bench_pgd_step 80 --seconds 0.05
-  bench bench_apgd_step 50 --seconds 0.05
-  bench bench_gpu_attack 100 --train-seconds 15
-  sanitize 45 memcheck
-  sanitize 45 racecheck
-  tests triton 70 triton "$repository/tests/ops"
-  bench bench_operator_step 45 --seconds 0.05
-else
+# Options of a dry run, and of what is measured.
+if [[ $device == cpu ]]; then
   export OMP_NUM_THREADS=1
-  step build_info 100 "$python" -m fastlip
-  tests native 300 native -k "layouts" "$repository/tests/ops" "$repository/tests/norms/test_recurrence.py"
-  TRITON_INTERPRET=1 tests triton 300 triton -k "matches_reference and linf" "$repository/tests/ops/test_random_start.py"
-  bench bench_gpu_norms 300 --tiny --checkpoints 3 --seconds 0.02
-  bench bench_gpu_attack 300 --images 8 --batch 4 --train-seconds "${TRAIN_SECONDS:-60}"
-  bench bench_pgd_step 300 --shape 256x3x32x32 --seconds 0.01 --no-compile
-  bench bench_apgd_step 300 --shape 256x3x32x32 --seconds 0.01 --no-compile
-  bench bench_operator_step 300 --starts 1 --seconds 0.01
+  chosen=(-k layouts "$repository/tests/ops" "$repository/tests/norms/test_recurrence.py") all=("${chosen[@]}")
+  interpreted=(TRITON_INTERPRET=1)
+  triton=(-k "matches_reference and linf" "$repository/tests/ops/test_random_start.py")
+  norms=(--tiny --checkpoints 3 --seconds 0.02)
+  steps=(--shape 256x3x32x32 --seconds 0.01 --no-compile)
+  attack=(--images 8 --batch 4 --train-seconds "${TRAIN_SECONDS:-60}")
+  study=(--tiny)
+  operators=(--starts 1 --seconds 0.01)
+else
+  chosen=(--cover 2 "$repository/tests") all=("$repository/tests")
+  interpreted=()
+  triton=(--cover 1 -k "${TRITON:-test_layouts or all_at_once}" "$repository/tests/ops")
+  norms=(--seconds 0.3 --limit 65)
+  steps=(--seconds 0.05 --limit 40)
+  attack=(--train-seconds 10)
+  study=()
+  operators=(--seconds 0.05)
+  step machine 10 nvidia-smi
 fi
 
-for log in build_info bench_operator_step bench_pgd_step bench_apgd_step bench_gpu_norms bench_gpu_attack; do
-  [[ -f $log.log ]] || continue
-  printf '\n--- %s\n' "$log"
-  tail -n 85 "$log.log"
+# install NAME WHEEL: the package into a folder of its own, from that file or else built from source.
+install() {
+  local from=("$repository" --no-build-isolation)
+  if [[ -n $2 ]]; then from=("$2" --no-index --no-compile -q); fi
+  step "install_$1" 240 "$python" -m pip install --no-deps --target "$logs/$1" "${from[@]}"
+}
+if [[ $device == cuda || -n ${WHEEL:-} ]]; then
+  install new "${WHEEL:-}"
+  export PYTHONPATH=$logs/new${PYTHONPATH:+:$PYTHONPATH}
+fi
+step build_info 60 "$python" -m fastlip
+
+if [[ $part != second ]]; then
+  begin tests 90 "${run[@]}" tests native "${at_once[@]}" "${chosen[@]}"
+  if [[ $device == cuda ]]; then begin memcheck 90 "${run[@]}" sanitize memcheck; fi
+  step bench_gpu_norms 75 "${run[@]}" bench bench_gpu_norms "${norms[@]}"
+  step bench_pgd_step 50 "${run[@]}" bench bench_pgd_step "${steps[@]}"
+  if [[ -n ${OLD_WHEEL:-} ]]; then
+    install old "$OLD_WHEEL"
+    step bench_pgd_step_old 20 env PYTHONPATH="$logs/old:$PYTHONPATH" "${run[@]}" bench bench_pgd_step "${steps[@]}" \
+      --only fastlip --label old
+  fi
+  step bench_gpu_attack 70 "${run[@]}" bench bench_gpu_attack "${attack[@]}"
+  step bench_apgd_step 30 "${run[@]}" bench bench_apgd_step "${steps[@]}"
+fi
+
+if [[ $part != first ]]; then
+  step bench_study 70 "${run[@]}" bench bench_study "${study[@]}"
+  begin all_tests 120 "${run[@]}" tests native "${at_once[@]}" "${all[@]}"
+  if [[ $device == cuda ]]; then begin racecheck 120 "${run[@]}" sanitize racecheck; fi
+  begin triton 120 env "${interpreted[@]}" "${run[@]}" tests triton "${triton[@]}"
+  step bench_operator_step 30 "${run[@]}" bench bench_operator_step "${operators[@]}"
+fi
+
+failures=0
+table=()
+for name in "${names[@]}"; do
+  verdict=$(<"$name.verdict")
+  counts=$(grep -aE '[0-9]+ (passed|failed|error)|(ERROR|RACECHECK) SUMMARY' "$name.log" 2>/dev/null | tail -n 1 | tr -d '=' || true)
+  table+=("$(printf '%-20s %-22s %s' "$name" "$verdict" "$counts")")
+  [[ $verdict == passed* ]] && continue
+  failures=$((failures + 1))
+  printf -- '--- %s %s; the end of its log:\n' "$name" "$verdict"
+  grep -aE '^(FAILED|ERROR|E  )|=== ' "$name.log" | tail -n 25 || true
+  tail -n 12 "$name.log" || true
 done
+rm -rf new old functions.sh
 tar -czf "$out/logs.tar.gz" ./*
 cd "$out"
+for log in build_info bench_pgd_step bench_apgd_step bench_gpu_norms bench_gpu_attack bench_study; do
+  [[ -f $logs/$log.log ]] || continue
+  printf '\n--- %s\n' "$log"
+  tail -n 60 "$logs/$log.log"
+done
 rm -r "$logs"
 printf '\n'
 printf '%s\n' "${table[@]}"

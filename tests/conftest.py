@@ -1,10 +1,52 @@
-"""What every test sees: one thread, the devices at hand, and a small trained network."""
+"""What every test sees: one thread, the devices at hand, and a small trained network; and how to run a few of each."""
+
+from itertools import combinations
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 Problem = tuple[nn.Module, Tensor, Tensor]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cover",
+        type=int,
+        metavar="N",
+        help="of every parametrised test, run only so many cases that all combinations of values of any N of its "
+        "parameters are there",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # of what -m and -k have left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    together = config.getoption("cover")
+    if together is None:
+        return
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {case.nodeid for cases in groups.values() for case in covering(cases, together)}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+    items[:] = [item for item in items if item.nodeid in kept]
+
+
+def covering(cases: list[pytest.Item], together: int) -> list[pytest.Item]:
+    """Few of one test's cases in which each combination of values of `together` parameters stands, chosen greedily."""
+
+    def combinations_of(case: pytest.Item) -> set[tuple[tuple[str, str], ...]]:
+        spec = getattr(case, "callspec", None)
+        values = sorted((name, repr(value)) for name, value in spec.params.items()) if spec else []
+        return set(combinations(values, min(together, len(values))))
+
+    left = set().union(*map(combinations_of, cases))
+    chosen = []
+    while left:
+        best = max(cases, key=lambda case: len(combinations_of(case) & left))
+        left -= combinations_of(best)
+        chosen.append(best)
+    return chosen
 
 
 @pytest.fixture(autouse=True, scope="session")
