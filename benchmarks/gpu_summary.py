@@ -52,8 +52,8 @@ def number(row: Row | None, column: str) -> float | None:
 
 def results(folder: Path, device: str) -> list[tuple[str, str, float | None]]:
     """What, aim, measured."""
-    files = (f"{name}_{device}" for name in ("pgd_step", "apgd_step", "gpu_norms", "gpu_attack"))
-    pgd, apgd, norms, attack = (read(folder, name) for name in files)
+    files = (f"{name}_{device}" for name in ("pgd_step", "apgd_step", "gpu_norms", "gpu_attack", "study"))
+    pgd, apgd, norms, attack, study = (read(folder, name) for name in files)
     small, large, batch = "8192x3x32x32", "512x3x224x224", "1024x3x32x32"
 
     def pgd_row(shape: str, norm: str, what: str) -> Row | None:
@@ -82,6 +82,10 @@ def results(folder: Path, device: str) -> list[tuple[str, str, float | None]]:
     fast = [v for r in attack if r["what"].startswith("fastlip, fast") if (v := number(r, "x_peer")) is not None]
     peer = attack[0]["peer"] if attack else "torchattacks"
     robust = [float(r["robust_accuracy"]) for r in attack]
+    training = [
+        one(study, what="training", kind="scratch", how="study", compiled=compiled) for compiled in ("False", "True")
+    ]
+    hours = [(r["kind"], r["missing"], number(r, "hours")) for r in study if r["what"] == "prediction"]
     builds = []
     for name, rows in (("pgd_step", pgd), ("apgd_step", apgd)):
         for label in labels(folder, name, device):
@@ -112,6 +116,16 @@ def results(folder: Path, device: str) -> list[tuple[str, str, float | None]]:
         ("iteration, x faster than Lanczos on cuDNN", ">= 1.5", ratio(strong, alone)),
         (f"PGD-20 end to end, x {peer}", ">= 2", max(fast, default=None)),
         ("PGD-20, spread of robust accuracies", "0", max(robust) - min(robust) if len(robust) > 1 else None),
+        ("study, images/s of training", "", number(training[0], "images_per_s")),
+        ("study, images/s of training, compiled", "", number(training[1], "images_per_s")),
+        ("study, training, x a plain loop", "", number(training[0], "x_plain")),
+        ("study, training, x a plain loop, compiled", "", number(training[1], "x_plain")),
+        ("study, share of a step that the device waits", "", number(training[0], "waits")),
+        ("study, share that it waits, compiled", "", number(training[1], "waits")),
+        *(
+            (f"study, predicted hours: {kind}{', kinds are missing' if missing else ''}", "", value)
+            for kind, missing, value in hours
+        ),
         *builds,
     ]
 
