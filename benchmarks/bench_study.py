@@ -9,10 +9,10 @@ the names of ten classes; pre-trained weights are random ones, which take as lon
 
 - training: images/s of the study's loop, and of a plain loop over the same network, batches and precision, its images
   on the device, which neither shuffles nor augments nor keeps count; ``x_plain`` is the first over the second.
-  ``waits`` is the share of a step's time in which a GPU had nothing to do: ``device_ms`` is the step's time between CUDA
-  events when all of it was launched ahead. ``worst`` is the slowest step over the median. Not compiled at first, then
-  compiled as the preset has it on a GPU; then the other arms, not compiled, and a run that saves its state after every
-  step (``save_s`` is what a save adds);
+  ``waits`` is the share of a step's time in which a GPU had nothing to do: ``device_ms`` is what the step takes between
+  CUDA events when all of it was launched ahead. ``worst`` is the slowest step over the median. Not compiled at first,
+  then compiled as the preset has it on a GPU; then the other arms, not compiled, and a run that saves its state after
+  every step (``save_s`` is what a save adds);
 - evaluation: one measurement of each kind, by a network whose own decisions are the labels, at the smallest radius: an
   image that falls costs less, so that times are upper ones. PGD also by ``fast``, which the study does not use;
 - prediction: seconds of all stages of the preset, by their number, epochs and images there; ``missing`` names the kinds
@@ -278,7 +278,7 @@ class Bench:
 
     @staticmethod
     def training_of(arm: str, run: RunDirectory) -> str:
-        """Name of the first stage that trains like ``arm``; where there is none, LP-FT's first half does, on the head."""
+        """Name of the first stage that trains like ``arm``; without "linear" the head is trained by LP-FT."""
         for model in run.models:
             if arm_of(model) == arm:
                 return f"{model.name}: training"

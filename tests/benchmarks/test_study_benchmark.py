@@ -12,7 +12,8 @@ from fastlip.study.presets import PRESETS
 
 SMALL = [
     "arms=scratch,lpft", "architecture=resnet18", "scratch.batch_size=4", "scratch.snapshots=1",
-    "finetune.batch_size=4", "finetune.snapshots=", "gaussian.sigmas=0.1", "pgd.linf_255=0.25,1", "pgd.l2=", "pgd.l1=1", "pgd.steps=1", "strong.linf_255=1",
+    "finetune.batch_size=4", "finetune.snapshots=", "gaussian.sigmas=0.1",
+    "pgd.linf_255=0.25,1", "pgd.l2=", "pgd.l1=1", "pgd.steps=1", "strong.linf_255=1",
     "strong.l2=", "strong.targets=1", "smallest.steps=1", "smallest.searches=2", "smallest.levels=2",
     "smallest.halvings=1", "lipschitz.jacobian_images=1", "lipschitz.jacobian_steps=1", "corruptions.severities=1",
     "threads=1",
