@@ -180,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     right = decisions(model, images, args.batch) == labels
     images, labels = images[right][: args.images], labels[right][: args.images]
     clean = right.double().mean().item()
-    if len(images) < args.batch:
-        parser.error(f"only {len(images)} images are classified correctly; train longer or take a checkpoint")
+    if len(images) == 0:
+        parser.error("no image is classified correctly; train longer or take a checkpoint")
     print(f"{shared['device']}, torch {shared['torch']}, {len(images)} images, clean accuracy {clean:.3f}", flush=True)
     table = Table(results, model, images, labels, args)
     first, attack = next(iter(candidates(model, args.eps / 255).items()))

@@ -293,7 +293,8 @@ class Bench:
         clock = Clock(self.device, self.seconds, self.warm)
         self.watch(clock, lambda: plain(model, images.images, images.labels, s.scratch, precision, compiled, clock))
         self.step_ms["plain", compiled] = clock.ms
-        self.trained = self.trained or model.eval()  # the first, which evaluation has seen
+        if self.trained is None:
+            self.trained = model.eval()  # labels are this one's decisions: no later one takes its place
         self.add_training("plain", "scratch", run, clock, {})
 
     def watch(self, clock: Clock, loop: Callable[[], Any]) -> None:

@@ -27,10 +27,13 @@ def read(path):
 
 
 @pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
+def switches():
+    """Benchmarks set these for a process of their own."""
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    cudnn.benchmark, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_rows_are_on_the_disk_as_they_are_added(tmp_path):
