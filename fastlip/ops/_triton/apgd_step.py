@@ -109,13 +109,14 @@ def _decide_kernel(
         before = tl.load(counters_ptr + _SUPPORT)
         restart = check & (support.to(tl.float64) < 0.95 * before.to(tl.float64))
         radius = ball_radius(eps, eps_ptr, sample, T)
-        following = tl.where(restart, radius, tl.maximum(step / 1.5, radius / 10.0))
+        least = tl.div_rn(radius, tl.full((), 10.0, T))  # not the approximate quotient that / is in float32
+        following = tl.where(restart, radius, tl.maximum(tl.div_rn(step, tl.full((), 1.5, T)), least))
         tl.store(counters_ptr + _KEPT, ((2 * support.to(tl.int64) + 2) // 3).to(tl.int32), check & on)
         tl.store(counters_ptr + _SUPPORT, support, check & on)
     else:
         stuck = (reduced == 0) & (best == checked)
         restart = check & ((increases.to(tl.float64) < rho * window.to(tl.float64)) | stuck)
-        following = tl.where(restart, step / 2, step)
+        following = tl.where(restart, step * 0.5, step)
     tl.store(best_loss_ptr + sample, best, on)
     tl.store(past_loss_ptr + 2 * sample, tl.where(restart, best, loss), on)
     tl.store(past_loss_ptr + 2 * sample + 1, tl.where(check, best, checked), on)
