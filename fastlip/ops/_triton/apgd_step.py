@@ -16,9 +16,9 @@ from fastlip.ops._triton.elements import (
     NO_INPUT,
     arithmetic,
     ball_radius,
-    begin,
     bound_stride,
     clamp,
+    elements,
     feed,
     finite_or_zero,
     given,
@@ -135,17 +135,11 @@ def _extent(size, flag):
 
 
 @triton.jit
-def _part(size, flag, ALIGNED: tl.constexpr):
-    """Likewise of a ``size`` that vectors cover where ``ALIGNED``."""
-    return multiple(_extent(size, flag), ALIGNED)
-
-
-@triton.jit
-def _origin(x_ptr, best_ptr, at, size, decision, ALIGNED: tl.constexpr):
+def _origin(x_ptr, best_ptr, at, size, decision):
     """What lies at ``x_ptr``, or at ``best_ptr`` where the sample restarts from an earlier iterate."""
     how = decision & (_RESTART | _IMPROVED)
-    here = tl.load(x_ptr, at < _part(size, how != _RESTART, ALIGNED), other=0.0)
-    there = tl.load(best_ptr, at < _part(size, how == _RESTART, ALIGNED), other=0.0)
+    here = tl.load(x_ptr, at < _extent(size, how != _RESTART), other=0.0)
+    there = tl.load(best_ptr, at < _extent(size, how == _RESTART), other=0.0)
     return tl.where(how == _RESTART, there, here)
 
 
@@ -155,12 +149,12 @@ def _ascent(
 ):
     """Likewise of gradients: in storage's dtype, or with respect to x where that is not what lies at ``grad_ptr``."""
     how = decision & (_RESTART | _IMPROVED)
-    mask = at < _part(size, how != _RESTART, ALIGNED)
+    mask = at < _extent(size, how != _RESTART)
     if FED:
         here = gradient(grad_ptr, std, std_ptr, at, mask, FED, ALIGNED, T)
     else:
-        here = tl.load(grad_ptr + at, mask, other=0.0)
-    there = tl.load(best_ptr, at < _part(size, how == _RESTART, ALIGNED), other=0.0)
+        here = tl.load(elements(grad_ptr, at, ALIGNED), mask, other=0.0)
+    there = tl.load(best_ptr, at < _extent(size, how == _RESTART), other=0.0)
     return tl.where(how == _RESTART, there, here)
 
 
@@ -214,19 +208,19 @@ def _linf_kernel(
     size = multiple(_extent(size, (decision & _SKIP) == 0), ALIGNED)
     mask = at < size
     first = (decision & _FIRST) != 0
-    x_ptr = begin(x_ptr, sample * x_stride, ALIGNED) + at
-    x_prev_ptr = begin(x_prev_ptr, sample * x_prev_stride, ALIGNED) + at
-    x_best_ptr = begin(x_best_ptr, sample * x_best_stride, ALIGNED) + at
-    grad_best_ptr = begin(grad_best_ptr, sample * grad_best_stride, ALIGNED) + at
-    kept_x = _origin(x_ptr, x_best_ptr, at, size, decision, ALIGNED)
+    x_ptr = elements(x_ptr + sample * x_stride, at, ALIGNED)
+    x_prev_ptr = elements(x_prev_ptr + sample * x_prev_stride, at, ALIGNED)
+    x_best_ptr = elements(x_best_ptr + sample * x_best_stride, at, ALIGNED)
+    grad_best_ptr = elements(grad_best_ptr + sample * grad_best_stride, at, ALIGNED)
+    kept_x = _origin(x_ptr, x_best_ptr, at, size, decision)
     fed: tl.constexpr = input_ptr is not None
-    grad_ptr = begin(grad_ptr, sample * grad_stride, ALIGNED)
+    grad_ptr += sample * grad_stride
     kept_grad = _ascent(grad_ptr, grad_best_ptr, std, std_ptr, at, size, decision, fed, ALIGNED, T)
     last = widened(tl.load(x_prev_ptr, mask, other=0.0), T)
     x = widened(kept_x, T)
     grad = finite_or_zero(widened(kept_grad, T))
-    x0 = widened(tl.load(begin(x0_ptr, sample * x0_stride, ALIGNED) + at, mask, other=0.0), T)
-    improved = at < _part(size, (decision & _IMPROVED) != 0, ALIGNED)
+    x0 = widened(tl.load(elements(x0_ptr + sample * x0_stride, at, ALIGNED), mask, other=0.0), T)
+    improved = at < _extent(size, (decision & _IMPROVED) != 0)
     tl.store(x_best_ptr, kept_x, improved)
     tl.store(grad_best_ptr, kept_grad, improved)
     tl.store(x_prev_ptr, kept_x, mask)
@@ -240,8 +234,7 @@ def _linf_kernel(
     out = tl.where(first, z, v)
     tl.store(x_ptr, narrowed(out, x0, x_ptr.dtype.element_ty), mask)
     if input_ptr is not None:
-        input_ptr = begin(input_ptr, sample * input_stride, ALIGNED)
-        feed(input_ptr, out, mean, mean_ptr, std, std_ptr, at, mask, ALIGNED, T)
+        feed(input_ptr + sample * input_stride, out, mean, mean_ptr, std, std_ptr, at, mask, ALIGNED, T)
 
 
 @kernel
@@ -278,7 +271,7 @@ def _start_kernel(
     mask = at < size
     x_best_ptr += sample * x_best_stride + at
     grad_best_ptr += sample * grad_best_stride + at
-    x = _origin(x_ptr + sample * x_stride + at, x_best_ptr, at, size, decision, False)
+    x = _origin(x_ptr + sample * x_stride + at, x_best_ptr, at, size, decision)
     grad_ptr += sample * grad_stride
     grad = _ascent(grad_ptr, grad_best_ptr, std, std_ptr, at, size, decision, FED, False, T)
     improved = at < _extent(size, (decision & _IMPROVED) != 0)
@@ -318,7 +311,7 @@ def _momentum_kernel(
     size = _extent(size, (decision & _SKIP) == 0)
     mask = at < size
     x_prev_ptr += sample * x_prev_stride + at
-    kept = _origin(x_ptr + sample * x_stride + at, x_best_ptr + sample * x_best_stride + at, at, size, decision, False)
+    kept = _origin(x_ptr + sample * x_stride + at, x_best_ptr + sample * x_best_stride + at, at, size, decision)
     if heavy:
         x = widened(kept, T)
         z = tl.load(z_ptr + sample * whole + at, mask, other=0.0)
@@ -408,11 +401,11 @@ def apgd_step_(
             **elementwise,
         )  # fmt: skip
         if norm == "linf":
-            elements = (x, grad, x0, x_prev, x_best, grad_best)
-            strides = (*(t.stride(0) for t in elements), *limits, input_stride(model_input))
-            tensors = (*elements, lo_tensor, hi_tensor, model_input, mean_tensor, std_tensor)
+            moved = (x, grad, x0, x_prev, x_best, grad_best)
+            strides = (*(t.stride(0) for t in moved), *limits, input_stride(model_input))
+            tensors = (*moved, lo_tensor, hi_tensor, model_input, mean_tensor, std_tensor)
             _linf_kernel[grid](
-                decision, *elements, step_size, *radii, *bounds, momentum, 1 - momentum, *fed, size, chunks, *strides,
+                decision, *moved, step_size, *radii, *bounds, momentum, 1 - momentum, *fed, size, chunks, *strides,
                 ALIGNED=vectors((size, *strides), *tensors), **elementwise,
             )  # fmt: skip
             return

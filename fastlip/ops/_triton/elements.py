@@ -56,18 +56,18 @@ def multiple(value, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def begin(pointer, offset, ALIGNED: tl.constexpr):
-    """``pointer + offset``; where ``ALIGNED``, the compiler knows that it is a multiple of 16 bytes."""
-    pointer += offset
+def elements(pointer, at, ALIGNED: tl.constexpr):
+    """Addresses of the elements ``at``; where ``ALIGNED``, the compiler knows that 16 divides ``pointer``."""
+    address = pointer + at
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+        address = tl.multiple_of(address, 16)
+    return address
 
 
 @triton.jit
 def bound(scalar, pointer, base, at, mask, ALIGNED: tl.constexpr, T: tl.constexpr):
     """The bounds of the elements ``at``: one number, or one each."""
-    return tl.load(begin(pointer, base, ALIGNED) + at, mask & given(pointer), other=tl.full((), scalar, T))
+    return tl.load(elements(pointer + base, at, ALIGNED), mask & given(pointer), other=tl.full((), scalar, T))
 
 
 @triton.jit
@@ -131,14 +131,14 @@ def narrowed(value, centre, S: tl.constexpr):
 def _over(value, std, std_ptr, at, mask, ALIGNED: tl.constexpr, T: tl.constexpr):
     """``value`` over the standard deviation, rounded once."""
     one = tl.where(given(std_ptr), 1.0, tl.full((), std, T))
-    spread = tl.load(begin(std_ptr, 0, ALIGNED) + at, mask & given(std_ptr), other=one)
+    spread = tl.load(elements(std_ptr, at, ALIGNED), mask & given(std_ptr), other=one)
     return tl.div_rn(value, spread)
 
 
 @triton.jit
 def gradient(grad_ptr, std, std_ptr, at, mask, FED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr):
     """The gradient with respect to x; ``FED``: at ``grad_ptr`` lies that of what the model reads."""
-    grad = widened(tl.load(grad_ptr + at, mask, other=0.0), T)
+    grad = widened(tl.load(elements(grad_ptr, at, ALIGNED), mask, other=0.0), T)
     if FED:
         grad = _over(grad, std, std_ptr, at, mask, ALIGNED, T)
     return grad
@@ -155,7 +155,7 @@ def feed(input_ptr, x, mean, mean_ptr, std, std_ptr, at, mask, ALIGNED: tl.const
         bits = value.to(tl.int32, bitcast=True)
         cut = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         value = tl.where(value == value, cut, 0x7FC0).to(tl.int16).to(S, bitcast=True)
-    tl.store(input_ptr + at, value.to(S), mask)
+    tl.store(elements(input_ptr, at, ALIGNED), value.to(S), mask)
 
 
 def arithmetic(x: Tensor) -> tl.dtype:

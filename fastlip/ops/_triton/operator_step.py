@@ -13,7 +13,6 @@ from torch import Tensor
 from fastlip.ops._operator_plan import BLOCK, BUNDLE, PART_COLUMNS, PROBLEM, TILE
 from fastlip.ops._triton.elements import (
     arithmetic,
-    begin,
     given,
     kernel,
     mask_of,
@@ -170,9 +169,8 @@ def _operator_tile_kernel(
         targets_at = tl.load(bundle + 3)
         lane = tl.arange(0, _ROWS)
         # Sums of a part stand one tile after the other.
-        scratch = (
-            begin(sums_ptr, slot * _ROWS * _COLUMNS, True) + lane[:, None] * _COLUMNS + tl.arange(0, _COLUMNS)[None, :]
-        )
+        scratch = tl.multiple_of(sums_ptr + slot * _ROWS * _COLUMNS, 16)
+        scratch += lane[:, None] * _COLUMNS + tl.arange(0, _COLUMNS)[None, :]
 
         first = tl.zeros((), tl.int64)
         while first < columns:

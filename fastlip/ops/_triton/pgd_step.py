@@ -16,10 +16,10 @@ from fastlip.ops._triton.elements import (
     NO_INPUT,
     arithmetic,
     ball_radius,
-    begin,
     bound,
     bound_stride,
     clamp,
+    elements,
     feed,
     finite_or_zero,
     given,
@@ -81,21 +81,20 @@ def _pgd_step_linf_kernel(
     at = (program - sample * chunks) * BLOCK + tl.arange(0, BLOCK)
     size = multiple(tl.where(takes_part(active_ptr, sample), size, 0), ALIGNED)
     mask = at < size
-    x_ptr = begin(x_ptr, sample * x_stride, ALIGNED)
-    x0 = widened(tl.load(begin(x0_ptr, sample * x0_stride, ALIGNED) + at, mask, other=0.0), T)
-    v = widened(tl.load(x_ptr + at, mask, other=0.0), T)
+    x_ptr = elements(x_ptr + sample * x_stride, at, ALIGNED)
+    x0 = widened(tl.load(elements(x0_ptr + sample * x0_stride, at, ALIGNED), mask, other=0.0), T)
+    v = widened(tl.load(x_ptr, mask, other=0.0), T)
     if given(grad_ptr):
-        grad = tl.load(begin(grad_ptr, sample * grad_stride, ALIGNED) + at, mask, other=0.0)
+        grad = tl.load(elements(grad_ptr + sample * grad_stride, at, ALIGNED), mask, other=0.0)
         grad = finite_or_zero(widened(grad, T))  # for its sign
         step = finite_or_zero(number(step_size, step_size_ptr, sample, T))
         v = v + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
     radius = ball_radius(eps, eps_ptr, sample, T)
     v = x0 + clamp(v - x0, -radius, radius)
     v = in_box(v, lo, lo_ptr, sample * lo_stride, hi, hi_ptr, sample * hi_stride, at, mask, ALIGNED, T)
-    tl.store(x_ptr + at, narrowed(v, x0, x_ptr.dtype.element_ty), mask)
+    tl.store(x_ptr, narrowed(v, x0, x_ptr.dtype.element_ty), mask)
     if input_ptr is not None:
-        input_ptr = begin(input_ptr, sample * input_stride, ALIGNED)
-        feed(input_ptr, v, mean, mean_ptr, std, std_ptr, at, mask, ALIGNED, T)
+        feed(input_ptr + sample * input_stride, v, mean, mean_ptr, std, std_ptr, at, mask, ALIGNED, T)
 
 
 @triton.jit
@@ -583,7 +582,7 @@ def _step(
     batch, size = x.shape[0], math.prod(x.shape[1:])
     numbers = (step_size, step_size_tensor, eps, eps_tensor, lo, lo_tensor, hi, hi_tensor)
     values = (*or_nothing(x, *numbers), mask_of(active, x), *read_by_model(x, fed))
-    strides = (
+    strides: tuple[int, ...] = (
         x.stride(0),
         0 if grad is None else grad.stride(0),
         x0.stride(0),
