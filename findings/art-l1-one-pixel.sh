@@ -70,7 +70,7 @@ def filled(image, row, label, budget):
 
 best = sum(filled(*case, 2.0) for case in zip(images, logits, labels.tolist()))
 print(f"pixels filled in the order of their gradients, L1 distance 2: fooled {best} of 6")
-same = short[0].max() < 0.5 and torch.equal(short[1], torch.ones(6, dtype=torch.long)) and torch.equal(short[1], long[1])
+same = short[0].max() < 0.5 and short[1].eq(1).all() and torch.equal(short[1], long[1])
 same = same and torch.allclose(short[0], long[0]) and euclidean[0].min() > 0.99 and free[0].min() > 0.99
 sys.exit(0 if same and best == 6 > short[2] == 0 else "the behaviour has changed")
 PY

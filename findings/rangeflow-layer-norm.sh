@@ -1,5 +1,5 @@
 #!/bin/sh
-# rangeflow 0.5.0, rangeflow.RangeLayerNorm and rangeflow.RangeGELU (needs torch 2.14.1)
+# rangeflow 0.5.0, rangeflow.RangeLayerNorm and rangeflow.RangeGELU (needs torch 2.14.1 and matplotlib 3.11.2)
 #
 # Behaviour: the interval that comes out does not hold the outputs of all inputs of the interval that went in.
 #   Layer normalisation takes mean and variance from the centre alone, and GELU is evaluated at the two ends.
@@ -15,7 +15,8 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check rangeflow==0.5.0 torch==2.14.1 numpy==2.4.6
+"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check \
+    rangeflow==0.5.0 matplotlib==3.11.2 torch==2.14.1 numpy==2.4.6
 "$dir/venv/bin/python" -W ignore - <<'PY'
 import sys
 
