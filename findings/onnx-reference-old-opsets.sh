@@ -13,8 +13,8 @@
 #   1/2, 1/3, 1/3, 1/2 with four images. Softmax of a 2x3x4 tensor sums to 6 instead of 2.
 # Why it matters: networks for verification travel as ONNX files of old opsets, and a converted network is trusted once
 #   it agrees with this evaluator. With batch normalisation it cannot, at any tolerance.
-# Source: BatchNormalization_9, LRN and Softmax under onnx/reference/ops. The page calls it a pure Python
-#   implementation to evaluate a model, for tests and for following every intermediate result.
+# Source: BatchNormalization_9, LRN and Softmax under onnx/reference/ops. The page allows for mismatches with the
+#   specification in general, which then takes precedence, and names none.
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
