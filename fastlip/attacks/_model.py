@@ -25,6 +25,9 @@ class Network:
         rounding: the largest difference to be expected between their logits, relative to the spread of an image's
             logits. Where it cannot change a decision the model is not asked.
 
+    Attributes:
+        exact: whether the gradients are those of the model itself.
+
     Raises:
         TypeError: a type is wrong.
     """
@@ -35,15 +38,11 @@ class Network:
             raise TypeError(f"faster must map inputs to logits [B, C] or be None, got {shown(faster)}")
         self.model = model
         self.faster = faster
+        self.exact = faster is None
         self.rounding = number(rounding, "rounding")
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return self.model(inputs)
-
-    @property
-    def exact(self) -> bool:
-        """Whether gradients come from the model that judges."""
-        return self.faster is None
 
     def judge(
         self,
