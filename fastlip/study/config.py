@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fastlip.study import checks
 from fastlip.study.errors import StudyError
-from fastlip.study.shapes import require
+from fastlip.study.json_types import require
 
 #: Arms that start from the source: all weights, the head alone, the last stage and the head, the head and then all.
 TRANSFER = ("finetune", "linear", "partial", "lpft")

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastlip.study.errors import StudyError
 from fastlip.study.files import AGAIN, damaged, read_arrays, read_json
-from fastlip.study.shapes import require, shown
+from fastlip.study.json_types import require, shown
 from fastlip.study.statistics import Estimate, Rate
 
 SCHEMA = "fastlip.study.results/2"
