@@ -3,7 +3,6 @@
 import numpy as np
 
 from fastlip.study import power, summaries
-from fastlip.study.config import TRANSFER
 from fastlip.study.files import write_json
 from fastlip.study.inputs import build
 from fastlip.study.measure import depth_points
@@ -21,6 +20,7 @@ from fastlip.study.schema import (
     TrainingRecord,
     read,
 )
+from fastlip.study.settings.config import TRANSFER
 from fastlip.study.statistics import median, paired, rate
 from fastlip.study.summaries import Stored
 from fastlip.study.verdicts import CASES, verdicts

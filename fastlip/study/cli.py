@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from fastlip._text import printable
-from fastlip.study import config, presets
 from fastlip.study.errors import StudyError
+from fastlip.study.settings import config, presets
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 

@@ -17,7 +17,7 @@ from fastlip import local_lipschitz
 from fastlip.attacks import gaussian_noise, min_norm, min_sigma, pgd
 from fastlip.data import ImageSet
 from fastlip.metrics import average_distortion, layer_stretch
-from fastlip.study.config import Ball, Settings
+from fastlip.study.settings.config import Ball, Settings
 
 Arrays = dict[str, np.ndarray]
 Progress = Callable[[int, int, str], None]

@@ -4,8 +4,8 @@ import math
 
 from scipy import stats
 
-from fastlip.study.config import Rules
 from fastlip.study.schema import Power
+from fastlip.study.settings.config import Rules
 
 #: Comparisons that Holm's correction runs over: two of question 3, and four of question 4.
 COMPARISONS = 6

@@ -8,11 +8,11 @@ import numpy as np
 from markupsafe import Markup
 
 from fastlip.study import drawing, figures, figures_depth, tables
-from fastlip.study.config import names
 from fastlip.study.examples import examples
 from fastlip.study.files import write_text
 from fastlip.study.rundir import RunDirectory
 from fastlip.study.schema import GENERATED, read_measured
+from fastlip.study.settings.config import names
 from fastlip.study.tables_more import ball_name, long_csv, more_tables
 
 

@@ -16,10 +16,11 @@ from typing import Any, Literal, TypedDict
 import torch
 
 import fastlip
-from fastlip.study import config, digests, power, schema, verdicts
-from fastlip.study.config import Settings
+from fastlip.study import digests, power, schema, verdicts
 from fastlip.study.errors import StudyError
 from fastlip.study.files import AGAIN, damaged, unobstructed, write_json
+from fastlip.study.settings import config
+from fastlip.study.settings.config import Settings
 
 _PACKAGES = ("fastlip", "torch", "torchvision", "numpy", "scipy", "safetensors", "matplotlib", "jinja2")
 
@@ -35,7 +36,7 @@ class Machine:
 
 
 class Config(TypedDict):
-    """config.json; ``settings`` are those of :class:`fastlip.study.config.Settings`."""
+    """config.json; ``settings`` are those of :class:`fastlip.study.settings.config.Settings`."""
 
     settings: dict[str, Any]
     rules: list[str]

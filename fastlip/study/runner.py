@@ -21,13 +21,13 @@ from rich.text import Text
 
 from fastlip.study import rundir
 from fastlip.study.claims import Claims
-from fastlip.study.config import Settings
 from fastlip.study.errors import StudyError
 from fastlip.study.files import write_json
 from fastlip.study.inputs import Inputs, Places, resolve_source
 from fastlip.study.pipeline import Stage, require_sound, stages
 from fastlip.study.rundir import RunDirectory
 from fastlip.study.schema import GENERATED
+from fastlip.study.settings.config import Settings
 from fastlip.study.team import Team, joined
 
 #: Seconds between looks at what other processes have finished.

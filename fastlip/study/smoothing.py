@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastlip.attacks import gaussian_noise
 from fastlip.metrics import clopper_pearson
-from fastlip.study.config import Smoothing
 from fastlip.study.measure import Arrays, Images, Progress, joined
+from fastlip.study.settings.config import Smoothing
 
 
 def certified_radius(successes: int, n: int, sigma: float, alpha: float) -> float:

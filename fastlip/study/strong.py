@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlip.attacks import apgd, square
-from fastlip.study.config import Ball, Strong
 from fastlip.study.measure import Arrays, Images, Progress, perturbed
+from fastlip.study.settings.config import Ball, Strong
 
 
 def suite(model: nn.Module, images: Images, ball: Ball, settings: Strong, seed: int, progress: Progress) -> Arrays:

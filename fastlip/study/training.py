@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastlip.study.config import Schedule
 from fastlip.study.errors import StudyError
 from fastlip.study.files import write_bytes
+from fastlip.study.settings.config import Schedule
 from fastlip.study.team import Team
 
 ALONE = Team()

@@ -5,10 +5,11 @@ import typing
 import pytest
 from rich.console import Console
 
-from fastlip.study import presets, runner
-from fastlip.study.config import Settings
+from fastlip.study import runner
 from fastlip.study.inputs import Places
 from fastlip.study.rundir import RunDirectory
+from fastlip.study.settings import presets
+from fastlip.study.settings.config import Settings
 
 MICRO = [
     "architecture=resnet18",

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fastlip.models import load_checkpoint
-from fastlip.study import presets, rundir
-from fastlip.study.config import ARMS
+from fastlip.study import rundir
 from fastlip.study.inputs import Inputs, Places
 from fastlip.study.pipeline import stages
+from fastlip.study.settings import presets
+from fastlip.study.settings.config import ARMS
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ import torch
 
 from fastlip.data import generated
 from fastlip.models import load_checkpoint, resnet18, save_checkpoint
-from fastlip.study import cli, presets
+from fastlip.study import cli
 from fastlip.study.inputs import Inputs, Places, resolve_source
+from fastlip.study.settings import presets
 
 
 @pytest.fixture

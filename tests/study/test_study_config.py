@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from fastlip.study import config, presets
 from fastlip.study.errors import StudyError
+from fastlip.study.settings import config, presets
 
 
 @pytest.mark.parametrize("name", sorted(presets.PRESETS))

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from fastlip.data import ImageSet
-from fastlip.study import measure, presets
+from fastlip.study import measure
 from fastlip.study.measure import Images
+from fastlip.study.settings import presets
 
 SETTINGS = presets.override(presets.preset("demo"), ["smallest.steps=20", "smallest.searches=12"])
 

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fastlip.study import analysis, presets, rundir
-from fastlip.study.config import GENERATED_CORRUPTIONS, Corruptions, Pgd, Rules, Settings, Strong
+from fastlip.study import analysis, rundir
 from fastlip.study.files import write_arrays, write_json
 from fastlip.study.rundir import gaussian_name, pgd_name
+from fastlip.study.settings import presets
+from fastlip.study.settings.config import GENERATED_CORRUPTIONS, Corruptions, Pgd, Rules, Settings, Strong
 from fastlip.study.spectra import CONDITIONS
 from fastlip.study.summaries import gaussian_of_same_norm
 

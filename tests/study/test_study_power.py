@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastlip.study.config import Rules
 from fastlip.study.power import images_needed, planned, runs_needed, seeds_needed
+from fastlip.study.settings.config import Rules
 
 
 def chance(n, share, threshold=0.9, confidence=0.95):

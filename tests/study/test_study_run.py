@@ -17,13 +17,14 @@ import torch
 from rich.console import Console
 
 from fastlip.models import load_checkpoint
-from fastlip.study import frame, image_frame, presets, report, runner
+from fastlip.study import frame, image_frame, report, runner
 from fastlip.study.compare import compare
 from fastlip.study.errors import StudyError
 from fastlip.study.files import read_arrays, read_json
 from fastlip.study.inputs import Places
 from fastlip.study.rundir import RunDirectory, locked
 from fastlip.study.schema import Results
+from fastlip.study.settings import presets
 from fastlip.study.verdicts import rules_in_words
 
 QUIET = Console(quiet=True)

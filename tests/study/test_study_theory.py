@@ -10,8 +10,8 @@ from torch import nn
 
 from fastlip.data import ImageSet, cifar10_c
 from fastlip.study import corruptions, smoothing, strong
-from fastlip.study.config import GENERATED_CORRUPTIONS, Smoothing, Strong
 from fastlip.study.measure import Images
+from fastlip.study.settings.config import GENERATED_CORRUPTIONS, Smoothing, Strong
 
 
 def nothing(done, total, note):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastlip.study.config import Schedule
 from fastlip.study.errors import StudyError
+from fastlip.study.settings.config import Schedule
 from fastlip.study.training import _augment, train
 
 SCHEDULE = Schedule(images=40, epochs=3, max_lr=0.1, batch_size=16)

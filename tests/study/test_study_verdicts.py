@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fastlip.study import presets
-from fastlip.study.config import TRANSFER, Rules
+from fastlip.study.settings import presets
+from fastlip.study.settings.config import TRANSFER, Rules
 from fastlip.study.statistics import rate
 from fastlip.study.verdicts import QUESTIONS, rules_in_words, verdicts
 

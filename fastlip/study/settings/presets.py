@@ -4,7 +4,8 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
-from fastlip.study.config import (
+from fastlip.study.errors import StudyError
+from fastlip.study.settings.config import (
     Corruptions,
     Evaluation,
     Features,
@@ -16,7 +17,6 @@ from fastlip.study.config import (
     Smoothing,
     Strong,
 )
-from fastlip.study.errors import StudyError
 
 #: Settings that follow from the preset and the files given, and not from --set.
 FIXED = ("preset", "dataset", "source")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fastlip.study.errors import StudyError
 
 if TYPE_CHECKING:
-    from fastlip.study.config import Settings
+    from fastlip.study.settings.config import Settings
 
 
 def check(s: "Settings") -> None:
@@ -24,7 +24,7 @@ def need(condition: bool, name: str, wanted: str) -> None:
 
 
 def _check_choices(s: "Settings") -> None:
-    from fastlip.study.config import ARMS
+    from fastlip.study.settings.config import ARMS
 
     need(bool(s.arms) and set(s.arms) <= set(ARMS), "arms", f"choose from {', '.join(ARMS)}")
     need(len(set(s.arms)) == len(s.arms), "arms", "name each arm once")

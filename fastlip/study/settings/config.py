@@ -6,9 +6,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastlip.study import checks
 from fastlip.study.errors import StudyError
 from fastlip.study.json_types import require
+from fastlip.study.settings import checks
 
 #: Arms that start from the source: all weights, the head alone, the last stage and the head, the head and then all.
 TRANSFER = ("finetune", "linear", "partial", "lpft")

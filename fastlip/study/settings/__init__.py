@@ -1,0 +1,1 @@
+"""What a run does: its settings, their presets and their checks."""
