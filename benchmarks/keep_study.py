@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fastlip.study import report
 from fastlip.study.examples import examples
-from fastlip.study.files import read_arrays, read_json, write_arrays, write_json
-from fastlip.study.rundir import RunDirectory
+from fastlip.study.storage.files import read_arrays, read_json, write_arrays, write_json
+from fastlip.study.storage.run_directory import RunDirectory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "study"
 #: Options of the command line that name files.

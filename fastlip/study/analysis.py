@@ -3,11 +3,13 @@
 import numpy as np
 
 from fastlip.study import power, summaries
-from fastlip.study.files import write_json
 from fastlip.study.inputs import build
 from fastlip.study.measure import depth_points
-from fastlip.study.rundir import RunDirectory, Trained, pgd_name
-from fastlip.study.schema import (
+from fastlip.study.settings.config import TRANSFER
+from fastlip.study.statistics import median, paired, rate
+from fastlip.study.storage.files import write_json
+from fastlip.study.storage.run_directory import RunDirectory, Trained, pgd_name
+from fastlip.study.storage.schema import (
     SCHEMA,
     Comparison,
     DeckRow,
@@ -20,8 +22,6 @@ from fastlip.study.schema import (
     TrainingRecord,
     read,
 )
-from fastlip.study.settings.config import TRANSFER
-from fastlip.study.statistics import median, paired, rate
 from fastlip.study.summaries import Stored
 from fastlip.study.verdicts import CASES, verdicts
 

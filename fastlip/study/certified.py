@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fastlip import layer_norms, lipschitz_bound
-from fastlip.study.schema import Layer, Lipschitz
+from fastlip.study.storage.schema import Layer, Lipschitz
 
 
 def certified(model: nn.Module, input_shape: tuple[int, int, int], eta: float, seed: int) -> Lipschitz:

@@ -100,7 +100,7 @@ def study(
 def rebuild(run: Annotated[Path, typer.Argument(help="Run directory with results.json.")]) -> None:
     """Rebuild tables, figures and report.html from stored results alone."""
     from fastlip.study import report
-    from fastlip.study.rundir import RunDirectory
+    from fastlip.study.storage.run_directory import RunDirectory
 
     typer.echo(report.write(RunDirectory(run)))
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from fastlip.study.errors import StudyError
-from fastlip.study.rundir import RunDirectory
-from fastlip.study.schema import Model, Results
 from fastlip.study.settings.config import names
+from fastlip.study.storage.run_directory import RunDirectory
+from fastlip.study.storage.schema import Model, Results
 from fastlip.study.tables import Table, distortion, interval, number, percent, power
 
 _MEASURES: dict[str, Callable[[Model], str]] = {

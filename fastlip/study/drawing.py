@@ -13,8 +13,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from fastlip.study.files import write_text
-from fastlip.study.schema import Model, Results
+from fastlip.study.storage.files import write_text
+from fastlip.study.storage.schema import Model, Results
 from fastlip.study.tables import ARM_NAMES
 
 INK, MUTED, GRID = "#1f2328", "#656d76", "#d0d7de"

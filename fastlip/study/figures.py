@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fastlip.study.drawing import ARM_COLOURS, Figure, Rows, counts_across, drawn, line, shares_upward
-from fastlip.study.schema import Attack, Results
+from fastlip.study.storage.schema import Attack, Results
 
 
 def accuracy_figures(results: Results) -> list[Figure]:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fastlip.study.drawing import ARM_COLOURS, Figure, Rows, counts_across, drawn, line
-from fastlip.study.schema import Results
+from fastlip.study.storage.schema import Results
 
 _DASHES = {"pgd": "-", "gaussian": ":", "clean": "--"}
 

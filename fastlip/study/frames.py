@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastlip.study import digests
 from fastlip.study.errors import StudyError
-from fastlip.study.files import damaged, read_arrays
+from fastlip.study.storage import digests
+from fastlip.study.storage.files import damaged, read_arrays
 
 
 def frame(run: str | os.PathLike[str]) -> Any:

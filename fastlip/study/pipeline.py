@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from fastlip.study import analysis, report
-from fastlip.study.files import damaged, read_arrays
 from fastlip.study.inputs import Inputs
 from fastlip.study.measure import Progress
-from fastlip.study.rundir import RunDirectory, Trained
-from fastlip.study.schema import Lipschitz, TrainingRecord, read
+from fastlip.study.storage.files import damaged, read_arrays
+from fastlip.study.storage.run_directory import RunDirectory, Trained
+from fastlip.study.storage.schema import Lipschitz, TrainingRecord, read
 from fastlip.study.team import Team
 from fastlip.study.work import Work, probe_name, weights_at
 

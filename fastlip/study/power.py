@@ -4,8 +4,8 @@ import math
 
 from scipy import stats
 
-from fastlip.study.schema import Power
 from fastlip.study.settings.config import Rules
+from fastlip.study.storage.schema import Power
 
 #: Comparisons that Holm's correction runs over: two of question 3, and four of question 4.
 COMPARISONS = 6

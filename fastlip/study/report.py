@@ -9,10 +9,10 @@ from markupsafe import Markup
 
 from fastlip.study import drawing, figures, figures_depth, tables
 from fastlip.study.examples import examples
-from fastlip.study.files import write_text
-from fastlip.study.rundir import RunDirectory
-from fastlip.study.schema import GENERATED, read_measured
 from fastlip.study.settings.config import names
+from fastlip.study.storage.files import write_text
+from fastlip.study.storage.run_directory import RunDirectory
+from fastlip.study.storage.schema import GENERATED, read_measured
 from fastlip.study.tables_more import ball_name, long_csv, more_tables
 
 

@@ -19,15 +19,15 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from fastlip.study import rundir
-from fastlip.study.claims import Claims
 from fastlip.study.errors import StudyError
-from fastlip.study.files import write_json
 from fastlip.study.inputs import Inputs, Places, resolve_source
 from fastlip.study.pipeline import Stage, require_sound, stages
-from fastlip.study.rundir import RunDirectory
-from fastlip.study.schema import GENERATED
 from fastlip.study.settings.config import Settings
+from fastlip.study.storage import run_directory
+from fastlip.study.storage.files import write_json
+from fastlip.study.storage.locks import Claims
+from fastlip.study.storage.run_directory import RunDirectory
+from fastlip.study.storage.schema import GENERATED
 from fastlip.study.team import Team, joined
 
 #: Seconds between looks at what other processes have finished.
@@ -56,16 +56,16 @@ def run(
         if not team.leads:
             # The leader has looked at everything and has written the configuration.
             team.agree(None)
-            _execute(rundir.RunDirectory(out), inputs, team, None, Console(quiet=True))
-            return rundir.RunDirectory(out)
+            _execute(run_directory.RunDirectory(out), inputs, team, None, Console(quiet=True))
+            return run_directory.RunDirectory(out)
         inputs.check()
         prints = inputs.fingerprints()
-        rundir.check(out, settings, prints)
-        with rundir.locked(out, join) as lock:
-            with rundir.alone_for_a_moment(out):
+        run_directory.check(out, settings, prints)
+        with run_directory.locked(out, join) as lock:
+            with run_directory.alone_for_a_moment(out):
                 # Once more: another process may have begun it with other settings meanwhile.
-                rundir.check(out, settings, prints)
-                directory = rundir.open_or_create(out, settings, prints, rundir.command_line())
+                run_directory.check(out, settings, prints)
+                directory = run_directory.open_or_create(out, settings, prints, run_directory.command_line())
             if lock.alone:
                 directory.tidy()
             if join:
@@ -147,7 +147,7 @@ def _next(work: list[Stage], claims: Claims | None) -> int | None:
 
 def _note_time(directory: RunDirectory, stage: str, seconds: float) -> None:
     """Wall-clock seconds per stage; of a stage that was interrupted, those since it was last resumed."""
-    with rundir.alone_for_a_moment(directory.path):
+    with run_directory.alone_for_a_moment(directory.path):
         write_json(directory.timings, directory.read_timings() | {stage: round(seconds, 2)})
 
 

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from fastlip.study import spectra
-from fastlip.study.rundir import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
-from fastlip.study.schema import (
+from fastlip.study.statistics import Rate, mean, median, rate
+from fastlip.study.storage.run_directory import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
+from fastlip.study.storage.schema import (
     Attack,
     CertifiedAt,
     Corruption,
@@ -27,7 +28,6 @@ from fastlip.study.schema import (
     read_measured,
     read_spectra,
 )
-from fastlip.study.statistics import Rate, mean, median, rate
 
 
 class Stored:

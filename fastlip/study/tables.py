@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlip.study.files import write_text
-from fastlip.study.schema import Attack, Results
 from fastlip.study.statistics import Estimate, Rate
+from fastlip.study.storage.files import write_text
+from fastlip.study.storage.schema import Attack, Results
 
 ARM_NAMES = {
     "scratch": "scratch",

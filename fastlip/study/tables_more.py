@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastlip.study.schema import Model, Results
 from fastlip.study.statistics import over_seeds
+from fastlip.study.storage.schema import Model, Results
 from fastlip.study.tables import ARM_NAMES, Table, attack_name, brackets, interval, of, percent
 
 #: Columns of the table of every number.

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastlip.study.errors import StudyError
-from fastlip.study.files import write_bytes
 from fastlip.study.settings.config import Schedule
+from fastlip.study.storage.files import write_bytes
 from fastlip.study.team import Team
 
 ALONE = Team()

@@ -15,12 +15,12 @@ from fastlip.models import load_backbone, load_checkpoint, save_checkpoint
 from fastlip.study import corruptions, measure, smoothing, spectra, strong
 from fastlip.study.certified import bounded, certified
 from fastlip.study.errors import StudyError
-from fastlip.study.files import AGAIN, damaged, write_arrays, write_json
 from fastlip.study.inputs import Inputs, build
 from fastlip.study.measure import Arrays, Images, Progress
-from fastlip.study.rundir import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
-from fastlip.study.schema import read_measured
 from fastlip.study.settings.config import TRANSFER, Ball, Schedule
+from fastlip.study.storage.files import AGAIN, damaged, write_arrays, write_json
+from fastlip.study.storage.run_directory import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
+from fastlip.study.storage.schema import read_measured
 from fastlip.study.team import Team, merged
 from fastlip.study.training import train
 

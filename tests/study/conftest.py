@@ -7,9 +7,9 @@ from rich.console import Console
 
 from fastlip.study import runner
 from fastlip.study.inputs import Places
-from fastlip.study.rundir import RunDirectory
 from fastlip.study.settings import presets
 from fastlip.study.settings.config import Settings
+from fastlip.study.storage.run_directory import RunDirectory
 
 MICRO = [
     "architecture=resnet18",

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fastlip.models import load_checkpoint
-from fastlip.study import rundir
 from fastlip.study.inputs import Inputs, Places
 from fastlip.study.pipeline import stages
 from fastlip.study.settings import presets
 from fastlip.study.settings.config import ARMS
+from fastlip.study.storage import run_directory
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def weights(micro, tmp_path_factory):
     """Checkpoints of all arms by name."""
     settings = presets.override(micro, ["arms=" + ",".join(ARMS)])
     inputs = Inputs(settings, Places())
-    run = rundir.open_or_create(tmp_path_factory.mktemp("arms") / "run", settings, inputs.fingerprints(), "test")
+    run = run_directory.open_or_create(tmp_path_factory.mktemp("arms") / "run", settings, inputs.fingerprints(), "test")
     for stage in stages(run, inputs):
         if "training" in stage.name:
             stage.run(lambda done, total, note: None)

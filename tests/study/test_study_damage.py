@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from fastlip.models import load_checkpoint, resnet18, save_checkpoint
-from fastlip.study import cli, digests, frame, pipeline
+from fastlip.study import cli, frame, pipeline
 from fastlip.study.compare import compare
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_arrays, write_arrays
-from fastlip.study.rundir import RunDirectory
+from fastlip.study.storage import digests
+from fastlip.study.storage.files import read_arrays, write_arrays
+from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.tables import all_tables
 from fastlip.study.tables_more import long_csv, more_tables
 

@@ -5,7 +5,7 @@ import io
 import re
 
 from fastlip.study import drawing, figures
-from fastlip.study.files import read_json
+from fastlip.study.storage.files import read_json
 
 
 def many_seeds(results, seeds=3):

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from fastlip.study.claims import Claims
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_arrays
-from fastlip.study.rundir import locked
+from fastlip.study.storage.files import read_arrays
+from fastlip.study.storage.locks import Claims
+from fastlip.study.storage.run_directory import locked
 
 
 def test_a_claim_is_held_by_one_and_can_be_taken_again(tmp_path):

@@ -8,9 +8,9 @@ import pytest
 
 from fastlip.study import frame, image_frame, report
 from fastlip.study.compare import compare
-from fastlip.study.files import read_json
-from fastlip.study.rundir import RunDirectory
-from fastlip.study.schema import Results
+from fastlip.study.storage.files import read_json
+from fastlip.study.storage.run_directory import RunDirectory
+from fastlip.study.storage.schema import Results
 
 KEPT = sorted((Path(__file__).parents[2] / "benchmarks" / "results" / "study").glob("*/config.json"))
 

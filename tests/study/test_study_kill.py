@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from fastlip.study.files import read_arrays, read_json
+from fastlip.study.storage.files import read_arrays, read_json
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from fastlip.models import load_checkpoint
-from fastlip.study.files import read_arrays, read_json
 from fastlip.study.inputs import Inputs, Places
 from fastlip.study.pipeline import stages
-from fastlip.study.schema import Lipschitz, Power, Results
 from fastlip.study.spectra import CONDITIONS, STAGES
+from fastlip.study.storage.files import read_arrays, read_json
+from fastlip.study.storage.schema import Lipschitz, Power, Results
 from fastlip.study.tables_more import LONG
 
 N, SNAPSHOT, CLEAN = 18, 12, 24  # images of the micro run

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fastlip.study import analysis, rundir
-from fastlip.study.files import write_arrays, write_json
-from fastlip.study.rundir import gaussian_name, pgd_name
+from fastlip.study import analysis
 from fastlip.study.settings import presets
 from fastlip.study.settings.config import GENERATED_CORRUPTIONS, Corruptions, Pgd, Rules, Settings, Strong
 from fastlip.study.spectra import CONDITIONS
+from fastlip.study.storage import run_directory
+from fastlip.study.storage.files import write_arrays, write_json
+from fastlip.study.storage.run_directory import gaussian_name, pgd_name
 from fastlip.study.summaries import gaussian_of_same_norm
 
 IMAGES = 80
@@ -44,7 +45,7 @@ def settings() -> Settings:
 
 def plant(folder, settings, difference):
     """Files of a run whose fine-tuned arm has smallest distortions and accuracies raised by ``difference``."""
-    run = rundir.open_or_create(folder / "run", settings, {"target": "planted"}, "planted")
+    run = run_directory.open_or_create(folder / "run", settings, {"target": "planted"}, "planted")
     rng = np.random.default_rng(0)
     for model in [*run.models, *run.snapshots]:
         shift = difference if model.arm == "finetune" else 0.0

@@ -20,11 +20,11 @@ from fastlip.models import load_checkpoint
 from fastlip.study import frame, image_frame, report, runner
 from fastlip.study.compare import compare
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_arrays, read_json
 from fastlip.study.inputs import Places
-from fastlip.study.rundir import RunDirectory, locked
-from fastlip.study.schema import Results
 from fastlip.study.settings import presets
+from fastlip.study.storage.files import read_arrays, read_json
+from fastlip.study.storage.run_directory import RunDirectory, locked
+from fastlip.study.storage.schema import Results
 from fastlip.study.verdicts import rules_in_words
 
 QUIET = Console(quiet=True)

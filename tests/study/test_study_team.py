@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastlip.models import load_checkpoint
-from fastlip.study.files import read_arrays, read_json
+from fastlip.study.storage.files import read_arrays, read_json
 from fastlip.study.team import Team, merged
 
 TRAIN = """

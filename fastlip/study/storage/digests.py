@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from fastlip.study.errors import StudyError
-from fastlip.study.files import write_text
+from fastlip.study.storage.files import write_text
 
 NAME = ".sha256"
 

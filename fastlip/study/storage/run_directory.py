@@ -16,11 +16,12 @@ from typing import Any, Literal, TypedDict
 import torch
 
 import fastlip
-from fastlip.study import digests, power, schema, verdicts
+from fastlip.study import power, verdicts
 from fastlip.study.errors import StudyError
-from fastlip.study.files import AGAIN, damaged, unobstructed, write_json
 from fastlip.study.settings import config
 from fastlip.study.settings.config import Settings
+from fastlip.study.storage import digests, schema
+from fastlip.study.storage.files import AGAIN, damaged, unobstructed, write_json
 
 _PACKAGES = ("fastlip", "torch", "torchvision", "numpy", "scipy", "safetensors", "matplotlib", "jinja2")
 
@@ -140,7 +141,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def recorded(self, *paths: Path) -> Iterator[None]:
-        """Record the SHA-256 of what the block writes to ``paths``; see :mod:`fastlip.study.digests`.
+        """Record the SHA-256 of what the block writes to ``paths``; see :mod:`fastlip.study.storage.digests`.
 
         Old records go first: killed at any moment, the process leaves a file without a record and never a false one.
         """
