@@ -11,7 +11,7 @@ from fastlip.study.measure import Progress
 from fastlip.study.storage.files import damaged, read_arrays
 from fastlip.study.storage.run_directory import RunDirectory, Trained
 from fastlip.study.storage.schema import Lipschitz, TrainingRecord, read
-from fastlip.study.team import Team
+from fastlip.study.training.process_group import Team
 from fastlip.study.work import Work, probe_name, weights_at
 
 

@@ -28,7 +28,7 @@ from fastlip.study.storage.files import write_json
 from fastlip.study.storage.locks import Claims
 from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import GENERATED
-from fastlip.study.team import Team, joined
+from fastlip.study.training.process_group import Team, joined
 
 #: Seconds between looks at what other processes have finished.
 _WAIT = 1.0

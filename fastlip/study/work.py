@@ -21,8 +21,8 @@ from fastlip.study.settings.config import TRANSFER, Ball, Schedule
 from fastlip.study.storage.files import AGAIN, damaged, write_arrays, write_json
 from fastlip.study.storage.run_directory import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
 from fastlip.study.storage.schema import read_measured
-from fastlip.study.team import Team, merged
-from fastlip.study.training import train
+from fastlip.study.training.process_group import Team, merged
+from fastlip.study.training.train import train
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from fastlip.models import load_checkpoint
 from fastlip.study.storage.files import read_arrays, read_json
-from fastlip.study.team import Team, merged
+from fastlip.study.training.process_group import Team, merged
 
 TRAIN = """
 import json, sys
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from pathlib import Path
 from fastlip.study.settings.config import Schedule
-from fastlip.study.team import joined
-from fastlip.study.training import train
+from fastlip.study.training.process_group import joined
+from fastlip.study.training.train import train
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.config import Schedule
-from fastlip.study.training import _augment, train
+from fastlip.study.training.train import _augment, train
 
 SCHEDULE = Schedule(images=40, epochs=3, max_lr=0.1, batch_size=16)
 

@@ -1,7 +1,7 @@
 """Training, top to bottom: what happens to a network between its first weights and its last.
 
 SGD with Nesterov momentum, the learning rate by OneCycleLR, random crops and flips on the device. Several processes
-(:mod:`fastlip.study.team`) take equal parts of each batch, and agree with one up to rounding. Everything random is
+(:mod:`fastlip.study.training.process_group`) take equal parts of each batch, and agree with one up to rounding. Everything random is
 drawn from generators seeded by (seed, epoch), and the state is saved as training goes on, so that a run killed at any
 moment and started again ends in the same weights, bit for bit, on the same machine.
 
@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.config import Schedule
 from fastlip.study.storage.files import write_bytes
-from fastlip.study.team import Team
+from fastlip.study.training.process_group import Team
 
 ALONE = Team()
 
