@@ -4,7 +4,7 @@ import numpy as np
 
 from fastlip.study import power, summaries
 from fastlip.study.inputs import build
-from fastlip.study.measure import depth_points
+from fastlip.study.measure.per_image import depth_points
 from fastlip.study.settings.config import TRANSFER
 from fastlip.study.statistics import median, paired, rate
 from fastlip.study.storage.files import write_json

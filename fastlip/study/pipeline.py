@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastlip.study import analysis, report
 from fastlip.study.inputs import Inputs
-from fastlip.study.measure import Progress
+from fastlip.study.measure.per_image import Progress
 from fastlip.study.storage.files import damaged, read_arrays
 from fastlip.study.storage.run_directory import RunDirectory, Trained
 from fastlip.study.storage.schema import Lipschitz, TrainingRecord, read

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlip.study import spectra
+from fastlip.study.measure import spectra
 from fastlip.study.statistics import Rate, mean, median, rate
 from fastlip.study.storage.run_directory import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
 from fastlip.study.storage.schema import (

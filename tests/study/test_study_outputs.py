@@ -9,8 +9,8 @@ import pytest
 
 from fastlip.models import load_checkpoint
 from fastlip.study.inputs import Inputs, Places
+from fastlip.study.measure.spectra import CONDITIONS, STAGES
 from fastlip.study.pipeline import stages
-from fastlip.study.spectra import CONDITIONS, STAGES
 from fastlip.study.storage.files import read_arrays, read_json
 from fastlip.study.storage.schema import Lipschitz, Power, Results
 from fastlip.study.tables_more import LONG

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fastlip.study import analysis
+from fastlip.study.measure.spectra import CONDITIONS
 from fastlip.study.settings import presets
 from fastlip.study.settings.config import GENERATED_CORRUPTIONS, Corruptions, Pgd, Rules, Settings, Strong
-from fastlip.study.spectra import CONDITIONS
 from fastlip.study.storage import run_directory
 from fastlip.study.storage.files import write_arrays, write_json
 from fastlip.study.storage.run_directory import gaussian_name, pgd_name

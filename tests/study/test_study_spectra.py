@@ -7,10 +7,10 @@ from torch import nn
 
 from fastlip.data import generated
 from fastlip.models import resnet18
-from fastlip.study import spectra
-from fastlip.study.measure import Images, depth_points
+from fastlip.study.measure import spectra
+from fastlip.study.measure.per_image import Images, depth_points
+from fastlip.study.measure.spectra import effective_rank, singular_values, stable_rank
 from fastlip.study.settings import presets
-from fastlip.study.spectra import effective_rank, singular_values, stable_rank
 
 SETTINGS = presets.override(presets.preset("demo"), ["pgd.steps=2", "features.images=10"])
 BALL = ("linf", 4.0, 4 / 255)

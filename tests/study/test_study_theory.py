@@ -9,8 +9,8 @@ from scipy import stats
 from torch import nn
 
 from fastlip.data import ImageSet, cifar10_c
-from fastlip.study import corruptions, smoothing, strong
-from fastlip.study.measure import Images
+from fastlip.study.measure import corruptions, smoothing, strong_attacks
+from fastlip.study.measure.per_image import Images
 from fastlip.study.settings.config import GENERATED_CORRUPTIONS, Smoothing, Strong
 
 
@@ -58,7 +58,7 @@ def test_the_suite_fells_what_lies_within_reach_and_nothing_else(linear):
     model, images, distance = linear
     eps = float(np.median(distance))
     settings = Strong(steps=20, targets=1, queries=20)
-    found = strong.suite(model, images, ("l2", eps, eps), settings, 7, nothing)
+    found = strong_attacks.suite(model, images, ("l2", eps, eps), settings, 7, nothing)
     stands = found["prediction"] == found["label"]
     near = np.abs(distance / eps - 1) > 0.02  # nearer than that, rounding and the box decide
     np.testing.assert_array_equal(stands[near], (distance > eps)[near])

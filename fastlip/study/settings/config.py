@@ -15,7 +15,7 @@ TRANSFER = ("finetune", "linear", "partial", "lpft")
 ARMS = ("reference", "scratch", *TRANSFER)
 SOURCES = ("generated", "imagenet", "checkpoint", "folder")
 
-#: Corruptions that the study generates itself (:mod:`fastlip.study.corruptions`).
+#: Corruptions that the study generates itself (:mod:`fastlip.study.measure.corruptions`).
 GENERATED_CORRUPTIONS = (
     "gaussian_noise",
     "gaussian_blur",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlip.attacks import apgd, square
-from fastlip.study.measure import Arrays, Images, Progress, perturbed
+from fastlip.study.measure.per_image import Arrays, Images, Progress, perturbed
 from fastlip.study.settings.config import Ball, Strong
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fastlip.attacks import gaussian_noise
-from fastlip.study.measure import Arrays, Images, Progress, pgd_attack
+from fastlip.study.measure.per_image import Arrays, Images, Progress, pgd_attack
 from fastlip.study.settings.config import Ball, Settings
 
 #: Where features are taken: module of the network and name shown.
