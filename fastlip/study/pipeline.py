@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastlip.study import analysis, report
+from fastlip.study import report
+from fastlip.study.analysis import results
 from fastlip.study.inputs import Inputs
 from fastlip.study.measure.per_image import Progress
 from fastlip.study.storage.files import damaged, read_arrays
@@ -55,7 +56,7 @@ def stages(run: RunDirectory, inputs: Inputs, team: Team | None = None) -> list[
         found += _measuring(run, work, model)
     everything = tuple(path for stage in found for path in stage.outputs)
     name = inputs.source_name
-    found.append(Stage("results", (run.results,), lambda progress: analysis.write(run, name), everything))
+    found.append(Stage("results", (run.results,), lambda progress: results.write(run, name), everything))
     found.append(Stage("report", run.written_by_report, lambda progress: report.write(run), (run.results,)))
     return found
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlip.study.statistics import Estimate, Rate
+from fastlip.study.analysis.statistics import Estimate, Rate
 from fastlip.study.storage.files import write_text
 from fastlip.study.storage.schema import Attack, Results
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlip.study.statistics import over_seeds
+from fastlip.study.analysis.statistics import over_seeds
 from fastlip.study.storage.schema import Model, Results
 from fastlip.study.tables import ARM_NAMES, Table, attack_name, brackets, interval, of, percent
 

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fastlip.study import analysis
+from fastlip.study.analysis import results
+from fastlip.study.analysis.summaries import gaussian_of_same_norm
 from fastlip.study.measure.spectra import CONDITIONS
 from fastlip.study.settings import presets
 from fastlip.study.settings.config import GENERATED_CORRUPTIONS, Corruptions, Pgd, Rules, Settings, Strong
 from fastlip.study.storage import run_directory
 from fastlip.study.storage.files import write_arrays, write_json
 from fastlip.study.storage.run_directory import gaussian_name, pgd_name
-from fastlip.study.summaries import gaussian_of_same_norm
 
 IMAGES = 80
 
@@ -99,7 +99,7 @@ def plant(folder, settings, difference):
         features = {f"{c}/stem": np.array([2.0, 1.0]) for c in CONDITIONS}
         growth = {f"growth/{c}": np.ones((IMAGES, 1)) for c in CONDITIONS[1:]}
         write_arrays(run.spectra(model.name, "features"), {"stage": np.array(["stem"])} | features | growth)
-    return analysis.analyse(run, "planted")
+    return results.analyse(run, "planted")
 
 
 @pytest.mark.parametrize(

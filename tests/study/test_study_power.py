@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastlip.study.power import images_needed, planned, runs_needed, seeds_needed
+from fastlip.study.analysis.power import images_needed, planned, runs_needed, seeds_needed
 from fastlip.study.settings.config import Rules
 
 

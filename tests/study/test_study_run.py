@@ -18,6 +18,7 @@ from rich.console import Console
 
 from fastlip.models import load_checkpoint
 from fastlip.study import frame, image_frame, report, runner
+from fastlip.study.analysis.verdicts import rules_in_words
 from fastlip.study.compare import compare
 from fastlip.study.errors import StudyError
 from fastlip.study.inputs import Places
@@ -25,7 +26,6 @@ from fastlip.study.settings import presets
 from fastlip.study.storage.files import read_arrays, read_json
 from fastlip.study.storage.run_directory import RunDirectory, locked
 from fastlip.study.storage.schema import Results
-from fastlip.study.verdicts import rules_in_words
 
 QUIET = Console(quiet=True)
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastlip.study.statistics import holm, mean, median, over_seeds, over_seeds_p, paired, rate, spearman
+from fastlip.study.analysis.statistics import holm, mean, median, over_seeds, over_seeds_p, paired, rate, spearman
 
 
 def test_rate_is_scipys_exact_interval():

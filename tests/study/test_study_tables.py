@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastlip.study.statistics import Estimate, rate
+from fastlip.study.analysis.statistics import Estimate, rate
 from fastlip.study.storage.files import read_json
 from fastlip.study.tables import Table, interval, number, percent, power
 from fastlip.study.tables_more import arm_table

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from fastlip.study.analysis.statistics import rate
+from fastlip.study.analysis.verdicts import QUESTIONS, rules_in_words, verdicts
 from fastlip.study.settings import presets
 from fastlip.study.settings.config import TRANSFER, Rules
-from fastlip.study.statistics import rate
-from fastlip.study.verdicts import QUESTIONS, rules_in_words, verdicts
 
 RULES = Rules(resamples=500)
 

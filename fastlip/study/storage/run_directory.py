@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict
 import torch
 
 import fastlip
-from fastlip.study import power, verdicts
+from fastlip.study.analysis import power, verdicts
 from fastlip.study.errors import StudyError
 from fastlip.study.settings import config
 from fastlip.study.settings.config import Settings

@@ -8,9 +8,9 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
+from fastlip.study.analysis.statistics import Estimate, Rate
 from fastlip.study.errors import StudyError
 from fastlip.study.json_types import require, shown
-from fastlip.study.statistics import Estimate, Rate
 from fastlip.study.storage.files import AGAIN, damaged, read_arrays, read_json
 
 SCHEMA = "fastlip.study.results/2"

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from fastlip.study.analysis.statistics import Rate, mean, median, rate
 from fastlip.study.measure import spectra
-from fastlip.study.statistics import Rate, mean, median, rate
 from fastlip.study.storage.run_directory import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
 from fastlip.study.storage.schema import (
     Attack,

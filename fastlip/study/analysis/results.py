@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from fastlip.study import power, summaries
+from fastlip.study.analysis import power, summaries
+from fastlip.study.analysis.statistics import median, paired, rate
+from fastlip.study.analysis.summaries import Stored
+from fastlip.study.analysis.verdicts import CASES, verdicts
 from fastlip.study.inputs import build
 from fastlip.study.measure.per_image import depth_points
 from fastlip.study.settings.config import TRANSFER
-from fastlip.study.statistics import median, paired, rate
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.run_directory import RunDirectory, Trained, pgd_name
 from fastlip.study.storage.schema import (
@@ -22,8 +24,6 @@ from fastlip.study.storage.schema import (
     TrainingRecord,
     read,
 )
-from fastlip.study.summaries import Stored
-from fastlip.study.verdicts import CASES, verdicts
 
 #: The slide deck behind this project. 93.75% and 88.54% are 90 and 85 of its 96 images; the scale of its average
 #: distortion and the meaning of its upper Lipschitz constant are not stated there.

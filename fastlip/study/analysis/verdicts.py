@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastlip.study.power import COMPARISONS
+from fastlip.study.analysis.power import COMPARISONS
+from fastlip.study.analysis.statistics import Estimate, Rate, holm, over_seeds, over_seeds_p, rate, spearman
 from fastlip.study.settings.config import TRANSFER, Rules
-from fastlip.study.statistics import Estimate, Rate, holm, over_seeds, over_seeds_p, rate, spearman
 from fastlip.study.storage.schema import Comparison, Model, Point, Statistic, Verdict, VerdictName
 
 QUESTIONS = (

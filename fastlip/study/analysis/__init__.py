@@ -1,0 +1,1 @@
+"""From per-image results to estimates, verdicts and results.json."""
