@@ -5,6 +5,6 @@ The packages of the extra ``study`` are needed.
 :func:`frame` and :func:`image_frame` give a run's numbers to pandas.
 """
 
-from fastlip.study.frames import frame, image_frame
+from fastlip.study.report.data_frames import frame, image_frame
 
 __all__ = ["frame", "image_frame"]

@@ -68,7 +68,7 @@ def study(
     """Does what Szegedy et al. (2013) found hold for bigger and for pre-trained models?
 
     Trains ResNet-50 from scratch and from a source, attacks both, bounds their Lipschitz constants and writes a run
-    directory with results.json, tables, figures and report.html. The same command run again resumes an unfinished run.
+    directory with results.json, tables, figures and html_report.html. The same command run again resumes an unfinished run.
     """
     if context.invoked_subcommand is not None:
         return
@@ -98,11 +98,11 @@ def study(
 
 @app.command("report")
 def rebuild(run: Annotated[Path, typer.Argument(help="Run directory with results.json.")]) -> None:
-    """Rebuild tables, figures and report.html from stored results alone."""
-    from fastlip.study import report
+    """Rebuild tables, figures and html_report.html from stored results alone."""
+    from fastlip.study.report import html_report
     from fastlip.study.storage.run_directory import RunDirectory
 
-    typer.echo(report.write(RunDirectory(run)))
+    typer.echo(html_report.write(RunDirectory(run)))
 
 
 @app.command("compare")
@@ -110,7 +110,7 @@ def side_by_side(
     runs: Annotated[list[Path], typer.Argument(help="Run directories with results.json, two or more.")],
 ) -> None:
     """Set finished runs side by side: verdicts, models, settings that differ; as Markdown."""
-    from fastlip.study.compare import compare
+    from fastlip.study.report.compare import compare
 
     for table in compare(runs):
         typer.echo("\n".join(map(printable, table.markdown().split("\n"))))

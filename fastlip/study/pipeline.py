@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastlip.study import report
 from fastlip.study.analysis import results
 from fastlip.study.inputs import Inputs
 from fastlip.study.measure.per_image import Progress
+from fastlip.study.report import html_report
 from fastlip.study.storage.files import damaged, read_arrays
 from fastlip.study.storage.run_directory import RunDirectory, Trained
 from fastlip.study.storage.schema import Lipschitz, TrainingRecord, read
@@ -57,7 +57,7 @@ def stages(run: RunDirectory, inputs: Inputs, team: Team | None = None) -> list[
     everything = tuple(path for stage in found for path in stage.outputs)
     name = inputs.source_name
     found.append(Stage("results", (run.results,), lambda progress: results.write(run, name), everything))
-    found.append(Stage("report", run.written_by_report, lambda progress: report.write(run), (run.results,)))
+    found.append(Stage("report", run.written_by_report, lambda progress: html_report.write(run), (run.results,)))
     return found
 
 

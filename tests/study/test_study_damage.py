@@ -14,13 +14,13 @@ import torch
 
 from fastlip.models import load_checkpoint, resnet18, save_checkpoint
 from fastlip.study import cli, frame, pipeline
-from fastlip.study.compare import compare
 from fastlip.study.errors import StudyError
+from fastlip.study.report.attack_tables import long_csv, more_tables
+from fastlip.study.report.compare import compare
+from fastlip.study.report.tables import all_tables
 from fastlip.study.storage import digests
 from fastlip.study.storage.files import read_arrays, write_arrays
 from fastlip.study.storage.run_directory import RunDirectory
-from fastlip.study.tables import all_tables
-from fastlip.study.tables_more import long_csv, more_tables
 
 DAMAGES = {
     "empty": lambda data: b"",

@@ -11,9 +11,9 @@ from fastlip.models import load_checkpoint
 from fastlip.study.inputs import Inputs, Places
 from fastlip.study.measure.spectra import CONDITIONS, STAGES
 from fastlip.study.pipeline import stages
+from fastlip.study.report.attack_tables import LONG
 from fastlip.study.storage.files import read_arrays, read_json
 from fastlip.study.storage.schema import Lipschitz, Power, Results
-from fastlip.study.tables_more import LONG
 
 N, SNAPSHOT, CLEAN = 18, 12, 24  # images of the micro run
 PIXELS = (3, 32, 32)

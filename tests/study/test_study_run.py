@@ -17,11 +17,12 @@ import torch
 from rich.console import Console
 
 from fastlip.models import load_checkpoint
-from fastlip.study import frame, image_frame, report, runner
+from fastlip.study import frame, image_frame, runner
 from fastlip.study.analysis.verdicts import rules_in_words
-from fastlip.study.compare import compare
 from fastlip.study.errors import StudyError
 from fastlip.study.inputs import Places
+from fastlip.study.report import html_report
+from fastlip.study.report.compare import compare
 from fastlip.study.settings import presets
 from fastlip.study.storage.files import read_arrays, read_json
 from fastlip.study.storage.run_directory import RunDirectory, locked
@@ -143,7 +144,7 @@ def test_report_is_rebuilt_from_stored_results_alone(finished):
     before = {p: p.read_bytes() for p in [finished.report, *finished.tables.iterdir(), *finished.figures.iterdir()]}
     for path in before:
         path.unlink()
-    report.write(RunDirectory(finished.path))
+    html_report.write(RunDirectory(finished.path))
     assert {p: p.read_bytes() for p in before} == before
 
 
@@ -296,6 +297,6 @@ def test_results_of_another_version_are_refused(finished):
     try:
         finished.results.write_text(json.dumps(json.loads(text) | {"schema": "fastlip.study.results/99"}))
         with pytest.raises(StudyError, match="results/99"):
-            report.write(finished)
+            html_report.write(finished)
     finally:
         finished.results.write_text(text)

@@ -8,9 +8,9 @@ import pytest
 from scipy import stats
 
 from fastlip.study.analysis.statistics import Estimate, rate
+from fastlip.study.report.attack_tables import arm_table
+from fastlip.study.report.tables import Table, interval, number, percent, power
 from fastlip.study.storage.files import read_json
-from fastlip.study.tables import Table, interval, number, percent, power
-from fastlip.study.tables_more import arm_table
 
 
 @pytest.mark.parametrize("log10", [-7.3, -0.2, 0.0, 1.9566, 3.9999, 4.0, 28.5012, 120.7])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.axes import Axes
 
-from fastlip.study.drawing import ARM_COLOURS, Figure, Rows, counts_across, drawn, line, shares_upward
+from fastlip.study.report.drawing import ARM_COLOURS, Figure, Rows, counts_across, drawn, line, shares_upward
 from fastlip.study.storage.schema import Attack, Results
 
 

@@ -7,13 +7,13 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from fastlip.study import drawing, figures, figures_depth, tables
-from fastlip.study.examples import examples
+from fastlip.study.report import depth_figures, drawing, robustness_figures, tables
+from fastlip.study.report.attack_tables import ball_name, long_csv, more_tables
+from fastlip.study.report.example_images import examples
 from fastlip.study.settings.config import names
 from fastlip.study.storage.files import write_text
 from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import GENERATED, read_measured
-from fastlip.study.tables_more import ball_name, long_csv, more_tables
 
 
 def write(run: RunDirectory) -> str:
@@ -27,23 +27,23 @@ def write(run: RunDirectory) -> str:
     run.require_intact(run.config_file)
     shown = examples(run, results["classes"])
     all_tables = [*tables.all_tables(results), *more_tables(results)]
-    accuracy = figures.accuracy_figures(results)
+    accuracy = robustness_figures.accuracy_figures(results)
     single = [
-        figures.distortion_figure(results, _distortions(run)),
-        figures_depth.layer_figure(results),
-        figures.training_figure(results),
-        figures_depth.stretch_figure(results),
-        figures_depth.growth_figure(results),
-        figures_depth.rank_figure(results),
-        figures_depth.weight_figure(results),
-        figures_depth.profile_figure(results),
-        figures.trajectory_figure(results),
-        figures.corruption_figure(results),
+        robustness_figures.distortion_figure(results, _distortions(run)),
+        depth_figures.layer_figure(results),
+        robustness_figures.training_figure(results),
+        depth_figures.stretch_figure(results),
+        depth_figures.growth_figure(results),
+        depth_figures.rank_figure(results),
+        depth_figures.weight_figure(results),
+        depth_figures.profile_figure(results),
+        robustness_figures.trajectory_figure(results),
+        robustness_figures.corruption_figure(results),
     ]
     tables.write(run.tables, [table for table in all_tables if table.rows])
     drawing.write(run.figures, [*accuracy, *single])
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fastlip.study"),
+        loader=jinja2.PackageLoader("fastlip.study.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from matplotlib.axes import Axes
 
-from fastlip.study.drawing import ARM_COLOURS, Figure, Rows, counts_across, drawn, line
+from fastlip.study.report.drawing import ARM_COLOURS, Figure, Rows, counts_across, drawn, line
 from fastlip.study.storage.schema import Results
 
 _DASHES = {"pgd": "-", "gaussian": ":", "clean": "--"}

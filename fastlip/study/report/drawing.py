@@ -13,9 +13,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
+from fastlip.study.report.tables import ARM_NAMES
 from fastlip.study.storage.files import write_text
 from fastlip.study.storage.schema import Model, Results
-from fastlip.study.tables import ARM_NAMES
 
 INK, MUTED, GRID = "#1f2328", "#656d76", "#d0d7de"
 #: Colours of the arms, told apart by the colour-blind and on white and black; the report swaps them in dark mode.

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fastlip.study.analysis.statistics import over_seeds
+from fastlip.study.report.tables import ARM_NAMES, Table, attack_name, brackets, interval, of, percent
 from fastlip.study.storage.schema import Model, Results
-from fastlip.study.tables import ARM_NAMES, Table, attack_name, brackets, interval, of, percent
 
 #: Columns of the table of every number.
 LONG = ("model", "arm", "seed", "measure", "attack", "norm", "strength", "n", "value", "low", "high", "confidence")

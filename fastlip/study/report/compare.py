@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fastlip.study.errors import StudyError
+from fastlip.study.report.tables import Table, distortion, interval, number, percent, power
 from fastlip.study.settings.config import names
 from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import Model, Results
-from fastlip.study.tables import Table, distortion, interval, number, percent, power
 
 _MEASURES: dict[str, Callable[[Model], str]] = {
     "Clean accuracy": lambda m: percent(m["clean"]),
