@@ -86,8 +86,8 @@ def study(
         data = None  # FASTLIP_DATA is set for other runs
     try:
         # Imported late: torch and matplotlib take seconds, and mistakes on the command line are said at once.
-        from fastlip.study import runner
-        from fastlip.study.inputs import Places
+        from fastlip.study.pipeline import runner
+        from fastlip.study.pipeline.inputs import Places
 
         places = Places(data, source_checkpoint, source_data, corruptions, download)
         runner.run(chosen, places, out or Path("runs") / preset, join=join)

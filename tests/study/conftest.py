@@ -5,8 +5,8 @@ import typing
 import pytest
 from rich.console import Console
 
-from fastlip.study import runner
-from fastlip.study.inputs import Places
+from fastlip.study.pipeline import runner
+from fastlip.study.pipeline.inputs import Places
 from fastlip.study.settings import presets
 from fastlip.study.settings.config import Settings
 from fastlip.study.storage.run_directory import RunDirectory

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastlip.models import load_checkpoint
-from fastlip.study.inputs import Inputs, Places
-from fastlip.study.pipeline import stages
+from fastlip.study.pipeline.inputs import Inputs, Places
+from fastlip.study.pipeline.stages import stages
 from fastlip.study.settings import presets
 from fastlip.study.settings.config import ARMS
 from fastlip.study.storage import run_directory

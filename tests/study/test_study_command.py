@@ -15,7 +15,7 @@ import torch
 from fastlip.data import generated
 from fastlip.models import load_checkpoint, resnet18, save_checkpoint
 from fastlip.study import cli
-from fastlip.study.inputs import Inputs, Places, resolve_source
+from fastlip.study.pipeline.inputs import Inputs, Places, resolve_source
 from fastlip.study.settings import presets
 
 
@@ -200,7 +200,7 @@ def test_a_directory_that_may_not_be_written(command, micro_arguments, tmp_path,
 
 
 def test_a_full_gpu(command, monkeypatch, tmp_path):
-    from fastlip.study import runner
+    from fastlip.study.pipeline import runner
 
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.")

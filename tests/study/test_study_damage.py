@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fastlip.models import load_checkpoint, resnet18, save_checkpoint
-from fastlip.study import cli, frame, pipeline
+from fastlip.study import cli, frame
 from fastlip.study.errors import StudyError
+from fastlip.study.pipeline import stages
 from fastlip.study.report.attack_tables import long_csv, more_tables
 from fastlip.study.report.compare import compare
 from fastlip.study.report.tables import all_tables

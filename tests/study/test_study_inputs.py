@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from fastlip.models import resnet18, save_checkpoint
-from fastlip.study import runner
 from fastlip.study.errors import StudyError
-from fastlip.study.inputs import Inputs, Places, resolve_source
+from fastlip.study.pipeline import runner
+from fastlip.study.pipeline.inputs import Inputs, Places, resolve_source
 from fastlip.study.settings import presets
 
 CIFAR10 = os.environ.get("FASTLIP_DATA")

@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 
 from fastlip.models import load_checkpoint
-from fastlip.study import frame, image_frame, runner
+from fastlip.study import frame, image_frame
 from fastlip.study.analysis.verdicts import rules_in_words
 from fastlip.study.errors import StudyError
-from fastlip.study.inputs import Places
+from fastlip.study.pipeline import runner
+from fastlip.study.pipeline.inputs import Places
 from fastlip.study.report import html_report
 from fastlip.study.report.compare import compare
 from fastlip.study.settings import presets

@@ -6,8 +6,8 @@ from fastlip.study.analysis import power, summaries
 from fastlip.study.analysis.statistics import median, paired, rate
 from fastlip.study.analysis.summaries import Stored
 from fastlip.study.analysis.verdicts import CASES, verdicts
-from fastlip.study.inputs import build
 from fastlip.study.measure.per_image import depth_points
+from fastlip.study.pipeline.inputs import build
 from fastlip.study.settings.config import TRANSFER
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.run_directory import RunDirectory, Trained, pgd_name

@@ -13,10 +13,10 @@ from torch import nn
 from fastlip.data import ImageSet
 from fastlip.models import load_backbone, load_checkpoint, save_checkpoint
 from fastlip.study.errors import StudyError
-from fastlip.study.inputs import Inputs, build
 from fastlip.study.measure import corruptions, per_image, smoothing, spectra, strong_attacks
 from fastlip.study.measure.certified_bounds import bounded, certified
 from fastlip.study.measure.per_image import Arrays, Images, Progress
+from fastlip.study.pipeline.inputs import Inputs, build
 from fastlip.study.settings.config import TRANSFER, Ball, Schedule
 from fastlip.study.storage.files import AGAIN, damaged, write_arrays, write_json
 from fastlip.study.storage.run_directory import RunDirectory, Trained, gaussian_name, pgd_name, strong_name

@@ -6,14 +6,14 @@ from functools import partial
 from pathlib import Path
 
 from fastlip.study.analysis import results
-from fastlip.study.inputs import Inputs
 from fastlip.study.measure.per_image import Progress
+from fastlip.study.pipeline.actions import Work, probe_name, weights_at
+from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.report import html_report
 from fastlip.study.storage.files import damaged, read_arrays
 from fastlip.study.storage.run_directory import RunDirectory, Trained
 from fastlip.study.storage.schema import Lipschitz, TrainingRecord, read
 from fastlip.study.training.process_group import Team
-from fastlip.study.work import Work, probe_name, weights_at
 
 
 @dataclass(frozen=True)
