@@ -68,7 +68,7 @@ def study(
     """Does what Szegedy et al. (2013) found hold for bigger and for pre-trained models?
 
     Trains ResNet-50 from scratch and from a source, attacks both, bounds their Lipschitz constants and writes a run
-    directory with results.json, tables, figures and html_report.html. The same command run again resumes an unfinished run.
+    directory with results.json, tables, figures and report.html. The same command run again resumes an unfinished run.
     """
     if context.invoked_subcommand is not None:
         return
@@ -98,7 +98,7 @@ def study(
 
 @app.command("report")
 def rebuild(run: Annotated[Path, typer.Argument(help="Run directory with results.json.")]) -> None:
-    """Rebuild tables, figures and html_report.html from stored results alone."""
+    """Rebuild tables, figures and report.html from stored results alone."""
     from fastlip.study.report import html_report
     from fastlip.study.storage.run_directory import RunDirectory
 

@@ -268,7 +268,7 @@ def test_a_run_that_another_process_begins_first_is_looked_at_again(finished, mi
         shutil.copy(finished.path / "config.json", run)
         return real(path, join)
 
-    monkeypatch.setattr(runner.rundir, "locked", locked_late)
+    monkeypatch.setattr(runner.run_directory, "locked", locked_late)
     with pytest.raises(StudyError, match="another configuration: seed"):
         runner.run(dataclasses.replace(micro, seed=1), Places(), run, QUIET, join=True)
 
