@@ -43,7 +43,7 @@ Attack = Callable[[Tensor, Tensor], Tensor]
 def network(path: Path, data: str) -> nn.Module:
     model = resnet50(10, seed=0)
     if not path.exists():
-        from fastlip.study.settings.config import Schedule
+        from fastlip.study.settings.training import Schedule
         from fastlip.study.training.train import train
 
         images = cifar10(data, train=True)

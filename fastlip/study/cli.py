@@ -8,17 +8,17 @@ import typer
 
 from fastlip._text import printable
 from fastlip.study.errors import StudyError
-from fastlip.study.settings import config, presets
+from fastlip.study.settings import overrides, presets, serialization
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def _settings() -> str:
     """Every setting with its value in each preset, for --help."""
-    columns = [config.names(chosen) for chosen in presets.PRESETS.values()]
+    columns = [serialization.names(chosen) for chosen in presets.PRESETS.values()]
     lines = [f"**Settings** (`--set NAME=VALUE`; values of {' / '.join(presets.PRESETS)}):", ""]
     for name in columns[0]:
-        if name not in presets.FIXED:
+        if name not in overrides.FIXED:
             values = [",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (c[name] for c in columns)]
             lines.append(f"- `{name}`: {values[0] if len(set(values)) == 1 else ' / '.join(values)}")
     return "\n".join(lines)
@@ -80,7 +80,7 @@ def study(
         assignments.append(f"seed={seed}")
     if device is not None:
         assignments.append(f"device={device}")
-    chosen = presets.override(chosen, assignments)
+    chosen = overrides.override(chosen, assignments)
     origin = context.get_parameter_source("data")
     if chosen.dataset == "generated" and origin is not None and origin.name == "ENVIRONMENT":
         data = None  # FASTLIP_DATA is set for other runs

@@ -7,8 +7,8 @@ from rich.console import Console
 
 from fastlip.study.pipeline import runner
 from fastlip.study.pipeline.inputs import Places
-from fastlip.study.settings import presets
-from fastlip.study.settings.config import Settings
+from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.settings import Settings
 from fastlip.study.storage.run_directory import RunDirectory
 
 MICRO = [
@@ -62,7 +62,7 @@ def micro_arguments() -> list[str]:
 
 @pytest.fixture(scope="session")
 def micro() -> Settings:
-    return presets.override(presets.preset("demo"), MICRO)
+    return overrides.override(presets.preset("demo"), MICRO)
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,15 @@ import torch
 from fastlip.models import load_checkpoint
 from fastlip.study.pipeline.inputs import Inputs, Places
 from fastlip.study.pipeline.stages import stages
-from fastlip.study.settings import presets
-from fastlip.study.settings.config import ARMS
+from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.training import ARMS
 from fastlip.study.storage import run_directory
 
 
 @pytest.fixture(scope="module")
 def weights(micro, tmp_path_factory):
     """Checkpoints of all arms by name."""
-    settings = presets.override(micro, ["arms=" + ",".join(ARMS)])
+    settings = overrides.override(micro, ["arms=" + ",".join(ARMS)])
     inputs = Inputs(settings, Places())
     run = run_directory.open_or_create(tmp_path_factory.mktemp("arms") / "run", settings, inputs.fingerprints(), "test")
     for stage in stages(run, inputs):

@@ -16,7 +16,7 @@ from fastlip.data import generated
 from fastlip.models import load_checkpoint, resnet18, save_checkpoint
 from fastlip.study import cli
 from fastlip.study.pipeline.inputs import Inputs, Places, resolve_source
-from fastlip.study.settings import presets
+from fastlip.study.settings import overrides, presets
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_corruptions_that_are_not_cifar10s(command, tmp_path, monkeypatch, chang
     monkeypatch.setattr(Inputs, "_check_target", lambda self: None)
     root = cifar10_c(tmp_path / "c", np.tile(clean.labels.numpy(), 5))
     places = Places(corruptions=root)
-    settings = resolve_source(presets.override(presets.preset("quick"), ["arms=scratch"]), places)
+    settings = resolve_source(overrides.override(presets.preset("quick"), ["arms=scratch"]), places)
     assert settings.corrupted == "cifar10c"
     Inputs(settings, places).check()
     change(root)

@@ -15,7 +15,7 @@ from fastlip.models import resnet18, save_checkpoint
 from fastlip.study.errors import StudyError
 from fastlip.study.pipeline import runner
 from fastlip.study.pipeline.inputs import Inputs, Places, resolve_source
-from fastlip.study.settings import presets
+from fastlip.study.settings import overrides, presets
 
 CIFAR10 = os.environ.get("FASTLIP_DATA")
 
@@ -98,7 +98,7 @@ def folder(root, classes=3, each=4):
 
 def inputs(**places):
     settings = replace(presets.preset("quick"), architecture="resnet18", arms=("finetune",))
-    settings = presets.override(settings, ["pretrain.images=12"])
+    settings = overrides.override(settings, ["pretrain.images=12"])
     places = Places(**places)
     return Inputs(resolve_source(settings, places), places)
 

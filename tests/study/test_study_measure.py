@@ -8,9 +8,9 @@ from torch import nn
 from fastlip.data import ImageSet
 from fastlip.study.measure import per_image
 from fastlip.study.measure.per_image import Images
-from fastlip.study.settings import presets
+from fastlip.study.settings import overrides, presets
 
-SETTINGS = presets.override(presets.preset("demo"), ["smallest.steps=20", "smallest.searches=12"])
+SETTINGS = overrides.override(presets.preset("demo"), ["smallest.steps=20", "smallest.searches=12"])
 
 
 def nothing(done, total, note):
@@ -72,7 +72,7 @@ def test_gaussian_noise_of_a_given_norm(linear):
 
 
 def test_nothing_found_is_infinite(linear):
-    settings = presets.override(SETTINGS, ["smallest.max_sigma=0.005", "smallest.levels=2"])
+    settings = overrides.override(SETTINGS, ["smallest.max_sigma=0.005", "smallest.levels=2"])
     found = per_image.smallest_gaussian(linear, images(linear), settings, 7, nothing)
     assert np.isinf(found["distortion"][~found["found"]]).all()
     assert not found["found"].all()

@@ -9,8 +9,11 @@ import pytest
 from fastlip.study.analysis import results
 from fastlip.study.analysis.summaries import gaussian_of_same_norm
 from fastlip.study.measure.spectra import CONDITIONS
-from fastlip.study.settings import presets
-from fastlip.study.settings.config import GENERATED_CORRUPTIONS, Corruptions, Pgd, Rules, Settings, Strong
+from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.attacks import Pgd, Strong
+from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS, Corruptions
+from fastlip.study.settings.rules import Rules
+from fastlip.study.settings.settings import Settings
 from fastlip.study.storage import run_directory
 from fastlip.study.storage.files import write_arrays, write_json
 from fastlip.study.storage.run_directory import gaussian_name, pgd_name
@@ -20,7 +23,7 @@ IMAGES = 80
 
 @pytest.fixture(scope="module")
 def settings() -> Settings:
-    demo = presets.override(
+    demo = overrides.override(
         presets.preset("demo"),
         [
             "seeds=6",

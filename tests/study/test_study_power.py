@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from fastlip.study.analysis.power import images_needed, planned, runs_needed, seeds_needed
-from fastlip.study.settings.config import Rules
+from fastlip.study.settings.rules import Rules
 
 
 def chance(n, share, threshold=0.9, confidence=0.95):

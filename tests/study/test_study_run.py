@@ -18,13 +18,13 @@ from rich.console import Console
 
 from fastlip.models import load_checkpoint
 from fastlip.study import frame, image_frame
-from fastlip.study.analysis.verdicts import rules_in_words
 from fastlip.study.errors import StudyError
 from fastlip.study.pipeline import runner
 from fastlip.study.pipeline.inputs import Places
 from fastlip.study.report import html_report
 from fastlip.study.report.compare import compare
-from fastlip.study.settings import presets
+from fastlip.study.settings import overrides
+from fastlip.study.settings.rules import rules_in_words
 from fastlip.study.storage.files import read_arrays, read_json
 from fastlip.study.storage.run_directory import RunDirectory, locked
 from fastlip.study.storage.schema import Results
@@ -128,7 +128,7 @@ def test_the_terminal_says_generated_and_shows_progress(micro, tmp_path):
     console = Console(file=screen, force_terminal=True, width=100)
     # As far as the first stage that nothing but this test runs twice.
     with pytest.raises(StudyError, match="not finite"):
-        runner.run(presets.override(micro, ["pretrain.max_lr=1e30"]), Places(), tmp_path / "run", console)
+        runner.run(overrides.override(micro, ["pretrain.max_lr=1e30"]), Places(), tmp_path / "run", console)
     assert "G E N E R A T E D   I M A G E S" in screen.getvalue()
     assert "source: pre-training" in screen.getvalue()
 

@@ -10,9 +10,9 @@ from fastlip.models import resnet18
 from fastlip.study.measure import spectra
 from fastlip.study.measure.per_image import Images, depth_points
 from fastlip.study.measure.spectra import effective_rank, singular_values, stable_rank
-from fastlip.study.settings import presets
+from fastlip.study.settings import overrides, presets
 
-SETTINGS = presets.override(presets.preset("demo"), ["pgd.steps=2", "features.images=10"])
+SETTINGS = overrides.override(presets.preset("demo"), ["pgd.steps=2", "features.images=10"])
 BALL = ("linf", 4.0, 4 / 255)
 
 

@@ -17,7 +17,7 @@ import json, sys
 import torch
 from torch import nn
 from pathlib import Path
-from fastlip.study.settings.config import Schedule
+from fastlip.study.settings.training import Schedule
 from fastlip.study.training.process_group import joined
 from fastlip.study.training.train import train
 

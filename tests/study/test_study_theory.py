@@ -11,7 +11,8 @@ from torch import nn
 from fastlip.data import ImageSet, cifar10_c
 from fastlip.study.measure import corruptions, smoothing, strong_attacks
 from fastlip.study.measure.per_image import Images
-from fastlip.study.settings.config import GENERATED_CORRUPTIONS, Smoothing, Strong
+from fastlip.study.settings.attacks import Strong
+from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS, Smoothing
 
 
 def nothing(done, total, note):

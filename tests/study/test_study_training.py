@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastlip.study.errors import StudyError
-from fastlip.study.settings.config import Schedule
+from fastlip.study.settings.training import Schedule
 from fastlip.study.training.train import _augment, train
 
 SCHEDULE = Schedule(images=40, epochs=3, max_lr=0.1, batch_size=16)

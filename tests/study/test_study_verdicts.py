@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from fastlip.study.analysis.statistics import rate
-from fastlip.study.analysis.verdicts import QUESTIONS, rules_in_words, verdicts
+from fastlip.study.analysis.verdicts import QUESTIONS, verdicts
 from fastlip.study.settings import presets
-from fastlip.study.settings.config import TRANSFER, Rules
+from fastlip.study.settings.rules import Rules, rules_in_words
+from fastlip.study.settings.training import TRANSFER
 
 RULES = Rules(resamples=500)
 

@@ -4,16 +4,18 @@ import math
 
 from scipy import stats
 
-from fastlip.study.settings.config import Rules
+from fastlip.study.settings.rules import COMPARISONS, Rules
 from fastlip.study.storage.schema import Power
-
-#: Comparisons that Holm's correction runs over: two of question 3, and four of question 4.
-COMPARISONS = 6
 
 #: What is assumed where nothing is known yet: true shares, differences over their spread between seeds, correlations.
 _SHARES = (0.95, 0.98, 1.0)
+
+
 _EFFECTS = (1.0, 2.0, 4.0)
+
+
 _CORRELATIONS = (0.5, 0.7, 0.9)
+
 
 _MOST = 20_000
 

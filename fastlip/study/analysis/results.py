@@ -8,7 +8,7 @@ from fastlip.study.analysis.summaries import Stored
 from fastlip.study.analysis.verdicts import CASES, verdicts
 from fastlip.study.measure.per_image import depth_points
 from fastlip.study.pipeline.inputs import build
-from fastlip.study.settings.config import TRANSFER
+from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.run_directory import RunDirectory, Trained, pgd_name
 from fastlip.study.storage.schema import (

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastlip.study.analysis.power import COMPARISONS
 from fastlip.study.analysis.statistics import Estimate, Rate, holm, over_seeds, over_seeds_p, rate, spearman
-from fastlip.study.settings.config import TRANSFER, Rules
+from fastlip.study.settings.rules import Rules, rules_in_words
+from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.schema import Comparison, Model, Point, Statistic, Verdict, VerdictName
 
 QUESTIONS = (
@@ -17,35 +17,9 @@ QUESTIONS = (
     "Does pre-training raise adversarial robustness?",
     "Do “unstability” (the Lipschitz constant) and average distortion correlate, in both cases?",
 )
+
+
 CASES = {"from scratch": ("scratch",), "pre-trained": TRANSFER}
-
-
-def rules_in_words(rules: Rules) -> list[str]:
-    """One rule per question, with the run's own numbers in it."""
-    share = (
-        f"Supported where the lower {rules.confidence:.0%} limit of the share of correctly classified images whose "
-        f"smallest adversarial distortion is at most {rules.ratio:g} of their smallest Gaussian distortion exceeds "
-        f"{rules.share:g}; contradicted where the upper limit is below {rules.share:g}; with several "
-        "seeds, in every one."
-    )
-    declared = (
-        f"Questions 3 and 4 declare {COMPARISONS} comparisons; Holm's correction over all of them keeps the chance of "
-        f"any false one at {1 - rules.confidence:.2g}, and each interval has the level at which Holm tests it."
-    )
-    return [
-        share,
-        share,
-        f"With at least {rules.min_seeds} seeds: supported where two differences over seeds (Student's t), fine-tuned "
-        "minus scratch on the same images, of the median smallest distortion (images that both classify correctly) and "
-        f"of the accuracy under PGD at Linf {rules.compared_linf_255:g}/255 (all images), are above 0 after "
-        "correction; contradicted where both are below; undetermined otherwise, and where a seed's median is censored. "
-        f"{declared}",
-        f"With at least {rules.min_runs} training runs in each case (from scratch; pre-trained, by any method): "
-        "supported where Spearman's correlation between median smallest distortion and the Lipschitz constant, over "
-        "runs and their snapshots with whole runs resampled, differs from 0 after correction in both cases, for the "
-        "certified and for the observed constant, all four with one sign; contradicted where all four intervals lie "
-        f"within ±{rules.no_correlation:g}; undetermined otherwise. {declared}",
-    ]
 
 
 def verdicts(models: list[Model], comparisons: list[Comparison], points: list[Point], rules: Rules) -> list[Verdict]:

@@ -17,7 +17,8 @@ from fastlip import local_lipschitz
 from fastlip.attacks import gaussian_noise, min_norm, min_sigma, pgd
 from fastlip.data import ImageSet
 from fastlip.metrics import average_distortion, layer_stretch
-from fastlip.study.settings.config import Ball, Settings
+from fastlip.study.settings.attacks import Ball
+from fastlip.study.settings.settings import Settings
 
 Arrays = dict[str, np.ndarray]
 Progress = Callable[[int, int, str], None]

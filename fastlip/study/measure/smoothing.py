@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastlip.attacks import gaussian_noise
 from fastlip.metrics import clopper_pearson
 from fastlip.study.measure.per_image import Arrays, Images, Progress, joined
-from fastlip.study.settings.config import Smoothing
+from fastlip.study.settings.measurements import Smoothing
 
 
 def certified_radius(successes: int, n: int, sigma: float, alpha: float) -> float:

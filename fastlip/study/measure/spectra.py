@@ -7,7 +7,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from fastlip.attacks import gaussian_noise
 from fastlip.study.measure.per_image import Arrays, Images, Progress, pgd_attack
-from fastlip.study.settings.config import Ball, Settings
+from fastlip.study.settings.attacks import Ball
+from fastlip.study.settings.settings import Settings
 
 #: Where features are taken: module of the network and name shown.
 STAGES = {

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastlip.attacks import apgd, square
 from fastlip.study.measure.per_image import Arrays, Images, Progress, perturbed
-from fastlip.study.settings.config import Ball, Strong
+from fastlip.study.settings.attacks import Ball, Strong
 
 
 def suite(model: nn.Module, images: Images, ball: Ball, settings: Strong, seed: int, progress: Progress) -> Arrays:

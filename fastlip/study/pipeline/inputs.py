@@ -18,7 +18,8 @@ from torchvision.models import ResNet50_Weights
 from fastlip.data import ImageSet, cifar10, cifar10_c, generated, image_folder
 from fastlip.models import imagenet_weights, load_backbone, load_checkpoint, resnet18, resnet50
 from fastlip.study.errors import StudyError
-from fastlip.study.settings.config import GENERATED_CORRUPTIONS, Settings
+from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS
+from fastlip.study.settings.settings import Settings
 
 WAYS_OUT = (
     "give --data DIR (or FASTLIP_DATA) with the CIFAR-10 files in DIR/cifar-10-batches-py, and either "

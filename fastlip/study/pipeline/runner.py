@@ -22,7 +22,7 @@ from rich.text import Text
 from fastlip.study.errors import StudyError
 from fastlip.study.pipeline.inputs import Inputs, Places, resolve_source
 from fastlip.study.pipeline.stages import Stage, require_sound, stages
-from fastlip.study.settings.config import Settings
+from fastlip.study.settings.settings import Settings
 from fastlip.study.storage import run_directory
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.locks import Claims

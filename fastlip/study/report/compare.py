@@ -6,7 +6,7 @@ from typing import Any
 
 from fastlip.study.errors import StudyError
 from fastlip.study.report.tables import Table, distortion, interval, number, percent, power
-from fastlip.study.settings.config import names
+from fastlip.study.settings.serialization import names
 from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import Model, Results
 

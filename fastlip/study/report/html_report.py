@@ -10,7 +10,7 @@ from markupsafe import Markup
 from fastlip.study.report import depth_figures, drawing, robustness_figures, tables
 from fastlip.study.report.attack_tables import ball_name, long_csv, more_tables
 from fastlip.study.report.example_images import examples
-from fastlip.study.settings.config import names
+from fastlip.study.settings.serialization import names
 from fastlip.study.storage.files import write_text
 from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import GENERATED, read_measured

@@ -1,25 +1,12 @@
 """Presets, and how the command line overrides their settings."""
 
 import dataclasses
-import typing
-from typing import Any, Literal
 
 from fastlip.study.errors import StudyError
-from fastlip.study.settings.config import (
-    Corruptions,
-    Evaluation,
-    Features,
-    Gaussian,
-    Lipschitz,
-    Pgd,
-    Schedule,
-    Settings,
-    Smoothing,
-    Strong,
-)
-
-#: Settings that follow from the preset and the files given, and not from --set.
-FIXED = ("preset", "dataset", "source")
+from fastlip.study.settings.attacks import Gaussian, Pgd, Strong
+from fastlip.study.settings.measurements import Corruptions, Evaluation, Features, Lipschitz, Smoothing
+from fastlip.study.settings.settings import Settings
+from fastlip.study.settings.training import Schedule
 
 _QUICK = Settings(
     preset="quick",
@@ -32,6 +19,7 @@ _QUICK = Settings(
     save_seconds=60.0,
     corruptions=Corruptions(images=200),
 )
+
 
 PRESETS = {
     "demo": Settings(
@@ -86,45 +74,3 @@ def preset(name: str) -> Settings:
         return PRESETS[name]
     except KeyError:
         raise StudyError(f"--preset {name} does not exist; choose {' or '.join(PRESETS)}", status=2) from None
-
-
-def override(settings: Settings, assignments: list[str]) -> Settings:
-    """``settings`` with each "dotted.name=value" applied; lists are separated by commas.
-
-    Raises:
-        StudyError: an unknown name or a value of the wrong type; the message names it.
-    """
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise StudyError(f"--set {assignment}: write it as NAME=VALUE, as in pgd.steps=20", status=2)
-        settings = _replace(settings, name.strip().split("."), text.strip(), name.strip())
-    return settings
-
-
-def _replace(settings: Any, path: list[str], text: str, name: str) -> Any:
-    hints = typing.get_type_hints(type(settings))
-    if path[0] not in hints or path[0] in FIXED or (dataclasses.is_dataclass(hints[path[0]]) != (len(path) > 1)):
-        raise StudyError(f"--set {name}: no such setting; --help lists them", status=2)
-    if len(path) > 1:
-        value = _replace(getattr(settings, path[0]), path[1:], text, name)
-    else:
-        value = _parse(hints[path[0]], text, name)
-    return dataclasses.replace(settings, **{path[0]: value})
-
-
-def _parse(kind: Any, text: str, name: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    try:
-        if origin is tuple:
-            return tuple(_parse(arguments[0], part, name) for part in text.strip("[]()").split(",") if part.strip())
-        if origin is Literal:
-            if text not in arguments:
-                raise ValueError
-            return text
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text.strip())
-    except (ValueError, KeyError):
-        wanted = " or ".join(map(str, arguments)) if origin is Literal else getattr(kind, "__name__", str(kind))
-        raise StudyError(f"--set {name}={text}: expected {wanted}", status=2) from None

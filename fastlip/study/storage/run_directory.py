@@ -16,10 +16,10 @@ from typing import Any, Literal, TypedDict
 import torch
 
 import fastlip
-from fastlip.study.analysis import power, verdicts
+from fastlip.study.analysis import power
 from fastlip.study.errors import StudyError
-from fastlip.study.settings import config
-from fastlip.study.settings.config import Settings
+from fastlip.study.settings import rules, serialization
+from fastlip.study.settings.settings import Settings
 from fastlip.study.storage import digests, schema
 from fastlip.study.storage.files import AGAIN, damaged, unobstructed, write_json
 
@@ -37,7 +37,7 @@ class Machine:
 
 
 class Config(TypedDict):
-    """config.json; ``settings`` are those of :class:`fastlip.study.settings.config.Settings`."""
+    """config.json; ``settings`` are those of :class:`fastlip.study.settings.settings.Settings`."""
 
     settings: dict[str, Any]
     rules: list[str]
@@ -103,7 +103,7 @@ class RunDirectory:
         self.config: dict[str, Any] = schema.read(file, Config, _RESTORE)
         self.machine = Machine(**self.config["machine"])
         try:
-            self.settings = config.from_json(self.config["settings"])
+            self.settings = serialization.from_json(self.config["settings"])
             torch.device(self.machine.device)
         except (StudyError, ValueError, RuntimeError) as error:
             raise damaged(file, str(error).partition("\n")[0], _RESTORE) from None
@@ -245,12 +245,12 @@ def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
             raise StudyError(f"--out {path} holds something that is not a run; name a new directory", status=2)
         return
     old = RunDirectory(path)
-    before, now = config.names(old.settings), config.names(settings)
+    before, now = serialization.names(old.settings), serialization.names(settings)
     different = [f"{name} ({before[name]} there, {now[name]} now)" for name in now if before[name] != now[name]]
     different += [
         f"{name} (other files)" for name, value in fingerprints.items() if old.config["inputs"].get(name) != value
     ]
-    if old.config["rules"] != verdicts.rules_in_words(old.settings.rules):
+    if old.config["rules"] != rules.rules_in_words(old.settings.rules):
         # They were fixed before any result existed, and hold for this run.
         different.append("rules of the verdicts (another version of fastlip)")
     if not digests.intact(path, old.config_file):
@@ -273,8 +273,8 @@ def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str],
         write_json(
             path / "config.json",
             {
-                "settings": config.to_json(settings),
-                "rules": verdicts.rules_in_words(settings.rules),
+                "settings": serialization.to_json(settings),
+                "rules": rules.rules_in_words(settings.rules),
                 "power": power.planned(settings.rules),
                 "machine": vars(machine),
                 "inputs": fingerprints,

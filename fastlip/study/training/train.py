@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastlip.study.errors import StudyError
-from fastlip.study.settings.config import Schedule
+from fastlip.study.settings.training import Schedule
 from fastlip.study.storage.files import write_bytes
 from fastlip.study.training.process_group import Team
 

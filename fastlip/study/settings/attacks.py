@@ -1,0 +1,95 @@
+"""How images are attacked: noise, PGD, the stronger suite, and searches for the smallest perturbations."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+#: A ball around an image: its norm, its strength as written in the settings, its radius for pixels in [0, 1].
+Ball = tuple[Literal["linf", "l2", "l1"], float, float]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Gaussian noise at fixed strengths; ``sigmas`` are standard deviations of pixels in [0, 1]."""
+
+    sigmas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class Pgd:
+    """PGD at fixed strengths.
+
+    Attributes:
+        linf_255: radii of the Linf ball in 255ths of the pixel range.
+        l2: radii of the L2 ball, pixels in [0, 1].
+        l1: radii of the L1 ball, pixels in [0, 1].
+        steps: gradient steps.
+        relative_step: step size times ``steps`` over the radius.
+        loss: "dlr" or "ce".
+        restarts: runs from other random starts; the strongest counts.
+    """
+
+    linf_255: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    l2: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5)
+    l1: tuple[float, ...] = (1.0, 3.0, 6.0)
+    steps: int = 10
+    relative_step: float = 2.5
+    loss: Literal["dlr", "ce"] = "dlr"
+    restarts: int = 1
+
+    @property
+    def grid(self) -> list[Ball]:
+        """Every ball attacked."""
+        return _balls(self.linf_255, self.l2, self.l1)
+
+
+@dataclass(frozen=True)
+class Strong:
+    """The stronger suite: an image stands only where it stands under all of its attacks.
+
+    Attributes:
+        linf_255: radii of the Linf ball in 255ths of the pixel range.
+        l2: radii of the L2 ball, pixels in [0, 1].
+        steps: gradient steps of APGD, with cross-entropy and with the margin to each target.
+        restarts: runs of APGD with cross-entropy.
+        targets: wrong classes, the likeliest first, that targeted APGD tries one by one.
+        queries: forward passes of the black-box attack (Square).
+    """
+
+    linf_255: tuple[float, ...] = (1.0,)
+    l2: tuple[float, ...] = (0.25,)
+    steps: int = 20
+    restarts: int = 1
+    targets: int = 3
+    queries: int = 200
+
+    @property
+    def grid(self) -> list[Ball]:
+        """Every ball attacked."""
+        return _balls(self.linf_255, self.l2, ())
+
+
+@dataclass(frozen=True)
+class Smallest:
+    """Search for the smallest perturbation that changes the decision, per image, in L2.
+
+    Attributes:
+        steps: gradient steps of PGD at each radius.
+        searches: radii tried.
+        directions: Gaussian directions drawn per image.
+        max_sigma: largest noise level tried.
+        levels: noise levels tried before halving.
+        halvings: bisections of the noise level after the first success.
+    """
+
+    steps: int = 10
+    searches: int = 8
+    directions: int = 4
+    max_sigma: float = 4.0
+    levels: int = 11
+    halvings: int = 5
+
+
+def _balls(linf_255: tuple[float, ...], l2: tuple[float, ...], l1: tuple[float, ...]) -> list[Ball]:
+    found: list[Ball] = [("linf", v, v / 255) for v in linf_255]
+    found += [("l2", v, v) for v in l2]
+    return found + [("l1", v, v) for v in l1]
