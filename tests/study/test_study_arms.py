@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fastlip.models import load_checkpoint
+from fastlip.study.pipeline import start_or_resume
 from fastlip.study.pipeline.inputs import Inputs, Places
 from fastlip.study.pipeline.stages import stages
 from fastlip.study.settings import overrides, presets
 from fastlip.study.settings.training import ARMS
-from fastlip.study.storage import run_directory
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,9 @@ def weights(micro, tmp_path_factory):
     """Checkpoints of all arms by name."""
     settings = overrides.override(micro, ["arms=" + ",".join(ARMS)])
     inputs = Inputs(settings, Places())
-    run = run_directory.open_or_create(tmp_path_factory.mktemp("arms") / "run", settings, inputs.fingerprints(), "test")
+    run = start_or_resume.open_or_create(
+        tmp_path_factory.mktemp("arms") / "run", settings, inputs.fingerprints(), "test"
+    )
     for stage in stages(run, inputs):
         if "training" in stage.name:
             stage.run(lambda done, total, note: None)

@@ -9,8 +9,7 @@ import pytest
 
 from fastlip.study.errors import StudyError
 from fastlip.study.storage.files import read_arrays
-from fastlip.study.storage.locks import Claims
-from fastlip.study.storage.run_directory import locked
+from fastlip.study.storage.locks import Claims, locked
 
 
 def test_a_claim_is_held_by_one_and_can_be_taken_again(tmp_path):

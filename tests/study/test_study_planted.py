@@ -9,12 +9,12 @@ import pytest
 from fastlip.study.analysis import results
 from fastlip.study.analysis.summaries import gaussian_of_same_norm
 from fastlip.study.measure.spectra import CONDITIONS
+from fastlip.study.pipeline import start_or_resume
 from fastlip.study.settings import overrides, presets
 from fastlip.study.settings.attacks import Pgd, Strong
 from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS, Corruptions
 from fastlip.study.settings.rules import Rules
 from fastlip.study.settings.settings import Settings
-from fastlip.study.storage import run_directory
 from fastlip.study.storage.files import write_arrays, write_json
 from fastlip.study.storage.run_directory import gaussian_name, pgd_name
 
@@ -48,7 +48,7 @@ def settings() -> Settings:
 
 def plant(folder, settings, difference):
     """Files of a run whose fine-tuned arm has smallest distortions and accuracies raised by ``difference``."""
-    run = run_directory.open_or_create(folder / "run", settings, {"target": "planted"}, "planted")
+    run = start_or_resume.open_or_create(folder / "run", settings, {"target": "planted"}, "planted")
     rng = np.random.default_rng(0)
     for model in [*run.models, *run.snapshots]:
         shift = difference if model.arm == "finetune" else 0.0

@@ -26,7 +26,8 @@ from fastlip.study.report.compare import compare
 from fastlip.study.settings import overrides
 from fastlip.study.settings.rules import rules_in_words
 from fastlip.study.storage.files import read_arrays, read_json
-from fastlip.study.storage.run_directory import RunDirectory, locked
+from fastlip.study.storage.locks import locked
+from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import Results
 
 QUIET = Console(quiet=True)
@@ -261,14 +262,14 @@ def test_other_rules_than_those_of_the_beginning_are_refused(finished, micro, tm
 
 
 def test_a_run_that_another_process_begins_first_is_looked_at_again(finished, micro, tmp_path, monkeypatch):
-    run, real = tmp_path / "run", runner.rundir.locked
+    run, real = tmp_path / "run", runner.locks.locked
 
     def locked_late(path, join):
         (run).mkdir()
         shutil.copy(finished.path / "config.json", run)
         return real(path, join)
 
-    monkeypatch.setattr(runner.run_directory, "locked", locked_late)
+    monkeypatch.setattr(runner.locks, "locked", locked_late)
     with pytest.raises(StudyError, match="another configuration: seed"):
         runner.run(dataclasses.replace(micro, seed=1), Places(), run, QUIET, join=True)
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastlip.study.analysis.statistics import Estimate, rate
+from fastlip.study.analysis.statistics import rate
 from fastlip.study.report.attack_tables import arm_table
 from fastlip.study.report.tables import Table, interval, number, percent, power
 from fastlip.study.storage.files import read_json
+from fastlip.study.storage.schema import Estimate
 
 
 @pytest.mark.parametrize("log10", [-7.3, -0.2, 0.0, 1.9566, 3.9999, 4.0, 28.5012, 120.7])

@@ -10,6 +10,7 @@ from fastlip.study.measure.per_image import depth_points
 from fastlip.study.pipeline.inputs import build
 from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import write_json
+from fastlip.study.storage.json_files import read
 from fastlip.study.storage.run_directory import RunDirectory, Trained, pgd_name
 from fastlip.study.storage.schema import (
     SCHEMA,
@@ -22,7 +23,6 @@ from fastlip.study.storage.schema import (
     Results,
     Training,
     TrainingRecord,
-    read,
 )
 
 #: The slide deck behind this project. 93.75% and 88.54% are 90 and 85 of its 96 images; the scale of its average

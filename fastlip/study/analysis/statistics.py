@@ -7,35 +7,15 @@ None, never NaN: results.json is strict JSON.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from fastlip.metrics import censored_median, clopper_pearson, paired_bootstrap
+from fastlip.study.storage.schema import Estimate, Rate
 
 Reduction = Callable[..., Any]
-
-
-class Rate(TypedDict):
-    """A share k of n with its exact binomial (Clopper-Pearson) interval."""
-
-    k: int
-    n: int
-    value: float | None
-    low: float
-    high: float
-    confidence: float
-
-
-class Estimate(TypedDict):
-    """A number computed from n observations with its interval."""
-
-    n: int
-    value: float | None
-    low: float | None
-    high: float | None
-    confidence: float
 
 
 def rate(hits: np.ndarray, confidence: float) -> Rate:

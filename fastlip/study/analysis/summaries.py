@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from fastlip.study.analysis.statistics import Rate, mean, median, rate
+from fastlip.study.analysis.statistics import mean, median, rate
 from fastlip.study.measure import spectra
+from fastlip.study.storage.array_files import read_corruptions, read_measured, read_spectra
 from fastlip.study.storage.run_directory import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
 from fastlip.study.storage.schema import (
     Attack,
@@ -19,14 +20,12 @@ from fastlip.study.storage.schema import (
     Lipschitz,
     Margins,
     Member,
+    Rate,
     Smallest,
     Smoothed,
     Stretch,
     Strong,
     WeightSpectrum,
-    read_corruptions,
-    read_measured,
-    read_spectra,
 )
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastlip.study.analysis.statistics import Estimate, Rate, holm, over_seeds, over_seeds_p, rate, spearman
+from fastlip.study.analysis.statistics import holm, over_seeds, over_seeds_p, rate, spearman
 from fastlip.study.settings.rules import Rules, rules_in_words
 from fastlip.study.settings.training import TRANSFER
-from fastlip.study.storage.schema import Comparison, Model, Point, Statistic, Verdict, VerdictName
+from fastlip.study.storage.schema import Comparison, Estimate, Model, Point, Rate, Statistic, Verdict, VerdictName
 
 QUESTIONS = (
     "Does the finding of Szegedy et al. hold for a bigger model (trained from scratch)?",

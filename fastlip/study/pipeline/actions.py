@@ -19,9 +19,9 @@ from fastlip.study.measure.per_image import Arrays, Images, Progress
 from fastlip.study.pipeline.inputs import Inputs, build
 from fastlip.study.settings.attacks import Ball
 from fastlip.study.settings.training import TRANSFER, Schedule
+from fastlip.study.storage.array_files import read_measured
 from fastlip.study.storage.files import AGAIN, damaged, write_arrays, write_json
 from fastlip.study.storage.run_directory import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
-from fastlip.study.storage.schema import read_measured
 from fastlip.study.training.process_group import Team, merged
 from fastlip.study.training.train import train
 

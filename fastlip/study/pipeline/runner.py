@@ -20,10 +20,11 @@ from rich.progress import (
 from rich.text import Text
 
 from fastlip.study.errors import StudyError
+from fastlip.study.pipeline import start_or_resume
 from fastlip.study.pipeline.inputs import Inputs, Places, resolve_source
 from fastlip.study.pipeline.stages import Stage, require_sound, stages
 from fastlip.study.settings.settings import Settings
-from fastlip.study.storage import run_directory
+from fastlip.study.storage import locks
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.locks import Claims
 from fastlip.study.storage.run_directory import RunDirectory
@@ -56,16 +57,16 @@ def run(
         if not team.leads:
             # The leader has looked at everything and has written the configuration.
             team.agree(None)
-            _execute(run_directory.RunDirectory(out), inputs, team, None, Console(quiet=True))
-            return run_directory.RunDirectory(out)
+            _execute(RunDirectory(out), inputs, team, None, Console(quiet=True))
+            return RunDirectory(out)
         inputs.check()
         prints = inputs.fingerprints()
-        run_directory.check(out, settings, prints)
-        with run_directory.locked(out, join) as lock:
-            with run_directory.alone_for_a_moment(out):
+        start_or_resume.check(out, settings, prints)
+        with locks.locked(out, join) as lock:
+            with locks.alone_for_a_moment(out):
                 # Once more: another process may have begun it with other settings meanwhile.
-                run_directory.check(out, settings, prints)
-                directory = run_directory.open_or_create(out, settings, prints, run_directory.command_line())
+                start_or_resume.check(out, settings, prints)
+                directory = start_or_resume.open_or_create(out, settings, prints, start_or_resume.command_line())
             if lock.alone:
                 directory.tidy()
             if join:
@@ -147,7 +148,7 @@ def _next(work: list[Stage], claims: Claims | None) -> int | None:
 
 def _note_time(directory: RunDirectory, stage: str, seconds: float) -> None:
     """Wall-clock seconds per stage; of a stage that was interrupted, those since it was last resumed."""
-    with run_directory.alone_for_a_moment(directory.path):
+    with locks.alone_for_a_moment(directory.path):
         write_json(directory.timings, directory.read_timings() | {stage: round(seconds, 2)})
 
 

@@ -11,8 +11,9 @@ from fastlip.study.pipeline.actions import Work, probe_name, weights_at
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.report import html_report
 from fastlip.study.storage.files import damaged, read_arrays
+from fastlip.study.storage.json_files import read
 from fastlip.study.storage.run_directory import RunDirectory, Trained
-from fastlip.study.storage.schema import Lipschitz, TrainingRecord, read
+from fastlip.study.storage.schema import Lipschitz, TrainingRecord
 from fastlip.study.training.process_group import Team
 
 

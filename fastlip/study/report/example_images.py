@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastlip.study.storage.array_files import read_measured
 from fastlip.study.storage.files import damaged
 from fastlip.study.storage.run_directory import RunDirectory, Trained
-from fastlip.study.storage.schema import read_measured
 
 
 @dataclass(frozen=True)

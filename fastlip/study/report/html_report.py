@@ -11,9 +11,10 @@ from fastlip.study.report import depth_figures, drawing, robustness_figures, tab
 from fastlip.study.report.attack_tables import ball_name, long_csv, more_tables
 from fastlip.study.report.example_images import examples
 from fastlip.study.settings.serialization import names
+from fastlip.study.storage.array_files import read_measured
 from fastlip.study.storage.files import write_text
 from fastlip.study.storage.run_directory import RunDirectory
-from fastlip.study.storage.schema import GENERATED, read_measured
+from fastlip.study.storage.schema import GENERATED
 
 
 def write(run: RunDirectory) -> str:

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlip.study.analysis.statistics import Estimate, Rate
 from fastlip.study.storage.files import write_text
-from fastlip.study.storage.schema import Attack, Results
+from fastlip.study.storage.schema import Attack, Estimate, Rate, Results
 
 ARM_NAMES = {
     "scratch": "scratch",

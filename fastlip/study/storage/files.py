@@ -40,7 +40,7 @@ def damaged(path: Path, reason: object, remedy: str = AGAIN) -> StudyError:
 
 
 def read_json(path: Path, remedy: str = AGAIN) -> Any:
-    """What a JSON file holds, whatever its shape; :func:`fastlip.study.storage.schema.read` looks at that, too.
+    """What a JSON file holds, whatever its shape; :func:`fastlip.study.storage.json_files.read` looks at that, too.
 
     Raises:
         StudyError: it is missing or no JSON (NaN and infinities, lone surrogates and bottomless nesting included).

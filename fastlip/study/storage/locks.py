@@ -1,9 +1,14 @@
-"""Who does which stage, where several processes share a run directory."""
+"""Locks between processes: on a run directory, on a few lines of code, and on single stages."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from fastlip.study.errors import StudyError
 
 
 class Claims:
@@ -30,3 +35,70 @@ class Claims:
         if self.held is not None:
             os.close(self.held)
             self.held = None
+
+
+class Lock:
+    """A lock on a run directory; it goes with the process, however that ends.
+
+    Attributes:
+        alone: whether no other process held the directory when this one came.
+    """
+
+    def __init__(self, descriptor: int, alone: bool) -> None:
+        self._descriptor = descriptor
+        self.alone = alone
+
+    def share(self) -> None:
+        """Let in other processes that join."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+
+@contextlib.contextmanager
+def locked(path: Path, join: bool = False, patience: float = 10.0) -> Iterator[Lock]:
+    """Hold the run directory against other processes.
+
+    Args:
+        path: the run directory, made if need be.
+        join: whether to come in beside processes that share it; one that has just begun is waited for.
+        patience: seconds to wait for it.
+
+    Raises:
+        StudyError: another process holds it and does not share it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        until = time.monotonic() + patience
+        alone = held = _lock(descriptor, fcntl.LOCK_EX)
+        while join and not held and time.monotonic() < until:
+            held = _lock(descriptor, fcntl.LOCK_SH)
+            if not held:
+                time.sleep(0.1)
+        if not held:
+            raise StudyError(
+                f"another process is running the study in {path}; wait for it, use another --out, or start all of them "
+                "with --join"
+            )
+        yield Lock(descriptor, alone)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone_for_a_moment(path: Path) -> Iterator[None]:
+    """Keep other processes that share the run directory from the same few lines; they wait."""
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path / ".moment", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,17 +1,9 @@
 """The shapes of what a run writes: results.json, version 2, and the JSON files and arrays that it is made from.
 
-Whatever is read back goes through :func:`read`, :func:`read_results` or :func:`read_measured`.
+What is read back goes through :mod:`~fastlip.study.storage.json_files` or :mod:`~fastlip.study.storage.array_files`.
 """
 
-from pathlib import Path
-from typing import Any, Literal, TypedDict
-
-import numpy as np
-
-from fastlip.study.analysis.statistics import Estimate, Rate
-from fastlip.study.errors import StudyError
-from fastlip.study.json_types import require, shown
-from fastlip.study.storage.files import AGAIN, damaged, read_arrays, read_json
+from typing import Literal, TypedDict
 
 SCHEMA = "fastlip.study.results/2"
 
@@ -19,6 +11,27 @@ SCHEMA = "fastlip.study.results/2"
 GENERATED = "THE IMAGES OF THIS RUN ARE GENERATED. THEY ARE NOT PHOTOGRAPHS, AND NO NUMBER HERE SPEAKS ABOUT REAL DATA."
 
 VerdictName = Literal["supported", "contradicted", "undetermined"]
+
+
+class Rate(TypedDict):
+    """A share k of n with its exact binomial (Clopper-Pearson) interval."""
+
+    k: int
+    n: int
+    value: float | None
+    low: float
+    high: float
+    confidence: float
+
+
+class Estimate(TypedDict):
+    """A number computed from n observations with its interval."""
+
+    n: int
+    value: float | None
+    low: float | None
+    high: float | None
+    confidence: float
 
 
 class Stretch(TypedDict):
@@ -339,161 +352,3 @@ class Results(TypedDict):
     verdicts: list[Verdict]
     power: list[Power]
     seed_deck: list[DeckRow]
-
-
-def read(path: Path, hint: Any, remedy: str = AGAIN) -> Any:
-    """The JSON file at ``path``, of the shape ``hint``; ``remedy`` says what to do where it is not.
-
-    Raises:
-        StudyError: it is missing, no JSON or of another shape.
-    """
-    plain = read_json(path, remedy)
-    try:
-        require(plain, hint, path.stem)
-    except ValueError as error:
-        raise damaged(path, error, remedy) from None
-    return plain
-
-
-def read_results(path: Path, names: list[str]) -> Results:
-    """results.json of a run whose models have these ``names``.
-
-    Raises:
-        StudyError: it is missing, of another version, of another shape, or its parts do not fit each other.
-    """
-    plain = read_json(path)
-    version = plain.get("schema") if isinstance(plain, dict) else None
-    if isinstance(version, str) and version != SCHEMA:
-        raise StudyError(
-            f"{path} has schema {shown(version)}, this fastlip reads {SCHEMA!r}; use the version that wrote it, or "
-            f"{AGAIN}"
-        )
-    results: Results = read(path, Results)
-    wrong = _inconsistent(results, names)
-    if wrong:
-        raise damaged(path, wrong)
-    return results
-
-
-def _inconsistent(results: Results, names: list[str]) -> str | None:
-    """What in results of the right shape does not fit together, in a few words."""
-    models = results["models"]
-    if [m["name"] for m in models] != names:
-        return f"its models are not {', '.join(names)}"
-    if [v["number"] for v in results["verdicts"]] != [1, 2, 3, 4]:
-        return "its verdicts are not those of questions 1 to 4"
-    known = {m["arm"] for m in models}
-    for i, comparison in enumerate(results["comparisons"]):
-        if comparison["arm"] not in known:
-            return f"comparisons[{i}] is about an arm that no model has"
-    attacks = [(a["attack"], a["norm"], a["strength"]) for a in models[0]["attacks"]]
-    for m in models:
-        training, points = m["training"], len(m["depth_points"])
-        if m["name"] != f"{m['arm']}-s{m['seed']}":
-            return f"{m['name']} has another arm or seed"
-        if not len(training["loss"]) == len(training["accuracy"]) == training["epochs"]:
-            return f"training of {m['name']} has not one loss and accuracy for each epoch"
-        if [(a["attack"], a["norm"], a["strength"]) for a in m["attacks"]] != attacks:
-            return f"{m['name']} was attacked otherwise than {names[0]}"
-        for depth in [s["depth"] for s in (*m["attacks"], m["smallest_pgd"], m["smallest_gaussian"])]:
-            if not len(depth["mean"]) == len(depth["largest"]) in (0, points):
-                return f"depths of {m['name']} are not its depth_points"
-        if not any(w["layer"].endswith("conv2") for w in m["weights"]):
-            return f"weights of {m['name']} lack its convolutions"
-        if any(len(w["profile"]) != 11 for w in (*m["weights"], *m["features"])):
-            return f"a profile of {m['name']} has not eleven ranks"
-        for layer in m["lipschitz"]["layers"]:
-            if not 0 <= layer["lower"] <= layer["upper"]:
-                return f"the norm of {m['name']}, {layer['name']}, is no interval"
-    return None
-
-
-#: Kinds of the arrays that are read again, as :attr:`numpy.dtype.kind` has them; all but "image" have a row per image.
-_KINDS = {
-    **dict.fromkeys(("label", "prediction", "noise_prediction"), "iu"),
-    **dict.fromkeys(("margin", "distortion", "stretch", "l2", "radius", "norm"), "f"),
-    "found": "b",
-    "image": "uf",
-}
-_DECIDED = ("label", "prediction")
-_MOVED = (*_DECIDED, "distortion", "stretch")
-_READ = {
-    "clean": _DECIDED,
-    "clean-attacked": (*_DECIDED, "margin"),
-    "smallest-pgd": (*_MOVED, "found", "l2"),
-    "smallest-gaussian": (*_MOVED, "found"),
-    "jacobian": ("norm",),
-    "smoothing": (*_DECIDED, "radius"),
-}
-
-
-def read_measured(path: Path, n: int | None = None, *more: str) -> dict[str, np.ndarray]:
-    """The per-image arrays of one measurement, with all that is read of them and ``more``.
-
-    Args:
-        path: images/<model>/<measurement>.npz.
-        n: number of images; any if None.
-        more: further arrays that must be there.
-
-    Raises:
-        StudyError: it is missing, damaged, or of another shape.
-    """
-    arrays = read_arrays(path)
-    for name in (*_READ.get(path.stem, _MOVED), *more):
-        if name not in arrays:
-            raise damaged(path, f"it has no {name!r}")
-    for name in arrays.keys() & _KINDS.keys():
-        values, count = arrays[name], len(arrays[name]) if arrays[name].ndim else -1
-        n = count if n is None and name != "image" else n
-        if values.dtype.kind not in _KINDS[name] or (values.ndim != 4 if name == "image" else values.shape != (n,)):
-            raise damaged(path, f"{name!r} is {values.dtype} of shape {list(values.shape)}")
-    return arrays
-
-
-def read_corruptions(path: Path) -> dict[str, np.ndarray]:
-    """The decisions under common corruptions, "prediction" [K, S, N], with their names [K] and severities [S].
-
-    Raises:
-        StudyError: the file is missing, damaged, or of another shape.
-    """
-    arrays = read_arrays(path)
-    shapes = {"corruption": ("U", 1), "severity": ("iu", 1), "label": ("iu", 1), "prediction": ("iu", 3)}
-    for name, (kinds, dimensions) in shapes.items():
-        _require_array(path, arrays, name, kinds, dimensions)
-    shape = tuple(len(arrays[name]) for name in ("corruption", "severity", "label"))
-    if arrays["prediction"].shape != shape:
-        raise damaged(path, f"'prediction' has the shape {list(arrays['prediction'].shape)}, not {list(shape)}")
-    return arrays
-
-
-def read_spectra(
-    path: Path, names: Literal["layer", "stage"], prefixes: tuple[str, ...], beside: dict[str, int]
-) -> dict[str, np.ndarray]:
-    """Singular values by layer or stage.
-
-    Args:
-        path: spectra/<model>/weights.npz or features.npz.
-        names: the array that lists the layers or stages, [L].
-        prefixes: what stands before each of these in the names of the arrays of singular values.
-        beside: further arrays with their numbers of dimensions, of which the last is L.
-
-    Raises:
-        StudyError: the file is missing, damaged, or of another shape.
-    """
-    arrays = read_arrays(path)
-    _require_array(path, arrays, names, "U", 1)
-    for name in [prefix + name for prefix in prefixes for name in arrays[names].tolist()]:
-        _require_array(path, arrays, name, "f", 1)
-    for name, dimensions in beside.items():
-        _require_array(path, arrays, name, "f", dimensions)
-        if arrays[name].shape[-1] != len(arrays[names]) or len({len(arrays[name]) for name in beside}) > 1:
-            raise damaged(path, f"{name!r} has the shape {list(arrays[name].shape)}")
-    return arrays
-
-
-def _require_array(path: Path, arrays: dict[str, np.ndarray], name: str, kinds: str, dimensions: int) -> None:
-    if name not in arrays:
-        raise damaged(path, f"it has no {name!r}")
-    values = arrays[name]
-    if values.dtype.kind not in kinds or values.ndim != dimensions or not values.size:
-        raise damaged(path, f"{name!r} is {values.dtype} of shape {list(values.shape)}")

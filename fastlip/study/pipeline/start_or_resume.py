@@ -1,0 +1,89 @@
+"""A run begun in a new directory, or resumed in its own: its config.json is written once, and compared ever after."""
+
+import contextlib
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import fastlip
+from fastlip.study.analysis import power
+from fastlip.study.errors import StudyError
+from fastlip.study.settings import rules, serialization
+from fastlip.study.settings.machine import require_device, this_machine
+from fastlip.study.settings.settings import Settings
+from fastlip.study.storage import digests
+from fastlip.study.storage.files import damaged, write_json
+from fastlip.study.storage.run_directory import RESTORE, RunDirectory
+
+_PACKAGES = ("fastlip", "torch", "torchvision", "numpy", "scipy", "safetensors", "matplotlib", "jinja2")
+
+
+def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
+    """Raise where ``path`` cannot become or go on as the directory of this run; nothing is written.
+
+    Raises:
+        StudyError: another configuration was begun there, other inputs were used, or it holds something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise StudyError(f"--out {path} is a file; name a directory", status=2)
+    require_device(settings.device)
+    if not (path / "config.json").exists():
+        if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+            raise StudyError(f"--out {path} holds something that is not a run; name a new directory", status=2)
+        return
+    old = RunDirectory(path)
+    before, now = serialization.names(old.settings), serialization.names(settings)
+    different = [f"{name} ({before[name]} there, {now[name]} now)" for name in now if before[name] != now[name]]
+    different += [
+        f"{name} (other files)" for name, value in fingerprints.items() if old.config["inputs"].get(name) != value
+    ]
+    if old.config["rules"] != rules.rules_in_words(old.settings.rules):
+        # They were fixed before any result existed, and hold for this run.
+        different.append("rules of the verdicts (another version of fastlip)")
+    if not digests.intact(path, old.config_file):
+        reason = "; ".join(["it is not what its SHA-256 was taken of", *different])
+        raise damaged(old.config_file, reason, RESTORE)
+    require_device(old.machine.device)
+    if different:
+        raise StudyError(
+            f"{path} holds a run with another configuration: {'; '.join(different)}. Use another --out, or the same "
+            "settings to resume it",
+            status=2,
+        )
+
+
+def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str], command: str) -> RunDirectory:
+    """The run directory at ``path``, made if it is not there yet; call :func:`check` first, and this alone."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / "config.json").exists():
+        machine = this_machine(settings)
+        write_json(
+            path / "config.json",
+            {
+                "settings": serialization.to_json(settings),
+                "rules": rules.rules_in_words(settings.rules),
+                "power": power.planned(settings.rules),
+                "machine": vars(machine),
+                "inputs": fingerprints,
+                "seeds": list(settings.all_seeds),
+                "command": command,
+                "versions": _versions(),
+                "build": fastlip.build_info().to_dict(),
+            },
+        )
+        digests.note(path, [path / "config.json"])
+    return RunDirectory(path)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def command_line() -> str:
+    return "python -m fastlip.study " + shlex.join(sys.argv[1:])
