@@ -87,7 +87,7 @@ def study(
     try:
         # Imported late: torch and matplotlib take seconds, and mistakes on the command line are said at once.
         from fastlip.study.pipeline import runner
-        from fastlip.study.pipeline.inputs import Places
+        from fastlip.study.settings.input_paths import Places
 
         places = Places(data, source_checkpoint, source_data, corruptions, download)
         runner.run(chosen, places, out or Path("runs") / preset, join=join)

@@ -11,3 +11,8 @@ class StudyError(Exception):
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(" ".join(message.split()))
         self.status = status
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 300 characters of it."""
+    return str(error).strip().split("\n")[0][:300]

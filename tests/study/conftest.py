@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from fastlip.study.pipeline import runner
-from fastlip.study.pipeline.inputs import Places
 from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.input_paths import Places
 from fastlip.study.settings.settings import Settings
 from fastlip.study.storage.run_directory import RunDirectory
 

@@ -5,9 +5,10 @@ import torch
 
 from fastlip.models import load_checkpoint
 from fastlip.study.pipeline import start_or_resume
-from fastlip.study.pipeline.inputs import Inputs, Places
+from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.stages import stages
 from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.input_paths import Places
 from fastlip.study.settings.training import ARMS
 
 

@@ -15,8 +15,9 @@ import torch
 from fastlip.data import generated
 from fastlip.models import load_checkpoint, resnet18, save_checkpoint
 from fastlip.study import cli
-from fastlip.study.pipeline.inputs import Inputs, Places, resolve_source
+from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.input_paths import Places, resolve_source
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from PIL import Image
 from fastlip.models import resnet18, save_checkpoint
 from fastlip.study.errors import StudyError
 from fastlip.study.pipeline import runner
-from fastlip.study.pipeline.inputs import Inputs, Places, resolve_source
+from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.input_paths import Places, resolve_source
 
 CIFAR10 = os.environ.get("FASTLIP_DATA")
 

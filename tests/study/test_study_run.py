@@ -20,10 +20,10 @@ from fastlip.models import load_checkpoint
 from fastlip.study import frame, image_frame
 from fastlip.study.errors import StudyError
 from fastlip.study.pipeline import runner
-from fastlip.study.pipeline.inputs import Places
 from fastlip.study.report import html_report
 from fastlip.study.report.compare import compare
 from fastlip.study.settings import overrides
+from fastlip.study.settings.input_paths import Places
 from fastlip.study.settings.rules import rules_in_words
 from fastlip.study.storage.files import read_arrays, read_json
 from fastlip.study.storage.locks import locked

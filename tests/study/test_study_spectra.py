@@ -8,7 +8,8 @@ from torch import nn
 from fastlip.data import generated
 from fastlip.models import resnet18
 from fastlip.study.measure import spectra
-from fastlip.study.measure.per_image import Images, depth_points
+from fastlip.study.measure.images import Images
+from fastlip.study.measure.perturbed_images import depth_points
 from fastlip.study.measure.spectra import effective_rank, singular_values, stable_rank
 from fastlip.study.settings import overrides, presets
 

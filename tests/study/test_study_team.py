@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fastlip.models import load_checkpoint
+from fastlip.study.measure.images import merged
 from fastlip.study.storage.files import read_arrays, read_json
-from fastlip.study.training.process_group import Team, merged
+from fastlip.study.training.process_group import Team
 
 TRAIN = """
 import json, sys

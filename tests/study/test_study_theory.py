@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlip.data import ImageSet, cifar10_c
 from fastlip.study.measure import corruptions, smoothing, strong_attacks
-from fastlip.study.measure.per_image import Images
+from fastlip.study.measure.images import Images
 from fastlip.study.settings.attacks import Strong
 from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS, Smoothing
 

@@ -6,8 +6,7 @@ from fastlip.study.analysis import power, summaries
 from fastlip.study.analysis.statistics import median, paired, rate
 from fastlip.study.analysis.summaries import Stored
 from fastlip.study.analysis.verdicts import CASES, verdicts
-from fastlip.study.measure.per_image import depth_points
-from fastlip.study.pipeline.inputs import build
+from fastlip.study.measure.perturbed_images import depth_points
 from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.json_files import read
@@ -24,6 +23,7 @@ from fastlip.study.storage.schema import (
     Training,
     TrainingRecord,
 )
+from fastlip.study.training.networks import build
 
 #: The slide deck behind this project. 93.75% and 88.54% are 90 and 85 of its 96 images; the scale of its average
 #: distortion and the meaning of its upper Lipschitz constant are not stated there.

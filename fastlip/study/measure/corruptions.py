@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional
 
 from fastlip.attacks import gaussian_noise
 from fastlip.data import ImageSet
-from fastlip.study.measure.per_image import Arrays, Images, Progress
+from fastlip.study.measure.images import Arrays, Images, Progress
 from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS
 
 #: Strengths at severities 1 to 5.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlip.attacks import gaussian_noise
 from fastlip.metrics import clopper_pearson
-from fastlip.study.measure.per_image import Arrays, Images, Progress, joined
+from fastlip.study.measure.images import Arrays, Images, Progress, joined
 from fastlip.study.settings.measurements import Smoothing
 
 

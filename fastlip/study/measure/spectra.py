@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fastlip.attacks import gaussian_noise
-from fastlip.study.measure.per_image import Arrays, Images, Progress, pgd_attack
+from fastlip.study.measure.attacks import pgd_attack
+from fastlip.study.measure.images import Arrays, Images, Progress
 from fastlip.study.settings.attacks import Ball
 from fastlip.study.settings.settings import Settings
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlip.attacks import apgd, square
-from fastlip.study.measure.per_image import Arrays, Images, Progress, perturbed
+from fastlip.study.measure.images import Arrays, Images, Progress
+from fastlip.study.measure.perturbed_images import perturbed
 from fastlip.study.settings.attacks import Ball, Strong
 
 

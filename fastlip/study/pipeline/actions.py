@@ -13,16 +13,17 @@ from torch import nn
 from fastlip.data import ImageSet
 from fastlip.models import load_backbone, load_checkpoint, save_checkpoint
 from fastlip.study.errors import StudyError
-from fastlip.study.measure import corruptions, per_image, smoothing, spectra, strong_attacks
+from fastlip.study.measure import attacks, clean_images, corruptions, smoothing, spectra, strong_attacks
 from fastlip.study.measure.certified_bounds import bounded, certified
-from fastlip.study.measure.per_image import Arrays, Images, Progress
-from fastlip.study.pipeline.inputs import Inputs, build
+from fastlip.study.measure.images import Arrays, Images, Progress, merged
+from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.settings.attacks import Ball
 from fastlip.study.settings.training import TRANSFER, Schedule
 from fastlip.study.storage.array_files import read_measured
 from fastlip.study.storage.files import AGAIN, damaged, write_arrays, write_json
 from fastlip.study.storage.run_directory import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
-from fastlip.study.training.process_group import Team, merged
+from fastlip.study.training.networks import build
+from fastlip.study.training.process_group import Team
 from fastlip.study.training.train import train
 
 
@@ -171,29 +172,29 @@ class Work:
         return f"{len(arrays['stage'])} stages"
 
     def _clean(self, images: Images, network: nn.Module, seed: int, progress: Progress) -> Arrays:
-        return per_image.clean(network, images, progress)
+        return clean_images.clean(network, images, progress)
 
     def _gaussian(self, sigma: float, network: nn.Module, seed: int, progress: Progress) -> Arrays:
-        return per_image.gaussian(network, self.attacked, sigma, seed, progress)
+        return attacks.gaussian(network, self.attacked, sigma, seed, progress)
 
     def _pgd(self, ball: Ball, network: nn.Module, seed: int, progress: Progress) -> Arrays:
-        return per_image.projected_gradient(network, self.attacked, ball, self.run.settings, seed, progress)
+        return attacks.projected_gradient(network, self.attacked, ball, self.run.settings, seed, progress)
 
     def _strong(self, ball: Ball, network: nn.Module, seed: int, progress: Progress) -> Arrays:
         return strong_attacks.suite(network, self.attacked, ball, self.run.settings.strong, seed, progress)
 
     def _smallest_adversarial(self, images: Images, network: nn.Module, seed: int, progress: Progress) -> Arrays:
-        return per_image.smallest_adversarial(network, images, self.run.settings, progress)
+        return attacks.smallest_adversarial(network, images, self.run.settings, progress)
 
     def _smallest_gaussian(self, network: nn.Module, seed: int, progress: Progress) -> Arrays:
-        return per_image.smallest_gaussian(network, self.attacked, self.run.settings, seed, progress)
+        return attacks.smallest_gaussian(network, self.attacked, self.run.settings, seed, progress)
 
     def _gaussian_of_norm(self, model: Trained, network: nn.Module, seed: int, progress: Progress) -> Arrays:
         l2 = read_measured(self.run.images(model.name, "smallest-pgd"))["l2"]
-        return per_image.gaussian_of_norm(network, self.attacked, l2, seed, progress)
+        return attacks.gaussian_of_norm(network, self.attacked, l2, seed, progress)
 
     def _jacobian(self, network: nn.Module, seed: int, progress: Progress) -> Arrays:
-        return per_image.jacobian(network, self.attacked, self.run.settings, seed, progress)
+        return clean_images.jacobian(network, self.attacked, self.run.settings, seed, progress)
 
     def _smoothing(self, network: nn.Module, seed: int, progress: Progress) -> Arrays:
         return smoothing.smoothed(network, self.attacked, self.run.settings.smoothing, seed, progress)

@@ -6,63 +6,26 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.models import ResNet50_Weights
 
 from fastlip.data import ImageSet, cifar10, cifar10_c, generated, image_folder
-from fastlip.models import imagenet_weights, load_backbone, load_checkpoint, resnet18, resnet50
-from fastlip.study.errors import StudyError
+from fastlip.models import imagenet_weights
+from fastlip.study.errors import StudyError, first_line
+from fastlip.study.settings.input_paths import Places
 from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS
 from fastlip.study.settings.settings import Settings
+from fastlip.study.training.source_weights import read_source_weights, require_fit
 
 WAYS_OUT = (
     "give --data DIR (or FASTLIP_DATA) with the CIFAR-10 files in DIR/cifar-10-batches-py, and either "
     "--source-checkpoint FILE with the source's weights or --source-data IMAGE_FOLDER to pre-train on"
 )
-
-
-@dataclass(frozen=True)
-class Places:
-    """What the command line said about files.
-
-    Attributes:
-        data: folder that holds ``cifar-10-batches-py``.
-        source_checkpoint: weights under torchvision's names, safetensors or a torch file (read without executing it).
-        source_data: folder of images, one folder per class.
-        corruptions: folder with the files of CIFAR-10-C.
-        download: whether missing files may be fetched.
-    """
-
-    data: Path | None = None
-    source_checkpoint: Path | None = None
-    source_data: Path | None = None
-    corruptions: Path | None = None
-    download: bool = True
-
-
-def resolve_source(settings: Settings, places: Places) -> Settings:
-    """The settings with the source and corruptions that the given files ask for; ImageNet's weights for want of one."""
-    if settings.dataset == "generated":
-        if places.source_checkpoint or places.source_data or places.data or places.corruptions:
-            raise StudyError(
-                f"--preset {settings.preset} generates its images: leave out --data, --source-checkpoint, "
-                "--source-data and --corruptions, or use --preset quick",
-                status=2,
-            )
-        return settings
-    if places.corruptions:
-        settings = replace(settings, corrupted="cifar10c")
-    if places.source_checkpoint:
-        return replace(settings, source="checkpoint")
-    if places.source_data:
-        return replace(settings, source="folder")
-    return settings
 
 
 class Inputs:
@@ -84,7 +47,7 @@ class Inputs:
             try:
                 look()
             except OSError as error:
-                wanting.append(_short(error))
+                wanting.append(first_line(error))
             except ValueError as error:
                 raise StudyError(str(error), status=2) from None
         if wanting:
@@ -166,7 +129,7 @@ class Inputs:
         if self.settings.source == "imagenet":
             return imagenet_weights()
         assert self.places.source_checkpoint is not None
-        return _read_checkpoint(self.places.source_checkpoint)
+        return read_source_weights(self.places.source_checkpoint)
 
     def _target_test(self, n: int) -> ImageSet:
         if self.settings.dataset == "generated":
@@ -245,7 +208,7 @@ class Inputs:
                     status=2,
                 )
         elif s.source == "checkpoint":
-            _fits(self.source_weights(), s, str(self.places.source_checkpoint))
+            require_fit(self.source_weights(), s, str(self.places.source_checkpoint))
         elif s.source == "imagenet":
             if s.architecture != "resnet50" or s.stem != "imagenet":
                 raise StudyError(
@@ -263,38 +226,6 @@ class Inputs:
 def _names_and_sizes(files: list[Path]) -> str:
     listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
     return "names and sizes, sha256 " + hashlib.sha256(listing.encode()).hexdigest()
-
-
-def build(architecture: str, classes: int, stem: str, seed: int) -> nn.Sequential:
-    """A network of the study, freshly initialised."""
-    make = {"resnet50": resnet50, "resnet18": resnet18}[architecture]
-    return make(classes, stem="cifar" if stem == "cifar" else "imagenet", seed=seed)
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise StudyError(f"--source-checkpoint {path} is not a file", status=2)
-    try:
-        if path.suffix == ".safetensors":
-            return load_checkpoint(path)[0]
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise StudyError(
-            f"--source-checkpoint {path} cannot be read; it must be safetensors or a torch file of tensors alone "
-            f"({_short(error)})",
-            status=2,
-        ) from None
-    found = found.get("state_dict", found) if isinstance(found, dict) else {}
-    if not found or not all(isinstance(v, Tensor) for v in found.values()):
-        raise StudyError(f"--source-checkpoint {path} holds no state dict", status=2)
-    return found
-
-
-def _fits(state: dict[str, Tensor], settings: Settings, name: str) -> None:
-    try:
-        load_backbone(build(settings.architecture, 2, settings.stem, 0), state)
-    except ValueError as error:
-        raise StudyError(f"--source-checkpoint {name}: {error}", status=2) from None
 
 
 @contextmanager
@@ -318,7 +249,3 @@ def _patience(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _short(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]

@@ -21,8 +21,9 @@ from rich.text import Text
 
 from fastlip.study.errors import StudyError
 from fastlip.study.pipeline import start_or_resume
-from fastlip.study.pipeline.inputs import Inputs, Places, resolve_source
+from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.stages import Stage, require_sound, stages
+from fastlip.study.settings.input_paths import Places, resolve_source
 from fastlip.study.settings.settings import Settings
 from fastlip.study.storage import locks
 from fastlip.study.storage.files import write_json

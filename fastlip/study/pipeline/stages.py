@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from fastlip.study.analysis import results
-from fastlip.study.measure.per_image import Progress
+from fastlip.study.measure.images import Progress
 from fastlip.study.pipeline.actions import Work, probe_name, weights_at
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.report import html_report

@@ -1,0 +1,68 @@
+"""What is measured on perturbed images, whatever perturbed them: decisions, distortion and stretch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from fastlip.attacks import gaussian_noise
+from fastlip.metrics import average_distortion, layer_stretch
+from fastlip.study.measure.images import Arrays, Images, Progress, joined
+
+Attack = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
+
+
+def depth_points(model: nn.Module) -> list[str]:
+    """Modules of a ResNet after which stretch is observed: its stem and every residual block."""
+    found = [name for name, module in model.named_modules() if isinstance(module, BasicBlock | Bottleneck)]
+    return ["network.maxpool", *found] if found else []
+
+
+def perturbed(
+    model: nn.Module,
+    images: Images,
+    attack: Attack,
+    seed: int,
+    progress: Progress,
+    keep: int = 0,
+    control: bool = False,
+) -> Arrays:
+    """What became of each image under ``attack``, and the perturbed pixels of the first ``keep``.
+
+    ``stretch`` is that at the logits, and ``depth_stretch`` [N, D] that at :func:`depth_points`.
+    """
+    points = depth_points(model)
+    parts = []
+    for rows in images.batches(progress):
+        x, y = images.at(rows), images.labels[rows]
+        # The same state for each batch: an image's draws follow from its id, however images are batched.
+        generator = torch.Generator(images.device).manual_seed(seed)
+        z = attack(x, y, images.ids[rows], generator)
+        moved = (z.double() - x.double()).flatten(1)
+        stretch = layer_stretch(model, z, x, ["", *points])
+        part = {
+            "id": images.ids[rows],
+            "label": y,
+            "prediction": _predict(model, z),
+            "l2": moved.norm(dim=1),
+            "linf": moved.abs().amax(1),
+            "l1": moved.abs().sum(1),
+            "distortion": average_distortion(z, x),
+            "stretch": stretch[""],
+        }
+        if points:
+            part["depth_stretch"] = torch.stack([stretch[name] for name in points], 1).float()
+        if control:
+            generator = torch.Generator(images.device).manual_seed(seed)
+            noisy = gaussian_noise(x, norm=part["l2"].float(), ids=images.ids[rows], generator=generator)
+            part["noise_prediction"] = _predict(model, noisy)
+        if keep:
+            part["image"] = z[: max(keep - rows.start, 0)].contiguous()
+        parts.append(part)
+    return joined(parts)
+
+
+def _predict(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x).argmax(1)
