@@ -4,7 +4,7 @@ import csv
 import io
 import re
 
-from fastlip.study.report import drawing, robustness_figures
+from fastlip.study.report import drawing, robustness_figures, training_figures
 from fastlip.study.storage.files import read_json
 
 
@@ -15,7 +15,7 @@ def many_seeds(results, seeds=3):
 
 
 def test_the_legend_names_each_arm_once_however_many_seeds_there_are(finished):
-    found = robustness_figures.training_figure(many_seeds(read_json(finished.results)))
+    found = training_figures.training_figure(many_seeds(read_json(finished.results)))
     assert found.svg.count("scratch, 3 seeds") == found.svg.count("fine-tuned, 3 seeds") == 1
     rows = list(csv.DictReader(io.StringIO(found.csv)))
     assert {row["model"] for row in rows} == {f"{arm}-s{s}" for arm in ("scratch", "finetune") for s in range(3)}

@@ -11,7 +11,7 @@ from fastlip.models import load_checkpoint
 from fastlip.study.measure.spectra import CONDITIONS, STAGES
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.stages import stages
-from fastlip.study.report.attack_tables import LONG
+from fastlip.study.report.long_csv import LONG
 from fastlip.study.settings.input_paths import Places
 from fastlip.study.storage.files import read_arrays, read_json
 from fastlip.study.storage.schema import Lipschitz, Power, Results

@@ -8,8 +8,9 @@ import pytest
 from scipy import stats
 
 from fastlip.study.analysis.statistics import rate
-from fastlip.study.report.attack_tables import arm_table
-from fastlip.study.report.tables import Table, interval, number, percent, power
+from fastlip.study.report.number_format import interval, number, percent, power
+from fastlip.study.report.summary_tables import arm_table
+from fastlip.study.report.tables import Table
 from fastlip.study.storage.files import read_json
 from fastlip.study.storage.schema import Estimate
 

@@ -10,12 +10,9 @@ from fastlip.study.storage.schema import Power
 #: What is assumed where nothing is known yet: true shares, differences over their spread between seeds, correlations.
 _SHARES = (0.95, 0.98, 1.0)
 
-
 _EFFECTS = (1.0, 2.0, 4.0)
 
-
 _CORRELATIONS = (0.5, 0.7, 0.9)
-
 
 _MOST = 20_000
 

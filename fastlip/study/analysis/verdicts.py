@@ -18,7 +18,6 @@ QUESTIONS = (
     "Do “unstability” (the Lipschitz constant) and average distortion correlate, in both cases?",
 )
 
-
 CASES = {"from scratch": ("scratch",), "pre-trained": TRANSFER}
 
 

@@ -11,9 +11,7 @@ from fastlip.data import ImageSet
 
 Arrays = dict[str, np.ndarray]
 
-
 Progress = Callable[[int, int, str], None]
-
 
 #: Images whose pixels are stored beside the numbers, for a reader to look at.
 KEPT = 64

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlip.study.errors import StudyError
-from fastlip.study.report.tables import Table, distortion, interval, number, percent, power
+from fastlip.study.report.number_format import distortion, interval, number, percent, power
+from fastlip.study.report.tables import Table
 from fastlip.study.settings.serialization import names
 from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import Model, Results

@@ -13,20 +13,11 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from fastlip.study.report.tables import ARM_NAMES
+from fastlip.study.report.arms import ARM_COLOURS, ARM_NAMES
 from fastlip.study.storage.files import write_text
 from fastlip.study.storage.schema import Model, Results
 
 INK, MUTED, GRID = "#1f2328", "#656d76", "#d0d7de"
-#: Colours of the arms, told apart by the colour-blind and on white and black; the report swaps them in dark mode.
-ARM_COLOURS = {
-    "scratch": "#c2510a",
-    "finetune": "#0a5cc2",
-    "linear": "#8a3fb0",
-    "partial": "#0b7d78",
-    "lpft": "#b0216b",
-    "reference": "#5c7a12",
-}
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -144,3 +135,6 @@ def _legend(axes: Axes, results: Results) -> None:
     arms = dict.fromkeys(m["arm"] for m in results["models"])
     handles = [axes.plot([], [], color=ARM_COLOURS[arm])[0] for arm in arms]
     axes.legend(handles, [ARM_NAMES[arm] + (f", {seeds} seeds" if seeds > 1 else "") for arm in arms])
+
+
+DASHES = {"pgd": "-", "gaussian": ":", "clean": "--"}

@@ -20,7 +20,6 @@ _QUICK = Settings(
     corruptions=Corruptions(images=200),
 )
 
-
 PRESETS = {
     "demo": Settings(
         preset="demo",

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 #: Arms that start from the source: all weights, the head alone, the last stage and the head, the head and then all.
 TRANSFER = ("finetune", "linear", "partial", "lpft")
 
-
 ARMS = ("reference", "scratch", *TRANSFER)
-
 
 SOURCES = ("generated", "imagenet", "checkpoint", "folder")
 

@@ -20,7 +20,6 @@ from fastlip.study.training.batch_norm import synchronised
 
 T = TypeVar("T")
 
-
 #: Others wait while the leader bounds norms, which takes as long as it takes.
 _PATIENCE = datetime.timedelta(hours=12)
 
