@@ -23,7 +23,7 @@ from fastlip.study.storage.schema import (
     Training,
     TrainingRecord,
 )
-from fastlip.study.training.networks import build
+from fastlip.study.training.architectures import build
 
 #: The slide deck behind this project. 93.75% and 88.54% are 90 and 85 of its 96 images; the scale of its average
 #: distortion and the meaning of its upper Lipschitz constant are not stated there.

@@ -22,7 +22,8 @@ from rich.text import Text
 from fastlip.study.errors import StudyError
 from fastlip.study.pipeline import start_or_resume
 from fastlip.study.pipeline.inputs import Inputs
-from fastlip.study.pipeline.stages import Stage, require_sound, stages
+from fastlip.study.pipeline.stage import Stage
+from fastlip.study.pipeline.stages import require_sound, stages
 from fastlip.study.settings.input_paths import Places, resolve_source
 from fastlip.study.settings.settings import Settings
 from fastlip.study.storage import locks

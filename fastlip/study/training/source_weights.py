@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlip.models import load_backbone, load_checkpoint
 from fastlip.study.errors import StudyError, first_line
 from fastlip.study.settings.settings import Settings
-from fastlip.study.training.networks import build
+from fastlip.study.training.architectures import build
 
 
 def read_source_weights(path: Path) -> dict[str, Tensor]:
