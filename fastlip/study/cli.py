@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 def _settings() -> str:
     """Every setting with its value in each preset, for --help."""
-    columns = [serialization.names(chosen) for chosen in presets.PRESETS.values()]
+    columns = [serialization.dotted_names(chosen) for chosen in presets.PRESETS.values()]
     lines = [f"**Settings** (`--set NAME=VALUE`; values of {' / '.join(presets.PRESETS)}):", ""]
     for name in columns[0]:
         if name not in overrides.FIXED:
@@ -87,10 +87,10 @@ def study(
     try:
         # Imported late: torch and matplotlib take seconds, and mistakes on the command line are said at once.
         from fastlip.study.pipeline import runner
-        from fastlip.study.settings.input_paths import Places
+        from fastlip.study.settings.input_paths import InputPaths
 
-        places = Places(data, source_checkpoint, source_data, corruptions, download)
-        runner.run(chosen, places, out or Path("runs") / preset, join=join)
+        paths = InputPaths(data, source_checkpoint, source_data, corruptions, download)
+        runner.run(chosen, paths, out or Path("runs") / preset, join=join)
     except KeyboardInterrupt:
         # Typer would end without a word.
         raise StudyError("interrupted; run the same command again to go on", status=130) from None

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from fastlip.study.pipeline import runner
 from fastlip.study.settings import overrides, presets
-from fastlip.study.settings.input_paths import Places
+from fastlip.study.settings.input_paths import InputPaths
 from fastlip.study.settings.settings import Settings
 from fastlip.study.storage.run_directory import RunDirectory
 
@@ -68,7 +68,7 @@ def micro() -> Settings:
 @pytest.fixture(scope="session")
 def finished(micro: Settings, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A finished micro run; tests leave it as it is."""
-    return runner.run(micro, Places(), tmp_path_factory.mktemp("study") / "run", Console(quiet=True))
+    return runner.run(micro, InputPaths(), tmp_path_factory.mktemp("study") / "run", Console(quiet=True))
 
 
 @pytest.fixture(scope="session")

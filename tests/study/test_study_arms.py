@@ -8,7 +8,7 @@ from fastlip.study.pipeline import start_or_resume
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.stages import stages
 from fastlip.study.settings import overrides, presets
-from fastlip.study.settings.input_paths import Places
+from fastlip.study.settings.input_paths import InputPaths
 from fastlip.study.settings.training import ARMS
 
 
@@ -16,7 +16,7 @@ from fastlip.study.settings.training import ARMS
 def weights(micro, tmp_path_factory):
     """Checkpoints of all arms by name."""
     settings = overrides.override(micro, ["arms=" + ",".join(ARMS)])
-    inputs = Inputs(settings, Places())
+    inputs = Inputs(settings, InputPaths())
     run = start_or_resume.open_or_create(
         tmp_path_factory.mktemp("arms") / "run", settings, inputs.fingerprints(), "test"
     )

@@ -17,7 +17,7 @@ from fastlip.models import load_checkpoint, resnet18, save_checkpoint
 from fastlip.study import cli
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.settings import overrides, presets
-from fastlip.study.settings.input_paths import Places, resolve_source
+from fastlip.study.settings.input_paths import InputPaths, resolve_source
 
 
 @pytest.fixture
@@ -77,10 +77,10 @@ def test_corruptions_that_are_not_cifar10s(command, tmp_path, monkeypatch, chang
     monkeypatch.setattr(Inputs, "_cifar_test", clean)
     monkeypatch.setattr(Inputs, "_check_target", lambda self: None)
     root = cifar10_c(tmp_path / "c", np.tile(clean.labels.numpy(), 5))
-    places = Places(corruptions=root)
-    settings = resolve_source(overrides.override(presets.preset("quick"), ["arms=scratch"]), places)
+    paths = InputPaths(corruptions=root)
+    settings = resolve_source(overrides.override(presets.preset("quick"), ["arms=scratch"]), paths)
     assert settings.corrupted == "cifar10c"
-    Inputs(settings, places).check()
+    Inputs(settings, paths).require_available()
     change(root)
     found = command(*QUICK, "--set=arms=scratch", "--corruptions", root, "--out", tmp_path / "run")
     is_one_line(found, 2, message)

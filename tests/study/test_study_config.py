@@ -4,8 +4,8 @@ import pytest
 
 from fastlip.study.errors import StudyError
 from fastlip.study.settings import overrides, presets, serialization
-from fastlip.study.settings.attacks import Pgd, Smallest
-from fastlip.study.settings.measurements import Evaluation
+from fastlip.study.settings.attacks import PgdSettings, SmallestSettings
+from fastlip.study.settings.measurements import EvaluationSettings
 from fastlip.study.settings.rules import Rules
 from fastlip.study.settings.settings import Settings
 from fastlip.study.settings.training import Schedule
@@ -19,7 +19,7 @@ def test_settings_survive_json(name):
 
 def test_every_setting_can_be_overridden_by_the_text_of_its_value():
     settings = presets.preset("quick")
-    for name, value in serialization.names(settings).items():
+    for name, value in serialization.dotted_names(settings).items():
         if name not in overrides.FIXED:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             assert overrides.override(settings, [f"{name}={text}"]) == settings
@@ -69,6 +69,6 @@ def test_settings_of_another_version_are_refused():
 
 
 def test_every_field_is_described():
-    for kind in (Settings, Schedule, Evaluation, Pgd, Smallest, Rules):
+    for kind in (Settings, Schedule, EvaluationSettings, PgdSettings, SmallestSettings, Rules):
         for field in dataclasses.fields(kind):
             assert f"{field.name}:" in kind.__doc__

@@ -11,8 +11,8 @@ from fastlip.study.analysis.summaries import gaussian_of_same_norm
 from fastlip.study.measure.spectra import CONDITIONS
 from fastlip.study.pipeline import start_or_resume
 from fastlip.study.settings import overrides, presets
-from fastlip.study.settings.attacks import Pgd, Strong
-from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS, Corruptions
+from fastlip.study.settings.attacks import PgdSettings, StrongSuiteSettings
+from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS, CorruptionSettings
 from fastlip.study.settings.rules import Rules
 from fastlip.study.settings.settings import Settings
 from fastlip.study.storage.files import write_arrays, write_json
@@ -40,9 +40,9 @@ def settings() -> Settings:
     )
     return dataclasses.replace(
         demo,
-        pgd=Pgd(linf_255=(1.0,), l2=(0.5,), l1=()),
-        strong=Strong(linf_255=(), l2=()),
-        corruptions=Corruptions(severities=(5,), images=80),
+        pgd=PgdSettings(linf_255=(1.0,), l2=(0.5,), l1=()),
+        strong=StrongSuiteSettings(linf_255=(), l2=()),
+        corruptions=CorruptionSettings(severities=(5,), images=80),
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastlip.study.analysis.statistics import rate
+from fastlip.study.analysis.statistics import proportion
 from fastlip.study.analysis.verdicts import QUESTIONS, verdicts
 from fastlip.study.settings import presets
 from fastlip.study.settings.rules import Rules, rules_in_words
@@ -18,7 +18,7 @@ def model(arm, seed, *, ratios=(0.01,) * 60):
         "name": f"{arm}-s{seed}",
         "arm": arm,
         "seed": seed,
-        "ratio_share": rate(np.array(ratios) <= RULES.ratio, 0.95),
+        "ratio_share": proportion(np.array(ratios) <= RULES.ratio, 0.95),
     }
 
 
@@ -141,7 +141,7 @@ def points(slope, *, runs=12, cases=("scratch", "finetune"), noise=0.1):
                         "arm": arm,
                         "seed": seed,
                         "epoch": epoch,
-                        "accuracy": rate(np.ones(10, dtype=bool), 0.95),
+                        "accuracy": proportion(np.ones(10, dtype=bool), 0.95),
                         "median": 0.1 + 0.01 * (slope * near + noise * rng.normal()),
                         "stretch": 5 + near,
                         "log10_upper": 20 + near,

@@ -17,7 +17,7 @@ _CORRELATIONS = (0.5, 0.7, 0.9)
 _MOST = 20_000
 
 
-def planned(rules: Rules) -> list[Power]:
+def sample_sizes(rules: Rules) -> list[Power]:
     """The needs of each question under stated assumptions; part of the run's configuration."""
     shares = [
         Power(

@@ -3,14 +3,14 @@
 import numpy as np
 
 from fastlip.study.analysis import power, summaries
-from fastlip.study.analysis.statistics import median, paired, rate
-from fastlip.study.analysis.summaries import Stored
+from fastlip.study.analysis.statistics import median, paired, proportion
+from fastlip.study.analysis.summaries import StoredModel
 from fastlip.study.analysis.verdicts import CASES, verdicts
 from fastlip.study.measure.perturbed_images import depth_points
 from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.json_files import read
-from fastlip.study.storage.run_directory import RunDirectory, Trained, pgd_name
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, pgd_name
 from fastlip.study.storage.schema import (
     SCHEMA,
     Comparison,
@@ -67,20 +67,20 @@ def analyse(run: RunDirectory, source_name: str) -> Results:
                 attack=attack,
                 average_distortion=distortion,
                 upper_lipschitz_constant=constant,
-                clean_accuracy=rate(np.arange(_DECK_IMAGES) < right, s.rules.confidence),
+                clean_accuracy=proportion(np.arange(_DECK_IMAGES) < right, s.rules.confidence),
             )
             for model, attack, distortion, constant, right in _DECK
         ],
     )
 
 
-def _moment(trained: Trained) -> tuple[int, str, float]:
+def _moment(trained: TrainedModel) -> tuple[int, str, float]:
     return trained.seed, trained.arm, np.inf if trained.epoch is None else trained.epoch
 
 
-def _model(run: RunDirectory, trained: Trained) -> Model:
+def _model(run: RunDirectory, trained: TrainedModel) -> Model:
     s = run.settings
-    stored = Stored(run, trained)
+    stored = StoredModel(run, trained)
     confidence = s.rules.confidence
     training = read(run.training(trained.name), TrainingRecord)
     clean = stored.decided("clean")
@@ -95,8 +95,8 @@ def _model(run: RunDirectory, trained: Trained) -> Model:
         architecture=s.architecture_of(trained.arm),
         additional_data=trained.arm in TRANSFER,
         clean_acc=100.0 * float(clean.mean()),
-        clean=rate(clean, confidence),
-        attacked_clean=rate(stored.right, confidence),
+        clean=proportion(clean, confidence),
+        attacked_clean=proportion(stored.right, confidence),
         training=Training(
             images=training["images"],
             epochs=training["epochs"],
@@ -109,7 +109,7 @@ def _model(run: RunDirectory, trained: Trained) -> Model:
         smallest_pgd=summaries.smallest(stored, "pgd"),
         smallest_gaussian=summaries.smallest(stored, "gaussian"),
         gaussian_of_same_norm=summaries.gaussian_of_same_norm(stored),
-        ratio_share=rate(ratios <= s.rules.ratio, confidence),
+        ratio_share=proportion(ratios <= s.rules.ratio, confidence),
         ratio_median=median(ratios, confidence),
         largest_stretch=summaries.largest_stretch(stored),
         depth_points=depth_points(build(s.architecture_of(trained.arm), 2, s.stem, 0)),
@@ -124,9 +124,9 @@ def _model(run: RunDirectory, trained: Trained) -> Model:
     )
 
 
-def _point(run: RunDirectory, trained: Trained) -> Point:
+def _point(run: RunDirectory, trained: TrainedModel) -> Point:
     """On the first images alone where there are snapshots, so that all moments are seen on the same."""
-    s, stored = run.settings, Stored(run, trained)
+    s, stored = run.settings, StoredModel(run, trained)
     first = s.evaluation.snapshot_images if run.snapshots else s.evaluation.images
     right = stored.right[:first]
     arrays = stored.images("smallest-pgd")
@@ -136,7 +136,7 @@ def _point(run: RunDirectory, trained: Trained) -> Point:
         arm=trained.arm,
         seed=trained.seed,
         epoch=trained.epoch,
-        accuracy=rate(right, s.rules.confidence),
+        accuracy=proportion(right, s.rules.confidence),
         median=found["value"],
         stretch=summaries.largest(arrays["stretch"][:first][right]),
         log10_upper=read(run.lipschitz(trained.name), Lipschitz)["log10_upper"],
@@ -150,7 +150,7 @@ def _comparisons(run: RunDirectory) -> list[Comparison]:
     under = pgd_name("linf", s.rules.compared_linf_255)
     for seed in s.all_seeds:
         for arm in arms:
-            pair = [Stored(run, Trained(arm, seed)), Stored(run, Trained("scratch", seed))]
+            pair = [StoredModel(run, TrainedModel(arm, seed)), StoredModel(run, TrainedModel("scratch", seed))]
             both = pair[0].right & pair[1].right
             a, b = (stored.images("smallest-pgd")["distortion"][both] for stored in pair)
             difference = paired(a, b, np.median, s.rules.confidence, s.rules.resamples)
@@ -172,7 +172,7 @@ def _power(run: RunDirectory, models: list[Model], points: list[Point]) -> list[
         3: len(run.settings.all_seeds) if {"scratch", "finetune"} <= set(run.settings.arms) else 0,
         4: min(len({p["run"] for p in points if p["arm"] in arms}) for arms in CASES.values()),
     }
-    rows = [Power(**(row | {"had": had[row["question"]]})) for row in power.planned(rules)]
+    rows = [Power(**(row | {"had": had[row["question"]]})) for row in power.sample_sizes(rules)]
     for question, arm in ((1, "scratch"), (2, "finetune")):
         for m in models:
             share = m["ratio_share"]["value"]

@@ -13,18 +13,18 @@ import numpy as np
 from scipy import stats
 
 from fastlip.metrics import censored_median, clopper_pearson, paired_bootstrap
-from fastlip.study.storage.schema import Estimate, Rate
+from fastlip.study.storage.schema import Estimate, Proportion
 
 Reduction = Callable[..., Any]
 
 
-def rate(hits: np.ndarray, confidence: float) -> Rate:
+def proportion(hits: np.ndarray, confidence: float) -> Proportion:
     """Share of True in ``hits`` [n] bool; the interval is [0, 1] where n is 0."""
     k, n = int(hits.sum()), len(hits)
     if n == 0:
-        return Rate(k=0, n=0, value=None, low=0.0, high=1.0, confidence=confidence)
+        return Proportion(k=0, n=0, value=None, low=0.0, high=1.0, confidence=confidence)
     found = clopper_pearson(k, n, confidence)
-    return Rate(k=k, n=n, value=found.value, low=found.low, high=found.high, confidence=confidence)
+    return Proportion(k=k, n=n, value=found.value, low=found.low, high=found.high, confidence=confidence)
 
 
 def mean(values: np.ndarray, confidence: float, resamples: int) -> Estimate:

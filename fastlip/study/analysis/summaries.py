@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from fastlip.study.analysis.statistics import mean, median, rate
+from fastlip.study.analysis.statistics import mean, median, proportion
 from fastlip.study.measure import spectra
 from fastlip.study.storage.array_files import read_corruptions, read_measured, read_spectra
-from fastlip.study.storage.run_directory import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, gaussian_name, pgd_name, strong_name
 from fastlip.study.storage.schema import (
     Attack,
     CertifiedAt,
@@ -20,7 +20,7 @@ from fastlip.study.storage.schema import (
     Lipschitz,
     Margins,
     Member,
-    Rate,
+    Proportion,
     Smallest,
     Smoothed,
     Stretch,
@@ -29,10 +29,10 @@ from fastlip.study.storage.schema import (
 )
 
 
-class Stored:
+class StoredModel:
     """What the stages have written about one model."""
 
-    def __init__(self, run: RunDirectory, trained: Trained) -> None:
+    def __init__(self, run: RunDirectory, trained: TrainedModel) -> None:
         self.run = run
         self.trained = trained
         self.rules = run.settings.rules
@@ -51,14 +51,14 @@ class Stored:
         return found
 
 
-def attacks(stored: Stored) -> list[Attack]:
+def attacks(stored: StoredModel) -> list[Attack]:
     """Every attack at a fixed strength, noise first."""
     s = stored.run.settings
     found = [_attack(stored, gaussian_name(v), "gaussian", None, v) for v in s.gaussian.sigmas]
     return found + [_attack(stored, pgd_name(norm, v), "pgd", norm, eps) for norm, v, eps in s.pgd.grid]
 
 
-def perturbed(run: RunDirectory) -> list[str]:
+def perturbing_measurements(run: RunDirectory) -> list[str]:
     """Every measurement that perturbs images and observes their stretch."""
     s = run.settings
     names = [gaussian_name(v) for v in s.gaussian.sigmas] + [pgd_name(*ball[:2]) for ball in s.pgd.grid]
@@ -66,22 +66,22 @@ def perturbed(run: RunDirectory) -> list[str]:
     return [*names, "smallest-pgd", "smallest-gaussian", "gaussian-of-same-norm"]
 
 
-def _attack(stored: Stored, name: str, attack: Any, norm: Any, strength: float) -> Attack:
+def _attack(stored: StoredModel, name: str, attack: Any, norm: Any, strength: float) -> Attack:
     arrays, rules = stored.images(name), stored.rules
     noise = arrays.get("noise_prediction")
     return Attack(
         attack=attack,
         norm=norm,
         strength=strength,
-        accuracy=rate(arrays["prediction"] == arrays["label"], rules.confidence),
-        noise_accuracy=None if noise is None else rate(noise == arrays["label"], rules.confidence),
+        accuracy=proportion(arrays["prediction"] == arrays["label"], rules.confidence),
+        noise_accuracy=None if noise is None else proportion(noise == arrays["label"], rules.confidence),
         distortion=mean(arrays["distortion"][stored.right], rules.confidence, rules.resamples),
         stretch=_stretch(stored, arrays["stretch"][stored.right]),
         depth=_depth(arrays, stored.right),
     )
 
 
-def strong(stored: Stored) -> list[Strong]:
+def strong(stored: StoredModel) -> list[Strong]:
     """The stronger suite in each of its balls, with PGD's verdict where the same ball is on its grid."""
     s, found = stored.run.settings, []
     for norm, value, eps in s.strong.grid:
@@ -92,18 +92,18 @@ def strong(stored: Stored) -> list[Strong]:
             stands = {"PGD": stored.decided(pgd_name(norm, value))} | stands
         worst = np.logical_and.reduce(list(stands.values()))
         confidence = stored.rules.confidence
-        members = [Member(name=name, accuracy=rate(kept, confidence)) for name, kept in stands.items()]
-        found.append(Strong(norm=norm, strength=eps, accuracy=rate(worst, confidence), members=members))
+        members = [Member(name=name, accuracy=proportion(kept, confidence)) for name, kept in stands.items()]
+        found.append(Strong(norm=norm, strength=eps, accuracy=proportion(worst, confidence), members=members))
     return found
 
 
-def smallest(stored: Stored, kind: Any) -> Smallest:
+def smallest(stored: StoredModel, kind: Any) -> Smallest:
     arrays, rules = stored.images(f"smallest-{kind}"), stored.rules
     distortion = arrays["distortion"][stored.right]
     found = np.isfinite(distortion)
     return Smallest(
         attack=kind,
-        found=rate(found, rules.confidence),
+        found=proportion(found, rules.confidence),
         median=median(distortion, rules.confidence),
         mean=mean(distortion[found], rules.confidence, rules.resamples),
         stretch=_stretch(stored, arrays["stretch"][stored.right][found]),
@@ -111,13 +111,13 @@ def smallest(stored: Stored, kind: Any) -> Smallest:
     )
 
 
-def gaussian_of_same_norm(stored: Stored) -> Rate:
+def gaussian_of_same_norm(stored: StoredModel) -> Proportion:
     """Accuracy under noise as long as the smallest adversarial perturbation, where there is one."""
     chosen = stored.right & stored.images("smallest-pgd")["found"]
-    return rate(stored.decided("gaussian-of-same-norm")[chosen], stored.rules.confidence)
+    return proportion(stored.decided("gaussian-of-same-norm")[chosen], stored.rules.confidence)
 
 
-def ratios(stored: Stored) -> np.ndarray:
+def ratios(stored: StoredModel) -> np.ndarray:
     """Smallest adversarial over smallest Gaussian distortion of each image classified correctly."""
     pgd, noise = (stored.images(f"smallest-{kind}")["distortion"][stored.right] for kind in ("pgd", "gaussian"))
     with np.errstate(invalid="ignore"):  # inf / inf, replaced
@@ -125,9 +125,9 @@ def ratios(stored: Stored) -> np.ndarray:
     return found
 
 
-def largest_stretch(stored: Stored) -> float | None:
+def largest_stretch(stored: StoredModel) -> float | None:
     """Over every perturbation that the model met."""
-    return largest(np.concatenate([stored.images(name)["stretch"] for name in perturbed(stored.run)]))
+    return largest(np.concatenate([stored.images(name)["stretch"] for name in perturbing_measurements(stored.run)]))
 
 
 def largest(values: np.ndarray) -> float | None:
@@ -135,7 +135,7 @@ def largest(values: np.ndarray) -> float | None:
     return float(moved.max()) if len(moved) else None
 
 
-def _stretch(stored: Stored, values: np.ndarray) -> Stretch:
+def _stretch(stored: StoredModel, values: np.ndarray) -> Stretch:
     """Of the images that were moved at all."""
     moved = values[np.isfinite(values)]
     return Stretch(mean=mean(moved, stored.rules.confidence, stored.rules.resamples), largest=largest(values))
@@ -149,12 +149,12 @@ def _depth(arrays: dict[str, np.ndarray], chosen: np.ndarray) -> DepthStretch:
     return DepthStretch(mean=_digits(moved.mean(0)), largest=_digits(moved.max(0)))
 
 
-def jacobian(stored: Stored) -> Jacobian:
+def jacobian(stored: StoredModel) -> Jacobian:
     norm = stored.images("jacobian")["norm"]
     return Jacobian(mean=mean(norm, stored.rules.confidence, stored.rules.resamples), largest=float(norm.max()))
 
 
-def weights(stored: Stored) -> list[WeightSpectrum]:
+def weights(stored: StoredModel) -> list[WeightSpectrum]:
     arrays = read_spectra(stored.run.spectra(stored.trained.name, "weights"), "layer", ("",), {"distance": 1})
     return [
         WeightSpectrum(
@@ -170,7 +170,7 @@ def weights(stored: Stored) -> list[WeightSpectrum]:
     ]
 
 
-def features(stored: Stored) -> tuple[list[FeatureSpectrum], list[Growth]]:
+def features(stored: StoredModel) -> tuple[list[FeatureSpectrum], list[Growth]]:
     path = stored.run.spectra(stored.trained.name, "features")
     moved_under = {f"growth/{condition}": 2 for condition in spectra.CONDITIONS[1:]}
     arrays = read_spectra(path, "stage", tuple(f"{c}/" for c in spectra.CONDITIONS), moved_under)
@@ -204,11 +204,11 @@ def features(stored: Stored) -> tuple[list[FeatureSpectrum], list[Growth]]:
     return found, growth
 
 
-def corruptions(stored: Stored) -> Corruptions:
+def corruptions(stored: StoredModel) -> Corruptions:
     arrays, rules = read_corruptions(stored.run.images(stored.trained.name, "corruptions")), stored.rules
     right = arrays["prediction"] == arrays["label"]  # [K, S, N]
     rows = [
-        Corruption(corruption=name, severity=severity, accuracy=rate(right[k, j], rules.confidence))
+        Corruption(corruption=name, severity=severity, accuracy=proportion(right[k, j], rules.confidence))
         for k, name in enumerate(arrays["corruption"].tolist())
         for j, severity in enumerate(arrays["severity"].tolist())
     ]
@@ -216,21 +216,21 @@ def corruptions(stored: Stored) -> Corruptions:
     return Corruptions(source=stored.run.settings.corrupted, rows=rows, mean=average)
 
 
-def margins(stored: Stored, bound: Lipschitz) -> Margins:
+def margins(stored: StoredModel, bound: Lipschitz) -> Margins:
     """Certificates from the clean margin over the bound on the difference of two logits."""
     clean = stored.images("clean-attacked")
     with np.errstate(divide="ignore"):
         log10 = np.log10(np.maximum(clean["margin"], 0.0)) - bound["log10_margin"]
     radii = sorted(stored.run.settings.pgd.l2)[:1]
     certified = [
-        CertifiedAt(radius=r, accuracy=rate(stored.right & (log10 > np.log10(r)), stored.rules.confidence))
+        CertifiedAt(radius=r, accuracy=proportion(stored.right & (log10 > np.log10(r)), stored.rules.confidence))
         for r in radii
     ]
     right = log10[stored.right]
     return Margins(log10_radius=float(np.median(right)) if len(right) else None, certified=certified)
 
 
-def smoothed(stored: Stored) -> Smoothed:
+def smoothed(stored: StoredModel) -> Smoothed:
     arrays, s = stored.images("smoothing"), stored.run.settings.smoothing
     right = arrays["prediction"] == arrays["label"]
     confidence = stored.rules.confidence
@@ -238,9 +238,11 @@ def smoothed(stored: Stored) -> Smoothed:
         sigma=s.sigma,
         samples=s.samples,
         alpha=s.alpha,
-        abstains=rate(arrays["radius"] <= 0, confidence),
+        abstains=proportion(arrays["radius"] <= 0, confidence),
         certified=[
-            CertifiedAt(radius=r, accuracy=rate(right & (arrays["radius"] > 0) & (arrays["radius"] >= r), confidence))
+            CertifiedAt(
+                radius=r, accuracy=proportion(right & (arrays["radius"] > 0) & (arrays["radius"] >= r), confidence)
+            )
             for r in (0.0, *(factor * s.sigma for factor in (0.5, 1.0, 1.5)))
         ],
     )

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastlip.study.analysis.statistics import holm, over_seeds, over_seeds_p, rate, spearman
+from fastlip.study.analysis.statistics import holm, over_seeds, over_seeds_p, proportion, spearman
 from fastlip.study.settings.rules import Rules, rules_in_words
 from fastlip.study.settings.training import TRANSFER
-from fastlip.study.storage.schema import Comparison, Estimate, Model, Point, Rate, Statistic, Verdict, VerdictName
+from fastlip.study.storage.schema import Comparison, Estimate, Model, Point, Proportion, Statistic, Verdict, VerdictName
 
 QUESTIONS = (
     "Does the finding of Szegedy et al. hold for a bigger model (trained from scratch)?",
@@ -112,11 +112,11 @@ def _share(models: list[Model], arm: str, rules: Rules) -> _Answer:
     return _Answer("undetermined", because, "Seeds that agree would settle it.", numbers)
 
 
-def _spare(share: Rate, rules: Rules) -> int:
+def _spare(share: Proportion, rules: Rules) -> int:
     """How many more images above the ratio would bring the lower limit down to the rule's share."""
     n, k = share["n"], share["k"]
     lost = 1
-    while k - lost > 0 and rate(np.arange(n) < k - lost, rules.confidence)["low"] > rules.share:
+    while k - lost > 0 and proportion(np.arange(n) < k - lost, rules.confidence)["low"] > rules.share:
         lost += 1
     return lost
 
@@ -222,7 +222,7 @@ def _within(estimate: Estimate, limit: float) -> bool:
     return low is not None and high is not None and low > -limit and high < limit
 
 
-def _of(share: Rate) -> Estimate:
+def _of(share: Proportion) -> Estimate:
     return Estimate(
         n=share["n"], value=share["value"], low=share["low"], high=share["high"], confidence=share["confidence"]
     )

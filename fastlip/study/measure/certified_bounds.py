@@ -7,7 +7,7 @@ from fastlip import layer_norms, lipschitz_bound
 from fastlip.study.storage.schema import Layer, Lipschitz
 
 
-def certified(model: nn.Module, input_shape: tuple[int, int, int], eta: float, seed: int) -> Lipschitz:
+def layer_norms_and_bound(model: nn.Module, input_shape: tuple[int, int, int], eta: float, seed: int) -> Lipschitz:
     """Norm intervals of all layers, their product, and the bound for the whole network.
 
     Args:
@@ -38,8 +38,8 @@ def certified(model: nn.Module, input_shape: tuple[int, int, int], eta: float, s
     )
 
 
-def bounded(model: nn.Module, input_shape: tuple[int, int, int], eta: float, seed: int) -> Lipschitz:
-    """The bound for the whole network alone, as snapshots need it; arguments as in :func:`certified`."""
+def network_bound(model: nn.Module, input_shape: tuple[int, int, int], eta: float, seed: int) -> Lipschitz:
+    """The bound for the whole network alone, as snapshots need it; arguments as in :func:`layer_norms_and_bound`."""
     generator = torch.Generator().manual_seed(seed)
     bound = lipschitz_bound(model, input_shape, confidence=1 - eta, generator=generator)
     return Lipschitz(

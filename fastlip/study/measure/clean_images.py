@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastlip import local_lipschitz
-from fastlip.study.measure.images import KEPT, Arrays, Images, Progress, joined
+from fastlip.study.measure.images import KEPT, Arrays, Images, Progress, concatenated
 from fastlip.study.settings.settings import Settings
 
 
@@ -29,7 +29,7 @@ def clean(model: nn.Module, images: Images, progress: Progress) -> Arrays:
             "image": images.pixels[rows][: max(KEPT - rows.start, 0)],
         }
         parts.append(part)
-    return joined(parts)
+    return concatenated(parts)
 
 
 def jacobian(model: nn.Module, images: Images, settings: Settings, seed: int, progress: Progress) -> Arrays:
@@ -43,4 +43,4 @@ def jacobian(model: nn.Module, images: Images, settings: Settings, seed: int, pr
             warnings.simplefilter("ignore", FutureWarning)  # torch's own forward-mode rules still script
             norm = local_lipschitz(model, chosen.at(rows), max_steps=steps, generator=generator)
         parts.append({"id": chosen.ids[rows], "norm": norm})
-    return joined(parts)
+    return concatenated(parts)

@@ -28,7 +28,7 @@ class Images:
         self.batch_size = batch_size
         self.part = (0, 1)
 
-    def share(self, rank: int, size: int) -> "Images":
+    def shard(self, rank: int, size: int) -> "Images":
         """The same images, of which :meth:`batches` gives every ``size``-th batch from ``rank`` on."""
         part = copy.copy(self)
         part.part = (rank, size)
@@ -57,7 +57,7 @@ class Images:
         return x.contiguous(memory_format=torch.channels_last)
 
 
-def joined(parts: list[dict[str, Tensor]]) -> Arrays:
+def concatenated(parts: list[dict[str, Tensor]]) -> Arrays:
     """Batches one after the other; nothing where this process had none."""
     return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in (parts[0] if parts else ())}
 

@@ -8,9 +8,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fastlip.attacks import gaussian_noise
 from fastlip.metrics import average_distortion, layer_stretch
-from fastlip.study.measure.images import Arrays, Images, Progress, joined
+from fastlip.study.measure.images import Arrays, Images, Progress, concatenated
 
-Attack = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
+AttackFunction = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
 
 
 def depth_points(model: nn.Module) -> list[str]:
@@ -22,7 +22,7 @@ def depth_points(model: nn.Module) -> list[str]:
 def perturbed(
     model: nn.Module,
     images: Images,
-    attack: Attack,
+    attack: AttackFunction,
     seed: int,
     progress: Progress,
     keep: int = 0,
@@ -60,7 +60,7 @@ def perturbed(
         if keep:
             part["image"] = z[: max(keep - rows.start, 0)].contiguous()
         parts.append(part)
-    return joined(parts)
+    return concatenated(parts)
 
 
 def _predict(model: nn.Module, x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastlip.attacks import gaussian_noise
 from fastlip.metrics import clopper_pearson
-from fastlip.study.measure.images import Arrays, Images, Progress, joined
-from fastlip.study.settings.measurements import Smoothing
+from fastlip.study.measure.images import Arrays, Images, Progress, concatenated
+from fastlip.study.settings.measurements import SmoothingSettings
 
 
 def certified_radius(successes: int, n: int, sigma: float, alpha: float) -> float:
@@ -24,7 +24,7 @@ def certified_radius(successes: int, n: int, sigma: float, alpha: float) -> floa
     return sigma * float(stats.norm.ppf(low)) if low > 0.5 else 0.0
 
 
-def smoothed(model: nn.Module, images: Images, settings: Smoothing, seed: int, progress: Progress) -> Arrays:
+def smoothed(model: nn.Module, images: Images, settings: SmoothingSettings, seed: int, progress: Progress) -> Arrays:
     """The smoothed class of each image, how often it came up, and its certified radius (0: abstains)."""
     chosen = images.first(settings.images)
     parts = []
@@ -45,7 +45,7 @@ def smoothed(model: nn.Module, images: Images, settings: Smoothing, seed: int, p
             "radius": torch.tensor(radii, dtype=torch.float64),
         }
         parts.append(part)
-    return joined(parts)
+    return concatenated(parts)
 
 
 def _votes(model: nn.Module, x: Tensor, ids: Tensor, sigma: float, draws: int, generator: torch.Generator) -> Tensor:

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from fastlip.attacks import apgd, square
 from fastlip.study.measure.images import Arrays, Images, Progress
 from fastlip.study.measure.perturbed_images import perturbed
-from fastlip.study.settings.attacks import Ball, Strong
+from fastlip.study.settings.attacks import Ball, StrongSuiteSettings
 
 
-def suite(model: nn.Module, images: Images, ball: Ball, settings: Strong, seed: int, progress: Progress) -> Arrays:
+def suite(
+    model: nn.Module, images: Images, ball: Ball, settings: StrongSuiteSettings, seed: int, progress: Progress
+) -> Arrays:
     """The attacks one after the other, each on the images that stand after those before it.
 
     Returns:

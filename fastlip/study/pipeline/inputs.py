@@ -17,12 +17,12 @@ from torchvision.models import ResNet50_Weights
 from fastlip.data import ImageSet, cifar10, cifar10_c, generated, image_folder
 from fastlip.models import imagenet_weights
 from fastlip.study.errors import StudyError, first_line
-from fastlip.study.settings.input_paths import Places
+from fastlip.study.settings.input_paths import InputPaths
 from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS
 from fastlip.study.settings.settings import Settings
 from fastlip.study.training.source_weights import read_source_weights, require_fit
 
-WAYS_OUT = (
+_REMEDY = (
     "give --data DIR (or FASTLIP_DATA) with the CIFAR-10 files in DIR/cifar-10-batches-py, and either "
     "--source-checkpoint FILE with the source's weights or --source-data IMAGE_FOLDER to pre-train on"
 )
@@ -31,11 +31,11 @@ WAYS_OUT = (
 class Inputs:
     """The study's images and source weights; each is loaded when it is first asked for."""
 
-    def __init__(self, settings: Settings, places: Places) -> None:
+    def __init__(self, settings: Settings, paths: InputPaths) -> None:
         self.settings = settings
-        self.places = places
+        self.paths = paths
 
-    def check(self) -> None:
+    def require_available(self) -> None:
         """Raise :class:`StudyError` with status 2 where anything is missing or does not fit; writes nothing."""
         wanting = []
         checks = [self._check_target]
@@ -51,7 +51,7 @@ class Inputs:
             except ValueError as error:
                 raise StudyError(str(error), status=2) from None
         if wanting:
-            raise StudyError(f"{'; '.join(wanting)}: {WAYS_OUT}", status=2)
+            raise StudyError(f"{'; '.join(wanting)}: {_REMEDY}", status=2)
 
     def fingerprints(self) -> dict[str, str]:
         """A name for each input that changes with its contents."""
@@ -62,8 +62,8 @@ class Inputs:
         if not s.transfers:
             return prints
         if s.source == "checkpoint":
-            assert self.places.source_checkpoint is not None
-            with self.places.source_checkpoint.open("rb") as file:
+            assert self.paths.source_checkpoint is not None
+            with self.paths.source_checkpoint.open("rb") as file:
                 prints["source"] = "sha256 " + hashlib.file_digest(file, "sha256").hexdigest()
         elif s.source == "folder":
             root = self._source_folder
@@ -128,8 +128,8 @@ class Inputs:
         """ImageNet's or the given checkpoint's state dict."""
         if self.settings.source == "imagenet":
             return imagenet_weights()
-        assert self.places.source_checkpoint is not None
-        return read_source_weights(self.places.source_checkpoint)
+        assert self.paths.source_checkpoint is not None
+        return read_source_weights(self.paths.source_checkpoint)
 
     def _target_test(self, n: int) -> ImageSet:
         if self.settings.dataset == "generated":
@@ -146,19 +146,19 @@ class Inputs:
 
     @property
     def _cifar_folder(self) -> Path:
-        if self.places.data is not None:
-            return self.places.data
+        if self.paths.data is not None:
+            return self.paths.data
         return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastlip"
 
     @property
     def _source_folder(self) -> Path:
-        assert self.places.source_data is not None
-        return self.places.source_data
+        assert self.paths.source_data is not None
+        return self.paths.source_data
 
     @property
     def _corruption_folder(self) -> Path:
-        assert self.places.corruptions is not None
-        return self.places.corruptions
+        assert self.paths.corruptions is not None
+        return self.paths.corruptions
 
     @property
     def _corruption_files(self) -> list[Path]:
@@ -184,7 +184,7 @@ class Inputs:
         try:
             cifar10(self._cifar_folder, train=False)
         except FileNotFoundError:
-            if not self.places.download:
+            if not self.paths.download:
                 raise FileNotFoundError(f"no CIFAR-10 in {self._cifar_folder}") from None
             with _unless_new(self._cifar_folder), _patience(10.0):
                 cifar10(self._cifar_folder, train=False, download=True)
@@ -208,7 +208,7 @@ class Inputs:
                     status=2,
                 )
         elif s.source == "checkpoint":
-            require_fit(self.source_weights(), s, str(self.places.source_checkpoint))
+            require_fit(self.source_weights(), s, str(self.paths.source_checkpoint))
         elif s.source == "imagenet":
             if s.architecture != "resnet50" or s.stem != "imagenet":
                 raise StudyError(
@@ -217,7 +217,7 @@ class Inputs:
                     status=2,
                 )
             cached = Path(torch.hub.get_dir()) / "checkpoints" / ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]
-            if not self.places.download and not cached.exists():
+            if not self.paths.download and not cached.exists():
                 raise FileNotFoundError(f"no ImageNet weights in {cached.parent}")
             with _unless_new(cached.parent):
                 imagenet_weights()

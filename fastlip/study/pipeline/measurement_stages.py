@@ -8,26 +8,26 @@ import numpy as np
 from torch import nn
 
 from fastlip.study.measure import attacks, clean_images, corruptions, smoothing, spectra, strong_attacks
-from fastlip.study.measure.certified_bounds import bounded, certified
+from fastlip.study.measure.certified_bounds import layer_norms_and_bound, network_bound
 from fastlip.study.measure.images import Arrays, Images, Progress, merged
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.networks import Networks
-from fastlip.study.pipeline.stage import Stage, seeded
+from fastlip.study.pipeline.stage import Stage, derived_seed
 from fastlip.study.settings.attacks import Ball
 from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.array_files import read_measured
 from fastlip.study.storage.files import write_arrays, write_json
-from fastlip.study.storage.run_directory import RunDirectory, Trained, gaussian_name, pgd_name, strong_name
-from fastlip.study.training.process_group import Team
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, gaussian_name, pgd_name, strong_name
+from fastlip.study.training.process_group import ProcessGroup
 
 
-def measurement_stages(run: RunDirectory, inputs: Inputs, networks: Networks, team: Team) -> list[Stage]:
+def measurement_stages(run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> list[Stage]:
     """Of each model, then of each snapshot; what one stage reads of another comes before it."""
-    measuring = _Measuring(run, inputs, networks, team)
+    measuring = _Measuring(run, inputs, networks, group)
     return [stage for model in [*run.models, *run.snapshots] for stage in _stages_of(run, measuring, model)]
 
 
-def _stages_of(run: RunDirectory, measuring: "_Measuring", model: Trained) -> list[Stage]:
+def _stages_of(run: RunDirectory, measuring: "_Measuring", model: TrainedModel) -> list[Stage]:
     trained = (run.checkpoint(model.name),)
     found = []
     for name, measurement in measuring.measurements(model).items():
@@ -53,7 +53,7 @@ class _Measurement:
     Attributes:
         run: takes the network, the measurement's seed and who hears of its progress.
         needs: measurements that it reads.
-        sharded: whether a team splits it by batches.
+        sharded: whether a group splits it by batches.
     """
 
     run: Callable[[nn.Module, int, Progress], Arrays]
@@ -64,24 +64,24 @@ class _Measurement:
 class _Measuring:
     """What the stages that measure do."""
 
-    def __init__(self, run: RunDirectory, inputs: Inputs, networks: Networks, team: Team) -> None:
+    def __init__(self, run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> None:
         self.run = run
         self.inputs = inputs
         self.networks = networks
-        self.team = team
+        self.group = group
 
     @cached_property
     def attacked(self) -> Images:
         size = self.run.settings.evaluation.batch_size
         images = Images(self.inputs.target_attacked, self.networks.device, size)
-        return images.share(self.team.rank, self.team.size)
+        return images.shard(self.group.rank, self.group.size)
 
     @cached_property
     def all_clean(self) -> Images:
         size = self.run.settings.evaluation.batch_size
-        return Images(self.inputs.target_clean, self.networks.device, size).share(self.team.rank, self.team.size)
+        return Images(self.inputs.target_clean, self.networks.device, size).shard(self.group.rank, self.group.size)
 
-    def measurements(self, model: Trained) -> dict[str, _Measurement]:
+    def measurements(self, model: TrainedModel) -> dict[str, _Measurement]:
         """What is measured on images, in order, by name; of a snapshot only what question 4 needs."""
         s = self.run.settings
         if model.epoch is not None:
@@ -108,37 +108,37 @@ class _Measuring:
         found["corruptions"] = _Measurement(self._corruptions, sharded=False)
         return found
 
-    def on_images(self, model: Trained, name: str, measurement: _Measurement, progress: Progress) -> str:
+    def on_images(self, model: TrainedModel, name: str, measurement: _Measurement, progress: Progress) -> str:
         # The seed leaves the arm out: all arms meet the same noise and the same random starts.
-        arrays = measurement.run(self.networks.trained(model), seeded(model.seed, name), progress)
+        arrays = measurement.run(self.networks.trained(model), derived_seed(model.seed, name), progress)
         if measurement.sharded:
-            arrays = merged(self.team.gather(arrays))
-        if self.team.leads:
+            arrays = merged(self.group.gather(arrays))
+        if self.group.leads:
             write_arrays(self.run.images(model.name, name), arrays)
         return _in_words(arrays)
 
-    def norms(self, model: Trained, progress: Progress) -> str:
+    def norms(self, model: TrainedModel, progress: Progress) -> str:
         channels, height, width = self.attacked.pixels.shape[1:]
-        seed = seeded(model.seed, "norms", model.name)
+        seed = derived_seed(model.seed, "norms", model.name)
         # One probability of failure for the run: every model whose norms are drawn takes its share.
         eta = self.run.settings.lipschitz.eta / (len(self.run.models) + len(self.run.snapshots))
-        measured = certified if model.epoch is None else bounded
+        measured = layer_norms_and_bound if model.epoch is None else network_bound
         found = measured(self.networks.trained(model), (channels, height, width), eta, seed)
         write_json(self.run.lipschitz(model.name), found)
         return f"upper Lipschitz constant 10^{found['log10_upper']:.2f}"
 
-    def weight_spectra(self, model: Trained, progress: Progress) -> str:
+    def weight_spectra(self, model: TrainedModel, progress: Progress) -> str:
         """The distance is from the source for transfer arms, and from their own first weights for the others."""
         start = self.networks.untrained(model, len(self.inputs.target_attacked.classes)).state_dict()
         arrays = spectra.weights(self.networks.trained(model), start)
         write_arrays(self.run.spectra(model.name, "weights"), arrays)
         return f"{len(arrays['layer'])} layers"
 
-    def feature_spectra(self, model: Trained, progress: Progress) -> str:
+    def feature_spectra(self, model: TrainedModel, progress: Progress) -> str:
         s = self.run.settings
         ball = next(b for b in s.pgd.grid if b[:2] == ("linf", s.rules.compared_linf_255))
-        seed = seeded(model.seed, pgd_name(*ball[:2]))
-        arrays = spectra.features(self.networks.trained(model), self.attacked.share(0, 1), ball, s, seed, progress)
+        seed = derived_seed(model.seed, pgd_name(*ball[:2]))
+        arrays = spectra.features(self.networks.trained(model), self.attacked.shard(0, 1), ball, s, seed, progress)
         write_arrays(self.run.spectra(model.name, "features"), arrays)
         return f"{len(arrays['stage'])} stages"
 
@@ -160,7 +160,7 @@ class _Measuring:
     def _smallest_gaussian(self, network: nn.Module, seed: int, progress: Progress) -> Arrays:
         return attacks.smallest_gaussian(network, self.attacked, self.run.settings, seed, progress)
 
-    def _gaussian_of_norm(self, model: Trained, network: nn.Module, seed: int, progress: Progress) -> Arrays:
+    def _gaussian_of_norm(self, model: TrainedModel, network: nn.Module, seed: int, progress: Progress) -> Arrays:
         l2 = read_measured(self.run.images(model.name, "smallest-pgd"))["l2"]
         return attacks.gaussian_of_norm(network, self.attacked, l2, seed, progress)
 
@@ -172,7 +172,7 @@ class _Measuring:
 
     def _corruptions(self, network: nn.Module, seed: int, progress: Progress) -> Arrays:
         s = self.run.settings.corruptions
-        chosen = self.attacked.share(0, 1).first(s.images)
+        chosen = self.attacked.shard(0, 1).first(s.images)
         files, names = self.inputs.corrupted_files, self.inputs.corruption_names
         return corruptions.corrupted(network, chosen, s.severities, files, names, seed, progress)
 

@@ -8,10 +8,10 @@ from torch import nn
 from fastlip.models import load_backbone, load_checkpoint
 from fastlip.study.errors import StudyError
 from fastlip.study.pipeline.inputs import Inputs
-from fastlip.study.pipeline.stage import seeded
+from fastlip.study.pipeline.stage import derived_seed
 from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import AGAIN, damaged
-from fastlip.study.storage.run_directory import RunDirectory, Trained
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
 from fastlip.study.training.architectures import build
 
 
@@ -24,14 +24,14 @@ class Networks:
         self.device = device
         self._loaded: tuple[str, nn.Module] | None = None
 
-    def untrained(self, model: Trained, classes: int) -> nn.Sequential:
+    def untrained(self, model: TrainedModel, classes: int) -> nn.Sequential:
         """The network that the training of ``model`` starts from, on the CPU: random, or with the source's backbone.
 
         Raises:
             StudyError: the run's own checkpoint of the source is damaged.
         """
         s = self.run.settings
-        network = build(s.architecture_of(model.arm), classes, s.stem, seeded(model.seed, "weights"))
+        network = build(s.architecture_of(model.arm), classes, s.stem, derived_seed(model.seed, "weights"))
         if model.arm in TRANSFER:
             pretrained = self.run.checkpoint("source")
             weights = weights_at(pretrained) if self.run.pretrains else self.inputs.source_weights()
@@ -42,7 +42,7 @@ class Networks:
                 raise damaged(pretrained, error) from None
         return network
 
-    def trained(self, model: Trained) -> nn.Module:
+    def trained(self, model: TrainedModel) -> nn.Module:
         """The trained network from its checkpoint: on the run's device, in evaluation mode, without gradients.
 
         Raises:
@@ -57,7 +57,7 @@ class Networks:
         return self._loaded[1]
 
 
-def load_into(network: nn.Module, path: Path, model: Trained) -> None:
+def load_into(network: nn.Module, path: Path, model: TrainedModel) -> None:
     """Load the run's own checkpoint at ``path``, which the training of ``model`` wrote, into ``network``.
 
     Raises:

@@ -17,14 +17,14 @@ class Stage:
         outputs: files that are all there once it is done.
         run: does it; returns a few words on what came out.
         needs: files that must be there before it can begin.
-        together: whether all processes of a team take part; otherwise its leader does it alone.
+        collective: whether all processes of a group take part; otherwise its leader does it alone.
     """
 
     name: str
     outputs: tuple[Path, ...]
     run: Callable[[Progress], str]
     needs: tuple[Path, ...] = ()
-    together: bool = False
+    collective: bool = False
 
     @property
     def done(self) -> bool:
@@ -35,7 +35,7 @@ class Stage:
         return all(path.exists() for path in self.needs)
 
 
-def seeded(seed: int, *purpose: str) -> int:
+def derived_seed(seed: int, *purpose: str) -> int:
     """A 63-bit seed for one purpose, so that no two draws of a run share a stream."""
     digest = hashlib.sha256("/".join(["fastlip.study", str(seed), *purpose]).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -13,14 +13,14 @@ from fastlip.study.storage.files import damaged, read_arrays
 from fastlip.study.storage.json_files import read
 from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import Lipschitz, TrainingRecord
-from fastlip.study.training.process_group import Team
+from fastlip.study.training.process_group import ProcessGroup
 
 
-def stages(run: RunDirectory, inputs: Inputs, team: Team | None = None) -> list[Stage]:
+def stages(run: RunDirectory, inputs: Inputs, group: ProcessGroup | None = None) -> list[Stage]:
     """All stages of the run; what one needs comes before it."""
-    team = team or Team()
-    networks = Networks(run, inputs, team.device(run.machine.device))
-    found = training_stages(run, inputs, networks, team) + measurement_stages(run, inputs, networks, team)
+    group = group or ProcessGroup()
+    networks = Networks(run, inputs, group.device(run.machine.device))
+    found = training_stages(run, inputs, networks, group) + measurement_stages(run, inputs, networks, group)
     everything = tuple(path for stage in found for path in stage.outputs)
     name = inputs.source_name
     found.append(Stage("results", (run.results,), lambda progress: results.write(run, name), everything))
@@ -28,21 +28,21 @@ def stages(run: RunDirectory, inputs: Inputs, team: Team | None = None) -> list[
     return found
 
 
-def require_sound(run: RunDirectory, work: list[Stage]) -> None:
+def require_sound(run: RunDirectory, all_stages: list[Stage]) -> None:
     """Raise where something would stop a run halfway, or where a stage counts as done whose output is damaged.
 
     Raises:
         StudyError: the first such file, and what to do about it.
     """
-    run.require_unobstructed(*(path for stage in work for path in stage.outputs))
+    run.require_unobstructed(*(path for stage in all_stages for path in stage.outputs))
     run.read_timings()
-    for stage in work:
+    for stage in all_stages:
         for path in stage.outputs if stage.done else ():
-            _look_at(run, path)
+            _require_readable(run, path)
             run.require_intact(path)
 
 
-def _look_at(run: RunDirectory, path: Path) -> None:
+def _require_readable(run: RunDirectory, path: Path) -> None:
     """Raise where a file that a stage has written cannot be read."""
     if path == run.results:
         run.read_results()

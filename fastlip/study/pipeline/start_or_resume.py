@@ -20,7 +20,7 @@ from fastlip.study.storage.run_directory import RESTORE, RunDirectory
 _PACKAGES = ("fastlip", "torch", "torchvision", "numpy", "scipy", "safetensors", "matplotlib", "jinja2")
 
 
-def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
+def require_resumable(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
     """Raise where ``path`` cannot become or go on as the directory of this run; nothing is written.
 
     Raises:
@@ -34,7 +34,7 @@ def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
             raise StudyError(f"--out {path} holds something that is not a run; name a new directory", status=2)
         return
     old = RunDirectory(path)
-    before, now = serialization.names(old.settings), serialization.names(settings)
+    before, now = serialization.dotted_names(old.settings), serialization.dotted_names(settings)
     different = [f"{name} ({before[name]} there, {now[name]} now)" for name in now if before[name] != now[name]]
     different += [
         f"{name} (other files)" for name, value in fingerprints.items() if old.config["inputs"].get(name) != value
@@ -55,7 +55,7 @@ def check(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
 
 
 def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str], command: str) -> RunDirectory:
-    """The run directory at ``path``, made if it is not there yet; call :func:`check` first, and this alone."""
+    """The run directory at ``path``, made if it is missing; call :func:`require_resumable` first, and hold the mutex."""
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "config.json").exists():
         machine = this_machine(settings)
@@ -64,7 +64,7 @@ def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str],
             {
                 "settings": serialization.to_json(settings),
                 "rules": rules.rules_in_words(settings.rules),
-                "power": power.planned(settings.rules),
+                "power": power.sample_sizes(settings.rules),
                 "machine": vars(machine),
                 "inputs": fingerprints,
                 "seeds": list(settings.all_seeds),

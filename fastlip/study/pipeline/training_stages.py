@@ -12,51 +12,51 @@ from fastlip.models import save_checkpoint
 from fastlip.study.measure.images import Progress
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.networks import Networks, load_into
-from fastlip.study.pipeline.stage import Stage, seeded
+from fastlip.study.pipeline.stage import Stage, derived_seed
 from fastlip.study.settings.training import TRANSFER, Schedule
 from fastlip.study.storage.files import write_json
-from fastlip.study.storage.run_directory import RunDirectory, Trained
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
 from fastlip.study.training.architectures import build
-from fastlip.study.training.process_group import Team
+from fastlip.study.training.process_group import ProcessGroup
 from fastlip.study.training.train import train
 
 
-def training_stages(run: RunDirectory, inputs: Inputs, networks: Networks, team: Team) -> list[Stage]:
+def training_stages(run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> list[Stage]:
     """The source first where the run trains it, then the models at the end of their training."""
-    training = _Training(run, inputs, networks, team)
+    training = _Training(run, inputs, networks, group)
     found: list[Stage] = []
     if run.pretrains:
         outputs: tuple[Path, ...] = (run.checkpoint("source"), run.training("source"))
-        found.append(Stage("source: pre-training", outputs, training.pretrain, together=True))
+        found.append(Stage("source: pre-training", outputs, training.pretrain, collective=True))
     for model in run.models:
         needs: tuple[Path, ...] = (run.checkpoint("source"),) if run.pretrains and model.arm in TRANSFER else ()
         if model.arm == "lpft":
             probe = _probe_name(model)
             outputs = (run.checkpoint(probe), run.training(probe))
             name = f"{model.name}: training of the head"
-            found.append(Stage(name, outputs, partial(training.probe, model), needs, together=True))
+            found.append(Stage(name, outputs, partial(training.probe, model), needs, collective=True))
             needs = outputs
         kept = tuple(run.checkpoint(m.name) for m in run.snapshots if m.run_name == model.name)
         outputs = (run.checkpoint(model.name), run.training(model.name), *kept)
-        found.append(Stage(f"{model.name}: training", outputs, partial(training.train, model), needs, together=True))
+        found.append(Stage(f"{model.name}: training", outputs, partial(training.train, model), needs, collective=True))
     return found
 
 
 class _Training:
     """What the stages that train do."""
 
-    def __init__(self, run: RunDirectory, inputs: Inputs, networks: Networks, team: Team) -> None:
+    def __init__(self, run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> None:
         self.run = run
         self.inputs = inputs
         self.networks = networks
-        self.team = team
+        self.group = group
 
     def pretrain(self, progress: Progress) -> str:
         s, images = self.run.settings, self.inputs.source_train
-        network = build(s.architecture, len(images.classes), s.stem, seeded(s.seed, "source weights"))
+        network = build(s.architecture, len(images.classes), s.stem, derived_seed(s.seed, "source weights"))
         return self._train("source", network, images, s.pretrain, s.seed, progress)
 
-    def train(self, model: Trained, progress: Progress) -> str:
+    def train(self, model: TrainedModel, progress: Progress) -> str:
         network, images = self._untrained(model)
         if model.arm == "lpft":
             load_into(network, self.run.checkpoint(_probe_name(model)), model)
@@ -65,19 +65,19 @@ class _Training:
         schedule = self.run.settings.schedule(model.arm)
 
         def keep(epoch: int) -> None:
-            snapshot = Trained(model.arm, model.seed, epoch)
+            snapshot = TrainedModel(model.arm, model.seed, epoch)
             if snapshot in self.run.snapshots:
                 self._save(snapshot.name, network, images)
 
         return self._train(model.name, network, images, schedule, model.seed, progress, parts, keep)
 
-    def probe(self, model: Trained, progress: Progress) -> str:
+    def probe(self, model: TrainedModel, progress: Progress) -> str:
         """The first half of LP-FT (Kumar et al. 2022): the head alone."""
         network, images = self._untrained(model)
         head, schedule = network.get_submodule("network.fc"), self.run.settings.finetune
         return self._train(_probe_name(model), network, images, schedule, model.seed, progress, [head])
 
-    def _untrained(self, model: Trained) -> tuple[nn.Sequential, ImageSet]:
+    def _untrained(self, model: TrainedModel) -> tuple[nn.Sequential, ImageSet]:
         """What an arm starts from, and its training images."""
         images = self.inputs.target_train(self.run.settings.schedule(model.arm).images)
         return self.networks.untrained(model, len(images.classes)), images
@@ -99,17 +99,17 @@ class _Training:
             images.images,
             images.labels,
             schedule,
-            seed=seeded(seed, "order", name),
+            seed=derived_seed(seed, "order", name),
             precision=getattr(torch, machine.precision),
             state_path=state,
             save_seconds=self.run.settings.save_seconds,
             progress=progress,
             parts=parts,
             keep=keep,
-            team=self.team,
+            group=self.group,
             compiled=machine.compiled,
         )
-        if self.team.leads:
+        if self.group.leads:
             self._save(name, network, images)
             write_json(
                 self.run.training(name),
@@ -118,7 +118,7 @@ class _Training:
                     "data": images.name,
                     "classes": list(images.classes),
                     "epochs": schedule.epochs,
-                    "processes": self.team.size,
+                    "processes": self.group.size,
                     "loss": history.loss,
                     "accuracy": history.accuracy,
                 },
@@ -132,6 +132,6 @@ class _Training:
         save_checkpoint(path, network, {"images": images.name, "classes": str(len(images.classes))})
 
 
-def _probe_name(model: Trained) -> str:
+def _probe_name(model: TrainedModel) -> str:
     """Name of what LP-FT has trained before its second half."""
     return f"{model.run_name}-head"

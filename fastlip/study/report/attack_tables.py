@@ -7,8 +7,8 @@ from fastlip.study.report.number_format import (
     distortion,
     interval,
     number,
-    of,
     percent,
+    title_prefix,
 )
 from fastlip.study.report.tables import Table
 from fastlip.study.storage.schema import Results
@@ -30,7 +30,7 @@ def attack_table(results: Results) -> Table:
     ]
     return Table(
         "attacks",
-        f"{of(results)}: attacks at fixed strength",
+        f"{title_prefix(results)}: attacks at fixed strength",
         ("Model", "Attack", "Accuracy", "Average Distortion", "Mean Stretch", "Largest Stretch"),
         tuple(rows),
         "Accuracy over all attacked images; distortion (× 255) and stretch at the logits over those classified "
@@ -53,7 +53,7 @@ def strong_table(results: Results) -> Table:
     ]
     return Table(
         "strong",
-        f"{of(results)}: the stronger suite",
+        f"{title_prefix(results)}: the stronger suite",
         ("Model", "Ball", "Attack", "Accuracy"),
         tuple(rows),
         "APGD with cross-entropy, then towards the likeliest wrong classes, then Square (black box), each on the "
@@ -73,7 +73,7 @@ def corruption_table(results: Results) -> Table:
         how = "made with torchvision and Pillow, strengths of our own: not comparable with CIFAR-10-C"
     return Table(
         "corruptions",
-        f"{of(results)}: common corruptions",
+        f"{title_prefix(results)}: common corruptions",
         ("Model", "Corruption", "Severity", "Accuracy"),
         tuple(rows),
         f"Corruptions: {how}. The mean over all, in per cent, has an interval over images. {brackets(results)}",

@@ -1,6 +1,6 @@
 """Tables of what is certified: Lipschitz constants and radii."""
 
-from fastlip.study.report.number_format import brackets, confidence, interval, number, of, percent, power
+from fastlip.study.report.number_format import brackets, confidence, interval, number, percent, power, title_prefix
 from fastlip.study.report.tables import Table
 from fastlip.study.storage.schema import Results
 
@@ -24,7 +24,7 @@ def lipschitz_table(results: Results) -> Table:
         )
     return Table(
         "lipschitz",
-        f"{of(results)}: Lipschitz constants",
+        f"{title_prefix(results)}: Lipschitz constants",
         (
             "Model",
             "Certified Upper Constant",
@@ -63,5 +63,9 @@ def certificate_table(results: Results) -> Table:
         rows += [(model["name"], how, f"{c['radius']:g}", percent(c["accuracy"])) for c in s["certified"]]
     header = ("Model", "Certificate", "L2 Radius", "Certified Accuracy")
     return Table(
-        "certificates", f"{of(results)}: certified accuracy", header, tuple(rows), f"{_SMOOTH} {brackets(results)}"
+        "certificates",
+        f"{title_prefix(results)}: certified accuracy",
+        header,
+        tuple(rows),
+        f"{_SMOOTH} {brackets(results)}",
     )

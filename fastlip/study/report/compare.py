@@ -7,7 +7,7 @@ from typing import Any
 from fastlip.study.errors import StudyError
 from fastlip.study.report.number_format import distortion, interval, number, percent, power
 from fastlip.study.report.tables import Table
-from fastlip.study.settings.serialization import names
+from fastlip.study.settings.serialization import dotted_names
 from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import Model, Results
 
@@ -64,7 +64,7 @@ def _models(heads: tuple[str, ...], found: list[Results]) -> Table:
 
 
 def _settings(heads: tuple[str, ...], runs: list[RunDirectory]) -> Table:
-    values: list[dict[str, Any]] = [names(run.settings) for run in runs]
+    values: list[dict[str, Any]] = [dotted_names(run.settings) for run in runs]
     values = [v | {"source and target": str(run.config["inputs"])} for v, run in zip(values, runs, strict=True)]
     rows = [(name, *(str(v[name]) for v in values)) for name in values[0] if len({str(v[name]) for v in values}) > 1]
     return Table("settings", "Settings that differ", ("Setting", *heads), tuple(rows), f"{len(rows)} differ.")

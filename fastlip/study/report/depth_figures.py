@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fastlip.study.report.arms import ARM_COLOURS
-from fastlip.study.report.drawing import DASHES, Figure, Rows, counts_across, drawn, line
+from fastlip.study.report.drawing import DASHES, Figure, Rows, counts_across, draw_figure, line
 from fastlip.study.storage.schema import Results
 
 
@@ -34,7 +34,9 @@ def layer_figure(results: Results) -> Figure:
         "Certified operator norm of each layer as the network applies it, BatchNorm folded in. Points: upper sides; "
         "bars down to the lower sides, mostly narrower than the points."
     )
-    return drawn(results, "layer-norms", caption, draw, rows, ("model", "depth", "layer", "kind", "lower", "upper"))
+    return draw_figure(
+        results, "layer-norms", caption, draw, rows, ("model", "depth", "layer", "kind", "lower", "upper")
+    )
 
 
 def stretch_figure(results: Results) -> Figure:
@@ -63,7 +65,7 @@ def stretch_figure(results: Results) -> Figure:
         "noise."
     )
     header = ("model", "perturbation", "after", "mean", "largest")
-    return drawn(results, "observed-stretch", caption, draw, rows, header)
+    return draw_figure(results, "observed-stretch", caption, draw, rows, header)
 
 
 def growth_figure(results: Results) -> Figure:
@@ -97,4 +99,6 @@ def growth_figure(results: Results) -> Figure:
         "How a perturbation grows with depth: change of the features relative to the clean ones, averaged over the "
         "images that PGD moved. Solid: PGD at Linf; dotted: Gaussian noise of the same L2 norm."
     )
-    return drawn(results, "growth", caption, draw, rows, ("model", "perturbation", "stage", "mean", "low", "high"))
+    return draw_figure(
+        results, "growth", caption, draw, rows, ("model", "perturbation", "stage", "mean", "low", "high")
+    )

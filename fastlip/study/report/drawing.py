@@ -72,7 +72,7 @@ def write(folder: Path, figures: list[Figure]) -> None:
         write_text(folder / f"{figure.name}.csv", figure.csv)
 
 
-def drawn(
+def draw_figure(
     results: Results,
     name: str,
     caption: str,

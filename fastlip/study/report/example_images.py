@@ -10,11 +10,11 @@ from PIL import Image
 
 from fastlip.study.storage.array_files import read_measured
 from fastlip.study.storage.files import damaged
-from fastlip.study.storage.run_directory import RunDirectory, Trained
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
 
 
 @dataclass(frozen=True)
-class Shown:
+class PerturbedImage:
     """One perturbed version of an image.
 
     Attributes:
@@ -41,7 +41,7 @@ class Example:
     model: str
     label: str
     clean: str
-    shown: tuple[Shown, ...]
+    shown: tuple[PerturbedImage, ...]
 
 
 def examples(run: RunDirectory, classes: list[str]) -> list[Example]:
@@ -83,7 +83,7 @@ def _one_per_class(rows: np.ndarray, labels: np.ndarray, count: int) -> list[int
 
 
 def _example(
-    model: Trained,
+    model: TrainedModel,
     row: int,
     clean: dict[str, np.ndarray],
     stored: dict[str, dict[str, np.ndarray]],
@@ -96,7 +96,7 @@ def _example(
         difference = arrays["image"][row] - original
         gain = 0.5 / max(float(np.abs(difference).max()), 1e-12)
         shown.append(
-            Shown(
+            PerturbedImage(
                 kind=name,
                 image=_uri(arrays["image"][row]),
                 perturbation=_uri(0.5 + gain * difference),

@@ -24,7 +24,7 @@ from fastlip.study.report.long_csv import long_csv
 from fastlip.study.report.number_format import ball_name
 from fastlip.study.report.summary_tables import arm_table, power_table, seed_table
 from fastlip.study.report.tables import Table
-from fastlip.study.settings.serialization import names
+from fastlip.study.settings.serialization import dotted_names
 from fastlip.study.storage.array_files import read_measured
 from fastlip.study.storage.files import write_text
 from fastlip.study.storage.run_directory import RunDirectory
@@ -84,7 +84,7 @@ def write(run: RunDirectory) -> str:
         examples=shown,
         arms=arms.ARM_NAMES,
         config=run.config,
-        settings=names(run.settings),
+        settings=dotted_names(run.settings),
         timings=timings,
     )
     # A sample size stays with its "n", however narrow the page.

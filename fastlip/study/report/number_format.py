@@ -2,10 +2,10 @@
 
 import math
 
-from fastlip.study.storage.schema import Attack, Estimate, Rate, Results
+from fastlip.study.storage.schema import Attack, Estimate, Proportion, Results
 
 
-def of(results: Results) -> str:
+def title_prefix(results: Results) -> str:
     """What a title begins with: whose images these are."""
     return f"{'GENERATED IMAGES. ' if results['generated'] else ''}{results['dataset']}"
 
@@ -22,7 +22,7 @@ def attack_name(attack: Attack) -> str:
     return f"PGD {attack['norm'].upper()} ε = {attack['strength']:g}"
 
 
-def percent(rate: Rate) -> str:
+def percent(rate: Proportion) -> str:
     if rate["value"] is None:
         return "none (n = 0)"
     return f"{rate['value']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}] (n = {rate['n']})"

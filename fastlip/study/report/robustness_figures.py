@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fastlip.study.report.arms import ARM_COLOURS
-from fastlip.study.report.drawing import Figure, Rows, drawn, line, shares_upward
+from fastlip.study.report.drawing import Figure, Rows, draw_figure, line, shares_upward
 from fastlip.study.storage.schema import Attack, Results
 
 
@@ -50,7 +50,7 @@ def distortion_figure(results: Results, distortions: dict[str, dict[str, np.ndar
         "perturbation found by PGD; dotted: the smallest Gaussian noise found. A curve that ends below 100% marks "
         "images on which nothing was found."
     )
-    return drawn(
+    return draw_figure(
         results, "smallest-distortion", caption, draw, rows, ("model", "perturbation", "distortion_x255", "share"), 4.8
     )
 
@@ -81,7 +81,7 @@ def corruption_figure(results: Results) -> Figure:
         else "corruptions made with torchvision and Pillow, not CIFAR-10-C"
     )
     caption = f"Accuracy under common corruptions by severity, averaged over them: {made}."
-    return drawn(results, "corruptions", caption, draw, rows, ("model", "corruption", "severity", "k", "n"), 4.8)
+    return draw_figure(results, "corruptions", caption, draw, rows, ("model", "corruption", "severity", "k", "n"), 4.8)
 
 
 def _accuracy(
@@ -122,4 +122,4 @@ def _accuracy(
     if name != "accuracy-gaussian":
         caption += " Dotted: the control, Gaussian noise of the L2 norm that PGD used on each image."
     header = ("model", "strength", "k", "n", "accuracy", "low", "high", "accuracy_under_noise_of_same_norm")
-    return drawn(results, name, caption, draw, rows, header, 4.2)
+    return draw_figure(results, name, caption, draw, rows, header, 4.2)

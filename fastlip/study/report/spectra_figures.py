@@ -5,7 +5,7 @@ import math
 import numpy as np
 from matplotlib.axes import Axes
 
-from fastlip.study.report.drawing import DASHES, Figure, Rows, counts_across, drawn, line
+from fastlip.study.report.drawing import DASHES, Figure, Rows, counts_across, draw_figure, line
 from fastlip.study.storage.schema import Results
 
 
@@ -35,7 +35,7 @@ def rank_figure(results: Results) -> Figure:
         "are 1×1."
     )
     header = ("model", "condition", "stage", "effective_rank", "stable_rank", "largest")
-    return drawn(results, "feature-rank", caption, draw, rows, header)
+    return draw_figure(results, "feature-rank", caption, draw, rows, header)
 
 
 def weight_figure(results: Results) -> Figure:
@@ -61,7 +61,7 @@ def weight_figure(results: Results) -> Figure:
         "ones for the others."
     )
     header = ("model", "depth", "layer", "distance", "rank", "stable_rank", "effective_rank")
-    return drawn(results, "weight-distance", caption, draw, rows, header)
+    return draw_figure(results, "weight-distance", caption, draw, rows, header)
 
 
 def profile_figure(results: Results) -> Figure:
@@ -84,4 +84,4 @@ def profile_figure(results: Results) -> Figure:
         "Singular values of the first (solid) and the last (dotted) 3×3 kernel, flattened to [outputs, inputs × 9]. "
         "The data hold every layer."
     )
-    return drawn(results, "weight-profiles", caption, draw, rows, ("model", "layer", "rank", "value"))
+    return draw_figure(results, "weight-profiles", caption, draw, rows, ("model", "layer", "rank", "value"))

@@ -13,9 +13,9 @@ from fastlip.study.report.number_format import (
     confidence,
     distortion,
     interval,
-    of,
     percent,
     power,
+    title_prefix,
 )
 from fastlip.study.report.tables import Table
 from fastlip.study.storage.schema import Model, Results
@@ -42,7 +42,7 @@ def seed_table(results: Results) -> Table:
         )
     return Table(
         "seed",
-        f"{of(results)}: smallest perturbations, certified constants, clean accuracy",
+        f"{title_prefix(results)}: smallest perturbations, certified constants, clean accuracy",
         ("Model", "Attack", "Average Distortion", "Upper Lipschitz Constant", "Clean Accuracy"),
         tuple(rows),
         "Average distortion: mean over images of √(Σ(x′−x)²/n) × 255 for the smallest perturbation found that changes "
@@ -87,7 +87,7 @@ def arm_table(results: Results) -> Table:
     several = max(map(len, arms.values())) > 1
     return Table(
         "arms",
-        f"{of(results)}: means over seeds",
+        f"{title_prefix(results)}: means over seeds",
         ("Measure", *(ARM_NAMES[arm] for arm in arms)),
         tuple(rows) if several else (),
         f"Means over seeds with Student's t intervals at {100 * confidence:g}%; n counts seeds. Seeds share test "
@@ -111,7 +111,7 @@ def power_table(results: Results) -> Table:
     ]
     return Table(
         "power",
-        f"{of(results)}: how much each question needs",
+        f"{title_prefix(results)}: how much each question needs",
         ("Question", "If", "Needed", "This run had"),
         tuple(rows),
         "For the chance of a verdict set by rules.power. Question 3: two-sided t test; question 4: Fisher's z for "

@@ -2,7 +2,7 @@
 
 from matplotlib.axes import Axes
 
-from fastlip.study.report.drawing import Figure, Rows, counts_across, drawn, line, shares_upward
+from fastlip.study.report.drawing import Figure, Rows, counts_across, draw_figure, line, shares_upward
 from fastlip.study.storage.schema import Results
 
 
@@ -24,7 +24,9 @@ def training_figure(results: Results) -> Figure:
         axes.set_xlabel("epoch")
         axes.set_ylabel("accuracy, augmented training images")
 
-    return drawn(results, "training", "Accuracy during training.", draw, rows, ("model", "epoch", "accuracy", "loss"))
+    return draw_figure(
+        results, "training", "Accuracy during training.", draw, rows, ("model", "epoch", "accuracy", "loss")
+    )
 
 
 def trajectory_figure(results: Results) -> Figure:
@@ -47,4 +49,4 @@ def trajectory_figure(results: Results) -> Figure:
 
     caption = "What question 4 correlates: every training run with its snapshots in order; squares mark the end."
     header = ("run", "epoch", "log10_upper", "largest_stretch", "median_distortion", "accuracy")
-    return drawn(results, "trajectory", caption, draw, rows, header)
+    return draw_figure(results, "trajectory", caption, draw, rows, header)

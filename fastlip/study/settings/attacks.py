@@ -8,14 +8,14 @@ Ball = tuple[Literal["linf", "l2", "l1"], float, float]
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class GaussianSettings:
     """Gaussian noise at fixed strengths; ``sigmas`` are standard deviations of pixels in [0, 1]."""
 
     sigmas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
 
 
 @dataclass(frozen=True)
-class Pgd:
+class PgdSettings:
     """PGD at fixed strengths.
 
     Attributes:
@@ -43,7 +43,7 @@ class Pgd:
 
 
 @dataclass(frozen=True)
-class Strong:
+class StrongSuiteSettings:
     """The stronger suite: an image stands only where it stands under all of its attacks.
 
     Attributes:
@@ -69,7 +69,7 @@ class Strong:
 
 
 @dataclass(frozen=True)
-class Smallest:
+class SmallestSettings:
     """Search for the smallest perturbation that changes the decision, per image, in L2.
 
     Attributes:

@@ -6,8 +6,14 @@ Every function here raises :class:`StudyError` with status 2 where a setting is 
 import dataclasses
 
 from fastlip.study.errors import StudyError
-from fastlip.study.settings.attacks import Gaussian, Pgd, Smallest, Strong
-from fastlip.study.settings.measurements import Corruptions, Evaluation, Features, Lipschitz, Smoothing
+from fastlip.study.settings.attacks import GaussianSettings, PgdSettings, SmallestSettings, StrongSuiteSettings
+from fastlip.study.settings.measurements import (
+    CorruptionSettings,
+    EvaluationSettings,
+    FeatureSettings,
+    LipschitzSettings,
+    SmoothingSettings,
+)
 from fastlip.study.settings.rules import Rules
 from fastlip.study.settings.training import ARMS, Schedule
 
@@ -38,13 +44,15 @@ def check_schedule(schedule: Schedule, name: str) -> None:
     need(not kept or name != "pretrain", f"{name}.snapshots", "the source is not measured; leave it empty")
 
 
-def check_evaluation(evaluation: Evaluation) -> None:
+def check_evaluation(evaluation: EvaluationSettings) -> None:
     need(0 < evaluation.images <= evaluation.clean_images, "evaluation.images", "1 to evaluation.clean_images")
     need(evaluation.snapshot_images > 0, "evaluation.snapshot_images", "must be at least 1")
     need(evaluation.batch_size > 0, "evaluation.batch_size", "must be above 0")
 
 
-def check_attacks(gaussian: Gaussian, pgd: Pgd, strong: Strong, smallest: Smallest) -> None:
+def check_attacks(
+    gaussian: GaussianSettings, pgd: PgdSettings, strong: StrongSuiteSettings, smallest: SmallestSettings
+) -> None:
     grids = {
         "gaussian.sigmas": gaussian.sigmas,
         "pgd.linf_255": pgd.linf_255,
@@ -63,7 +71,10 @@ def check_attacks(gaussian: Gaussian, pgd: Pgd, strong: Strong, smallest: Smalle
 
 
 def check_measurements(
-    lipschitz: Lipschitz, features: Features, corruptions: Corruptions, smoothing: Smoothing
+    lipschitz: LipschitzSettings,
+    features: FeatureSettings,
+    corruptions: CorruptionSettings,
+    smoothing: SmoothingSettings,
 ) -> None:
     _all_above_zero(smoothing, "smoothing")
     need(0 < smoothing.alpha < 1, "smoothing.alpha", "must lie between 0 and 1")
@@ -85,6 +96,6 @@ def check_rules(rules: Rules) -> None:
     need(rules.resamples > 0, "rules.resamples", "must be at least 1")
 
 
-def _all_above_zero(group: Smallest | Smoothing, name: str) -> None:
+def _all_above_zero(group: SmallestSettings | SmoothingSettings, name: str) -> None:
     for f in dataclasses.fields(group):
         need(getattr(group, f.name) > 0, f"{name}.{f.name}", "must be above 0")

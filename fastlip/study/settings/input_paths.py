@@ -8,7 +8,7 @@ from fastlip.study.settings.settings import Settings
 
 
 @dataclass(frozen=True)
-class Places:
+class InputPaths:
     """What the command line said about files.
 
     Attributes:
@@ -26,20 +26,20 @@ class Places:
     download: bool = True
 
 
-def resolve_source(settings: Settings, places: Places) -> Settings:
+def resolve_source(settings: Settings, paths: InputPaths) -> Settings:
     """The settings with the source and corruptions that the given files ask for; ImageNet's weights for want of one."""
     if settings.dataset == "generated":
-        if places.source_checkpoint or places.source_data or places.data or places.corruptions:
+        if paths.source_checkpoint or paths.source_data or paths.data or paths.corruptions:
             raise StudyError(
                 f"--preset {settings.preset} generates its images: leave out --data, --source-checkpoint, "
                 "--source-data and --corruptions, or use --preset quick",
                 status=2,
             )
         return settings
-    if places.corruptions:
+    if paths.corruptions:
         settings = replace(settings, corrupted="cifar10c")
-    if places.source_checkpoint:
+    if paths.source_checkpoint:
         return replace(settings, source="checkpoint")
-    if places.source_data:
+    if paths.source_data:
         return replace(settings, source="folder")
     return settings

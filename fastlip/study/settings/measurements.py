@@ -15,7 +15,7 @@ GENERATED_CORRUPTIONS = (
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationSettings:
     """The test images that everything is measured on.
 
     Attributes:
@@ -32,7 +32,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Lipschitz:
+class LipschitzSettings:
     """Certified norms and Jacobian norms.
 
     Attributes:
@@ -47,7 +47,7 @@ class Lipschitz:
 
 
 @dataclass(frozen=True)
-class Features:
+class FeatureSettings:
     """Spectra of feature maps, and the growth of perturbations with depth.
 
     Attributes:
@@ -59,7 +59,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Corruptions:
+class CorruptionSettings:
     """Common corruptions.
 
     Attributes:
@@ -72,7 +72,7 @@ class Corruptions:
 
 
 @dataclass(frozen=True)
-class Smoothing:
+class SmoothingSettings:
     """Randomised smoothing (Cohen et al. 2019): certificates for the model's decision under Gaussian noise.
 
     Attributes:

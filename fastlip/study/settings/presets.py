@@ -3,8 +3,14 @@
 import dataclasses
 
 from fastlip.study.errors import StudyError
-from fastlip.study.settings.attacks import Gaussian, Pgd, Strong
-from fastlip.study.settings.measurements import Corruptions, Evaluation, Features, Lipschitz, Smoothing
+from fastlip.study.settings.attacks import GaussianSettings, PgdSettings, StrongSuiteSettings
+from fastlip.study.settings.measurements import (
+    CorruptionSettings,
+    EvaluationSettings,
+    FeatureSettings,
+    LipschitzSettings,
+    SmoothingSettings,
+)
 from fastlip.study.settings.settings import Settings
 from fastlip.study.settings.training import Schedule
 
@@ -15,9 +21,9 @@ _QUICK = Settings(
     pretrain=Schedule(images=20000, epochs=3, max_lr=0.1),
     scratch=Schedule(images=10000, epochs=4, max_lr=0.1, snapshots=(1, 2)),
     finetune=Schedule(images=10000, epochs=4, max_lr=0.05, snapshots=(1, 2)),
-    evaluation=Evaluation(images=200, clean_images=5000),
+    evaluation=EvaluationSettings(images=200, clean_images=5000),
     save_seconds=60.0,
-    corruptions=Corruptions(images=200),
+    corruptions=CorruptionSettings(images=200),
 )
 
 PRESETS = {
@@ -28,25 +34,25 @@ PRESETS = {
         pretrain=Schedule(images=4000, epochs=2, max_lr=0.1, crop=0, flip=False),
         scratch=Schedule(images=2000, epochs=3, max_lr=0.1, crop=0, flip=False, snapshots=(1,)),
         finetune=Schedule(images=2000, epochs=3, max_lr=0.05, crop=0, flip=False, snapshots=(1,)),
-        evaluation=Evaluation(images=60, clean_images=480, snapshot_images=24),
-        gaussian=Gaussian(sigmas=(0.05, 0.1, 0.2)),
-        pgd=Pgd(linf_255=(0.5, 1.0, 2.0), l2=(0.25, 0.5), l1=(6.0,)),
-        strong=Strong(linf_255=(1.0,), l2=(), steps=10, targets=1, queries=50),
-        lipschitz=Lipschitz(jacobian_images=8),
-        features=Features(images=60),
-        corruptions=Corruptions(severities=(1, 5), images=60),
-        smoothing=Smoothing(images=8, samples=96),
+        evaluation=EvaluationSettings(images=60, clean_images=480, snapshot_images=24),
+        gaussian=GaussianSettings(sigmas=(0.05, 0.1, 0.2)),
+        pgd=PgdSettings(linf_255=(0.5, 1.0, 2.0), l2=(0.25, 0.5), l1=(6.0,)),
+        strong=StrongSuiteSettings(linf_255=(1.0,), l2=(), steps=10, targets=1, queries=50),
+        lipschitz=LipschitzSettings(jacobian_images=8),
+        features=FeatureSettings(images=60),
+        corruptions=CorruptionSettings(severities=(1, 5), images=60),
+        smoothing=SmoothingSettings(images=8, samples=96),
     ),
     "quick": _QUICK,
     # The training of "quick" over enough seeds for questions 3 and 4, and of the measures what the questions read.
     "seeds": dataclasses.replace(
         _QUICK,
         preset="seeds",
-        evaluation=Evaluation(images=400, clean_images=5000, snapshot_images=100),
+        evaluation=EvaluationSettings(images=400, clean_images=5000, snapshot_images=100),
         seeds=6,
-        pgd=Pgd(linf_255=(0.5, 1.0, 2.0), l2=(), l1=()),
-        strong=Strong(linf_255=(), l2=()),
-        corruptions=Corruptions(severities=(1, 3, 5)),
+        pgd=PgdSettings(linf_255=(0.5, 1.0, 2.0), l2=(), l1=()),
+        strong=StrongSuiteSettings(linf_255=(), l2=()),
+        corruptions=CorruptionSettings(severities=(1, 3, 5)),
     ),
     "full": Settings(
         preset="full",
@@ -55,15 +61,15 @@ PRESETS = {
         pretrain=Schedule(images=20000, epochs=60, max_lr=0.1, batch_size=128),
         scratch=Schedule(images=50000, epochs=40, max_lr=0.1, batch_size=128, snapshots=(2, 5, 10, 20, 30)),
         finetune=Schedule(images=50000, epochs=15, max_lr=0.05, batch_size=128, snapshots=(1, 2, 4, 8, 12)),
-        evaluation=Evaluation(images=1000, clean_images=10000, snapshot_images=200, batch_size=500),
+        evaluation=EvaluationSettings(images=1000, clean_images=10000, snapshot_images=200, batch_size=500),
         arms=("reference", "scratch", "finetune", "linear", "partial", "lpft"),
         # Question 4 wants rules.min_runs training runs from scratch, whose snapshots are points of one run.
         seeds=6,
-        strong=Strong(linf_255=(0.5, 1.0, 2.0), l2=(0.1, 0.25), steps=100, targets=9, queries=1000),
-        lipschitz=Lipschitz(jacobian_images=100, jacobian_steps=50),
-        features=Features(images=1000),
-        corruptions=Corruptions(images=1000),
-        smoothing=Smoothing(images=200, selection=100, samples=1000),
+        strong=StrongSuiteSettings(linf_255=(0.5, 1.0, 2.0), l2=(0.1, 0.25), steps=100, targets=9, queries=1000),
+        lipschitz=LipschitzSettings(jacobian_images=100, jacobian_steps=50),
+        features=FeatureSettings(images=1000),
+        corruptions=CorruptionSettings(images=1000),
+        smoothing=SmoothingSettings(images=200, selection=100, samples=1000),
     ),
 }
 

@@ -10,18 +10,18 @@ from fastlip.study.json_types import require
 from fastlip.study.settings.settings import Settings
 
 
-def names(settings: Settings) -> dict[str, Any]:
+def dotted_names(settings: Settings) -> dict[str, Any]:
     """Every setting's dotted name with its value."""
 
-    def walk(value: Any, prefix: str) -> typing.Iterator[tuple[str, Any]]:
+    def flattened(value: Any, prefix: str) -> typing.Iterator[tuple[str, Any]]:
         for f in dataclasses.fields(value):
             inner = getattr(value, f.name)
             if dataclasses.is_dataclass(inner):
-                yield from walk(inner, f"{prefix}{f.name}.")
+                yield from flattened(inner, f"{prefix}{f.name}.")
             else:
                 yield prefix + f.name, inner
 
-    return dict(walk(settings, ""))
+    return dict(flattened(settings, ""))
 
 
 def to_json(settings: Settings) -> dict[str, Any]:

@@ -4,9 +4,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastlip.study.settings import checks
-from fastlip.study.settings.attacks import Gaussian, Pgd, Smallest, Strong
+from fastlip.study.settings.attacks import GaussianSettings, PgdSettings, SmallestSettings, StrongSuiteSettings
 from fastlip.study.settings.checks import need
-from fastlip.study.settings.measurements import Corruptions, Evaluation, Features, Lipschitz, Smoothing
+from fastlip.study.settings.measurements import (
+    CorruptionSettings,
+    EvaluationSettings,
+    FeatureSettings,
+    LipschitzSettings,
+    SmoothingSettings,
+)
 from fastlip.study.settings.rules import Rules
 from fastlip.study.settings.training import TRANSFER, Schedule
 
@@ -55,7 +61,7 @@ class Settings:
     pretrain: Schedule
     scratch: Schedule
     finetune: Schedule
-    evaluation: Evaluation
+    evaluation: EvaluationSettings
     corrupted: Literal["generated", "cifar10c"] = "generated"
     arms: tuple[str, ...] = ("scratch", "finetune")
     architecture: Literal["resnet50", "resnet18"] = "resnet50"
@@ -69,14 +75,14 @@ class Settings:
     threads: int = 0
     save_seconds: float = 30.0
     examples: int = 6
-    gaussian: Gaussian = field(default_factory=Gaussian)
-    pgd: Pgd = field(default_factory=Pgd)
-    strong: Strong = field(default_factory=Strong)
-    smallest: Smallest = field(default_factory=Smallest)
-    lipschitz: Lipschitz = field(default_factory=Lipschitz)
-    features: Features = field(default_factory=Features)
-    corruptions: Corruptions = field(default_factory=Corruptions)
-    smoothing: Smoothing = field(default_factory=Smoothing)
+    gaussian: GaussianSettings = field(default_factory=GaussianSettings)
+    pgd: PgdSettings = field(default_factory=PgdSettings)
+    strong: StrongSuiteSettings = field(default_factory=StrongSuiteSettings)
+    smallest: SmallestSettings = field(default_factory=SmallestSettings)
+    lipschitz: LipschitzSettings = field(default_factory=LipschitzSettings)
+    features: FeatureSettings = field(default_factory=FeatureSettings)
+    corruptions: CorruptionSettings = field(default_factory=CorruptionSettings)
+    smoothing: SmoothingSettings = field(default_factory=SmoothingSettings)
     rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:

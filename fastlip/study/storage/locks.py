@@ -11,14 +11,14 @@ from pathlib import Path
 from fastlip.study.errors import StudyError
 
 
-class Claims:
+class StageLocks:
     """Locks on single stages, held by this process and gone with it, however it ends."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.held: int | None = None
 
-    def take(self, name: str) -> bool:
+    def acquire(self, name: str) -> bool:
         """Claim the stage ``name``; False where another process has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -37,7 +37,7 @@ class Claims:
             self.held = None
 
 
-class Lock:
+class DirectoryLock:
     """A lock on a run directory; it goes with the process, however that ends.
 
     Attributes:
@@ -54,7 +54,7 @@ class Lock:
 
 
 @contextlib.contextmanager
-def locked(path: Path, join: bool = False, patience: float = 10.0) -> Iterator[Lock]:
+def directory_lock(path: Path, join: bool = False, patience: float = 10.0) -> Iterator[DirectoryLock]:
     """Hold the run directory against other processes.
 
     Args:
@@ -79,13 +79,13 @@ def locked(path: Path, join: bool = False, patience: float = 10.0) -> Iterator[L
                 f"another process is running the study in {path}; wait for it, use another --out, or start all of them "
                 "with --join"
             )
-        yield Lock(descriptor, alone)
+        yield DirectoryLock(descriptor, alone)
     finally:
         os.close(descriptor)
 
 
 @contextlib.contextmanager
-def alone_for_a_moment(path: Path) -> Iterator[None]:
+def mutex(path: Path) -> Iterator[None]:
     """Keep other processes that share the run directory from the same few lines; they wait."""
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path / ".moment", os.O_CREAT | os.O_RDWR, 0o644)

@@ -14,7 +14,7 @@ from fastlip.study.settings import serialization
 from fastlip.study.settings.machine import Machine
 from fastlip.study.storage import digests, json_files, schema
 from fastlip.study.storage.files import AGAIN, damaged, unobstructed
-from fastlip.study.storage.locks import alone_for_a_moment
+from fastlip.study.storage.locks import mutex
 
 
 class Config(TypedDict):
@@ -39,7 +39,7 @@ _FORGET = "delete it, which loses how long each stage took and nothing else, and
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """One model of a run: an arm with a seed; ``epoch`` is None at the end of training, else where it was kept."""
 
     arm: str
@@ -92,15 +92,15 @@ class RunDirectory:
             raise damaged(file, f"machine.threads is {self.machine.threads}", RESTORE)
 
     @property
-    def models(self) -> list[Trained]:
+    def models(self) -> list[TrainedModel]:
         """The models at the end of their training."""
-        return [Trained(arm, seed) for seed in self.settings.all_seeds for arm in self.settings.arms]
+        return [TrainedModel(arm, seed) for seed in self.settings.all_seeds for arm in self.settings.arms]
 
     @property
-    def snapshots(self) -> list[Trained]:
+    def snapshots(self) -> list[TrainedModel]:
         """The models on their way, of the arms that question 4 is about."""
         return [
-            Trained(model.arm, model.seed, epoch)
+            TrainedModel(model.arm, model.seed, epoch)
             for model in self.models
             if model.arm != "reference"
             for epoch in sorted(self.settings.schedule(model.arm).snapshots)
@@ -111,7 +111,7 @@ class RunDirectory:
         """Whether the study trains the source itself."""
         return self.settings.transfers and self.settings.source in ("generated", "folder")
 
-    def tidy(self) -> None:
+    def clean_up(self) -> None:
         """Remove what a killed process left behind: half-written files, and states of runs that had just finished."""
         for path in self.path.rglob("*.part*"):
             path.unlink()
@@ -126,10 +126,10 @@ class RunDirectory:
 
         Old records go first: killed at any moment, the process leaves a file without a record and never a false one.
         """
-        with alone_for_a_moment(self.path):
+        with mutex(self.path):
             digests.note(self.path, list(paths), forget=True)
         yield
-        with alone_for_a_moment(self.path):
+        with mutex(self.path):
             digests.note(self.path, list(paths))
 
     def require_intact(self, *paths: Path) -> None:

@@ -13,7 +13,7 @@ GENERATED = "THE IMAGES OF THIS RUN ARE GENERATED. THEY ARE NOT PHOTOGRAPHS, AND
 VerdictName = Literal["supported", "contradicted", "undetermined"]
 
 
-class Rate(TypedDict):
+class Proportion(TypedDict):
     """A share k of n with its exact binomial (Clopper-Pearson) interval."""
 
     k: int
@@ -60,8 +60,8 @@ class Attack(TypedDict):
     attack: Literal["gaussian", "pgd"]
     norm: Literal["linf", "l2", "l1"] | None
     strength: float
-    accuracy: Rate
-    noise_accuracy: Rate | None
+    accuracy: Proportion
+    noise_accuracy: Proportion | None
     distortion: Estimate
     stretch: Stretch
     depth: DepthStretch
@@ -74,7 +74,7 @@ class Smallest(TypedDict):
     """
 
     attack: Literal["gaussian", "pgd"]
-    found: Rate
+    found: Proportion
     median: Estimate
     mean: Estimate
     stretch: Stretch
@@ -85,7 +85,7 @@ class Member(TypedDict):
     """One attack of the stronger suite by itself."""
 
     name: str
-    accuracy: Rate
+    accuracy: Proportion
 
 
 class Strong(TypedDict):
@@ -93,7 +93,7 @@ class Strong(TypedDict):
 
     norm: Literal["linf", "l2", "l1"]
     strength: float
-    accuracy: Rate
+    accuracy: Proportion
     members: list[Member]
 
 
@@ -171,7 +171,7 @@ class Corruption(TypedDict):
 
     corruption: str
     severity: int
-    accuracy: Rate
+    accuracy: Proportion
 
 
 class Corruptions(TypedDict):
@@ -186,7 +186,7 @@ class CertifiedAt(TypedDict):
     """Share of images classified correctly whose decision is certified within an L2 radius."""
 
     radius: float
-    accuracy: Rate
+    accuracy: Proportion
 
 
 class Margins(TypedDict):
@@ -202,7 +202,7 @@ class Smoothed(TypedDict):
     sigma: float
     samples: int
     alpha: float
-    abstains: Rate
+    abstains: Proportion
     certified: list[CertifiedAt]
 
 
@@ -242,15 +242,15 @@ class Model(TypedDict):
     architecture: str
     additional_data: bool
     clean_acc: float
-    clean: Rate
-    attacked_clean: Rate
+    clean: Proportion
+    attacked_clean: Proportion
     training: Training
     attacks: list[Attack]
     strong: list[Strong]
     smallest_pgd: Smallest
     smallest_gaussian: Smallest
-    gaussian_of_same_norm: Rate
-    ratio_share: Rate
+    gaussian_of_same_norm: Proportion
+    ratio_share: Proportion
     ratio_median: Estimate
     largest_stretch: float | None
     depth_points: list[str]
@@ -275,7 +275,7 @@ class Point(TypedDict):
     arm: str
     seed: int
     epoch: int | None
-    accuracy: Rate
+    accuracy: Proportion
     median: float | None
     stretch: float | None
     log10_upper: float
@@ -334,7 +334,7 @@ class DeckRow(TypedDict):
     attack: str
     average_distortion: float
     upper_lipschitz_constant: float
-    clean_accuracy: Rate
+    clean_accuracy: Proportion
 
 
 class Results(TypedDict):

@@ -25,7 +25,7 @@ _PATIENCE = datetime.timedelta(hours=12)
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """This process among those of the run.
 
     Attributes:
@@ -42,7 +42,7 @@ class Team:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def agree(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The leader's ``value``, in every process."""
         if self.size == 1:
             return value
@@ -76,21 +76,21 @@ class Team:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Team]:
-    """The team that torchrun's environment describes; a team of one without it."""
+def process_group() -> Iterator[ProcessGroup]:
+    """The group that torchrun's environment describes; a group of one without it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield Team()
+        yield ProcessGroup()
         return
-    team = Team(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
-    if team.size == 1:
-        yield team
+    group = ProcessGroup(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    if group.size == 1:
+        yield group
         return
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(team.local_rank)
+        torch.cuda.set_device(group.local_rank)
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
-        yield team
+        yield group
     finally:
         dist.destroy_process_group()

@@ -24,9 +24,9 @@ from torch.nn.functional import cross_entropy
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.training import Schedule
 from fastlip.study.storage.files import write_bytes
-from fastlip.study.training.process_group import Team
+from fastlip.study.training.process_group import ProcessGroup
 
-ALONE = Team()
+SINGLE_PROCESS = ProcessGroup()
 
 #: An unfinished training run begins with this and the SHA-256 of all that follows, in hexadecimal digits.
 _HEAD = b"fastlip.study, unfinished training, sha256 "
@@ -54,7 +54,7 @@ def train(
     progress: Callable[[int, int, str], None],
     parts: Sequence[nn.Module] | None = None,
     keep: Callable[[int], None] | None = None,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     compiled: bool = False,
 ) -> History:
     """Train ``model`` in place on its own device, going on from ``state_path`` if that exists.
@@ -72,11 +72,11 @@ def train(
         parts: modules of ``model`` that are trained, all of it if None; the rest keeps its weights and its BatchNorm
             statistics.
         keep: called by the leader after each epoch of ``schedule.snapshots``, with ``model`` as it then is.
-        team: the processes that train together; the batch size is that of all of them.
+        group: the processes that train together; the batch size is that of all of them.
         compiled: whether ``torch.compile`` compiles the network.
 
     Raises:
-        StudyError: the loss is not finite, the saved state is damaged, or the batch cannot be split over the team.
+        StudyError: the loss is not finite, the saved state is damaged, or the batch cannot be split over the group.
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
@@ -92,24 +92,24 @@ def train(
     peaks = [schedule.max_lr, schedule.max_lr, schedule.max_lr * schedule.head_lr]
     optimiser = torch.optim.SGD(groups, lr=schedule.max_lr, momentum=schedule.momentum, nesterov=True)
     size = min(schedule.batch_size, len(images))
-    if size % team.size:
-        raise StudyError(f"batches of {size} images cannot be split evenly over {team.size} processes", status=2)
+    if size % group.size:
+        raise StudyError(f"batches of {size} images cannot be split evenly over {group.size} processes", status=2)
     per_epoch = len(images) // size
     steps = schedule.epochs * per_epoch
     # OneCycleLR divides by the warm-up's steps less one, so a run of a few steps needs more than its share.
     warmup = min(max(schedule.warmup, 1.5 / steps), 0.9)
-    rate = torch.optim.lr_scheduler.OneCycleLR(
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, peaks, total_steps=steps, pct_start=warmup, cycle_momentum=False
     )
     history = History([], [])
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, correct images of this epoch
-    done = _restore(state_path, model, optimiser, rate, history, totals, steps)
+    done = _restore(state_path, model, optimiser, scheduler, history, totals, steps)
 
     # What has no gradient is left alone by SGD, weight decay included.
     model.eval().requires_grad_(False)
     for part in [model] if parts is None else parts:
         part.train().requires_grad_(True)
-    network: Callable[[Tensor], Tensor] = team.trainer(model)
+    network: Callable[[Tensor], Tensor] = group.trainer(model)
     if compiled:
         network = torch.compile(network)
     saved = time.monotonic()
@@ -120,7 +120,7 @@ def train(
         shifts = torch.randint(-schedule.crop, schedule.crop + 1, (2, len(images)), generator=generator)
         flips = torch.rand(len(images), generator=generator) < (0.5 if schedule.flip else 0.0)
         for step in range(first, per_epoch):
-            batch = order[step * size : (step + 1) * size][team.rank :: team.size]
+            batch = order[step * size : (step + 1) * size][group.rank :: group.size]
             x = _augment(images[batch.to(device)], shifts[:, batch].to(device), flips[batch].to(device))
             y = labels[batch.to(device)]
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -129,10 +129,10 @@ def train(
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            rate.step()
+            scheduler.step()
             done += 1
             summed = torch.stack([loss.detach().double() * len(batch), (logits.argmax(1) == y).sum().double()])
-            totals += team.sum_(summed)
+            totals += group.sum_(summed)
             if done % 10 == 0 or done == steps or step + 1 == per_epoch:
                 _require_finite(totals, done)
             if step + 1 == per_epoch:
@@ -140,11 +140,11 @@ def train(
                 history.loss.append(mean_loss)
                 history.accuracy.append(accuracy)
                 totals.zero_()
-                if keep is not None and team.leads and epoch + 1 in schedule.snapshots:
+                if keep is not None and group.leads and epoch + 1 in schedule.snapshots:
                     keep(epoch + 1)
             progress(done, steps, f"epoch {epoch + 1}/{schedule.epochs}, batch {step + 1}/{per_epoch}")
-            if team.leads and done < steps and time.monotonic() - saved >= save_seconds:
-                _save(state_path, model, optimiser, rate, history, totals, done)
+            if group.leads and done < steps and time.monotonic() - saved >= save_seconds:
+                _save(state_path, model, optimiser, scheduler, history, totals, done)
                 saved = time.monotonic()
     model.eval()
     return history
@@ -171,11 +171,13 @@ def _require_finite(totals: Tensor, done: int) -> None:
         raise StudyError(f"the training loss is not finite by step {done}; lower max_lr or set precision=float32")
 
 
-def _save(path: Path, model: nn.Module, optimiser: Any, rate: Any, history: History, totals: Tensor, done: int) -> None:
+def _save(
+    path: Path, model: nn.Module, optimiser: Any, scheduler: Any, history: History, totals: Tensor, done: int
+) -> None:
     state = {
         "model": model.state_dict(),
         "optimiser": optimiser.state_dict(),
-        "rate": rate.state_dict(),
+        "rate": scheduler.state_dict(),
         "loss": history.loss,
         "accuracy": history.accuracy,
         "totals": totals,
@@ -191,7 +193,7 @@ def _save(path: Path, model: nn.Module, optimiser: Any, rate: Any, history: Hist
 
 
 def _restore(
-    path: Path, model: nn.Module, optimiser: Any, rate: Any, history: History, totals: Tensor, steps: int
+    path: Path, model: nn.Module, optimiser: Any, scheduler: Any, history: History, totals: Tensor, steps: int
 ) -> int:
     """Load the saved state into all of the arguments; the number of the ``steps`` already done."""
     if not path.exists():
@@ -206,7 +208,7 @@ def _restore(
         state = torch.load(io.BytesIO(data), map_location=totals.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        rate.load_state_dict(state["rate"])
+        scheduler.load_state_dict(state["rate"])
         history.loss[:], history.accuracy[:] = state["loss"], state["accuracy"]
         totals.copy_(state["totals"])
         done = int(state["done"])

@@ -11,7 +11,7 @@ import torch
 from fastlip.models import load_checkpoint
 from fastlip.study.measure.images import merged
 from fastlip.study.storage.files import read_arrays, read_json
-from fastlip.study.training.process_group import Team
+from fastlip.study.training.process_group import ProcessGroup
 
 TRAIN = """
 import json, sys
@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from pathlib import Path
 from fastlip.study.settings.training import Schedule
-from fastlip.study.training.process_group import joined
+from fastlip.study.training.process_group import process_group
 from fastlip.study.training.train import train
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])
-with joined() as team:
+with process_group() as group:
     torch.manual_seed(0)
     body = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
     model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
@@ -36,11 +36,11 @@ with joined() as team:
         model, images.to(torch.uint8), labels,
         Schedule(images=40, epochs=3, max_lr=0.1, batch_size=16, snapshots=(2,)),
         seed=5, precision=torch.float32, state_path=out / "state.pt", save_seconds=0,
-        progress=lambda *a: None, team=team, keep=kept.append, compiled="compiled" in sys.argv,
+        progress=lambda *a: None, group=group, keep=kept.append, compiled="compiled" in sys.argv,
     )
-    if team.leads:
+    if group.leads:
         state = {k: v.tolist() for k, v in model.state_dict().items()}
-        (out / "found.json").write_text(json.dumps([state, history.loss, history.accuracy, kept, team.size]))
+        (out / "found.json").write_text(json.dumps([state, history.loss, history.accuracy, kept, group.size]))
 """
 
 
@@ -52,7 +52,7 @@ def launched(processes, *arguments, timeout=300):
 
 
 def trained(tmp_path, processes, *arguments):
-    """Weights, loss, accuracy, snapshots and the size of the team."""
+    """Weights, loss, accuracy, snapshots and the size of the group."""
     (tmp_path / "train.py").write_text(TRAIN)
     out = tmp_path / f"{processes}"
     out.mkdir()
@@ -129,10 +129,10 @@ def test_parts_are_merged_in_the_order_of_their_ids():
 
 
 def test_a_team_of_one_has_nothing_to_say_to_others():
-    team = Team()
+    group = ProcessGroup()
     x = torch.ones(2)
-    assert team.leads
-    assert team.agree("a") == "a"
-    assert team.gather(3) == [3]
-    assert team.sum_(x) is x
-    assert team.device("cpu") == torch.device("cpu")
+    assert group.leads
+    assert group.broadcast("a") == "a"
+    assert group.gather(3) == [3]
+    assert group.sum_(x) is x
+    assert group.device("cpu") == torch.device("cpu")
