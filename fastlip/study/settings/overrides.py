@@ -1,4 +1,4 @@
-"""Settings given by name: "dotted.name=value", as ``--set`` takes them."""
+"""Overrides of settings, given as "dotted.name=value"."""
 
 import dataclasses
 import typing
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.settings import Settings
 
-#: Settings that follow from the preset and the files given, and not from --set.
+#: Settings that the preset and the given files determine, which --set cannot change.
 FIXED = ("preset", "dataset", "source")
 
 
@@ -15,7 +15,7 @@ def override(settings: Settings, assignments: list[str]) -> Settings:
     """``settings`` with each "dotted.name=value" applied; lists are separated by commas.
 
     Raises:
-        StudyError: an unknown name or a value of the wrong type; the message names it.
+        StudyError: a name is unknown or a value is of the wrong type; the message names the setting.
     """
     for assignment in assignments:
         name, equals, text = assignment.partition("=")

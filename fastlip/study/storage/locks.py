@@ -1,4 +1,4 @@
-"""Locks between processes: on a run directory, on a few lines of code, and on single stages."""
+"""Locks between processes: on a run directory, on a critical section, and on single stages."""
 
 import contextlib
 import fcntl
@@ -12,14 +12,14 @@ from fastlip.study.errors import StudyError
 
 
 class StageLocks:
-    """Locks on single stages, held by this process and gone with it, however it ends."""
+    """Locks on single stages. The operating system releases them when the process ends, however it ends."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.held: int | None = None
 
     def acquire(self, name: str) -> bool:
-        """Claim the stage ``name``; False where another process has it."""
+        """Lock the stage ``name``; False where another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / hashlib.sha256(name.encode()).hexdigest()[:16]
         descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
@@ -38,10 +38,10 @@ class StageLocks:
 
 
 class DirectoryLock:
-    """A lock on a run directory; it goes with the process, however that ends.
+    """A lock on a run directory, released when the process ends, however it ends.
 
     Attributes:
-        alone: whether no other process held the directory when this one came.
+        alone: whether no other process held the directory when this one locked it.
     """
 
     def __init__(self, descriptor: int, alone: bool) -> None:
@@ -49,21 +49,21 @@ class DirectoryLock:
         self.alone = alone
 
     def share(self) -> None:
-        """Let in other processes that join."""
+        """Admit other processes that join."""
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)
 
 
 @contextlib.contextmanager
 def directory_lock(path: Path, join: bool = False, patience: float = 10.0) -> Iterator[DirectoryLock]:
-    """Hold the run directory against other processes.
+    """Lock the run directory against other processes.
 
     Args:
-        path: the run directory, made if need be.
-        join: whether to come in beside processes that share it; one that has just begun is waited for.
+        path: the run directory, made if it is missing.
+        join: whether to share the directory with processes that join; one that has just begun is waited for.
         patience: seconds to wait for it.
 
     Raises:
-        StudyError: another process holds it and does not share it.
+        StudyError: another process holds the directory and does not share it.
     """
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -86,7 +86,7 @@ def directory_lock(path: Path, join: bool = False, patience: float = 10.0) -> It
 
 @contextlib.contextmanager
 def mutex(path: Path) -> Iterator[None]:
-    """Keep other processes that share the run directory from the same few lines; they wait."""
+    """A critical section: other processes that share the run directory wait until the block ends."""
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path / ".moment", os.O_CREAT | os.O_RDWR, 0o644)
     try:

@@ -10,7 +10,7 @@ from torch.distributed.nn.functional import all_reduce
 
 
 def synchronised(model: nn.Module) -> nn.Module:
-    """A copy of the modules of ``model`` on the same parameters and buffers, its BatchNorm taking moments over all."""
+    """A copy of ``model`` that shares its parameters and buffers, with BatchNorm statistics over all processes."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     network = copy.deepcopy(model, memo)
     for name, module in list(network.named_modules()):
@@ -21,7 +21,7 @@ def synchronised(model: nn.Module) -> nn.Module:
 
 
 class _SharedBatchNorm(nn.Module):
-    """BatchNorm2d over the batches of all processes, as over one batch (torch's SyncBatchNorm refuses the CPU)."""
+    """BatchNorm2d over the batches of all processes as over one batch, for the CPU, which SyncBatchNorm refuses."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
