@@ -35,7 +35,8 @@ def test_override_changes_one_setting_and_its_type():
     ("assignment", "message"),
     [
         ("pgd.steps", "NAME=VALUE"),
-        ("pgd.stepz=3", "pgd.stepz: no such setting"),
+        ("pgd.stepz=3", r"pgd.stepz: no such setting; did you mean pgd.steps\?"),
+        ("magic=3", "magic: no such setting; --help lists them"),
         ("pgd=3", "pgd: no such setting"),
         ("preset=full", "no such setting"),
         ("source=folder", "no such setting"),

@@ -7,8 +7,6 @@ TRANSFER = ("finetune", "linear", "partial", "lpft")
 
 ARMS = ("reference", "scratch", *TRANSFER)
 
-SOURCES = ("generated", "imagenet", "checkpoint", "folder")
-
 
 @dataclass(frozen=True)
 class Schedule:
