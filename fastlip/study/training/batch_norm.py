@@ -9,10 +9,18 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 
-def synchronised(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` that shares its parameters and buffers, with BatchNorm statistics over all processes."""
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of ``model`` that shares its parameters and buffers, with BatchNorm statistics over all processes.
+
+    Args:
+        model: the network.
+        device: where it runs; :class:`torch.nn.SyncBatchNorm` is for GPUs alone.
+    """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     network = copy.deepcopy(model, memo)
+    if device.type == "cuda":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return converted
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             parent, _, child = name.rpartition(".")

@@ -72,7 +72,8 @@ class ProcessGroup:
         """The module to call in training: ``model``, or DistributedDataParallel on its parameters and buffers."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(synchronised(model), broadcast_buffers=False)
+        device = next(model.parameters()).device
+        return DistributedDataParallel(synchronised(model, device), broadcast_buffers=False)
 
 
 @contextlib.contextmanager
