@@ -32,6 +32,9 @@ SINGLE_PROCESS = ProcessGroup()
 _HEAD = b"fastlip.study, unfinished training, sha256 "
 _BODY = len(_HEAD) + 64
 
+#: Steps between two checks that the loss is finite; at each of them the host waits for the GPU.
+_CHECK_EVERY = 50
+
 
 @dataclass
 class History:
@@ -119,10 +122,12 @@ def train(
         order = torch.randperm(len(images), generator=generator)
         shifts = torch.randint(-schedule.crop, schedule.crop + 1, (2, len(images)), generator=generator)
         flips = torch.rand(len(images), generator=generator) < (0.5 if schedule.flip else 0.0)
+        # Copied once an epoch: a copy from the host in each step would leave a GPU idle before the next launch.
+        order, shifts, flips = order.to(device), shifts.to(device), flips.to(device)
         for step in range(first, per_epoch):
             batch = order[step * size : (step + 1) * size][group.rank :: group.size]
-            x = _augment(images[batch.to(device)], shifts[:, batch].to(device), flips[batch].to(device))
-            y = labels[batch.to(device)]
+            x = _augment(images[batch], shifts[:, batch], flips[batch])
+            y = labels[batch]
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
                 logits = network(x.float().div_(255).contiguous(memory_format=torch.channels_last))
             loss = cross_entropy(logits.float(), y, label_smoothing=schedule.label_smoothing)
@@ -133,7 +138,7 @@ def train(
             done += 1
             summed = torch.stack([loss.detach().double() * len(batch), (logits.argmax(1) == y).sum().double()])
             totals += group.sum_(summed)
-            if done % 10 == 0 or done == steps or step + 1 == per_epoch:
+            if done % _CHECK_EVERY == 0 or done == steps or step + 1 == per_epoch:
                 _require_finite(totals, done)
             if step + 1 == per_epoch:
                 mean_loss, accuracy = (totals / (per_epoch * size)).tolist()
