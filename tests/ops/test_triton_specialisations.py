@@ -158,6 +158,7 @@ def test_all_there_is_to_compile():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_tests_of_operators_compile_a_hundred_kernels_at_most():
     """Each launch of the tests in this folder, counted beside the reference that answers them."""
     here = Path(__file__).parent

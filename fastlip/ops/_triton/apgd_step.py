@@ -32,6 +32,7 @@ from fastlip.ops._triton.elements import (
     nothing,
     on_device,
     or_nothing,
+    quotient,
     read_by_model,
     takes_part,
     vectors,
@@ -109,8 +110,8 @@ def _decide_kernel(
         before = tl.load(counters_ptr + _SUPPORT)
         restart = check & (support.to(tl.float64) < 0.95 * before.to(tl.float64))
         radius = ball_radius(eps, eps_ptr, sample, T)
-        least = tl.div_rn(radius, tl.full((), 10.0, T))  # not the approximate quotient that / is in float32
-        following = tl.where(restart, radius, tl.maximum(tl.div_rn(step, tl.full((), 1.5, T)), least))
+        least = quotient(radius, tl.full((), 10.0, T), T)
+        following = tl.where(restart, radius, tl.maximum(quotient(step, tl.full((), 1.5, T), T), least))
         tl.store(counters_ptr + _KEPT, ((2 * support.to(tl.int64) + 2) // 3).to(tl.int32), check & on)
         tl.store(counters_ptr + _SUPPORT, support, check & on)
     else:

@@ -25,7 +25,7 @@ def kernel(function: Callable[..., object]):
     size. What a kernel is to know of its sizes and addresses, its launch says in an argument of its own.
     """
     names = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not tl.constexpr]
-    return triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(function)
+    return triton.jit(do_not_specialize=names)(function)
 
 
 @triton.jit
@@ -128,11 +128,20 @@ def narrowed(value, centre, S: tl.constexpr):
 
 
 @triton.jit
+def quotient(dividend, divisor, T: tl.constexpr):
+    """Rounded once; in float32 ``/`` is approximate."""
+    if T == tl.float64:
+        return dividend / divisor
+    else:
+        return tl.div_rn(dividend, divisor)
+
+
+@triton.jit
 def _over(value, std, std_ptr, at, mask, ALIGNED: tl.constexpr, T: tl.constexpr):
     """``value`` over the standard deviation, rounded once."""
     one = tl.where(given(std_ptr), 1.0, tl.full((), std, T))
     spread = tl.load(elements(std_ptr, at, ALIGNED), mask & given(std_ptr), other=one)
-    return tl.div_rn(value, spread)
+    return quotient(value, spread, T)
 
 
 @triton.jit
