@@ -13,8 +13,8 @@
 # Why it matters: the larger the norm, the more the layer needs the correction, and a guard that fails in silence
 #   is read as a certificate.
 # Source: lipschitz_correction iterates W^T W without normalising its vectors, so float32 overflows to inf, the
-#   quotient is nan, and nan > 0.8 is false. The class describes itself as an implementation of i-ResNet and its
-#   parameters only by their names.
+#   quotient is nan, and nan > 0.8 is false. The class describes itself as an implementation of i-ResNet; the method
+#   and the parameters of the norm have no description.
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
