@@ -14,7 +14,7 @@ from filelock import SoftFileLease
 from fastlip._files import replacing
 from fastlip.study.errors import StudyError
 from fastlip.study.storage import locks
-from fastlip.study.storage.locks import StageLocks, mutex, probe, run_lock
+from fastlip.study.storage.locks import StageLocks, mutex, probe, directory_lock
 
 
 @contextlib.contextmanager
@@ -54,17 +54,18 @@ def test_a_stage_has_one_holder_and_is_free_again_afterwards(tmp_path):
 def test_a_killed_process_holds_nothing(tmp_path):
     held = (
         "stage_locks = locks.StageLocks(folder)\n"
-        "with locks.run_lock(folder) as lock:\n    assert stage_locks.acquire('a')\n    " + STAYS.replace("\n", "\n    ")
+        "with locks.directory_lock(folder) as lock:\n    assert stage_locks.acquire('a')\n    "
+        + STAYS.replace("\n", "\n    ")
     )
     with another_process(held, tmp_path) as process:
         assert not StageLocks(tmp_path).acquire("a")
-        with pytest.raises(StudyError, match="another process"), run_lock(tmp_path):
+        with pytest.raises(StudyError, match="another process"), directory_lock(tmp_path):
             pass
         process.send_signal(signal.SIGKILL)
         process.wait()
         began = time.monotonic()
         assert StageLocks(tmp_path).acquire("a")
-        with run_lock(tmp_path) as lock:
+        with directory_lock(tmp_path) as lock:
             assert lock.alone
         assert time.monotonic() - began < locks.LEASE_SECONDS / 4
 
@@ -92,35 +93,35 @@ def test_a_dead_host_loses_its_lock_once_it_has_stood_still(tmp_path, monkeypatc
 
 
 def test_only_processes_that_join_share_a_directory(tmp_path):
-    with run_lock(tmp_path, join=True) as first:
+    with directory_lock(tmp_path, join=True) as first:
         assert first.alone
-        with pytest.raises(StudyError, match="another process"), run_lock(tmp_path, join=True, patience=0.2):
+        with pytest.raises(StudyError, match="another process"), directory_lock(tmp_path, join=True, patience=0.2):
             pass  # the first has not let anybody in yet
         first.share()
-        with run_lock(tmp_path, join=True) as second:
+        with directory_lock(tmp_path, join=True) as second:
             assert not second.alone
             second.share()
-            with run_lock(tmp_path, join=True) as third:
+            with directory_lock(tmp_path, join=True) as third:
                 assert not third.alone
-        with pytest.raises(StudyError, match="--join"), run_lock(tmp_path):
+        with pytest.raises(StudyError, match="--join"), directory_lock(tmp_path):
             pass
     with (
-        run_lock(tmp_path) as lock,
+        directory_lock(tmp_path) as lock,
         pytest.raises(StudyError, match="another process"),
-        run_lock(tmp_path, join=True, patience=0.2),
+        directory_lock(tmp_path, join=True, patience=0.2),
     ):
         assert lock.alone
 
 
 def test_a_process_that_stays_behind_keeps_its_share(tmp_path):
     with contextlib.ExitStack() as stack:
-        with run_lock(tmp_path, join=True) as first:
+        with directory_lock(tmp_path, join=True) as first:
             first.share()
-            second = stack.enter_context(run_lock(tmp_path, join=True))
+            second = stack.enter_context(directory_lock(tmp_path, join=True))
             second.share()
-        with pytest.raises(StudyError, match="--join"), run_lock(tmp_path):
+        with pytest.raises(StudyError, match="--join"), directory_lock(tmp_path):
             pass
-        with run_lock(tmp_path, join=True) as third:
+        with directory_lock(tmp_path, join=True) as third:
             assert not third.alone
 
 
@@ -145,7 +146,7 @@ def test_locks_need_no_flock(tmp_path):
     code = (
         "import sys, warnings\nsys.modules['fcntl'] = None\nwarnings.simplefilter('ignore')\nfrom pathlib import Path\n"
         "from fastlip.study.storage import locks\nfolder = Path(sys.argv[1])\nlocks.probe(folder)\n"
-        "with locks.run_lock(folder) as lock:\n  a, b = locks.StageLocks(folder), locks.StageLocks(folder)\n"
+        "with locks.directory_lock(folder) as lock:\n  a, b = locks.StageLocks(folder), locks.StageLocks(folder)\n"
         "  assert a.acquire('x') and not b.acquire('x')\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -86,7 +86,7 @@ class StageLocks:
             self._held = None
 
 
-class RunLock:
+class DirectoryLock:
     """This process's hold of a run directory.
 
     Attributes:
@@ -105,7 +105,7 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def run_lock(path: Path, join: bool = False, patience: float = 10.0) -> Iterator[RunLock]:
+def directory_lock(path: Path, join: bool = False, patience: float = 10.0) -> Iterator[DirectoryLock]:
     """Hold the run directory against other processes.
 
     Args:
@@ -137,7 +137,7 @@ def run_lock(path: Path, join: bool = False, patience: float = 10.0) -> Iterator
         if join and others_alive:
             shared.acquire()
             exclusive.release()
-        yield RunLock(not others_alive, exclusive, shared)
+        yield DirectoryLock(not others_alive, exclusive, shared)
     finally:
         exclusive.release(force=True)
         shared.release(force=True)
