@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 def _settings() -> str:
-    """Every setting with its value in each preset, for --help."""
+    """All settings with their values in each preset, for --help."""
     columns = [serialization.dotted_names(chosen) for chosen in presets.PRESETS.values()]
     lines = [f"**Settings** (`--set NAME=VALUE`; values of {' / '.join(presets.PRESETS)}):", ""]
     for name in columns[0]:
@@ -86,14 +86,14 @@ def study(
         return
     chosen, data = _chosen(context, preset, data, seed, device, settings)
     try:
-        # Imported late: torch and matplotlib take seconds, and mistakes on the command line are said at once.
+        # torch and matplotlib take seconds to import, and mistakes on the command line are reported before.
         from fastlip.study.pipeline import runner
         from fastlip.study.settings.input_paths import InputPaths
 
         paths = InputPaths(data, source_checkpoint, source_data, corruptions, download)
         runner.run(chosen, paths, _out(out, chosen), join=join, only=only or ())
     except KeyboardInterrupt:
-        # Typer would end without a word.
+        # Typer would exit without a message.
         raise StudyError("interrupted; run the same command again to go on", status=130) from None
 
 
@@ -188,16 +188,16 @@ def side_by_side(
 
 
 def main() -> None:
-    """Run the command line; errors that a person can mend are one line on stderr and an exit status."""
+    """Run the command line. Errors that the user can fix end in one line on stderr and an exit status."""
     try:
         app()
     except StudyError as error:
         _fail(str(error), error.status)
     except OSError as error:
-        # Disk full, no permission, a file vanished: what was written before stays complete.
+        # The disk is full, a permission is missing, or a file vanished: what was written before is still complete.
         _fail(f"{error}; mend that and run the same command again to go on", 1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported yet
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own class, which may not be imported yet
             raise
         _fail(
             f"{str(error).splitlines()[0]} Free the GPU and run the same command again to go on, or begin in another "

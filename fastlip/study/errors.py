@@ -1,11 +1,11 @@
-"""The one exception that a person running the study sees, as one line and an exit status."""
+"""The one exception that reaches the user of the study: one line on the terminal and an exit status."""
 
 
 class StudyError(Exception):
-    """Something the person at the terminal can mend; the message is one line that says how.
+    """Something that the user can fix; the message is one line that says how.
 
     Attributes:
-        status: exit status of the process, 2 where the command or its inputs are at fault and 1 otherwise.
+        status: exit status of the process: 2 where the command or its inputs are wrong, 1 otherwise.
     """
 
     def __init__(self, message: str, status: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Whether plain JSON has the shape that a type declares: what was read from disk is looked at before it is used."""
+"""Checks that plain JSON has the structure that a type declares, so that nothing read from disk is used unchecked."""
 
 import dataclasses
 import functools
@@ -8,22 +8,22 @@ import types
 import typing
 from typing import Any
 
-#: No number of the study is larger; beyond it, percentages and distortions times 255 would overflow.
+#: The largest number accepted. Percentages and distortions times 255 would overflow beyond it.
 _LARGEST = sys.float_info.max / 1e6
 
 
 def require(value: Any, hint: Any, where: str) -> None:
-    """Raise where ``value`` is not what :func:`json.loads` gives for a ``hint``.
+    """Raise where ``value`` is not what :func:`json.loads` returns for a ``hint``.
 
     Args:
         value: plain lists, dicts, strings, numbers, booleans and None.
         hint: a TypedDict or dataclass (exactly its keys), ``list[T]``, ``tuple[T, ...]``, ``dict[str, T]``,
             ``Literal``, ``T | None``, ``float`` (finite; whole numbers too), ``int`` (of 64 bits), ``str``, ``bool`` or
             ``Any``.
-        where: name of the value, which the message begins with.
+        where: name of the value, with which the message begins.
 
     Raises:
-        ValueError: it is not; the message names the place.
+        ValueError: it is not; the message names the part that differs.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -53,7 +53,7 @@ def require(value: Any, hint: Any, where: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value in a few characters."""
+    """``value`` abbreviated for a message."""
     text = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
 

@@ -99,7 +99,10 @@ def test_a_plan_refuses_what_a_run_would_refuse(tmp_path):
         (["--preset", "demo", "--out", str(tmp_path / "file")], "is a file"),
         (["--preset", "demo", "--out", str(tmp_path)], "holds something that is not a run"),
         (["--out", str(tmp_path / "new")], "name a preset"),
-        (["--preset", "quick", "--no-download", "--data", str(tmp_path), "--out", str(tmp_path / "new")], "no CIFAR-10"),
+        (
+            ["--preset", "quick", "--no-download", "--data", str(tmp_path), "--out", str(tmp_path / "new")],
+            "no CIFAR-10",
+        ),
     ):
         command = [sys.executable, "-m", "fastlip.study", "plan", *arguments]
         found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

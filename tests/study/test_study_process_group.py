@@ -7,10 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fastlip.models import load_checkpoint
 from fastlip.study.measure.images import merged
 from fastlip.study.storage.files import read_arrays, read_json
+from fastlip.study.training.batch_norm import synchronised
 from fastlip.study.training.process_group import ProcessGroup
 
 TRAIN = """
@@ -114,6 +116,19 @@ def test_a_batch_that_cannot_be_split_is_one_line(tmp_path):
     done = launched(2, str(tmp_path / "train.py"), str(tmp_path))
     assert done.returncode != 0
     assert "batches of 15 images cannot be split evenly over 2 processes" in done.stderr
+
+
+def test_batch_norm_on_gpus_is_torchs_and_shares_all_tensors():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4)))
+    model[1].eval()
+    network = synchronised(model, torch.device("cuda"))
+    assert [type(m) for m in model.modules()].count(nn.BatchNorm2d) == 2
+    norms = [m for m in network.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert [m.training for m in norms] == [False, True]
+    ours, theirs = model.state_dict(keep_vars=True), network.state_dict(keep_vars=True)
+    assert ours.keys() == theirs.keys()
+    assert all(theirs[name] is tensor for name, tensor in ours.items())
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in synchronised(model, torch.device("cpu")).modules())
 
 
 def test_parts_are_merged_in_the_order_of_their_ids():

@@ -1,1 +1,1 @@
-"""From per-image results to estimates, verdicts and results.json."""
+"""Statistics of the measurements, verdicts, and results.json."""

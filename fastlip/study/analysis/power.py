@@ -1,4 +1,4 @@
-"""How many images, seeds and runs each question needs for its rule to be able to say anything."""
+"""Power analysis: the numbers of images, seeds and runs that each question needs for a verdict."""
 
 import math
 
@@ -7,7 +7,7 @@ from scipy import stats
 from fastlip.study.settings.rules import COMPARISONS, Rules
 from fastlip.study.storage.schema import Power
 
-#: What is assumed where nothing is known yet: true shares, differences over their spread between seeds, correlations.
+#: Assumptions before the run: true proportions, differences over their standard deviation, correlations.
 _SHARES = (0.95, 0.98, 1.0)
 
 _EFFECTS = (1.0, 2.0, 4.0)
@@ -18,7 +18,7 @@ _MOST = 20_000
 
 
 def sample_sizes(rules: Rules) -> list[Power]:
-    """The needs of each question under stated assumptions; part of the run's configuration."""
+    """The sample sizes that each question needs under stated assumptions; they are part of config.json."""
     shares = [
         Power(
             question=question,
@@ -55,20 +55,20 @@ def sample_sizes(rules: Rules) -> list[Power]:
 
 
 def images_needed(share: float, threshold: float, confidence: float, power: float) -> int | None:
-    """Least n for which the lower Clopper-Pearson limit exceeds ``threshold`` with probability ``power``.
+    """The least n for which the lower Clopper-Pearson limit exceeds ``threshold`` with probability ``power``.
 
     Args:
-        share: the true share.
+        share: the true proportion.
         threshold: what the limit must exceed.
         confidence: of the two-sided interval.
-        power: wanted probability.
+        power: the probability wanted.
 
     Returns:
-        n, or None where the share is not above the threshold or no n up to 20,000 does.
+        n; None where the proportion is not above the threshold or no n up to 20,000 is enough.
     """
     if share <= threshold:
         return None
-    # Grows by a tenth at a time, then goes back one by one: power is all but increasing in n.
+    # n grows by a tenth at a time and then shrinks by one at a time, because the power is almost monotonic in n.
     n = 1
     while n <= _MOST and _chance(n, share, threshold, confidence) < power:
         n = max(n + 1, int(1.1 * n))
@@ -89,7 +89,7 @@ def _chance(n: int, share: float, threshold: float, confidence: float) -> float:
 
 
 def seeds_needed(effect: float, level: float, power: float) -> int:
-    """Least number of seeds at which a two-sided t test at ``level`` finds a mean of ``effect`` standard deviations."""
+    """Least number of seeds for a two-sided t test at ``level`` to find a mean of ``effect`` standard deviations."""
     n = 2
     while n < _MOST:
         critical = stats.t.isf(level / 2, n - 1)
@@ -103,6 +103,6 @@ def seeds_needed(effect: float, level: float, power: float) -> int:
 
 
 def runs_needed(rho: float, level: float, power: float) -> int:
-    """Independent runs for Spearman's ``rho`` to differ from 0 at ``level`` (Fisher's z; Bonett and Wright 2000)."""
+    """The number of independent runs for a test at ``level`` to find Spearman's ``rho`` (Bonett and Wright 2000)."""
     wanted = stats.norm.isf(level / 2) + stats.norm.ppf(power)
     return math.ceil(3 + (1 + rho**2 / 2) * (float(wanted) / math.atanh(rho)) ** 2)

@@ -1,4 +1,4 @@
-"""From per-image results to results.json: every number with its sample size and interval."""
+"""The contents of results.json, computed from the measurements: every number with its sample size and interval."""
 
 import numpy as np
 
@@ -25,8 +25,8 @@ from fastlip.study.storage.schema import (
 )
 from fastlip.study.training.architectures import build
 
-#: The slide deck behind this project. 93.75% and 88.54% are 90 and 85 of its 96 images; the scale of its average
-#: distortion and the meaning of its upper Lipschitz constant are not stated there.
+#: Rows of the slide deck behind this project. Its 93.75% and 88.54% are 90 and 85 of 96 images. The deck does not state
+#: the scale of its average distortion, nor what its upper Lipschitz constant bounds.
 _DECK = (
     ("fine-tuned", "Gaussian", 33.70, 1.33, 90),
     ("fine-tuned", "PGD", 12.29, 2.51, 90),
@@ -37,14 +37,14 @@ _DECK_IMAGES = 96
 
 
 def write(run: RunDirectory, source_name: str) -> str:
-    """Write results.json; a few words on what came out."""
+    """Write results.json; return the verdicts in a few words."""
     found = analyse(run, source_name)
     write_json(run.results, found)
     return ", ".join(f"question {v['number']} {v['verdict']}" for v in found["verdicts"])
 
 
 def analyse(run: RunDirectory, source_name: str) -> Results:
-    """The contents of results.json, from the files of the stages before."""
+    """The contents of results.json, from the files of all earlier stages."""
     s = run.settings
     models = [_model(run, trained) for trained in run.models]
     points = [_point(run, trained) for trained in sorted(run.models + run.snapshots, key=_moment)]
@@ -125,7 +125,7 @@ def _model(run: RunDirectory, trained: TrainedModel) -> Model:
 
 
 def _point(run: RunDirectory, trained: TrainedModel) -> Point:
-    """On the first images alone where there are snapshots, so that all moments are seen on the same."""
+    """A data point of question 4. Where there are snapshots, all points are measured on the first images alone."""
     s, stored = run.settings, StoredModel(run, trained)
     first = s.evaluation.snapshot_images if run.snapshots else s.evaluation.images
     right = stored.right[:first]
@@ -144,7 +144,7 @@ def _point(run: RunDirectory, trained: TrainedModel) -> Point:
 
 
 def _comparisons(run: RunDirectory) -> list[Comparison]:
-    """Each transfer arm minus scratch, on the images that both classify correctly (distortion) or on all (accuracy)."""
+    """Each transfer arm minus scratch, on the images that both classify correctly (distortion) or all (accuracy)."""
     s, found = run.settings, []
     arms = [arm for arm in s.arms if arm in TRANSFER] if "scratch" in s.arms else []
     under = pgd_name("linf", s.rules.compared_linf_255)
@@ -162,7 +162,7 @@ def _comparisons(run: RunDirectory) -> list[Comparison]:
 
 
 def _power(run: RunDirectory, models: list[Model], points: list[Point]) -> list[Power]:
-    """The plan with what this run had, and the same at the shares observed."""
+    """The power analysis with the sample sizes of this run, and again for the observed proportions."""
     rules = run.settings.rules
     fewest = {
         question: min((m["ratio_share"]["n"] for m in models if m["arm"] == arm), default=0)

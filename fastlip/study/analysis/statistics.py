@@ -1,7 +1,7 @@
-"""Estimates with their sample sizes and intervals, as they stand in results.json.
+"""Estimates with their sample sizes and intervals, in the form of results.json.
 
-Numbers that do not exist (an interval of one seed, the median of smallest distortions where most were not found) are
-None, never NaN: results.json is strict JSON.
+Numbers that do not exist (the interval of a single seed, the median of smallest distortions where most were not found)
+are None and never NaN, because results.json is strict JSON.
 """
 
 import math
@@ -19,7 +19,7 @@ Reduction = Callable[..., Any]
 
 
 def proportion(hits: np.ndarray, confidence: float) -> Proportion:
-    """Share of True in ``hits`` [n] bool; the interval is [0, 1] where n is 0."""
+    """The proportion of True in ``hits`` [n] bool; the interval is [0, 1] where n is 0."""
     k, n = int(hits.sum()), len(hits)
     if n == 0:
         return Proportion(k=0, n=0, value=None, low=0.0, high=1.0, confidence=confidence)
@@ -28,7 +28,7 @@ def proportion(hits: np.ndarray, confidence: float) -> Proportion:
 
 
 def mean(values: np.ndarray, confidence: float, resamples: int) -> Estimate:
-    """Mean of ``values`` [n], all finite, with a percentile bootstrap interval over them."""
+    """The mean of ``values`` [n], all finite, with a percentile bootstrap interval."""
     n = len(values)
     if n == 0:
         return Estimate(n=0, value=None, low=None, high=None, confidence=confidence)
@@ -49,9 +49,9 @@ def mean(values: np.ndarray, confidence: float, resamples: int) -> Estimate:
 
 
 def median(values: np.ndarray, confidence: float) -> Estimate:
-    """Median of ``values`` [n], infinite where censored, with the interval between order statistics.
+    """The median of ``values`` [n], infinite where censored, with an interval between order statistics.
 
-    A limit that falls on a censored value, or that n is too small for, is None.
+    A limit is None where it is a censored value or n is too small for it.
     """
     if len(values) == 0:
         return Estimate(n=0, value=None, low=None, high=None, confidence=confidence)
@@ -62,7 +62,7 @@ def median(values: np.ndarray, confidence: float) -> Estimate:
 
 
 def paired(a: np.ndarray, b: np.ndarray, statistic: Reduction, confidence: float, resamples: int) -> Estimate:
-    """statistic(a) - statistic(b) for values [n] of the same images, with a bootstrap interval over images."""
+    """statistic(a) - statistic(b), for values [n] of the same images, with a bootstrap interval over images."""
     if len(a) < 2:
         return Estimate(n=len(a), value=None, low=None, high=None, confidence=confidence)
     found = paired_bootstrap(a, b, statistic, confidence=confidence, resamples=resamples)
@@ -72,7 +72,7 @@ def paired(a: np.ndarray, b: np.ndarray, statistic: Reduction, confidence: float
 
 
 def over_seeds(differences: np.ndarray, confidence: float) -> Estimate:
-    """Mean of one difference per seed with Student's t interval; no interval below two seeds."""
+    """The mean of one difference per seed with Student's t interval, which a single seed does not have."""
     n = len(differences)
     value = _number(differences.mean()) if n else None
     if n < 2:
@@ -85,7 +85,7 @@ def over_seeds(differences: np.ndarray, confidence: float) -> Estimate:
 
 
 def over_seeds_p(differences: np.ndarray) -> float | None:
-    """Two-sided p-value of Student's t test that the mean of one difference per seed is 0; None below two seeds."""
+    """Two-sided p-value of Student's t test of a mean difference of 0, one difference per seed; None for one seed."""
     if len(differences) < 2:
         return None
     if np.ptp(differences) == 0:
@@ -95,12 +95,12 @@ def over_seeds_p(differences: np.ndarray) -> float | None:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation with its bootstrap draws over whole runs.
+    """Spearman's rank correlation, with bootstrap replicates from resampled runs.
 
     Attributes:
-        value: of the data, None where a side is constant or there are too few points.
-        draws: of the resamples.
-        runs: number of runs, the units that were resampled.
+        value: the correlation of the data; None where a variable is constant or there are fewer than 3 points.
+        draws: the correlations of the resamples.
+        runs: number of runs, which are the resampled units.
     """
 
     value: float | None
@@ -108,7 +108,7 @@ class Correlation:
     runs: int
 
     def estimate(self, confidence: float) -> Estimate:
-        """With its percentile interval; n counts runs."""
+        """The correlation with its percentile interval; n is the number of runs."""
         if self.value is None or not len(self.draws):
             return Estimate(n=self.runs, value=self.value, low=None, high=None, confidence=confidence)
         low, high = np.quantile(self.draws, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -116,7 +116,7 @@ class Correlation:
 
     @property
     def p(self) -> float | None:
-        """Two-sided bootstrap p-value of a correlation of 0: the level at which the interval just reaches it."""
+        """Two-sided bootstrap p-value of a correlation of 0: the level at which the interval just reaches 0."""
         if self.value is None or not len(self.draws):
             return None
         tail = min(int((self.draws <= 0).sum()), int((self.draws >= 0).sum()))
@@ -124,10 +124,10 @@ class Correlation:
 
 
 def spearman(x: np.ndarray, y: np.ndarray, runs: Sequence[object], resamples: int) -> Correlation:
-    """Spearman's rank correlation of ``x`` and ``y`` [n], of which those of one run are resampled together.
+    """Spearman's rank correlation of ``x`` and ``y`` [n]; the bootstrap resamples whole ``runs``.
 
-    Checkpoints of one training run are not independent; the run is the unit. Resamples in which either side is constant
-    have no correlation and are left out.
+    The snapshots of one training run are not independent, so the unit is the run. Resamples in which a variable is
+    constant have no correlation and are left out.
     """
     names = sorted(set(runs), key=str)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -150,12 +150,12 @@ def holm(p_values: Sequence[float | None], alpha: float) -> tuple[list[float], l
     """Holm's step-down correction (1979) over declared comparisons.
 
     Args:
-        p_values: one for each comparison declared; None (it could not be made) counts as 1.
-        alpha: chance of any false rejection.
+        p_values: one for each declared comparison; None, for one that could not be made, counts as 1.
+        alpha: probability of any false rejection.
 
     Returns:
-        Adjusted p-values, to be compared with ``alpha``; and the level at which each comparison was tested, ``alpha``
-        over the number of comparisons whose p-value is no smaller.
+        The adjusted p-values, to be compared with ``alpha``; and the level at which each comparison is tested, which is
+        ``alpha`` over the number of comparisons whose p-value is no smaller.
     """
     p = np.array([1.0 if v is None else v for v in p_values])
     order = np.argsort(p, kind="stable")

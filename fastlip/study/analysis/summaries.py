@@ -1,4 +1,4 @@
-"""Per-image arrays of one model to the parts of its entry in results.json."""
+"""Summaries of the measurements of one model: the parts of its entry in results.json."""
 
 from typing import Any
 
@@ -30,36 +30,37 @@ from fastlip.study.storage.schema import (
 
 
 class StoredModel:
-    """What the stages have written about one model."""
+    """The stored measurements of one model."""
 
     def __init__(self, run: RunDirectory, trained: TrainedModel) -> None:
         self.run = run
         self.trained = trained
         self.rules = run.settings.rules
-        #: Whether each attacked image is classified correctly when clean.
+        #: Whether the model classifies each attacked image correctly without the attack, [N] bool.
         self.right = self.decided("clean-attacked")
 
     def images(self, measurement: str) -> dict[str, np.ndarray]:
-        # These are measured on other numbers of images than the attacks are, or say themselves how many those are.
+        """The per-image arrays of a measurement."""
+        # Only the attacks have as many images as clean-attacked.
         n = None if measurement in ("clean-attacked", "clean", "jacobian", "smoothing") else len(self.right)
         return read_measured(self.run.images(self.trained.name, measurement), n)
 
     def decided(self, measurement: str) -> np.ndarray:
-        """Whether each image is classified correctly under a measurement."""
+        """Whether each image is classified correctly under a measurement, [N] bool."""
         arrays = self.images(measurement)
         found: np.ndarray = arrays["prediction"] == arrays["label"]
         return found
 
 
 def attacks(stored: StoredModel) -> list[Attack]:
-    """Every attack at a fixed strength, noise first."""
+    """All attacks at fixed strengths, noise first."""
     s = stored.run.settings
     found = [_attack(stored, gaussian_name(v), "gaussian", None, v) for v in s.gaussian.sigmas]
     return found + [_attack(stored, pgd_name(norm, v), "pgd", norm, eps) for norm, v, eps in s.pgd.grid]
 
 
 def perturbing_measurements(run: RunDirectory) -> list[str]:
-    """Every measurement that perturbs images and observes their stretch."""
+    """The names of all measurements that perturb images and observe their stretch."""
     s = run.settings
     names = [gaussian_name(v) for v in s.gaussian.sigmas] + [pgd_name(*ball[:2]) for ball in s.pgd.grid]
     names += [strong_name(*ball[:2]) for ball in s.strong.grid]
@@ -82,7 +83,7 @@ def _attack(stored: StoredModel, name: str, attack: Any, norm: Any, strength: fl
 
 
 def strong(stored: StoredModel) -> list[Strong]:
-    """The stronger suite in each of its balls, with PGD's verdict where the same ball is on its grid."""
+    """The stronger suite in each of its balls, PGD included where its grid has the same ball."""
     s, found = stored.run.settings, []
     for norm, value, eps in s.strong.grid:
         arrays = stored.images(strong_name(norm, value))
@@ -112,13 +113,13 @@ def smallest(stored: StoredModel, kind: Any) -> Smallest:
 
 
 def gaussian_of_same_norm(stored: StoredModel) -> Proportion:
-    """Accuracy under noise as long as the smallest adversarial perturbation, where there is one."""
+    """Accuracy under noise of the norm of the smallest adversarial perturbation, over images that have one."""
     chosen = stored.right & stored.images("smallest-pgd")["found"]
     return proportion(stored.decided("gaussian-of-same-norm")[chosen], stored.rules.confidence)
 
 
 def ratios(stored: StoredModel) -> np.ndarray:
-    """Smallest adversarial over smallest Gaussian distortion of each image classified correctly."""
+    """The ratio of smallest adversarial to smallest Gaussian distortion of each image classified correctly."""
     pgd, noise = (stored.images(f"smallest-{kind}")["distortion"][stored.right] for kind in ("pgd", "gaussian"))
     with np.errstate(invalid="ignore"):  # inf / inf, replaced
         found: np.ndarray = np.where(np.isinf(pgd), np.inf, pgd / noise)
@@ -126,17 +127,18 @@ def ratios(stored: StoredModel) -> np.ndarray:
 
 
 def largest_stretch(stored: StoredModel) -> float | None:
-    """Over every perturbation that the model met."""
+    """The largest stretch over all perturbations of all measurements."""
     return largest(np.concatenate([stored.images(name)["stretch"] for name in perturbing_measurements(stored.run)]))
 
 
 def largest(values: np.ndarray) -> float | None:
+    """The largest finite value; None where there is none."""
     moved = values[np.isfinite(values)]
     return float(moved.max()) if len(moved) else None
 
 
 def _stretch(stored: StoredModel, values: np.ndarray) -> Stretch:
-    """Of the images that were moved at all."""
+    """The stretch over the images that were perturbed at all."""
     moved = values[np.isfinite(values)]
     return Stretch(mean=mean(moved, stored.rules.confidence, stored.rules.resamples), largest=largest(values))
 
@@ -249,11 +251,11 @@ def smoothed(stored: StoredModel) -> Smoothed:
 
 
 def _profile(values: np.ndarray) -> list[float]:
-    """Singular values over the largest at eleven equally spaced ranks; zeros where all are 0."""
+    """Singular values divided by the largest at eleven equally spaced ranks; zeros where all are 0."""
     at = np.rint(np.linspace(0, len(values) - 1, 11)).astype(int)
     return _digits(values[at] / values[0]) if values[0] > 0 else [0.0] * 11
 
 
 def _digits(values: np.ndarray) -> list[float]:
-    """Six significant digits, which is what float32 gave."""
+    """The values rounded to six significant digits, the precision of float32."""
     return [float(f"{v:.6g}") for v in values.tolist()]

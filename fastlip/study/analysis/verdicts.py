@@ -1,4 +1,4 @@
-"""The four questions, their rules, and the verdicts: rules in words are written into config.json before a run."""
+"""The four questions and the verdicts on them, by the rules of :mod:`fastlip.study.settings.rules`."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CASES = {"from scratch": ("scratch",), "pre-trained": TRANSFER}
 
 
 def verdicts(models: list[Model], comparisons: list[Comparison], points: list[Point], rules: Rules) -> list[Verdict]:
-    """The four answers. Reads nothing but its arguments."""
+    """The four verdicts, which depend on the arguments alone."""
     declared = [*_differences(comparisons, rules), *_correlations(points, rules)]
     adjusted, levels = holm([c.p for c in declared], 1 - rules.confidence)
     tested = [_tested(c, a, level) for c, a, level in zip(declared, adjusted, levels, strict=True)]
@@ -57,7 +57,7 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _Declared:
-    """A declared comparison: its p-value, and its estimate at any confidence."""
+    """A declared comparison: its p-value, and its estimate at a given confidence."""
 
     name: str
     p: float | None
@@ -83,7 +83,7 @@ def _share(models: list[Model], arm: str, rules: Rules) -> _Answer:
             if m["arm"] in names
         ]
 
-    # The small network beside the big one says what "bigger" is compared with; the rule does not read it.
+    # The small network is listed as what "bigger" is relative to; the rule does not use it.
     numbers = stated((arm, "reference") if arm == "scratch" else (arm,))
     shares = [m["ratio_share"] for m in models if m["arm"] == arm]
     if not shares:
@@ -113,7 +113,7 @@ def _share(models: list[Model], arm: str, rules: Rules) -> _Answer:
 
 
 def _spare(share: Proportion, rules: Rules) -> int:
-    """How many more images above the ratio would bring the lower limit down to the rule's share."""
+    """The number of further images above the ratio that would bring the lower limit down to the rule's proportion."""
     n, k = share["n"], share["k"]
     lost = 1
     while k - lost > 0 and proportion(np.arange(n) < k - lost, rules.confidence)["low"] > rules.share:
@@ -122,7 +122,7 @@ def _spare(share: Proportion, rules: Rules) -> int:
 
 
 def _differences(comparisons: list[Comparison], rules: Rules) -> list[_Declared]:
-    """The two comparisons of question 3, each seed's difference on the same images."""
+    """The two declared comparisons of question 3, over the differences of the seeds."""
     named = {
         "median smallest distortion": "median smallest distortion (pixels in [0, 1])",
         "accuracy under PGD": f"accuracy under PGD at Linf {rules.compared_linf_255:g}/255",
@@ -131,7 +131,7 @@ def _differences(comparisons: list[Comparison], rules: Rules) -> list[_Declared]
     for measure, name in named.items():
         seeds = [c["difference"]["value"] for c in comparisons if c["arm"] == "finetune" and c["measure"] == measure]
         values = np.array([v for v in seeds if v is not None], dtype=float)
-        # A seed without a difference is one with few or no perturbations found: leaving it out would choose the seeds.
+        # A seed has no difference where few perturbations were found: leaving it out would select among the seeds.
         complete = len(values) == len(seeds) >= rules.min_seeds
         found.append(
             _Declared(
@@ -170,7 +170,7 @@ _MORE_SEEDS = "Further seeds that disagree with these would."
 
 
 def _correlations(points: list[Point], rules: Rules) -> list[_Declared]:
-    """The four comparisons of question 4."""
+    """The four declared comparisons of question 4."""
     found = []
     for case, arms in CASES.items():
         chosen = [p for p in points if p["arm"] in arms and p["median"] is not None and p["stretch"] is not None]
@@ -210,7 +210,7 @@ def _correlation(tested: list[Statistic], points: list[Point], rules: Rules) -> 
 
 
 def _sign(statistic: Statistic, rules: Rules) -> int:
-    """Sign of what differs from 0 after correction, 0 for what does not."""
+    """The sign of a statistic that differs from 0 after correction; 0 for one that does not."""
     value, p = statistic["estimate"]["value"], statistic["p_holm"]
     if value is None or p is None or p > 1 - rules.confidence:
         return 0

@@ -1,1 +1,1 @@
-"""What is measured on a trained network."""
+"""Measurements of a trained network."""

@@ -12,7 +12,7 @@ from fastlip.study.settings.settings import Settings
 
 
 def gaussian(model: nn.Module, images: Images, sigma: float, seed: int, progress: Progress) -> Arrays:
-    """Gaussian noise of standard deviation ``sigma``."""
+    """Measurements under Gaussian noise of standard deviation ``sigma``."""
 
     def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
         return gaussian_noise(x, sigma=sigma, ids=ids, generator=generator)
@@ -28,7 +28,7 @@ def projected_gradient(
     seed: int,
     progress: Progress,
 ) -> Arrays:
-    """PGD in ``ball``; ``noise_prediction`` is what Gaussian noise as long (L2) as an image's perturbation does."""
+    """Measurements under PGD in ``ball``, with Gaussian noise of the same L2 norm as the control."""
 
     def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
         return pgd_attack(model, ball, settings, x, y, ids, generator)
@@ -39,7 +39,7 @@ def projected_gradient(
 def pgd_attack(
     model: nn.Module, ball: Ball, settings: Settings, x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """The study's PGD in ``ball``; images like ``x``."""
+    """Images like ``x``, perturbed by the study's PGD in ``ball``."""
     norm, _, eps = ball
     return pgd(
         model,
@@ -57,7 +57,7 @@ def pgd_attack(
 
 
 def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, progress: Progress) -> Arrays:
-    """The smallest L2 perturbation found by PGD; ``distortion`` is inf where none was found."""
+    """Measurements of the smallest L2 perturbations that PGD finds; "distortion" is inf where it finds none."""
 
     def search(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
         return min_norm(
@@ -74,7 +74,7 @@ def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, p
 
 
 def smallest_gaussian(model: nn.Module, images: Images, settings: Settings, seed: int, progress: Progress) -> Arrays:
-    """The smallest Gaussian perturbation found along drawn directions; ``distortion`` is inf where none was found."""
+    """The same for the smallest Gaussian perturbations found along randomly drawn directions."""
 
     def search(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
         return min_sigma(
@@ -93,7 +93,7 @@ def smallest_gaussian(model: nn.Module, images: Images, settings: Settings, seed
 
 
 def gaussian_of_norm(model: nn.Module, images: Images, l2: np.ndarray, seed: int, progress: Progress) -> Arrays:
-    """Gaussian noise rescaled per image to the L2 norms ``l2`` [N], those of the smallest adversarial perturbations."""
+    """Measurements under Gaussian noise that has, on each image, the L2 norm given in ``l2`` [N]."""
     lengths = torch.as_tensor(l2, dtype=torch.float32, device=images.device)
 
     def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:

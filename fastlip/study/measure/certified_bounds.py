@@ -1,4 +1,4 @@
-"""The certified side of one trained model: its layers' operator norms and its upper Lipschitz constant."""
+"""Certified bounds of one trained model: its layers' operator norms and its upper Lipschitz constant."""
 
 import torch
 from torch import nn
@@ -8,13 +8,13 @@ from fastlip.study.storage.schema import Layer, Lipschitz
 
 
 def layer_norms_and_bound(model: nn.Module, input_shape: tuple[int, int, int], eta: float, seed: int) -> Lipschitz:
-    """Norm intervals of all layers, their product, and the bound for the whole network.
+    """Intervals of the norms of all layers, their product, and the bound for the whole network.
 
     Args:
         model: in evaluation mode.
         input_shape: [C, H, W] of one image.
-        eta: probability that any of the upper sides fails, half of it for the layers and half for the whole network.
-        seed: of the random starts; chosen from the run's settings alone, never from the weights.
+        eta: probability that any upper bound is wrong, half of it for the layers and half for the whole network.
+        seed: of the random starts; it must not depend on the weights.
     """
     generator = torch.Generator().manual_seed(seed)
     report = layer_norms(model, input_shape, confidence=1 - eta / 2, generator=generator)
@@ -39,7 +39,7 @@ def layer_norms_and_bound(model: nn.Module, input_shape: tuple[int, int, int], e
 
 
 def network_bound(model: nn.Module, input_shape: tuple[int, int, int], eta: float, seed: int) -> Lipschitz:
-    """The bound for the whole network alone, as snapshots need it; arguments as in :func:`layer_norms_and_bound`."""
+    """The bound for the whole network alone, for snapshots; arguments as in :func:`layer_norms_and_bound`."""
     generator = torch.Generator().manual_seed(seed)
     bound = lipschitz_bound(model, input_shape, confidence=1 - eta, generator=generator)
     return Lipschitz(

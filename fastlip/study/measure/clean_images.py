@@ -1,4 +1,4 @@
-"""What is measured on clean images: decisions, margins, and norms of the Jacobian of the logits."""
+"""Measurements on clean images: decisions, margins, and norms of the Jacobian of the logits."""
 
 import warnings
 
@@ -11,9 +11,9 @@ from fastlip.study.settings.settings import Settings
 
 
 def clean(model: nn.Module, images: Images, progress: Progress) -> Arrays:
-    """Predictions and margins on clean images, and the first :data:`KEPT` images themselves.
+    """Predictions and margins on clean images, and the pixels of the first :data:`KEPT` images.
 
-    The margin is the label's logit minus the largest other one, below 0 where the decision is wrong.
+    The margin is the label's logit minus the largest other logit, so it is negative where the decision is wrong.
     """
     parts = []
     for rows in images.batches(progress):
@@ -33,7 +33,7 @@ def clean(model: nn.Module, images: Images, progress: Progress) -> Arrays:
 
 
 def jacobian(model: nn.Module, images: Images, settings: Settings, seed: int, progress: Progress) -> Arrays:
-    """Norm of the Jacobian of the logits at each of the first images, from below."""
+    """A lower bound on the norm of the Jacobian of the logits at each of the first images."""
     chosen = images.first(settings.lipschitz.jacobian_images)
     parts = []
     for rows in chosen.batches(progress):

@@ -1,7 +1,7 @@
-"""Common corruptions: of CIFAR-10-C's files where given, otherwise made with torchvision and Pillow, and labelled so.
+"""Accuracy under common corruptions, from CIFAR-10-C's files or generated with torchvision and Pillow.
 
-The made ones carry the names of the corruptions of Hendrycks and Dietterich (2019) that they resemble, with strengths
-of our own for 32x32 images: their accuracies compare models with each other, not with published results on CIFAR-10-C.
+Generated corruptions have the names of those of Hendrycks and Dietterich (2019) that they resemble, but strengths of
+our own for 32x32 images. Their accuracies compare models with each other, not with published results on CIFAR-10-C.
 """
 
 import io
@@ -36,7 +36,7 @@ def corrupt(
     severity: int,
     seed: int,
 ) -> Tensor:
-    """The images with one corruption at a severity from 1 to 5, uint8 as files would hold them."""
+    """The images under one corruption at a severity from 1 to 5; uint8, as files would hold them."""
     strength = _STRENGTHS[name][severity - 1]
     if name == "gaussian_noise":
         generator = torch.Generator(images.device).manual_seed(seed)
@@ -95,10 +95,10 @@ def corrupted(
         model: the trained network.
         images: clean images.
         severities: S severities from 1 to 5.
-        files: gives the same images as a file holds them under a corruption and severity; made here if None.
+        files: returns the same images from the files of a corruption and severity; None generates them.
         names: K corruptions.
         seed: of the noise.
-        progress: hears of each corruption and severity done.
+        progress: called for each corruption and severity.
 
     Returns:
         "corruption" names [K], "severity" [S], "label" [N] and "prediction" [K, S, N].
@@ -122,7 +122,7 @@ def corrupted(
 
 
 def copy_of(images: Images, pixels: Tensor | None, name: str, severity: int, seed: int) -> Images:
-    """``images`` with corrupted pixels: the given ones, cut to as many, or made from their own."""
+    """``images`` with other pixels: the first of ``pixels``, or corrupted ones of their own where that is None."""
     made = images.first(len(images))
     made.pixels = corrupt(images.pixels, name, severity, seed) if pixels is None else pixels[: len(images)]
     return made

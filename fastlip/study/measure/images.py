@@ -1,4 +1,4 @@
-"""The evaluated images in batches, and the arrays of numbers that are measured on them, [N] each."""
+"""The evaluated images in batches, and the arrays [N] of what is measured on them."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -13,12 +13,12 @@ Arrays = dict[str, np.ndarray]
 
 Progress = Callable[[int, int, str], None]
 
-#: Images whose pixels are stored beside the numbers, for a reader to look at.
+#: Number of images whose pixels are stored with the measurements, as examples for the report.
 KEPT = 64
 
 
 class Images:
-    """The evaluated images, their labels, and their numbers, from which their random draws follow."""
+    """The evaluated images with their labels and ids; an image's random draws depend on its id."""
 
     def __init__(self, images: ImageSet, device: torch.device, batch_size: int) -> None:
         self.pixels = images.images  # [N, C, H, W] uint8
@@ -29,7 +29,7 @@ class Images:
         self.part = (0, 1)
 
     def shard(self, rank: int, size: int) -> "Images":
-        """The same images, of which :meth:`batches` gives every ``size``-th batch from ``rank`` on."""
+        """The same images, of which :meth:`batches` yields every ``size``-th batch, beginning with number ``rank``."""
         part = copy.copy(self)
         part.part = (rank, size)
         return part
@@ -38,7 +38,7 @@ class Images:
         return len(self.labels)
 
     def batches(self, progress: Progress) -> Iterator[slice]:
-        """Rows of each batch; ``progress`` hears of each one that is done."""
+        """The rows of each batch; ``progress`` is called after each."""
         n, (rank, size) = len(self), self.part
         for i in range(rank * self.batch_size, n, size * self.batch_size):
             progress(i, n, "")
@@ -46,26 +46,26 @@ class Images:
         progress(n, n, "")
 
     def first(self, n: int) -> "Images":
-        """The first ``n`` of them, or all if there are fewer."""
+        """The first ``n`` images, or all if there are fewer."""
         part = copy.copy(self)
         part.pixels, part.labels, part.ids = self.pixels[:n], self.labels[:n], self.ids[:n]
         return part
 
     def at(self, rows: slice) -> Tensor:
-        """Images in [0, 1], float32, channels_last."""
+        """The images of these rows in [0, 1]: float32, channels_last."""
         x = self.pixels[rows].to(self.device).float().div_(255)
         return x.contiguous(memory_format=torch.channels_last)
 
 
 def concatenated(parts: list[dict[str, Tensor]]) -> Arrays:
-    """Batches one after the other; nothing where this process had none."""
+    """The batches concatenated; empty where this process had none."""
     return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in (parts[0] if parts else ())}
 
 
 def merged(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Per-image arrays of all processes as one process would have made them.
+    """Merge the per-image arrays of all processes into those that one process would have computed.
 
-    Rows are put in the order of "id"; an array shorter than it ("image") holds those of the lowest ids.
+    Rows are sorted by "id". An array with fewer rows than "id" ("image") belongs to the lowest ids.
     """
     parts = [part for part in parts if part]
     order = np.argsort(np.concatenate([part["id"] for part in parts]), kind="stable")

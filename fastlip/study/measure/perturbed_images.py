@@ -1,4 +1,8 @@
-"""What is measured on perturbed images, whatever perturbed them: decisions, distortion and stretch."""
+"""Measurements on perturbed images: decisions, distortion and stretch.
+
+The network judges the perturbed images again in a forward pass of their own, so that every stored prediction,
+distortion and stretch belongs to exactly the perturbed image that the attack returned.
+"""
 
 from collections.abc import Callable
 
@@ -14,7 +18,7 @@ AttackFunction = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
 
 
 def depth_points(model: nn.Module) -> list[str]:
-    """Modules of a ResNet after which stretch is observed: its stem and every residual block."""
+    """Names of the modules of a ResNet after which stretch is observed: its stem and every residual block."""
     found = [name for name, module in model.named_modules() if isinstance(module, BasicBlock | Bottleneck)]
     return ["network.maxpool", *found] if found else []
 
@@ -28,15 +32,16 @@ def perturbed(
     keep: int = 0,
     control: bool = False,
 ) -> Arrays:
-    """What became of each image under ``attack``, and the perturbed pixels of the first ``keep``.
+    """Measurements of each image under ``attack``, and the perturbed pixels of the first ``keep`` images.
 
-    ``stretch`` is that at the logits, and ``depth_stretch`` [N, D] that at :func:`depth_points`.
+    "stretch" [N] is the stretch at the logits, and "depth_stretch" [N, D] that at :func:`depth_points`. With
+    ``control``, "noise_prediction" [N] is the prediction under Gaussian noise of the perturbation's L2 norm.
     """
     points = depth_points(model)
     parts = []
     for rows in images.batches(progress):
         x, y = images.at(rows), images.labels[rows]
-        # The same state for each batch: an image's draws follow from its id, however images are batched.
+        # Every batch has the same generator state: an image's draws depend on its id and not on the batches.
         generator = torch.Generator(images.device).manual_seed(seed)
         z = attack(x, y, images.ids[rows], generator)
         moved = (z.double() - x.double()).flatten(1)

@@ -1,7 +1,7 @@
-"""Randomised smoothing (Cohen, Rosenfeld and Kolter 2019): certificates for the decision under Gaussian noise.
+"""Randomised smoothing (Cohen, Rosenfeld and Kolter 2019): certificates for the majority decision under Gaussian noise.
 
-The certificate speaks about the smoothed classifier, the class that the network most often decides for under noise, and
-not about the network itself. Networks trained without noise, as here, are expected to have few of them.
+A certificate is about the smoothed classifier, which returns the class that the network decides for most often under
+noise, and not about the network itself. Networks trained without noise, as here, are expected to have few certificates.
 """
 
 import torch
@@ -17,20 +17,20 @@ from fastlip.study.settings.measurements import SmoothingSettings
 def certified_radius(successes: int, n: int, sigma: float, alpha: float) -> float:
     """L2 radius within which the smoothed decision cannot change, with probability 1 - ``alpha``; 0 for none.
 
-    ``sigma`` times the normal quantile of the one-sided lower limit of the class's probability (their Theorem 1 and
-    procedure Certify).
+    It is ``sigma`` times the normal quantile of the one-sided lower confidence limit of the class's probability
+    (Theorem 1 and procedure Certify of the paper).
     """
     low = clopper_pearson(successes, n, 1 - 2 * alpha).low
     return sigma * float(stats.norm.ppf(low)) if low > 0.5 else 0.0
 
 
 def smoothed(model: nn.Module, images: Images, settings: SmoothingSettings, seed: int, progress: Progress) -> Arrays:
-    """The smoothed class of each image, how often it came up, and its certified radius (0: abstains)."""
+    """The smoothed class of each image, how often the network chose it, and its certified radius (0: abstains)."""
     chosen = images.first(settings.images)
     parts = []
     for rows in chosen.batches(progress):
         x = chosen.at(rows)
-        # One generator for both rounds: the draws that certify are not those that chose.
+        # One generator serves both rounds, so that the certifying draws are independent of the selecting ones.
         generator = torch.Generator(chosen.device).manual_seed(seed)
         votes = _votes(model, x, chosen.ids[rows], settings.sigma, settings.selection, generator)
         top = votes.argmax(1)
@@ -49,7 +49,7 @@ def smoothed(model: nn.Module, images: Images, settings: SmoothingSettings, seed
 
 
 def _votes(model: nn.Module, x: Tensor, ids: Tensor, sigma: float, draws: int, generator: torch.Generator) -> Tensor:
-    """How often each class is decided for under noise that is not clipped, [B, C] int64."""
+    """How often the network decides for each class under noise without clipping, [B, C] int64."""
     votes: Tensor | None = None
     for _ in range(draws):
         noisy = gaussian_noise(x, sigma=sigma, bounds=(-torch.inf, torch.inf), ids=ids, generator=generator)

@@ -1,4 +1,4 @@
-"""Spectra by depth: of the weights, and of the features of clean, noisy and adversarial images."""
+"""Singular values of the weights, and of the features of clean, noisy and adversarial images."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from fastlip.study.measure.images import Arrays, Images, Progress
 from fastlip.study.settings.attacks import Ball
 from fastlip.study.settings.settings import Settings
 
-#: Where features are taken: module of the network and name shown.
+#: Modules of the network whose outputs are taken as features, and the names of these stages.
 STAGES = {
     "network.maxpool": "stem",
     "network.layer1": "layer1",
@@ -27,7 +27,7 @@ CONDITIONS = ("clean", "gaussian", "pgd")
 def effective_rank(
     values: np.ndarray,  # [K]
 ) -> float:
-    """Exponential of the entropy of the singular values over their sum (Roy and Vetterli 2007); 0 where all are 0."""
+    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007); 0 where all are 0."""
     total = values.sum()
     if total <= 0:
         return 0.0
@@ -46,7 +46,7 @@ def stable_rank(
 def singular_values(
     matrix: Tensor,  # [M, N]
 ) -> np.ndarray:
-    """Singular values from the largest down, [min(M, N)] float64, through the smaller Gram matrix."""
+    """Singular values in descending order, [min(M, N)] float64, computed from the smaller Gram matrix."""
     wide = matrix.double()
     if wide.shape[0] > wide.shape[1]:
         wide = wide.T
@@ -60,7 +60,8 @@ def weights(model: nn.Module, start: dict[str, Tensor]) -> Arrays:
 
     Args:
         model: the trained network.
-        start: state dict that its training began from; a weight of another shape there (the head's) has distance NaN.
+        start: state dict of the network that its training began from. A weight that has another shape there (the
+            head's) has the distance NaN.
 
     Returns:
         "layer": names [L], "distance": ||W - W0|| / ||W0|| [L], and for each name its singular values.
@@ -82,15 +83,15 @@ def weights(model: nn.Module, start: dict[str, Tensor]) -> Arrays:
 
 
 def features(model: nn.Module, images: Images, ball: Ball, settings: Settings, seed: int, progress: Progress) -> Arrays:
-    """Spectra of the features of clean, noisy and adversarial images, and how perturbations grow with depth.
+    """Spectra of the features of clean, noisy and adversarial images, and the growth of perturbations with depth.
 
-    The adversarial images are those of PGD in ``ball`` with the seed of that measurement; the noisy ones have Gaussian
-    noise of the same L2 norm. A stage's spectrum is that of its features as a matrix [images * positions, channels]
-    with its mean row removed, over the root of the number of rows.
+    The adversarial images are those of PGD in ``ball`` with ``seed``; the noisy images have Gaussian noise of the same
+    L2 norm. A stage's features form a matrix [images * positions, channels]. Its spectrum is taken after subtracting
+    the mean row and dividing by the square root of the number of rows.
 
     Returns:
         "stage": names [S]; "<condition>/<stage>": singular values; "growth/<condition>": [N, S], the distance of an
-        image's features from those of the clean image over the norm of the latter (0 for an image that was not moved).
+        image's features from the clean ones over the norm of the clean ones (0 for an unperturbed image).
     """
     chosen = images.first(settings.features.images)
     extract = create_feature_extractor(model, STAGES)
@@ -122,7 +123,7 @@ def features(model: nn.Module, images: Images, ball: Ball, settings: Settings, s
         n = rows_seen[key]
         covariance = gram / n - torch.outer(sums[key], sums[key]) / n**2
         squares = torch.linalg.eigvalsh(covariance).clamp_min(0.0).flip(0)
-        # Below the rounding of the sums there is nothing but noise, and no more directions than rows.
+        # Eigenvalues below the rounding error of the sums are noise, and n centred rows span at most n - 1 directions.
         squares = torch.where(squares > 1e-12 * squares[:1], squares, 0.0)
         found[key] = squares.sqrt().cpu().numpy()[: max(n - 1, 1)]
     return found | {f"growth/{c}": torch.cat(parts).cpu().numpy() for c, parts in growth.items()}

@@ -1,4 +1,4 @@
-"""The stronger suite: APGD with cross-entropy, APGD towards targets, and a black-box attack (Square)."""
+"""The stronger suite: APGD with cross-entropy, targeted APGD, and a black-box attack (Square)."""
 
 from functools import partial
 
@@ -14,11 +14,11 @@ from fastlip.study.settings.attacks import Ball, StrongSuiteSettings
 def suite(
     model: nn.Module, images: Images, ball: Ball, settings: StrongSuiteSettings, seed: int, progress: Progress
 ) -> Arrays:
-    """The attacks one after the other, each on the images that stand after those before it.
+    """Measurements under the attacks one after the other, each on the images that are still robust.
 
     Returns:
-        As of any attack, for the first perturbation that changed the decision or the last one tried; and
-        "stands/<attack>" [N] bool, whether an image stands after that attack and all before it.
+        The arrays of any attack, for the first perturbation that changes the decision or the last one tried; and
+        "stands/<attack>" [N] bool: whether an image is robust to that attack and all before it.
     """
     norm, _, eps = ball
     members = {
@@ -26,20 +26,20 @@ def suite(
         "APGD, targeted": partial(apgd, loss="dlr", steps=settings.steps, target_classes=settings.targets),
         "Square": partial(square, queries=settings.queries),
     }
-    stands: dict[str, list[Tensor]] = {name: [] for name in members}
+    robust_to: dict[str, list[Tensor]] = {name: [] for name in members}
 
     def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
         with torch.no_grad():
-            standing = model(x).argmax(1) == y
+            robust = model(x).argmax(1) == y
         best = x
         for name, member in members.items():
-            if bool(standing.any()):
-                found = member(model, x, y, norm=norm, eps=eps, active=standing, ids=ids, generator=generator)
-                best = torch.where(standing[:, None, None, None], found, best)
+            if bool(robust.any()):
+                found = member(model, x, y, norm=norm, eps=eps, active=robust, ids=ids, generator=generator)
+                best = torch.where(robust[:, None, None, None], found, best)
                 with torch.no_grad():
-                    standing = standing & (model(best).argmax(1) == y)
-            stands[name].append(standing)
+                    robust = robust & (model(best).argmax(1) == y)
+            robust_to[name].append(robust)
         return best
 
     arrays = perturbed(model, images, attack, seed, progress)
-    return arrays | {f"stands/{name}": torch.cat(found).cpu().numpy() for name, found in stands.items() if found}
+    return arrays | {f"stands/{name}": torch.cat(found).cpu().numpy() for name, found in robust_to.items() if found}

@@ -1,1 +1,1 @@
-"""The stages of a run, and what carries them out."""
+"""The stages of a run and their execution."""

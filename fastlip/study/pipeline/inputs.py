@@ -1,4 +1,4 @@
-"""Where the images and the source weights come from, all looked at before anything is written."""
+"""The images and source weights of a run, all checked before anything is written."""
 
 import hashlib
 import os
@@ -29,14 +29,17 @@ _REMEDY = (
 
 
 class Inputs:
-    """The study's images and source weights; each is loaded when it is first asked for."""
+    """The images and source weights of a run; each is loaded on first use."""
 
     def __init__(self, settings: Settings, paths: InputPaths) -> None:
         self.settings = settings
         self.paths = paths
 
     def require_available(self) -> None:
-        """Raise :class:`StudyError` with status 2 where anything is missing or does not fit; writes nothing."""
+        """Raise :class:`StudyError` with status 2 where an input is missing or does not fit the settings.
+
+        Nothing is written but downloads.
+        """
         wanting = []
         checks = [self._check_target]
         if self.settings.transfers:
@@ -54,7 +57,7 @@ class Inputs:
             raise StudyError(f"{'; '.join(wanting)}: {_REMEDY}", status=2)
 
     def fingerprints(self) -> dict[str, str]:
-        """A name for each input that changes with its contents."""
+        """A fingerprint of each input, which changes with its contents."""
         s = self.settings
         prints = {"target": "CIFAR-10, MD5 checked" if s.dataset == "cifar10" else "fastlip.data.generated"}
         if s.corrupted == "cifar10c":
@@ -78,7 +81,7 @@ class Inputs:
 
     @property
     def source_name(self) -> str:
-        """What the fine-tuned arm starts from, for a reader."""
+        """The source of the transfer arms, in words for the report."""
         s = self.settings
         if s.source == "generated":
             return f"pre-training on {s.pretrain.images} generated images"
@@ -88,18 +91,18 @@ class Inputs:
 
     @property
     def corruption_names(self) -> tuple[str, ...]:
-        """The corruptions measured, by name."""
+        """The names of the corruptions measured."""
         if self.settings.corrupted == "generated":
             return GENERATED_CORRUPTIONS
         return tuple(path.stem for path in self._corruption_files if path.stem != "labels")
 
     @property
     def corrupted_files(self) -> Callable[[str, int], ImageSet] | None:
-        """Gives the attacked images as CIFAR-10-C's files hold them, by corruption and severity; None if made here."""
+        """Reads the attacked images under a corruption and severity from CIFAR-10-C's files, if they are used."""
         if self.settings.corrupted == "generated":
             return None
         root, classes = self._corruption_folder, self.target_attacked.classes
-        # The same rows as of the clean images: the choice follows from the labels, which the files share.
+        # These are the rows of the clean images, because the choice depends on the labels, which are the same.
         return lambda name, severity: cifar10_c(root, name, severity, classes).balanced(self.settings.evaluation.images)
 
     @cached_property
@@ -116,16 +119,16 @@ class Inputs:
 
     @cached_property
     def target_clean(self) -> ImageSet:
-        """Test images for clean accuracy."""
+        """The test images for clean accuracy."""
         return self._target_test(self.settings.evaluation.clean_images)
 
     @cached_property
     def target_attacked(self) -> ImageSet:
-        """Test images that are attacked, some of those for clean accuracy."""
+        """The test images that are attacked, which are among those for clean accuracy."""
         return self._target_test(self.settings.evaluation.images)
 
     def source_weights(self) -> dict[str, Tensor]:
-        """ImageNet's or the given checkpoint's state dict."""
+        """The state dict of ImageNet's weights or of the given checkpoint."""
         if self.settings.source == "imagenet":
             return imagenet_weights()
         assert self.paths.source_checkpoint is not None
@@ -230,7 +233,7 @@ def _names_and_sizes(files: list[Path]) -> str:
 
 @contextmanager
 def _unless_new(folder: Path) -> Iterator[None]:
-    """Remove ``folder`` again where the block makes it and then fails."""
+    """Remove ``folder`` where the block creates it and then fails."""
     new = not folder.exists()
     try:
         yield
@@ -242,7 +245,7 @@ def _unless_new(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _patience(seconds: float) -> Iterator[None]:
-    """Let sockets without a timeout of their own give up after ``seconds`` without an answer."""
+    """Set the default timeout of sockets to ``seconds`` within the block."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,4 +1,4 @@
-"""The stages that measure a trained model: on images, its norms, its spectra."""
+"""The stages that measure trained models: on images, their norms, their spectra."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from fastlip.study.training.process_group import ProcessGroup
 
 
 def measurement_stages(run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> list[Stage]:
-    """Of each model, then of each snapshot; what one stage reads of another comes before it."""
+    """The stages that measure every model and then every snapshot; a stage comes after those that it reads from."""
     measuring = _Measuring(run, inputs, networks, group)
     return [stage for model in [*run.models, *run.snapshots] for stage in _stages_of(run, measuring, model)]
 
@@ -48,12 +48,12 @@ def _stages_of(run: RunDirectory, measuring: "_Measuring", model: TrainedModel) 
 
 @dataclass(frozen=True)
 class _Measurement:
-    """What is measured on images.
+    """A measurement on images.
 
     Attributes:
-        run: takes the network, the measurement's seed and who hears of its progress.
-        needs: measurements that it reads.
-        sharded: whether a group splits it by batches.
+        run: maps the network, a seed and a progress callback to per-image arrays.
+        needs: names of the measurements that it reads.
+        sharded: whether the processes of a group take different batches.
     """
 
     run: Callable[[nn.Module, int, Progress], Arrays]
@@ -62,7 +62,7 @@ class _Measurement:
 
 
 class _Measuring:
-    """What the stages that measure do."""
+    """Carries out the stages that measure."""
 
     def __init__(self, run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> None:
         self.run = run
@@ -82,7 +82,7 @@ class _Measuring:
         return Images(self.inputs.target_clean, self.networks.device, size).shard(self.group.rank, self.group.size)
 
     def measurements(self, model: TrainedModel) -> dict[str, _Measurement]:
-        """What is measured on images, in order, by name; of a snapshot only what question 4 needs."""
+        """The measurements on images by name, in order; a snapshot has only those that question 4 needs."""
         s = self.run.settings
         if model.epoch is not None:
             some = self.attacked.first(s.evaluation.snapshot_images)
@@ -109,7 +109,7 @@ class _Measuring:
         return found
 
     def on_images(self, model: TrainedModel, name: str, measurement: _Measurement, progress: Progress) -> str:
-        # The seed leaves the arm out: all arms meet the same noise and the same random starts.
+        # The seed does not depend on the arm: all arms are measured under the same noise and random starts.
         arrays = measurement.run(self.networks.trained(model), derived_seed(model.seed, name), progress)
         if measurement.sharded:
             arrays = merged(self.group.gather(arrays))
@@ -120,7 +120,7 @@ class _Measuring:
     def norms(self, model: TrainedModel, progress: Progress) -> str:
         channels, height, width = self.attacked.pixels.shape[1:]
         seed = derived_seed(model.seed, "norms", model.name)
-        # One probability of failure for the run: every model whose norms are drawn takes its share.
+        # The run has one probability of failure, which all models and snapshots share equally.
         eta = self.run.settings.lipschitz.eta / (len(self.run.models) + len(self.run.snapshots))
         measured = layer_norms_and_bound if model.epoch is None else network_bound
         found = measured(self.networks.trained(model), (channels, height, width), eta, seed)
@@ -128,7 +128,7 @@ class _Measuring:
         return f"upper Lipschitz constant 10^{found['log10_upper']:.2f}"
 
     def weight_spectra(self, model: TrainedModel, progress: Progress) -> str:
-        """The distance is from the source for transfer arms, and from their own first weights for the others."""
+        """Spectra of the weights, and their distance from the network that training began from."""
         start = self.networks.untrained(model, len(self.inputs.target_attacked.classes)).state_dict()
         arrays = spectra.weights(self.networks.trained(model), start)
         write_arrays(self.run.spectra(model.name, "weights"), arrays)

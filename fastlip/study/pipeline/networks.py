@@ -1,4 +1,4 @@
-"""The networks of a run: what each arm starts from, and what its training has left in a checkpoint."""
+"""The networks of a run: initial ones, and trained ones from their checkpoints."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from fastlip.study.training.architectures import build
 
 
 class Networks:
-    """Builds and loads the networks of one run; the last trained one that was asked for is kept in memory."""
+    """Builds and loads the networks of a run; the last trained network is kept in memory."""
 
     def __init__(self, run: RunDirectory, inputs: Inputs, device: torch.device) -> None:
         self.run = run

@@ -1,4 +1,4 @@
-"""One run from its command to its report, with progress on the terminal."""
+"""Execution of a run: locks, stages one after the other, and progress on the terminal."""
 
 import contextlib
 import fnmatch
@@ -35,7 +35,7 @@ from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import GENERATED
 from fastlip.study.training.process_group import ProcessGroup, process_group
 
-#: Seconds between looks at what other processes have finished.
+#: Seconds between checks for what other processes have finished.
 _WAIT = 1.0
 
 
@@ -50,16 +50,16 @@ def run(
     """Run or resume the study in ``out``.
 
     Args:
-        settings: what to do.
-        paths: where files are.
+        settings: of the run.
+        paths: input files given on the command line.
         out: run directory.
-        console: where progress is shown.
-        join: whether other processes, here or on machines that share ``out``, may take stages of the same run.
-        only: patterns (``*`` and ``?``) of the names of the stages to do, where a scheduler hands them out; implies
-            ``join``. All by default.
+        console: where progress is shown; the terminal by default.
+        join: whether other processes, here or on machines that share ``out``, may carry out stages of the same run.
+        only: patterns (``*`` and ``?``) of the names of the stages to carry out, where a scheduler distributes them;
+            implies ``join``. All stages by default.
 
     Raises:
-        StudyError: something is missing, does not fit or is damaged; with status 2 nothing was written.
+        StudyError: something is missing, does not fit or is damaged; nothing was written where its status is 2.
     """
     console = console or Console(highlight=False)
     join = join or bool(only)
@@ -67,7 +67,7 @@ def run(
         settings = resolve_source(settings, paths)
         inputs = Inputs(settings, paths)
         if not group.leads:
-            # The leader has looked at everything and has written the configuration.
+            # The leader broadcasts once it has checked everything and written the configuration.
             group.broadcast(None)
             _execute(RunDirectory(out), inputs, group, None, only, Console(quiet=True))
             return RunDirectory(out)
@@ -77,7 +77,7 @@ def run(
         locks.probe(out)
         with locks.directory_lock(out, join) as lock:
             with locks.mutex(out):
-                # Once more: another process may have begun it with other settings meanwhile.
+                # Checked again, because another process may have started a run with other settings meanwhile.
                 start_or_resume.require_resumable(out, settings, prints)
                 directory = start_or_resume.open_or_create(out, settings, prints, start_or_resume.command_line())
             if lock.alone:
@@ -191,7 +191,7 @@ def _next(all_stages: list[Stage], chosen: list[int], stage_locks: StageLocks | 
 
 
 def _record_time(directory: RunDirectory, stage: str, seconds: float) -> None:
-    """Wall-clock seconds per stage; of a stage that was interrupted, those since it was last resumed."""
+    """Record the seconds that a stage took, since its last resumption where it was interrupted."""
     with locks.mutex(directory.path):
         write_json(directory.timings, directory.read_timings() | {stage: round(seconds, 2)})
 

@@ -1,4 +1,4 @@
-"""One stage of a run, and the seeds of what it draws."""
+"""A stage of a run, and the seeds of its random draws."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,11 +13,11 @@ class Stage:
     """One step of a run.
 
     Attributes:
-        name: unique, as shown and timed.
-        outputs: files that are all there once it is done.
-        run: does it; returns a few words on what came out.
-        needs: files that must be there before it can begin.
-        collective: whether all processes of a group take part; otherwise its leader does it alone.
+        name: unique name, shown on the terminal and in the timings.
+        outputs: files, all of which exist once the stage is done.
+        run: carries the stage out; returns its outcome in a few words.
+        needs: files that must exist before the stage can begin.
+        collective: whether all processes of the group take part; otherwise the leader carries it out alone.
     """
 
     name: str
@@ -36,6 +36,6 @@ class Stage:
 
 
 def derived_seed(seed: int, *purpose: str) -> int:
-    """A 63-bit seed for one purpose, so that no two draws of a run share a stream."""
+    """A 63-bit seed for one purpose, so that draws for different purposes are independent."""
     digest = hashlib.sha256("/".join(["fastlip.study", str(seed), *purpose]).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

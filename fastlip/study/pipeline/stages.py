@@ -1,4 +1,4 @@
-"""The stages of a run, in order; each writes its outputs atomically and is skipped where they are already there."""
+"""All stages of a run in order. Each writes its outputs atomically and is skipped where they exist already."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fastlip.study.training.process_group import ProcessGroup
 
 
 def stages(run: RunDirectory, inputs: Inputs, group: ProcessGroup | None = None) -> list[Stage]:
-    """All stages of the run; what one needs comes before it."""
+    """All stages of the run; a stage comes after those whose outputs it needs."""
     group = group or ProcessGroup()
     networks = Networks(run, inputs, group.device(run.machine.device))
     found = training_stages(run, inputs, networks, group) + measurement_stages(run, inputs, networks, group)
@@ -29,10 +29,10 @@ def stages(run: RunDirectory, inputs: Inputs, group: ProcessGroup | None = None)
 
 
 def require_sound(run: RunDirectory, all_stages: list[Stage]) -> None:
-    """Raise where something would stop a run halfway, or where a stage counts as done whose output is damaged.
+    """Raise where a file would stop the run halfway, or where the output of a finished stage is damaged.
 
     Raises:
-        StudyError: the first such file, and what to do about it.
+        StudyError: it names the first such file and what to do about it.
     """
     run.require_unobstructed(*(path for stage in all_stages for path in stage.outputs))
     run.read_timings()
@@ -43,7 +43,7 @@ def require_sound(run: RunDirectory, all_stages: list[Stage]) -> None:
 
 
 def _require_readable(run: RunDirectory, path: Path) -> None:
-    """Raise where a file that a stage has written cannot be read."""
+    """Raise where the output of a finished stage cannot be read."""
     if path == run.results:
         run.read_results()
     elif path in run.written_by_report:

@@ -1,4 +1,4 @@
-"""A run begun in a new directory, or resumed in its own: its config.json is written once, and compared ever after."""
+"""Start a run in a new directory, or resume it in its own, where config.json must agree with the command."""
 
 import contextlib
 import platform
@@ -21,10 +21,10 @@ _PACKAGES = ("fastlip", "torch", "torchvision", "numpy", "scipy", "safetensors",
 
 
 def require_resumable(path: Path, settings: Settings, fingerprints: dict[str, str]) -> None:
-    """Raise where ``path`` cannot become or go on as the directory of this run; nothing is written.
+    """Raise where the run can neither be started nor resumed at ``path``; nothing is written.
 
     Raises:
-        StudyError: another configuration was begun there, other inputs were used, or it holds something else.
+        StudyError: ``path`` holds a run with another configuration or other inputs, or something else.
     """
     if path.exists() and not path.is_dir():
         raise StudyError(f"--out {path} is a file; name a directory", status=2)
@@ -40,7 +40,7 @@ def require_resumable(path: Path, settings: Settings, fingerprints: dict[str, st
         f"{name} (other files)" for name, value in fingerprints.items() if old.config["inputs"].get(name) != value
     ]
     if old.config["rules"] != rules.rules_in_words(old.settings.rules):
-        # They were fixed before any result existed, and hold for this run.
+        # The rules of a run are those fixed before it had results.
         different.append("rules of the verdicts (another version of fastlip)")
     if not digests.intact(path, old.config_file):
         reason = "; ".join(["it is not what its SHA-256 was taken of", *different])
@@ -55,7 +55,7 @@ def require_resumable(path: Path, settings: Settings, fingerprints: dict[str, st
 
 
 def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str], command: str) -> RunDirectory:
-    """The run directory at ``path``, made if it is missing; call :func:`require_resumable` first, and hold the mutex."""
+    """The run directory at ``path``, made if it is missing; call :func:`require_resumable` first, in the mutex."""
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "config.json").exists():
         machine = this_machine(settings)
@@ -73,7 +73,7 @@ def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str],
                 "build": fastlip.build_info().to_dict(),
             },
         )
-        digests.note(path, [path / "config.json"])
+        digests.record(path, [path / "config.json"])
     return RunDirectory(path)
 
 

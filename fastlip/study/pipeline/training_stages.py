@@ -1,4 +1,4 @@
-"""The stages that train: the source, and every model of the run."""
+"""The stages that train the source and the models of a run."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ from fastlip.study.training.train import train
 
 
 def training_stages(run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> list[Stage]:
-    """The source first where the run trains it, then the models at the end of their training."""
+    """The stages that train: the source first, where the run trains it, then every model."""
     training = _Training(run, inputs, networks, group)
     found: list[Stage] = []
     if run.pretrains:
@@ -43,7 +43,7 @@ def training_stages(run: RunDirectory, inputs: Inputs, networks: Networks, group
 
 
 class _Training:
-    """What the stages that train do."""
+    """Carries out the stages that train."""
 
     def __init__(self, run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> None:
         self.run = run
@@ -72,13 +72,13 @@ class _Training:
         return self._train(model.name, network, images, schedule, model.seed, progress, parts, keep)
 
     def probe(self, model: TrainedModel, progress: Progress) -> str:
-        """The first half of LP-FT (Kumar et al. 2022): the head alone."""
+        """Train the head alone, the first half of LP-FT (Kumar et al. 2022)."""
         network, images = self._untrained(model)
         head, schedule = network.get_submodule("network.fc"), self.run.settings.finetune
         return self._train(_probe_name(model), network, images, schedule, model.seed, progress, [head])
 
     def _untrained(self, model: TrainedModel) -> tuple[nn.Sequential, ImageSet]:
-        """What an arm starts from, and its training images."""
+        """The network that an arm starts from, and its training images."""
         images = self.inputs.target_train(self.run.settings.schedule(model.arm).images)
         return self.networks.untrained(model, len(images.classes)), images
 
@@ -133,5 +133,5 @@ class _Training:
 
 
 def _probe_name(model: TrainedModel) -> str:
-    """Name of what LP-FT has trained before its second half."""
+    """Name of the checkpoint between the two halves of LP-FT."""
     return f"{model.run_name}-head"

@@ -1,1 +1,1 @@
-"""What people read of a run: tables, figures, the HTML report, data frames."""
+"""What users read: tables, figures, the HTML report, comparisons of runs, data frames."""

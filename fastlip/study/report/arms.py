@@ -1,4 +1,4 @@
-"""What the arms of the study are called and how they are coloured."""
+"""Names and colours of the arms."""
 
 ARM_NAMES = {
     "scratch": "scratch",
@@ -9,7 +9,7 @@ ARM_NAMES = {
     "reference": "small reference, scratch",
 }
 
-#: Colours of the arms, told apart by the colour-blind and on white and black; the report swaps them in dark mode.
+#: Colours that the colour-blind can tell apart on white and on black; the report replaces them in dark mode.
 ARM_COLOURS = {
     "scratch": "#c2510a",
     "finetune": "#0a5cc2",

@@ -15,7 +15,7 @@ from fastlip.study.storage.schema import Results
 
 
 def attack_table(results: Results) -> Table:
-    """Accuracy, distortion and stretch at each fixed strength."""
+    """Accuracy, distortion and stretch under each attack at each fixed strength."""
     rows = [
         (
             model["name"],
@@ -40,7 +40,7 @@ def attack_table(results: Results) -> Table:
 
 
 def strong_table(results: Results) -> Table:
-    """Accuracy as one attack after the other is added."""
+    """Accuracy under the stronger suite as one attack after the other is added."""
     rows = [
         (model["name"], ball_name(s["norm"], s["strength"]), name, percent(share))
         for model in results["models"]

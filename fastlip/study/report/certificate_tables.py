@@ -1,4 +1,4 @@
-"""Tables of what is certified: Lipschitz constants and radii."""
+"""Tables of Lipschitz constants and of certified radii."""
 
 from fastlip.study.report.number_format import brackets, confidence, interval, number, percent, power, title_prefix
 from fastlip.study.report.tables import Table
@@ -6,7 +6,7 @@ from fastlip.study.storage.schema import Results
 
 
 def lipschitz_table(results: Results) -> Table:
-    """Certified and observed constants side by side."""
+    """Certified and observed Lipschitz constants."""
     rows = []
     for model in results["models"]:
         bound = model["lipschitz"]

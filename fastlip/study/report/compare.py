@@ -1,4 +1,4 @@
-"""Several runs side by side."""
+"""Comparison of runs, side by side."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +24,10 @@ _MEASURES: dict[str, Callable[[Model], str]] = {
 
 
 def compare(paths: list[Path]) -> list[Table]:
-    """Verdicts, models and differing settings of two or more runs.
+    """Tables of the verdicts, the models and the differing settings of two or more runs.
 
     Raises:
-        StudyError: fewer than two runs, or a directory holds no results of this version, or damaged ones.
+        StudyError: there are fewer than two runs, or a directory has no results of this version, or damaged ones.
     """
     if len(paths) < 2:
         raise StudyError("name at least two runs: python -m fastlip.study compare RUN RUN", status=2)

@@ -1,4 +1,4 @@
-"""A run's numbers as pandas data frames, one line each."""
+"""The numbers of a run as pandas data frames."""
 
 import os
 from pathlib import Path
@@ -10,13 +10,13 @@ from fastlip.study.storage.files import damaged, read_arrays
 
 
 def frame(run: str | os.PathLike[str]) -> Any:
-    """Every number of a run with its interval, one in each row: a ``pandas.DataFrame``.
+    """All numbers of a run with their intervals, one in each row, as a ``pandas.DataFrame``.
 
     Args:
         run: run directory with ``tables/results.csv``.
 
     Raises:
-        StudyError: there is no such file, or it is damaged.
+        StudyError: the file is missing or damaged.
         ImportError: pandas is missing.
     """
     path = Path(run) / "tables" / "results.csv"
@@ -27,21 +27,21 @@ def frame(run: str | os.PathLike[str]) -> Any:
         raise damaged(path, f"it is not what its SHA-256 in {digests.NAME} was taken of", remedy)
     try:
         return _pandas().read_csv(path)
-    except ValueError as error:  # what pandas has for damaged files, and UnicodeDecodeError
+    except ValueError as error:  # the base of pandas' parser errors and of UnicodeDecodeError
         raise damaged(path, error, remedy) from None
 
 
 def image_frame(run: str | os.PathLike[str]) -> Any:
-    """Every image under every measurement, one in each row: a ``pandas.DataFrame``.
+    """All images under all measurements, one in each row, as a ``pandas.DataFrame``.
 
     Args:
         run: run directory with ``images``.
 
     Returns:
-        Columns "model", "measurement", "id" and whatever single numbers were measured.
+        Columns "model", "measurement", "id" and all arrays with one number per image.
 
     Raises:
-        StudyError: there are no such files, or one is damaged.
+        StudyError: there are no per-image files, or one is damaged.
         ImportError: pandas is missing.
     """
     pandas = _pandas()

@@ -40,7 +40,7 @@ def layer_figure(results: Results) -> Figure:
 
 
 def stretch_figure(results: Results) -> Figure:
-    """Observed stretch from the input up to each block, under the smallest perturbations."""
+    """Observed stretch of the smallest perturbations from the input to each block."""
     rows: Rows = []
 
     def draw(axes: Axes) -> None:

@@ -1,4 +1,4 @@
-"""How figures are drawn: their style, colours and helpers; SVG, with the numbers beside it as CSV."""
+"""Drawing of figures: style, colours and helpers. A figure is an SVG with its data as CSV."""
 
 import csv
 import io
@@ -55,9 +55,9 @@ class Figure:
 
     Attributes:
         name: stem of its files.
-        caption: what it shows, for a reader who cannot see it too.
+        caption: describes the figure, also for readers who cannot see it.
         svg: the drawing.
-        csv: the numbers in it.
+        csv: the numbers that are drawn.
     """
 
     name: str
@@ -81,8 +81,18 @@ def draw_figure(
     header: Sequence[str],
     width: float = 4.6,
 ) -> Figure:
-    """A figure by ``draw``, which also fills ``rows``, with a legend of the arms; ``width`` in inches."""
-    # One salt per figure: several drawings share a page, and their identifiers must not collide.
+    """Draw a figure with a legend of the arms.
+
+    Args:
+        results: of the run.
+        name: of the figure's files.
+        caption: of the figure.
+        draw: draws on the axes and appends the data to ``rows``.
+        rows: the list that ``draw`` appends to.
+        header: names of the columns of ``rows``.
+        width: in inches.
+    """
+    # Figures share a page, and identifiers in their SVG must not collide: each has a salt of its own.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         canvas = Canvas(figsize=(width, 3.2), layout="constrained")
         axes = canvas.add_subplot()
@@ -98,7 +108,7 @@ def draw_figure(
 
 
 def inline(figure: Figure) -> str:
-    """The drawing for an HTML page: colours as CSS variables, no metadata, nothing that names an address."""
+    """The SVG for an HTML page, with CSS variables for colours, without metadata and URLs."""
     svg = figure.svg[figure.svg.index("<svg") :]
     start, end = svg.find("<metadata>"), svg.find("</metadata>")
     if start >= 0:
@@ -114,23 +124,23 @@ def inline(figure: Figure) -> str:
 
 
 def line(axes: Axes, model: Model, x: ArrayLike, y: ArrayLike, dashes: str = "-", **style: Any) -> None:
-    """A curve of one model in the colour of its arm; what the dashes mean is for the caption."""
+    """A curve of one model in the colour of its arm; the caption explains the dashes."""
     axes.plot(x, y, dashes, color=ARM_COLOURS[model["arm"]], **style)
 
 
 def shares_upward(axes: Axes) -> None:
-    """Per cent from 0 to 100 on the vertical axis."""
+    """Set the vertical axis to per cent from 0 to 100."""
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def counts_across(axes: Axes) -> None:
-    """Whole numbers on the horizontal axis."""
+    """Set the ticks of the horizontal axis to whole numbers."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _legend(axes: Axes, results: Results) -> None:
-    """One entry for each arm, however many seeds and kinds of line it has."""
+    """A legend with one entry for each arm, however many curves the arm has."""
     seeds = len({m["seed"] for m in results["models"]})
     arms = dict.fromkeys(m["arm"] for m in results["models"])
     handles = [axes.plot([], [], color=ARM_COLOURS[arm])[0] for arm in arms]

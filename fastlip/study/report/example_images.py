@@ -1,4 +1,4 @@
-"""Example images with their smallest perturbations, magnified to be seen."""
+"""Example images with their smallest perturbations, which are magnified for display."""
 
 import base64
 import io
@@ -21,9 +21,9 @@ class PerturbedImage:
         kind: "PGD" or "Gaussian".
         image: the perturbed image, a data URI.
         perturbation: its difference from the clean image around mid-grey, a data URI.
-        gain: what the difference was multiplied by to be seen.
+        gain: the factor by which the difference is magnified.
         distortion: in [0, 1].
-        decision: class that the model decides for.
+        decision: the class that the model decides for.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class PerturbedImage:
 
 @dataclass(frozen=True)
 class Example:
-    """One test image that the model classifies correctly, and what changes its decision."""
+    """One test image that the model classifies correctly, and perturbed versions that it does not."""
 
     model: str
     label: str
@@ -45,7 +45,7 @@ class Example:
 
 
 def examples(run: RunDirectory, classes: list[str]) -> list[Example]:
-    """The first images, one per class as far as they go, that every model of the first seed decides rightly."""
+    """The first images, of different classes where possible, that all models of the first seed classify correctly."""
     models = [m for m in run.models if m.seed == run.settings.seed]
     clean = {m: _of_classes(run.images(m.name, "clean-attacked"), len(classes)) for m in models}
     n = len(clean[models[0]]["label"])
@@ -63,7 +63,7 @@ def examples(run: RunDirectory, classes: list[str]) -> list[Example]:
 
 
 def _of_classes(path: Path, classes: int, n: int | None = None) -> dict[str, np.ndarray]:
-    """The arrays of one measurement, of which nothing is about a class that there is not."""
+    """The arrays of one measurement, whose labels and predictions are checked to lie below ``classes``."""
     arrays = read_measured(path, n, "image")
     decided = np.concatenate([arrays["label"], arrays["prediction"]])
     if not ((decided >= 0) & (decided < classes)).all():
@@ -72,7 +72,7 @@ def _of_classes(path: Path, classes: int, n: int | None = None) -> dict[str, np.
 
 
 def _one_per_class(rows: np.ndarray, labels: np.ndarray, count: int) -> list[int]:
-    """``count`` of ``rows``, their classes in turn."""
+    """``count`` of ``rows``, which take turns among the classes."""
     turn: dict[int, int] = {}
     order = []
     for row in rows.tolist():

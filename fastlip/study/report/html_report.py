@@ -1,4 +1,4 @@
-"""report.html: one file that opens anywhere, answers first; and the tables and figures beside it."""
+"""report.html, a self-contained page that begins with the verdicts, and the files of its tables and figures."""
 
 import base64
 import re
@@ -32,10 +32,10 @@ from fastlip.study.storage.schema import GENERATED, Results
 
 
 def write(run: RunDirectory) -> str:
-    """Write tables, figures and report.html from the stored results; the path of the report.
+    """Write tables, figures and report.html from the stored results; return the path of the report.
 
     Raises:
-        StudyError: what it is made from is missing or damaged; nothing was written then.
+        StudyError: stored results are missing or damaged; nothing is written then.
     """
     run.require_unobstructed(*(run.images(model.name, "clean-attacked") for model in run.models))
     results, timings = run.read_results(), _timings(run)
@@ -87,7 +87,7 @@ def write(run: RunDirectory) -> str:
         settings=dotted_names(run.settings),
         timings=timings,
     )
-    # A sample size stays with its "n", however narrow the page.
+    # A no-break space keeps a sample size on the line of its "n".
     with run.recorded(*run.written_by_report):
         write_text(run.tables / "results.csv", long_csv(results))
         write_text(run.report, html.replace("(n = ", "(n\u00a0=\u00a0"))
@@ -108,12 +108,12 @@ def all_tables(results: Results) -> list[Table]:
 
 
 def _timings(run: RunDirectory) -> dict[str, float]:
-    """Seconds per stage but this one, which is not over when the report is written."""
+    """Seconds of each stage except the report, which is not over yet."""
     return {stage: seconds for stage, seconds in run.read_timings().items() if stage != "report"}
 
 
 def _distortions(run: RunDirectory) -> dict[str, dict[str, np.ndarray]]:
-    """Smallest distortions of the images that each model classifies correctly."""
+    """The smallest distortions of the images that each model classifies correctly."""
     found = {}
     for model in run.models:
         clean = read_measured(run.images(model.name, "clean-attacked"))

@@ -7,12 +7,12 @@ from typing import Any
 
 from fastlip.study.storage.schema import Results
 
-#: Columns of the table of every number.
+#: Columns of the table.
 LONG = ("model", "arm", "seed", "measure", "attack", "norm", "strength", "n", "value", "low", "high", "confidence")
 
 
 def long_csv(results: Results) -> str:
-    """Every number with its interval, one in each row; those of arms minus scratch last."""
+    """All numbers with their intervals, one in each row; the comparisons of arms with scratch are last."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(LONG)
@@ -56,7 +56,7 @@ def _long(results: Results) -> Iterator[tuple[Any, ...]]:
         for at in model["smoothing"]["certified"]:
             yield row("certified accuracy, smoothed", at["accuracy"], "", "l2", at["radius"])
     for comparison in results["comparisons"]:
-        # One arm minus scratch: no model of its own.
+        # A comparison is between two models, so that it has no model name.
         e = comparison["difference"]
         numbers = (e["n"], e["value"], e["low"], e["high"], e["confidence"])
         yield (

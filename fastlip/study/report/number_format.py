@@ -1,4 +1,4 @@
-"""Numbers, intervals and attacks as readers see them."""
+"""Text for numbers, intervals, attacks and balls."""
 
 import math
 
@@ -6,7 +6,7 @@ from fastlip.study.storage.schema import Attack, Estimate, Proportion, Results
 
 
 def title_prefix(results: Results) -> str:
-    """What a title begins with: whose images these are."""
+    """The beginning of a title, which says what the images are."""
     return f"{'GENERATED IMAGES. ' if results['generated'] else ''}{results['dataset']}"
 
 
@@ -22,14 +22,14 @@ def attack_name(attack: Attack) -> str:
     return f"PGD {attack['norm'].upper()} ε = {attack['strength']:g}"
 
 
-def percent(rate: Proportion) -> str:
-    if rate["value"] is None:
+def percent(p: Proportion) -> str:
+    if p["value"] is None:
         return "none (n = 0)"
-    return f"{rate['value']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}] (n = {rate['n']})"
+    return f"{p['value']:.1%} [{p['low']:.1%}, {p['high']:.1%}] (n = {p['n']})"
 
 
 def distortion(estimate: Estimate) -> str:
-    """A distortion in units of pixel values from 0 to 255."""
+    """A distortion, scaled to pixel values from 0 to 255, with its interval."""
     return interval(estimate, 255.0)
 
 
@@ -44,7 +44,7 @@ def interval(estimate: Estimate, scale: float = 1.0) -> str:
 
 
 def number(value: float | None, scale: float = 1.0) -> str:
-    """Three significant digits; an infinite (censored) or missing value is a dash."""
+    """Three significant digits; a dash stands for a censored or missing value."""
     if value is None:
         return "–"
     value *= scale
@@ -55,7 +55,7 @@ def number(value: float | None, scale: float = 1.0) -> str:
 
 
 def power(log10: float) -> str:
-    """10^log10, rounded upwards in its last digit."""
+    """10^log10, rounded up in its last digit."""
     exponent = math.floor(log10)
     if 0 <= exponent < 4:
         return f"{math.ceil(10**log10 * 10 ** (2 - exponent)) / 10 ** (2 - exponent):g}"

@@ -1,4 +1,4 @@
-"""Figures of what happens to decisions under attacks, noise and corruptions."""
+"""Figures of robustness: accuracy under attacks, noise and corruptions, and smallest distortions."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from fastlip.study.storage.schema import Attack, Results
 
 
 def accuracy_figures(results: Results) -> list[Figure]:
-    """Accuracy by strength: PGD in each norm, with the noise of the same norm as its control, and Gaussian noise."""
+    """Accuracy by strength: PGD in each norm, with noise of the same norm as the control, and Gaussian noise."""
     drawings = [
         _accuracy(results, "accuracy-linf", "PGD, L∞", "radius ε in 255ths", lambda a: a["norm"] == "linf", 255.0),
         _accuracy(results, "accuracy-l2", "PGD, L2", "radius ε, pixels in [0, 1]", lambda a: a["norm"] == "l2", 1.0),
@@ -24,11 +24,12 @@ def accuracy_figures(results: Results) -> list[Figure]:
 
 
 def distortion_figure(results: Results, distortions: dict[str, dict[str, np.ndarray]]) -> Figure:
-    """Share of images whose decision is changed by a distortion of at most x.
+    """The proportion of images whose decision changes at a distortion of at most x.
 
     Args:
         results: of the run.
-        distortions: for each model's name "pgd" and "gaussian", [N] in [0, 1], inf where none was found.
+        distortions: the smallest distortions by name of the model and "pgd" or "gaussian", [N] in [0, 1]; inf where
+            none was found.
     """
     rows: Rows = []
 

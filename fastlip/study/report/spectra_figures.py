@@ -39,7 +39,7 @@ def rank_figure(results: Results) -> Figure:
 
 
 def weight_figure(results: Results) -> Figure:
-    """Distance of each weight from where its training began."""
+    """Relative distance of each weight from its value at the beginning of training."""
     rows: Rows = []
 
     def draw(axes: Axes) -> None:
@@ -65,7 +65,7 @@ def weight_figure(results: Results) -> Figure:
 
 
 def profile_figure(results: Results) -> Figure:
-    """Singular value profiles of a weight in the middle of each network."""
+    """Singular values of the first and the last 3×3 kernel of each network."""
     rows: Rows = []
 
     def draw(axes: Axes) -> None:

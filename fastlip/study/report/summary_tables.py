@@ -1,4 +1,4 @@
-"""Tables of a run as a whole: in the shape of the slide deck, means over seeds, and the power analysis."""
+"""Tables of a whole run: the table of the slide deck, means over seeds, and the power analysis."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ from fastlip.study.storage.schema import Model, Results
 
 
 def seed_table(results: Results) -> Table:
-    """The table in the shape of the slide deck behind this project, ours first and the deck's rows below."""
+    """The table of the slide deck behind this project: our rows first, the deck's rows below."""
     rows = []
     for model in results["models"]:
         who = f"{model['architecture']}, {ARM_NAMES[model['arm']]} (seed {model['seed']})"
@@ -54,7 +54,7 @@ def seed_table(results: Results) -> Table:
 
 
 def arm_table(results: Results) -> Table:
-    """Means over seeds, which are what training is judged by; no rows where there is one seed."""
+    """Means over seeds, which statements about training need; it has no rows where there is one seed."""
     arms: dict[str, list[Model]] = {}
     for model in results["models"]:
         arms.setdefault(model["arm"], []).append(model)
@@ -65,7 +65,7 @@ def arm_table(results: Results) -> Table:
         for models in arms.values():
             values = [value(model) for model in models]
             found = [v for v in values if v is not None]
-            # Seeds without a value are those where a search found little: the others would be a choice among seeds.
+            # A seed has no value where a search found little: a mean over the others would select among the seeds.
             complete = np.array(found if len(found) == len(values) else [], dtype=float)
             cells.append(interval(over_seeds(complete, confidence), scale))
         return name, *cells

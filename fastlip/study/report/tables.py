@@ -14,10 +14,10 @@ class Table:
 
     Attributes:
         name: stem of its files.
-        title: what it shows.
+        title: says what the table shows.
         header: names of the columns.
-        rows: cells.
-        notes: what a reader must know beside it.
+        rows: the cells of each row.
+        notes: what a reader must know to understand the table.
     """
 
     name: str

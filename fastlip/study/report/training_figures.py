@@ -30,7 +30,7 @@ def training_figure(results: Results) -> Figure:
 
 
 def trajectory_figure(results: Results) -> Figure:
-    """Certified constant against median smallest distortion, along training: what question 4 correlates."""
+    """Certified constant against median smallest distortion during training, which question 4 correlates."""
     rows: Rows = []
 
     def draw(axes: Axes) -> None:

@@ -1,1 +1,1 @@
-"""What a run does: its settings, their presets and their checks."""
+"""The settings of a run, their presets, overrides and checks."""

@@ -1,9 +1,9 @@
-"""How images are attacked: noise, PGD, the stronger suite, and searches for the smallest perturbations."""
+"""Settings of the attacks: noise, PGD, the stronger suite, and searches for the smallest perturbations."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-#: A ball around an image: its norm, its strength as written in the settings, its radius for pixels in [0, 1].
+#: A ball around an image: the norm, the radius as the settings state it, and the radius for pixels in [0, 1].
 Ball = tuple[Literal["linf", "l2", "l1"], float, float]
 
 
@@ -25,7 +25,7 @@ class PgdSettings:
         steps: gradient steps.
         relative_step: step size times ``steps`` over the radius.
         loss: "dlr" or "ce".
-        restarts: runs from other random starts; the strongest counts.
+        restarts: number of random starts; the strongest result of them counts.
     """
 
     linf_255: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -38,20 +38,20 @@ class PgdSettings:
 
     @property
     def grid(self) -> list[Ball]:
-        """Every ball attacked."""
+        """All balls that are attacked."""
         return _balls(self.linf_255, self.l2, self.l1)
 
 
 @dataclass(frozen=True)
 class StrongSuiteSettings:
-    """The stronger suite: an image stands only where it stands under all of its attacks.
+    """The stronger suite: an image counts as robust only where none of the attacks succeeds.
 
     Attributes:
         linf_255: radii of the Linf ball in 255ths of the pixel range.
         l2: radii of the L2 ball, pixels in [0, 1].
-        steps: gradient steps of APGD, with cross-entropy and with the margin to each target.
-        restarts: runs of APGD with cross-entropy.
-        targets: wrong classes, the likeliest first, that targeted APGD tries one by one.
+        steps: gradient steps of APGD, for cross-entropy and for each target.
+        restarts: number of random starts of APGD with cross-entropy.
+        targets: number of wrong classes, in order of likelihood, that targeted APGD tries one by one.
         queries: forward passes of the black-box attack (Square).
     """
 
@@ -64,20 +64,20 @@ class StrongSuiteSettings:
 
     @property
     def grid(self) -> list[Ball]:
-        """Every ball attacked."""
+        """All balls that are attacked."""
         return _balls(self.linf_255, self.l2, ())
 
 
 @dataclass(frozen=True)
 class SmallestSettings:
-    """Search for the smallest perturbation that changes the decision, per image, in L2.
+    """Searches for the smallest L2 perturbation of each image that changes the decision.
 
     Attributes:
         steps: gradient steps of PGD at each radius.
-        searches: radii tried.
-        directions: Gaussian directions drawn per image.
+        searches: number of radii tried.
+        directions: number of Gaussian directions drawn for each image.
         max_sigma: largest noise level tried.
-        levels: noise levels tried before halving.
+        levels: number of noise levels tried before bisection.
         halvings: bisections of the noise level after the first success.
     """
 

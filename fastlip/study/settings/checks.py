@@ -68,6 +68,7 @@ def check_attacks(
     for name in ("steps", "restarts", "targets", "queries"):
         need(getattr(strong, name) > 0, f"strong.{name}", "must be at least 1")
     _all_above_zero(smallest, "smallest")
+    need(smallest.levels > 1, "smallest.levels", "must be at least 2")
 
 
 def check_measurements(

@@ -1,4 +1,4 @@
-"""What the command line says about files, and what follows from it for the settings."""
+"""The input files named on the command line, and the settings that follow from them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +9,14 @@ from fastlip.study.settings.settings import Settings
 
 @dataclass(frozen=True)
 class InputPaths:
-    """What the command line said about files.
+    """The input files and folders named on the command line.
 
     Attributes:
         data: folder that holds ``cifar-10-batches-py``.
-        source_checkpoint: weights under torchvision's names, safetensors or a torch file (read without executing it).
+        source_checkpoint: weights under torchvision's names, in safetensors or a torch file (its code is not executed).
         source_data: folder of images, one folder per class.
         corruptions: folder with the files of CIFAR-10-C.
-        download: whether missing files may be fetched.
+        download: whether missing files may be downloaded.
     """
 
     data: Path | None = None
@@ -27,7 +27,11 @@ class InputPaths:
 
 
 def resolve_source(settings: Settings, paths: InputPaths) -> Settings:
-    """The settings with the source and corruptions that the given files ask for; ImageNet's weights for want of one."""
+    """``settings`` with the source and corruptions that ``paths`` name; the default source is ImageNet's weights.
+
+    Raises:
+        StudyError: files are given for a preset that generates its images.
+    """
     if settings.dataset == "generated":
         if paths.source_checkpoint or paths.source_data or paths.data or paths.corruptions:
             raise StudyError(

@@ -1,4 +1,4 @@
-"""What "auto" stands for on this machine: device, precision, threads, compilation."""
+"""Device, precision, threads and compilation on this machine, which the value "auto" leaves open."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ from fastlip.study.settings.settings import Settings
 
 @dataclass(frozen=True)
 class Machine:
-    """What "auto" stood for on the machine that the run was begun on."""
+    """The choices for "auto" on the machine that the run was begun on."""
 
     device: str
     precision: Literal["float32", "bfloat16"]
@@ -20,6 +20,7 @@ class Machine:
 
 
 def this_machine(settings: Settings) -> Machine:
+    """What ``settings`` mean on this machine; torch decides what they leave open."""
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,6 +34,7 @@ def this_machine(settings: Settings) -> Machine:
 
 
 def require_device(name: str) -> None:
+    """Raise :class:`StudyError` with status 2 where torch has no device ``name`` here."""
     try:
         kind = "auto" if name == "auto" else torch.device(name).type
     except RuntimeError:
@@ -42,7 +44,7 @@ def require_device(name: str) -> None:
 
 
 def _fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products run in hardware; emulated ones are several times slower than float32."""
+    """Whether the hardware multiplies bfloat16 matrices; emulation is several times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

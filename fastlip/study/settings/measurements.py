@@ -1,8 +1,8 @@
-"""What else is measured: test images, norms, features, corruptions, smoothing."""
+"""Settings of the measurements other than attacks: test images, norms, features, corruptions, smoothing."""
 
 from dataclasses import dataclass
 
-#: Corruptions that the study generates itself (:mod:`fastlip.study.measure.corruptions`).
+#: Corruptions that the study can generate itself (:mod:`fastlip.study.measure.corruptions`).
 GENERATED_CORRUPTIONS = (
     "gaussian_noise",
     "gaussian_blur",
@@ -16,12 +16,12 @@ GENERATED_CORRUPTIONS = (
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """The test images that everything is measured on.
+    """The test images.
 
     Attributes:
-        images: attacked test images, the same number of each class, fixed by their order in the test set.
-        clean_images: test images for clean accuracy alone; the attacked ones are the first of them.
-        snapshot_images: attacked images that the snapshots of training are measured on, the first of them.
+        images: number of attacked test images: the first of each class in the order of the test set.
+        clean_images: number of test images for clean accuracy; the attacked images are among them.
+        snapshot_images: number of attacked images, the first ones, that snapshots are measured on.
         batch_size: images per forward pass.
     """
 
@@ -33,12 +33,12 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class LipschitzSettings:
-    """Certified norms and Jacobian norms.
+    """Certified norms, and norms of Jacobians.
 
     Attributes:
-        eta: probability, over all random starts of the run, that any stated upper bound fails.
-        jacobian_images: images at which the norm of the Jacobian is computed.
-        jacobian_steps: most steps of its power iteration.
+        eta: probability, over all random starts of the run, that any upper bound is wrong.
+        jacobian_images: number of images at which the norm of the Jacobian is computed.
+        jacobian_steps: largest number of steps of the power iteration.
     """
 
     eta: float = 1e-6
@@ -51,8 +51,8 @@ class FeatureSettings:
     """Spectra of feature maps, and the growth of perturbations with depth.
 
     Attributes:
-        images: images whose features are taken, clean, under PGD at ``rules.compared_linf_255`` and under Gaussian
-            noise of the same norm.
+        images: number of images whose features are taken: clean, under PGD at ``rules.compared_linf_255``, and under
+            Gaussian noise of the same norm.
     """
 
     images: int = 96
@@ -63,8 +63,8 @@ class CorruptionSettings:
     """Common corruptions.
 
     Attributes:
-        severities: from 1 to 5.
-        images: images corrupted, the first of the attacked ones.
+        severities: numbers from 1 to 5.
+        images: number of corrupted images, the first of the attacked ones.
     """
 
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -73,14 +73,14 @@ class CorruptionSettings:
 
 @dataclass(frozen=True)
 class SmoothingSettings:
-    """Randomised smoothing (Cohen et al. 2019): certificates for the model's decision under Gaussian noise.
+    """Randomised smoothing (Cohen et al. 2019), which certifies the majority decision under Gaussian noise.
 
     Attributes:
-        images: images certified, the first of the attacked ones.
+        images: number of certified images, the first of the attacked ones.
         sigma: standard deviation of the noise, pixels in [0, 1].
-        selection: draws that choose the class.
-        samples: draws that certify it.
-        alpha: probability that one image's certificate is wrong.
+        selection: number of draws that choose the class.
+        samples: number of further draws that certify it.
+        alpha: probability that the certificate of an image is wrong.
     """
 
     images: int = 20

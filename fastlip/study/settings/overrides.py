@@ -1,13 +1,15 @@
-"""Settings given by name: "dotted.name=value", as ``--set`` takes them."""
+"""Overrides of settings, given as "dotted.name=value"."""
 
 import dataclasses
+import difflib
 import typing
 from typing import Any, Literal
 
 from fastlip.study.errors import StudyError
+from fastlip.study.settings.serialization import dotted_names
 from fastlip.study.settings.settings import Settings
 
-#: Settings that follow from the preset and the files given, and not from --set.
+#: Settings that the preset and the given files determine, which --set cannot change.
 FIXED = ("preset", "dataset", "source")
 
 
@@ -15,24 +17,27 @@ def override(settings: Settings, assignments: list[str]) -> Settings:
     """``settings`` with each "dotted.name=value" applied; lists are separated by commas.
 
     Raises:
-        StudyError: an unknown name or a value of the wrong type; the message names it.
+        StudyError: a name is unknown or a value is of the wrong type; the message names the setting.
     """
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise StudyError(f"--set {assignment}: write it as NAME=VALUE, as in pgd.steps=20", status=2)
-        settings = _replace(settings, name.strip().split("."), text.strip(), name.strip())
+        name, text = name.strip(), text.strip()
+        known = [known for known in dotted_names(settings) if known not in FIXED]
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise StudyError(f"--set {name}: no such setting; {hint}--help lists them", status=2)
+        settings = _replace(settings, name.split("."), text, name)
     return settings
 
 
 def _replace(settings: Any, path: list[str], text: str, name: str) -> Any:
-    hints = typing.get_type_hints(type(settings))
-    if path[0] not in hints or path[0] in FIXED or (dataclasses.is_dataclass(hints[path[0]]) != (len(path) > 1)):
-        raise StudyError(f"--set {name}: no such setting; --help lists them", status=2)
     if len(path) > 1:
         value = _replace(getattr(settings, path[0]), path[1:], text, name)
     else:
-        value = _parse(hints[path[0]], text, name)
+        value = _parse(typing.get_type_hints(type(settings))[path[0]], text, name)
     return dataclasses.replace(settings, **{path[0]: value})
 
 

@@ -44,7 +44,7 @@ PRESETS = {
         smoothing=SmoothingSettings(images=8, samples=96),
     ),
     "quick": _QUICK,
-    # The training of "quick" over enough seeds for questions 3 and 4, and of the measures what the questions read.
+    # The training of "quick" over enough seeds for questions 3 and 4; only what the questions need is measured.
     "seeds": dataclasses.replace(
         _QUICK,
         preset="seeds",
@@ -63,7 +63,7 @@ PRESETS = {
         finetune=Schedule(images=50000, epochs=15, max_lr=0.05, batch_size=128, snapshots=(1, 2, 4, 8, 12)),
         evaluation=EvaluationSettings(images=1000, clean_images=10000, snapshot_images=200, batch_size=500),
         arms=("reference", "scratch", "finetune", "linear", "partial", "lpft"),
-        # Question 4 wants rules.min_runs training runs from scratch, whose snapshots are points of one run.
+        # Question 4 needs rules.min_runs training runs from scratch; snapshots of a run do not count as runs.
         seeds=6,
         strong=StrongSuiteSettings(linf_255=(0.5, 1.0, 2.0), l2=(0.1, 0.25), steps=100, targets=9, queries=1000),
         lipschitz=LipschitzSettings(jacobian_images=100, jacobian_steps=50),

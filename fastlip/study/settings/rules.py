@@ -1,22 +1,22 @@
-"""The rules of the verdicts: their numbers, and the words that config.json holds before any result exists."""
+"""The rules of the verdicts: their numbers, and their words, which config.json holds before any result exists."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Numbers in the rules that turn statistics into verdicts; fixed before any result exists.
+    """The numbers in the rules of the verdicts, which are fixed before any result exists.
 
     Attributes:
-        confidence: of the intervals of single rates and means.
-        ratio: questions 1 and 2: smallest adversarial over smallest Gaussian distortion counts up to this ratio.
-        share: questions 1 and 2: the lower limit of the share of images below the ratio must exceed this.
-        compared_linf_255: question 3: Linf radius at which accuracies under PGD are compared.
-        min_seeds: question 3: seeds below which nothing is said.
-        min_runs: question 4: training runs (arm and seed) of a case below which nothing is said about it.
-        no_correlation: question 4: correlations within plus or minus this count as none.
-        power: chance of a verdict that the power note plans for.
-        resamples: bootstrap resamples.
+        confidence: of the intervals of single proportions and means.
+        ratio: questions 1 and 2: largest ratio of smallest adversarial to smallest Gaussian distortion that counts.
+        share: questions 1 and 2: what the lower limit of the proportion of images below the ratio must exceed.
+        compared_linf_255: question 3: Linf radius, in 255ths, at which accuracies under PGD are compared.
+        min_seeds: question 3: smallest number of seeds for a verdict.
+        min_runs: question 4: smallest number of training runs (arm and seed) in each case for a verdict.
+        no_correlation: question 4: largest absolute correlation that counts as none.
+        power: probability of a verdict for which the power analysis computes sample sizes.
+        resamples: number of bootstrap resamples.
     """
 
     confidence: float = 0.95
@@ -30,12 +30,12 @@ class Rules:
     resamples: int = 4000
 
 
-#: Comparisons that Holm's correction runs over: two of question 3, and four of question 4.
+#: Number of comparisons under Holm's correction: two of question 3 and four of question 4.
 COMPARISONS = 6
 
 
 def rules_in_words(rules: Rules) -> list[str]:
-    """One rule per question, with the run's own numbers in it."""
+    """The rule of each question in words, with its numbers. A resumed run compares the words: never reword them."""
     share = (
         f"Supported where the lower {rules.confidence:.0%} limit of the share of correctly classified images whose "
         f"smallest adversarial distortion is at most {rules.ratio:g} of their smallest Gaussian distortion exceeds "

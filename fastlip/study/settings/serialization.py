@@ -11,7 +11,7 @@ from fastlip.study.settings.settings import Settings
 
 
 def dotted_names(settings: Settings) -> dict[str, Any]:
-    """Every setting's dotted name with its value."""
+    """The value of every setting by its dotted name."""
 
     def flattened(value: Any, prefix: str) -> typing.Iterator[tuple[str, Any]]:
         for f in dataclasses.fields(value):
@@ -25,7 +25,7 @@ def dotted_names(settings: Settings) -> dict[str, Any]:
 
 
 def to_json(settings: Settings) -> dict[str, Any]:
-    """Plain lists, dicts and numbers, as in config.json."""
+    """The settings as plain lists, dicts and numbers, as config.json holds them."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
     return plain
 
@@ -35,7 +35,7 @@ def from_json(plain: dict[str, Any]) -> Settings:
 
     Raises:
         ValueError: a value is of another type.
-        StudyError: settings were added or removed since, or one is out of range.
+        StudyError: settings were added or removed since then, or one is out of range.
     """
     settings: Settings = _build(Settings, plain, "")
     return settings

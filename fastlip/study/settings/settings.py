@@ -1,4 +1,4 @@
-"""All settings of a run in one frozen dataclass."""
+"""All settings of a run, in one frozen dataclass that checks itself."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,28 +22,28 @@ class Settings:
     """Everything that decides a run's results, apart from the data and the machine.
 
     Attributes:
-        preset: name of the preset that this started from.
+        preset: name of the preset that the settings were derived from.
         dataset: "generated" or "cifar10".
-        source: what the transfer arms start from: "generated" and "folder" are pre-trained on by the study itself.
-        corrupted: "generated" with torchvision, or the files of CIFAR-10-C.
+        source: what the transfer arms start from; the study itself pre-trains on "generated" and "folder".
+        corrupted: "generated" by the study, or "cifar10c" for CIFAR-10-C's files.
         pretrain: how the source is trained.
-        scratch: how the arms that start from nothing are trained.
-        finetune: how the transfer arms are trained; "lpft" runs it twice, on the head and then on all weights.
+        scratch: how the arms with random initial weights are trained.
+        finetune: how the transfer arms are trained; "lpft" follows it twice, for the head and then for all weights.
         evaluation: test images.
         arms: any of "scratch", "reference" (``reference_architecture`` from scratch), "finetune" (all weights),
             "linear" (the head), "partial" (the last stage and the head) and "lpft" (the head, then all weights).
         architecture: "resnet50" or "resnet18".
-        reference_architecture: the small network that says what "bigger" is compared with.
+        reference_architecture: the small network that "bigger" is relative to.
         stem: "imagenet" (7x7 stride 2 and max-pool) or "cifar" (3x3).
         seed: first seed.
-        seeds: number of seeds; seed, seed + 1, ...
+        seeds: number of consecutive seeds.
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        precision: "auto", "float32" or "bfloat16" for the matrix work of training; attacks and every reported
-            prediction are float32.
+        precision: "auto", "float32" or "bfloat16", of the matrix products in training; attacks and reported
+            predictions are in float32.
         compile: whether training compiles the network: "auto" (on a GPU), "on" or "off".
         threads: CPU threads; 0 takes torch's default.
-        save_seconds: a training run in progress is saved this often.
-        examples: test images shown in the report.
+        save_seconds: time between two saves of a training run in progress.
+        examples: number of test images shown in the report.
         gaussian: noise at fixed strengths.
         pgd: PGD at fixed strengths.
         strong: the stronger suite.

@@ -2,31 +2,29 @@
 
 from dataclasses import dataclass
 
-#: Arms that start from the source: all weights, the head alone, the last stage and the head, the head and then all.
+#: Arms that start from the source and train all weights, the head, the last stage and the head, the head and then all.
 TRANSFER = ("finetune", "linear", "partial", "lpft")
 
 ARMS = ("reference", "scratch", *TRANSFER)
 
-SOURCES = ("generated", "imagenet", "checkpoint", "folder")
-
 
 @dataclass(frozen=True)
 class Schedule:
-    """One training run: SGD with Nesterov momentum, the learning rate by ``OneCycleLR``.
+    """One training run by SGD with Nesterov momentum and the learning rates of ``OneCycleLR``.
 
     Attributes:
-        images: training images, the same number of each class.
-        epochs: passes over them.
+        images: number of training images, the same from each class.
+        epochs: passes over the training images.
         batch_size: images per step.
-        max_lr: peak of the learning rate.
-        head_lr: learning rate of the last layer over that of the others.
-        warmup: share of the steps before the peak.
+        max_lr: largest learning rate.
+        head_lr: factor of the learning rate for the last layer.
+        warmup: fraction of the steps before the learning rate is largest.
         momentum: Nesterov momentum.
-        weight_decay: applied to weights, not to biases and BatchNorm.
-        label_smoothing: share of the target spread over all classes.
-        crop: images are shifted by up to this many pixels, mirrored at the border.
-        flip: whether images are mirrored left to right half of the time.
-        snapshots: epochs after which the weights are kept and measured on their way, for question 4.
+        weight_decay: of weights; biases and BatchNorm have none.
+        label_smoothing: fraction of the target that is spread over all classes.
+        crop: largest random shift in pixels; the border is reflected.
+        flip: whether images are flipped horizontally half of the time.
+        snapshots: epochs after which the weights are kept, to be measured for question 4.
     """
 
     images: int

@@ -1,1 +1,1 @@
-"""What a run keeps on the disk, and how it is written and read back."""
+"""The run directory on disk: how its files are written, locked, recorded and read back."""

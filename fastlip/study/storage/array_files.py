@@ -1,4 +1,4 @@
-"""The arrays of a run read back, each checked for the names, kinds and shapes that are expected of it."""
+"""Reading NumPy archives of a run, each checked for the expected names, kinds and shapes of its arrays."""
 
 from pathlib import Path
 from typing import Literal
@@ -7,7 +7,7 @@ import numpy as np
 
 from fastlip.study.storage.files import damaged, read_arrays
 
-#: Kinds of the arrays that are read again, as :attr:`numpy.dtype.kind` has them; all but "image" have a row per image.
+#: Allowed :attr:`numpy.dtype.kind` of each array that is read back. All but "image" have one row per image.
 _KINDS = {
     **dict.fromkeys(("label", "prediction", "noise_prediction"), "iu"),
     **dict.fromkeys(("margin", "distortion", "stretch", "l2", "radius", "norm"), "f"),
@@ -30,15 +30,15 @@ _READ = {
 
 
 def read_measured(path: Path, n: int | None = None, *more: str) -> dict[str, np.ndarray]:
-    """The per-image arrays of one measurement, with all that is read of them and ``more``.
+    """The per-image arrays of one measurement, which include all that the study reads of it and ``more``.
 
     Args:
         path: images/<model>/<measurement>.npz.
         n: number of images; any if None.
-        more: further arrays that must be there.
+        more: names of further arrays that must be present.
 
     Raises:
-        StudyError: it is missing, damaged, or of another shape.
+        StudyError: the file is missing or damaged, or an array is of another shape.
     """
     arrays = read_arrays(path)
     for name in (*_READ.get(path.stem, _MOVED), *more):
@@ -53,10 +53,10 @@ def read_measured(path: Path, n: int | None = None, *more: str) -> dict[str, np.
 
 
 def read_corruptions(path: Path) -> dict[str, np.ndarray]:
-    """The decisions under common corruptions, "prediction" [K, S, N], with their names [K] and severities [S].
+    """Decisions under common corruptions: "prediction" [K, S, N], names of the corruptions [K], severities [S].
 
     Raises:
-        StudyError: the file is missing, damaged, or of another shape.
+        StudyError: the file is missing or damaged, or an array is of another shape.
     """
     arrays = read_arrays(path)
     shapes = {"corruption": ("U", 1), "severity": ("iu", 1), "label": ("iu", 1), "prediction": ("iu", 3)}
@@ -71,16 +71,16 @@ def read_corruptions(path: Path) -> dict[str, np.ndarray]:
 def read_spectra(
     path: Path, names: Literal["layer", "stage"], prefixes: tuple[str, ...], beside: dict[str, int]
 ) -> dict[str, np.ndarray]:
-    """Singular values by layer or stage.
+    """Singular values of each layer or stage.
 
     Args:
         path: spectra/<model>/weights.npz or features.npz.
-        names: the array that lists the layers or stages, [L].
-        prefixes: what stands before each of these in the names of the arrays of singular values.
-        beside: further arrays with their numbers of dimensions, of which the last is L.
+        names: name of the array that lists the layers or stages, [L].
+        prefixes: of the names of arrays; prefix + layer holds that layer's singular values.
+        beside: further arrays and their numbers of dimensions; the last dimension is L.
 
     Raises:
-        StudyError: the file is missing, damaged, or of another shape.
+        StudyError: the file is missing or damaged, or an array is of another shape.
     """
     arrays = read_arrays(path)
     _require_array(path, arrays, names, "U", 1)

@@ -1,6 +1,7 @@
-"""SHA-256 of a run's JSON, CSV and HTML files, in ``.sha256`` beside them; ``sha256sum -c .sha256`` reads it, too.
+"""SHA-256 digests of a run's JSON, CSV and HTML files, recorded in ``.sha256``, which ``sha256sum -c .sha256`` checks.
 
-Arrays and checkpoints carry sums of their own. Runs made before there were records have none, and are read as they are.
+Arrays and checkpoints carry checksums of their own. Run directories made before digests were recorded have none; their
+files are accepted as they are.
 """
 
 import hashlib
@@ -11,15 +12,15 @@ from fastlip.study.storage.files import write_text
 
 NAME = ".sha256"
 
-#: Kinds of files that nothing in themselves protects.
+#: Suffixes of files whose format has no checksum of its own.
 KINDS = (".json", ".csv", ".html")
 
 
 def recorded(root: Path) -> dict[str, str]:
-    """Digests by path within the run directory ``root``; none where it has no records.
+    """Recorded digests by path within the run directory ``root``; empty where nothing is recorded.
 
     Raises:
-        StudyError: the records are damaged.
+        StudyError: the file of records is damaged.
     """
     try:
         text = (root / NAME).read_text()
@@ -36,8 +37,8 @@ def recorded(root: Path) -> dict[str, str]:
     return {name: digest for digest, name in (line.split("  ", 1) for line in body.splitlines())}
 
 
-def note(root: Path, paths: list[Path], forget: bool = False) -> None:
-    """Record what is in ``paths``, or forget what was; not for two processes at once."""
+def record(root: Path, paths: list[Path], forget: bool = False) -> None:
+    """Record the digests of ``paths``, or remove their records. Two processes must not call this at once."""
     before = recorded(root)
     names = [path.relative_to(root).as_posix() for path in paths if path.suffix in KINDS]
     found = before | {name: "" if forget else _of((root / name).read_bytes()) for name in names}
@@ -48,7 +49,7 @@ def note(root: Path, paths: list[Path], forget: bool = False) -> None:
 
 
 def intact(root: Path, path: Path) -> bool:
-    """Whether ``path`` is as recorded, or has no record."""
+    """Whether the digest of ``path`` is the recorded one, or none is recorded."""
     digest = recorded(root).get(path.relative_to(root).as_posix())
     return digest is None or digest == _of(path.read_bytes())
 

@@ -1,4 +1,4 @@
-"""Files that are either there and complete or not there at all."""
+"""Atomic writing, and reading that turns damage into one-line errors."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import numpy as np
 from fastlip._files import replacing
 from fastlip.study.errors import StudyError
 
-#: What to do about a damaged file that the study can make anew.
+#: Remedy for a damaged file that the study can produce again.
 AGAIN = "delete it and run the study in its directory again, with the settings that it was begun with"
 
 
@@ -24,26 +24,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Indented JSON with a final newline; NaN and infinities are refused, so that any reader accepts it."""
+    """Write indented JSON with a final newline. NaN and infinities are refused, so that any JSON reader accepts it."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """A NumPy archive without pickled objects."""
+    """Write a NumPy archive without pickled objects."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def damaged(path: Path, reason: object, remedy: str = AGAIN) -> StudyError:
-    """The error to raise about a file that is not what it should be."""
+    """The error to raise about a damaged file; ``remedy`` tells the user what to do."""
     return StudyError(f"{path} is damaged ({reason}); {remedy}")
 
 
 def read_json(path: Path, remedy: str = AGAIN) -> Any:
-    """What a JSON file holds, whatever its shape; :func:`fastlip.study.storage.json_files.read` looks at that, too.
+    """The contents of a JSON file, whose structure :func:`fastlip.study.storage.json_files.read` checks.
 
     Raises:
-        StudyError: it is missing or no JSON (NaN and infinities, lone surrogates and bottomless nesting included).
+        StudyError: the file is missing or not strict JSON (NaN, infinities, lone surrogates and excessive nesting are
+            refused, too).
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -64,7 +65,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a NumPy archive by name, each checked against its CRC-32.
 
     Raises:
-        StudyError: it is missing or no such archive.
+        StudyError: the file is missing or is not an intact archive.
     """
     try:
         with open(path, "rb") as file:
@@ -81,15 +82,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise damaged(path, "it is a folder") from None
     except PermissionError:
         raise
-    except Exception as error:  # zipfile, zlib and NumPy's reader have one each for every way to be damaged
+    except Exception as error:  # zipfile, zlib and NumPy's reader each raise errors of their own
         raise damaged(path, error or type(error).__name__) from None
 
 
 def unobstructed(root: Path, paths: tuple[Path, ...]) -> None:
-    """Raise where a file stands in the place of a folder that holds one of ``paths``, or a folder in that of a file.
+    """Raise where a file blocks a folder on the way to one of ``paths``, or a folder blocks one of ``paths`` itself.
 
     Raises:
-        StudyError: it does; paths below ``root`` alone are looked at.
+        StudyError: something is in the way. Only paths below ``root`` are checked.
     """
     for path in paths:
         folders = [root / folder for folder in path.relative_to(root).parents]

@@ -1,4 +1,4 @@
-"""The JSON files of a run read back, each checked against the shape that it was written in."""
+"""Reading JSON files of a run, each checked against the type that it was written as."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ from fastlip.study.storage.schema import SCHEMA, Results
 
 
 def read(path: Path, hint: Any, remedy: str = AGAIN) -> Any:
-    """The JSON file at ``path``, of the shape ``hint``; ``remedy`` says what to do where it is not.
+    """The contents of the JSON file at ``path``, checked against the type ``hint``.
+
+    ``remedy`` tells the user what to do about a damaged file.
 
     Raises:
-        StudyError: it is missing, no JSON or of another shape.
+        StudyError: the file is missing, not JSON or of another structure.
     """
     plain = read_json(path, remedy)
     try:
@@ -24,10 +26,10 @@ def read(path: Path, hint: Any, remedy: str = AGAIN) -> Any:
 
 
 def read_results(path: Path, names: list[str]) -> Results:
-    """results.json of a run whose models have these ``names``.
+    """The results.json of a run whose models have these ``names``.
 
     Raises:
-        StudyError: it is missing, of another version, of another shape, or its parts do not fit each other.
+        StudyError: the file is missing, of another version or structure, or its parts contradict each other.
     """
     plain = read_json(path)
     version = plain.get("schema") if isinstance(plain, dict) else None
@@ -44,7 +46,7 @@ def read_results(path: Path, names: list[str]) -> Results:
 
 
 def _inconsistent(results: Results, names: list[str]) -> str | None:
-    """What in results of the right shape does not fit together, in a few words."""
+    """The first contradiction between parts of the results, in a few words; None where there is none."""
     models = results["models"]
     if [m["name"] for m in models] != names:
         return f"its models are not {', '.join(names)}"

@@ -87,10 +87,10 @@ class StageLocks:
 
 
 class DirectoryLock:
-    """This process's hold of a run directory.
+    """The lock of this process on a run directory.
 
     Attributes:
-        alone: whether no other process held the directory when this one came.
+        alone: whether no other process held the directory when this one locked it.
     """
 
     def __init__(self, alone: bool, exclusive: SoftFileLease, shared: SoftFileLease) -> None:
@@ -98,7 +98,7 @@ class DirectoryLock:
         self._exclusive, self._shared = exclusive, shared
 
     def share(self) -> None:
-        """Let in other processes that join."""
+        """Admit other processes that join."""
         if not self._shared.is_locked:
             self._shared.acquire()
         self._exclusive.release()
@@ -145,7 +145,7 @@ def directory_lock(path: Path, join: bool = False, patience: float = 10.0) -> It
 
 @contextlib.contextmanager
 def mutex(path: Path) -> Iterator[None]:
-    """Keep other processes that share the run directory out of the same few lines; they wait."""
+    """A critical section: other processes that share the run directory wait until the block ends."""
     with _lease(path / FOLDER / "mutex"):
         yield
 

@@ -1,4 +1,4 @@
-"""The run directory: what is where, its configuration, and the records of what it holds."""
+"""The run directory: the paths of its files, its configuration, and checks of its contents."""
 
 import contextlib
 import shlex
@@ -31,16 +31,16 @@ class Config(TypedDict):
     build: dict[str, Any]
 
 
-#: What to do about a damaged config.json; without it nobody can say how what lies beside it was made.
+#: Remedy for a damaged config.json, without which nobody can tell how the files beside it were made.
 RESTORE = "put back a copy of it, or begin anew with another --out"
 
-#: What to do about damaged timings.
+#: Remedy for damaged timings.
 _FORGET = "delete it, which loses how long each stage took and nothing else, and run the same command again"
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """One model of a run: an arm with a seed; ``epoch`` is None at the end of training, else where it was kept."""
+    """One model of a run: an arm with a seed. ``epoch`` is that of a snapshot, None at the end of training."""
 
     arm: str
     seed: int
@@ -48,7 +48,7 @@ class TrainedModel:
 
     @property
     def run_name(self) -> str:
-        """The training run that it comes from."""
+        """Name of the training run that the model comes from."""
         return f"{self.arm}-s{self.seed}"
 
     @property
@@ -62,7 +62,7 @@ def gaussian_name(sigma: float) -> str:
 
 
 def pgd_name(norm: str, strength: float) -> str:
-    """File name of the measurement under PGD; Linf strengths are in 255ths."""
+    """File name of the measurement under PGD; Linf radii are in 255ths."""
     return f"pgd-{norm}-{strength:g}"
 
 
@@ -72,10 +72,10 @@ def strong_name(norm: str, strength: float) -> str:
 
 
 class RunDirectory:
-    """Paths inside a run directory and the configuration it was made with.
+    """The paths inside a run directory, and the configuration of its run.
 
     ``config.json`` holds the settings, the rules of the verdicts in words, fingerprints of the inputs, and the
-    versions and the build in use; it is written before anything else and never again.
+    versions and the build in use. It is written before anything else and never changed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,7 +98,7 @@ class RunDirectory:
 
     @property
     def snapshots(self) -> list[TrainedModel]:
-        """The models on their way, of the arms that question 4 is about."""
+        """The snapshots taken during training, of the arms that question 4 is about."""
         return [
             TrainedModel(model.arm, model.seed, epoch)
             for model in self.models
@@ -112,7 +112,7 @@ class RunDirectory:
         return self.settings.transfers and self.settings.source in ("generated", "folder")
 
     def clean_up(self) -> None:
-        """Remove what a killed process left behind: half-written files, and states of runs that had just finished."""
+        """Remove what a killed process left behind: partial files, and training states of models that are finished."""
         for path in self.path.rglob("*.part*"):
             path.unlink()
         for state in self.path.glob("checkpoints/*.unfinished.pt"):
@@ -124,19 +124,19 @@ class RunDirectory:
     def recorded(self, *paths: Path) -> Iterator[None]:
         """Record the SHA-256 of what the block writes to ``paths``; see :mod:`fastlip.study.storage.digests`.
 
-        Old records go first: killed at any moment, the process leaves a file without a record and never a false one.
+        Old records are removed first: a process killed at any moment leaves files without records, never wrong records.
         """
         with mutex(self.path):
-            digests.note(self.path, list(paths), forget=True)
+            digests.record(self.path, list(paths), forget=True)
         yield
         with mutex(self.path):
-            digests.note(self.path, list(paths))
+            digests.record(self.path, list(paths))
 
     def require_intact(self, *paths: Path) -> None:
-        """Raise where one of ``paths`` is not as recorded.
+        """Raise where one of ``paths`` differs from its recorded digest.
 
         Raises:
-            StudyError: it is not, or the records themselves are damaged.
+            StudyError: it does, or the records themselves are damaged.
         """
         for path in paths:
             if not digests.intact(self.path, path):
@@ -145,17 +145,17 @@ class RunDirectory:
                 raise damaged(path, reason, remedies.get(path, AGAIN))
 
     def require_unobstructed(self, *paths: Path) -> None:
-        """Raise where one of ``paths``, or a table, figure or the timings, cannot be written for what stands there."""
+        """Raise where something blocks one of ``paths``, the report, its tables and figures, or the timings."""
         unobstructed(self.path, (*paths, *self.written_by_report, self.timings, self.figures / "growth.svg"))
 
     def read_results(self) -> schema.Results:
-        """results.json."""
+        """The checked contents of results.json."""
         found = json_files.read_results(self.results, [model.name for model in self.models])
         self.require_intact(self.results)
         return found
 
     def read_timings(self) -> dict[str, float]:
-        """Seconds by stage, of those done so far."""
+        """Seconds that each finished stage took."""
         found: dict[str, float] = {}
         return json_files.read(self.timings, dict[str, float], _FORGET) if self.timings.exists() else found
 
@@ -203,10 +203,10 @@ class RunDirectory:
 
     @property
     def written_by_report(self) -> tuple[Path, Path]:
-        """The page, and the table of every number; other tables and all figures are for people to change."""
+        """The HTML report and the CSV of all numbers. Users may edit the other tables and the figures freely."""
         return self.report, self.tables / "results.csv"
 
     @property
     def rewrite(self) -> str:
-        """What to do about a damaged file of these."""
+        """Remedy for a damaged one of :attr:`written_by_report`."""
         return f"python -m fastlip.study report {shlex.quote(str(self.path))} writes it anew"

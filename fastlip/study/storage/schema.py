@@ -1,20 +1,20 @@
-"""The shapes of what a run writes: results.json, version 2, and the JSON files and arrays that it is made from.
+"""Types of the JSON that a run writes: results.json, version 2, and the files that it is computed from.
 
-What is read back goes through :mod:`~fastlip.study.storage.json_files` or :mod:`~fastlip.study.storage.array_files`.
+Everything read back goes through :mod:`~fastlip.study.storage.json_files` or :mod:`~fastlip.study.storage.array_files`.
 """
 
 from typing import Literal, TypedDict
 
 SCHEMA = "fastlip.study.results/2"
 
-#: Said wherever results on generated images are shown.
+#: The warning shown with all results on generated images.
 GENERATED = "THE IMAGES OF THIS RUN ARE GENERATED. THEY ARE NOT PHOTOGRAPHS, AND NO NUMBER HERE SPEAKS ABOUT REAL DATA."
 
 VerdictName = Literal["supported", "contradicted", "undetermined"]
 
 
 class Proportion(TypedDict):
-    """A share k of n with its exact binomial (Clopper-Pearson) interval."""
+    """A proportion k of n with its exact binomial (Clopper-Pearson) interval; ``value`` is None where n is 0."""
 
     k: int
     n: int
@@ -25,7 +25,7 @@ class Proportion(TypedDict):
 
 
 class Estimate(TypedDict):
-    """A number computed from n observations with its interval."""
+    """A number computed from n observations, with its interval; None stands for what does not exist."""
 
     n: int
     value: float | None
@@ -35,14 +35,14 @@ class Estimate(TypedDict):
 
 
 class Stretch(TypedDict):
-    """Observed |f(x') - f(x)| / |x' - x| at the logits, L2: a lower side of the Lipschitz constant."""
+    """Observed ||f(x') - f(x)|| / ||x' - x|| at the logits in L2, which bounds the Lipschitz constant from below."""
 
     mean: Estimate
     largest: float | None
 
 
 class DepthStretch(TypedDict):
-    """Mean and largest stretch from the input up to each of the model's ``depth_points``, over images that moved."""
+    """Mean and largest stretch from the input to each of the model's ``depth_points``, over perturbed images."""
 
     mean: list[float]
     largest: list[float]
@@ -53,8 +53,8 @@ class Attack(TypedDict):
 
     ``norm`` is None for Gaussian noise, whose strength is sigma; radii and sigma are in units of pixels in [0, 1].
     Accuracies are over all attacked images; distortion and stretch are over those classified correctly when clean.
-    ``noise_accuracy`` is the control of a PGD attack: accuracy under Gaussian noise rescaled, image by image, to the
-    L2 norm of what PGD did to it.
+    ``noise_accuracy`` is the control of a PGD attack: the accuracy under Gaussian noise which has, on each image, the
+    L2 norm of PGD's perturbation.
     """
 
     attack: Literal["gaussian", "pgd"]
@@ -70,7 +70,7 @@ class Attack(TypedDict):
 class Smallest(TypedDict):
     """Distortion of the smallest perturbation found that changes the decision, over images classified correctly.
 
-    Images on which nothing was found count as infinite in the median and are left out of the mean.
+    Images for which none was found count as infinite in the median and are left out of the mean.
     """
 
     attack: Literal["gaussian", "pgd"]
@@ -82,14 +82,14 @@ class Smallest(TypedDict):
 
 
 class Member(TypedDict):
-    """One attack of the stronger suite by itself."""
+    """Accuracy after one attack of the stronger suite."""
 
     name: str
     accuracy: Proportion
 
 
 class Strong(TypedDict):
-    """The stronger suite in one ball: an image counts as right where it stands under every attack, PGD included."""
+    """The stronger suite in one ball: an image counts as robust where no attack succeeds, PGD included."""
 
     norm: Literal["linf", "l2", "l1"]
     strength: float
@@ -109,10 +109,11 @@ class Layer(TypedDict):
 
 
 class Lipschitz(TypedDict):
-    """Certified side: the whole network's upper Lipschitz constant, and its layers.
+    """Certified bounds: the upper Lipschitz constant of the whole network, and the norms of its layers.
 
-    ``log10_upper`` holds with probability ``confidence``; ``log10_margin`` bounds the difference of any two logits; the
-    product of the layers' upper norms, which leaves out everything between them, stands beside them for comparison.
+    ``log10_upper`` holds with probability ``confidence``. ``log10_margin`` bounds the difference of any two logits.
+    ``log10_layer_product``, the product of the layers' upper norms, ignores everything between the layers and is given
+    for comparison only.
     """
 
     log10_upper: float
@@ -123,18 +124,18 @@ class Lipschitz(TypedDict):
 
 
 class Jacobian(TypedDict):
-    """Norm of the Jacobian of the logits at single images, from below."""
+    """Lower bounds on the norm of the Jacobian of the logits at single images."""
 
     mean: Estimate
     largest: float
 
 
 class WeightSpectrum(TypedDict):
-    """Singular values of one weight, flattened to [outputs, inputs * kernel]; no operator norm of a convolution.
+    """Singular values of one weight, flattened to [outputs, inputs * kernel]; not the operator norm of a convolution.
 
-    ``profile`` holds the singular values over the largest at eleven equally spaced ranks, first and last included.
-    ``distance`` is ||W - W0|| / ||W0||, W0 the source's weight for transfer arms and the first random weight for the
-    others; None for a head, which the source does not have.
+    ``profile`` holds the singular values divided by the largest at eleven equally spaced ranks, including the first and
+    the last. ``distance`` is ||W - W0|| / ||W0||, where W0 is the source's weight for transfer arms and the initial
+    random weight for the others. It is None for a head, which the source does not have.
     """
 
     layer: str
@@ -159,7 +160,7 @@ class FeatureSpectrum(TypedDict):
 
 
 class Growth(TypedDict):
-    """Distance of an image's features from those of the clean image over the norm of the latter, at one stage."""
+    """Relative change of an image's features at one stage: their distance from the clean ones over the clean norm."""
 
     stage: str
     condition: Literal["gaussian", "pgd"]
@@ -175,7 +176,7 @@ class Corruption(TypedDict):
 
 
 class Corruptions(TypedDict):
-    """Common corruptions; ``mean`` is over all of them and its interval resamples images."""
+    """Accuracy under common corruptions; ``mean`` is over all of them, and its interval is from resampled images."""
 
     source: Literal["generated", "cifar10c"]
     rows: list[Corruption]
@@ -183,14 +184,14 @@ class Corruptions(TypedDict):
 
 
 class CertifiedAt(TypedDict):
-    """Share of images classified correctly whose decision is certified within an L2 radius."""
+    """Proportion of images that are classified correctly and whose decision is certified within an L2 radius."""
 
     radius: float
     accuracy: Proportion
 
 
 class Margins(TypedDict):
-    """Certificates from the margin over the bound; ``log10_radius`` is the median over correctly classified images."""
+    """Certificates from margin over bound; ``log10_radius`` is the median over correctly classified images."""
 
     log10_radius: float | None
     certified: list[CertifiedAt]
@@ -207,7 +208,7 @@ class Smoothed(TypedDict):
 
 
 class Training(TypedDict):
-    """Loss and accuracy of each epoch on its augmented training images."""
+    """Loss and accuracy of each epoch on the augmented training images."""
 
     images: int
     epochs: int
@@ -217,7 +218,7 @@ class Training(TypedDict):
 
 
 class TrainingRecord(Training):
-    """training/<model>.json: how a model was trained, and on what."""
+    """training/<model>.json: how a model was trained, and on which data."""
 
     data: str
     classes: list[str]
@@ -226,13 +227,13 @@ class TrainingRecord(Training):
 class Model(TypedDict):
     """One trained model.
 
-    ``dataset``, ``architecture``, ``additional_data`` and ``clean_acc`` (per cent) are RobustBench's keys. No key of
-    RobustBench's for accuracy under AutoAttack is given, because AutoAttack is not run.
+    ``dataset``, ``architecture``, ``additional_data`` and ``clean_acc`` (per cent) are RobustBench's keys. Its key for
+    the accuracy under AutoAttack is absent, because AutoAttack is not run.
 
-    Ratios are those of the smallest adversarial to the smallest Gaussian distortion, over images classified correctly:
-    0 where noise of any strength changed nothing, infinite where PGD found nothing. ``gaussian_of_same_norm`` is the
-    accuracy under noise as long as the smallest perturbation that PGD found. ``largest_stretch`` is over every
-    perturbation the model met.
+    A ratio is that of an image's smallest adversarial to its smallest Gaussian distortion, over images classified
+    correctly: 0 where noise of no strength changed the decision, infinite where PGD found no perturbation.
+    ``gaussian_of_same_norm`` is the accuracy under noise of the norm of the smallest perturbation that PGD found.
+    ``largest_stretch`` is over all perturbations that the model was measured under.
     """
 
     name: str
@@ -265,10 +266,10 @@ class Model(TypedDict):
 
 
 class Point(TypedDict):
-    """A model at some moment of its training, as question 4 sees it, on the images that all moments share.
+    """A model or snapshot as a data point of question 4, measured on the images that all points share.
 
-    ``epoch`` is None at the end. ``median`` is the median smallest distortion and ``stretch`` the largest observed
-    stretch of the perturbations that attain it.
+    ``epoch`` is None at the end of training. ``median`` is the median smallest distortion and ``stretch`` the largest
+    observed stretch of these smallest perturbations.
     """
 
     run: str
@@ -282,9 +283,10 @@ class Point(TypedDict):
 
 
 class Comparison(TypedDict):
-    """One arm minus scratch for one seed: what these two models show, not what training does.
+    """One arm minus scratch for one seed, which compares two models and not two ways of training.
 
-    On the same images: those that both classify correctly (median smallest distortion), or all (accuracy).
+    Both are measured on the same images: those that both classify correctly for the median smallest distortion, all of
+    them for the accuracy.
     """
 
     arm: str
@@ -294,7 +296,7 @@ class Comparison(TypedDict):
 
 
 class Statistic(TypedDict):
-    """One number that a verdict rests on; ``p`` and Holm's adjusted ``p_holm`` for the declared comparisons."""
+    """One number that a verdict is based on; declared comparisons have ``p`` and Holm's adjusted ``p_holm``."""
 
     name: str
     estimate: Estimate
@@ -303,7 +305,7 @@ class Statistic(TypedDict):
 
 
 class Verdict(TypedDict):
-    """The answer to one question by its rule."""
+    """The answer to one question, given by its rule."""
 
     number: int
     question: str
@@ -315,9 +317,9 @@ class Verdict(TypedDict):
 
 
 class Power(TypedDict):
-    """How many units a question needs under an assumption, for the chance ``rules.power`` of a verdict.
+    """The sample size that a question needs, under an assumption, for a verdict with probability ``rules.power``.
 
-    ``needed`` is None where no number would do, ``had`` the number in this run (None before it).
+    ``needed`` is None where no sample size is enough. ``had`` is the sample size of this run, None before the run.
     """
 
     question: int
@@ -328,7 +330,7 @@ class Power(TypedDict):
 
 
 class DeckRow(TypedDict):
-    """One row of the slide deck behind this project; its sample was 96 images."""
+    """One row of the slide deck behind this project, which had a sample of 96 images."""
 
     model: str
     attack: str

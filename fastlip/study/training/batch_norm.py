@@ -9,10 +9,18 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 
-def synchronised(model: nn.Module) -> nn.Module:
-    """A copy of the modules of ``model`` on the same parameters and buffers, its BatchNorm taking moments over all."""
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of ``model`` that shares its parameters and buffers, with BatchNorm statistics over all processes.
+
+    Args:
+        model: the network.
+        device: where it runs; :class:`torch.nn.SyncBatchNorm` is for GPUs alone.
+    """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     network = copy.deepcopy(model, memo)
+    if device.type == "cuda":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return converted
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             parent, _, child = name.rpartition(".")
@@ -21,7 +29,7 @@ def synchronised(model: nn.Module) -> nn.Module:
 
 
 class _SharedBatchNorm(nn.Module):
-    """BatchNorm2d over the batches of all processes, as over one batch (torch's SyncBatchNorm refuses the CPU)."""
+    """BatchNorm2d over the batches of all processes as over one batch, for the CPU, which SyncBatchNorm refuses."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Several processes on one run, started by torchrun; alone, every operation here is a no-op.
+"""The process group of a run that torchrun started. In a single process, every operation here is a no-op.
 
-Training splits each batch over the processes (DistributedDataParallel, with BatchNorm's statistics taken over all of
-them); evaluation splits the batches of images. The leader, rank 0, writes all files and speaks to the terminal.
+Training splits each batch over the processes (DistributedDataParallel, with BatchNorm statistics over all of them).
+Evaluation distributes whole batches. Rank 0, the leader, writes all files and all terminal output.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from fastlip.study.training.batch_norm import synchronised
 
 T = TypeVar("T")
 
-#: Others wait while the leader bounds norms, which takes as long as it takes.
+#: Timeout of collective operations: the other processes wait while the leader bounds norms, which can take hours.
 _PATIENCE = datetime.timedelta(hours=12)
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those of the run.
+    """This process and its place among the processes of the run.
 
     Attributes:
         rank: number of this process.
         size: number of processes.
-        local_rank: number among those on this machine, which is its GPU.
+        local_rank: number of this process on its machine, which is also the number of its GPU.
     """
 
     rank: int = 0
@@ -43,7 +43,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def broadcast(self, value: T) -> T:
-        """The leader's ``value``, in every process."""
+        """The value that the leader passes, returned in every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -51,7 +51,7 @@ class ProcessGroup:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes by rank, in every process."""
+        """The values of all processes in order of rank, returned in every process."""
         if self.size == 1:
             return [value]
         box: list[Any] = [None] * self.size
@@ -59,25 +59,26 @@ class ProcessGroup:
         return box
 
     def sum_(self, value: Tensor) -> Tensor:
-        """The sum of ``value`` over all processes, in place."""
+        """Replace ``value`` by its sum over all processes."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def device(self, name: str) -> torch.device:
-        """The device of this process where the run is on ``name``."""
+        """The device of this process in a run on the device ``name``."""
         return torch.device("cuda", self.local_rank) if name == "cuda" and self.size > 1 else torch.device(name)
 
     def trainer(self, model: nn.Module) -> nn.Module:
-        """What to call in training: the model itself, or its parameters and buffers in DistributedDataParallel."""
+        """The module to call in training: ``model``, or DistributedDataParallel on its parameters and buffers."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(synchronised(model), broadcast_buffers=False)
+        device = next(model.parameters()).device
+        return DistributedDataParallel(synchronised(model, device), broadcast_buffers=False)
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """The group that torchrun's environment describes; a group of one without it."""
+    """The process group that torchrun's environment variables describe; a single process without them."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ProcessGroup()
         return

@@ -1,4 +1,4 @@
-"""Source weights given as a file."""
+"""Source weights from a file given on the command line."""
 
 from pathlib import Path
 
@@ -12,6 +12,11 @@ from fastlip.study.training.architectures import build
 
 
 def read_source_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a safetensors or torch file; no code in it is executed.
+
+    Raises:
+        StudyError: it cannot be read or holds no state dict.
+    """
     if not path.is_file():
         raise StudyError(f"--source-checkpoint {path} is not a file", status=2)
     try:
@@ -31,6 +36,7 @@ def read_source_weights(path: Path) -> dict[str, Tensor]:
 
 
 def require_fit(state: dict[str, Tensor], settings: Settings, name: str) -> None:
+    """Raise :class:`StudyError` where the state dict of the file ``name`` is not one of the run's architecture."""
     try:
         load_backbone(build(settings.architecture, 2, settings.stem, 0), state)
     except ValueError as error:

@@ -1,9 +1,9 @@
-"""Training, top to bottom: what happens to a network between its first weights and its last.
+"""Training of one network, from its initial weights to its last.
 
-SGD with Nesterov momentum, the learning rate by OneCycleLR, random crops and flips on the device. Several processes
-(:mod:`fastlip.study.training.process_group`) take equal parts of each batch, and agree with one up to rounding.
-Everything random is drawn from generators seeded by (seed, epoch), and the state is saved as training goes on, so that
-a run killed at any moment and started again ends in the same weights, bit for bit, on the same machine.
+SGD with Nesterov momentum, learning rates of OneCycleLR, and random crops and flips on the device. Several processes
+(:mod:`fastlip.study.training.process_group`) take equal parts of each batch; their result is that of one process up to
+rounding. Everything random is drawn from generators seeded by (seed, epoch), and the state is saved as training goes
+on, so that a run killed at any moment and started again ends with the same weights, bit for bit, on the same machine.
 
 Measured with torch 2.15 on two cores of an AMD EPYC with AVX512-BF16, ResNet-50 with the ImageNet stem at 32x32,
 batches of 64: 141 images/s in float32, 196 in bfloat16.
@@ -28,14 +28,17 @@ from fastlip.study.training.process_group import ProcessGroup
 
 SINGLE_PROCESS = ProcessGroup()
 
-#: An unfinished training run begins with this and the SHA-256 of all that follows, in hexadecimal digits.
+#: The file of an unfinished training run begins with this and the SHA-256 of all that follows, in hexadecimal digits.
 _HEAD = b"fastlip.study, unfinished training, sha256 "
 _BODY = len(_HEAD) + 64
+
+#: Steps between two checks that the loss is finite; at each of them the host waits for the GPU.
+_CHECK_EVERY = 50
 
 
 @dataclass
 class History:
-    """What each epoch so far ended with: mean loss and accuracy over its augmented training images."""
+    """Mean loss and accuracy of each finished epoch over its augmented training images."""
 
     loss: list[float]
     accuracy: list[float]
@@ -57,22 +60,22 @@ def train(
     group: ProcessGroup = SINGLE_PROCESS,
     compiled: bool = False,
 ) -> History:
-    """Train ``model`` in place on its own device, going on from ``state_path`` if that exists.
+    """Train ``model`` in place on its own device, or continue the run saved at ``state_path``.
 
     Args:
-        model: takes [B, C, H, W] in [0, 1] and returns logits from a last ``nn.Linear``; left in evaluation mode.
+        model: maps [B, C, H, W] in [0, 1] to logits, with a last ``nn.Linear``; it is left in evaluation mode.
         images: uint8, on any device.
         labels: class indices, like ``images``.
         schedule: length, learning rate and augmentation.
         seed: of the order of the images and their augmentation.
         precision: ``torch.bfloat16`` runs convolutions and matrix products in bfloat16 by autocast.
-        state_path: where the unfinished run is kept; removed by the caller once the result is safe.
+        state_path: where the unfinished run is saved; the caller removes it once the result is stored.
         save_seconds: time between two saves.
-        progress: called with steps done, steps in all and a short note.
-        parts: modules of ``model`` that are trained, all of it if None; the rest keeps its weights and its BatchNorm
+        progress: called with the number of steps done, the number of all steps and a short note.
+        parts: modules of ``model`` that are trained, all of it if None. The rest keeps its weights and BatchNorm
             statistics.
-        keep: called by the leader after each epoch of ``schedule.snapshots``, with ``model`` as it then is.
-        group: the processes that train together; the batch size is that of all of them.
+        keep: called by rank 0 after each epoch of ``schedule.snapshots``; ``model`` then holds the snapshot.
+        group: the processes that train together; ``schedule.batch_size`` is that of all of them.
         compiled: whether ``torch.compile`` compiles the network.
 
     Raises:
@@ -81,7 +84,7 @@ def train(
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
     images, labels = images.to(device), labels.to(device)
-    # The head reads 2048 features at once: at the body's rate its first steps overshoot by far.
+    # The head sums 2048 features: at the body's learning rate its first steps would overshoot by far.
     *_, head = (m for m in model.modules() if isinstance(m, nn.Linear))
     body = [p for p in model.parameters() if all(p is not q for q in head.parameters())]
     groups = [
@@ -96,7 +99,7 @@ def train(
         raise StudyError(f"batches of {size} images cannot be split evenly over {group.size} processes", status=2)
     per_epoch = len(images) // size
     steps = schedule.epochs * per_epoch
-    # OneCycleLR divides by the warm-up's steps less one, so a run of a few steps needs more than its share.
+    # OneCycleLR divides by the number of warm-up steps less one, so a run of few steps needs a longer warm-up.
     warmup = min(max(schedule.warmup, 1.5 / steps), 0.9)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, peaks, total_steps=steps, pct_start=warmup, cycle_momentum=False
@@ -105,7 +108,7 @@ def train(
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, correct images of this epoch
     done = _restore(state_path, model, optimiser, scheduler, history, totals, steps)
 
-    # What has no gradient is left alone by SGD, weight decay included.
+    # SGD leaves parameters without a gradient alone, weight decay included.
     model.eval().requires_grad_(False)
     for part in [model] if parts is None else parts:
         part.train().requires_grad_(True)
@@ -119,10 +122,12 @@ def train(
         order = torch.randperm(len(images), generator=generator)
         shifts = torch.randint(-schedule.crop, schedule.crop + 1, (2, len(images)), generator=generator)
         flips = torch.rand(len(images), generator=generator) < (0.5 if schedule.flip else 0.0)
+        # Copied once an epoch: a copy from the host in each step would leave a GPU idle before the next launch.
+        order, shifts, flips = order.to(device), shifts.to(device), flips.to(device)
         for step in range(first, per_epoch):
             batch = order[step * size : (step + 1) * size][group.rank :: group.size]
-            x = _augment(images[batch.to(device)], shifts[:, batch].to(device), flips[batch].to(device))
-            y = labels[batch.to(device)]
+            x = _augment(images[batch], shifts[:, batch], flips[batch])
+            y = labels[batch]
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
                 logits = network(x.float().div_(255).contiguous(memory_format=torch.channels_last))
             loss = cross_entropy(logits.float(), y, label_smoothing=schedule.label_smoothing)
@@ -133,7 +138,7 @@ def train(
             done += 1
             summed = torch.stack([loss.detach().double() * len(batch), (logits.argmax(1) == y).sum().double()])
             totals += group.sum_(summed)
-            if done % 10 == 0 or done == steps or step + 1 == per_epoch:
+            if done % _CHECK_EVERY == 0 or done == steps or step + 1 == per_epoch:
                 _require_finite(totals, done)
             if step + 1 == per_epoch:
                 mean_loss, accuracy = (totals / (per_epoch * size)).tolist()
@@ -151,7 +156,7 @@ def train(
 
 
 def _augment(x: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
-    """Shift each image by ``shift`` [2, B] pixels, mirrored at the border, and mirror it where ``flip`` [B]."""
+    """Shift each image by ``shift`` [2, B] pixels, reflecting the border; flip it horizontally where ``flip`` [B]."""
     height, width = x.shape[2:]
     rows = _mirrored(torch.arange(height, device=x.device) + shift[0, :, None], height)
     columns = _mirrored(torch.arange(width, device=x.device) + shift[1, :, None], width)
@@ -183,11 +188,11 @@ def _save(
         "totals": totals,
         "done": done,
     }
-    # Through memory, so that a full disk is an OSError and not an error of torch's own writer.
+    # Serialised in memory first, so that a full disk is an OSError and not an error of torch's own writer.
     buffer = io.BytesIO(_HEAD + bytes(64))
     buffer.seek(_BODY)
     torch.save(state, buffer)
-    # torch's reader does not look at the sums in its archive.
+    # torch's reader does not check the CRC-32 sums in its archive.
     buffer.getbuffer()[len(_HEAD) : _BODY] = _digest(buffer.getbuffer()[_BODY:])
     write_bytes(path, buffer.getbuffer())
 
@@ -195,7 +200,7 @@ def _save(
 def _restore(
     path: Path, model: nn.Module, optimiser: Any, scheduler: Any, history: History, totals: Tensor, steps: int
 ) -> int:
-    """Load the saved state into all of the arguments; the number of the ``steps`` already done."""
+    """Load the saved state into the arguments; the number of ``steps`` already done."""
     if not path.exists():
         return 0
     try:
@@ -204,7 +209,7 @@ def _restore(
             if data[len(_HEAD) : _BODY] != _digest(data[_BODY:]):
                 raise ValueError("it is not what its SHA-256 was taken of")
             data = data[_BODY:]
-        # What earlier versions wrote begins with torch's own archive.
+        # Files of earlier versions have no digest and begin with torch's archive.
         state = torch.load(io.BytesIO(data), map_location=totals.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])

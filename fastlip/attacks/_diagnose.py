@@ -1,26 +1,27 @@
-"""Signs that an evaluation may be worth less than it looks, in the spirit of AutoAttack's warnings."""
+"""Diagnoses of what makes an evaluation unreliable, in the spirit of AutoAttack's warnings."""
 
 import torch
 from torch import Tensor
 
-from fastlip.attacks._arguments import check_model, check_vector
-from fastlip.attacks._batch import check_classes, new_batch, take_bound, within
-from fastlip.attacks._losses import attack_loss
-from fastlip.attacks._model import Model, Network, attacked, unwrapped
+from fastlip.attacks._arguments import check_model, check_vector, checked_inputs
+from fastlip.attacks._batch import new_batch, take_bound
+from fastlip.attacks._losses import attack_loss, check_classes
+from fastlip.attacks._model import Model, Network, eval_mode, unwrapped
 from fastlip.ops import Bounds
 
-#: Images that are looked at.
+#: How many images are examined.
 _IMAGES = 64
-#: Forward passes compared with the first.
+#: How many forward passes are compared with the first one.
 _REPEATS = 4
-#: Differences of logits, relative to their spread, above which they count as random.
+#: The difference of logits, relative to their spread, above which they count as random.
 _RANDOM = 1e-4
-#: Share of the box, or a value where that is less, by which pixels are moved off the bounds: more than bfloat16 rounds.
+#: How far pixels are moved off the bounds: this share of the box's width, but no further than this value, which exceeds
+#: the rounding of bfloat16.
 _INSIDE = 1 / 64
 
 
 class AttackWarning(UserWarning):
-    """An evaluation's result may be worth less than it looks."""
+    """The result of an evaluation may overestimate the robustness of the model."""
 
 
 def diagnose(
@@ -30,10 +31,10 @@ def diagnose(
     *,
     bounds: Bounds = (0.0, 1.0),
 ) -> list[str]:
-    """What about ``model`` makes gradient attacks unreliable, one sentence each; empty where nothing was found.
+    """Properties of ``model`` that make gradient attacks unreliable, one sentence each; empty where there are none.
 
-    Looked for on the first 64 images: outputs that are not finite, outputs that change from call to call, outputs that
-    are probabilities instead of logits, outputs that do not depend differentiably on the input, images whose
+    The first 64 images are examined for outputs that are not finite, outputs that change from call to call, outputs
+    that are probabilities instead of logits, outputs that do not depend differentiably on the input, images whose
     cross-entropy has a gradient of exactly zero (saturated or masked), and a clamp of the input to ``bounds``, whose
     gradient PyTorch takes to be zero on the bounds themselves.
 
@@ -42,14 +43,14 @@ def diagnose(
         TypeError: a type or dtype is wrong.
     """
     check_model(model)
-    bounds = within(inputs, bounds)
+    bounds = checked_inputs(inputs, bounds)
     check_vector(labels, "labels", inputs, torch.int64)
     few = slice(_IMAGES)
     lo, hi = (take_bound(b, few, len(inputs), inputs.dim()) for b in bounds)
     inputs, labels = inputs[few], labels[few]
     network = model if isinstance(model, Network) else Network(unwrapped(model))
     found = []
-    with attacked(network):
+    with eval_mode(network):
         batch = new_batch(inputs, labels, None, eps=0.0, step_size=0.0, bounds=(lo, hi), ids=None)
         if len(batch) == 0:
             return []
@@ -58,7 +59,7 @@ def diagnose(
             logits = network.judge(x)
             check_classes(logits, labels=batch.labels)
             if not bool(logits.isfinite().all()):
-                return ["outputs are not finite: attacks count such images as standing"]
+                return ["outputs are not finite: attacks count such images as robust"]
             spread = (logits.amax(1) - logits.amin(1)).amax().clamp_min(1e-30)
             drift = max(float((network.judge(x) - logits).abs().amax() / spread) for _ in range(_REPEATS))
         if drift > _RANDOM:
@@ -97,10 +98,10 @@ def _clamps(
     labels: Tensor,  # [B]
     bounds: Bounds,
 ) -> bool:
-    """Whether pixels have a gradient just when they are moved off the bounds.
+    """Whether exactly the pixels that are moved off the bounds have a gradient.
 
-    Some are moved and then the others. Where it is another kink or saturation that silences an image, those that stay
-    on the bounds come to life with the image; behind a clamp none of them does.
+    Half of the pixels are moved, and then the other half. If the gradient vanished because of another kink or of
+    saturation, the pixels that stay on the bounds would get a gradient as well; behind a clamp none of them does.
     """
     lo, hi = (torch.as_tensor(b, dtype=x.dtype, device=x.device) for b in bounds)
     low, high = (x == lo) & (lo < hi), (x == hi) & (lo < hi)

@@ -1,4 +1,4 @@
-"""Counts of how many images went through a model, forward and backward."""
+"""Forward and backward counts: how many images went through a model, and for how many a gradient came back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass
-class Passes:
-    """Images that went through a model.
+class PassCounts:
+    """Numbers of images that went through a model.
 
     Attributes:
         forward: images in forward passes.
@@ -21,8 +21,8 @@ class Passes:
     forward: int = 0
     backward: int = 0
 
-    def watch(self, output: Tensor) -> None:
-        """Count a forward pass that gave ``output`` [B, ...], and its backward pass where there will be one."""
+    def add(self, output: Tensor) -> None:
+        """Count the forward pass that gave ``output`` [B, ...], and its backward pass once that happens."""
         images = output.shape[0]
         self.forward += images
         if output.requires_grad:
@@ -32,41 +32,41 @@ class Passes:
         self.backward += images
 
 
-#: Counters in use, each with the module that it watches: a faster copy of that module reports to it by itself.
-_active: list[tuple[nn.Module, Passes]] = []
+#: The counts in progress, each with the module that it belongs to. A faster copy of that module reports its own passes.
+_in_progress: list[tuple[nn.Module, PassCounts]] = []
 
 
 @contextmanager
-def count_passes(model: nn.Module) -> Iterator[Passes]:
+def count_forward_backward(model: nn.Module) -> Iterator[PassCounts]:
     """Count the images that pass through ``model`` inside the ``with`` block, whoever sends them.
 
-    What an attack sends through a faster copy of the model (``fast``, ``precision``) counts as well.
+    The images that an attack sends through a faster copy of the model (``fast``, ``precision``) are counted as well.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
-    # The attacks call what DistributedDataParallel wraps.
+    # The attacks call the module inside a DistributedDataParallel.
     watched = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(watched, nn.Module):
         raise TypeError(f"model must be an nn.Module to count its passes, got {type(model).__name__}")
-    passes = Passes()
+    counts = PassCounts()
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            passes.watch(output)
+            counts.add(output)
 
     handle = watched.register_forward_hook(hook)
-    entry = (watched, passes)
-    _active.append(entry)
+    entry = (watched, counts)
+    _in_progress.append(entry)
     try:
-        yield passes
+        yield counts
     finally:
         handle.remove()
-        _active[:] = [e for e in _active if e is not entry]
+        _in_progress[:] = [e for e in _in_progress if e is not entry]
 
 
 def report(model: object, output: Tensor) -> None:
-    """Tell those who count the passes of ``model`` of one that a copy of it made."""
-    for watched, passes in _active:
+    """Add a pass that a faster copy of ``model`` made to the counts of ``model`` that are in progress."""
+    for watched, counts in _in_progress:
         if watched is model:
-            passes.watch(output)
+            counts.add(output)
