@@ -1,7 +1,9 @@
 """Execution of a run: locks, stages one after the other, and progress on the terminal."""
 
 import contextlib
+import fnmatch
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +40,12 @@ _WAIT = 1.0
 
 
 def run(
-    settings: Settings, paths: InputPaths, out: Path, console: Console | None = None, join: bool = False
+    settings: Settings,
+    paths: InputPaths,
+    out: Path,
+    console: Console | None = None,
+    join: bool = False,
+    only: Sequence[str] = (),
 ) -> RunDirectory:
     """Run or resume the study in ``out``.
 
@@ -48,22 +55,26 @@ def run(
         out: run directory.
         console: where progress is shown; the terminal by default.
         join: whether other processes, here or on machines that share ``out``, may carry out stages of the same run.
+        only: patterns (``*`` and ``?``) of the names of the stages to carry out, where a scheduler distributes them;
+            implies ``join``. All stages by default.
 
     Raises:
         StudyError: something is missing, does not fit or is damaged; nothing was written where its status is 2.
     """
     console = console or Console(highlight=False)
+    join = join or bool(only)
     with process_group() as group:
         settings = resolve_source(settings, paths)
         inputs = Inputs(settings, paths)
         if not group.leads:
             # The leader broadcasts once it has checked everything and written the configuration.
             group.broadcast(None)
-            _execute(RunDirectory(out), inputs, group, None, Console(quiet=True))
+            _execute(RunDirectory(out), inputs, group, None, only, Console(quiet=True))
             return RunDirectory(out)
         inputs.require_available()
         prints = inputs.fingerprints()
         start_or_resume.require_resumable(out, settings, prints)
+        locks.probe(out)
         with locks.directory_lock(out, join) as lock:
             with locks.mutex(out):
                 # Checked again, because another process may have started a run with other settings meanwhile.
@@ -77,17 +88,24 @@ def run(
             if settings.dataset == "generated":
                 console.print(_banner())
             began = time.monotonic()
-            _execute(directory, inputs, group, StageLocks(out / ".claims") if join else None, console)
+            _execute(directory, inputs, group, StageLocks(out) if join else None, only, console)
             seconds = time.monotonic() - began
-            console.print(f"{directory.report} ({seconds:.0f} s)", style="bold", markup=False, soft_wrap=True)
+            made = directory.report if directory.report.exists() else directory.path
+            console.print(f"{made} ({seconds:.0f} s)", style="bold", markup=False, soft_wrap=True)
     return directory
 
 
 def _execute(
-    directory: RunDirectory, inputs: Inputs, group: ProcessGroup, stage_locks: StageLocks | None, console: Console
+    directory: RunDirectory,
+    inputs: Inputs,
+    group: ProcessGroup,
+    stage_locks: StageLocks | None,
+    only: Sequence[str],
+    console: Console,
 ) -> None:
     torch.set_num_threads(directory.machine.threads)
     all_stages = stages(directory, inputs, group)
+    chosen = _chosen(all_stages, only)
     if group.leads:
         require_sound(directory, all_stages)
     finished = sum(stage.done for stage in all_stages)
@@ -107,7 +125,7 @@ def _execute(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         whole = bars.add_task("stages", total=len(all_stages), completed=finished, note="")
         while True:
-            number = group.broadcast(_next(all_stages, stage_locks) if group.leads else None)
+            number = group.broadcast(_next(all_stages, chosen, stage_locks) if group.leads else None)
             if number is None:
                 break
             stage = all_stages[number]
@@ -130,10 +148,27 @@ def _execute(
             bars.update(whole, completed=sum(stage.done for stage in all_stages))
 
 
-def _next(all_stages: list[Stage], stage_locks: StageLocks | None) -> int | None:
-    """Lock the next stage for this process and return its number; wait while none is free; None once all are done."""
+def _chosen(all_stages: list[Stage], only: Sequence[str]) -> list[int]:
+    """Numbers of the stages whose names match one of the patterns; of all stages where there are none.
+
+    Raises:
+        StudyError: a pattern matches none.
+    """
+    names = [stage.name for stage in all_stages]
+    for pattern in only:
+        if not fnmatch.filter(names, pattern):
+            raise StudyError(f"--only {pattern} matches no stage; they are: {'; '.join(names)}", status=2)
+    return [n for n, name in enumerate(names) if not only or any(fnmatch.fnmatchcase(name, p) for p in only)]
+
+
+def _next(all_stages: list[Stage], chosen: list[int], stage_locks: StageLocks | None) -> int | None:
+    """Number of the next stage for this process, locked; None once all are done. Waits where others have them all.
+
+    Raises:
+        StudyError: what the stages need is missing and nothing here makes it.
+    """
     while True:
-        left = [number for number, stage in enumerate(all_stages) if not stage.done]
+        left = [number for number in chosen if not all_stages[number].done]
         if not left:
             return None
         for number in left:
@@ -145,8 +180,13 @@ def _next(all_stages: list[Stage], stage_locks: StageLocks | None) -> int | None
                 if not all_stages[number].done:
                     return number
                 stage_locks.release()  # another process has just finished it
+        stuck = all_stages[left[0]]
         if stage_locks is None:
-            raise StudyError(f"the stage {all_stages[left[0]].name} cannot begin: what it needs was removed")
+            raise StudyError(f"the stage {stuck.name} cannot begin: what it needs was removed")
+        makers = {path: stage.name for n, stage in enumerate(all_stages) if n not in chosen for path in stage.outputs}
+        missing = [makers[path] for path in stuck.needs if path in makers and not path.exists()]
+        if missing and not any(all_stages[number].ready for number in left):
+            raise StudyError(f"the stage {stuck.name} needs what the stage {missing[0]} makes; run that first")
         time.sleep(_WAIT)
 
 

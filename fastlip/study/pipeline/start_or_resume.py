@@ -30,7 +30,7 @@ def require_resumable(path: Path, settings: Settings, fingerprints: dict[str, st
         raise StudyError(f"--out {path} is a file; name a directory", status=2)
     require_device(settings.device)
     if not (path / "config.json").exists():
-        if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        if path.exists() and any(entry.name[0] != "." and entry.name != "plan" for entry in path.iterdir()):
             raise StudyError(f"--out {path} holds something that is not a run; name a new directory", status=2)
         return
     old = RunDirectory(path)
