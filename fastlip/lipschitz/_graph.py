@@ -17,7 +17,7 @@ from fastlip.lipschitz._trace import Values, location, module_name, trace_graph,
 from fastlip.norms import NormInterval, Operator, module_operator
 from fastlip.norms._agreement import agree, apply_operator, rounding_of
 from fastlip.norms._model import random_inputs, runs_on
-from fastlip.norms._modules import TRANSPOSED
+from fastlip.norms._operators.modules import TRANSPOSED
 
 # Two samples, so that an operation that mixes the batch axis into others shows.
 BATCH = 2

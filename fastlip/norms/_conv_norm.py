@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._operator import conv_operator
+from fastlip.norms._operators.operator import conv_operator
 from fastlip.norms._solve import Settings, memory_for, operator_norms
 
 

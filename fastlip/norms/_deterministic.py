@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlip.norms._exact import dense_matrix, entry_error, matrix_entries
-from fastlip.norms._operator import Operator
+from fastlip.norms._operators.operator import Operator
 
 _EPS = torch.finfo(torch.float64).eps
 

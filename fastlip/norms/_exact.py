@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._operator import Operator, TorchOperator, inherit_norm
+from fastlip.norms._operators.operator import Operator, TorchOperator, inherit_norm
 
 _EPS = torch.finfo(torch.float64).eps
 # Up to this side the eigenvalue solver is about as fast a way to the largest eigenvalue.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastlip.norms._certificate import Array
-from fastlip.norms._composed import AnyOperator
+from fastlip.norms._operators.composed import AnyOperator
 
 Indices = NDArray[np.int64]
 

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from fastlip.norms._certificate import Array, krylov_bound, overlap, sketch_scale, top_pairs
-from fastlip.norms._composed import AnyOperator
 from fastlip.norms._iterate import Indices, Iterate, Plan, draw_starts, grain, on_device
 from fastlip.norms._measured import Sketches, certify
+from fastlip.norms._operators.composed import AnyOperator
 from fastlip.norms._recurrence import Reading, Recurrence
 from fastlip.norms._stack import stack
 

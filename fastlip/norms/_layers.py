@@ -23,7 +23,7 @@ from fastlip.norms._model import (
     runs_on,
     version_of,
 )
-from fastlip.norms._modules import (
+from fastlip.norms._operators.modules import (
     BATCHNORMS,
     CONVS,
     NO_STATISTICS,
@@ -36,7 +36,7 @@ from fastlip.norms._modules import (
     require_finite_scale,
     scaled,
 )
-from fastlip.norms._operator import Operator, look_at, require_finite
+from fastlip.norms._operators.operator import Operator, look_at, require_finite
 from fastlip.norms._report import NormReport
 from fastlip.norms._solve import Settings, memory_for, operator_norms
 from fastlip.norms._structure import modules_of, structure

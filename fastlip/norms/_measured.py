@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastlip.norms._certificate import Array, krylov_bound, normal_equations, top_pairs
 from fastlip.norms._combine import combine, runs_of
-from fastlip.norms._composed import AnyOperator, forward_error, magnitude, weight_numel
 from fastlip.norms._iterate import Indices, Iterate, Plan, grain, norm_errors
+from fastlip.norms._operators.composed import AnyOperator, forward_error, magnitude, weight_numel
 from fastlip.norms._recurrence import Recurrence
 from fastlip.norms._stack import from_rows, stack
 

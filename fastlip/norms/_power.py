@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastlip.norms._certificate import Array, overlap, power_bound
-from fastlip.norms._composed import AnyOperator, forward_error, magnitude
 from fastlip.norms._iterate import Iterate, Plan, draw_starts, norm_errors, on_device
+from fastlip.norms._operators.composed import AnyOperator, forward_error, magnitude
 from fastlip.norms._replay import Replayed, Runner, worthwhile
 from fastlip.norms._stack import Stack, stack
 

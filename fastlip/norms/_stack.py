@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastlip.norms._composed import AnyOperator, Composed
-from fastlip.norms._operator import Operator
+from fastlip.norms._operators.composed import AnyOperator, Composed
+from fastlip.norms._operators.operator import Operator
 from fastlip.ops import (
     PRODUCTS,
     ConvGeometry,

@@ -11,8 +11,8 @@ from fastlip.norms._arguments import integer, number, per_axis
 from fastlip.norms._exact import trim
 from fastlip.norms._iterate import Plan
 from fastlip.norms._lanczos import lanczos_norms
-from fastlip.norms._modules import CONVS, TRANSPOSED, module_operator
-from fastlip.norms._operator import Operator, TorchOperator, conv_operator, require_floating
+from fastlip.norms._operators.modules import CONVS, TRANSPOSED, module_operator
+from fastlip.norms._operators.operator import Operator, TorchOperator, conv_operator, require_floating
 from fastlip.norms._solve import Settings, operator_norms
 
 

@@ -12,7 +12,7 @@ from fastlip.norms import conv_operator
 from fastlip.norms._certificate import krylov_bound, overlap, power_bound, sketch_scale
 from fastlip.norms._iterate import Plan, draw_starts
 from fastlip.norms._lanczos import lanczos_norms
-from fastlip.norms._operator import Operator
+from fastlip.norms._operators.operator import Operator
 from fastlip.norms._stack import _ConvStack
 
 

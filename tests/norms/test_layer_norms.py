@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlip.norms import NormReport, conv_norm, layer_norms
-from fastlip.norms._operator import Operator
+from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solve import _is_small
 
 

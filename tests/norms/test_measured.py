@@ -16,7 +16,7 @@ from fastlip.norms import _recurrence as recurrence
 from fastlip.norms._combine import combine, runs_of
 from fastlip.norms._iterate import GRAINS, Grain, Iterate, Plan
 from fastlip.norms._lanczos import lanczos_norms
-from fastlip.norms._operator import look_at
+from fastlip.norms._operators.operator import look_at
 from fastlip.norms._recurrence import BLOCK
 from fastlip.norms._stack import _ConvStack, stack
 

@@ -8,7 +8,7 @@ import torch
 
 from fastlip.norms import Operator, conv_norm, conv_operator
 from fastlip.norms._exact import dense_matrix, simplify
-from fastlip.norms._operator import look_at, require_finite
+from fastlip.norms._operators.operator import look_at, require_finite
 
 
 def frobenius(weight: torch.Tensor) -> float:
@@ -79,7 +79,9 @@ def test_all_are_looked_at_at_once(monkeypatch):
     ops = [Operator(torch.randn(3, 4)) for _ in range(5)]
     known = ops[2].frobenius
     seen = []
-    monkeypatch.setattr("fastlip.norms._operator._frobenius_norms", lambda ws: seen.append(len(ws)) or [1.0] * len(ws))
+    monkeypatch.setattr(
+        "fastlip.norms._operators.operator._frobenius_norms", lambda ws: seen.append(len(ws)) or [1.0] * len(ws)
+    )
     look_at(ops)
     look_at(ops)
     assert seen == [4]

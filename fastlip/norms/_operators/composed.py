@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from fastlip.norms._operator import Operator, reduction_length
+from fastlip.norms._operators.operator import Operator, reduction_length
 
 _UNIT = 2.0**-53
 
