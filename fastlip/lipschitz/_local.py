@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlip.norms._model import bare_model, eval_mode
+from fastlip.norms._models.model import bare_model, eval_mode
 
 
 def local_lipschitz(

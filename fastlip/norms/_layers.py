@@ -11,9 +11,9 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from fastlip.norms._agreement import Use, require_agreement
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._model import (
+from fastlip.norms._models.agreement import Use, require_agreement
+from fastlip.norms._models.model import (
     bare_model,
     checked_shape,
     eval_mode,
@@ -23,6 +23,7 @@ from fastlip.norms._model import (
     runs_on,
     version_of,
 )
+from fastlip.norms._models.structure import modules_of, structure
 from fastlip.norms._operators.modules import (
     BATCHNORMS,
     CONVS,
@@ -39,7 +40,6 @@ from fastlip.norms._operators.modules import (
 from fastlip.norms._operators.operator import Operator, look_at, require_finite
 from fastlip.norms._report import NormReport
 from fastlip.norms._solve import Settings, memory_for, operator_norms
-from fastlip.norms._structure import modules_of, structure
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlip
 from fastlip.norms import _layers as layers
-from fastlip.norms._structure import modules_of, structure
+from fastlip.norms._models.structure import modules_of, structure
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastlip.norms._model import Refused, is_dressed
+from fastlip.norms._models.model import Refused, is_dressed
 from fastlip.norms._operators.modules import BATCHNORMS, TRANSPOSED, batchnorm_scales, module_operator
 from fastlip.norms._operators.operator import Operator, TorchOperator
 
