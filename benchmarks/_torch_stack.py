@@ -12,7 +12,7 @@ from fastlip.norms import Operator
 
 
 class TorchStack:
-    """What fastlip.norms._stack offers for operators with even zero padding, by conv2d and conv_transpose2d.
+    """What fastlip.norms._solvers.batched offers for operators with even zero padding, by conv2d and conv_transpose2d.
 
     Vectors lie [chains, pixels, channels], which is channels_last: convolutions read and write them as they are. What a
     half step does besides (scaling, subtraction, squared norms) is as few torch operations as it takes. Nothing waits

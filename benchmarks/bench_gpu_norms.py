@@ -41,10 +41,10 @@ from torch import nn
 
 import fastlip
 from fastlip import models
-from fastlip.norms import Operator, _replay, conv_operator
-from fastlip.norms import _lanczos as lanczos
-from fastlip.norms._recurrence import Recurrence
-from fastlip.norms._stack import Stack, stack
+from fastlip.norms import Operator, conv_operator
+from fastlip.norms._solvers import cuda_graphs, lanczos
+from fastlip.norms._solvers.batched import Stack, stack
+from fastlip.norms._solvers.recurrence import Recurrence
 
 STARTS, STEPS = 4, 24
 
@@ -70,7 +70,7 @@ def operators(model: nn.Module) -> list[Operator]:
 @contextmanager
 def with_graphs(on: bool) -> Iterator[None]:
     """Whether fastlip's steps are replayed from CUDA graphs."""
-    with patch.object(_replay, "_HIDDEN", _replay._HIDDEN if on else -1):
+    with patch.object(cuda_graphs, "_HIDDEN", cuda_graphs._HIDDEN if on else -1):
         yield
 
 

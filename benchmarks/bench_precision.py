@@ -28,11 +28,11 @@ from torch import Tensor
 import fastlip
 from fastlip import models
 from fastlip.norms import Operator, conv_operator
-from fastlip.norms import _lanczos as lanczos
-from fastlip.norms import _measured as measured
-from fastlip.norms._certificate import Array
-from fastlip.norms._iterate import Plan
-from fastlip.norms._stack import Stack, stack
+from fastlip.norms._solvers import a_posteriori as measured
+from fastlip.norms._solvers import lanczos
+from fastlip.norms._solvers.batched import Stack, stack
+from fastlip.norms._solvers.certificate import Array
+from fastlip.norms._solvers.iteration import Plan
 
 Split = Callable[[Tensor], tuple[Tensor, ...]]
 ETA = 1e-6 / 53

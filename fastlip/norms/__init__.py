@@ -8,7 +8,6 @@
 """
 
 from fastlip.norms._conv_norm import conv_norm
-from fastlip.norms._exact import simplify, trim
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._layers import layer_norms
 from fastlip.norms._operators.composed import Composed
@@ -16,6 +15,7 @@ from fastlip.norms._operators.modules import batchnorm_scale, diagonal_norm, mod
 from fastlip.norms._operators.operator import Operator, conv_operator
 from fastlip.norms._report import NormReport
 from fastlip.norms._solve import Settings, memory_for, operator_norms
+from fastlip.norms._solvers.exact import simplify, trim
 from fastlip.norms._value import constrain_norm, spectral_norm_value
 
 __all__ = [

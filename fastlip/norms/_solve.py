@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from fastlip.norms._arguments import integer, number
-from fastlip.norms._deterministic import deterministic_upper, ring_sizes
-from fastlip.norms._exact import dense_norm, flatten, matrix_entries, smallest_side, trim
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._iterate import Iterate, Plan
-from fastlip.norms._lanczos import lanczos_norms
 from fastlip.norms._operators.composed import AnyOperator, Composed, weight_numel
 from fastlip.norms._operators.operator import Operator, look_at, require_finite
-from fastlip.norms._power import power_norms
-from fastlip.norms._stack import kind
+from fastlip.norms._solvers.batched import kind
+from fastlip.norms._solvers.deterministic import deterministic_upper, ring_sizes
+from fastlip.norms._solvers.exact import dense_norm, flatten, matrix_entries, smallest_side, trim
+from fastlip.norms._solvers.iteration import Iterate, Plan
+from fastlip.norms._solvers.lanczos import lanczos_norms
+from fastlip.norms._solvers.power import power_norms
 
 DETERMINISTIC = ("ring", "gram", "cholesky")
 METHODS = ("auto", "lanczos", "power", *DETERMINISTIC, "svd")

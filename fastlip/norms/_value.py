@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastlip.norms._arguments import integer, number, per_axis
-from fastlip.norms._exact import trim
-from fastlip.norms._iterate import Plan
-from fastlip.norms._lanczos import lanczos_norms
 from fastlip.norms._operators.modules import CONVS, TRANSPOSED, module_operator
 from fastlip.norms._operators.operator import Operator, TorchOperator, conv_operator, require_floating
 from fastlip.norms._solve import Settings, operator_norms
+from fastlip.norms._solvers.exact import trim
+from fastlip.norms._solvers.iteration import Plan
+from fastlip.norms._solvers.lanczos import lanczos_norms
 
 
 def spectral_norm_value(

@@ -7,13 +7,13 @@ import pytest
 import torch
 from scipy import stats
 
-from fastlip.norms import _lanczos as lanczos_module
 from fastlip.norms import conv_operator
-from fastlip.norms._certificate import krylov_bound, overlap, power_bound, sketch_scale
-from fastlip.norms._iterate import Plan, draw_starts
-from fastlip.norms._lanczos import lanczos_norms
 from fastlip.norms._operators.operator import Operator
-from fastlip.norms._stack import _ConvStack
+from fastlip.norms._solvers import lanczos as lanczos_module
+from fastlip.norms._solvers.batched import _ConvStack
+from fastlip.norms._solvers.certificate import krylov_bound, overlap, power_bound, sketch_scale
+from fastlip.norms._solvers.iteration import Plan, draw_starts
+from fastlip.norms._solvers.lanczos import lanczos_norms
 
 
 @pytest.mark.parametrize("dimension", [2, 3, 10, 1000, 10**6])

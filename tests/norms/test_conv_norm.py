@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlip.norms import NormInterval, Operator, conv_norm, conv_operator
-from fastlip.norms._certificate import Array, power_bound
-from fastlip.norms._exact import gram_matrix
-from fastlip.norms._iterate import GRAINS
 from fastlip.norms._solve import Settings, operator_norms
+from fastlip.norms._solvers.certificate import Array, power_bound
+from fastlip.norms._solvers.exact import gram_matrix
+from fastlip.norms._solvers.iteration import GRAINS
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -332,7 +332,7 @@ def test_power_iteration_bounds_less_often_the_more_steps_it_took(monkeypatch: p
         looks.append(prefix.shape[1])
         return power_bound(growth, prefix, *numbers)
 
-    monkeypatch.setattr("fastlip.norms._power.power_bound", counted)
+    monkeypatch.setattr("fastlip.norms._solvers.power.power_bound", counted)
     interval = conv_norm(torch.ones(1, 1, 3), 12, padding=1, method="power", rtol=1e-15, max_steps=1234)
     assert interval.iterations == looks[-1] == 1234
     assert looks[:5] == [10, 20, 30, 40, 50]

@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip.norms import Composed, Operator, conv_operator
-from fastlip.norms import _lanczos as lanczos
-from fastlip.norms import _recurrence as recurrence
-from fastlip.norms._combine import combine, runs_of
-from fastlip.norms._iterate import GRAINS, Grain, Iterate, Plan
-from fastlip.norms._lanczos import lanczos_norms
 from fastlip.norms._operators.operator import look_at
-from fastlip.norms._recurrence import BLOCK
-from fastlip.norms._stack import _ConvStack, stack
+from fastlip.norms._solvers import lanczos, recurrence
+from fastlip.norms._solvers.batched import _ConvStack, stack
+from fastlip.norms._solvers.combinations import combine, runs_of
+from fastlip.norms._solvers.iteration import GRAINS, Grain, Iterate, Plan
+from fastlip.norms._solvers.lanczos import lanczos_norms
+from fastlip.norms._solvers.recurrence import BLOCK
 
 CHAINS = 3
 ALONE = Grain(1, 0, 64, 1 << 29)  # one operator at a time, a few columns of it

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip.norms import Composed, NormInterval, Operator, conv_norm, conv_operator
-from fastlip.norms import _replay as replay
-from fastlip.norms._certificate import normal_equations
-from fastlip.norms._iterate import GRAINS, Plan, on_device
-from fastlip.norms._power import _Steps
-from fastlip.norms._recurrence import Reading, Recurrence
-from fastlip.norms._stack import stack
+from fastlip.norms._solvers import cuda_graphs as replay
+from fastlip.norms._solvers.batched import stack
+from fastlip.norms._solvers.certificate import normal_equations
+from fastlip.norms._solvers.iteration import GRAINS, Plan, on_device
+from fastlip.norms._solvers.power import _Steps
+from fastlip.norms._solvers.recurrence import Reading, Recurrence
 
 CHAINS = 3
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "bincount")

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlip.norms._certificate import Array
-from fastlip.norms._iterate import Indices, rows_by_size
-from fastlip.norms._replay import Replayed, Runner, worthwhile
-from fastlip.norms._stack import Stack
+from fastlip.norms._solvers.batched import Stack
+from fastlip.norms._solvers.certificate import Array
+from fastlip.norms._solvers.cuda_graphs import Replayed, Runner, worthwhile
+from fastlip.norms._solvers.iteration import Indices, rows_by_size
 
 #: Steps whose vectors are allocated together; even, so that a pair of steps has its squares in one block.
 BLOCK = 16

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastlip.norms._certificate import Array
 from fastlip.norms._operators.composed import AnyOperator
+from fastlip.norms._solvers.certificate import Array
 
 Indices = NDArray[np.int64]
 

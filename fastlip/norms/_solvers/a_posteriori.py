@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlip.norms._certificate import Array, krylov_bound, normal_equations, top_pairs
-from fastlip.norms._combine import combine, runs_of
-from fastlip.norms._iterate import Indices, Iterate, Plan, grain, norm_errors
 from fastlip.norms._operators.composed import AnyOperator, forward_error, magnitude, weight_numel
-from fastlip.norms._recurrence import Recurrence
-from fastlip.norms._stack import from_rows, stack
+from fastlip.norms._solvers.batched import from_rows, stack
+from fastlip.norms._solvers.certificate import Array, krylov_bound, normal_equations, top_pairs
+from fastlip.norms._solvers.combinations import combine, runs_of
+from fastlip.norms._solvers.iteration import Indices, Iterate, Plan, grain, norm_errors
+from fastlip.norms._solvers.recurrence import Recurrence
 
 
 @dataclass(frozen=True)

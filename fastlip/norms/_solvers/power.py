@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlip.norms._certificate import Array, overlap, power_bound
-from fastlip.norms._iterate import Iterate, Plan, draw_starts, norm_errors, on_device
 from fastlip.norms._operators.composed import AnyOperator, forward_error, magnitude
-from fastlip.norms._replay import Replayed, Runner, worthwhile
-from fastlip.norms._stack import Stack, stack
+from fastlip.norms._solvers.batched import Stack, stack
+from fastlip.norms._solvers.certificate import Array, overlap, power_bound
+from fastlip.norms._solvers.cuda_graphs import Replayed, Runner, worthwhile
+from fastlip.norms._solvers.iteration import Iterate, Plan, draw_starts, norm_errors, on_device
 
 _CHECK_EVERY = 10
 #: Steps over those at the last bound for another one: each looks at all steps so far, and late ones differ little.

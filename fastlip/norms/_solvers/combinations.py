@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlip.norms._iterate import Indices, grain
-from fastlip.norms._recurrence import BLOCK, Recurrence
+from fastlip.norms._solvers.iteration import Indices, grain
+from fastlip.norms._solvers.recurrence import BLOCK, Recurrence
 
 #: Up to this ratio it is cheaper to bring along what has ended in between than to look up what has not.
 _SPARE = 1.4

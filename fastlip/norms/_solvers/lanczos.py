@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastlip.norms._certificate import Array, krylov_bound, overlap, sketch_scale, top_pairs
-from fastlip.norms._iterate import Indices, Iterate, Plan, draw_starts, grain, on_device
-from fastlip.norms._measured import Sketches, certify
 from fastlip.norms._operators.composed import AnyOperator
-from fastlip.norms._recurrence import Reading, Recurrence
-from fastlip.norms._stack import stack
+from fastlip.norms._solvers.a_posteriori import Sketches, certify
+from fastlip.norms._solvers.batched import stack
+from fastlip.norms._solvers.certificate import Array, krylov_bound, overlap, sketch_scale, top_pairs
+from fastlip.norms._solvers.iteration import Indices, Iterate, Plan, draw_starts, grain, on_device
+from fastlip.norms._solvers.recurrence import Reading, Recurrence
 
 _SKETCH_SHARE = 0.1
 _FIRST_CHECK = 6
