@@ -19,10 +19,10 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from fastlip._text import printable
-from fastlip.norms._html import report_html
 from fastlip.norms._interval import confidence_text
 from fastlip.norms._layers import layer_norms
-from fastlip.norms._report import NormReport
+from fastlip.norms._report.html import report_html
+from fastlip.norms._report.report import NormReport
 from fastlip.norms._solve import METHODS
 
 # Characters of an error, and names listed in one.

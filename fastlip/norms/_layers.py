@@ -38,7 +38,7 @@ from fastlip.norms._operators.modules import (
     scaled,
 )
 from fastlip.norms._operators.operator import Operator, look_at, require_finite
-from fastlip.norms._report import NormReport
+from fastlip.norms._report.report import NormReport
 from fastlip.norms._solve import Settings, memory_for, operator_norms
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from fastlip.norms import layer_norms
 from fastlip.norms._cli import app
-from fastlip.norms._html import report_html
+from fastlip.norms._report.html import report_html
 
 
 def small_model() -> nn.Module:

@@ -4,7 +4,7 @@ import math
 from html import escape
 
 from fastlip.norms._interval import confidence_text
-from fastlip.norms._report import NormReport
+from fastlip.norms._report.report import NormReport
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
