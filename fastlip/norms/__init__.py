@@ -13,9 +13,9 @@ from fastlip.norms._layers import layer_norms
 from fastlip.norms._operators.composed import Composed
 from fastlip.norms._operators.modules import batchnorm_scale, diagonal_norm, module_operator
 from fastlip.norms._operators.operator import Operator, conv_operator
+from fastlip.norms._operators.trim import simplify, trim
 from fastlip.norms._report.report import NormReport
 from fastlip.norms._solve import Settings, memory_for, operator_norms
-from fastlip.norms._solvers.exact import simplify, trim
 from fastlip.norms._value import constrain_norm, spectral_norm_value
 
 __all__ = [

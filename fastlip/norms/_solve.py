@@ -10,13 +10,14 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from fastlip.norms._arguments import integer, number
+from fastlip._arguments import integer, number
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._operators.composed import AnyOperator, Composed, weight_numel
-from fastlip.norms._operators.operator import Operator, look_at, require_finite
+from fastlip.norms._operators.operator import Operator, look_at, matrix_entries, require_finite, smallest_side
+from fastlip.norms._operators.trim import flatten, trim
 from fastlip.norms._solvers.batched import kind
 from fastlip.norms._solvers.deterministic import deterministic_upper, ring_sizes
-from fastlip.norms._solvers.exact import dense_norm, flatten, matrix_entries, smallest_side, trim
+from fastlip.norms._solvers.exact import dense_norm
 from fastlip.norms._solvers.iteration import Iterate, Plan
 from fastlip.norms._solvers.lanczos import lanczos_norms
 from fastlip.norms._solvers.power import power_norms
@@ -77,11 +78,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         checked = {
-            "rtol": number("rtol", self.rtol, "a positive number"),
-            "confidence": number("confidence", self.confidence, "a number strictly between 0 and 1"),
-            "starts": integer("starts", self.starts),
-            "max_steps": None if self.max_steps is None else integer("max_steps", self.max_steps),
-            "max_memory": integer("max_memory", self.max_memory),
+            "rtol": number(self.rtol, "rtol", "a positive number"),
+            "confidence": number(self.confidence, "confidence", "a number strictly between 0 and 1"),
+            "starts": integer(self.starts, "starts"),
+            "max_steps": None if self.max_steps is None else integer(self.max_steps, "max_steps"),
+            "max_memory": integer(self.max_memory, "max_memory"),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

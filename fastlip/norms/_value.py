@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastlip.norms._arguments import integer, number, per_axis
+from fastlip._arguments import integer, number
 from fastlip.norms._operators.modules import CONVS, TRANSPOSED, module_operator
-from fastlip.norms._operators.operator import Operator, TorchOperator, conv_operator, require_floating
+from fastlip.norms._operators.operator import Operator, conv_operator, per_axis, require_floating
+from fastlip.norms._operators.torch_operator import TorchOperator
+from fastlip.norms._operators.trim import trim
 from fastlip.norms._solve import Settings, operator_norms
-from fastlip.norms._solvers.exact import trim
 from fastlip.norms._solvers.iteration import Plan
 from fastlip.norms._solvers.lanczos import lanczos_norms
 
@@ -57,7 +58,7 @@ def spectral_norm_value(
     if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float64):
         given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight must be a float32 or float64 tensor, got {given}")
-    settings = Settings(rtol=rtol, max_steps=integer("max_steps", max_steps), generator=generator)
+    settings = Settings(rtol=rtol, max_steps=integer(max_steps, "max_steps"), generator=generator)
     op = conv_operator(
         weight,
         input_size,
@@ -123,10 +124,10 @@ def constrain_norm(
             the message names it.
         ValueError: ``bound`` is not positive, or the size does not fit; the message names it.
     """
-    bound = number("bound", bound, "a positive number")
+    bound = number(bound, "bound", "a positive number")
     if not 0.0 < bound < math.inf:
         raise ValueError(f"bound must be positive and finite, got {bound}")
-    iterations = integer("iterations", iterations)
+    iterations = integer(iterations, "iterations")
     settings = Settings(rtol=rtol, confidence=confidence)
     if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
         raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
@@ -135,7 +136,7 @@ def constrain_norm(
     axes = weight.dim() - 2
     if isinstance(input_size, Sequence) and not isinstance(input_size, str) and len(input_size) != axes:
         raise ValueError(f"input_size must have {axes} axes for {type(module).__name__}, got {input_size!r}")
-    op = module_operator(module, (0, *per_axis("input_size", input_size, axes, 1)))
+    op = module_operator(module, (0, *per_axis(input_size, "input_size", axes, 1)))
     constraint = _Constraint(op, weight, bound, iterations, settings)
     parametrize.register_parametrization(module, "weight", constraint)
     return module

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fastlip.norms import Operator, conv_norm, conv_operator
+from fastlip.norms._operators.dense import dense_matrix
 from fastlip.norms._operators.operator import look_at, require_finite
-from fastlip.norms._solvers.exact import dense_matrix, simplify
+from fastlip.norms._operators.trim import simplify
 
 
 def frobenius(weight: torch.Tensor) -> float:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fastlip.norms._models.model import Refused, is_dressed
 from fastlip.norms._operators.modules import BATCHNORMS, TRANSPOSED, batchnorm_scales, module_operator
-from fastlip.norms._operators.operator import Operator, TorchOperator
+from fastlip.norms._operators.operator import Operator
+from fastlip.norms._operators.torch_operator import TorchOperator
 
 #: Largest difference between two ways to compute one layer, relative to its largest output, by what it computed in.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -1,4 +1,4 @@
-"""The linear map a convolution applies: its geometry, and the batched forward and adjoint application."""
+"""The linear map that a convolution applies: its weight, its geometry, and the checks of both."""
 
 import math
 from collections import defaultdict
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastlip.norms._arguments import integer, per_axis
+from fastlip._arguments import integer, is_integer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
@@ -127,12 +127,12 @@ def conv_operator(
         raise ValueError(f"weight must not be empty, got {list(weight.shape)}")
     if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-    groups = integer("groups", groups)
+    groups = integer(groups, "groups")
     if weight.shape[0] % groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} output channels of weight, got {groups}")
-    size = per_axis("input_size", input_size, axes, 1)
-    strides = per_axis("stride", stride, axes, 1)
-    dilations = per_axis("dilation", dilation, axes, 1)
+    size = per_axis(input_size, "input_size", axes, 1)
+    strides = per_axis(stride, "stride", axes, 1)
+    dilations = per_axis(dilation, "dilation", axes, 1)
     pads = _padding(padding, tuple(weight.shape[2:]), strides, dilations)
     for n, (left, right) in zip(size, pads, strict=True):
         if padding_mode == "reflect" and max(left, right) >= n:
@@ -218,11 +218,29 @@ def _upper_norm(norm: float, weight: Tensor) -> float:
     return norm * (1.0 + _ROW * torch.finfo(torch.float32).eps)
 
 
+def per_axis(value: object, name: str, axes: int, least: int) -> tuple[int, ...]:
+    """One integer for all axes, or one for each of them.
+
+    Raises:
+        ValueError: ``value`` is neither, or one is below ``least``.
+    """
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if is_integer(value):
+        given: Sequence[object] = (value,) * axes
+    else:
+        given = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else ()
+    sizes = tuple(int(v) for v in given if is_integer(v) and v >= least)
+    if len(given) != axes or len(sizes) != axes:
+        raise ValueError(f"{name} must be an integer >= {least} or {axes} of them, got {value!r}")
+    return sizes
+
+
 def _padding(
     padding: int | Sequence[int] | str, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
     if not isinstance(padding, str):
-        return tuple((p, p) for p in per_axis("padding", padding, len(kernel), 0))
+        return tuple((p, p) for p in per_axis(padding, "padding", len(kernel), 0))
     if padding == "valid":
         return ((0, 0),) * len(kernel)
     if padding != "same":
@@ -233,84 +251,6 @@ def _padding(
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
-class TorchOperator:
-    """One operator by torch's convolutions: where a gradient in the weight is wanted, or a definition.
-
-    Iterations use :func:`fastlip.ops.operator_step_` instead.
-    """
-
-    def __init__(self, geometry: Operator, weight: Tensor) -> None:
-        """Use ``weight`` [Cout, Cin / groups, *kernel] in place of the geometry's own."""
-        self.geometry, self.weight = geometry, weight
-        self._axes = len(geometry.kernel)
-        pads = geometry.padding
-        self._native = geometry.padding_mode == "zeros" and all(left == right >= 0 for left, right in pads)
-        self._pad = tuple(left for left, _ in pads) if self._native else (0,) * self._axes
-        self._padded_size = (
-            geometry.input_size
-            if self._native
-            else tuple(n + left + right for n, (left, right) in zip(geometry.input_size, pads, strict=True))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A x: [b, Cin, *input_size] to [b, Cout, *output_size]."""
-        g = self.geometry
-        if not self._axes:
-            blocks = self.weight.unflatten(0, (g.groups, -1))
-            return torch.einsum("bgi,goi->bgo", x.unflatten(1, (g.groups, -1)), blocks).flatten(1)
-        if not self._native:
-            x = self._extend(x)
-        zeros = (0,) * self._axes
-        return torch.convolution(x, self.weight, None, g.stride, self._pad, g.dilation, False, zeros, g.groups)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y: [b, Cout, *output_size] to [b, Cin, *input_size]."""
-        g = self.geometry
-        if not self._axes:
-            blocks = self.weight.unflatten(0, (g.groups, -1))
-            return torch.einsum("bgo,goi->bgi", y.unflatten(1, (g.groups, -1)), blocks).flatten(1)
-        # What the strided windows leave over at the far end gets no contribution, but belongs to the domain.
-        rest = tuple(
-            n + 2 * p - e - (m - 1) * s
-            for n, p, e, m, s in zip(self._padded_size, self._pad, g.extent, g.output_size, g.stride, strict=True)
-        )
-        x = torch.convolution(y, self.weight, None, g.stride, self._pad, g.dilation, True, rest, g.groups)
-        return x if self._native else self._fold(x)
-
-    def _extend(self, x: Tensor) -> Tensor:
-        """The padding map P."""
-        g = self.geometry
-        if g.padding_mode == "zeros":
-            return F.pad(x, [p for pair in reversed(g.padding) for p in pair])
-        for axis, index in enumerate(self._indices):
-            x = x.index_select(axis + 2, index)
-        return x
-
-    def _fold(self, x: Tensor) -> Tensor:
-        """The adjoint of the padding map."""
-        g = self.geometry
-        if g.padding_mode == "zeros":
-            return F.pad(x, [-p for pair in reversed(g.padding) for p in pair])
-        for axis, index in enumerate(self._indices):
-            shape = list(x.shape)
-            shape[axis + 2] = g.input_size[axis]
-            x = x.new_zeros(shape).index_add_(axis + 2, index, x)
-        return x
-
-    @cached_property
-    def _indices(self) -> list[Tensor]:
-        """Per axis, the input position each position of the padded input copies."""
-        g = self.geometry
-        indices = []
-        for n, (left, right) in zip(g.input_size, g.padding, strict=True):
-            if g.padding_mode == "circular":  # around the whole input, whereas F.pad goes around what a crop leaves
-                copied = torch.arange(-left, n + right) % n
-            else:
-                copied = F.pad(torch.arange(n, dtype=torch.float64)[None], (left, right), mode=g.padding_mode)[0].long()
-            indices.append(copied.to(self.weight.device))
-        return indices
-
-
 def reduction_length(op: Operator) -> int:
     """Number of products in the longest sum of A or A^T, borders folded back included."""
     taps = math.prod(op.kernel)
@@ -319,3 +259,13 @@ def reduction_length(op: Operator) -> int:
     if op.padding_mode != "zeros":
         copies = math.prod(1 + max(left, 0) + max(right, 0) for left, right in op.padding)
     return taps * widest * copies
+
+
+def smallest_side(op: Operator) -> int:
+    """The smaller dimension of one group's matrix."""
+    return min(math.prod(op.input_shape), math.prod(op.output_shape)) // op.groups
+
+
+def matrix_entries(op: Operator) -> int:
+    """Number of entries of all groups' matrices."""
+    return math.prod(op.input_shape) * math.prod(op.output_shape) // op.groups

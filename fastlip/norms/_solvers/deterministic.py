@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlip.norms._operators.operator import Operator
-from fastlip.norms._solvers.exact import dense_matrix, entry_error, matrix_entries
+from fastlip.norms._operators.dense import dense_matrix, entry_error
+from fastlip.norms._operators.operator import Operator, matrix_entries
 
 _EPS = torch.finfo(torch.float64).eps
 

@@ -1,15 +1,13 @@
-"""Operators whose norm is exact: those that are a small matrix, and those that can be written as one."""
+"""Norms of operators that are small matrices, exact up to rounding."""
 
 import math
-from dataclasses import replace
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._operators.operator import Operator, TorchOperator, inherit_norm
+from fastlip.norms._operators.dense import dense_matrix, entry_error
+from fastlip.norms._operators.operator import Operator
 
 _EPS = torch.finfo(torch.float64).eps
 # Up to this side the eigenvalue solver is about as fast a way to the largest eigenvalue.
@@ -17,128 +15,6 @@ _EIGEN_SIDE = 256
 # Rows of a Gram matrix, and columns of what it is made of, computed at a time.
 _GRAM_ROWS = 128
 _GRAM_COLUMNS = 512
-
-
-def trim(op: Operator) -> Operator:
-    """The same operator without the taps that, with zero padding, only ever meet zeros.
-
-    The outer ones are cut off; those between others, as wide strides leave them, become 0. If no tap ever meets the
-    input, all of the weight is 0, as the operator is.
-    """
-    if op.padding_mode != "zeros":
-        return op
-    alive = [window.alive for window in _windows(op)]
-    if all(len(taps) == k for taps, k in zip(alive, op.kernel, strict=True)):
-        return op
-    if not all(alive):
-        return replace(op, weight=torch.zeros_like(op.weight))
-    weight, pads = op.weight, []
-    for axis, (taps, (left, right)) in enumerate(zip(alive, op.padding, strict=True)):
-        first, last = taps[0], taps[-1]
-        weight = weight.narrow(axis + 2, first, last - first + 1)
-        idle = [tap - first for tap in range(first, last) if tap not in taps]
-        if idle:
-            weight = weight.index_fill(axis + 2, torch.tensor(idle, device=weight.device), 0.0)
-        spread = op.dilation[axis]
-        pads.append((left - spread * first, right - spread * (op.kernel[axis] - 1 - last)))
-    return inherit_norm(replace(op, weight=weight, padding=tuple(pads)), op)
-
-
-def simplify(op: Operator) -> Operator:
-    """An operator with the same norm and fewer taps or axes.
-
-    If, with zero padding and after trimming, no two windows overlap and one of them lies inside the input, A A^T is
-    block diagonal and its largest block is the flattened kernel's; the same holds when one window is all there is. The
-    result then is that matrix, with no spatial axes.
-    """
-    return flatten(trim(op))
-
-
-def flatten(op: Operator) -> Operator:
-    """:func:`simplify` for what is trimmed already."""
-    if op.padding_mode != "zeros" or not op.kernel:
-        return op
-    if not all(window.disjoint for window in _windows(op)):
-        return op
-    return inherit_norm(Operator(op.weight.flatten(1), groups=op.groups), op)
-
-
-class _Window(NamedTuple):
-    """How a kernel's windows lie along one axis, with zero padding."""
-
-    alive: tuple[int, ...]  # taps that ever meet the input
-    disjoint: bool  # whether no two overlap, and one lies inside the input
-
-
-def _windows(op: Operator) -> list[_Window]:
-    axes = zip(op.input_size, op.output_size, op.kernel, op.stride, op.dilation, op.padding, strict=True)
-    return [_window(n, m, k, s, d, left) for n, m, k, s, d, (left, _) in axes]
-
-
-@lru_cache(maxsize=1024)
-def _window(n: int, m: int, k: int, stride: int, dilation: int, left: int) -> _Window:
-    """For n inputs and m outputs."""
-
-    def begins_between(first: int, end: int) -> bool:
-        """Whether a window's first tap is at one of these positions, which are negative in the padding."""
-        return max(0, -(-(first + left) // stride)) <= min(m - 1, (end - 1 + left) // stride)
-
-    alive = tuple(j for j in range(k) if begins_between(-j * dilation, n - j * dilation))
-    inside = begins_between(0, n - dilation * (k - 1))
-    disjoint = inside and (m == 1 or k == 1 or (dilation == 1 and k <= stride))
-    return _Window(alive, disjoint)
-
-
-def smallest_side(op: Operator) -> int:
-    """The smaller dimension of one group's matrix."""
-    return min(math.prod(op.input_shape), math.prod(op.output_shape)) // op.groups
-
-
-def matrix_entries(op: Operator) -> int:
-    """Number of entries of all groups' matrices."""
-    return math.prod(op.input_shape) * math.prod(op.output_shape) // op.groups
-
-
-def dense_matrix(op: Operator) -> Tensor:
-    """The operator's matrices, one per group, in float64: [groups, rows, columns]."""
-    g, axes = op.groups, len(op.kernel)
-    weight = op.weight.double().unflatten(0, (g, -1))  # [g, o, i, *kernel]
-    if not axes:
-        return weight
-    if op.padding_mode != "zeros":
-        return _from_unit_vectors(op)
-    for axis, (n, (left, _), d, s, m) in enumerate(
-        zip(op.input_size, op.padding, op.dilation, op.stride, op.output_size, strict=True)
-    ):
-        k, dim = op.kernel[axis], 3 + 2 * axis
-        offset = torch.arange(n) - (torch.arange(m) * s - left)[:, None]  # [m, n], tap * dilation
-        tap = torch.where((offset % d == 0) & (offset >= 0) & (offset < k * d), offset // d, k)
-        zero = torch.zeros_like(weight.narrow(dim, 0, 1))
-        weight = (
-            torch.cat([weight, zero], dim).index_select(dim, tap.flatten().to(weight.device)).unflatten(dim, (m, n))
-        )
-    # [g, o, i, m0, n0, m1, n1, ...] to [g, o, m..., i, n...]
-    order = (0, 1, *range(3, 3 + 2 * axes, 2), 2, *range(4, 4 + 2 * axes, 2))
-    return weight.permute(order).flatten(1 + 1 + axes).flatten(1, 1 + axes)
-
-
-def entry_error(op: Operator) -> float:
-    """Bound on the 2-norm of what rounding adds to :func:`dense_matrix`.
-
-    With zero padding an entry is a weight. Padding that repeats pixels adds several of them up, which may cancel: an
-    error in each entry of as many units of the sum of their magnitudes.
-    """
-    return 0.0 if op.padding_mode == "zeros" else _EPS * math.prod(op.kernel) * op.absolute_bound
-
-
-def _from_unit_vectors(op: Operator) -> Tensor:
-    """One column per input position, all groups at once."""
-    g, pixels = op.groups, math.prod(op.input_size)
-    channels = op.input_shape[0] // g
-    units = torch.eye(channels * pixels, dtype=torch.float64, device=op.weight.device)
-    stacked = units.reshape(-1, channels, *op.input_size).repeat(1, g, *(1 for _ in op.input_size))
-    images = TorchOperator(op, op.weight.double()).forward(stacked)  # [columns, Cout, *output]
-    return images.flatten(2).unflatten(1, (g, -1)).flatten(2).permute(1, 2, 0)
 
 
 def dense_norm(op: Operator, rtol: float, method: str = "svd", accuracy: float = 0.0) -> NormInterval:
