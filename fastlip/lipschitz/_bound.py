@@ -15,7 +15,9 @@ from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._replay import refute, replay, require_bounded
 from fastlip.lipschitz._residual import SUMS, Block, block_factor, block_operators, find_block
 from fastlip.norms import NormInterval, Operator, Settings, diagonal_norm, memory_for, operator_norms
-from fastlip.norms._models.model import bare_model, checked_shape, eval_mode, require_eval
+from fastlip.norms._models.eval_mode import eval_mode, require_eval
+from fastlip.norms._models.inputs import checked_shape
+from fastlip.norms._models.wrappers import bare_model
 
 # Relative width of auxiliary norms, in units of that of the layers.
 _AUXILIARY = 4.0

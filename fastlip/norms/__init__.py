@@ -10,8 +10,9 @@
 from fastlip.norms._conv_norm import conv_norm
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._layers import layer_norms
+from fastlip.norms._operators.batchnorm import batchnorm_scale, diagonal_norm
 from fastlip.norms._operators.composed import Composed
-from fastlip.norms._operators.modules import batchnorm_scale, diagonal_norm, module_operator
+from fastlip.norms._operators.modules import module_operator
 from fastlip.norms._operators.operator import Operator, conv_operator
 from fastlip.norms._operators.trim import simplify, trim
 from fastlip.norms._report.report import NormReport

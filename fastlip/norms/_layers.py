@@ -13,31 +13,20 @@ from torch import Tensor, nn
 
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._models.agreement import Use, require_agreement
-from fastlip.norms._models.model import (
-    bare_model,
-    checked_shape,
-    eval_mode,
-    example_input,
-    random_inputs,
-    require_eval,
-    runs_on,
-    version_of,
-)
+from fastlip.norms._models.eval_mode import eval_mode, require_eval
+from fastlip.norms._models.inputs import checked_shape, example_input, random_inputs, runs_on
+from fastlip.norms._models.restore import version_of
 from fastlip.norms._models.structure import modules_of, structure
-from fastlip.norms._operators.modules import (
+from fastlip.norms._models.wrappers import bare_model
+from fastlip.norms._operators.batchnorm import (
     BATCHNORMS,
-    CONVS,
     NO_STATISTICS,
-    TRANSPOSED,
     batchnorm_scales,
-    describe_module,
     diagonal_norms,
-    keeps_forward,
-    module_operator,
     require_finite_scale,
-    scaled,
 )
-from fastlip.norms._operators.operator import Operator, look_at, require_finite
+from fastlip.norms._operators.modules import CONVS, TRANSPOSED, describe_module, keeps_forward, module_operator, scaled
+from fastlip.norms._operators.operator import Operator, compute_frobenius, require_finite
 from fastlip.norms._report.report import NormReport
 from fastlip.norms._solve import Settings, memory_for, operator_norms
 
@@ -191,7 +180,7 @@ def layer_norms(
         collected = _collect(bare, checked_shape(input_shape), fold_batchnorm, check, running)
         every = [layer for layers in collected for layer in layers]
         operators = [layer.operator for layer in every if layer.operator is not None]
-        look_at(operators)
+        compute_frobenius(operators)
         alone = diagonal_norms([layer.scale for layer in every if layer.operator is None and layer.scale is not None])
         factors = iter(alone)
         for layer in every:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlip._arguments import integer, number
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._operators.composed import AnyOperator, Composed, weight_numel
-from fastlip.norms._operators.operator import Operator, look_at, matrix_entries, require_finite, smallest_side
+from fastlip.norms._operators.operator import Operator, compute_frobenius, matrix_entries, require_finite, smallest_side
 from fastlip.norms._operators.trim import flatten, trim
 from fastlip.norms._solvers.batched import kind
 from fastlip.norms._solvers.deterministic import deterministic_upper, ring_sizes
@@ -129,7 +129,7 @@ def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormI
     if not isinstance(ops, Sequence) or not all(isinstance(op, AnyOperator) for op in ops):
         raise TypeError(f"ops must be a sequence of Operator and Composed, got {ops!r:.80}")
     given = list(chain.from_iterable(op.parts if isinstance(op, Composed) else (op,) for op in ops))
-    look_at(given)
+    compute_frobenius(given)
     for part in given:
         require_finite(part)
     results: dict[int, NormInterval] = {}
@@ -141,7 +141,7 @@ def operator_norms(ops: Sequence[AnyOperator], settings: Settings) -> list[NormI
 
     iterated: list[tuple[int, AnyOperator, int]] = []
     ops = [_as_applied(op) if isinstance(op, Operator) else op for op in ops]
-    look_at(op for op in ops if isinstance(op, Operator))
+    compute_frobenius(op for op in ops if isinstance(op, Operator))
     for index, op in enumerate(ops):
         if isinstance(op, Composed):
             iterated.append((index, op, 0))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip.norms import Composed, Operator, conv_operator
-from fastlip.norms._operators.operator import look_at
+from fastlip.norms._operators.operator import compute_frobenius
 from fastlip.norms._solvers import lanczos, recurrence
 from fastlip.norms._solvers.batched import _ConvStack, stack
 from fastlip.norms._solvers.combinations import combine, runs_of
@@ -231,7 +231,7 @@ def test_launches_do_not_grow_with_equal_models(monkeypatch: pytest.MonkeyPatch)
             for (cin, cout, size), _ in itertools.product(layers, range(models))
         ]
         plan = Plan(1e-6, 4, 1e-9, 18, torch.float32, torch.Generator().manual_seed(1))
-        look_at(ops)
+        compute_frobenius(ops)
         packing = launches(lambda: (stack(ops, 4, torch.float32), stack(ops, 17, torch.float64)))
         found = []
         total = launches(lambda: found.extend(lanczos_norms(ops, plan)))

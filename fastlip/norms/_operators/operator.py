@@ -149,7 +149,7 @@ def conv_operator(
     return op
 
 
-def look_at(ops: Iterable[Operator]) -> None:
+def compute_frobenius(ops: Iterable[Operator]) -> None:
     """Have every operator's ``frobenius``, with one read from each device for all that lack it."""
     missing: dict[torch.device, list[Operator]] = defaultdict(list)
     for op in ops:
@@ -160,7 +160,7 @@ def look_at(ops: Iterable[Operator]) -> None:
             vars(op)["frobenius"] = norm  # where the cached property keeps it
 
 
-def inherit_norm(new: Operator, old: Operator) -> Operator:
+def inherit_frobenius(new: Operator, old: Operator) -> Operator:
     """``new``, whose weight is a part of ``old``'s, with its Frobenius norm where that is known."""
     if "frobenius" in vars(old):
         vars(new)["frobenius"] = old.frobenius

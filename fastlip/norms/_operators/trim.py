@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlip.norms._operators.operator import Operator, inherit_norm
+from fastlip.norms._operators.operator import Operator, inherit_frobenius
 
 
 def trim(op: Operator) -> Operator:
@@ -31,7 +31,7 @@ def trim(op: Operator) -> Operator:
             weight = weight.index_fill(axis + 2, torch.tensor(idle, device=weight.device), 0.0)
         spread = op.dilation[axis]
         pads.append((left - spread * first, right - spread * (op.kernel[axis] - 1 - last)))
-    return inherit_norm(replace(op, weight=weight, padding=tuple(pads)), op)
+    return inherit_frobenius(replace(op, weight=weight, padding=tuple(pads)), op)
 
 
 def simplify(op: Operator) -> Operator:
@@ -50,7 +50,7 @@ def flatten(op: Operator) -> Operator:
         return op
     if not all(window.disjoint for window in _windows(op)):
         return op
-    return inherit_norm(Operator(op.weight.flatten(1), groups=op.groups), op)
+    return inherit_frobenius(Operator(op.weight.flatten(1), groups=op.groups), op)
 
 
 class _Window(NamedTuple):
