@@ -81,7 +81,7 @@ def with_products(name: str) -> Any:
 
 @contextmanager
 def on_torch() -> Iterator[None]:
-    """Iterate by torch's convolutions; the certificate stays fastlip's."""
+    """IterationResult by torch's convolutions; the certificate stays fastlip's."""
     with patch.object(lanczos, "stack", TorchStack):
         yield
 

@@ -32,7 +32,7 @@ from fastlip.norms._solvers import a_posteriori as measured
 from fastlip.norms._solvers import lanczos
 from fastlip.norms._solvers.batched import Stack, stack
 from fastlip.norms._solvers.certificate import Array
-from fastlip.norms._solvers.iteration import Plan
+from fastlip.norms._solvers.iteration import IterationConfig
 
 Split = Callable[[Tensor], tuple[Tensor, ...]]
 ETA = 1e-6 / 53
@@ -122,7 +122,7 @@ def layers() -> dict[str, Operator]:
     }
 
 
-def run(op: Operator, split: Split | None, plan: Plan) -> tuple[float, float, int, float, float]:
+def run(op: Operator, split: Split | None, plan: IterationConfig) -> tuple[float, float, int, float, float]:
     """Lower side, upper side, steps, bound on ||F||, and the overlap it is compared with."""
     seen: dict[str, float] = {}
     bound = measured.krylov_bound
@@ -145,8 +145,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    def plan(starts: int, rtol: float, steps: int, dtype: torch.dtype) -> Plan:
-        return Plan(ETA, starts, rtol, steps, dtype, torch.Generator().manual_seed(1))
+    def plan(starts: int, rtol: float, steps: int, dtype: torch.dtype) -> IterationConfig:
+        return IterationConfig(ETA, starts, rtol, steps, dtype, torch.Generator().manual_seed(1))
 
     rows = []
     for name, op in layers().items():

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from fastlip._text import printable
 from fastlip.norms._interval import confidence_text
-from fastlip.norms._layers import layer_norms
+from fastlip.norms._layer_norms import layer_norms
+from fastlip.norms._options import METHODS
 from fastlip.norms._report.html import report_html
 from fastlip.norms._report.report import NormReport
-from fastlip.norms._solve import METHODS
 
 # Characters of an error, and names listed in one.
 _LONGEST, _NAMED = 500, 3

@@ -12,7 +12,7 @@ from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers import lanczos as lanczos_module
 from fastlip.norms._solvers.batched import _ConvStack
 from fastlip.norms._solvers.certificate import krylov_bound, overlap, power_bound, sketch_scale
-from fastlip.norms._solvers.iteration import Plan, draw_starts
+from fastlip.norms._solvers.iteration import IterationConfig, draw_starts
 from fastlip.norms._solvers.lanczos import lanczos_norms
 
 
@@ -145,7 +145,7 @@ def test_lanczos_in_working_precision_misses_no_more_often_than_promised(
     values = torch.full((size,), 0.3, dtype=torch.float64)
     values[0] = 1.0
     op = Operator(q * values)
-    plan = Plan(eta, starts, 1e-9, steps, dtype, torch.Generator().manual_seed(steps))
+    plan = IterationConfig(eta, starts, 1e-9, steps, dtype, torch.Generator().manual_seed(steps))
     results = lanczos_norms([op] * trials, plan)
     assert all(r.lower <= 1.0 + 1e-12 for r in results)
     misses = sum(r.upper < 1.0 for r in results)
@@ -157,7 +157,7 @@ def test_lanczos_in_working_precision_misses_no_more_often_than_promised(
 
 
 def test_starts_are_uniform_and_drawn_in_float64() -> None:
-    plan = Plan(1e-6, 8, 1e-2, 10, torch.float32, torch.Generator().manual_seed(0))
+    plan = IterationConfig(1e-6, 8, 1e-2, 10, torch.float32, torch.Generator().manual_seed(0))
     drawn, moved = draw_starts([15] * 150 + [4] + [15] * 50, plan, torch.device("cpu"))
     assert drawn.dtype == torch.float32
     assert moved.shape == (201,)
@@ -176,7 +176,7 @@ def test_how_far_rounding_moved_the_starts() -> None:
     sizes, device = [7, 7, 30, 1], torch.device("cpu")
 
     def draw(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        return draw_starts(sizes, Plan(1e-6, 3, 1e-2, 10, dtype, torch.Generator().manual_seed(5)), device)
+        return draw_starts(sizes, IterationConfig(1e-6, 3, 1e-2, 10, dtype, torch.Generator().manual_seed(5)), device)
 
     (rounded, moved), (exact, unmoved) = draw(torch.float32), draw(torch.float64)
     parts = (rounded.double() - exact).split([3 * size for size in sizes])
@@ -204,7 +204,7 @@ def test_the_certificate_sees_whatever_arithmetic_ran(monkeypatch: pytest.Monkey
     op = conv_operator(weight, (16, 16), padding=1)
 
     def norm(dtype: torch.dtype, rtol: float = 1e-2):
-        return lanczos_norms([op], Plan(1e-6, 4, rtol, 60, dtype, torch.Generator().manual_seed(1)))[0]
+        return lanczos_norms([op], IterationConfig(1e-6, 4, rtol, 60, dtype, torch.Generator().manual_seed(1)))[0]
 
     truth, fine = norm(torch.float64, 1e-5), norm(torch.float32)
     monkeypatch.setattr(lanczos_module, "stack", Coarse)

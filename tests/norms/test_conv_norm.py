@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlip.norms import NormInterval, Operator, conv_norm, conv_operator
-from fastlip.norms._solve import Settings, operator_norms
+from fastlip.norms import NormInterval, NormOptions, Operator, conv_norm, conv_operator, operator_norms
 from fastlip.norms._solvers.certificate import Array, power_bound
-from fastlip.norms._solvers.exact import gram_matrix
+from fastlip.norms._solvers.eigenvalues import gram_matrix
 from fastlip.norms._solvers.iteration import GRAINS
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -103,7 +102,7 @@ def check_together(seeds: range, device: str = "cpu", method: str = "lanczos", r
     cases = [random_case(seed) for seed in seeds]
     ops = [conv_operator(weight.to(device), size, **kwargs) for weight, size, kwargs in cases]
     generator = torch.Generator().manual_seed(seeds.start)
-    found = operator_norms(ops, Settings(method=method, max_steps=60, rtol=rtol, generator=generator))
+    found = operator_norms(ops, NormOptions(method=method, max_steps=60, rtol=rtol, generator=generator))
     for interval, (weight, size, kwargs) in zip(found, cases, strict=True):
         assert_holds(interval, true_norm(weight, size, **kwargs))
     assert len({interval.iterations for interval in found}) > 3
@@ -307,7 +306,7 @@ def test_every_method_has_the_same_operator_where_a_circular_input_is_cropped(
     copied = torch.eye(n, dtype=torch.float64)[torch.arange(-pads[0], n + pads[1]) % n]
     truth = torch.linalg.matrix_norm(F.conv1d(copied.T[:, None], weight)[:, 0], 2).item()
     op = Operator(weight, (n,), (1,), (1,), (pads,), 1, "circular")
-    settings = Settings(method=method, rtol=1e-6, dtype=torch.float64)
+    settings = NormOptions(method=method, rtol=1e-6, dtype=torch.float64)
     interval = operator_norms([op], settings)[0]
     assert_holds(interval, truth)
     if method != "ring":

@@ -15,7 +15,7 @@ from fastlip.norms._operators.operator import compute_frobenius
 from fastlip.norms._solvers import lanczos, recurrence
 from fastlip.norms._solvers.batched import _ConvStack, stack
 from fastlip.norms._solvers.combinations import combine, runs_of
-from fastlip.norms._solvers.iteration import GRAINS, Grain, Iterate, Plan
+from fastlip.norms._solvers.iteration import GRAINS, Grain, IterationConfig, IterationResult
 from fastlip.norms._solvers.lanczos import lanczos_norms
 from fastlip.norms._solvers.recurrence import BLOCK
 
@@ -112,13 +112,13 @@ def compositions() -> list[Composed]:
 KINDS: dict[str, Callable[[], list]] = {"convolutions": convolutions, "compositions": compositions}
 
 
-def norms(kind: str, dtype: torch.dtype, max_steps: int) -> list[Iterate]:
+def norms(kind: str, dtype: torch.dtype, max_steps: int) -> list[IterationResult]:
     rtol = 1e-3 if dtype == torch.float32 else 1e-6
-    plan = Plan(1e-6, 4, rtol, max_steps, dtype, torch.Generator().manual_seed(1), keep_vectors=True)
+    plan = IterationConfig(1e-6, 4, rtol, max_steps, dtype, torch.Generator().manual_seed(1), keep_vectors=True)
     return lanczos_norms(KINDS[kind](), plan)
 
 
-def assert_same(found: list[Iterate], expected: list[Iterate]) -> None:
+def assert_same(found: list[IterationResult], expected: list[IterationResult]) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.steps == other.steps
         assert one.lower == pytest.approx(other.lower, rel=1e-12, abs=1e-15)
@@ -230,7 +230,7 @@ def test_launches_do_not_grow_with_equal_models(monkeypatch: pytest.MonkeyPatch)
             conv_operator(torch.randn(cout, cin, 3, 3, generator=g), (size, size), padding=1)
             for (cin, cout, size), _ in itertools.product(layers, range(models))
         ]
-        plan = Plan(1e-6, 4, 1e-9, 18, torch.float32, torch.Generator().manual_seed(1))
+        plan = IterationConfig(1e-6, 4, 1e-9, 18, torch.float32, torch.Generator().manual_seed(1))
         compute_frobenius(ops)
         packing = launches(lambda: (stack(ops, 4, torch.float32), stack(ops, 17, torch.float64)))
         found = []

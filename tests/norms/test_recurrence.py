@@ -16,7 +16,7 @@ from fastlip.norms import Composed, NormInterval, Operator, conv_norm, conv_oper
 from fastlip.norms._solvers import cuda_graphs as replay
 from fastlip.norms._solvers.batched import stack
 from fastlip.norms._solvers.certificate import normal_equations
-from fastlip.norms._solvers.iteration import GRAINS, Plan, on_device
+from fastlip.norms._solvers.iteration import GRAINS, IterationConfig, on_device
 from fastlip.norms._solvers.power import _Steps
 from fastlip.norms._solvers.recurrence import Reading, Recurrence
 
@@ -275,7 +275,7 @@ def test_the_same_norms_from_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_starts_are_drawn_on_the_device_of_the_operators() -> None:
-    plan = Plan(1e-6, 4, 1e-2, 10, torch.float32, torch.Generator().manual_seed(0))
+    plan = IterationConfig(1e-6, 4, 1e-2, 10, torch.float32, torch.Generator().manual_seed(0))
     assert on_device(plan, torch.device("cpu")) is plan
     if torch.cuda.is_available():
         seeds = {on_device(plan, torch.device("cuda")).generator.initial_seed() for _ in range(3)}

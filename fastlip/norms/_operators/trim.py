@@ -34,6 +34,12 @@ def trim(op: Operator) -> Operator:
     return inherit_frobenius(replace(op, weight=weight, padding=tuple(pads)), op)
 
 
+def as_applied(op: Operator) -> Operator:
+    """:func:`trim` with a Frobenius norm of its own: taps that never meet the input must not set the others' scale."""
+    trimmed = trim(op)
+    return op if trimmed is op else trimmed.with_weight(trimmed.weight)
+
+
 def simplify(op: Operator) -> Operator:
     """An operator with the same norm and fewer taps or axes.
 

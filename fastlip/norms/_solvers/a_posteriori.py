@@ -12,7 +12,7 @@ from fastlip.norms._operators.composed import AnyOperator, forward_error, magnit
 from fastlip.norms._solvers.batched import from_rows, stack
 from fastlip.norms._solvers.certificate import Array, krylov_bound, normal_equations, top_pairs
 from fastlip.norms._solvers.combinations import combine, runs_of
-from fastlip.norms._solvers.iteration import Indices, Iterate, Plan, grain, norm_errors
+from fastlip.norms._solvers.iteration import Indices, IterationConfig, IterationResult, grain, norm_errors
 from fastlip.norms._solvers.recurrence import Recurrence
 
 
@@ -74,18 +74,20 @@ def certify(
     run: Recurrence,
     steps: Indices,
     overlaps: Array,
-    plan: Plan,
+    config: IterationConfig,
     sketches: Sketches,
-) -> list[Iterate]:
+) -> list[IterationResult]:
     """Intervals of operators on R^size after ``steps`` steps each, from starts whose least overlaps are given."""
-    b, counts, errors = plan.starts, steps + 1, norm_errors(ops, sizes)
+    b, counts, errors = config.starts, steps + 1, norm_errors(ops, sizes)
     groups, columns = _decompose(*run.coefficients(int(steps.max())), steps, b)
     begins = [0, *counts.cumsum().tolist()]
     found = []
     for at in _parts(ops, sizes, sketches.amount + 1, run.device):
         runs = runs_of(sizes[at].tolist(), b, run.device)
         own = _Columns(*(array[begins[at.start] : begins[at.stop]] for array in columns))
-        found.append(_measure(_Part(at.start, ops[at], runs, counts[at], own, errors[at]), run, plan, sketches.amount))
+        found.append(
+            _measure(_Part(at.start, ops[at], runs, counts[at], own, errors[at]), run, config, sketches.amount)
+        )
     last, residuals = 1.0 + errors, np.concatenate([part.residual for part in found]) / sketches.scale
     uppers = np.zeros(len(ops))
     for group in groups:
@@ -95,7 +97,9 @@ def certify(
         uppers[i] = bounds.reshape(-1, b).max(axis=1)
     lowers = [lower for part in found for lower in part.lower.tolist()]
     vectors = [vector for part in found for vector in part.vectors]
-    return [Iterate(*interval) for interval in zip(lowers, uppers.tolist(), steps.tolist(), vectors, strict=True)]
+    return [
+        IterationResult(*interval) for interval in zip(lowers, uppers.tolist(), steps.tolist(), vectors, strict=True)
+    ]
 
 
 def _decompose(alpha: Array, beta: Array, steps: Indices, b: int) -> tuple[list[_Alike], _Columns]:
@@ -137,12 +141,12 @@ def _parts(ops: Sequence[AnyOperator], sizes: Indices, vectors: int, device: tor
     yield slice(begin, len(ops))
 
 
-def _measure(part: _Part, run: Recurrence, plan: Plan, amount: int) -> _Measured:
+def _measure(part: _Part, run: Recurrence, config: IterationConfig, amount: int) -> _Measured:
     """Apply operators, in float64, to combinations of their vectors."""
     ops, runs, counts, errors = part.ops, part.runs, part.counts, part.errors
-    # Rounding the weights to the plan's arithmetic is part of F, which is measured against the exact ones.
+    # Rounding the weights to the config's arithmetic is part of F, which is measured against the exact ones.
     exact = stack(ops, amount + 1, torch.float64)
-    coefficients, sizes = _coefficients(counts, part.columns, amount, plan.generator, run.device)
+    coefficients, sizes = _coefficients(counts, part.columns, amount, config.generator, run.device)
     flat = coefficients.new_empty(exact.domain[-1].stop)
     places = [slice(exact.domain[own.start].start, exact.domain[own.stop - 1].stop) for own in runs]
     sums, lengths, norms = [], [], []
@@ -161,10 +165,10 @@ def _measure(part: _Part, run: Recurrence, plan: Plan, amount: int) -> _Measured
     stretch = np.divide(np.sqrt(square), length, out=np.zeros_like(length), where=length > 0.0)
     lower = np.where(length > 0.0, stretch * (1.0 - errors) - slack, 0.0)
     # Evaluating F z in float64 rounds too: the two applications, and the sums that form V z and V T z.
-    summands = (counts - 1) * plan.starts
+    summands = (counts - 1) * config.starts
     evaluation = size * (2.1 * slack * bound + 1e-15 * (summands + 8) * bound**2)
     vectors: list[Tensor | None] = [None] * len(ops)
-    if plan.keep_vectors:
+    if config.keep_vectors:
         rows = (row for total in sums for row in total[:, amount : amount + 1])
         vectors = [from_rows(row, op.input_shape)[0] for row, op in zip(rows, ops, strict=True)]
     return _Measured(np.maximum(lower, 0.0), norm * (1.0 + errors) + evaluation, vectors)

@@ -82,19 +82,12 @@ class Stack(Protocol):
 def stack(ops: Sequence[AnyOperator], chains: int, dtype: torch.dtype) -> Stack:
     """Operators of one kind, each with as many chains, in the arithmetic of ``dtype``.
 
-    Composed operators must all have the same number of parts; :func:`kind` tells them apart.
+    Composed operators must all have the same number of parts.
     """
     composed = [op for op in ops if isinstance(op, Composed)]
     if composed:
         return _ComposedStack(composed, chains, dtype)
     return _ConvStack([op for op in ops if isinstance(op, Operator)], chains, dtype)
-
-
-def kind(op: AnyOperator) -> tuple[int, torch.device]:
-    """Equal for operators that can be stacked: the number of parts, and where they are."""
-    if isinstance(op, Composed):
-        return len(op.parts), op.parts[0].weight.device
-    return 0, op.weight.device
 
 
 def to_rows(x: Tensor) -> Tensor:
@@ -127,7 +120,9 @@ def _geometry(op: Operator) -> ConvGeometry:
 
 
 @lru_cache(maxsize=64)
-def _plan(geometries: tuple[ConvGeometry, ...], chains: int, adjoint: bool, device: torch.device) -> OperatorPlan:
+def _operator_plan(
+    geometries: tuple[ConvGeometry, ...], chains: int, adjoint: bool, device: torch.device
+) -> OperatorPlan:
     """Kept, since a network's checkpoints are looked at one after the other, and tables take time."""
     return operator_plan(geometries, [chains] * len(geometries), adjoint=adjoint, device=device)
 
@@ -152,7 +147,7 @@ class _ConvStack:
         groups = [op.groups for op in ops]
         self._directions = []
         for adjoint in (False, True):
-            plan = _plan(geometries, chains, adjoint, self.device)
+            plan = _operator_plan(geometries, chains, adjoint, self.device)
             weights = pack_weights([op.weight for op in ops], groups, adjoint=adjoint, dtype=dtype)
             self._directions.append((plan, weights))
 

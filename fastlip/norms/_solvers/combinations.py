@@ -106,7 +106,7 @@ def _blocks(runs: Sequence[slice], counts: Indices, coefficients: Tensor) -> lis
     columns = np.arange(counts.max())
     rows = np.where(columns < counts[:, None], (counts.cumsum() - counts)[:, None] + columns, nowhere)
     spans = [_spans(rows[own], counts[own], nowhere) for own in runs]
-    every = [span for plan in spans for span in plan]
+    every = [span for own in spans for span in own]
     hosted = [span.rows.ravel() for span in every]
     for span in every:
         hosted += [] if isinstance(span.members, slice) else [span.members]
@@ -121,7 +121,7 @@ def _blocks(runs: Sequence[slice], counts: Indices, coefficients: Tensor) -> lis
         own = next(factors).unflatten(1, span.rows.shape).flatten(2).transpose(0, 1)
         return _Block(members, own, [next(places) for _ in span.ended])
 
-    return [[placed(span) for span in plan] for plan in spans]
+    return [[placed(span) for span in own] for own in spans]
 
 
 def _spans(rows: Indices, counts: Indices, nowhere: int) -> list[_Span]:

@@ -39,8 +39,8 @@ def grain(device: torch.device) -> Grain:
     return GRAINS["cpu" if device.type == "cpu" else "cuda"]
 
 
-class Iterate(NamedTuple):
-    """Result for one operator, in the scale of its normalised weight; the Ritz vector where the plan keeps it."""
+class IterationResult(NamedTuple):
+    """Result for one operator, in the scale of its normalised weight; the Ritz vector where the config keeps it."""
 
     lower: float
     upper: float
@@ -49,7 +49,7 @@ class Iterate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class IterationConfig:
     """Everything that must be settled before the first random number is drawn.
 
     Attributes:
@@ -71,28 +71,28 @@ class Plan:
     keep_vectors: bool = False
 
 
-def on_device(plan: Plan, device: torch.device) -> Plan:
-    """The plan with a generator on the operators' GPU, seeded by its own: a CPU draws more slowly than they iterate."""
-    if device.type != "cuda" or plan.generator.device.type == "cuda":
-        return plan
-    seed = int(torch.randint(2**63 - 1, (), generator=plan.generator))
-    return replace(plan, generator=torch.Generator(device).manual_seed(seed))
+def on_device(config: IterationConfig, device: torch.device) -> IterationConfig:
+    """The config with a generator on the operators' GPU, seeded by its own: a CPU draws more slowly than they run."""
+    if device.type != "cuda" or config.generator.device.type == "cuda":
+        return config
+    seed = int(torch.randint(2**63 - 1, (), generator=config.generator))
+    return replace(config, generator=torch.Generator(device).manual_seed(seed))
 
 
-def draw_starts(sizes: Sequence[int], plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Independent uniform draws from the unit spheres of R^size, in the plan's arithmetic.
+def draw_starts(sizes: Sequence[int], config: IterationConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Independent uniform draws from the unit spheres of R^size, in the config's arithmetic.
 
     Drawn in float64 on the generator's device, where neighbours of one size are handled together. Returns the starts of
     all operators, [starts, size] each, flat, and how far rounding moved the furthest of each operator's, [operators],
     as a tensor there, which the host has not waited for.
     """
-    total, home = plan.starts * sum(sizes), plan.generator.device
-    exact = torch.randn(total, dtype=torch.float64, generator=plan.generator, device=home)
-    for rows in rows_by_size(exact, sizes, plan.starts):
+    total, home = config.starts * sum(sizes), config.generator.device
+    exact = torch.randn(total, dtype=torch.float64, generator=config.generator, device=home)
+    for rows in rows_by_size(exact, sizes, config.starts):
         rows /= torch.linalg.vector_norm(rows, dim=2, keepdim=True)
-    rounded = exact.to(plan.dtype, copy=True)
+    rounded = exact.to(config.dtype, copy=True)
     exact -= rounded
-    moved = [torch.linalg.vector_norm(rows, dim=2).amax(1) for rows in rows_by_size(exact, sizes, plan.starts)]
+    moved = [torch.linalg.vector_norm(rows, dim=2).amax(1) for rows in rows_by_size(exact, sizes, config.starts)]
     return rounded.to(device), torch.cat(moved) + 1e-15
 
 

@@ -17,7 +17,7 @@ from fastlip.norms._operators.composed import AnyOperator
 from fastlip.norms._solvers.a_posteriori import Sketches, certify
 from fastlip.norms._solvers.batched import stack
 from fastlip.norms._solvers.certificate import Array, krylov_bound, overlap, sketch_scale, top_pairs
-from fastlip.norms._solvers.iteration import Indices, Iterate, Plan, draw_starts, grain, on_device
+from fastlip.norms._solvers.iteration import Indices, IterationConfig, IterationResult, draw_starts, grain, on_device
 from fastlip.norms._solvers.recurrence import Reading, Recurrence
 
 _SKETCH_SHARE = 0.1
@@ -27,41 +27,41 @@ _PATIENCE = 18
 _COARSE = 1e-5
 
 
-def lanczos_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
-    """Intervals for operators that can be stacked; each upper side fails with probability at most ``plan.eta``."""
-    operators = stack(ops, plan.starts, plan.dtype)
-    plan = on_device(plan, operators.device)
+def lanczos_norms(ops: Sequence[AnyOperator], config: IterationConfig) -> list[IterationResult]:
+    """Intervals for operators that can be stacked; each upper side fails with probability at most ``config.eta``."""
+    operators = stack(ops, config.starts, config.dtype)
+    config = on_device(config, operators.device)
     sizes = [math.prod(op.input_shape) for op in ops]
-    starts, moved = draw_starts(sizes, plan, operators.device)
-    overlaps = [overlap(size, plan.eta * (1.0 - _SKETCH_SHARE), plan.starts) for size in sizes]
+    starts, moved = draw_starts(sizes, config, operators.device)
+    overlaps = [overlap(size, config.eta * (1.0 - _SKETCH_SHARE), config.starts) for size in sizes]
     furthest, run = Reading(moved), Recurrence(operators, starts)
     least = np.array(overlaps) - furthest.wait().numpy()
     if least.min() <= 0.0:
         raise ValueError(
-            f"starts={plan.starts} in {plan.dtype} cannot be certified at this confidence, since rounding the starts "
-            "moves them by more than their least overlap; use starts=4 or dtype=torch.float64"
+            f"starts={config.starts} in {config.dtype} cannot be certified at this confidence, since rounding the "
+            "starts moves them by more than their least overlap; use starts=4 or dtype=torch.float64"
         )
-    sketches = _sketches(plan, least.min())
-    steps = _iterate(run, least, plan, sketches.scale)
-    return certify(ops, np.array(sizes), run, steps, least, plan, sketches)
+    sketches = _sketches(config, least.min())
+    steps = _iterate(run, least, config, sketches.scale)
+    return certify(ops, np.array(sizes), run, steps, least, config, sketches)
 
 
-def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> Indices:
+def _iterate(run: Recurrence, overlaps: Array, config: IterationConfig, scale: float) -> Indices:
     """Run every operator until its interval is expected to be narrow enough; the steps each of them took."""
     steps, open_ = np.zeros(len(overlaps), dtype=np.int64), np.arange(len(overlaps), dtype=np.int64)
     narrowest: list[tuple[int, Array]] = []  # so far, after so many steps
     check, least, ahead = _FIRST_CHECK, grain(run.device).steps, grain(run.device).ahead
     while True:
-        run.advance(min(check, plan.max_steps) - run.steps)
-        k = min(run.steps, plan.max_steps)
+        run.advance(min(check, config.max_steps) - run.steps)
+        k = min(run.steps, config.max_steps)
         reading = run.matrices(k, open_)
-        if k < plan.max_steps:
+        if k < config.max_steps:
             run.advance(ahead)
-        widths = _expected_widths(reading.wait().numpy(), overlaps[open_], plan, scale)
+        widths = _expected_widths(reading.wait().numpy(), overlaps[open_], config, scale)
         so_far = narrowest[-1][1].copy() if narrowest else np.full(len(overlaps), math.inf)
         so_far[open_] = np.minimum(so_far[open_], widths)
         narrowest.append((k, so_far))
-        on = (widths > 0.97 * plan.rtol) & ~_stalled(narrowest)[open_] & (k < plan.max_steps)
+        on = (widths > 0.97 * config.rtol) & ~_stalled(narrowest)[open_] & (k < config.max_steps)
         steps[open_[~on]] = k
         if not on.any():
             return steps
@@ -71,7 +71,7 @@ def _iterate(run: Recurrence, overlaps: Array, plan: Plan, scale: float) -> Indi
             active[open_] = True
             run.active.copy_(torch.from_numpy(active), non_blocking=True)
         # The bound closes in like 1 / k^2 at first, faster later.
-        wanted = k * math.sqrt(min(widths[on].min().item(), 1e3) / plan.rtol)
+        wanted = k * math.sqrt(min(widths[on].min().item(), 1e3) / config.rtol)
         check = k + max(least, round(0.6 * (min(wanted, 2.0 * k) - k)))
 
 
@@ -82,16 +82,16 @@ def _stalled(narrowest: list[tuple[int, Array]]) -> NDArray[np.bool_]:
     return now > 0.98 * early[-1] if early else np.zeros(len(now), dtype=bool)
 
 
-def _sketches(plan: Plan, smallest: float) -> Sketches:
+def _sketches(config: IterationConfig, smallest: float) -> Sketches:
     """Enough Gaussian vectors, each of which costs one application in float64.
 
     The rounding expected of a usual number of steps shall be a small part of the overlap, the more so the narrower the
     interval that is asked for.
     """
-    share = 0.3 if plan.rtol >= 5e-3 else 0.04 if plan.rtol >= 5e-4 else 0.0
+    share = 0.3 if config.rtol >= 5e-3 else 0.04 if config.rtol >= 5e-4 else 0.0
     for amount in range(4, 17):
-        scale = sketch_scale(plan.eta * _SKETCH_SHARE, amount)
-        if _rounding(plan.dtype, 40 * plan.starts, scale) <= share * smallest:
+        scale = sketch_scale(config.eta * _SKETCH_SHARE, amount)
+        if _rounding(config.dtype, 40 * config.starts, scale) <= share * smallest:
             break
     return Sketches(amount, scale)
 
@@ -101,16 +101,16 @@ def _rounding(dtype: torch.dtype, columns: int, scale: float) -> float:
     return 1.1 * torch.finfo(dtype).eps * math.sqrt(columns) / scale
 
 
-def _expected_widths(matrices: Array, overlaps: Array, plan: Plan, scale: float) -> Array:
+def _expected_widths(matrices: Array, overlaps: Array, config: IterationConfig, scale: float) -> Array:
     """Relative widths of operators' intervals from their T, [2, chains, k], with rounding guessed.
 
     They decide when to stop and nothing else. The Gaussian vectors are looked at once, after the last step.
     """
     diagonal, off = matrices
     values, _ = top_pairs(diagonal, off)
-    guess = values * _rounding(plan.dtype, diagonal.shape[1] * plan.starts, scale)
-    upper = krylov_bound(diagonal, off, np.ones(len(values)), guess, overlaps.repeat(plan.starts), _COARSE)
+    guess = values * _rounding(config.dtype, diagonal.shape[1] * config.starts, scale)
+    upper = krylov_bound(diagonal, off, np.ones(len(values)), guess, overlaps.repeat(config.starts), _COARSE)
     top = np.sqrt(values)
-    lower = top.reshape(-1, plan.starts).max(axis=1)
+    lower = top.reshape(-1, config.starts).max(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.nan_to_num(upper.reshape(-1, plan.starts).max(axis=1) / lower - 1.0, nan=0.0)
+        return np.nan_to_num(upper.reshape(-1, config.starts).max(axis=1) / lower - 1.0, nan=0.0)

@@ -12,25 +12,25 @@ from fastlip.norms._operators.composed import AnyOperator, forward_error, magnit
 from fastlip.norms._solvers.batched import Stack, stack
 from fastlip.norms._solvers.certificate import Array, overlap, power_bound
 from fastlip.norms._solvers.cuda_graphs import Replayed, Runner, worthwhile
-from fastlip.norms._solvers.iteration import Iterate, Plan, draw_starts, norm_errors, on_device
+from fastlip.norms._solvers.iteration import IterationConfig, IterationResult, draw_starts, norm_errors, on_device
 
 _CHECK_EVERY = 10
 #: Steps over those at the last bound for another one: each looks at all steps so far, and late ones differ little.
 _SPACING = 1.05
 
 
-def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
-    """Intervals for operators that can be stacked; each upper side fails with probability at most ``plan.eta``.
+def power_norms(ops: Sequence[AnyOperator], config: IterationConfig) -> list[IterationResult]:
+    """Intervals for operators that can be stacked; each upper side fails with probability at most ``config.eta``.
 
     The certificate holds for every number of steps at once, so an operator stops at the first check that meets
     ``rtol``. Checks are further apart the more steps were taken.
     """
-    plan = replace(plan, dtype=torch.float64)
-    operators, b = stack(ops, plan.starts, plan.dtype), plan.starts
-    plan = on_device(plan, operators.device)
+    config = replace(config, dtype=torch.float64)
+    operators, b = stack(ops, config.starts, config.dtype), config.starts
+    config = on_device(config, operators.device)
     sizes = [math.prod(op.input_shape) for op in ops]
-    starts, moved = draw_starts(sizes, plan, operators.device)
-    events = np.array([overlap(size, plan.eta, b) for size in sizes]) - moved.cpu().numpy()
+    starts, moved = draw_starts(sizes, config, operators.device)
+    events = np.array([overlap(size, config.eta, b) for size in sizes]) - moved.cpu().numpy()
     overlaps = np.maximum(events, 0.0)
     relative = norm_errors(ops, np.array(sizes))
     slack, magnitudes = np.array([forward_error(op) for op in ops]), np.array([magnitude(op) for op in ops])
@@ -42,7 +42,7 @@ def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
     on = np.ones(len(ops), dtype=bool)
     done = looked = 0
     while on.any():
-        count = min(_CHECK_EVERY, plan.max_steps - done)
+        count = min(_CHECK_EVERY, config.max_steps - done)
         stretched, grown = run.advance(count)
         for stretch, growth in zip(stretched.reshape(count, -1, b), grown.reshape(count, -1, b, 1), strict=True):
             # Of vectors of norm 1 up to `relative`.
@@ -55,16 +55,16 @@ def power_norms(ops: Sequence[AnyOperator], plan: Plan) -> list[Iterate]:
         steps[on] = done
         total = prefix[:, :, -1] + relative[:, None]
         which = np.flatnonzero(on & (overlaps > 0.0) & np.isfinite(total).all(axis=1))
-        if len(which) and (done >= _SPACING * looked or done == plan.max_steps):
+        if len(which) and (done >= _SPACING * looked or done == config.max_steps):
             looked = done
             numbers = [array[which].repeat(b) for array in (np.log(errors), overlaps)]
             before = prefix[which, :, :-1].reshape(len(which) * b, -1)
             bounds = power_bound(total[which].ravel(), before, numbers[0], numbers[1])
             upper[which] = np.minimum(upper[which], bounds.reshape(-1, b).max(axis=1))
-        on &= (upper > lower * (1.0 + plan.rtol)) & (done < plan.max_steps)
+        on &= (upper > lower * (1.0 + config.rtol)) & (done < config.max_steps)
         run.active.copy_(torch.from_numpy(on))
     found = zip(np.maximum(lower, 0.0).tolist(), upper.tolist(), steps.tolist(), strict=True)
-    return [Iterate(*interval) for interval in found]
+    return [IterationResult(*interval) for interval in found]
 
 
 class _Steps:
