@@ -43,7 +43,7 @@ import fastlip
 from fastlip import models
 from fastlip.norms import Operator, conv_operator
 from fastlip.norms._solvers import cuda_graphs, lanczos
-from fastlip.norms._solvers.batched import Stack, stack
+from fastlip.norms._solvers.batched_operator import BatchedOperator, batched_operator
 from fastlip.norms._solvers.recurrence import Recurrence
 
 STARTS, STEPS = 4, 24
@@ -82,7 +82,7 @@ def with_products(name: str) -> Any:
 @contextmanager
 def on_torch() -> Iterator[None]:
     """IterationResult by torch's convolutions; the certificate stays fastlip's."""
-    with patch.object(lanczos, "stack", TorchStack):
+    with patch.object(lanczos, "batched_operator", TorchStack):
         yield
 
 
@@ -178,7 +178,7 @@ def measure_iteration(table: Table, model: nn.Module) -> None:
     ops = operators(model)
     floor = table.floor(ops, [STEPS] * len(ops))
 
-    def begun(kind: Callable[..., Stack]) -> Recurrence:
+    def begun(kind: Callable[..., BatchedOperator]) -> Recurrence:
         operators_ = kind(ops, STARTS, torch.float32)
         starts = torch.randn(operators_.domain[-1].stop, device=operators_.device)
         return Recurrence(operators_, starts / starts.norm() * (len(ops) * STARTS) ** 0.5)
@@ -191,11 +191,11 @@ def measure_iteration(table: Table, model: nn.Module) -> None:
         return go
 
     setting = f"iteration alone, {STEPS} steps"
-    table.add("fastlip", setting, steps(begun(stack)), floor)
+    table.add("fastlip", setting, steps(begun(batched_operator)), floor)
     with with_products("3xtf32"):
-        table.add("fastlip, 3xTF32", setting, steps(begun(stack)), floor)
+        table.add("fastlip, 3xTF32", setting, steps(begun(batched_operator)), floor)
     with with_graphs(False):
-        table.add("fastlip", f"{setting}, no CUDA graph", steps(begun(stack)), floor)
+        table.add("fastlip", f"{setting}, no CUDA graph", steps(begun(batched_operator)), floor)
         plain = steps(begun(TorchStack))
     table.add("Lanczos on torch's convolutions", setting, steps(begun(TorchStack)), floor)
     if table.device == "cuda":

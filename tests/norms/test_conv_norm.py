@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastlip.norms import NormInterval, NormOptions, Operator, conv_norm, conv_operator, operator_norms
 from fastlip.norms._solvers.certificate import Array, power_bound
 from fastlip.norms._solvers.eigenvalues import gram_matrix
-from fastlip.norms._solvers.iteration import GRAINS
+from fastlip.norms._solvers.iteration import DEVICE_LIMITS
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -111,7 +111,7 @@ def check_together(seeds: range, device: str = "cpu", method: str = "lanczos", r
 @pytest.mark.parametrize(("method", "rtol"), [("lanczos", 1e-3), ("power", 0.1)])
 def test_random_operators_hold_together(method: str, rtol: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one iteration, measured in groups of the size that a GPU takes."""
-    monkeypatch.setitem(GRAINS, "cpu", GRAINS["cuda"]._replace(steps=1))
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", DEVICE_LIMITS["cuda"]._replace(steps=1))
     check_together(range(5000, 5120), method=method, rtol=rtol)
 
 
@@ -124,7 +124,7 @@ def test_random_operators_hold_together_on_the_device() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_many_random_operators_hold_together(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRAINS, "cpu", GRAINS[device]._replace(steps=1))
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", DEVICE_LIMITS[device]._replace(steps=1))
     check_together(range(6000, 8000))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlip import conv_norm
 from fastlip.norms import NormInterval
-from fastlip.norms._solvers import batched
+from fastlip.norms._solvers import batched_operator
 from fastlip.ops import PRODUCTS
 
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
@@ -44,7 +44,7 @@ def test_the_variable_reaches_the_operator(value, products, monkeypatch):
     monkeypatch.delenv("FASTLIP_PRODUCTS", raising=False)
     if value is not None:
         monkeypatch.setenv("FASTLIP_PRODUCTS", value)
-    with patch.object(batched, "operator_step_", wraps=batched.operator_step_) as step:
+    with patch.object(batched_operator, "operator_step_", wraps=batched_operator.operator_step_) as step:
         norm("cpu")
     assert {call.kwargs["products"] for call in step.call_args_list} == {products}
 

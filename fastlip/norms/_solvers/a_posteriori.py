@@ -1,66 +1,57 @@
-"""After the last step: lower sides on explicit vectors, upper sides with the rounding that was measured, in float64."""
+"""A-posteriori bounds after the last step: lower sides on explicit vectors, upper sides with the measured rounding.
+
+All of it is evaluated in float64, whatever arithmetic the iteration ran in.
+"""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastlip.norms._operators.composed import AnyOperator, forward_error, magnitude, weight_numel
-from fastlip.norms._solvers.batched import from_rows, stack
+from fastlip.norms._operators.composed import AnyOperator, weight_numel
+from fastlip.norms._solvers.batched_operator import batched_operator, from_rows
 from fastlip.norms._solvers.certificate import Array, krylov_bound, normal_equations, top_pairs
 from fastlip.norms._solvers.combinations import combine, runs_of
-from fastlip.norms._solvers.iteration import Indices, IterationConfig, IterationResult, grain, norm_errors
+from fastlip.norms._solvers.iteration import Indices, IterationConfig, IterationResult, device_limits
 from fastlip.norms._solvers.recurrence import Recurrence
+from fastlip.norms._solvers.rounding import RoundingTerms, rounding_terms
+from fastlip.norms._solvers.sketches import Sketches
 
 
-@dataclass(frozen=True)
-class Sketches:
-    """Gaussian vectors to measure ||F|| with.
-
-    Attributes:
-        amount: of them.
-        scale: ||F|| <= max ||F z|| / scale fails with the probability set aside for it.
-    """
-
-    amount: int
-    scale: float
-
-
-class _Alike(NamedTuple):
-    """T of operators after one number of steps k, chain by chain."""
+class _EqualSteps(NamedTuple):
+    """T of the operators that took the same number of steps k, one after the other for their b start vectors."""
 
     operators: Indices
-    diagonal: Array  # [operators b, k]
+    diagonal: Array  # [operators * b, k]
     off: Array
 
 
 class _Columns(NamedTuple):
-    """What belongs to the vectors b_i v_{i+1}, i = 0 ... k, of one operator after the other: [vectors, b] each.
+    """Numbers for the vectors b_i v_{i+1}, i = 0 ... k, of one operator after the other: [vectors, b] each.
 
-    The last vector of each has no row of T: all but its length is 0.
+    The last vector of each operator has no row of T: its numbers are 0, but for its length.
     """
 
     diagonal: Array
     off: Array
-    top: Array  # the Ritz vector of the best chain
-    inverse: Array  # of the lengths b_i; 0 where a chain has ended
+    top: Array  # coefficients of the best start vector's Ritz vector
+    inverse: Array  # reciprocals of the lengths b_i; 0 where a Krylov space is exhausted
 
 
 class _Part(NamedTuple):
-    """Neighbours in the recurrence that are measured at once."""
+    """Neighbours in the recurrence whose bounds are computed at once."""
 
     first: int
     ops: Sequence[AnyOperator]
-    runs: list[slice]  # of one size each
-    counts: Indices  # vectors of each
+    runs: list[slice]  # operators of one size each
+    counts: Indices  # number of vectors of each operator
     columns: _Columns
-    errors: Array  # relative, of quotients of norms
+    rounding: RoundingTerms
 
 
-class _Measured(NamedTuple):
+class _PartBounds(NamedTuple):
     """Lower sides, upper bounds on the largest ||F z||, and the vectors that attain the lower sides, if kept."""
 
     lower: Array
@@ -68,7 +59,7 @@ class _Measured(NamedTuple):
     vectors: list[Tensor | None]
 
 
-def certify(
+def a_posteriori_bounds(
     ops: Sequence[AnyOperator],
     sizes: Indices,
     run: Recurrence,
@@ -77,18 +68,20 @@ def certify(
     config: IterationConfig,
     sketches: Sketches,
 ) -> list[IterationResult]:
-    """Intervals of operators on R^size after ``steps`` steps each, from starts whose least overlaps are given."""
-    b, counts, errors = config.starts, steps + 1, norm_errors(ops, sizes)
+    """Intervals of operators on R^size after ``steps`` steps each, from start vectors of at least these overlaps.
+
+    ``sizes``, ``steps`` and ``overlaps`` are [operators].
+    """
+    b, counts, rounding = config.starts, steps + 1, rounding_terms(ops, sizes)
     groups, columns = _decompose(*run.coefficients(int(steps.max())), steps, b)
     begins = [0, *counts.cumsum().tolist()]
     found = []
     for at in _parts(ops, sizes, sketches.amount + 1, run.device):
         runs = runs_of(sizes[at].tolist(), b, run.device)
         own = _Columns(*(array[begins[at.start] : begins[at.stop]] for array in columns))
-        found.append(
-            _measure(_Part(at.start, ops[at], runs, counts[at], own, errors[at]), run, config, sketches.amount)
-        )
-    last, residuals = 1.0 + errors, np.concatenate([part.residual for part in found]) / sketches.scale
+        part = _Part(at.start, ops[at], runs, counts[at], own, RoundingTerms(*(term[at] for term in rounding)))
+        found.append(_bound_part(part, run, config, sketches.amount))
+    last, residuals = 1.0 + rounding.quotient, np.concatenate([part.residual for part in found]) / sketches.scale
     uppers = np.zeros(len(ops))
     for group in groups:
         i = group.operators
@@ -102,10 +95,10 @@ def certify(
     ]
 
 
-def _decompose(alpha: Array, beta: Array, steps: Indices, b: int) -> tuple[list[_Alike], _Columns]:
+def _decompose(alpha: Array, beta: Array, steps: Indices, b: int) -> tuple[list[_EqualSteps], _Columns]:
     """The matrices T of operators after so many steps, and their Ritz vectors, with one call for each number of steps.
 
-    alpha [chains, at least k], beta [chains, at least k + 1], b chains to an operator.
+    alpha is [operators * b, at least k] and beta [operators * b, at least k + 1], with b start vectors to an operator.
     """
     alpha, beta = alpha.reshape(len(steps), b, -1), beta.reshape(len(steps), b, -1)
     ends = (steps + 1).cumsum()
@@ -115,7 +108,7 @@ def _decompose(alpha: Array, beta: Array, steps: Indices, b: int) -> tuple[list[
         i = np.flatnonzero(steps == k)
         lengths = beta[i, :, : k + 1]
         diagonal, off = normal_equations(alpha[i, :, :k].reshape(-1, k), lengths.reshape(-1, k + 1))
-        groups.append(_Alike(i, diagonal, off))
+        groups.append(_EqualSteps(i, diagonal, off))
         values, tops = top_pairs(diagonal, off)
         best = np.arange(b) == values.reshape(-1, b).argmax(axis=1)[:, None]
         rows = (ends[i] - (k + 1))[:, None] + np.arange(k + 1)
@@ -129,9 +122,9 @@ def _decompose(alpha: Array, beta: Array, steps: Indices, b: int) -> tuple[list[
 
 
 def _parts(ops: Sequence[AnyOperator], sizes: Indices, vectors: int, device: torch.device) -> Iterator[slice]:
-    """Neighbours to be measured together, within a working set."""
+    """Neighbours whose bounds are computed together, within a working set."""
     begin = used = 0
-    most = grain(device).working_set
+    most = device_limits(device).working_set
     for i, (op, size) in enumerate(zip(ops, sizes.tolist(), strict=True)):
         needed = 8 * (4 * vectors * size + 2 * weight_numel(op))
         if i > begin and used + needed > most:
@@ -141,11 +134,11 @@ def _parts(ops: Sequence[AnyOperator], sizes: Indices, vectors: int, device: tor
     yield slice(begin, len(ops))
 
 
-def _measure(part: _Part, run: Recurrence, config: IterationConfig, amount: int) -> _Measured:
-    """Apply operators, in float64, to combinations of their vectors."""
-    ops, runs, counts, errors = part.ops, part.runs, part.counts, part.errors
-    # Rounding the weights to the config's arithmetic is part of F, which is measured against the exact ones.
-    exact = stack(ops, amount + 1, torch.float64)
+def _bound_part(part: _Part, run: Recurrence, config: IterationConfig, amount: int) -> _PartBounds:
+    """Bound operators' norms and their F from below and above, by applying them to combinations of their vectors."""
+    ops, runs, counts, (errors, slack, bound) = part.ops, part.runs, part.counts, part.rounding
+    # Rounding the weights to the iteration's arithmetic is part of F, since these operators have the exact weights.
+    exact = batched_operator(ops, amount + 1, torch.float64)
     coefficients, sizes = _coefficients(counts, part.columns, amount, config.generator, run.device)
     flat = coefficients.new_empty(exact.domain[-1].stop)
     places = [slice(exact.domain[own.start].start, exact.domain[own.stop - 1].stop) for own in runs]
@@ -161,7 +154,6 @@ def _measure(part: _Part, run: Recurrence, config: IterationConfig, amount: int)
         norms.append(torch.linalg.vector_norm(missed, dim=2).amax(1))
     numbers = torch.cat([*lengths, squares[amount :: amount + 1], *norms, sizes])
     length, square, norm, size = numbers.view(4, -1).cpu().numpy()
-    slack, bound = np.array([forward_error(op) for op in ops]), np.array([magnitude(op) for op in ops])
     stretch = np.divide(np.sqrt(square), length, out=np.zeros_like(length), where=length > 0.0)
     lower = np.where(length > 0.0, stretch * (1.0 - errors) - slack, 0.0)
     # Evaluating F z in float64 rounds too: the two applications, and the sums that form V z and V T z.
@@ -171,21 +163,22 @@ def _measure(part: _Part, run: Recurrence, config: IterationConfig, amount: int)
     if config.keep_vectors:
         rows = (row for total in sums for row in total[:, amount : amount + 1])
         vectors = [from_rows(row, op.input_shape)[0] for row, op in zip(rows, ops, strict=True)]
-    return _Measured(np.maximum(lower, 0.0), norm * (1.0 + errors) + evaluation, vectors)
+    return _PartBounds(np.maximum(lower, 0.0), norm * (1.0 + errors) + evaluation, vectors)
 
 
 def _coefficients(
     counts: Indices, columns: _Columns, amount: int, generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """What the vectors of operators are multiplied by, [2 amount + 1, vectors + 1, b], and the largest sum |z| of each.
+    """Coefficients of the operators' vectors, [2 amount + 1, vectors + 1, b], and each operator's largest sum of |z|.
 
-    The z, the Ritz vector, and then V T z + b_k v_{k+1} z_k for each z; behind all vectors a 0.
+    They form V z for each Gaussian z, the Ritz vector, and V T z + b_k v_{k+1} z_k for each z. Behind those of all
+    vectors there is a 0.
     """
     diagonal, off, top, inverse = torch.from_numpy(np.stack(columns)).to(device, non_blocking=True)
     rows = (counts.cumsum() - counts)[:, None] + np.minimum(np.arange(counts.max()), counts[:, None] - 1)
     own = torch.from_numpy(rows).to(device, non_blocking=True)
     z = torch.randn(amount, *top.shape, dtype=torch.float64, generator=generator, device=generator.device).to(device)
-    # An operator's last vector has no z, nor a row of T: neighbours do not meet below.
+    # An operator's last vector has neither z nor a row of T, so that neighbours do not mix below.
     z.index_fill_(1, own[:, -1], 0.0)
     coefficients = z.new_zeros(2 * amount + 1, len(top) + 1, top.shape[1])
     inner, expected = coefficients[:amount, :-1], coefficients[amount + 1 :, :-1]

@@ -6,8 +6,9 @@ eigenvalues of symmetric matrices with the Lanczos method", SIAM J. Matrix Anal.
 "Probabilistic upper bounds for the matrix two-norm", J. Sci. Comput. 57 (2013).
 
 All of them rest on one event. Let q be a unit eigenvector of A^T A for its largest eigenvalue and v uniform on the unit
-sphere of R^N; then <q, v>^2 has the Beta(1/2, (N - 1) / 2) distribution. While |<q, v>| >= overlap(N, eta, b), which
-fails for all of b independent starts with probability eta, every bound below holds, whatever number of steps was done.
+sphere of R^N; then <q, v>^2 has the Beta(1/2, (N - 1) / 2) distribution. While |<q, v>| >= start_overlap(N, eta, b),
+which fails for all of b independent start vectors with probability eta, every bound below holds, after any number of
+steps.
 """
 
 import math
@@ -26,7 +27,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 @lru_cache(maxsize=1024)
-def overlap(dimension: int, eta: float, starts: int) -> float:
+def start_overlap(dimension: int, eta: float, starts: int) -> float:
     """The number a with P(|<q, v>| < a) = eta^(1 / starts) for v uniform on the unit sphere of R^dimension.
 
     P is an integral of cos^(dimension - 2) from 0 to asin(a); the result is rounded towards 0.
@@ -60,11 +61,11 @@ def sketch_scale(eta: float, sketches: int) -> float:
 
 
 def normal_equations(alpha: Array, beta: Array) -> tuple[Array, Array]:
-    """Diagonal and off-diagonal of T = B^T B, [C, k] each, for B with diagonal a_1 ... a_k beside b_1 ... b_{k-1}.
+    """Diagonal and off-diagonal of T = B^T B, [C, k] each, where B has the diagonal a_i and the off-diagonal b_i.
 
     Args:
         alpha: a_1 ... a_k, [C, k].
-        beta: b_0 ... b_k, [C, k + 1]; b_0 plays no part, b_k only in the last off-diagonal, which couples to v_{k+1}.
+        beta: b_0 ... b_k, [C, k + 1]; b_0 is not used, and b_k only in the last off-diagonal, which couples to v_{k+1}.
     """
     diagonal = alpha**2
     diagonal[:, 1:] += beta[:, 1:-1] ** 2
@@ -87,7 +88,7 @@ def krylov_bound(
 
 
 def power_bound(log_growth: Array, log_prefix: Array, log_error: Array, overlaps: Array) -> Array:
-    """Dixon's upper bounds on sigma_1 after k steps of v <- A^T A v / c, with rounding; one per chain.
+    """Dixon's upper bounds on sigma_1 after k steps of v <- A^T A v / c, with rounding; one per start vector.
 
     From c_i <q, v_{i+1}> = t <q, v_i> + e_i, t = sigma_1^2: |<q, v_1>| t^k is at most
     ||v_{k+1}|| c_1 ... c_k + sum_i |e_i| c_1 ... c_{i-1} t^{k-i}.
@@ -108,7 +109,7 @@ def power_bound(log_growth: Array, log_prefix: Array, log_error: Array, overlaps
         terms = log_error[:, None] + log_prefix - order * log_t[:, None]
         largest = np.maximum(terms.max(axis=1), log_growth - steps * log_t)
         total = np.exp(terms - largest[:, None]).sum(axis=1) + np.exp(log_growth - steps * log_t - largest)
-        return ~(largest + np.log(total) <= np.log(overlaps))  # what is undefined counts as above
+        return ~(largest + np.log(total) <= np.log(overlaps))  # NaN counts as above
 
     low = log_growth / steps
     high = low + 1.0

@@ -1,8 +1,8 @@
-"""Combinations of Krylov vectors in float64, of many operators in few launches.
+"""Linear combinations of Krylov vectors in float64, for many operators in few launches.
 
 Neighbours of one size are combined together, a block of steps at a time, whatever number of steps each of them took.
-What memory holds beyond an operator's own vectors means nothing, and may not be finite: it is overwritten before it
-meets its coefficients, which are 0.
+Memory beyond an operator's own vectors is undefined, and may hold values that are not finite: it is overwritten before
+it is multiplied by its coefficients, which are 0.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,35 +13,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlip.norms._solvers.iteration import Indices, grain
+from fastlip.norms._solvers.iteration import Indices, device_limits
 from fastlip.norms._solvers.recurrence import BLOCK, Recurrence
 
-#: Up to this ratio it is cheaper to bring along what has ended in between than to look up what has not.
+#: Up to this ratio it is cheaper to include operators that have ended in between than to gather those that have not.
 _SPARE = 1.4
 
 
 class _Span(NamedTuple):
     """A block of steps of a run of operators, on the host."""
 
-    members: slice | Indices  # the operators that have vectors there, relative to the run
-    rows: Indices  # their coefficients' places, [members, columns]
-    ended: list[Indices]  # members and columns of vectors that mean nothing; empty if there are none
+    members: slice | Indices  # operators that have vectors in it, counted from the run's first
+    rows: Indices  # places of their coefficients, [members, columns]
+    ended: list[Indices]  # members and columns of undefined vectors; empty if there are none
 
 
 class _Block(NamedTuple):
-    """The same on the device."""
+    """A span on the device, with its coefficients."""
 
     members: slice | Tensor
-    factors: Tensor  # [members, r, columns * chains]
+    factors: Tensor  # [members, r, columns * starts]
     ended: list[Tensor]
 
 
-def runs_of(sizes: Sequence[int], chains: int, device: torch.device) -> list[slice]:
-    """Neighbours of one size, as many as are combined together."""
+def runs_of(sizes: Sequence[int], starts: int, device: torch.device) -> list[slice]:
+    """Runs of neighbours of one size that are combined together."""
     runs, at = [], 0
     for size, same in groupby(sizes):
         end = at + len(list(same))
-        most = max(1, grain(device).elements // (BLOCK * chains * size))
+        most = max(1, device_limits(device).elements // (BLOCK * starts * size))
         runs += [slice(i, min(i + most, end)) for i in range(at, end, most)]
         at = end
     return runs
@@ -53,13 +53,13 @@ def combine(
     """Sums over each operator's own vectors, [operators, r, N] for each run.
 
     Args:
-        run: the recurrence they are vectors of.
-        first: the operator of the recurrence that ``runs`` counts from.
+        run: the recurrence that the vectors belong to.
+        first: the operator of the recurrence from which ``runs`` count.
         runs: operators of one size each, from :func:`runs_of`.
-        counts: vectors of each operator.
-        coefficients: of the vectors of one operator after the other, and a 0: [r, sum of counts + 1, chains].
+        counts: number of vectors of each operator.
+        coefficients: those of the vectors of one operator after the other, and a 0: [r, sum of counts + 1, starts].
     """
-    amount, most = len(coefficients), grain(coefficients.device).elements
+    amount, most = len(coefficients), device_limits(coefficients.device).elements
     wide = part = coefficients.new_empty(0)
     zero = coefficients.new_zeros(())
     for own, blocks in zip(runs, _blocks(runs, counts, coefficients), strict=True):
@@ -85,14 +85,14 @@ def _room(memory: Tensor, numel: int) -> Tensor:
 
 
 def _sum(basis: Sequence[Tensor], blocks: Sequence[_Block], memory: Tensor, total: Tensor, zero: Tensor) -> None:
-    """Sums of vectors [columns, operators, chains, N] of each block, into ``total``, [operators, r, N]."""
+    """Sums of vectors [columns, operators, starts, N] of each block, into ``total``, [operators, r, N]."""
     for i, (vectors, block) in enumerate(zip(basis, blocks, strict=True)):
         own = vectors[:, block.members].transpose(0, 1)
         wide = memory[: own.numel()].view(own.shape).copy_(own)
         if block.ended:
             wide.index_put_(tuple(block.ended), zero)
         wide = wide.flatten(1, 2)
-        if i == 0:  # all have vectors there
+        if i == 0:  # all operators have vectors in the first block
             torch.bmm(block.factors, wide, out=total)
         elif isinstance(block.members, slice):
             total[block.members].baddbmm_(block.factors, wide)
@@ -101,7 +101,7 @@ def _sum(basis: Sequence[Tensor], blocks: Sequence[_Block], memory: Tensor, tota
 
 
 def _blocks(runs: Sequence[slice], counts: Indices, coefficients: Tensor) -> list[list[_Block]]:
-    """The blocks of steps of each run; all indices go to the device at once, and all coefficients are looked up so."""
+    """The blocks of steps of each run; all indices go to the device in one copy, and all coefficients in one gather."""
     nowhere = coefficients.shape[1] - 1
     columns = np.arange(counts.max())
     rows = np.where(columns < counts[:, None], (counts.cumsum() - counts)[:, None] + columns, nowhere)
@@ -125,7 +125,7 @@ def _blocks(runs: Sequence[slice], counts: Indices, coefficients: Tensor) -> lis
 
 
 def _spans(rows: Indices, counts: Indices, nowhere: int) -> list[_Span]:
-    """The blocks of steps of a run of operators with so many vectors; ``rows`` [operators, columns] of each of them."""
+    """The blocks of steps of a run of operators with ``counts`` vectors; ``rows`` is [operators, columns]."""
     least, most = int(counts.min()), int(counts.max())
     spans = []
     for at in range(0, most, BLOCK):

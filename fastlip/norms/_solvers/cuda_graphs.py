@@ -12,21 +12,21 @@ Step = Callable[[], None]
 Runner = Callable[[Step], None]
 
 #: Elements of all vectors of a half step above which launches hide behind the kernels: there a graph saves nothing, and
-#: copying the vectors out of its fixed memory would cost more. Reckoned from METHODS section 7, not measured.
+#: copying the vectors out of its fixed memory would cost more. Computed from METHODS section 7, not measured.
 _HIDDEN = 1 << 24
 
 
 def worthwhile(device: torch.device, elements: int) -> bool:
-    """Whether steps on vectors of so many elements are better replayed; the reference reads its tables on the host."""
+    """Whether steps on vectors of so many elements are better replayed; the reference backend cannot be captured."""
     return device.type == "cuda" and elements <= _HIDDEN and backends["cuda"].name != "reference"
 
 
 class Replayed:
     """Runs a step that reads and writes the same memory each time, and nothing on the host.
 
-    The first time it runs as it is, which loads the kernels; the second time it is captured. Where that fails it always
-    runs as it is, after a warning. The step is handed over each time and not kept, lest its memory outlive its owner in
-    a cycle of references.
+    The first call runs the step as it is, which loads the kernels; the second one captures it. Where the capture fails,
+    every call runs the step as it is, after a warning. The step is passed to each call and not kept: a reference to it
+    would form a cycle, and keep its memory alive.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Replayed:
 
 
 def _captured(step: Step, device: torch.device) -> torch.cuda.CUDAGraph | None:
-    """None where the step cannot be captured, for which there is a warning."""
+    """The graph of the step; None, with a warning, where it cannot be captured."""
     try:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))

@@ -22,8 +22,9 @@ _EPS = torch.finfo(torch.float64).eps
 def ring_sizes(op: Operator) -> list[tuple[int, ...]]:
     """Lengths per axis of rings the operator embeds in, multiples of the stride; empty if there is none.
 
-    Zero padding: the shortest ring and the next one, since neither is better for all kernels. Circular padding is its
-    own ring where every window starts at a multiple of the stride around it. Other modes have none.
+    With zero padding these are the shortest ring and the next one, since neither is better for all kernels. With
+    circular padding the input is its own ring where every window starts at a multiple of the stride around it. Other
+    modes have no ring.
     """
     sizes = []
     for n, (left, right), e, s, m in zip(op.input_size, op.padding, op.extent, op.stride, op.output_size, strict=True):
@@ -32,7 +33,7 @@ def ring_sizes(op: Operator) -> list[tuple[int, ...]]:
                 return []
             sizes.append(n)
         elif op.padding_mode == "zeros":
-            # A crop shortens the input, padding lengthens the ring, by the wider side only.
+            # A crop shortens the input. Padding lengthens the ring, by the wider side only.
             inside = n + min(left, 0) + min(right, 0)
             shortest = max(inside + max(left, right, 0), e, m * s)
             sizes.append(-(-shortest // s) * s)
@@ -78,7 +79,7 @@ def ring_grams(op: Operator, sizes: tuple[int, ...], max_memory: int) -> tuple[T
     if rows > alias * columns:
         blocks = blocks.mH
     largest = blocks.abs().square().sum((1, 2)).max().item()
-    # Rounding of the transform and of the products, against ||block||_F^2.
+    # The rounding of the transform and of the products is proportional to ||block||_F^2.
     error = _EPS * (8.0 * math.log2(2.0 * math.prod(sizes)) + 4.0 * blocks.shape[2] + 32.0) * largest
     return blocks @ blocks.mH, error
 
@@ -109,13 +110,13 @@ def cholesky_bound(grams: Tensor, error: float, start: float, rtol: float) -> fl
 
     Args:
         grams: the matrices, positive semidefinite but for ``error``.
-        error: bound on what they may be off by, in the 2-norm.
-        start: a number that is not above the root sought by much, such as a lower side; may be 0.
-        rtol: relative accuracy; below that of rounding the bound is as accurate as rounding lets it be.
+        error: bound on their error, in the 2-norm.
+        start: a number that is not much above the root sought, such as a lower side; may be 0.
+        rtol: relative accuracy; the bound cannot be more accurate than rounding lets it be.
     """
     n = grams.shape[1]
     diagonal = grams.diagonal(dim1=1, dim2=2).real
-    # Rounding may have left negative eigenvalues, whose sum the trace is short of.
+    # Rounding may have left negative eigenvalues, which lower the trace.
     most = math.sqrt(diagonal.sum(1).max().item() + n * error) * (1.0 + 4.0 * _EPS * n)
     least = math.sqrt(max(diagonal.max().item(), 0.0))
     if least == 0.0:
@@ -151,12 +152,12 @@ def gram_bound(grams: Tensor, error: float, rtol: float) -> float:
     for power in range(doublings):
         norm = torch.linalg.matrix_norm(matrix)
         log += torch.where(norm > 0.0, norm.log(), -math.inf) * 0.5**power
-        # A block of zeros stays 0, and its logarithm -inf.
+        # A block of zeros stays 0, with the logarithm -inf.
         matrix = matrix / torch.where(norm > 0.0, norm, 1.0)[:, None, None]
         matrix = matrix @ matrix.mH
     log += torch.linalg.matrix_norm(matrix).clamp_min(1e-300).log() * 0.5**doublings
-    # A squaring is off by at most 4 (n + 2) units of the squared Frobenius norm, which is at most n times the largest
-    # eigenvalue squared; its weight halves every time.
+    # A squaring has an error of at most 4 (n + 2) units of the squared Frobenius norm, which is at most n times the
+    # largest eigenvalue squared. The weight of this error halves with every squaring.
     relative = 16.0 * _EPS * n * (n + 2) + 1e-13
     return math.sqrt(math.exp(log.max().item()) * (1.0 + relative) + error)
 
@@ -164,8 +165,8 @@ def gram_bound(grams: Tensor, error: float, rtol: float) -> float:
 def deterministic_upper(op: Operator, method: str, lower: float, rtol: float, max_memory: int) -> float:
     """Upper side by "ring", "gram" or "cholesky", in the scale of a normalised weight.
 
-    "ring" and "gram" bound the circular embeddings, by factorisation and by Gram iteration; an operator without axes
-    is its own block. "cholesky" factorises the operator's own Gram matrix.
+    "ring" and "gram" bound the circular embeddings, by factorisation and by Gram iteration; an operator without
+    spatial axes is its own block. "cholesky" factorises the operator's own Gram matrix.
 
     Raises:
         ValueError: the method does not apply to this operator, or needs more than ``max_memory`` bytes.

@@ -15,7 +15,7 @@ def gram_matrix(matrices: Tensor) -> Tensor:
     """M M^T in float64 for matrices [B, n, m] of any dtype; of large ones the lower half alone is multiplied."""
     n, m = matrices.shape[1:]
     gram = matrices.new_zeros(len(matrices), n, n, dtype=torch.float64)
-    # A few columns at a time are brought to float64 where they stay in cache.
+    # Only as many columns are brought to float64 at a time as stay in cache.
     for part in (matrices[..., at : at + _GRAM_COLUMNS].double() for at in range(0, m, _GRAM_COLUMNS)):
         for start in range(0, n, _GRAM_ROWS):
             stop = min(start + _GRAM_ROWS, n)
@@ -29,11 +29,12 @@ def gram_matrix(matrices: Tensor) -> Tensor:
 def largest_eigenvalue(matrices: Tensor, accuracy: float = 0.0) -> tuple[float, float]:
     """Both sides of the largest eigenvalue of symmetric positive semidefinite matrices, [B, n, n] float64.
 
-    Small ones by the eigenvalue solver, whose error is at most a modest multiple of n units of ||G||_F. A single large
-    one by a Rayleigh quotient and the Cholesky factorisation of t I - G, which runs to its end only if t, moved by its
-    backward error of (n + 1) units of the trace of t I, is above all eigenvalues (S. M. Rump, "Verification of positive
-    definiteness", BIT 46, 2006). That takes a fraction of the time, and far fewer synchronisations between threads; it
-    takes less still with a relative ``accuracy`` above that of rounding, which the two sides then differ by at most.
+    Small matrices go to the eigenvalue solver, whose error is at most a modest multiple of n units of ||G||_F. A single
+    large one is bounded by a Rayleigh quotient and the Cholesky factorisation of t I - G, which succeeds only if t,
+    moved by the backward error of (n + 1) units of the trace of t I, is above all eigenvalues (S. M. Rump,
+    "Verification of positive definiteness", BIT 46, 2006). That takes a fraction of the time, and far fewer
+    synchronisations between threads. It takes less still with a relative ``accuracy`` above that of rounding, by which
+    the two sides then differ at most.
     """
     n = matrices.shape[1]
     slack = 10.0 * n * _EPS * torch.linalg.matrix_norm(matrices).max().item()
@@ -52,8 +53,8 @@ def largest_eigenvalue(matrices: Tensor, accuracy: float = 0.0) -> tuple[float, 
 def _ritz_value(matrix: Tensor, tolerance: float) -> float:
     """A Rayleigh quotient of a symmetric matrix [n, n], close to its largest eigenvalue: Lanczos, orthogonalised twice.
 
-    The start is the matrix's heaviest column with a little of everything. Nothing rests on its being a good one. It
-    ends once eight steps add no more than ``tolerance``.
+    The start vector is the matrix's heaviest column with a small constant added. No bound depends on its being a good
+    one. The iteration ends once eight steps add no more than ``tolerance``.
     """
     v = matrix[:, int(matrix.diagonal().argmax())]
     v = v + 1e-3 * v.abs().max()

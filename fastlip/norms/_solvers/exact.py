@@ -53,9 +53,8 @@ def is_small(op: Operator, rtol: float) -> bool:
 def dense_norm(op: Operator, rtol: float, method: str = "svd", accuracy: float = 0.0) -> NormInterval:
     """Largest singular value over the groups' matrices, from the smaller Gram matrix's eigenvalues.
 
-    The interval covers rounding: forming the Gram matrix costs at most (reduction length + 2) units of ||M||_F^2
-    (Higham 2002, section 3.5); what the entries themselves are off by comes on top. ``accuracy`` is that of
-    :func:`largest_eigenvalue`.
+    The interval covers rounding: that of the Gram matrix is at most (reduction length + 2) units of ||M||_F^2 (Higham
+    2002, section 3.5), and that of the entries is added to it. ``accuracy`` is the one of :func:`largest_eigenvalue`.
     """
     matrices = dense_matrix(op) if op.kernel else op.weight.unflatten(0, (op.groups, -1))
     entries = entry_error(op)
@@ -66,7 +65,7 @@ def dense_norm(op: Operator, rtol: float, method: str = "svd", accuracy: float =
     for matrix in matrices.split(max(1, (1 << 22) // matrices.shape[1] ** 2)):
         gram = gram_matrix(matrix)
         if gram.shape[1] <= EIGEN_SIDE:
-            gram = gram.cpu()  # else each number below would be waited for
+            gram = gram.cpu()  # otherwise the host would wait for each number below
         error = (_EPS * units * gram.diagonal(dim1=1, dim2=2).sum(1)).max().item() * (1.0 + 2.0 * units * _EPS)
         low, high = largest_eigenvalue(gram, accuracy)
         lower, upper = max(lower, low - error), max(upper, high + error)

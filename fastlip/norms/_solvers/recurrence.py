@@ -5,16 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlip.norms._solvers.batched import Stack
+from fastlip.norms._solvers.batched_operator import BatchedOperator
 from fastlip.norms._solvers.certificate import Array
 from fastlip.norms._solvers.cuda_graphs import Replayed, Runner, worthwhile
-from fastlip.norms._solvers.iteration import Indices, rows_by_size
+from fastlip.norms._solvers.iteration import Indices
+from fastlip.norms._solvers.starts import rows_by_size
 
 #: Steps whose vectors are allocated together; even, so that a pair of steps has its squares in one block.
 BLOCK = 16
 #: Vectors of all operators begin at multiples of so many elements, for kernels that move 16 bytes at a time.
 _ALIGNED = 4
-#: Below this norm a chain has ended: it has exhausted its Krylov space, and only rounding is left.
+#: Below this norm of its next vector a start vector has exhausted its Krylov space, and only rounding is left.
 _ENDED = 1e-30
 
 
@@ -22,31 +23,31 @@ class _Block(NamedTuple):
     """Memory of ``BLOCK`` steps."""
 
     vectors: Tensor  # b_i v_{i+1}, [BLOCK, flat]
-    squares: Tensor  # of a_{i+1} and b_{i+1}, [BLOCK, 2, chains]
+    squares: Tensor  # of a_{i+1} and b_{i+1}, [BLOCK, 2, operators * starts]
 
 
 class Recurrence:
-    """A v_i = b_{i-1} u_{i-1} + a_i u_i and A^T u_i = a_i v_i + b_i v_{i+1} for every chain of a stack.
+    """A v_i = b_{i-1} u_{i-1} + a_i u_i and A^T u_i = a_i v_i + b_i v_{i+1} from every start vector.
 
     Steps only launch work, and all state stays where it is in memory: the host waits in :meth:`coefficients` and for a
-    :class:`Reading`. On a GPU pairs of steps work in a memory of their own, from a CUDA graph, and are copied to the
-    basis.
+    :class:`Reading`. On a GPU pairs of steps are replayed from a CUDA graph on memory of their own, and their vectors
+    are copied to the basis.
 
     Attributes:
         active: operators that take part in steps, [operators] bool; written in place.
-        steps: done so far, k.
+        steps: number of steps done so far, k.
         device: of all vectors.
     """
 
-    def __init__(self, operators: Stack, starts: Tensor) -> None:
+    def __init__(self, operators: BatchedOperator, starts: Tensor) -> None:
         """Begin at ``starts``, flat, of norm 1 up to rounding."""
-        self._stack, self.device, self.steps = operators, operators.device, 0
-        self.active = torch.ones(len(operators.chains), dtype=torch.bool, device=self.device)
-        chains = operators.chains[0].stop
-        sizes = [(place.stop - place.start) // chains for place in operators.domain]
+        self._operators, self.device, self.steps = operators, operators.device, 0
+        self.active = torch.ones(len(operators.vectors), dtype=torch.bool, device=self.device)
+        count = operators.vectors[0].stop
+        sizes = [(place.stop - place.start) // count for place in operators.domain]
         lengths = [
             torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64).flatten()
-            for rows in rows_by_size(starts, sizes, chains)
+            for rows in rows_by_size(starts, sizes, count)
         ]
         self._start = torch.cat(lengths).square()
         self._blocks: list[_Block] = []
@@ -59,14 +60,14 @@ class Recurrence:
             self.work_in_pairs(Replayed(self.device))
 
     def work_in_pairs(self, runner: Runner) -> None:
-        """Take two steps at a time on fixed memory, run by ``runner``; to be set before any step."""
+        """Take two steps at a time on fixed memory, run by ``runner``; to be called before any step."""
         self._pair = _Pair(self._half_steps, self._vector(0), self._start, self._u, runner)
 
     def _reserve(self, index: int) -> None:
-        """Have memory for the vectors and squares of a step."""
+        """Allocate memory for the vectors and squares of a step."""
         while index >= BLOCK * len(self._blocks):
             squares = torch.zeros(BLOCK, 2, self._start.numel(), dtype=torch.float64, device=self.device)
-            self._blocks.append(_Block(_vectors(BLOCK, self._stack.domain[-1].stop, self._stack), squares))
+            self._blocks.append(_Block(_vectors(BLOCK, self._operators.domain[-1].stop, self._operators), squares))
 
     def _vector(self, index: int) -> Tensor:
         return self._blocks[index // BLOCK].vectors[index % BLOCK]
@@ -75,16 +76,16 @@ class Recurrence:
         return self._blocks[index // BLOCK].squares[index % BLOCK]
 
     def basis(self, operators: slice, count: int) -> list[Tensor]:
-        """b_i v_{i+1} for i = 0 ... ``count`` - 1 of neighbours of one size, in parts [steps, operators, chains, N]."""
-        places, chains = self._stack.domain[operators], self._stack.chains[operators.start]
-        flat, starts = slice(places[0].start, places[-1].stop), chains.stop - chains.start
+        """b_i v_{i+1} for i = 0 ... ``count`` - 1 of neighbours of one size, in parts [steps, operators, starts, N]."""
+        places, own = self._operators.domain[operators], self._operators.vectors[operators.start]
+        flat, starts = slice(places[0].start, places[-1].stop), own.stop - own.start
         parts = [block.vectors[:, flat].unflatten(1, (len(places), starts, -1)) for block in self._blocks]
         return [part[: count - i * BLOCK] for i, part in enumerate(parts) if count > i * BLOCK]
 
     def advance(self, count: int) -> None:
-        """``count`` steps more of the active operators, or one more than that, without a look at any of them.
+        """Launch ``count`` more steps of the active operators, or one more than that, without reading any result.
 
-        What the others' vectors and squares hold from here on means nothing.
+        The vectors and squares of the other operators are undefined from here on.
         """
         self._reserve(self.steps + count + 1)
         if self._pair is not None:
@@ -107,9 +108,9 @@ class Recurrence:
         self.steps += 2
 
     def matrices(self, count: int, operators: Indices) -> "Reading":
-        """Diagonals and off-diagonals of T after ``count`` steps of some operators, [2, their chains, count].
+        """Diagonals and off-diagonals of T after ``count`` steps of some operators, [2, operators * starts, count].
 
-        Only work is launched, and a copy to the host begun.
+        This only launches work, and begins a copy to the host.
         """
         squares = self._read(count)
         if len(operators) < len(self.active):
@@ -122,9 +123,9 @@ class Recurrence:
         return Reading(found)
 
     def coefficients(self, count: int) -> tuple[Array, Array]:
-        """a_1 ... a_k, [chains, k], and b_0 ... b_k, [chains, k + 1], for k = ``count``; b_0 is the norm of the start.
+        """a_1 ... a_k, [operators * starts, k], and b_0 ... b_k, [operators * starts, k + 1], for k = ``count``.
 
-        One read from the device.
+        b_0 is the norm of the start vector. This reads once from the device.
         """
         start = torch.stack([torch.zeros_like(self._start), self._start])
         squares = torch.cat([start[None], self._read(count)])
@@ -132,13 +133,13 @@ class Recurrence:
         return alpha[:, 1:], beta
 
     def _read(self, count: int) -> Tensor:
-        """Squares of a_i and b_i for i = 1 ... ``count``, [count, 2, chains]."""
+        """Squares of a_i and b_i for i = 1 ... ``count``, [count, 2, operators * starts]."""
         parts = [block.squares[: count - i * BLOCK] for i, block in enumerate(self._blocks) if count > i * BLOCK]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class Reading:
-    """Numbers on their way to the host, while the device goes on."""
+    """Numbers that are being copied to the host while the device goes on."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._numbers = numbers.to("cpu", non_blocking=True)
@@ -148,33 +149,29 @@ class Reading:
             self._done.record(torch.cuda.current_stream(numbers.device))
 
     def wait(self) -> Tensor:
-        """The numbers, once they are there."""
+        """Wait for the numbers, and return them."""
         if self._done is not None:
             self._done.synchronize()
         return self._numbers
 
 
 class _HalfSteps:
-    """One step, on memory that is named each time."""
+    """One step, on memory that each call names."""
 
-    def __init__(self, operators: Stack, active: Tensor) -> None:
-        self._stack, self._active = operators, active
+    def __init__(self, operators: BatchedOperator, active: Tensor) -> None:
+        self._operators, self._active = operators, active
 
     def __call__(
         self, w: Tensor, beta: Tensor, u: Tensor, squares: Tensor, out: Tensor, before: tuple[Tensor, Tensor] | None
     ) -> None:
-        """From w = b_{k-1} v_k and the u of the step before to u, its and the next w's squares, and ``out``."""
+        """Compute u from w = b_{k-1} v_k and the u before, the next w into ``out``, and the squared norms of both."""
         alpha = squares[0]
         earlier = {} if before is None else {"previous": before[0], "previous_square": before[1]}
-        self._stack.forward(w, u, alpha, x_square=beta, active=self._active, **earlier)
-        _end(alpha)
+        self._operators.forward(w, u, alpha, x_square=beta, active=self._active, **earlier)
+        torch.threshold_(alpha, _ENDED**2, 0.0)
         earlier = {"previous": w, "previous_square": beta}
-        self._stack.adjoint(u, out, squares[1], x_square=alpha, active=self._active, **earlier)
-        _end(squares[1])
-
-
-def _end(square: Tensor) -> None:
-    torch.threshold_(square, _ENDED**2, 0.0)
+        self._operators.adjoint(u, out, squares[1], x_square=alpha, active=self._active, **earlier)
+        torch.threshold_(squares[1], _ENDED**2, 0.0)
 
 
 class _Pair:
@@ -184,7 +181,7 @@ class _Pair:
         self._half_steps, self._u, self._runner = half_steps, u, runner
         self.vectors = w.new_empty(2, _room(w.numel()))[:, : w.numel()]
         self.vectors[0].copy_(w)
-        # The first u that is subtracted is 0, and its square says so: the first step is like the others.
+        # The first u that is subtracted is 0, as its square is: so the first step is like the others.
         self.squares = torch.zeros(2, 2, square.numel(), dtype=torch.float64, device=w.device)
         self.squares[1, 1].copy_(square)
 
@@ -202,6 +199,6 @@ def _room(size: int) -> int:
     return -(-size // _ALIGNED) * _ALIGNED
 
 
-def _vectors(count: int, size: int, stack: Stack) -> Tensor:
-    """Uninitialised, [count, size], each aligned."""
-    return torch.empty(count, _room(size), dtype=stack.dtype, device=stack.device)[:, :size]
+def _vectors(count: int, size: int, operators: BatchedOperator) -> Tensor:
+    """Uninitialised vectors, [count, size], each of them aligned."""
+    return torch.empty(count, _room(size), dtype=operators.dtype, device=operators.device)[:, :size]

@@ -1,6 +1,6 @@
 """From operators to intervals: exact norms first, then the other operators by one iteration for all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._operators.composed import AnyOperator, Composed
@@ -22,31 +22,32 @@ def solve(ops: Sequence[AnyOperator], options: ResolvedOptions) -> list[NormInte
         ValueError: the method does not apply to one of the operators.
     """
     found: dict[int, NormInterval] = {}
-    exponents = dict.fromkeys(range(len(ops)), 0)
-    iterated: dict[int, AnyOperator] = {}
-
-    def finish(index: int, interval: NormInterval) -> None:
-        found[index] = rescale(interval, exponents[index], options.rtol)
+    for index, interval, exponent in _intervals(ops, options):
+        found[index] = rescale(interval, exponent, options.rtol)
         if options.progress is not None:
             options.progress(len(found), len(ops))
+    return [found[index] for index in range(len(ops))]
 
+
+def _intervals(ops: Sequence[AnyOperator], options: ResolvedOptions) -> Iterator[tuple[int, NormInterval, int]]:
+    """Positions in ``ops``, intervals, and the exponents of the powers of 2 that they are to be multiplied by."""
+    iterated: dict[int, AnyOperator] = {}
+    exponents: dict[int, int] = {}
     applied = [as_applied(op) if isinstance(op, Operator) else op for op in ops]
     compute_frobenius(op for op in applied if isinstance(op, Operator))
     for index, op in enumerate(applied):
         if isinstance(op, Composed):
-            iterated[index] = op
+            iterated[index], exponents[index] = op, 0
             continue
         if op.frobenius == 0.0:
-            finish(index, NormInterval(0.0, 0.0, 1.0, "closed form", 0, True))
+            yield index, NormInterval(0.0, 0.0, 1.0, "closed form", 0, True), 0
             continue
-        if options.method not in ("svd", "lanczos", "power"):
-            op = flatten(op)
-        scaled, exponents[index] = normalise(op)
+        fewer_taps = op if options.method in ("svd", "lanczos", "power") else flatten(op)
+        scaled, exponent = normalise(fewer_taps)
         interval = exact_norm(scaled, options)
         if interval is None:
-            iterated[index] = scaled
+            iterated[index], exponents[index] = scaled, exponent
         else:
-            finish(index, interval)
+            yield index, interval, exponent
     for index, interval in iterated_norms(iterated, options):
-        finish(index, interval)
-    return [found[index] for index in range(len(ops))]
+        yield index, interval, exponents[index]

@@ -1,7 +1,8 @@
-"""Operators side by side: one call applies all of them, or all of their adjoints, to all of their vectors.
+"""Batched operators: one call applies all operators, or all of their adjoints, to all of their vectors.
 
-``FASTLIP_PRODUCTS=3xtf32`` lets the CUDA library multiply float32 numbers on matrix units; see
-:func:`fastlip.ops.operator_step_`. Certificates measure the rounding of whatever ran.
+The environment variable ``FASTLIP_PRODUCTS`` chooses the matmul precision of float32: ``3xtf32`` lets the CUDA library
+multiply on matrix units; see :func:`fastlip.ops.operator_step_`. A-posteriori bounds measure the rounding of whatever
+ran.
 """
 
 import os
@@ -27,20 +28,20 @@ from fastlip.ops import (
 )
 
 
-class Stack(Protocol):
-    """Operators with some chains (vectors) each; vectors are flat, [chains, pixels, channels] per operator.
+class BatchedOperator(Protocol):
+    """Operators that are applied together, each to as many vectors, which lie flat, [vectors, pixels, channels].
 
     Attributes:
-        domain: where each operator's chains are in a flat source vector of A.
-        range: where they are in a flat target vector of A.
-        chains: where they are among all chains.
+        domain: where each operator's vectors are in a flat source of A.
+        range: where each operator's vectors are in a flat target of A.
+        vectors: which of all vectors, counted from 0, are each operator's.
         dtype: of all vectors.
         device: of all vectors.
     """
 
     domain: list[slice]
     range: list[slice]
-    chains: list[slice]
+    vectors: list[slice]
     dtype: torch.dtype
     device: torch.device
 
@@ -61,7 +62,7 @@ class Stack(Protocol):
             x: vectors of all operators.
             out: where to put the result; a new tensor if None.
             square: where to put the squared norms; a new tensor if None.
-            active: operators to apply; all if None. What the others' results hold means nothing.
+            active: operators to apply, [operators] bool; all if None. The others' results are undefined.
             history: x_square, previous and previous_square of :func:`fastlip.ops.operator_step_`.
         """
         ...
@@ -79,24 +80,19 @@ class Stack(Protocol):
         ...
 
 
-def stack(ops: Sequence[AnyOperator], chains: int, dtype: torch.dtype) -> Stack:
-    """Operators of one kind, each with as many chains, in the arithmetic of ``dtype``.
+def batched_operator(ops: Sequence[AnyOperator], vectors: int, dtype: torch.dtype) -> BatchedOperator:
+    """Operators on one device, each with as many vectors, in the arithmetic of ``dtype``.
 
     Composed operators must all have the same number of parts.
     """
     composed = [op for op in ops if isinstance(op, Composed)]
     if composed:
-        return _ComposedStack(composed, chains, dtype)
-    return _ConvStack([op for op in ops if isinstance(op, Operator)], chains, dtype)
-
-
-def to_rows(x: Tensor) -> Tensor:
-    """[b, C, *size] in the order of a stack's vectors, [b, pixels * C]."""
-    return x.flatten(2).mT.flatten(1) if x.dim() > 2 else x
+        return BatchedCompositions(composed, vectors, dtype)
+    return BatchedConvolutions([op for op in ops if isinstance(op, Operator)], vectors, dtype)
 
 
 def from_rows(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """[b, pixels * C] as [b, C, *size]; ``shape`` is [C, *size]."""
+    """Vectors [b, pixels * C] as [b, C, *size]; ``shape`` is [C, *size]."""
     return rows.unflatten(1, (-1, shape[0])).mT.reshape(-1, *shape)
 
 
@@ -121,13 +117,13 @@ def _geometry(op: Operator) -> ConvGeometry:
 
 @lru_cache(maxsize=64)
 def _operator_plan(
-    geometries: tuple[ConvGeometry, ...], chains: int, adjoint: bool, device: torch.device
+    geometries: tuple[ConvGeometry, ...], vectors: int, adjoint: bool, device: torch.device
 ) -> OperatorPlan:
-    """Kept, since a network's checkpoints are looked at one after the other, and tables take time."""
-    return operator_plan(geometries, [chains] * len(geometries), adjoint=adjoint, device=device)
+    """The op's tables. They take time, and are cached because a network's checkpoints often come one by one."""
+    return operator_plan(geometries, [vectors] * len(geometries), adjoint=adjoint, device=device)
 
 
-def _products() -> Products:
+def _matmul_precision() -> Products:
     chosen = os.environ.get("FASTLIP_PRODUCTS") or "float32"
     for known in PRODUCTS:
         if chosen == known:
@@ -135,19 +131,19 @@ def _products() -> Products:
     raise ValueError(f"FASTLIP_PRODUCTS={chosen} is unknown; choose one of {', '.join(PRODUCTS)}")
 
 
-class _ConvStack:
+class BatchedConvolutions:
     """Convolutions and matrices."""
 
-    def __init__(self, ops: Sequence[Operator], chains: int, dtype: torch.dtype) -> None:
-        self.dtype, self.device, self._products = dtype, ops[0].weight.device, _products()
-        self.domain = _slices([chains * prod(op.input_shape) for op in ops])
-        self.range = _slices([chains * prod(op.output_shape) for op in ops])
-        self.chains = _slices([chains] * len(ops))
+    def __init__(self, ops: Sequence[Operator], vectors: int, dtype: torch.dtype) -> None:
+        self.dtype, self.device, self._precision = dtype, ops[0].weight.device, _matmul_precision()
+        self.domain = _slices([vectors * prod(op.input_shape) for op in ops])
+        self.range = _slices([vectors * prod(op.output_shape) for op in ops])
+        self.vectors = _slices([vectors] * len(ops))
         geometries = tuple(_geometry(op) for op in ops)
         groups = [op.groups for op in ops]
         self._directions = []
         for adjoint in (False, True):
-            plan = _operator_plan(geometries, chains, adjoint, self.device)
+            plan = _operator_plan(geometries, vectors, adjoint, self.device)
             weights = pack_weights([op.weight for op in ops], groups, adjoint=adjoint, dtype=dtype)
             self._directions.append((plan, weights))
 
@@ -172,20 +168,22 @@ class _ConvStack:
     ) -> tuple[Tensor, Tensor]:
         out = x.new_empty(plan.target_size) if out is None else out
         square = torch.zeros(plan.chains, dtype=torch.float64, device=x.device) if square is None else square
-        return operator_step_(out, square, x, weights, plan, products=self._products, **history), square
+        return operator_step_(out, square, x, weights, plan, products=self._precision, **history), square
 
 
-class _ComposedStack:
-    """Composed operators: one stack for each of their parts, and the identity beside them."""
+class BatchedCompositions:
+    """Compositions: one batched operator for each of their parts, and the identity beside them."""
 
-    def __init__(self, ops: Sequence[Composed], chains: int, dtype: torch.dtype) -> None:
+    def __init__(self, ops: Sequence[Composed], vectors: int, dtype: torch.dtype) -> None:
         self._ops = ops
-        self._parts = [_ConvStack([op.parts[i] for op in ops], chains, dtype) for i in range(len(ops[0].parts))]
+        self._parts = [
+            BatchedConvolutions([op.parts[i] for op in ops], vectors, dtype) for i in range(len(ops[0].parts))
+        ]
         self.domain, self.range = self._parts[0].domain, self._parts[-1].range
-        self.chains, self.dtype, self.device = self._parts[0].chains, dtype, self._parts[0].device
-        # What lies between two parts, in either direction, and squares that no one wants.
+        self.vectors, self.dtype, self.device = self._parts[0].vectors, dtype, self._parts[0].device
+        # Vectors between two parts, in either direction, and squared norms that are not used.
         self._between = [torch.empty(part.range[-1].stop, dtype=dtype, device=self.device) for part in self._parts[:-1]]
-        self._unused = torch.zeros(self.chains[-1].stop, dtype=torch.float64, device=self.device)
+        self._unused = torch.zeros(self.vectors[-1].stop, dtype=torch.float64, device=self.device)
 
     def forward(
         self,
@@ -228,13 +226,13 @@ class _ComposedStack:
         previous_square: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if square is None:
-            square = torch.zeros(self.chains[-1].stop, dtype=torch.float64, device=x.device)
-        # Only a CPU's mask can be looked at without waiting for the device; elsewhere all are finished.
+            square = torch.zeros(self.vectors[-1].stop, dtype=torch.float64, device=x.device)
+        # Only a CPU's mask can be read without waiting for the device; elsewhere all operators are finished.
         on = active.tolist() if active is not None and active.device.type == "cpu" else [True] * len(self._ops)
         for i, op in enumerate(self._ops):
             if not on[i]:
                 continue
-            own = self.chains[i]
+            own = self.vectors[i]
             rows = product[targets[i]].unflatten(0, (own.stop - own.start, -1))  # a view: finished in place
             rows *= op.scale
             if op.identity:
