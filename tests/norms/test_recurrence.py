@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlip.norms import Composed, NormInterval, Operator, conv_norm, conv_operator
 from fastlip.norms._solvers import cuda_graphs
 from fastlip.norms._solvers.batched_operator import batched_operator
-from fastlip.norms._solvers.certificate import normal_equations
 from fastlip.norms._solvers.iteration import DEVICE_LIMITS, IterationConfig
 from fastlip.norms._solvers.power import _Steps
 from fastlip.norms._solvers.recurrence import Reading, Recurrence
 from fastlip.norms._solvers.starts import on_device
+from fastlip.norms._solvers.tridiagonal import normal_equations
 
 CHAINS = 3
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "bincount")

@@ -251,16 +251,6 @@ def _padding(
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
-def reduction_length(op: Operator) -> int:
-    """Number of products in the longest sum of A or A^T, borders folded back included."""
-    taps = math.prod(op.kernel)
-    widest = max(op.weight.shape[0] // op.groups, op.weight.shape[1])
-    copies = 1
-    if op.padding_mode != "zeros":
-        copies = math.prod(1 + max(left, 0) + max(right, 0) for left, right in op.padding)
-    return taps * widest * copies
-
-
 def smallest_side(op: Operator) -> int:
     """The smaller dimension of one group's matrix."""
     return min(math.prod(op.input_shape), math.prod(op.output_shape)) // op.groups

@@ -12,32 +12,13 @@ from torch import Tensor
 
 from fastlip.norms._operators.composed import AnyOperator, weight_numel
 from fastlip.norms._solvers.batched_operator import batched_operator, from_rows
-from fastlip.norms._solvers.certificate import Array, krylov_bound, normal_equations, top_pairs
+from fastlip.norms._solvers.certificate import Array, krylov_bound
 from fastlip.norms._solvers.combinations import combine, runs_of
 from fastlip.norms._solvers.iteration import Indices, IterationConfig, IterationResult, device_limits
 from fastlip.norms._solvers.recurrence import Recurrence
 from fastlip.norms._solvers.rounding import RoundingTerms, rounding_terms
 from fastlip.norms._solvers.sketches import Sketches
-
-
-class _EqualSteps(NamedTuple):
-    """T of the operators that took the same number of steps k, one after the other for their b start vectors."""
-
-    operators: Indices
-    diagonal: Array  # [operators * b, k]
-    off: Array
-
-
-class _Columns(NamedTuple):
-    """Numbers for the vectors b_i v_{i+1}, i = 0 ... k, of one operator after the other: [vectors, b] each.
-
-    The last vector of each operator has no row of T: its numbers are 0, but for its length.
-    """
-
-    diagonal: Array
-    off: Array
-    top: Array  # coefficients of the best start vector's Ritz vector
-    inverse: Array  # reciprocals of the lengths b_i; 0 where a Krylov space is exhausted
+from fastlip.norms._solvers.tridiagonal import Columns, decompose
 
 
 class _Part(NamedTuple):
@@ -47,7 +28,7 @@ class _Part(NamedTuple):
     ops: Sequence[AnyOperator]
     runs: list[slice]  # operators of one size each
     counts: Indices  # number of vectors of each operator
-    columns: _Columns
+    columns: Columns
     rounding: RoundingTerms
 
 
@@ -73,12 +54,12 @@ def a_posteriori_bounds(
     ``sizes``, ``steps`` and ``overlaps`` are [operators].
     """
     b, counts, rounding = config.starts, steps + 1, rounding_terms(ops, sizes)
-    groups, columns = _decompose(*run.coefficients(int(steps.max())), steps, b)
+    groups, columns = decompose(*run.coefficients(int(steps.max())), steps, b)
     begins = [0, *counts.cumsum().tolist()]
     found = []
     for at in _parts(ops, sizes, sketches.amount + 1, run.device):
         runs = runs_of(sizes[at].tolist(), b, run.device)
-        own = _Columns(*(array[begins[at.start] : begins[at.stop]] for array in columns))
+        own = Columns(*(array[begins[at.start] : begins[at.stop]] for array in columns))
         part = _Part(at.start, ops[at], runs, counts[at], own, RoundingTerms(*(term[at] for term in rounding)))
         found.append(_bound_part(part, run, config, sketches.amount))
     last, residuals = 1.0 + rounding.quotient, np.concatenate([part.residual for part in found]) / sketches.scale
@@ -93,32 +74,6 @@ def a_posteriori_bounds(
     return [
         IterationResult(*interval) for interval in zip(lowers, uppers.tolist(), steps.tolist(), vectors, strict=True)
     ]
-
-
-def _decompose(alpha: Array, beta: Array, steps: Indices, b: int) -> tuple[list[_EqualSteps], _Columns]:
-    """The matrices T of operators after so many steps, and their Ritz vectors, with one call for each number of steps.
-
-    alpha is [operators * b, at least k] and beta [operators * b, at least k + 1], with b start vectors to an operator.
-    """
-    alpha, beta = alpha.reshape(len(steps), b, -1), beta.reshape(len(steps), b, -1)
-    ends = (steps + 1).cumsum()
-    columns = _Columns(*np.zeros((4, int(ends[-1]), b)))
-    groups = []
-    for k in np.unique(steps).tolist():
-        i = np.flatnonzero(steps == k)
-        lengths = beta[i, :, : k + 1]
-        diagonal, off = normal_equations(alpha[i, :, :k].reshape(-1, k), lengths.reshape(-1, k + 1))
-        groups.append(_EqualSteps(i, diagonal, off))
-        values, tops = top_pairs(diagonal, off)
-        best = np.arange(b) == values.reshape(-1, b).argmax(axis=1)[:, None]
-        rows = (ends[i] - (k + 1))[:, None] + np.arange(k + 1)
-        diagonal, off, tops = (array.reshape(-1, b, k).transpose(0, 2, 1) for array in (diagonal, off, tops))
-        columns.diagonal[rows[:, :-1]] = diagonal
-        columns.off[rows[:, :-1]] = off
-        columns.top[rows[:, :-1]] = np.where(best[:, None], tops, 0.0)
-        lengths = lengths.transpose(0, 2, 1)
-        columns.inverse[rows] = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0.0)
-    return groups, columns
 
 
 def _parts(ops: Sequence[AnyOperator], sizes: Indices, vectors: int, device: torch.device) -> Iterator[slice]:
@@ -167,7 +122,7 @@ def _bound_part(part: _Part, run: Recurrence, config: IterationConfig, amount: i
 
 
 def _coefficients(
-    counts: Indices, columns: _Columns, amount: int, generator: torch.Generator, device: torch.device
+    counts: Indices, columns: Columns, amount: int, generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Coefficients of the operators' vectors, [2 amount + 1, vectors + 1, b], and each operator's largest sum of |z|.
 

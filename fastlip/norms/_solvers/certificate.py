@@ -60,24 +60,6 @@ def sketch_scale(eta: float, sketches: int) -> float:
     return NormalDist().inv_cdf(0.5 + 0.5 * eta ** (1.0 / sketches)) * (1.0 - 1e-6)
 
 
-def normal_equations(alpha: Array, beta: Array) -> tuple[Array, Array]:
-    """Diagonal and off-diagonal of T = B^T B, [C, k] each, where B has the diagonal a_i and the off-diagonal b_i.
-
-    Args:
-        alpha: a_1 ... a_k, [C, k].
-        beta: b_0 ... b_k, [C, k + 1]; b_0 is not used, and b_k only in the last off-diagonal, which couples to v_{k+1}.
-    """
-    diagonal = alpha**2
-    diagonal[:, 1:] += beta[:, 1:-1] ** 2
-    return diagonal, alpha * beta[:, 1:]
-
-
-def top_pairs(diagonal: Array, off_diagonal: Array) -> tuple[Array, Array]:
-    """Largest eigenvalues [C] and their unit vectors [C, k] of T, given by its diagonals [C, k]."""
-    values, vectors = ops.top_eigenpairs(torch.from_numpy(diagonal), torch.from_numpy(off_diagonal))
-    return values.numpy(), vectors.numpy()
-
-
 def krylov_bound(
     diagonal: Array, off_diagonal: Array, last: Array, residual: Array, overlaps: Array, tolerance: float = 1e-12
 ) -> Array:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastlip.norms._solvers.certificate import Array, krylov_bound, top_pairs
+from fastlip.norms._solvers.certificate import Array, krylov_bound
 from fastlip.norms._solvers.iteration import Indices, IterationConfig, device_limits
 from fastlip.norms._solvers.recurrence import Recurrence
 from fastlip.norms._solvers.sketches import expected_rounding
+from fastlip.norms._solvers.tridiagonal import top_pairs
 
 #: Steps before the first stopping test.
 _FIRST_TEST = 6
