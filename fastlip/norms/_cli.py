@@ -19,10 +19,10 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from fastlip._text import printable
-from fastlip.norms._interval import confidence_text
+from fastlip.norms._interval import confidence_text, width_text
 from fastlip.norms._layer_norms import layer_norms
 from fastlip.norms._options import METHODS
-from fastlip.norms._report.html import report_html
+from fastlip.norms._report.page import report_html
 from fastlip.norms._report.report import NormReport
 
 # Characters of an error, and names listed in one.
@@ -63,6 +63,7 @@ def norms(
         shown = _shown(report)
         page = printable(f"{model} on {shape}")
         exports = ((json, report.to_json), (csv, shown.to_csv), (html, lambda: report_html(shown, page)))
+        to_stdout = [export() for path, export in exports if path is not None and str(path) == "-"]
         for path, export in exports:
             if path is not None and str(path) != "-":
                 path.write_text(export(), encoding="utf-8")
@@ -71,10 +72,8 @@ def norms(
         text = printable(" ".join(_COLOURS.sub("", str(error)).split()))
         print(f"error: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'}", file=sys.stderr)
         raise typer.Exit(2) from None
-    to_stdout = [export for path, export in exports if path is not None and str(path) == "-"]
     if to_stdout:
-        for export in to_stdout:
-            print(export(), end="")
+        print(*to_stdout, sep="", end="")
     else:
         console = Console()
         console.print(_table(shown, wide=console.width >= 100))
@@ -256,7 +255,6 @@ def _table(report: NormReport, wide: bool) -> Table:
     table.add_column("width", justify="right", no_wrap=True, min_width=6)
     table.add_column("method", no_wrap=True, min_width=11)
     for name, interval in report.items():
-        width = "exact" if interval.width < 1e-6 else f"{100 * interval.width:.2g}%"
         method = f"{interval.method} {interval.iterations or ''}".rstrip()
         late = "" if interval.converged else "[yellow]"
         table.add_row(
@@ -264,7 +262,7 @@ def _table(report: NormReport, wide: bool) -> Table:
             *([Text(report.descriptions[name])] if wide else []),
             f"{interval.lower:.5g}",
             f"{interval.upper:.5g}",
-            f"{late}{width}",
+            f"{late}{width_text(interval)}",
             method,
         )
     low, high = report.log10_product_lower, report.log10_product_upper

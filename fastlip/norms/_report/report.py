@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastlip.norms._interval import NormInterval, confidence_text
+from fastlip.norms._interval import NormInterval, confidence_text, width_text
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class NormReport(Mapping[str, NormInterval]):
                 self.descriptions[name],
                 f"{interval.lower:.5g}",
                 f"{interval.upper:.5g}",
-                f"{100.0 * interval.width:.2g}%" if interval.width >= 1e-6 else "exact",
+                width_text(interval),
                 interval.method,
                 str(interval.iterations) if interval.iterations else "",
             )
