@@ -16,13 +16,13 @@ upper / lower - 1, ``lower_gap`` how far the lower side is below the truth, whic
 """
 
 import argparse
-import csv
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from _timing import Results
 from torch import Tensor
 
 import fastlip
@@ -148,7 +148,8 @@ def main() -> None:
     def plan(starts: int, rtol: float, steps: int, dtype: torch.dtype) -> IterationConfig:
         return IterationConfig(ETA, starts, rtol, steps, dtype, torch.Generator().manual_seed(1))
 
-    rows = []
+    shared = {"emulated_on": "cpu", "torch": torch.__version__, "fastlip": fastlip.__version__}
+    results = Results(args.out / "precision_emulated.csv", shared)
     for name, op in layers().items():
         low, high, *_ = run(op, None, plan(4, 1e-7, 120, torch.float64))
         truth = 0.5 * (low + high)
@@ -161,14 +162,8 @@ def main() -> None:
                     row |= {"residual": f"{residual / truth**2:.3g}", "overlap": f"{overlap:.3g}"}
                     assert lower <= high, "an interval missed the truth"
                     assert upper >= low, "an interval missed the truth"
-                    rows.append(
-                        row | {"emulated_on": "cpu", "torch": torch.__version__, "fastlip": fastlip.__version__}
-                    )
-                    print(*(f"{value!s:<16}" for value in list(row.values())), flush=True)
-    with (args.out / "precision_emulated.csv").open("w", newline="") as f:
-        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+                    results.add(row)
+                    print(*(f"{value!s:<16}" for value in row.values()), flush=True)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def _check_measures(s: "Settings") -> None:
     for group in ("smallest", "smoothing"):
         for f in dataclasses.fields(getattr(s, group)):
             need(getattr(getattr(s, group), f.name) > 0, f"{group}.{f.name}", "must be above 0")
+    need(s.smallest.levels > 1, "smallest.levels", "must be at least 2")
     for name in ("steps", "restarts", "targets", "queries"):
         need(getattr(s.strong, name) > 0, f"strong.{name}", "must be at least 1")
     need(0 < s.smoothing.alpha < 1, "smoothing.alpha", "must lie between 0 and 1")

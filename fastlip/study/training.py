@@ -32,6 +32,9 @@ ALONE = Team()
 _HEAD = b"fastlip.study, unfinished training, sha256 "
 _BODY = len(_HEAD) + 64
 
+#: Steps between two looks at the loss, for each of which the host waits until a GPU has caught up.
+_LOOKS = 50
+
 
 @dataclass
 class History:
@@ -119,10 +122,12 @@ def train(
         order = torch.randperm(len(images), generator=generator)
         shifts = torch.randint(-schedule.crop, schedule.crop + 1, (2, len(images)), generator=generator)
         flips = torch.rand(len(images), generator=generator) < (0.5 if schedule.flip else 0.0)
+        # Once an epoch: a copy from the host in each step would have a GPU run dry before the next is launched.
+        order, shifts, flips = order.to(device), shifts.to(device), flips.to(device)
         for step in range(first, per_epoch):
             batch = order[step * size : (step + 1) * size][team.rank :: team.size]
-            x = _augment(images[batch.to(device)], shifts[:, batch].to(device), flips[batch].to(device))
-            y = labels[batch.to(device)]
+            x = _augment(images[batch], shifts[:, batch], flips[batch])
+            y = labels[batch]
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
                 logits = network(x.float().div_(255).contiguous(memory_format=torch.channels_last))
             loss = cross_entropy(logits.float(), y, label_smoothing=schedule.label_smoothing)
@@ -133,7 +138,7 @@ def train(
             done += 1
             summed = torch.stack([loss.detach().double() * len(batch), (logits.argmax(1) == y).sum().double()])
             totals += team.sum_(summed)
-            if done % 10 == 0 or done == steps or step + 1 == per_epoch:
+            if done % _LOOKS == 0 or done == steps or step + 1 == per_epoch:
                 _require_finite(totals, done)
             if step + 1 == per_epoch:
                 mean_loss, accuracy = (totals / (per_epoch * size)).tolist()

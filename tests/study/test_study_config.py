@@ -37,6 +37,7 @@ def test_override_changes_one_setting_and_its_type():
         ("pgd.steps=many", "expected int"),
         ("pgd.loss=hinge", "expected dlr or ce"),
         ("pgd.steps=0", "pgd"),
+        ("smallest.levels=1", "smallest.levels"),
         ("arms=scratch,magic", "arms"),
         ("evaluation.images=100000", "evaluation.images"),
         ("rules.compared_linf_255=3", "rules.compared_linf_255"),
