@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-#: Largest difference between two ways to compute one layer, relative to its largest output, by what it computed in.
+#: Largest difference between two ways to compute one layer, relative to its largest output, by the output's dtype.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 #: On a GPU convolutions of float32 numbers may be done in TF32.
 _ROUNDING_TF32 = 1e-2
@@ -17,7 +17,7 @@ def rounding_of(output: Tensor) -> float:
 
 
 def agree(said: Tensor, seen: Tensor, rounding: float) -> bool:
-    """Whether two results are one but for rounding, non-finite values in the same places."""
+    """Whether two results are the same but for rounding, with non-finite values in the same places."""
     if said.shape != seen.shape:
         return False
     if not said.numel():
@@ -32,7 +32,7 @@ def agree(said: Tensor, seen: Tensor, rounding: float) -> bool:
 
 
 def gap(said: Tensor, seen: Tensor) -> Tensor:
-    """Largest difference and largest magnitude, [2] float64; what is not finite is left to others."""
+    """Largest difference and largest magnitude, [2] float64, where non-finite values count as 0."""
     if not said.numel():
         return said.new_zeros(2, dtype=torch.float64)
     both = torch.stack([(seen - said).abs(), said.abs(), seen.abs().to(said.dtype)]).nan_to_num_(0.0, 0.0, 0.0)

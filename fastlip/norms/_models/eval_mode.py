@@ -14,17 +14,17 @@ from fastlip.norms._models.wrappers import require_module
 
 
 def require_eval(model: nn.Module, training: bool, used: Iterable[nn.Module]) -> None:
-    """See that the layers ``used`` that depend on the mode are in eval mode as the model is, or will be.
+    """Check that those of the layers ``used`` that depend on the mode are in eval mode, or will be.
 
     Args:
         model: the model.
         training: whether it was found in training mode.
-        used: layers that it uses.
+        used: layers that the model uses.
 
     Raises:
-        ValueError: one is in training mode although the model is not, and so stays there in :func:`eval_mode`; or the
-            model is in training mode, and above such a module there is a ``train`` of its own, which alone knows what
-            eval mode would be.
+        ValueError: a layer is in training mode although the model is not, and so stays there in :func:`eval_mode`; or
+            the model is in training mode, and a module around such a layer overrides ``train`` or ``eval``, so that
+            only that method knows what eval mode would be.
     """
     dependent = {m for m in used if isinstance(m, _BatchNorm) or (isinstance(m, _DropoutNd) and m.p > 0.0)}
     for name, module in model.named_modules() if dependent else ():
@@ -43,7 +43,7 @@ def require_eval(model: nn.Module, training: bool, used: Iterable[nn.Module]) ->
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, outside of inference mode, autocast and compiled code, to be run and traced.
+    """Put the model into eval mode, outside of inference mode, autocast and compiled code, to run and trace it.
 
     Modes are set as flags, since ``train()`` and ``eval()`` may do something (LoRA layers merge their weights); in a
     model that is in eval mode itself every module keeps the mode it has. Afterwards the model is as it was found, see
@@ -67,7 +67,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if model.training:
             for module in model.modules():
-                vars(module)["training"] = False  # whatever assigning may do
+                vars(module)["training"] = False  # without calling a __setattr__ of the module
         for module in model.modules():
             vars(module)["_compiled_call_impl"] = None
         yield

@@ -10,11 +10,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks of the module or of all modules see it run."""
+    """Whether hooks run with the module: its own, or those of all modules."""
     everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
     return bool(everywhere) or has_hooks(module)
 
 
-def is_dressed(module: nn.Module) -> bool:
+def is_intercepted(module: nn.Module) -> bool:
     """Whether calling a module may do more than its ``forward``: by hooks, or a ``__call__`` of its own."""
     return is_hooked(module) or type(module).__call__ is not nn.Module.__call__

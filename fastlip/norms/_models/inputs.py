@@ -1,4 +1,4 @@
-"""Inputs to run a model on, and what is said where it does not run."""
+"""Inputs to run a model on, and the error that says on what it does not run."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Refused(ValueError):
-    """What a model does is not what would be bounded; raised from within its runs."""
+    """The model does something else than what would be bounded; raised from within its runs, and passed on as it is."""
 
 
 def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
@@ -37,9 +37,9 @@ def example_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
 
 
 def random_inputs(model: nn.Module, input_shape: Sequence[int], count: int, seed: int = 0) -> Tensor:
-    """Inputs like images, uniform in [0, 1], and by turns Gaussian ones of twice the size, [count, *input_shape].
+    """Random inputs, [count, *input_shape]: uniform in [0, 1] like images, and Gaussian with deviation 2, in turn.
 
-    They show whether two ways of computing are one, so their seed may be fixed: nothing is certified by chance here.
+    They show whether two ways of computing agree. The seed may be fixed, since no probability is derived from them.
     """
     like = example_input(model, input_shape)
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ def random_inputs(model: nn.Module, input_shape: Sequence[int], count: int, seed
 
 @contextmanager
 def runs_on(model: nn.Module, input_shape: Sequence[int]) -> Iterator[None]:
-    """Errors of torch in a forward pass as ones that say what the model was given."""
+    """Turn errors of a forward pass into ValueErrors that say what the model was given."""
     try:
         yield
     except (torch.OutOfMemoryError, Refused):

@@ -19,7 +19,7 @@ def apply_operator(
     transposed: bool = False,
     magnitudes: bool = False,
 ) -> Tensor:
-    """What an operator makes of x, by torch and in x's dtype; of its adjoint where ``transposed``.
+    """Apply an operator to x, or its adjoint where ``transposed``, by torch and in x's dtype.
 
     With ``magnitudes`` weights and bias are replaced by their absolute values.
     """
@@ -35,7 +35,7 @@ def apply_operator(
 
 
 def layer_output(module: nn.Module, x: Tensor, output_shape: Sequence[int], *, magnitudes: bool = False) -> Tensor:
-    """The output of a layer on x, [B, ...], by the map that is said to be its own, in float32 at least.
+    """The output of a layer on x, [B, ...], by the map whose norm is reported for it, in float32 at least.
 
     Raises:
         ValueError: there is no such map, see :func:`module_operator`.

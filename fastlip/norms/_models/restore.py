@@ -10,36 +10,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-#: Containers a forward pass may write into; beyond this many items their insides are not followed.
+#: Containers that a forward pass may write into; the items of larger ones than this are not looked at.
 _CONTAINERS = (list, dict, set, deque)
 _MOST_ITEMS = 10_000
-#: Numbers in parameters of which a copy is taken, and which may be widened to float64.
+#: Most numbers in a model's parameters with which they are copied, or widened to float64.
 MOST_COPIED = 1 << 27
-#: What every module has and forwards leave alone, hooks above all; put back at the end of all runs, and not of each.
+#: Attributes that every module has and forwards rarely change, such as hooks. They are restored after all runs, not
+#: after each.
 _RARELY_CHANGED = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
 
 
 @contextmanager
 def as_found(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
-    """Undo afterwards what runs of a model change on its modules.
+    """Undo afterwards whatever runs of a model change on its modules.
 
-    All attributes are put back, containers among them, and what buffers and other tensors hold; with ``parameters``
-    also what those hold.
+    All attributes are restored, containers included, and the values of buffers and other tensors; with ``parameters``
+    those of parameters too.
 
     Raises:
         ValueError: a forward wrote into parameters that are too large for a copy.
     """
-    found = _Found(model, parameters)
+    snapshot = _Snapshot(model, parameters)
     try:
         yield
     finally:
-        written = found.put_back()
+        written = snapshot.restore()
     if written is not None:
         raise ValueError(f"the model's forward writes into its parameter {written}, so that no two runs are alike")
 
 
-class _Found:
-    """What a forward pass can change on a model's modules, to be put back."""
+class _Snapshot:
+    """The state that a forward pass can change on a model's modules."""
 
     def __init__(self, model: nn.Module, parameters: bool) -> None:
         self._attributes = [(vars(module), dict(vars(module))) for module in list(model.modules())]
@@ -55,7 +56,7 @@ class _Found:
         self._outer = parameters
         copied = parameters and sum(p.numel() for p in model.parameters()) <= MOST_COPIED
         held = [t for t in self._tensors.values() if id(t) not in self._names]
-        # Also where the data are, which a forward may exchange, and a copy of what they are.
+        # A forward may exchange a tensor's data, or write into them: both the data and a copy are kept.
         self._held = [(t, t.data, t.detach().clone(), t._version) for t in held]
         self._wanted = [(t, t.requires_grad) for t in self._tensors.values() if t.is_leaf]
         self._parameters = [
@@ -81,8 +82,8 @@ class _Found:
                 for inner in value.values() if isinstance(value, dict) else value:
                     self._keep(inner)
 
-    def put_back(self) -> str | None:
-        """Undo all changes; the name of a parameter that was written into, of which there is no copy."""
+    def restore(self) -> str | None:
+        """Undo all changes; returns the name of a parameter that was written and cannot be restored, or None."""
         for own, before in self._attributes:
             if not _same(own, before):
                 own.clear()
@@ -109,7 +110,7 @@ class _Found:
         if self._outer:
             copied += [(data, values) for _, data, values, _ in self._held if data.numel() and _is_dense(data)]
         if copied:
-            # Writing through .data counts nowhere. One read for all.
+            # No version counts writes through .data, so values are compared, with one read for all.
             written = torch.stack([_differ(data, values).cpu() for data, values in copied]).tolist()
             for (data, values), changed in zip(copied, written, strict=True):
                 if changed:
@@ -123,12 +124,12 @@ def _is_dense(t: Tensor) -> bool:
 
 
 def _address(t: Tensor) -> int:
-    """Where a tensor's numbers are; 0 for all sparse ones, which have no such place."""
+    """The address of a tensor's data; 0 for sparse tensors, which have no single one."""
     return t.data_ptr() if _is_dense(t) else 0
 
 
 def _differ(now: Tensor, before: Tensor) -> Tensor:
-    """Whether any number is another one, 0-d bool; a zero's sign counts."""
+    """Whether any number has changed, 0-d bool; a zero's sign counts."""
     differ = (now != before).any()
     if now.is_floating_point():
         differ |= (torch.signbit(now) != torch.signbit(before)).any()
@@ -136,12 +137,12 @@ def _differ(now: Tensor, before: Tensor) -> Tensor:
 
 
 def version_of(t: Tensor) -> int:
-    """Count of the in-place changes to a tensor; of those made in inference mode nobody counts."""
+    """Number of in-place changes to a tensor; 0 for tensors of inference mode, whose changes are not counted."""
     return 0 if t.is_inference() else t._version
 
 
 def _same(now: Any, before: Any) -> bool:
-    """Whether a container holds the very objects it held, in their order."""
+    """Whether a container holds the same objects as before, in the same order."""
     if len(now) != len(before):
         return False
     if isinstance(now, dict):
@@ -151,7 +152,7 @@ def _same(now: Any, before: Any) -> bool:
 
 @contextmanager
 def random_state() -> Iterator[None]:
-    """Python's and NumPy's random numbers as they were; torch has its own way."""
+    """Restore the random states of Python and NumPy afterwards; torch has ``fork_rng`` for its own."""
     kept = random.getstate(), np.random.get_state()  # noqa: NPY002, a forward may draw from it
     try:
         yield

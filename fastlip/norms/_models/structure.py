@@ -1,4 +1,4 @@
-"""What a model computes with, apart from the numbers: equal for checkpoints of one model."""
+"""A model's structure: everything that it computes with but its numbers, equal for checkpoints of one model."""
 
 import marshal
 from collections.abc import Hashable
@@ -10,17 +10,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-#: What every module has; of these only hooks of the forward pass can change what it computes.
+#: Attributes that every module has; of these only hooks of the forward pass can change what it computes.
 _INTERNAL = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, type, type(None), torch.dtype, torch.device, torch.memory_format)
 _NUMBERS = frozenset((bool, int, float, str, type(None)))
-#: Format of marshal in which equal values give equal bytes, whoever else refers to them.
+#: Format of marshal in which equal values give equal bytes, however many references they have.
 _WITHOUT_REFERENCES = 2
 
 
 class _UnknownError(Exception):
-    """Something whose equality says nothing of its effect."""
+    """An attribute whose equality says nothing about what the model computes."""
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -36,9 +36,9 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def structure(model: nn.Module) -> Hashable | None:
-    """Equal for models of the same classes, attributes and shapes; None where that cannot be said.
+    """A value that is equal for models of the same classes, attributes and shapes; None where that is unknown.
 
-    Such models run alike on one input but for what branches on the numbers in tensors, and :func:`modules_of` lists
+    Such models run alike on one input, unless they branch on the numbers in tensors, and :func:`modules_of` lists
     their modules in the same order. Attributes must be plain values or containers of them, and no module may have hooks
     on its forward pass or integers in its buffers, which may count.
     """
@@ -57,7 +57,7 @@ def _children(module: nn.Module, index: dict[int, int]) -> Hashable:
 
 
 def _attributes(module: nn.Module) -> tuple[Hashable, ...]:
-    """What a module has of its own; this runs for every module of every checkpoint."""
+    """A module's own attributes and tensors; this has to be fast, as it runs for every module of every checkpoint."""
     own = vars(module)
     if any(own[hooks] for hooks in _HOOKS) or isinstance(module, torch.jit.ScriptModule):
         raise _UnknownError
@@ -65,7 +65,8 @@ def _attributes(module: nn.Module) -> tuple[Hashable, ...]:
     values = [own[key] for key in keys]
     attributes: Hashable
     if all(map(_is_simple, values)):
-        attributes = marshal.dumps(values, _WITHOUT_REFERENCES)  # tells types and values apart as exactly as _plain
+        # This distinguishes types and values as exactly as _plain does.
+        attributes = marshal.dumps(values, _WITHOUT_REFERENCES)
     else:
         attributes = tuple(map(_plain, values))
     held = [*own["_parameters"].items(), *own["_buffers"].items()]
@@ -77,7 +78,7 @@ def _attributes(module: nn.Module) -> tuple[Hashable, ...]:
 
 
 def _is_simple(value: object) -> bool:
-    """Whether a value is a number or a string, or a sequence of them: of anything else marshal may forget the type."""
+    """Whether a value is a number, a string or a sequence of them, whose types marshal keeps."""
     kind = type(value)
     return kind in _NUMBERS or (kind in (tuple, list) and _NUMBERS.issuperset(map(type, cast("list[object]", value))))
 

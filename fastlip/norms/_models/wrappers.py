@@ -9,10 +9,10 @@ from fastlip.norms._models.hooks import has_hooks
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """What a data-parallel wrapper or ``torch.compile`` holds, or the model itself.
+    """The model inside a data-parallel wrapper or what ``torch.compile`` made, or the model itself.
 
     Raises:
-        TypeError: it is no module.
+        TypeError: ``model`` is no module.
         ValueError: part of it is TorchScript, or a wrapper has hooks of its own on the forward pass.
     """
     require_module(model)

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-#: Why a BatchNorm has no factors.
+#: Says why a BatchNorm has no factors.
 NO_STATISTICS = "BatchNorm without running statistics uses those of the batch, and has no Lipschitz constant"
 
 
@@ -54,7 +54,7 @@ def batchnorm_scales(modules: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def diagonal_norms(scales: Sequence[Tensor]) -> list[float]:
-    """Largest magnitudes of vectors of factors, rounded upwards by the few operations that made them."""
+    """Largest magnitudes of vectors of factors, rounded upwards by the error of the operations that made them."""
     if not scales:
         return []
     return [norm * (1.0 + 1e-14) for norm in torch.stack([s.abs().amax().cpu() for s in scales]).tolist()]

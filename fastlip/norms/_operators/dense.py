@@ -35,10 +35,10 @@ def dense_matrix(op: Operator) -> Tensor:
 
 
 def entry_error(op: Operator) -> float:
-    """Bound on the 2-norm of what rounding adds to :func:`dense_matrix`.
+    """Bound on the 2-norm of the rounding error of :func:`dense_matrix`.
 
-    With zero padding an entry is a weight. Padding that repeats pixels adds several of them up, which may cancel: an
-    error in each entry of as many units of the sum of their magnitudes.
+    With zero padding an entry is a weight, without an error. With padding that repeats pixels an entry can be a sum of
+    several weights, whose error is at most as many units of the sum of their magnitudes.
     """
     return 0.0 if op.padding_mode == "zeros" else _EPS * math.prod(op.kernel) * op.absolute_bound
 

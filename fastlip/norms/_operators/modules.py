@@ -33,12 +33,12 @@ def module_operator(
         output_scale: factors for the output channels, such as those of a folded BatchNorm.
         input_scale: factors for the input channels, such as those of a folded input normalisation.
         output_size: spatial size of a transposed convolution's output; what its settings give if None.
-        finite: whether to see that the weight is finite; False leaves it to the caller.
+        finite: whether to check that the weight is finite; with False the caller is to.
 
     Raises:
         TypeError: there is no such map for this module.
         ValueError: the weight holds NaN or infinite values, the shape does not fit, or the module has another
-            ``forward`` than its class in torch, so that it may apply something else than its weight.
+            ``forward`` than its class in torch, so that it may apply another map than its weight's.
     """
     if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
         raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
@@ -70,13 +70,14 @@ def module_operator(
     op = conv_operator(weight, output_size, padding=module.padding, **geometry)
     if op.output_size == size:
         return op
-    # An output padding of a stride or more adds what the adjoint must not reach: it goes off the far end's padding.
+    # An output padding of a stride or more adds positions that the adjoint must not reach: it takes them from the
+    # padding at the far end.
     ends = zip(size, op.input_size, op.stride, op.extent, op.padding, strict=True)
     return replace(op, padding=tuple((p, (n - 1) * s + e - m - p) for n, m, s, e, (p, _) in ends))
 
 
 def scaled(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:
-    """Scale, in float64, a weight's first axis, and its second one, whose channels are split into groups."""
+    """Scale, in float64, a weight's first axis, and its second one, which holds the channels of one group."""
     ones = (1,) * (weight.dim() - 2)
     if first is not None:
         weight = weight * first.to(weight.device, torch.float64).view(-1, 1, *ones)
@@ -87,9 +88,9 @@ def scaled(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: 
 
 
 def keeps_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a module does what ``cls`` does: neither its own class nor the module itself overrides ``forward``.
+    """Whether a module has the forward of ``cls``: neither its own class nor the module itself overrides ``forward``.
 
-    Of convolutions neither may override ``_conv_forward`` either, which theirs calls.
+    Convolutions must not override ``_conv_forward`` either, which their ``forward`` calls.
     """
     return all(
         getattr(type(module), name, None) is getattr(cls, name, None) and name not in vars(module)

@@ -15,14 +15,14 @@ from fastlip._arguments import integer, is_integer
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 
-#: Elements whose squares are summed up in float32, and norms between which none of them can have left its range.
+#: Number of elements whose squares are summed in float32, and norms between which no square can leave its range.
 _ROW = 1024
 _LEAST_NORM, _MOST_NORM = 1e-12, 1e18
 
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """A convolution on inputs of one size, without its bias; no spatial axes make it a matrix.
+    """A convolution on inputs of one size, without its bias; without spatial axes it is a matrix.
 
     Attributes:
         weight: [Cout, Cin / groups, *kernel], finite, of any floating dtype.
@@ -31,8 +31,8 @@ class Operator:
         dilation: one number per axis.
         padding: (before, after) per axis; negative numbers crop.
         groups: number of independent channel groups.
-        padding_mode: "zeros", "circular", "reflect" or "replicate"; with "circular" the whole input comes around again,
-            also where the other side is cropped.
+        padding_mode: "zeros", "circular", "reflect" or "replicate"; with "circular" the whole input is repeated, also
+            where its other side is cropped.
     """
 
     weight: Tensor
@@ -73,19 +73,19 @@ class Operator:
 
     @cached_property
     def frobenius(self) -> float:
-        """An upper bound on the Frobenius norm of the weight; 0 for zero alone, not finite where the weight is not."""
+        """An upper bound on the weight's Frobenius norm; 0 only for a zero weight, not finite where the weight is not."""
         return _frobenius_norms([self.weight])[0]
 
     @cached_property
     def absolute_bound(self) -> float:
         """An upper bound on || |A| ||, the norm of the operator with the absolute values of its entries.
 
-        Each tap is a matrix between channels beside a map of pixels of norm 1, or more where a padding mode repeats
-        them: || |A| || is at most the sum of the taps' Frobenius norms. It scales the rounding terms.
+        Each tap is a matrix between channels times a map between pixels, whose norm is 1, or more where a padding mode
+        repeats pixels. So || |A| || is at most the sum of the taps' Frobenius norms. It scales the rounding terms.
         """
         copies = 1
         if self.padding_mode != "zeros":
-            # One position is copied at most once by the interior, and by each border in full.
+            # The interior copies a position at most once, and each border as often as it has positions.
             copies = math.prod(1 + max(left, 0) + max(right, 0) for left, right in self.padding)
         return math.sqrt(math.prod(self.kernel) * copies) * self.frobenius
 
@@ -111,10 +111,10 @@ def conv_operator(
 ) -> Operator:
     """Check the arguments of a convolution, as torch takes them, and describe its linear map.
 
-    ``finite=False`` leaves it to the caller to see whether the weight is finite, which takes a read from its device.
+    With ``finite=False`` the caller is to check that the weight is finite, which reads from its device.
 
     Raises:
-        TypeError: ``weight`` is not a dense floating-point tensor, or ``groups`` no integer.
+        TypeError: ``weight`` is not a dense floating-point tensor, or ``groups`` is no integer.
         ValueError: an argument is wrong; the message names it.
     """
     require_floating(weight)
@@ -150,7 +150,7 @@ def conv_operator(
 
 
 def compute_frobenius(ops: Iterable[Operator]) -> None:
-    """Have every operator's ``frobenius``, with one read from each device for all that lack it."""
+    """Compute ``frobenius`` of all operators that lack it, with one read from each device."""
     missing: dict[torch.device, list[Operator]] = defaultdict(list)
     for op in ops:
         if "frobenius" not in vars(op):
@@ -161,7 +161,7 @@ def compute_frobenius(ops: Iterable[Operator]) -> None:
 
 
 def inherit_frobenius(new: Operator, old: Operator) -> Operator:
-    """``new``, whose weight is a part of ``old``'s, with its Frobenius norm where that is known."""
+    """``new``, whose weight is a part of ``old``'s, with the bound ``old.frobenius`` where that is known."""
     if "frobenius" in vars(old):
         vars(new)["frobenius"] = old.frobenius
     return new
@@ -187,7 +187,7 @@ def require_finite(op: Operator) -> None:
 
 
 def _frobenius_norms(weights: Sequence[Tensor]) -> list[float]:
-    """Upper bounds, for tensors on one device; close where squares neither vanish nor overflow."""
+    """Upper bounds on the norms of tensors on one device; they are close where squares neither vanish nor overflow."""
     weights = [weight.detach() for weight in weights]
     if weights[0].device.type == "cpu":
         sums = [_row_norm(weight) for weight in weights]
@@ -210,16 +210,16 @@ def _row_norm(weight: Tensor) -> Tensor:
 
 
 def _upper_norm(norm: float, weight: Tensor) -> float:
-    """``norm`` as computed from the weight, rounded upwards."""
+    """An upper bound from ``norm``, the Frobenius norm as it was computed."""
     if not _LEAST_NORM < norm < _MOST_NORM and weight.numel():
-        # Its squares may have left the range.
+        # The squares may have left the range of float64.
         norm = weight.abs().amax().item() * math.sqrt(weight.numel())
-    # A row's float32 sum is off by at most _ROW units, and its root by half as much.
+    # A row's float32 sum has an error of at most _ROW units, and its root one of half as much.
     return norm * (1.0 + _ROW * torch.finfo(torch.float32).eps)
 
 
 def per_axis(value: object, name: str, axes: int, least: int) -> tuple[int, ...]:
-    """One integer for all axes, or one for each of them.
+    """``value`` as one integer per axis, from a single one or from one for each axis.
 
     Raises:
         ValueError: ``value`` is neither, or one is below ``least``.
@@ -252,7 +252,7 @@ def _padding(
 
 
 def smallest_side(op: Operator) -> int:
-    """The smaller dimension of one group's matrix."""
+    """The smaller side of one group's matrix."""
     return min(math.prod(op.input_shape), math.prod(op.output_shape)) // op.groups
 
 

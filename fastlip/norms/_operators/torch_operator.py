@@ -10,7 +10,7 @@ from fastlip.norms._operators.operator import Operator
 
 
 class TorchOperator:
-    """One operator by torch's convolutions: where a gradient in the weight is wanted, or a definition.
+    """One operator by torch's convolutions, which have a gradient in the weight and define what the operator means.
 
     Iterations use :func:`fastlip.ops.operator_step_` instead.
     """
@@ -45,7 +45,7 @@ class TorchOperator:
         if not self._axes:
             blocks = self.weight.unflatten(0, (g.groups, -1))
             return torch.einsum("bgo,goi->bgi", y.unflatten(1, (g.groups, -1)), blocks).flatten(1)
-        # What the strided windows leave over at the far end gets no contribution, but belongs to the domain.
+        # Positions at the far end that no strided window reaches belong to the domain, and get 0.
         rest = tuple(
             n + 2 * p - e - (m - 1) * s
             for n, p, e, m, s in zip(self._padded_size, self._pad, g.extent, g.output_size, g.stride, strict=True)
@@ -54,7 +54,7 @@ class TorchOperator:
         return x if self._native else self._fold(x)
 
     def _extend(self, x: Tensor) -> Tensor:
-        """The padding map P."""
+        """The padding map."""
         g = self.geometry
         if g.padding_mode == "zeros":
             return F.pad(x, [p for pair in reversed(g.padding) for p in pair])
@@ -75,7 +75,7 @@ class TorchOperator:
 
     @cached_property
     def _indices(self) -> list[Tensor]:
-        """Per axis, the input position each position of the padded input copies."""
+        """Per axis, the input position that each position of the padded input copies."""
         g = self.geometry
         indices = []
         for n, (left, right) in zip(g.input_size, g.padding, strict=True):

@@ -12,8 +12,8 @@ from fastlip.norms._operators.operator import Operator, inherit_frobenius
 def trim(op: Operator) -> Operator:
     """The same operator without the taps that, with zero padding, only ever meet zeros.
 
-    The outer ones are cut off; those between others, as wide strides leave them, become 0. If no tap ever meets the
-    input, all of the weight is 0, as the operator is.
+    Outer taps are cut off; those between others, which wide strides can leave idle, become 0. If no tap ever meets the
+    input, the operator is 0, and so is the whole weight.
     """
     if op.padding_mode != "zeros":
         return op
@@ -44,14 +44,14 @@ def simplify(op: Operator) -> Operator:
     """An operator with the same norm and fewer taps or axes.
 
     If, with zero padding and after trimming, no two windows overlap and one of them lies inside the input, A A^T is
-    block diagonal and its largest block is the flattened kernel's; the same holds when one window is all there is. The
-    result then is that matrix, with no spatial axes.
+    block diagonal and its largest block is that of the flattened kernel. The same holds where there is only one window.
+    The result is then the matrix of the flattened kernel, without spatial axes.
     """
     return flatten(trim(op))
 
 
 def flatten(op: Operator) -> Operator:
-    """:func:`simplify` for what is trimmed already."""
+    """:func:`simplify` for an operator that is trimmed already."""
     if op.padding_mode != "zeros" or not op.kernel:
         return op
     if not all(window.disjoint for window in _windows(op)):
@@ -63,7 +63,7 @@ class _Window(NamedTuple):
     """How a kernel's windows lie along one axis, with zero padding."""
 
     alive: tuple[int, ...]  # taps that ever meet the input
-    disjoint: bool  # whether no two overlap, and one lies inside the input
+    disjoint: bool  # whether no two windows overlap, and one lies inside the input
 
 
 def _windows(op: Operator) -> list[_Window]:
@@ -73,7 +73,7 @@ def _windows(op: Operator) -> list[_Window]:
 
 @lru_cache(maxsize=1024)
 def _window(n: int, m: int, k: int, stride: int, dilation: int, left: int) -> _Window:
-    """For n inputs and m outputs."""
+    """The windows of an axis with n inputs and m outputs."""
 
     def begins_between(first: int, end: int) -> bool:
         """Whether a window's first tap is at one of these positions, which are negative in the padding."""

@@ -44,7 +44,7 @@ class NormReport(Mapping[str, NormInterval]):
 
     @property
     def log10_product_lower(self) -> float:
-        """log10 of the product of the lower sides, the lower end of what the product of norms can be."""
+        """log10 of the product of the lower sides, below which the product of the norms cannot be."""
         return sum(_log10(interval.lower) for interval in self.values())
 
     def to_dict(self) -> dict[str, Any]:
