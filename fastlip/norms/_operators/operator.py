@@ -73,7 +73,7 @@ class Operator:
 
     @cached_property
     def frobenius(self) -> float:
-        """An upper bound on the weight's Frobenius norm; 0 only for a zero weight, not finite where the weight is not."""
+        """An upper bound on the weight's Frobenius norm; 0 only for a zero weight, not finite where it is not."""
         return _frobenius_norms([self.weight])[0]
 
     @cached_property
