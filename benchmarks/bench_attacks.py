@@ -43,8 +43,8 @@ Attack = Callable[[Tensor, Tensor], Tensor]
 def network(path: Path, data: str) -> nn.Module:
     model = resnet50(10, seed=0)
     if not path.exists():
-        from fastlip.study.config import Schedule
-        from fastlip.study.training import train
+        from fastlip.study.settings.training import Schedule
+        from fastlip.study.training.train import train
 
         images = cifar10(data, train=True)
         schedule = Schedule(images=20_000, epochs=6, max_lr=0.1)

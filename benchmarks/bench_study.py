@@ -40,11 +40,16 @@ from torch.nn.functional import cross_entropy
 from fastlip import attacks
 from fastlip.data import ImageSet
 from fastlip.models import save_checkpoint
-from fastlip.study import presets, rundir
-from fastlip.study.config import Schedule, Settings
-from fastlip.study.inputs import Inputs, Places, build
-from fastlip.study.pipeline import Stage, stages
-from fastlip.study.rundir import RunDirectory, Trained
+from fastlip.study.pipeline import start_or_resume
+from fastlip.study.pipeline.inputs import Inputs
+from fastlip.study.pipeline.stage import Stage
+from fastlip.study.pipeline.stages import stages
+from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.input_paths import InputPaths
+from fastlip.study.settings.settings import Settings
+from fastlip.study.settings.training import Schedule
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
+from fastlip.study.training.architectures import build
 
 #: What of the strong suite's and of smoothing's work is measured.
 PART = 10
@@ -226,7 +231,7 @@ def kind_of(measurement: str) -> str:
     return re.sub(r"-(linf-|l2-|l1-)?[0-9.e+-]+$", "", measurement)
 
 
-def arm_of(model: Trained) -> str:
+def arm_of(model: TrainedModel) -> str:
     """The arm that trains as this one does: the same network and the same parts of it."""
     return "scratch" if model.arm in ("finetune", "lpft") else model.arm
 
@@ -237,13 +242,13 @@ class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path, results: Results) -> None:
         self.device, self.seconds, self.warm, self.results = args.device, args.seconds, args.warm, results
         assignments = [*(args.set or []), f"device={args.device}"]
-        self.full = presets.override(presets.preset(args.preset), assignments)
+        self.full = overrides.override(presets.preset(args.preset), assignments)
         data = os.environ.get("FASTLIP_DATA")
         self.settings = fewer(self.full, args.images, args.attacked, bool(data))
         self.weights = folder / "source.safetensors"
         save_checkpoint(self.weights, build(self.settings.architecture, 12, self.settings.stem, 0))
-        places = Places(Path(data), self.weights, download=False) if data else Places(download=False)
-        self.inputs = Shaped(self.settings, places)
+        paths = InputPaths(Path(data), self.weights, download=False) if data else InputPaths(download=False)
+        self.inputs = Shaped(self.settings, paths)
         self.folder = folder
         self.step_ms: dict[tuple[str, bool], float] = {}  # by arm, and whether it is compiled
         self.first_s: dict[tuple[str, bool], float] = {}
@@ -255,7 +260,7 @@ class Bench:
     def run(self, compiled: bool, save_seconds: float = 1e9) -> RunDirectory:
         settings = replace(self.settings, compile="on" if compiled else "off", save_seconds=save_seconds)
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        found = rundir.open_or_create(folder, settings, self.inputs.fingerprints(), "bench_study.py")
+        found = start_or_resume.open_or_create(folder, settings, self.inputs.fingerprints(), "bench_study.py")
         found.checkpoint("source").parent.mkdir(parents=True)
         found.checkpoint("source").write_bytes(self.weights.read_bytes())
         return found
@@ -333,7 +338,7 @@ class Bench:
             save_checkpoint(run.checkpoint(model.name), self.trained)
         return self.stages(run)
 
-    def representatives(self, run: RunDirectory) -> Iterator[Trained]:
+    def representatives(self, run: RunDirectory) -> Iterator[TrainedModel]:
         """The model at the end of its training, and one on its way."""
         yield next(m for m in run.models if arm_of(m) == "scratch")
         yield from [m for m in run.snapshots if arm_of(m) == "scratch"][:1]

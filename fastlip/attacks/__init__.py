@@ -1,28 +1,31 @@
 """Attacks: each is one function ``attack(model, inputs, labels, *, ...)`` over the fused operators.
 
-Shared by all: ``inputs`` are [B, ...] within ``bounds`` (checked once), ``labels`` are [B] int64 and ``model`` maps
-inputs to logits [B, C]. A module is run in eval mode; its mode, gradients and ``requires_grad`` flags are left as they
-were. A function is called as it is. Iterates are kept in float32 at least; what is returned has the inputs' dtype and
-is exactly what the model was judged on.
+All attacks share this: ``inputs`` are [B, ...] within ``bounds`` (which is checked once), ``labels`` are [B] int64 and
+``model`` maps inputs to logits [B, C]. A module is run in eval mode; its modes, gradients and ``requires_grad`` flags
+are left as they were. A function is called as it is. Iterates are kept in float32 at least; the images returned have
+the dtype of the inputs and are exactly those that the model judged.
 
-An image that is misclassified already comes back unchanged under every setting but ``keep="last"``, which stands for
-the last iterate of every image. With ``targets`` success is the target's decision: an image that has it already comes
-back unchanged, and one that is misclassified as something else is led to its target like any other.
+An image that is misclassified to begin with comes back unchanged under every setting but ``keep="last"``, which returns
+the last iterate of every image. With ``targets`` only the target's decision is a success: an image that is classified
+as its target already comes back unchanged, and one that is misclassified as another class is attacked like any other.
 
-A number may be Python's, NumPy's or a tensor without axes; a radius or a step size also a tensor [B] of one for each
-image, and a bound any tensor that broadcasts to ``inputs``. What is none of these, or out of range, is refused with a
-TypeError or ValueError that names the argument.
+A number may be Python's, NumPy's or a tensor without axes. A radius or a step size may also be a tensor [B] with one
+for each image, and a bound any tensor that broadcasts to ``inputs``. Anything else, and any value out of range, is
+refused with a TypeError or ValueError that names the argument.
 """
 
+import warnings
+from typing import TYPE_CHECKING, Any
+
 from fastlip.attacks._apgd import apgd
-from fastlip.attacks._checks import AttackWarning, diagnose
-from fastlip.attacks._evaluate import Evaluation, evaluate
+from fastlip.attacks._counts import PassCounts, count_forward_backward
+from fastlip.attacks._diagnose import AttackWarning, diagnose
+from fastlip.attacks._evaluate import EvaluationResult, evaluate
 from fastlip.attacks._losses import Loss
 from fastlip.attacks._min_norm import MinNormResult, min_norm
 from fastlip.attacks._min_sigma import min_sigma
 from fastlip.attacks._model import Network
 from fastlip.attacks._noise import gaussian_noise
-from fastlip.attacks._passes import Passes, count_passes
 from fastlip.attacks._pgd import fgsm, pgd
 from fastlip.attacks._prepare import prepare
 from fastlip.attacks._square import square
@@ -31,13 +34,13 @@ from fastlip.attacks._suite import Attack, suite
 __all__ = [
     "Attack",
     "AttackWarning",
-    "Evaluation",
+    "EvaluationResult",
     "Loss",
     "MinNormResult",
     "Network",
-    "Passes",
+    "PassCounts",
     "apgd",
-    "count_passes",
+    "count_forward_backward",
     "diagnose",
     "evaluate",
     "fgsm",
@@ -49,3 +52,14 @@ __all__ = [
     "square",
     "suite",
 ]
+
+#: Former names, each with the one that it has now.
+_RENAMED = {"Evaluation": "EvaluationResult", "Passes": "PassCounts", "count_passes": "count_forward_backward"}
+
+if not TYPE_CHECKING:  # a type checker takes a module with __getattr__ to have every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _RENAMED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        warnings.warn(f"fastlip.attacks.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        return globals()[_RENAMED[name]]

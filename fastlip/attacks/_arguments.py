@@ -1,16 +1,88 @@
-"""What attacks ask of their arguments: a message names the argument as the caller knows it, and what is expected."""
+"""Checks of the attacks' arguments; every message names the argument as the caller knows it and says what is expected.
+
+An attack checks its arguments before it does anything else: :func:`check_call` covers those that all attacks take,
+:func:`check_settings` those that all gradient attacks take. What comes later trusts them.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from fastlip.ops import Bounds, PerSample
+from fastlip.attacks import _numbers
+from fastlip.attacks._losses import Loss
+from fastlip.ops import Bounds, Norm, PerSample
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_call(
+    model: Any,
+    inputs: Any,
+    labels: Any,
+    targets: Any,
+    *,
+    norm: Any,
+    loss: Any,
+    bounds: Any,
+    active: Any,
+    fast: Any,
+    precision: Any,
+    ids: Any = None,
+    generator: Any = None,
+) -> Bounds:
+    """Raise where an argument that all attacks take is wrong; return the bounds as floats or tensors.
+
+    The first forward pass alone tells which classes there are: :func:`check_classes` follows it.
+    """
+    check_model(model)
+    bounds = checked_inputs(inputs, bounds)
+    check_vector(labels, "labels", inputs, torch.int64)
+    if targets is not None:
+        check_vector(targets, "targets", inputs, torch.int64)
+    if active is not None:
+        check_vector(active, "active", inputs, torch.bool)
+    if ids is not None:
+        check_vector(ids, "ids", inputs, torch.int64)
+    check_generator(generator)
+    check_norm(norm)
+    check_loss(loss)
+    flag(fast, "fast")
+    check_precision(precision)
+    return bounds
+
+
+def check_settings(
+    steps: Any,
+    restarts: Any,
+    keep: Any,
+    early_stop: Any,
+    random_start: Any,
+    start: Any,
+    inputs: Tensor,
+) -> tuple[int, int]:
+    """Raise where an argument that all gradient attacks take is wrong; return ``steps`` and ``restarts`` as ints."""
+    steps, restarts = count(steps, "steps"), count(restarts, "restarts", 1)
+    check_choice(keep, "keep", ("best", "last"))
+    flag(early_stop, "early_stop")
+    flag(random_start, "random_start")
+    if restarts > 1 and not random_start:
+        raise ValueError("restarts above 1 need random_start=True: every run would be the same")
+    if start is None:
+        return steps, restarts
+    if random_start:
+        raise ValueError("start needs random_start=False")
+    check_images(start, "start")
+    if start.shape != inputs.shape or start.device != inputs.device:
+        raise ValueError(
+            f"start must have inputs' shape {list(inputs.shape)} and be on {inputs.device}, "
+            f"got {list(start.shape)} on {start.device}"
+        )
+    if bool(start.isnan().any()):
+        raise ValueError("start holds NaN")
+    return steps, restarts
 
 
 def plain(value: Any) -> Any:
@@ -22,31 +94,18 @@ def shown(value: Any) -> str:
     """What was given, in few words."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    return repr(value)[:60] if value is None or isinstance(value, (str, bool, int, float)) else type(value).__name__
+    simple = value is None or isinstance(value, (str, bool, int, float))
+    return repr(value)[:60] if simple else type(value).__name__
 
 
 def count(value: Any, name: str, least: int = 0) -> int:
-    """``value`` as an int, ``least`` at least."""
-    whole = integer(value, name)
-    if whole < least:
-        raise ValueError(f"{name} must be at least {least}, got {whole}")
-    return whole
+    """``value`` as an int of at least ``least``."""
+    return _numbers.integer(name, plain(value), least)
 
 
-def integer(value: Any, name: str) -> int:
-    """``value`` as an int."""
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {shown(value)}")
-    return value
-
-
-def number(value: Any, name: str, what: str = "a float") -> float:
+def number(value: Any, name: str, expected: str = "a float") -> float:
     """``value`` as a float."""
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {what}, got {shown(value)}")
-    return float(value)
+    return _numbers.number(name, plain(value), expected)
 
 
 def share(value: Any, name: str) -> float:
@@ -58,7 +117,7 @@ def share(value: Any, name: str) -> float:
 
 
 def flag(value: Any, name: str) -> bool:
-    """``value`` as a bool: a string or a number in its place is more likely a mistake."""
+    """``value`` as a bool; a string or a number in its place is more likely a mistake."""
     value = plain(value)
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {shown(value)}")
@@ -66,20 +125,36 @@ def flag(value: Any, name: str) -> bool:
 
 
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
-    """Raise where ``value`` is none of ``choices``."""
+    """Raise where ``value`` is not one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
 
 
+def check_norm(norm: Any) -> None:
+    """Raise where the norm is unknown."""
+    check_choice(norm, "norm", get_args(Norm))
+
+
+def check_loss(loss: Any) -> None:
+    """Raise where the loss is unknown."""
+    check_choice(loss, "loss", get_args(Loss))
+
+
+def check_precision(precision: Any) -> None:
+    """Raise where a faster copy of a model cannot have this precision."""
+    if not any(precision is p for p in (None, torch.bfloat16, torch.float16)):
+        raise ValueError(f"precision must be None, torch.bfloat16 or torch.float16, got {precision!r}")
+
+
 def check_model(model: Any) -> None:
-    """Raise where ``model`` is nothing to call with images; a class is not, only what it makes."""
+    """Raise where ``model`` cannot be called with images; a class is refused, since only its instances are models."""
     if isinstance(model, type) or not callable(model):
         got = f"the class {model.__name__}" if isinstance(model, type) else shown(model)
         raise TypeError(f"model must be a module or a function that maps inputs to logits [B, C], got {got}")
 
 
 def check_generator(generator: Any) -> None:
-    """Raise where ``generator`` is none."""
+    """Raise where ``generator`` is neither a generator nor None."""
     if not isinstance(generator, torch.Generator | None):
         raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")
 
@@ -95,8 +170,8 @@ def check_images(inputs: Any, name: str = "inputs") -> None:
 
 
 def check_vector(t: Any, name: str, inputs: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raise where ``t`` is not one value of ``dtype`` (any number if None) for each of ``inputs``."""
-    if not isinstance(t, Tensor) or not (_is_numbers(t) if dtype is None else t.dtype == dtype):
+    """Raise where ``t`` does not hold one value of ``dtype`` (any real type if None) for each of ``inputs``."""
+    if not isinstance(t, Tensor) or not (_is_real(t) if dtype is None else t.dtype == dtype):
         wanted = "tensor of numbers" if dtype is None else f"{dtype} tensor"
         raise TypeError(f"{name} must be a {wanted} of shape [{inputs.shape[0]}], got {shown(t)}")
     if t.shape != inputs.shape[:1] or t.device != inputs.device:
@@ -106,7 +181,7 @@ def check_vector(t: Any, name: str, inputs: Tensor, dtype: torch.dtype | None = 
 
 
 def per_image(value: Any, name: str, inputs: Tensor) -> PerSample:
-    """``value`` as one float for all of ``inputs``, or as a tensor of one for each."""
+    """``value`` as one float for all of ``inputs``, or as a tensor with one for each."""
     value = plain(value)
     if not isinstance(value, Tensor):
         return number(value, name, "a float or a [B] tensor")
@@ -115,33 +190,44 @@ def per_image(value: Any, name: str, inputs: Tensor) -> PerSample:
 
 
 def radius(value: Any, name: str, inputs: Tensor, *, finite: str = "") -> PerSample:
-    """``value`` as a radius, or as a tensor of one for each of ``inputs``; ``finite`` says why inf will not do."""
+    """``value`` as a radius, or as a tensor with one for each of ``inputs``.
+
+    ``finite`` says why the radius cannot be inf; where it is empty, inf is allowed.
+    """
     radii = per_image(value, name, inputs)
-    worst = _first(radii, (lambda r: (r >= 0) & (r < math.inf)) if finite else (lambda r: r >= 0))
-    if worst == "inf":
+    wrong = _first_wrong(radii, (lambda r: (r >= 0) & (r < math.inf)) if finite else (lambda r: r >= 0))
+    if wrong == "inf":
         raise ValueError(f"{name} must be finite {finite}, got inf")
-    if worst:
-        raise ValueError(f"{name} must be at least 0, got {worst}")
+    if wrong:
+        raise ValueError(f"{name} must be at least 0, got {wrong}")
     return radii
 
 
 def length(value: Any, name: str, inputs: Tensor) -> PerSample:
-    """``value`` as a finite float, or as a tensor of one for each of ``inputs``."""
+    """``value`` as a finite float, or as a tensor with one for each of ``inputs``."""
     lengths = per_image(value, name, inputs)
-    if worst := _first(lengths, lambda v: (v > -math.inf) & (v < math.inf)):
-        raise ValueError(f"{name} must be finite, got {worst}")
+    if wrong := _first_wrong(lengths, lambda v: (v > -math.inf) & (v < math.inf)):
+        raise ValueError(f"{name} must be finite, got {wrong}")
     return lengths
 
 
-def checked_bounds(bounds: Any, inputs: Tensor) -> Bounds:
-    """``bounds`` as a pair of floats or tensors that broadcast to ``inputs``, whose order is not looked at."""
+def checked_inputs(inputs: Any, bounds: Any) -> Bounds:
+    """Raise where ``inputs`` are not images within ``bounds``; return the bounds as floats or tensors."""
+    check_images(inputs)
+    bounds = _checked_bounds(bounds, inputs)
+    _check_inside(inputs, bounds)
+    return bounds
+
+
+def _checked_bounds(bounds: Any, inputs: Tensor) -> Bounds:
+    """``bounds`` as a pair of floats or tensors that broadcast to ``inputs``; their order is checked elsewhere."""
     if isinstance(bounds, (str, bytes)) or not isinstance(bounds, Sequence) or len(bounds) != 2:
         got = f"{len(bounds)} values" if isinstance(bounds, (tuple, list)) else shown(bounds)
         raise TypeError(f"bounds must be a pair (lower, upper), got {got}")
     return _bound(bounds[0], inputs), _bound(bounds[1], inputs)
 
 
-def check_inside(inputs: Tensor, bounds: Bounds) -> None:
+def _check_inside(inputs: Tensor, bounds: Bounds) -> None:
     """Raise where ``bounds`` are in the wrong order or ``inputs`` leave them."""
     lo, hi = bounds
     inside = bool(((inputs >= lo) & (inputs <= hi)).all())
@@ -168,7 +254,7 @@ def _bound(bound: Any, inputs: Tensor) -> PerSample:
     bound = plain(bound)
     if not isinstance(bound, Tensor):
         return number(bound, "bounds", "floats or tensors")
-    if not _is_numbers(bound):
+    if not _is_real(bound):
         raise TypeError(f"bounds must be floats or tensors of numbers, got {shown(bound)}")
     if bound.device != inputs.device:
         raise ValueError(f"bounds must be on inputs' device {inputs.device}, got {bound.device}")
@@ -181,13 +267,13 @@ def _bound(bound: Any, inputs: Tensor) -> PerSample:
     return bound.detach()
 
 
-def _is_numbers(t: Tensor) -> bool:
+def _is_real(t: Tensor) -> bool:
     return t.dtype != torch.bool and not t.is_complex() and not t.is_quantized and t.layout == torch.strided
 
 
-def _first(value: PerSample, right: Callable[[Any], Any]) -> str:
-    """The first of the values that is not right; empty where all are."""
-    fine = right(value)
+def _first_wrong(value: PerSample, is_right: Callable[[Any], Any]) -> str:
+    """The first of the values that is not right, as text; empty where all of them are."""
+    right = is_right(value)
     if not isinstance(value, Tensor):
-        return "" if fine else str(value)
-    return "" if bool(fine.all()) else str(value[~fine][0].item())
+        return "" if right else str(value)
+    return "" if bool(right.all()) else str(value[~right][0].item())

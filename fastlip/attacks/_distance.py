@@ -1,19 +1,13 @@
-"""Lengths of perturbations."""
+"""Lengths of perturbations and of gradients."""
 
 import torch
 from torch import Tensor
 
-from fastlip.attacks._arguments import check_choice
 from fastlip.ops import Bounds, Norm
 
 ORDER = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 #: Order of the dual norm, in which a gradient's length is the steepest slope.
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
-
-
-def check_norm(norm: str) -> None:
-    """Raise where the norm is none of those known."""
-    check_choice(norm, "norm", tuple(ORDER))
 
 
 def distance(
@@ -29,7 +23,7 @@ def slope(
     grad: Tensor,  # [B, ...]
     norm: Norm,
 ) -> Tensor:
-    """Steepest slope in ``norm``, [B] float64; elements that are not finite count as 0."""
+    """Steepest slope in ``norm`` (the dual norm of ``grad``), [B] float64; non-finite elements count as 0."""
     return torch.linalg.vector_norm(grad.nan_to_num(0, 0, 0).flatten(1).double(), DUAL[norm], dim=1)
 
 

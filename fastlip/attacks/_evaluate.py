@@ -11,64 +11,86 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlip.attacks._arguments import check_images, check_model, count, flag, integer, number, radius, shown
-from fastlip.attacks._batch import check_classes, differs_between_images, take, within
-from fastlip.attacks._checks import AttackWarning, diagnose
-from fastlip.attacks._climb import rows_where
-from fastlip.attacks._distance import check_norm, distance
-from fastlip.attacks._losses import succeeded
+from fastlip.attacks._arguments import (
+    check_images,
+    check_model,
+    check_norm,
+    check_precision,
+    checked_inputs,
+    count,
+    flag,
+    number,
+    radius,
+    shown,
+)
+from fastlip.attacks._batch import differs_between_images, rows_where, take
+from fastlip.attacks._counts import PassCounts, count_forward_backward
+from fastlip.attacks._diagnose import AttackWarning, diagnose
+from fastlip.attacks._distance import distance
+from fastlip.attacks._losses import check_classes, is_adversarial
 from fastlip.attacks._min_norm import MinNormResult
-from fastlip.attacks._model import Model, Network, attacked
-from fastlip.attacks._passes import Passes, count_passes
-from fastlip.attacks._prepare import check_precision, prepare
-from fastlip.attacks._progress import Progress, shower
+from fastlip.attacks._model import Model, Network, eval_mode
+from fastlip.attacks._prepare import prepare
+from fastlip.attacks._progress import Progress, progress_of
 from fastlip.attacks._suite import Attack, is_black_box
 from fastlip.ops import Bounds, Norm, PerSample
 
-#: Values of :attr:`Evaluation.fell_to` for images that no attack felled.
-STANDING, MISCLASSIFIED = -1, -2
+#: Values of :attr:`EvaluationResult.first_success` for images on which no attack succeeded.
+ROBUST, MISCLASSIFIED = -1, -2
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What a suite of attacks did to each of N images.
+class EvaluationResult:
+    """What a suite of attacks achieved on each of N images.
 
     Attributes:
         attacks: names of the attacks in the order in which they ran.
-        clean: correctly classified as it is, [N] bool.
-        robust: correctly classified, and so under every attack, [N] bool.
-        fell_to: position in ``attacks`` of the attack that felled the image, [N] int64; -1: it stands, -2: it was
-            misclassified to begin with.
-        success: [A, N] bool; which attacks felled which image. Attacks after the first to succeed have not tried
-            (unless ``every_attack``).
-        adversarial: the image that felled it, else the image itself, [N, ...], on the CPU.
-        passes: images that each attack sent through the model; empty where the model is no module.
-        seconds: time of each attack.
-        warnings: what may make the result worth less than it looks.
+        clean: whether the image itself is classified correctly, [N] bool.
+        robust: whether it is, and remains so under every attack, [N] bool.
+        first_success: position in ``attacks`` of the first attack that succeeded on the image, [N] int64; -1 where the
+            image is robust, -2 where it was misclassified to begin with.
+        success: which attacks succeeded on which images, [A, N] bool. Attacks after the first success did not try the
+            image (unless ``every_attack``).
+        adversarial: the adversarial image of the first success, else the image itself, [N, ...], on the CPU.
+        counts: images that each attack sent through the model; empty where the model is not a module.
+        seconds: time that each attack took.
+        warnings: reasons why the result may overestimate the robustness.
     """
 
     attacks: tuple[str, ...]
     clean: Tensor
     robust: Tensor
-    fell_to: Tensor
+    first_success: Tensor
     success: Tensor
     adversarial: Tensor
-    passes: dict[str, Passes] = field(default_factory=dict)
+    counts: dict[str, PassCounts] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     @property
+    def passes(self) -> dict[str, PassCounts]:
+        """The former name of :attr:`counts`."""
+        _warn_of_renaming("passes", "counts")
+        return self.counts
+
+    @property
+    def fell_to(self) -> Tensor:
+        """The former name of :attr:`first_success`."""
+        _warn_of_renaming("fell_to", "first_success")
+        return self.first_success
+
+    @property
     def clean_accuracy(self) -> float:
-        """Share of images classified correctly; NaN without images."""
+        """Share of images that are classified correctly; NaN without images."""
         return self.clean.double().mean().item()
 
     @property
     def robust_accuracy(self) -> float:
-        """Share of images that no attack felled; NaN without images."""
+        """Share of images that are classified correctly under every attack; NaN without images."""
         return self.robust.double().mean().item()
 
     def accuracy_after(self, attack: str) -> float:
-        """Share of images still standing once ``attack`` and all before it had run.
+        """Share of images that are robust to ``attack`` and to all attacks before it.
 
         Raises:
             ValueError: no attack has that name.
@@ -76,16 +98,16 @@ class Evaluation:
         if attack not in self.attacks:
             raise ValueError(f"attack must be one of {', '.join(self.attacks)}, got {shown(attack)}")
         last = self.attacks.index(attack)
-        fallen = self.success[: last + 1].any(0)
-        return (self.clean & ~fallen).double().mean().item()
+        adversarial = self.success[: last + 1].any(0)
+        return (self.clean & ~adversarial).double().mean().item()
 
     def __str__(self) -> str:
         lines = [f"{len(self.clean)} images, clean accuracy {self.clean_accuracy:.2%}"]
         for name in self.attacks:
             line = f"after {name:<12} {self.accuracy_after(name):.2%}  {self.seconds[name]:.1f} s"
-            if name in self.passes:
-                passes = self.passes[name]
-                line += f", {passes.forward} forward and {passes.backward} backward passes"
+            if name in self.counts:
+                counts = self.counts[name]
+                line += f", {counts.forward} forward and {counts.backward} backward passes"
             lines.append(line)
         lines.append(f"robust accuracy {self.robust_accuracy:.2%}")
         return "\n".join(lines + [f"warning: {w}" for w in self.warnings])
@@ -109,56 +131,57 @@ def evaluate(
     precision: torch.dtype | None = None,
     check: bool = True,
     progress: bool | Progress = False,
-) -> Evaluation:
-    """Run the attacks one after another, each on the images that still stand, and judge what they return.
+) -> EvaluationResult:
+    """Run the attacks one after another, each on the images that are still robust, and judge what they return.
 
-    An attack is called as ``attack(model, inputs, labels)``, the model in eval mode, and returns images, or a
-    :class:`MinNormResult`; parameters ``bounds``, ``ids``, ``generator``, ``fast`` and ``precision`` are passed where
-    it has them and they are not given already (:func:`pgd`, :func:`apgd`, :func:`square`, ``functools.partial`` of
-    them, an attack of one's own, another library's). Of bounds that differ between images the batch's are passed, also
-    where a partial holds those of all N. What an attack is handed are copies: whatever it writes into them, its images
+    An attack is called as ``attack(model, inputs, labels)`` with the model in eval mode, and returns images or a
+    :class:`MinNormResult`. It may be one of ours (:func:`pgd`, :func:`apgd`, :func:`square`, a ``functools.partial`` of
+    them), an attack of one's own or another library's. Where it has parameters ``bounds``, ``ids`` or ``generator``
+    that are not given already, they are passed. Of bounds that differ between images it gets those of its batch, even
+    where a partial holds those of all N images. All its arguments are copies: whatever it writes into them, its images
     are judged against the caller's.
 
-    What it returns is brought into the dtype of ``inputs``, each element rounded towards the image's own so that no
-    perturbation grows, and that is what the model itself judges in eval mode and what is kept. It counts only inside
-    the bounds and, where ``norm`` and ``eps`` are given, the ball. Images stay where they are until their batch is due;
-    standing images are packed into full batches anew for each attack.
+    The images that an attack returns are converted to the dtype of ``inputs``, each element rounded towards the
+    original image so that no perturbation grows. These converted images are judged, by the model itself in eval mode,
+    and kept. They count only inside the bounds and, where ``norm`` and ``eps`` are given, inside the ball. Images stay
+    on their device until their batch is due, and the robust ones are packed into full batches again for each attack.
 
     Args:
         model: maps inputs to logits [B, C].
         inputs: images, [N, ...], within ``bounds``, on any device.
         labels: true classes, [N] int64.
         attacks: by name, in the order in which they run; see :func:`suite`.
-        norm: norm of the ball that successes are checked against; unchecked if None.
-        eps: its radius.
-        bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``, so for each image
-            too.
-        batch_size: images at a time.
-        every_attack: show every correctly classified image to every attack, so that each has an accuracy of its own.
-        ids: [N] int64 sample ids, from which random draws follow; 0 .. N-1 if None.
-        seed: of the generators: an image's draws follow from seed and id and do not depend on its batch.
-        device: where the model is; that of its parameters if None, or of ``inputs``.
+        norm: norm of the ball that successes are checked against; no ball is checked if None.
+        eps: radius of that ball.
+        bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``, which may differ
+            between images.
+        batch_size: number of images in a batch.
+        every_attack: run every attack on every correctly classified image, so that each attack has an accuracy of its
+            own.
+        ids: [N] int64 sample ids, which determine the random draws together with the seed; 0 .. N-1 if None.
+        seed: seed of the generators; an image's draws depend on seed and id and not on its batch.
+        device: the device of the model; if None that of its parameters, or of ``inputs`` where it has none.
         fast: follow the gradients of a copy made fast for evaluation (:func:`prepare`).
         precision: as in :func:`pgd`.
-        check: look for signs of unreliable results (:func:`diagnose`, and a black-box attack that fells what gradient
-            attacks left standing) and warn of them.
-        progress: show a bar on standard error, or a function to call with images done, images in all and the attack's
-            name.
+        check: look for signs of unreliable results (:func:`diagnose`, and a black-box attack that succeeds where
+            gradient attacks failed) and warn of them.
+        progress: True shows a bar for each attack on standard error (needs tqdm); a function is called with the images
+            done, the images in all and the attack's name.
 
     Raises:
         ValueError: a value or shape is wrong, inputs leave the bounds, or an attack returned something else.
         TypeError: a type or dtype is wrong.
     """
-    bounds = _check_call(model, inputs, labels, attacks, norm, eps, ids, bounds)
-    batch_size, seed = count(batch_size, "batch_size", 1), integer(seed, "seed")
-    if not -(2**63) <= seed < 2**63:
+    bounds = _check_arguments(model, inputs, labels, attacks, norm, eps, ids, bounds)
+    batch_size, seed = count(batch_size, "batch_size", 1), count(seed, "seed", -(2**63))
+    if seed >= 2**63:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
     for name, value in (("every_attack", every_attack), ("fast", fast), ("check", check)):
         flag(value, name)
     check_precision(precision)
-    show = shower(progress)
+    show = progress_of(progress)
     where = _device(device, model, inputs)
-    run = _Evaluating(
+    run = _SuiteRun(
         model, inputs, labels, where, bounds, batch_size, norm, None if eps is None else number(eps, "eps"), ids, seed
     )
     found: list[str] = []
@@ -169,7 +192,7 @@ def evaluate(
     if fast or precision:
         network = prepare(model, run.at(torch.arange(min(8, len(inputs))))[0], fast=fast, precision=precision)
     run.judge_clean()
-    passes: dict[str, Passes] = {}
+    counts: dict[str, PassCounts] = {}
     seconds: dict[str, float] = {}
     white_box = False
     for position, (name, attack) in enumerate(attacks.items()):
@@ -177,38 +200,38 @@ def evaluate(
         before = int(run.robust.sum())
         counted = run.attack_all(network, name, attack, position, every_attack, partial(_named, show, name))
         if counted is not None:
-            passes[name] = counted
+            counts[name] = counted
         seconds[name] = time.perf_counter() - begin
-        fell = before - int(run.robust.sum())
-        if is_black_box(attack) and white_box and fell > _SURPRISE * len(labels):
+        successes = before - int(run.robust.sum())
+        if is_black_box(attack) and white_box and successes > _SURPRISE * len(labels):
             found.append(
-                f"the black-box attack {name} felled {fell} images that the gradient attacks before it left standing: "
-                "gradients may be masked"
+                f"the black-box attack {name} succeeded on {successes} images that were robust to the gradient attacks "
+                "before it: gradients may be masked"
             )
         white_box |= not is_black_box(attack)
         if run.outside:
             found.append(f"{run.outside} images that {name} returned lie outside the bounds or the ball; not counted")
     for sentence in found if check else []:
         warnings.warn(sentence, AttackWarning, stacklevel=2)
-    return Evaluation(
+    return EvaluationResult(
         attacks=tuple(attacks),
         clean=run.clean,
         robust=run.robust,
-        fell_to=run.fell_to,
+        first_success=run.first_success,
         success=run.success[: len(attacks)],
         adversarial=run.adversarial,
-        passes=passes,
+        counts=counts,
         seconds=seconds,
         warnings=tuple(found),
     )
 
 
-#: Share of all images that a black-box attack may fell after gradient attacks before it is worth a warning.
+#: Share of all images on which a black-box attack may succeed after gradient attacks without a warning.
 _SURPRISE = 0.002
 
 
-class _Evaluating:
-    """Images, and what became of them so far; everything that is kept stays on the CPU."""
+class _SuiteRun:
+    """The images of an evaluation and the results so far; all results are kept on the CPU."""
 
     def __init__(
         self,
@@ -232,7 +255,7 @@ class _Evaluating:
         self.ids = torch.arange(count) if ids is None else ids.cpu()
         self.clean = torch.zeros(count, dtype=torch.bool)
         self.robust = torch.zeros(count, dtype=torch.bool)
-        self.fell_to = torch.full((count,), MISCLASSIFIED, dtype=torch.int64)
+        self.first_success = torch.full((count,), MISCLASSIFIED, dtype=torch.int64)
         self.success = torch.zeros(0, count, dtype=torch.bool)
         self.adversarial = self.inputs.cpu().clone()
         self.outside = 0
@@ -241,12 +264,12 @@ class _Evaluating:
         return list(rows.split(self.batch_size)) if len(rows) else []
 
     def at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels of ``rows``, copies where the model is."""
+        """Copies of the images and labels of ``rows`` on the model's device."""
         there = rows.to(self.inputs.device)
         return take(self.inputs, there).to(self.device), self.labels[there].to(self.device)
 
     def box(self, rows: Tensor, bounds: Bounds | None = None) -> Bounds:
-        """Those of ``bounds`` (the evaluation's if None) that belong to ``rows``, copies where the model is."""
+        """Copies of the ``bounds`` (the evaluation's if None) of ``rows`` on the model's device."""
 
         def of_rows(bound: PerSample) -> PerSample:
             if not isinstance(bound, Tensor):
@@ -264,39 +287,39 @@ class _Evaluating:
             wrong = self.wrong(x, y)
             self.clean[rows] = ~wrong.cpu()
         self.robust |= self.clean
-        self.fell_to[self.clean] = STANDING
+        self.first_success[self.clean] = ROBUST
 
     def wrong(self, x: Tensor, y: Tensor) -> Tensor:
         """Whether the model decides wrongly, [K] bool."""
-        with attacked(self.network), torch.no_grad():
+        with eval_mode(self.network), torch.no_grad():
             logits = self.network.judge(x)
             check_classes(logits, labels=y)
-            return succeeded(logits, y, None)
+            return is_adversarial(logits, y, None)
 
     def attack_all(
         self, network: Model, name: str, attack: Attack, position: int, everyone: bool, show: Callable[[int, int], None]
-    ) -> Passes | None:
-        """Show the images to ``attack``, and count what it sent through the model."""
+    ) -> PassCounts | None:
+        """Run ``attack`` on the images, and count those that it sends through the model."""
         self.outside = 0
         self.success = torch.cat([self.success, torch.zeros(1, len(self.labels), dtype=torch.bool)])
         todo = rows_where(self.clean if everyone else self.robust)
-        counted = Passes()
+        counted = PassCounts()
         model = self.network.model
         show(0, len(todo))
         for done, rows in enumerate(self.batches(todo)):
             if isinstance(model, nn.Module):
-                with count_passes(model) as passes:
+                with count_forward_backward(model) as counts:
                     found = self.found_by(network, attack, rows, position)
-                counted.forward += passes.forward
-                counted.backward += passes.backward
+                counted.forward += counts.forward
+                counted.backward += counts.backward
             else:
                 found = self.found_by(network, attack, rows, position)
-            self.take_in(rows, found, name, position)
+            self.record(rows, found, name, position)
             show(min((done + 1) * self.batch_size, len(todo)), len(todo))
         return counted if isinstance(model, nn.Module) else None
 
     def found_by(self, network: Model, attack: Attack, rows: Tensor, position: int) -> object:
-        """What ``attack`` returns for ``rows``."""
+        """The result of ``attack`` for ``rows``."""
         try:
             known = inspect.signature(attack).parameters
         except (TypeError, ValueError):
@@ -314,22 +337,22 @@ class _Evaluating:
                 offered["bounds"] = self.box(rows, bounds)
         ours = "fast" in known and "precision" in known
         model = network if ours or not isinstance(network, Network) else network.model
-        with attacked(self.network):
+        with eval_mode(self.network):
             return attack(model, *self.at(rows), **offered)
 
-    def take_in(self, rows: Tensor, found: object, name: str, position: int) -> None:
-        """Judge what an attack returned for ``rows``, beside images and labels that it has not had in its hands."""
+    def record(self, rows: Tensor, found: object, name: str, position: int) -> None:
+        """Judge the result of an attack for ``rows`` against images and labels that it had no access to."""
         x, y = self.at(rows)
         kept = _rounded(_images_of(found, x, name), x)
         wrong = self.wrong(kept, y)
         inside = self.feasible(kept, x, self.box(rows))
         self.outside += int((wrong & ~inside).sum())
-        fell = (wrong & inside).cpu()
-        self.success[position, rows] = fell
-        first = rows[fell & self.robust[rows]]
-        self.fell_to[first] = position
-        self.adversarial[first] = kept[(fell & self.robust[rows]).to(kept.device)].cpu()
-        self.robust[rows[fell]] = False
+        success = (wrong & inside).cpu()
+        self.success[position, rows] = success
+        is_first = success & self.robust[rows]
+        self.first_success[rows[is_first]] = position
+        self.adversarial[rows[is_first]] = kept[is_first.to(kept.device)].cpu()
+        self.robust[rows[success]] = False
 
     def feasible(self, found: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
         lo, hi = bounds
@@ -341,7 +364,7 @@ class _Evaluating:
 
 
 def _is_pair(bounds: object) -> bool:
-    """Whether these are bounds as fastlip has them, of which there may be a pair for each image."""
+    """Whether these are bounds in fastlip's form with a tensor, which may hold a value for each image."""
     return isinstance(bounds, Sequence) and len(bounds) == 2 and any(isinstance(b, Tensor) for b in bounds)
 
 
@@ -357,12 +380,12 @@ def _images_of(found: object, x: Tensor, name: str) -> Tensor:
 
 
 def _rounded(found: Tensor, x: Tensor) -> Tensor:
-    """``found`` in the dtype of ``x``, each element rounded towards x's, so that none leaves a ball or a box by it."""
+    """``found`` in the dtype of ``x``, each element rounded towards x's, so that rounding leaves no ball or box."""
     if found.dtype == x.dtype:
         return found
     near = found.to(x.dtype)
     beyond = (near.double() - x.double()).abs() > (found.double() - x.double()).abs()
-    # On the CPU, where every dtype has it.
+    # On the CPU, where nextafter exists for every dtype.
     return torch.where(beyond, torch.nextafter(near.cpu(), x.cpu()).to(x.device), near)
 
 
@@ -370,12 +393,12 @@ def _named(show: Progress, name: str, done: int, total: int) -> None:
     show(done, total, name)
 
 
-#: Between the seeds of an evaluation's attacks.
+#: Difference between the seeds of consecutive attacks.
 _STRIDE = 1_000_003
 
 
 def _device(device: torch.device | str | None, model: Model, inputs: Tensor) -> torch.device:
-    """Where the model is."""
+    """The model's device."""
     if device is None:
         return _device_of(model.model if isinstance(model, Network) else model, inputs)
     try:
@@ -390,7 +413,7 @@ def _device_of(model: Model, inputs: Tensor) -> torch.device:
     return inputs.device if first is None else first.device
 
 
-def _check_call(
+def _check_arguments(
     model: Model,
     inputs: Tensor,
     labels: Tensor,
@@ -400,7 +423,7 @@ def _check_call(
     ids: Tensor | None,
     bounds: Bounds,
 ) -> Bounds:
-    """The bounds, beside ``inputs``."""
+    """Raise where an argument is wrong; return the bounds, on the device of ``inputs``."""
     check_model(model)
     if not isinstance(attacks, Mapping):
         raise TypeError(f"attacks must be a mapping from names to attacks, got {type(attacks).__name__}; see suite()")
@@ -425,4 +448,8 @@ def _check_call(
     if isinstance(bounds, tuple) and len(bounds) == 2:
         lo, hi = (b.to(inputs.device) if isinstance(b, Tensor) else b for b in bounds)
         bounds = lo, hi
-    return within(inputs, bounds)
+    return checked_inputs(inputs, bounds)
+
+
+def _warn_of_renaming(old: str, new: str) -> None:
+    warnings.warn(f"EvaluationResult.{old} is now {new}", DeprecationWarning, stacklevel=3)

@@ -7,24 +7,24 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._batch import Batch, take
-from fastlip.attacks._climb import Climb, free_gradient
+from fastlip.attacks._batch import Batch, per_sample, take
 from fastlip.attacks._distance import distance, slope
+from fastlip.attacks._loop import AttackLoop, unblocked_gradient
 
-#: Share by which a ball shrinks or grows at first and at last.
+#: Shares by which a ball shrinks or grows in the first and in the last step.
 _GAMMA = (0.05, 0.001)
-#: Share of the steps that are steepest ones, and their length over the ball's radius, at first and at last.
+#: Share of the steps that take the steepest direction, and their length over the ball's radius, first and last.
 _STEEPEST, _STEP = 0.25, (2.0, 0.01)
-#: Length of the others, along the gradient, over that of the perturbation in L2.
+#: Length of the other steps, along the gradient, over that of the perturbation in L2, first and last.
 _ALONG = (4.0, 0.01)
-#: Rounding of a projection, relative to the radius.
+#: Rounding error of a projection, relative to the radius.
 _SLACK = 1e-6
-#: Factor by which a ball grows until its image has fallen for the first time.
+#: Factor by which a ball grows until its image has been adversarial for the first time.
 _GROWTH = 1.1
 
 
 def fmn(
-    climb: Climb,
+    loop: AttackLoop,
     batch: Batch,
     first: Tensor,  # [K] float64
     limit: Tensor,  # [K] float64
@@ -33,15 +33,15 @@ def fmn(
 ) -> tuple[Tensor, Tensor]:
     """The nearest misclassified iterates, [K, ...] in the inputs' dtype, and their distances, [K] float64 (inf: none).
 
-    The radius shrinks by gamma at a misclassified iterate and grows by gamma at another, gamma falling along half a
-    cosine as published. Departures from the paper: projections are exact on ball and box; a quarter of the steps have
-    the norm's own steepest direction, which goes far, before they follow the gradient, which settles where the steepest
-    direction of "linf" and "l1" only changes signs; steps have a length relative to the ball and the perturbation, so
-    that nothing depends on the scale of the inputs; and any loss can be followed, the linearised margin giving the
-    first radius only.
+    The radius shrinks by gamma at a misclassified iterate and grows by gamma at any other, and gamma falls along half a
+    cosine as published. Departures from the paper: projections onto ball and box are exact; the first quarter of the
+    steps takes the norm's own steepest direction, which gets far, and the others follow the gradient, which converges
+    where the steepest direction of "linf" and "l1" only alternates its signs; the length of a step is relative to the
+    ball and the perturbation, so that nothing depends on the scale of the inputs; and any loss can be followed, because
+    the linearised margin gives the first radius only.
 
     Args:
-        climb: the network, the norm and the loss.
+        loop: the network, the norm and the loss.
         batch: images that are classified correctly.
         first: radius to begin with.
         limit: largest radius of interest.
@@ -49,40 +49,42 @@ def fmn(
         sparsity: share of elements that an "l1" step leaves alone.
     """
     x = batch.x0.clone()
-    best = take(climb.result, batch.rows)
+    best = take(loop.result, batch.rows)
     nearest = torch.full_like(limit, torch.inf)
     radius = torch.minimum(first, limit)
     for step in range(steps + 1):
-        seen = climb.seen(replace(batch, eps=radius), x)
-        losses, hit = climb.look(batch, seen, gradient=step < steps)
-        length = distance(seen.detach(), batch.x0.to(seen.dtype), climb.norm)
-        better = hit & (length < nearest) & (length <= limit * (1 + _SLACK))
-        best = torch.where(better.reshape(-1, *([1] * (x.dim() - 1))), seen.detach(), best)
+        image = loop.feasible(replace(batch, eps=radius), x)
+        losses, adversarial, doubtful = loop.forward(batch, image, gradient=step < steps)
+        if doubtful is not None:
+            adversarial = loop.asked(batch, image.detach(), adversarial, adversarial)
+        length = distance(image.detach(), batch.x0.to(image.dtype), loop.norm)
+        better = adversarial & (length < nearest) & (length <= limit * (1 + _SLACK))
+        best = torch.where(per_sample(better, x), image.detach(), best)
         nearest = torch.where(better, length, nearest)
         if step == steps:
             break
-        grad = climb.gradient(losses, seen, x)
+        grad = loop.backward(losses, image, x)
         gamma = _annealed(_GAMMA, step, steps)
         if step:
             grown = torch.where(nearest.isfinite(), radius * (1 + gamma), radius * _GROWTH)
-            radius = torch.minimum(torch.where(hit, torch.minimum(radius * (1 - gamma), nearest), grown), limit)
-        if climb.norm == "l1":
-            grad = free_gradient(batch, x, grad)
+            radius = torch.minimum(torch.where(adversarial, torch.minimum(radius * (1 - gamma), nearest), grown), limit)
+        if loop.norm == "l1":
+            grad = unblocked_gradient(batch, x, grad)
         if step < _STEEPEST * steps:
             length = _annealed(_STEP, step, steps) * radius
             ops.pgd_step_(
-                x, grad, batch.x0, step_size=length, eps=radius, norm=climb.norm, bounds=batch.bounds, sparsity=sparsity
+                x, grad, batch.x0, step_size=length, eps=radius, norm=loop.norm, bounds=batch.bounds, sparsity=sparsity
             )
         else:
             span = torch.maximum(distance(x, batch.x0, "l2"), radius / max(x.shape[1:].numel(), 1) ** 0.5)
             steepness = slope(grad, "l2")
             share = torch.where(steepness > 0, _annealed(_ALONG, step, steps) * span / steepness, 0.0)
-            moved = x + share.reshape(-1, *([1] * (x.dim() - 1))) * grad.nan_to_num(0, 0, 0)
-            x = ops.project_(moved.to(x.dtype), batch.x0, eps=radius, norm=climb.norm, bounds=batch.bounds)
+            moved = x + per_sample(share, x) * grad.nan_to_num(0, 0, 0)
+            x = ops.project_(moved.to(x.dtype), batch.x0, eps=radius, norm=loop.norm, bounds=batch.bounds)
     return best, nearest
 
 
 def _annealed(ends: tuple[float, float], step: int, steps: int) -> float:
-    """From the first to the last along half a cosine."""
+    """The value at ``step`` on half a cosine from the first of ``ends`` to the last."""
     first, last = ends
     return last + (first - last) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -1,4 +1,4 @@
-"""Losses that attacks climb, one number per image."""
+"""What an attack reads off logits: the loss to be increased, and whether the decision is adversarial; one per image."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -6,8 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from fastlip.attacks._arguments import check_choice
 
 Loss = Literal["dlr", "ce", "margin"]
 
@@ -19,41 +17,46 @@ def attack_loss(
     targets: Tensor | None,  # [B]
     toward: Tensor | None = None,  # [B]
 ) -> Tensor:
-    """Loss to be increased, [B]: away from ``labels``, to ``targets``, or away from ``labels`` in favour of ``toward``.
+    """The loss to be increased, [B]: away from ``labels``, to ``targets``, or from ``labels`` towards ``toward``.
 
-    To a target "dlr" is the margin: a target far from the top would be "approached" by widening the spread. The
-    margin's direction does not depend on the logits' scale either.
+    With ``targets`` "dlr" is the margin, because DLR would also increase by widening the spread of logits while the
+    target stays far from the top. The margin's direction does not depend on the scale of the logits either.
     """
     if toward is not None:
-        return _PAIRED[name](logits, labels, toward)
+        return _TOWARD_CLASS[name](logits, labels, toward)
     if targets is None:
         return _LOSSES[name](logits, labels)
     return -_LOSSES["margin" if name == "dlr" else name](logits, targets)
 
 
-def check_loss(name: str) -> None:
-    """Raise where the loss is none of those known."""
-    check_choice(name, "loss", tuple(_LOSSES))
-
-
-def succeeded(
+def is_adversarial(
     logits: Tensor,  # [B, C]
     labels: Tensor,  # [B]
     targets: Tensor | None,  # [B]
 ) -> Tensor:
-    """Whether the decision is wrong (or the target's), [B] bool; logits that hold a NaN decide nothing."""
+    """Whether the decision is wrong (with ``targets``: the target), [B] bool; logits with a NaN make no decision."""
     decision = logits.argmax(1)
-    hit = decision != labels if targets is None else decision == targets
-    return hit & ~logits.isnan().any(1)
+    reached = decision != labels if targets is None else decision == targets
+    return reached & ~logits.isnan().any(1)
 
 
-def undecided(
+def in_doubt(
     logits: Tensor,  # [B, C]
     rounding: float,
 ) -> Tensor:
-    """Whether errors up to ``rounding``, relative to the logits' spread, could change the decision, [B] bool."""
+    """Whether errors up to ``rounding``, relative to the spread of the logits, could change the decision, [B] bool."""
     top = logits.topk(2, dim=1).values
     return ~(top[:, 0] - top[:, 1] > 2 * rounding * (top[:, 0] - logits.amin(1)))
+
+
+def check_classes(
+    logits: Tensor,  # [B, C]
+    **classes: Tensor | None,  # [B] int64
+) -> None:
+    """Raise where a label or a target is not a class of the model."""
+    for name, wanted in classes.items():
+        if wanted is not None and bool(((wanted < 0) | (wanted >= logits.shape[1])).any()):
+            raise ValueError(f"{name} must lie in [0, {logits.shape[1]}), the model's classes")
 
 
 def margin_loss(logits: Tensor, classes: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def margin_loss(logits: Tensor, classes: Tensor) -> Tensor:
 def dlr_loss(logits: Tensor, classes: Tensor) -> Tensor:
     """Margin over the spread of the three largest logits (Croce and Hein 2020): invariant to shift and scale.
 
-    With fewer than three classes there is no third logit, and it is the margin.
+    With fewer than three classes there is no third logit, and the loss is the margin.
     """
     if logits.shape[1] < 3:
         return margin_loss(logits, classes)
@@ -78,14 +81,14 @@ def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     return functional.cross_entropy(logits, classes, reduction="none")
 
 
-def _margin_of(logits: Tensor, classes: Tensor, toward: Tensor) -> Tensor:
+def _margin_toward(logits: Tensor, classes: Tensor, toward: Tensor) -> Tensor:
     """Logit of ``toward`` minus that of ``classes``, [B]."""
     return (logits.gather(1, toward[:, None]) - logits.gather(1, classes[:, None])).squeeze(1)
 
 
-def _dlr_of(logits: Tensor, classes: Tensor, toward: Tensor) -> Tensor:
-    """The targeted form of DLR (Croce and Hein 2020, equation 7); the margin below four classes."""
-    margin = _margin_of(logits, classes, toward)
+def _dlr_toward(logits: Tensor, classes: Tensor, toward: Tensor) -> Tensor:
+    """The targeted form of DLR (Croce and Hein 2020, equation 7); the margin with fewer than four classes."""
+    margin = _margin_toward(logits, classes, toward)
     if logits.shape[1] < 4:
         return margin
     top = logits.topk(4, dim=1).values
@@ -98,8 +101,9 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": _cross_entropy,
     "margin": margin_loss,
 }
-_PAIRED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "dlr": _dlr_of,
+#: Losses that pull towards one wrong class, which any wrong decision satisfies.
+_TOWARD_CLASS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "dlr": _dlr_toward,
     "ce": lambda logits, classes, toward: -_cross_entropy(logits, toward),
-    "margin": _margin_of,
+    "margin": _margin_toward,
 }

@@ -1,4 +1,4 @@
-"""What an attack does to a model: nothing that lasts."""
+"""The forward pass of a model under attack, which leaves the model as it was."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,21 +9,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlip.attacks._arguments import check_model, number, shown
-from fastlip.attacks._passes import report
+from fastlip.attacks._counts import report
 
 Model = Callable[[Tensor], Tensor]
 
 
 class Network:
-    """The model that judges, and a faster copy of it whose gradients are followed; from :func:`prepare`.
+    """A model, whose decisions count, and a faster copy of it, whose gradients are followed; from :func:`prepare`.
 
-    Calling it calls the model itself, so that it can stand wherever a model can.
+    Calling the network calls the model itself, so that a network can take the place of a model anywhere.
 
     Args:
         model: maps inputs to logits [B, C].
         faster: the copy; None follows the model's own gradients.
-        rounding: largest difference to be expected between their logits, relative to an image's spread of logits.
-            Where that cannot change a decision the model is not asked.
+        rounding: the largest difference to be expected between their logits, relative to the spread of an image's
+            logits. Where it cannot change a decision the model is not asked.
+
+    Attributes:
+        exact: whether the gradients are those of the model itself.
 
     Raises:
         TypeError: a type is wrong.
@@ -35,15 +38,11 @@ class Network:
             raise TypeError(f"faster must map inputs to logits [B, C] or be None, got {shown(faster)}")
         self.model = model
         self.faster = faster
+        self.exact = faster is None
         self.rounding = number(rounding, "rounding")
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return self.model(inputs)
-
-    @property
-    def exact(self) -> bool:
-        """Whether gradients come from the model that judges."""
-        return self.faster is None
 
     def judge(
         self,
@@ -65,10 +64,11 @@ class Network:
 
 
 @contextmanager
-def attacked(network: Network) -> Iterator[Network]:
-    """The network in eval mode with gradients available, whatever mode the caller is in; modes are put back after.
+def eval_mode(network: Network) -> Iterator[Network]:
+    """The network in eval mode with gradients available, whatever mode the caller is in; modes are restored afterwards.
 
-    Modes are kept per module, because a network may be partly frozen, and put back whatever was done to them meanwhile.
+    Modes are kept for each module, because a network may be partly frozen, and are restored whatever happened to them
+    in between.
     """
     model = network.model
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
@@ -85,15 +85,15 @@ def attacked(network: Network) -> Iterator[Network]:
 
 
 def unwrapped(model: Model) -> Model:
-    """What DistributedDataParallel wraps, or the model.
+    """The module inside a DistributedDataParallel, or the model itself.
 
-    Its forward pass broadcasts buffers, and processes whose images fall at different steps would wait forever.
+    The wrapper's forward pass broadcasts buffers: processes that take different numbers of steps would wait forever.
     """
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _version(t: Tensor) -> int:
-    """Count of the in-place changes to a tensor; of those made in inference mode nobody counts."""
+    """The number of in-place changes to a tensor; 0 for inference tensors, whose changes are not counted."""
     return 0 if t.is_inference() else t._version
 
 

@@ -1,4 +1,4 @@
-"""Gaussian noise: the random perturbation that adversarial ones are compared with."""
+"""Gaussian noise, the random perturbation that adversarial ones are compared with."""
 
 import math
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_generator, check_vector, radius
-from fastlip.attacks._batch import wide_dtype, within
+from fastlip.attacks._arguments import check_generator, check_vector, checked_inputs, radius
+from fastlip.attacks._batch import per_sample, wide_dtype
 from fastlip.ops import Bounds, PerSample
 
-#: Scales noise beyond any ball of interest, so that the projection alone decides its length.
+#: Scales noise beyond any ball of interest, so that its length is that of the projection.
 _FAR = 1e4
 
 
@@ -25,14 +25,14 @@ def gaussian_noise(
 ) -> Tensor:
     """``inputs`` with white Gaussian noise, clipped to ``bounds``; [B, ...] like ``inputs``.
 
-    The noise is counter-based, as in :func:`fastlip.ops.random_start`: with the same generator state and id an image's
-    noise is the same in any batch.
+    The random numbers are counter-based, as in :func:`fastlip.ops.random_start`: with the same generator state and id
+    an image has the same noise in any batch.
 
     Args:
         inputs: images, [B, ...], within ``bounds``.
         sigma: standard deviation of the noise before clipping, in the units of ``inputs``, float or [B], >= 0.
-        norm: instead of ``sigma``, the L2 norm that the perturbation has *after* clipping, float or [B]: the noise is
-            clip(s z) with the s that meets it, or clipped everywhere where the box has no room for that norm.
+        norm: instead of ``sigma``, the L2 norm of the perturbation *after* clipping, float or [B]: the noise is
+            clip(s z) with the s that reaches this norm, or at the bounds everywhere where the box is too small for it.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
         ids: [B] int64 sample ids; 0 .. B-1 if None.
         generator: source of the noise, advanced by one draw; the device's default generator if None.
@@ -44,7 +44,7 @@ def gaussian_noise(
     """
     if (sigma is None) == (norm is None):
         raise ValueError("give either sigma or norm")
-    bounds = within(inputs, bounds)
+    bounds = checked_inputs(inputs, bounds)
     check_generator(generator)
     if ids is not None:
         check_vector(ids, "ids", inputs, torch.int64)
@@ -83,6 +83,6 @@ def add_noise(
 ) -> Tensor:
     """x0 + sigma z, clipped to ``bounds``."""
     if isinstance(sigma, Tensor):
-        sigma = sigma.to(x0.dtype).reshape(-1, *([1] * (x0.dim() - 1)))
+        sigma = per_sample(sigma.to(x0.dtype), x0)
     lo, hi = (torch.as_tensor(b, dtype=x0.dtype, device=x0.device) for b in bounds)
     return torch.minimum(torch.maximum(x0 + sigma * z, lo), hi)

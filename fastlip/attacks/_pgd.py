@@ -1,17 +1,16 @@
 """Projected gradient descent (Madry et al. 2018) over the fused step, in Linf, L2 and L1."""
 
-import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_choice, check_generator, check_images, count, flag, length, radius, share
-from fastlip.attacks._batch import Batch, new_batch, rows_of, take, within
-from fastlip.attacks._climb import Climb, Keep, free_gradient, walk
-from fastlip.attacks._distance import check_norm
-from fastlip.attacks._losses import Loss, check_loss
-from fastlip.attacks._model import Model, attacked
+from fastlip.attacks._arguments import check_call, check_choice, check_settings, length, radius, share
+from fastlip.attacks._batch import Batch, new_batch
+from fastlip.attacks._loop import AttackLoop, Keep, start_points, unblocked_gradient
+from fastlip.attacks._losses import Loss
+from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._prepare import network_of
 from fastlip.ops import Bounds, Norm, PerSample
 
@@ -43,11 +42,11 @@ def pgd(
     """Adversarial images within ``eps`` of ``inputs`` by projected gradient steps; [B, ...] like ``inputs``.
 
     Each step moves by ``step_size`` along the steepest direction of ``norm`` and projects exactly onto the ball and the
-    box (:func:`fastlip.ops.pgd_step_`). With ``keep="best"`` an image is given up as soon as it is misclassified, and
-    only those still standing go on; one that is misclassified to begin with comes back unchanged, and one that never
-    falls as the iterate of largest loss among the steps + 1 of every restart. With ``keep="last"`` every image takes
-    every step and comes back as its last iterate, as in torchattacks and foolbox: there alone an image that was
-    misclassified to begin with is moved.
+    box (:func:`fastlip.ops.pgd_step_`). With ``keep="best"`` the attack stops on an image as soon as it is
+    misclassified, and goes on with the robust ones. An image that is misclassified to begin with comes back unchanged;
+    one that stays robust comes back as the iterate of largest loss among the steps + 1 of every restart. With
+    ``keep="last"`` every image takes every step and comes back as its last iterate, as in torchattacks and foolbox;
+    this setting alone moves images that were misclassified to begin with.
 
     Args:
         model: maps inputs to logits [B, C], or what :func:`prepare` made of one.
@@ -59,21 +58,23 @@ def pgd(
         step_size: length of a step in ``norm``, float or [B]; 2.5 eps / steps if None (Madry et al. 2018).
         loss: "dlr" (margin over the spread of the three largest logits, Croce and Hein 2020; the margin below three
             classes and with ``targets``), "margin", or "ce" (cross-entropy, which saturates where logits are large).
-            None is the strongest on every network: part of DLR's gradient goes into narrowing the spread, so that on
-            small networks with small logits it can fell fewer images than "ce" in the same steps; a suite takes both.
+            No loss is the strongest on every network: part of DLR's gradient goes into narrowing the spread, so that
+            on small networks with small logits it can succeed on fewer images than "ce" in the same steps; a suite
+            takes both.
         random_start: begin at a uniform point of the ball; else at ``start``.
-        restarts: runs in all; an image goes into the next one only while it stands. Needs ``random_start`` above 1.
+        restarts: number of runs; an image takes part in the next one only while it is robust. More than one run needs
+            ``random_start``.
         keep: "best" or "last".
-        early_stop: with ``keep="best"``, give an image up at its first misclassified iterate; if False it takes every
-            step of the run and comes back as the misclassified iterate of largest loss, unless it was misclassified as
-            it is.
+        early_stop: with ``keep="best"``, stop on an image at its first misclassified iterate; if False it takes every
+            step of the run and comes back as the misclassified iterate of largest loss, unless it was misclassified to
+            begin with.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
         sparsity: share of elements that an "l1" step leaves alone.
-        targets: classes to reach, [B] int64; success is then this decision, and no other. An image that has it already
-            comes back unchanged, whatever its label.
+        targets: classes to reach, [B] int64; only this decision is then a success. An image that is classified as its
+            target already comes back unchanged, whatever its label.
         start: points to begin from when ``random_start`` is False, projected onto ball and box; ``inputs`` if None.
         active: [B] bool; False returns an image unchanged.
-        ids: [B] int64 sample ids, from which a sample's random starts are drawn; 0 .. B-1 if None.
+        ids: [B] int64 sample ids, which determine the random starts together with the generator; 0 .. B-1 if None.
         generator: source of random starts, one draw for each restart; the device's default generator if None.
         fast: follow the gradients of a copy made fast for evaluation (:func:`prepare`), which differ by rounding;
             every success is confirmed on ``model``.
@@ -84,12 +85,28 @@ def pgd(
         ValueError: a value or shape is wrong, inputs leave the bounds, or the model's output is not differentiable.
         TypeError: a type or dtype is wrong.
     """
-    return _attack(
-        "pgd", model, inputs, labels, norm=norm, eps=eps, steps=steps, step_size=step_size, loss=loss,
-        random_start=random_start, restarts=restarts, keep=keep, early_stop=early_stop, bounds=bounds,
-        sparsity=sparsity, targets=targets, start=start, active=active, ids=ids, generator=generator, fast=fast,
-        precision=precision,
+    bounds = check_call(
+        model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
+        generator=generator, fast=fast, precision=precision,
     )  # fmt: skip
+    steps, restarts = check_settings(steps, restarts, keep, early_stop, random_start, start, inputs)
+    finite = "where random_start is True or step_size is None" if random_start or step_size is None else ""
+    eps = radius(eps, "eps", inputs, finite=finite)
+    step = PgdStep(norm, share(sparsity, "sparsity"))
+    step_size = default_step(eps, steps) if step_size is None else length(step_size, "step_size", inputs)
+    with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
+        batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids, active=active)
+        loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop)
+        from_inputs = not random_start and start is None
+        if keep == "best" and not from_inputs:
+            batch = loop.without_misclassified(batch)
+        for _ in range(restarts):
+            if len(batch) == 0:
+                break
+            x = start_points(batch, norm, random_start, start, generator)
+            batch = loop.run(batch, x, steps, step, from_inputs=from_inputs)
+    loop.warn_of_lost_gradients("pgd")
+    return loop.result
 
 
 def fgsm(
@@ -109,146 +126,38 @@ def fgsm(
     precision: torch.dtype | None = None,
 ) -> Tensor:
     """One step of length ``eps`` from ``inputs`` (Goodfellow et al. 2015); arguments and errors as in :func:`pgd`."""
-    return _attack(
-        "fgsm", model, inputs, labels, norm=norm, eps=eps, steps=1, step_size=eps, loss=loss, random_start=False,
-        restarts=1, keep=keep, early_stop=True, bounds=bounds, sparsity=sparsity, targets=targets, start=None,
-        active=active, ids=None, generator=None, fast=fast, precision=precision,
+    bounds = check_call(
+        model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, fast=fast,
+        precision=precision,
     )  # fmt: skip
+    check_choice(keep, "keep", ("best", "last"))
+    eps = radius(eps, "eps", inputs, finite="as the length of a step")
+    step = PgdStep(norm, share(sparsity, "sparsity"))
+    with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
+        batch = new_batch(inputs, labels, targets, eps=eps, step_size=eps, bounds=bounds, ids=None, active=active)
+        loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep)
+        if len(batch) > 0:
+            loop.run(batch, batch.x0.clone(), 1, step, from_inputs=True)
+    loop.warn_of_lost_gradients("fgsm")
+    return loop.result
 
 
-def _attack(
-    name: str,
-    model: Model,
-    inputs: Tensor,  # [B, ...]
-    labels: Tensor,  # [B] int64
-    *,
-    norm: Norm,
-    eps: PerSample,
-    steps: int,
-    step_size: PerSample | None,
-    loss: Loss,
-    random_start: bool,
-    restarts: int,
-    keep: Keep,
-    early_stop: bool,
-    bounds: Bounds,
-    sparsity: float,
-    targets: Tensor | None,  # [B] int64
-    start: Tensor | None,  # [B, ...]
-    active: Tensor | None,  # [B] bool
-    ids: Tensor | None,  # [B] int64
-    generator: torch.Generator | None,
-    fast: bool,
-    precision: torch.dtype | None,
-) -> Tensor:
-    """The attack that the caller knows as ``name``, whose ``step_size`` is ``eps`` in "fgsm"."""
-    bounds = within(inputs, bounds)
-    steps, restarts = check_settings(steps, restarts, keep, early_stop, random_start, start, generator, inputs)
-    check_loss(loss)
-    check_norm(norm)
-    sparsity = share(sparsity, "sparsity")
-    finite = "where random_start is True or step_size is None" if random_start or step_size is None else ""
-    eps = radius(eps, "eps", inputs, finite="as the length of a step" if name == "fgsm" else finite)
-    if name == "fgsm":
-        step_size = eps
-    elif step_size is not None:
-        step_size = length(step_size, "step_size", inputs)
-    else:
-        step_size = default_step(eps, steps)
-    with attacked(network_of(model, inputs, fast=fast, precision=precision)) as network:
-        batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids)
-        climb = Climb(network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop)
-        standing = batch.take(rows_of(active, inputs))
-        if keep == "best" and (random_start or start is not None):
-            standing = climb.without_fallen(standing)
-        for _ in range(restarts):
-            if len(standing) == 0:
-                break
-            begin = first_iterate(standing, norm, random_start, start, generator)
-            standing = pgd_run(climb, standing, begin, steps, sparsity, from_inputs=not random_start and start is None)
-    warn_of_lost_gradients(name, climb, stacklevel=4)
-    return climb.result
+@dataclass(frozen=True)
+class PgdStep:
+    """The step of PGD for :meth:`AttackLoop.run`."""
 
+    norm: Norm
+    sparsity: float
 
-def pgd_run(
-    climb: Climb,
-    batch: Batch,
-    x: Tensor,  # [K, ...], changed
-    steps: int,
-    sparsity: float,
-    *,
-    from_inputs: bool,
-) -> Batch:
-    """One run of PGD from ``x``; returns the images that still stand. ``from_inputs`` as in :func:`walk`."""
-
-    def step(batch: Batch, x: Tensor, grad: Tensor, losses: Tensor) -> None:
-        if climb.norm == "l1":
-            grad = free_gradient(batch, x, grad)
+    def __call__(self, batch: Batch, x: Tensor, grad: Tensor, losses: Tensor) -> None:
+        if self.norm == "l1":
+            grad = unblocked_gradient(batch, x, grad)
         ops.pgd_step_(
-            x, grad, batch.x0, step_size=batch.step_size, eps=batch.eps, norm=climb.norm, bounds=batch.bounds,
-            sparsity=sparsity,
+            x, grad, batch.x0, step_size=batch.step_size, eps=batch.eps, norm=self.norm, bounds=batch.bounds,
+            sparsity=self.sparsity,
         )  # fmt: skip
-
-    return walk(climb, batch, x, steps, step, from_inputs=from_inputs)
 
 
 def default_step(eps: PerSample, steps: int) -> PerSample:
     """Length of a step where none is given (Madry et al. 2018)."""
     return 2.5 * eps / max(steps, 1)
-
-
-def check_settings(
-    steps: int,
-    restarts: int,
-    keep: str,
-    early_stop: bool,
-    random_start: bool,
-    start: Tensor | None,
-    generator: torch.Generator | None,
-    inputs: Tensor,
-) -> tuple[int, int]:
-    """``steps`` and ``restarts`` as ints; raise where the settings that gradient attacks share are wrong."""
-    steps, restarts = count(steps, "steps"), count(restarts, "restarts", 1)
-    check_choice(keep, "keep", ("best", "last"))
-    check_generator(generator)
-    flag(early_stop, "early_stop")
-    flag(random_start, "random_start")
-    if restarts > 1 and not random_start:
-        raise ValueError("restarts above 1 need random_start=True: every run would be the same")
-    if start is None:
-        return steps, restarts
-    if random_start:
-        raise ValueError("start needs random_start=False")
-    check_images(start, "start")
-    if start.shape != inputs.shape or start.device != inputs.device:
-        raise ValueError(
-            f"start must have inputs' shape {list(inputs.shape)} and be on {inputs.device}, "
-            f"got {list(start.shape)} on {start.device}"
-        )
-    if bool(start.isnan().any()):
-        raise ValueError("start holds NaN")
-    return steps, restarts
-
-
-def first_iterate(
-    batch: Batch,
-    norm: Norm,
-    random_start: bool,
-    start: Tensor | None,  # [N, ...], the caller's whole batch
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Where a run begins, [K, ...]."""
-    if random_start:
-        return ops.random_start(
-            batch.x0, eps=batch.eps, norm=norm, bounds=batch.bounds, ids=batch.ids, generator=generator
-        )
-    if start is None:
-        return batch.x0.clone()
-    begin = take(start.detach().to(batch.x0.dtype), batch.rows)
-    return ops.project(begin, batch.x0, eps=batch.eps, norm=norm, bounds=batch.bounds)
-
-
-def warn_of_lost_gradients(name: str, climb: Climb, stacklevel: int = 3) -> None:
-    """Say so where gradient elements counted as 0 because they were not finite."""
-    if bool(climb.lost_gradients):
-        warnings.warn(f"{name} met gradients that are not finite; those elements counted as 0", stacklevel=stacklevel)

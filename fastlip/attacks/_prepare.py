@@ -1,6 +1,6 @@
-"""A faster copy of a model for the gradients of an attack: it differs from the model by rounding alone.
+"""A faster copy of a model for the gradients of an attack, which differs from the model by rounding alone.
 
-Successes are always confirmed on the model itself, so that a copy can cost strength and never soundness.
+Successes are always confirmed on the model itself, so that a copy can cost an attack strength but never soundness.
 """
 
 import copy
@@ -11,16 +11,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.attacks._arguments import check_images, check_model, flag
+from fastlip.attacks._arguments import check_images, check_model, check_precision, flag
 from fastlip.attacks._graphs import Graphed
 from fastlip.attacks._model import Model, Network, unwrapped
 from fastlip.attacks._rewrite import fold, fuse, lower
 
 #: Largest difference of logits, relative to their spread, that counts as rounding.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 0.05, torch.bfloat16: 0.2}
-#: Inputs on which copy and model are compared, how much further apart they may be on others, and the least of that.
+#: On how many inputs copy and model are compared, the factor by which they may differ more on other inputs, and the
+#: smallest difference assumed.
 _COMPARED, _MARGIN, _LEAST = 4, 4.0, 1e-6
-#: Copies kept of a model, of different precisions or for inputs of different shapes.
+#: How many copies of a model are kept, for different precisions or shapes of inputs.
 _MOST_KEPT = 3
 
 
@@ -31,16 +32,16 @@ def prepare(
     fast: bool = True,
     precision: torch.dtype | None = None,
 ) -> Network:
-    """The model beside a faster copy of it, to be handed to any attack in the model's place.
+    """The model together with a faster copy of it, which any attack takes in place of the model.
 
     ``fast`` folds BatchNorm into convolutions, drops everything about the weights' gradients and uses channels_last; on
     a CPU it fuses convolutions with sums and ReLUs, as matrix products where maps are small; on a GPU it replays CUDA
     graphs. ``precision`` runs all but the first layer in low precision. The copy is compared with the model on
-    ``inputs``; where a part cannot be had (the model cannot be traced, or it draws random numbers) that part is left
-    out, to the model itself. Changes made to the model afterwards do not reach the copy.
+    ``inputs``. What is impossible for a model (because it cannot be traced, or draws random numbers) is left out, in
+    the last resort down to the model itself. Changes made to the model afterwards do not reach the copy.
 
-    Copies are kept for as long as the model lives. One serves again while the model's tensors are the same and it still
-    agrees on ``inputs``.
+    Copies are kept for as long as the model lives. A copy is used again while the model's tensors are the same and both
+    still agree on ``inputs``.
 
     Args:
         model: maps inputs to logits [B, C].
@@ -49,15 +50,21 @@ def prepare(
         precision: torch.bfloat16 or torch.float16 for the copy; its own precision if None.
 
     Raises:
-        ValueError: the precision is none of those, or ``inputs`` have no batch dimension.
-        TypeError: ``model`` cannot be called, or ``inputs`` is no tensor of floating-point numbers.
+        ValueError: the precision is another one, or ``inputs`` have no batch dimension.
+        TypeError: ``model`` cannot be called, or ``inputs`` is not a tensor of floating-point numbers.
     """
     check_precision(precision)
     flag(fast, "fast")
     check_model(model)
+    if not isinstance(model, Network):
+        check_images(inputs)
+    return network_of(model, inputs, fast=fast, precision=precision)
+
+
+def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: torch.dtype | None) -> Network:
+    """:func:`prepare` for an attack, which has checked the arguments; a network that was prepared before is kept."""
     if isinstance(model, Network):
         return model
-    check_images(inputs)
     model = unwrapped(model)
     if not (fast or precision) or len(inputs) == 0:
         return Network(model)
@@ -77,17 +84,6 @@ def prepare(
             module.training = True
 
 
-def check_precision(precision: torch.dtype | None) -> None:
-    """Raise where a copy cannot have this precision."""
-    if not any(precision is p for p in (None, torch.bfloat16, torch.float16)):
-        raise ValueError(f"precision must be None, torch.bfloat16 or torch.float16, got {precision!r}")
-
-
-def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: torch.dtype | None) -> Network:
-    """What an attack works on: ``model`` where it is prepared already."""
-    return prepare(model, inputs, fast=fast, precision=precision)
-
-
 @dataclass(frozen=True)
 class _Copy:
     """A faster model, and how far its logits may be from the model's, relative to their spread."""
@@ -104,7 +100,7 @@ class _Kept:
         self.copies: dict[object, _Copy] = {}
 
 
-#: Copies do not hold the model, and go when it does.
+#: Copies hold no reference to the model, so that they are freed with it.
 _kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
@@ -116,7 +112,7 @@ def _fingerprint(model: nn.Module) -> object:
 def _copy_of(model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, precision: torch.dtype | None) -> _Copy | None:
     """A copy that gives ``want``: one made before, or a new one.
 
-    That tensors are the same is not enough: ``.data`` and submodules change without a trace, and logits do not.
+    Unchanged tensors are not enough, since ``.data`` and submodules can be replaced unnoticed: logits are compared too.
     """
     kept = _kept.get(model)
     if kept is None or kept.fingerprint != _fingerprint(model):
@@ -152,7 +148,7 @@ def _faster(model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, precisio
                 got = made(seen := inputs.clone().requires_grad_())
                 torch.autograd.grad(got.sum(), seen)
             apart = _distance(got.detach(), want)
-        except Exception:  # whatever a model may raise in another form than its own: that form is not to be had
+        except Exception:  # a model may raise anything in a form that it was not written for
             continue
         if apart <= _ROUNDING[dtype]:
             graphed = Graphed(made) if fast and inputs.is_cuda else None
@@ -182,14 +178,14 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy that has no gradients and no hooks of its own; its tensors share the model's storage."""
+    """A copy without gradients and hooks, whose tensors share the model's storage."""
     tensors = (*model.parameters(), *model.buffers())
     memo = {
         id(t): nn.Parameter(t.detach(), requires_grad=False) if isinstance(t, nn.Parameter) else t.detach()
         for t in tensors
     }
     made = copy.deepcopy(model, memo)
-    made._forward_hooks.clear()  # they watch the model, and the copy's passes are reported to it already
+    made._forward_hooks.clear()  # they belong to the model, to which the copy's passes are reported anyway
     return made
 
 
@@ -214,7 +210,7 @@ class _ChannelsLast:
 
 
 class _FewSizes:
-    """``model`` on batches of a few sizes: oneDNN compiles its kernels of low precision anew for each."""
+    """``model`` on batches of a few sizes, because oneDNN compiles its low-precision kernels for each size."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -230,13 +226,13 @@ class _FewSizes:
 
 
 def roomy_size(size: int) -> int:
-    """The next size of 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, ...; small batches cost not much more than smaller."""
+    """The next size of 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, ..., close enough for padding to cost little."""
     step = 1 << max(size.bit_length() - 3, 0)
     return 1 << (size - 1).bit_length() if size <= 32 else -(-size // step) * step
 
 
 class _Autocast:
-    """The model under autocast, for what cannot be converted."""
+    """The model under autocast, for models that cannot be converted."""
 
     def __init__(self, model: Model, device: str, precision: torch.dtype) -> None:
         self.model = model

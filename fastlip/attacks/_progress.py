@@ -1,35 +1,46 @@
-"""A progress line for a terminal."""
+"""Progress of an evaluation, shown by tqdm."""
 
 import sys
-import time
 from collections.abc import Callable
+from typing import Any
 
 from fastlip.attacks._arguments import flag
 
+#: Called with the images done, the images in all and the name of the attack; the first call for an attack has 0 done.
 Progress = Callable[[int, int, str], None]
 
-_WIDTH = 24
 
-
-def shower(progress: bool | Progress) -> Progress:
-    """What to call with images done, images in all and a name: a bar on standard error, nothing, or ``progress``."""
+def progress_of(progress: bool | Progress) -> Progress:
+    """``progress`` itself where it is a function; else one that shows a bar on standard error, or nothing."""
     if callable(progress):
         return progress
-    return Bar() if flag(progress, "progress") else lambda done, total, name: None
+    return _bar() if flag(progress, "progress") else _nothing
 
 
-class Bar:
-    """One line on standard error, with the time left; a new line for each name."""
+def _nothing(done: int, total: int, name: str) -> None:
+    pass
 
-    def __init__(self) -> None:
-        self.begin = time.perf_counter()
+
+def _bar() -> Progress:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        # The evaluation does not depend on the bar, so that it goes on without one.
+        print('fastlip: no progress is shown without tqdm: pip install "fastlip[progress]"', file=sys.stderr)
+        return _nothing
+    return _Bar(tqdm)
+
+
+class _Bar:
+    """One line for each attack."""
+
+    def __init__(self, tqdm: Any) -> None:
+        self.tqdm = tqdm
+        self.line: Any = None
 
     def __call__(self, done: int, total: int, name: str) -> None:
         if done == 0:
-            self.begin = time.perf_counter()
-        spent = time.perf_counter() - self.begin
-        filled = _WIDTH * done // total if total else _WIDTH
-        left = f", {spent * (total - done) / done:.0f} s left" if 0 < done < total else f", {spent:.1f} s"
-        end = "\n" if done >= total else ""
-        line = f"\r{name:<14} [{'#' * filled}{'.' * (_WIDTH - filled)}] {done}/{total}{left}"
-        print(line.ljust(79), end=end, file=sys.stderr, flush=True)
+            self.line = self.tqdm(total=total, desc=name, unit="image", file=sys.stderr)
+        self.line.update(done - self.line.n)
+        if done >= total:
+            self.line.close()

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_generator, count, number, radius
-from fastlip.attacks._batch import Batch, new_batch, rows_of, take, within
-from fastlip.attacks._climb import Climb, Trail
-from fastlip.attacks._distance import ORDER, check_norm
-from fastlip.attacks._losses import Loss, check_loss
-from fastlip.attacks._model import Model, attacked
+from fastlip.attacks._arguments import check_call, count, number, radius
+from fastlip.attacks._batch import Batch, new_batch, per_sample, take
+from fastlip.attacks._distance import ORDER
+from fastlip.attacks._loop import AttackLoop, BestTracker
+from fastlip.attacks._losses import Loss
+from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._prepare import network_of
 from fastlip.ops import Bounds, Norm, PerSample
 
 #: Iterations, of 10,000, at which the share of changed elements halves (section 4.1 of the paper).
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-#: How fast a bump falls off from its centre.
+#: The power with which a bump decays from its centre.
 _FALL_OFF = {"l2": 2.0, "l1": 4.0}
 #: Tiles along an image's shorter side in the first iterate of "l2" and "l1".
 _TILES = 5
@@ -45,10 +45,10 @@ def square(
 ) -> Tensor:
     """Adversarial images within ``eps`` of ``inputs`` by random search over squares; [B, ...] like ``inputs``.
 
-    Only the model's outputs are asked for. Images [B, C, H, W] get squares across all channels, signals [B, C, L] and
-    vectors [B, N] get intervals; further axes are merged into H. Every image draws windows and signs of its own,
-    counter-based, and stops at its first misclassified iterate. "linf" and "l2" follow the paper; "l1" is its "l2"
-    with lengths in L1 and bumps that fall off faster, as in AutoAttack (Croce and Hein 2021).
+    The attack needs the model's outputs alone. Images [B, C, H, W] get squares across all channels; signals [B, C, L]
+    and vectors [B, N] get intervals; further axes are merged into H. Every image has windows and signs of its own from
+    a counter-based generator, and stops at its first misclassified iterate. "linf" and "l2" follow the paper; "l1" is
+    the paper's "l2" with lengths in L1 and bumps that decay faster, as in AutoAttack (Croce and Hein 2021).
 
     Args:
         model: maps inputs to logits [B, C], or what :func:`prepare` made of one.
@@ -57,14 +57,14 @@ def square(
         norm: "linf", "l2" or "l1".
         eps: radius of the ball in ``norm`` and the units of ``inputs``, float or [B], >= 0.
         queries: forward passes of each restart.
-        share: share of the pixels that the first squares cover.
+        share: the share of the pixels that the first squares cover.
         loss: "margin", "dlr" or "ce"; an iterate is accepted where it increases.
-        restarts: runs in all; an image goes into the next one only while it stands.
+        restarts: number of runs; an image takes part in the next one only while it is robust.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
-        targets: classes to reach, [B] int64; success is then this decision, and no other.
+        targets: classes to reach, [B] int64; only this decision is then a success.
         active: [B] bool; False returns an image unchanged.
-        ids: [B] int64 sample ids, from which a sample's draws follow; 0 .. B-1 if None.
-        generator: source of the draws, one for each query; the device's default generator if None.
+        ids: [B] int64 sample ids, which determine the random draws together with the generator; 0 .. B-1 if None.
+        generator: source of the draws, advanced by one for each query; the device's default generator if None.
         fast: as in :func:`pgd`.
         precision: as in :func:`pgd`.
 
@@ -72,53 +72,53 @@ def square(
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
     """
-    bounds = within(inputs, bounds)
-    check_loss(loss)
-    check_norm(norm)
-    check_generator(generator)
+    bounds = check_call(
+        model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
+        generator=generator, fast=fast, precision=precision,
+    )  # fmt: skip
     queries, restarts = count(queries, "queries", 1), count(restarts, "restarts", 1)
     share = number(share, "share")
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
-    eps = radius(eps, "eps", inputs, finite="for square, which goes to its ends")
-    with attacked(network_of(model, inputs, fast=fast, precision=precision)) as network, torch.no_grad():
-        batch = new_batch(inputs, labels, targets, eps=eps, step_size=0.0, bounds=bounds, ids=ids)
-        climb = Climb(network, inputs, norm=norm, loss=loss)
-        standing = climb.without_fallen(batch.take(rows_of(active, inputs)))
+    eps = radius(eps, "eps", inputs, finite="for square, whose first steps reach the surface of the ball")
+    with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network, torch.no_grad():
+        batch = new_batch(inputs, labels, targets, eps=eps, step_size=0.0, bounds=bounds, ids=ids, active=active)
+        loop = AttackLoop(network, inputs, norm=norm, loss=loss)
+        batch = loop.without_misclassified(batch)
         for _ in range(restarts):
-            if len(standing) == 0:
+            if len(batch) == 0:
                 break
-            standing = _run(climb, standing, queries, share, generator)
-    return climb.result
+            batch = _run(loop, batch, queries, share, generator)
+    return loop.result
 
 
-def _run(climb: Climb, batch: Batch, queries: int, share: float, generator: torch.Generator | None) -> Batch:
-    """Ask ``queries`` times and return the images that still stand."""
-    trail = Trail(climb, batch)
-    x, level = batch.x0, torch.full_like(trail.level, -torch.inf)
+def _run(loop: AttackLoop, batch: Batch, queries: int, share: float, generator: torch.Generator | None) -> Batch:
+    """Query the model ``queries`` times and return the images that are still robust."""
+    best = BestTracker(loop, batch)
+    x, accepted = batch.x0, torch.full_like(best.best_loss, -torch.inf)
     for query, (height, width) in enumerate(_windows(batch.x0, queries, share)):
-        batch = trail.batch
+        batch = best.batch
         draws = _Draws(batch, generator)
         if query == 0:
-            moved = _first(batch, climb.norm, draws)
-        elif climb.norm == "linf":
+            moved = _first(batch, loop.norm, draws)
+        elif loop.norm == "linf":
             moved = _recoloured(batch, x, height, width, draws)
         else:
-            moved = _shifted(batch, x, height, width, climb.norm, draws)
-        point = ops.project_(moved, batch.x0, eps=batch.eps, norm=climb.norm, bounds=batch.bounds)
-        seen = climb.seen(batch, point)
-        losses, hit, doubtful = climb.losses(batch, seen, gradient=False)
-        trail.offer(seen, losses, hit, doubtful)
-        better = losses.double() > level
-        x = torch.where(better.reshape(-1, *([1] * (x.dim() - 1))), point, x)
-        level = torch.where(better, losses.double(), level)
-        kept = trail.standing(query)
+            moved = _shifted(batch, x, height, width, loop.norm, draws)
+        point = ops.project_(moved, batch.x0, eps=batch.eps, norm=loop.norm, bounds=batch.bounds)
+        image = loop.feasible(batch, point)
+        losses, adversarial, doubtful = loop.forward(batch, image, gradient=False)
+        best.update(image, losses, adversarial, doubtful)
+        better = losses.double() > accepted
+        x = torch.where(per_sample(better, x), point, x)
+        accepted = torch.where(better, losses.double(), accepted)
+        kept = best.unfinished(query)
         if kept is not None:
             if len(kept) == 0:
                 break
-            trail.leave_behind(kept)
-            x, level = take(x, kept), level[kept]
-    return climb.finish(trail)
+            best.drop(kept)
+            x, accepted = take(x, kept), accepted[kept]
+    return best.finish()
 
 
 def _windows(x0: Tensor, queries: int, share: float) -> Iterator[tuple[int, int]]:
@@ -144,7 +144,7 @@ def _as_image(x: Tensor) -> Tensor:
 
 
 class _Draws:
-    """One query's random numbers: those of an image do not depend on its batch."""
+    """The random numbers of one query; those of an image do not depend on its batch."""
 
     def __init__(self, batch: Batch, generator: torch.Generator | None) -> None:
         self.batch = batch
@@ -158,12 +158,12 @@ class _Draws:
         self.used = 0
 
     def next(self, count: int) -> Tensor:
-        """``count`` numbers in [-1, 1) for each image, [K, count]."""
+        """The next ``count`` numbers in [-1, 1) for each image, [K, count]."""
         self.used += count
         return self.uniform[:, self.used - count : self.used]
 
     def signs(self, count: int) -> Tensor:
-        """``count`` signs for each image, [K, count]."""
+        """The next ``count`` signs for each image, [K, count]."""
         return torch.where(self.next(count) < 0, -1.0, 1.0).to(self.batch.x0.dtype)
 
     def corner(self, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -177,7 +177,7 @@ class _Draws:
 
 
 def _radius(batch: Batch) -> Tensor | float:
-    """The radius, to be multiplied with [K, C, H, W]."""
+    """The radius in a shape that multiplies [K, C, H, W]."""
     eps = batch.eps
     return eps.to(batch.x0.dtype).reshape(-1, 1, 1, 1) if isinstance(eps, Tensor) else eps
 
@@ -202,7 +202,7 @@ def _first(batch: Batch, norm: Norm, draws: _Draws) -> Tensor:
 
 
 def _recoloured(batch: Batch, x: Tensor, height: int, width: int, draws: _Draws) -> Tensor:
-    """``x`` with a window where each channel is as far up or down as "linf" allows."""
+    """``x`` with a window in which each channel lies at the upper or the lower end of its "linf" ball."""
     image, centre = _as_image(x).clone(), _as_image(batch.x0)
     rows, columns = draws.corner(height, width)
     sign = draws.signs(image.shape[1])[:, None, None, :]
@@ -213,7 +213,7 @@ def _recoloured(batch: Batch, x: Tensor, height: int, width: int, draws: _Draws)
 
 
 def _shifted(batch: Batch, x: Tensor, height: int, width: int, norm: Norm, draws: _Draws) -> Tensor:
-    """``x`` with the perturbation of one window, and what the ball has left, moved into another window."""
+    """``x`` with the perturbation of one window, and the slack of the ball, moved into another window."""
     height, width = (min(max(n, 3), most) for n, most in ((height, draws.height), (width, draws.width)))
     centre = _as_image(batch.x0)
     move = _as_image(x) - centre  # [K, C, H, W]

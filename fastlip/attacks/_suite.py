@@ -7,18 +7,17 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastlip.attacks._apgd import apgd
-from fastlip.attacks._arguments import number, shown
-from fastlip.attacks._distance import check_norm
+from fastlip.attacks._arguments import check_norm, number, shown
 from fastlip.attacks._min_norm import MinNormResult, min_norm
 from fastlip.attacks._pgd import pgd
 from fastlip.attacks._square import square
 from fastlip.ops import Bounds, Norm
 
-#: Called as attack(model, inputs, labels, ...), with ``ids``, ``generator``, ``fast`` and ``precision`` where taken.
+#: Called as attack(model, inputs, labels, ...), with those of ``bounds``, ``ids`` and ``generator`` that it takes.
 Attack = Callable[..., Tensor | MinNormResult]
 Suite = Literal["standard", "rand", "quick"]
 
-#: Attacks that ask for outputs alone.
+#: Attacks that need the model's outputs alone.
 BLACK_BOX: tuple[Callable[..., Any], ...] = (square,)
 
 
@@ -31,13 +30,13 @@ def suite(
 ) -> dict[str, Attack]:
     """Attacks for :func:`evaluate`, weakest first, as in AutoAttack (Croce and Hein 2020, 2021).
 
-    "standard": APGD with cross-entropy (in "l1" 5 restarts), APGD-T on 9 classes ("l1": 5), FMN as the minimum-norm
-    attack in the place of FAB, Square with 5000 queries. "rand", for models with random outputs: APGD with
-    cross-entropy and with DLR. "quick": PGD with 20 steps and APGD-T on 3 classes with 50.
+    "standard" has APGD with cross-entropy (in "l1" with 5 restarts), APGD-T on 9 classes (in "l1" on 5), FMN as the
+    minimum-norm attack in place of FAB, and Square with 5000 queries. "rand", for models with random outputs, has APGD
+    with cross-entropy and with DLR. "quick" has PGD with 20 steps and APGD-T on 3 classes with 50 steps.
 
     Raises:
-        ValueError: the name or the norm is unknown, or the radius below 0.
-        TypeError: the radius is no float.
+        ValueError: the name or the norm is unknown, or the radius is below 0.
+        TypeError: the radius is not a float.
     """
     check_norm(norm)
     eps = number(eps, "eps")
@@ -63,7 +62,7 @@ def suite(
 
 
 def is_black_box(attack: Attack) -> bool:
-    """Whether ``attack`` is known to ask for outputs alone: its ``black_box`` attribute, or what it wraps."""
+    """Whether ``attack`` needs outputs alone, by its ``black_box`` attribute or by the function that it wraps."""
     if hasattr(attack, "black_box"):
         return bool(attack.black_box)
     inner = attack.func if isinstance(attack, partial) else attack

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlip import attacks
-from fastlip.attacks import Evaluation
+from fastlip.attacks import EvaluationResult
 from fastlip.integrations._names import named
 from fastlip.ops import Bounds, Norm
 
@@ -69,7 +69,7 @@ class AutoAttack:
         self.seed, self.verbose, self.device = seed, verbose, device
         self.fast, self.precision = fast, precision
         self.attacks = _attacks(version, attacks_to_run, _NORMS[norm], eps, bounds)
-        self.evaluation: Evaluation | None = None
+        self.evaluation: EvaluationResult | None = None
 
     def run_standard_evaluation(
         self,
@@ -108,7 +108,7 @@ class AutoAttack:
         """Share of images classified correctly."""
         return (self._decisions(x_orig, bs) == y_orig).double().mean().item()
 
-    def _evaluate(self, x: Tensor, y: Tensor, bs: int, suite: dict[str, attacks.Attack]) -> Evaluation:
+    def _evaluate(self, x: Tensor, y: Tensor, bs: int, suite: dict[str, attacks.Attack]) -> EvaluationResult:
         seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
         with named(_NAMES):
             found = attacks.evaluate(

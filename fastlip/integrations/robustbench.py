@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fastlip._files import replacing
-from fastlip.attacks import Evaluation
+from fastlip.attacks import EvaluationResult
 
 _THREATS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 def model_info(
-    evaluation: Evaluation,
+    evaluation: EvaluationResult,
     *,
     dataset: str,
     eps: float,
@@ -49,7 +49,7 @@ def model_info(
 
 
 def write_model_info(
-    folder: str | os.PathLike[str], model: str, norm: str, evaluation: Evaluation, *, dataset: str, **info: Any
+    folder: str | os.PathLike[str], model: str, norm: str, evaluation: EvaluationResult, *, dataset: str, **info: Any
 ) -> Path:
     """Write :func:`model_info` where RobustBench looks: ``folder/dataset/Linf/model.json``; returns the path.
 

@@ -12,11 +12,13 @@ from fastlip.ops._checks import (
     Norm,
     PerSample,
     check_inputs,
+    check_like,
     check_tensor,
-    checked_limits,
+    checked_ball,
     checked_mask,
     checked_norm,
     checked_radius,
+    checked_step,
     dense_strides,
     describe,
     in_one_layout,
@@ -24,7 +26,7 @@ from fastlip.ops._checks import (
     same_layout,
     sample_dense,
 )
-from fastlip.ops._model_input import ModelInput, check_gradient, written
+from fastlip.ops._model_input import NOT_READ, ModelInput, check_gradient, normalised
 from fastlip.ops.reference import compute_dtype
 
 _ops = torch.ops.fastlip
@@ -115,9 +117,7 @@ def apgd_state(
         scale = 1.0 if norm == "l1" else 2.0
         length, lengths = scale * radius, None if radii is None else scale * radii.clamp_min(0)
     else:
-        length, lengths = per_sample(step_size, x, "step_size")
-        if not math.isfinite(length):
-            raise ValueError(f"step_size must be finite, got {length}")
+        length, lengths = checked_step(step_size, x)
     batch, size = x.shape[0], math.prod(x.shape[1:])
     if size >= 2**31:
         raise ValueError(f"a sample of x must have less than 2**31 elements, got {size}")
@@ -201,7 +201,10 @@ def apgd_step_(
     if not isinstance(state, APGDState):
         raise TypeError(f"state must be an APGDState, got {type(state).__name__}")
     check_inputs(x, x0=x0, x_prev=state.x_prev, x_best=state.x_best, grad_best=state.grad_best)
-    check_gradient(grad, x, model_input)
+    if model_input is None:
+        check_like(grad, x, "grad")
+    else:
+        check_gradient(grad, x, model_input)
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
     if loss.dtype not in DTYPES:
@@ -210,20 +213,19 @@ def apgd_step_(
     for name, value in (("momentum", momentum), ("rho", rho)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    radius, radii = checked_radius(eps, x)
-    name = checked_norm(norm)
-    if name == "l1" and math.isinf(radius):
-        raise ValueError("eps must be finite for norm l1, whose step sizes it bounds")
     _check_state(state, x)
+    active = checked_mask(active, x)
     target, grad, x0 = in_one_layout(x, grad, x0)
     for buffer in (state.x_prev, state.x_best, state.grad_best):
         if not same_layout(buffer, target) or (x.shape[0] > 1 and not sample_dense(buffer)):
             raise ValueError("x must have the memory layout that state was made for")
-    lo, los, hi, his = checked_limits(bounds, target)
+    ball = checked_ball(eps, norm, bounds, target)
+    if ball.norm == "l1" and math.isinf(ball.eps):
+        raise ValueError("eps must be finite for norm l1, whose step sizes it bounds")
+    read = NOT_READ if model_input is None else normalised(model_input, target)
     _ops.apgd_step_(
         target, grad, losses, x0, state.x_prev, state.x_best, state.grad_best, state.best_loss, state.past_loss,
-        state.step_size, state.counters, state.schedule, radius, radii, name, lo, los, hi, his, momentum, rho,
-        checked_mask(active, x), *written(model_input, target),
+        state.step_size, state.counters, state.schedule, *ball, momentum, rho, active, *read,
     )  # fmt: skip
     return x if target is x else x.copy_(target)
 

@@ -1,4 +1,4 @@
-"""What the wrappers of the fused steps ask of their arguments, and the one memory layout they bring them into."""
+"""Argument checks of the wrappers of the fused steps, and the memory layout that all operands are brought into."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastlip.ops._schemas import Ball, StepSize
 from fastlip.ops.reference import compute_dtype
 
 Norm = Literal["linf", "l2", "l1"]
@@ -41,7 +42,7 @@ def check_inputs(x: Tensor, **others: Tensor) -> None:
 
 
 def check_like(t: Tensor, x: Tensor, name: str, dtype_of: tuple[Tensor, str] | None = None) -> None:
-    """Shape and device are x's, and the dtype, or that of another tensor."""
+    """Raise where ``t`` has not the shape, device and dtype of ``x``; its dtype may be that of another tensor."""
     other, other_name = dtype_of or (x, "x")
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
@@ -54,7 +55,7 @@ def check_like(t: Tensor, x: Tensor, name: str, dtype_of: tuple[Tensor, str] | N
 
 
 def begin_together(x: Tensor, other: Tensor) -> bool:
-    """Whether two tensors begin at one place of one storage; neither calls an operator nor looks at memory."""
+    """Whether two tensors begin at the same place of one storage; calls no operator and reads no memory."""
     same: bool = x.untyped_storage()._cdata == other.untyped_storage()._cdata
     return same and bool(x.storage_offset() == other.storage_offset())
 
@@ -66,7 +67,7 @@ def checked_norm(norm: str) -> str:
 
 
 def per_sample(value: PerSample, x: Tensor, name: str) -> tuple[float, Tensor | None]:
-    """A float, or 0.0 and the [B] tensor in the dtype of x's arithmetic."""
+    """``value`` as a float and None, or as 0.0 and a [B] tensor in the dtype of x's arithmetic."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a float or a [B] tensor, got {type(value).__name__}")
@@ -76,11 +77,24 @@ def per_sample(value: PerSample, x: Tensor, name: str) -> tuple[float, Tensor | 
     return 0.0, value.detach().to(compute_dtype(x.dtype)).contiguous()
 
 
+def checked_step(step_size: PerSample, x: Tensor) -> StepSize:
+    """``step_size`` as operators take it."""
+    length, lengths = per_sample(step_size, x, "step_size")
+    if not math.isfinite(length):
+        raise ValueError(f"step_size must be finite, got {length}")
+    return StepSize(length, lengths)
+
+
 def checked_radius(eps: PerSample, x: Tensor) -> tuple[float, Tensor | None]:
     radius, radii = per_sample(eps, x, "eps")
     if not radius >= 0.0:
         raise ValueError(f"eps must be at least 0, got {radius}")
     return radius, radii
+
+
+def checked_ball(eps: PerSample, norm: str, bounds: Bounds, x: Tensor) -> Ball:
+    """Ball and box as operators take them, for an ``x`` whose samples are dense."""
+    return Ball(*checked_radius(eps, x), checked_norm(norm), *checked_limits(bounds, x))
 
 
 def checked_mask(active: Tensor | None, x: Tensor) -> Tensor | None:
@@ -104,7 +118,7 @@ def checked_limits(bounds: Bounds, x: Tensor) -> tuple[float, Tensor | None, flo
 
 
 def per_element(value: PerSample, x: Tensor, name: str) -> tuple[float, Tensor | None]:
-    """A float, or 0.0 and a tensor [1 or B, *x.shape[1:]] in x's layout; one sample's worth unless B vary."""
+    """``value`` as a float and None, or as 0.0 and a tensor [1 or B, *x.shape[1:]] in x's layout."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be floats or tensors, got {type(value).__name__}")
@@ -146,7 +160,7 @@ def same_layout(t: Tensor, x: Tensor) -> bool:
 
 
 def in_one_layout(x: Tensor, *others: Tensor) -> list[Tensor]:
-    """X with dense samples, and the others in its layout; a tensor that already fits is passed through."""
+    """``x`` with dense samples, and the others in its layout; a tensor that fits already is returned as it is."""
     if not sample_dense(x):
         x = x.contiguous()
     fitted = [x]

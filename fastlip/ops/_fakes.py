@@ -1,17 +1,19 @@
-"""What each operator returns, without computing it: for tracers and torch.compile."""
+"""The shapes that operators return, without computing anything, for tracers and torch.compile."""
 
 import torch
 from torch import Tensor
 
 from fastlip.ops import _register  # noqa: F401  # defines the operators
+from fastlip.ops._schemas import SCHEMAS
 
 
 def _in_place(x: Tensor, *others: object) -> None:
     return None
 
 
-for _name in ("pgd_step_", "project_", "apgd_step_", "operator_step_", "pack_weights_"):
-    torch.library.register_fake(f"fastlip::{_name}")(_in_place)
+for _name, _schema in SCHEMAS.items():
+    if _schema.endswith("-> ()"):
+        torch.library.register_fake(f"fastlip::{_name}")(_in_place)
 
 
 @torch.library.register_fake("fastlip::random_start")

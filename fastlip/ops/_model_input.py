@@ -18,6 +18,7 @@ from fastlip.ops._checks import (
     same_layout,
     sample_dense,
 )
+from fastlip.ops._schemas import Normalised
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -87,10 +88,8 @@ def _for_a_sample(value: PerSample, x: Tensor, name: str) -> float | Tensor:
     return rows
 
 
-def check_gradient(grad: Tensor, x: Tensor, given: ModelInput | None) -> None:
-    """``grad`` is of the dtype of what it is the gradient of; and that is in order."""
-    if given is None:
-        return check_like(grad, x, "grad")
+def check_gradient(grad: Tensor, x: Tensor, given: ModelInput) -> None:
+    """Raise where the model's input is wrong, or where ``grad`` is not a gradient with respect to it."""
     if not isinstance(given, ModelInput):
         raise TypeError(f"model_input must be a ModelInput or None, got {type(given).__name__}")
     if x.dtype != torch.float32:
@@ -104,15 +103,12 @@ def check_gradient(grad: Tensor, x: Tensor, given: ModelInput | None) -> None:
         raise ValueError("model_input must not share its memory with x; make it with fastlip.ops.model_input")
 
 
-#: What an operator takes of a ModelInput: the values, and the mean and std as a number and a tensor that overrides it.
-Written = tuple[Tensor | None, float, Tensor | None, float, Tensor | None]
-_NOTHING: Written = (None, 0.0, None, 1.0, None)
+#: What an operator takes where no model's input is to be written.
+NOT_READ = Normalised()
 
 
-def written(given: ModelInput | None, x: Tensor) -> Written:
-    """What an operator takes, for an ``x`` whose samples are dense."""
-    if given is None:
-        return _NOTHING
+def normalised(given: ModelInput, x: Tensor) -> Normalised:
+    """``given`` as operators take it, for an ``x`` whose samples are dense."""
     values = given.values.detach()
     mean, std = ((0.0, part) if isinstance(part, Tensor) else (part, None) for part in (given.mean, given.std))
     fits = same_layout(values, x) and (len(x) <= 1 or sample_dense(values))
@@ -120,4 +116,4 @@ def written(given: ModelInput | None, x: Tensor) -> Written:
         fits = fits and (rows is None or (rows.dim() == x.dim() and same_layout(rows, x)))
     if not fits:
         raise ValueError("x must have the shape and memory layout that model_input was made for")
-    return values, *mean, *std
+    return Normalised(values, *mean, *std)

@@ -10,17 +10,16 @@ from fastlip.ops._checks import (
     Norm,
     PerSample,
     check_inputs,
+    check_like,
     check_tensor,
-    checked_limits,
+    checked_ball,
     checked_mask,
-    checked_norm,
-    checked_radius,
+    checked_step,
     describe,
     in_one_layout,
     known_layout,
-    per_sample,
 )
-from fastlip.ops._model_input import ModelInput, check_gradient, written
+from fastlip.ops._model_input import NOT_READ, ModelInput, check_gradient, normalised
 
 _ops = torch.ops.fastlip
 
@@ -65,19 +64,18 @@ def pgd_step_(
         RuntimeError: ``x`` requires grad while gradients are enabled.
     """
     check_inputs(x, x0=x0)
-    check_gradient(grad, x, model_input)
-    step, steps = per_sample(step_size, x, "step_size")
-    if not math.isfinite(step):
-        raise ValueError(f"step_size must be finite, got {step}")
+    if model_input is None:
+        check_like(grad, x, "grad")
+    else:
+        check_gradient(grad, x, model_input)
+    step = checked_step(step_size, x)
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
-    radius, radii = checked_radius(eps, x)
+    active = checked_mask(active, x)
     target, grad, x0 = in_one_layout(x, grad, x0)
-    lo, los, hi, his = checked_limits(bounds, target)
-    _ops.pgd_step_(
-        target, grad, x0, step, steps, radius, radii, checked_norm(norm), lo, los, hi, his, sparsity,
-        checked_mask(active, x), *written(model_input, target),
-    )  # fmt: skip
+    ball = checked_ball(eps, norm, bounds, target)
+    read = NOT_READ if model_input is None else normalised(model_input, target)
+    _ops.pgd_step_(target, grad, x0, *step, *ball, sparsity, active, *read)
     return x if target is x else x.copy_(target)
 
 
@@ -110,10 +108,9 @@ def project_(
         RuntimeError: ``x`` requires grad while gradients are enabled.
     """
     check_inputs(x, x0=x0)
-    radius, radii = checked_radius(eps, x)
+    active = checked_mask(active, x)
     target, x0 = in_one_layout(x, x0)
-    lo, los, hi, his = checked_limits(bounds, target)
-    _ops.project_(target, x0, radius, radii, checked_norm(norm), lo, los, hi, his, checked_mask(active, x))
+    _ops.project_(target, x0, *checked_ball(eps, norm, bounds, target), active)
     return x if target is x else x.copy_(target)
 
 
@@ -178,9 +175,6 @@ def random_start(
         TypeError: a dtype or type is wrong; the message names the argument.
     """
     check_tensor(x0, "x0")
-    radius, radii = checked_radius(eps, x0)
-    if math.isinf(radius):
-        raise ValueError("eps must be finite for a random start")
     if ids is None:
         ids = torch.arange(x0.shape[0], device=x0.device)
     elif not isinstance(ids, Tensor) or ids.dtype != torch.int64:
@@ -189,8 +183,10 @@ def random_start(
         raise ValueError(f"ids must have shape [{x0.shape[0]}] on {x0.device}, got {describe(ids)}")
     if not isinstance(generator, torch.Generator | None):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    (centre,) = in_one_layout(x0.detach() if known_layout(x0) else x0.detach().contiguous())
+    ball = checked_ball(eps, norm, bounds, centre)
+    if math.isinf(ball.eps):
+        raise ValueError("eps must be finite for a random start")
     device = x0.device if generator is None else generator.device
     key = torch.randint(2**63 - 1, (1,), device=device, generator=generator).to(x0.device)
-    (centre,) = in_one_layout(x0.detach() if known_layout(x0) else x0.detach().contiguous())
-    lo, los, hi, his = checked_limits(bounds, centre)
-    return _ops.random_start(centre, radius, radii, checked_norm(norm), lo, los, hi, his, ids.contiguous(), key)
+    return _ops.random_start(centre, *ball, ids.contiguous(), key)

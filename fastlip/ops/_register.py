@@ -1,8 +1,8 @@
-"""Schemas and implementations of ``torch.ops.fastlip``.
+"""Implementations of ``torch.ops.fastlip``, chosen when fastlip is imported.
 
-Each device takes the first backend available: the compiled library, Triton (GPU only), plain PyTorch.
-``FASTLIP_BACKEND`` (``native``, ``triton`` or ``reference``) forces one, and importing fastlip fails where it cannot be
-had: on the CPU, and on the GPU where there is one (Triton: on either). With ``FASTLIP_BACKEND=triton
+Each device gets the first backend available: the compiled library, Triton (GPU only), plain PyTorch.
+``FASTLIP_BACKEND`` (``native``, ``triton`` or ``reference``) forces one, and importing fastlip fails where the forced
+one is unavailable on the CPU, or on the GPU if there is one (for Triton: on both). With ``FASTLIP_BACKEND=triton
 TRITON_INTERPRET=1`` the Triton kernels run on CPU tensors, which is how they are tested without a GPU.
 """
 
@@ -16,41 +16,14 @@ from types import ModuleType
 import torch
 
 import fastlip
+from fastlip.ops._schemas import HOST_SCHEMAS, SCHEMAS
 
-#: A per-sample or per-element value is a float and an optional tensor that overrides it.
-_EPS = "float eps, Tensor? eps_tensor"
-_BOUNDS = "float lo, Tensor? lo_tensor, float hi, Tensor? hi_tensor"
-_STEP = "float step_size, Tensor? step_size_tensor"
-#: What the model reads, (x - mean) / std, where it is to be written.
-_INPUT = (
-    "Tensor({}!)? model_input=None, float mean=0.0, Tensor? mean_tensor=None, float std=1.0, Tensor? std_tensor=None"
-)
-SCHEMAS = {
-    "pgd_step_": f"(Tensor(a!) x, Tensor grad, Tensor x0, {_STEP}, {_EPS}, str norm, {_BOUNDS}, "
-    f"float sparsity, Tensor? active, {_INPUT.format('b')}) -> ()",
-    "project_": f"(Tensor(a!) x, Tensor x0, {_EPS}, str norm, {_BOUNDS}, Tensor? active) -> ()",
-    "random_start": f"(Tensor x0, {_EPS}, str norm, {_BOUNDS}, Tensor ids, Tensor key) -> Tensor",
-    "apgd_step_": "(Tensor(a!) x, Tensor grad, Tensor loss, Tensor x0, Tensor(b!) x_prev, Tensor(c!) x_best, "
-    "Tensor(d!) grad_best, Tensor(e!) best_loss, Tensor(f!) past_loss, Tensor(g!) step_size, Tensor(h!) counters, "
-    f"Tensor schedule, {_EPS}, str norm, {_BOUNDS}, float momentum, float rho, Tensor? active, "
-    f"{_INPUT.format('i')}) -> ()",
-    "operator_step_": "(Tensor(a!) out, Tensor(b!) out_square, Tensor x, Tensor? x_square, Tensor? previous, "
-    "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor bundles, Tensor entries, "
-    "int most_chains, int parts, str products, Tensor? active) -> ()",
-    "pack_weights_": "(Tensor(a!) out, Tensor[] weights, int[] groups, bool adjoint) -> ()",
-}
-#: Operators that run on the CPU alone, natively where the CPU library was built.
-HOST_SCHEMAS = {
-    "top_eigenpairs": "(Tensor diagonal, Tensor off_diagonal) -> (Tensor, Tensor)",
-    "krylov_bound": "(Tensor diagonal, Tensor off_diagonal, Tensor last, Tensor residual, Tensor overlaps, "
-    "float tolerance) -> Tensor",
-}
 BACKENDS = ("native", "triton", "reference")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What serves one device type, and why."""
+    """The backend that serves a device type, and the reason why it does."""
 
     name: str
     reason: str
@@ -85,7 +58,7 @@ def _triton_serves(device: str) -> bool:
 
 
 def _native(device: str) -> str | None:
-    """Load the compiled library and return why it serves, or None where it was not built."""
+    """Load the compiled library and return the reason why it serves, or None where it was not built."""
     library = library_path(device)
     if library is None:
         return None
@@ -134,7 +107,7 @@ def _choose(device: str) -> Backend:
             raise ImportError(f"fastlip: FASTLIP_BACKEND={forced} cannot be had: {_HINTS[forced, device]}")
     for name in BACKENDS:
         if name == "triton" and device == "cpu":
-            continue  # interpreted: for tests, when asked for
+            continue  # the interpreter is for tests and has to be forced
         if reason := _SERVE[name](device):
             return Backend(name, reason)
     raise AssertionError("the reference serves every device")

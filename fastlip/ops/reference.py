@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: what each op means, and what every kernel is tested against.
+"""The operators in plain PyTorch, which define each op and are what every kernel is tested against.
 
 Linf is computed in the kernels' own precision and order, because backends must agree on it bit for bit. L2 and L1 are
 computed in float64 and solved by bisection, a method that no kernel uses.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlip.ops._reference_operators import krylov_bound, operator_step_, pack_weights_, top_eigenpairs
+from fastlip.ops._schemas import Ball, Normalised, StepSize, takes_fields
 
 __all__ = [
     "apgd_step_",
@@ -25,7 +26,7 @@ __all__ = [
     "top_eigenpairs",
 ]
 
-#: Halvings of the bracket: float64 has no finer answer to give.
+#: Halvings of the bracket, after which float64 cannot resolve it any further.
 _BISECTIONS = 70
 
 
@@ -53,6 +54,10 @@ def _steps(value: float, tensor: Tensor | None, x: Tensor, dtype: torch.dtype) -
 
 def _bound(value: float, tensor: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
     return _rows(value, None, x, dtype) if tensor is None else tensor.to(dtype)
+
+
+def _box(ball: Ball, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _bound(ball.lo, ball.lo_tensor, x, dtype), _bound(ball.hi, ball.hi_tensor, x, dtype)
 
 
 def _store(x: Tensor, value: Tensor, x0: Tensor) -> Tensor:
@@ -151,26 +156,18 @@ def kept_elements(size: int, sparsity: float) -> int:
     return min(size, max(1, size - math.floor(sparsity * size)))
 
 
-def _ascent(grad: Tensor, model_input: Tensor | None, std: float, std_tensor: Tensor | None) -> Tensor:
+def _ascent(grad: Tensor, read: Normalised) -> Tensor:
     """Gradient with respect to x: that of the model's input (x - mean) / std by the chain rule."""
-    return grad if model_input is None else grad.float() / _bound(std, std_tensor, grad, torch.float32)
+    return grad if read.model_input is None else grad.float() / _bound(read.std, read.std_tensor, grad, torch.float32)
 
 
-def _feed(
-    model_input: Tensor | None,
-    x: Tensor,
-    mean: float,
-    mean_tensor: Tensor | None,
-    std: float,
-    std_tensor: Tensor | None,
-    active: Tensor | None,
-) -> None:
+def _write(read: Normalised, x: Tensor, active: Tensor | None) -> None:
     """Write what the model reads of x."""
-    if model_input is None:
+    if read.model_input is None:
         return
-    centred = x - _bound(mean, mean_tensor, x, torch.float32)
-    value = (centred / _bound(std, std_tensor, x, torch.float32)).to(model_input.dtype)
-    model_input.copy_(value if active is None else torch.where(_keepdim(active, x), value, model_input))
+    centred = x - _bound(read.mean, read.mean_tensor, x, torch.float32)
+    value = (centred / _bound(read.std, read.std_tensor, x, torch.float32)).to(read.model_input.dtype)
+    read.model_input.copy_(value if active is None else torch.where(_keepdim(active, x), value, read.model_input))
 
 
 def _update(x: Tensor, value: Tensor, x0: Tensor, active: Tensor | None) -> None:
@@ -180,59 +177,46 @@ def _update(x: Tensor, value: Tensor, x0: Tensor, active: Tensor | None) -> None
     x.copy_(value)
 
 
+@takes_fields
 def pgd_step_(
     x: Tensor,  # [B, ...]
     grad: Tensor,  # [B, ...]
     x0: Tensor,  # [B, ...]
-    step_size: float,
-    step_size_tensor: Tensor | None,  # [B]
-    eps: float,
-    eps_tensor: Tensor | None,  # [B]
-    norm: str,
-    lo: float,
-    lo_tensor: Tensor | None,  # [1 or B, ...]
-    hi: float,
-    hi_tensor: Tensor | None,  # [1 or B, ...]
+    step: StepSize,
+    ball: Ball,
     sparsity: float,
     active: Tensor | None,  # [B] bool
-    model_input: Tensor | None = None,  # [B, ...]
-    mean: float = 0.0,
-    mean_tensor: Tensor | None = None,  # [1, ...]
-    std: float = 1.0,
-    std_tensor: Tensor | None = None,  # [1, ...]
+    read: Normalised,
 ) -> None:
     if x.numel() == 0:
         return
+    norm = ball.norm
     dtype = compute_dtype(x.dtype) if norm == "linf" else torch.float64
-    step = _steps(step_size, step_size_tensor, x, dtype)
+    length = _steps(step.step_size, step.step_size_tensor, x, dtype)
     centre = x0.to(dtype)
     if norm != "linf":  # whose signs no standard deviation changes
-        grad = _ascent(grad, model_input, std, std_tensor)
+        grad = _ascent(grad, read)
     ascent = _finite_or_zero(grad.to(dtype))
-    moved = x.to(dtype) + step * _direction(ascent, norm, sparsity)
-    radius = _rows(eps, eps_tensor, x, dtype)
-    low, high = _bound(lo, lo_tensor, x, dtype), _bound(hi, hi_tensor, x, dtype)
+    moved = x.to(dtype) + length * _direction(ascent, norm, sparsity)
+    radius = _rows(ball.eps, ball.eps_tensor, x, dtype)
+    low, high = _box(ball, x, dtype)
     _update(x, _projected(moved, centre, radius, norm, low, high), x0, active)
-    _feed(model_input, x, mean, mean_tensor, std, std_tensor, active)
+    _write(read, x, active)
 
 
+@takes_fields
 def project_(
     x: Tensor,  # [B, ...]
     x0: Tensor,  # [B, ...]
-    eps: float,
-    eps_tensor: Tensor | None,  # [B]
-    norm: str,
-    lo: float,
-    lo_tensor: Tensor | None,  # [1 or B, ...]
-    hi: float,
-    hi_tensor: Tensor | None,  # [1 or B, ...]
+    ball: Ball,
     active: Tensor | None,  # [B] bool
 ) -> None:
     if x.numel() == 0:
         return
+    norm = ball.norm
     dtype = compute_dtype(x.dtype) if norm == "linf" else torch.float64
-    radius = _rows(eps, eps_tensor, x, dtype)
-    low, high = _bound(lo, lo_tensor, x, dtype), _bound(hi, hi_tensor, x, dtype)
+    radius = _rows(ball.eps, ball.eps_tensor, x, dtype)
+    low, high = _box(ball, x, dtype)
     _update(x, _projected(x.to(dtype), x0.to(dtype), radius, norm, low, high), x0, active)
 
 
@@ -243,6 +227,7 @@ ITERATION, INCREASES, REDUCED, KEPT, SUPPORT, ARRIVED = range(6)
 _L1_SHRUNK, _L1_FACTOR, _L1_LEAST = 0.95, 1.5, 10.0
 
 
+@takes_fields
 def apgd_step_(
     x: Tensor,  # [B, ...]
     grad: Tensor,  # [B, ...]
@@ -256,29 +241,20 @@ def apgd_step_(
     step_size: Tensor,  # [B]
     counters: Tensor,  # [B, 6] int32
     schedule: Tensor,  # [steps] int32
-    eps: float,
-    eps_tensor: Tensor | None,  # [B]
-    norm: str,
-    lo: float,
-    lo_tensor: Tensor | None,  # [1 or B, ...]
-    hi: float,
-    hi_tensor: Tensor | None,  # [1 or B, ...]
+    ball: Ball,
     momentum: float,
     rho: float,
     active: Tensor | None,  # [B] bool
-    model_input: Tensor | None = None,  # [B, ...]
-    mean: float = 0.0,
-    mean_tensor: Tensor | None = None,  # [1, ...]
-    std: float = 1.0,
-    std_tensor: Tensor | None = None,  # [1, ...]
+    read: Normalised,
 ) -> None:
     if x.numel() == 0:
         return
+    norm = ball.norm
     on = torch.ones_like(loss, dtype=torch.bool) if active is None else active
     arithmetic = compute_dtype(x.dtype)
     dtype = arithmetic if norm == "linf" else torch.float64
     size = x[0].numel()
-    grad = _ascent(grad, model_input, std, std_tensor)
+    grad = _ascent(grad, read)
 
     def choose(where: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.where(_keepdim(where, x), a, b)
@@ -300,7 +276,7 @@ def apgd_step_(
     if norm == "l1":
         found = _flat(x_top != x0).sum(1).int()
         restart = check & (found.double() < _L1_SHRUNK * support.double())
-        radius = _rows(eps, eps_tensor, x, arithmetic).reshape(-1).expand_as(steps)
+        radius = _rows(ball.eps, ball.eps_tensor, x, arithmetic).reshape(-1).expand_as(steps)
         shorter = torch.maximum(steps / _L1_FACTOR, radius / _L1_LEAST)
         steps = torch.where(check, torch.where(restart, radius, shorter), steps)
         support = torch.where(check, found, support)
@@ -315,8 +291,8 @@ def apgd_step_(
 
     here, ascent = choose(restart, x_top, x), choose(restart, grad_top, grad)
     centre, point = x0.to(dtype), here.to(dtype)
-    radius = _rows(eps, eps_tensor, x, dtype)
-    low, high = _bound(lo, lo_tensor, x, dtype), _bound(hi, hi_tensor, x, dtype)
+    radius = _rows(ball.eps, ball.eps_tensor, x, dtype)
+    low, high = _box(ball, x, dtype)
     usable = torch.where(steps.isfinite(), steps, 0).to(dtype)
     if norm == "l1":
         moved = point + _keepdim(usable, x) * _sparse_direction(_finite_or_zero(ascent.to(dtype)), kept.clamp(1, size))
@@ -337,7 +313,7 @@ def apgd_step_(
     step_size.copy_(torch.where(on, steps, step_size))
     past_loss.copy_(torch.where(on[:, None], past, past_loss))
     counters.copy_(torch.where(on[:, None], count.int(), counters))
-    _feed(model_input, x, mean, mean_tensor, std, std_tensor, active)
+    _write(read, x, active)
 
 
 def _sparse_direction(grad: Tensor, kept: Tensor) -> Tensor:
@@ -386,27 +362,23 @@ def _integers(words: list[Tensor], wide: bool) -> Tensor:
     return torch.stack(pairs, -1)
 
 
+@takes_fields
 def random_start(
     x0: Tensor,  # [B, ...]
-    eps: float,
-    eps_tensor: Tensor | None,  # [B]
-    norm: str,
-    lo: float,
-    lo_tensor: Tensor | None,  # [1 or B, ...]
-    hi: float,
-    hi_tensor: Tensor | None,  # [1 or B, ...]
+    ball: Ball,
     ids: Tensor,  # [B] int64
     key: Tensor,  # [1] int64
 ) -> Tensor:
     out = torch.empty_like(x0)
     if x0.numel() == 0:
         return out
+    norm = ball.norm
     batch, size = x0.shape[0], x0[0].numel()
     wide = x0.dtype == torch.float64
     bits, lanes = (53, 2) if wide else (24, 4)
     dtype = compute_dtype(x0.dtype) if norm == "linf" else torch.float64
-    radius = _rows(eps, eps_tensor, x0, dtype).nan_to_num(posinf=0.0)
-    low, high = _bound(lo, lo_tensor, x0, dtype), _bound(hi, hi_tensor, x0, dtype)
+    radius = _rows(ball.eps, ball.eps_tensor, x0, dtype).nan_to_num(posinf=0.0)
+    low, high = _box(ball, x0, dtype)
 
     blocks = torch.arange(-(-size // lanes), device=x0.device)
     words = philox(key, blocks[None, :], _ELEMENTS, ids[:, None])

@@ -7,18 +7,18 @@ from typing import Annotated
 import typer
 
 from fastlip._text import printable
-from fastlip.study import config, presets
 from fastlip.study.errors import StudyError
+from fastlip.study.settings import overrides, presets, serialization
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def _settings() -> str:
-    """Every setting with its value in each preset, for --help."""
-    columns = [config.names(chosen) for chosen in presets.PRESETS.values()]
+    """All settings with their values in each preset, for --help."""
+    columns = [serialization.dotted_names(chosen) for chosen in presets.PRESETS.values()]
     lines = [f"**Settings** (`--set NAME=VALUE`; values of {' / '.join(presets.PRESETS)}):", ""]
     for name in columns[0]:
-        if name not in presets.FIXED:
+        if name not in overrides.FIXED:
             values = [",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (c[name] for c in columns)]
             lines.append(f"- `{name}`: {values[0] if len(set(values)) == 1 else ' / '.join(values)}")
     return "\n".join(lines)
@@ -80,29 +80,29 @@ def study(
         assignments.append(f"seed={seed}")
     if device is not None:
         assignments.append(f"device={device}")
-    chosen = presets.override(chosen, assignments)
+    chosen = overrides.override(chosen, assignments)
     origin = context.get_parameter_source("data")
     if chosen.dataset == "generated" and origin is not None and origin.name == "ENVIRONMENT":
-        data = None  # FASTLIP_DATA is set for other runs
+        data = None  # FASTLIP_DATA is meant for other runs
     try:
-        # Imported late: torch and matplotlib take seconds, and mistakes on the command line are said at once.
-        from fastlip.study import runner
-        from fastlip.study.inputs import Places
+        # torch and matplotlib take seconds to import, and mistakes on the command line are reported before.
+        from fastlip.study.pipeline import runner
+        from fastlip.study.settings.input_paths import InputPaths
 
-        places = Places(data, source_checkpoint, source_data, corruptions, download)
-        runner.run(chosen, places, out or Path("runs") / preset, join=join)
+        paths = InputPaths(data, source_checkpoint, source_data, corruptions, download)
+        runner.run(chosen, paths, out or Path("runs") / preset, join=join)
     except KeyboardInterrupt:
-        # Typer would end without a word.
+        # Typer would exit without a message.
         raise StudyError("interrupted; run the same command again to go on", status=130) from None
 
 
 @app.command("report")
 def rebuild(run: Annotated[Path, typer.Argument(help="Run directory with results.json.")]) -> None:
     """Rebuild tables, figures and report.html from stored results alone."""
-    from fastlip.study import report
-    from fastlip.study.rundir import RunDirectory
+    from fastlip.study.report import html_report
+    from fastlip.study.storage.run_directory import RunDirectory
 
-    typer.echo(report.write(RunDirectory(run)))
+    typer.echo(html_report.write(RunDirectory(run)))
 
 
 @app.command("compare")
@@ -110,23 +110,23 @@ def side_by_side(
     runs: Annotated[list[Path], typer.Argument(help="Run directories with results.json, two or more.")],
 ) -> None:
     """Set finished runs side by side: verdicts, models, settings that differ; as Markdown."""
-    from fastlip.study.compare import compare
+    from fastlip.study.report.compare import compare
 
     for table in compare(runs):
         typer.echo("\n".join(map(printable, table.markdown().split("\n"))))
 
 
 def main() -> None:
-    """Run the command line; errors that a person can mend are one line on stderr and an exit status."""
+    """Run the command line. Errors that the user can fix end in one line on stderr and an exit status."""
     try:
         app()
     except StudyError as error:
         _fail(str(error), error.status)
     except OSError as error:
-        # Disk full, no permission, a file vanished: what was written before stays complete.
+        # The disk is full, a permission is missing, or a file vanished: what was written before is still complete.
         _fail(f"{error}; mend that and run the same command again to go on", 1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported yet
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own class, which may not be imported yet
             raise
         _fail(
             f"{str(error).splitlines()[0]} Free the GPU and run the same command again to go on, or begin in another "

@@ -110,10 +110,10 @@ def test_is_the_op_step_by_step(cnn_problem):
 
 def test_budget_of_the_sparse_schedule(cnn_problem):
     model, inputs, labels = cnn_problem
-    with attacks.count_passes(model) as passes:
+    with attacks.count_forward_backward(model) as counts:
         attacks.apgd(model, inputs, labels, norm="l1", eps=1e-3, steps=20, generator=gen())
-    assert passes.backward == 20 * 32
-    assert passes.forward == (1 + 20 + 2 + 1) * 32  # clean; each step; the ends of two phases; the last iterate
+    assert counts.backward == 20 * 32
+    assert counts.forward == (1 + 20 + 2 + 1) * 32  # clean; each step; the ends of two phases; the last iterate
 
 
 def test_misclassified_images_come_back_unchanged(cnn_problem):

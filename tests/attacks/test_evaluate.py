@@ -31,10 +31,10 @@ def test_worst_case_of_each_image(cnn_problem):
     decided = model(found.adversarial).argmax(1)
     assert torch.equal(found.clean, torch.arange(32) >= 3)
     assert torch.equal(found.robust, decided == labels)
-    assert torch.equal(found.fell_to == -2, ~found.clean)
-    assert torch.equal(found.fell_to == -1, found.robust)
-    assert torch.equal(found.success.any(0), found.fell_to >= 0)
-    assert torch.equal(found.adversarial[found.fell_to < 0], inputs[found.fell_to < 0])
+    assert torch.equal(found.first_success == -2, ~found.clean)
+    assert torch.equal(found.first_success == -1, found.robust)
+    assert torch.equal(found.success.any(0), found.first_success >= 0)
+    assert torch.equal(found.adversarial[found.first_success < 0], inputs[found.first_success < 0])
     assert ((found.adversarial - inputs).abs() <= EPS + 1e-6).all()
     assert found.robust_accuracy < found.clean_accuracy == 29 / 32
     after = [found.accuracy_after(name) for name in found.attacks]
@@ -67,7 +67,7 @@ def test_result_does_not_depend_on_the_batch_size(linear_problem):
         attacks.evaluate(model, inputs, labels, small_suite(eps=0.01), norm="linf", eps=0.065, batch_size=size, seed=4)
         for size in (20, 3)
     ]
-    assert torch.equal(results[0].fell_to, results[1].fell_to)
+    assert torch.equal(results[0].first_success, results[1].first_success)
     assert torch.equal(results[0].adversarial, results[1].adversarial)
 
 
@@ -75,11 +75,11 @@ def test_counts_passes(cnn_problem):
     model, inputs, labels = cnn_problem
     call = {"norm": "linf", "eps": 1e-5, "keep": "last", "steps": 4, "random_start": False}
     found = attacks.evaluate(model, inputs, labels, {"pgd": partial(attacks.pgd, **call)})
-    assert found.passes["pgd"] == attacks.Passes(forward=5 * 32, backward=4 * 32)
+    assert found.counts["pgd"] == attacks.PassCounts(forward=5 * 32, backward=4 * 32)
     fast = attacks.evaluate(model, inputs, labels, {"pgd": partial(attacks.pgd, **call)}, fast=True)
-    assert fast.passes["pgd"].backward == 4 * 32
+    assert fast.counts["pgd"].backward == 4 * 32
     plain = attacks.evaluate(lambda x: model(x), inputs, labels, {"pgd": partial(attacks.pgd, **call)})
-    assert plain.passes == {}
+    assert plain.counts == {}
 
 
 def test_what_leaves_ball_or_box_does_not_count(cnn_problem):

@@ -117,9 +117,9 @@ def test_keep_last_alone_moves_them_and_says_so(cnn_problem, attack):
 def test_telling_them_apart_costs_no_pass_where_the_images_are_the_first_iterate(cnn_problem):
     model, inputs, labels = cnn_problem
     for attack in (attacks.pgd, attacks.apgd):
-        with attacks.count_passes(model) as passes:
+        with attacks.count_forward_backward(model) as counts:
             attack(model, inputs, labels, eps=1e-6, steps=4, random_start=False, early_stop=False)
-        assert (passes.forward, passes.backward) == (5 * 32, 4 * 32)
-        with attacks.count_passes(model) as passes:
+        assert (counts.forward, counts.backward) == (5 * 32, 4 * 32)
+        with attacks.count_forward_backward(model) as counts:
             attack(model, inputs, (labels + 1) % 10, eps=0.1, steps=4, random_start=False, early_stop=False)
-        assert (passes.forward, passes.backward) == (32, 0)
+        assert (counts.forward, counts.backward) == (32, 0)

@@ -172,7 +172,7 @@ def test_only_standing_images_go_on(cnn_problem):
 def test_looking_less_often_changes_nothing(linear_problem, monkeypatch):
     model, inputs, labels = linear_problem()
     often = attacks.pgd(model, inputs, labels, eps=0.02, generator=gen())
-    monkeypatch.setattr("fastlip.attacks._climb._LOOK_EVERY", {"cpu": 7})
+    monkeypatch.setattr("fastlip.attacks._loop._CHECK_EVERY", {"cpu": 7})
     seldom = attacks.pgd(model, inputs, labels, eps=0.02, generator=gen())
     assert torch.equal(often, seldom)
 

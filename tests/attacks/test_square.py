@@ -86,12 +86,12 @@ def test_targets_are_reached(cnn_problem):
 
 def test_queries_are_counted_and_stop(cnn_problem):
     model, inputs, labels = cnn_problem
-    with attacks.count_passes(model) as passes:
+    with attacks.count_forward_backward(model) as counts:
         attacks.square(model, inputs, labels, eps=1e-4, queries=25, generator=gen())
-    assert (passes.forward, passes.backward) == (26 * 32, 0)
-    with attacks.count_passes(model) as passes:
+    assert (counts.forward, counts.backward) == (26 * 32, 0)
+    with attacks.count_forward_backward(model) as counts:
         attacks.square(model, inputs, labels, eps=0.5, queries=400, generator=gen())
-    assert passes.forward < 0.5 * 400 * 32
+    assert counts.forward < 0.5 * 400 * 32
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])

@@ -8,7 +8,7 @@ import gpu_summary
 import pytest
 import torch
 
-from fastlip.study.presets import PRESETS
+from fastlip.study.settings.presets import PRESETS
 
 SMALL = [
     "arms=scratch,lpft", "architecture=resnet18", "scratch.batch_size=4", "scratch.snapshots=1",

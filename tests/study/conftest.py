@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fastlip.study import presets, runner
-from fastlip.study.config import Settings
-from fastlip.study.files import read_arrays
-from fastlip.study.inputs import Places
-from fastlip.study.rundir import RunDirectory
+from fastlip.study.pipeline import runner
+from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.input_paths import InputPaths
+from fastlip.study.settings.settings import Settings
+from fastlip.study.storage.files import read_arrays
+from fastlip.study.storage.run_directory import RunDirectory
 
 MICRO = [
     "architecture=resnet18",
@@ -65,13 +66,13 @@ def micro_arguments() -> list[str]:
 
 @pytest.fixture(scope="session")
 def micro() -> Settings:
-    return presets.override(presets.preset("demo"), MICRO)
+    return overrides.override(presets.preset("demo"), MICRO)
 
 
 @pytest.fixture(scope="session")
 def finished(micro: Settings, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A finished micro run; tests leave it as it is."""
-    return runner.run(micro, Places(), tmp_path_factory.mktemp("study") / "run", Console(quiet=True))
+    return runner.run(micro, InputPaths(), tmp_path_factory.mktemp("study") / "run", Console(quiet=True))
 
 
 @pytest.fixture(scope="session")

@@ -6,33 +6,32 @@ import time
 
 import pytest
 
-from fastlip.study.claims import Claims
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_json
-from fastlip.study.rundir import locked
+from fastlip.study.storage.files import read_json
+from fastlip.study.storage.locks import StageLocks, directory_lock
 
 
 def test_a_claim_is_held_by_one_and_can_be_taken_again(tmp_path):
-    first, second = Claims(tmp_path), Claims(tmp_path)
-    assert first.take("a")
-    assert not second.take("a")
-    assert second.take("b")
+    first, second = StageLocks(tmp_path), StageLocks(tmp_path)
+    assert first.acquire("a")
+    assert not second.acquire("a")
+    assert second.acquire("b")
     first.release()
-    assert Claims(tmp_path).take("a")
+    assert StageLocks(tmp_path).acquire("a")
 
 
 def test_only_processes_that_join_share_a_directory(tmp_path):
-    with locked(tmp_path, join=True) as first:
+    with directory_lock(tmp_path, join=True) as first:
         assert first.alone
         first.share()
-        with locked(tmp_path, join=True) as second:
+        with directory_lock(tmp_path, join=True) as second:
             assert not second.alone
-        with pytest.raises(StudyError, match="--join"), locked(tmp_path):
+        with pytest.raises(StudyError, match="--join"), directory_lock(tmp_path):
             pass
     with (
-        locked(tmp_path),
+        directory_lock(tmp_path),
         pytest.raises(StudyError, match="another process"),
-        locked(tmp_path, join=True, patience=0.2),
+        directory_lock(tmp_path, join=True, patience=0.2),
     ):
         pass
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fastlip.study.files import read_json
+from fastlip.study.storage.files import read_json
 
 
 def started(out, arguments):

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fastlip.study.config import Schedule
 from fastlip.study.errors import StudyError
-from fastlip.study.training import _augment, train
+from fastlip.study.settings.training import Schedule
+from fastlip.study.training.train import _augment, train
 
 SCHEDULE = Schedule(images=40, epochs=3, max_lr=0.1, batch_size=16)
 

@@ -1,0 +1,72 @@
+"""Forward and backward counts: how many images went through a model, and for how many a gradient came back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass
+class PassCounts:
+    """Numbers of images that went through a model.
+
+    Attributes:
+        forward: images in forward passes.
+        backward: images in backward passes.
+    """
+
+    forward: int = 0
+    backward: int = 0
+
+    def add(self, output: Tensor) -> None:
+        """Count the forward pass that gave ``output`` [B, ...], and its backward pass once that happens."""
+        images = output.shape[0]
+        self.forward += images
+        if output.requires_grad:
+            output.register_hook(lambda grad: self._add_backward(images))
+
+    def _add_backward(self, images: int) -> None:
+        self.backward += images
+
+
+#: The counts in progress, each with the module that it belongs to. A faster copy of that module reports its own passes.
+_in_progress: list[tuple[nn.Module, PassCounts]] = []
+
+
+@contextmanager
+def count_forward_backward(model: nn.Module) -> Iterator[PassCounts]:
+    """Count the images that pass through ``model`` inside the ``with`` block, whoever sends them.
+
+    The images that an attack sends through a faster copy of the model (``fast``, ``precision``) are counted as well.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    # The attacks call the module inside a DistributedDataParallel.
+    watched = model.module if isinstance(model, DistributedDataParallel) else model
+    if not isinstance(watched, nn.Module):
+        raise TypeError(f"model must be an nn.Module to count its passes, got {type(model).__name__}")
+    counts = PassCounts()
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            counts.add(output)
+
+    handle = watched.register_forward_hook(hook)
+    entry = (watched, counts)
+    _in_progress.append(entry)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+        _in_progress[:] = [e for e in _in_progress if e is not entry]
+
+
+def report(model: object, output: Tensor) -> None:
+    """Add a pass that a faster copy of ``model`` made to the counts of ``model`` that are in progress."""
+    for watched, counts in _in_progress:
+        if watched is model:
+            counts.add(output)
