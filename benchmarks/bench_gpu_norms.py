@@ -44,10 +44,10 @@ from torch import nn
 
 import fastlip
 from fastlip import models
-from fastlip.norms import Operator, _replay, conv_operator
-from fastlip.norms import _lanczos as lanczos
-from fastlip.norms._recurrence import Recurrence
-from fastlip.norms._stack import Stack, stack
+from fastlip.norms import Operator, conv_operator
+from fastlip.norms._solvers import cuda_graphs, lanczos
+from fastlip.norms._solvers.batched_operator import BatchedOperator, batched_operator
+from fastlip.norms._solvers.recurrence import Recurrence
 
 STARTS, STEPS = 4, 24
 
@@ -73,7 +73,7 @@ def operators(model: nn.Module) -> list[Operator]:
 @contextmanager
 def with_graphs(on: bool) -> Iterator[None]:
     """Whether fastlip's steps are replayed from CUDA graphs."""
-    with patch.object(_replay, "_HIDDEN", _replay._HIDDEN if on else -1):
+    with patch.object(cuda_graphs, "_HIDDEN", cuda_graphs._HIDDEN if on else -1):
         yield
 
 
@@ -85,7 +85,7 @@ def with_products(name: str) -> Any:
 @contextmanager
 def on_torch() -> Iterator[None]:
     """Iterate by torch's convolutions; the certificate stays fastlip's."""
-    with patch.object(lanczos, "stack", TorchStack):
+    with patch.object(lanczos, "batched_operator", TorchStack):
         yield
 
 
@@ -207,7 +207,7 @@ class Norms:
         with on_torch():
             self.table.add(what, "one network", self.intervals, floor, check=meets(self.report))
 
-    def iteration(self, kind: Callable[..., Stack] = stack) -> Callable[[], None]:
+    def iteration(self, kind: Callable[..., BatchedOperator] = batched_operator) -> Callable[[], None]:
         run_on = kind(self.operators, STARTS, torch.float32)
         starts = torch.randn(run_on.domain[-1].stop, device=run_on.device)
         run = Recurrence(run_on, starts / starts.norm() * (len(self.operators) * STARTS) ** 0.5)

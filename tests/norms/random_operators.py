@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fastlip.norms import (
     NormInterval,
+    NormOptions,
     Operator,
-    Settings,
     conv_norm,
     conv_operator,
     module_operator,
@@ -52,7 +52,7 @@ class Case:
         padding: (before, after) per axis, in numbers; for "transposed" both are the module's.
         geometry: stride, dilation, groups, padding_mode and, for "transposed", output_padding.
         given: the padding as conv_norm takes it.
-        settings: keyword arguments of Settings, without the generator.
+        settings: keyword arguments of NormOptions, without the generator.
     """
 
     seed: int
@@ -70,7 +70,7 @@ class Case:
         if self.kind == "conv":
             options = {**self.geometry, **self.settings, "generator": generator}
             return conv_norm(self.weight, self.size, padding=self.given, **options)
-        return operator_norms([self.operator()], Settings(**self.settings, generator=generator))[0]
+        return operator_norms([self.operator()], NormOptions(**self.settings, generator=generator))[0]
 
     def operator(self) -> Operator:
         """What the norm is taken of."""
