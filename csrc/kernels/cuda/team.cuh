@@ -7,7 +7,7 @@
 
 namespace fastlip::cuda {
 
-constexpr int kWarp = 32, kMaxThreads = 1024;
+constexpr int kWarp = 32, kMaxThreads = 512, kMaxRanks = 16;
 
 struct Sum {
   __device__ double operator()(double a, double b) const { return a + b; }
@@ -20,73 +20,102 @@ struct Max {
 // the same bits; the order of summation depends on the team's shape alone, never on the batch.
 class Team {
  public:
+  static constexpr int kMostValues = 3;
   struct Memory {  // two sets taken in turn, so that one barrier a reduction is enough
-    double warp[2][3][kWarp];
-    double block[2][3];
+    double warp[2][kMostValues][kMaxThreads / kWarp];
+    double block[2][kMostValues][kMaxRanks];
   };
 
-  __device__ Team(Memory& memory, int ranks) : memory_(memory), ranks_(ranks) {}
+  __device__ Team(Memory& memory, int ranks) : memory_(memory), ranks_(ranks) {
+    if (ranks_ > 1) sync();  // no block's shared memory is there before the block is
+  }
 
   // Over all threads' values, none of them below 0 for Max.
   template <int kValues, typename Op>
   __device__ void reduce(double (&values)[kValues], Op op) {
-    static_assert(kValues <= 3);
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    turn_ ^= 1;
-    across_lanes(values, op);
 #pragma unroll
-    for (int k = 0; k < kValues; ++k) {
-      if (lane == 0) memory_.warp[turn_][k][warp] = values[k];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kValues; ++k) {
-      values[k] = lane < static_cast<int>(blockDim.x / kWarp) ? memory_.warp[turn_][k][lane] : 0;
-    }
-    across_lanes(values, op);
-    if (ranks_ > 1) across_blocks(values, op);
+    for (int k = 0; k < kValues; ++k) values[k] = across_lanes(values[k], op);
+    across_warps(values, op);
   }
+  // Sums, and what all threads count.
+  template <int kSums>
+  __device__ double reduce(double (&sums)[kSums], int count) {
+    double values[kSums + 1];
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) values[k] = across_lanes(sums[k], Sum());
+    values[kSums] = __reduce_add_sync(0xFFFFFFFFu, count);
+    across_warps(values, Sum());
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) sums[k] = values[k];
+    return values[kSums];
+  }
+
+  __device__ int ranks() const { return ranks_; }
 
   __device__ void sync() const {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    if (ranks_ > 1) {
+      cooperative_groups::this_cluster().sync();
+      return;
+    }
+#endif
     __syncthreads();
-    leave();
   }
 
-  // Before any block of the team ends: the others may still be reading its shared memory.
-  __device__ void leave() const {
+  // Where another block of the team has what lies at `at` in this one.
+  template <typename V>
+  __device__ V* of_rank(V* at, int rank) const {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    if (ranks_ > 1) cooperative_groups::this_cluster().sync();
+    return cooperative_groups::this_cluster().map_shared_rank(at, rank);
+#else
+    return at;
 #endif
   }
 
  private:
-  template <int kValues, typename Op>
-  __device__ static void across_lanes(double (&values)[kValues], Op op) {
+  template <typename Op>
+  __device__ static double across_lanes(double value, Op op) {
 #pragma unroll
-    for (int k = 0; k < kValues; ++k) {
-#pragma unroll
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-        values[k] = op(values[k], __shfl_xor_sync(0xFFFFFFFFu, values[k], offset));
-      }
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      value = op(value, __shfl_xor_sync(0xFFFFFFFFu, value, offset));
     }
+    return value;
   }
 
   template <int kValues, typename Op>
-  __device__ void across_blocks(double (&values)[kValues], Op op) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    const auto cluster = cooperative_groups::this_cluster();
-    const int lane = threadIdx.x % kWarp;
+  __device__ void across_warps(double (&values)[kValues], Op op) {
+    static_assert(kValues <= kMostValues);
+    const int warp = static_cast<int>(threadIdx.x / kWarp), warps = static_cast<int>(blockDim.x / kWarp);
+    turn_ ^= 1;
+    if (threadIdx.x % kWarp == 0) {
 #pragma unroll
-    for (int k = 0; k < kValues; ++k) {
-      if (threadIdx.x == 0) memory_.block[turn_][k] = values[k];
+      for (int k = 0; k < kValues; ++k) memory_.warp[turn_][k][warp] = values[k];
     }
-    cluster.sync();
+    __syncthreads();
+    gather(memory_.warp[turn_], warps, values, op);
+    if (ranks_ > 1) {
+      // A thread a block tells that block, so that after the barrier each reads its own memory alone.
+      const int rank = static_cast<int>(blockIdx.x) % ranks_;
+      if (static_cast<int>(threadIdx.x) < ranks_) {
 #pragma unroll
-    for (int k = 0; k < kValues; ++k) {
-      values[k] = lane < ranks_ ? *cluster.map_shared_rank(&memory_.block[turn_][k], lane) : 0;
+        for (int k = 0; k < kValues; ++k) {
+          *of_rank(&memory_.block[turn_][k][rank], static_cast<int>(threadIdx.x)) = values[k];
+        }
+      }
+      sync();
+      gather(memory_.block[turn_], ranks_, values, op);
     }
-    across_lanes(values, op);
-#endif
+  }
+
+  template <int kValues, int kParts, typename Op>
+  __device__ static void gather(const double (&parts)[kMostValues][kParts], int count, double (&values)[kValues],
+                                Op op) {
+#pragma unroll
+    for (int k = 0; k < kValues; ++k) values[k] = parts[k][0];
+    for (int i = 1; i < count; ++i) {
+#pragma unroll
+      for (int k = 0; k < kValues; ++k) values[k] = op(values[k], parts[k][i]);
+    }
   }
 
   Memory& memory_;
@@ -198,32 +227,38 @@ struct Bound {
   }
 };
 
-// --- what the model reads
-// ---------------------------------------------------------------------------------------------- The gradient with
-// respect to x, from grad at a sample's element `at`.
-template <typename S, typename In, int kCount>
-__device__ __forceinline__ void load_ascent(const PgdStep& p, int64_t sample, int64_t at, int valid, bool wide,
-                                            Arith<S> (&grad)[kCount]) {
-  using G = Ascent<S, In>;
-  load<G>(static_cast<const G*>(p.grad) + sample * p.grad_stride + at, valid, wide, grad);
-  if constexpr (!std::is_same_v<In, NoInput>) {
-    float std[kCount];
-    Bound<float>(p.std, sample).load(at, valid, wide, std);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) grad[i] = i < valid ? divide_rn(grad[i], std[i]) : 0;
+// --- what the model reads --------------------------------------------------------------------------------------------
+// body(value of the type) for what grad is stored in, S itself where x is what the model reads.
+template <typename S, typename Body>
+__device__ __forceinline__ void with_ascent(const PgdStep& p, Body body) {
+  if constexpr (std::is_same_v<S, float>) {
+    if (p.input != nullptr && p.input_dtype == DType::f16) return body(__half{});
+    if (p.input != nullptr && p.input_dtype == DType::bf16) return body(__nv_bfloat16{});
   }
+  body(S{});
 }
 
 // (x - mean) / std of a sample's elements from `at` on.
-template <typename In, int kCount, typename T>
+template <int kCount, typename T>
 __device__ __forceinline__ void feed(const PgdStep& p, int64_t sample, int64_t at, int valid, bool wide,
                                      const T (&x)[kCount]) {
-  if constexpr (!std::is_same_v<In, NoInput>) {
+  if constexpr (std::is_same_v<T, float> && (kCount == 1 || kCount == 4)) {
+    if (p.input == nullptr) return;
     float mean[kCount], std[kCount];
     Bound<float>(p.mean, sample).load(at, valid, wide, mean);
     Bound<float>(p.std, sample).load(at, valid, wide, std);
-    store_each<In, kCount>(static_cast<In*>(p.input) + sample * p.input_stride + at, valid, wide,
-                           [&](int i) { return nearest<In>(divide_rn(add_rn(x[i], -mean[i]), std[i])); });
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) std[i] = divide_rn(add_rn(x[i], -mean[i]), std[i]);
+    const int64_t offset = sample * p.input_stride + at;
+    if (p.input_dtype == DType::f32) {
+      store_each<float, kCount>(static_cast<float*>(p.input) + offset, valid, wide, [&](int i) { return std[i]; });
+    } else if (p.input_dtype == DType::f16) {
+      store_each<__half, kCount>(static_cast<__half*>(p.input) + offset, valid, wide,
+                                 [&](int i) { return nearest<__half>(std[i]); });
+    } else {
+      store_each<__nv_bfloat16, kCount>(static_cast<__nv_bfloat16*>(p.input) + offset, valid, wide,
+                                        [&](int i) { return nearest<__nv_bfloat16>(std[i]); });
+    }
   }
 }
 
@@ -257,22 +292,30 @@ cudaError_t with_storage(DType dtype, Body body) {
   return cudaErrorInvalidValue;
 }
 
-// Likewise, and with one of what the model reads.
+// Likewise with one of the arithmetic's.
 template <typename Body>
-cudaError_t with_storages(const PgdStep& p, Body body) {
-  if (p.input == nullptr) return with_storage(p.dtype, [&](auto storage) { return body(storage, NoInput{}); });
-  if (p.dtype != DType::f32) return cudaErrorInvalidValue;
-  switch (p.input_dtype) {
-    case DType::f32:
-      return body(float{}, float{});
-    case DType::f16:
-      return body(float{}, __half{});
-    case DType::bf16:
-      return body(float{}, __nv_bfloat16{});
-    case DType::f64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+cudaError_t with_arithmetic(DType dtype, Body body) {
+  return dtype == DType::f64 ? body(double{}) : body(float{});
+}
+
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+inline DType ascent_dtype(const PgdStep& p) { return p.input == nullptr ? p.dtype : p.input_dtype; }
+
+// Whether every sample of every operand may be accessed in units of `pack` elements, at most 16 bytes of storage.
+inline bool all_aligned(const PgdStep& p, int64_t pack) {
+  const bool many = p.batch > 1;
+  const int64_t storage = bytes_of(p.dtype), ascent = bytes_of(ascent_dtype(p)), arithmetic = storage < 4 ? 4 : storage;
+  const auto fits = [&](const void* data, int64_t stride, int64_t bytes) {
+    return data == nullptr || aligned(data, many ? stride * bytes : 0, pack * bytes < 16 ? pack * bytes : 16);
+  };
+  return fits(p.x, p.x_stride, storage) && fits(p.grad, p.grad_stride, ascent) && fits(p.x0, p.x0_stride, storage) &&
+         fits(p.lo.data, p.lo.stride, arithmetic) && fits(p.hi.data, p.hi.stride, arithmetic) &&
+         fits(p.input, p.input_stride, ascent) && fits(p.mean.data, 0, arithmetic) &&
+         fits(p.std.data, 0, arithmetic);
+}
+
+inline bool known_input(const PgdStep& p) {
+  return p.input == nullptr || (p.dtype == DType::f32 && p.input_dtype != DType::f64);
 }
 
 }  // namespace fastlip::cuda
