@@ -152,16 +152,16 @@ cudaError_t launch_linf(const ApgdStep& a, void* stream) {
 
 // --- L2 and L1 -------------------------------------------------------------------------------------------------------
 template <typename T, Norm kNorm, Store kStore>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads<kStore>, 2)
     apgd_step_ball_kernel(const __grid_constant__ ApgdStep a, const __grid_constant__ Shares shares) {
   using Mine = Slice<T, kNorm, kStore>;
   using Batch = typename Mine::Batch;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ BallMemory<kNorm> memory;
   const PgdStep& p = a.step;
-  const int64_t sample = shares.first + blockIdx.x / shares.ranks;
+  const int64_t sample = shares.first + (kStore == Store::registers ? blockIdx.x : blockIdx.x / shares.ranks);
   if (p.active != nullptr && p.active[sample] == 0) return;
-  Team team(memory.team, shares.ranks);
+  Team team(memory.team, kStore == Store::registers ? 1 : shares.ranks);
   const T eps = radius_of(number<T>(p.eps, sample));
   Search<T, kNorm> search(eps);
   Mine slice(p, shares, sample, shared, search);
@@ -174,17 +174,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   bool restart = false;
   if (outcome.window > 0) {
     if constexpr (kNorm == Norm::l1) {
-      double none[1] = {};
       auto best = slice.origin();
       if (!outcome.improved) best.data = x_best.data;
-      const double support = team.reduce(none, slice.support(best));
+      const double support = team.reduce(slice.support(best));
       restart = apgd_check_l1(row, static_cast<int64_t>(support), eps);
     } else {
       restart = apgd_check(row, outcome.window, a.rho);
     }
   }
   if (outcome.improved) {
-    slice.copy_to(x_best, grad_best);
+    slice.keep(x_best, grad_best);
   } else if (restart) {
     slice.start_from(x_best, grad_best);
   }
@@ -199,15 +198,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     slice.copy(slice.origin(), x_prev, batch);
     slice.finish(batch);
   };
-  const auto again = [&](auto body) FASTLIP_INLINE {
-    slice.values(move, [](Batch&) FASTLIP_INLINE {}, body);
-  };
+  const auto again = [&](auto body) FASTLIP_INLINE { slice.values(move, [](Batch&) FASTLIP_INLINE {}, body); };
   run(search, slice, team, [&](auto body) FASTLIP_INLINE { slice.moves(move, body); }, again);
   if (kNorm == Norm::l1 || outcome.first) {
     again([&](Batch& batch) FASTLIP_INLINE {
       project(search, slice, batch);
       finish(batch);
     });
+    slice.feed_all();
     return;
   }
   if constexpr (kNorm == Norm::l2) {
@@ -247,6 +245,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       project(search, slice, batch);
       finish(batch);
     });
+    slice.feed_all();
   }
 }
 
@@ -265,7 +264,8 @@ int apgd_step_(const ApgdStep& step, void* stream) {
   if (p.batch == 0 || p.size == 0) return cudaSuccess;
   if (!known_input(p)) return cudaErrorInvalidValue;
   if (p.norm == Norm::linf) {
-    return with_storage(p.dtype, [&](auto storage) FASTLIP_INLINE { return launch_linf<decltype(storage)>(step, stream); });
+    return with_storage(p.dtype,
+                        [&](auto storage) FASTLIP_INLINE { return launch_linf<decltype(storage)>(step, stream); });
   }
   return with_arithmetic(p.dtype, [&](auto arithmetic) FASTLIP_INLINE {
     using T = decltype(arithmetic);

@@ -89,7 +89,7 @@ FASTLIP_HD int bit_width(uint64_t v) {
 template <typename T>
 struct KeySearch {
   static constexpr int kBins = 256, kBits = 8;
-  Key<T> low, high;  // reached by at least `kept` keys; by fewer
+  Key<T> low, high;           // reached by at least `kept` keys; by fewer
   double count, above, kept;  // keys that reach low; high
   T rate;                     // of the first pass, 0 afterwards
   int shift;
@@ -101,9 +101,7 @@ struct KeySearch {
   }
   FASTLIP_HD bool done() const { return count <= kept || high - low <= 1; }
   FASTLIP_HD bool in(Key<T> key) const { return key >= low && key < high; }
-  FASTLIP_HD int bin(Key<T> key) const {
-    return rate > T(0) ? even(key) : static_cast<int>((key - low) >> shift);
-  }
+  FASTLIP_HD int bin(Key<T> key) const { return rate > T(0) ? even(key) : static_cast<int>((key - low) >> shift); }
   // What the pass found: the bin with the key in question, keys in the bins above it, keys in it.
   FASTLIP_HD void update(int bin, int beyond, int within) {
     const Key<T> bottom = edge(bin), top = edge(bin + 1);
@@ -167,44 +165,41 @@ template <typename T>
 struct L2Search {
   static constexpr int kSums = 2;
   static constexpr T kLargest = std::is_same_v<T, double> ? T(1.7e308) : T(3.4e38);
-  double target;    // eps^2
-  T unit, back;     // of caps: factors into it, and out of it
-  T size_unit;      // of sizes
-  T ratio, scale;   // s^2 in these units; what takes sizes to moves
-  double capped = -1;
+  T target;        // eps^2
+  T unit;          // of caps: a factor into it
+  T size_unit;     // of sizes
+  T ratio, scale;  // s^2 in these units; what takes sizes to moves
+  uint32_t capped = UINT32_MAX;
   bool inside = false;
 
   FASTLIP_HD explicit L2Search(T eps) {
     const int exponent = eps > T(0) && eps < T(INFINITY) ? exponent_of(eps) : 0;
     const int fits = fitting_exponent<T>(exponent);
     unit = power_of_two<T>(-fits);
-    back = power_of_two<T>(fits);
     size_unit = unit;
-    target = static_cast<double>(eps * unit) * static_cast<double>(eps * unit);
+    target = eps * unit * (eps * unit);
     ratio = scale = 0;
   }
   FASTLIP_HD T cap_in_units(T cap) const { return cap * unit; }
-  // sums: of min(size, cap)^2, of size^2.
-  FASTLIP_HD void begin(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
-    const T size = gap_size(v, x0, kLargest) * unit, within = lesser(size, cap);
+  // sums: of min(size, cap)^2, of size^2. The size, as it is.
+  FASTLIP_HD T begin(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
+    const T whole = gap_size(v, x0, kLargest), size = whole * unit, within = lesser(size, cap);
     tally.parts[0][lane] += within * within;
     tally.parts[1][lane] += size * size;
-  }
-  // Whether sizes need a unit of their own.
-  FASTLIP_HD bool far(const double (&sums)[2]) const {
-    return !(sums[1] < (std::is_same_v<T, double> ? 1e200 : 1e30)) && !settled(sums[0]);
-  }
-  FASTLIP_HD void resize(T peak) { size_unit = power_of_two<T>(-fitting_exponent<T>(exponent_of(peak))); }
-  FASTLIP_HD void add_size(T v, T x0, Tally<T, 1>& tally, int lane) const {
-    const T size = gap_size(v, x0, kLargest) * size_unit;
-    tally.parts[0][lane] += size * size;
+    return whole;
   }
   FASTLIP_HD bool start(const double (&sums)[2], double) {  // false: done
-    inside = settled(sums[0]) && target > 0;
+    inside = sums[0] <= target && target > 0;
     if (inside || !(target > 0)) return false;
-    ratio = static_cast<T>(target) / static_cast<T>(sums[1]);
+    ratio = target / static_cast<T>(sums[1]);
     scale = sqrt(ratio) * size_unit;
     return true;
+  }
+  // Whether sizes need a unit of their own; and given it, by the largest: the next pass sums them.
+  FASTLIP_HD bool far(const double (&sums)[2]) const { return !(sums[1] < (std::is_same_v<T, double> ? 1e200 : 1e30)); }
+  FASTLIP_HD void restart(T peak) {
+    size_unit = power_of_two<T>(-fitting_exponent<T>(exponent_of(peak)));
+    ratio = scale = 0;
   }
   // sums: of cap^2 where capped, of size^2 elsewhere; number capped.
   FASTLIP_HD void add(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
@@ -217,8 +212,8 @@ struct L2Search {
     }
   }
   FASTLIP_HD bool update(const double (&sums)[2], double count) {  // false: done
-    if (count == capped) return false;
-    capped = count;
+    if (static_cast<uint32_t>(count) == capped) return false;
+    capped = static_cast<uint32_t>(count);
     const T next = static_cast<T>(target - sums[0]) / static_cast<T>(sums[1]), further = sqrt(next) * size_unit;
     if (!(next > ratio && further <= unit)) return false;  // rounding; what was reached is feasible
     ratio = next;
@@ -227,11 +222,8 @@ struct L2Search {
   }
   FASTLIP_HD T projected(T v, T x0, T cap) const {
     const T move = lesser(gap_size(v, x0, kLargest) * scale, cap);
-    return x0 + with_sign(move, v - x0) * back;
+    return x0 + with_sign(move, v - x0) * power_of_two<T>(-exponent_of(unit));
   }
-
- private:
-  FASTLIP_HD bool settled(double within) const { return within <= target; }
 };
 
 // L1: delta = min(max(size - lambda, 0), cap), its sum decreasing and piecewise linear in lambda: Newton's method on
@@ -249,12 +241,13 @@ struct L1Search {
 
   FASTLIP_HD explicit L1Search(T eps) : target(eps) {}
   FASTLIP_HD T cap_in_units(T cap) const { return cap; }
-  // sums: of min(size, cap), of size; number between 0 and cap.
-  FASTLIP_HD void begin(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
+  // sums: of min(size, cap), of size; number between 0 and cap. The size.
+  FASTLIP_HD T begin(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
     const T size = gap_size(v, x0, kLargest);
     tally.parts[0][lane] += lesser(size, cap);
     tally.parts[1][lane] += size;
     tally.count += size > T(0) && size < cap ? 1 : 0;
+    return size;
   }
   FASTLIP_HD bool start(const double (&sums)[2], double free) {  // false: done
     high = sums[1];

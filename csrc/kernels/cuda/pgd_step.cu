@@ -80,15 +80,15 @@ cudaError_t launch_linf(PgdStep p, void* stream) {
 
 // --- L2 and L1 -------------------------------------------------------------------------------------------------------
 template <typename T, Norm kNorm, Store kStore>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads<kStore>, std::is_same_v<T, float> ? 3 : 2)
     pgd_step_ball_kernel(const __grid_constant__ PgdStep p, const __grid_constant__ Shares shares) {
   using Mine = Slice<T, kNorm, kStore>;
   using Batch = typename Mine::Batch;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ BallMemory<kNorm> memory;
-  const int64_t sample = shares.first + blockIdx.x / shares.ranks;
+  const int64_t sample = shares.first + (kStore == Store::registers ? blockIdx.x : blockIdx.x / shares.ranks);
   if (p.active != nullptr && p.active[sample] == 0) return;
-  Team team(memory.team, shares.ranks);
+  Team team(memory.team, kStore == Store::registers ? 1 : shares.ranks);
   Search<T, kNorm> search(radius_of(number<T>(p.eps, sample)));
   Mine slice(p, shares, sample, shared, search);
 
@@ -97,14 +97,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     const T step = finite_or_zero(number<T>(p.step_size, sample));
     move = find_move(slice, team, memory, step, static_cast<double>(p.kept));
   }
-  const auto again = [&](auto body) FASTLIP_INLINE {
-    slice.values(move, [](Batch&) FASTLIP_INLINE {}, body);
-  };
+  const auto again = [&](auto body) FASTLIP_INLINE { slice.values(move, [](Batch&) FASTLIP_INLINE {}, body); };
   run(search, slice, team, [&](auto body) FASTLIP_INLINE { slice.moves(move, body); }, again);
   again([&](Batch& batch) FASTLIP_INLINE {
     project(search, slice, batch);
     slice.finish(batch);
   });
+  slice.feed_all();
 }
 
 template <typename T, Norm kNorm>
@@ -121,7 +120,8 @@ int pgd_step_(const PgdStep& step, void* stream) {
   if (step.batch == 0 || step.size == 0) return cudaSuccess;
   if (!known_input(step)) return cudaErrorInvalidValue;
   if (step.norm == Norm::linf) {
-    return with_storage(step.dtype, [&](auto storage) FASTLIP_INLINE { return launch_linf<decltype(storage)>(step, stream); });
+    return with_storage(step.dtype,
+                        [&](auto storage) FASTLIP_INLINE { return launch_linf<decltype(storage)>(step, stream); });
   }
   return with_arithmetic(step.dtype, [&](auto arithmetic) FASTLIP_INLINE {
     using T = decltype(arithmetic);

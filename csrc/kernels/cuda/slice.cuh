@@ -17,8 +17,12 @@ enum class Store { registers, shared, streamed };
 
 // Chunks that a thread handles at a time, all loads before the first use: in registers that is all it has.
 template <Store kStore>
-constexpr int kBatch = kStore == Store::registers ? 4 : 2;
-constexpr int kThreads = 256;  // two such blocks leave each thread 128 registers
+constexpr int kBatch = kStore == Store::registers ? 4
+                       : kStore == Store::shared  ? 2
+                                                  : 1;
+
+template <Store kStore>
+constexpr int kThreads = kStore == Store::registers ? 192 : kMaxThreads;
 
 // How a sample is shared out.
 struct Shares {
@@ -67,7 +71,7 @@ class Slice {
       : p_(p),
         search_(search),
         sample_(sample),
-        begin_(static_cast<int64_t>(blockIdx.x % shares.ranks) * shares.slice),
+        begin_(kStore == Store::registers ? 0 : static_cast<int64_t>(blockIdx.x % shares.ranks) * shares.slice),
         length_(static_cast<Offset>(p.size - begin_ < shares.slice ? (p.size > begin_ ? p.size - begin_ : 0)
                                                                    : shares.slice)),
         wide_(shares.wide),
@@ -79,12 +83,12 @@ class Slice {
     x_ = operand(p.x, p.dtype, p.x_stride);
     x0_ = operand(p.x0, p.dtype, p.x0_stride);
     grad_ = operand(const_cast<void*>(p.grad), p.input == nullptr ? p.dtype : p.input_dtype, p.grad_stride);
+    climbs_ = p.grad != nullptr;
     divided_ = p.input != nullptr;
   }
 
   __device__ Operand operand(const void* data, DType dtype, int64_t stride) const {
     const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-    if (data == nullptr) return {nullptr, dtype};
     return {static_cast<char*>(const_cast<void*>(data)) + (sample_ * stride + begin_) * bytes, dtype};
   }
 
@@ -94,10 +98,17 @@ class Slice {
     grad_ = grad;
     divided_ = false;
   }
-  // Also put x and grad, as they are read, here.
-  __device__ void copy_to(const Operand& x, const Operand& grad) {
-    x_copy_ = x;
-    grad_copy_ = grad;
+  // Copy x and its gradient, which is finite or not, to the best so far.
+  __device__ __forceinline__ void keep(const Operand& x_best, const Operand& grad_best) const {
+#pragma unroll 1
+    for (Offset here = begin(); here < length_; here += stride()) {
+      Chunk x, grad[1];
+      load(x_, here, x);
+      fetch(grad_, here, grad);
+      ascend(here, grad);
+      write(x_best, here, x, x);
+      write(grad_best, here, grad[0], grad[0]);
+    }
   }
 
   // --- passes: body(batch) ---
@@ -109,9 +120,9 @@ class Slice {
         fetch(grad_, batch_.first, batch_.cap);
         fetch(x0_, batch_.first, batch_.x0);
         fetch(x_, batch_.first, batch_.v);
-        prepare(batch_.first, batch_.cap, true);
+        prepare(batch_.first, batch_.cap);
       }
-      forget(batch_.cap);
+      forget(batch_.first, batch_.cap);
       body(batch_.cap);
     } else {
       for (Offset first = begin(); first < length_; first += stride() * kChunks) {
@@ -123,12 +134,12 @@ class Slice {
           if constexpr (kStore == Store::shared) {
             Rows x0;
             fetch(x0_, first, x0);
-            prepare(first, grad, !again);
+            prepare(first, grad);
             unpack(x0_.dtype, x0);
             put(staged_v_, first, grad);
             put(staged_x0_, first, x0);
           } else {
-            prepare(first, grad, !again);
+            prepare(first, grad);
           }
         }
         body(grad);
@@ -145,9 +156,10 @@ class Slice {
       }
       unpack(x_.dtype, batch_.v);
       unpack(x0_.dtype, batch_.x0);
-      copy_x(batch_);
       climb(batch_, move);
+      forget(batch_.first, batch_.v);
       caps(batch_);
+      forget(batch_.first, batch_.cap);
       body(batch_);
     } else {
       for (Offset first = begin(); first < length_; first += stride() * kChunks) {
@@ -161,7 +173,6 @@ class Slice {
         } else {
           fetch_rest(batch);
         }
-        copy_x(batch);
         climb(batch, move);
         if constexpr (kStore == Store::shared) {
           put(staged_v_, first, batch.v);
@@ -176,7 +187,7 @@ class Slice {
   template <typename Further, typename Body>
   __device__ __forceinline__ void values(const Move<T>& move, Further further, Body body) {
     if constexpr (kStore == Store::registers) {
-      forget(batch_.v);
+      forget(batch_.first, batch_.v);
       body(batch_);
     } else {
       for (Offset first = begin(); first < length_; first += stride() * kChunks) {
@@ -215,9 +226,9 @@ class Slice {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) chunk[i] = rows[0][i];
   }
-  // Copy what this thread has of an operand.
+  // Copy what a batch has of an operand.
   __device__ __forceinline__ void copy(const Operand& from, const Operand& to, const Batch& batch) const {
-#pragma unroll
+#pragma unroll 1
     for (int c = 0; c < kChunks; ++c) {
       const Offset here = at(batch, c);
       Chunk chunk;
@@ -265,7 +276,8 @@ class Slice {
     }
   }
   // In storage; 16 bits round towards `centre`.
-  __device__ __forceinline__ void store(const Operand& to, const Batch& batch, const Rows& rows, const Rows& centre) const {
+  __device__ __forceinline__ void store(const Operand& to, const Batch& batch, const Rows& rows,
+                                        const Rows& centre) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const Offset here = at(batch, c);
@@ -273,17 +285,24 @@ class Slice {
       write(to, here, rows[c], centre[c]);
     }
   }
-  // v to x, and what the model reads of it.
+  // v to x.
   __device__ __forceinline__ void finish(const Batch& batch) const {
     store(operand(p_.x, p_.dtype, p_.x_stride), batch, batch.v, batch.x0);
-    if (p_.input == nullptr) return;
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const Offset here = at(batch, c);
-      if (here < length_) feed(p_, sample_, begin_ + here, valid(here), wide_, batch.v[c]);
+  }
+  // What the model reads of x, which has been written.
+  __device__ __forceinline__ void feed_all() const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (p_.input == nullptr) return;
+      const Operand x = operand(p_.x, p_.dtype, p_.x_stride);
+#pragma unroll 1
+      for (Offset here = begin(); here < length_; here += stride()) {
+        Chunk chunk;
+        load(x, here, chunk);
+        feed(p_, sample_, begin_ + here, valid(here), wide_, chunk);
+      }
     }
   }
-  __device__ bool climbs() const { return grad_.data != nullptr; }
+  __device__ bool climbs() const { return climbs_; }
 
  private:
   __device__ static Offset stride() { return static_cast<Offset>(blockDim.x) * kChunk; }
@@ -291,8 +310,9 @@ class Slice {
   __device__ bool whole(Offset at) const { return at + kChunk <= length_; }
 
   // For the compiler these may have changed: what it keeps of them from pass to pass leaves too few registers.
-  __device__ __forceinline__ static void forget(Rows& rows) {
+  __device__ __forceinline__ static void forget(Offset& first, Rows& rows) {
 #ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(first));
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
@@ -369,44 +389,38 @@ class Slice {
       }
     }
   }
-  // A fetched gradient with respect to x, finite; `copied`: also copied to where that is asked for.
-  __device__ __forceinline__ void prepare(Offset first, Rows& grad, bool copied) const {
+  // A fetched gradient, now with respect to x.
+  template <int kCount>
+  __device__ __forceinline__ void ascend(Offset first, Chunk (&grad)[kCount]) const {
     unpack(grad_.dtype, grad);
     if constexpr (std::is_same_v<T, float>) {
-      if (divided_) {
-        const Bound<float> std(p_.std, sample_);
+      if (!divided_) return;
+      const Bound<float> std(p_.std, sample_);
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          Chunk divisor;
-          const Offset here = first + c * stride();
-          std.load(begin_ + here, valid(here), wide_, divisor);
-#pragma unroll
-          for (int i = 0; i < kChunk; ++i) grad[c][i] = i < valid(here) ? divide_rn(grad[c][i], divisor[i]) : 0;
-        }
-      }
-    }
-    if (copied && grad_copy_.data != nullptr) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
+      for (int c = 0; c < kCount; ++c) {
+        Chunk divisor;
         const Offset here = first + c * stride();
-        if (here < length_) write(grad_copy_, here, grad[c], grad[c]);
+        std.load(begin_ + here, valid(here), wide_, divisor);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) grad[c][i] = i < valid(here) ? divide_rn(grad[c][i], divisor[i]) : 0;
       }
     }
+  }
+  // Likewise, and finite.
+  __device__ __forceinline__ void prepare(Offset first, Rows& grad) const {
+    ascend(first, grad);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) grad[c][i] = finite_or_zero(grad[c][i]);
     }
   }
-  __device__ __forceinline__ void copy_x(const Batch& batch) const {
-    if (x_copy_.data != nullptr) store(x_copy_, batch, batch.v, batch.v);
-  }
   // x0 and the gradient beside x, which has been fetched.
   __device__ __forceinline__ void fetch_rest(Batch& batch) const {
     fetch(x0_, batch.first, batch.x0);
     if (climbs()) {
       fetch(grad_, batch.first, batch.cap);
-      prepare(batch.first, batch.cap, false);
+      prepare(batch.first, batch.cap);
     }
     unpack(x_.dtype, batch.v);
     unpack(x0_.dtype, batch.x0);
@@ -486,12 +500,11 @@ class Slice {
   const Search<T, kNorm>& search_;
   int64_t sample_, begin_;
   Offset length_;
-  bool wide_, ragged_, divided_;
+  bool wide_, ragged_, climbs_, divided_;
   T* staged_v_;
   T* staged_x0_;
   Bound<T> lo_, hi_;
-  Operand x_, x0_, grad_;  // the gradient: with respect to what the model reads where it is divided
-  Operand x_copy_{nullptr, DType::f32}, grad_copy_{nullptr, DType::f32};
+  Operand x_, x0_, grad_;             // the gradient: with respect to what the model reads where it is divided
   Batch batch_{{}, {}, {}, begin()};  // all there is, in registers
 };
 
@@ -504,18 +517,11 @@ __device__ __forceinline__ void each(const T (&rows)[kChunks][kChunk], Body body
   }
 }
 
-// Of a team's values from 0 up.
-template <typename T>
-__device__ T peak_of(Team& team, T mine) {
-  double peak[1] = {mine};
-  team.reduce(peak, Max());
-  return static_cast<T>(peak[0]);
-}
-
 // Steepest ascent in L2: what step / ||grad|| multiplies. Where the sum of squares may be wrong in T, it is taken again
 // of gradients scaled by a power of two.
 template <typename T, Store kStore>
-__device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l2, kStore>& slice, Team& team, BallMemory<Norm::l2>&, T step, double) {
+__device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l2, kStore>& slice, Team& team, BallMemory<Norm::l2>&,
+                                             T step, double) {
   using Rows = typename Slice<T, Norm::l2, kStore>::Rows;
   T scale = 1;
   int exponent = 0;
@@ -531,11 +537,11 @@ __device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l2, kStore>& slice, 
       });
       tally.close();
     });
-    team.reduce(tally.sums, Sum());
+    team.reduce(tally.sums);
     if (round > 0 || safe_squares<T>(tally.sums[0])) return l2_move(step, tally.sums[0], exponent);
-    const T peak = peak_of(team, mine);
-    if (peak == 0) return {};
-    exponent = fitting_exponent<T>(exponent_of(peak));
+    team.reduce_peak(mine, 0);
+    if (mine == 0) return {};
+    exponent = fitting_exponent<T>(exponent_of(mine));
     scale = power_of_two<T>(-exponent);
   }
 }
@@ -586,8 +592,8 @@ __device__ __forceinline__ Found find_bin(const int* bins, double wanted) {
 
 // Steepest ascent in L1: the threshold that `kept` magnitudes reach, and what each such element moves by.
 template <typename T, Store kStore>
-__device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l1, kStore>& slice, Team& team, BallMemory<Norm::l1>& memory, T step,
-                             double kept) {
+__device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l1, kStore>& slice, Team& team,
+                                             BallMemory<Norm::l1>& memory, T step, double kept) {
   using Rows = typename Slice<T, Norm::l1, kStore>::Rows;
   constexpr int kBins = KeySearch<T>::kBins;
   int nonzero = 0;
@@ -599,11 +605,9 @@ __device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l1, kStore>& slice, 
     });
   });
   for (int i = threadIdx.x; i < kBins; i += blockDim.x) memory.bins[0][i] = 0;
-  const T peak = peak_of(team, mine);
-  double none[1] = {};
-  const double all = team.reduce(none, nonzero);
+  const double all = team.reduce_peak(mine, nonzero);
   if (all == 0) return {};
-  KeySearch<T> search(peak, all, kept);
+  KeySearch<T> search(mine, all, kept);
   for (int turn = 0; !search.done();) {
     int* const bins = memory.bins[turn];
     slice.gradients(true, [&](const Rows& grad) FASTLIP_INLINE {
@@ -633,7 +637,8 @@ __device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l1, kStore>& slice, 
 
 // The projection's search, from the first look at v on: moves, or what has become of v since.
 template <typename T, Norm kNorm, Store kStore, typename First, typename Again>
-__device__ __forceinline__ void run(Search<T, kNorm>& search, Slice<T, kNorm, kStore>& slice, Team& team, First first, Again again) {
+__device__ __forceinline__ void run(Search<T, kNorm>& search, Slice<T, kNorm, kStore>& slice, Team& team, First first,
+                                    Again again) {
   using Batch = typename Slice<T, kNorm, kStore>::Batch;
   const auto add = [](const Batch& batch, auto& tally, auto body) FASTLIP_INLINE {
     tally.open();
@@ -647,28 +652,22 @@ __device__ __forceinline__ void run(Search<T, kNorm>& search, Slice<T, kNorm, kS
     tally.close();
   };
   Tally<T, 2> begun;
+  T mine = 0;
   first([&](const Batch& batch) FASTLIP_INLINE {
-    add(batch, begun, [&](T v, T x0, T cap, int i) FASTLIP_INLINE { search.begin(v, x0, cap, begun, i); });
+    add(batch, begun, [&](T v, T x0, T cap, int i) FASTLIP_INLINE {
+      const T size = search.begin(v, x0, cap, begun, i);
+      if constexpr (kNorm == Norm::l2) mine = greater(mine, size);
+    });
   });
   const double free = team.reduce(begun.sums, begun.count);
+  bool more = search.start(begun.sums, free);
   if constexpr (kNorm == Norm::l2) {
-    if (search.far(begun.sums)) {
-      T mine = 0;
-      Tally<T, 1> sizes;
-      again([&](const Batch& batch) FASTLIP_INLINE {
-        add(batch, sizes, [&](T v, T x0, T, int) FASTLIP_INLINE {
-          mine = greater(mine, gap_size(v, x0, Search<T, kNorm>::kLargest));
-        });
-      });
-      search.resize(peak_of(team, mine));
-      again([&](const Batch& batch) FASTLIP_INLINE {
-        add(batch, sizes, [&](T v, T x0, T, int i) FASTLIP_INLINE { search.add_size(v, x0, sizes, i); });
-      });
-      team.reduce(sizes.sums, Sum());
-      begun.sums[1] = sizes.sums[0];
+    if (more && search.far(begun.sums)) {
+      team.reduce_peak(mine, 0);
+      search.restart(mine);
     }
   }
-  for (bool more = search.start(begun.sums, free); more;) {
+  while (more) {
     Tally<T, Search<T, kNorm>::kSums> tally;
     again([&](const Batch& batch) FASTLIP_INLINE {
       add(batch, tally, [&](T v, T x0, T cap, int i) FASTLIP_INLINE { search.add(v, x0, cap, tally, i); });
@@ -754,7 +753,7 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
   cudaFuncAttributes compiled = {};
   if (kernels.registers != nullptr) {
     if (const auto error = cudaFuncGetAttributes(&compiled, kernels.registers); error != cudaSuccess) return error;
-    constexpr int64_t kEach = kBatch<Store::registers>, kMost = int64_t{kThreads};
+    constexpr int64_t kEach = kBatch<Store::registers>, kMost = kThreads<Store::registers>;
     const int64_t most = compiled.maxThreadsPerBlock < kMost ? compiled.maxThreadsPerBlock : kMost;
     if (slice_of(1) <= kEach * kChunk * most) {
       plan = {kernels.registers, slice_of(1), 1, threads_of(slice_of(1), kEach, most), 0};
@@ -781,14 +780,15 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
     const int64_t share = (shared_all / blocks - reserved - kStatic) / kBytes, capacity = share < limit ? share : limit;
     for (int ranks = 1; ranks <= (clustered ? kMaxRanks : 1); ranks *= 2) {
       if (slice_of(ranks) > capacity) continue;
-      plan = {kernels.shared, slice_of(ranks), ranks, threads_of(slice_of(ranks), 2 * kBatch<Store::shared>, kThreads),
+      plan = {kernels.shared, slice_of(ranks), ranks,
+              threads_of(slice_of(ranks), 2 * kBatch<Store::shared>, kMaxThreads),
               static_cast<size_t>(slice_of(ranks) * kBytes)};
       if (has_room(plan)) return cudaSuccess;
     }
   }
   for (int ranks = clustered ? 8 : 1;; ranks /= 2) {
     plan = {kernels.streamed, slice_of(ranks), ranks,
-            threads_of(slice_of(ranks), 2 * kBatch<Store::streamed>, kThreads), 0};
+            threads_of(slice_of(ranks), 2 * kBatch<Store::streamed>, kMaxThreads), 0};
     if (ranks == 1 || has_room(plan)) return cudaSuccess;
   }
 }

@@ -7,52 +7,63 @@
 
 namespace fastlip::cuda {
 
-constexpr int kWarp = 32, kMaxThreads = 512, kMaxRanks = 16;
-
-struct Sum {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
-struct Max {
-  __device__ double operator()(double a, double b) const { return greater(a, b); }
-};
+constexpr int kWarp = 32, kMaxThreads = 256, kMaxRanks = 16;
 
 // A block, or a cluster of `ranks` blocks with one sample between them. Every thread of the team calls reduce and gets
 // the same bits; the order of summation depends on the team's shape alone, never on the batch.
 class Team {
  public:
-  static constexpr int kMostValues = 3;
-  struct Memory {  // two sets taken in turn, so that one barrier a reduction is enough
-    double warp[2][kMostValues][kMaxThreads / kWarp];
-    double block[2][kMostValues][kMaxRanks];
+  static constexpr int kMostValues = 3, kMaxWarps = kMaxThreads / kWarp;
+  struct Memory {  // two sets taken in turn, so that one barrier a reduction is enough; 0 for who is not there
+    alignas(16) double warp[2][kMostValues][kMaxWarps];
+    alignas(16) double block[2][kMostValues][kMaxRanks];
   };
 
   __device__ Team(Memory& memory, int ranks) : memory_(memory), ranks_(ranks) {
-    if (ranks_ > 1) sync();  // no block's shared memory is there before the block is
+    for (int i = threadIdx.x; i < 2 * kMostValues * kMaxWarps; i += blockDim.x) (&memory.warp[0][0][0])[i] = 0;
+    if (ranks_ > 1) {
+      for (int i = threadIdx.x; i < 2 * kMostValues * kMaxRanks; i += blockDim.x) (&memory.block[0][0][0])[i] = 0;
+      sync();  // no block's shared memory is there before the block is
+    } else {
+      __syncthreads();
+    }
   }
 
-  // Over all threads' values, none of them below 0 for Max.
-  template <int kValues, typename Op>
-  __device__ void reduce(double (&values)[kValues], Op op) {
+  template <int kSums>
+  __device__ __forceinline__ void reduce(double (&sums)[kSums]) {
 #pragma unroll
-    for (int k = 0; k < kValues; ++k) values[k] = across_lanes(values[k], op);
-    across_warps(values, op);
+    for (int k = 0; k < kSums; ++k) sums[k] = across_lanes(sums[k]);
+    across_warps<0>(sums);
   }
   // Sums, and what all threads count.
   template <int kSums>
-  __device__ double reduce(double (&sums)[kSums], int count) {
+  __device__ __forceinline__ double reduce(double (&sums)[kSums], int count) {
     double values[kSums + 1];
 #pragma unroll
-    for (int k = 0; k < kSums; ++k) values[k] = across_lanes(sums[k], Sum());
+    for (int k = 0; k < kSums; ++k) values[k] = across_lanes(sums[k]);
     values[kSums] = __reduce_add_sync(0xFFFFFFFFu, count);
-    across_warps(values, Sum());
+    across_warps<0>(values);
 #pragma unroll
     for (int k = 0; k < kSums; ++k) sums[k] = values[k];
     return values[kSums];
   }
+  __device__ __forceinline__ double reduce(int count) {
+    double values[1] = {static_cast<double>(__reduce_add_sync(0xFFFFFFFFu, count))};
+    across_warps<0>(values);
+    return values[0];
+  }
+  // The largest value, none being below 0, and what all threads count.
+  template <typename T>
+  __device__ __forceinline__ double reduce_peak(T& peak, int count) {
+    double values[2] = {static_cast<double>(__reduce_add_sync(0xFFFFFFFFu, count)), peak_of_lanes(peak)};
+    across_warps<1>(values);
+    peak = static_cast<T>(values[1]);
+    return values[0];
+  }
 
   __device__ int ranks() const { return ranks_; }
 
-  __device__ void sync() const {
+  __device__ __forceinline__ void sync() const {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     if (ranks_ > 1) {
       cooperative_groups::this_cluster().sync();
@@ -64,7 +75,7 @@ class Team {
 
   // Where another block of the team has what lies at `at` in this one.
   template <typename V>
-  __device__ V* of_rank(V* at, int rank) const {
+  __device__ __forceinline__ V* of_rank(V* at, int rank) const {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     return cooperative_groups::this_cluster().map_shared_rank(at, rank);
 #else
@@ -73,26 +84,33 @@ class Team {
   }
 
  private:
-  template <typename Op>
-  __device__ static double across_lanes(double value, Op op) {
+  __device__ __forceinline__ static double across_lanes(double value) {
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
+    return value;
+  }
+  __device__ __forceinline__ static double peak_of_lanes(float value) {
+    return bit_cast<float>(__reduce_max_sync(0xFFFFFFFFu, bit_cast<uint32_t>(value)));
+  }
+  __device__ __forceinline__ static double peak_of_lanes(double value) {
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      value = op(value, __shfl_xor_sync(0xFFFFFFFFu, value, offset));
+      value = greater(value, __shfl_xor_sync(0xFFFFFFFFu, value, offset));
     }
     return value;
   }
 
-  template <int kValues, typename Op>
-  __device__ void across_warps(double (&values)[kValues], Op op) {
+  // Sums, the last kPeaks of them the largest instead.
+  template <int kPeaks, int kValues>
+  __device__ __forceinline__ void across_warps(double (&values)[kValues]) {
     static_assert(kValues <= kMostValues);
-    const int warp = static_cast<int>(threadIdx.x / kWarp), warps = static_cast<int>(blockDim.x / kWarp);
     turn_ ^= 1;
     if (threadIdx.x % kWarp == 0) {
 #pragma unroll
-      for (int k = 0; k < kValues; ++k) memory_.warp[turn_][k][warp] = values[k];
+      for (int k = 0; k < kValues; ++k) memory_.warp[turn_][k][threadIdx.x / kWarp] = values[k];
     }
     __syncthreads();
-    gather(memory_.warp[turn_], warps, values, op);
+    gather<kPeaks>(memory_.warp[turn_], static_cast<int>(blockDim.x / kWarp), values);
     if (ranks_ > 1) {
       // A thread a block tells that block, so that after the barrier each reads its own memory alone.
       const int rank = static_cast<int>(blockIdx.x) % ranks_;
@@ -103,18 +121,27 @@ class Team {
         }
       }
       sync();
-      gather(memory_.block[turn_], ranks_, values, op);
+      gather<kPeaks>(memory_.block[turn_], ranks_, values);
     }
   }
 
-  template <int kValues, int kParts, typename Op>
-  __device__ static void gather(const double (&parts)[kMostValues][kParts], int count, double (&values)[kValues],
-                                Op op) {
+  // Of the first `count` parts, two at a time.
+  template <int kPeaks, int kValues, int kParts>
+  __device__ __forceinline__ static void gather(const double (&parts)[kMostValues][kParts], int count,
+                                                double (&values)[kValues]) {
+    double2 totals[kValues] = {};
+#pragma unroll 2
+    for (int i = 0; i < count; i += 2) {
 #pragma unroll
-    for (int k = 0; k < kValues; ++k) values[k] = parts[k][0];
-    for (int i = 1; i < count; ++i) {
+      for (int k = 0; k < kValues; ++k) {
+        const double2 two = *reinterpret_cast<const double2*>(&parts[k][i]);
+        totals[k].x = k < kValues - kPeaks ? totals[k].x + two.x : greater(totals[k].x, two.x);
+        totals[k].y = k < kValues - kPeaks ? totals[k].y + two.y : greater(totals[k].y, two.y);
+      }
+    }
 #pragma unroll
-      for (int k = 0; k < kValues; ++k) values[k] = op(values[k], parts[k][i]);
+    for (int k = 0; k < kValues; ++k) {
+      values[k] = k < kValues - kPeaks ? totals[k].x + totals[k].y : greater(totals[k].x, totals[k].y);
     }
   }
 
@@ -310,8 +337,7 @@ inline bool all_aligned(const PgdStep& p, int64_t pack) {
   };
   return fits(p.x, p.x_stride, storage) && fits(p.grad, p.grad_stride, ascent) && fits(p.x0, p.x0_stride, storage) &&
          fits(p.lo.data, p.lo.stride, arithmetic) && fits(p.hi.data, p.hi.stride, arithmetic) &&
-         fits(p.input, p.input_stride, ascent) && fits(p.mean.data, 0, arithmetic) &&
-         fits(p.std.data, 0, arithmetic);
+         fits(p.input, p.input_stride, ascent) && fits(p.mean.data, 0, arithmetic) && fits(p.std.data, 0, arithmetic);
 }
 
 inline bool known_input(const PgdStep& p) {

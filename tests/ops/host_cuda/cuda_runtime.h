@@ -136,6 +136,13 @@ inline int __reduce_add_sync(unsigned mask, int value) {
     return sum;
   });
 }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return host_exchange(mask, value, 98, [](const unsigned* lanes, unsigned) {
+    unsigned most = 0;
+    for (int i = 0; i < 32; ++i) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+  });
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return host_exchange(mask, predicate, 97, [](const int* lanes, unsigned) {
     unsigned bits = 0;
