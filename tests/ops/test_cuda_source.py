@@ -168,11 +168,13 @@ def assert_passing(run: subprocess.CompletedProcess) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
 
 
-#: What a sample in L2 or L1 is given. A block has all of it at 200,000 bytes of shared memory, up to 25,000 floats; at
-#: 3,000 a block has 177 floats, a cluster of eight 1,416, and what is larger is read again in every pass.
-BLOCK = {"FASTLIP_HOST_SHARED": "200000"}
-CLUSTER = {"FASTLIP_HOST_SHARED": "3000"}
-STREAMED = {"FASTLIP_HOST_SHARED": "3000", "FASTLIP_HOST_CLUSTERS": "0"}
+#: What a sample in L2 or L1 is given: registers, up to 4,096 floats in a block's; without them shared memory, of which a
+#: block has 200,000 bytes, a third of it for each of several blocks; or 3,000 to 8,000 and a cluster; or no cluster, so
+#: that what is larger is read again in every pass.
+REGISTERS = {"FASTLIP_HOST_SHARED": "200000"}
+BLOCK = REGISTERS | {"FASTLIP_HOST_THREADS": "0"}
+CLUSTER = {"FASTLIP_HOST_SHARED": "8000", "FASTLIP_HOST_THREADS": "0"}
+STREAMED = CLUSTER | {"FASTLIP_HOST_CLUSTERS": "0"}
 UP, DOWN = {"FASTLIP_HOST_ORDER": "up"}, {"FASTLIP_HOST_ORDER": "down"}
 STEPS = ("test_pgd_ops", "test_apgd_step", "test_random_start", "test_model_input")
 OPERATORS = ("test_operator_step", "test_pack_weights", "../norms/test_products")
@@ -194,41 +196,61 @@ def test_most_op_tests_pass_on_the_cuda_source(library, names, variables):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "variables", [BLOCK | DOWN, CLUSTER | UP, STREAMED | DOWN], ids=["block", "cluster", "streamed"]
+    "variables",
+    [REGISTERS | UP, BLOCK | DOWN, CLUSTER | UP, STREAMED | DOWN],
+    ids=["registers", "block", "cluster", "streamed"],
 )
 def test_op_tests_pass_on_the_cuda_source(library, variables):
     assert_passing(run_tests(library, STEPS, **variables))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variables", [BLOCK | UP, CLUSTER | DOWN], ids=["block", "cluster"])
+@pytest.mark.parametrize("variables", [REGISTERS | DOWN, BLOCK | UP, CLUSTER | DOWN], ids=["registers", "block", "cluster"])
 def test_a_few_op_tests_pass_in_the_other_order(library, variables):
     """Between barriers threads run one after the other: a race shows in one of the orders."""
     assert_passing(run_tests(library, STEPS, "-k", "match and not large and not 112", **variables))
 
 
-ENDED, APART = "shared memory of a block that has ended", "at different"
-REDUCED = "    __syncthreads();\n#pragma unroll\n    for (int k = 0; k < kValues; ++k) {\n      values[k] = lane"
+APART = "at different"
+REDUCED, JOINED = "    gather(memory_.warp[turn_]", "      gather(memory_.block[turn_]"
 #: Faults, by what is taken out: the kernel to compile, the change, what a sample is given, and what is said where it is
 #: not a test that fails.
 FAULTS = {
     "barrier of a reduction": (
         "pgd_step",
-        ("team.cuh", REDUCED, REDUCED[len("    __syncthreads();") :]),
+        ("team.cuh", "    __syncthreads();\n" + REDUCED, REDUCED),
         BLOCK | UP,
         "",
     ),
-    "second set of a block's memory": ("pgd_step", ("team.cuh", "turn_ ^= 1;", ""), BLOCK | UP, ""),
+    "second set of a block's memory": ("pgd_step", ("team.cuh", "turn_ ^= 1;", ""), REGISTERS | UP, ""),
     "second set of a cluster's memory": ("pgd_step", ("team.cuh", "block[turn_]", "block[0]"), CLUSTER | UP, ""),
-    "barrier of a cluster's reduction": ("pgd_step", ("team.cuh", "    cluster.sync();\n", ""), CLUSTER | UP, ""),
-    "wait before a block ends": ("pgd_step", ("pgd_step.cu", "  team.leave();\n", ""), CLUSTER | UP, ENDED),
-    "wait before a block ends, Auto-PGD": ("apgd_step", ("apgd_step.cu", "  team.leave();\n", ""), CLUSTER | UP, ENDED),
+    "barrier of a cluster's reduction": ("pgd_step", ("team.cuh", "      sync();\n" + JOINED, JOINED), CLUSTER | UP, ""),
+    "wait for the other blocks to begin": (
+        "pgd_step",
+        ("team.cuh", "    if (ranks_ > 1) sync();  // no", "    // no"),
+        CLUSTER | UP,
+        "has not begun",
+    ),
+    "barrier of a count": ("pgd_step", ("slice.cuh", "    team.sync();  // bins", "    // bins"), REGISTERS | UP, ""),
+    "other blocks' wait for a count": (
+        "pgd_step",
+        ("slice.cuh", "    team.sync();  // bins", "    __syncthreads();  // bins"),
+        CLUSTER | UP,
+        "",
+    ),
+    "barrier of a cluster's count": (
+        "pgd_step",
+        ("slice.cuh", "      __syncthreads();\n      complete", "      complete"),
+        CLUSTER | UP,
+        "",
+    ),
+    "third set of bins": ("pgd_step", ("slice.cuh", "turn == 2 ? 0 : turn + 1", "1 - turn"), REGISTERS | UP, ""),
     "wait before a sample's numbers change": ("apgd_step", ("apgd_step.cu", "  team.sync();", ""), BLOCK | UP, APART),
     "other blocks' wait before a sample's numbers change": (
         "apgd_step",
         ("apgd_step.cu", "  team.sync();", "  __syncthreads();"),
         CLUSTER | UP,
-        ENDED,  # blocks that find other numbers search a different number of times
+        APART,  # blocks that find other numbers search a different number of times
     ),
     "barrier before the last block writes": (
         "apgd_step",
@@ -239,7 +261,7 @@ FAULTS = {
     "look at alignment": ("pgd_step", ("slice.cuh", "wide_(shares.wide)", "wide_(true)"), BLOCK | UP, "misaligned"),
     "room for what a kernel declares": (
         "pgd_step",
-        ("slice.cuh", "(shared_limit - static_cast<int64_t>(sizeof(Team::Memory)))", "shared_limit"),
+        ("slice.cuh", "(shared_limit - kStatic)", "shared_limit"),
         CLUSTER | UP,
         "more shared memory than a block may have",
     ),
