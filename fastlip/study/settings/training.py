@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-#: Arms that start from the source. In this order they train all weights; the head; the last stage and the head; the head
-#: first and then all weights.
+#: Arms that start from the source. In this order they train all weights; the head; the last stage and the head; first
+#: the head and then all weights.
 TRANSFER = ("finetune", "linear", "partial", "lpft")
 
 ARMS = ("reference", "scratch", *TRANSFER)
