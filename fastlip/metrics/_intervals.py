@@ -104,7 +104,7 @@ def paired_bootstrap(
         return statistic(x, axis=axis) - statistic(y, axis=axis)
 
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SciPy's, about its own interval, which cannot hold censored values
+        warnings.simplefilter("ignore")  # SciPy warns about its own interval, which cannot hold censored values
         value = float(difference(one, other, -1))
         differences = (
             scipy_stats()
@@ -123,7 +123,7 @@ def paired_bootstrap(
     if np.isnan(differences).any():
         return Interval(value, float("nan"), float("nan"), confidence)
     tail = (1 - confidence) / 2
-    # Not SciPy's own limits: they interpolate, and between infinite differences that is not a number.
+    # SciPy's own limits are not used: they interpolate, which gives NaN between infinite differences.
     low, high = np.quantile(differences, [tail, 1 - tail], method="nearest")
     return Interval(value, float(low), float(high), confidence)
 
@@ -148,7 +148,7 @@ def censored_median(values: ArrayLike, confidence: float = 0.95) -> CensoredMedi
         raise ValueError("values must hold at least one number and no NaN")
     n = data.size
     interval = scipy_stats().quantile_test(data, p=0.5).confidence_interval(confidence)
-    # SciPy's limit is not a number where n is too small for one.
+    # SciPy's limits are NaN where n is too small for them.
     low = -np.inf if np.isnan(interval.low) else interval.low
     high = np.inf if np.isnan(interval.high) else interval.high
     lower, upper = data[(n - 1) // 2], data[n // 2]

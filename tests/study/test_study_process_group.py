@@ -143,7 +143,7 @@ def test_parts_are_merged_in_the_order_of_their_ids():
     assert found["image"].ravel().tolist() == [0, 1, 2]
 
 
-def test_a_team_of_one_has_nothing_to_say_to_others():
+def test_every_operation_of_a_single_process_is_a_no_op():
     group = ProcessGroup()
     x = torch.ones(2)
     assert group.leads

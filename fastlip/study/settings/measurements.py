@@ -16,7 +16,7 @@ GENERATED_CORRUPTIONS = (
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """The test images.
+    """The test images: how many are used, and for what.
 
     Attributes:
         images: number of attacked test images: the first of each class in the order of the test set.

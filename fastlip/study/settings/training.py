@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-#: Arms that start from the source and train all weights, the head, the last stage and the head, the head and then all.
+#: Arms that start from the source. In this order they train all weights; the head; the last stage and the head; first
+#: the head and then all weights.
 TRANSFER = ("finetune", "linear", "partial", "lpft")
 
 ARMS = ("reference", "scratch", *TRANSFER)

@@ -82,7 +82,7 @@ class Smallest(TypedDict):
 
 
 class Member(TypedDict):
-    """Accuracy after one attack of the stronger suite."""
+    """Accuracy after one attack of the stronger suite and those before it; PGD is counted by itself."""
 
     name: str
     accuracy: Proportion
