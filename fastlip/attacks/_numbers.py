@@ -1,6 +1,6 @@
 """Checks of single numbers, whose messages name the argument."""
 
-from numbers import Integral, Real
+from fastlip._arguments import is_integer, is_number
 
 
 def integer(name: str, value: object, least: int = 1) -> int:
@@ -10,7 +10,7 @@ def integer(name: str, value: object, least: int = 1) -> int:
         TypeError: ``value`` is not an integer.
         ValueError: ``value`` is below ``least``.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -24,7 +24,7 @@ def number(name: str, value: object, expected: str = "a float") -> float:
         TypeError: ``value`` is not a real number; the message says what was ``expected``.
         ValueError: ``value`` is an integer too large for a float.
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not is_number(value):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     try:
         return float(value)

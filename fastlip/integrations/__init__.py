@@ -1,5 +1,5 @@
 """fastlip's attacks behind the interfaces of other libraries.
 
-Nothing is imported here: ``fastlip.integrations.torchattacks``, ``.foolbox`` and ``.art`` need the package that they
-are named after, ``.autoattack``, ``.attackbench`` and ``.robustbench`` need none.
+This package imports none of its modules. ``fastlip.integrations.torchattacks``, ``.foolbox`` and ``.art`` need the
+package that they are named after; ``.autoattack``, ``.attackbench`` and ``.robustbench`` need no other package.
 """

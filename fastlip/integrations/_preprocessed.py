@@ -1,16 +1,16 @@
-"""A network with the preprocessing that another library does for it."""
+"""A network together with the preprocessing that another library applies."""
 
 from torch import Tensor, nn
 
 
 class Preprocessed(nn.Module):
-    """network((flip(x) - mean) / std) as a module, of which :func:`fastlip.attacks.prepare` can make a faster copy.
+    """network((flip(x) - mean) / std) as a module that :func:`fastlip.attacks.prepare` can copy.
 
     Args:
         network: maps preprocessed images to logits.
-        mean: subtracted, broadcast to the images; nothing if None.
-        std: divided by, likewise.
-        flip: axis to flip, as from RGB to BGR; none if None.
+        mean: subtracted from the images, to which it is broadcast; nothing is subtracted if None.
+        std: divides the images, likewise.
+        flip: the axis to flip, for example from RGB to BGR; no axis is flipped if None.
     """
 
     mean: Tensor | None

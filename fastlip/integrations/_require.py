@@ -1,4 +1,4 @@
-"""Packages that an adapter needs."""
+"""Imports of the packages that adapters need."""
 
 import importlib
 from typing import Any
@@ -8,7 +8,7 @@ def require(module: str, package: str) -> Any:
     """Import ``module``.
 
     Raises:
-        ImportError: it is missing; the message says what to install.
+        ImportError: the module is missing; the message says what to install.
     """
     try:
         return importlib.import_module(module)

@@ -19,7 +19,7 @@ from fastlip.integrations._require import require
 _PACKAGE = "adversarial-robustness-toolbox"
 _Base: Any = require("art.attacks", _PACKAGE).EvasionAttack
 _NORMS = {"inf": "linf", "2": "l2", "2.0": "l2", "1": "l1", "1.0": "l1"}
-#: What ART calls arguments of fastlip's.
+#: ART's names for fastlip's arguments.
 _NAMES = {
     "inputs": "x", "labels": "y", "targets": "y", "step_size": "eps_step", "steps": "max_iter",
     "bounds": "clip_values",
@@ -33,24 +33,24 @@ def _requirements() -> tuple[Any, ...]:
 
 
 class FastlipPGD(_Base):
-    """As art.attacks.evasion.ProjectedGradientDescent, with exact projections in every norm.
+    """Like art.attacks.evasion.ProjectedGradientDescent, with exact projections in every norm.
 
     Args:
         estimator: classifier with loss gradients.
         norm: np.inf, 2 or 1.
-        eps: radius, a number or one for each sample, [B].
+        eps: radius of the ball, one number or one for each sample, [B].
         eps_step: length of a step, like ``eps``.
-        max_iter: steps.
+        max_iter: number of steps.
         targeted: whether ``y`` are classes to reach.
-        num_random_init: random starts; 0 starts at the input.
-        batch_size: samples at a time.
+        num_random_init: number of random starts; 0 starts at the input.
+        batch_size: number of samples in a batch.
         sparsity: share of elements that an L1 step leaves alone.
-        verbose: unused; nothing is printed.
-        seed: of the random starts; drawn from NumPy's global state if None.
+        verbose: has no effect, since nothing is printed.
+        seed: seed of the random starts; drawn from NumPy's global state if None.
         options: further keywords of :func:`fastlip.attacks.pgd`, for PyTorch estimators.
     """
 
-    # A list of the class, as ART extends and reads it.
+    # A list on the class, because ART reads and extends it there.
     attack_params: list[str] = [  # noqa: RUF012
         *getattr(_Base, "attack_params", []),
         *("norm", "eps", "eps_step", "max_iter", "targeted", "num_random_init", "batch_size", "sparsity", "verbose"),
@@ -92,12 +92,12 @@ class FastlipPGD(_Base):
         y: np.ndarray | None = None,  # [B] or [B, C]
         **kwargs: Any,
     ) -> np.ndarray:
-        """Return adversarial samples, [B, ...]; ``y`` None takes the classifier's own decisions for the labels.
+        """Return adversarial samples, [B, ...]; with ``y`` None the classifier's own decisions are the labels.
 
-        One that is misclassified (or, targeted, at its class) already comes back as it is, except with
-        ``keep="last"``.
+        A sample that is misclassified (if targeted: classified as its target) to begin with comes back unchanged,
+        except with ``keep="last"``.
 
-        Integers come back as float32, ART's own type; a PyTorch model sees its own.
+        Integer samples come back as float32, which is ART's own type; a PyTorch model gets samples of its own dtype.
 
         Raises:
             ValueError: a value is wrong, or another keyword asks for something else, such as ``mask``.
@@ -112,7 +112,7 @@ class FastlipPGD(_Base):
         classes = np.argmax(y, 1) if np.ndim(y) == 2 and np.shape(y)[1] > 1 else np.reshape(y, -1)
         classes = classes.astype(np.int64)
         low, high = self.estimator.clip_values if self.estimator.clip_values is not None else (-np.inf, np.inf)
-        # As all of ART draws, so that a script which seeds NumPy repeats itself.
+        # ART draws from NumPy's global state, so that a script which seeds it is repeatable.
         seed = int(np.random.randint(2**31)) if self.seed is None else self.seed  # noqa: NPY002
         run: Callable[..., np.ndarray] = self._torch if _plain_torch(self.estimator) else self._numpy
         out = np.empty_like(x)
@@ -164,13 +164,13 @@ class FastlipPGD(_Base):
         sign = -1.0 if self.targeted else 1.0
         start = np.ascontiguousarray(x)
         best = start.copy()
-        standing = np.arange(len(x))
+        robust = np.arange(len(x))
         if self.options.get("keep") != "last":
-            standing = standing[~self._fell(x, classes)]
+            robust = robust[~self._succeeded(x, classes)]
         for restart in range(max(self.num_random_init, 1)):
-            if len(standing) == 0:
+            if len(robust) == 0:
                 break
-            rows = standing
+            rows = robust
             x0 = start[rows]
             radius, length = (v[rows] if isinstance(v, np.ndarray) else v for v in (eps, step))
             limits = tuple(b[rows] if np.ndim(b) == x.ndim and len(b) == len(start) > 1 else b for b in bounds)
@@ -183,10 +183,10 @@ class FastlipPGD(_Base):
                 grad = np.ascontiguousarray(self.estimator.loss_gradient(moved, labels), dtype=moved.dtype)
                 _native.pgd_step_(moved, sign * grad, x0, step_size=length, sparsity=self.sparsity, active=None, **ball)
             best[rows] = moved
-            standing = rows[~self._fell(moved, classes[rows])]
+            robust = rows[~self._succeeded(moved, classes[rows])]
         return best
 
-    def _fell(self, x: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    def _succeeded(self, x: np.ndarray, classes: np.ndarray) -> np.ndarray:
         """Whether the attack has succeeded at ``x``, [B] bool."""
         decided = np.argmax(self.estimator.predict(x, batch_size=self.batch_size), 1)
         found: np.ndarray = (decided == classes) if self.targeted else (decided != classes)
@@ -194,7 +194,7 @@ class FastlipPGD(_Base):
 
 
 def _plain_torch(estimator: Any) -> bool:
-    """Whether the estimator's model sees what the attack sees."""
+    """Whether the estimator hands its samples to the model unchanged."""
     classifier = require("art.estimators.classification", _PACKAGE).PyTorchClassifier
     if not isinstance(estimator, classifier) or estimator.preprocessing_defences or estimator.postprocessing_defences:
         return False

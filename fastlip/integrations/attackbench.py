@@ -24,11 +24,11 @@ def as_attackbench(attack: Callable[..., Tensor | MinNormResult], **options: Any
 
     Args:
         attack: a function of :mod:`fastlip.attacks`.
-        options: keywords for ``attack``. Where it takes ``eps`` and none is given, the radius is the usual one on
+        options: keywords for ``attack``. If it takes ``eps`` and none is given, the radius is the usual one on
             CIFAR-10: 8/255, 0.5 and 12.
 
     Raises:
-        TypeError: ``attack`` is no attack with a norm.
+        TypeError: ``attack`` does not take a norm and bounds.
     """
     known = inspect.signature(attack).parameters
     if "norm" not in known or "bounds" not in known:
@@ -49,13 +49,13 @@ def as_attackbench(attack: Callable[..., Tensor | MinNormResult], **options: Any
             call["eps"] = _EPS[threat_model]
         if targeted:
             call["targets"] = targets
-        # Copies: AttackBench judges by what it holds, and an attack may write into what it is handed.
+        # Copies, because an attack may write into its arguments and AttackBench judges by them.
         found = attack(model, inputs.clone(), labels.clone(), **call | options)
         return found.adversarial if isinstance(found, MinNormResult) else found
 
     name = getattr(attack, "__name__", "attack")
     run.__name__ = name
-    # AttackBench reads these of the function.
+    # AttackBench reads these attributes of the function.
     run._attackbench_name = name  # type: ignore[attr-defined]
     run._attackbench_lib = "fastlip"  # type: ignore[attr-defined]
     return run

@@ -4,8 +4,9 @@
     adversary = AutoAttack(model, norm="Linf", eps=8 / 255)
     adversarial = adversary.run_standard_evaluation(images, labels, bs=250)
 
-The attacks are those of :func:`fastlip.attacks.suite`: FMN stands in the place of FAB. Unlike AutoAttack's own it
-leaves the global random state alone, takes any bounds, and keeps per-image results in ``evaluation``.
+The attacks are those of :func:`fastlip.attacks.suite`, in which FMN takes the place of FAB. Unlike AutoAttack's own
+class, this one leaves the global random state alone, takes any bounds, and keeps the results per image in
+``evaluation``.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from fastlip.integrations._names import named
 from fastlip.ops import Bounds, Norm
 
 _NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2", "L1": "l1"}
-#: What AutoAttack calls arguments of fastlip's.
+#: AutoAttack's names for fastlip's arguments.
 _NAMES = {"inputs": "x_orig", "labels": "y_orig", "batch_size": "bs", "progress": "verbose", "suite": "version"}
 
 
@@ -32,18 +33,18 @@ class AutoAttack:
         model: maps images to logits.
         norm: "Linf", "L2" or "L1".
         eps: radius of the ball.
-        seed: of every random draw; drawn from the default generator if None.
-        verbose: print the result and show progress.
-        attacks_to_run: names out of "apgd-ce", "apgd-dlr", "apgd-t", "fmn" ("fab" and "fab-t" mean the same) and
+        seed: seed of all random draws; drawn from the default generator if None.
+        verbose: print the result, and show progress on standard error (which needs tqdm).
+        attacks_to_run: names from "apgd-ce", "apgd-dlr", "apgd-t", "fmn" (also called "fab" and "fab-t") and
             "square", for ``version="custom"``.
         version: "standard", "rand" or "custom".
-        device: where batches are attacked; that of the model if None.
+        device: the device on which batches are attacked; that of the model if None.
         bounds: limits of valid images.
         fast: as in :func:`fastlip.attacks.pgd`.
         precision: as in :func:`fastlip.attacks.pgd`.
 
     Attributes:
-        evaluation: result of the last run.
+        evaluation: the result of the last run.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class AutoAttack:
         bs: int = 250,
         return_labels: bool = False,
     ) -> Any:
-        """Worst case over the attacks: images [N, ...] like ``x_orig``, with the model's decisions if asked for."""
+        """The worst case over the attacks: images [N, ...] like ``x_orig``, and the model's decisions if wanted."""
         self.evaluation = self._evaluate(x_orig, y_orig, bs, self.attacks)
         adversarial = self.evaluation.adversarial.to(x_orig.device)
         if not return_labels:
@@ -92,7 +93,7 @@ class AutoAttack:
         bs: int = 250,
         return_labels: bool = False,
     ) -> dict[str, Any]:
-        """Each attack by itself on all images."""
+        """The results of each attack by itself on all images."""
         out = {}
         for name, attack in self.attacks.items():
             found = self._evaluate(x_orig, y_orig, bs, {name: attack}).adversarial.to(x_orig.device)
@@ -134,7 +135,7 @@ class AutoAttack:
 
 def _attacks(version: str, names: Sequence[str], norm: Norm, eps: float, bounds: Bounds) -> dict[str, attacks.Attack]:
     if version != "custom":
-        with named(_NAMES):  # any string may come: suite() refuses those that it does not know
+        with named(_NAMES):  # suite() refuses strings that it does not know
             return attacks.suite(version, norm=norm, eps=eps, bounds=bounds)  # type: ignore[arg-type]
     known = attacks.suite("standard", norm=norm, eps=eps, bounds=bounds)
     known["apgd-dlr"] = partial(attacks.apgd, loss="dlr", norm=norm, eps=eps, bounds=bounds)

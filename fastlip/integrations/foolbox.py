@@ -1,4 +1,4 @@
-"""Attacks as foolbox attacks: same names, same arguments, and any option of fastlip's.
+"""Attacks as foolbox attacks, with foolbox's names and arguments and all options of fastlip's.
 
 An existing script changes its import::
 
@@ -6,9 +6,8 @@ An existing script changes its import::
     attack = fast.LinfPGD(steps=40)
     raw, clipped, success = attack(fmodel, images, labels, epsilons=8 / 255)
 
-Images and model are PyTorch's (``foolbox.PyTorchModel``). Unlike foolbox's own, the attacks stop working on an image
-once it is misclassified, compute no gradients of weights, run the network in eval mode, and project exactly onto ball
-and box.
+Images and model are PyTorch's (``foolbox.PyTorchModel``). Unlike foolbox's own, the attacks stop on an image once it
+is misclassified, compute no gradients of weights, run the network in eval mode, and project exactly onto ball and box.
 """
 
 import inspect
@@ -31,7 +30,7 @@ _Minimal: Any = require("foolbox.attacks.base", "foolbox").MinimizationAttack
 
 
 class FixedEpsilon(_Fixed):
-    """Any attack of fastlip's within a ball as a foolbox attack.
+    """Any of fastlip's attacks within a ball as a foolbox attack.
 
     Args:
         attack: a function of :mod:`fastlip.attacks` that takes ``norm`` and ``eps`` and returns images.
@@ -39,7 +38,7 @@ class FixedEpsilon(_Fixed):
         options: further keywords for ``attack``.
     """
 
-    #: What foolbox calls arguments of the attack's.
+    #: Foolbox's names for the attack's arguments.
     _names: Mapping[str, str] = {"eps": "epsilons", "labels": "criterion", "targets": "criterion"}
 
     def __init__(self, attack: Callable[..., Tensor], norm: Norm, **options: Any) -> None:
@@ -49,14 +48,14 @@ class FixedEpsilon(_Fixed):
 
     @property
     def distance(self) -> Any:
-        """Foolbox's distance of the norm."""
+        """Foolbox's distance for the norm."""
         return getattr(_foolbox.distances, self.norm)
 
     def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float, **kwargs: Any) -> Any:
-        """Return perturbed inputs no further than ``epsilon``."""
+        """Return perturbed inputs within ``epsilon``."""
         _no_more(kwargs)
         images, restore, call = _torch_call(model, inputs, criterion)
-        # Copies: foolbox judges by what it holds, and an attack may write into what it is handed.
+        # Copies, because an attack may write into its arguments and foolbox judges by them.
         images, call = images.clone(), {k: v.clone() if isinstance(v, Tensor) else v for k, v in call.items()}
         with named(self._names):
             found = self.attack(_network(model), images, **call, norm=self.norm, eps=epsilon, **self.at(epsilon))
@@ -93,7 +92,7 @@ class _PGD(FixedEpsilon):
 
 
 class LinfPGD(_PGD):
-    """As foolbox.attacks.LinfPGD."""
+    """Like foolbox.attacks.LinfPGD."""
 
     def __init__(
         self,
@@ -108,7 +107,7 @@ class LinfPGD(_PGD):
 
 
 class L2PGD(_PGD):
-    """As foolbox.attacks.L2PGD."""
+    """Like foolbox.attacks.L2PGD."""
 
     def __init__(
         self,
@@ -123,7 +122,7 @@ class L2PGD(_PGD):
 
 
 class L1PGD(_PGD):
-    """As foolbox.attacks.L1PGD, but with steps along the largest 1% of the gradient (``sparsity``)."""
+    """Like foolbox.attacks.L1PGD, but with steps along the largest 1% of the gradient (``sparsity``)."""
 
     def __init__(
         self,
@@ -138,25 +137,25 @@ class L1PGD(_PGD):
 
 
 class APGD(FixedEpsilon):
-    """Auto-PGD, which foolbox has not."""
+    """Auto-PGD, which foolbox lacks."""
 
     def __init__(self, norm: Norm = "linf", *, steps: int = 100, **options: Any) -> None:
         super().__init__(attacks.apgd, norm, **{"steps": steps} | options)
 
 
 class Square(FixedEpsilon):
-    """The Square attack, which foolbox has not."""
+    """The Square attack, which foolbox lacks."""
 
     def __init__(self, norm: Norm = "linf", *, queries: int = 5000, **options: Any) -> None:
         super().__init__(attacks.square, norm, **{"queries": queries} | options)
 
 
 class MinNorm(_Minimal):
-    """:func:`fastlip.attacks.min_norm` in the place of foolbox's DDN and FMN attacks.
+    """:func:`fastlip.attacks.min_norm` in place of foolbox's DDN and FMN attacks.
 
     Args:
         norm: "linf", "l2" or "l1".
-        options: further keywords of min_norm.
+        options: further keywords for min_norm.
     """
 
     def __init__(self, norm: Norm = "l2", **options: Any) -> None:
@@ -165,7 +164,7 @@ class MinNorm(_Minimal):
 
     @property
     def distance(self) -> Any:
-        """Foolbox's distance of the norm."""
+        """Foolbox's distance for the norm."""
         return getattr(_foolbox.distances, self.norm)
 
     def run(self, model: Any, inputs: Any, criterion: Any, *, early_stop: float | None = None, **kwargs: Any) -> Any:
@@ -180,12 +179,12 @@ def _no_more(kwargs: dict[str, Any]) -> None:
         raise TypeError(f"attack got an unexpected keyword argument {next(iter(kwargs))!r}")
 
 
-#: The modules made for foolbox models with preprocessing, so that their copies can be kept.
+#: The modules made for foolbox models with preprocessing; they are kept so that their faster copies are.
 _networks: WeakKeyDictionary[Any, Preprocessed] = WeakKeyDictionary()
 
 
 def _network(model: Any) -> Any:
-    """What a foolbox.PyTorchModel does as a module, of which faster copies can be made; any other model as it is."""
+    """A foolbox.PyTorchModel as a module that can have a faster copy; any other model unchanged."""
     if type(model) is not _foolbox.PyTorchModel:
         return model
     network = inspect.getclosurevars(model._model).nonlocals.get("model")
@@ -201,7 +200,7 @@ def _network(model: Any) -> Any:
 
 
 def _torch_call(model: Any, inputs: Any, criterion: Any) -> tuple[Tensor, Callable[[Tensor], Any], dict[str, Any]]:
-    """Torch images, what turns images back into the caller's type, and the rest of the call."""
+    """The images as torch tensors, a function that returns the caller's type, and the other arguments."""
     eagerpy = require("eagerpy", "eagerpy")
     images = inputs.raw if isinstance(inputs, eagerpy.Tensor) else inputs
     if not isinstance(images, Tensor):
@@ -210,7 +209,7 @@ def _torch_call(model: Any, inputs: Any, criterion: Any) -> tuple[Tensor, Callab
     call: dict[str, Any] = {"bounds": (float(model.bounds.lower), float(model.bounds.upper))}
     if isinstance(criterion, criteria.TargetedMisclassification):
         targets = criterion.target_classes.raw
-        # Where a class is to be reached, what the true one is does not matter.
+        # With targets the true classes do not matter.
         call |= {"labels": torch.zeros_like(targets), "targets": targets}
     elif isinstance(criterion, criteria.Misclassification):
         call["labels"] = criterion.labels.raw

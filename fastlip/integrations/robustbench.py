@@ -1,4 +1,4 @@
-"""An evaluation as RobustBench's model information in JSON."""
+"""The result of an evaluation as RobustBench's model information in JSON."""
 
 import json
 import os
@@ -27,8 +27,8 @@ def model_info(
 ) -> dict[str, Any]:
     """The entry of RobustBench's ``model_info``: accuracies are percentages with two digits, as strings.
 
-    ``autoattack_acc`` is the robust accuracy of ``evaluation``, which is AutoAttack's only in kind; the footnote says
-    so unless another is given.
+    ``autoattack_acc`` is the robust accuracy of ``evaluation``, whose attacks resemble AutoAttack's but are not the
+    same; the footnote says so unless another one is given.
     """
     said = f"worst case over {', '.join(evaluation.attacks)} of fastlip on {len(evaluation.clean)} images"
     return {
@@ -51,7 +51,7 @@ def model_info(
 def write_model_info(
     folder: str | os.PathLike[str], model: str, norm: str, evaluation: EvaluationResult, *, dataset: str, **info: Any
 ) -> Path:
-    """Write :func:`model_info` where RobustBench looks: ``folder/dataset/Linf/model.json``; returns the path.
+    """Write :func:`model_info` to ``folder/dataset/Linf/model.json``, where RobustBench reads it; return the path.
 
     Raises:
         ValueError: the norm is unknown.

@@ -1,4 +1,4 @@
-"""Attacks as subclasses of :class:`torchattacks.Attack`: same names, same arguments, and any option of fastlip's.
+"""Attacks as subclasses of :class:`torchattacks.Attack`, with its names and arguments and all options of fastlip's.
 
 An existing script changes its import::
 
@@ -6,8 +6,8 @@ An existing script changes its import::
     attack = torchattacks.PGD(model, eps=8 / 255, alpha=2 / 255, steps=10)
     adversarial = attack(images, labels)
 
-Unlike torchattacks' own, the attacks stop working on an image once it is misclassified (``keep="last"`` brings the last
-iterate back), leave frozen BatchNorm layers frozen, accept channels_last, and project exactly in L2.
+Unlike torchattacks' own, the attacks stop on an image once it is misclassified (``keep="last"`` returns the last
+iterate instead), leave frozen BatchNorm layers frozen, accept channels_last, and project exactly in L2.
 """
 
 from collections.abc import Callable
@@ -24,21 +24,21 @@ from fastlip.ops import Norm
 
 _Base: Any = require("torchattacks.attack", "torchattacks").Attack
 _NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2", "L1": "l1"}
-#: What torchattacks calls arguments of fastlip's.
+#: Torchattacks' names for fastlip's arguments.
 _NAMES = {"step_size": "alpha", "queries": "n_queries", "restarts": "n_restarts", "share": "p_init"}
 
 
 class FastlipAttack(_Base):
-    """Any attack of fastlip's as a torchattacks attack.
+    """Any of fastlip's attacks as a torchattacks attack.
 
     Args:
         attack: a function of :mod:`fastlip.attacks` that returns images.
         model: maps images to logits.
-        seed: of the random draws of each call; the default generator's if None.
+        seed: seed of the random draws of each call; they come from the default generator if None.
         options: keywords for ``attack``.
     """
 
-    #: Arguments that the class takes by torchattacks' names.
+    #: Arguments that the class takes under torchattacks' names.
     _renamed: tuple[str, ...] = ()
 
     def __init__(
@@ -68,7 +68,7 @@ class FastlipAttack(_Base):
             return self.function(self._network(), inputs, labels, **options)
 
     def _network(self) -> torch.nn.Module:
-        """The model, behind the normalisation that it was said to need."""
+        """The model, behind the normalisation that was set for it."""
         if self._normalization_applied is None:
             return self.model
         made = self._made
@@ -78,11 +78,11 @@ class FastlipAttack(_Base):
         return made
 
     def set_normalization_used(self, mean: Any, std: Any) -> None:
-        """As torchattacks.Attack.set_normalization_used."""
+        """Like torchattacks.Attack.set_normalization_used."""
         super().set_normalization_used(mean, std)
         self._made = None
 
-    # fastlip runs every module in eval mode and puts back what it found, module by module.
+    # fastlip runs every module in eval mode and restores the mode of each one.
     def _change_model_mode(self, given_training: bool) -> None:
         if self._model_training:
             raise ValueError("fastlip's attacks run models in eval mode; do not set_model_training_mode(True)")
@@ -92,14 +92,14 @@ class FastlipAttack(_Base):
 
 
 class FGSM(FastlipAttack):
-    """As torchattacks.FGSM."""
+    """Like torchattacks.FGSM."""
 
     def __init__(self, model: torch.nn.Module, eps: float = 8 / 255, **options: Any) -> None:
         super().__init__(attacks.fgsm, model, **{"eps": eps, "loss": "ce", "keep": "last", **options})
 
 
 class PGD(FastlipAttack):
-    """As torchattacks.PGD: Linf."""
+    """Like torchattacks.PGD, in Linf."""
 
     norm: Norm = "linf"
     _renamed = ("step_size",)
@@ -124,7 +124,7 @@ class PGD(FastlipAttack):
 
 
 class PGDL2(PGD):
-    """As torchattacks.PGDL2; ``eps_for_division`` has no use here, a zero gradient moving nothing."""
+    """Like torchattacks.PGDL2; ``eps_for_division`` has no effect, because a zero gradient moves nothing here."""
 
     norm = "l2"
 
@@ -142,7 +142,7 @@ class PGDL2(PGD):
 
 
 class PGDL1(PGD):
-    """PGD in L1, which torchattacks has not."""
+    """PGD in L1, which torchattacks lacks."""
 
     norm = "l1"
 
@@ -159,7 +159,7 @@ class PGDL1(PGD):
 
 
 class APGD(FastlipAttack):
-    """As torchattacks.APGD, and in L1; ``eot_iter`` is 1 and ``verbose`` prints nothing."""
+    """Like torchattacks.APGD, and in L1; ``eot_iter`` has to be 1 and ``verbose`` prints nothing."""
 
     _renamed = ("restarts",)
 
@@ -190,7 +190,7 @@ class APGD(FastlipAttack):
 
 
 class APGDT(FastlipAttack):
-    """As torchattacks.APGDT: towards the likeliest wrong classes in turn, and in L1."""
+    """Like torchattacks.APGDT, which aims at the likeliest wrong classes in turn, and in L1."""
 
     _renamed = ("restarts",)
 
@@ -218,7 +218,7 @@ class APGDT(FastlipAttack):
 
 
 class Square(FastlipAttack):
-    """As torchattacks.Square, and in L1; the schedule is always rescaled to ``n_queries``."""
+    """Like torchattacks.Square, and in L1; the schedule is always rescaled to ``n_queries``."""
 
     _renamed = ("queries", "restarts", "share")
 

@@ -1,4 +1,4 @@
-"""Measures: distortion, accuracy, observed stretch, and the intervals that belong to them."""
+"""Measures (accuracy, distortion, observed stretch) and their confidence intervals."""
 
 from fastlip.metrics._accuracy import accuracy
 from fastlip.metrics._distortion import average_distortion

@@ -15,17 +15,17 @@ def accuracy(
 ) -> Tensor:
     """Whether each image is classified correctly, [B] bool; logits that hold a NaN are never correct.
 
-    The model is used as it is, so put it in eval mode first. The mean is the accuracy, and
+    The model's mode is not changed, so put it in eval mode first. The mean of the result is the accuracy, and
     :func:`fastlip.metrics.clopper_pearson` gives its interval.
 
     Args:
         model: maps inputs to logits [B, C].
         inputs: images, [B, ...].
         labels: true classes, [B] int64.
-        batch_size: images in one forward pass.
+        batch_size: number of images in a forward pass.
 
     Raises:
-        ValueError: ``labels`` has not one entry for each image, or ``batch_size`` is below 1.
+        ValueError: ``labels`` does not have one entry for each image, or ``batch_size`` is below 1.
     """
     if labels.shape != inputs.shape[:1]:
         raise ValueError(f"labels must have shape [{inputs.shape[0]}], got {list(labels.shape)}")

@@ -10,12 +10,12 @@ def average_distortion(
 ) -> Tensor:
     """Distortion of each image: sqrt(sum (x' - x)^2 / n) over its n pixel values (Szegedy et al. 2013); [B] float64.
 
-    In the units of the images, so between 0 and 1 for images in [0, 1]; its mean over images is their average
-    distortion.
+    The distortion has the units of the images and lies between 0 and 1 for images in [0, 1]. Its mean over images is
+    their average distortion.
 
     Args:
         perturbed: perturbed images, [B, ...].
-        inputs: the images themselves, like ``perturbed``.
+        inputs: the original images, like ``perturbed``.
 
     Raises:
         ValueError: the shapes differ.

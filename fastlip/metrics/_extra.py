@@ -4,7 +4,7 @@ from typing import Any
 
 
 def scipy_stats() -> Any:
-    """Return scipy.stats, or say what to install."""
+    """Return scipy.stats; the error where it is missing says what to install."""
     try:
         from scipy import stats
     except ImportError:

@@ -1,4 +1,4 @@
-"""Intervals: nothing is reported without one."""
+"""Confidence intervals of rates, differences and medians."""
 
 import warnings
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Rate(Interval):
 
 @dataclass(frozen=True)
 class CensoredMedian(Interval):
-    """Median of values of which some may be censored at inf; inf where more than half of them are."""
+    """The median of values that may be censored at inf; it is inf where more than half of them are."""
 
     found: int
     n: int
@@ -73,17 +73,17 @@ def paired_bootstrap(
     resamples: int = 9999,
     seed: int = 0,
 ) -> Interval:
-    """Interval for statistic(a) - statistic(b) where a[i] and b[i] were measured on the same image.
+    """Interval of statistic(a) - statistic(b), where a[i] and b[i] were measured on the same image.
 
     Images are resampled with their pairs kept together (percentile bootstrap, Efron 1979).
 
     Args:
-        a: values of one arm, [N]; inf stands for a censored value and is for rank statistics such as the median.
+        a: values of one arm, [N]; inf denotes a censored value, which only rank statistics such as the median take.
         b: values of the other arm, [N].
         statistic: reduces an array along its last axis: called as ``statistic(values, axis=-1)``.
         confidence: coverage of the interval.
-        resamples: bootstrap samples.
-        seed: of the resampling.
+        resamples: number of bootstrap samples.
+        seed: seed of the resampling.
 
     Returns:
         The difference and its interval. A difference of two infinite statistics is not a number; where resamples
@@ -131,8 +131,8 @@ def paired_bootstrap(
 def censored_median(values: ArrayLike, confidence: float = 0.95) -> CensoredMedian:
     """Median of right-censored distances (inf where none was found) with a distribution-free interval.
 
-    The interval is a pair of order statistics with ranks from the binomial distribution, which needs only the order
-    of the values, so censoring above the median does not matter and an end that is censored is inf.
+    The interval is a pair of order statistics whose ranks follow from the binomial distribution. It depends on the
+    order of the values alone, so that censoring above the median does not matter and a censored end is inf.
 
     Args:
         values: distances, [N]; inf where censored.
@@ -157,7 +157,7 @@ def censored_median(values: ArrayLike, confidence: float = 0.95) -> CensoredMedi
     return CensoredMedian(float(value), float(low), float(high), confidence, found, n)
 
 
-#: Resampled elements held at a time: bounds the memory of a bootstrap over many images.
+#: How many resampled elements are held at a time, which bounds the memory of a bootstrap over many images.
 _BOOTSTRAP_ELEMENTS = 4_000_000
 
 

@@ -1,4 +1,4 @@
-"""Observed stretch: how much a network enlarges perturbations that it actually meets."""
+"""Observed stretch, the factor by which a network enlarges given perturbations."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,13 +14,13 @@ def observed_stretch(
 ) -> Tensor:
     """Stretch of each perturbation at the logits, ||f(x') - f(x)||_2 / ||x' - x||_2; [B] float64.
 
-    Any of them is a lower bound on the Lipschitz constant. NaN where an image was not perturbed. The model is used as
-    it is, so put it in eval mode first.
+    Each stretch is a lower bound on the Lipschitz constant. It is NaN where an image was not perturbed. The model's
+    mode is not changed, so put it in eval mode first.
 
     Args:
         model: maps inputs to outputs [B, ...].
         perturbed: perturbed images, [B, ...].
-        inputs: the images themselves, like ``perturbed``.
+        inputs: the original images, like ``perturbed``.
 
     Raises:
         ValueError: the shapes differ.
@@ -42,11 +42,11 @@ def layer_stretch(
     Args:
         model: the network; ``layers`` are names of its modules (``model.get_submodule``), "" is the network itself.
         perturbed: perturbed images, [B, ...].
-        inputs: the images themselves, like ``perturbed``.
-        layers: modules that return one tensor [B, ...] and are called once in a forward pass.
+        inputs: the original images, like ``perturbed``.
+        layers: names of modules that return one tensor [B, ...] and are called once in a forward pass.
 
     Returns:
-        ||phi(x') - phi(x)||_2 / ||x' - x||_2 with phi the network up to the layer; NaN where an image was not
+        ||phi(x') - phi(x)||_2 / ||x' - x||_2, where phi is the network up to the layer; NaN where an image was not
         perturbed.
 
     Raises:
@@ -65,7 +65,7 @@ def _outputs(model: nn.Module, x: Tensor, layers: Sequence[str]) -> dict[str, Te
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if name in outputs:
                 raise ValueError(f"layers: {name!r} is called more than once in a forward pass")
-            # A copy: the next module may work in place on this one's output.
+            # A copy, because the next module may work in place on this output.
             outputs[name] = output.clone()
 
         return hook

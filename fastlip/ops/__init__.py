@@ -1,19 +1,19 @@
-"""Fused operators: each is one function with CPU, CUDA and Triton implementations behind it.
+"""Fused operators, each a function with CPU, CUDA and Triton implementations.
 
-Semantics shared by all (checked on every backend against ``fastlip.ops.reference``):
+All steps share these semantics, which are checked on every backend against ``fastlip.ops.reference``:
 
 - ``x``, ``grad``, ``x0`` are [B, ...] of one dtype, float32, float64, float16 or bfloat16 (``grad`` of another with a
   :class:`ModelInput`). Arithmetic is float64 for float64 and float32 otherwise; 16-bit results are rounded towards
   ``x0``, so rounding never leaves the ball.
 - ``eps`` and ``step_size`` are floats or [B] tensors. Tensors are not inspected (that would synchronise a GPU):
   entries of ``eps`` that are negative or NaN, and of ``step_size`` that are not finite, count as 0.
-- ``bounds`` are floats or tensors that broadcast to ``x``; the result always lies within them. ``x0`` should; where
-  it does not, the box wins.
-- Samples with ``active`` False are left as they are.
+- ``bounds`` are floats or tensors that broadcast to ``x``; the result always lies within them. ``x0`` should lie within
+  them too; where it does not, the box takes precedence over the ball.
+- Samples with ``active`` False are not changed.
 - Gradient elements that are not finite count as 0. A sample whose ``x`` or ``x0`` holds a NaN is undefined; other
   samples are unaffected.
-- Any memory layout is accepted. Where every sample is dense (contiguous or channels_last, any distance between
-  samples) and ``x``, ``grad`` and ``x0`` agree on it nothing is copied; otherwise the operand that differs is.
+- Any memory layout is accepted. Nothing is copied where every sample is dense (contiguous or channels_last, with any
+  distance between samples) and ``x``, ``grad`` and ``x0`` have the same layout; otherwise the operand that differs is.
 - The operators are not differentiable: ``grad`` and ``x0`` are taken as constants, and an ``x`` that requires grad is
   an error where gradients are enabled.
 """

@@ -34,9 +34,9 @@ _ops = torch.ops.fastlip
 
 @dataclass
 class APGDState:
-    """What :func:`apgd_step_` remembers of an attack, all of it on the device and changed in place.
+    """The state of an attack by :func:`apgd_step_`, kept on the device and changed in place.
 
-    Everything is per sample, so rows may be gathered into a smaller state when samples are finished.
+    All of it is per sample, so that rows can be gathered into a smaller state when samples are finished.
     """
 
     x_prev: Tensor
@@ -96,10 +96,10 @@ def apgd_state(
     norm: Norm = "linf",
     step_size: PerSample | None = None,
 ) -> APGDState:
-    """State of an APGD attack of ``steps`` steps that starts at ``x``: for this shape, dtype and memory layout.
+    """The state of an APGD attack of ``steps`` steps that starts at ``x``, for its shape, dtype and memory layout.
 
     Args:
-        x: the start, [B, ...]; only its form matters.
+        x: the start, [B, ...]; only its shape, dtype and layout matter.
         steps: number of steps, for the schedule.
         eps: radius of the ball, float or [B].
         norm: "linf", "l2" or "l1".
@@ -159,7 +159,7 @@ def apgd_step_(
 ) -> Tensor:
     """One step of Auto-PGD, in place on ``x`` and ``state``; returns ``x``, the next iterate.
 
-    With x = x^(k), the loss f(x^(k)) to be increased and its gradient there, each sample by itself:
+    With x = x^(k), the loss f(x^(k)) to be increased and its gradient at x, for each sample by itself:
 
     1. Best so far: where k = 0 or ``loss`` exceeds ``best_loss``, x_best, grad_best and best_loss take x, grad, loss.
     2. At a checkpoint (``state.schedule[k]`` = w > 0 steps since the last one), "linf" and "l2": if fewer than rho w of
@@ -171,17 +171,17 @@ def apgd_step_(
     3. z = P(x + step_size * direction(grad)), directions and projections those of :func:`pgd_step_`. "linf", "l2" and
        k > 0: x <- P(x + momentum (z - x) + (1 - momentum) (x - x_prev)); otherwise x <- z. x_prev <- the x of step 3.
 
-    After the last step, the last iterate has yet to be compared with ``x_best``. Differences from the AutoAttack code
-    (and its copies) are where that departs from the paper: there condition 1 counts "at most", the second condition
-    does not apply at the first checkpoint, losses after a restart are compared with the abandoned iterate, and the
-    first window compares with a loss of 0; and its projections alternate between ball and box in "l2".
+    After the last step, the last iterate has yet to be compared with ``x_best``. This differs from the AutoAttack code
+    (and its copies) where that code departs from the paper: there condition 1 counts "at most", the second condition
+    does not apply at the first checkpoint, losses after a restart are compared with those of the abandoned iterate, and
+    the first window compares with a loss of 0. Its "l2" projections moreover alternate between ball and box.
 
-    Nothing here reads the device: a whole attack, or one step of it replayed, can be a CUDA graph.
+    The step never synchronises with the device, so that a whole attack, or one step of it, can be a CUDA graph.
 
     Args:
-        x: current iterate, [B, ...], of the form that ``state`` was made for.
-        grad: gradient of the loss, like ``x``; elements that are not finite count as 0. Where there is a
-            ``model_input``, with respect to that and of its dtype, and divided by its standard deviation here.
+        x: current iterate, [B, ...], of the shape, dtype and layout that ``state`` was made for.
+        grad: gradient of the loss, like ``x``; elements that are not finite count as 0. With a ``model_input`` it is
+            the gradient with respect to that, has its dtype, and is divided by its standard deviation here.
         loss: loss at x, [B], any dtype that ``x`` may have; NaN counts as -inf.
         x0: centre of the ball, like ``x`` and in memory of its own; may be expanded along B.
         state: from :func:`apgd_state`.
@@ -190,8 +190,8 @@ def apgd_step_(
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``x``.
         momentum: weight in [0, 1] of the step against the last update (alpha in the paper); unused in "l1".
         rho: share in [0, 1] of steps that must increase the loss; unused in "l1".
-        active: [B] bool; False leaves a sample and its state as they are.
-        model_input: what the model reads of ``x``, float32 (:func:`model_input`): written anew in the same pass.
+        active: [B] bool; False leaves a sample and its state unchanged.
+        model_input: the model's input (:func:`model_input`), rewritten in the same pass; ``x`` is then float32.
 
     Raises:
         ValueError: a shape, norm, layout or value is wrong; the message names the argument.

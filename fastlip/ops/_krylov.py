@@ -1,4 +1,4 @@
-"""The checked wrappers of the operators on small tridiagonal matrices, which run on the CPU whatever the iteration."""
+"""The checked wrappers of the operators on small tridiagonal matrices, which always run on the CPU."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ def top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tens
 
     Args:
         diagonal: [C, k] float64 on the CPU, k at least 1.
-        off_diagonal: [C, k], not negative; of each row the last entry is not used.
+        off_diagonal: [C, k], not negative; the last entry of each row is not used.
 
     Returns:
         Eigenvalues [C], to a few units in the last place of the matrix's norm, and eigenvectors [C, k].
@@ -31,11 +31,11 @@ def krylov_bound(
     overlaps: Tensor,  # [C] float64
     tolerance: float = 1e-12,
 ) -> Tensor:
-    """Upper bounds on sigma_1 from Lanczos tridiagonals, one a chain; [C] float64.
+    """Upper bounds on sigma_1 from Lanczos tridiagonal matrices, one for each chain; [C] float64.
 
     With A^T A V = V T + b_k v_{k+1} e_k^T + F the bound on sigma_1^2 is the root t, right of T's eigenvalues, of
     ||v_{k+1}|| b_1 ... b_k / det(t I - T) + ||F|| ||(t I - T)^{-1} e_1|| = overlap (van Dorsselaer, Hochstenbach and
-    van der Vorst 2001, with the rounding F). It needs no orthogonality of V. Rounding here is counted as a part of F.
+    van der Vorst 2001, with the rounding F). V need not be orthogonal. Rounding errors made here count as part of F.
 
     Args:
         diagonal: of T, [C, k] float64 on the CPU, k at least 1; T is positive semidefinite.

@@ -1,4 +1,4 @@
-"""What a model reads of an iterate: normalised, in a dtype of its own, and written by the step that moves it."""
+"""The input of a model: the iterate, normalised and in another dtype, written by the step that moves the iterate."""
 
 import math
 from dataclasses import dataclass
@@ -25,17 +25,17 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class ModelInput:
-    """(x - mean) / std of an iterate x, from :func:`model_input`; steps that are given it bring it up to date."""
+    """(x - mean) / std of an iterate x, from :func:`model_input`; the steps that it is passed to keep it up to date."""
 
     values: Tensor
-    """What the model reads, [B, ...] in the iterate's memory layout; float32, float16 or bfloat16."""
+    """The model's input, [B, ...] in the iterate's memory layout; float32, float16 or bfloat16."""
     mean: float | Tensor
     """Subtracted from x; a number, or [1, ...] float32 in the iterate's layout."""
     std: float | Tensor
-    """Divides what is left; likewise."""
+    """Divides x - mean; a number or a tensor like ``mean``."""
 
     def __getitem__(self, samples: Tensor | slice) -> "ModelInput":
-        """That of some samples (bool mask [B], indices or slice), values copied but for a slice."""
+        """The input of some samples (bool mask [B], indices or slice); its values are a copy, with a slice a view."""
         return ModelInput(self.values[samples], self.mean, self.std)
 
 
@@ -46,18 +46,18 @@ def model_input(
     std: PerSample = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> ModelInput:
-    """What a model reads of ``x``: (x - mean) / std, rounded to ``dtype``; for steps to keep up to date.
+    """The model's input at ``x``, (x - mean) / std rounded to ``dtype``, which the steps keep up to date.
 
-    Given to :func:`pgd_step_` or :func:`apgd_step_`, it is written in the same pass over memory as x, by the same
-    arithmetic: difference and quotient in float32, each rounded once, as torchvision's ``Normalize``. The iterate
-    itself stays in float32, so steps below ``dtype``'s resolution add up; the model does not see them until they do.
-    With a standard deviation of 1/4 neighbours are up to 1/2048 of the pixel range apart in float16, and 1/256 in
-    bfloat16, as far as a ball of 1/255 reaches.
+    Passed to :func:`pgd_step_` or :func:`apgd_step_`, it is written in the same pass over memory as x and by the same
+    arithmetic: difference and quotient in float32, each rounded once, as in torchvision's ``Normalize``. The iterate
+    itself stays in float32, so that steps below the resolution of ``dtype`` accumulate until the model sees them. With
+    a standard deviation of 1/4 adjacent numbers are up to 1/2048 of the pixel range apart in float16 and 1/256 in
+    bfloat16, which is as far as a ball of 1/255 reaches.
 
     Args:
         x: the first iterate, [B, ...] float32, of the shape and memory layout of those to come.
-        mean: subtracted, float or a tensor that broadcasts to a sample of ``x``, such as [3, 1, 1].
-        std: divides, likewise; above 0.
+        mean: subtracted from x; a float or a tensor that broadcasts to a sample of ``x``, such as [3, 1, 1].
+        std: divides the difference, likewise; above 0.
         dtype: torch.float32, torch.float16 or torch.bfloat16.
 
     Raises:

@@ -47,16 +47,16 @@ def pgd_step_(
 
     Args:
         x: current iterate, [B, ...].
-        grad: gradient of the loss to be increased, like ``x``; where there is a ``model_input``, with respect to that
-            and of its dtype, and divided by its standard deviation here.
+        grad: gradient of the loss to be increased, like ``x``. With a ``model_input`` it is the gradient with respect
+            to that, has its dtype, and is divided by its standard deviation here.
         x0: centre of the ball, like ``x`` and in memory of its own; may be expanded along B.
         step_size: length of the step in the units of ``x``, float or [B]; negative descends.
         eps: radius of the ball in ``norm``, float or [B], >= 0; ``inf`` leaves only the box.
         norm: "linf", "l2" or "l1".
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``x``.
         sparsity: share of elements in [0, 1] that an "l1" step leaves alone.
-        active: [B] bool; False leaves a sample as it is.
-        model_input: what the model reads of ``x``, float32 (:func:`model_input`): written anew in the same pass.
+        active: [B] bool; False leaves a sample unchanged.
+        model_input: the model's input (:func:`model_input`), rewritten in the same pass; ``x`` is then float32.
 
     Raises:
         ValueError: a shape, norm, layout or value is wrong; the message names the argument.
@@ -100,7 +100,7 @@ def project_(
         eps: radius of the ball in ``norm``, float or [B], >= 0; ``inf`` leaves only the box.
         norm: "linf", "l2" or "l1".
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``x``.
-        active: [B] bool; False leaves a sample as it is.
+        active: [B] bool; False leaves a sample unchanged.
 
     Raises:
         ValueError: a shape, norm, layout or value is wrong; the message names the argument.

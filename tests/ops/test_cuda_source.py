@@ -168,9 +168,9 @@ def assert_passing(run: subprocess.CompletedProcess) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
 
 
-#: What a sample in L2 or L1 is given: registers, up to 4,096 floats in a block's; without them shared memory, of which a
-#: block has 200,000 bytes, a third of it for each of several blocks; or 3,000 to 8,000 and a cluster; or no cluster, so
-#: that what is larger is read again in every pass.
+#: What a sample in L2 or L1 is given: registers, up to 4,096 floats in a block's; without them shared memory, of which
+#: a block has 200,000 bytes, a third of it for each of several blocks; or 3,000 to 8,000 and a cluster; or no cluster,
+#: so that what is larger is read again in every pass.
 REGISTERS = {"FASTLIP_HOST_SHARED": "200000"}
 BLOCK = REGISTERS | {"FASTLIP_HOST_THREADS": "0"}
 CLUSTER = {"FASTLIP_HOST_SHARED": "8000", "FASTLIP_HOST_THREADS": "0"}
@@ -205,7 +205,9 @@ def test_op_tests_pass_on_the_cuda_source(library, variables):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variables", [REGISTERS | DOWN, BLOCK | UP, CLUSTER | DOWN], ids=["registers", "block", "cluster"])
+@pytest.mark.parametrize(
+    "variables", [REGISTERS | DOWN, BLOCK | UP, CLUSTER | DOWN], ids=["registers", "block", "cluster"]
+)
 def test_a_few_op_tests_pass_in_the_other_order(library, variables):
     """Between barriers threads run one after the other: a race shows in one of the orders."""
     assert_passing(run_tests(library, STEPS, "-k", "match and not large and not 112", **variables))
@@ -224,7 +226,12 @@ FAULTS = {
     ),
     "second set of a block's memory": ("pgd_step", ("team.cuh", "turn_ ^= 1;", ""), REGISTERS | UP, ""),
     "second set of a cluster's memory": ("pgd_step", ("team.cuh", "block[turn_]", "block[0]"), CLUSTER | UP, ""),
-    "barrier of a cluster's reduction": ("pgd_step", ("team.cuh", "      sync();\n" + JOINED, JOINED), CLUSTER | UP, ""),
+    "barrier of a cluster's reduction": (
+        "pgd_step",
+        ("team.cuh", "      sync();\n" + JOINED, JOINED),
+        CLUSTER | UP,
+        "",
+    ),
     "wait for the other blocks to begin": (
         "pgd_step",
         ("team.cuh", "    if (ranks_ > 1) sync();  // no", "    // no"),
@@ -269,7 +276,7 @@ FAULTS = {
 
 
 #: Those that are not slow: of a barrier, of a cluster, and of the size of shared memory.
-QUICK = ("barrier of a reduction", "wait before a block ends", "room for what a kernel declares")
+QUICK = ("barrier of a reduction", "other blocks' wait for a count", "room for what a kernel declares")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from filelock import SoftFileLease
 from fastlip._files import replacing
 from fastlip.study.errors import StudyError
 from fastlip.study.storage import locks
-from fastlip.study.storage.locks import StageLocks, mutex, probe, directory_lock
+from fastlip.study.storage.locks import StageLocks, directory_lock, mutex, probe
 
 
 @contextlib.contextmanager
