@@ -1,14 +1,17 @@
-"""Timing shared by the benchmarks: warm medians with percentiles, on CPU and GPU, and the machine's description."""
+"""Shared by the benchmarks: warm medians with percentiles, the machine's description, and rows that outlive the run."""
 
 import csv
+import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -93,10 +96,76 @@ def environment(device: str) -> dict[str, str]:
     } | gpu
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with a header; numbers keep four significant digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as f:
-        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+class Results:
+    """A CSV file that holds every row as soon as it was measured, whatever becomes of the process afterwards.
+
+    A file of that name goes at once, so that rows of two runs never mix. A row is put on the disk before the next is
+    measured; where it brings a column of its own, the whole file is written beside itself and takes its place.
+
+    Attributes:
+        rows: as added, numbers unrounded.
+    """
+
+    def __init__(self, path: Path, shared: dict[str, Any] | None = None, digits: int = 4) -> None:
+        """``shared``: columns of every row, last in the file. Numbers keep so many significant ``digits``."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        self.path, self.rows = path, list[dict[str, Any]]()
+        self._shared, self._digits = shared or {}, digits
+        self._columns: list[str] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if any(name not in self._columns and name not in self._shared for name in row):
+            self.rewrite()
+        else:
+            with self.path.open("a", newline="") as f:
+                self._put(f, [row])
+
+    def rewrite(self) -> None:
+        """Write all of the file again, after rows were changed."""
+        names = dict.fromkeys(name for row in self.rows for name in row if name not in self._shared)
+        self._columns = list(names)
+        part = self.path.with_name(f"{self.path.name}.part")
+        with part.open("w", newline="") as f:
+            csv.writer(f).writerow([*self._columns, *self._shared])
+            self._put(f, self.rows)
+        part.replace(self.path)
+
+    def _put(self, f: TextIO, rows: list[dict[str, Any]]) -> None:
+        writer = csv.DictWriter(f, fieldnames=[*self._columns, *self._shared], restval="")
+        for row in rows:
+            full = self._shared | row
+            writer.writerow({k: f"{v:.{self._digits}g}" if isinstance(v, float) else v for k, v in full.items()})
+        f.flush()
+        os.fsync(f.fileno())
+
+
+class Session:
+    """A benchmark's measurements one after the other: what fails or comes too late costs no other its row."""
+
+    def __init__(self, limit: float) -> None:
+        """``limit``: seconds from now after which no further measurement is begun, nor one that would end later."""
+        self._begun, self._limit = time.perf_counter(), limit
+        self._left_out: list[str] = []
+        self._failed: list[str] = []
+
+    def attempt(self, name: str, measure: Callable[[], Any], seconds: float = 0.0) -> None:
+        """Measure, unless the time is up, or would be by the end of the ``seconds`` that this takes at least."""
+        if time.perf_counter() - self._begun + seconds > self._limit:
+            self._left_out.append(name)
+            return
+        try:
+            measure()
+        except Exception as error:  # whatever it is: the next one may go well
+            self._failed.append(name)
+            print(f"{name} failed:", flush=True)
+            traceback.print_exception(error, file=sys.stdout)
+
+    def close(self) -> None:
+        """Say what there is no row of; exit with status 1 where a measurement failed."""
+        print(f"{time.perf_counter() - self._begun:.1f} s")
+        if self._left_out:
+            print(f"left out to end within {self._limit:g} s: {'; '.join(self._left_out)}")
+        if self._failed:
+            sys.exit(f"failed: {'; '.join(self._failed)}")

@@ -12,7 +12,7 @@ from fastlip.norms import Operator
 
 
 class TorchStack:
-    """What fastlip.norms._stack offers for operators with even zero padding, by conv2d and conv_transpose2d.
+    """A batched operator of fastlip.norms for even zero padding, by conv2d and conv_transpose2d.
 
     Vectors lie [chains, pixels, channels], which is channels_last: convolutions read and write them as they are. What a
     half step does besides (scaling, subtraction, squared norms) is as few torch operations as it takes. Nothing waits
@@ -39,7 +39,7 @@ class TorchStack:
             )
         ]
         self.domain, self.range = self._places(self._inputs), self._places(self._outputs)
-        self.chains = [slice(i * chains, (i + 1) * chains) for i in range(len(ops))]
+        self.vectors = [slice(i * chains, (i + 1) * chains) for i in range(len(ops))]
 
     def _places(self, shapes: Sequence[tuple[int, ...]]) -> list[slice]:
         ends = accumulate((self._chains * prod(shape) for shape in shapes), initial=0)
@@ -73,7 +73,7 @@ class TorchStack:
     ) -> tuple[Tensor, Tensor]:
         sources, targets = (self.range, self.domain) if adjoint else (self.domain, self.range)
         out = x.new_empty(targets[-1].stop) if out is None else out
-        square = torch.zeros(self.chains[-1].stop, dtype=torch.float64, device=x.device) if square is None else square
+        square = torch.zeros(self.vectors[-1].stop, dtype=torch.float64, device=x.device) if square is None else square
         scale = shift = None
         if x_square is not None:
             length = x_square.sqrt()
@@ -81,7 +81,7 @@ class TorchStack:
             if previous is not None and previous_square is not None:
                 other = previous_square.sqrt()
                 shift = torch.where(other > 0, length / other, 0.0).to(x.dtype)
-        for i, (source, target, own) in enumerate(zip(sources, targets, self.chains, strict=True)):
+        for i, (source, target, own) in enumerate(zip(sources, targets, self.vectors, strict=True)):
             rows = out[target].view(self._chains, -1)
             image = self._image(i, x[source], adjoint).permute(0, 2, 3, 1).reshape(self._chains, -1)
             if scale is None:

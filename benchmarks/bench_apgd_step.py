@@ -15,13 +15,20 @@ Compared in the same run, on the same float32 data, warm on the CPU and with a c
 Half of the samples have a new best iterate in every step.
 """
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import torch
-from _timing import write_csv
-from bench_pgd_step import BATCH_SHAPES, BUDGET, Table, floor_of, shapes_for, sort_project_l1
+from bench_pgd_step import (
+    Calls,
+    Data,
+    Measurement,
+    Problem,
+    compared_with_compiler,
+    parser_of,
+    run,
+    sort_project_l1,
+)
 from torch import Tensor
 
 from fastlip import ops
@@ -77,63 +84,41 @@ class Eager:
         return self.move(x, grad), x.clone(), *best
 
 
-def measure_norm(table: Table, norm: Norm, x0: Tensor, grad: Tensor, compile_peers: bool) -> None:
-    pixels = x0[0].numel() / (3 * 32 * 32)
-    eps = BUDGET[norm][0] * {"linf": 1.0, "l2": pixels**0.5, "l1": pixels}[norm]
-    generator = torch.Generator(device=x0.device).manual_seed(1)
-    x = ops.random_start(x0, eps=eps, norm=norm, generator=generator)
-    loss = torch.zeros(len(x), device=x.device)
-    state = ops.apgd_state(x, steps=0, eps=eps, norm=norm)
-    state.counters[:, 0] = 1
+def measurements(device: str, name: str, data: Data, norm: Norm) -> Iterator[Measurement]:
+    """In the order of a CPU; see bench_pgd_step.py."""
+    p = Problem(data, norm)
+
+    @cache
+    def loss() -> Tensor:
+        return torch.zeros(len(p.start), device=p.start.device)
 
     def next_loss() -> None:
-        loss[::2] += 1
+        loss()[::2] += 1
 
-    here = x.clone()
-    table.add(
-        norm, "fastlip apgd_step_", lambda: ops.apgd_step_(here, grad, loss, x0, state, eps=eps, norm=norm), next_loss
-    )
-    eager = Eager(x, x0, grad, loss, eps, norm)
-    table.add(norm, "eager", lambda: eager.step(x, grad, loss), next_loss)
-    if compile_peers:
-        compiled: Callable[..., object] = torch.compile(eager.traceable)
-        table.add(norm, "compiled", lambda: compiled(x, grad, loss, eager.x_best, eager.grad_best), next_loss)
+    def ours() -> Calls:
+        state = ops.apgd_state(p.start, steps=0, eps=p.eps, norm=norm)
+        state.counters[:, 0] = 1
+        here, options = p.start.clone(), {"eps": p.eps, "norm": norm}
+        return lambda: ops.apgd_step_(here, data.grad, loss(), data.x0, state, **options), next_loss
 
+    def eager() -> Calls:
+        peer = Eager(p.start, data.x0, data.grad, loss(), p.eps, norm)
+        return lambda: peer.step(p.start, data.grad, loss()), next_loss
 
-def measure(device: str, name: str, shape: tuple[int, ...], seconds: float, compile_peers: bool) -> list[dict]:
-    generator = torch.Generator().manual_seed(0)
-    x0 = torch.rand(shape, generator=generator).to(device)
-    grad = torch.randn(shape, generator=generator).to(device)
-    table = Table(device, name, seconds)
-    stream = floor_of(device, x0.clone(), grad, x0)
-    for norm in BUDGET:
-        table.add(norm, "floor", stream)
-        table.rescale_floor(24 / 16)
-        measure_norm(table, norm, x0, grad, compile_peers)
-    return table.rows
+    def compiled() -> Calls:
+        peer = Eager(p.start, data.x0, data.grad, loss(), p.eps, norm)
+        step: Callable[..., object] = torch.compile(peer.traceable)
+        return lambda: step(p.start, data.grad, loss(), peer.x_best, peer.grad_best), next_loss
+
+    yield Measurement(name, norm, "floor", 0, p.floor, 24 / 16)
+    yield Measurement(name, norm, "fastlip apgd_step_", 0, ours)
+    yield Measurement(name, norm, "eager", 2, eager)
+    if compared_with_compiler(device, name):
+        yield Measurement(name, norm, "compiled", 3, compiled)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
-    parser.add_argument("--shape", nargs="*", help="only these, such as 256x3x32x32")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = []
-    for name, shape in shapes_for(args.device).items():
-        if args.shape and name not in args.shape:
-            continue
-        compiled = not args.no_compile and (args.device == "cpu" or name in BATCH_SHAPES)
-        rows += measure(args.device, name, shape, args.seconds, compiled)
-    write_csv(args.out / f"apgd_step_{args.device}.csv", rows)
-    print(f"{rows[0]['device']}, {rows[0]['isa']}, torch {rows[0]['torch']}, {args.threads} thread(s)")
-    print(f"{'shape':<14} {'norm':<5} {'what':<20} {'ms':>9} {'x floor':>8}")
-    for r in rows:
-        print(f"{r['shape']:<14} {r['norm']:<5} {r['what']:<20} {r['ms']:>9.3f} {r['x_floor']:>8.2f}")
+def main(argv: Sequence[str] | None = None) -> None:
+    run(parser_of(__doc__).parse_args(argv), "apgd_step", measurements)
 
 
 if __name__ == "__main__":

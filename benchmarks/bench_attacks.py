@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _timing import environment, percentiles, write_csv
+from _timing import Results, environment, percentiles
 from torch import Tensor, nn
 
 from fastlip import attacks
@@ -43,8 +43,8 @@ Attack = Callable[[Tensor, Tensor], Tensor]
 def network(path: Path, data: str) -> nn.Module:
     model = resnet50(10, seed=0)
     if not path.exists():
-        from fastlip.study.config import Schedule
-        from fastlip.study.training import train
+        from fastlip.study.settings.training import Schedule
+        from fastlip.study.training.train import train
 
         images = cifar10(data, train=True)
         schedule = Schedule(images=20_000, epochs=6, max_lr=0.1)
@@ -155,7 +155,6 @@ def measure(
             "x_fastest_peer": fastest / median[name][0],
             "robust_accuracy": standing[name],
         }
-        | environment(device)
         for name in attack
     ]
 
@@ -180,17 +179,18 @@ def main() -> None:
         right = model(images.to(args.device)).argmax(1).cpu() == labels
     images, labels = (t[right][: args.images].to(args.device) for t in (images, labels))
     warnings.simplefilter("ignore")
-    rows = []
+    shared = environment(args.device)
+    print(f"{shared['device']}, torch {shared['torch']}, {args.threads} thread(s), {args.images} images", flush=True)
+    results = Results(args.out / f"attacks_{args.device}.csv", shared)
     for kind in args.attack:
         for regime in args.regime:
-            rows += measure(model, kind, regime, images, labels, args.repeats, args.device)
-    write_csv(args.out / f"attacks_{args.device}.csv", rows)
-    print(f"{rows[0]['device']}, torch {rows[0]['torch']}, {args.threads} thread(s), {args.images} images")
-    for r in rows:
-        print(
-            f"{r['attack']:<8} {r['regime']:<9} {r['what']:<26} {r['ms']:>9.0f} ms  x {r['x_fastest_peer']:.2f}  "
-            f"robust accuracy {r['robust_accuracy']:.3f}"
-        )
+            for r in measure(model, kind, regime, images, labels, args.repeats, args.device):
+                results.add(r)
+                print(
+                    f"{r['attack']:<8} {r['regime']:<9} {r['what']:<26} {r['ms']:>9.0f} ms  x {r['x_fastest_peer']:.2f}"
+                    f"  robust accuracy {r['robust_accuracy']:.3f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -7,22 +7,25 @@
 Linf, cross-entropy, a random start, ImageNet stem at 32 x 32, in batches, on images that the network classifies
 correctly: where a library's own shortcut leaves out those that it does not, nothing is gained. Without a checkpoint the
 network is trained here for a moment on fastlip's generated images, and attacked on such. All take the same radius,
-number and size of steps. ``fast`` folds BatchNorm, takes channels_last and replays CUDA graphs; in bfloat16 every
+number and size of steps; ``peer`` says which library is compared with, and where it is not installed that a loop that
+does as much stands for it. ``fast`` folds BatchNorm, takes channels_last and replays CUDA graphs; in bfloat16 every
 success is confirmed in float32. Robust accuracy is the float32 model's, for all alike. Time is the wall clock's with
 the device waited for, and includes making the fast copy and capturing its graphs once.
 """
 
 import argparse
+import math
 import os
 import time
 import warnings
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _timing import environment, percentiles, write_csv
+from _timing import Results, Session, environment, percentiles
 from bench_pgd_step import torchattacks_linf
 from torch import Tensor, nn
 
@@ -58,8 +61,8 @@ def trained(device: str, seconds: float) -> nn.Module:
     return model.eval()
 
 
-def peer(model: nn.Module, eps: float, step: float) -> Attack:
-    """PGD of torchattacks; where that is not installed, a loop that does as much."""
+def peer(model: nn.Module, eps: float, step: float) -> tuple[str, Attack]:
+    """PGD of torchattacks with its version; where that is not installed, a loop that does as much, named so."""
     try:
         import torchattacks
     except ImportError:
@@ -72,11 +75,12 @@ def peer(model: nn.Module, eps: float, step: float) -> Attack:
                 x = torchattacks_linf(x, grad, images, eps, step)
             return x
 
-        return loop
-    return torchattacks.PGD(model, eps=eps, alpha=step, steps=STEPS)
+        return "a loop like torchattacks'", loop
+    return f"torchattacks {version('torchattacks')}", torchattacks.PGD(model, eps=eps, alpha=step, steps=STEPS)
 
 
 def candidates(model: nn.Module, eps: float) -> dict[str, Attack]:
+    """The peer, which all are compared with, and fastlip's ways, the fastest first."""
     step = 2.5 * eps / STEPS
     options = {"norm": "linf", "eps": eps, "steps": STEPS, "step_size": step, "loss": "ce"}
 
@@ -93,11 +97,12 @@ def candidates(model: nn.Module, eps: float) -> dict[str, Attack]:
 
         return run
 
+    name, attack = peer(model, eps, step)
     return {
-        "torchattacks": peer(model, eps, step),
-        "fastlip": lambda x, y: ours(x, y, model),
-        "fastlip, fast": prepared(None),
+        name: attack,
         "fastlip, fast, bfloat16": prepared(torch.bfloat16),
+        "fastlip, fast": prepared(None),
+        "fastlip": lambda x, y: ours(x, y, model),
     }
 
 
@@ -118,7 +123,36 @@ def decisions(model: nn.Module, images: Tensor, batch: int) -> Tensor:
     return torch.cat([model(x).argmax(1) for x in images.split(batch)])
 
 
-def main() -> None:
+class Table:
+    """A row for each way to attack, with the median of its runs so far."""
+
+    def __init__(self, results: Results, model: nn.Module, images: Tensor, labels: Tensor, args: argparse.Namespace):
+        self.results, self.model, self.images, self.labels = results, model, images, labels
+        self.batch, self.eps_255 = args.batch, args.eps
+        self.ms: dict[str, list[float]] = {}
+
+    def add(self, name: str, attack: Attack, peer: str, clean: float) -> None:
+        found, spent = attack_all(attack, self.images, self.labels, self.batch)
+        assert (found - self.images).abs().max() <= self.eps_255 / 255 * (1 + 1e-5) + 1e-7, f"{name} left the ball"
+        self.ms.setdefault(name, []).append(spent)
+        median, low, high = percentiles(self.ms[name])
+        row: dict[str, Any] = {"what": name, "peer": peer, "images": len(self.images), "batch": self.batch}
+        row |= {"eps_255": self.eps_255, "clean": clean, "ms": median, "ms_p20": low, "ms_p80": high}
+        # A peer that failed leaves nothing to compare with.
+        base = percentiles(self.ms[peer])[0] if peer in self.ms else None
+        row |= {"runs": len(self.ms[name]), "x_peer": "" if base is None else base / median}
+        row["robust_accuracy"] = (decisions(self.model, found, self.batch) == self.labels).double().mean().item()
+        before = [i for i, r in enumerate(self.results.rows) if r["what"] == name]
+        if before:
+            self.results.rows[before[0]] = row
+            self.results.rewrite()
+        else:
+            self.results.add(row)
+        over = "" if base is None else f"x {base / median:.2f}"
+        print(f"{name:<26} {median:>9.0f} ms  {over}  robust accuracy {row['robust_accuracy']:.4f}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--threads", type=int, default=1)
@@ -128,10 +162,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2_000)
     parser.add_argument("--eps", type=float, default=1.0, help="radius in 255ths")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further repeat after so long")
+    parser.add_argument("--limit", type=float, default=math.inf, help="begin no attack after so many seconds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    session, shared = Session(args.limit), environment(args.device)
+    results = Results(args.out / f"gpu_attack_{args.device}.csv", shared)
     if args.checkpoint is None:
         model, test = trained(args.device, args.train_seconds), generated("target", "test", args.images * 5 // 4 + 64)
     else:
@@ -144,45 +180,17 @@ def main() -> None:
     right = decisions(model, images, args.batch) == labels
     images, labels = images[right][: args.images], labels[right][: args.images]
     clean = right.double().mean().item()
-    if len(images) < args.batch:
-        parser.error(f"only {len(images)} images are classified correctly; train longer or take a checkpoint")
-    run = candidates(model, args.eps / 255)
-    ms: dict[str, list[float]] = {name: [] for name in run}
-    standing: dict[str, float] = {}
-    begin = time.perf_counter()
-    attack_all(run["torchattacks"], images[: args.batch], labels[: args.batch], args.batch)  # warms up
+    if len(images) == 0:
+        parser.error("no image is classified correctly; train longer or take a checkpoint")
+    print(f"{shared['device']}, torch {shared['torch']}, {len(images)} images, clean accuracy {clean:.3f}", flush=True)
+    table = Table(results, model, images, labels, args)
+    first, attack = next(iter(candidates(model, args.eps / 255).items()))
+    session.attempt("warm-up", lambda: attack_all(attack, images[: args.batch], labels[: args.batch], args.batch))
     for repeat in range(args.repeats):
-        if repeat and time.perf_counter() - begin > args.seconds:
-            break
+        torch.manual_seed(repeat)
         for name, attack in candidates(model, args.eps / 255).items():
-            torch.manual_seed(repeat)
-            found, spent = attack_all(attack, images, labels, args.batch)
-            ms[name].append(spent)
-            assert (found - images).abs().max() <= args.eps / 255 * (1 + 1e-5) + 1e-7, f"{name} left the ball"
-            standing[name] = (decisions(model, found, args.batch) == labels).double().mean().item()
-    base = percentiles(ms["torchattacks"])[0]
-    installed = "torchattacks" if find_spec("torchattacks") else "a loop like torchattacks'"
-    rows = []
-    for name, spent_ in ms.items():
-        median, low, high = percentiles(spent_)
-        row = {
-            "what": name,
-            "peer": installed,
-            "images": len(images),
-            "batch": args.batch,
-            "eps_255": args.eps,
-            "clean": clean,
-        }
-        row |= {"ms": median, "ms_p20": low, "ms_p80": high, "runs": len(spent_)}
-        row |= {"x_torchattacks": base / median, "robust_accuracy": standing[name]}
-        rows.append(row | environment(args.device))
-    write_csv(args.out / f"gpu_attack_{args.device}.csv", rows)
-    print(f"{rows[0]['device']}, torch {rows[0]['torch']}, {len(images)} images, clean accuracy {clean:.3f}")
-    for r in rows:
-        print(
-            f"{r['what']:<26} {r['ms']:>9.0f} ms  x {r['x_torchattacks']:.2f}  robust accuracy "
-            f"{r['robust_accuracy']:.4f}"
-        )
+            session.attempt(name, lambda name=name, attack=attack: table.add(name, attack, first, clean))
+    session.close()
 
 
 if __name__ == "__main__":

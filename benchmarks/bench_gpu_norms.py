@@ -24,16 +24,19 @@ nothing.
 
 import argparse
 import copy
+import functools
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from _norm_peers import power_iteration
-from _timing import environment, percentiles, times, write_csv
+from _timing import Results, Session, environment, percentiles, times
 from _torch_stack import TorchStack
 from bench_layer_norms import INPUT, layers_of
 from bench_operator_step import allow_tf32, captured, rates
@@ -41,10 +44,10 @@ from torch import nn
 
 import fastlip
 from fastlip import models
-from fastlip.norms import Operator, _replay, conv_operator
-from fastlip.norms import _lanczos as lanczos
-from fastlip.norms._recurrence import Recurrence
-from fastlip.norms._stack import Stack, stack
+from fastlip.norms import Operator, conv_operator
+from fastlip.norms._solvers import cuda_graphs, lanczos
+from fastlip.norms._solvers.batched_operator import BatchedOperator, batched_operator
+from fastlip.norms._solvers.recurrence import Recurrence
 
 STARTS, STEPS = 4, 24
 
@@ -70,7 +73,7 @@ def operators(model: nn.Module) -> list[Operator]:
 @contextmanager
 def with_graphs(on: bool) -> Iterator[None]:
     """Whether fastlip's steps are replayed from CUDA graphs."""
-    with patch.object(_replay, "_HIDDEN", _replay._HIDDEN if on else -1):
+    with patch.object(cuda_graphs, "_HIDDEN", cuda_graphs._HIDDEN if on else -1):
         yield
 
 
@@ -82,7 +85,7 @@ def with_products(name: str) -> Any:
 @contextmanager
 def on_torch() -> Iterator[None]:
     """Iterate by torch's convolutions; the certificate stays fastlip's."""
-    with patch.object(lanczos, "stack", TorchStack):
+    with patch.object(lanczos, "batched_operator", TorchStack):
         yield
 
 
@@ -97,20 +100,30 @@ def work(ops: list[Operator], steps: list[int]) -> tuple[float, float]:
 
 
 class Table:
-    """Rows of results."""
+    """Rows of results, put down and printed as they come."""
 
-    def __init__(self, device: str, seconds: float) -> None:
-        self.device, self.seconds = device, seconds
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, device: str, seconds: float, results: Results) -> None:
+        self.device, self.seconds, self.results = device, seconds, results
         self.flop_rate, self.byte_rate = rates(device, min(seconds, 0.2))
+        print(f"matrix product {self.flop_rate / 1e9:.0f} GFLOP/s, copy {self.byte_rate / 1e9:.0f} GB/s")
+        print(f"{'what':<32} {'setting':<40} {'ms each':>9} {'x floor':>8}", flush=True)
 
     def floor(self, ops: list[Operator], steps: list[int]) -> float:
         flop, moved = work(ops, steps)
         return 1e3 * max(flop / self.flop_rate, moved / self.byte_rate)
 
     def add(
-        self, what: str, setting: str, run: Callable[[], Any], floor: float | None = None, networks: int = 1
-    ) -> Any:
+        self,
+        what: str,
+        setting: str,
+        run: Callable[[], Any],
+        floor: float | None = None,
+        networks: int = 1,
+        *,
+        least: int = 3,
+        check: Callable[[Any], None] = lambda found: None,
+    ) -> None:
+        """Time ``run``; no row where its last result fails the ``check``."""
         results: list[Any] = []
 
         def once() -> None:
@@ -118,14 +131,15 @@ class Table:
             if self.device == "cuda":
                 torch.cuda.synchronize()
 
-        ms = times(once, seconds=self.seconds, least=3, warm=2)
+        ms = times(once, seconds=self.seconds, least=least, warm=1)
+        check(results[0])
         median, low, high = percentiles(ms)
         row = {"what": what, "setting": setting, "networks": networks, "ms": median, "ms_p20": low, "ms_p80": high}
         row |= {"ms_each": median / networks, "runs": len(ms)}
         row |= {"floor_ms": "", "x_floor": ""} if floor is None else {"floor_ms": floor, "x_floor": median / floor}
-        row |= {"gflops": self.flop_rate / 1e9, "gbs": self.byte_rate / 1e9, "l2": "warm"}
-        self.rows.append(row | environment(self.device))
-        return results[0]
+        self.results.add(row | {"gflops": self.flop_rate / 1e9, "gbs": self.byte_rate / 1e9, "l2": "warm"})
+        over = f"{'':>8}" if floor is None else f"{median / floor:>8.2f}"
+        print(f"{what:<32} {setting:<40} {median / networks:>9.3f} {over}", flush=True)
 
 
 def steps_of(model: nn.Module, report: fastlip.NormReport) -> list[int]:
@@ -144,104 +158,172 @@ def meet(report: fastlip.NormReport, other: fastlip.NormReport) -> None:
         assert other[name].lower <= interval.upper, f"{name}: intervals do not meet"
 
 
-def measure_network(table: Table, model: nn.Module, memory: int) -> None:
-    ops = operators(model)
-    report = norms(model, memory)
-    floor = table.floor(ops, steps_of(model, report))
-    assert all(interval.converged for interval in report.values()), "an interval is wider than 1%"
-    table.add("fastlip", "one network", lambda: norms(model, memory), floor)
-    with with_graphs(False):
-        table.add("fastlip", "one network, no CUDA graph", lambda: norms(model, memory), floor)
-    with with_products("3xtf32"):
-        found = norms(model, memory)
-        floor_found = table.floor(ops, steps_of(model, found))
-        table.add("fastlip, 3xTF32", "one network", lambda: norms(model, memory), floor_found)
-    assert all(interval.converged for interval in found.values()), "an interval by 3xTF32 is wider than 1%"
-    meet(report, found)
-    with on_torch():
-        other = table.add("Lanczos on torch's convolutions", "one network", lambda: norms(model, memory), floor)
-    meet(report, other)
-    layers = layers_of(model)
-    lower = table.add("torch power iteration", "100 steps, TF32 off", lambda: power_iteration(layers, 100))
-    assert max(v / report[n].upper for v, n in zip(lower, conv_names(model), strict=True)) <= 1.0 + 1e-5
-    if table.device == "cuda":
-        torch.backends.cudnn.allow_tf32 = True  # torch's default; matrix products are not in TF32 by default
-        table.add("torch power iteration", "100 steps, default TF32", lambda: power_iteration(layers, 100))
-        allow_tf32(False)
-
-
 def conv_names(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
 
 
-def measure_iteration(table: Table, model: nn.Module) -> None:
-    ops = operators(model)
-    floor = table.floor(ops, [STEPS] * len(ops))
+def meets(report: fastlip.NormReport) -> Callable[[fastlip.NormReport], None]:
+    return lambda found: meet(report, found)
 
-    def begun(kind: Callable[..., Stack]) -> Recurrence:
-        operators_ = kind(ops, STARTS, torch.float32)
-        starts = torch.randn(operators_.domain[-1].stop, device=operators_.device)
-        return Recurrence(operators_, starts / starts.norm() * (len(ops) * STARTS) ** 0.5)
 
-    def steps(run: Recurrence) -> Callable[[], None]:
+class Norms:
+    """Intervals of one network's norms, and the bare iteration on its convolutions larger than 1 x 1."""
+
+    def __init__(self, table: Table, model: nn.Module, memory: int) -> None:
+        self.table, self.model, self.memory = table, model, memory
+
+    @cached_property
+    def operators(self) -> list[Operator]:
+        return operators(self.model)
+
+    def intervals(self) -> fastlip.NormReport:
+        return norms(self.model, self.memory)
+
+    @cached_property
+    def report(self) -> fastlip.NormReport:
+        report = self.intervals()
+        assert all(interval.converged for interval in report.values()), "an interval is wider than 1%"
+        return report
+
+    def floor(self, report: fastlip.NormReport) -> float:
+        return self.table.floor(self.operators, steps_of(self.model, report))
+
+    def network(self) -> None:
+        self.table.add("fastlip", "one network", self.intervals, self.floor(self.report))
+
+    def network_without_graphs(self) -> None:
+        with with_graphs(False):
+            self.table.add("fastlip", "one network, no CUDA graph", self.intervals, self.floor(self.report))
+
+    def network_by_3xtf32(self) -> None:
+        with with_products("3xtf32"):
+            found = self.intervals()
+            assert all(interval.converged for interval in found.values()), "an interval by 3xTF32 is wider than 1%"
+            meet(self.report, found)
+            self.table.add("fastlip, 3xTF32", "one network", self.intervals, self.floor(found))
+
+    def network_on_torch(self) -> None:
+        what, floor = "Lanczos on torch's convolutions", self.floor(self.report)
+        with on_torch():
+            self.table.add(what, "one network", self.intervals, floor, check=meets(self.report))
+
+    def iteration(self, kind: Callable[..., BatchedOperator] = batched_operator) -> Callable[[], None]:
+        run_on = kind(self.operators, STARTS, torch.float32)
+        starts = torch.randn(run_on.domain[-1].stop, device=run_on.device)
+        run = Recurrence(run_on, starts / starts.norm() * (len(self.operators) * STARTS) ** 0.5)
+
         def go() -> None:
             run.steps = 0  # the same memory again
             run.advance(STEPS)
 
         return go
 
-    setting = f"iteration alone, {STEPS} steps"
-    table.add("fastlip", setting, steps(begun(stack)), floor)
-    with with_products("3xtf32"):
-        table.add("fastlip, 3xTF32", setting, steps(begun(stack)), floor)
-    with with_graphs(False):
-        table.add("fastlip", f"{setting}, no CUDA graph", steps(begun(stack)), floor)
-        plain = steps(begun(TorchStack))
-    table.add("Lanczos on torch's convolutions", setting, steps(begun(TorchStack)), floor)
-    if table.device == "cuda":
-        table.add("Lanczos on torch's convolutions", f"{setting}, one CUDA graph", captured(plain), floor)
+    def add_iteration(self, what: str, run: Callable[[], Any], rest: str = "") -> None:
+        floor = self.table.floor(self.operators, [STEPS] * len(self.operators))
+        self.table.add(what, f"iteration alone, {STEPS} steps{rest}", run, floor)
+
+    def iteration_alone(self) -> None:
+        self.add_iteration("fastlip", self.iteration())
+
+    def iteration_by_3xtf32(self) -> None:
+        with with_products("3xtf32"):
+            self.add_iteration("fastlip, 3xTF32", self.iteration())
+
+    def iteration_without_graphs(self) -> None:
+        with with_graphs(False):
+            self.add_iteration("fastlip", self.iteration(), ", no CUDA graph")
+
+    def iteration_on_torch(self) -> None:
+        self.add_iteration("Lanczos on torch's convolutions", self.iteration(TorchStack))
+
+    def iteration_on_torch_in_one_graph(self) -> None:
+        with with_graphs(False):
+            replay = captured(self.iteration(TorchStack))
+        self.add_iteration("Lanczos on torch's convolutions", replay, ", one CUDA graph")
+
+    def power(self, setting: str) -> None:
+        layers = layers_of(self.model)
+
+        def check(lower: list[float]) -> None:
+            over = max(v / self.report[n].upper for v, n in zip(lower, conv_names(self.model), strict=True))
+            assert over <= 1.0 + (1e-5 if setting == "TF32 off" else 1e-2), "above the upper side"
+
+        run = functools.partial(power_iteration, layers, 100)
+        self.table.add("torch power iteration", f"100 steps, {setting}", run, least=2, check=check)
+
+    def power_in_tf32(self) -> None:
+        torch.backends.cudnn.allow_tf32 = True  # torch's default; matrix products are not in TF32 by default
+        try:
+            self.power("default TF32")
+        finally:
+            allow_tf32(False)
 
 
-def measure_checkpoints(table: Table, model: nn.Module, count: int, memory: int) -> None:
-    networks = [copy.deepcopy(model) for _ in range(count)]
-    for i, network in enumerate(networks):
-        for parameter in network.parameters():
-            parameter.mul_(1.0 + 0.001 * i)
-    ops = [op for network in networks for op in operators(network)]
-    for what, products in (("fastlip", "float32"), ("fastlip, 3xTF32", "3xtf32")):
+class Checkpoints:
+    """Many networks in one call: the same weights moved a little."""
+
+    def __init__(self, table: Table, model: nn.Module, count: int, memory: int) -> None:
+        self.table, self.model, self.count, self.memory = table, model, count, memory
+
+    @cached_property
+    def networks(self) -> list[nn.Module]:
+        networks = [copy.deepcopy(self.model) for _ in range(self.count)]
+        for i, network in enumerate(networks):
+            for parameter in network.parameters():
+                parameter.mul_(1.0 + 0.001 * i)
+        return networks
+
+    @cached_property
+    def operators(self) -> list[Operator]:
+        return [op for network in self.networks for op in operators(network)]
+
+    def add(self, what: str, products: str) -> None:
+        networks = self.networks
         with with_products(products):
-            reports = norms(networks, memory)
+            reports = norms(networks, self.memory)
             steps = [k for network, report in zip(networks, reports, strict=True) for k in steps_of(network, report)]
-            table.add(what, f"{count} checkpoints", lambda: norms(networks, memory), table.floor(ops, steps), count)
+            floor = self.table.floor(self.operators, steps)
+            run = functools.partial(norms, networks, self.memory)
+            self.table.add(what, f"{self.count} checkpoints", run, floor, self.count)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="a small network: tries every path")
     parser.add_argument("--checkpoints", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    parser.add_argument("--limit", type=float, default=math.inf, help="begin no measurement after so many seconds")
     parser.add_argument("--memory", type=float, default=32.0, help="GiB that the vectors may take")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     allow_tf32(False)
     torch.backends.cudnn.benchmark = True
-    memory = int(args.memory * 2**30)
-    table = Table(args.device, args.seconds)
+    memory, cuda = int(args.memory * 2**30), args.device == "cuda"
+    session, shared = Session(args.limit), environment(args.device)
+    print(f"{shared['device']}, {shared['isa']}, torch {shared['torch']}")
+    table = Table(args.device, args.seconds, Results(args.out / f"gpu_norms_{args.device}.csv", shared))
     model = build(args.tiny).to(args.device)
-    measure_network(table, model, memory)
-    measure_iteration(table, model)
-    measure_checkpoints(table, model, args.checkpoints, memory)
-    write_csv(args.out / f"gpu_norms_{args.device}.csv", table.rows)
-    first = table.rows[0]
-    print(f"{first['device']}, {first['isa']}, torch {first['torch']}")
-    print(f"matrix product {first['gflops']:.0f} GFLOP/s, copy {first['gbs']:.0f} GB/s")
-    print(f"{'what':<32} {'setting':<40} {'ms each':>9} {'x floor':>8}")
-    for r in table.rows:
-        over = f"{r['x_floor']:>8.2f}" if r["x_floor"] != "" else f"{'':>8}"
-        print(f"{r['what']:<32} {r['setting']:<40} {r['ms_each']:>9.3f} {over}")
+    one, many = Norms(table, model, memory), Checkpoints(table, model, args.checkpoints, memory)
+    # In order of value, and last what takes longest and says least.
+    session.attempt("one network", one.network)
+    session.attempt("one network on torch's convolutions", one.network_on_torch)
+    session.attempt("iteration alone", one.iteration_alone)
+    session.attempt("iteration on torch's convolutions", one.iteration_on_torch)
+    if cuda:
+        session.attempt("iteration on torch's convolutions, one CUDA graph", one.iteration_on_torch_in_one_graph)
+    session.attempt("one network by 3xTF32", one.network_by_3xtf32)
+    session.attempt("iteration by 3xTF32", one.iteration_by_3xtf32)
+    session.attempt("checkpoints", lambda: many.add("fastlip", "float32"))
+    session.attempt("checkpoints by 3xTF32", lambda: many.add("fastlip, 3xTF32", "3xtf32"))
+    session.attempt("one network without CUDA graphs", one.network_without_graphs)
+    session.attempt("iteration without CUDA graphs", one.iteration_without_graphs)
+    session.attempt("power iteration", lambda: one.power("TF32 off"))
+    if cuda:
+        session.attempt("power iteration in TF32", one.power_in_tf32)
+    session.close()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import environment, percentiles, times, write_csv
+from _timing import Results, environment, percentiles, times
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def floor(diagonal: Tensor, off: Tensor) -> Tensor:
     return pivot
 
 
-def measure(chains: int, steps: int, seconds: float) -> list[dict[str, Any]]:
+def measure(chains: int, steps: int, seconds: float, results: Results) -> None:
     diagonal, off = matrices(chains, steps)
     rest = [torch.full((chains,), value, dtype=torch.float64) for value in (1.0, 1e-6, 1e-3)]
 
@@ -62,13 +62,14 @@ def measure(chains: int, steps: int, seconds: float) -> list[dict[str, Any]]:
         "scipy eigh_tridiagonal": scipy_pairs,
         "floor": lambda: floor(diagonal, off),
     }
-    rows: list[dict[str, Any]] = []
+    native = 0.0
     for what, run in methods.items():
         ms = times(run, seconds=seconds, least=3, warm=1)
         median, low, high = percentiles(ms)
-        rows.append({"chains": chains, "steps": steps, "what": what, "ms": median, "ms_p20": low, "ms_p80": high})
-        rows[-1] |= {"runs": len(ms), "x_native": median / rows[0]["ms"]}
-    return rows
+        native = native or median  # top_eigenpairs comes first
+        row = {"chains": chains, "steps": steps, "what": what, "ms": median, "ms_p20": low, "ms_p80": high}
+        results.add(row | {"runs": len(ms), "x_native": median / native})
+        print(f"{chains:>7} {steps:>6} {what:<24} {median:>9.3f} {median / native:>9.2f}", flush=True)
 
 
 def main() -> None:
@@ -78,13 +79,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = [row for chains, steps in SIZES for row in measure(chains, steps, args.seconds)]
     shared = environment("cpu")
-    write_csv(args.out / "krylov_cpu.csv", [row | shared for row in rows])
+    results = Results(args.out / "krylov_cpu.csv", shared)
     print(f"{shared['device']}, {shared['isa']}, torch {shared['torch']}, {args.threads} thread(s)")
     print(f"{'chains':>7} {'steps':>6} {'what':<24} {'ms':>9} {'x native':>9}")
-    for r in rows:
-        print(f"{r['chains']:>7} {r['steps']:>6} {r['what']:<24} {r['ms']:>9.3f} {r['x_native']:>9.2f}")
+    for chains, steps in SIZES:
+        measure(chains, steps, args.seconds, results)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from _norm_peers import Layer, gram_iteration, power_iteration, scipy_svds
-from _timing import environment, percentiles, times, write_csv
+from _timing import Results, environment, percentiles, times
 from torch import nn
 
 import fastlip
@@ -66,13 +66,13 @@ def layers_of(model: nn.Module) -> list[Layer]:
 class Table:
     """Rows of one model."""
 
-    def __init__(self, device: str, stem: str, weights: str, repeats: int) -> None:
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, results: Results, device: str, stem: str, weights: str, repeats: int) -> None:
+        self._results, self._device, self._repeats = results, device, repeats
         self._fixed = {"stem": stem, "weights": weights}
-        self._device, self._repeats = device, repeats
+        self._base: float | None = None
 
-    def add(self, method: str, setting: str, run: Callable[[], Any], repeats: int | None = None) -> Any:
-        """Time a method; its row and its last result."""
+    def time(self, method: str, setting: str, run: Callable[[], Any], repeats: int | None = None) -> tuple[dict, Any]:
+        """Time a method; its row, which is not put down yet, and its last result."""
         results: list[Any] = []
 
         def once() -> None:
@@ -84,37 +84,49 @@ class Table:
         ms = times(once, seconds=0.0, least=count, warm=min(1, count - 1))
         mid, low, high = percentiles(ms)
         row = self._fixed | {"method": method, "setting": setting, "ms": mid, "ms_p20": low, "ms_p80": high}
-        self.rows.append(row | {"runs": len(ms)})
-        return results[0]
+        return row | {"runs": len(ms)}, results[0]
 
-    def judge(self, lower: list[float] | None, value: list[float], truth: list[float]) -> None:
-        """Fill in the last row's accuracy."""
+    def add(self, row: dict[str, Any]) -> None:
+        """Put a row down and print it."""
+        self._results.add(row)
+        numbers = (f"{row.get('ms', math.nan):>8.0f}", f"{row.get('x_torch_power', math.nan):>8.2f}")
+        accuracy = (f"{row.get('width', math.nan):>9.2g}", f"{row.get('gap', math.nan):>9.2g}")
+        extra = f" {row['ms_each']:.0f} ms each" if "ms_each" in row else ""
+        print(f"{row['stem']:<9}{row['weights']:<8} {row['method']:<15} {row['setting']:<24}", end=" ")
+        print(*numbers, *accuracy, extra, flush=True)
+
+    def add_judged(
+        self, row: dict[str, Any], lower: list[float] | None, value: list[float], truth: list[float]
+    ) -> None:
+        """Put a row down with its accuracy; its time is compared with 100 steps of power iteration, put down first."""
         if lower is not None:
-            self.rows[-1]["width"] = max(u / low for u, low in zip(value, lower, strict=True)) - 1.0
-        self.rows[-1]["gap"] = max(abs(v / t - 1.0) for v, t in zip(value, truth, strict=True))
-        self.rows[-1]["product"] = math.exp(sum(math.log(v / t) for v, t in zip(value, truth, strict=True)))
+            row["width"] = max(u / low for u, low in zip(value, lower, strict=True)) - 1.0
+        row["gap"] = max(abs(v / t - 1.0) for v, t in zip(value, truth, strict=True))
+        row["product"] = math.exp(sum(math.log(v / t) for v, t in zip(value, truth, strict=True)))
+        self._base = row["ms"] if self._base is None else self._base
+        self.add(row | {"x_torch_power": row["ms"] / self._base})
 
 
-def measure(stem: str, checkpoint: Path | None, device: str, repeats: int, peers: bool) -> list[dict[str, Any]]:
+def measure(results: Results, stem: str, checkpoint: Path | None, device: str, repeats: int, peers: bool) -> None:
     model = build(stem, checkpoint).to(device)
     layers = layers_of(model)
-    table = Table(device, stem, "random" if checkpoint is None else "trained", repeats)
-    truth = table.add("scipy svds", "float64", lambda: scipy_svds(layers), 1)
-    table.judge(None, truth, truth)
+    table = Table(results, device, stem, "random" if checkpoint is None else "trained", repeats)
+    exact, truth = table.time("scipy svds", "float64", lambda: scipy_svds(layers), 1)
     for steps in (100, 30):
-        value = table.add("torch power", f"{steps} steps", lambda steps=steps: power_iteration(layers, steps))
-        table.judge(None, value, truth)
+        row, value = table.time("torch power", f"{steps} steps", lambda steps=steps: power_iteration(layers, steps))
+        table.add_judged(row, None, value, truth)
+    table.add_judged(exact, None, truth, truth)
 
     def norms(**options: Any) -> Callable[[], fastlip.NormReport]:
         return lambda: fastlip.layer_norms(model, INPUT, fold_batchnorm=False, **options)
 
     def two_sided(method: str, setting: str, run: Callable[[], fastlip.NormReport], count: int | None = None) -> None:
-        report = table.add(method, setting, run, count)
+        row, report = table.time(method, setting, run, count)
         found = [report[name] for name in report if "bn" not in name and "downsample.1" not in name]
         lower, upper = [i.lower for i in found], [i.upper for i in found]
         assert len(found) == len(layers)
         assert all(u >= t * (1.0 - 1e-9) for u, t in zip(upper, truth, strict=True)), "an upper side is below the truth"
-        table.judge(lower, upper, truth)
+        table.add_judged(row, lower, upper, truth)
 
     for rtol in (1e-1, 3e-2, 1e-2, 3e-3, 1e-3):
         two_sided("fastlip", f"rtol {rtol:g}", norms(rtol=rtol))
@@ -123,30 +135,25 @@ def measure(stem: str, checkpoint: Path | None, device: str, repeats: int, peers
         # What the deterministic bounds of the CIFAR stem's maps take is minutes, but for the ring's.
         for method in ("ring", "gram", "cholesky") if stem == "imagenet" else ("ring",):
             two_sided(f"fastlip {method}", "rtol 0.01", norms(method=method, max_memory=1 << 33), 1)
-        value = table.add("Gram iteration", "5 steps", lambda: gram_iteration(layers, 5), 1)
-        table.judge(None, value, truth)
-    base = next(row for row in table.rows if row["setting"] == "100 steps")
-    for row in table.rows:
-        row["x_torch_power"] = row["ms"] / base["ms"]
-    return table.rows
+        row, value = table.time("Gram iteration", "5 steps", lambda: gram_iteration(layers, 5), 1)
+        table.add_judged(row, None, value, truth)
 
 
-def measure_checkpoints(device: str, repeats: int) -> list[dict[str, Any]]:
+def measure_checkpoints(results: Results, device: str, repeats: int) -> None:
     """Time for several checkpoints in one call: the same network, its weights moved a little."""
-    table = Table(device, "cifar", "random", repeats)
+    table = Table(results, device, "cifar", "random", repeats)
     networks = [build("cifar", None).to(device) for _ in range(16)]
     for i, network in enumerate(networks):
         for parameter in network.parameters():
             parameter.add_(0.01 * i * parameter)
     for count in (1, 4, 16):
-        table.add(
+        row, _ = table.time(
             "fastlip",
             f"rtol 0.01, {count} checkpoints",
             lambda count=count: fastlip.layer_norms(networks[:count], INPUT, fold_batchnorm=False),
             max(1, repeats // count),
         )
-        table.rows[-1]["ms_each"] = table.rows[-1]["ms"] / count
-    return table.rows
+        table.add(row | {"ms_each": row["ms"] / count})
 
 
 def narrow(module: nn.Module) -> None:
@@ -162,18 +169,18 @@ def narrow(module: nn.Module) -> None:
             narrow(layer)
 
 
-def measure_host(device: str, repeats: int) -> list[dict[str, Any]]:
+def measure_host(results: Results, device: str, repeats: int) -> None:
     """A network of as many layers and hardly any channels: what is left is the host's work."""
-    table = Table(device, "cifar", "random", 10 * repeats)
+    table = Table(results, device, "cifar", "random", 10 * repeats)
     network = build("cifar", None)
     narrow(network)
     network = network.to(device).eval()
     setting = "rtol 0.01, 1/32 of the channels, iterated"
-    table.add("fastlip", setting, lambda: fastlip.layer_norms(network, (3, 8, 8), method="lanczos"))
-    return table.rows
+    row, _ = table.time("fastlip", setting, lambda: fastlip.layer_norms(network, (3, 8, 8), method="lanczos"))
+    table.add(row)
 
 
-def peak_memory(device: str) -> list[dict[str, Any]]:
+def peak_memory(results: Results, device: str) -> None:
     """Memory that one call takes beyond the model's, each in a process of its own, in MiB."""
     code = (
         "import re, sys, torch; sys.path.insert(0, {here!r}); import bench_layer_norms as b, fastlip\n"
@@ -188,12 +195,11 @@ def peak_memory(device: str) -> list[dict[str, Any]]:
         ("fastlip", "rtol 0.01"): "fastlip.layer_norms(m, b.INPUT, fold_batchnorm=False)",
         ("fastlip", "rtol 0.001"): "fastlip.layer_norms(m, b.INPUT, fold_batchnorm=False, rtol=1e-3)",
     }
-    rows = []
     for (method, setting), call in calls.items():
         text = code.format(here=str(Path(__file__).parent), device=device, call=call)
         out = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True).stdout
-        rows.append({"stem": "cifar", "weights": "random", "method": method, "setting": setting, "MiB": float(out)})
-    return rows
+        results.add({"stem": "cifar", "weights": "random", "method": method, "setting": setting, "MiB": float(out)})
+        print(f"{'cifar':<9}{'random':<8} {method:<15} {setting:<24} {float(out):.0f} MiB", flush=True)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -244,24 +250,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows: list[dict[str, Any]] = []
-    for stem in STEMS:
-        for checkpoint in dict.fromkeys((None, args.checkpoint)):
-            rows += measure(stem, checkpoint, args.device, args.repeats, not args.no_peers and checkpoint is None)
-    rows += measure_checkpoints(args.device, args.repeats)
-    rows += measure_host(args.device, args.repeats)
-    rows += peak_memory(args.device)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
     shared = environment(args.device)
-    write_csv(args.out / f"layer_norms_{args.device}.csv", [{c: r.get(c, "") for c in columns} | shared for r in rows])
-    plot(rows, args.out / f"layer_norms_{args.device}.png")
     print(f"{shared['device']}, {shared['isa']}, torch {shared['torch']}, {args.threads} thread(s)")
     print(f"{'stem':<9}{'weights':<8} {'method':<15} {'setting':<24} {'ms':>8} {'x power':>8} {'width':>9} {'gap':>9}")
-    for r in rows:
-        numbers = (f"{r.get('ms', math.nan):>8.0f}", f"{r.get('x_torch_power', math.nan):>8.2f}")
-        accuracy = (f"{r.get('width', math.nan):>9.2g}", f"{r.get('gap', math.nan):>9.2g}")
-        extra = f" {r['MiB']:.0f} MiB" if "MiB" in r else f" {r['ms_each']:.0f} ms each" if "ms_each" in r else ""
-        print(f"{r['stem']:<9}{r['weights']:<8} {r['method']:<15} {r['setting']:<24}", *numbers, *accuracy, extra)
+    results = Results(args.out / f"layer_norms_{args.device}.csv", shared)
+    for stem in STEMS:
+        for checkpoint in dict.fromkeys((None, args.checkpoint)):
+            peers = not args.no_peers and checkpoint is None
+            measure(results, stem, checkpoint, args.device, args.repeats, peers)
+    measure_checkpoints(results, args.device, args.repeats)
+    measure_host(results, args.device, args.repeats)
+    peak_memory(results, args.device)
+    plot(results.rows, args.out / f"layer_norms_{args.device}.png")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,15 @@ operator), warm on the CPU and with a cold L2 on a GPU:
 """
 
 import argparse
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _timing import environment, percentiles, times, write_csv
+from _timing import Results, Session, environment, percentiles, times
 from torch import Tensor, nn
 
 from fastlip import models, ops
@@ -142,13 +144,14 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def measure(device: str, starts: list[int], seconds: float) -> list[dict]:
+def measure(device: str, starts: list[int], seconds: float, results: Results, session: Session) -> None:
     allow_tf32(False)
     torch.backends.cudnn.benchmark = True
     flush = torch.empty(2**26, device=device) if device == "cuda" else None
     everything = layers(device)
     flop_rate, byte_rate = rates(device, seconds)
-    rows: list[dict] = []
+    print(f"matrix product {flop_rate / 1e9:.0f} GFLOP/s, copy {byte_rate / 1e9:.0f} GB/s")
+    print(f"{'layers':<7} {'starts':>6} {'what':<36} {'ms':>9} {'x floor':>8}", flush=True)
     for name, selected in (
         ("k x k", [layer for layer in everything if layer.geometry.kernel != (1, 1)]),
         ("all", everything),
@@ -161,24 +164,32 @@ def measure(device: str, starts: list[int], seconds: float) -> list[dict]:
                 median, low, high = percentiles(times(run, seconds=seconds, least=5, flush=flush))
                 row = {"layers": name, "starts": b, "what": what, "ms": median, "ms_p20": low, "ms_p80": high}
                 row |= {"x_floor": median / floor, "gflop": flop / 1e9, "floor_ms": floor}
-                rows.append(row | {"floor_gflops": flop_rate / 1e9, "floor_gbs": byte_rate / 1e9} | environment(device))
+                results.add(row | {"floor_gflops": flop_rate / 1e9, "floor_gbs": byte_rate / 1e9})
+                print(f"{name:<7} {b:>6} {what:<36} {median:>9.3f} {median / floor:>8.2f}", flush=True)
 
-            sweep = fused(selected, b, device)
-            add("operator_step_", sweep)
-            if device == "cuda":
-                add("operator_step_, CUDA graph", captured(sweep))
-                matrix = fused(selected, b, device, "3xtf32")
-                add("operator_step_, 3xTF32", matrix)
-                add("operator_step_, 3xTF32, CUDA graph", captured(matrix))
-            for layout, label in ((torch.contiguous_format, "torch"), (torch.channels_last, "torch channels_last")):
+            def ours(selected=selected, b=b, add=add) -> None:
+                sweep = fused(selected, b, device)
+                add("operator_step_", sweep)
+                if device == "cuda":
+                    add("operator_step_, CUDA graph", captured(sweep))
+                    matrix = fused(selected, b, device, "3xtf32")
+                    add("operator_step_, 3xTF32", matrix)
+                    add("operator_step_, 3xTF32, CUDA graph", captured(matrix))
+
+            def theirs(label: str, layout: torch.memory_format, selected=selected, b=b, add=add) -> None:
                 peer = torch_sweep(selected, b, device, layout)
                 add(label, peer)
                 if device == "cuda":
                     add(f"{label}, CUDA graph", captured(peer))
                     allow_tf32(True)
-                    add(f"{label}, TF32, CUDA graph", captured(peer))
-                    allow_tf32(False)
-    return rows
+                    try:
+                        add(f"{label}, TF32, CUDA graph", captured(peer))
+                    finally:
+                        allow_tf32(False)
+
+            session.attempt(f"{name}, {b} starts", ours)
+            for label, layout in (("torch", torch.contiguous_format), ("torch channels_last", torch.channels_last)):
+                session.attempt(f"{name}, {b} starts, {label}", functools.partial(theirs, label, layout))
 
 
 def main() -> None:
@@ -187,17 +198,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--starts", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    parser.add_argument("--limit", type=float, default=math.inf, help="begin no measurement after so many seconds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = measure(args.device, args.starts, args.seconds)
-    write_csv(args.out / f"operator_step_{args.device}.csv", rows)
-    first = rows[0]
-    print(f"{first['device']}, {first['isa']}, torch {first['torch']}, {args.threads} thread(s)")
-    print(f"matrix product {first['floor_gflops']:.0f} GFLOP/s, copy {first['floor_gbs']:.0f} GB/s")
-    print(f"{'layers':<7} {'starts':>6} {'what':<36} {'ms':>9} {'x floor':>8}")
-    for r in rows:
-        print(f"{r['layers']:<7} {r['starts']:>6} {r['what']:<36} {r['ms']:>9.3f} {r['x_floor']:>8.2f}")
+    session, shared = Session(args.limit), environment(args.device)
+    print(f"{shared['device']}, {shared['isa']}, torch {shared['torch']}, {args.threads} thread(s)")
+    results = Results(args.out / f"operator_step_{args.device}.csv", shared)
+    measure(args.device, args.starts, args.seconds, results, session)
+    session.close()
 
 
 if __name__ == "__main__":

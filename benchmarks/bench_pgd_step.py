@@ -2,6 +2,7 @@
 
     python benchmarks/bench_pgd_step.py                  # one core, CSV under benchmarks/results
     python benchmarks/bench_pgd_step.py --device cuda
+    python benchmarks/bench_pgd_step.py --device cuda --only "fastlip pgd_step_" --label old --seconds 0.05
 
 Compared in the same run, on the same float32 data, warm on the CPU and with a cold L2 on a GPU. ``ms_call``, on a GPU:
 the wall clock's time of a call among up to 50 in a row, launches included, L2 as the one before leaves it. Compared:
@@ -17,21 +18,25 @@ the wall clock's time of a call among up to 50 in a row, launches included, L2 a
 """
 
 import argparse
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from _timing import environment, percentiles, times, write_csv
+from _timing import Results, Session, environment, percentiles, times
 from torch import Tensor
 
 from fastlip import ops
 from fastlip.ops import Norm
 
-SHAPES = {"256x3x32x32": (256, 3, 32, 32), "32x3x224x224": (32, 3, 224, 224)}
-#: On a GPU, arrays well beyond its L2, too; and the batch at which launches count, where torch.compile is compared.
-BATCH_SHAPES = {"1024x3x32x32": (1024, 3, 32, 32)}
-LARGE_SHAPES = {"8192x3x32x32": (8192, 3, 32, 32), "512x3x224x224": (512, 3, 224, 224)}
+#: On a CPU; on a GPU the batch at which launches count, and arrays well beyond its L2.
+SHAPES = ("256x3x32x32", "32x3x224x224")
+BATCH_SHAPES = ("1024x3x32x32",)
+LARGE_SHAPES = ("8192x3x32x32", "512x3x224x224")
 #: ImageNet's, of the three channels.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: eps and step size of each norm at 32x32; scaled by the root of the pixel ratio (l2) or the ratio (l1) elsewhere.
@@ -93,7 +98,7 @@ def floor_of(device: str, x: Tensor, grad: Tensor, x0: Tensor) -> Callable[[], o
 
 def median_call(run: Callable[[], object], ms: float) -> float:
     """Milliseconds of a call among up to 50 in a row on a GPU, fewer where they are slow; the median of three rows."""
-    calls, rows = max(3, min(50, int(100 / ms))), []
+    calls, rows = max(1, min(50, int(100 / ms))), []
     for _ in range(3):
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -104,112 +109,216 @@ def median_call(run: Callable[[], object], ms: float) -> float:
     return percentiles(rows)[0]
 
 
+#: What is timed, and what runs before each repetition outside of the time.
+Calls = tuple[Callable[[], object], Callable[[], object]]
+
+
+def nothing() -> None:
+    """The setup of what needs none."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row to be.
+
+    Attributes:
+        phase: on a GPU all measurements of a phase come before any of the next: fastlip's step beside the floor, what
+            else fastlip has, peers, compiled peers.
+        make: prepares the calls, when the row's turn comes.
+        factor: what the time is multiplied by: that of the floor of a step that moves more bytes.
+    """
+
+    shape: str
+    norm: Norm
+    what: str
+    phase: int
+    make: Callable[[], Calls]
+    factor: float = 1.0
+
+
 class Table:
-    """Rows of results for one shape, each with its ratio to the floor."""
+    """Rows of results, each with its ratio to the floor last measured for its shape and norm."""
 
-    def __init__(self, device: str, shape: str, seconds: float) -> None:
-        self.device, self.shape, self.seconds = device, shape, seconds
+    def __init__(self, device: str, seconds: float, results: Results) -> None:
+        self.device, self.seconds, self.results = device, seconds, results
         self.flush = torch.empty(2**26, device=device) if device == "cuda" else None
-        self.rows: list[dict] = []
-        self.floor = 0.0
+        self.floors: dict[tuple[str, str], float] = {}
 
-    def add(self, norm: str, what: str, run: Callable[[], object], setup: Callable[[], object] = lambda: None) -> None:
-        median, low, high = percentiles(times(run, setup=setup, seconds=self.seconds, flush=self.flush))
-        if what == "floor":
-            self.floor = median
-        row = {"shape": self.shape, "norm": norm, "what": what, "ms": median, "ms_p20": low, "ms_p80": high}
+    def add(self, measurement: Measurement) -> None:
+        m = measurement
+        run, setup = m.make()
+        # Peers take up to a thousand times as long on a GPU.
+        least, warm = (5, 2) if self.device == "cuda" and m.phase > 1 else (15, 3)
+        found = times(run, setup=setup, seconds=self.seconds, least=least, warm=warm, flush=self.flush)
+        median, low, high = (ms * m.factor for ms in percentiles(found))
+        if m.what == "floor":
+            self.floors[m.shape, m.norm] = median
+        row: dict[str, Any] = {"shape": m.shape, "norm": m.norm, "what": m.what}
+        row |= {"ms": median, "ms_p20": low, "ms_p80": high}
         if self.device == "cuda":
-            row["ms_call"] = median_call(run, median)
-        self.rows.append(row | {"x_floor": median / self.floor} | environment(self.device))
-
-    def rescale_floor(self, factor: float) -> None:
-        """Let the floor just added stand for ``factor`` times the bytes it moved."""
-        for name in ("ms", "ms_p20", "ms_p80", "ms_call"):
-            if name in self.rows[-1]:
-                self.rows[-1][name] *= factor
-        self.floor = self.rows[-1]["ms"]
+            row["ms_call"] = median_call(run, median / m.factor) * m.factor
+        floor = self.floors.get((m.shape, m.norm))
+        self.results.add(row | {"x_floor": "" if floor is None else median / floor})
 
 
-def add_model_input(table: Table, norm: Norm, x: Tensor, grad: Tensor, x0: Tensor, step: dict[str, float]) -> None:
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    low, z = grad.half(), ops.model_input(x, mean=mean, std=std, dtype=torch.float16)
+class Problem:
+    """One shape and norm: images, gradients and what the steps of fastlip and of its peers make of them."""
 
-    def after() -> None:
-        ops.pgd_step_(x, low.float() / std, x0, norm=norm, **step)
-        z.values.copy_((x - mean) / std)
+    def __init__(self, data: "Data", norm: Norm) -> None:
+        self.data, self.norm = data, norm
+        pixels = data.pixels / (3 * 32 * 32)
+        scale = {"linf": 1.0, "l2": pixels**0.5, "l1": pixels}[norm]
+        self.eps, self.step = (v * scale for v in BUDGET[norm])
 
-    def within() -> None:
-        ops.pgd_step_(x, low, x0, norm=norm, model_input=z, **step)
+    @cached_property
+    def generator(self) -> torch.Generator:
+        return torch.Generator(self.data.device).manual_seed(1)
 
-    table.add(norm, "fastlip, float16 model input", within)
-    table.add(norm, "fastlip, converted eagerly", after)
+    @cached_property
+    def start(self) -> Tensor:
+        return ops.random_start(self.data.x0, eps=self.eps, norm=self.norm, generator=self.generator)
+
+    @cached_property
+    def x(self) -> Tensor:
+        """Not reset before a step: from any point near the surface it costs the same."""
+        return self.start.clone()
+
+    @cached_property
+    def outside(self) -> Tensor:
+        noise = torch.randn(self.start.shape, generator=self.generator, device=self.data.device)
+        return self.start + noise * (2 * self.step if self.norm == "linf" else self.step / 15)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"step_size": self.step, "eps": self.eps, "norm": self.norm}
+
+    def floor(self) -> Calls:
+        return floor_of(self.data.device, self.start.clone(), self.data.grad, self.data.x0), nothing
+
+    def pgd_step(self) -> Calls:
+        return lambda: ops.pgd_step_(self.x, self.data.grad, self.data.x0, **self.options), nothing
+
+    def project(self) -> Calls:
+        options = {"eps": self.eps, "norm": self.norm}
+        return lambda: ops.project_(self.x, self.data.x0, **options), lambda: self.x.copy_(self.outside)
+
+    def model_input(self, within: bool) -> Calls:
+        x, x0 = self.x, self.data.x0
+        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+        low, z = self.data.grad.half(), ops.model_input(x, mean=mean, std=std, dtype=torch.float16)
+
+        def fused() -> None:
+            ops.pgd_step_(x, low, x0, **self.options, model_input=z)
+
+        def after() -> None:
+            ops.pgd_step_(x, low.float() / std, x0, **self.options)
+            z.values.copy_((x - mean) / std)
+
+        return fused if within else after, nothing
+
+    def peer(self, compiled: bool) -> Calls:
+        step: Callable[..., Tensor] = {"linf": torchattacks_linf, "l2": torchattacks_l2, "l1": slide_l1}[self.norm]
+        step = torch.compile(step) if compiled else step
+        return lambda: step(self.start, self.data.grad, self.data.x0, self.eps, self.step), nothing
+
+    def sort_projection(self) -> Calls:
+        x0, outside = self.data.x0, self.outside
+        ours = ops.project(outside, x0, eps=self.eps, norm=self.norm)
+        torch.testing.assert_close(sort_project_l1(outside, x0, self.eps), ours, rtol=0, atol=1e-4)
+        return lambda: sort_project_l1(outside, x0, self.eps), nothing
 
 
-def measure_norm(table: Table, norm: Norm, x0: Tensor, grad: Tensor, compile_peers: bool) -> None:
-    pixels = x0[0].numel() / (3 * 32 * 32)
-    scale = {"linf": 1.0, "l2": pixels**0.5, "l1": pixels}[norm]
-    eps, step = (v * scale for v in BUDGET[norm])
-    generator = torch.Generator(device=x0.device).manual_seed(1)
-    start = ops.random_start(x0, eps=eps, norm=norm, generator=generator)
-    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-    outside = start + noise * (2 * step if norm == "linf" else step / 15)
-    x = start.clone()
-    # x is not reset before a step: from any point near the surface it costs the same.
-    table.add(norm, "fastlip pgd_step_", lambda: ops.pgd_step_(x, grad, x0, step_size=step, eps=eps, norm=norm))
-    add_model_input(table, norm, x, grad, x0, {"step_size": step, "eps": eps})
-    table.add(norm, "fastlip project_", lambda: ops.project_(x, x0, eps=eps, norm=norm), lambda: x.copy_(outside))
+class Data:
+    """Images and gradients of one shape, made when first asked for."""
 
-    peer = {"linf": torchattacks_linf, "l2": torchattacks_l2, "l1": slide_l1}[norm]
-    label = "SLIDE step, sort projection" if norm == "l1" else "torchattacks"
-    table.add(norm, f"{label} eager", lambda: peer(start, grad, x0, eps, step))
-    if compile_peers:
-        compiled = torch.compile(peer)
-        table.add(norm, f"{label} compiled", lambda: compiled(start, grad, x0, eps, step))
+    def __init__(self, device: str, shape: tuple[int, ...]) -> None:
+        self.device, self.shape = device, shape
+        self.pixels = math.prod(shape[1:])
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    @cached_property
+    def x0(self) -> Tensor:
+        return torch.rand(self.shape, generator=self._generator, device=self.device)
+
+    @cached_property
+    def grad(self) -> Tensor:
+        return torch.randn(self.x0.shape, generator=self._generator, device=self.device)
+
+
+def measurements(device: str, name: str, data: Data, norm: Norm) -> Iterator[Measurement]:
+    """In the order of a CPU, where the machine is shared and what is compared must be near in time."""
+    p = Problem(data, norm)
+    peer = "SLIDE step, sort projection" if norm == "l1" else "torchattacks"
+    yield Measurement(name, norm, "floor", 0, p.floor)
+    yield Measurement(name, norm, "fastlip pgd_step_", 0, p.pgd_step)
+    yield Measurement(name, norm, "fastlip, float16 model input", 1, lambda: p.model_input(True))
+    yield Measurement(name, norm, "fastlip, converted eagerly", 2, lambda: p.model_input(False))
+    yield Measurement(name, norm, "fastlip project_", 1, p.project)
+    yield Measurement(name, norm, f"{peer} eager", 2, lambda: p.peer(False))
+    if compared_with_compiler(device, name):
+        yield Measurement(name, norm, f"{peer} compiled", 3, lambda: p.peer(True))
     if norm == "l1":
-        table.add(norm, "sort projection eager", lambda: sort_project_l1(outside, x0, eps))
-        ours = ops.project(outside, x0, eps=eps, norm=norm)
-        torch.testing.assert_close(sort_project_l1(outside, x0, eps), ours, rtol=0, atol=1e-4)
+        yield Measurement(name, norm, "sort projection eager", 2, p.sort_projection)
 
 
-def shapes_for(device: str) -> dict[str, tuple[int, ...]]:
-    return SHAPES | BATCH_SHAPES | LARGE_SHAPES if device == "cuda" else SHAPES
+def compared_with_compiler(device: str, shape: str) -> bool:
+    """Compiling takes longer than anything else: on a GPU at the one batch at which launches count."""
+    return device == "cpu" or shape in BATCH_SHAPES
 
 
-def measure(device: str, name: str, shape: tuple[int, ...], seconds: float, compile_peers: bool) -> list[dict]:
-    generator = torch.Generator().manual_seed(0)
-    x0 = torch.rand(shape, generator=generator).to(device)
-    grad = torch.randn(shape, generator=generator).to(device)
-    table = Table(device, name, seconds)
-    floor = floor_of(device, x0.clone(), grad, x0)
-    for norm in BUDGET:
-        table.add(norm, "floor", floor)  # anew for each norm: a shared machine drifts
-        measure_norm(table, norm, x0, grad, compile_peers)
-    return table.rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Options of the benchmarks of a step."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
-    parser.add_argument("--shape", nargs="*", help="only these, such as 256x3x32x32")
+    parser.add_argument("--limit", type=float, default=math.inf, help="begin no measurement after so many seconds")
+    parser.add_argument("--shape", nargs="+", help="in place of the usual ones, such as 256x3x32x32")
+    parser.add_argument("--norms", nargs="+", choices=list(BUDGET), default=list(BUDGET))
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name begins so; the floor is always there")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--label", default="", help="a column, and part of the file's name, to tell two builds apart")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    return parser
+
+
+def run(args: argparse.Namespace, name: str, measurements_of: Callable[..., Iterator[Measurement]]) -> None:
+    """Measure everything that ``args`` ask for into NAME_DEVICE.csv, or NAME_DEVICE-LABEL.csv, and print it."""
     torch.set_num_threads(args.threads)
-    rows = []
-    for name, shape in shapes_for(args.device).items():
-        if args.shape and name not in args.shape:
-            continue
-        # Compiling takes longer than anything else: on a GPU at the one batch that it is compared at.
-        compiled = not args.no_compile and (args.device == "cpu" or name in BATCH_SHAPES)
-        rows += measure(args.device, name, shape, args.seconds, compiled)
-    write_csv(args.out / f"pgd_step_{args.device}.csv", rows)
-    print(f"{rows[0]['device']}, {rows[0]['isa']}, torch {rows[0]['torch']}, {args.threads} thread(s)")
+    shapes = args.shape or (BATCH_SHAPES + LARGE_SHAPES if args.device == "cuda" else SHAPES)
+    data = {shape: Data(args.device, tuple(map(int, shape.split("x")))) for shape in shapes}
+    wanted = [
+        m
+        for shape in shapes
+        for norm in args.norms
+        for m in measurements_of(args.device, shape, data[shape], norm)
+        if m.what == "floor" or m.what.startswith(tuple(args.only))
+        if not (args.no_compile and m.phase == 3)
+    ]
+    if args.device == "cuda":
+        wanted.sort(key=lambda m: m.phase)
+    suffix = f"-{args.label}" if args.label else ""
+    shared = {"label": args.label} | environment(args.device)
+    results = Results(args.out / f"{name}_{args.device}{suffix}.csv", shared)
+    table, session = Table(args.device, args.seconds, results), Session(args.limit)
+    print(f"{shared['device']}, {shared['isa']}, torch {shared['torch']}, {args.threads} thread(s) {args.label}")
     print(f"{'shape':<14} {'norm':<5} {'what':<38} {'ms':>9} {'x floor':>8} {'ms a call':>9}")
-    for r in rows:
-        call = f"{r['ms_call']:>9.3f}" if "ms_call" in r else ""
-        print(f"{r['shape']:<14} {r['norm']:<5} {r['what']:<38} {r['ms']:>9.3f} {r['x_floor']:>8.2f} {call}")
+    for m in wanted:
+        compiling = 12.0 if m.phase == 3 else 0.0  # seconds
+        session.attempt(f"{m.shape} {m.norm} {m.what}", lambda m=m: measure(table, m), compiling)
+    session.close()
+
+
+def measure(table: Table, measurement: Measurement) -> None:
+    table.add(measurement)
+    r = table.results.rows[-1]
+    over = f"{r['x_floor']:>8.2f}" if r["x_floor"] != "" else f"{'':>8}"
+    call = f"{r['ms_call']:>9.3f}" if "ms_call" in r else ""
+    print(f"{r['shape']:<14} {r['norm']:<5} {r['what']:<38} {r['ms']:>9.3f} {over} {call}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run(parser_of(__doc__).parse_args(argv), "pgd_step", measurements)
 
 
 if __name__ == "__main__":

@@ -16,23 +16,22 @@ upper / lower - 1, ``lower_gap`` how far the lower side is below the truth, whic
 """
 
 import argparse
-import csv
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from _timing import Results
 from torch import Tensor
 
 import fastlip
 from fastlip import models
 from fastlip.norms import Operator, conv_operator
-from fastlip.norms import _lanczos as lanczos
-from fastlip.norms import _measured as measured
-from fastlip.norms._certificate import Array
-from fastlip.norms._iterate import Plan
-from fastlip.norms._stack import Stack, stack
+from fastlip.norms._solvers import a_posteriori, lanczos
+from fastlip.norms._solvers.batched_operator import BatchedOperator, batched_operator
+from fastlip.norms._solvers.certificate import Array
+from fastlip.norms._solvers.iteration import IterationConfig
 
 Split = Callable[[Tensor], tuple[Tensor, ...]]
 ETA = 1e-6 / 53
@@ -57,16 +56,17 @@ ARITHMETIC: dict[str, Split] = {
 
 
 class Emulated:
-    """A stack whose products are those of another arithmetic; sums, scaling and subtraction are float32."""
+    """A batched operator that multiplies in another arithmetic; sums, scaling and subtraction are float32."""
 
     def __init__(self, split: Split, ops: Sequence[Operator], chains: int, dtype: torch.dtype) -> None:
         self._split = split
         weights = zip(*(split(op.weight.to(torch.float32)) for op in ops), strict=True)
         self._parts = [
-            stack([op.with_weight(w) for op, w in zip(ops, part, strict=True)], chains, dtype) for part in weights
+            batched_operator([op.with_weight(w) for op, w in zip(ops, part, strict=True)], chains, dtype)
+            for part in weights
         ]
         first = self._parts[0]
-        self.domain, self.range, self.chains = first.domain, first.range, first.chains
+        self.domain, self.range, self.vectors = first.domain, first.range, first.vectors
         self.dtype, self.device = dtype, first.device
 
     def forward(self, x: Tensor, *args: Tensor, **history: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ class Emulated:
         for i, j in sorted(((i, j) for i in range(len(pieces)) for j in range(len(pieces)) if i + j < 2), reverse=True):
             if i + j < len(pieces):
                 out += getattr(self._parts[i], direction)(pieces[j])[0]
-        for place, own in zip(targets, self.chains, strict=True):
+        for place, own in zip(targets, self.vectors, strict=True):
             rows = out[place].unflatten(0, (own.stop - own.start, -1))
             length = x_square[own].sqrt()
             rows *= torch.where(length > 0, 1.0 / length, 0.0).float()[:, None]
@@ -122,17 +122,17 @@ def layers() -> dict[str, Operator]:
     }
 
 
-def run(op: Operator, split: Split | None, plan: Plan) -> tuple[float, float, int, float, float]:
+def run(op: Operator, split: Split | None, plan: IterationConfig) -> tuple[float, float, int, float, float]:
     """Lower side, upper side, steps, bound on ||F||, and the overlap it is compared with."""
     seen: dict[str, float] = {}
-    bound = measured.krylov_bound
+    bound = a_posteriori.krylov_bound
 
     def noted(diagonal: Array, off: Array, last: Array, residual: Array, overlaps: Array) -> Array:
         seen["residual"], seen["overlap"] = float(residual.max()), float(overlaps.min())
         return bound(diagonal, off, last, residual, overlaps)
 
-    build: Callable[..., Stack] = stack if split is None else functools.partial(Emulated, split)
-    with patch.object(lanczos, "stack", build), patch.object(measured, "krylov_bound", noted):
+    build: Callable[..., BatchedOperator] = batched_operator if split is None else functools.partial(Emulated, split)
+    with patch.object(lanczos, "batched_operator", build), patch.object(a_posteriori, "krylov_bound", noted):
         (found,) = lanczos.lanczos_norms([op], plan)
     return found.lower, found.upper, found.steps, seen["residual"], seen["overlap"]
 
@@ -145,10 +145,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    def plan(starts: int, rtol: float, steps: int, dtype: torch.dtype) -> Plan:
-        return Plan(ETA, starts, rtol, steps, dtype, torch.Generator().manual_seed(1))
+    def plan(starts: int, rtol: float, steps: int, dtype: torch.dtype) -> IterationConfig:
+        return IterationConfig(ETA, starts, rtol, steps, dtype, torch.Generator().manual_seed(1))
 
-    rows = []
+    shared = {"emulated_on": "cpu", "torch": torch.__version__, "fastlip": fastlip.__version__}
+    results = Results(args.out / "precision_emulated.csv", shared)
     for name, op in layers().items():
         low, high, *_ = run(op, None, plan(4, 1e-7, 120, torch.float64))
         truth = 0.5 * (low + high)
@@ -161,14 +162,8 @@ def main() -> None:
                     row |= {"residual": f"{residual / truth**2:.3g}", "overlap": f"{overlap:.3g}"}
                     assert lower <= high, "an interval missed the truth"
                     assert upper >= low, "an interval missed the truth"
-                    rows.append(
-                        row | {"emulated_on": "cpu", "torch": torch.__version__, "fastlip": fastlip.__version__}
-                    )
-                    print(*(f"{value!s:<16}" for value in list(row.values())), flush=True)
-    with (args.out / "precision_emulated.csv").open("w", newline="") as f:
-        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+                    results.add(row)
+                    print(*(f"{value!s:<16}" for value in row.values()), flush=True)
 
 
 if __name__ == "__main__":

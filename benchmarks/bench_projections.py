@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import environment, write_csv
+from _timing import Results, environment
 from torch import Tensor, nn
 
 import fastlip
@@ -424,15 +424,14 @@ def main() -> None:
             peers += LIBRARIES[library]()
         except ImportError as missing:
             print(f"{library}: left out, {missing} (pip install {library})", flush=True)
-    rows: list[dict[str, Any]] = []
+    results = Results(args.out / "projections.csv", environment("cpu"))
     for norm in EPS:
         for ratio in (None, 2.0):
             alike = [peer for peer in peers if (peer.norm, peer.ratio) == (norm, ratio)]
-            rows += measure(alike, args.count) if alike else []
-    for row in rows:
-        print(*(f"{v:.4g}" if isinstance(v, float) else v for v in row.values()))
-    write_csv(args.out / "projections.csv", [{c: row[c] for c in COLUMNS} | environment("cpu") for row in rows])
-    (args.out / "projections.md").write_text(summary(rows))
+            for row in measure(alike, args.count) if alike else ():
+                print(*(f"{v:.4g}" if isinstance(v, float) else v for v in row.values()), flush=True)
+                results.add({c: row[c] for c in COLUMNS})
+    (args.out / "projections.md").write_text(summary(results.rows))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ dtype. ``smallest`` is the smallest singular value. Verdicts are those of :func:
 """
 
 import argparse
+import csv
 import importlib
 import importlib.metadata
 import math
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 from _stretch import Stretch, frozen, stretch, verdict
-from _timing import write_csv
+from _timing import Results
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -568,7 +569,7 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
 
 COLUMNS = (
     "library", "version", "layer", "arguments", "input", "when", "promised", "norms", "lower", "upper", "method",
-    "attained", "pair", "how", "smallest", "tolerance", "verdict", "stated", "note", "torch", "fastlip",
+    "attained", "pair", "how", "smallest", "tolerance", "verdict", "stated", "note",
 )  # fmt: skip
 
 
@@ -622,7 +623,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    rows: list[dict[str, Any]] = []
+    shared = {"torch": torch.__version__, "fastlip": fastlip.__version__}
+    results = Results(args.out / "published_layers.csv", shared, digits=6)
     for library in args.library:
         try:
             importlib.metadata.version(library)
@@ -632,15 +634,12 @@ def main() -> None:
             continue
         for case in cases:
             for row in rows_of(case):
-                rows.append(row)
+                results.add({c: row.get(c, "") for c in COLUMNS})
                 name = f"{library:<18} {case.layer:<28} {case.arguments[:60]:<60} {row['when']:<13}"
                 print(f"{name} {row.get('attained', math.nan):>8.5f} {row['verdict']} {row['note'][:60]}", flush=True)
-    shared = {"torch": torch.__version__, "fastlip": fastlip.__version__}
-    full = [{c: row.get(c, "") for c in COLUMNS[:-2]} | shared for row in rows]
-    full = [{c: f"{v:.6g}" if isinstance(v, float) else v for c, v in row.items()} for row in full]
-    write_csv(args.out / "published_layers.csv", full)
-    (args.out / "published_layers.md").write_text(summary(full))
-    wrong = [row for row in rows if row["note"].startswith("FASTLIP")]
+    with results.path.open(newline="") as f:
+        (args.out / "published_layers.md").write_text(summary(list(csv.DictReader(f))))
+    wrong = [row for row in results.rows if row["note"].startswith("FASTLIP")]
     if wrong:
         raise SystemExit(f"fastlip and the layers themselves disagree: {wrong}")
 

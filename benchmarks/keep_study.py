@@ -10,10 +10,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from fastlip.study import report
-from fastlip.study.examples import examples
-from fastlip.study.files import read_arrays, read_json, write_arrays, write_json
-from fastlip.study.rundir import RunDirectory
+from fastlip.study.report import html_report
+from fastlip.study.report.example_images import examples
+from fastlip.study.storage.files import read_arrays, read_json, write_arrays, write_json
+from fastlip.study.storage.run_directory import RunDirectory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "study"
 #: Options of the command line that name files.
@@ -39,7 +39,7 @@ def keep(run: RunDirectory, folder: Path) -> None:
                 write_arrays(kept.images(model.name, name), arrays | cut)
         if examples(kept, read_json(run.results)["classes"]) == shown:
             break
-    report.write(kept)
+    html_report.write(kept)
     shutil.rmtree(kept.figures)  # they are in the report, with their data
 
 

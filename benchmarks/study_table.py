@@ -4,8 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from fastlip.study.tables import seed_table
-from fastlip.study.tables_more import arm_table
+from fastlip.study.report.summary_tables import arm_table, seed_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from fastlip import attacks, data, lipschitz, metrics, models, norms, ops
     from fastlip._info import build_info
     from fastlip.lipschitz import LipschitzBound, lipschitz_bound, local_lipschitz
-    from fastlip.norms import NormInterval, NormReport, conv_norm, layer_norms
+    from fastlip.norms import NormInterval, NormOptions, NormReport, conv_norm, layer_norms
 
 _EXPORTS = {
     "build_info": "fastlip._info",
     "conv_norm": "fastlip.norms",
     "layer_norms": "fastlip.norms",
     "NormInterval": "fastlip.norms",
+    "NormOptions": "fastlip.norms",
     "NormReport": "fastlip.norms",
     "lipschitz_bound": "fastlip.lipschitz",
     "local_lipschitz": "fastlip.lipschitz",
@@ -35,6 +36,7 @@ _MODULES = ("attacks", "data", "lipschitz", "metrics", "models", "norms", "ops")
 __all__ = [
     "LipschitzBound",
     "NormInterval",
+    "NormOptions",
     "NormReport",
     "__version__",
     "attacks",

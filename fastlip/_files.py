@@ -1,6 +1,7 @@
 """Files that are either there and complete or not there at all."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place, synced to disk, when the block ends without an error.
 
-    A process killed inside the block leaves ``path`` as it was and a temporary file that the next attempt overwrites.
+    Its name is this attempt's own, so that processes writing the same file leave each other's alone. A process killed
+    inside the block leaves ``path`` as it was and its temporary file, whose name contains ``.part``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part{path.suffix}")
     try:
         yield temporary
         _sync(temporary)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -14,8 +14,11 @@ from fastlip.lipschitz._logs import add, exp10, half, log10, multiply
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._replay import refute, replay, require_bounded
 from fastlip.lipschitz._residual import SUMS, Block, block_factor, block_operators, find_block
-from fastlip.norms import NormInterval, Operator, Settings, diagonal_norm, memory_for, operator_norms
-from fastlip.norms._model import bare_model, checked_shape, eval_mode, require_eval
+from fastlip.norms import NormInterval, NormOptions, Operator, diagonal_norm, operator_norms
+from fastlip.norms._models.eval_mode import eval_mode, require_eval
+from fastlip.norms._models.inputs import checked_shape
+from fastlip.norms._models.wrappers import bare_model
+from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
 
 # Relative width of auxiliary norms, in units of that of the layers.
 _AUXILIARY = 4.0
@@ -104,16 +107,10 @@ def lipschitz_bound(
     model: nn.Module,
     input_shape: Sequence[int],
     *,
-    rtol: float = 1e-2,
-    confidence: float = 1.0 - 1e-6,
-    method: str = "auto",
-    generator: torch.Generator | None = None,
-    starts: int = 4,
-    max_steps: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    max_memory: int | None = None,
     tight_residuals: bool = True,
     check: bool = True,
+    options: NormOptions | None = None,
+    **keywords: Unpack[NormKeywords],
 ) -> LipschitzBound:
     """Bound a network's L2 Lipschitz constant on inputs of one shape, by composition over its traced graph.
 
@@ -132,30 +129,21 @@ def lipschitz_bound(
         model: a module that torch.fx can trace, from one tensor to one tensor, also inside DataParallel or what
             ``torch.compile`` made; it is left as it was.
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
-        rtol: relative width at which the iteration for a layer's norm stops.
-        confidence: probability that the bound holds.
-        method: see :func:`fastlip.norms.conv_norm`.
-        generator: source of the random starts; by default one seeded by the operating system.
-        starts: see :func:`fastlip.norms.conv_norm`.
-        max_steps: see :func:`fastlip.norms.conv_norm`.
-        dtype: see :func:`fastlip.norms.conv_norm`.
-        max_memory: see :func:`fastlip.norms.conv_norm`.
         tight_residuals: whether residual blocks get their tighter constant, which takes up to three more norms each and
-            half of 1 - ``confidence``; only where ``method`` iterates.
+            half of 1 - ``confidence``; only where ``method`` is "auto", "lanczos" or "power".
         check: whether to compare the traced graph with the model, and to look for a counter-example.
+        options: how to compute the layers' norms; ``options.confidence`` is the probability that the bound holds, and
+            ``options.progress`` counts layers first, and then the operators of residual blocks.
+        keywords: fields of :class:`fastlip.norms.NormOptions`, in place of ``options``.
 
     Raises:
         TypeError: the model is no module.
         ValueError: an argument is wrong, the model cannot be traced or run, something in it has no rule or no bound, or
             the model does something else than its traced graph; the message names it.
     """
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
+    chosen = chosen_options("lipschitz_bound", options, keywords)
     bare, shape = bare_model(model), checked_shape(input_shape)
-    settings = Settings(
-        rtol, confidence, method, starts, max_steps, dtype, memory_for(max_memory, bare.parameters()), generator
-    )
+    resolved = chosen.resolved(bare.parameters())
     training = bare.training
     with eval_mode(bare):
         traced = trace(bare, shape)
@@ -163,44 +151,43 @@ def lipschitz_bound(
         if check:
             replay(bare, shape, traced)
         fold_scales(traced.last)
-        bound, totals = _bound(traced.last, settings, tight_residuals)
+        bound, totals = _bound(traced.last, resolved, tight_residuals)
         if check:
             require_bounded(walk(traced.last), totals)
             refute(bare, shape, traced, bound.log10_upper)
     return bound
 
 
-def _bound(last: Step, settings: Settings, tight_residuals: bool) -> tuple[LipschitzBound, dict[Step, float]]:
+def _bound(last: Step, options: ResolvedOptions, tight_residuals: bool) -> tuple[LipschitzBound, dict[Step, float]]:
     """The bound, and log10 of that from the model's input to each step."""
     steps = walk(last)
-    blocks = _blocks(steps) if tight_residuals and settings.method in ("auto", "lanczos", "power") else []
+    blocks = _blocks(steps) if tight_residuals and options.method in ("auto", "lanczos", "power") else []
     # Two families of random starts, each with its share of what may fail, whichever operators turn out to need them.
-    share = replace(settings, confidence=1.0 - (1.0 - settings.confidence) / 2.0) if blocks else settings
+    share = replace(options, confidence=1.0 - (1.0 - options.confidence) / 2.0) if blocks else options
     norms = _norms(steps, share)
     logs = {step: log10(_constant(step, norms)) for step in steps if not isinstance(step.factor, str)}
     plain = _compose(steps, logs, {})
     # Their norms stand in sums beside other terms, where less accuracy does.
-    tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * settings.rtol))
+    tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * options.rtol))
     totals = _compose(steps, logs, tighter)
     given = [n.confidence for n in norms.values() if n.confidence < 1.0] + chances
     drawn = bool(chances) or any(isinstance(s.factor, Operator) and norms[s].confidence < 1.0 for s in norms)
     # Operators share 1 - confidence; intervals that rules return fail on their own account.
     own = sum(1.0 - norms[s].confidence for s in norms if isinstance(s.factor, NormInterval))
     layers = [s for s in steps if isinstance(s.factor, (Operator, NormInterval))]
-    assert settings.generator is not None
     bound = LipschitzBound(
         totals[last],
-        max(0.0, (settings.confidence if drawn else 1.0) - own) if given else 1.0,
+        max(0.0, (options.confidence if drawn else 1.0) - own) if given else 1.0,
         tuple(_Chains(steps, totals, logs, norms).parts(last, None)),
         reduce(multiply, (logs[s] for s in layers), 0.0),
         _margin(last, totals),
         plain[last],
-        settings.generator.initial_seed() if drawn else None,
+        options.generator.initial_seed() if drawn else None,
     )
     return bound, totals
 
 
-def _norms(steps: list[Step], settings: Settings) -> dict[Step, NormInterval]:
+def _norms(steps: list[Step], options: ResolvedOptions) -> dict[Step, NormInterval]:
     """Intervals of all layers; a module that is used several times on one shape is computed once."""
     pending: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[Step]] = {}
     norms: dict[Step, NormInterval] = {}
@@ -212,7 +199,7 @@ def _norms(steps: list[Step], settings: Settings) -> dict[Step, NormInterval]:
             key = (id(same), step.inputs[0].shape, step.shape)
             pending.setdefault(key, []).append(step)
     operators = [group[0].factor for group in pending.values()]
-    intervals = operator_norms([op for op in operators if isinstance(op, Operator)], settings)
+    intervals = operator_norms([op for op in operators if isinstance(op, Operator)], options)
     for group, interval in zip(pending.values(), intervals, strict=True):
         norms |= dict.fromkeys(group, interval)
     return norms
@@ -234,7 +221,7 @@ def _blocks(steps: list[Step]) -> list[Block]:
 
 
 def _tighten(
-    blocks: list[Block], plain: dict[Step, float], norms: dict[Step, NormInterval], settings: Settings
+    blocks: list[Block], plain: dict[Step, float], norms: dict[Step, NormInterval], options: ResolvedOptions
 ) -> tuple[dict[Step, tuple[Step, float]], list[float]]:
     """For each block's sum its origin and log10 of its tighter constant, and the chances taken on the way."""
     # The difference of two logarithms rounded upwards may be rounded downwards.
@@ -243,7 +230,7 @@ def _tighten(
     ]
     finite = [i for i, block in enumerate(blocks) if math.isfinite(plain[block.total]) and math.isfinite(before[i])]
     requests = {i: block_operators(blocks[i], norms, before[i]) for i in finite}
-    intervals = iter(operator_norms([op for ops in requests.values() for op in ops], settings))
+    intervals = iter(operator_norms([op for ops in requests.values() for op in ops], options))
     tighter: dict[Step, tuple[Step, float]] = {}
     chances: list[float] = []
     for i, ops in requests.items():

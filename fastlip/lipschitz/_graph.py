@@ -15,9 +15,10 @@ from fastlip.lipschitz._linear import batchnorm, weighted
 from fastlip.lipschitz._registry import Diagonal, Factor, find_rule, missing_rule
 from fastlip.lipschitz._trace import Values, location, module_name, trace_graph, varying_nodes
 from fastlip.norms import NormInterval, Operator, module_operator
-from fastlip.norms._agreement import agree, apply_operator, rounding_of
-from fastlip.norms._model import random_inputs, runs_on
-from fastlip.norms._modules import TRANSPOSED
+from fastlip.norms._models.closeness import agree, rounding_of
+from fastlip.norms._models.inputs import random_inputs, runs_on
+from fastlip.norms._models.layer_output import apply_operator
+from fastlip.norms._operators.modules import TRANSPOSED
 
 # Two samples, so that an operation that mixes the batch axis into others shows.
 BATCH = 2

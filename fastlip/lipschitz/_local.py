@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlip.norms._model import bare_model, eval_mode
+from fastlip.norms._models.eval_mode import eval_mode
+from fastlip.norms._models.wrappers import bare_model
 
 
 def local_lipschitz(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastlip.norms import NormInterval, Operator
-from fastlip.norms._modules import keeps_forward
+from fastlip.norms._operators.modules import keeps_forward
 
 
 @dataclass(frozen=True, eq=False)

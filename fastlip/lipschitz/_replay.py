@@ -16,8 +16,11 @@ from torch import Tensor, fx, nn
 from fastlip.lipschitz._graph import BATCH, Step, Traced
 from fastlip.lipschitz._local import unit
 from fastlip.lipschitz._trace import location, module_name
-from fastlip.norms._agreement import agree, rounding_of, unlike
-from fastlip.norms._model import MOST_COPIED, Refused, as_found, is_hooked, random_inputs, runs_on, version_of
+from fastlip.norms._models.agreement import probe_inputs
+from fastlip.norms._models.closeness import agree, rounding_of
+from fastlip.norms._models.hooks import is_hooked
+from fastlip.norms._models.inputs import Refused, random_inputs, runs_on
+from fastlip.norms._models.restore import MOST_COPIED, as_found, version_of
 
 #: Largest difference of two ways to compute a step in float64, relative to its largest output: weights that a model
 #: computes by itself are float32's in one of them.
@@ -286,7 +289,7 @@ def _try_hooked(module: nn.Module, step: Step, x: Tensor, rounding: float) -> No
     where = f"{step.name} ({step.kind})"
     with as_found(module):
         changed = [_watch(hooks) for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-        for inputs in unlike(x):
+        for inputs in probe_inputs(x):
             said, seen = step.apply(inputs), module(inputs.clone())
             if not isinstance(seen, Tensor) or not agree(said, seen, rounding):
                 raise _otherwise(f"hooks on {where} change what it does to other inputs")

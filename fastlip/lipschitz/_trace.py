@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlip.lipschitz._registry import find_rule, missing_rule
-from fastlip.norms._model import Refused, as_found, version_of
+from fastlip.norms._models.inputs import Refused
+from fastlip.norms._models.restore import as_found, version_of
 
 #: Name of the model inside the module that is traced; no layer's name is to start with it.
 _MODEL = "model"

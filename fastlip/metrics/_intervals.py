@@ -1,5 +1,6 @@
 """Confidence intervals of rates, differences and medians."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -90,6 +91,7 @@ def paired_bootstrap(
 
     Raises:
         ValueError: the shapes differ, there are fewer than 2 pairs, or a number is out of range.
+        ImportError: SciPy is missing.
     """
     _check_confidence(confidence)
     one, other = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
@@ -97,17 +99,31 @@ def paired_bootstrap(
         raise ValueError(f"a and b must be vectors of one length of at least 2, got {one.shape} and {other.shape}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    rng = np.random.default_rng(seed)
-    differences = np.empty(resamples)
-    with np.errstate(invalid="ignore"):
-        value = float(statistic(one, axis=-1) - statistic(other, axis=-1))
-        chunk = max(1, _BOOTSTRAP_ELEMENTS // one.size)
-        for i in range(0, resamples, chunk):
-            rows = rng.integers(one.size, size=(min(chunk, resamples - i), one.size))
-            differences[i : i + len(rows)] = statistic(one[rows], axis=-1) - statistic(other[rows], axis=-1)
+
+    def difference(x: NDArray[np.float64], y: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return statistic(x, axis=axis) - statistic(y, axis=axis)
+
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SciPy warns about its own interval, which cannot hold censored values
+        value = float(difference(one, other, -1))
+        differences = (
+            scipy_stats()
+            .bootstrap(
+                (one, other),
+                difference,
+                paired=True,
+                vectorized=True,
+                n_resamples=resamples,
+                batch=max(1, _BOOTSTRAP_ELEMENTS // one.size),
+                method="percentile",
+                rng=np.random.default_rng(seed),
+            )
+            .bootstrap_distribution
+        )
     if np.isnan(differences).any():
         return Interval(value, float("nan"), float("nan"), confidence)
     tail = (1 - confidence) / 2
+    # SciPy's own limits are not used: they interpolate, which gives NaN between infinite differences.
     low, high = np.quantile(differences, [tail, 1 - tail], method="nearest")
     return Interval(value, float(low), float(high), confidence)
 
@@ -131,10 +147,10 @@ def censored_median(values: ArrayLike, confidence: float = 0.95) -> CensoredMedi
     if data.size == 0 or np.isnan(data).any():
         raise ValueError("values must hold at least one number and no NaN")
     n = data.size
-    # P(X_(k) <= median <= X_(n+1-k)) >= 1 - 2 P(Bin(n, 1/2) < k).
-    rank = int(scipy_stats().binom.ppf((1 - confidence) / 2, n, 0.5))
-    low = data[rank - 1] if rank >= 1 else -np.inf
-    high = data[n - rank] if rank >= 1 else np.inf
+    interval = scipy_stats().quantile_test(data, p=0.5).confidence_interval(confidence)
+    # SciPy's limits are NaN where n is too small for them.
+    low = -np.inf if np.isnan(interval.low) else interval.low
+    high = np.inf if np.isnan(interval.high) else interval.high
     lower, upper = data[(n - 1) // 2], data[n // 2]
     value = lower if lower == upper else (lower + upper) / 2
     found = int(np.isfinite(data).sum())

@@ -4,26 +4,33 @@
 - :func:`layer_norms`: every layer of a model, or of many checkpoints, at one joint confidence.
 - :func:`spectral_norm_value` and :func:`constrain_norm`: the norm to differentiate, and to keep below a bound.
 - :class:`Operator`, :class:`Composed`, :func:`conv_operator`, :func:`module_operator`, :func:`simplify`,
-  :func:`trim` and :func:`operator_norms`: the same for operators put together by hand.
+  :func:`trim` and :func:`operator_norms`: the same for operators that are put together by hand.
+- :class:`NormOptions`: how all of them compute, as one object in place of keywords.
 """
 
-from fastlip.norms._composed import Composed
+import warnings
+from typing import Any
+
+from fastlip.norms._constrain_norm import constrain_norm
 from fastlip.norms._conv_norm import conv_norm
-from fastlip.norms._exact import simplify, trim
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._layers import layer_norms
-from fastlip.norms._modules import batchnorm_scale, diagonal_norm, module_operator
-from fastlip.norms._operator import Operator, conv_operator
-from fastlip.norms._report import NormReport
-from fastlip.norms._solve import Settings, memory_for, operator_norms
-from fastlip.norms._value import constrain_norm, spectral_norm_value
+from fastlip.norms._layer_norms import layer_norms
+from fastlip.norms._operator_norms import operator_norms
+from fastlip.norms._operators.batchnorm import batchnorm_scale, diagonal_norm
+from fastlip.norms._operators.composed import Composed
+from fastlip.norms._operators.modules import module_operator
+from fastlip.norms._operators.operator import Operator, conv_operator
+from fastlip.norms._operators.trim import simplify, trim
+from fastlip.norms._options import NormOptions, memory_for
+from fastlip.norms._report.report import NormReport
+from fastlip.norms._spectral_norm_value import spectral_norm_value
 
 __all__ = [
     "Composed",
     "NormInterval",
+    "NormOptions",
     "NormReport",
     "Operator",
-    "Settings",
     "batchnorm_scale",
     "constrain_norm",
     "conv_norm",
@@ -37,3 +44,10 @@ __all__ = [
     "spectral_norm_value",
     "trim",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Settings":
+        warnings.warn("fastlip.norms.Settings is called NormOptions", DeprecationWarning, stacklevel=2)
+        return NormOptions
+    raise AttributeError(f"module 'fastlip.norms' has no attribute {name!r}")

@@ -19,16 +19,16 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from fastlip._text import printable
-from fastlip.norms._html import report_html
-from fastlip.norms._interval import confidence_text
-from fastlip.norms._layers import layer_norms
-from fastlip.norms._report import NormReport
-from fastlip.norms._solve import METHODS
+from fastlip.norms._interval import confidence_text, width_text
+from fastlip.norms._layer_norms import layer_norms
+from fastlip.norms._options import METHODS
+from fastlip.norms._report.page import report_html
+from fastlip.norms._report.report import NormReport
 
-# Characters of an error, and names listed in one.
+# Most characters of an error, and most names that one lists.
 _LONGEST, _NAMED = 500, 3
 
-# Select Graphic Rendition, which torch puts into its own messages.
+# Escape sequences for colours, which torch puts into its messages.
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -59,22 +59,21 @@ def norms(
         if checkpoint is not None:
             _load_into(network, _load_state(checkpoint), checkpoint, model)
         report = _compute(network, sizes, rtol, confidence, method, fold, seed)
-        # JSON escapes whatever is in a name by itself, and keeps it.
+        # JSON escapes control characters in names by itself, and so keeps the names.
         shown = _shown(report)
         page = printable(f"{model} on {shape}")
         exports = ((json, report.to_json), (csv, shown.to_csv), (html, lambda: report_html(shown, page)))
+        to_stdout = [export() for path, export in exports if path is not None and str(path) == "-"]
         for path, export in exports:
             if path is not None and str(path) != "-":
                 path.write_text(export(), encoding="utf-8")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        # What load_state_dict says is long, and of many lines, with names out of the file in it.
+        # Errors of load_state_dict are long, have many lines, and contain names from the file.
         text = printable(" ".join(_COLOURS.sub("", str(error)).split()))
         print(f"error: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'}", file=sys.stderr)
         raise typer.Exit(2) from None
-    to_stdout = [export for path, export in exports if path is not None and str(path) == "-"]
     if to_stdout:
-        for export in to_stdout:
-            print(export(), end="")
+        print(*to_stdout, sep="", end="")
     else:
         console = Console()
         console.print(_table(shown, wide=console.width >= 100))
@@ -111,7 +110,7 @@ def _compute(
 
 
 def _check_options(classes: int | None, rtol: float, confidence: float, seed: int | None) -> None:
-    """Say what is wrong with an option in the option's own words, before anything is loaded."""
+    """Refuse wrong options by the names that they have on the command line, before anything is loaded."""
     if classes is not None and not 0 < classes < 2**31:
         raise ValueError(f"--classes must be a number of classes, got {classes}")
     if not 0.0 < rtol < math.inf:
@@ -133,7 +132,7 @@ def _parse_shape(text: str) -> tuple[int, ...]:
 
 
 def _load_model(name: str, classes: int | None) -> nn.Module:
-    """A torchvision model without weights, or what a named function returns."""
+    """A torchvision model without weights, or the model that a named function returns."""
     if ":" in name:
         if classes is not None:
             raise ValueError("--classes is for torchvision models; give MODEL a function that sets them")
@@ -159,7 +158,7 @@ def _load_model(name: str, classes: int | None) -> nn.Module:
 
 
 def _load_state(path: Path) -> dict[str, Any]:
-    """What a safetensors or torch file holds by name, also one that holds it under "state_dict"."""
+    """The tensors of a safetensors or torch file by name, also of one that holds them under "state_dict"."""
     if path.suffix == ".safetensors":
         try:
             library = importlib.import_module("safetensors.torch")
@@ -170,11 +169,11 @@ def _load_state(path: Path) -> dict[str, Any]:
         load, kind = partial(torch.load, map_location="cpu", weights_only=True), "state dict written by torch.save"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's, about pickles that it then refuses
+            warnings.simplefilter("ignore")  # torch warns of pickles that it then refuses
             state: Any = load(path)
     except OSError:
         raise
-    except Exception as error:  # whatever a file that is no such thing makes the readers raise
+    except Exception as error:  # readers raise all kinds of errors for other files
         raise ValueError(f"{path} is no {kind}, or holds more than tensors ({_refusal(error)})") from None
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -188,7 +187,7 @@ def _load_state(path: Path) -> dict[str, Any]:
 
 
 def _refusal(error: Exception) -> str:
-    """What a reader refused, in a few words; torch says it in the middle of a page of advice."""
+    """The reason why a reader refused, in a few words; torch gives it in the middle of a page of advice."""
     text = " ".join(_COLOURS.sub("", str(error)).split())
     refused = text.partition("WeightsUnpickler error: ")[2] or text
     for advice in (" Please use ", " Please file ", " Check the documentation "):
@@ -249,22 +248,21 @@ def _shown(report: NormReport) -> NormReport:
 def _table(report: NormReport, wide: bool) -> Table:
     table = Table(box=None, header_style="bold", row_styles=["", "dim"])
     table.add_column("layer", no_wrap=True)
-    if wide:  # in a narrow terminal the descriptions give way, never the numbers
+    if wide:  # a narrow terminal has no room for descriptions beside the numbers
         table.add_column("", overflow="ellipsis", no_wrap=True)
     table.add_column("at least", justify="right", no_wrap=True, min_width=8)
     table.add_column("at most", justify="right", style="bold", no_wrap=True, min_width=8)
     table.add_column("width", justify="right", no_wrap=True, min_width=6)
     table.add_column("method", no_wrap=True, min_width=11)
     for name, interval in report.items():
-        width = "exact" if interval.width < 1e-6 else f"{100 * interval.width:.2g}%"
         method = f"{interval.method} {interval.iterations or ''}".rstrip()
         late = "" if interval.converged else "[yellow]"
         table.add_row(
-            Text(name),  # what looks like rich's markup in a name is part of the name
+            Text(name),  # a name may look like rich's markup
             *([Text(report.descriptions[name])] if wide else []),
             f"{interval.lower:.5g}",
             f"{interval.upper:.5g}",
-            f"{late}{width}",
+            f"{late}{width_text(interval)}",
             method,
         )
     low, high = report.log10_product_lower, report.log10_product_upper

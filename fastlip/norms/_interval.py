@@ -1,4 +1,4 @@
-"""What a norm computation returns."""
+"""The interval that a norm is known to lie in, and how intervals are written."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ class NormInterval:
     """Two-sided bound on an operator's largest singular value.
 
     The norm lies in [``lower``, ``upper``] with probability at least ``confidence`` over the random starts. ``lower``
-    never depends on chance: it is attained by an explicit vector, up to the rounding it is lowered by.
+    never depends on chance: an explicit vector attains it, up to the rounding that has been subtracted from it.
 
     Attributes:
         lower: lower side, >= 0.
@@ -37,6 +37,11 @@ class NormInterval:
         return f"[{self.lower:.6g}, {self.upper:.6g}] ({self.method}, confidence {confidence_text(self.confidence)})"
 
 
+def width_text(interval: NormInterval) -> str:
+    """An interval's relative width: a percentage such as "0.62%", or "exact"."""
+    return f"{100.0 * interval.width:.2g}%" if interval.width >= 1e-6 else "exact"
+
+
 def confidence_text(confidence: float) -> str:
-    """A confidence the way it is read: "1" or "1 - 1e-06"."""
+    """A confidence as text: "1" or "1 - 1e-06"."""
     return "1" if confidence == 1.0 else f"1 - {1.0 - confidence:.2g}"

@@ -7,63 +7,75 @@ from typing import Annotated
 import typer
 
 from fastlip._text import printable
-from fastlip.study import config, presets
 from fastlip.study.errors import StudyError
+from fastlip.study.settings import overrides, presets, serialization
+from fastlip.study.settings.settings import Settings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def _settings() -> str:
-    """Every setting with its value in each preset, for --help."""
-    columns = [config.names(chosen) for chosen in presets.PRESETS.values()]
+    """All settings with their values in each preset, for --help."""
+    columns = [serialization.dotted_names(chosen) for chosen in presets.PRESETS.values()]
     lines = [f"**Settings** (`--set NAME=VALUE`; values of {' / '.join(presets.PRESETS)}):", ""]
     for name in columns[0]:
-        if name not in presets.FIXED:
+        if name not in overrides.FIXED:
             values = [",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (c[name] for c in columns)]
             lines.append(f"- `{name}`: {values[0] if len(set(values)) == 1 else ' / '.join(values)}")
     return "\n".join(lines)
 
 
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="demo: generated images, no network. quick: CIFAR-10 on two cores. seeds: quick's training over six "
+        "seeds, for questions 3 and 4. full: all arms, on a GPU."
+    ),
+]
+Out = Annotated[Path | None, typer.Option(help="Run directory; runs/PRESET by default. Resumed if it exists.")]
+Data = Annotated[Path | None, typer.Option(envvar="FASTLIP_DATA", help="Folder that holds cifar-10-batches-py.")]
+Download = Annotated[bool, typer.Option(help="Whether missing data and ImageNet weights may be fetched.")]
+SourceCheckpoint = Annotated[
+    Path | None,
+    typer.Option(
+        help="Source weights under torchvision's names: safetensors, or a torch file, of which nothing is executed."
+    ),
+]
+SourceData = Annotated[
+    Path | None, typer.Option(help="Folder of images, one folder per class, to pre-train the source on.")
+]
+Corruptions = Annotated[
+    Path | None,
+    typer.Option(help="Folder with CIFAR-10-C's files; without it corruptions are made, and labelled so."),
+]
+Seed = Annotated[int | None, typer.Option(help="First seed.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto by default.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; see below. Repeatable.")
+]
+
+
 @app.callback(invoke_without_command=True, epilog=_settings())
 def study(
     context: typer.Context,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="demo: generated images, no network. quick: CIFAR-10 on two cores. seeds: quick's training over six "
-            "seeds, for questions 3 and 4. full: all arms, on a GPU."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run directory; runs/PRESET by default. Resumed if it exists.")
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(envvar="FASTLIP_DATA", help="Folder that holds cifar-10-batches-py."),
-    ] = None,
-    download: Annotated[bool, typer.Option(help="Whether missing data and ImageNet weights may be fetched.")] = True,
-    source_checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Source weights under torchvision's names: safetensors, or a torch file, of which nothing is executed."
-        ),
-    ] = None,
-    source_data: Annotated[
-        Path | None, typer.Option(help="Folder of images, one folder per class, to pre-train the source on.")
-    ] = None,
-    corruptions: Annotated[
-        Path | None,
-        typer.Option(help="Folder with CIFAR-10-C's files; without it corruptions are made, and labelled so."),
-    ] = None,
+    preset: Preset = None,
+    out: Out = None,
+    data: Data = None,
+    download: Download = True,
+    source_checkpoint: SourceCheckpoint = None,
+    source_data: SourceData = None,
+    corruptions: Corruptions = None,
     join: Annotated[
         bool,
         typer.Option("--join", help="Share the run directory with other processes given the same, here or elsewhere."),
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="First seed.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto by default.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; see below. Repeatable.")
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Do only the stages of such names, beside others; see plan. Repeatable."),
     ] = None,
+    seed: Seed = None,
+    device: Device = None,
+    settings: Set = None,
 ) -> None:
     """Does what Szegedy et al. (2013) found hold for bigger and for pre-trained models?
 
@@ -72,37 +84,96 @@ def study(
     """
     if context.invoked_subcommand is not None:
         return
+    chosen, data = _chosen(context, preset, data, seed, device, settings)
+    try:
+        # torch and matplotlib take seconds to import, and mistakes on the command line are reported before.
+        from fastlip.study.pipeline import runner
+        from fastlip.study.settings.input_paths import InputPaths
+
+        paths = InputPaths(data, source_checkpoint, source_data, corruptions, download)
+        runner.run(chosen, paths, _out(out, chosen), join=join, only=only or ())
+    except KeyboardInterrupt:
+        # Typer would exit without a message.
+        raise StudyError("interrupted; run the same command again to go on", status=130) from None
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    preset: Preset = None,
+    out: Out = None,
+    data: Data = None,
+    download: Download = True,
+    source_checkpoint: SourceCheckpoint = None,
+    source_data: SourceData = None,
+    corruptions: Corruptions = None,
+    seed: Seed = None,
+    device: Device = None,
+    settings: Set = None,
+) -> None:
+    """Write a run as shell commands for an existing scheduler.
+
+    Files `1-...txt`, `2-...txt`, ... in the folder `plan` of the run directory hold one command a line. Those of one
+    file run in any order and side by side, on machines that see the same paths, once those of the file before are
+    done. A command whose process died is run again as it is.
+
+    By GNU parallel: `for file in DIR/plan/*.txt; do parallel --halt now,fail=1 -j 4 < $file || break; done`
+
+    By Slurm, one array a file, through submitit:
+    `executor.map_array(subprocess.check_call, map(shlex.split, open(file)))`
+    """
+    chosen, data = _chosen(context, preset, data, seed, device, settings)
+    from fastlip.study.pipeline.plan import write_plan
+    from fastlip.study.settings.input_paths import InputPaths
+
+    directory = _out(out, chosen).resolve()
+    files = {"--data": data, "--source-checkpoint": source_checkpoint}
+    files |= {"--source-data": source_data, "--corruptions": corruptions}
+    command = ["python", "-m", "fastlip.study", "--preset", str(preset), "--out", str(directory)]
+    command += [word for option, path in files.items() if path for word in (option, str(path.resolve()))]
+    command += [] if download else ["--no-download"]
+    command += [] if seed is None else ["--seed", str(seed)]
+    command += [] if device is None else ["--device", device]
+    command += [word for assignment in settings or () for word in ("--set", assignment)]
+    paths = InputPaths(data, source_checkpoint, source_data, corruptions, download)
+    for file in write_plan(chosen, paths, directory, command):
+        typer.echo(f"{file}: {len(file.read_text().splitlines())} commands")
+
+
+def _chosen(
+    context: typer.Context,
+    preset: str | None,
+    data: Path | None,
+    seed: int | None,
+    device: str | None,
+    assignments: list[str] | None,
+) -> tuple[Settings, Path | None]:
+    """The settings that the command line asks for, and the folder of the data where these want it."""
     if preset is None:
         raise StudyError("name a preset: python -m fastlip.study --preset demo (or --help)", status=2)
-    chosen = presets.preset(preset)
-    assignments = list(settings or [])
+    assignments = list(assignments or [])
     if seed is not None:
         assignments.append(f"seed={seed}")
     if device is not None:
         assignments.append(f"device={device}")
-    chosen = presets.override(chosen, assignments)
+    chosen = overrides.override(presets.preset(preset), assignments)
     origin = context.get_parameter_source("data")
     if chosen.dataset == "generated" and origin is not None and origin.name == "ENVIRONMENT":
         data = None  # FASTLIP_DATA is set for other runs
-    try:
-        # Imported late: torch and matplotlib take seconds, and mistakes on the command line are said at once.
-        from fastlip.study import runner
-        from fastlip.study.inputs import Places
+    return chosen, data
 
-        places = Places(data, source_checkpoint, source_data, corruptions, download)
-        runner.run(chosen, places, out or Path("runs") / preset, join=join)
-    except KeyboardInterrupt:
-        # Typer would end without a word.
-        raise StudyError("interrupted; run the same command again to go on", status=130) from None
+
+def _out(out: Path | None, settings: Settings) -> Path:
+    return out or Path("runs") / settings.preset
 
 
 @app.command("report")
 def rebuild(run: Annotated[Path, typer.Argument(help="Run directory with results.json.")]) -> None:
     """Rebuild tables, figures and report.html from stored results alone."""
-    from fastlip.study import report
-    from fastlip.study.rundir import RunDirectory
+    from fastlip.study.report import html_report
+    from fastlip.study.storage.run_directory import RunDirectory
 
-    typer.echo(report.write(RunDirectory(run)))
+    typer.echo(html_report.write(RunDirectory(run)))
 
 
 @app.command("compare")
@@ -110,23 +181,23 @@ def side_by_side(
     runs: Annotated[list[Path], typer.Argument(help="Run directories with results.json, two or more.")],
 ) -> None:
     """Set finished runs side by side: verdicts, models, settings that differ; as Markdown."""
-    from fastlip.study.compare import compare
+    from fastlip.study.report.compare import compare
 
     for table in compare(runs):
         typer.echo("\n".join(map(printable, table.markdown().split("\n"))))
 
 
 def main() -> None:
-    """Run the command line; errors that a person can mend are one line on stderr and an exit status."""
+    """Run the command line. Errors that the user can fix end in one line on stderr and an exit status."""
     try:
         app()
     except StudyError as error:
         _fail(str(error), error.status)
     except OSError as error:
-        # Disk full, no permission, a file vanished: what was written before stays complete.
+        # The disk is full, a permission is missing, or a file vanished: what was written before is still complete.
         _fail(f"{error}; mend that and run the same command again to go on", 1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported yet
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own class, which may not be imported yet
             raise
         _fail(
             f"{str(error).splitlines()[0]} Free the GPU and run the same command again to go on, or begin in another "

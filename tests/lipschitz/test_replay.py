@@ -485,7 +485,7 @@ def test_a_forward_that_writes_into_its_parameters(monkeypatch: pytest.MonkeyPat
     assert torch.equal(net.layer.bias, bias)
     assert fastlip.layer_norms(net, (3,))["layer"].upper > 0.0  # which a bias has no part in
     assert torch.equal(net.layer.bias, bias)
-    monkeypatch.setattr("fastlip.norms._model.MOST_COPIED", 1)
+    monkeypatch.setattr("fastlip.norms._models.restore.MOST_COPIED", 1)
     for call in (lipschitz_bound, fastlip.layer_norms):
         with pytest.raises(ValueError, match=r"writes into its parameter layer\.bias"):
             call(Writing(), (3,), check=False)

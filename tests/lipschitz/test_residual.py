@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlip.lipschitz import lipschitz_bound, rule
-from fastlip.norms import Composed, Settings, conv_operator, operator_norms
+from fastlip.norms import Composed, NormOptions, conv_operator, operator_norms
 
 
 def matrix(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
@@ -178,12 +178,12 @@ def test_composed_operators_are_those_of_the_sequence() -> None:
     for identity, scale in ((0.0, 1.0), (1.0, -0.5)):
         truth = norm(identity * torch.eye(98, dtype=torch.float64) + scale * two @ one)
         for method in ("auto", "power"):
-            settings = Settings(method=method, rtol=1e-3)
+            settings = NormOptions(method=method, rtol=1e-3)
             interval = operator_norms([Composed((a, b), norms, scale, identity)], settings)[0]
             assert interval.lower <= truth * (1 + 1e-11)
             assert truth * (1 - 1e-11) <= interval.upper <= truth * (1 + 2e-3)
     with pytest.raises(ValueError, match="single convolutions only"):
-        operator_norms([Composed((a, b), norms)], Settings(method="ring"))
+        operator_norms([Composed((a, b), norms)], NormOptions(method="ring"))
 
 
 class Moved(nn.Module):

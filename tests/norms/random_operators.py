@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fastlip.norms import (
     NormInterval,
+    NormOptions,
     Operator,
-    Settings,
     conv_norm,
     conv_operator,
     module_operator,
@@ -52,7 +52,7 @@ class Case:
         padding: (before, after) per axis, in numbers; for "transposed" both are the module's.
         geometry: stride, dilation, groups, padding_mode and, for "transposed", output_padding.
         given: the padding as conv_norm takes it.
-        settings: keyword arguments of Settings, without the generator.
+        settings: keyword arguments of NormOptions, without the generator.
     """
 
     seed: int
@@ -70,7 +70,7 @@ class Case:
         if self.kind == "conv":
             options = {**self.geometry, **self.settings, "generator": generator}
             return conv_norm(self.weight, self.size, padding=self.given, **options)
-        return operator_norms([self.operator()], Settings(**self.settings, generator=generator))[0]
+        return operator_norms([self.operator()], NormOptions(**self.settings, generator=generator))[0]
 
     def operator(self) -> Operator:
         """What the norm is taken of."""
@@ -195,7 +195,7 @@ def _padding(
         return "valid", [(0, 0) for _ in size]
     if kind == "conv" and max(stride) == 1 and rng.randrange(4) == 0:
         total = [e - 1 for e in extents]
-        if _fits(mode, size, [(t // 2, t - t // 2) for t in total]):
+        if require_fit(mode, size, [(t // 2, t - t // 2) for t in total]):
             return "same", [(t // 2, t - t // 2) for t in total]
     most = {"zeros": 10**6, "replicate": 12, "reflect": min(size) - 1, "circular": min(size)}[mode]
     choices = [(0, 0, 1, k // 2, e - 1, e // 2, e + 2) for k, e in zip(kernel, extents, strict=True)]
@@ -209,7 +209,7 @@ def _padding(
     return None, [(left, right) for left, right in sides]
 
 
-def _fits(mode: str, size: list[int], padding: list[tuple[int, int]]) -> bool:
+def require_fit(mode: str, size: list[int], padding: list[tuple[int, int]]) -> bool:
     most = {"reflect": -1, "circular": 0}.get(mode, 10**6)
     return all(max(pair) <= n + most for n, pair in zip(size, padding, strict=True))
 

@@ -7,26 +7,27 @@ import pytest
 import torch
 from scipy import stats
 
-from fastlip.norms import _lanczos as lanczos_module
 from fastlip.norms import conv_operator
-from fastlip.norms._certificate import krylov_bound, overlap, power_bound, sketch_scale
-from fastlip.norms._iterate import Plan, draw_starts
-from fastlip.norms._lanczos import lanczos_norms
-from fastlip.norms._operator import Operator
-from fastlip.norms._stack import _ConvStack
+from fastlip.norms._operators.operator import Operator
+from fastlip.norms._solvers import lanczos as lanczos_module
+from fastlip.norms._solvers.batched_operator import BatchedConvolutions
+from fastlip.norms._solvers.certificate import krylov_bound, power_bound, sketch_scale, start_overlap
+from fastlip.norms._solvers.iteration import IterationConfig
+from fastlip.norms._solvers.lanczos import lanczos_norms
+from fastlip.norms._solvers.starts import draw_starts
 
 
 @pytest.mark.parametrize("dimension", [2, 3, 10, 1000, 10**6])
 @pytest.mark.parametrize(("eta", "starts"), [(1e-12, 1), (1e-6, 1), (1e-6, 4), (0.1, 1), (0.5, 3), (0.9, 1)])
 def test_overlap_is_the_quantile_of_the_beta_distribution(dimension: int, eta: float, starts: int) -> None:
     expected = math.sqrt(stats.beta.ppf(eta ** (1 / starts), 0.5, (dimension - 1) / 2))
-    value = overlap(dimension, eta, starts)
+    value = start_overlap(dimension, eta, starts)
     assert value == pytest.approx(expected, rel=1e-5)
     assert value <= expected
 
 
 def test_overlap_in_one_dimension_is_one() -> None:
-    assert overlap(1, 1e-9, 1) == 1.0
+    assert start_overlap(1, 1e-9, 1) == 1.0
 
 
 @pytest.mark.parametrize(("eta", "sketches"), [(0.1, 1), (1e-3, 2), (1e-9, 12)])
@@ -64,7 +65,7 @@ def test_failure_rate_on_a_two_level_spectrum_is_eta(eta: float, starts: int) ->
         beta,
         np.ones(len(v)),
         np.zeros(len(v)),
-        np.full(len(v), overlap(size, eta, starts)),
+        np.full(len(v), start_overlap(size, eta, starts)),
     )
     misses = int((bounds.reshape(trials, starts).max(axis=1) < 1.0).sum())
     # The bound misses only in the event; in two dimensions it is sharp, so the event's rate is its rate.
@@ -80,7 +81,7 @@ def test_no_miss_at_any_step_outside_the_event(steps: int) -> None:
     spectrum[-1] = 1.0
     v = rng.standard_normal((2000, size))
     v /= np.linalg.norm(v, axis=1, keepdims=True)
-    threshold = overlap(size, eta, 1)
+    threshold = start_overlap(size, eta, 1)
     v = v[np.abs(v[:, -1]) >= threshold]
     alpha, beta = lanczos(spectrum, v, steps)
     bounds = krylov_bound(alpha, beta, np.ones(len(v)), np.full(len(v), 1e-13), np.full(len(v), threshold))
@@ -122,14 +123,14 @@ def test_power_bound_misses_only_in_the_event() -> None:
     spectrum = np.linspace(0.5, 1.0, size)
     v = rng.standard_normal((2000, size))
     v /= np.linalg.norm(v, axis=1, keepdims=True)
-    unlucky = np.abs(v[:, -1]) < overlap(size, eta, 1)
+    unlucky = np.abs(v[:, -1]) < start_overlap(size, eta, 1)
     logs = np.zeros((len(v), 1))
     for _ in range(6):
         v = v * spectrum
         norms = np.linalg.norm(v, axis=1, keepdims=True)
         v /= norms
         logs = np.concatenate([logs, logs[:, -1:] + np.log(norms)], axis=1)
-    errors, overlaps = np.full(len(v), math.log(1e-15)), np.full(len(v), overlap(size, eta, 1))
+    errors, overlaps = np.full(len(v), math.log(1e-15)), np.full(len(v), start_overlap(size, eta, 1))
     bounds = power_bound(logs[:, -1], logs[:, :-1], errors, overlaps)
     assert (bounds[~unlucky] >= 1.0).all()
 
@@ -145,7 +146,7 @@ def test_lanczos_in_working_precision_misses_no_more_often_than_promised(
     values = torch.full((size,), 0.3, dtype=torch.float64)
     values[0] = 1.0
     op = Operator(q * values)
-    plan = Plan(eta, starts, 1e-9, steps, dtype, torch.Generator().manual_seed(steps))
+    plan = IterationConfig(eta, starts, 1e-9, steps, dtype, torch.Generator().manual_seed(steps))
     results = lanczos_norms([op] * trials, plan)
     assert all(r.lower <= 1.0 + 1e-12 for r in results)
     misses = sum(r.upper < 1.0 for r in results)
@@ -157,7 +158,7 @@ def test_lanczos_in_working_precision_misses_no_more_often_than_promised(
 
 
 def test_starts_are_uniform_and_drawn_in_float64() -> None:
-    plan = Plan(1e-6, 8, 1e-2, 10, torch.float32, torch.Generator().manual_seed(0))
+    plan = IterationConfig(1e-6, 8, 1e-2, 10, torch.float32, torch.Generator().manual_seed(0))
     drawn, moved = draw_starts([15] * 150 + [4] + [15] * 50, plan, torch.device("cpu"))
     assert drawn.dtype == torch.float32
     assert moved.shape == (201,)
@@ -176,7 +177,7 @@ def test_how_far_rounding_moved_the_starts() -> None:
     sizes, device = [7, 7, 30, 1], torch.device("cpu")
 
     def draw(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        return draw_starts(sizes, Plan(1e-6, 3, 1e-2, 10, dtype, torch.Generator().manual_seed(5)), device)
+        return draw_starts(sizes, IterationConfig(1e-6, 3, 1e-2, 10, dtype, torch.Generator().manual_seed(5)), device)
 
     (rounded, moved), (exact, unmoved) = draw(torch.float32), draw(torch.float64)
     parts = (rounded.double() - exact).split([3 * size for size in sizes])
@@ -185,7 +186,7 @@ def test_how_far_rounding_moved_the_starts() -> None:
     assert (unmoved == 1e-15).all()
 
 
-class Coarse(_ConvStack):
+class Coarse(BatchedConvolutions):
     """Products of vectors rounded to TF32's ten bits, as a matrix unit would take them."""
 
     def forward(self, x: torch.Tensor, *args: object, **history: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,10 +205,10 @@ def test_the_certificate_sees_whatever_arithmetic_ran(monkeypatch: pytest.Monkey
     op = conv_operator(weight, (16, 16), padding=1)
 
     def norm(dtype: torch.dtype, rtol: float = 1e-2):
-        return lanczos_norms([op], Plan(1e-6, 4, rtol, 60, dtype, torch.Generator().manual_seed(1)))[0]
+        return lanczos_norms([op], IterationConfig(1e-6, 4, rtol, 60, dtype, torch.Generator().manual_seed(1)))[0]
 
     truth, fine = norm(torch.float64, 1e-5), norm(torch.float32)
-    monkeypatch.setattr(lanczos_module, "stack", Coarse)
+    monkeypatch.setattr(lanczos_module, "batched_operator", Coarse)
     coarse = norm(torch.float32)
     assert fine.upper <= fine.lower * 1.01
     assert coarse.upper > 2.0 * coarse.lower  # TF32 is no use for a certificate, and this one says so

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlip.norms import NormInterval, Operator, conv_norm, conv_operator
-from fastlip.norms._certificate import Array, power_bound
-from fastlip.norms._exact import gram_matrix
-from fastlip.norms._iterate import GRAINS
-from fastlip.norms._solve import Settings, operator_norms
+from fastlip.norms import NormInterval, NormOptions, Operator, conv_norm, conv_operator, operator_norms
+from fastlip.norms._solvers.certificate import Array, power_bound
+from fastlip.norms._solvers.eigenvalues import gram_matrix
+from fastlip.norms._solvers.iteration import DEVICE_LIMITS
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -103,7 +102,7 @@ def check_together(seeds: range, device: str = "cpu", method: str = "lanczos", r
     cases = [random_case(seed) for seed in seeds]
     ops = [conv_operator(weight.to(device), size, **kwargs) for weight, size, kwargs in cases]
     generator = torch.Generator().manual_seed(seeds.start)
-    found = operator_norms(ops, Settings(method=method, max_steps=60, rtol=rtol, generator=generator))
+    found = operator_norms(ops, NormOptions(method=method, max_steps=60, rtol=rtol, generator=generator))
     for interval, (weight, size, kwargs) in zip(found, cases, strict=True):
         assert_holds(interval, true_norm(weight, size, **kwargs))
     assert len({interval.iterations for interval in found}) > 3
@@ -112,7 +111,7 @@ def check_together(seeds: range, device: str = "cpu", method: str = "lanczos", r
 @pytest.mark.parametrize(("method", "rtol"), [("lanczos", 1e-3), ("power", 0.1)])
 def test_random_operators_hold_together(method: str, rtol: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one iteration, measured in groups of the size that a GPU takes."""
-    monkeypatch.setitem(GRAINS, "cpu", GRAINS["cuda"]._replace(steps=1))
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", DEVICE_LIMITS["cuda"]._replace(steps=1))
     check_together(range(5000, 5120), method=method, rtol=rtol)
 
 
@@ -125,7 +124,7 @@ def test_random_operators_hold_together_on_the_device() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_many_random_operators_hold_together(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRAINS, "cpu", GRAINS[device]._replace(steps=1))
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", DEVICE_LIMITS[device]._replace(steps=1))
     check_together(range(6000, 8000))
 
 
@@ -307,7 +306,7 @@ def test_every_method_has_the_same_operator_where_a_circular_input_is_cropped(
     copied = torch.eye(n, dtype=torch.float64)[torch.arange(-pads[0], n + pads[1]) % n]
     truth = torch.linalg.matrix_norm(F.conv1d(copied.T[:, None], weight)[:, 0], 2).item()
     op = Operator(weight, (n,), (1,), (1,), (pads,), 1, "circular")
-    settings = Settings(method=method, rtol=1e-6, dtype=torch.float64)
+    settings = NormOptions(method=method, rtol=1e-6, dtype=torch.float64)
     interval = operator_norms([op], settings)[0]
     assert_holds(interval, truth)
     if method != "ring":
@@ -332,7 +331,7 @@ def test_power_iteration_bounds_less_often_the_more_steps_it_took(monkeypatch: p
         looks.append(prefix.shape[1])
         return power_bound(growth, prefix, *numbers)
 
-    monkeypatch.setattr("fastlip.norms._power.power_bound", counted)
+    monkeypatch.setattr("fastlip.norms._solvers.power.power_bound", counted)
     interval = conv_norm(torch.ones(1, 1, 3), 12, padding=1, method="power", rtol=1e-15, max_steps=1234)
     assert interval.iterations == looks[-1] == 1234
     assert looks[:5] == [10, 20, 30, 40, 50]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fastlip.norms import conv_norm, conv_operator, trim
-from fastlip.norms._deterministic import cholesky_bound, gram_bound
-from fastlip.norms._exact import dense_matrix
+from fastlip.norms._operators.dense import dense_matrix
+from fastlip.norms._solvers.deterministic import cholesky_bound, gram_bound
 
 
 def true_norm(conv: nn.Module, size: tuple[int, ...]) -> float:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlip.norms import NormReport, conv_norm, layer_norms
-from fastlip.norms._operator import Operator
-from fastlip.norms._solve import _is_small
+from fastlip.norms._operators.operator import Operator
+from fastlip.norms._solvers.exact import is_small
 
 
 def jacobian_norm(function: nn.Module, shape: tuple[int, ...]) -> float:
@@ -288,4 +288,4 @@ def test_a_layer_without_weights_has_norm_zero() -> None:
 ])  # fmt: skip
 def test_matrices_are_factorised_where_that_is_cheaper(side: int, rtol: float, device: str, small: bool) -> None:
     # "meta" stands for any device but the CPU.
-    assert _is_small(Operator(torch.empty(side, 2 * side, device=device)), rtol) is small
+    assert is_small(Operator(torch.empty(side, 2 * side, device=device)), rtol) is small

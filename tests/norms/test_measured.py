@@ -11,18 +11,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip.norms import Composed, Operator, conv_operator
-from fastlip.norms import _lanczos as lanczos
-from fastlip.norms import _recurrence as recurrence
-from fastlip.norms._combine import combine, runs_of
-from fastlip.norms._iterate import GRAINS, Grain, Iterate, Plan
-from fastlip.norms._lanczos import lanczos_norms
-from fastlip.norms._operator import look_at
-from fastlip.norms._recurrence import BLOCK
-from fastlip.norms._stack import _ConvStack, stack
+from fastlip.norms._operators.operator import compute_frobenius
+from fastlip.norms._solvers import lanczos, recurrence
+from fastlip.norms._solvers.batched_operator import BatchedConvolutions, batched_operator
+from fastlip.norms._solvers.combinations import combine, runs_of
+from fastlip.norms._solvers.iteration import DEVICE_LIMITS, DeviceLimits, IterationConfig, IterationResult
+from fastlip.norms._solvers.lanczos import lanczos_norms
+from fastlip.norms._solvers.recurrence import BLOCK
 
 CHAINS = 3
-ALONE = Grain(1, 0, 64, 1 << 29)  # one operator at a time, a few columns of it
-TOGETHER = GRAINS["cuda"]._replace(steps=1, ahead=0)
+ALONE = DeviceLimits(1, 0, 64, 1 << 29)  # one operator at a time, a few columns of it
+TOGETHER = DEVICE_LIMITS["cuda"]._replace(steps=1, ahead=0)
 
 
 class Vectors(NamedTuple):
@@ -58,7 +57,7 @@ COUNTS = {
 def test_sums_of_an_operators_own_vectors(
     counts: list[int], elements: int, beyond: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(GRAINS, "cpu", Grain(1, 0, elements, 1 << 29))
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", DeviceLimits(1, 0, elements, 1 << 29))
     vectors = some_vectors(SIZES, counts, beyond)
     g = torch.Generator().manual_seed(5)
     coefficients = torch.randn(4, sum(counts) + 1, CHAINS, dtype=torch.float64, generator=g)
@@ -76,7 +75,7 @@ def test_sums_of_an_operators_own_vectors(
 
 
 def test_runs_are_neighbours_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRAINS, "cpu", Grain(1, 0, 2 * BLOCK * CHAINS * 11, 1))
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", DeviceLimits(1, 0, 2 * BLOCK * CHAINS * 11, 1))
     runs = runs_of(SIZES, CHAINS, torch.device("cpu"))
     assert [i for own in runs for i in range(own.start, own.stop)] == list(range(len(SIZES)))
     assert [len(set(SIZES[own])) for own in runs] == [1] * len(runs)
@@ -113,13 +112,13 @@ def compositions() -> list[Composed]:
 KINDS: dict[str, Callable[[], list]] = {"convolutions": convolutions, "compositions": compositions}
 
 
-def norms(kind: str, dtype: torch.dtype, max_steps: int) -> list[Iterate]:
+def norms(kind: str, dtype: torch.dtype, max_steps: int) -> list[IterationResult]:
     rtol = 1e-3 if dtype == torch.float32 else 1e-6
-    plan = Plan(1e-6, 4, rtol, max_steps, dtype, torch.Generator().manual_seed(1), keep_vectors=True)
+    plan = IterationConfig(1e-6, 4, rtol, max_steps, dtype, torch.Generator().manual_seed(1), keep_vectors=True)
     return lanczos_norms(KINDS[kind](), plan)
 
 
-def assert_same(found: list[Iterate], expected: list[Iterate]) -> None:
+def assert_same(found: list[IterationResult], expected: list[IterationResult]) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.steps == other.steps
         assert one.lower == pytest.approx(other.lower, rel=1e-12, abs=1e-15)
@@ -131,17 +130,17 @@ def assert_same(found: list[Iterate], expected: list[Iterate]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("max_steps", [1, 19, 80])
 def test_together_as_alone(kind: str, dtype: torch.dtype, max_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRAINS, "cpu", ALONE)
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", ALONE)
     alone = norms(kind, dtype, max_steps)
     assert max_steps < 80 or len({found.steps for found in alone}) > 1
     for other in (TOGETHER, TOGETHER._replace(elements=1 << 15)):
-        monkeypatch.setitem(GRAINS, "cpu", other)
+        monkeypatch.setitem(DEVICE_LIMITS, "cpu", other)
         assert_same(norms(kind, dtype, max_steps), alone)
 
 
-@pytest.mark.parametrize("grain", [ALONE, TOGETHER])
-def test_what_memory_held_before_plays_no_part(grain: Grain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRAINS, "cpu", grain)
+@pytest.mark.parametrize("limits", [ALONE, TOGETHER])
+def test_what_memory_held_before_plays_no_part(limits: DeviceLimits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", limits)
     before = norms("convolutions", torch.float32, 80)
     fresh = recurrence._vectors
 
@@ -154,22 +153,24 @@ def test_what_memory_held_before_plays_no_part(grain: Grain, monkeypatch: pytest
         assert torch.equal(one.vector, other.vector)
 
 
-class Failing(_ConvStack):
+class Failing(BatchedConvolutions):
     """From the fourth application on the first operator's results are not finite."""
 
     def forward(self, *args: object, **history: object) -> tuple[Tensor, Tensor]:
         self.applied = getattr(self, "applied", 0) + 1
         image, square = super().forward(*args, **history)
         if self.applied > 3:
-            image[self.range[0]] = square[self.chains[0]] = float("nan")
+            image[self.range[0]] = square[self.vectors[0]] = float("nan")
         return image, square
 
 
-@pytest.mark.parametrize("grain", [ALONE, TOGETHER])
-def test_a_failed_operator_has_no_upper_side_and_harms_no_other(grain: Grain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRAINS, "cpu", grain)
+@pytest.mark.parametrize("limits", [ALONE, TOGETHER])
+def test_a_failed_operator_has_no_upper_side_and_harms_no_other(
+    limits: DeviceLimits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", limits)
     before = norms("convolutions", torch.float32, 80)
-    monkeypatch.setattr(lanczos, "stack", Failing)
+    monkeypatch.setattr(lanczos, "batched_operator", Failing)
     failed, *others = norms("convolutions", torch.float32, 80)
     assert (failed.lower, failed.upper) == (0.0, float("inf"))
     for one, other in zip(others, before[1:], strict=True):
@@ -204,7 +205,7 @@ def test_launches_are_counted() -> None:
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_launches_of_sums_do_not_grow(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRAINS, "cpu", TOGETHER)
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", TOGETHER)
 
     def count(copies: int) -> int:
         own = counts[6:] * copies
@@ -222,7 +223,7 @@ def test_launches_of_sums_do_not_grow(counts: list[int], monkeypatch: pytest.Mon
 
 
 def test_launches_do_not_grow_with_equal_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRAINS, "cpu", TOGETHER)
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", TOGETHER)
 
     def count(models: int) -> int:
         g = torch.Generator().manual_seed(7)
@@ -231,9 +232,9 @@ def test_launches_do_not_grow_with_equal_models(monkeypatch: pytest.MonkeyPatch)
             conv_operator(torch.randn(cout, cin, 3, 3, generator=g), (size, size), padding=1)
             for (cin, cout, size), _ in itertools.product(layers, range(models))
         ]
-        plan = Plan(1e-6, 4, 1e-9, 18, torch.float32, torch.Generator().manual_seed(1))
-        look_at(ops)
-        packing = launches(lambda: (stack(ops, 4, torch.float32), stack(ops, 17, torch.float64)))
+        plan = IterationConfig(1e-6, 4, 1e-9, 18, torch.float32, torch.Generator().manual_seed(1))
+        compute_frobenius(ops)
+        packing = launches(lambda: (batched_operator(ops, 4, torch.float32), batched_operator(ops, 17, torch.float64)))
         found = []
         total = launches(lambda: found.extend(lanczos_norms(ops, plan)))
         assert {op.steps for op in found} == {18}

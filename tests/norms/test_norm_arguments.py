@@ -11,8 +11,8 @@ from torch import nn
 from fastlip import lipschitz_bound
 from fastlip.norms import (
     Composed,
+    NormOptions,
     Operator,
-    Settings,
     constrain_norm,
     conv_norm,
     conv_operator,
@@ -23,8 +23,8 @@ from fastlip.norms import (
 
 WEIGHT = torch.ones(4, 2, 3, 3)
 
-#: Field of Settings, a wrong value, and what the message says after the name.
-WRONG_SETTINGS = [
+#: Field of NormOptions, a wrong value, and what the message says after the name.
+WRONG_OPTIONS = [
     *(("rtol", value, "a positive number") for value in ("0.1", None, True, 1j, [0.1], torch.tensor(0.1))),
     *(("rtol", value, "positive and finite") for value in (0, -1e-3, math.nan, math.inf)),
     ("rtol", 10**400, "a positive number"),
@@ -76,15 +76,15 @@ def named(name: str, expected: str) -> str:
     return f"^{name} must .*{expected}"
 
 
-@pytest.mark.parametrize(("name", "value", "expected"), WRONG_SETTINGS)
-def test_settings_name_the_field(name: str, value: object, expected: str) -> None:
+@pytest.mark.parametrize(("name", "value", "expected"), WRONG_OPTIONS)
+def test_options_name_the_field(name: str, value: object, expected: str) -> None:
     with pytest.raises((TypeError, ValueError), match=named(name, expected)):
-        Settings(**{name: value})
+        NormOptions(**{name: value})
     with pytest.raises((TypeError, ValueError), match=named(name, expected)):
         conv_norm(WEIGHT, 8, groups=2, **{name: value})
 
 
-@pytest.mark.parametrize(("name", "value", "expected"), [case for case in WRONG_SETTINGS if case[0] != "generator"])
+@pytest.mark.parametrize(("name", "value", "expected"), [case for case in WRONG_OPTIONS if case[0] != "generator"])
 def test_norms_of_models_name_the_field(name: str, value: object, expected: str) -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
     for function in (layer_norms, lipschitz_bound):
@@ -94,9 +94,7 @@ def test_norms_of_models_name_the_field(name: str, value: object, expected: str)
 
 def test_progress_is_something_to_call() -> None:
     with pytest.raises(TypeError, match="progress must be callable or None, got int"):
-        Settings(progress=3)  # type: ignore[arg-type]  # what is refused
-    with pytest.raises(TypeError, match="max_memory must be an integer >= 1, got None"):
-        Settings(max_memory=None)  # type: ignore[arg-type]  # what is refused
+        NormOptions(progress=3)  # type: ignore[arg-type]  # what is refused
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), WRONG_GEOMETRY)
@@ -135,7 +133,7 @@ def test_steps_of_a_value_are_counted(value: object) -> None:
         *(("iterations", value, "an integer >= 1") for value in ("1", None, 1.0, True, 0)),
         *(("input_size", value, "an integer >= 1") for value in ("8", None, 8.0, True, 0, (8, 8.0))),
         ("input_size", (8, 8, 8), "have 2 axes for Conv2d"),
-        *((name, value, expected) for name, value, expected in WRONG_SETTINGS if name in ("rtol", "confidence")),
+        *((name, value, expected) for name, value, expected in WRONG_OPTIONS if name in ("rtol", "confidence")),
     ],
 )
 def test_constraints_name_the_argument(name: str, value: object, expected: str) -> None:
@@ -161,25 +159,25 @@ def test_operators_are_checked() -> None:
     op = Operator(torch.eye(3))
     for ops in (op, None, [None], [op, torch.eye(3)], "op"):
         with pytest.raises(TypeError, match="ops must be a sequence of Operator and Composed"):
-            operator_norms(ops, Settings())
-    with pytest.raises(TypeError, match="settings must be a Settings, got dict"):
+            operator_norms(ops, NormOptions())
+    with pytest.raises(TypeError, match="options must be a NormOptions or None, got dict"):
         operator_norms([op], {"rtol": 0.1})  # type: ignore[arg-type]  # what is refused
     broken = Operator(torch.full((3, 3), math.nan))
     for ops in ([op, broken], [Composed((op, broken), (1.0, 1.0))]):
         with pytest.raises(ValueError, match="weight holds NaN or infinite values"):
-            operator_norms(ops, Settings())
-    assert operator_norms([], Settings()) == []
+            operator_norms(ops, NormOptions())
+    assert operator_norms([], NormOptions()) == []
 
 
 def test_numbers_of_numpy_are_taken_and_become_pythons() -> None:
-    given = Settings(
+    given = NormOptions(
         rtol=np.float32(0.5),
         confidence=Fraction(99, 100),  # type: ignore[arg-type]  # as good a number as any
         starts=np.int64(3),
         max_steps=np.int32(7),
         max_memory=np.uint64(2**40),
     )
-    assert given == Settings(rtol=0.5, confidence=0.99, starts=3, max_steps=7, max_memory=2**40)
+    assert given == NormOptions(rtol=0.5, confidence=0.99, starts=3, max_steps=7, max_memory=2**40)
     assert {type(value) for value in (given.starts, given.max_steps, given.max_memory)} == {int}
     assert type(given.rtol) is type(given.confidence) is float
     two = np.int64(2)

@@ -3,9 +3,12 @@
 import csv
 import io
 import json
+import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,13 @@ from torch import nn
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
+pytest.importorskip("jinja2")
 
 from typer.testing import CliRunner, Result
 
-from fastlip.norms import layer_norms
+from fastlip.norms import NormInterval, NormReport, layer_norms
 from fastlip.norms._cli import app
-from fastlip.norms._html import report_html
+from fastlip.norms._report.page import report_html
 
 
 def small_model() -> nn.Module:
@@ -131,6 +135,29 @@ def test_page_escapes_names_and_is_self_contained() -> None:
     assert "a &lt;b&gt; &amp; c" in page
     assert "http" not in page
     assert f"{report['0'].upper:.5g}" in page
+    hostile = replace(report, descriptions={"0": "<script>"})
+    assert "<script>" not in report_html(hostile, "</title><script>")
+
+
+def test_a_page_has_a_row_for_each_layer() -> None:
+    zero, one = (NormInterval(x, x, 1.0, "svd", 0, True) for x in (0.0, 2.0))
+    wide = NormInterval(1.0, math.inf, 1.0 - 1e-6, "lanczos", 7, False)
+    report = NormReport({"a": zero, "b": one, "c": wide}, dict.fromkeys("abc", "Linear"), 1.0 - 1e-6, 5)
+    page = report_html(report, "net")
+    assert re.findall(r'width:([\d.]+)%"></div>', page) == ["0.0", "100.0", "100.0"]
+    assert re.findall(r'<td class="n">(exact|inf%)</td>', page) == ["exact", "exact", "inf%"]
+    assert "3 layers" in page
+    assert "with confidence 1 - 1e-06 (seed of the random starts 5).</p>" in page
+    assert "seed" not in report_html(replace(report, seed=None), "net")
+
+
+def test_a_page_needs_jinja(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    for where in ("-", "out.html"):
+        done = run("tiny_net:build", "--input", "3,8,8", "--html", where)
+        assert done.exit_code == 2
+        assert done.stderr == 'error: HTML reports need Jinja2: pip install "fastlip[study]"\n'
+    assert run("tiny_net:build", "--input", "3,8,8", "--csv", "-").exit_code == 0
 
 
 ESCAPES = "\x1b[2J\x1b]0;x\x07\x9b31m\u202e\u2066\r\n\x00"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastlip import conv_norm
-from fastlip.norms import NormInterval, _stack
+from fastlip.norms import NormInterval
+from fastlip.norms._solvers import batched_operator
 from fastlip.ops import PRODUCTS
 
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
@@ -43,7 +44,7 @@ def test_the_variable_reaches_the_operator(value, products, monkeypatch):
     monkeypatch.delenv("FASTLIP_PRODUCTS", raising=False)
     if value is not None:
         monkeypatch.setenv("FASTLIP_PRODUCTS", value)
-    with patch.object(_stack, "operator_step_", wraps=_stack.operator_step_) as step:
+    with patch.object(batched_operator, "operator_step_", wraps=batched_operator.operator_step_) as step:
         norm("cpu")
     assert {call.kwargs["products"] for call in step.call_args_list} == {products}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from random_operators import LIMIT, Tally, check, fault_of, random_case
 
-from fastlip.norms import Settings, operator_norms, spectral_norm_value
+from fastlip.norms import NormOptions, operator_norms, spectral_norm_value
 
 
 def assert_clean(tally: Tally) -> None:
@@ -29,7 +29,7 @@ def test_random_operators_of_all_magnitudes_hold_in_one_call(method: str) -> Non
     cases = [random_case(seed) for seed in range(20_000, 20_120)]
     generator = torch.Generator().manual_seed(0)
     settings = {"method": method, "rtol": 1e-3, "max_steps": 40}
-    found = operator_norms([case.operator() for case in cases], Settings(**settings, generator=generator))
+    found = operator_norms([case.operator() for case in cases], NormOptions(**settings, generator=generator))
     for case, interval in zip(cases, found, strict=True):
         case.settings = settings
         assert not fault_of(case, interval, *case.truth()), f"{case}: {interval!r}"

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip.norms import Composed, NormInterval, Operator, conv_norm, conv_operator
-from fastlip.norms import _replay as replay
-from fastlip.norms._certificate import normal_equations
-from fastlip.norms._iterate import GRAINS, Plan, on_device
-from fastlip.norms._power import _Steps
-from fastlip.norms._recurrence import Reading, Recurrence
-from fastlip.norms._stack import stack
+from fastlip.norms._solvers import cuda_graphs
+from fastlip.norms._solvers.batched_operator import batched_operator
+from fastlip.norms._solvers.iteration import DEVICE_LIMITS, IterationConfig
+from fastlip.norms._solvers.power import _Steps
+from fastlip.norms._solvers.recurrence import Reading, Recurrence
+from fastlip.norms._solvers.starts import on_device
+from fastlip.norms._solvers.tridiagonal import normal_equations
 
 CHAINS = 3
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "bincount")
@@ -53,14 +54,14 @@ KINDS = {"convolutions": convolutions, "composed": composed}
 
 
 def begun(kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Recurrence:
-    operators = stack(KINDS[kind](), CHAINS, dtype)
+    operators = batched_operator(KINDS[kind](), CHAINS, dtype)
     g = torch.Generator().manual_seed(2)
     starts = []
     for place in operators.domain:
         v = torch.randn(CHAINS, (place.stop - place.start) // CHAINS, generator=g, dtype=torch.float64)
         starts.append((v / torch.linalg.vector_norm(v, dim=1, keepdim=True)).to(dtype).flatten())
     if device != "cpu":
-        operators = stack(KINDS[kind](device), CHAINS, dtype)
+        operators = batched_operator(KINDS[kind](device), CHAINS, dtype)
     return Recurrence(operators, torch.cat(starts).to(device))
 
 
@@ -116,7 +117,7 @@ def test_a_chunk_reads_nothing_on_the_host(kind: str, pairs: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chunk_runs_where_there_are_no_numbers_to_read(kind: str) -> None:
-    operators = stack(KINDS[kind]("meta"), CHAINS, torch.float32)
+    operators = batched_operator(KINDS[kind]("meta"), CHAINS, torch.float32)
     start = torch.empty(operators.domain[-1].stop, device="meta")
     for pairs in (False, True):
         run = Recurrence(operators, start)
@@ -125,7 +126,7 @@ def test_a_chunk_runs_where_there_are_no_numbers_to_read(kind: str) -> None:
         run.advance(6)
         with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
             run.coefficients(6)
-    steps = _Steps(stack(KINDS[kind]("meta"), CHAINS, torch.float64), start.double())
+    steps = _Steps(batched_operator(KINDS[kind]("meta"), CHAINS, torch.float64), start.double())
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
         steps.advance(10)  # its read comes last
     steps._chunk(10)
@@ -162,7 +163,7 @@ def test_memory_goes_with_its_last_reference() -> None:
     run = begun("convolutions")
     run.work_in_pairs(plain)
     run.advance(4)
-    steps = _Steps(stack(convolutions(), CHAINS, torch.float64), torch.ones(run._vector(0).numel()).double())
+    steps = _Steps(batched_operator(convolutions(), CHAINS, torch.float64), torch.ones(run._vector(0).numel()).double())
     steps._runner = plain
     steps.advance(10)
     gone = [weakref.ref(t) for t in (run._blocks[0].vectors, run._pair.vectors, run._u, steps._u)]
@@ -242,9 +243,9 @@ def test_the_device_goes_on_while_the_host_looks(monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(owner, name, noting)
 
-    monkeypatch.setitem(GRAINS, "cpu", GRAINS["cuda"]._replace(ahead=0))
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", DEVICE_LIMITS["cuda"]._replace(ahead=0))
     expected = norms()
-    monkeypatch.setitem(GRAINS, "cpu", GRAINS["cuda"])
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", DEVICE_LIMITS["cuda"])
     for owner, name in ((Recurrence, "advance"), (Recurrence, "matrices"), (Reading, "wait")):
         noted(owner, name)
     assert norms() == expected
@@ -275,7 +276,7 @@ def test_the_same_norms_from_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_starts_are_drawn_on_the_device_of_the_operators() -> None:
-    plan = Plan(1e-6, 4, 1e-2, 10, torch.float32, torch.Generator().manual_seed(0))
+    plan = IterationConfig(1e-6, 4, 1e-2, 10, torch.float32, torch.Generator().manual_seed(0))
     assert on_device(plan, torch.device("cpu")) is plan
     if torch.cuda.is_available():
         seeds = {on_device(plan, torch.device("cuda")).generator.initial_seed() for _ in range(3)}
@@ -286,7 +287,7 @@ def test_a_failed_capture_warns_once_and_goes_on() -> None:
     if torch.cuda.is_available():
         pytest.skip("capture works where there is a GPU")
     calls = []
-    runner = replay.Replayed(torch.device("cuda"))
+    runner = cuda_graphs.Replayed(torch.device("cuda"))
     runner(lambda: calls.append(1))
     with pytest.warns(UserWarning, match="CUDA graph capture failed"):
         runner(lambda: calls.append(1))
@@ -303,20 +304,20 @@ def test_a_step_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -
         def replay(self) -> None:
             replays.append(1)
 
-    monkeypatch.setattr(replay, "_captured", lambda step, device: Graph())
-    runner = replay.Replayed(torch.device("cuda"))
+    monkeypatch.setattr(cuda_graphs, "_captured", lambda step, device: Graph())
+    runner = cuda_graphs.Replayed(torch.device("cuda"))
     for _ in range(4):
         runner(lambda: calls.append(1))
     assert (len(calls), len(replays)) == (1, 3)
 
 
 def test_where_graphs_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(replay.backends, "cuda", type(replay.backends["cpu"])("native", ""))
-    assert replay.worthwhile(torch.device("cuda"), 1 << 20)
-    assert not replay.worthwhile(torch.device("cuda"), 1 << 30)
-    assert not replay.worthwhile(torch.device("cpu"), 1 << 20)
-    monkeypatch.setitem(replay.backends, "cuda", type(replay.backends["cpu"])("reference", ""))
-    assert not replay.worthwhile(torch.device("cuda"), 1 << 20)
+    monkeypatch.setitem(cuda_graphs.backends, "cuda", type(cuda_graphs.backends["cpu"])("native", ""))
+    assert cuda_graphs.worthwhile(torch.device("cuda"), 1 << 20)
+    assert not cuda_graphs.worthwhile(torch.device("cuda"), 1 << 30)
+    assert not cuda_graphs.worthwhile(torch.device("cpu"), 1 << 20)
+    monkeypatch.setitem(cuda_graphs.backends, "cuda", type(cuda_graphs.backends["cpu"])("reference", ""))
+    assert not cuda_graphs.worthwhile(torch.device("cuda"), 1 << 20)
 
 
 @pytest.mark.gpu
@@ -325,7 +326,7 @@ def test_where_graphs_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_graphs_give_the_same_bits_and_never_wait(kind: str) -> None:
     one, two = (begun(kind, device="cuda") for _ in range(2))
     one._pair = None
-    runner = replay.Replayed(two.device)
+    runner = cuda_graphs.Replayed(two.device)
     two.work_in_pairs(runner)
     for run in (one, two):
         run.advance(4)
@@ -342,7 +343,7 @@ def test_graphs_give_the_same_bits_and_never_wait(kind: str) -> None:
     assert torch.equal(*(reading.wait() for reading in readings))
     for a, b in zip(one.coefficients(22), two.coefficients(22), strict=True):
         np.testing.assert_array_equal(a, b)
-    if replay.backends["cuda"].name != "reference":
+    if cuda_graphs.backends["cuda"].name != "reference":
         assert runner._graph is not None
 
 

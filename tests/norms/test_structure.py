@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlip
-from fastlip.norms import _layers as layers
-from fastlip.norms._structure import modules_of, structure
+from fastlip.norms._models import collect, weights
+from fastlip.norms._models.structure import modules_of, structure
 
 
 class Net(nn.Module):
@@ -104,13 +104,13 @@ def test_of_what_is_unknown_nothing_is_said(change):
 
 def test_only_the_first_of_like_models_runs(monkeypatch):
     ran = []
-    plan = layers._plan
+    run_for_layers = collect._run_for_layers
 
     def record(model: nn.Module, *arguments: object) -> object:
         ran.append(model)
-        return plan(model, *arguments)
+        return run_for_layers(model, *arguments)
 
-    monkeypatch.setattr(layers, "_plan", record)
+    monkeypatch.setattr(collect, "_run_for_layers", record)
     torch.manual_seed(0)
     models = [Net(), Net(), Other(), Net(activation=torch.tanh)]
     together = fastlip.layer_norms(models, (3, 8, 8))
@@ -141,7 +141,7 @@ def test_nothing_is_remembered_from_call_to_call(monkeypatch):
     now = fastlip.layer_norms(net, (3, 4, 4), method="svd")["conv"]
     scale = fastlip.norms.batchnorm_scale(net.bn)
     true = fastlip.norms.module_operator(net.conv, (3, 16, 16), output_scale=scale)
-    (interval,) = fastlip.norms.operator_norms([true], fastlip.norms.Settings(method="svd"))
+    (interval,) = fastlip.norms.operator_norms([true], fastlip.norms.NormOptions(method="svd"))
     assert now.upper == pytest.approx(interval.upper, rel=1e-9)
 
 
@@ -252,7 +252,7 @@ def test_joined_foldings_give_the_same_norms(monkeypatch):
     torch.manual_seed(1)
     models = [Mixed(), Mixed(), Mixed().double(), Mixed()]
     want = [fastlip.layer_norms(model, (3, 6, 6), method="svd") for model in models]
-    monkeypatch.setattr(layers, "_launches_cost", lambda device: True)
+    monkeypatch.setattr(weights, "_launches_cost", lambda device: True)
     for got, report in zip(fastlip.layer_norms(models, (3, 6, 6), method="svd"), want, strict=True):
         assert list(got) == list(report)
         assert got.descriptions == report.descriptions
@@ -276,12 +276,12 @@ class _Counted(TorchDispatchMode):
 
 
 def test_collecting_more_models_launches_no_more(monkeypatch):
-    monkeypatch.setattr(layers, "_launches_cost", lambda device: True)
+    monkeypatch.setattr(weights, "_launches_cost", lambda device: True)
     models = [Mixed() for _ in range(9)]
     counts = []
     for some in (models[:1], models[:2], models):
         with _Counted() as counted, ExitStack() as running:
-            layers._collect(some, (3, 6, 6), True, True, running)  # the first runs
+            collect.collect_layers(some, (3, 6, 6), True, True, running)  # the first runs
         counts.append(counted.count)
     # Weights and factors of two layers are joined first, and the first model's weights are watched as it runs.
     assert counts[1] == counts[2] <= counts[0] + 6 * 5

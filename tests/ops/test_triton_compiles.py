@@ -1,121 +1,88 @@
 """The Triton kernels through Triton's compiler for NVIDIA GPUs; that takes no GPU."""
 
 import pytest
+import torch
+from op_inputs import DTYPES, INTERPRETED, NORMS
 
 pytest.importorskip("triton")
-import triton
-import triton.language as tl
-from op_inputs import INTERPRETED
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from test_triton_specialisations import CONV, MOST, READ, SIZES
+from triton.compiler import CompiledKernel
+from triton_launches import compiled, launch_apgd, launch_operator, launch_pgd, launch_start
 
-POINTERS = {
-    "x_square_ptr": "*fp64",
-    "previous_square_ptr": "*fp64",
-    "out_square_ptr": "*fp64",
-    "partial_ptr": "*fp64",
-    "problems_ptr": "*i64",
-    "tiles_ptr": "*i64",
-    "bundles_ptr": "*i64",
-    "entries_ptr": "*i32",
-    "active_ptr": "*i1",
-    "most_chains": "i32",
-}
-#: Of the PGD family: numbers of a sample lie in the arithmetic's dtype.
-NUMBERS = ("step_size", "eps", "lo", "hi", "mean", "std", "loss", "best_loss", "past_loss", "z")
-INTEGERS = {"active_ptr": "*u8", "key_ptr": "*i64", "ids_ptr": "*i64"}
-INTEGERS |= {f"{n}_ptr": "*i32" for n in ("counters", "schedule", "decision", "kept")}
-SCALARS = ("step_size", "eps", "lo", "hi", "mean", "std", "momentum", "rest", "rho")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
 
 
-def signature_of(kernel, storage: str) -> dict[str, str]:
-    arithmetic = "fp64" if storage == "fp64" else "fp32"
-    pointers = {f"{n}_ptr": f"*{arithmetic}" for n in NUMBERS} | INTEGERS
-    return {
-        n: pointers.get(n, f"*{storage}") if n.endswith("_ptr") else "fp64" if n in SCALARS else "i32"
-        for n in kernel.arg_names
-    }
+def ptx(kernels: list[tuple[str, CompiledKernel]], name: str) -> list[str]:
+    texts = [kernel.asm["ptx"] for found, kernel in kernels if found == name]
+    assert texts, name
+    return texts
 
 
-def ptx(
-    kernel, capability: int, storage: str, constants: dict[str, object], signature: dict[str, str] | None = None
-) -> str:
-    signature = signature or {n: POINTERS.get(n, f"*{storage}") for n in kernel.arg_names}
-    signature = {n: "constexpr" if n in constants else kind for n, kind in signature.items()}
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(n),): value for n, value in constants.items()},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+def assert_full_precision(text: str) -> None:
+    """Of sums of products; and no approximate quotient."""
+    assert "tf32" not in text
+    assert "div.full.f32" not in text
+
+
+def test_float32_compiles():
+    """What a user on CIFAR-10 compiles: steps in every norm, APGD, random starts and norms of operators."""
+    x = torch.zeros(2, 3, 32, 32)
+    with compiled() as kernels:
+        for norm in NORMS:
+            launch_pgd(x, norm)
+            launch_apgd(x, norm)
+            launch_start(x, norm)
+        launch_operator([CONV], torch.float32)
+    assert {name for name, _ in kernels} == MOST.keys()
+    assert len(kernels) == len(MOST) + 2  # the ball's has two norms; tiles are summed, or their parts
+    for name, kernel in kernels:
+        assert ".target sm_90a" in kernel.asm["ptx"], name
+        assert kernel.asm["cubin"], name
+        assert_full_precision(kernel.asm["ptx"])
+    (step,) = ptx(kernels, "_pgd_step_linf_kernel")
+    assert step.count("ld.global.v4.b32") >= 3 * 2  # x, x0 and the gradient, 16 bytes at a time
+    assert step.count("st.global.v4.b32") == 2
+    (best,) = ptx(kernels, "_linf_kernel")
+    assert best.count("ld.global.v4.b32") >= 5 * 2
+    assert max(text.count("fma.rn.f32") for text in ptx(kernels, "_operator_tile_kernel")) >= 1024
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_of_a_dtype_compiles(dtype):
+    with compiled() as kernels:
+        for shape in [shapes[0] for shapes in SIZES.values()]:
+            x = torch.zeros(shape, dtype=dtype)
+            for norm in NORMS:
+                launch_pgd(x, norm)
+                launch_apgd(x, norm)
+            launch_start(x, "l2")
+    assert {name for name, _ in kernels} == {name for name in MOST if not name.startswith("_operator")}
+    for _, kernel in kernels:
+        assert_full_precision(kernel.asm["ptx"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read", READ, ids=str)
+def test_every_kernel_for_what_models_read_compiles(read):
+    with compiled() as kernels:
+        for shape in [shapes[0] for shapes in SIZES.values()]:
+            for norm in NORMS:
+                launch_pgd(torch.zeros(shape), norm, read=read)
+                launch_apgd(torch.zeros(shape), norm, read=read)
+    for name in ("_pgd_step_linf_kernel", "_pgd_step_ball_kernel", "_linf_kernel", "_start_kernel", "_finish_kernel"):
+        assert any("div.rn.f32" in text for text in ptx(kernels, name)), name
+    for _, kernel in kernels:
+        assert_full_precision(kernel.asm["ptx"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("capability", [80, 90])
-def test_operator_step_compiles_and_multiplies_at_full_precision(capability):
-    from fastlip.ops._triton import operator_step
-
-    kernel = operator_step._operator_tile_kernel
-    for storage, dtype, depth in (("fp32", tl.float32, 32), ("fp64", tl.float64, 16)):
-        for gather in (False, True):
-            text = ptx(kernel, capability, storage, {"GATHER": gather, "T": dtype, "DEPTH": depth})
-            assert "tf32" not in text
-            if storage == "fp32" and not gather:
-                assert text.count("fma.rn.f32") >= 1024
-    assert ".entry" in ptx(operator_step._operator_squares_kernel, capability, "fp32", {})
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
-@pytest.mark.parametrize("storage", ["fp32", "fp64", "fp16", "bf16"])
-def test_pgd_family_compiles(storage):
-    from fastlip.ops._triton import apgd_step, pgd_step, random_start
-
-    dtype = tl.float64 if storage == "fp64" else tl.float32
-    flat, large = {"T": dtype, "BLOCK": 1024}, {"T": dtype, "SPAN": 8192, "BLOCK": 4096}
-    unfed = dict.fromkeys(("input_ptr", "mean_ptr", "std_ptr"))
-    free = dict.fromkeys(("step_size_ptr", "eps_ptr", "lo_ptr", "hi_ptr", "active_ptr"))
-    cases = [
-        (pgd_step._pgd_step_linf_kernel, flat),
-        (pgd_step._pgd_step_linf_kernel, flat | free),
-        (pgd_step._pgd_step_linf_kernel, flat | {"grad_ptr": None}),
-        (pgd_step._pgd_step_ball_kernel, large | {"L2": True}),
-        (pgd_step._pgd_step_ball_kernel, large | {"L2": False}),
-        (pgd_step._pgd_step_ball_kernel, large | {"L2": True, "grad_ptr": None, "kept_ptr": None}),
-        (pgd_step._pgd_step_ball_kernel, flat | free | {"L2": False, "SPAN": 1024, "kept_ptr": None}),
-        (apgd_step._decide_kernel, flat | {"SPAN": 2048, "L1": True}),
-        (apgd_step._decide_kernel, flat | {"SPAN": 2048, "L1": False}),
-        (apgd_step._linf_kernel, flat),
-        (apgd_step._start_kernel, flat | {"FED": False, "std_ptr": None}),
-        (apgd_step._momentum_kernel, flat | {"HEAVY": True}),
-        (apgd_step._finish_kernel, flat),
-        *((random_start._random_start_kernel, flat | {"SPAN": 2048, "NORM": n}) for n in ("linf", "l2", "l1")),
-    ]
-    for kernel, constants in cases:
-        known = {n: v for n, v in unfed.items() if n in kernel.arg_names} | constants
-        assert ".entry" in ptx(kernel, 90, storage, known, signature_of(kernel, storage))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
-@pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
-def test_pgd_family_compiles_with_what_the_model_reads(storage):
-    from fastlip.ops._triton import apgd_step, pgd_step
-
-    flat, large = {"T": tl.float32, "BLOCK": 1024}, {"T": tl.float32, "SPAN": 8192, "BLOCK": 4096}
-    cases = [
-        (pgd_step._pgd_step_linf_kernel, flat),
-        (pgd_step._pgd_step_linf_kernel, flat | {"mean_ptr": None, "std_ptr": None}),
-        (pgd_step._pgd_step_ball_kernel, large | {"L2": True, "kept_ptr": None}),
-        (pgd_step._pgd_step_ball_kernel, large | {"L2": False, "kept_ptr": None}),
-        (apgd_step._linf_kernel, flat),
-        (apgd_step._start_kernel, flat | {"FED": True}),
-        (apgd_step._finish_kernel, flat),
-    ]
-    for kernel, constants in cases:
-        signature = signature_of(kernel, "fp32") | {"grad_ptr": f"*{storage}", "input_ptr": f"*{storage}"}
-        signature = {name: signature[name] for name in kernel.arg_names}
-        text = ptx(kernel, 90, "fp32", constants, signature)
-        assert text.count("div.rn.f32") >= 1, kernel  # no approximate quotient
-        assert "div.full.f32" not in text
+def test_operators_compile_at_full_precision(capability, dtype):
+    with compiled(capability) as kernels:
+        launch_operator([CONV], dtype)
+    assert len(ptx(kernels, "_operator_tile_kernel")) == 2
+    for name, kernel in kernels:
+        assert f".target sm_{capability}" in kernel.asm["ptx"], name
+        assert_full_precision(kernel.asm["ptx"])

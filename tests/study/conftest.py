@@ -1,14 +1,19 @@
 """A configuration of the whole study that takes seconds."""
 
 import typing
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from fastlip.study import presets, runner
-from fastlip.study.config import Settings
-from fastlip.study.inputs import Places
-from fastlip.study.rundir import RunDirectory
+from fastlip.study.pipeline import runner
+from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.input_paths import InputPaths
+from fastlip.study.settings.settings import Settings
+from fastlip.study.storage.files import read_arrays
+from fastlip.study.storage.run_directory import RunDirectory
 
 MICRO = [
     "architecture=resnet18",
@@ -61,13 +66,30 @@ def micro_arguments() -> list[str]:
 
 @pytest.fixture(scope="session")
 def micro() -> Settings:
-    return presets.override(presets.preset("demo"), MICRO)
+    return overrides.override(presets.preset("demo"), MICRO)
 
 
 @pytest.fixture(scope="session")
 def finished(micro: Settings, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A finished micro run; tests leave it as it is."""
-    return runner.run(micro, Places(), tmp_path_factory.mktemp("study") / "run", Console(quiet=True))
+    return runner.run(micro, InputPaths(), tmp_path_factory.mktemp("study") / "run", Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def ends_like_it(finished: RunDirectory) -> Callable[[Path], None]:
+    """Asserts that another run directory holds the same results and images as the finished run, and no debris."""
+
+    def compare(out: Path) -> None:
+        assert (out / "results.json").read_bytes() == finished.results.read_bytes()
+        paths = list(finished.path.glob("images/*/*.npz"))
+        assert paths
+        for path in paths:
+            again = read_arrays(out / path.relative_to(finished.path))
+            for name, values in read_arrays(path).items():
+                np.testing.assert_array_equal(values, again[name], err_msg=f"{path.name}, {name}")
+        assert not list(out.rglob("*.part*"))
+
+    return compare
 
 
 @pytest.fixture(scope="session")

@@ -4,18 +4,22 @@ import pytest
 import torch
 
 from fastlip.models import load_checkpoint
-from fastlip.study import presets, rundir
-from fastlip.study.config import ARMS
-from fastlip.study.inputs import Inputs, Places
-from fastlip.study.pipeline import stages
+from fastlip.study.pipeline import start_or_resume
+from fastlip.study.pipeline.inputs import Inputs
+from fastlip.study.pipeline.stages import stages
+from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.input_paths import InputPaths
+from fastlip.study.settings.training import ARMS
 
 
 @pytest.fixture(scope="module")
 def weights(micro, tmp_path_factory):
     """Checkpoints of all arms by name."""
-    settings = presets.override(micro, ["arms=" + ",".join(ARMS)])
-    inputs = Inputs(settings, Places())
-    run = rundir.open_or_create(tmp_path_factory.mktemp("arms") / "run", settings, inputs.fingerprints(), "test")
+    settings = overrides.override(micro, ["arms=" + ",".join(ARMS)])
+    inputs = Inputs(settings, InputPaths())
+    run = start_or_resume.open_or_create(
+        tmp_path_factory.mktemp("arms") / "run", settings, inputs.fingerprints(), "test"
+    )
     for stage in stages(run, inputs):
         if "training" in stage.name:
             stage.run(lambda done, total, note: None)

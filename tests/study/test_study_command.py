@@ -14,8 +14,10 @@ import torch
 
 from fastlip.data import generated
 from fastlip.models import load_checkpoint, resnet18, save_checkpoint
-from fastlip.study import cli, presets
-from fastlip.study.inputs import Inputs, Places, resolve_source
+from fastlip.study import cli
+from fastlip.study.pipeline.inputs import Inputs
+from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.input_paths import InputPaths, resolve_source
 
 
 @pytest.fixture
@@ -75,10 +77,10 @@ def test_corruptions_that_are_not_cifar10s(command, tmp_path, monkeypatch, chang
     monkeypatch.setattr(Inputs, "_cifar_test", clean)
     monkeypatch.setattr(Inputs, "_check_target", lambda self: None)
     root = cifar10_c(tmp_path / "c", np.tile(clean.labels.numpy(), 5))
-    places = Places(corruptions=root)
-    settings = resolve_source(presets.override(presets.preset("quick"), ["arms=scratch"]), places)
+    paths = InputPaths(corruptions=root)
+    settings = resolve_source(overrides.override(presets.preset("quick"), ["arms=scratch"]), paths)
     assert settings.corrupted == "cifar10c"
-    Inputs(settings, places).check()
+    Inputs(settings, paths).require_available()
     change(root)
     found = command(*QUICK, "--set=arms=scratch", "--corruptions", root, "--out", tmp_path / "run")
     is_one_line(found, 2, message)
@@ -199,7 +201,7 @@ def test_a_directory_that_may_not_be_written(command, micro_arguments, tmp_path,
 
 
 def test_a_full_gpu(command, monkeypatch, tmp_path):
-    from fastlip.study import runner
+    from fastlip.study.pipeline import runner
 
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.")

@@ -2,26 +2,31 @@ import dataclasses
 
 import pytest
 
-from fastlip.study import config, presets
 from fastlip.study.errors import StudyError
+from fastlip.study.settings import overrides, presets, serialization
+from fastlip.study.settings.attacks import PgdSettings, SmallestSettings
+from fastlip.study.settings.measurements import EvaluationSettings
+from fastlip.study.settings.rules import Rules
+from fastlip.study.settings.settings import Settings
+from fastlip.study.settings.training import Schedule
 
 
 @pytest.mark.parametrize("name", sorted(presets.PRESETS))
 def test_settings_survive_json(name):
     settings = presets.preset(name)
-    assert config.from_json(config.to_json(settings)) == settings
+    assert serialization.from_json(serialization.to_json(settings)) == settings
 
 
 def test_every_setting_can_be_overridden_by_the_text_of_its_value():
     settings = presets.preset("quick")
-    for name, value in config.names(settings).items():
-        if name not in presets.FIXED:
+    for name, value in serialization.dotted_names(settings).items():
+        if name not in overrides.FIXED:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            assert presets.override(settings, [f"{name}={text}"]) == settings
+            assert overrides.override(settings, [f"{name}={text}"]) == settings
 
 
 def test_override_changes_one_setting_and_its_type():
-    settings = presets.override(presets.preset("demo"), ["pgd.steps=20", "pgd.l2=0.3", "scratch.flip=false"])
+    settings = overrides.override(presets.preset("demo"), ["pgd.steps=20", "pgd.l2=0.3", "scratch.flip=false"])
     assert (settings.pgd.steps, settings.pgd.l2, settings.scratch.flip) == (20, (0.3,), False)
     assert settings.finetune == presets.preset("demo").finetune
 
@@ -30,13 +35,15 @@ def test_override_changes_one_setting_and_its_type():
     ("assignment", "message"),
     [
         ("pgd.steps", "NAME=VALUE"),
-        ("pgd.stepz=3", "pgd.stepz: no such setting"),
+        ("pgd.stepz=3", r"pgd.stepz: no such setting; did you mean pgd.steps\?"),
+        ("magic=3", "magic: no such setting; --help lists them"),
         ("pgd=3", "pgd: no such setting"),
         ("preset=full", "no such setting"),
         ("source=folder", "no such setting"),
         ("pgd.steps=many", "expected int"),
         ("pgd.loss=hinge", "expected dlr or ce"),
         ("pgd.steps=0", "pgd"),
+        ("smallest.levels=1", "smallest.levels"),
         ("arms=scratch,magic", "arms"),
         ("evaluation.images=100000", "evaluation.images"),
         ("rules.compared_linf_255=3", "rules.compared_linf_255"),
@@ -46,7 +53,7 @@ def test_override_changes_one_setting_and_its_type():
 )
 def test_a_wrong_override_is_one_line_that_names_it(assignment, message):
     with pytest.raises(StudyError, match=message) as caught:
-        presets.override(presets.preset("demo"), [assignment])
+        overrides.override(presets.preset("demo"), [assignment])
     assert caught.value.status == 2
     assert "\n" not in str(caught.value)
 
@@ -57,13 +64,13 @@ def test_an_unknown_preset_names_the_known_ones():
 
 
 def test_settings_of_another_version_are_refused():
-    plain = config.to_json(presets.preset("demo"))
+    plain = serialization.to_json(presets.preset("demo"))
     del plain["pgd"]["loss"]
     with pytest.raises(StudyError, match="another version"):
-        config.from_json(plain)
+        serialization.from_json(plain)
 
 
 def test_every_field_is_described():
-    for kind in (config.Settings, config.Schedule, config.Evaluation, config.Pgd, config.Smallest, config.Rules):
+    for kind in (Settings, Schedule, EvaluationSettings, PgdSettings, SmallestSettings, Rules):
         for field in dataclasses.fields(kind):
             assert f"{field.name}:" in kind.__doc__

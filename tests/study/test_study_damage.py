@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from fastlip.models import load_checkpoint, resnet18, save_checkpoint
-from fastlip.study import cli, digests, frame, pipeline
-from fastlip.study.compare import compare
+from fastlip.study import cli, frame
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_arrays, write_arrays
-from fastlip.study.rundir import RunDirectory
-from fastlip.study.tables import all_tables
-from fastlip.study.tables_more import long_csv, more_tables
+from fastlip.study.report.compare import compare
+from fastlip.study.report.html_report import all_tables
+from fastlip.study.report.long_csv import long_csv
+from fastlip.study.storage import digests
+from fastlip.study.storage.files import read_arrays, write_arrays
+from fastlip.study.storage.run_directory import RunDirectory
 
 DAMAGES = {
     "empty": lambda data: b"",
@@ -110,7 +111,7 @@ def harmless(path, original):
 
 def states(run):
     """What shows that a file was written, by file."""
-    files = [path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", ".moment")]
+    files = [path for path in run.rglob("*") if path.is_file()]
     return {path: (path.stat().st_mtime_ns, path.stat().st_size, path.stat().st_ino) for path in files}
 
 
@@ -127,7 +128,7 @@ def is_one_line(found, *words):
 @pytest.mark.parametrize("name", RESUMED)
 def test_resuming_finds_every_damage_and_changes_nothing(command, run, finished, micro_arguments, monkeypatch, name):
     if not name.startswith("checkpoints"):  # which take their time
-        monkeypatch.setattr(pipeline, "weights_at", lambda path: {})
+        monkeypatch.setattr("fastlip.study.pipeline.stages.weights_at", lambda path: {})
     whole = (run / name).read_bytes()
     for damage in DAMAGES.values():
         (run / name).write_bytes(damage(whole))
@@ -284,7 +285,7 @@ def test_results_that_pass_are_shown_without_a_traceback(unrecorded, new):
             continue
         passed += 1
         compare([unrecorded, unrecorded])
-        assert [*all_tables(found), *more_tables(found), long_csv(found)]
+        assert [*all_tables(found), long_csv(found)]
     assert passed < len(list(places(results)))
 
 
@@ -292,7 +293,7 @@ def test_results_that_pass_are_shown_without_a_traceback(unrecorded, new):
 def test_every_field_of_the_other_files_of_another_type_is_refused(
     command, unrecorded, micro_arguments, monkeypatch, name
 ):
-    monkeypatch.setattr(pipeline, "weights_at", lambda path: {})
+    monkeypatch.setattr("fastlip.study.pipeline.stages.weights_at", lambda path: {})
     path = unrecorded / name
     plain = json.loads(path.read_text())
     for at in places(plain):

@@ -3,8 +3,8 @@ import os
 import numpy as np
 import pytest
 
-from fastlip.study import files
 from fastlip.study.errors import StudyError
+from fastlip.study.storage import files
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from fastlip.models import resnet18, save_checkpoint
-from fastlip.study import presets, runner
 from fastlip.study.errors import StudyError
-from fastlip.study.inputs import Inputs, Places, resolve_source
+from fastlip.study.pipeline import runner
+from fastlip.study.pipeline.inputs import Inputs
+from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.input_paths import InputPaths, resolve_source
 
 CIFAR10 = os.environ.get("FASTLIP_DATA")
 
@@ -57,7 +59,7 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("socket.getaddrinfo", unreachable)
     with pytest.raises(StudyError, match="--source-checkpoint FILE") as caught:
-        runner.run(presets.preset("quick"), Places(), tmp_path / "run")
+        runner.run(presets.preset("quick"), InputPaths(), tmp_path / "run")
     assert caught.value.status == 2
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache" / "fastlip").exists()
@@ -95,11 +97,11 @@ def folder(root, classes=3, each=4):
     return root
 
 
-def inputs(**places):
+def inputs(**paths):
     settings = replace(presets.preset("quick"), architecture="resnet18", arms=("finetune",))
-    settings = presets.override(settings, ["pretrain.images=12"])
-    places = Places(**places)
-    return Inputs(resolve_source(settings, places), places)
+    settings = overrides.override(settings, ["pretrain.images=12"])
+    paths = InputPaths(**paths)
+    return Inputs(resolve_source(settings, paths), paths)
 
 
 def test_a_source_folder_gives_its_images_and_a_fingerprint_of_them(tmp_path):
@@ -166,14 +168,14 @@ def test_wrong_checkpoints_are_one_line(tmp_path):
 
 def test_files_are_refused_where_images_are_generated(tmp_path):
     with pytest.raises(StudyError, match="generates its images"):
-        resolve_source(presets.preset("demo"), Places(source_data=tmp_path))
+        resolve_source(presets.preset("demo"), InputPaths(source_data=tmp_path))
 
 
 @pytest.mark.skipif(not CIFAR10, reason="FASTLIP_DATA does not name the folder that holds cifar-10-batches-py")
 def test_quick_on_real_images(micro, tmp_path):
     settings = replace(micro, preset="quick", dataset="cifar10", source="imagenet")
-    places = Places(data=Path(CIFAR10), source_data=folder(tmp_path / "images", classes=4, each=12), download=False)
-    run = runner.run(settings, places, tmp_path / "run")
+    paths = InputPaths(data=Path(CIFAR10), source_data=folder(tmp_path / "images", classes=4, each=12), download=False)
+    run = runner.run(settings, paths, tmp_path / "run")
     html = run.report.read_text()
     assert "GENERATED" not in html
     assert "on CIFAR-10, 18 attacked test images" in html

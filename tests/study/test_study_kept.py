@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fastlip.study import frame, image_frame, report
-from fastlip.study.compare import compare
-from fastlip.study.files import read_json
-from fastlip.study.rundir import RunDirectory
-from fastlip.study.schema import Results
+from fastlip.study import frame, image_frame
+from fastlip.study.report import html_report
+from fastlip.study.report.compare import compare
+from fastlip.study.storage.files import read_json
+from fastlip.study.storage.run_directory import RunDirectory
+from fastlip.study.storage.schema import Results
 
 KEPT = sorted((Path(__file__).parents[2] / "benchmarks" / "results" / "study").glob("*/config.json"))
 
@@ -28,7 +29,7 @@ def test_kept_results_have_the_schema_and_give_the_report(config, tmp_path, conf
     shutil.copytree(config.parent, run)
     for path in [run / "report.html", *(run / "tables").iterdir()]:
         path.unlink()
-    report.write(RunDirectory(run))
+    html_report.write(RunDirectory(run))
     for path in (config.parent / "tables").iterdir():
         assert (run / "tables" / path.name).read_text() == path.read_text()
     html = (run / "report.html").read_text()

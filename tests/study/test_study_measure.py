@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from fastlip.data import ImageSet
-from fastlip.study import measure, presets
-from fastlip.study.measure import Images
+from fastlip.study.measure import attacks
+from fastlip.study.measure.images import Images
+from fastlip.study.settings import overrides, presets
 
-SETTINGS = presets.override(presets.preset("demo"), ["smallest.steps=20", "smallest.searches=12"])
+SETTINGS = overrides.override(presets.preset("demo"), ["smallest.steps=20", "smallest.searches=12"])
 
 
 def nothing(done, total, note):
@@ -33,7 +34,7 @@ def images(model, batch_size=5):
 
 def test_smallest_adversarial_distortion_is_the_distance_to_the_boundary(linear):
     given = images(linear)
-    found = measure.smallest_adversarial(linear, given, SETTINGS, nothing)
+    found = attacks.smallest_adversarial(linear, given, SETTINGS, nothing)
     normal = linear[1].weight[0] - linear[1].weight[1]
     x = given.at(slice(0, 12)).flatten(1)
     distance = ((x @ normal + linear[1].bias[0] - linear[1].bias[1]).abs() / normal.norm()).numpy()
@@ -49,9 +50,9 @@ def test_smallest_adversarial_distortion_is_the_distance_to_the_boundary(linear)
 @pytest.mark.parametrize("batch_size", [1, 4, 12])
 def test_results_do_not_depend_on_the_batches(linear, batch_size):
     for run in (
-        lambda given: measure.gaussian(linear, given, 0.1, 7, nothing),
-        lambda given: measure.projected_gradient(linear, given, ("linf", 2.55, 0.01), SETTINGS, 7, nothing),
-        lambda given: measure.smallest_gaussian(linear, given, SETTINGS, 7, nothing),
+        lambda given: attacks.gaussian(linear, given, 0.1, 7, nothing),
+        lambda given: attacks.projected_gradient(linear, given, ("linf", 2.55, 0.01), SETTINGS, 7, nothing),
+        lambda given: attacks.smallest_gaussian(linear, given, SETTINGS, 7, nothing),
     ):
         expected, found = run(images(linear)), run(images(linear, batch_size))
         for name in expected:
@@ -59,19 +60,19 @@ def test_results_do_not_depend_on_the_batches(linear, batch_size):
 
 
 def test_gaussian_noise_has_its_strength(linear):
-    found = measure.gaussian(linear, images(linear), 0.05, 7, nothing)
+    found = attacks.gaussian(linear, images(linear), 0.05, 7, nothing)
     # No pixel lies within four sigma of the box, so next to nothing is clipped.
     assert found["distortion"].mean() == pytest.approx(0.05, rel=0.05)
 
 
 def test_gaussian_noise_of_a_given_norm(linear):
     lengths = np.linspace(0.0, 0.5, 12)
-    found = measure.gaussian_of_norm(linear, images(linear), lengths, 7, nothing)
+    found = attacks.gaussian_of_norm(linear, images(linear), lengths, 7, nothing)
     np.testing.assert_allclose(found["l2"], lengths, atol=1e-5)
 
 
 def test_nothing_found_is_infinite(linear):
-    settings = presets.override(SETTINGS, ["smallest.max_sigma=0.005", "smallest.levels=2"])
-    found = measure.smallest_gaussian(linear, images(linear), settings, 7, nothing)
+    settings = overrides.override(SETTINGS, ["smallest.max_sigma=0.005", "smallest.levels=2"])
+    found = attacks.smallest_gaussian(linear, images(linear), settings, 7, nothing)
     assert np.isinf(found["distortion"][~found["found"]]).all()
     assert not found["found"].all()

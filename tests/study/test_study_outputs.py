@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from fastlip.models import load_checkpoint
-from fastlip.study.files import read_arrays, read_json
-from fastlip.study.inputs import Inputs, Places
-from fastlip.study.pipeline import stages
-from fastlip.study.schema import Lipschitz, Power, Results
-from fastlip.study.spectra import CONDITIONS, STAGES
-from fastlip.study.tables_more import LONG
+from fastlip.study.measure.spectra import CONDITIONS, STAGES
+from fastlip.study.pipeline.inputs import Inputs
+from fastlip.study.pipeline.stages import stages
+from fastlip.study.report.long_csv import LONG
+from fastlip.study.settings.input_paths import InputPaths
+from fastlip.study.storage.files import read_arrays, read_json
+from fastlip.study.storage.schema import Lipschitz, Power, Results
 
 N, SNAPSHOT, CLEAN = 18, 12, 24  # images of the micro run
 PIXELS = (3, 32, 32)
@@ -112,7 +113,7 @@ def test_json(files, finished, micro, conforms):
     for row in config["power"]:
         conforms(row, Power)
     timings = read_json(files["timings.json"])
-    assert set(timings) == {stage.name for stage in stages(finished, Inputs(micro, Places()))}
+    assert set(timings) == {stage.name for stage in stages(finished, Inputs(micro, InputPaths()))}
     assert all(isinstance(seconds, float) and seconds >= 0 for seconds in timings.values())
 
 

@@ -6,19 +6,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fastlip.study import analysis, presets, rundir
-from fastlip.study.config import GENERATED_CORRUPTIONS, Corruptions, Pgd, Rules, Settings, Strong
-from fastlip.study.files import write_arrays, write_json
-from fastlip.study.rundir import gaussian_name, pgd_name
-from fastlip.study.spectra import CONDITIONS
-from fastlip.study.summaries import gaussian_of_same_norm
+from fastlip.study.analysis import results
+from fastlip.study.analysis.summaries import gaussian_of_same_norm
+from fastlip.study.measure.spectra import CONDITIONS
+from fastlip.study.pipeline import start_or_resume
+from fastlip.study.settings import overrides, presets
+from fastlip.study.settings.attacks import PgdSettings, StrongSuiteSettings
+from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS, CorruptionSettings
+from fastlip.study.settings.rules import Rules
+from fastlip.study.settings.settings import Settings
+from fastlip.study.storage.files import write_arrays, write_json
+from fastlip.study.storage.run_directory import gaussian_name, pgd_name
 
 IMAGES = 80
 
 
 @pytest.fixture(scope="module")
 def settings() -> Settings:
-    demo = presets.override(
+    demo = overrides.override(
         presets.preset("demo"),
         [
             "seeds=6",
@@ -35,15 +40,15 @@ def settings() -> Settings:
     )
     return dataclasses.replace(
         demo,
-        pgd=Pgd(linf_255=(1.0,), l2=(0.5,), l1=()),
-        strong=Strong(linf_255=(), l2=()),
-        corruptions=Corruptions(severities=(5,), images=80),
+        pgd=PgdSettings(linf_255=(1.0,), l2=(0.5,), l1=()),
+        strong=StrongSuiteSettings(linf_255=(), l2=()),
+        corruptions=CorruptionSettings(severities=(5,), images=80),
     )
 
 
 def plant(folder, settings, difference):
     """Files of a run whose fine-tuned arm has smallest distortions and accuracies raised by ``difference``."""
-    run = rundir.open_or_create(folder / "run", settings, {"target": "planted"}, "planted")
+    run = start_or_resume.open_or_create(folder / "run", settings, {"target": "planted"}, "planted")
     rng = np.random.default_rng(0)
     for model in [*run.models, *run.snapshots]:
         shift = difference if model.arm == "finetune" else 0.0
@@ -97,7 +102,7 @@ def plant(folder, settings, difference):
         features = {f"{c}/stem": np.array([2.0, 1.0]) for c in CONDITIONS}
         growth = {f"growth/{c}": np.ones((IMAGES, 1)) for c in CONDITIONS[1:]}
         write_arrays(run.spectra(model.name, "features"), {"stage": np.array(["stem"])} | features | growth)
-    return analysis.analyse(run, "planted")
+    return results.analyse(run, "planted")
 
 
 @pytest.mark.parametrize(

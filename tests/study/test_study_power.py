@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastlip.study.config import Rules
-from fastlip.study.power import images_needed, planned, runs_needed, seeds_needed
+from fastlip.study.analysis.power import images_needed, runs_needed, sample_sizes, seeds_needed
+from fastlip.study.settings.rules import Rules
 
 
 def chance(n, share, threshold=0.9, confidence=0.95):
@@ -54,7 +54,7 @@ def test_runs_needed_by_simulation():
 
 
 def test_the_plan_covers_every_question_and_wants_no_less_than_the_rules():
-    rows = planned(Rules(min_seeds=50, min_runs=500))
+    rows = sample_sizes(Rules(min_seeds=50, min_runs=500))
     assert {row["question"] for row in rows} == {1, 2, 3, 4}
     assert all(row["needed"] >= 50 for row in rows if row["question"] == 3)
     assert all(row["needed"] >= 500 for row in rows if row["question"] == 4)

@@ -17,14 +17,18 @@ import torch
 from rich.console import Console
 
 from fastlip.models import load_checkpoint
-from fastlip.study import frame, image_frame, presets, report, runner
-from fastlip.study.compare import compare
+from fastlip.study import frame, image_frame
 from fastlip.study.errors import StudyError
-from fastlip.study.files import read_arrays, read_json
-from fastlip.study.inputs import Places
-from fastlip.study.rundir import RunDirectory, locked
-from fastlip.study.schema import Results
-from fastlip.study.verdicts import rules_in_words
+from fastlip.study.pipeline import runner
+from fastlip.study.report import html_report
+from fastlip.study.report.compare import compare
+from fastlip.study.settings import overrides
+from fastlip.study.settings.input_paths import InputPaths
+from fastlip.study.settings.rules import rules_in_words
+from fastlip.study.storage.files import read_arrays, read_json
+from fastlip.study.storage.locks import directory_lock
+from fastlip.study.storage.run_directory import RunDirectory
+from fastlip.study.storage.schema import Results
 
 QUIET = Console(quiet=True)
 
@@ -103,14 +107,11 @@ def test_interrupted_at_every_write_and_resumed_gives_identical_results(finished
     monkeypatch.setattr(os, "replace", replace)
     for _ in itertools.count():
         try:
-            run = runner.run(micro, Places(), tmp_path / "run", QUIET)
+            run = runner.run(micro, InputPaths(), tmp_path / "run", QUIET)
             break
         except Interrupted:
             pass
-    written = {p.relative_to(finished.path) for p in finished.path.rglob("*") if p.is_file()} - {
-        Path(".lock"),
-        Path(".moment"),
-    }
+    written = {p.relative_to(finished.path) for p in finished.path.rglob("*") if p.is_file()}
     assert seen >= {p.parts[0] if p.parts[0] in ("tables", "figures") else p.as_posix() for p in written}
     assert sum("unfinished" in name for name in seen) == 3  # each training run was stopped on its way, too
     assert run.results.read_bytes() == finished.results.read_bytes()
@@ -125,16 +126,14 @@ def test_the_terminal_says_generated_and_shows_progress(micro, tmp_path):
     console = Console(file=screen, force_terminal=True, width=100)
     # As far as the first stage that nothing but this test runs twice.
     with pytest.raises(StudyError, match="not finite"):
-        runner.run(presets.override(micro, ["pretrain.max_lr=1e30"]), Places(), tmp_path / "run", console)
+        runner.run(overrides.override(micro, ["pretrain.max_lr=1e30"]), InputPaths(), tmp_path / "run", console)
     assert "G E N E R A T E D   I M A G E S" in screen.getvalue()
     assert "source: pre-training" in screen.getvalue()
 
 
 def test_running_again_does_nothing(finished, micro):
-    before = {
-        p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.is_file() and p.name not in (".lock", ".moment")
-    }
-    runner.run(micro, Places(), finished.path, QUIET)
+    before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.is_file()}
+    runner.run(micro, InputPaths(), finished.path, QUIET)
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -142,7 +141,7 @@ def test_report_is_rebuilt_from_stored_results_alone(finished):
     before = {p: p.read_bytes() for p in [finished.report, *finished.tables.iterdir(), *finished.figures.iterdir()]}
     for path in before:
         path.unlink()
-    report.write(RunDirectory(finished.path))
+    html_report.write(RunDirectory(finished.path))
     assert {p: p.read_bytes() for p in before} == before
 
 
@@ -227,21 +226,21 @@ def test_runs_are_set_side_by_side(finished):
 @pytest.mark.parametrize("change", [{"seed": 1}, {"examples": 3}])
 def test_another_configuration_in_the_same_directory_is_refused(finished, micro, change):
     with pytest.raises(StudyError, match=f"another configuration: {next(iter(change))}") as caught:
-        runner.run(dataclasses.replace(micro, **change), Places(), finished.path, QUIET)
+        runner.run(dataclasses.replace(micro, **change), InputPaths(), finished.path, QUIET)
     assert caught.value.status == 2
 
 
 def test_a_directory_that_is_no_run_is_left_alone(micro, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(StudyError, match="not a run"):
-        runner.run(micro, Places(), tmp_path, QUIET)
+        runner.run(micro, InputPaths(), tmp_path, QUIET)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("device", ["quantum", "cuda:99" if not torch.cuda.is_available() else "quantum:1"])
 def test_a_device_that_is_not_there_is_one_line(micro, tmp_path, device):
     with pytest.raises(StudyError, match=f"--device {device}") as caught:
-        runner.run(dataclasses.replace(micro, device=device), Places(), tmp_path / "run", QUIET)
+        runner.run(dataclasses.replace(micro, device=device), InputPaths(), tmp_path / "run", QUIET)
     assert caught.value.status == 2
     assert not (tmp_path / "run").exists()
 
@@ -253,26 +252,26 @@ def test_other_rules_than_those_of_the_beginning_are_refused(finished, micro, tm
     (run / "config.json").write_text(json.dumps(config | {"rules": ["another rule", *config["rules"][1:]]}))
     (run / "results.json").unlink()
     with pytest.raises(StudyError, match="rules of the verdicts"):
-        runner.run(micro, Places(), run, QUIET)
+        runner.run(micro, InputPaths(), run, QUIET)
     assert not (run / "results.json").exists()
 
 
 def test_a_run_that_another_process_begins_first_is_looked_at_again(finished, micro, tmp_path, monkeypatch):
-    run, real = tmp_path / "run", runner.rundir.locked
+    run, real = tmp_path / "run", runner.locks.directory_lock
 
     def locked_late(path, join):
-        (run).mkdir()
+        run.mkdir(exist_ok=True)
         shutil.copy(finished.path / "config.json", run)
         return real(path, join)
 
-    monkeypatch.setattr(runner.rundir, "locked", locked_late)
+    monkeypatch.setattr(runner.locks, "directory_lock", locked_late)
     with pytest.raises(StudyError, match="another configuration: seed"):
-        runner.run(dataclasses.replace(micro, seed=1), Places(), run, QUIET, join=True)
+        runner.run(dataclasses.replace(micro, seed=1), InputPaths(), run, QUIET, join=True)
 
 
 def test_a_second_process_is_kept_out(finished, micro):
-    with locked(finished.path), pytest.raises(StudyError, match="another process"):
-        runner.run(micro, Places(), finished.path, QUIET)
+    with directory_lock(finished.path), pytest.raises(StudyError, match="another process"):
+        runner.run(micro, InputPaths(), finished.path, QUIET)
 
 
 def test_a_truncated_checkpoint_is_one_line_and_nothing_is_lost(finished, micro):
@@ -283,7 +282,7 @@ def test_a_truncated_checkpoint_is_one_line_and_nothing_is_lost(finished, micro)
         path.write_bytes(whole[: len(whole) // 2])
         measured.unlink()
         with pytest.raises(StudyError, match=r"scratch-s0\.safetensors.*delete"):
-            runner.run(micro, Places(), finished.path, QUIET)
+            runner.run(micro, InputPaths(), finished.path, QUIET)
         assert path.exists()
     finally:
         path.write_bytes(whole)
@@ -295,6 +294,6 @@ def test_results_of_another_version_are_refused(finished):
     try:
         finished.results.write_text(json.dumps(json.loads(text) | {"schema": "fastlip.study.results/99"}))
         with pytest.raises(StudyError, match="results/99"):
-            report.write(finished)
+            html_report.write(finished)
     finally:
         finished.results.write_text(text)

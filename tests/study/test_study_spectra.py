@@ -7,11 +7,13 @@ from torch import nn
 
 from fastlip.data import generated
 from fastlip.models import resnet18
-from fastlip.study import presets, spectra
-from fastlip.study.measure import Images, depth_points
-from fastlip.study.spectra import effective_rank, singular_values, stable_rank
+from fastlip.study.measure import spectra
+from fastlip.study.measure.images import Images
+from fastlip.study.measure.perturbed_images import depth_points
+from fastlip.study.measure.spectra import effective_rank, singular_values, stable_rank
+from fastlip.study.settings import overrides, presets
 
-SETTINGS = presets.override(presets.preset("demo"), ["pgd.steps=2", "features.images=10"])
+SETTINGS = overrides.override(presets.preset("demo"), ["pgd.steps=2", "features.images=10"])
 BALL = ("linf", 4.0, 4 / 255)
 
 

@@ -2,18 +2,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastlip.study.statistics import holm, mean, median, over_seeds, over_seeds_p, paired, rate, spearman
+from fastlip.study.analysis.statistics import holm, mean, median, over_seeds, over_seeds_p, paired, proportion, spearman
 
 
 def test_rate_is_scipys_exact_interval():
-    found = rate(np.arange(96) < 85, 0.95)
+    found = proportion(np.arange(96) < 85, 0.95)
     expected = stats.binomtest(85, 96).proportion_ci(0.95, method="exact")
     assert (found["k"], found["n"], found["value"]) == (85, 96, 85 / 96)
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_rate_of_nothing_says_nothing():
-    found = rate(np.zeros(0, dtype=bool), 0.95)
+    found = proportion(np.zeros(0, dtype=bool), 0.95)
     assert (found["value"], found["low"], found["high"]) == (None, 0.0, 1.0)
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastlip.study.files import read_json
-from fastlip.study.statistics import Estimate, rate
-from fastlip.study.tables import Table, interval, number, percent, power
-from fastlip.study.tables_more import arm_table
+from fastlip.study.analysis.statistics import proportion
+from fastlip.study.report.number_format import interval, number, percent, power
+from fastlip.study.report.summary_tables import arm_table
+from fastlip.study.report.tables import Table
+from fastlip.study.storage.files import read_json
+from fastlip.study.storage.schema import Estimate
 
 
 @pytest.mark.parametrize("log10", [-7.3, -0.2, 0.0, 1.9566, 3.9999, 4.0, 28.5012, 120.7])
@@ -45,8 +47,8 @@ def test_intervals_show_what_exists(given, shown):
 
 
 def test_a_rate_shows_its_interval_and_size():
-    assert percent(rate(np.arange(96) < 90, 0.95)) == "93.8% [86.9%, 97.7%] (n = 96)"
-    assert percent(rate(np.zeros(0, dtype=bool), 0.95)) == "none (n = 0)"
+    assert percent(proportion(np.arange(96) < 90, 0.95)) == "93.8% [86.9%, 97.7%] (n = 96)"
+    assert percent(proportion(np.zeros(0, dtype=bool), 0.95)) == "none (n = 0)"
 
 
 def test_cells_survive_each_format():

@@ -9,9 +9,10 @@ from scipy import stats
 from torch import nn
 
 from fastlip.data import ImageSet, cifar10_c
-from fastlip.study import corruptions, smoothing, strong
-from fastlip.study.config import GENERATED_CORRUPTIONS, Smoothing, Strong
-from fastlip.study.measure import Images
+from fastlip.study.measure import corruptions, smoothing, strong_attacks
+from fastlip.study.measure.images import Images
+from fastlip.study.settings.attacks import StrongSuiteSettings
+from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS, SmoothingSettings
 
 
 def nothing(done, total, note):
@@ -45,7 +46,7 @@ def test_a_certified_radius_is_cohens():
 
 def test_smoothed_certificates_of_a_linear_model_never_exceed_the_distance_to_its_boundary(linear):
     model, images, distance = linear
-    settings = Smoothing(images=20, sigma=0.2, selection=20, samples=400, alpha=0.001)
+    settings = SmoothingSettings(images=20, sigma=0.2, selection=20, samples=400, alpha=0.001)
     found = smoothing.smoothed(model, images, settings, 5, nothing)
     # The smoothed linear model has the same boundary, so the distance is the true radius.
     assert (found["radius"] <= distance + 1e-9).all()
@@ -57,8 +58,8 @@ def test_smoothed_certificates_of_a_linear_model_never_exceed_the_distance_to_it
 def test_the_suite_fells_what_lies_within_reach_and_nothing_else(linear):
     model, images, distance = linear
     eps = float(np.median(distance))
-    settings = Strong(steps=20, targets=1, queries=20)
-    found = strong.suite(model, images, ("l2", eps, eps), settings, 7, nothing)
+    settings = StrongSuiteSettings(steps=20, targets=1, queries=20)
+    found = strong_attacks.suite(model, images, ("l2", eps, eps), settings, 7, nothing)
     stands = found["prediction"] == found["label"]
     near = np.abs(distance / eps - 1) > 0.02  # nearer than that, rounding and the box decide
     np.testing.assert_array_equal(stands[near], (distance > eps)[near])

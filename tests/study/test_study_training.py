@@ -1,12 +1,14 @@
 import io
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from fastlip.study.config import Schedule
 from fastlip.study.errors import StudyError
-from fastlip.study.training import _augment, train
+from fastlip.study.settings.training import Schedule
+from fastlip.study.training.train import _augment, train
 
 SCHEDULE = Schedule(images=40, epochs=3, max_lr=0.1, batch_size=16)
 
@@ -54,6 +56,34 @@ def test_resuming_ends_in_the_same_weights_bit_for_bit(tmp_path, stop_at):
     assert run(parts, tmp_path / "b.pt") == expected
     for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+class Traffic(TorchFunctionMode):
+    """Counts what makes the host wait for a GPU: values read on the host, and tensors sent there or from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        waits = name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy", "cuda", "nonzero")
+        self.count += waits or (name == "to" and any(isinstance(a, torch.device | str) for a in args))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_make_the_host_wait(tmp_path):
+    schedule = Schedule(images=40, epochs=30, max_lr=0.1, batch_size=10)
+    seen = []
+    with Traffic() as traffic:
+        train(
+            tiny(), *data(), schedule, seed=5, precision=torch.float32, state_path=tmp_path / "a.pt", save_seconds=1e9,
+            progress=lambda done, total, note: seen.append(traffic.count),
+        )  # fmt: skip
+    steps = {done: b - a for done, (a, b) in enumerate(pairwise(seen), 2)}
+    # But for the first and the last step of an epoch, and a look at the loss from time to time.
+    assert {done for done, count in steps.items() if count} == {d for d in steps if d % 4 in (0, 1) or d == 50}
+    assert len(seen) == 120
 
 
 def test_training_learns_and_depends_on_its_seed(tmp_path):

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from fastlip.study import presets
-from fastlip.study.config import TRANSFER, Rules
-from fastlip.study.statistics import rate
-from fastlip.study.verdicts import QUESTIONS, rules_in_words, verdicts
+from fastlip.study.analysis.statistics import proportion
+from fastlip.study.analysis.verdicts import QUESTIONS, verdicts
+from fastlip.study.settings import presets
+from fastlip.study.settings.rules import Rules, rules_in_words
+from fastlip.study.settings.training import TRANSFER
 
 RULES = Rules(resamples=500)
 
@@ -17,7 +18,7 @@ def model(arm, seed, *, ratios=(0.01,) * 60):
         "name": f"{arm}-s{seed}",
         "arm": arm,
         "seed": seed,
-        "ratio_share": rate(np.array(ratios) <= RULES.ratio, 0.95),
+        "ratio_share": proportion(np.array(ratios) <= RULES.ratio, 0.95),
     }
 
 
@@ -140,7 +141,7 @@ def points(slope, *, runs=12, cases=("scratch", "finetune"), noise=0.1):
                         "arm": arm,
                         "seed": seed,
                         "epoch": epoch,
-                        "accuracy": rate(np.ones(10, dtype=bool), 0.95),
+                        "accuracy": proportion(np.ones(10, dtype=bool), 0.95),
                         "median": 0.1 + 0.01 * (slope * near + noise * rng.normal()),
                         "stretch": 5 + near,
                         "log10_upper": 20 + near,

@@ -18,7 +18,6 @@ namespace fastlip::cuda {
 namespace {
 
 constexpr int kLinfThreads = 256;
-constexpr int kStreamedThreads = 512;  // more would not leave registers enough
 
 // One sample's operands, their addresses worked out where they are used: registers are what limits these kernels.
 template <typename S>
@@ -44,8 +43,25 @@ struct HeavyBall {
   }
 };
 
+// The gradient with respect to x, at a sample's element `at`.
+template <typename S, int kCount>
+__device__ __forceinline__ void load_ascent(const PgdStep& p, int64_t sample, int64_t at, int valid,
+                                            Arith<S> (&grad)[kCount]) {
+  with_ascent<S>(p, [&](auto stored) FASTLIP_INLINE {
+    using G = decltype(stored);
+    load<G>(static_cast<const G*>(p.grad) + sample * p.grad_stride + at, valid, true, grad);
+  });
+  if constexpr (std::is_same_v<S, float>) {
+    if (p.input == nullptr) return;
+    float std[kCount];
+    Bound<float>(p.std, sample).load(at, valid, true, std);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) grad[i] = i < valid ? divide_rn(grad[i], std[i]) : 0;
+  }
+}
+
 // --- Linf ------------------------------------------------------------------------------------------------------------
-template <typename S, typename In, int kWidth>
+template <typename S, int kWidth>
 __global__ void __launch_bounds__(kLinfThreads)
     apgd_step_linf_kernel(const __grid_constant__ ApgdStep a, int64_t first_sample, int blocks) {
   using T = Arith<S>;
@@ -67,7 +83,7 @@ __global__ void __launch_bounds__(kLinfThreads)
     if (back) {
       load<S>(of.grad_best() + at, valid, true, grad);
     } else {
-      load_ascent<S, In>(p, sample, at, valid, true, grad);
+      load_ascent<S>(p, sample, at, valid, grad);
     }
     load<S>(of.x0() + at, valid, true, x0);
     if (!move.first) load<S>(of.x_prev() + at, valid, true, last);
@@ -86,7 +102,7 @@ __global__ void __launch_bounds__(kLinfThreads)
       if (!move.first) out[i] = project_linf(heavy(x[i], out[i], last[i]), x0[i], eps, lo[i], hi[i]);
     }
     store<S>(of.x() + at, valid, true, out, x0);
-    feed<In>(p, sample, at, valid, true, out);
+    feed(p, sample, at, valid, true, out);
   }
 
   __syncthreads();  // all of the block have read the sample's numbers
@@ -105,22 +121,20 @@ __global__ void __launch_bounds__(kLinfThreads)
 }
 
 // Whether all operands may be accessed in units of `pack` elements.
-template <typename S, typename In>
-bool all_aligned(const ApgdStep& a, int64_t pack) {
-  constexpr int64_t kBytes = sizeof(S);
-  const int64_t unit = pack * kBytes < 16 ? pack * kBytes : 16;
+bool all_fit(const ApgdStep& a, int64_t pack) {
+  const int64_t bytes = bytes_of(a.step.dtype), unit = pack * bytes < 16 ? pack * bytes : 16;
   const auto fits = [&](const void* data, int64_t stride) {
-    return aligned(data, a.step.batch > 1 ? stride * kBytes : 0, unit);
+    return aligned(data, a.step.batch > 1 ? stride * bytes : 0, unit);
   };
-  return all_aligned<S, In>(a.step, pack) && fits(a.x_prev, a.x_prev_stride) && fits(a.x_best, a.x_best_stride) &&
+  return cuda::all_aligned(a.step, pack) && fits(a.x_prev, a.x_prev_stride) && fits(a.x_best, a.x_best_stride) &&
          fits(a.grad_best, a.grad_best_stride);
 }
 
-template <typename S, typename In>
+template <typename S>
 cudaError_t launch_linf(const ApgdStep& a, void* stream) {
   constexpr int kWidth = 16 / sizeof(S);
   constexpr int64_t kMostBlocks = int64_t{1} << 30;
-  const int width = all_aligned<S, In>(a, kWidth) ? kWidth : 1;
+  const int width = all_fit(a, kWidth) ? kWidth : 1;
   const int64_t chunks = (a.step.size + width - 1) / width;
   const int64_t wanted = (chunks + kWarp - 1) / kWarp * kWarp;
   const int threads = static_cast<int>(wanted < kLinfThreads ? wanted : kLinfThreads);
@@ -129,7 +143,7 @@ cudaError_t launch_linf(const ApgdStep& a, void* stream) {
   for (int64_t first = 0; first < a.step.batch; first += most) {
     const int64_t samples = a.step.batch - first < most ? a.step.batch - first : most;
     const auto config = configure(samples * blocks, threads, 0, stream);
-    const auto kernel = width == 1 ? apgd_step_linf_kernel<S, In, 1> : apgd_step_linf_kernel<S, In, kWidth>;
+    const auto kernel = width == 1 ? apgd_step_linf_kernel<S, 1> : apgd_step_linf_kernel<S, kWidth>;
     const auto error = cudaLaunchKernelEx(&config, kernel, a, first, static_cast<int>(blocks));
     if (error != cudaSuccess) return error;
   }
@@ -137,216 +151,125 @@ cudaError_t launch_linf(const ApgdStep& a, void* stream) {
 }
 
 // --- L2 and L1 -------------------------------------------------------------------------------------------------------
-// A block's slice of a sample; the move starts from x and grad, or from the best iterate.
-template <typename S, typename In, Norm kNorm, bool kStaged>
-class ApgdSlice : public Slice<S, In, kNorm, kStaged> {
- public:
-  using Base = Slice<S, In, kNorm, kStaged>;
-  using Base::kChunk;
-  using typename Base::Chunk, typename Base::T;
-
-  __device__ ApgdSlice(const ApgdStep& a, const Shares& shares, int64_t sample, unsigned char* shared)
-      : Base(a.step, shares, sample, shared), of_{a, sample} {}
-
-  // x and grad are the best so far.
-  __device__ void keep() const {
-    Chunk x, grad;
-    this->each([&](int64_t at, int valid) {
-      load<S>(of_.x() + at, valid, this->wide_, x);
-      this->ascent(at, valid, grad);
-      store<S>(of_.x_best() + at, valid, this->wide_, x, x);
-      store<S>(of_.grad_best() + at, valid, this->wide_, grad, grad);
-    });
-  }
-  // How many elements of this thread differ between the best iterate and x0.
-  __device__ double support(bool improved) const {
-    Chunk x, x0;
-    int count = 0;
-    this->each([&](int64_t at, int valid) {
-      load<S>((improved ? of_.x() : of_.x_best()) + at, valid, this->wide_, x);
-      load<S>(of_.x0() + at, valid, this->wide_, x0);  // beyond `valid` both are 0
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) count += x[i] != x0[i] ? 1 : 0;
-    });
-    return count;
-  }
-  __device__ void start_from_best() {
-    this->x_ = of_.x_best();
-    this->grad_ = of_.grad_best();
-  }
-  __device__ void origin(int64_t at, int valid, Chunk& x) const { load<S>(this->x_ + at, valid, this->wide_, x); }
-  __device__ void previous(int64_t at, int valid, Chunk& last) const {
-    load<S>(of_.x_prev() + at, valid, this->wide_, last);
-  }
-  // In place of v, where it is staged.
-  __device__ void replace(int64_t at, const Chunk& v) const {
-    if constexpr (kStaged) this->put(this->staged_v_, at, v);
-  }
-  // x_prev <- where the step started, x <- out.
-  __device__ void finish(int64_t at, int valid, const Chunk& out, const Chunk& x0) const {
-    Chunk x;
-    origin(at, valid, x);
-    store<S>(of_.x_prev() + at, valid, this->wide_, x, x);
-    store<S>(of_.x() + at, valid, this->wide_, out, x0);
-    feed<In>(this->p_, this->sample_, at, valid, this->wide_, out);
-  }
-
- private:
-  Operands<S> of_;
-};
-
-// The projection of one element, given the search's result.
-template <typename Search, typename Here, typename T>
-__device__ T projected(const Search& search, const Here& here, T v, T x0, T lo, T hi) {
-  if (!search.inside) {
-    const Gap<T> gap = gap_of(v, x0, lo, hi);
-    v = x0 + with_sign(Search::shrunk(gap, here), gap.sign);
-  }
-  return clamp(v, lo, hi);
-}
-
-// Continues from the sums of Search::begin; gaps(add) calls add(gap) for every element of this thread.
-template <typename Search, typename T, typename Gaps>
-__device__ Search searched(Team& team, T eps, double (&sums)[Search::kSums], Gaps gaps) {
-  team.reduce(sums, Sum());
-  Search search(eps, sums);
-  for (bool more = search.searching(); more; more = search.update(sums)) {
-    const auto here = search.at();
-    for (double& sum : sums) sum = 0;
-    gaps([&](const Gap<T>& gap) { Search::add(gap, here, sums); });
-    team.reduce(sums, Sum());
-  }
-  return search;
-}
-
-template <typename S, typename In, Norm kNorm, bool kStaged>
-__global__ void __launch_bounds__(kStaged ? kMaxThreads : kStreamedThreads, 1)
+template <typename T, Norm kNorm, Store kStore>
+__global__ void __launch_bounds__(kThreads<kStore>, 2)
     apgd_step_ball_kernel(const __grid_constant__ ApgdStep a, const __grid_constant__ Shares shares) {
-  using T = Arith<S>;
-  using Search = std::conditional_t<kNorm == Norm::l2, L2Search<T>, L1Search<T>>;
-  using Mine = ApgdSlice<S, In, kNorm, kStaged>;
-  using Chunk = typename Mine::Chunk;
-  constexpr int kChunk = Mine::kChunk;
+  using Mine = Slice<T, kNorm, kStore>;
+  using Batch = typename Mine::Batch;
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ Team::Memory memory;
+  __shared__ BallMemory<kNorm> memory;
   const PgdStep& p = a.step;
-  const int64_t sample = shares.first + blockIdx.x / shares.ranks;
+  const int64_t sample = shares.first + (kStore == Store::registers ? blockIdx.x : blockIdx.x / shares.ranks);
   if (p.active != nullptr && p.active[sample] == 0) return;
-  Team team(memory, shares.ranks);
-  Mine slice(a, shares, sample, shared);
-
+  Team team(memory.team, kStore == Store::registers ? 1 : shares.ranks);
   const T eps = radius_of(number<T>(p.eps, sample));
+  Search<T, kNorm> search(eps);
+  Mine slice(p, shares, sample, shared, search);
+  const auto x_best = slice.operand(a.x_best, p.dtype, a.x_best_stride);
+  const auto grad_best = slice.operand(a.grad_best, p.dtype, a.grad_best_stride);
+  const auto x_prev = slice.operand(a.x_prev, p.dtype, a.x_prev_stride);
+
   ApgdRow<T> row = read_apgd_row<T>(a, sample);
   const ApgdMove<T> outcome = apgd_begin(row);
   bool restart = false;
   if (outcome.window > 0) {
     if constexpr (kNorm == Norm::l1) {
-      double support[1] = {slice.support(outcome.improved)};
-      team.reduce(support, Sum());
-      restart = apgd_check_l1(row, static_cast<int64_t>(support[0]), eps);
+      auto best = slice.origin();
+      if (!outcome.improved) best.data = x_best.data;
+      const double support = team.reduce(slice.support(best));
+      restart = apgd_check_l1(row, static_cast<int64_t>(support), eps);
     } else {
       restart = apgd_check(row, outcome.window, a.rho);
     }
   }
   if (outcome.improved) {
-    slice.keep();
+    slice.keep(x_best, grad_best);
   } else if (restart) {
-    slice.start_from_best();
+    slice.start_from(x_best, grad_best);
   }
   team.sync();  // every thread has read the sample's numbers; writing them now frees their registers
   if (threadIdx.x == 0 && blockIdx.x % shares.ranks == 0) write_apgd_row(a, sample, row, restart);
   const T step = finite_or_zero(row.step_size);
   const int32_t kept = row.kept < 1 ? 1 : row.kept > p.size ? static_cast<int32_t>(p.size) : row.kept;
-  const Move<Ranked<S, In>> move = find_move(slice, team, step, kept);
+  const Move<T> move = find_move(slice, team, memory, step, kept);
 
-  Chunk v, x0, lo, hi;
-  double sums[Search::kSums] = {};
-  slice.each([&](int64_t at, int valid) {
-    slice.fetch_values(at, valid, move, v, x0);
-    slice.bounds(at, valid, lo, hi);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) Search::begin(gap_of(v[i], x0[i], lo[i], hi[i]), sums);
-  });
-  const Search search = searched<Search>(team, eps, sums, [&](auto add) {
-    slice.each([&](int64_t at, int valid) {
-      slice.values(at, valid, move, v, x0);
-      slice.bounds(at, valid, lo, hi);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) add(gap_of(v[i], x0[i], lo[i], hi[i]));
-    });
-  });
-  const auto found = search.at();
-
+  // x_prev <- where the step started, x <- v.
+  const auto finish = [&](Batch& batch) FASTLIP_INLINE {
+    slice.copy(slice.origin(), x_prev, batch);
+    slice.finish(batch);
+  };
+  const auto again = [&](auto body) FASTLIP_INLINE { slice.values(move, [](Batch&) FASTLIP_INLINE {}, body); };
+  run(search, slice, team, [&](auto body) FASTLIP_INLINE { slice.moves(move, body); }, again);
   if (kNorm == Norm::l1 || outcome.first) {
-    slice.each([&](int64_t at, int valid) {
-      slice.values(at, valid, move, v, x0);
-      slice.bounds(at, valid, lo, hi);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) v[i] = projected(search, found, v[i], x0[i], lo[i], hi[i]);
-      slice.finish(at, valid, v, x0);
+    again([&](Batch& batch) FASTLIP_INLINE {
+      project(search, slice, batch);
+      finish(batch);
     });
-  } else {
+    slice.feed_all();
+    return;
+  }
+  if constexpr (kNorm == Norm::l2) {
     const HeavyBall<T> heavy(a.momentum);
-    // v <- the point after the momentum, from v as it was.
-    const auto push = [&](int64_t at, int valid) {
-      Chunk x, last;
-      slice.origin(at, valid, x);
-      slice.previous(at, valid, last);
+    const Search<T, kNorm> aimed = search;
+    // v <- the point after the momentum.
+    const auto push = [&](Batch& batch) FASTLIP_INLINE {
+      project(aimed, slice, batch);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        const T z = projected(search, found, v[i], x0[i], lo[i], hi[i]);
-        v[i] = i < valid ? heavy(x[i], z, last[i]) : T(0);  // what does not exist counts for nothing in the sums
+      for (int c = 0; c < Mine::kChunks; ++c) {
+        const auto at = slice.at(batch, c);
+        const int valid = slice.valid(at);  // what does not exist counts for nothing in the sums
+        typename Mine::Chunk x, last;
+        slice.load(slice.origin(), at, x);
+        slice.load(x_prev, at, last);
+#pragma unroll
+        for (int i = 0; i < Mine::kChunk; ++i) {
+          batch.v[c][i] = i < valid ? heavy(x[i], batch.v[c][i], last[i]) : T(0);
+        }
+      }
+      slice.replace(batch);
+    };
+    const auto pushed = [&](auto body) FASTLIP_INLINE { slice.values(move, push, body); };
+    search = Search<T, kNorm>(eps);
+    const auto first = [&](auto body) FASTLIP_INLINE {
+      if constexpr (kStore == Store::streamed) {
+        pushed(body);
+      } else {
+        again([&](Batch& batch) FASTLIP_INLINE {
+          push(batch);
+          body(batch);
+        });
       }
     };
-    const auto values = [&](int64_t at, int valid) {
-      slice.values(at, valid, move, v, x0);
-      slice.bounds(at, valid, lo, hi);
-      if constexpr (!kStaged) push(at, valid);
-    };
-    for (double& sum : sums) sum = 0;
-    slice.each([&](int64_t at, int valid) {
-      slice.values(at, valid, move, v, x0);
-      slice.bounds(at, valid, lo, hi);
-      push(at, valid);
-      slice.replace(at, v);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) Search::begin(gap_of(v[i], x0[i], lo[i], hi[i]), sums);
+    run(search, slice, team, first, pushed);
+    pushed([&](Batch& batch) FASTLIP_INLINE {
+      project(search, slice, batch);
+      finish(batch);
     });
-    const Search again = searched<Search>(team, eps, sums, [&](auto add) {
-      slice.each([&](int64_t at, int valid) {
-        values(at, valid);
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) add(gap_of(v[i], x0[i], lo[i], hi[i]));
-      });
-    });
-    const auto here = again.at();
-    slice.each([&](int64_t at, int valid) {
-      values(at, valid);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) v[i] = projected(again, here, v[i], x0[i], lo[i], hi[i]);
-      slice.finish(at, valid, v, x0);
-    });
+    slice.feed_all();
   }
-  team.leave();
 }
 
-template <typename S, typename In, Norm kNorm>
+template <typename T, Norm kNorm>
 cudaError_t launch_ball(const ApgdStep& a, void* stream) {
-  const bool wide = all_aligned<S, In>(a, ApgdSlice<S, In, kNorm, true>::kChunk);
-  return launch_teams<Arith<S>>(a, a.step, apgd_step_ball_kernel<S, In, kNorm, true>,
-                                apgd_step_ball_kernel<S, In, kNorm, false>, kStreamedThreads, wide, stream);
+  Kernels<ApgdStep> kernels = {nullptr, apgd_step_ball_kernel<T, kNorm, Store::shared>,
+                               apgd_step_ball_kernel<T, kNorm, Store::streamed>};
+  if constexpr (std::is_same_v<T, float>) kernels.registers = apgd_step_ball_kernel<T, kNorm, Store::registers>;
+  return launch_teams<T, kNorm>(a, a.step, kernels, all_fit(a, Slice<T, kNorm, Store::shared>::kChunk), stream);
 }
 
 }  // namespace
 
 int apgd_step_(const ApgdStep& step, void* stream) {
-  if (step.step.batch == 0 || step.step.size == 0) return cudaSuccess;
-  return with_storages(step.step, [&](auto storage, auto input) {
-    using S = decltype(storage);
-    using In = decltype(input);
-    if (step.step.norm == Norm::linf) return launch_linf<S, In>(step, stream);
-    return step.step.norm == Norm::l2 ? launch_ball<S, In, Norm::l2>(step, stream)
-                                      : launch_ball<S, In, Norm::l1>(step, stream);
+  const PgdStep& p = step.step;
+  if (p.batch == 0 || p.size == 0) return cudaSuccess;
+  if (!known_input(p)) return cudaErrorInvalidValue;
+  if (p.norm == Norm::linf) {
+    return with_storage(p.dtype,
+                        [&](auto storage) FASTLIP_INLINE { return launch_linf<decltype(storage)>(step, stream); });
+  }
+  return with_arithmetic(p.dtype, [&](auto arithmetic) FASTLIP_INLINE {
+    using T = decltype(arithmetic);
+    return p.norm == Norm::l2 ? launch_ball<T, Norm::l2>(step, stream) : launch_ball<T, Norm::l1>(step, stream);
   });
 }
 

@@ -17,6 +17,9 @@
 #define FASTLIP_HD inline
 #endif
 
+// Of a lambda: what it captures by reference may lie in registers then.
+#define FASTLIP_INLINE __attribute__((always_inline))
+
 namespace fastlip::cuda {
 
 template <typename S>
@@ -82,14 +85,6 @@ FASTLIP_HD float divide_rn(float a, float b) {
 #endif
 }
 
-// Storage of what the model reads where that is x itself: grad has x's then.
-struct NoInput {};
-template <typename S, typename In>
-using Ascent = std::conditional_t<std::is_same_v<In, NoInput>, S, In>;
-// By what storage's bits magnitudes of gradients are ranked: with a standard deviation to divide by, float's.
-template <typename S, typename In>
-using Ranked = std::conditional_t<std::is_same_v<In, NoInput>, S, Arith<S>>;
-
 FASTLIP_HD float widen(float v) { return v; }
 FASTLIP_HD double widen(double v) { return v; }
 FASTLIP_HD float widen(__half v) { return __half2float(v); }
@@ -129,6 +124,33 @@ FASTLIP_HD T radius_of(T eps) {
 template <typename T>
 FASTLIP_HD T finite_or_zero(T v) {
   return magnitude(v) < T(INFINITY) ? v : T(0);
+}
+
+// 2^exponent, which must be a normal number.
+template <typename T>
+FASTLIP_HD T power_of_two(int exponent) {
+  if constexpr (std::is_same_v<T, double>) {
+    return bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52);
+  } else {
+    return bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23);
+  }
+}
+// The largest exponent whose negative is one of a normal number, too.
+template <typename T>
+constexpr int kMostExponent = std::is_same_v<T, double> ? 1022 : 126;
+// Of a finite number's leading bit, at least -kMostExponent.
+FASTLIP_HD int exponent_of(float v) {
+  const int biased = static_cast<int>(bit_cast<uint32_t>(v) >> 23 & 0xFF);
+  return (biased > 1 ? biased : 1) - 127;
+}
+FASTLIP_HD int exponent_of(double v) {
+  const int biased = static_cast<int>(bit_cast<uint64_t>(v) >> 52 & 0x7FF);
+  return (biased > 1 ? biased : 1) - 1023;
+}
+template <typename T>
+FASTLIP_HD int fitting_exponent(int exponent) {
+  constexpr int kMost = kMostExponent<T>;
+  return exponent > kMost ? kMost : exponent < -kMost ? -kMost : exponent;
 }
 
 // Linf, whose result is a matter of a few roundings in a fixed order.

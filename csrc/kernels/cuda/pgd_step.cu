@@ -24,7 +24,7 @@ namespace {
 // --- Linf ------------------------------------------------------------------------------------------------------------
 constexpr int kLinfThreads = 256;
 
-template <typename S, typename In, int kWidth>
+template <typename S, int kWidth>
 __global__ void __launch_bounds__(kLinfThreads)
     pgd_step_linf_kernel(const __grid_constant__ PgdStep p, int64_t chunks) {
   using T = Arith<S>;
@@ -43,8 +43,10 @@ __global__ void __launch_bounds__(kLinfThreads)
   load<S>(static_cast<const S*>(p.x0) + sample * p.x0_stride + at, valid, true, x0);
   if (p.grad != nullptr) {
     // Signs are all it takes: no standard deviation changes them.
-    using G = Ascent<S, In>;
-    load<G>(static_cast<const G*>(p.grad) + sample * p.grad_stride + at, valid, true, grad);
+    with_ascent<S>(p, [&](auto stored) FASTLIP_INLINE {
+      using G = decltype(stored);
+      load<G>(static_cast<const G*>(p.grad) + sample * p.grad_stride + at, valid, true, grad);
+    });
     const T step = finite_or_zero(number<T>(p.step_size, sample));
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] = add_rn(x[i], signed_step(grad[i], step));
@@ -55,10 +57,10 @@ __global__ void __launch_bounds__(kLinfThreads)
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) x[i] = project_linf(x[i], x0[i], eps, lo[i], hi[i]);
   store<S>(out, valid, true, x, x0);
-  feed<In>(p, sample, at, valid, true, x);
+  feed(p, sample, at, valid, true, x);
 }
 
-template <typename S, typename In>
+template <typename S>
 cudaError_t launch_linf(PgdStep p, void* stream) {
   constexpr int kWidth = 16 / sizeof(S);
   const bool uniform = p.step_size.data == nullptr && p.eps.data == nullptr && p.lo.data == nullptr &&
@@ -69,91 +71,61 @@ cudaError_t launch_linf(PgdStep p, void* stream) {
     p.size *= p.batch;
     p.batch = 1;
   }
-  const int width = all_aligned<S, In>(p, kWidth) ? kWidth : 1;
+  const int width = all_aligned(p, kWidth) ? kWidth : 1;
   const int64_t chunks = (p.size + width - 1) / width;
   const auto config = configure((p.batch * chunks + kLinfThreads - 1) / kLinfThreads, kLinfThreads, 0, stream);
-  if (width == 1) return cudaLaunchKernelEx(&config, pgd_step_linf_kernel<S, In, 1>, p, chunks);
-  return cudaLaunchKernelEx(&config, pgd_step_linf_kernel<S, In, kWidth>, p, chunks);
+  if (width == 1) return cudaLaunchKernelEx(&config, pgd_step_linf_kernel<S, 1>, p, chunks);
+  return cudaLaunchKernelEx(&config, pgd_step_linf_kernel<S, kWidth>, p, chunks);
 }
 
 // --- L2 and L1 -------------------------------------------------------------------------------------------------------
-// More would not leave registers enough.
-template <typename In>
-constexpr int kStreamedThreads = std::is_same_v<In, NoInput> ? kMaxThreads : kMaxThreads / 2;
-
-template <typename S, typename In, Norm kNorm, bool kStaged>
-__global__ void __launch_bounds__(kStaged ? kMaxThreads : kStreamedThreads<In>, 1)
+template <typename T, Norm kNorm, Store kStore>
+__global__ void __launch_bounds__(kThreads<kStore>, std::is_same_v<T, float> ? 3 : 2)
     pgd_step_ball_kernel(const __grid_constant__ PgdStep p, const __grid_constant__ Shares shares) {
-  using T = Arith<S>;
-  using Search = std::conditional_t<kNorm == Norm::l2, L2Search<T>, L1Search<T>>;
-  using Mine = Slice<S, In, kNorm, kStaged>;
+  using Mine = Slice<T, kNorm, kStore>;
+  using Batch = typename Mine::Batch;
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ Team::Memory memory;
-  const int64_t sample = shares.first + blockIdx.x / shares.ranks;
+  __shared__ BallMemory<kNorm> memory;
+  const int64_t sample = shares.first + (kStore == Store::registers ? blockIdx.x : blockIdx.x / shares.ranks);
   if (p.active != nullptr && p.active[sample] == 0) return;
-  Team team(memory, shares.ranks);
-  const Mine slice(p, shares, sample, shared);
+  Team team(memory.team, kStore == Store::registers ? 1 : shares.ranks);
+  Search<T, kNorm> search(radius_of(number<T>(p.eps, sample)));
+  Mine slice(p, shares, sample, shared, search);
 
-  Move<Ranked<S, In>> move = {};
+  Move<T> move = {};
   if (p.grad != nullptr) {
-    const double step = finite_or_zero(number<T>(p.step_size, sample));
-    move = find_move(slice, team, step, static_cast<double>(p.kept));
+    const T step = finite_or_zero(number<T>(p.step_size, sample));
+    move = find_move(slice, team, memory, step, static_cast<double>(p.kept));
   }
-
-  T v[Mine::kChunk], x0[Mine::kChunk], lo[Mine::kChunk], hi[Mine::kChunk];
-  double sums[Search::kSums] = {};
-  slice.each([&](int64_t at, int valid) {
-    slice.fetch_values(at, valid, move, v, x0);
-    slice.bounds(at, valid, lo, hi);
-#pragma unroll
-    for (int i = 0; i < Mine::kChunk; ++i) Search::begin(gap_of(v[i], x0[i], lo[i], hi[i]), sums);
+  const auto again = [&](auto body) FASTLIP_INLINE { slice.values(move, [](Batch&) FASTLIP_INLINE {}, body); };
+  run(search, slice, team, [&](auto body) FASTLIP_INLINE { slice.moves(move, body); }, again);
+  again([&](Batch& batch) FASTLIP_INLINE {
+    project(search, slice, batch);
+    slice.finish(batch);
   });
-  team.reduce(sums, Sum());
-  Search search(radius_of(number<T>(p.eps, sample)), sums);
-  for (bool more = search.searching(); more; more = search.update(sums)) {
-    const auto here = search.at();
-    for (double& sum : sums) sum = 0;
-    slice.each([&](int64_t at, int valid) {
-      slice.values(at, valid, move, v, x0);
-      slice.bounds(at, valid, lo, hi);
-#pragma unroll
-      for (int i = 0; i < Mine::kChunk; ++i) Search::add(gap_of(v[i], x0[i], lo[i], hi[i]), here, sums);
-    });
-    team.reduce(sums, Sum());
-  }
-
-  const auto here = search.at();
-  slice.each([&](int64_t at, int valid) {
-    slice.values(at, valid, move, v, x0);
-    slice.bounds(at, valid, lo, hi);
-#pragma unroll
-    for (int i = 0; i < Mine::kChunk; ++i) {
-      const Gap<T> gap = gap_of(v[i], x0[i], lo[i], hi[i]);
-      if (!search.inside) v[i] = x0[i] + with_sign(Search::shrunk(gap, here), gap.sign);
-      v[i] = clamp(v[i], lo[i], hi[i]);
-    }
-    slice.write(at, valid, v, x0);
-  });
-  team.leave();
+  slice.feed_all();
 }
 
-template <typename S, typename In, Norm kNorm>
+template <typename T, Norm kNorm>
 cudaError_t launch_ball(const PgdStep& p, void* stream) {
-  const bool wide = all_aligned<S, In>(p, Slice<S, In, kNorm, true>::kChunk);
-  return launch_teams<Arith<S>>(p, p, pgd_step_ball_kernel<S, In, kNorm, true>,
-                                pgd_step_ball_kernel<S, In, kNorm, false>, kStreamedThreads<In>, wide, stream);
+  Kernels<PgdStep> kernels = {nullptr, pgd_step_ball_kernel<T, kNorm, Store::shared>,
+                              pgd_step_ball_kernel<T, kNorm, Store::streamed>};
+  if constexpr (std::is_same_v<T, float>) kernels.registers = pgd_step_ball_kernel<T, kNorm, Store::registers>;
+  return launch_teams<T, kNorm>(p, p, kernels, all_aligned(p, Slice<T, kNorm, Store::shared>::kChunk), stream);
 }
 
 }  // namespace
 
 int pgd_step_(const PgdStep& step, void* stream) {
   if (step.batch == 0 || step.size == 0) return cudaSuccess;
-  return with_storages(step, [&](auto storage, auto input) {
-    using S = decltype(storage);
-    using In = decltype(input);
-    if (step.norm == Norm::linf) return launch_linf<S, In>(step, stream);
-    return step.norm == Norm::l2 ? launch_ball<S, In, Norm::l2>(step, stream)
-                                 : launch_ball<S, In, Norm::l1>(step, stream);
+  if (!known_input(step)) return cudaErrorInvalidValue;
+  if (step.norm == Norm::linf) {
+    return with_storage(step.dtype,
+                        [&](auto storage) FASTLIP_INLINE { return launch_linf<decltype(storage)>(step, stream); });
+  }
+  return with_arithmetic(step.dtype, [&](auto arithmetic) FASTLIP_INLINE {
+    using T = decltype(arithmetic);
+    return step.norm == Norm::l2 ? launch_ball<T, Norm::l2>(step, stream) : launch_ball<T, Norm::l1>(step, stream);
   });
 }
 

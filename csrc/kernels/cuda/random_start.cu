@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       sum[0] += kNorm == Norm::l2 ? size * size : size;
     }
   }
-  Team(memory, 1).reduce(sum, Sum());
+  Team(memory, 1).reduce(sum);
   const T radius = static_cast<T>(finite_radius<T>(p, sample) * ball_scale<T, kNorm>(key, id, sum[0], p.size));
   const Mover<S> move(p, sample, wide);
   for (int64_t block = threadIdx.x; block < blocks; block += blockDim.x) {
@@ -126,7 +126,7 @@ cudaError_t launch(const RandomStart& p, void* stream) {
   }
   const auto kernel =
       p.norm == Norm::l2 ? random_start_ball_kernel<S, Norm::l2> : random_start_ball_kernel<S, Norm::l1>;
-  constexpr int64_t kLeast = 64, kMost = 512, kMostBlocks = int64_t{1} << 30;
+  constexpr int64_t kLeast = 64, kMost = kMaxThreads, kMostBlocks = int64_t{1} << 30;
   const int64_t wanted = (blocks + kWarp - 1) / kWarp * kWarp;
   const int threads = static_cast<int>(wanted < kLeast ? kLeast : wanted > kMost ? kMost : wanted);
   for (int64_t first = 0; first < p.batch; first += kMostBlocks) {

@@ -1,297 +1,829 @@
-// A sample in L2 or L1 and the team that shares it: its operands, staged on chip where they fit, its move, its launch.
+// A sample in L2 or L1 and the team that shares it: its operands, kept on chip where they fit, its move, its
+// projection, its launch.
 #pragma once
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "kernels/cuda/ball.h"
 #include "kernels/cuda/team.cuh"
 
 namespace fastlip::cuda {
 namespace {
 
-// Whether every sample of every operand may be accessed in units of `pack` elements, at most 16 bytes of storage.
-template <typename S, typename In>
-bool all_aligned(const PgdStep& p, int64_t pack) {
-  const bool many = p.batch > 1;
-  const auto fits = [&](const void* data, int64_t stride, int64_t bytes) {
-    return data == nullptr || aligned(data, many ? stride * bytes : 0, pack * bytes < 16 ? pack * bytes : 16);
-  };
-  constexpr int64_t kStorage = sizeof(S), kAscent = sizeof(Ascent<S, In>), kArith = sizeof(Arith<S>);
-  return fits(p.x, p.x_stride, kStorage) && fits(p.grad, p.grad_stride, kAscent) && fits(p.x0, p.x0_stride, kStorage) &&
-         fits(p.lo.data, p.lo.stride, kArith) && fits(p.hi.data, p.hi.stride, kArith) &&
-         fits(p.input, p.input_stride, kAscent) && fits(p.mean.data, 0, kArith) && fits(p.std.data, 0, kArith);
-}
+// Where v = x + move and x0 are between passes: with each thread, in shared memory (each thread reading back only what
+// it wrote itself), or nowhere, so that every pass reads and computes them again.
+enum class Store { registers, shared, streamed };
+
+// Chunks that a thread handles at a time, all loads before the first use: in registers that is all it has.
+template <Store kStore>
+constexpr int kBatch = kStore == Store::registers ? 4
+                       : kStore == Store::shared  ? 2
+                                                  : 1;
+
+template <Store kStore>
+constexpr int kThreads = kStore == Store::registers ? 192 : kMaxThreads;
 
 // How a sample is shared out.
 struct Shares {
   int64_t first;  // sample of block 0
   int64_t slice;  // elements a block, a whole number of chunks
   int ranks;      // blocks a sample
-  bool wide;
+  bool wide;      // chunks may be accessed as one
 };
 
-// A block's slice of one sample. kStaged: v and x0 lie in shared memory once each thread has put its own chunks there.
-// In: storage of what the model reads, or NoInput.
-template <typename S, typename In, Norm kNorm, bool kStaged>
+// Shared memory beside what is staged.
+template <Norm kNorm>
+struct BallMemory {
+  Team::Memory team;
+};
+template <>
+struct BallMemory<Norm::l1> {
+  static constexpr int kBins = KeySearch<float>::kBins;
+  Team::Memory team;
+  alignas(16) int bins[3][kBins];  // in turn: cleared, counted into, read
+  alignas(16) int merged[kBins];
+};
+
+template <typename T, Norm kNorm>
+using Search = std::conditional_t<kNorm == Norm::l2, L2Search<T>, L1Search<T>>;
+
+// A block's slice of one sample. Chunks of 16 bytes of T go round the threads in the same way whatever the operands'
+// alignment, strides and types. Offsets are relative to the slice.
+template <typename T, Norm kNorm, Store kStore>
 class Slice {
  public:
-  using T = Arith<S>;
-  using Ranks = Ranked<S, In>;
-  static constexpr bool kFed = !std::is_same_v<In, NoInput>;  // there is a gradient, then
-  static constexpr int kChunk = 16 / sizeof(T);  // 16 bytes in shared memory, as much or half of it in device memory
+  static constexpr int kChunk = 16 / sizeof(T), kChunks = kBatch<kStore>;
+  using Offset = std::conditional_t<kStore == Store::streamed, int64_t, int>;
   using Chunk = T[kChunk];
+  using Rows = Chunk[kChunks];
+  struct Batch {
+    Rows v, x0, cap;
+    Offset first;  // of its first chunk
+  };
+  struct Operand {
+    void* data;  // at the slice
+    DType dtype;
+  };
 
-  __device__ Slice(const PgdStep& p, const Shares& shares, int64_t sample, unsigned char* shared)
+  __device__ Slice(const PgdStep& p, const Shares& shares, int64_t sample, unsigned char* shared,
+                   const Search<T, kNorm>& search)
       : p_(p),
+        search_(search),
         sample_(sample),
-        x_(static_cast<S*>(p.x) + sample * p.x_stride),
-        grad_(kFed || p.grad == nullptr ? nullptr : static_cast<const S*>(p.grad) + sample * p.grad_stride),
-        x0_(static_cast<const S*>(p.x0) + sample * p.x0_stride),
-        lo_(p.lo, sample),
-        hi_(p.hi, sample),
-        begin_(static_cast<int64_t>(blockIdx.x % shares.ranks) * shares.slice),
-        end_(begin_ + shares.slice < p.size ? begin_ + shares.slice : p.size),
+        begin_(kStore == Store::registers ? 0 : static_cast<int64_t>(blockIdx.x % shares.ranks) * shares.slice),
+        length_(static_cast<Offset>(p.size - begin_ < shares.slice ? (p.size > begin_ ? p.size - begin_ : 0)
+                                                                   : shares.slice)),
         wide_(shares.wide),
         staged_v_(reinterpret_cast<T*>(shared)),
-        staged_x0_(staged_v_ + shares.slice) {}
+        staged_x0_(staged_v_ + shares.slice),
+        lo_(p.lo, sample),
+        hi_(p.hi, sample) {
+    ragged_ = !wide_ || length_ % kChunk != 0;
+    x_ = operand(p.x, p.dtype, p.x_stride);
+    x0_ = operand(p.x0, p.dtype, p.x0_stride);
+    grad_ = operand(const_cast<void*>(p.grad), p.input == nullptr ? p.dtype : p.input_dtype, p.grad_stride);
+    climbs_ = p.grad != nullptr;
+    divided_ = p.input != nullptr;
+  }
 
-  // body(offset, elements that exist) for each chunk of this thread.
+  __device__ Operand operand(const void* data, DType dtype, int64_t stride) const {
+    const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    return {static_cast<char*>(const_cast<void*>(data)) + (sample_ * stride + begin_) * bytes, dtype};
+  }
+
+  // Start from another point than x, whose gradient is with respect to x.
+  __device__ void start_from(const Operand& x, const Operand& grad) {
+    x_ = x;
+    grad_ = grad;
+    divided_ = false;
+  }
+  // Copy x and its gradient, which is finite or not, to the best so far.
+  __device__ __forceinline__ void keep(const Operand& x_best, const Operand& grad_best) const {
+#pragma unroll 1
+    for (Offset here = begin(); here < length_; here += stride()) {
+      Chunk x, grad[1];
+      load(x_, here, x);
+      fetch(grad_, here, grad);
+      ascend(here, grad);
+      write(x_best, here, x, x);
+      write(grad_best, here, grad[0], grad[0]);
+    }
+  }
+
+  // --- passes: body(batch) ---
+  // The gradient, 0 where it is not finite: `again` after the first time, and before `moves`.
   template <typename Body>
-  __device__ void each(Body body) const {
-    for (int64_t at = begin_ + threadIdx.x * kChunk; at < end_; at += blockDim.x * kChunk) {
-      body(at, static_cast<int>(end_ - at < kChunk ? end_ - at : kChunk));
+  __device__ __forceinline__ void gradients(bool again, Body body) {
+    if constexpr (kStore == Store::registers) {
+      if (!again) {
+        fetch(grad_, batch_.first, batch_.cap);
+        fetch(x0_, batch_.first, batch_.x0);
+        fetch(x_, batch_.first, batch_.v);
+        prepare(batch_.first, batch_.cap);
+      }
+      forget(batch_.first, batch_.cap);
+      body(batch_.cap);
+    } else {
+      for (Offset first = begin(); first < length_; first += stride() * kChunks) {
+        Rows grad;
+        if (kStore == Store::shared && again) {
+          get(staged_v_, first, grad);
+        } else {
+          fetch(grad_, first, grad);
+          if constexpr (kStore == Store::shared) {
+            Rows x0;
+            fetch(x0_, first, x0);
+            prepare(first, grad);
+            unpack(x0_.dtype, x0);
+            put(staged_v_, first, grad);
+            put(staged_x0_, first, x0);
+          } else {
+            prepare(first, grad);
+          }
+        }
+        body(grad);
+      }
     }
+  }
+  // v, x0 and caps, for the first time.
+  template <typename Body>
+  __device__ __forceinline__ void moves(const Move<T>& move, Body body) {
+    if constexpr (kStore == Store::registers) {
+      if (!climbs()) {
+        fetch(x0_, batch_.first, batch_.x0);
+        fetch(x_, batch_.first, batch_.v);
+      }
+      unpack(x_.dtype, batch_.v);
+      unpack(x0_.dtype, batch_.x0);
+      climb(batch_, move);
+      forget(batch_.first, batch_.v);
+      caps(batch_);
+      forget(batch_.first, batch_.cap);
+      body(batch_);
+    } else {
+      for (Offset first = begin(); first < length_; first += stride() * kChunks) {
+        Batch batch;
+        batch.first = first;
+        fetch(x_, first, batch.v);
+        if (kStore == Store::shared && climbs()) {
+          get(staged_x0_, first, batch.x0);
+          get(staged_v_, first, batch.cap);
+          unpack(x_.dtype, batch.v);
+        } else {
+          fetch_rest(batch);
+        }
+        climb(batch, move);
+        if constexpr (kStore == Store::shared) {
+          put(staged_v_, first, batch.v);
+          if (!climbs()) put(staged_x0_, first, batch.x0);
+        }
+        caps(batch);
+        body(batch);
+      }
+    }
+  }
+  // Again. further(batch): what has become of v since, where it is not kept.
+  template <typename Further, typename Body>
+  __device__ __forceinline__ void values(const Move<T>& move, Further further, Body body) {
+    if constexpr (kStore == Store::registers) {
+      forget(batch_.first, batch_.v);
+      body(batch_);
+    } else {
+      for (Offset first = begin(); first < length_; first += stride() * kChunks) {
+        Batch batch;
+        batch.first = first;
+        if constexpr (kStore == Store::shared) {
+          get(staged_v_, first, batch.v);
+          get(staged_x0_, first, batch.x0);
+        } else {
+          fetch(x_, first, batch.v);
+          fetch_rest(batch);
+          climb(batch, move);
+        }
+        caps(batch);
+        if constexpr (kStore == Store::streamed) further(batch);
+        body(batch);
+      }
+    }
+  }
+  // v has changed: keep it.
+  __device__ __forceinline__ void replace(Batch& batch) const {
+    if constexpr (kStore == Store::shared) put(staged_v_, batch.first, batch.v);
+    caps(batch);
   }
 
-  // The gradient, for the first time: it waits in v's place, and x0 is fetched along with it.
-  __device__ void fetch_gradient(int64_t at, int valid, Chunk& grad) const {
-    ascent(at, valid, grad);
-    if constexpr (kStaged) {
-      Chunk x0;
-      load<S>(x0_ + at, valid, wide_, x0);
-      put(staged_v_, at, grad);
-      put(staged_x0_, at, x0);
+  // --- a batch's chunks ---
+  __device__ Offset at(const Batch& batch, int c) const { return batch.first + c * stride(); }
+  __device__ int valid(Offset at) const {
+    return static_cast<int>(length_ - at < kChunk ? (length_ > at ? length_ - at : 0) : kChunk);
+  }
+  // The operand's elements, 0 beyond the slice.
+  __device__ __forceinline__ void load(const Operand& from, Offset at, Chunk& chunk) const {
+    Chunk rows[1];
+    fetch(from, at, rows);
+    unpack(from.dtype, rows);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) chunk[i] = rows[0][i];
+  }
+  // Copy what a batch has of an operand.
+  __device__ __forceinline__ void copy(const Operand& from, const Operand& to, const Batch& batch) const {
+#pragma unroll 1
+    for (int c = 0; c < kChunks; ++c) {
+      const Offset here = at(batch, c);
+      Chunk chunk;
+      load(from, here, chunk);
+      if (here < length_) write(to, here, chunk, chunk);
     }
   }
-  // The gradient again, until fetch_values.
-  __device__ void gradient(int64_t at, int valid, Chunk& grad) const {
-    if constexpr (kStaged) {
-      get(staged_v_, at, grad);
+  __device__ Operand origin() const { return x_; }
+  // How many elements of this thread differ between a point and x0.
+  __device__ int support(Operand point) const {
+    int count = 0;
+    for (Offset first = begin(); first < length_; first += stride() * kChunks) {
+      Rows x, x0;
+      fetch(point, first, x);
+      fetch(x0_, first, x0);
+      unpack(point.dtype, x);
+      unpack(x0_.dtype, x0);
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) count += x[c][i] != x0[c][i] ? 1 : 0;  // beyond the slice both are 0
+      }
+    }
+    return count;
+  }
+  // body(chunk, lane, lo, hi) for each element.
+  template <typename Body>
+  __device__ __forceinline__ void bounded(const Batch& batch, Body body) const {
+    if (lo_.data == nullptr && hi_.data == nullptr) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) body(c, i, lo_.scalar, hi_.scalar);
+      }
     } else {
-      ascent(at, valid, grad);
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        Chunk lo, hi;
+        const Offset here = at(batch, c);
+        lo_.load(begin_ + here, valid(here), wide_, lo);
+        hi_.load(begin_ + here, valid(here), wide_, hi);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) body(c, i, lo[i], hi[i]);
+      }
     }
   }
-  // v = x + move and x0, for the first time.
-  __device__ void fetch_values(int64_t at, int valid, const Move<Ranks>& move, Chunk& v, Chunk& x0) const {
-    load<S>(x_ + at, valid, wide_, v);
-    if (kStaged && climbs()) {
-      get(staged_x0_, at, x0);
-    } else {
-      load<S>(x0_ + at, valid, wide_, x0);
+  // In storage; 16 bits round towards `centre`.
+  __device__ __forceinline__ void store(const Operand& to, const Batch& batch, const Rows& rows,
+                                        const Rows& centre) const {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const Offset here = at(batch, c);
+      if (here >= length_) break;
+      write(to, here, rows[c], centre[c]);
     }
+  }
+  // v to x.
+  __device__ __forceinline__ void finish(const Batch& batch) const {
+    store(operand(p_.x, p_.dtype, p_.x_stride), batch, batch.v, batch.x0);
+  }
+  // What the model reads of x, which has been written.
+  __device__ __forceinline__ void feed_all() const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (p_.input == nullptr) return;
+      const Operand x = operand(p_.x, p_.dtype, p_.x_stride);
+#pragma unroll 1
+      for (Offset here = begin(); here < length_; here += stride()) {
+        Chunk chunk;
+        load(x, here, chunk);
+        feed(p_, sample_, begin_ + here, valid(here), wide_, chunk);
+      }
+    }
+  }
+  __device__ bool climbs() const { return climbs_; }
+
+ private:
+  __device__ static Offset stride() { return static_cast<Offset>(blockDim.x) * kChunk; }
+  __device__ static Offset begin() { return static_cast<Offset>(threadIdx.x) * kChunk; }
+  __device__ bool whole(Offset at) const { return at + kChunk <= length_; }
+
+  // For the compiler these may have changed: what it keeps of them from pass to pass leaves too few registers.
+  __device__ __forceinline__ static void forget(Offset& first, Rows& rows) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(first));
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) asm volatile("" : "+f"(rows[c][i]));
+    }
+#endif
+  }
+  // As they are stored: 16-bit elements two by two in the bits of a chunk's first ones.
+  template <int kCount>
+  __device__ __forceinline__ void fetch(const Operand& from, Offset first, Chunk (&rows)[kCount]) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (from.dtype != DType::f32) {
+        const auto* const data = static_cast<const uint16_t*>(from.data);
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) {
+          uint2 words = {};
+          const Offset here = first + c * stride();
+          if (wide_ && whole(here)) words = *reinterpret_cast<const uint2*>(data + here);
+          rows[c][0] = bit_cast<float>(words.x);
+          rows[c][1] = bit_cast<float>(words.y);
+          rows[c][2] = rows[c][3] = 0;
+        }
+        if (!ragged_) return;
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) {
+          const Offset here = first + c * stride();
+          if (wide_ && whole(here)) continue;
+          uint32_t bits[kChunk] = {};
+#pragma unroll
+          for (int i = 0; i < kChunk; ++i) {
+            if (here + i < length_) bits[i] = data[here + i];
+          }
+          rows[c][0] = bit_cast<float>(bits[0] | bits[1] << 16);
+          rows[c][1] = bit_cast<float>(bits[2] | bits[3] << 16);
+        }
+        return;
+      }
+    }
+    const auto* const data = static_cast<const T*>(from.data);
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      Pack<T, kChunk> pack = {};
+      const Offset here = first + c * stride();
+      if (wide_ && whole(here)) pack = Pack<T, kChunk>::load(data + here);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) rows[c][i] = pack.at[i];
+    }
+    if (!ragged_) return;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      const Offset here = first + c * stride();
+      if (wide_ && whole(here)) continue;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (here + i < length_) rows[c][i] = data[here + i];
+      }
+    }
+  }
+  template <int kCount>
+  __device__ __forceinline__ static void unpack(DType dtype, Chunk (&rows)[kCount]) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (dtype == DType::f16) unpack_as<__half>(rows);
+      if (dtype == DType::bf16) unpack_as<__nv_bfloat16>(rows);
+    }
+  }
+  template <typename S, int kCount>
+  __device__ __forceinline__ static void unpack_as(Chunk (&rows)[kCount]) {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      const uint32_t words[2] = {bit_cast<uint32_t>(rows[c][0]), bit_cast<uint32_t>(rows[c][1])};
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        rows[c][i] = widen(bit_cast<S>(static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2))));
+      }
+    }
+  }
+  // A fetched gradient, now with respect to x.
+  template <int kCount>
+  __device__ __forceinline__ void ascend(Offset first, Chunk (&grad)[kCount]) const {
+    unpack(grad_.dtype, grad);
+    if constexpr (std::is_same_v<T, float>) {
+      if (!divided_) return;
+      const Bound<float> std(p_.std, sample_);
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) {
+        Chunk divisor;
+        const Offset here = first + c * stride();
+        std.load(begin_ + here, valid(here), wide_, divisor);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) grad[c][i] = i < valid(here) ? divide_rn(grad[c][i], divisor[i]) : 0;
+      }
+    }
+  }
+  // Likewise, and finite.
+  __device__ __forceinline__ void prepare(Offset first, Rows& grad) const {
+    ascend(first, grad);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) grad[c][i] = finite_or_zero(grad[c][i]);
+    }
+  }
+  // x0 and the gradient beside x, which has been fetched.
+  __device__ __forceinline__ void fetch_rest(Batch& batch) const {
+    fetch(x0_, batch.first, batch.x0);
     if (climbs()) {
-      Chunk grad;
-      gradient(at, valid, grad);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) v[i] = moved<Ranks, kNorm>(v[i], grad[i], move);
+      fetch(grad_, batch.first, batch.cap);
+      prepare(batch.first, batch.cap);
     }
-    if constexpr (kStaged) {
-      put(staged_v_, at, v);
-      if (!climbs()) put(staged_x0_, at, x0);
+    unpack(x_.dtype, batch.v);
+    unpack(x0_.dtype, batch.x0);
+  }
+  // The gradient is in cap's place.
+  __device__ __forceinline__ void climb(Batch& batch, const Move<T>& move) const {
+    if (!climbs()) return;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) batch.v[c][i] = moved<kNorm>(batch.v[c][i], batch.cap[c][i], move);
     }
   }
-  // The same again.
-  __device__ void values(int64_t at, int valid, const Move<Ranks>& move, Chunk& v, Chunk& x0) const {
-    if constexpr (kStaged) {
-      get(staged_v_, at, v);
-      get(staged_x0_, at, x0);
+  __device__ __forceinline__ void caps(Batch& batch) const {
+    bounded(batch, [&](int c, int i, T lo, T hi) FASTLIP_INLINE {
+      batch.cap[c][i] = search_.cap_in_units(gap_cap(batch.v[c][i], batch.x0[c][i], lo, hi));
+    });
+  }
+  __device__ __forceinline__ void write(const Operand& to, Offset at, const Chunk& values, const Chunk& centre) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (to.dtype != DType::f32) {
+        uint32_t bits[kChunk];
+        if (to.dtype == DType::f16) {
+#pragma unroll
+          for (int i = 0; i < kChunk; ++i) bits[i] = bit_cast<uint16_t>(narrow<__half>(values[i], centre[i]));
+        } else {
+#pragma unroll
+          for (int i = 0; i < kChunk; ++i) bits[i] = bit_cast<uint16_t>(narrow<__nv_bfloat16>(values[i], centre[i]));
+        }
+        auto* const data = static_cast<uint16_t*>(to.data) + at;
+        if (wide_ && whole(at)) {
+          __stwb(reinterpret_cast<uint2*>(data), uint2{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16});
+        } else {
+#pragma unroll
+          for (int i = 0; i < kChunk; ++i) {
+            if (at + i < length_) data[i] = static_cast<uint16_t>(bits[i]);
+          }
+        }
+        return;
+      }
+    }
+    T* const data = static_cast<T*>(to.data) + at;
+    if (wide_ && whole(at)) {
+      Pack<T, kChunk> pack;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) pack.at[i] = values[i];
+      pack.write(data);
     } else {
-      fetch_values(at, valid, move, v, x0);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (at + i < length_) data[i] = values[i];
+      }
     }
   }
-  __device__ void bounds(int64_t at, int valid, Chunk& lo, Chunk& hi) const {
-    lo_.load(at, valid, wide_, lo);
-    hi_.load(at, valid, wide_, hi);
-  }
-  __device__ void write(int64_t at, int valid, const Chunk& v, const Chunk& x0) const {
-    store<S>(x_ + at, valid, wide_, v, x0);
-    feed<In>(p_, sample_, at, valid, wide_, v);
-  }
-
- protected:
-  __device__ bool climbs() const { return kFed || grad_ != nullptr; }
-  __device__ void ascent(int64_t at, int valid, Chunk& grad) const {
-    if (!kFed || grad_ != nullptr) {
-      load<S>(grad_ + at, valid, wide_, grad);
-    } else {
-      load_ascent<S, In>(p_, sample_, at, valid, wide_, grad);
+  __device__ __forceinline__ void put(T* staged, Offset first, const Rows& rows) const {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const Offset here = first + c * stride();
+      Pack<T, kChunk> pack;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) pack.at[i] = rows[c][i];
+      if (here < length_) pack.store(staged + here);
     }
   }
-  __device__ void put(T* staged, int64_t at, const Chunk& values) const {
-    Pack<T, kChunk> pack;
+  __device__ __forceinline__ void get(const T* staged, Offset first, Rows& rows) const {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) pack.at[i] = values[i];
-    pack.store(staged + (at - begin_));
-  }
-  __device__ void get(const T* staged, int64_t at, Chunk& values) const {
-    const auto pack = Pack<T, kChunk>::load(staged + (at - begin_));
+    for (int c = 0; c < kChunks; ++c) {
+      const Offset here = first + c * stride();
+      Pack<T, kChunk> pack = {};
+      if (here < length_) pack = Pack<T, kChunk>::load(staged + here);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) values[i] = pack.at[i];
+      for (int i = 0; i < kChunk; ++i) rows[c][i] = pack.at[i];
+    }
   }
 
   const PgdStep& p_;
-  int64_t sample_;
-  S* x_;
-  const S* grad_;  // with respect to x; null where the one at hand is not
-  const S* x0_;
-  Bound<T> lo_, hi_;
-  int64_t begin_, end_;
-  bool wide_;
+  const Search<T, kNorm>& search_;
+  int64_t sample_, begin_;
+  Offset length_;
+  bool wide_, ragged_, climbs_, divided_;
   T* staged_v_;
   T* staged_x0_;
+  Bound<T> lo_, hi_;
+  Operand x_, x0_, grad_;             // the gradient: with respect to what the model reads where it is divided
+  Batch batch_{{}, {}, {}, begin()};  // all there is, in registers
 };
 
-// Steepest ascent in L2: what step / ||grad|| multiplies. Squares of float are exact in double's range; a double
-// gradient whose squares are not is scaled by a power of two first.
-template <typename S, typename In, bool kStaged>
-__device__ Move<Ranked<S, In>> find_move(const Slice<S, In, Norm::l2, kStaged>& slice, Team& team, double step,
-                                         double) {
-  using T = Arith<S>;
-  using Ranks = Ranked<S, In>;
-  T grad[Slice<S, In, Norm::l2, kStaged>::kChunk];
-  double sums[2] = {};  // squares; the largest magnitude
-  slice.each([&](int64_t at, int valid) {
-    slice.fetch_gradient(at, valid, grad);
-    for (const T g : grad) {
-      const double size = finite_or_zero(g);
-      sums[0] += size * size;
-      if constexpr (std::is_same_v<T, double>) sums[1] = greater(sums[1], magnitude(size));
-    }
-  });
-  double squares[1] = {sums[0]};
-  team.reduce(squares, Sum());
-  if constexpr (std::is_same_v<T, double>) {
-    if (!(squares[0] > 1e-200 && squares[0] < 1e200)) {
-      double peak[1] = {sums[1]};
-      team.reduce(peak, Max());
-      if (peak[0] == 0) return {};
-      const int exponent = ilogb(peak[0]);
-      squares[0] = 0;
-      slice.each([&](int64_t at, int valid) {
-        slice.gradient(at, valid, grad);
-        for (const T g : grad) {
-          const double size = ldexp(finite_or_zero(g), -exponent);
-          squares[0] += size * size;
-        }
-      });
-      team.reduce(squares, Sum());
-      return l2_move<Ranks>(step, squares[0], exponent);
-    }
+template <int kChunks, int kChunk, typename T, typename Body>
+__device__ __forceinline__ void each(const T (&rows)[kChunks][kChunk], Body body) {
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) body(rows[c][i], i);
   }
-  return l2_move<Ranks>(step, squares[0], 0);
+}
+
+// Steepest ascent in L2: what step / ||grad|| multiplies. Where the sum of squares may be wrong in T, it is taken again
+// of gradients scaled by a power of two.
+template <typename T, Store kStore>
+__device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l2, kStore>& slice, Team& team, BallMemory<Norm::l2>&,
+                                             T step, double) {
+  using Rows = typename Slice<T, Norm::l2, kStore>::Rows;
+  T scale = 1;
+  int exponent = 0;
+  for (int round = 0;; ++round) {
+    Tally<T, 1> tally;
+    T mine = 0;
+    slice.gradients(round > 0, [&](const Rows& grad) FASTLIP_INLINE {
+      tally.open();
+      each(grad, [&](T g, int lane) FASTLIP_INLINE {
+        const T size = g * scale;
+        tally.parts[0][lane] += size * size;
+        mine = greater(mine, magnitude(g));
+      });
+      tally.close();
+    });
+    team.reduce(tally.sums);
+    if (round > 0 || safe_squares<T>(tally.sums[0])) return l2_move(step, tally.sums[0], exponent);
+    team.reduce_peak(mine, 0);
+    if (mine == 0) return {};
+    exponent = fitting_exponent<T>(exponent_of(mine));
+    scale = power_of_two<T>(-exponent);
+  }
+}
+
+// The bin of the key search in which the `wanted`-th largest key is.
+struct Found {
+  int bin, beyond, within;
+};
+
+// Of the team's bins, which are complete; every warp by itself. Lane l has bins 8 l to 8 l + 7.
+__device__ __forceinline__ Found find_bin(const int* bins, double wanted) {
+  constexpr int kEach = KeySearch<float>::kBins / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  int mine[kEach], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; i += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(bins + lane * kEach + i);
+    mine[i] = four.x;
+    mine[i + 1] = four.y;
+    mine[i + 2] = four.z;
+    mine[i + 3] = four.w;
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) sum += mine[i];
+  int upper = sum;  // of this lane and those above
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int other = __shfl_down_sync(0xFFFFFFFFu, upper, offset);
+    if (lane + offset < kWarp) upper += other;
+  }
+  // The highest lane that reaches it knows.
+  const unsigned reaching = __ballot_sync(0xFFFFFFFFu, upper >= wanted);
+  const int knowing = bit_width(reaching) - 1;
+  Found found = {lane * kEach, upper - sum, 0};
+  bool done = false;
+#pragma unroll
+  for (int i = kEach - 1; i >= 0; --i) {
+    if (!done && (i == 0 || found.beyond + mine[i] >= wanted)) {
+      found.bin += i;
+      found.within = mine[i];
+      done = true;
+    }
+    if (!done) found.beyond += mine[i];
+  }
+  return {__shfl_sync(0xFFFFFFFFu, found.bin, knowing), __shfl_sync(0xFFFFFFFFu, found.beyond, knowing),
+          __shfl_sync(0xFFFFFFFFu, found.within, knowing)};
 }
 
 // Steepest ascent in L1: the threshold that `kept` magnitudes reach, and what each such element moves by.
-template <typename S, typename In, bool kStaged>
-__device__ Move<Ranked<S, In>> find_move(const Slice<S, In, Norm::l1, kStaged>& slice, Team& team, double step,
-                                         double kept) {
-  using T = Arith<S>;
-  using Ranks = Ranked<S, In>;
-  T grad[Slice<S, In, Norm::l1, kStaged>::kChunk];
-  double nonzero[1] = {}, peak[1] = {};
-  slice.each([&](int64_t at, int valid) {
-    slice.fetch_gradient(at, valid, grad);
-    for (const T g : grad) {
-      const T size = magnitude(finite_or_zero(g));
-      nonzero[0] += size > T(0) ? 1 : 0;
-      peak[0] = greater(peak[0], static_cast<double>(size));
-    }
-  });
-  team.reduce(nonzero, Sum());
-  team.reduce(peak, Max());
-  if (nonzero[0] == 0) return {};
-  KeySearch<Ranks> search(static_cast<T>(peak[0]), nonzero[0]);
-  while (!search.done(kept)) {
-    const Key<Ranks> candidates[3] = {search.candidate(0), search.candidate(1), search.candidate(2)};
-    int counts[3] = {};
-    slice.each([&](int64_t at, int valid) {
-      slice.gradient(at, valid, grad);
-      for (const T g : grad) {
-        const Key<Ranks> key = key_of<Ranks>(g);
-#pragma unroll
-        for (int i = 0; i < 3; ++i) counts[i] += key >= candidates[i] ? 1 : 0;
-      }
+template <typename T, Store kStore>
+__device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l1, kStore>& slice, Team& team,
+                                             BallMemory<Norm::l1>& memory, T step, double kept) {
+  using Rows = typename Slice<T, Norm::l1, kStore>::Rows;
+  constexpr int kBins = KeySearch<T>::kBins;
+  int nonzero = 0;
+  T mine = 0;
+  slice.gradients(false, [&](const Rows& grad) FASTLIP_INLINE {
+    each(grad, [&](T g, int) FASTLIP_INLINE {
+      nonzero += g != T(0) ? 1 : 0;
+      mine = greater(mine, magnitude(g));
     });
-    double reached[3] = {static_cast<double>(counts[0]), static_cast<double>(counts[1]),
-                         static_cast<double>(counts[2])};
-    team.reduce(reached, Sum());
-    search.update(reached, kept);
+  });
+  for (int i = threadIdx.x; i < kBins; i += blockDim.x) memory.bins[0][i] = 0;
+  const double all = team.reduce_peak(mine, nonzero);
+  if (all == 0) return {};
+  KeySearch<T> search(mine, all, kept);
+  for (int turn = 0; !search.done();) {
+    int* const bins = memory.bins[turn];
+    slice.gradients(true, [&](const Rows& grad) FASTLIP_INLINE {
+      each(grad, [&](T g, int) FASTLIP_INLINE {
+        const Key<T> key = key_of(g);
+        if (search.in(key)) atomicAdd(bins + search.bin(key), 1);
+      });
+    });
+    turn = turn == 2 ? 0 : turn + 1;
+    for (int i = threadIdx.x; i < kBins; i += blockDim.x) memory.bins[turn][i] = 0;
+    team.sync();  // bins are complete, and those of the next pass clear
+    const int* complete = bins;
+    if (team.ranks() > 1) {
+      for (int i = threadIdx.x; i < kBins; i += blockDim.x) {
+        int sum = 0;
+        for (int rank = 0; rank < team.ranks(); ++rank) sum += *team.of_rank(bins + i, rank);
+        memory.merged[i] = sum;
+      }
+      __syncthreads();
+      complete = memory.merged;
+    }
+    const Found found = find_bin(complete, kept - search.above);
+    search.update(found.bin, found.beyond, found.within);
   }
-  return {static_cast<T>(step / search.count), 0, search.low};
+  return {0, static_cast<T>(step / search.count), bit_cast<T>(search.low)};
 }
 
-// Launches a kernel with a team for each sample; `staged` where v and x0 of a slice fit in shared memory, in T.
-template <typename T, typename Parameters>
-cudaError_t launch_teams(const Parameters& parameters, const PgdStep& p, void (*staged_kernel)(Parameters, Shares),
-                         void (*streamed_kernel)(Parameters, Shares), int streamed_threads, bool wide, void* stream) {
-  constexpr int64_t kChunk = 16 / sizeof(T), kBytes = 2 * sizeof(T);
-  constexpr int kMostRanks = 8;  // the largest cluster that every device with clusters accepts
-  int device = 0, shared_limit = 0;
-  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const auto error = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-      error != cudaSuccess) {
-    return error;
-  }
-  // Whether this code knows clusters is a matter of what it was compiled for: PTX for sm_80 runs on an sm_90, too.
-  cudaFuncAttributes compiled = {};
-  if (const auto error = cudaFuncGetAttributes(&compiled, staged_kernel); error != cudaSuccess) return error;
-  const bool clustered = compiled.ptxVersion >= 90;
-  const int64_t capacity = (shared_limit - static_cast<int64_t>(sizeof(Team::Memory))) / kBytes;
-  const auto slice_of = [&](int ranks) { return ((p.size + ranks - 1) / ranks + kChunk - 1) / kChunk * kChunk; };
-  int ranks = 1;
-  while (slice_of(ranks) > capacity && clustered && ranks < kMostRanks) ranks *= 2;
-  bool staged = slice_of(ranks) <= capacity;
-  if (staged) {  // always the same number, so that threads launching other sizes do not undercut this one
-    const auto error = cudaFuncSetAttribute(staged_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(capacity * kBytes));
-    if (error != cudaSuccess) return error;
-  }
-
-  constexpr int64_t kLeast = 64, kChunksEach = 3;  // 3 x 32 x 32 in float32: 256 threads, three chunks each
-  const auto threads_of = [&](int64_t slice, int64_t most) {
-    const int64_t wanted = (slice / kChunk / kChunksEach + kWarp - 1) / kWarp * kWarp;
-    return static_cast<int>(wanted < kLeast ? kLeast : wanted > most ? most : wanted);
+// The projection's search, from the first look at v on: moves, or what has become of v since.
+template <typename T, Norm kNorm, Store kStore, typename First, typename Again>
+__device__ __forceinline__ void run(Search<T, kNorm>& search, Slice<T, kNorm, kStore>& slice, Team& team, First first,
+                                    Again again) {
+  using Batch = typename Slice<T, kNorm, kStore>::Batch;
+  const auto add = [](const Batch& batch, auto& tally, auto body) FASTLIP_INLINE {
+    tally.open();
+#pragma unroll
+    for (int c = 0; c < Slice<T, kNorm, kStore>::kChunks; ++c) {
+#pragma unroll
+      for (int i = 0; i < Slice<T, kNorm, kStore>::kChunk; ++i) {
+        body(batch.v[c][i], batch.x0[c][i], batch.cap[c][i], i);
+      }
+    }
+    tally.close();
   };
+  Tally<T, 2> begun;
+  T mine = 0;
+  first([&](const Batch& batch) FASTLIP_INLINE {
+    add(batch, begun, [&](T v, T x0, T cap, int i) FASTLIP_INLINE {
+      const T size = search.begin(v, x0, cap, begun, i);
+      if constexpr (kNorm == Norm::l2) mine = greater(mine, size);
+    });
+  });
+  const double free = team.reduce(begun.sums, begun.count);
+  bool more = search.start(begun.sums, free);
+  if constexpr (kNorm == Norm::l2) {
+    if (more && search.far(begun.sums)) {
+      team.reduce_peak(mine, 0);
+      search.restart(mine);
+    }
+  }
+  while (more) {
+    Tally<T, Search<T, kNorm>::kSums> tally;
+    again([&](const Batch& batch) FASTLIP_INLINE {
+      add(batch, tally, [&](T v, T x0, T cap, int i) FASTLIP_INLINE { search.add(v, x0, cap, tally, i); });
+    });
+    const double count = team.reduce(tally.sums, tally.count);
+    more = search.update(tally.sums, count);
+  }
+}
+
+// Where the search led.
+template <typename T, Norm kNorm, Store kStore>
+__device__ __forceinline__ void project(const Search<T, kNorm>& search, const Slice<T, kNorm, kStore>& slice,
+                                        typename Slice<T, kNorm, kStore>::Batch& batch) {
+  if (!search.inside) {
+#pragma unroll
+    for (int c = 0; c < Slice<T, kNorm, kStore>::kChunks; ++c) {
+#pragma unroll
+      for (int i = 0; i < Slice<T, kNorm, kStore>::kChunk; ++i) {
+        batch.v[c][i] = search.projected(batch.v[c][i], batch.x0[c][i], batch.cap[c][i]);
+      }
+    }
+  }
+  slice.bounded(batch, [&](int c, int i, T lo, T hi) FASTLIP_INLINE { batch.v[c][i] = clamp(batch.v[c][i], lo, hi); });
+}
+
+// --- launching -------------------------------------------------------------------------------------------------------
+template <typename Parameters>
+using Kernel = void (*)(Parameters, Shares);
+
+// The kernels of a norm and arithmetic; no `registers` for double.
+template <typename Parameters>
+struct Kernels {
+  Kernel<Parameters> registers, shared, streamed;
+};
+
+// How samples of one size are launched on a device.
+template <typename Parameters>
+struct Plan {
+  Kernel<Parameters> kernel;
+  int64_t slice;
+  int ranks, threads;
+  size_t bytes;
+};
+
+inline cudaLaunchAttribute cluster_of(int ranks) {
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(ranks);
   cluster.val.clusterDim.y = 1;
   cluster.val.clusterDim.z = 1;
-  if (staged && ranks > 1) {
-    // Where a GPU is shared or partitioned, no group of multiprocessors may have room for a whole cluster.
-    cluster.val.clusterDim.x = static_cast<unsigned>(ranks);
-    auto config = configure(ranks, threads_of(slice_of(ranks), kMaxThreads),
-                            static_cast<size_t>(slice_of(ranks) * kBytes), stream);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, staged_kernel, &config) != cudaSuccess) {
-      cudaGetLastError();  // not this launch's error: the streamed kernel needs no cluster
-      clusters = 0;
-    }
-    staged = clusters > 0;
-  }
-  if (!staged) ranks = 1;
-  const int64_t slice = slice_of(ranks);
-  const int threads = threads_of(slice, staged ? kMaxThreads : streamed_threads);
-  const auto kernel = staged ? staged_kernel : streamed_kernel;
-  const size_t bytes = staged ? static_cast<size_t>(slice * kBytes) : 0;
+  return cluster;
+}
 
+// Whether the device has room for a cluster as planned: where it is shared or partitioned, no group of multiprocessors
+// may.
+template <typename Parameters>
+bool has_room(const Plan<Parameters>& plan) {
+  constexpr int kPortable = 8;  // the largest cluster that every device with clusters accepts
+  if (plan.ranks == 1) return true;
+  auto cluster = cluster_of(plan.ranks);
+  auto config = configure(plan.ranks, plan.threads, plan.bytes, nullptr);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if ((plan.ranks > kPortable &&
+       cudaFuncSetAttribute(plan.kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) ||
+      cudaOccupancyMaxActiveClusters(&clusters, plan.kernel, &config) != cudaSuccess) {
+    cudaGetLastError();  // not this launch's error: there are other plans
+    return false;
+  }
+  return clusters > 0;
+}
+
+template <typename T, Norm kNorm, typename Parameters>
+cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kernels, Plan<Parameters>& plan) {
+  constexpr int64_t kChunk = 16 / sizeof(T), kBytes = 2 * sizeof(T), kStatic = sizeof(BallMemory<kNorm>);
+  const auto slice_of = [&](int ranks) { return ((size + ranks - 1) / ranks + kChunk - 1) / kChunk * kChunk; };
+  const auto threads_of = [&](int64_t slice, int64_t each, int64_t most) {
+    const int64_t wanted = ((slice / kChunk + each - 1) / each + kWarp - 1) / kWarp * kWarp;
+    return static_cast<int>(wanted < kWarp ? kWarp : wanted > most ? most : wanted);
+  };
+  // Whether this code knows clusters is a matter of what it was compiled for: PTX for sm_80 runs on an sm_90, too.
+  cudaFuncAttributes compiled = {};
+  if (kernels.registers != nullptr) {
+    if (const auto error = cudaFuncGetAttributes(&compiled, kernels.registers); error != cudaSuccess) return error;
+    constexpr int64_t kEach = kBatch<Store::registers>, kMost = kThreads<Store::registers>;
+    const int64_t most = compiled.maxThreadsPerBlock < kMost ? compiled.maxThreadsPerBlock : kMost;
+    if (slice_of(1) <= kEach * kChunk * most) {
+      plan = {kernels.registers, slice_of(1), 1, threads_of(slice_of(1), kEach, most), 0};
+      return cudaSuccess;
+    }
+  }
+  if (const auto error = cudaFuncGetAttributes(&compiled, kernels.shared); error != cudaSuccess) return error;
+  const bool clustered = compiled.ptxVersion >= 90;
+  int shared_limit = 0, shared_all = 0, reserved = 0;
+  for (const auto& [value, attribute] : {std::pair{&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+                                         std::pair{&shared_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+                                         std::pair{&reserved, cudaDevAttrReservedSharedMemoryPerBlock}}) {
+    if (const auto error = cudaDeviceGetAttribute(value, attribute, device); error != cudaSuccess) return error;
+  }
+  const int64_t limit = (shared_limit - kStatic) / kBytes;
+  // Always the same number, so that threads launching other sizes do not undercut this one.
+  if (limit > 0) {
+    const auto error = cudaFuncSetAttribute(kernels.shared, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(limit * kBytes));
+    if (error != cudaSuccess) return error;
+  }
+  // Rather several blocks a multiprocessor, one of which computes while others wait for memory, than one.
+  for (const int64_t blocks : {3, 2, 1}) {
+    const int64_t share = (shared_all / blocks - reserved - kStatic) / kBytes, capacity = share < limit ? share : limit;
+    for (int ranks = 1; ranks <= (clustered ? kMaxRanks : 1); ranks *= 2) {
+      if (slice_of(ranks) > capacity) continue;
+      plan = {kernels.shared, slice_of(ranks), ranks,
+              threads_of(slice_of(ranks), 2 * kBatch<Store::shared>, kMaxThreads),
+              static_cast<size_t>(slice_of(ranks) * kBytes)};
+      if (has_room(plan)) return cudaSuccess;
+    }
+  }
+  for (int ranks = clustered ? 8 : 1;; ranks /= 2) {
+    plan = {kernels.streamed, slice_of(ranks), ranks,
+            threads_of(slice_of(ranks), 2 * kBatch<Store::streamed>, kMaxThreads), 0};
+    if (ranks == 1 || has_room(plan)) return cudaSuccess;
+  }
+}
+
+// Launches a team for each sample.
+template <typename T, Norm kNorm, typename Parameters>
+cudaError_t launch_teams(const Parameters& parameters, const PgdStep& p, const Kernels<Parameters>& kernels, bool wide,
+                         void* stream) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int64_t>, Plan<Parameters>> plans;  // asking the driver takes microseconds
+  int device = 0;
+  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  Plan<Parameters> plan;
+  {
+    const std::lock_guard lock(mutex);
+    const auto known = plans.find({device, p.size});
+    if (known != plans.end()) {
+      plan = known->second;
+    } else {
+      if (const auto error = make_plan<T, kNorm>(device, p.size, kernels, plan); error != cudaSuccess) return error;
+      plans[{device, p.size}] = plan;
+    }
+  }
   constexpr int64_t kMostBlocks = int64_t{1} << 30;
-  Shares shares{0, slice, ranks, wide};
-  for (; shares.first < p.batch; shares.first += kMostBlocks / ranks) {
-    const int64_t samples = p.batch - shares.first < kMostBlocks / ranks ? p.batch - shares.first : kMostBlocks / ranks;
-    auto config = configure(samples * ranks, threads, bytes, stream);
+  auto cluster = cluster_of(plan.ranks);
+  Shares shares{0, plan.slice, plan.ranks, wide};
+  const int64_t most = kMostBlocks / plan.ranks;
+  for (; shares.first < p.batch; shares.first += most) {
+    const int64_t samples = p.batch - shares.first < most ? p.batch - shares.first : most;
+    auto config = configure(samples * plan.ranks, plan.threads, plan.bytes, stream);
     config.attrs = &cluster;
-    config.numAttrs = ranks > 1 ? 1 : 0;
-    if (const auto failed = cudaLaunchKernelEx(&config, kernel, parameters, shares); failed != cudaSuccess)
-      return failed;
+    config.numAttrs = plan.ranks > 1 ? 1 : 0;
+    if (const auto error = cudaLaunchKernelEx(&config, plan.kernel, parameters, shares); error != cudaSuccess) {
+      return error;
+    }
   }
   return cudaSuccess;
 }

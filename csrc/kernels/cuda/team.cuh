@@ -7,86 +7,142 @@
 
 namespace fastlip::cuda {
 
-constexpr int kWarp = 32, kMaxThreads = 1024;
-
-struct Sum {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
-struct Max {
-  __device__ double operator()(double a, double b) const { return greater(a, b); }
-};
+constexpr int kWarp = 32, kMaxThreads = 256, kMaxRanks = 16;
 
 // A block, or a cluster of `ranks` blocks with one sample between them. Every thread of the team calls reduce and gets
 // the same bits; the order of summation depends on the team's shape alone, never on the batch.
 class Team {
  public:
-  struct Memory {  // two sets taken in turn, so that one barrier a reduction is enough
-    double warp[2][3][kWarp];
-    double block[2][3];
+  static constexpr int kMostValues = 3, kMaxWarps = kMaxThreads / kWarp;
+  struct Memory {  // two sets taken in turn, so that one barrier a reduction is enough; 0 for who is not there
+    alignas(16) double warp[2][kMostValues][kMaxWarps];
+    alignas(16) double block[2][kMostValues][kMaxRanks];
   };
 
-  __device__ Team(Memory& memory, int ranks) : memory_(memory), ranks_(ranks) {}
-
-  // Over all threads' values, none of them below 0 for Max.
-  template <int kValues, typename Op>
-  __device__ void reduce(double (&values)[kValues], Op op) {
-    static_assert(kValues <= 3);
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    turn_ ^= 1;
-    across_lanes(values, op);
-#pragma unroll
-    for (int k = 0; k < kValues; ++k) {
-      if (lane == 0) memory_.warp[turn_][k][warp] = values[k];
+  __device__ Team(Memory& memory, int ranks) : memory_(memory), ranks_(ranks) {
+    for (int i = threadIdx.x; i < 2 * kMostValues * kMaxWarps; i += blockDim.x) (&memory.warp[0][0][0])[i] = 0;
+    if (ranks_ > 1) {
+      for (int i = threadIdx.x; i < 2 * kMostValues * kMaxRanks; i += blockDim.x) (&memory.block[0][0][0])[i] = 0;
+      sync();  // no block's shared memory is there before the block is
+    } else {
+      __syncthreads();
     }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kValues; ++k) {
-      values[k] = lane < static_cast<int>(blockDim.x / kWarp) ? memory_.warp[turn_][k][lane] : 0;
-    }
-    across_lanes(values, op);
-    if (ranks_ > 1) across_blocks(values, op);
   }
 
-  __device__ void sync() const {
-    __syncthreads();
-    leave();
+  template <int kSums>
+  __device__ __forceinline__ void reduce(double (&sums)[kSums]) {
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) sums[k] = across_lanes(sums[k]);
+    across_warps<0>(sums);
+  }
+  // Sums, and what all threads count.
+  template <int kSums>
+  __device__ __forceinline__ double reduce(double (&sums)[kSums], int count) {
+    double values[kSums + 1];
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) values[k] = across_lanes(sums[k]);
+    values[kSums] = __reduce_add_sync(0xFFFFFFFFu, count);
+    across_warps<0>(values);
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) sums[k] = values[k];
+    return values[kSums];
+  }
+  __device__ __forceinline__ double reduce(int count) {
+    double values[1] = {static_cast<double>(__reduce_add_sync(0xFFFFFFFFu, count))};
+    across_warps<0>(values);
+    return values[0];
+  }
+  // The largest value, none being below 0, and what all threads count.
+  template <typename T>
+  __device__ __forceinline__ double reduce_peak(T& peak, int count) {
+    double values[2] = {static_cast<double>(__reduce_add_sync(0xFFFFFFFFu, count)), peak_of_lanes(peak)};
+    across_warps<1>(values);
+    peak = static_cast<T>(values[1]);
+    return values[0];
   }
 
-  // Before any block of the team ends: the others may still be reading its shared memory.
-  __device__ void leave() const {
+  __device__ int ranks() const { return ranks_; }
+
+  __device__ __forceinline__ void sync() const {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    if (ranks_ > 1) cooperative_groups::this_cluster().sync();
+    if (ranks_ > 1) {
+      cooperative_groups::this_cluster().sync();
+      return;
+    }
+#endif
+    __syncthreads();
+  }
+
+  // Where another block of the team has what lies at `at` in this one.
+  template <typename V>
+  __device__ __forceinline__ V* of_rank(V* at, int rank) const {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    return cooperative_groups::this_cluster().map_shared_rank(at, rank);
+#else
+    return at;
 #endif
   }
 
  private:
-  template <int kValues, typename Op>
-  __device__ static void across_lanes(double (&values)[kValues], Op op) {
+  __device__ __forceinline__ static double across_lanes(double value) {
 #pragma unroll
-    for (int k = 0; k < kValues; ++k) {
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
+    return value;
+  }
+  __device__ __forceinline__ static double peak_of_lanes(float value) {
+    return bit_cast<float>(__reduce_max_sync(0xFFFFFFFFu, bit_cast<uint32_t>(value)));
+  }
+  __device__ __forceinline__ static double peak_of_lanes(double value) {
 #pragma unroll
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-        values[k] = op(values[k], __shfl_xor_sync(0xFFFFFFFFu, values[k], offset));
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      value = greater(value, __shfl_xor_sync(0xFFFFFFFFu, value, offset));
+    }
+    return value;
+  }
+
+  // Sums, the last kPeaks of them the largest instead.
+  template <int kPeaks, int kValues>
+  __device__ __forceinline__ void across_warps(double (&values)[kValues]) {
+    static_assert(kValues <= kMostValues);
+    turn_ ^= 1;
+    if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+      for (int k = 0; k < kValues; ++k) memory_.warp[turn_][k][threadIdx.x / kWarp] = values[k];
+    }
+    __syncthreads();
+    gather<kPeaks>(memory_.warp[turn_], static_cast<int>(blockDim.x / kWarp), values);
+    if (ranks_ > 1) {
+      // A thread a block tells that block, so that after the barrier each reads its own memory alone.
+      const int rank = static_cast<int>(blockIdx.x) % ranks_;
+      if (static_cast<int>(threadIdx.x) < ranks_) {
+#pragma unroll
+        for (int k = 0; k < kValues; ++k) {
+          *of_rank(&memory_.block[turn_][k][rank], static_cast<int>(threadIdx.x)) = values[k];
+        }
       }
+      sync();
+      gather<kPeaks>(memory_.block[turn_], ranks_, values);
     }
   }
 
-  template <int kValues, typename Op>
-  __device__ void across_blocks(double (&values)[kValues], Op op) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    const auto cluster = cooperative_groups::this_cluster();
-    const int lane = threadIdx.x % kWarp;
+  // Of the first `count` parts, two at a time.
+  template <int kPeaks, int kValues, int kParts>
+  __device__ __forceinline__ static void gather(const double (&parts)[kMostValues][kParts], int count,
+                                                double (&values)[kValues]) {
+    double2 totals[kValues] = {};
+#pragma unroll 2
+    for (int i = 0; i < count; i += 2) {
+#pragma unroll
+      for (int k = 0; k < kValues; ++k) {
+        const double2 two = *reinterpret_cast<const double2*>(&parts[k][i]);
+        totals[k].x = k < kValues - kPeaks ? totals[k].x + two.x : greater(totals[k].x, two.x);
+        totals[k].y = k < kValues - kPeaks ? totals[k].y + two.y : greater(totals[k].y, two.y);
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kValues; ++k) {
-      if (threadIdx.x == 0) memory_.block[turn_][k] = values[k];
+      values[k] = k < kValues - kPeaks ? totals[k].x + totals[k].y : greater(totals[k].x, totals[k].y);
     }
-    cluster.sync();
-#pragma unroll
-    for (int k = 0; k < kValues; ++k) {
-      values[k] = lane < ranks_ ? *cluster.map_shared_rank(&memory_.block[turn_][k], lane) : 0;
-    }
-    across_lanes(values, op);
-#endif
   }
 
   Memory& memory_;
@@ -198,32 +254,38 @@ struct Bound {
   }
 };
 
-// --- what the model reads
-// ---------------------------------------------------------------------------------------------- The gradient with
-// respect to x, from grad at a sample's element `at`.
-template <typename S, typename In, int kCount>
-__device__ __forceinline__ void load_ascent(const PgdStep& p, int64_t sample, int64_t at, int valid, bool wide,
-                                            Arith<S> (&grad)[kCount]) {
-  using G = Ascent<S, In>;
-  load<G>(static_cast<const G*>(p.grad) + sample * p.grad_stride + at, valid, wide, grad);
-  if constexpr (!std::is_same_v<In, NoInput>) {
-    float std[kCount];
-    Bound<float>(p.std, sample).load(at, valid, wide, std);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) grad[i] = i < valid ? divide_rn(grad[i], std[i]) : 0;
+// --- what the model reads --------------------------------------------------------------------------------------------
+// body(value of the type) for what grad is stored in, S itself where x is what the model reads.
+template <typename S, typename Body>
+__device__ __forceinline__ void with_ascent(const PgdStep& p, Body body) {
+  if constexpr (std::is_same_v<S, float>) {
+    if (p.input != nullptr && p.input_dtype == DType::f16) return body(__half{});
+    if (p.input != nullptr && p.input_dtype == DType::bf16) return body(__nv_bfloat16{});
   }
+  body(S{});
 }
 
 // (x - mean) / std of a sample's elements from `at` on.
-template <typename In, int kCount, typename T>
+template <int kCount, typename T>
 __device__ __forceinline__ void feed(const PgdStep& p, int64_t sample, int64_t at, int valid, bool wide,
                                      const T (&x)[kCount]) {
-  if constexpr (!std::is_same_v<In, NoInput>) {
+  if constexpr (std::is_same_v<T, float> && (kCount == 1 || kCount == 4)) {
+    if (p.input == nullptr) return;
     float mean[kCount], std[kCount];
     Bound<float>(p.mean, sample).load(at, valid, wide, mean);
     Bound<float>(p.std, sample).load(at, valid, wide, std);
-    store_each<In, kCount>(static_cast<In*>(p.input) + sample * p.input_stride + at, valid, wide,
-                           [&](int i) { return nearest<In>(divide_rn(add_rn(x[i], -mean[i]), std[i])); });
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) std[i] = divide_rn(add_rn(x[i], -mean[i]), std[i]);
+    const int64_t offset = sample * p.input_stride + at;
+    if (p.input_dtype == DType::f32) {
+      store_each<float, kCount>(static_cast<float*>(p.input) + offset, valid, wide, [&](int i) { return std[i]; });
+    } else if (p.input_dtype == DType::f16) {
+      store_each<__half, kCount>(static_cast<__half*>(p.input) + offset, valid, wide,
+                                 [&](int i) { return nearest<__half>(std[i]); });
+    } else {
+      store_each<__nv_bfloat16, kCount>(static_cast<__nv_bfloat16*>(p.input) + offset, valid, wide,
+                                        [&](int i) { return nearest<__nv_bfloat16>(std[i]); });
+    }
   }
 }
 
@@ -257,22 +319,29 @@ cudaError_t with_storage(DType dtype, Body body) {
   return cudaErrorInvalidValue;
 }
 
-// Likewise, and with one of what the model reads.
+// Likewise with one of the arithmetic's.
 template <typename Body>
-cudaError_t with_storages(const PgdStep& p, Body body) {
-  if (p.input == nullptr) return with_storage(p.dtype, [&](auto storage) { return body(storage, NoInput{}); });
-  if (p.dtype != DType::f32) return cudaErrorInvalidValue;
-  switch (p.input_dtype) {
-    case DType::f32:
-      return body(float{}, float{});
-    case DType::f16:
-      return body(float{}, __half{});
-    case DType::bf16:
-      return body(float{}, __nv_bfloat16{});
-    case DType::f64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+cudaError_t with_arithmetic(DType dtype, Body body) {
+  return dtype == DType::f64 ? body(double{}) : body(float{});
+}
+
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+inline DType ascent_dtype(const PgdStep& p) { return p.input == nullptr ? p.dtype : p.input_dtype; }
+
+// Whether every sample of every operand may be accessed in units of `pack` elements, at most 16 bytes of storage.
+inline bool all_aligned(const PgdStep& p, int64_t pack) {
+  const bool many = p.batch > 1;
+  const int64_t storage = bytes_of(p.dtype), ascent = bytes_of(ascent_dtype(p)), arithmetic = storage < 4 ? 4 : storage;
+  const auto fits = [&](const void* data, int64_t stride, int64_t bytes) {
+    return data == nullptr || aligned(data, many ? stride * bytes : 0, pack * bytes < 16 ? pack * bytes : 16);
+  };
+  return fits(p.x, p.x_stride, storage) && fits(p.grad, p.grad_stride, ascent) && fits(p.x0, p.x0_stride, storage) &&
+         fits(p.lo.data, p.lo.stride, arithmetic) && fits(p.hi.data, p.hi.stride, arithmetic) &&
+         fits(p.input, p.input_stride, ascent) && fits(p.mean.data, 0, arithmetic) && fits(p.std.data, 0, arithmetic);
+}
+
+inline bool known_input(const PgdStep& p) {
+  return p.input == nullptr || (p.dtype == DType::f32 && p.input_dtype != DType::f64);
 }
 
 }  // namespace fastlip::cuda

@@ -16,16 +16,26 @@ from fastlip.ops._triton.elements import (
     NO_INPUT,
     arithmetic,
     ball_radius,
-    bound,
     bound_stride,
     clamp,
+    elements,
     feed,
     finite_or_zero,
+    given,
     gradient,
+    in_box,
     input_stride,
+    kernel,
+    mask_of,
+    multiple,
     narrowed,
-    number,
+    nothing,
     on_device,
+    or_nothing,
+    quotient,
+    read_by_model,
+    takes_part,
+    vectors,
     widened,
 )
 from fastlip.ops._triton.pgd_step import launch_ball
@@ -36,7 +46,7 @@ _ITERATION, _INCREASES, _REDUCED, _KEPT, _SUPPORT = (tl.constexpr(i) for i in ra
 _COUNTERS = tl.constexpr(6)
 
 
-@triton.jit(do_not_specialize=["steps", "size"])
+@kernel
 def _decide_kernel(
     decision_ptr,
     loss_ptr,
@@ -54,20 +64,16 @@ def _decide_kernel(
     active_ptr,
     steps,
     size,
-    x_stride,
-    x0_stride,
-    x_best_stride,
-    L1: tl.constexpr,
+    x_stride: tl.int64,
+    x0_stride: tl.int64,
+    x_best_stride: tl.int64,
+    l1,
     T: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Bring the sample's numbers up to date, and say what its elements are to do: bits, as named above."""
     sample = tl.program_id(0).to(tl.int64)
-    if active_ptr is not None:
-        on = tl.load(active_ptr + sample) != 0
-    else:
-        on = sample >= 0
+    on = takes_part(active_ptr, sample)
     counters_ptr += sample * _COUNTERS
     loss = tl.load(loss_ptr + sample)
     loss = tl.where(loss == loss, loss, float("-inf"))
@@ -87,10 +93,10 @@ def _decide_kernel(
     scheduled = (iteration > 0) & (iteration < steps)
     window = tl.load(schedule_ptr + iteration, scheduled, other=0)
     check = window > 0
-    if L1:
-        support = tl.full((), 0, tl.int32)
+    if l1:
+        supports = tl.zeros((BLOCK,), tl.int32)
         extent = tl.where(check & on, size, 0)
-        for start in range(0, SPAN, BLOCK):
+        for start in range(0, extent, BLOCK):
             at = start + tl.arange(0, BLOCK)
             mask = at < extent
             x0 = widened(tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0), T)
@@ -99,17 +105,19 @@ def _decide_kernel(
                 tl.load(x_best_ptr + sample * x_best_stride + at, at < extent - _extent(extent, improved), other=0.0), T
             )
             top = tl.where(improved, here, there)
-            support += tl.sum((mask & (top != x0)).to(tl.int32))
+            supports += (mask & (top != x0)).to(tl.int32)
+        support = tl.sum(supports)
         before = tl.load(counters_ptr + _SUPPORT)
         restart = check & (support.to(tl.float64) < 0.95 * before.to(tl.float64))
         radius = ball_radius(eps, eps_ptr, sample, T)
-        following = tl.where(restart, radius, tl.maximum(step / 1.5, radius / 10.0))
+        least = quotient(radius, tl.full((), 10.0, T), T)
+        following = tl.where(restart, radius, tl.maximum(quotient(step, tl.full((), 1.5, T), T), least))
         tl.store(counters_ptr + _KEPT, ((2 * support.to(tl.int64) + 2) // 3).to(tl.int32), check & on)
         tl.store(counters_ptr + _SUPPORT, support, check & on)
     else:
         stuck = (reduced == 0) & (best == checked)
         restart = check & ((increases.to(tl.float64) < rho * window.to(tl.float64)) | stuck)
-        following = tl.where(restart, step / 2, step)
+        following = tl.where(restart, step * 0.5, step)
     tl.store(best_loss_ptr + sample, best, on)
     tl.store(past_loss_ptr + 2 * sample, tl.where(restart, best, loss), on)
     tl.store(past_loss_ptr + 2 * sample + 1, tl.where(check, best, checked), on)
@@ -137,14 +145,16 @@ def _origin(x_ptr, best_ptr, at, size, decision):
 
 
 @triton.jit
-def _ascent(grad_ptr, best_ptr, std, std_ptr, at, size, decision, FED: tl.constexpr, T: tl.constexpr):
+def _ascent(
+    grad_ptr, best_ptr, std, std_ptr, at, size, decision, FED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr
+):
     """Likewise of gradients: in storage's dtype, or with respect to x where that is not what lies at ``grad_ptr``."""
     how = decision & (_RESTART | _IMPROVED)
     mask = at < _extent(size, how != _RESTART)
     if FED:
-        here = gradient(grad_ptr, std, std_ptr, at, mask, FED, T)
+        here = gradient(grad_ptr, std, std_ptr, at, mask, FED, ALIGNED, T)
     else:
-        here = tl.load(grad_ptr + at, mask, other=0.0)
+        here = tl.load(elements(grad_ptr, at, ALIGNED), mask, other=0.0)
     there = tl.load(best_ptr, at < _extent(size, how == _RESTART), other=0.0)
     return tl.where(how == _RESTART, there, here)
 
@@ -154,7 +164,7 @@ def _heavy_ball(x, z, last, momentum, rest):
     return (x + (z - x) * momentum) + (x - last) * rest
 
 
-@triton.jit(do_not_specialize=["size", "chunks"])
+@kernel
 def _linf_kernel(
     decision_ptr,
     x_ptr,
@@ -179,15 +189,16 @@ def _linf_kernel(
     std_ptr,
     size,
     chunks,
-    x_stride,
-    grad_stride,
-    x0_stride,
-    x_prev_stride,
-    x_best_stride,
-    grad_best_stride,
-    lo_stride,
-    hi_stride,
-    input_stride,
+    x_stride: tl.int64,
+    grad_stride: tl.int64,
+    x0_stride: tl.int64,
+    x_prev_stride: tl.int64,
+    x_best_stride: tl.int64,
+    grad_best_stride: tl.int64,
+    lo_stride: tl.int64,
+    hi_stride: tl.int64,
+    input_stride: tl.int64,
+    ALIGNED: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -195,61 +206,63 @@ def _linf_kernel(
     sample = program // chunks
     at = (program - sample * chunks) * BLOCK + tl.arange(0, BLOCK)
     decision = tl.load(decision_ptr + sample)
-    size = _extent(size, (decision & _SKIP) == 0)
+    size = multiple(_extent(size, (decision & _SKIP) == 0), ALIGNED)
     mask = at < size
     first = (decision & _FIRST) != 0
-    x_ptr += sample * x_stride + at
-    x_prev_ptr += sample * x_prev_stride + at
-    x_best_ptr += sample * x_best_stride + at
-    grad_best_ptr += sample * grad_best_stride + at
+    x_ptr = elements(x_ptr + sample * x_stride, at, ALIGNED)
+    x_prev_ptr = elements(x_prev_ptr + sample * x_prev_stride, at, ALIGNED)
+    x_best_ptr = elements(x_best_ptr + sample * x_best_stride, at, ALIGNED)
+    grad_best_ptr = elements(grad_best_ptr + sample * grad_best_stride, at, ALIGNED)
     kept_x = _origin(x_ptr, x_best_ptr, at, size, decision)
     fed: tl.constexpr = input_ptr is not None
     grad_ptr += sample * grad_stride
-    kept_grad = _ascent(grad_ptr, grad_best_ptr, std, std_ptr, at, size, decision, fed, T)
+    kept_grad = _ascent(grad_ptr, grad_best_ptr, std, std_ptr, at, size, decision, fed, ALIGNED, T)
     last = widened(tl.load(x_prev_ptr, mask, other=0.0), T)
     x = widened(kept_x, T)
     grad = finite_or_zero(widened(kept_grad, T))
-    x0 = widened(tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0), T)
+    x0 = widened(tl.load(elements(x0_ptr + sample * x0_stride, at, ALIGNED), mask, other=0.0), T)
     improved = at < _extent(size, (decision & _IMPROVED) != 0)
     tl.store(x_best_ptr, kept_x, improved)
     tl.store(grad_best_ptr, kept_grad, improved)
     tl.store(x_prev_ptr, kept_x, mask)
     step = finite_or_zero(tl.load(step_size_ptr + sample))
     radius = ball_radius(eps, eps_ptr, sample, T)
-    low = bound(lo, lo_ptr, sample * lo_stride, at, mask, T)
-    high = bound(hi, hi_ptr, sample * hi_stride, at, mask, T)
+    box = (lo, lo_ptr, sample * lo_stride, hi, hi_ptr, sample * hi_stride)
     z = x + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
-    z = clamp(x0 + clamp(z - x0, -radius, radius), low, high)
-    v = _heavy_ball(x, z, last, number(momentum, None, sample, T), number(rest, None, sample, T))
-    v = clamp(x0 + clamp(v - x0, -radius, radius), low, high)
+    z = in_box(x0 + clamp(z - x0, -radius, radius), *box, at, mask, ALIGNED, T)
+    v = _heavy_ball(x, z, last, tl.full((), momentum, T), tl.full((), rest, T))
+    v = in_box(x0 + clamp(v - x0, -radius, radius), *box, at, mask, ALIGNED, T)
     out = tl.where(first, z, v)
     tl.store(x_ptr, narrowed(out, x0, x_ptr.dtype.element_ty), mask)
     if input_ptr is not None:
-        feed(input_ptr + sample * input_stride, out, mean, mean_ptr, std, std_ptr, at, mask, T)
+        feed(input_ptr + sample * input_stride, out, mean, mean_ptr, std, std_ptr, at, mask, ALIGNED, T)
 
 
-@triton.jit(do_not_specialize=["size", "chunks"])
+@kernel
 def _start_kernel(
     decision_ptr,
     z_ptr,
     ascent_ptr,
+    centre_ptr,
     x_ptr,
     grad_ptr,
+    x0_ptr,
     x_best_ptr,
     grad_best_ptr,
     std: tl.float64,
     std_ptr,
     size,
     chunks,
-    x_stride,
-    grad_stride,
-    x_best_stride,
-    grad_best_stride,
+    x_stride: tl.int64,
+    grad_stride: tl.int64,
+    x0_stride: tl.int64,
+    x_best_stride: tl.int64,
+    grad_best_stride: tl.int64,
     FED: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The best so far; z and ascent <- where the step starts and the gradient there."""
+    """The best so far; z, ascent <- where the step starts and the gradient there; centre <- x0, unless it is None."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     at = (program - sample * chunks) * BLOCK + tl.arange(0, BLOCK)
@@ -261,15 +274,18 @@ def _start_kernel(
     grad_best_ptr += sample * grad_best_stride + at
     x = _origin(x_ptr + sample * x_stride + at, x_best_ptr, at, size, decision)
     grad_ptr += sample * grad_stride
-    grad = _ascent(grad_ptr, grad_best_ptr, std, std_ptr, at, size, decision, FED, T)
+    grad = _ascent(grad_ptr, grad_best_ptr, std, std_ptr, at, size, decision, FED, False, T)
     improved = at < _extent(size, (decision & _IMPROVED) != 0)
     tl.store(x_best_ptr, x, improved)
     tl.store(grad_best_ptr, grad, improved)
     tl.store(z_ptr + sample * whole + at, widened(x, T), mask)
-    tl.store(ascent_ptr + sample * whole + at, grad, mask)
+    tl.store(ascent_ptr + sample * whole + at, widened(grad, T), mask)
+    if centre_ptr is not None:
+        x0 = tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0)
+        tl.store(centre_ptr + sample * whole + at, widened(x0, T), mask)
 
 
-@triton.jit(do_not_specialize=["size", "chunks"])
+@kernel
 def _momentum_kernel(
     decision_ptr,
     z_ptr,
@@ -280,10 +296,10 @@ def _momentum_kernel(
     rest: tl.float64,
     size,
     chunks,
-    x_stride,
-    x_prev_stride,
-    x_best_stride,
-    HEAVY: tl.constexpr,
+    x_stride: tl.int64,
+    x_prev_stride: tl.int64,
+    x_best_stride: tl.int64,
+    heavy,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -297,16 +313,16 @@ def _momentum_kernel(
     mask = at < size
     x_prev_ptr += sample * x_prev_stride + at
     kept = _origin(x_ptr + sample * x_stride + at, x_best_ptr + sample * x_best_stride + at, at, size, decision)
-    if HEAVY:
+    if heavy:
         x = widened(kept, T)
         z = tl.load(z_ptr + sample * whole + at, mask, other=0.0)
         last = widened(tl.load(x_prev_ptr, mask, other=0.0), T)
-        v = _heavy_ball(x, z, last, number(momentum, None, sample, T), number(rest, None, sample, T))
+        v = _heavy_ball(x, z, last, tl.full((), momentum, T), tl.full((), rest, T))
         tl.store(z_ptr + sample * whole + at, v, at < _extent(size, (decision & _FIRST) == 0))
     tl.store(x_prev_ptr, kept, mask)
 
 
-@triton.jit(do_not_specialize=["size", "chunks"])
+@kernel
 def _finish_kernel(
     decision_ptr,
     z_ptr,
@@ -319,9 +335,9 @@ def _finish_kernel(
     std_ptr,
     size,
     chunks,
-    x_stride,
-    x0_stride,
-    input_stride,
+    x_stride: tl.int64,
+    x0_stride: tl.int64,
+    input_stride: tl.int64,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -333,8 +349,8 @@ def _finish_kernel(
     z = tl.load(z_ptr + sample * size + at, mask, other=0.0)
     x0 = widened(tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0), T)
     tl.store(x_ptr + sample * x_stride + at, narrowed(z, x0, x_ptr.dtype.element_ty), mask)
-    if input_ptr is not None:
-        feed(input_ptr + sample * input_stride, z, mean, mean_ptr, std, std_ptr, at, mask, T)
+    if given(input_ptr):
+        feed(input_ptr + sample * input_stride, z, mean, mean_ptr, std, std_ptr, at, mask, False, T)
 
 
 def apgd_step_(
@@ -374,41 +390,50 @@ def apgd_step_(
     chunks = triton.cdiv(size, block)
     grid = (batch * chunks,)
     decision = torch.empty(batch, dtype=torch.int32, device=x.device)
-    bounds = (lo, lo_tensor, hi, hi_tensor)
+    radii = or_nothing(x, eps, eps_tensor)
+    bounds = or_nothing(x, lo, lo_tensor, hi, hi_tensor)
     limits = (bound_stride(lo_tensor), bound_stride(hi_tensor))
-    fed = (model_input, mean, mean_tensor, std, std_tensor)
+    fed = read_by_model(x, (model_input, mean, mean_tensor, std, std_tensor))
     elementwise = {"T": dtype, "BLOCK": block, "enable_fp_fusion": False}
     with on_device(x):
         _decide_kernel[(batch,)](
-            decision, loss, x, x0, x_best, best_loss, past_loss, step_size, counters, schedule, eps, eps_tensor, rho,
-            None if active is None else active.view(torch.uint8), len(schedule), size, x.stride(0), x0.stride(0),
-            x_best.stride(0), L1=norm == "l1", SPAN=chunks * block, **elementwise,
+            decision, loss, x, x0, x_best, best_loss, past_loss, step_size, counters, schedule, *radii, rho,
+            mask_of(active, x), len(schedule), size, x.stride(0), x0.stride(0), x_best.stride(0), norm == "l1",
+            **elementwise,
         )  # fmt: skip
         if norm == "linf":
+            moved = (x, grad, x0, x_prev, x_best, grad_best)
+            strides = (*(t.stride(0) for t in moved), *limits, input_stride(model_input))
+            tensors = (*moved, lo_tensor, hi_tensor, model_input, mean_tensor, std_tensor)
             _linf_kernel[grid](
-                decision, x, grad, x0, x_prev, x_best, grad_best, step_size, eps, eps_tensor, *bounds, momentum,
-                1 - momentum, *fed, size, chunks, x.stride(0), grad.stride(0), x0.stride(0), x_prev.stride(0),
-                x_best.stride(0), grad_best.stride(0), *limits, input_stride(model_input), **elementwise,
+                decision, *moved, step_size, *radii, *bounds, momentum, 1 - momentum, *fed, size, chunks, *strides,
+                ALIGNED=vectors((size, *strides), *tensors), **elementwise,
             )  # fmt: skip
             return
+        # The ball kernel sees the arithmetic's dtype alone: one kernel for all storage.
         z = torch.empty(batch, size, dtype=compute_dtype(x.dtype), device=x.device)
-        ascent = torch.empty(batch, size, dtype=x.dtype, device=x.device)
+        ascent = torch.empty_like(z)
+        centre = None if x.dtype == z.dtype else torch.empty_like(z)
         _start_kernel[grid](
-            decision, z, ascent, x, grad, x_best, grad_best, std, std_tensor, size, chunks, x.stride(0), grad.stride(0),
-            x_best.stride(0), grad_best.stride(0), FED=model_input is not None, **elementwise,
+            decision, z, ascent, centre, x, grad, x0, x_best, grad_best, *fed[-2:], size, chunks, x.stride(0),
+            grad.stride(0), x0.stride(0), x_best.stride(0), grad_best.stride(0), FED=model_input is not None,
+            **elementwise,
         )  # fmt: skip
         on = (decision < _SKIP.value).view(torch.uint8)
-        strides = (size, size, x0.stride(0), *limits, 0)
-        values = (0.0, step_size, eps, eps_tensor, *bounds, on, *NO_INPUT)
-        launch_ball(z, ascent, x0, values, 0, counters[:, _KEPT.value], size, strides, norm == "l2", dtype)
+        ball = x0 if centre is None else centre
+        strides = (size, size, ball.stride(0), *limits, 0)
+        values = (0.0, step_size, *radii, *bounds, on, *NO_INPUT)
+        launch_ball(z, ascent, ball, values, 0, counters[:, _KEPT.value], size, strides, norm == "l2", dtype)
         _momentum_kernel[grid](
             decision, z, x, x_prev, x_best, momentum, 1 - momentum, size, chunks, x.stride(0), x_prev.stride(0),
-            x_best.stride(0), HEAVY=norm == "l2", **elementwise,
+            x_best.stride(0), norm == "l2", **elementwise,
         )  # fmt: skip
         if norm == "l2":
             again = (decision & (_SKIP.value | _FIRST.value) == 0).view(torch.uint8)
-            projection = (0.0, None, eps, eps_tensor, *bounds, again, *NO_INPUT)
-            launch_ball(z, None, x0, projection, 0, None, size, (size, 0, *strides[2:]), True, dtype)
+            projection = (*or_nothing(x, 0.0, None), *radii, *bounds, again, *NO_INPUT)
+            launch_ball(z, None, ball, projection, 0, None, size, (size, 0, *strides[2:]), True, dtype)
         _finish_kernel[grid](
-            decision, z, x, x0, *fed, size, chunks, x.stride(0), x0.stride(0), input_stride(model_input), **elementwise
-        )
+            decision, z, x, x0, nothing(x.dtype, x.device) if model_input is None else model_input,
+            *or_nothing(x, mean, mean_tensor, std, std_tensor), size, chunks, x.stride(0), x0.stride(0),
+            input_stride(model_input), **elementwise,
+        )  # fmt: skip

@@ -2,30 +2,72 @@
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 import contextlib
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlip.ops.reference import compute_dtype
+
+#: Elements that a vector access reads or writes at most: 16 bytes of a 16-bit dtype.
+VECTOR = tl.constexpr(8)
+
+
+def kernel(function: Callable[..., object]):
+    """A kernel that Triton compiles once for its dtypes and constexprs.
+
+    By itself it would compile again for every argument that is 1, that 16 divides or that stops being so: once an image
+    size. What a kernel is to know of its sizes and addresses, its launch says in an argument of its own.
+    """
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not tl.constexpr]
+    return triton.jit(do_not_specialize=names)(function)
+
+
+@triton.jit
+def given(pointer):
+    """Whether an argument that may be ``nothing`` is something."""
+    return pointer.to(tl.int64) != 0
+
 
 @triton.jit
 def number(scalar, pointer, sample, T: tl.constexpr):
     """The sample's number in the arithmetic's dtype."""
-    if pointer is None:
-        return tl.full((), scalar, T)
-    else:
-        return tl.load(pointer + sample)
+    return tl.load(pointer + sample, given(pointer), other=tl.full((), scalar, T))
 
 
 @triton.jit
-def bound(scalar, pointer, base, at, mask, T: tl.constexpr):
-    """The bounds of the elements ``at``: one number, or one each."""
-    if pointer is None:
-        return tl.full((), scalar, T)
+def takes_part(pointer, sample):
+    """Whether the sample takes part."""
+    return tl.load(pointer + sample, given(pointer), other=1) != 0
+
+
+@triton.jit
+def multiple(value, ALIGNED: tl.constexpr):
+    """``value``; where ``ALIGNED``, the compiler knows that ``VECTOR`` divides it."""
+    if ALIGNED:
+        return value // VECTOR * VECTOR
     else:
-        return tl.load(pointer + base + at, mask, other=0.0)
+        return value
+
+
+@triton.jit
+def elements(pointer, at, ALIGNED: tl.constexpr):
+    """Addresses of the elements ``at``; where ``ALIGNED``, the compiler knows that 16 divides ``pointer``."""
+    address = pointer + at
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def bound(scalar, pointer, base, at, mask, ALIGNED: tl.constexpr, T: tl.constexpr):
+    """The bounds of the elements ``at``: one number, or one each."""
+    return tl.load(elements(pointer + base, at, ALIGNED), mask & given(pointer), other=tl.full((), scalar, T))
 
 
 @triton.jit
@@ -43,6 +85,17 @@ def ball_radius(scalar, pointer, sample, T: tl.constexpr):
 @triton.jit
 def clamp(value, lo, hi):
     return tl.minimum(tl.maximum(value, lo), hi)
+
+
+@triton.jit
+def in_box(value, lo, lo_ptr, lo_base, hi, hi_ptr, hi_base, at, mask, ALIGNED: tl.constexpr, T: tl.constexpr):
+    """``value`` between its bounds; a branch, because numbers need fewer registers than tensors."""
+    if given(lo_ptr) | given(hi_ptr):
+        low = bound(lo, lo_ptr, lo_base, at, mask, ALIGNED, T)
+        value = clamp(value, low, bound(hi, hi_ptr, hi_base, at, mask, ALIGNED, T))
+    else:
+        value = clamp(value, tl.full((), lo, T), tl.full((), hi, T))
+    return value
 
 
 @triton.jit
@@ -75,35 +128,43 @@ def narrowed(value, centre, S: tl.constexpr):
 
 
 @triton.jit
-def _over(value, std, std_ptr, at, mask, T: tl.constexpr):
-    """``value`` over the standard deviation, rounded once."""
-    if std_ptr is None:
-        spread = tl.full(value.shape, std, T)
+def quotient(dividend, divisor, T: tl.constexpr):
+    """Rounded once; in float32 ``/`` is approximate."""
+    if T == tl.float64:
+        return dividend / divisor
     else:
-        spread = tl.load(std_ptr + at, mask, other=1.0)
-    return tl.div_rn(value, spread)
+        return tl.div_rn(dividend, divisor)
 
 
 @triton.jit
-def gradient(grad_ptr, std, std_ptr, at, mask, FED: tl.constexpr, T: tl.constexpr):
+def _over(value, std, std_ptr, at, mask, ALIGNED: tl.constexpr, T: tl.constexpr):
+    """``value`` over the standard deviation, rounded once."""
+    one = tl.where(given(std_ptr), 1.0, tl.full((), std, T))
+    spread = tl.load(elements(std_ptr, at, ALIGNED), mask & given(std_ptr), other=one)
+    return quotient(value, spread, T)
+
+
+@triton.jit
+def gradient(grad_ptr, std, std_ptr, at, mask, FED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr):
     """The gradient with respect to x; ``FED``: at ``grad_ptr`` lies that of what the model reads."""
-    grad = widened(tl.load(grad_ptr + at, mask, other=0.0), T)
+    grad = widened(tl.load(elements(grad_ptr, at, ALIGNED), mask, other=0.0), T)
     if FED:
-        grad = _over(grad, std, std_ptr, at, mask, T)
+        grad = _over(grad, std, std_ptr, at, mask, ALIGNED, T)
     return grad
 
 
 @triton.jit
-def feed(input_ptr, x, mean, mean_ptr, std, std_ptr, at, mask, T: tl.constexpr):
+def feed(input_ptr, x, mean, mean_ptr, std, std_ptr, at, mask, ALIGNED: tl.constexpr, T: tl.constexpr):
     """Write (x - mean) / std of the elements ``at``, rounded to nearest."""
-    value = _over(x - bound(mean, mean_ptr, 0, at, mask, T), std, std_ptr, at, mask, T)
+    centred = x - bound(mean, mean_ptr, 0, at, mask, ALIGNED, T)
+    value = _over(centred, std, std_ptr, at, mask, ALIGNED, T)
     S: tl.constexpr = input_ptr.dtype.element_ty
     if S == tl.bfloat16:
         # By its bits, as in `widened`.
         bits = value.to(tl.int32, bitcast=True)
         cut = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         value = tl.where(value == value, cut, 0x7FC0).to(tl.int16).to(S, bitcast=True)
-    tl.store(input_ptr + at, value.to(S), mask)
+    tl.store(elements(input_ptr, at, ALIGNED), value.to(S), mask)
 
 
 def arithmetic(x: Tensor) -> tl.dtype:
@@ -114,6 +175,41 @@ def arithmetic(x: Tensor) -> tl.dtype:
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Make x's device current: that is where Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@cache
+def nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A null pointer of a type, in place of None, with which a kernel would be compiled once more."""
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+def or_nothing(x: Tensor, *values: float | Tensor | None) -> tuple[float | Tensor, ...]:
+    """``values`` with null pointers to the arithmetic's dtype for None."""
+    dtype = compute_dtype(x.dtype)
+    return tuple(nothing(dtype, x.device) if value is None else value for value in values)
+
+
+def mask_of(active: Tensor | None, x: Tensor) -> Tensor:
+    """The samples that take part, as kernels read them; a null pointer for all."""
+    return nothing(torch.uint8, x.device) if active is None else active.view(torch.uint8)
+
+
+def read_by_model(x: Tensor, fed: tuple[Tensor | None, float, Tensor | None, float, Tensor | None]) -> tuple:
+    """An operator's last five arguments; kernels for what the model reads are not those for x alone."""
+    return NO_INPUT if fed[0] is None else or_nothing(x, *fed)
+
+
+def vectors(numbers: tuple[int, ...], *tensors: Tensor | None) -> bool:
+    """Whether vectors cover all samples: ``VECTOR`` divides their size and strides, and tensors begin at 16 bytes.
+
+    Not asked of float64: two elements are a vector, and a warp's single ones fill its lines of the cache as well.
+    """
+    there = [t for t in tensors if t is not None]
+    return (
+        there[0].dtype != torch.float64
+        and not any(n % VECTOR.value for n in numbers)
+        and not any(t.data_ptr() % 16 for t in there)
+    )
 
 
 #: An operator's last five arguments where the model reads x itself.

@@ -11,7 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlip.ops._operator_plan import BLOCK, BUNDLE, PART_COLUMNS, PROBLEM, TILE
-from fastlip.ops._triton.elements import arithmetic, on_device
+from fastlip.ops._triton.elements import (
+    arithmetic,
+    given,
+    kernel,
+    mask_of,
+    nothing,
+    on_device,
+    takes_part,
+)
 
 _ROWS = tl.constexpr(BLOCK)
 _COLUMNS = tl.constexpr(PART_COLUMNS)
@@ -104,7 +112,7 @@ def _inverse(value):
     return tl.where(value > 0, 1 / tl.where(value > 0, value, 1.0), 0.0)
 
 
-@triton.jit
+@kernel
 def _operator_tile_kernel(
     out_ptr,
     x_ptr,
@@ -134,8 +142,7 @@ def _operator_tile_kernel(
     serves = problem_row >= 0
     if GATHER:
         serves = (part == 0) & (parts > 1)
-    if active_ptr is not None:
-        serves = serves & (tl.load(active_ptr + problem_row) != 0)
+    serves = serves & takes_part(active_ptr, problem_row)
     if serves:
         bundle = bundles_ptr + tl.load(tile + 1) * _BUNDLE
         group = tl.load(tile + 2)
@@ -162,7 +169,8 @@ def _operator_tile_kernel(
         targets_at = tl.load(bundle + 3)
         lane = tl.arange(0, _ROWS)
         # Sums of a part stand one tile after the other.
-        scratch = sums_ptr + slot * _ROWS * _COLUMNS + lane[:, None] * _COLUMNS + tl.arange(0, _COLUMNS)[None, :]
+        scratch = tl.multiple_of(sums_ptr + slot * _ROWS * _COLUMNS, 16)
+        scratch += lane[:, None] * _COLUMNS + tl.arange(0, _COLUMNS)[None, :]
 
         first = tl.zeros((), tl.int64)
         while first < columns:
@@ -213,10 +221,10 @@ def _operator_tile_kernel(
                 target = tl.load(entries_ptr + targets_at + pixel, inside, other=0)
                 at = target_at + (chain * target_pixels + target)[None, :] * (groups * targets) + lane[:, None]
                 mask = inside[None, :] & (lane < rows)[:, None]
-                if x_square_ptr is not None:
+                if given(x_square_ptr):
                     length = tl.sqrt(tl.load(x_square_ptr + chain_at + chain))
                     sums *= _inverse(length).to(T)[None, :]
-                    if previous_ptr is not None:
+                    if given(previous_ptr):
                         other = tl.sqrt(tl.load(previous_square_ptr + chain_at + chain))
                         shift = (length * _inverse(other)).to(T)
                         sums -= shift[None, :] * tl.load(previous_ptr + at, mask, other=0.0)
@@ -237,15 +245,12 @@ def _operator_tile_kernel(
             first += _COLUMNS
 
 
-@triton.jit
+@kernel
 def _operator_squares_kernel(out_square_ptr, problems_ptr, tiles_ptr, active_ptr, partial_ptr, most_chains):
     """One program for each operator: the sum of its tiles' squares, in their order."""
     problem_row = tl.program_id(0).to(tl.int64)
     problem = problems_ptr + problem_row * _PROBLEM
-    serves = problem_row >= 0
-    if active_ptr is not None:
-        serves = tl.load(active_ptr + problem_row) != 0
-    if serves:
+    if takes_part(active_ptr, problem_row):
         chain_at = tl.load(problem + 4)
         chains = tl.load(problem + 5)
         tile_at = tl.load(problem + 12)
@@ -286,17 +291,19 @@ def operator_step_(
     partial = out_square.new_empty(len(tiles), most_chains)
     sums = out.new_empty(max(1, parts), BLOCK * PART_COLUMNS)
     tables = (problems, tiles, bundles, entries)
+    squares = nothing(out_square.dtype, out.device)
+    mask = mask_of(active, out)
     with on_device(out):
         for gather in (False, True) if parts else (False,):
             _operator_tile_kernel[(len(tiles),)](
                 out,
                 x,
-                x_square,
-                previous,
-                previous_square,
+                squares if x_square is None else x_square,
+                nothing(out.dtype, out.device) if previous is None else previous,
+                squares if previous_square is None else previous_square,
                 weights,
                 *tables,
-                active,
+                mask,
                 partial,
                 sums,
                 most_chains,
@@ -304,4 +311,4 @@ def operator_step_(
                 T=arithmetic(out),
                 DEPTH=16 if out.dtype == torch.float64 else 32,
             )
-        _operator_squares_kernel[(len(problems),)](out_square, problems, tiles, active, partial, most_chains)
+        _operator_squares_kernel[(len(problems),)](out_square, problems, tiles, mask, partial, most_chains)

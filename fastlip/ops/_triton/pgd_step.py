@@ -19,13 +19,24 @@ from fastlip.ops._triton.elements import (
     bound,
     bound_stride,
     clamp,
+    elements,
     feed,
     finite_or_zero,
+    given,
     gradient,
+    in_box,
     input_stride,
+    kernel,
+    mask_of,
+    multiple,
     narrowed,
+    nothing,
     number,
     on_device,
+    or_nothing,
+    read_by_model,
+    takes_part,
+    vectors,
     widened,
 )
 from fastlip.ops.reference import kept_elements
@@ -34,7 +45,7 @@ _MOST_SEARCH_STEPS = tl.constexpr(200)
 _PATIENCE = tl.constexpr(12)  # Newton steps before every other one bisects
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@kernel
 def _pgd_step_linf_kernel(
     x_ptr,
     grad_ptr,
@@ -55,42 +66,41 @@ def _pgd_step_linf_kernel(
     std_ptr,
     size,
     chunks,
-    x_stride,
-    grad_stride,
-    x0_stride,
-    lo_stride,
-    hi_stride,
-    input_stride,
+    x_stride: tl.int64,
+    grad_stride: tl.int64,
+    x0_stride: tl.int64,
+    lo_stride: tl.int64,
+    hi_stride: tl.int64,
+    input_stride: tl.int64,
+    ALIGNED: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     at = (program - sample * chunks) * BLOCK + tl.arange(0, BLOCK)
-    if active_ptr is not None:
-        size = tl.where(tl.load(active_ptr + sample) != 0, size, 0)
+    size = multiple(tl.where(takes_part(active_ptr, sample), size, 0), ALIGNED)
     mask = at < size
-    x0 = widened(tl.load(x0_ptr + sample * x0_stride + at, mask, other=0.0), T)
-    v = widened(tl.load(x_ptr + sample * x_stride + at, mask, other=0.0), T)
-    if grad_ptr is not None:
-        grad = finite_or_zero(
-            widened(tl.load(grad_ptr + sample * grad_stride + at, mask, other=0.0), T)
-        )  # for its sign
+    x_ptr = elements(x_ptr + sample * x_stride, at, ALIGNED)
+    x0 = widened(tl.load(elements(x0_ptr + sample * x0_stride, at, ALIGNED), mask, other=0.0), T)
+    v = widened(tl.load(x_ptr, mask, other=0.0), T)
+    if given(grad_ptr):
+        grad = tl.load(elements(grad_ptr + sample * grad_stride, at, ALIGNED), mask, other=0.0)
+        grad = finite_or_zero(widened(grad, T))  # for its sign
         step = finite_or_zero(number(step_size, step_size_ptr, sample, T))
         v = v + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
     radius = ball_radius(eps, eps_ptr, sample, T)
-    low = bound(lo, lo_ptr, sample * lo_stride, at, mask, T)
-    high = bound(hi, hi_ptr, sample * hi_stride, at, mask, T)
-    v = clamp(x0 + clamp(v - x0, -radius, radius), low, high)
-    tl.store(x_ptr + sample * x_stride + at, narrowed(v, x0, x_ptr.dtype.element_ty), mask)
+    v = x0 + clamp(v - x0, -radius, radius)
+    v = in_box(v, lo, lo_ptr, sample * lo_stride, hi, hi_ptr, sample * hi_stride, at, mask, ALIGNED, T)
+    tl.store(x_ptr, narrowed(v, x0, x_ptr.dtype.element_ty), mask)
     if input_ptr is not None:
-        feed(input_ptr + sample * input_stride, v, mean, mean_ptr, std, std_ptr, at, mask, T)
+        feed(input_ptr + sample * input_stride, v, mean, mean_ptr, std, std_ptr, at, mask, ALIGNED, T)
 
 
 @triton.jit
 def _key(grad, S: tl.constexpr):
-    """Magnitudes as integers in the same order, without the low bits that ``S`` cannot set."""
-    size = tl.abs(finite_or_zero(grad))
+    """Magnitudes of finite numbers as integers in the same order, without the low bits that ``S`` cannot set."""
+    size = tl.abs(grad)
     if S == tl.float64:
         return size.to(tl.int64, bitcast=True)
     elif S == tl.bfloat16:
@@ -102,38 +112,78 @@ def _key(grad, S: tl.constexpr):
 
 
 @triton.jit
+def _ascent(
+    grad_ptr,
+    ascent,
+    std,
+    std_ptr,
+    at,
+    mask,
+    FED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
+):
+    """The gradient with respect to x; 0 where it is not finite. ``ascent`` has a ``WHOLE`` sample's."""
+    if WHOLE:
+        return ascent
+    else:
+        return finite_or_zero(gradient(grad_ptr, std, std_ptr, at, mask, FED, False, T))
+
+
+@triton.jit
 def _l2_scale(
-    grad_ptr, std, std_ptr, step, extent, FED: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr
+    grad_ptr,
+    ascent,
+    std,
+    std_ptr,
+    step,
+    extent,
+    span,
+    FED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """``peak`` and ``factor``: the gradient over its peak times ``factor`` is the move, of length ``step``.
 
     Squares of float32 are exact in float64's range; only float64 gradients are divided by their peak.
     """
-    peak = tl.full((), 0.0, tl.float64)
+    peak = tl.full((), 1.0, tl.float64)
     if T == tl.float64:
-        for start in range(0, SPAN, BLOCK):
+        most = tl.full((), 0.0, tl.float64)
+        for start in range(0, span, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            grad = finite_or_zero(gradient(grad_ptr, std, std_ptr, at, at < extent, FED, T))
-            peak = tl.maximum(peak, tl.max(tl.abs(grad)))
-    peak = tl.where(peak > 0, peak, 1.0)
+            grad = _ascent(grad_ptr, ascent, std, std_ptr, at, at < extent, FED, WHOLE, T)
+            most = tl.maximum(most, tl.max(tl.abs(grad)))
+        peak = tl.where(most > 0, most, 1.0)
     squares = tl.full((), 0.0, tl.float64)
-    for start in range(0, SPAN, BLOCK):
+    for start in range(0, span, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        grad = finite_or_zero(gradient(grad_ptr, std, std_ptr, at, at < extent, FED, T))
-        scaled = grad.to(tl.float64) / peak
+        grad = _ascent(grad_ptr, ascent, std, std_ptr, at, at < extent, FED, WHOLE, T)
+        scaled = _over_peak(grad, peak, T)
         squares += tl.sum(scaled * scaled)
     return peak, tl.where(squares > 0, step / tl.sqrt(tl.where(squares > 0, squares, 1.0)), 0.0)
 
 
 @triton.jit
+def _over_peak(grad, peak, T: tl.constexpr):
+    if T == tl.float64:
+        return grad / peak
+    else:
+        return grad.to(tl.float64)
+
+
+@triton.jit
 def _reaching(
     grad_ptr,
+    ascent,
     std,
     std_ptr,
     key,
     extent,
+    span,
     FED: tl.constexpr,
-    SPAN: tl.constexpr,
+    WHOLE: tl.constexpr,
     S: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -142,9 +192,9 @@ def _reaching(
     first = tl.full((), 0, tl.int32)
     second = tl.full((), 0, tl.int32)
     third = tl.full((), 0, tl.int32)
-    for start in range(0, SPAN, BLOCK):
+    for start in range(0, span, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        keys = _key(gradient(grad_ptr, std, std_ptr, at, at < extent, FED, T), S)
+        keys = _key(_ascent(grad_ptr, ascent, std, std_ptr, at, at < extent, FED, WHOLE, T), S)
         first += tl.sum((keys >= key[0]).to(tl.int32))
         second += tl.sum((keys >= key[1]).to(tl.int32))
         third += tl.sum((keys >= key[2]).to(tl.int32))
@@ -154,31 +204,35 @@ def _reaching(
 @triton.jit
 def _l1_threshold(
     grad_ptr,
+    ascent,
     std,
     std_ptr,
     kept,
     extent,
+    span,
     FED: tl.constexpr,
-    SPAN: tl.constexpr,
+    WHOLE: tl.constexpr,
     S: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The key that the ``kept`` largest magnitudes reach, and how many do: ``kept`` and ties, but none that is zero."""
     peak = tl.full((), 0.0, T)
-    for start in range(0, SPAN, BLOCK):
+    for start in range(0, span, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        grad = finite_or_zero(gradient(grad_ptr, std, std_ptr, at, at < extent, FED, T))
+        grad = _ascent(grad_ptr, ascent, std, std_ptr, at, at < extent, FED, WHOLE, T)
         peak = tl.maximum(peak, tl.max(tl.abs(grad)))
     high = _key(peak, S) + 1  # reached by none
     low = tl.full((), 1, high.dtype)
-    count, _, _ = _reaching(grad_ptr, std, std_ptr, (low, high, high), extent, FED, SPAN, S, T, BLOCK)
+    keys = (low, high, high)
+    count, _, _ = _reaching(grad_ptr, ascent, std, std_ptr, keys, extent, span, FED, WHOLE, S, T, BLOCK)
     while (count > kept) & (high - low > 1):
         step = tl.maximum((high - low) // 4, 1)
         one = tl.minimum(low + step, high)
         two = tl.minimum(one + step, high)
         three = tl.minimum(two + step, high)
-        first, second, third = _reaching(grad_ptr, std, std_ptr, (one, two, three), extent, FED, SPAN, S, T, BLOCK)
+        keys = (one, two, three)
+        first, second, third = _reaching(grad_ptr, ascent, std, std_ptr, keys, extent, span, FED, WHOLE, S, T, BLOCK)
         high = tl.where(first < kept, one, tl.where(second < kept, two, tl.where(third < kept, three, high)))
         low = tl.where(third >= kept, three, tl.where(second >= kept, two, tl.where(first >= kept, one, low)))
         count = tl.where(third >= kept, third, tl.where(second >= kept, second, tl.where(first >= kept, first, count)))
@@ -189,6 +243,7 @@ def _l1_threshold(
 def _values(
     x_ptr,
     grad_ptr,
+    ascent,
     x0_ptr,
     lo,
     lo_ptr,
@@ -198,21 +253,21 @@ def _values(
     std_ptr,
     at,
     mask,
+    moves,
     move,
     FED: tl.constexpr,
+    WHOLE: tl.constexpr,
     L2: tl.constexpr,
     T: tl.constexpr,
 ):
-    """The moved v = x + move, x0, the bounds, and the displacement's size, cap and sign, for the elements ``at``."""
+    """The moved v = x + move, x0, and the displacement's size, cap and sign, for the elements ``at``."""
     S: tl.constexpr = x_ptr.dtype.element_ty
     x0 = widened(tl.load(x0_ptr + at, mask, other=0.0), T)
     v = widened(tl.load(x_ptr + at, mask, other=0.0), T)
-    low = bound(lo, lo_ptr, 0, at, mask, T)
-    high = bound(hi, hi_ptr, 0, at, mask, T)
-    if grad_ptr is not None:
-        grad = finite_or_zero(gradient(grad_ptr, std, std_ptr, at, mask, FED, T))
+    if moves:
+        grad = _ascent(grad_ptr, ascent, std, std_ptr, at, mask, FED, WHOLE, T)
         if L2:
-            v = v + (grad.to(tl.float64) / move[0] * move[1]).to(T)
+            v = v + (_over_peak(grad, move[0], T) * move[1]).to(T)
         else:
             key = _key(grad, S)
             amount = move[1].to(T)
@@ -221,8 +276,13 @@ def _values(
     d = tl.where(d == d, d, 0.0)  # whatever the input, searches end and squares stay finite
     LARGEST: tl.constexpr = 1e150 if T == tl.float64 else 3.4e38
     size = tl.minimum(tl.abs(d), LARGEST)
-    cap = tl.maximum(tl.where(d > 0, high - x0, x0 - low), 0.0)
-    return v, x0, low, high, size, cap, tl.where(d < 0, -1.0, 1.0).to(T)
+    if given(lo_ptr) | given(hi_ptr):
+        low = bound(lo, lo_ptr, 0, at, mask, False, T)
+        room = tl.where(d > 0, bound(hi, hi_ptr, 0, at, mask, False, T) - x0, x0 - low)
+    else:
+        room = tl.where(d > 0, tl.full((), hi, T) - x0, x0 - tl.full((), lo, T))
+    cap = tl.maximum(room, 0.0)
+    return v, x0, size, cap, tl.where(d < 0, -1.0, 1.0).to(T)
 
 
 @triton.jit
@@ -234,7 +294,7 @@ def _shrunk(size, cap, head, tail, L2: tl.constexpr):
         return tl.minimum(tl.maximum(size - head - tail, 0.0), cap)
 
 
-@triton.jit(do_not_specialize=["kept", "extent"])
+@kernel
 def _pgd_step_ball_kernel(
     x_ptr,
     grad_ptr,
@@ -255,17 +315,17 @@ def _pgd_step_ball_kernel(
     std_ptr,
     kept,
     kept_ptr,
-    kept_stride,
+    kept_stride: tl.int64,
     extent,
-    x_stride,
-    grad_stride,
-    x0_stride,
-    lo_stride,
-    hi_stride,
-    input_stride,
+    x_stride: tl.int64,
+    grad_stride: tl.int64,
+    x0_stride: tl.int64,
+    lo_stride: tl.int64,
+    hi_stride: tl.int64,
+    input_stride: tl.int64,
     L2: tl.constexpr,
     T: tl.constexpr,
-    SPAN: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     S: tl.constexpr = x_ptr.dtype.element_ty
@@ -273,42 +333,83 @@ def _pgd_step_ball_kernel(
     sample = tl.program_id(0).to(tl.int64)
     x_ptr += sample * x_stride
     x0_ptr += sample * x0_stride
-    if lo_ptr is not None:
+    if given(lo_ptr):
         lo_ptr += sample * lo_stride
-    if hi_ptr is not None:
+    if given(hi_ptr):
         hi_ptr += sample * hi_stride
-    if active_ptr is not None:
-        extent = tl.where(tl.load(active_ptr + sample) != 0, extent, 0)
+    extent = tl.where(takes_part(active_ptr, sample), extent, 0)
+    span = BLOCK if WHOLE else extent
 
-    if kept_ptr is not None:
+    if given(kept_ptr):
         kept = tl.maximum(1, tl.minimum(extent, tl.load(kept_ptr + sample * kept_stride)))
-    move = (0.0, 0.0)
-    if grad_ptr is not None:
-        grad_ptr += sample * grad_stride
+    moves = given(grad_ptr)
+    grad_ptr += sample * grad_stride
+    ascent = tl.full((), 0.0, T)
+    if WHOLE:  # one block holds the sample: it is read once
+        at = tl.arange(0, BLOCK)
+        ascent = finite_or_zero(gradient(grad_ptr, std, std_ptr, at, (at < extent) & moves, FED, False, T))
+    unit = tl.full((), 1.0 if L2 else 1, tl.float64 if L2 else tl.int64 if S == tl.float64 else tl.int32)
+    amount = tl.full((), 0.0, tl.float64)
+    if moves:
         step = finite_or_zero(number(step_size, step_size_ptr, sample, T)).to(tl.float64)
         if L2:
-            move = _l2_scale(grad_ptr, std, std_ptr, step, extent, FED, SPAN, T, BLOCK)
+            unit, amount = _l2_scale(grad_ptr, ascent, std, std_ptr, step, extent, span, FED, WHOLE, T, BLOCK)
         else:
-            threshold, count = _l1_threshold(grad_ptr, std, std_ptr, kept, extent, FED, SPAN, S, T, BLOCK)
-            move = (threshold, step / tl.maximum(count, 1))
+            unit, count = _l1_threshold(grad_ptr, ascent, std, std_ptr, kept, extent, span, FED, WHOLE, S, T, BLOCK)
+            amount = step / tl.maximum(count, 1)
+    move = (unit, amount)
 
-    if SPAN == BLOCK:  # one block holds the sample: it is read once
+    if WHOLE:
         at = tl.arange(0, BLOCK)
         mask = at < extent
-        v, x0, low_bound, high_bound, size, cap, sign = _values(
-            x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, move, FED, L2, T
+        v, x0, size, cap, sign = _values(
+            x_ptr,
+            grad_ptr,
+            ascent,
+            x0_ptr,
+            lo,
+            lo_ptr,
+            hi,
+            hi_ptr,
+            std,
+            std_ptr,
+            at,
+            mask,
+            moves,
+            move,
+            FED,
+            WHOLE,
+            L2,
+            T,
         )
 
     # Sums of the box alone, of the displacement, and the number of elements that neither end of [0, cap] holds.
     within = tl.full((), 0.0, tl.float64)
     whole = tl.full((), 0.0, tl.float64)
     free = tl.full((), 0, tl.int32)
-    for start in range(0, SPAN, BLOCK):
+    for start in range(0, span, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < extent
-        if SPAN != BLOCK:
-            _, _, _, _, size, cap, _ = _values(
-                x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, move, FED, L2, T
+        if not WHOLE:
+            _, _, size, cap, _ = _values(
+                x_ptr,
+                grad_ptr,
+                ascent,
+                x0_ptr,
+                lo,
+                lo_ptr,
+                hi,
+                hi_ptr,
+                std,
+                std_ptr,
+                at,
+                mask,
+                moves,
+                move,
+                FED,
+                WHOLE,
+                L2,
+                T,
             )
         boxed = tl.where(mask, tl.minimum(size, cap), 0.0).to(tl.float64)
         all_of_it = tl.where(mask, size, 0.0).to(tl.float64)
@@ -333,12 +434,29 @@ def _pgd_step_ball_kernel(
             room = target
             rest = tl.full((), 0.0, tl.float64)
             held = tl.full((), 0, tl.int32)
-            for start in range(0, SPAN, BLOCK):
+            for start in range(0, span, BLOCK):
                 at = start + tl.arange(0, BLOCK)
                 mask = at < extent
-                if SPAN != BLOCK:
-                    _, _, _, _, size, cap, _ = _values(
-                        x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, move, FED, L2, T
+                if not WHOLE:
+                    _, _, size, cap, _ = _values(
+                        x_ptr,
+                        grad_ptr,
+                        ascent,
+                        x0_ptr,
+                        lo,
+                        lo_ptr,
+                        hi,
+                        hi_ptr,
+                        std,
+                        std_ptr,
+                        at,
+                        mask,
+                        moves,
+                        move,
+                        FED,
+                        WHOLE,
+                        L2,
+                        T,
                     )
                 full = mask & (size * head >= cap)
                 value = tl.where(full, cap, size).to(tl.float64)
@@ -376,12 +494,29 @@ def _pgd_step_ball_kernel(
             tail = (lam - head).to(T)
             total = tl.full((), 0.0, tl.float64)
             free = tl.full((), 0, tl.int32)
-            for start in range(0, SPAN, BLOCK):
+            for start in range(0, span, BLOCK):
                 at = start + tl.arange(0, BLOCK)
                 mask = at < extent
-                if SPAN != BLOCK:
-                    _, _, _, _, size, cap, _ = _values(
-                        x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, move, FED, L2, T
+                if not WHOLE:
+                    _, _, size, cap, _ = _values(
+                        x_ptr,
+                        grad_ptr,
+                        ascent,
+                        x0_ptr,
+                        lo,
+                        lo_ptr,
+                        hi,
+                        hi_ptr,
+                        std,
+                        std_ptr,
+                        at,
+                        mask,
+                        moves,
+                        move,
+                        FED,
+                        WHOLE,
+                        L2,
+                        T,
                     )
                 left = tl.where(mask, _shrunk(size, cap, head, tail, L2), 0.0)
                 total += tl.sum(left.to(tl.float64))
@@ -394,18 +529,35 @@ def _pgd_step_ball_kernel(
         head = lam.to(T)
         tail = (lam - head).to(T)
 
-    for start in range(0, SPAN, BLOCK):
+    for start in range(0, span, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < extent
-        if SPAN != BLOCK:
-            v, x0, low_bound, high_bound, size, cap, sign = _values(
-                x_ptr, grad_ptr, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, move, FED, L2, T
+        if not WHOLE:
+            v, x0, size, cap, sign = _values(
+                x_ptr,
+                grad_ptr,
+                ascent,
+                x0_ptr,
+                lo,
+                lo_ptr,
+                hi,
+                hi_ptr,
+                std,
+                std_ptr,
+                at,
+                mask,
+                moves,
+                move,
+                FED,
+                WHOLE,
+                L2,
+                T,
             )
         out = tl.where(inside, v, x0 + sign * _shrunk(size, cap, head, tail, L2))
-        out = clamp(out, low_bound, high_bound)
+        out = in_box(out, lo, lo_ptr, 0, hi, hi_ptr, 0, at, mask, False, T)
         tl.store(x_ptr + at, narrowed(out, x0, S), mask)
         if FED:
-            feed(input_ptr + sample * input_stride, out, mean, mean_ptr, std, std_ptr, at, mask, T)
+            feed(input_ptr + sample * input_stride, out, mean, mean_ptr, std, std_ptr, at, mask, False, T)
 
 
 def _step(
@@ -428,9 +580,9 @@ def _step(
     if x.numel() == 0:
         return
     batch, size = x.shape[0], math.prod(x.shape[1:])
-    active = None if active is None else active.view(torch.uint8)
-    values = (step_size, step_size_tensor, eps, eps_tensor, lo, lo_tensor, hi, hi_tensor, active, *fed)
-    strides = (
+    numbers = (step_size, step_size_tensor, eps, eps_tensor, lo, lo_tensor, hi, hi_tensor)
+    values = (*or_nothing(x, *numbers), mask_of(active, x), *read_by_model(x, fed))
+    strides: tuple[int, ...] = (
         x.stride(0),
         0 if grad is None else grad.stride(0),
         x0.stride(0),
@@ -441,18 +593,20 @@ def _step(
     with on_device(x):
         if norm == "linf":
             packed = all(t is None or t.stride(0) == size for t in (x, grad, x0, fed[0]))
-            if packed and not any(isinstance(value, Tensor) for value in (*values[:-5], *fed[1:])):
+            if packed and not any(isinstance(value, Tensor) for value in (*numbers, active, *fed[1:])):
                 batch, size = 1, batch * size  # one number each for all: the samples' borders do not matter
+                strides = (0,) * len(strides)
             block = 1024
             chunks = triton.cdiv(size, block)
             _pgd_step_linf_kernel[(batch * chunks,)](
                 x,
-                grad,
+                nothing(x.dtype, x.device) if grad is None else grad,
                 x0,
                 *values,
                 size,
                 chunks,
                 *strides,
+                ALIGNED=vectors((size, *strides), x, grad, x0, lo_tensor, hi_tensor, fed[0], fed[2], fed[4]),
                 T=arithmetic(x),
                 BLOCK=block,
                 enable_fp_fusion=False,
@@ -479,17 +633,17 @@ def launch_ball(
     block = 1024 if size <= 1024 else 4096
     _pgd_step_ball_kernel[(x.shape[0],)](
         x,
-        grad,
+        nothing(x.dtype, x.device) if grad is None else grad,
         x0,
         *values,
         kept,
-        kept_tensor,
+        nothing(torch.int32, x.device) if kept_tensor is None else kept_tensor,
         0 if kept_tensor is None else kept_tensor.stride(0),
         size,
         *strides,
         L2=l2,
         T=dtype,
-        SPAN=triton.cdiv(size, block) * block,
+        WHOLE=size <= block,
         BLOCK=block,
         num_warps=8 if block > 1024 else 4,
         enable_fp_fusion=False,

@@ -11,15 +11,18 @@ from torch import Tensor
 from fastlip.ops._triton.elements import (
     arithmetic,
     ball_radius,
-    bound,
     bound_stride,
-    clamp,
     finite_or_zero,
+    given,
+    in_box,
+    kernel,
     narrowed,
     on_device,
+    or_nothing,
     widened,
 )
 
+_LINF, _L2 = tl.constexpr(0), tl.constexpr(1)
 _ELEMENTS, _SAMPLE = tl.constexpr(0), tl.constexpr(1)  # second counter word, as in reference.py
 
 
@@ -72,13 +75,70 @@ def _place(out_ptr, x0_ptr, radius, unit, lo, lo_ptr, hi, hi_ptr, element, size,
     plane = size // channels
     at = element % plane * channels + element // plane
     x0 = widened(tl.load(x0_ptr + at, mask, other=0.0), T)
-    low = bound(lo, lo_ptr, 0, at, mask, T)
-    high = bound(hi, hi_ptr, 0, at, mask, T)
-    value = clamp(x0 + radius * unit.to(T), low, high)
+    value = in_box(x0 + radius * unit.to(T), lo, lo_ptr, 0, hi, hi_ptr, 0, at, mask, False, T)
     tl.store(out_ptr + at, narrowed(value, x0, out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["size", "channels"])
+@triton.jit
+def _start(
+    out_ptr,
+    x0_ptr,
+    eps,
+    eps_ptr,
+    lo,
+    lo_ptr,
+    hi,
+    hi_ptr,
+    ids_ptr,
+    key_ptr,
+    size,
+    channels,
+    out_stride,
+    x0_stride,
+    lo_stride,
+    hi_stride,
+    NORM: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    WIDE: tl.constexpr = T == tl.float64
+    LANES: tl.constexpr = 2 if WIDE else 4
+    blocks = (size + LANES - 1) // LANES
+    sample = tl.program_id(0).to(tl.int64)
+    id = tl.load(ids_ptr + sample)
+    out_ptr += sample * out_stride
+    x0_ptr += sample * x0_stride
+    if given(lo_ptr):
+        lo_ptr += sample * lo_stride
+    if given(hi_ptr):
+        hi_ptr += sample * hi_stride
+    radius = finite_or_zero(ball_radius(eps, eps_ptr, sample, T))
+    if NORM != "linf":
+        sums = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, blocks, BLOCK):
+            block = start + tl.arange(0, BLOCK)
+            words = _words(key_ptr, block, _ELEMENTS, id)
+            for lane in tl.static_range(LANES):
+                unit = tl.where(block * LANES + lane < size, _draw(words, lane, NORM, WIDE), 0.0)
+                sums += unit * unit if NORM == "l2" else tl.abs(unit)
+        total = tl.sum(sums)
+        first = _integer(_words(key_ptr, tl.arange(0, 1), _SAMPLE, id), 0, WIDE)
+        log_once = tl.sum(tl.log((first.to(tl.float64) + 0.5) * (2.0**-53 if WIDE else 2.0**-24)))
+        if NORM == "l2":
+            scale = tl.where(total > 0, tl.exp(log_once / size) / tl.sqrt(tl.where(total > 0, total, 1.0)), 0.0)
+        else:
+            scale = 1 / (total - log_once)
+        radius = (radius.to(tl.float64) * scale).to(T)
+    for start in range(0, blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        words = _words(key_ptr, block, _ELEMENTS, id)
+        for lane in tl.static_range(LANES):
+            unit = _draw(words, lane, NORM, WIDE)
+            element = block * LANES + lane
+            _place(out_ptr, x0_ptr, radius, unit, lo, lo_ptr, hi, hi_ptr, element, size, channels, T)
+
+
+@kernel
 def _random_start_kernel(
     out_ptr,
     x0_ptr,
@@ -92,48 +152,29 @@ def _random_start_kernel(
     key_ptr,
     size,
     channels,
-    out_stride,
-    x0_stride,
-    lo_stride,
-    hi_stride,
-    NORM: tl.constexpr,
+    out_stride: tl.int64,
+    x0_stride: tl.int64,
+    lo_stride: tl.int64,
+    hi_stride: tl.int64,
+    norm,
     T: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    WIDE: tl.constexpr = T == tl.float64
-    LANES: tl.constexpr = 2 if WIDE else 4
-    sample = tl.program_id(0).to(tl.int64)
-    id = tl.load(ids_ptr + sample)
-    out_ptr += sample * out_stride
-    x0_ptr += sample * x0_stride
-    if lo_ptr is not None:
-        lo_ptr += sample * lo_stride
-    if hi_ptr is not None:
-        hi_ptr += sample * hi_stride
-    radius = finite_or_zero(ball_radius(eps, eps_ptr, sample, T))
-    if NORM != "linf":
-        total = tl.full((), 0.0, tl.float64)
-        for start in range(0, SPAN, BLOCK):
-            block = start + tl.arange(0, BLOCK)
-            words = _words(key_ptr, block, _ELEMENTS, id)
-            for lane in tl.static_range(LANES):
-                unit = tl.where(block * LANES + lane < size, _draw(words, lane, NORM, WIDE), 0.0)
-                total += tl.sum(unit * unit if NORM == "l2" else tl.abs(unit))
-        first = _integer(_words(key_ptr, tl.arange(0, 1), _SAMPLE, id), 0, WIDE)
-        log_once = tl.sum(tl.log((first.to(tl.float64) + 0.5) * (2.0**-53 if WIDE else 2.0**-24)))
-        if NORM == "l2":
-            scale = tl.where(total > 0, tl.exp(log_once / size) / tl.sqrt(tl.where(total > 0, total, 1.0)), 0.0)
-        else:
-            scale = 1 / (total - log_once)
-        radius = (radius.to(tl.float64) * scale).to(T)
-    for start in range(0, SPAN, BLOCK):
-        block = start + tl.arange(0, BLOCK)
-        words = _words(key_ptr, block, _ELEMENTS, id)
-        for lane in tl.static_range(LANES):
-            unit = _draw(words, lane, NORM, WIDE)
-            element = block * LANES + lane
-            _place(out_ptr, x0_ptr, radius, unit, lo, lo_ptr, hi, hi_ptr, element, size, channels, T)
+    if norm == _LINF:
+        _start(
+            out_ptr, x0_ptr, eps, eps_ptr, lo, lo_ptr, hi, hi_ptr, ids_ptr, key_ptr, size, channels, out_stride,
+            x0_stride, lo_stride, hi_stride, "linf", T, BLOCK,
+        )  # fmt: skip
+    elif norm == _L2:
+        _start(
+            out_ptr, x0_ptr, eps, eps_ptr, lo, lo_ptr, hi, hi_ptr, ids_ptr, key_ptr, size, channels, out_stride,
+            x0_stride, lo_stride, hi_stride, "l2", T, BLOCK,
+        )  # fmt: skip
+    else:
+        _start(
+            out_ptr, x0_ptr, eps, eps_ptr, lo, lo_ptr, hi, hi_ptr, ids_ptr, key_ptr, size, channels, out_stride,
+            x0_stride, lo_stride, hi_stride, "l1", T, BLOCK,
+        )  # fmt: skip
 
 
 def random_start(
@@ -153,18 +194,11 @@ def random_start(
         return out
     size = math.prod(x0.shape[1:])
     channels_last = x0.dim() > 2 and not x0[:1].is_contiguous()
-    lanes = 2 if x0.dtype == torch.float64 else 4
-    block = 256 if size <= 256 * lanes else 1024
     with on_device(x0):
         _random_start_kernel[(x0.shape[0],)](
             out,
             x0,
-            eps,
-            eps_tensor,
-            lo,
-            lo_tensor,
-            hi,
-            hi_tensor,
+            *or_nothing(x0, eps, eps_tensor, lo, lo_tensor, hi, hi_tensor),
             ids,
             key,
             size,
@@ -173,10 +207,9 @@ def random_start(
             x0.stride(0),
             bound_stride(lo_tensor),
             bound_stride(hi_tensor),
-            NORM=norm,
+            {"linf": _LINF.value, "l2": _L2.value}.get(norm, 2),
             T=arithmetic(x0),
-            SPAN=triton.cdiv(size, lanes * block) * block,
-            BLOCK=block,
+            BLOCK=256,
             enable_fp_fusion=False,  # x0 + radius * unit rounds twice on every backend
         )
     return out

@@ -48,13 +48,17 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  *value = HostShared::limit();
+// As much shared memory for a multiprocessor as for a block.
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == cudaDevAttrReservedSharedMemoryPerBlock ? 0 : HostShared::limit();
   return cudaSuccess;
 }
+// FASTLIP_HOST_THREADS: how many threads of any kernel a block may have, registers being what limits them.
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  const char* const most = std::getenv("FASTLIP_HOST_THREADS");
   attributes->ptxVersion = 90;
+  attributes->maxThreadsPerBlock = std::atoi(most ? most : "1024");
   return cudaSuccess;
 }
 // The most dynamic shared memory that launches of a kernel may ask for.
@@ -63,8 +67,10 @@ inline int& host_dynamic_limit(const void* kernel) {
   return limits.try_emplace(kernel, 48 * 1024).first->second;
 }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
-  host_dynamic_limit(reinterpret_cast<const void*>(kernel)) = bytes;
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    host_dynamic_limit(reinterpret_cast<const void*>(kernel)) = value;
+  }
   return cudaSuccess;
 }
 // FASTLIP_HOST_CLUSTERS=0: clusters exist, but none can be scheduled, so that launches fall back.
@@ -90,16 +96,17 @@ inline int atomicAdd(int* at, int value) {
   *at += value;
   return old;
 }
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int offset) {
+// The value of the lane that `source` gives for this one.
+template <typename T, typename Source>
+T host_exchange(unsigned mask, T value, unsigned kind, Source source) {
   struct Lanes {
     T value[32];
     uint64_t call[32];  // which exchange these values are of
   };
   static Lanes warps[2][Fibers::kMostBlocks][Fibers::kMost / 32];  // in turn: others may still read the values before
-  const uint64_t call = Fibers::next_call() << 5 | static_cast<unsigned>(offset);
+  const uint64_t call = Fibers::next_call() << 8 | kind;
   const unsigned lane = threadIdx.x % 32;
-  Lanes& lanes = warps[call >> 5 & 1][Fibers::block_in_cluster()][threadIdx.x / 32];
+  Lanes& lanes = warps[call >> 8 & 1][Fibers::block_in_cluster()][threadIdx.x / 32];
   lanes.value[lane] = value;
   lanes.call[lane] = call;
   Fibers::warp_barrier();
@@ -107,7 +114,41 @@ T __shfl_xor_sync(unsigned mask, T value, int offset) {
     if (other != call) host_abort("lanes of a warp are at different shuffles");
   }
   if (mask != 0xFFFFFFFFu) host_abort("a shuffle of some lanes of a warp alone");
-  return lanes.value[lane ^ offset];
+  return source(lanes.value, lane);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int offset) {
+  return host_exchange(mask, value, offset, [&](const T* lanes, unsigned lane) { return lanes[lane ^ offset]; });
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int offset) {
+  return host_exchange(mask, value, 32 + offset,
+                       [&](const T* lanes, unsigned lane) { return lanes[lane + offset < 32 ? lane + offset : lane]; });
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  return host_exchange(mask, value, 64 + source, [&](const T* lanes, unsigned) { return lanes[source]; });
+}
+inline int __reduce_add_sync(unsigned mask, int value) {
+  return host_exchange(mask, value, 96, [](const int* lanes, unsigned) {
+    int sum = 0;
+    for (int i = 0; i < 32; ++i) sum += lanes[i];
+    return sum;
+  });
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return host_exchange(mask, value, 98, [](const unsigned* lanes, unsigned) {
+    unsigned most = 0;
+    for (int i = 0; i < 32; ++i) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+  });
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return host_exchange(mask, predicate, 97, [](const int* lanes, unsigned) {
+    unsigned bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= lanes[i] != 0 ? 1u << i : 0u;
+    return bits;
+  });
 }
 template <typename T>
 void __stwb(T* to, T value) {

@@ -19,7 +19,7 @@
 
 class Fibers {
  public:
-  static constexpr unsigned kMost = 1024, kWarp = 32, kMostBlocks = 8;
+  static constexpr unsigned kMost = 1024, kWarp = 32, kMostBlocks = 16;
 
   // Run `body` as each of `count` threads of each of `blocks` blocks. FASTLIP_HOST_ORDER=down lets the last of lanes,
   // warps and blocks go first.
@@ -38,6 +38,7 @@ class Fibers {
   // A number for this thread's next exchange with the other lanes, the same for all lanes of a warp that have had as
   // many, and never used again.
   static uint64_t next_call() { return ++instance().current().calls; }
+  static bool begun(unsigned block) { return instance().blocks_[block].begun; }
   static bool ended(unsigned block) { return instance().blocks_[block].barrier.members == 0; }
   static unsigned block_in_cluster() { return instance().block_; }
   static unsigned blocks_in_cluster() { return instance().block_count_; }
@@ -75,6 +76,7 @@ class Fibers {
   };
   struct Block {
     Barrier barrier, warps[kMost / kWarp];
+    bool begun = false;
     std::vector<Thread> threads{kMost};
   };
 
@@ -90,6 +92,7 @@ class Fibers {
     cluster_ = {blocks * count};
     for (unsigned b = 0; b < blocks; ++b) {
       blocks_[b].barrier = {count};
+      blocks_[b].begun = false;
       for (Barrier& warp : blocks_[b].warps) warp = {};
       for (unsigned i = 0; i < count; ++i) {
         ++blocks_[b].warps[i / kWarp].members;
@@ -137,6 +140,7 @@ class Fibers {
         const unsigned thread = first + nth(i, lanes);
         if (!blocks_[b].threads[thread].ready()) continue;
         block_ = b;
+        blocks_[b].begun = true;
         thread_ = thread;
         resumed(b, thread);
         if (_setjmp(scheduler_) == 0) _longjmp(current().at, 1);

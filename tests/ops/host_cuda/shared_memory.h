@@ -45,6 +45,7 @@ class HostShared {
   template <typename T>
   static T* map(T* at, unsigned block) {
     if (block >= Fibers::blocks_in_cluster()) host_abort("no such block in the cluster");
+    if (!Fibers::begun(block)) host_abort("shared memory of a block that has not begun");
     if (Fibers::ended(block)) host_abort("shared memory of a block that has ended");
     HostShared& mine = of(Fibers::block_in_cluster());
     const ptrdiff_t offset = reinterpret_cast<unsigned char*>(at) - mine.base();

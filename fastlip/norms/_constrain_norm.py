@@ -1,0 +1,109 @@
+"""A parametrisation that keeps a layer's norm below a bound."""
+
+import math
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastlip._arguments import integer, number
+from fastlip.norms._operators.modules import CONVS, TRANSPOSED, module_operator
+from fastlip.norms._operators.operator import Operator, per_axis, require_finite, require_floating
+from fastlip.norms._operators.torch_operator import TorchOperator
+from fastlip.norms._options import NormKeywords, NormOptions, chosen_options
+from fastlip.norms._solvers.solve import solve
+from fastlip.norms._spectral_norm_value import stretch, unit
+
+
+def constrain_norm(
+    module: nn.Module,
+    input_size: int | Sequence[int] = (),
+    *,
+    bound: float = 1.0,
+    iterations: int = 1,
+    options: NormOptions | None = None,
+    **keywords: Unpack[NormKeywords],
+) -> nn.Module:
+    """Keep the norm of a Conv, ConvTranspose or Linear module below ``bound``, on inputs of one size.
+
+    What torch's ``spectral_norm`` does for the reshaped kernel, this does for the convolution itself, by a
+    parametrisation of ``weight`` (``torch.nn.utils.parametrize``). In training each forward takes ``iterations`` warm
+    steps of power iteration and scales the weight by min(1, bound / norm), with the gradient of the norm. That norm is
+    approached from below. In eval mode the weight is scaled by a certified upper side instead, computed again whenever
+    the weight has changed, so that the bound holds with ``confidence``.
+
+    Args:
+        module: the module; changed in place and returned.
+        input_size: spatial size of its input, one number or one per axis; nothing for Linear.
+        bound: positive upper bound for the norm.
+        iterations: steps of power iteration per forward in training.
+        options: how to compute the certified upper side in eval mode.
+        keywords: fields of :class:`NormOptions`, in place of ``options``.
+
+    Raises:
+        TypeError: ``module`` is of another kind, its weight no floating-point tensor, or an argument of the wrong type;
+            the message names it.
+        ValueError: ``bound`` is not positive, or the size does not fit; the message names it.
+    """
+    bound = number(bound, "bound", "a positive number")
+    if not 0.0 < bound < math.inf:
+        raise ValueError(f"bound must be positive and finite, got {bound}")
+    iterations = integer(iterations, "iterations")
+    chosen = chosen_options("constrain_norm", options, keywords)
+    if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
+        raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
+    weight = module.weight
+    require_floating(weight)
+    axes = weight.dim() - 2
+    if isinstance(input_size, Sequence) and not isinstance(input_size, str) and len(input_size) != axes:
+        raise ValueError(f"input_size must have {axes} axes for {type(module).__name__}, got {input_size!r}")
+    op = module_operator(module, (0, *per_axis(input_size, "input_size", axes, 1)))
+    constraint = _Constraint(op, weight, bound, iterations, chosen)
+    parametrize.register_parametrization(module, "weight", constraint)
+    return module
+
+
+class _Constraint(nn.Module):
+    """The parametrisation: the weight, scaled so that its norm stays below the bound."""
+
+    v: Tensor  # [Cin, *input_size]
+
+    def __init__(self, op: Operator, weight: Tensor, bound: float, iterations: int, options: NormOptions) -> None:
+        super().__init__()
+        self.bound, self.iterations, self.options = bound, iterations, options
+        self._geometry = op.with_weight(torch.empty(op.weight.shape, device="meta"))
+        generator = torch.Generator()
+        generator.seed()
+        start = torch.randn(op.input_shape, dtype=torch.float64, generator=generator).to(weight)
+        self.register_buffer("v", start / torch.linalg.vector_norm(start))
+        self._certified: tuple[Tensor, float] | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # A matrix's operator holds it as it is; a transposed convolution's holds its adjoint, with the same weight.
+        if not self.training:
+            return weight * min(1.0, self.bound / self._upper(weight))
+        op = self._geometry
+        convolution = TorchOperator(op, weight.detach())
+        with torch.no_grad():
+            v = self.v[None]
+            for _ in range(self.iterations):
+                image = unit(convolution.adjoint(unit(convolution.forward(v))))
+                # Weights of zeros, as layers may start with, or of NaN must not take the vector along.
+                v = torch.where(image.any() & image.isfinite().all(), image, v)
+            self.v.copy_(v[0])
+        norm = stretch(op, weight, self.v.clone())
+        # The backward pass of a number over the norm would square the norm's reciprocal, which may be out of range.
+        return weight / (norm / self.bound).clamp_min(1.0)
+
+    def _upper(self, weight: Tensor) -> float:
+        if self._certified is None or not torch.equal(self._certified[0], weight.detach()):
+            copy = weight.detach().clone()
+            op = self._geometry.with_weight(copy)
+            require_finite(op)
+            # Scaling the weight rounds it, each element by at most one unit.
+            rounding = torch.finfo(weight.dtype).eps * op.absolute_bound
+            upper = solve([op], self.options.resolved([copy]))[0].upper + rounding
+            self._certified = (copy, max(upper, torch.finfo(weight.dtype).tiny))
+        return self._certified[1]

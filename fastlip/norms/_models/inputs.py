@@ -1,0 +1,62 @@
+"""Inputs to run a model on, and the error that says on what it does not run."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Refused(ValueError):
+    """The model does something else than what would be bounded; raised from within its runs, and passed on as it is."""
+
+
+def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape as a tuple.
+
+    Raises:
+        ValueError: ``input_shape`` is not a sequence of positive integers.
+    """
+    shape = tuple(input_shape) if isinstance(input_shape, Iterable) else ()
+    if not shape or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in shape):
+        raise ValueError(f"input_shape must be positive integers without the batch axis, got {input_shape!r}")
+    return tuple(int(n) for n in shape)
+
+
+def example_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    """A zero input, [1, *input_shape], in the dtype and on the device of the model's first parameter or buffer.
+
+    Raises:
+        ValueError: ``input_shape`` is not a sequence of positive integers.
+    """
+    shape = checked_shape(input_shape)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return torch.zeros(1, *shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.zeros(1, *shape)
+
+
+def random_inputs(model: nn.Module, input_shape: Sequence[int], count: int, seed: int = 0) -> Tensor:
+    """Random inputs, [count, *input_shape]: uniform in [0, 1] like images, and Gaussian with deviation 2, in turn.
+
+    They show whether two ways of computing agree. The seed may be fixed, since no probability is derived from them.
+    """
+    like = example_input(model, input_shape)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(count, *like.shape[1:], generator=generator, dtype=torch.float64)
+    x[1::2] = 2.0 * torch.randn(x[1::2].shape, generator=generator, dtype=torch.float64)
+    return x.to(like.device, like.dtype)
+
+
+@contextmanager
+def runs_on(model: nn.Module, input_shape: Sequence[int]) -> Iterator[None]:
+    """Turn errors of a forward pass into ValueErrors that say what the model was given."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, Refused):
+        raise
+    except Exception as error:
+        name, why = type(model).__name__, f"{error}" or type(error).__name__
+        raise ValueError(
+            f"{name} does not run on an input of shape {list(input_shape)}, without the batch axis: {why}"
+        ) from error

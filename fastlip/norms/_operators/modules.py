@@ -1,0 +1,113 @@
+"""From torch modules to the linear maps they apply."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlip.norms._operators.operator import Operator, conv_operator, require_finite
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def module_operator(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    output_scale: Tensor | None = None,  # [Cout]
+    input_scale: Tensor | None = None,  # [Cin]
+    output_size: Sequence[int] | None = None,
+    finite: bool = True,
+) -> Operator:
+    """The linear map of a Conv, ConvTranspose or Linear module on inputs of one shape, without its bias.
+
+    A transposed convolution is represented by its adjoint, which has the same norm.
+
+    Args:
+        module: the module; its weight may be parametrised, of any floating dtype and on any device.
+        input_shape: shape of one input without the batch axis, [Cin, *spatial] or, for Linear, [..., features].
+        output_scale: factors for the output channels, such as those of a folded BatchNorm.
+        input_scale: factors for the input channels, such as those of a folded input normalisation.
+        output_size: spatial size of a transposed convolution's output; what its settings give if None.
+        finite: whether to check that the weight is finite; with False the caller is to.
+
+    Raises:
+        TypeError: there is no such map for this module.
+        ValueError: the weight holds NaN or infinite values, the shape does not fit, or the module has another
+            ``forward`` than its class in torch, so that it may apply another map than its weight's.
+    """
+    if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
+        raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")
+    kind = next(cls for cls in (*CONVS, *TRANSPOSED, nn.Linear) if isinstance(module, cls))
+    if not keeps_forward(module, kind):
+        raise ValueError(
+            f"{type(module).__name__} has another forward than {kind.__name__}, and may apply another map than its "
+            "weight; describe that map with fastlip.norms.conv_operator"
+        )
+    weight = module.weight.detach()
+    if isinstance(module, nn.Linear):
+        op = Operator(scaled(weight, output_scale, input_scale, 1))
+        if finite:
+            require_finite(op)
+        return op
+    geometry: dict[str, Any] = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
+    geometry["finite"] = finite
+    size = tuple(input_shape[1:])
+    if isinstance(module, CONVS):
+        weight = scaled(weight, output_scale, input_scale, module.groups)
+        return conv_operator(weight, size, padding=module.padding, padding_mode=module.padding_mode, **geometry)
+    # weight is [Cin, Cout / groups, *kernel]: the adjoint's output channels come first.
+    weight = scaled(weight, input_scale, output_scale, module.groups)
+    if output_size is None:
+        axes = zip(
+            size, module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding, strict=True
+        )
+        output_size = tuple((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, s, p, d, k, extra in axes)
+    op = conv_operator(weight, output_size, padding=module.padding, **geometry)
+    if op.output_size == size:
+        return op
+    # An output padding of a stride or more adds positions that the adjoint must not reach: it takes them from the
+    # padding at the far end.
+    ends = zip(size, op.input_size, op.stride, op.extent, op.padding, strict=True)
+    return replace(op, padding=tuple((p, (n - 1) * s + e - m - p) for n, m, s, e, (p, _) in ends))
+
+
+def scaled(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:
+    """Scale, in float64, a weight's first axis, and its second one, which holds the channels of one group."""
+    ones = (1,) * (weight.dim() - 2)
+    if first is not None:
+        weight = weight * first.to(weight.device, torch.float64).view(-1, 1, *ones)
+    if second is not None:
+        factors = second.to(weight.device, torch.float64).view(groups, 1, -1, *ones)
+        weight = (weight.unflatten(0, (groups, -1)) * factors).flatten(0, 1)
+    return weight
+
+
+def keeps_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module has the forward of ``cls``: neither its own class nor the module itself overrides ``forward``.
+
+    Convolutions must not override ``_conv_forward`` either, which their ``forward`` calls.
+    """
+    return all(
+        getattr(type(module), name, None) is getattr(cls, name, None) and name not in vars(module)
+        for name in ("forward", "_conv_forward")
+    )
+
+
+def describe_module(module: nn.Module, input_shape: Sequence[int]) -> str:
+    """A short description such as "Conv2d 64→64 3×3 /2 on 8×8"."""
+    name = type(module).__name__.removeprefix("Parametrized")
+    if isinstance(module, nn.Linear):
+        return f"{name} {module.in_features}→{module.out_features}"
+    if isinstance(module, (*CONVS, *TRANSPOSED)):
+        parts = [name, f"{module.in_channels}→{module.out_channels}", "×".join(map(str, module.kernel_size))]
+        if math.prod(module.stride) > 1:
+            parts.append("/" + "×".join(map(str, module.stride)))
+        if module.groups > 1:
+            parts.append(f"{module.groups} groups")
+        return " ".join([*parts, "on", "×".join(map(str, input_shape[1:]))])
+    return f"{name} {input_shape[0]}"

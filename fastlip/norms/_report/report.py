@@ -1,0 +1,119 @@
+"""The norms of a model's layers, as one object to read, compare and export."""
+
+import csv
+import importlib
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastlip.norms._interval import NormInterval, confidence_text, width_text
+
+
+@dataclass(frozen=True)
+class NormReport(Mapping[str, NormInterval]):
+    """Norm intervals of a model's layers by qualified name, in order of execution.
+
+    Attributes:
+        intervals: layer name to interval.
+        descriptions: layer name to a short description of the layer.
+        confidence: probability that all upper sides hold at once; 1.0 when all are deterministic.
+        seed: seed of the random starts, None if nothing was drawn.
+    """
+
+    intervals: dict[str, NormInterval]
+    descriptions: dict[str, str]
+    confidence: float
+    seed: int | None
+
+    def __getitem__(self, name: str) -> NormInterval:
+        return self.intervals[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.intervals)
+
+    def __len__(self) -> int:
+        return len(self.intervals)
+
+    @property
+    def log10_product_upper(self) -> float:
+        """log10 of the product of the upper sides: a bound for the layers in sequence, without skips and pooling."""
+        return sum(_log10(interval.upper) for interval in self.values())
+
+    @property
+    def log10_product_lower(self) -> float:
+        """log10 of the product of the lower sides, below which the product of the norms cannot be."""
+        return sum(_log10(interval.lower) for interval in self.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for JSON."""
+        return {
+            "confidence": self.confidence,
+            "seed": self.seed,
+            "log10_product_lower": self.log10_product_lower,
+            "log10_product_upper": self.log10_product_upper,
+            "layers": self._rows(),
+        }
+
+    def to_json(self) -> str:
+        """``to_dict`` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_csv(self) -> str:
+        """One line per layer, with a header."""
+        out = io.StringIO()
+        rows = self._rows()
+        fields = rows[0] if rows else ("name",)
+        writer = csv.DictWriter(out, fieldnames=list(fields), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return out.getvalue()
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame`` indexed by layer name; needs pandas."""
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from None
+        return pandas.DataFrame(self._rows()).set_index("name")
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {"name": name, "layer": self.descriptions[name], **asdict(interval)}
+            for name, interval in self.intervals.items()
+        ]
+
+    def __str__(self) -> str:
+        head = ("layer", "", "lower", "upper", "width", "method", "steps")
+        body = [
+            (
+                name,
+                self.descriptions[name],
+                f"{interval.lower:.5g}",
+                f"{interval.upper:.5g}",
+                width_text(interval),
+                interval.method,
+                str(interval.iterations) if interval.iterations else "",
+            )
+            for name, interval in self.intervals.items()
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        aligned = [
+            "  ".join(
+                cell.rjust(width) if 2 <= at <= 4 or at == 6 else cell.ljust(width)
+                for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in (head, *body)
+        ]
+        rule = "-" * max(map(len, aligned))
+        low, high = self.log10_product_lower, self.log10_product_upper
+        total = f"product of {len(self)} layers: 10^{low:.3f} to 10^{high:.3f}"
+        return "\n".join(
+            [aligned[0], rule, *aligned[1:], rule, f"{total}, confidence {confidence_text(self.confidence)}"]
+        )
+
+
+def _log10(x: float) -> float:
+    return math.log10(x) if x > 0.0 else -math.inf

@@ -1,0 +1,1 @@
+"""Statistics of the measurements, verdicts, and results.json."""

@@ -1,0 +1,110 @@
+"""The attacks of the study: Gaussian noise, PGD, and searches for the smallest perturbations."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastlip.attacks import gaussian_noise, min_norm, min_sigma, pgd
+from fastlip.study.measure.images import KEPT, Arrays, Images, Progress
+from fastlip.study.measure.perturbed_images import perturbed
+from fastlip.study.settings.attacks import Ball
+from fastlip.study.settings.settings import Settings
+
+
+def gaussian(model: nn.Module, images: Images, sigma: float, seed: int, progress: Progress) -> Arrays:
+    """Measurements under Gaussian noise of standard deviation ``sigma``."""
+
+    def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+        return gaussian_noise(x, sigma=sigma, ids=ids, generator=generator)
+
+    return perturbed(model, images, attack, seed, progress)
+
+
+def projected_gradient(
+    model: nn.Module,
+    images: Images,
+    ball: Ball,
+    settings: Settings,
+    seed: int,
+    progress: Progress,
+) -> Arrays:
+    """Measurements under PGD in ``ball``, with Gaussian noise of the same L2 norm as the control."""
+
+    def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+        return pgd_attack(model, ball, settings, x, y, ids, generator)
+
+    return perturbed(model, images, attack, seed, progress, control=True)
+
+
+def pgd_attack(
+    model: nn.Module, ball: Ball, settings: Settings, x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Images like ``x``, perturbed by the study's PGD in ``ball``."""
+    norm, _, eps = ball
+    return pgd(
+        model,
+        x,
+        y,
+        norm=norm,
+        eps=eps,
+        steps=settings.pgd.steps,
+        step_size=settings.pgd.relative_step * eps / settings.pgd.steps,
+        loss=settings.pgd.loss,
+        restarts=settings.pgd.restarts,
+        ids=ids,
+        generator=generator,
+    )
+
+
+def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, progress: Progress) -> Arrays:
+    """Measurements of the smallest L2 perturbations that PGD finds; "distortion" is inf where it finds none."""
+
+    def search(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+        return min_norm(
+            model,
+            x,
+            y,
+            norm="l2",
+            steps=settings.smallest.steps,
+            search_steps=settings.smallest.searches,
+            loss=settings.pgd.loss,
+        ).adversarial
+
+    return _censored(perturbed(model, images, search, 0, progress, keep=KEPT))
+
+
+def smallest_gaussian(model: nn.Module, images: Images, settings: Settings, seed: int, progress: Progress) -> Arrays:
+    """The same for the smallest Gaussian perturbations found along randomly drawn directions."""
+
+    def search(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+        return min_sigma(
+            model,
+            x,
+            y,
+            directions=settings.smallest.directions,
+            sigma_max=settings.smallest.max_sigma,
+            levels=settings.smallest.levels,
+            halvings=settings.smallest.halvings,
+            ids=ids,
+            generator=generator,
+        ).adversarial
+
+    return _censored(perturbed(model, images, search, seed, progress, keep=KEPT))
+
+
+def gaussian_of_norm(model: nn.Module, images: Images, l2: np.ndarray, seed: int, progress: Progress) -> Arrays:
+    """Measurements under Gaussian noise that has, on each image, the L2 norm given in ``l2`` [N]."""
+    lengths = torch.as_tensor(l2, dtype=torch.float32, device=images.device)
+
+    def attack(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+        return gaussian_noise(x, norm=lengths[ids], ids=ids, generator=generator)
+
+    return perturbed(model, images, attack, seed, progress)
+
+
+def _censored(arrays: Arrays) -> Arrays:
+    if not arrays:
+        return arrays
+    found = arrays["prediction"] != arrays["label"]
+    distortion = np.where(found, arrays["distortion"], np.inf)
+    return arrays | {"found": found, "distortion": distortion}

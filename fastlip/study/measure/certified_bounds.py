@@ -1,0 +1,51 @@
+"""Certified bounds of one trained model: its layers' operator norms and its upper Lipschitz constant."""
+
+import torch
+from torch import nn
+
+from fastlip import layer_norms, lipschitz_bound
+from fastlip.study.storage.schema import Layer, Lipschitz
+
+
+def layer_norms_and_bound(model: nn.Module, input_shape: tuple[int, int, int], eta: float, seed: int) -> Lipschitz:
+    """Intervals of the norms of all layers, their product, and the bound for the whole network.
+
+    Args:
+        model: in evaluation mode.
+        input_shape: [C, H, W] of one image.
+        eta: probability that any upper bound is wrong, half of it for the layers and half for the whole network.
+        seed: of the random starts; it must not depend on the weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    report = layer_norms(model, input_shape, confidence=1 - eta / 2, generator=generator)
+    bound = lipschitz_bound(model, input_shape, confidence=1 - eta / 2, generator=generator)
+    return Lipschitz(
+        log10_upper=bound.log10_upper,
+        log10_margin=bound.log10_margin,
+        confidence=bound.confidence,
+        log10_layer_product=report.log10_product_upper,
+        layers=[
+            Layer(
+                name=name,
+                kind=report.descriptions[name],
+                lower=interval.lower,
+                upper=interval.upper,
+                confidence=interval.confidence,
+                method=interval.method,
+            )
+            for name, interval in report.items()
+        ],
+    )
+
+
+def network_bound(model: nn.Module, input_shape: tuple[int, int, int], eta: float, seed: int) -> Lipschitz:
+    """The bound for the whole network alone, for snapshots; arguments as in :func:`layer_norms_and_bound`."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = lipschitz_bound(model, input_shape, confidence=1 - eta, generator=generator)
+    return Lipschitz(
+        log10_upper=bound.log10_upper,
+        log10_margin=bound.log10_margin,
+        confidence=bound.confidence,
+        log10_layer_product=bound.log10_product,
+        layers=[],
+    )

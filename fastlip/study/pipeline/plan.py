@@ -1,0 +1,71 @@
+"""A run as commands for an existing scheduler: files of shell commands, one file a phase.
+
+The commands of a file depend on those of the files before it and on nothing else, so a scheduler may run them in any
+order, on any machines that see the run directory and the inputs under the same paths. A command whose process died is
+run again as it is: it goes on where that one stopped, and does nothing where everything is done.
+"""
+
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fastlip.study.pipeline.inputs import Inputs
+from fastlip.study.pipeline.stage import Stage
+from fastlip.study.pipeline.stages import stages
+from fastlip.study.pipeline.start_or_resume import open_or_create, require_resumable
+from fastlip.study.settings.input_paths import InputPaths, resolve_source
+from fastlip.study.settings.settings import Settings
+from fastlip.study.storage.files import write_text
+
+
+def write_plan(settings: Settings, paths: InputPaths, out: Path, command: Sequence[str]) -> list[Path]:
+    """Write the commands of a run.
+
+    Inputs are looked at, and fetched where they may be, so that machines without a network need not.
+
+    Args:
+        settings: what the run does.
+        paths: where files are.
+        out: the run's directory; the files go to its folder ``plan``.
+        command: what begins the run, without ``--only``.
+
+    Returns:
+        The files, in the order in which they have to be run.
+
+    Raises:
+        StudyError: something is missing or does not fit; nothing was written.
+    """
+    settings = resolve_source(settings, paths)
+    inputs = Inputs(settings, paths)
+    inputs.require_available()
+    fingerprints = inputs.fingerprints()
+    # The machine that plans need not have the devices of those that run.
+    here = replace(settings, device="cpu")
+    require_resumable(out, here, fingerprints)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = open_or_create(Path(scratch) / "run", here, fingerprints, "")
+        found = phases(stages(run, inputs))
+    files = []
+    for number, (phase, jobs) in enumerate(found.items(), 1):
+        files.append(out / "plan" / f"{number}-{phase}.txt")
+        lines = [shlex.join([*command, *(word for pattern in job for word in ("--only", pattern))]) for job in jobs]
+        write_text(files[-1], "\n".join(lines) + "\n")
+    return files
+
+
+def phases(all_stages: Sequence[Stage]) -> dict[str, list[list[str]]]:
+    """The jobs of each phase, each job as patterns of the names of its stages.
+
+    All stages of one model's measurement are one job, which finds the training done; so is its training.
+    """
+    subjects: dict[str, dict[str, None]] = {}
+    for stage in all_stages:
+        subject, _, what = stage.name.partition(": ")
+        phase = "source" if subject == "source" else "training" if what.startswith("training") else "measurement"
+        subjects.setdefault(phase if what else "results", {})[subject] = None
+    patterns = {"source": "{}: *", "training": "{}: training*", "measurement": "{}: *", "results": "{}"}
+    jobs = {phase: [[patterns[phase].format(subject)] for subject in found] for phase, found in subjects.items()}
+    # The report reads the results: one job.
+    return jobs | {"results": [[pattern for job in jobs["results"] for pattern in job]]}

@@ -1,0 +1,137 @@
+"""The stages that train the source and the models of a run."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastlip.data import ImageSet
+from fastlip.models import save_checkpoint
+from fastlip.study.measure.images import Progress
+from fastlip.study.pipeline.inputs import Inputs
+from fastlip.study.pipeline.networks import Networks, load_into
+from fastlip.study.pipeline.stage import Stage, derived_seed
+from fastlip.study.settings.training import TRANSFER, Schedule
+from fastlip.study.storage.files import write_json
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
+from fastlip.study.training.architectures import build
+from fastlip.study.training.process_group import ProcessGroup
+from fastlip.study.training.train import train
+
+
+def training_stages(run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> list[Stage]:
+    """The stages that train: the source first, where the run trains it, then every model."""
+    training = _Training(run, inputs, networks, group)
+    found: list[Stage] = []
+    if run.pretrains:
+        outputs: tuple[Path, ...] = (run.checkpoint("source"), run.training("source"))
+        found.append(Stage("source: pre-training", outputs, training.pretrain, collective=True))
+    for model in run.models:
+        needs: tuple[Path, ...] = (run.checkpoint("source"),) if run.pretrains and model.arm in TRANSFER else ()
+        if model.arm == "lpft":
+            probe = _probe_name(model)
+            outputs = (run.checkpoint(probe), run.training(probe))
+            name = f"{model.name}: training of the head"
+            found.append(Stage(name, outputs, partial(training.probe, model), needs, collective=True))
+            needs = outputs
+        kept = tuple(run.checkpoint(m.name) for m in run.snapshots if m.run_name == model.name)
+        outputs = (run.checkpoint(model.name), run.training(model.name), *kept)
+        found.append(Stage(f"{model.name}: training", outputs, partial(training.train, model), needs, collective=True))
+    return found
+
+
+class _Training:
+    """Carries out the stages that train."""
+
+    def __init__(self, run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> None:
+        self.run = run
+        self.inputs = inputs
+        self.networks = networks
+        self.group = group
+
+    def pretrain(self, progress: Progress) -> str:
+        s, images = self.run.settings, self.inputs.source_train
+        network = build(s.architecture, len(images.classes), s.stem, derived_seed(s.seed, "source weights"))
+        return self._train("source", network, images, s.pretrain, s.seed, progress)
+
+    def train(self, model: TrainedModel, progress: Progress) -> str:
+        network, images = self._untrained(model)
+        if model.arm == "lpft":
+            load_into(network, self.run.checkpoint(_probe_name(model)), model)
+        stage, head = network.get_submodule("network.layer4"), network.get_submodule("network.fc")
+        parts = {"linear": [head], "partial": [stage, head]}.get(model.arm)
+        schedule = self.run.settings.schedule(model.arm)
+
+        def keep(epoch: int) -> None:
+            snapshot = TrainedModel(model.arm, model.seed, epoch)
+            if snapshot in self.run.snapshots:
+                self._save(snapshot.name, network, images)
+
+        return self._train(model.name, network, images, schedule, model.seed, progress, parts, keep)
+
+    def probe(self, model: TrainedModel, progress: Progress) -> str:
+        """Train the head alone, the first half of LP-FT (Kumar et al. 2022)."""
+        network, images = self._untrained(model)
+        head, schedule = network.get_submodule("network.fc"), self.run.settings.finetune
+        return self._train(_probe_name(model), network, images, schedule, model.seed, progress, [head])
+
+    def _untrained(self, model: TrainedModel) -> tuple[nn.Sequential, ImageSet]:
+        """The network that an arm starts from, and its training images."""
+        images = self.inputs.target_train(self.run.settings.schedule(model.arm).images)
+        return self.networks.untrained(model, len(images.classes)), images
+
+    def _train(
+        self,
+        name: str,
+        network: nn.Module,
+        images: ImageSet,
+        schedule: Schedule,
+        seed: int,
+        progress: Progress,
+        parts: list[nn.Module] | None = None,
+        keep: Callable[[int], None] | None = None,
+    ) -> str:
+        state, machine = self.run.training_state(name), self.run.machine
+        history = train(
+            network.to(self.networks.device),
+            images.images,
+            images.labels,
+            schedule,
+            seed=derived_seed(seed, "order", name),
+            precision=getattr(torch, machine.precision),
+            state_path=state,
+            save_seconds=self.run.settings.save_seconds,
+            progress=progress,
+            parts=parts,
+            keep=keep,
+            group=self.group,
+            compiled=machine.compiled,
+        )
+        if self.group.leads:
+            self._save(name, network, images)
+            write_json(
+                self.run.training(name),
+                {
+                    "images": len(images),
+                    "data": images.name,
+                    "classes": list(images.classes),
+                    "epochs": schedule.epochs,
+                    "processes": self.group.size,
+                    "loss": history.loss,
+                    "accuracy": history.accuracy,
+                },
+            )
+            state.unlink(missing_ok=True)
+        return f"loss {history.loss[-1]:.3f}, accuracy {history.accuracy[-1]:.1%} on augmented training images"
+
+    def _save(self, name: str, network: nn.Module, images: ImageSet) -> None:
+        path = self.run.checkpoint(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, network, {"images": images.name, "classes": str(len(images.classes))})
+
+
+def _probe_name(model: TrainedModel) -> str:
+    """Name of the checkpoint between the two halves of LP-FT."""
+    return f"{model.run_name}-head"

@@ -1,0 +1,64 @@
+"""The numbers of a run as pandas data frames."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fastlip.study.errors import StudyError
+from fastlip.study.storage import digests
+from fastlip.study.storage.files import damaged, read_arrays
+
+
+def frame(run: str | os.PathLike[str]) -> Any:
+    """All numbers of a run with their intervals, one in each row, as a ``pandas.DataFrame``.
+
+    Args:
+        run: run directory with ``tables/results.csv``.
+
+    Raises:
+        StudyError: the file is missing or damaged.
+        ImportError: pandas is missing.
+    """
+    path = Path(run) / "tables" / "results.csv"
+    if not path.is_file():
+        raise StudyError(f"{path} is missing; python -m fastlip.study report {run} writes it")
+    remedy = f"python -m fastlip.study report {run} writes it anew"
+    if not digests.intact(Path(run), path):
+        raise damaged(path, f"it is not what its SHA-256 in {digests.NAME} was taken of", remedy)
+    try:
+        return _pandas().read_csv(path)
+    except ValueError as error:  # the base of pandas' parser errors and of UnicodeDecodeError
+        raise damaged(path, error, remedy) from None
+
+
+def image_frame(run: str | os.PathLike[str]) -> Any:
+    """All images under all measurements, one in each row, as a ``pandas.DataFrame``.
+
+    Args:
+        run: run directory with ``images``.
+
+    Returns:
+        Columns "model", "measurement", "id" and all arrays with one number per image.
+
+    Raises:
+        StudyError: there are no per-image files, or one is damaged.
+        ImportError: pandas is missing.
+    """
+    pandas = _pandas()
+    parts = []
+    for path in sorted((Path(run) / "images").glob("*/*.npz")):
+        arrays = read_arrays(path)
+        if "id" in arrays:
+            columns = {name: v for name, v in arrays.items() if v.shape == arrays["id"].shape}
+            parts.append(pandas.DataFrame({"model": path.parent.name, "measurement": path.stem, **columns}))
+    if not parts:
+        raise StudyError(f"{run} holds no per-image results")
+    return pandas.concat(parts, ignore_index=True)
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise ImportError("data frames need pandas: pip install pandas") from None
+    return pandas

@@ -1,0 +1,102 @@
+"""What each group of settings must satisfy on its own; :class:`~fastlip.study.settings.settings.Settings` asks for it.
+
+Every function here raises :class:`StudyError` with status 2 where a setting is out of range; the message names it.
+"""
+
+import dataclasses
+
+from fastlip.study.errors import StudyError
+from fastlip.study.settings.attacks import GaussianSettings, PgdSettings, SmallestSettings, StrongSuiteSettings
+from fastlip.study.settings.measurements import (
+    CorruptionSettings,
+    EvaluationSettings,
+    FeatureSettings,
+    LipschitzSettings,
+    SmoothingSettings,
+)
+from fastlip.study.settings.rules import Rules
+from fastlip.study.settings.training import ARMS, Schedule
+
+
+def need(condition: bool, name: str, wanted: str) -> None:
+    """Raise where ``condition`` fails, which the setting ``name`` must satisfy; ``wanted`` says it in words."""
+    if not condition:
+        raise StudyError(f"--set {name}: {wanted}", status=2)
+
+
+def check_arms(arms: tuple[str, ...]) -> None:
+    need(bool(arms) and set(arms) <= set(ARMS), "arms", f"choose from {', '.join(ARMS)}")
+    need(len(set(arms)) == len(arms), "arms", "name each arm once")
+
+
+def check_schedule(schedule: Schedule, name: str) -> None:
+    """``name`` is that of the schedule among the settings."""
+    for part in ("images", "epochs", "batch_size", "max_lr", "head_lr"):
+        need(getattr(schedule, part) > 0, f"{name}.{part}", "must be above 0")
+    need(schedule.batch_size > 1, f"{name}.batch_size", "must be at least 2")
+    need(0 < schedule.warmup < 1, f"{name}.warmup", "must lie between 0 and 1")
+    need(schedule.weight_decay >= 0 and schedule.crop >= 0, name, "weight_decay and crop must be at least 0")
+    need(0 <= schedule.momentum < 1, f"{name}.momentum", "must lie in [0, 1)")
+    need(0 <= schedule.label_smoothing < 1, f"{name}.label_smoothing", "must lie in [0, 1)")
+    kept = schedule.snapshots
+    need(len(set(kept)) == len(kept), f"{name}.snapshots", "name each epoch once")
+    need(all(0 < e < schedule.epochs for e in kept), f"{name}.snapshots", f"epochs from 1 to {name}.epochs - 1")
+    need(not kept or name != "pretrain", f"{name}.snapshots", "the source is not measured; leave it empty")
+
+
+def check_evaluation(evaluation: EvaluationSettings) -> None:
+    need(0 < evaluation.images <= evaluation.clean_images, "evaluation.images", "1 to evaluation.clean_images")
+    need(evaluation.snapshot_images > 0, "evaluation.snapshot_images", "must be at least 1")
+    need(evaluation.batch_size > 0, "evaluation.batch_size", "must be above 0")
+
+
+def check_attacks(
+    gaussian: GaussianSettings, pgd: PgdSettings, strong: StrongSuiteSettings, smallest: SmallestSettings
+) -> None:
+    grids = {
+        "gaussian.sigmas": gaussian.sigmas,
+        "pgd.linf_255": pgd.linf_255,
+        "pgd.l2": pgd.l2,
+        "pgd.l1": pgd.l1,
+        "strong.linf_255": strong.linf_255,
+        "strong.l2": strong.l2,
+    }
+    for name, grid in grids.items():
+        # Files are named by six digits of the strength.
+        need(all(v > 0 for v in grid) and len({f"{v:g}" for v in grid}) == len(grid), name, "distinct values above 0")
+    need(pgd.steps > 0 and pgd.restarts > 0 and pgd.relative_step > 0, "pgd", "its numbers must be above 0")
+    for name in ("steps", "restarts", "targets", "queries"):
+        need(getattr(strong, name) > 0, f"strong.{name}", "must be at least 1")
+    _all_above_zero(smallest, "smallest")
+    need(smallest.levels > 1, "smallest.levels", "must be at least 2")
+
+
+def check_measurements(
+    lipschitz: LipschitzSettings,
+    features: FeatureSettings,
+    corruptions: CorruptionSettings,
+    smoothing: SmoothingSettings,
+) -> None:
+    _all_above_zero(smoothing, "smoothing")
+    need(0 < smoothing.alpha < 1, "smoothing.alpha", "must lie between 0 and 1")
+    need(0 < lipschitz.eta < 1, "lipschitz.eta", "must lie between 0 and 1")
+    need(lipschitz.jacobian_steps > 0, "lipschitz.jacobian_steps", "must be at least 1")
+    need(lipschitz.jacobian_images > 0, "lipschitz.jacobian_images", "must be at least 1")
+    need(features.images > 1, "features.images", "must be at least 2")
+    need(corruptions.images > 0, "corruptions.images", "must be at least 1")
+    kept = corruptions.severities
+    need(bool(kept) and set(kept) <= {1, 2, 3, 4, 5}, "corruptions.severities", "from 1 to 5")
+    need(len(set(kept)) == len(kept), "corruptions.severities", "name each once")
+
+
+def check_rules(rules: Rules) -> None:
+    for name in ("confidence", "ratio", "share", "no_correlation", "power"):
+        need(0 < getattr(rules, name) < 1, f"rules.{name}", "must lie between 0 and 1")
+    need(rules.min_seeds > 1, "rules.min_seeds", "must be at least 2")
+    need(rules.min_runs > 2, "rules.min_runs", "must be at least 3")
+    need(rules.resamples > 0, "rules.resamples", "must be at least 1")
+
+
+def _all_above_zero(group: SmallestSettings | SmoothingSettings, name: str) -> None:
+    for f in dataclasses.fields(group):
+        need(getattr(group, f.name) > 0, f"{name}.{f.name}", "must be above 0")

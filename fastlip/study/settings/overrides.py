@@ -1,0 +1,58 @@
+"""Overrides of settings, given as "dotted.name=value"."""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any, Literal
+
+from fastlip.study.errors import StudyError
+from fastlip.study.settings.serialization import dotted_names
+from fastlip.study.settings.settings import Settings
+
+#: Settings that the preset and the given files determine, which --set cannot change.
+FIXED = ("preset", "dataset", "source")
+
+
+def override(settings: Settings, assignments: list[str]) -> Settings:
+    """``settings`` with each "dotted.name=value" applied; lists are separated by commas.
+
+    Raises:
+        StudyError: a name is unknown or a value is of the wrong type; the message names the setting.
+    """
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise StudyError(f"--set {assignment}: write it as NAME=VALUE, as in pgd.steps=20", status=2)
+        name, text = name.strip(), text.strip()
+        known = [known for known in dotted_names(settings) if known not in FIXED]
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise StudyError(f"--set {name}: no such setting; {hint}--help lists them", status=2)
+        settings = _replace(settings, name.split("."), text, name)
+    return settings
+
+
+def _replace(settings: Any, path: list[str], text: str, name: str) -> Any:
+    if len(path) > 1:
+        value = _replace(getattr(settings, path[0]), path[1:], text, name)
+    else:
+        value = _parse(typing.get_type_hints(type(settings))[path[0]], text, name)
+    return dataclasses.replace(settings, **{path[0]: value})
+
+
+def _parse(kind: Any, text: str, name: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    try:
+        if origin is tuple:
+            return tuple(_parse(arguments[0], part, name) for part in text.strip("[]()").split(",") if part.strip())
+        if origin is Literal:
+            if text not in arguments:
+                raise ValueError
+            return text
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text.strip())
+    except (ValueError, KeyError):
+        wanted = " or ".join(map(str, arguments)) if origin is Literal else getattr(kind, "__name__", str(kind))
+        raise StudyError(f"--set {name}={text}: expected {wanted}", status=2) from None

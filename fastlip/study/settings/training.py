@@ -1,0 +1,42 @@
+"""How networks are trained: the arms of the study, and the schedule of one training run."""
+
+from dataclasses import dataclass
+
+#: Arms that start from the source. In this order they train all weights; the head; the last stage and the head; first
+#: the head and then all weights.
+TRANSFER = ("finetune", "linear", "partial", "lpft")
+
+ARMS = ("reference", "scratch", *TRANSFER)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One training run by SGD with Nesterov momentum and the learning rates of ``OneCycleLR``.
+
+    Attributes:
+        images: number of training images, the same from each class.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        max_lr: largest learning rate.
+        head_lr: factor of the learning rate for the last layer.
+        warmup: fraction of the steps before the learning rate is largest.
+        momentum: Nesterov momentum.
+        weight_decay: of weights; biases and BatchNorm have none.
+        label_smoothing: fraction of the target that is spread over all classes.
+        crop: largest random shift in pixels; the border is reflected.
+        flip: whether images are flipped horizontally half of the time.
+        snapshots: epochs after which the weights are kept, to be measured for question 4.
+    """
+
+    images: int
+    epochs: int
+    max_lr: float
+    head_lr: float = 1 / 32
+    batch_size: int = 64
+    warmup: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    crop: int = 3
+    flip: bool = True
+    snapshots: tuple[int, ...] = ()

@@ -1,0 +1,1 @@
+"""Training of networks, by one process or several."""
