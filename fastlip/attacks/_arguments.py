@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from fastlip.attacks import _numbers
+from fastlip import _arguments as shared
 from fastlip.attacks._losses import Loss
 from fastlip.ops import Bounds, Norm, PerSample
 
@@ -100,12 +100,12 @@ def shown(value: Any) -> str:
 
 def count(value: Any, name: str, least: int = 0) -> int:
     """``value`` as an int of at least ``least``."""
-    return _numbers.integer(name, plain(value), least)
+    return shared.integer(plain(value), name, least)
 
 
 def number(value: Any, name: str, expected: str = "a float") -> float:
     """``value`` as a float."""
-    return _numbers.number(name, plain(value), expected)
+    return shared.number(plain(value), name, expected)
 
 
 def share(value: Any, name: str) -> float:
