@@ -111,17 +111,30 @@ if [[ $device == cpu ]]; then
   norms=(--tiny --checkpoints 3 --seconds 0.02)
   steps=(--shape 256x3x32x32 --seconds 0.01 --no-compile)
   attack=(--images 8 --batch 4 --train-seconds "${TRAIN_SECONDS:-60}")
-  study=(--tiny)
+  study=(--images 96 --attacked 8 --seconds 2 --warm 2 --limit 60 --no-compile --set architecture=resnet18)
   operators=(--starts 1 --seconds 0.01)
 else
   chosen=(--cover 2 "$repository/tests") all=("$repository/tests")
   interpreted=()
-  triton=(--cover 1 -k "${TRITON:-test_layouts or all_at_once}" "$repository/tests/ops")
-  norms=(--seconds 0.3 --limit 65)
-  steps=(--seconds 0.05 --limit 40)
-  attack=(--train-seconds 10)
-  study=()
-  operators=(--seconds 0.05)
+  # Ten cases that reach every Triton kernel with sixteen compilations.
+  ops=$repository/tests/ops
+  triton=(
+    "$ops/test_pgd_ops.py::test_values_per_sample[torch.float32-linf-cuda]"
+    "$ops/test_pgd_ops.py::test_large_samples_match_reference[(2, 3, 224, 224)-torch.float32-linf-cuda]"
+    "$ops/test_pgd_ops.py::test_step_and_projection_match_reference[0.5-(1, 3, 32, 32)-torch.float32-l2-cuda]"
+    "$ops/test_pgd_ops.py::test_large_samples_match_reference[(2, 3, 224, 224)-torch.float32-l2-cuda]"
+    "$ops/test_pgd_ops.py::test_layouts[torch.float32-l1-cuda]"
+    "$ops/test_apgd_step.py::test_values_per_sample[torch.float32-l2-cuda]"
+    "$ops/test_apgd_step.py::test_step_matches_reference[(1, 3, 32, 32)-torch.float32-linf-cuda]"
+    "$ops/test_model_input.py::test_apgd_step_matches_reference[(12, 3, 5, 7)-torch.float16-linf-cuda]"
+    "$ops/test_random_start.py::test_matches_reference[(2, 3, 5, 4)-torch.float32-l2-cuda]"
+    "$ops/test_operator_step.py::test_random_geometries[merged-cuda-float32]"
+  )
+  norms=(--seconds 0.3 --limit 50)
+  steps=(--seconds 0.05 --limit 32)
+  attack=(--train-seconds 12 --limit 45)
+  study=(--seconds 4 --limit 100)
+  operators=(--starts 4 --seconds 0.05)
   step machine 10 nvidia-smi
 fi
 
@@ -145,17 +158,17 @@ if [[ $part != second ]]; then
   if [[ -n ${OLD_WHEEL:-} ]]; then
     install old "$OLD_WHEEL"
     step bench_pgd_step_old 20 env PYTHONPATH="$logs/old:$PYTHONPATH" "${run[@]}" bench bench_pgd_step "${steps[@]}" \
-      --only fastlip --label old
+      --only "fastlip pgd_step_" --label old
   fi
-  step bench_gpu_attack 70 "${run[@]}" bench bench_gpu_attack "${attack[@]}"
-  step bench_apgd_step 30 "${run[@]}" bench bench_apgd_step "${steps[@]}"
+  step bench_gpu_attack 65 "${run[@]}" bench bench_gpu_attack "${attack[@]}"
+  step bench_apgd_step 30 "${run[@]}" bench bench_apgd_step "${steps[@]}" --no-compile
 fi
 
 if [[ $part != first ]]; then
-  step bench_study 70 "${run[@]}" bench bench_study "${study[@]}"
-  begin all_tests 120 "${run[@]}" tests native "${at_once[@]}" "${all[@]}"
-  if [[ $device == cuda ]]; then begin racecheck 120 "${run[@]}" sanitize racecheck; fi
-  begin triton 120 env "${interpreted[@]}" "${run[@]}" tests triton "${triton[@]}"
+  step bench_study 125 "${run[@]}" bench bench_study "${study[@]}"
+  begin all_tests 100 "${run[@]}" tests native "${at_once[@]}" "${all[@]}"
+  if [[ $device == cuda ]]; then begin racecheck 100 "${run[@]}" sanitize racecheck; fi
+  begin triton 100 env "${interpreted[@]}" "${run[@]}" tests triton "${triton[@]}"
   step bench_operator_step 30 "${run[@]}" bench bench_operator_step "${operators[@]}"
 fi
 
