@@ -168,7 +168,7 @@ def assert_passing(run: subprocess.CompletedProcess) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
 
 
-#: What a sample in L2 or L1 is given: registers, up to 4,096 floats in a block's; without them shared memory, of which
+#: What a sample in L2 or L1 is given: registers, up to 3,072 floats in a block's; without them shared memory, of which
 #: a block has 200,000 bytes, a third of it for each of several blocks; or 3,000 to 8,000 and a cluster; or no cluster,
 #: so that what is larger is read again in every pass.
 REGISTERS = {"FASTLIP_HOST_SHARED": "200000"}

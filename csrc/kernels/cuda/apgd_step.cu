@@ -3,8 +3,7 @@
 // Floor: x, grad, x0 and x_prev read once, x and x_prev written once: 24 bytes an element in float32, 12 in 16 bits; 8
 // (4) more where the iterate is the best so far and goes to x_best and grad_best; as many with what the model reads in
 // 16 bits. A sample that restarts reads x_best
-// and grad_best instead of x and grad. Operations, an element: Linf 18. L2: those of pgd_step_ twice, without a second
-// norm of a gradient, and 6 for the momentum. L1: those of pgd_step_, and 2 at a checkpoint for the support.
+// and grad_best instead of x and grad.
 //
 // Every thread works out for itself what its sample does (apgd.h), from numbers that nobody writes until all of the
 // sample's threads have read them. Linf: as many blocks a sample as it takes, each thread with 16 bytes of each
@@ -152,7 +151,7 @@ cudaError_t launch_linf(const ApgdStep& a, void* stream) {
 
 // --- L2 and L1 -------------------------------------------------------------------------------------------------------
 template <typename T, Norm kNorm, Store kStore>
-__global__ void __launch_bounds__(kThreads<kStore>, 2)
+__global__ void __launch_bounds__(kThreads<kStore>, kStore == Store::registers ? 3 : 2)
     apgd_step_ball_kernel(const __grid_constant__ ApgdStep a, const __grid_constant__ Shares shares) {
   using Mine = Slice<T, kNorm, kStore>;
   using Batch = typename Mine::Batch;

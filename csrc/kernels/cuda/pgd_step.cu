@@ -2,20 +2,18 @@
 //
 // Floor: x, grad and x0 read once, x written once: 16 bytes an element in float32, 12 for project_, 8 in 16 bits. With
 // what the model reads in 16 bits: 16 too, since grad has 16 bits then; a quotient more, two in L2 and L1.
-// Operations, an element: Linf 7. L2: 3 for the norm of the gradient, 10 for the move and the first sums, 6 for each
-// pass of the search for the scale (2 as a rule), 5 to write. L1: 6 for each pass of the search for the threshold (5 at
-// 3 x 32 x 32, 11 at 3 x 224 x 224, 16 at most), 10, 7 for each Newton step (3 to 6 as a rule), 6. A few per cent of
-// what a GPU does in the time that the bytes take; in L1, where shared memory is read again in every pass, about a
-// third.
 //
 // Linf: a thread takes 16 bytes of each operand; without per-sample values the batch is one long sample.
 //
-// L2 and L1: a team of threads takes a sample. Up to what a block's shared memory holds (28,000 floats on an H100 or
-// H200, 20,000 on an A100) it is one block; beyond, where there are clusters, up to eight blocks that add up over
-// distributed shared memory (3 x 224 x 224 in float32). v = x + move and x0 stay in shared memory, each thread reading
-// back only what it wrote itself, so every operand moves once. Larger samples still: one block that computes v afresh
-// in every pass, x written in the last alone. Chunks of four floats go round the threads in the same way whether they
-// can be accessed as one or not: sums do not depend on alignment, strides or the batch. Sums are in double.
+// L2 and L1: a team of threads takes a sample, and all it needs is on its way before anything waits for it. Up to 3,072
+// floats (3 x 32 x 32) a block of at most 128 threads has it in registers, four such blocks a multiprocessor. Beyond, v
+// and x0 lie in shared memory: of one block, or where there are clusters of up to 16 that add up over distributed
+// shared memory, so many that up to three of them share a multiprocessor and one computes while others wait for memory
+// (3 x 224 x 224: 16 blocks, 9,408 floats each). Larger samples still: up to eight blocks that read and compute
+// everything again in every pass. A pass of the search costs about 7 instructions an element in L2, 9 in L1; sums are
+// in T over a thread's batch of chunks and in double from there. Types of storage are a matter of reading and writing
+// alone, chosen at run time. Chunks of four floats go round the threads in the same way whether they can be accessed as
+// one or not: sums do not depend on alignment, strides or the batch.
 #include "kernels/cuda/slice.cuh"
 
 namespace fastlip::cuda {
@@ -79,8 +77,13 @@ cudaError_t launch_linf(PgdStep p, void* stream) {
 }
 
 // --- L2 and L1 -------------------------------------------------------------------------------------------------------
+template <typename T, Store kStore>
+constexpr int kLeastBlocks = kStore == Store::registers ? 4
+                             : std::is_same_v<T, float> ? 3
+                                                        : 2;
+
 template <typename T, Norm kNorm, Store kStore>
-__global__ void __launch_bounds__(kThreads<kStore>, std::is_same_v<T, float> ? 3 : 2)
+__global__ void __launch_bounds__(kThreads<kStore>, kLeastBlocks<T, kStore>)
     pgd_step_ball_kernel(const __grid_constant__ PgdStep p, const __grid_constant__ Shares shares) {
   using Mine = Slice<T, kNorm, kStore>;
   using Batch = typename Mine::Batch;

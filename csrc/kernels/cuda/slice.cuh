@@ -17,12 +17,12 @@ enum class Store { registers, shared, streamed };
 
 // Chunks that a thread handles at a time, all loads before the first use: in registers that is all it has.
 template <Store kStore>
-constexpr int kBatch = kStore == Store::registers ? 4
+constexpr int kBatch = kStore == Store::registers ? 6
                        : kStore == Store::shared  ? 2
                                                   : 1;
 
 template <Store kStore>
-constexpr int kThreads = kStore == Store::registers ? 192 : kMaxThreads;
+constexpr int kThreads = kStore == Store::registers ? 128 : kMaxThreads;
 
 // How a sample is shared out.
 struct Shares {
@@ -79,6 +79,7 @@ class Slice {
         staged_x0_(staged_v_ + shares.slice),
         lo_(p.lo, sample),
         hi_(p.hi, sample) {
+    batch_.first = begin();
     ragged_ = !wide_ || length_ % kChunk != 0;
     x_ = operand(p.x, p.dtype, p.x_stride);
     x0_ = operand(p.x0, p.dtype, p.x0_stride);
@@ -504,8 +505,8 @@ class Slice {
   T* staged_v_;
   T* staged_x0_;
   Bound<T> lo_, hi_;
-  Operand x_, x0_, grad_;             // the gradient: with respect to what the model reads where it is divided
-  Batch batch_{{}, {}, {}, begin()};  // all there is, in registers
+  Operand x_, x0_, grad_;  // the gradient: with respect to what the model reads where it is divided
+  Batch batch_;            // all there is, in registers
 };
 
 template <int kChunks, int kChunk, typename T, typename Body>
