@@ -2,14 +2,12 @@
 //
 // Floor: x, grad, x0 and x_prev read once, x and x_prev written once: 24 bytes an element in float32, 12 in 16 bits; 8
 // (4) more where the iterate is the best so far and goes to x_best and grad_best; as many with what the model reads in
-// 16 bits. A sample that restarts reads x_best
-// and grad_best instead of x and grad.
+// 16 bits. A sample that restarts reads x_best and grad_best instead of x and grad.
 //
 // Every thread works out for itself what its sample does (apgd.h), from numbers that nobody writes until all of the
 // sample's threads have read them. Linf: as many blocks a sample as it takes, each thread with 16 bytes of each
 // operand; the last of the blocks to arrive, counted in `counters`, writes the sample's numbers. L2 and L1: a team a
-// sample, as in pgd_step.cu. x is read again, from cache, where the momentum and
-// x_prev need it.
+// sample, as in pgd_step.cu. x is read again, from cache, where the momentum, x_prev and the best so far need it.
 #include "kernels/apgd.h"
 #include "kernels/cuda/slice.cuh"
 
