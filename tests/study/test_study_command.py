@@ -182,7 +182,14 @@ def test_a_full_disk_is_one_line_and_what_was_done_stays(tmp_path, micro_argumen
 
 def test_an_interruption_is_one_line_and_what_was_done_stays(micro_arguments, tmp_path):
     arguments = [sys.executable, "-m", "fastlip.study", "--out", str(tmp_path / "run"), *micro_arguments]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, a shell may have them ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "run/checkpoints/source.safetensors").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

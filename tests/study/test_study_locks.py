@@ -162,9 +162,8 @@ def test_a_file_system_that_keeps_no_locks_is_refused(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_hold_lock_files_is_refused(tmp_path):
     (tmp_path / locks.FOLDER).write_text("in the way")
-    with pytest.raises(StudyError, match="cannot create lock files") as error:
+    with pytest.raises(OSError, match=locks.FOLDER):  # the command line adds what to do
         probe(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_processes_that_write_one_file_leave_each_others_temporary_files_alone(tmp_path):

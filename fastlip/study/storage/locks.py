@@ -43,20 +43,15 @@ def probe(path: Path) -> None:
     """Try out whether locks keep processes apart in ``path``, which is made if need be.
 
     Raises:
-        StudyError: they do not; the message says what to do.
+        OSError: files cannot be created there.
+        StudyError: locks do not keep processes apart.
     """
     file = path / FOLDER / f"probe-{secrets.token_hex(8)}"
-    try:
-        first, second = _lease(file), _lease(file)
-        with first:
-            shut = not _taken(second, 0)
-        opened = shut and _taken(second, 0)
-        second.release(force=True)
-    except OSError as error:
-        raise StudyError(
-            f"cannot create lock files in {path} ({error.strerror or error}); mend that or put --out on another file "
-            "system"
-        ) from None
+    first, second = _lease(file), _lease(file)
+    with first:
+        shut = not _taken(second, 0)
+    opened = shut and _taken(second, 0)
+    second.release(force=True)
     if not (shut and opened):
         raise StudyError(f"the file system of {path} does not keep locks; put --out on another one")
 
