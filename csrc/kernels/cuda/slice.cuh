@@ -2,8 +2,7 @@
 // projection, its launch.
 #pragma once
 #include <map>
-#include <mutex>
-#include <tuple>
+#include <utility>
 
 #include "kernels/cuda/ball.h"
 #include "kernels/cuda/team.cuh"
@@ -608,7 +607,7 @@ __device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l1, kStore>& slice, 
       if (team.ranks() > 1) {
         for (int i = threadIdx.x; i < kBins; i += blockDim.x) {
           int sum = 0;
-          for (int rank = 0; rank < team.ranks(); ++rank) sum += *team.of_rank(bins + i, rank);
+          for (int rank = 0; rank < team.ranks(); ++rank) sum += *cluster_address(bins + i, rank);
           memory.merged[i] = sum;
         }
         __syncthreads();
@@ -816,21 +815,17 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
 template <typename T, Norm kNorm, typename Parameters>
 cudaError_t launch_teams(const Parameters& parameters, const PgdStep& p, const Kernels<Parameters>& kernels, bool wide,
                          void* stream) {
-  static std::mutex mutex;
-  static std::map<std::tuple<int, int64_t>, Plan<Parameters>> plans;  // asking the driver takes microseconds
+  // Asking the driver takes microseconds; a map for each thread needs no lock.
+  thread_local std::map<std::pair<int, int64_t>, Plan<Parameters>> plans;
   int device = 0;
   if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  Plan<Parameters> plan;
-  {
-    const std::lock_guard lock(mutex);
-    const auto known = plans.find({device, p.size});
-    if (known != plans.end()) {
-      plan = known->second;
-    } else {
-      if (const auto error = make_plan<T, kNorm>(device, p.size, kernels, plan); error != cudaSuccess) return error;
-      plans[{device, p.size}] = plan;
-    }
+  auto known = plans.find({device, p.size});
+  if (known == plans.end()) {
+    Plan<Parameters> made;
+    if (const auto error = make_plan<T, kNorm>(device, p.size, kernels, made); error != cudaSuccess) return error;
+    known = plans.insert({{device, p.size}, made}).first;
   }
+  const Plan<Parameters>& plan = known->second;
   constexpr int64_t kMostBlocks = int64_t{1} << 30;
   auto cluster = cluster_of(plan.ranks);
   Shares shares{0, plan.slice, plan.ranks, plan.staged, wide};
