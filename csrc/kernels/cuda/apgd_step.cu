@@ -190,68 +190,40 @@ __global__ void __launch_bounds__(kThreads<kStore>, kStore == Store::registers ?
   const int32_t kept = row.kept < 1 ? 1 : row.kept > p.size ? static_cast<int32_t>(p.size) : row.kept;
   const Move<T> move = find_move(slice, team, memory, step, kept);
 
-  // x_prev <- where the step started, x <- v.
-  const auto finish = [&](Batch& batch) FASTLIP_INLINE {
-    slice.copy(slice.origin(), x_prev, batch);
-    slice.finish(batch);
-  };
-  const auto again = [&](auto body) FASTLIP_INLINE { slice.values(move, [](Batch&) FASTLIP_INLINE {}, body); };
-  run(search, slice, team, [&](auto body) FASTLIP_INLINE { slice.moves(move, body); }, again);
-  if (kNorm == Norm::l1 || outcome.first) {
-    again([&](Batch& batch) FASTLIP_INLINE {
-      project(search, slice, batch);
-      finish(batch);
-    });
-    slice.feed_all();
-    return;
-  }
-  if constexpr (kNorm == Norm::l2) {
-    const HeavyBall<T> heavy(a.momentum);
-    const Search<T, kNorm> aimed = search;
-    // v <- the point after the momentum.
-    const auto push = [&](Batch& batch) FASTLIP_INLINE {
-      project(aimed, slice, batch);
+  const HeavyBall<T> heavy(a.momentum);
+  Search<T, kNorm> aimed(eps);
+  project_all(
+      slice, team, move, search, kNorm == Norm::l1 || outcome.first ? 1 : 2, aimed,
+      [&](Batch& batch) FASTLIP_INLINE {  // v <- the point after the momentum
+        if constexpr (kNorm == Norm::l2) {
+          project(aimed, slice, batch);
 #pragma unroll
-      for (int c = 0; c < Mine::kChunks; ++c) {
-        const auto at = slice.at(batch, c);
-        const int valid = slice.valid(at);  // what does not exist counts for nothing in the sums
-        typename Mine::Chunk x, last;
-        slice.load(slice.origin(), at, x);
-        slice.load(x_prev, at, last);
+          for (int c = 0; c < Mine::kChunks; ++c) {
+            const auto at = slice.at(batch, c);
+            const int valid = slice.valid(at);  // what does not exist counts for nothing in the sums
+            typename Mine::Chunk x, last;
+            slice.load(slice.origin(), at, x);
+            slice.load(x_prev, at, last);
 #pragma unroll
-        for (int i = 0; i < Mine::kChunk; ++i) {
-          batch.v[c][i] = i < valid ? heavy(x[i], batch.v[c][i], last[i]) : T(0);
+            for (int i = 0; i < Mine::kChunk; ++i) {
+              batch.v[c][i] = i < valid ? heavy(x[i], batch.v[c][i], last[i]) : T(0);
+            }
+          }
+          slice.replace(batch);
         }
-      }
-      slice.replace(batch);
-    };
-    const auto pushed = [&](auto body) FASTLIP_INLINE { slice.values(move, push, body); };
-    search = Search<T, kNorm>(eps);
-    const auto first = [&](auto body) FASTLIP_INLINE {
-      if constexpr (kStore == Store::streamed) {
-        pushed(body);
-      } else {
-        again([&](Batch& batch) FASTLIP_INLINE {
-          push(batch);
-          body(batch);
-        });
-      }
-    };
-    run(search, slice, team, first, pushed);
-    pushed([&](Batch& batch) FASTLIP_INLINE {
-      project(search, slice, batch);
-      finish(batch);
-    });
-    slice.feed_all();
-  }
+      },
+      [&](const Batch& batch) FASTLIP_INLINE {  // x_prev <- where the step started, x <- v
+        slice.copy(slice.origin(), x_prev, batch);
+        slice.finish(batch);
+      });
+  slice.feed_all();
 }
 
 template <typename T, Norm kNorm>
 cudaError_t launch_ball(const ApgdStep& a, void* stream) {
-  Kernels<ApgdStep> kernels = {nullptr, apgd_step_ball_kernel<T, kNorm, Store::shared>,
-                               apgd_step_ball_kernel<T, kNorm, Store::streamed>};
+  Kernels<ApgdStep> kernels = {nullptr, apgd_step_ball_kernel<T, kNorm, Store::looped>};
   if constexpr (std::is_same_v<T, float>) kernels.registers = apgd_step_ball_kernel<T, kNorm, Store::registers>;
-  return launch_teams<T, kNorm>(a, a.step, kernels, all_fit(a, Slice<T, kNorm, Store::shared>::kChunk), stream);
+  return launch_teams<T, kNorm>(a, a.step, kernels, all_fit(a, Slice<T, kNorm, Store::looped>::kChunk), stream);
 }
 
 }  // namespace

@@ -23,9 +23,11 @@ struct Tally {
       for (int i = 0; i < kLanes; ++i) parts[k][i] = 0;
     }
   }
+  // The first kUsed of them.
+  template <int kUsed>
   FASTLIP_HD void close() {
 #pragma unroll
-    for (int k = 0; k < kSums; ++k) {
+    for (int k = 0; k < kUsed; ++k) {
       if constexpr (kLanes == 4) {
         sums[k] += (parts[k][0] + parts[k][1]) + (parts[k][2] + parts[k][3]);
       } else {
@@ -89,12 +91,12 @@ FASTLIP_HD int bit_width(uint64_t v) {
 template <typename T>
 struct KeySearch {
   static constexpr int kBins = 256, kBits = 8;
-  Key<T> low, high;           // reached by at least `kept` keys; by fewer
-  double count, above, kept;  // keys that reach low; high
-  T rate;                     // of the first pass, 0 afterwards
+  Key<T> low, high;        // reached by at least `kept` keys; by fewer
+  int count, above, kept;  // keys that reach low; high; that shall be reached
+  T rate;                  // of the first pass, 0 afterwards
   int shift;
 
-  FASTLIP_HD KeySearch(T peak, double nonzero, double wanted)
+  FASTLIP_HD KeySearch(T peak, int nonzero, int wanted)
       : low(1), high(key_of(peak) + 1), count(nonzero), above(0), kept(wanted), rate((kBins - 1) / peak), shift(0) {
     if (!(rate < T(1e30))) rate = 0;
     narrow();
@@ -234,8 +236,8 @@ struct L1Search {
   static constexpr T kLargest = std::is_same_v<T, double> ? T(1e300) : T(8e36);  // 24 of them have a sum
   static constexpr double kTolerance = std::is_same_v<T, double> ? 1e-13 : 2e-7;
   static constexpr int kPatience = 12, kMost = 200;
-  double target, low = 0, high = 0, lambda = 0;
-  T head = 0, tail = 0;  // lambda in two parts: one float is too coarse where eps is far below the sizes
+  T target;
+  double low = 0, high = 0, lambda = 0;
   int steps = 0;
   bool inside = false, ended = false;
 
@@ -258,17 +260,16 @@ struct L1Search {
     } else {
       propose(sums[0], free);
     }
-    split();
     return !ended;
   }
   // sums: of delta; number between 0 and cap.
-  FASTLIP_HD void add(T v, T x0, T cap, Tally<T, 1>& tally, int lane) const {
+  FASTLIP_HD void add(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
     const T move = shrunk(v, x0, cap);
     tally.parts[0][lane] += move;
     tally.count += move > T(0) && move < cap ? 1 : 0;
   }
   FASTLIP_HD bool update(const double (&sums)[1], double free) {  // false: done
-    if (fabs(sums[0] - target) <= kTolerance * target) return false;
+    if (fabs(sums[0] - static_cast<double>(target)) <= kTolerance * static_cast<double>(target)) return false;
     (sums[0] > target ? low : high) = lambda;
     if (++steps >= kMost) {
       lambda = high;
@@ -276,21 +277,18 @@ struct L1Search {
     } else {
       propose(sums[0], free);
     }
-    split();
     return !ended;
   }
   FASTLIP_HD T projected(T v, T x0, T cap) const { return x0 + with_sign(shrunk(v, x0, cap), v - x0); }
 
  private:
+  // Lambda in two parts: one float is too coarse where eps is far below the sizes.
   FASTLIP_HD T shrunk(T v, T x0, T cap) const {
+    const T head = static_cast<T>(lambda), tail = static_cast<T>(lambda - head);
     return lesser(greater(gap_size(v, x0, kLargest) - head - tail, T(0)), cap);
   }
-  FASTLIP_HD void split() {
-    head = static_cast<T>(lambda);
-    tail = static_cast<T>(lambda - head);
-  }
   FASTLIP_HD void propose(double sum, double free) {
-    double next = free > 0 ? lambda + static_cast<T>(sum - target) / static_cast<T>(free) : low;
+    double next = free > 0 ? lambda + static_cast<T>(sum - static_cast<double>(target)) / static_cast<T>(free) : low;
     if (free > 0 && next == lambda) {  // lambda is as fine as it gets
       if (sum < target) {
         ended = true;

@@ -77,13 +77,13 @@ cudaError_t launch_linf(PgdStep p, void* stream) {
 }
 
 // --- L2 and L1 -------------------------------------------------------------------------------------------------------
-template <typename T, Store kStore>
-constexpr int kLeastBlocks = kStore == Store::registers ? 4
-                             : std::is_same_v<T, float> ? 3
-                                                        : 2;
+template <typename T, Norm kNorm, Store kStore>
+constexpr int kLeastBlocks = kStore == Store::registers                      ? 4
+                             : std::is_same_v<T, float> && kNorm == Norm::l2 ? 3
+                                                                             : 2;
 
 template <typename T, Norm kNorm, Store kStore>
-__global__ void __launch_bounds__(kThreads<kStore>, kLeastBlocks<T, kStore>)
+__global__ void __launch_bounds__(kThreads<kStore>, kLeastBlocks<T, kNorm, kStore>)
     pgd_step_ball_kernel(const __grid_constant__ PgdStep p, const __grid_constant__ Shares shares) {
   using Mine = Slice<T, kNorm, kStore>;
   using Batch = typename Mine::Batch;
@@ -98,23 +98,19 @@ __global__ void __launch_bounds__(kThreads<kStore>, kLeastBlocks<T, kStore>)
   Move<T> move = {};
   if (p.grad != nullptr) {
     const T step = finite_or_zero(number<T>(p.step_size, sample));
-    move = find_move(slice, team, memory, step, static_cast<double>(p.kept));
+    move = find_move(slice, team, memory, step, static_cast<int>(p.kept));
   }
-  const auto again = [&](auto body) FASTLIP_INLINE { slice.values(move, [](Batch&) FASTLIP_INLINE {}, body); };
-  run(search, slice, team, [&](auto body) FASTLIP_INLINE { slice.moves(move, body); }, again);
-  again([&](Batch& batch) FASTLIP_INLINE {
-    project(search, slice, batch);
-    slice.finish(batch);
-  });
+  project_all(
+      slice, team, move, search, 1, search, [](Batch&) {},
+      [&](const Batch& batch) FASTLIP_INLINE { slice.finish(batch); });
   slice.feed_all();
 }
 
 template <typename T, Norm kNorm>
 cudaError_t launch_ball(const PgdStep& p, void* stream) {
-  Kernels<PgdStep> kernels = {nullptr, pgd_step_ball_kernel<T, kNorm, Store::shared>,
-                              pgd_step_ball_kernel<T, kNorm, Store::streamed>};
+  Kernels<PgdStep> kernels = {nullptr, pgd_step_ball_kernel<T, kNorm, Store::looped>};
   if constexpr (std::is_same_v<T, float>) kernels.registers = pgd_step_ball_kernel<T, kNorm, Store::registers>;
-  return launch_teams<T, kNorm>(p, p, kernels, all_aligned(p, Slice<T, kNorm, Store::shared>::kChunk), stream);
+  return launch_teams<T, kNorm>(p, p, kernels, all_aligned(p, Slice<T, kNorm, Store::looped>::kChunk), stream);
 }
 
 }  // namespace

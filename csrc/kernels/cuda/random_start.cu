@@ -15,16 +15,15 @@ namespace {
 
 constexpr int kLinfThreads = 256;
 
-// Moves one Philox block's elements of a sample from x0 to out.
-template <typename S>
+// Moves one Philox block's elements of a sample from x0 to out. How they are stored is a matter of this alone.
+template <typename T>
 class Mover {
  public:
-  using T = Arith<S>;
   static constexpr int kLanes = Draw<T>::kLanes;
 
   __device__ Mover(const RandomStart& p, int64_t sample, bool wide)
-      : out_(static_cast<S*>(p.out) + sample * p.out_stride),
-        x0_(static_cast<const S*>(p.x0) + sample * p.x0_stride),
+      : p_(p),
+        sample_(sample),
         lo_(p.lo, sample),
         hi_(p.hi, sample),
         size_(p.size),
@@ -33,30 +32,41 @@ class Mover {
         wide_(wide && p.channels == 1) {}
 
   __device__ void operator()(int64_t block, T radius, const T (&unit)[kLanes]) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (p_.dtype == DType::f16) return move<__half>(block, radius, unit);
+      if (p_.dtype == DType::bf16) return move<__nv_bfloat16>(block, radius, unit);
+    }
+    move<T>(block, radius, unit);
+  }
+
+ private:
+  template <typename S>
+  __device__ void move(int64_t block, T radius, const T (&unit)[kLanes]) const {
+    S* const to = static_cast<S*>(p_.out) + sample_ * p_.out_stride;
+    const S* const from = static_cast<const S*>(p_.x0) + sample_ * p_.x0_stride;
     const int64_t first = block * kLanes;
     const int valid = static_cast<int>(size_ - first < kLanes ? size_ - first : kLanes);
     if (wide_ && valid == kLanes) {
       T x0[kLanes], lo[kLanes], hi[kLanes], out[kLanes];
-      load<S>(x0_ + first, valid, true, x0);
+      load<S>(from + first, valid, true, x0);
       lo_.load(first, valid, true, lo);
       hi_.load(first, valid, true, hi);
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) out[i] = clamp(add_rn(x0[i], multiply_rn(radius, unit[i])), lo[i], hi[i]);
-      store<S>(out_ + first, valid, true, out, x0);
+      store<S>(to + first, valid, true, out, x0);
       return;
     }
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
       if (i >= valid) break;
       const int64_t at = position(first + i, channels_, plane_);
-      const T x0 = widen(x0_[at]);
-      out_[at] = narrow<S>(clamp(add_rn(x0, multiply_rn(radius, unit[i])), lo_.at(at), hi_.at(at)), x0);
+      const T x0 = widen(from[at]);
+      to[at] = narrow<S>(clamp(add_rn(x0, multiply_rn(radius, unit[i])), lo_.at(at), hi_.at(at)), x0);
     }
   }
 
- private:
-  S* out_;
-  const S* x0_;
+  const RandomStart& p_;
+  int64_t sample_;
   Bound<T> lo_, hi_;
   int64_t size_, channels_, plane_;
   bool wide_;
@@ -67,10 +77,9 @@ __device__ T finite_radius(const RandomStart& p, int64_t sample) {
   return finite_or_zero(radius_of(number<T>(p.eps, sample)));
 }
 
-template <typename S>
+template <typename T>
 __global__ void __launch_bounds__(kLinfThreads)
     random_start_linf_kernel(const __grid_constant__ RandomStart p, int64_t blocks, bool wide) {
-  using T = Arith<S>;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kLinfThreads + threadIdx.x;
   const int64_t all = p.batch * blocks;
   if (index >= all) return;
@@ -79,13 +88,12 @@ __global__ void __launch_bounds__(kLinfThreads)
   const int64_t block = index - sample * blocks;
   T unit[Draw<T>::kLanes];
   draw_block<T, Norm::linf>(static_cast<uint64_t>(*p.key), static_cast<uint64_t>(p.ids[sample]), block, unit);
-  Mover<S>(p, sample, wide)(block, finite_radius<T>(p, sample), unit);
+  Mover<T>(p, sample, wide)(block, finite_radius<T>(p, sample), unit);
 }
 
-template <typename S, Norm kNorm>
+template <typename T, Norm kNorm>
 __global__ void __launch_bounds__(kMaxThreads)
     random_start_ball_kernel(const __grid_constant__ RandomStart p, int64_t first_sample, int64_t blocks, bool wide) {
-  using T = Arith<S>;
   constexpr int kLanes = Draw<T>::kLanes;
   __shared__ Team::Memory memory;
   const int64_t sample = first_sample + blockIdx.x;
@@ -102,30 +110,29 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   Team(memory, 1).reduce(sum);
   const T radius = static_cast<T>(finite_radius<T>(p, sample) * ball_scale<T, kNorm>(key, id, sum[0], p.size));
-  const Mover<S> move(p, sample, wide);
+  const Mover<T> move(p, sample, wide);
   for (int64_t block = threadIdx.x; block < blocks; block += blockDim.x) {
     draw_block<T, kNorm>(key, id, block, unit);
     move(block, radius, unit);
   }
 }
 
-template <typename S>
+template <typename T>
 cudaError_t launch(const RandomStart& p, void* stream) {
-  using T = Arith<S>;
   constexpr int64_t kLanes = Draw<T>::kLanes;
   const int64_t blocks = (p.size + kLanes - 1) / kLanes;
   const bool many = p.batch > 1;
   const auto fits = [&](const void* data, int64_t stride, int64_t bytes) {
     return data == nullptr || aligned(data, many ? stride * bytes : 0, 16);
   };
-  const bool wide = fits(p.out, p.out_stride, sizeof(S)) && fits(p.x0, p.x0_stride, sizeof(S)) &&
+  const bool wide = fits(p.out, p.out_stride, bytes_of(p.dtype)) && fits(p.x0, p.x0_stride, bytes_of(p.dtype)) &&
                     fits(p.lo.data, p.lo.stride, sizeof(T)) && fits(p.hi.data, p.hi.stride, sizeof(T));
   if (p.norm == Norm::linf) {
     const auto config = configure((p.batch * blocks + kLinfThreads - 1) / kLinfThreads, kLinfThreads, 0, stream);
-    return cudaLaunchKernelEx(&config, random_start_linf_kernel<S>, p, blocks, wide);
+    return cudaLaunchKernelEx(&config, random_start_linf_kernel<T>, p, blocks, wide);
   }
   const auto kernel =
-      p.norm == Norm::l2 ? random_start_ball_kernel<S, Norm::l2> : random_start_ball_kernel<S, Norm::l1>;
+      p.norm == Norm::l2 ? random_start_ball_kernel<T, Norm::l2> : random_start_ball_kernel<T, Norm::l1>;
   constexpr int64_t kLeast = 64, kMost = kMaxThreads, kMostBlocks = int64_t{1} << 30;
   const int64_t wanted = (blocks + kWarp - 1) / kWarp * kWarp;
   const int threads = static_cast<int>(wanted < kLeast ? kLeast : wanted > kMost ? kMost : wanted);
@@ -141,7 +148,7 @@ cudaError_t launch(const RandomStart& p, void* stream) {
 
 int random_start(const RandomStart& start, void* stream) {
   if (start.batch == 0 || start.size == 0) return cudaSuccess;
-  return with_storage(start.dtype, [&](auto storage) { return launch<decltype(storage)>(start, stream); });
+  return with_arithmetic(start.dtype, [&](auto arithmetic) { return launch<decltype(arithmetic)>(start, stream); });
 }
 
 }  // namespace fastlip::cuda

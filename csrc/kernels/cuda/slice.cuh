@@ -2,8 +2,7 @@
 // projection, its launch.
 #pragma once
 #include <map>
-#include <mutex>
-#include <tuple>
+#include <utility>
 
 #include "kernels/cuda/ball.h"
 #include "kernels/cuda/team.cuh"
@@ -11,16 +10,13 @@
 namespace fastlip::cuda {
 namespace {
 
-// Where v = x + move and x0 are between passes: with each thread, in shared memory (each thread reading back only what
-// it wrote itself), or nowhere, so that every pass reads and computes them again.
-enum class Store { registers, shared, streamed };
+// Where v = x + move and x0 are between passes: with each thread, or a batch at a time in shared memory (each thread
+// reading back only what it wrote itself), or nowhere, so that every pass reads and computes them again.
+enum class Store { registers, looped };
 
 // Chunks that a thread handles at a time, all loads before the first use: in registers that is all it has.
 template <Store kStore>
-constexpr int kBatch = kStore == Store::registers ? 6
-                       : kStore == Store::shared  ? 2
-                                                  : 1;
-
+constexpr int kBatch = kStore == Store::registers ? 6 : 2;
 template <Store kStore>
 constexpr int kThreads = kStore == Store::registers ? 128 : kMaxThreads;
 
@@ -29,6 +25,7 @@ struct Shares {
   int64_t first;  // sample of block 0
   int64_t slice;  // elements a block, a whole number of chunks
   int ranks;      // blocks a sample
+  bool staged;    // in shared memory, where it is not in registers
   bool wide;      // chunks may be accessed as one
 };
 
@@ -54,7 +51,7 @@ template <typename T, Norm kNorm, Store kStore>
 class Slice {
  public:
   static constexpr int kChunk = 16 / sizeof(T), kChunks = kBatch<kStore>;
-  using Offset = std::conditional_t<kStore == Store::streamed, int64_t, int>;
+  using Offset = int;
   using Chunk = T[kChunk];
   using Rows = Chunk[kChunks];
   struct Batch {
@@ -75,6 +72,7 @@ class Slice {
         length_(static_cast<Offset>(p.size - begin_ < shares.slice ? (p.size > begin_ ? p.size - begin_ : 0)
                                                                    : shares.slice)),
         wide_(shares.wide),
+        staged_(kStore == Store::looped && shares.staged),
         staged_v_(reinterpret_cast<T*>(shared)),
         staged_x0_(staged_v_ + shares.slice),
         lo_(p.lo, sample),
@@ -126,93 +124,84 @@ class Slice {
       forget(batch_.first, batch_.cap);
       body(batch_.cap);
     } else {
+#pragma unroll 1
       for (Offset first = begin(); first < length_; first += stride() * kChunks) {
         Rows grad;
-        if (kStore == Store::shared && again) {
+        if (staged_ && again) {
           get(staged_v_, first, grad);
         } else {
+          Rows x0;
           fetch(grad_, first, grad);
-          if constexpr (kStore == Store::shared) {
-            Rows x0;
-            fetch(x0_, first, x0);
-            prepare(first, grad);
+          if (staged_) fetch(x0_, first, x0);
+          prepare(first, grad);
+          if (staged_) {
             unpack(x0_.dtype, x0);
             put(staged_v_, first, grad);
             put(staged_x0_, first, x0);
-          } else {
-            prepare(first, grad);
           }
         }
         body(grad);
       }
     }
   }
-  // v, x0 and caps, for the first time.
+  // v, x0 and caps; `again` after the first time.
   template <typename Body>
-  __device__ __forceinline__ void moves(const Move<T>& move, Body body) {
+  __device__ __forceinline__ void values(bool again, const Move<T>& move, Body body) {
     if constexpr (kStore == Store::registers) {
-      if (!climbs()) {
-        fetch(x0_, batch_.first, batch_.x0);
-        fetch(x_, batch_.first, batch_.v);
-      }
-      unpack(x_.dtype, batch_.v);
-      unpack(x0_.dtype, batch_.x0);
-      climb(batch_, move);
-      forget(batch_.first, batch_.v);
-      caps(batch_);
-      forget(batch_.first, batch_.cap);
-      body(batch_);
-    } else {
-      for (Offset first = begin(); first < length_; first += stride() * kChunks) {
-        Batch batch;
-        batch.first = first;
-        fetch(x_, first, batch.v);
-        if (kStore == Store::shared && climbs()) {
-          get(staged_x0_, first, batch.x0);
-          get(staged_v_, first, batch.cap);
-          unpack(x_.dtype, batch.v);
-        } else {
-          fetch_rest(batch);
+      if (!again) {
+        if (!climbs_) {
+          fetch(x0_, batch_.first, batch_.x0);
+          fetch(x_, batch_.first, batch_.v);
         }
-        climb(batch, move);
-        if constexpr (kStore == Store::shared) {
-          put(staged_v_, first, batch.v);
-          if (!climbs()) put(staged_x0_, first, batch.x0);
-        }
-        caps(batch);
-        body(batch);
+        unpack(x_.dtype, batch_.v);
+        unpack(x0_.dtype, batch_.x0);
+        climb(batch_, move);
+        forget(batch_.first, batch_.v);
+        caps(batch_);
       }
-    }
-  }
-  // Again. further(batch): what has become of v since, where it is not kept.
-  template <typename Further, typename Body>
-  __device__ __forceinline__ void values(const Move<T>& move, Further further, Body body) {
-    if constexpr (kStore == Store::registers) {
       forget(batch_.first, batch_.v);
       body(batch_);
     } else {
+#pragma unroll 1
       for (Offset first = begin(); first < length_; first += stride() * kChunks) {
         Batch batch;
         batch.first = first;
-        if constexpr (kStore == Store::shared) {
+        if (staged_ && again) {
           get(staged_v_, first, batch.v);
           get(staged_x0_, first, batch.x0);
         } else {
           fetch(x_, first, batch.v);
-          fetch_rest(batch);
+          if (staged_ && climbs_) {
+            get(staged_x0_, first, batch.x0);
+            get(staged_v_, first, batch.cap);
+          } else {
+            fetch(x0_, first, batch.x0);
+            if (climbs_) {
+              fetch(grad_, first, batch.cap);
+              prepare(first, batch.cap);
+            }
+            unpack(x0_.dtype, batch.x0);
+          }
+          unpack(x_.dtype, batch.v);
           climb(batch, move);
+          if (staged_) {
+            put(staged_v_, first, batch.v);
+            if (!climbs_) put(staged_x0_, first, batch.x0);
+          }
         }
         caps(batch);
-        if constexpr (kStore == Store::streamed) further(batch);
         body(batch);
       }
     }
   }
   // v has changed: keep it.
   __device__ __forceinline__ void replace(Batch& batch) const {
-    if constexpr (kStore == Store::shared) put(staged_v_, batch.first, batch.v);
+    if (staged_) put(staged_v_, batch.first, batch.v);
     caps(batch);
   }
+
+  // Whether v is kept between passes.
+  __device__ bool kept() const { return kStore == Store::registers || staged_; }
 
   // --- a batch's chunks ---
   __device__ Offset at(const Batch& batch, int c) const { return batch.first + c * stride(); }
@@ -241,6 +230,7 @@ class Slice {
   // How many elements of this thread differ between a point and x0.
   __device__ int support(Operand point) const {
     int count = 0;
+#pragma unroll 1
     for (Offset first = begin(); first < length_; first += stride() * kChunks) {
       Rows x, x0;
       fetch(point, first, x);
@@ -303,7 +293,6 @@ class Slice {
       }
     }
   }
-  __device__ bool climbs() const { return climbs_; }
 
  private:
   __device__ static Offset stride() { return static_cast<Offset>(blockDim.x) * kChunk; }
@@ -416,19 +405,9 @@ class Slice {
       for (int i = 0; i < kChunk; ++i) grad[c][i] = finite_or_zero(grad[c][i]);
     }
   }
-  // x0 and the gradient beside x, which has been fetched.
-  __device__ __forceinline__ void fetch_rest(Batch& batch) const {
-    fetch(x0_, batch.first, batch.x0);
-    if (climbs()) {
-      fetch(grad_, batch.first, batch.cap);
-      prepare(batch.first, batch.cap);
-    }
-    unpack(x_.dtype, batch.v);
-    unpack(x0_.dtype, batch.x0);
-  }
   // The gradient is in cap's place.
   __device__ __forceinline__ void climb(Batch& batch, const Move<T>& move) const {
-    if (!climbs()) return;
+    if (!climbs_) return;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
@@ -501,7 +480,7 @@ class Slice {
   const Search<T, kNorm>& search_;
   int64_t sample_, begin_;
   Offset length_;
-  bool wide_, ragged_, climbs_, divided_;
+  bool wide_, staged_, ragged_, climbs_, divided_;
   T* staged_v_;
   T* staged_x0_;
   Bound<T> lo_, hi_;
@@ -522,7 +501,7 @@ __device__ __forceinline__ void each(const T (&rows)[kChunks][kChunk], Body body
 // of gradients scaled by a power of two.
 template <typename T, Store kStore>
 __device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l2, kStore>& slice, Team& team, BallMemory<Norm::l2>&,
-                                             T step, double) {
+                                             T step, int) {
   using Rows = typename Slice<T, Norm::l2, kStore>::Rows;
   T scale = 1;
   int exponent = 0;
@@ -536,7 +515,7 @@ __device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l2, kStore>& slice, 
         tally.parts[0][lane] += size * size;
         mine = greater(mine, magnitude(g));
       });
-      tally.close();
+      tally.template close<1>();
     });
     team.reduce(tally.sums);
     if (round > 0 || safe_squares<T>(tally.sums[0])) return l2_move(step, tally.sums[0], exponent);
@@ -553,7 +532,7 @@ struct Found {
 };
 
 // Of the team's bins, which are complete; every warp by itself. Lane l has bins 8 l to 8 l + 7.
-__device__ __forceinline__ Found find_bin(const int* bins, double wanted) {
+__device__ __forceinline__ Found find_bin(const int* bins, int wanted) {
   constexpr int kEach = KeySearch<float>::kBins / kWarp;
   const int lane = threadIdx.x % kWarp;
   int mine[kEach], sum = 0;
@@ -594,88 +573,52 @@ __device__ __forceinline__ Found find_bin(const int* bins, double wanted) {
 // Steepest ascent in L1: the threshold that `kept` magnitudes reach, and what each such element moves by.
 template <typename T, Store kStore>
 __device__ __forceinline__ Move<T> find_move(Slice<T, Norm::l1, kStore>& slice, Team& team,
-                                             BallMemory<Norm::l1>& memory, T step, double kept) {
+                                             BallMemory<Norm::l1>& memory, T step, int kept) {
   using Rows = typename Slice<T, Norm::l1, kStore>::Rows;
   constexpr int kBins = KeySearch<T>::kBins;
-  int nonzero = 0;
+  KeySearch<T> search(0, 0, kept);
+  int nonzero = 0, turn = -1;  // below 0: a look at all of them, to begin with
   T mine = 0;
-  slice.gradients(false, [&](const Rows& grad) FASTLIP_INLINE {
-    each(grad, [&](T g, int) FASTLIP_INLINE {
-      nonzero += g != T(0) ? 1 : 0;
-      mine = greater(mine, magnitude(g));
+  for (;;) {
+    int* const bins = memory.bins[turn < 0 ? 0 : turn];
+    slice.gradients(turn >= 0, [&](const Rows& grad) FASTLIP_INLINE {
+      if (turn < 0) {
+        each(grad, [&](T g, int) FASTLIP_INLINE {
+          nonzero += g != T(0) ? 1 : 0;
+          mine = greater(mine, magnitude(g));
+        });
+      } else {
+        each(grad, [&](T g, int) FASTLIP_INLINE {
+          const Key<T> key = key_of(g);
+          if (search.in(key)) atomicAdd(bins + search.bin(key), 1);
+        });
+      }
     });
-  });
-  for (int i = threadIdx.x; i < kBins; i += blockDim.x) memory.bins[0][i] = 0;
-  const double all = team.reduce_peak(mine, nonzero);
-  if (all == 0) return {};
-  KeySearch<T> search(mine, all, kept);
-  for (int turn = 0; !search.done();) {
-    int* const bins = memory.bins[turn];
-    slice.gradients(true, [&](const Rows& grad) FASTLIP_INLINE {
-      each(grad, [&](T g, int) FASTLIP_INLINE {
-        const Key<T> key = key_of(g);
-        if (search.in(key)) atomicAdd(bins + search.bin(key), 1);
-      });
-    });
+    const bool counted = turn >= 0;
     turn = turn == 2 ? 0 : turn + 1;
     for (int i = threadIdx.x; i < kBins; i += blockDim.x) memory.bins[turn][i] = 0;
-    team.sync();  // bins are complete, and those of the next pass clear
-    const int* complete = bins;
-    if (team.ranks() > 1) {
-      for (int i = threadIdx.x; i < kBins; i += blockDim.x) {
-        int sum = 0;
-        for (int rank = 0; rank < team.ranks(); ++rank) sum += *team.of_rank(bins + i, rank);
-        memory.merged[i] = sum;
+    if (!counted) {
+      const int all = static_cast<int>(team.reduce_peak(mine, nonzero));  // with a barrier, so the first bins are clear
+      if (all == 0) return {};
+      search = KeySearch<T>(mine, all, kept);
+    } else {
+      team.sync();  // bins are complete, and those of the next pass clear
+      const int* complete = bins;
+      if (team.ranks() > 1) {
+        for (int i = threadIdx.x; i < kBins; i += blockDim.x) {
+          int sum = 0;
+          for (int rank = 0; rank < team.ranks(); ++rank) sum += *cluster_address(bins + i, rank);
+          memory.merged[i] = sum;
+        }
+        __syncthreads();
+        complete = memory.merged;
       }
-      __syncthreads();
-      complete = memory.merged;
+      const Found found = find_bin(complete, kept - search.above);
+      search.update(found.bin, found.beyond, found.within);
     }
-    const Found found = find_bin(complete, kept - search.above);
-    search.update(found.bin, found.beyond, found.within);
+    if (search.done()) break;
   }
-  return {0, static_cast<T>(step / search.count), bit_cast<T>(search.low)};
-}
-
-// The projection's search, from the first look at v on: moves, or what has become of v since.
-template <typename T, Norm kNorm, Store kStore, typename First, typename Again>
-__device__ __forceinline__ void run(Search<T, kNorm>& search, Slice<T, kNorm, kStore>& slice, Team& team, First first,
-                                    Again again) {
-  using Batch = typename Slice<T, kNorm, kStore>::Batch;
-  const auto add = [](const Batch& batch, auto& tally, auto body) FASTLIP_INLINE {
-    tally.open();
-#pragma unroll
-    for (int c = 0; c < Slice<T, kNorm, kStore>::kChunks; ++c) {
-#pragma unroll
-      for (int i = 0; i < Slice<T, kNorm, kStore>::kChunk; ++i) {
-        body(batch.v[c][i], batch.x0[c][i], batch.cap[c][i], i);
-      }
-    }
-    tally.close();
-  };
-  Tally<T, 2> begun;
-  T mine = 0;
-  first([&](const Batch& batch) FASTLIP_INLINE {
-    add(batch, begun, [&](T v, T x0, T cap, int i) FASTLIP_INLINE {
-      const T size = search.begin(v, x0, cap, begun, i);
-      if constexpr (kNorm == Norm::l2) mine = greater(mine, size);
-    });
-  });
-  const double free = team.reduce(begun.sums, begun.count);
-  bool more = search.start(begun.sums, free);
-  if constexpr (kNorm == Norm::l2) {
-    if (more && search.far(begun.sums)) {
-      team.reduce_peak(mine, 0);
-      search.restart(mine);
-    }
-  }
-  while (more) {
-    Tally<T, Search<T, kNorm>::kSums> tally;
-    again([&](const Batch& batch) FASTLIP_INLINE {
-      add(batch, tally, [&](T v, T x0, T cap, int i) FASTLIP_INLINE { search.add(v, x0, cap, tally, i); });
-    });
-    const double count = team.reduce(tally.sums, tally.count);
-    more = search.update(tally.sums, count);
-  }
+  return {0, step / static_cast<T>(search.count), bit_cast<T>(search.low)};
 }
 
 // Where the search led.
@@ -694,6 +637,76 @@ __device__ __forceinline__ void project(const Search<T, kNorm>& search, const Sl
   slice.bounded(batch, [&](int c, int i, T lo, T hi) FASTLIP_INLINE { batch.v[c][i] = clamp(batch.v[c][i], lo, hi); });
 }
 
+// Projects v and calls finish(batch) where it is; in Auto-PGD's second of two rounds, from where push(batch) moves v
+// given the first's result, `aimed`. One loop for all passes: what reads a batch is there once.
+template <typename T, Norm kNorm, Store kStore, typename Push, typename Finish>
+__device__ __forceinline__ void project_all(Slice<T, kNorm, kStore>& slice, Team& team, const Move<T>& move,
+                                            Search<T, kNorm>& search, int rounds, Search<T, kNorm>& aimed, Push push,
+                                            Finish finish) {
+  using Mine = Slice<T, kNorm, kStore>;
+  using Batch = typename Mine::Batch;
+  constexpr int kSums = Search<T, kNorm>::kSums;
+  const auto each_of = [](const Batch& batch, auto body) FASTLIP_INLINE {
+#pragma unroll
+    for (int c = 0; c < Mine::kChunks; ++c) {
+#pragma unroll
+      for (int i = 0; i < Mine::kChunk; ++i) body(batch.v[c][i], batch.x0[c][i], batch.cap[c][i], i);
+    }
+  };
+  const Search<T, kNorm> fresh = search;
+  bool begins = true, ends = false;
+  for (int round = 0, pass = 0;; ++pass) {
+    Tally<T, 2> tally;
+    T mine = 0;
+    slice.values(pass > 0, move, [&](Batch& batch) FASTLIP_INLINE {
+      if (round > 0 && (begins || !slice.kept())) push(batch);
+      if (ends) {
+        project(search, slice, batch);
+        finish(batch);
+      } else if (begins) {
+        tally.open();
+        each_of(batch, [&](T v, T x0, T cap, int i) FASTLIP_INLINE {
+          const T size = search.begin(v, x0, cap, tally, i);
+          if constexpr (kNorm == Norm::l2) mine = greater(mine, size);
+        });
+        tally.template close<2>();
+      } else {
+        tally.open();
+        each_of(batch, [&](T v, T x0, T cap, int i) FASTLIP_INLINE { search.add(v, x0, cap, tally, i); });
+        tally.template close<kSums>();
+      }
+    });
+    if (ends) return;
+    bool more;
+    if (begins) {
+      const double free = team.reduce(tally.sums, tally.count);
+      more = search.start(tally.sums, free);
+      if constexpr (kNorm == Norm::l2) {
+        if (more && search.far(tally.sums)) {
+          team.reduce_peak(mine, 0);
+          search.restart(mine);
+        }
+      }
+      begins = false;
+    } else {
+      double sums[kSums];
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) sums[k] = tally.sums[k];
+      const double count = team.reduce(sums, tally.count);
+      more = search.update(sums, count);
+    }
+    if (more) continue;
+    if (++round == rounds) {
+      --round;
+      ends = true;
+    } else {
+      aimed = search;
+      search = fresh;
+      begins = true;
+    }
+  }
+}
+
 // --- launching -------------------------------------------------------------------------------------------------------
 template <typename Parameters>
 using Kernel = void (*)(Parameters, Shares);
@@ -701,7 +714,7 @@ using Kernel = void (*)(Parameters, Shares);
 // The kernels of a norm and arithmetic; no `registers` for double.
 template <typename Parameters>
 struct Kernels {
-  Kernel<Parameters> registers, shared, streamed;
+  Kernel<Parameters> registers, looped;
 };
 
 // How samples of one size are launched on a device.
@@ -710,6 +723,7 @@ struct Plan {
   Kernel<Parameters> kernel;
   int64_t slice;
   int ranks, threads;
+  bool staged;
   size_t bytes;
 };
 
@@ -750,6 +764,8 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
     const int64_t wanted = ((slice / kChunk + each - 1) / each + kWarp - 1) / kWarp * kWarp;
     return static_cast<int>(wanted < kWarp ? kWarp : wanted > most ? most : wanted);
   };
+  // Offsets and counts are ints, a step beyond the end included.
+  if (size > INT32_MAX - 2 * kMaxThreads * kChunk * kBatch<Store::looped>) return cudaErrorInvalidValue;
   // Whether this code knows clusters is a matter of what it was compiled for: PTX for sm_80 runs on an sm_90, too.
   cudaFuncAttributes compiled = {};
   if (kernels.registers != nullptr) {
@@ -757,11 +773,11 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
     constexpr int64_t kEach = kBatch<Store::registers>, kMost = kThreads<Store::registers>;
     const int64_t most = compiled.maxThreadsPerBlock < kMost ? compiled.maxThreadsPerBlock : kMost;
     if (slice_of(1) <= kEach * kChunk * most) {
-      plan = {kernels.registers, slice_of(1), 1, threads_of(slice_of(1), kEach, most), 0};
+      plan = {kernels.registers, slice_of(1), 1, threads_of(slice_of(1), kEach, most), false, 0};
       return cudaSuccess;
     }
   }
-  if (const auto error = cudaFuncGetAttributes(&compiled, kernels.shared); error != cudaSuccess) return error;
+  if (const auto error = cudaFuncGetAttributes(&compiled, kernels.looped); error != cudaSuccess) return error;
   const bool clustered = compiled.ptxVersion >= 90;
   int shared_limit = 0, shared_all = 0, reserved = 0;
   for (const auto& [value, attribute] : {std::pair{&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin},
@@ -772,7 +788,7 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
   const int64_t limit = (shared_limit - kStatic) / kBytes;
   // Always the same number, so that threads launching other sizes do not undercut this one.
   if (limit > 0) {
-    const auto error = cudaFuncSetAttribute(kernels.shared, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    const auto error = cudaFuncSetAttribute(kernels.looped, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             static_cast<int>(limit * kBytes));
     if (error != cudaSuccess) return error;
   }
@@ -781,15 +797,16 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
     const int64_t share = (shared_all / blocks - reserved - kStatic) / kBytes, capacity = share < limit ? share : limit;
     for (int ranks = 1; ranks <= (clustered ? kMaxRanks : 1); ranks *= 2) {
       if (slice_of(ranks) > capacity) continue;
-      plan = {kernels.shared, slice_of(ranks), ranks,
-              threads_of(slice_of(ranks), 2 * kBatch<Store::shared>, kMaxThreads),
-              static_cast<size_t>(slice_of(ranks) * kBytes)};
+      plan = {kernels.looped, slice_of(ranks),
+              ranks,          threads_of(slice_of(ranks), 2 * kBatch<Store::looped>, kMaxThreads),
+              true,           static_cast<size_t>(slice_of(ranks) * kBytes)};
       if (has_room(plan)) return cudaSuccess;
     }
   }
   for (int ranks = clustered ? 8 : 1;; ranks /= 2) {
-    plan = {kernels.streamed, slice_of(ranks), ranks,
-            threads_of(slice_of(ranks), 2 * kBatch<Store::streamed>, kMaxThreads), 0};
+    plan = {kernels.looped, slice_of(ranks),
+            ranks,          threads_of(slice_of(ranks), 2 * kBatch<Store::looped>, kMaxThreads),
+            false,          0};
     if (ranks == 1 || has_room(plan)) return cudaSuccess;
   }
 }
@@ -798,24 +815,20 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
 template <typename T, Norm kNorm, typename Parameters>
 cudaError_t launch_teams(const Parameters& parameters, const PgdStep& p, const Kernels<Parameters>& kernels, bool wide,
                          void* stream) {
-  static std::mutex mutex;
-  static std::map<std::tuple<int, int64_t>, Plan<Parameters>> plans;  // asking the driver takes microseconds
+  // Asking the driver takes microseconds; a map for each thread needs no lock.
+  thread_local std::map<std::pair<int, int64_t>, Plan<Parameters>> plans;
   int device = 0;
   if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  Plan<Parameters> plan;
-  {
-    const std::lock_guard lock(mutex);
-    const auto known = plans.find({device, p.size});
-    if (known != plans.end()) {
-      plan = known->second;
-    } else {
-      if (const auto error = make_plan<T, kNorm>(device, p.size, kernels, plan); error != cudaSuccess) return error;
-      plans[{device, p.size}] = plan;
-    }
+  auto known = plans.find({device, p.size});
+  if (known == plans.end()) {
+    Plan<Parameters> made;
+    if (const auto error = make_plan<T, kNorm>(device, p.size, kernels, made); error != cudaSuccess) return error;
+    known = plans.insert({{device, p.size}, made}).first;
   }
+  const Plan<Parameters>& plan = known->second;
   constexpr int64_t kMostBlocks = int64_t{1} << 30;
   auto cluster = cluster_of(plan.ranks);
-  Shares shares{0, plan.slice, plan.ranks, wide};
+  Shares shares{0, plan.slice, plan.ranks, plan.staged, wide};
   const int64_t most = kMostBlocks / plan.ranks;
   for (; shares.first < p.batch; shares.first += most) {
     const int64_t samples = p.batch - shares.first < most ? p.batch - shares.first : most;

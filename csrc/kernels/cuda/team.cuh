@@ -1,9 +1,9 @@
 // Threads that work on one sample together, and their memory accesses.
 #pragma once
-#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/arithmetic.h"
+#include "kernels/cuda/cluster.cuh"
 
 namespace fastlip::cuda {
 
@@ -64,23 +64,11 @@ class Team {
   __device__ int ranks() const { return ranks_; }
 
   __device__ __forceinline__ void sync() const {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     if (ranks_ > 1) {
-      cooperative_groups::this_cluster().sync();
-      return;
+      cluster_sync();
+    } else {
+      __syncthreads();
     }
-#endif
-    __syncthreads();
-  }
-
-  // Where another block of the team has what lies at `at` in this one.
-  template <typename V>
-  __device__ __forceinline__ V* of_rank(V* at, int rank) const {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    return cooperative_groups::this_cluster().map_shared_rank(at, rank);
-#else
-    return at;
-#endif
   }
 
  private:
@@ -117,7 +105,7 @@ class Team {
       if (static_cast<int>(threadIdx.x) < ranks_) {
 #pragma unroll
         for (int k = 0; k < kValues; ++k) {
-          *of_rank(&memory_.block[turn_][k][rank], static_cast<int>(threadIdx.x)) = values[k];
+          *cluster_address(&memory_.block[turn_][k][rank], static_cast<int>(threadIdx.x)) = values[k];
         }
       }
       sync();
