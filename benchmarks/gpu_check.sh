@@ -2,7 +2,7 @@
 # What needs a GPU, in two runs of a few minutes each, the most valuable first:
 #
 #   benchmarks/gpu_check.sh first     install, a covering set of the GPU tests, memcheck, norms, steps, PGD end to end
-#   benchmarks/gpu_check.sh second    all GPU tests, racecheck, Triton, the study's training and a short study
+#   benchmarks/gpu_check.sh second    the study's training, all GPU tests, racecheck, ten Triton tests, products
 #   benchmarks/gpu_check.sh           both
 #
 # The machine has to have torch, torchvision, triton, scipy and pytest; nothing is fetched. WHEEL=FILE installs that file
@@ -92,15 +92,6 @@ for name in tests sanitize bench; do
 done >functions.sh
 declare -p pytest at_once >>functions.sh
 run=(bash -c 'source functions.sh; "$@"' run)
-
-install() {
-  local target=$logs/$1 wheel=$2
-  if [[ -n $wheel ]]; then
-    step "install_$1" 40 "$python" -m pip install -q --no-index --no-deps --no-compile --target "$target" "$wheel"
-  else
-    step "install_$1" 240 "$python" -m pip install --no-build-isolation --no-deps --target "$target" "$repository"
-  fi
-}
 
 # Options of a dry run, and of what is measured.
 if [[ $device == cpu ]]; then

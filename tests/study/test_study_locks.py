@@ -73,11 +73,7 @@ def test_a_killed_process_holds_nothing(tmp_path):
 def test_a_dead_host_loses_its_lock_once_it_has_stood_still(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
     with another_process(TAKES_A_STAGE + STAYS, tmp_path, lease=1.0) as process:
-        # Who that was can only be told by the file, which now names another host.
-        file = lock_file(tmp_path)
-        text = file.read_text()
-        assert os.uname().nodename in text
-        file.write_text(text.replace(os.uname().nodename, "elsewhere"))
+        moved_to_another_host(lock_file(tmp_path))
         mine = StageLocks(tmp_path)
         until = time.monotonic() + 2.5
         while time.monotonic() < until:
@@ -90,6 +86,43 @@ def test_a_dead_host_loses_its_lock_once_it_has_stood_still(tmp_path, monkeypatc
         while not mine.acquire("a"):
             assert time.monotonic() < until
             time.sleep(0.1)
+
+
+def moved_to_another_host(file: Path) -> None:
+    """Who holds a lock can only be told by the file, which now names another host."""
+    text = file.read_text()
+    assert os.uname().nodename in text
+    file.write_text(text.replace(os.uname().nodename, "elsewhere"))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("join", [False, True])
+def test_a_directory_is_free_again_where_its_holders_host_died(tmp_path, monkeypatch, shared, join):
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.5)
+    body = (
+        f"with locks.directory_lock(folder, join={shared}) as lock:\n    {'lock.share()' if shared else 'pass'}\n    "
+    )
+    with another_process(body + STAYS.replace("\n", "\n    "), tmp_path, lease=1.5) as process:
+        file = next((tmp_path / locks.FOLDER / "joined").iterdir()) if shared else tmp_path / locks.FOLDER / "run"
+        moved_to_another_host(file)
+        said: list[str] = []
+        if not (shared and join):
+            # It is touched within a moment, and so alive.
+            with (
+                pytest.raises(StudyError, match="another process"),
+                directory_lock(tmp_path, join=join, patience=0.5, notify=said.append),
+            ):
+                pass
+            assert len(said) == 1
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        began = time.monotonic()
+        with directory_lock(tmp_path, join=join, patience=0.5, notify=said.append) as lock:
+            assert lock.alone or (shared and join)  # who joins beside one that may be dead does not wait for it
+        if not (shared and join):
+            assert time.monotonic() - began > 1.0
+            assert len(said) == 2
+            assert "another host" in said[1]
 
 
 def test_only_processes_that_join_share_a_directory(tmp_path):

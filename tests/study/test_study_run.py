@@ -259,10 +259,10 @@ def test_other_rules_than_those_of_the_beginning_are_refused(finished, micro, tm
 def test_a_run_that_another_process_begins_first_is_looked_at_again(finished, micro, tmp_path, monkeypatch):
     run, real = tmp_path / "run", runner.locks.directory_lock
 
-    def locked_late(path, join):
+    def locked_late(path, join, **options):
         run.mkdir(exist_ok=True)
         shutil.copy(finished.path / "config.json", run)
-        return real(path, join)
+        return real(path, join, **options)
 
     monkeypatch.setattr(runner.locks, "directory_lock", locked_late)
     with pytest.raises(StudyError, match="another configuration: seed"):

@@ -4,6 +4,7 @@ import contextlib
 import fnmatch
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,7 +76,8 @@ def run(
         prints = inputs.fingerprints()
         start_or_resume.require_resumable(out, settings, prints)
         locks.probe(out)
-        with locks.directory_lock(out, join) as lock:
+        notify = partial(console.print, markup=False, soft_wrap=True)
+        with locks.directory_lock(out, join, notify=notify) as lock:
             with locks.mutex(out):
                 # Checked again, because another process may have started a run with other settings meanwhile.
                 start_or_resume.require_resumable(out, settings, prints)

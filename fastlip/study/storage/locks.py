@@ -9,9 +9,11 @@ bytes, each to temporary files of its own, so nothing is lost but time.
 
 import contextlib
 import hashlib
+import re
 import secrets
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -27,7 +29,13 @@ FOLDER = ".locks"
 
 def _lease(path: Path) -> SoftFileLease:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return SoftFileLease(path, lease_duration=LEASE_SECONDS, poll_interval=0.05, is_singleton=False)
+    return SoftFileLease(
+        path,
+        lease_duration=LEASE_SECONDS,
+        heartbeat_interval=LEASE_SECONDS / 12,
+        poll_interval=0.05,
+        is_singleton=False,
+    )
 
 
 def _taken(lease: SoftFileLease, seconds: float = 0.2) -> bool:
@@ -99,40 +107,79 @@ class DirectoryLock:
         self._exclusive.release()
 
 
+class _Holders:
+    """The locks of other processes, watched for signs of life."""
+
+    def __init__(self) -> None:
+        self._leases: dict[Path, SoftFileLease] = {}
+        self._touched: dict[Path, int] = {}
+
+    def holds(self, file: Path) -> bool:
+        """Whether another process holds this lock; that of a dead process is removed."""
+        lease = self._leases.setdefault(file, _lease(file))
+        if not _taken(lease):
+            return True
+        lease.release()
+        return False
+
+    def may_be_dead(self, file: Path) -> bool:
+        """Whether the holder is on another host and has not touched the file since it was first looked at here."""
+        try:
+            text, touched = file.read_text(), file.stat().st_mtime_ns
+        except OSError:
+            return False  # it has just been released
+        here = socket.gethostname() in re.split(r"[\s=]", text)
+        return not here and self._touched.setdefault(file, touched) == touched
+
+
 @contextlib.contextmanager
-def directory_lock(path: Path, join: bool = False, patience: float = 10.0) -> Iterator[DirectoryLock]:
+def directory_lock(
+    path: Path, join: bool = False, patience: float = 10.0, notify: Callable[[str], None] = lambda message: None
+) -> Iterator[DirectoryLock]:
     """Hold the run directory against other processes.
 
     Args:
         path: the run directory, made if need be.
         join: whether to come in beside processes that share it; one that has just begun is waited for.
         patience: seconds to wait for it.
+        notify: is told once if the holder's host may have died, which takes :data:`LEASE_SECONDS` to find out.
 
     Raises:
         StudyError: another process holds the directory and does not share it.
     """
     folder = path / FOLDER
-    exclusive, shared = _lease(folder / "run"), _lease(folder / "joined" / secrets.token_hex(8))
-    others_alive = False
+    run, joined = folder / "run", folder / "joined"
+    exclusive, shared = _lease(run), _lease(joined / secrets.token_hex(8))
+    holders = _Holders()
+    others: list[Path] = []
+    told = False
     try:
         until = time.monotonic() + patience
         while True:
             with mutex(path):
                 if _taken(exclusive):
-                    others_alive = any(map(_is_held, sorted((folder / "joined").iterdir())))
-                    if join or not others_alive:
+                    others = [file for file in sorted(joined.iterdir()) if holders.holds(file)]
+                    if join or not others:
                         break
                     exclusive.release()
-            if not join or time.monotonic() > until:
+                else:
+                    others = [run]
+            if any([holders.may_be_dead(file) for file in others]):
+                if not told:
+                    notify(
+                        f"a process on another host holds {path}: waiting up to {LEASE_SECONDS:.0f} s for a sign of it"
+                    )
+                    told = True
+            elif not join or time.monotonic() > until:
                 raise StudyError(
                     f"another process is running the study in {path}; wait for it, use another --out, or start all of "
                     "them with --join"
                 )
             time.sleep(0.1)
-        if join and others_alive:
+        if others:
             shared.acquire()
             exclusive.release()
-        yield DirectoryLock(not others_alive, exclusive, shared)
+        yield DirectoryLock(not others, exclusive, shared)
     finally:
         exclusive.release(force=True)
         shared.release(force=True)
@@ -143,12 +190,3 @@ def mutex(path: Path) -> Iterator[None]:
     """A critical section: other processes that share the run directory wait until the block ends."""
     with _lease(path / FOLDER / "mutex"):
         yield
-
-
-def _is_held(file: Path) -> bool:
-    """Whether a living process holds this lock; one left behind by a dead process is removed."""
-    lease = _lease(file)
-    if not _taken(lease):
-        return True
-    lease.release()
-    return False
