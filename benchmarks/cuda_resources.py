@@ -1,10 +1,12 @@
-"""Registers and spills of every CUDA kernel, as the compiler reports them: no GPU needed.
+"""Registers, spills and instructions of every CUDA kernel, as the compiler reports them: no GPU needed.
 
 python benchmarks/cuda_resources.py        # CSV under benchmarks/results; fails where a kernel spills
 """
 
 import argparse
 import csv
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -12,10 +14,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s", re.M)
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\d+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+def disassembler() -> str | None:
+    """Return cuobjdump, which also comes with Triton."""
+    triton = importlib.util.find_spec("triton")
+    places = [str(Path(triton.origin).parent / "backends/nvidia/bin")] if triton and triton.origin else []
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(places))
+
+
+def plain(name: str) -> str:
+    name = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout
+    return re.sub(r"fastlip::|cuda::|\(anonymous namespace\)::|^void ", "", name.split(">(")[0].strip() + ">")
 
 
 def report(source: Path, architecture: str, nvcc: str) -> list[dict[str, str]]:
@@ -23,12 +38,17 @@ def report(source: Path, architecture: str, nvcc: str) -> list[dict[str, str]]:
         command = [nvcc, "-std=c++17", f"-arch={architecture}", "--expt-relaxed-constexpr", f"-I{SOURCES}"]
         command += ["-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/out.o"]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        sass = ""
+        if (tool := disassembler()) is not None:
+            sass = subprocess.run([tool, "-sass", f"{folder}/out.o"], check=True, capture_output=True, text=True).stdout
+    parts = [part.split("\n", 1) for part in sass.split("Function : ")[1:]]
+    counts = {plain(name.strip()): len(INSTRUCTION.findall(body)) for name, body in parts}
     rows: list[dict[str, str]] = []
     for line in text.splitlines():
         if found := ENTRY.search(line):
-            name = subprocess.run(["c++filt", found[1]], check=True, capture_output=True, text=True).stdout
-            name = re.sub(r"fastlip::|cuda::|\(anonymous namespace\)::|^void ", "", name.split(">(")[0].strip() + ">")
+            name = plain(found[1])
             rows.append({"source": source.stem, "architecture": found[2], "kernel": name})
+            rows[-1]["instructions"] = str(counts.get(name, ""))
         elif (found := SPILLS.search(line)) and rows:
             rows[-1] |= {"stack_bytes": found[1], "spill_store_bytes": found[2], "spill_load_bytes": found[3]}
         elif (found := USED.search(line)) and rows:

@@ -1,9 +1,6 @@
 // A sample in L2 or L1 and the team that shares it: its operands, kept on chip where they fit, its move, its
 // projection, its launch.
 #pragma once
-#include <map>
-#include <utility>
-
 #include "kernels/cuda/ball.h"
 #include "kernels/cuda/team.cuh"
 
@@ -15,8 +12,10 @@ namespace {
 enum class Store { registers, looped };
 
 // Chunks that a thread handles at a time, all loads before the first use: in registers that is all it has.
-template <Store kStore>
-constexpr int kBatch = kStore == Store::registers ? 6 : 2;
+template <typename T, Store kStore>
+constexpr int kBatch = kStore == Store::registers ? 6
+                       : std::is_same_v<T, float> ? 2
+                                                  : 1;
 template <Store kStore>
 constexpr int kThreads = kStore == Store::registers ? 128 : kMaxThreads;
 
@@ -50,7 +49,7 @@ using Search = std::conditional_t<kNorm == Norm::l2, L2Search<T>, L1Search<T>>;
 template <typename T, Norm kNorm, Store kStore>
 class Slice {
  public:
-  static constexpr int kChunk = 16 / sizeof(T), kChunks = kBatch<kStore>;
+  static constexpr int kChunk = 16 / sizeof(T), kChunks = kBatch<T, kStore>;
   using Offset = int;
   using Chunk = T[kChunk];
   using Rows = Chunk[kChunks];
@@ -231,17 +230,12 @@ class Slice {
   __device__ int support(Operand point) const {
     int count = 0;
 #pragma unroll 1
-    for (Offset first = begin(); first < length_; first += stride() * kChunks) {
-      Rows x, x0;
-      fetch(point, first, x);
-      fetch(x0_, first, x0);
-      unpack(point.dtype, x);
-      unpack(x0_.dtype, x0);
+    for (Offset here = begin(); here < length_; here += stride()) {
+      Chunk x, x0;
+      load(point, here, x);
+      load(x0_, here, x0);
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) count += x[c][i] != x0[c][i] ? 1 : 0;  // beyond the slice both are 0
-      }
+      for (int i = 0; i < kChunk; ++i) count += x[i] != x0[i] ? 1 : 0;  // beyond the slice both are 0
     }
     return count;
   }
@@ -765,12 +759,12 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
     return static_cast<int>(wanted < kWarp ? kWarp : wanted > most ? most : wanted);
   };
   // Offsets and counts are ints, a step beyond the end included.
-  if (size > INT32_MAX - 2 * kMaxThreads * kChunk * kBatch<Store::looped>) return cudaErrorInvalidValue;
+  if (size > INT32_MAX - 2 * kMaxThreads * kChunk * kBatch<T, Store::looped>) return cudaErrorInvalidValue;
   // Whether this code knows clusters is a matter of what it was compiled for: PTX for sm_80 runs on an sm_90, too.
   cudaFuncAttributes compiled = {};
   if (kernels.registers != nullptr) {
     if (const auto error = cudaFuncGetAttributes(&compiled, kernels.registers); error != cudaSuccess) return error;
-    constexpr int64_t kEach = kBatch<Store::registers>, kMost = kThreads<Store::registers>;
+    constexpr int64_t kEach = kBatch<T, Store::registers>, kMost = kThreads<Store::registers>;
     const int64_t most = compiled.maxThreadsPerBlock < kMost ? compiled.maxThreadsPerBlock : kMost;
     if (slice_of(1) <= kEach * kChunk * most) {
       plan = {kernels.registers, slice_of(1), 1, threads_of(slice_of(1), kEach, most), false, 0};
@@ -780,11 +774,13 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
   if (const auto error = cudaFuncGetAttributes(&compiled, kernels.looped); error != cudaSuccess) return error;
   const bool clustered = compiled.ptxVersion >= 90;
   int shared_limit = 0, shared_all = 0, reserved = 0;
-  for (const auto& [value, attribute] : {std::pair{&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin},
-                                         std::pair{&shared_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
-                                         std::pair{&reserved, cudaDevAttrReservedSharedMemoryPerBlock}}) {
-    if (const auto error = cudaDeviceGetAttribute(value, attribute, device); error != cudaSuccess) return error;
-  }
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  auto error = ask(shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (error == cudaSuccess) error = ask(shared_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  if (error == cudaSuccess) error = ask(reserved, cudaDevAttrReservedSharedMemoryPerBlock);
+  if (error != cudaSuccess) return error;
   const int64_t limit = (shared_limit - kStatic) / kBytes;
   // Always the same number, so that threads launching other sizes do not undercut this one.
   if (limit > 0) {
@@ -793,19 +789,19 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
     if (error != cudaSuccess) return error;
   }
   // Rather several blocks a multiprocessor, one of which computes while others wait for memory, than one.
-  for (const int64_t blocks : {3, 2, 1}) {
+  for (int64_t blocks = 3; blocks > 0; --blocks) {
     const int64_t share = (shared_all / blocks - reserved - kStatic) / kBytes, capacity = share < limit ? share : limit;
     for (int ranks = 1; ranks <= (clustered ? kMaxRanks : 1); ranks *= 2) {
       if (slice_of(ranks) > capacity) continue;
       plan = {kernels.looped, slice_of(ranks),
-              ranks,          threads_of(slice_of(ranks), 2 * kBatch<Store::looped>, kMaxThreads),
+              ranks,          threads_of(slice_of(ranks), 2 * kBatch<T, Store::looped>, kMaxThreads),
               true,           static_cast<size_t>(slice_of(ranks) * kBytes)};
       if (has_room(plan)) return cudaSuccess;
     }
   }
   for (int ranks = clustered ? 8 : 1;; ranks /= 2) {
     plan = {kernels.looped, slice_of(ranks),
-            ranks,          threads_of(slice_of(ranks), 2 * kBatch<Store::looped>, kMaxThreads),
+            ranks,          threads_of(slice_of(ranks), 2 * kBatch<T, Store::looped>, kMaxThreads),
             false,          0};
     if (ranks == 1 || has_room(plan)) return cudaSuccess;
   }
@@ -815,17 +811,27 @@ cudaError_t make_plan(int device, int64_t size, const Kernels<Parameters>& kerne
 template <typename T, Norm kNorm, typename Parameters>
 cudaError_t launch_teams(const Parameters& parameters, const PgdStep& p, const Kernels<Parameters>& kernels, bool wide,
                          void* stream) {
-  // Asking the driver takes microseconds; a map for each thread needs no lock.
-  thread_local std::map<std::pair<int, int64_t>, Plan<Parameters>> plans;
   int device = 0;
   if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  auto known = plans.find({device, p.size});
-  if (known == plans.end()) {
-    Plan<Parameters> made;
+  // Asking the driver takes microseconds: each thread remembers the plans that it made last.
+  constexpr int kRemembered = 8;
+  struct Known {
+    int device = -1;
+    int64_t size = 0;
+    Plan<Parameters> plan = {};
+  };
+  thread_local Known known[kRemembered];
+  thread_local int oldest = 0;
+  int which = 0;
+  while (which < kRemembered && (known[which].device != device || known[which].size != p.size)) ++which;
+  if (which == kRemembered) {
+    Plan<Parameters> made = {};
     if (const auto error = make_plan<T, kNorm>(device, p.size, kernels, made); error != cudaSuccess) return error;
-    known = plans.insert({{device, p.size}, made}).first;
+    which = oldest;
+    oldest = (oldest + 1) % kRemembered;
+    known[which] = {device, p.size, made};
   }
-  const Plan<Parameters>& plan = known->second;
+  const Plan<Parameters>& plan = known[which].plan;
   constexpr int64_t kMostBlocks = int64_t{1} << 30;
   auto cluster = cluster_of(plan.ranks);
   Shares shares{0, plan.slice, plan.ranks, plan.staged, wide};
