@@ -6,10 +6,11 @@
 //
 // Every thread works out for itself what its sample does (apgd.h), from numbers that nobody writes until all of the
 // sample's threads have read them. Linf: as many blocks a sample as it takes, each thread with 16 bytes of each
-// operand; the last of the blocks to arrive, counted in `counters`, writes the sample's numbers. L2 and L1: a team a
+// operand; the last of the blocks to arrive, counted in `counters`, writes the sample's numbers. L2 and L1: a group a
 // sample, as in pgd_step.cu. x is read again, from cache, where the momentum, x_prev and the best so far need it.
 #include "kernels/apgd.h"
-#include "kernels/cuda/slice.cuh"
+#include "kernels/cuda/ball_launch.cuh"
+#include "kernels/cuda/ball_passes.cuh"
 
 namespace fastlip::cuda {
 namespace {
@@ -151,79 +152,79 @@ cudaError_t launch_linf(const ApgdStep& a, void* stream) {
 template <typename T, Norm kNorm, Store kStore>
 __global__ void __launch_bounds__(kThreads<kStore>, kStore == Store::registers ? 3 : 2)
     apgd_step_ball_kernel(const __grid_constant__ ApgdStep a, const __grid_constant__ Shares shares) {
-  using Mine = Slice<T, kNorm, kStore>;
+  using Mine = SampleTile<T, kNorm, kStore>;
   using Batch = typename Mine::Batch;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ BallMemory<kNorm> memory;
   const PgdStep& p = a.step;
   const int64_t sample = shares.first + (kStore == Store::registers ? blockIdx.x : blockIdx.x / shares.ranks);
   if (p.active != nullptr && p.active[sample] == 0) return;
-  Team team(memory.team, kStore == Store::registers ? 1 : shares.ranks);
+  CooperativeGroup group(memory.group, kStore == Store::registers ? 1 : shares.ranks);
   const T eps = radius_of(number<T>(p.eps, sample));
   Search<T, kNorm> search(eps);
-  Mine slice(p, shares, sample, shared, search);
-  const auto x_best = slice.operand(a.x_best, p.dtype, a.x_best_stride);
-  const auto grad_best = slice.operand(a.grad_best, p.dtype, a.grad_best_stride);
-  const auto x_prev = slice.operand(a.x_prev, p.dtype, a.x_prev_stride);
+  Mine tile(p, shares, sample, shared, search);
+  const auto x_best = tile.operand(a.x_best, p.dtype, a.x_best_stride);
+  const auto grad_best = tile.operand(a.grad_best, p.dtype, a.grad_best_stride);
+  const auto x_prev = tile.operand(a.x_prev, p.dtype, a.x_prev_stride);
 
   ApgdRow<T> row = read_apgd_row<T>(a, sample);
   const ApgdMove<T> outcome = apgd_begin(row);
   bool restart = false;
   if (outcome.window > 0) {
     if constexpr (kNorm == Norm::l1) {
-      auto best = slice.origin();
+      auto best = tile.origin();
       if (!outcome.improved) best.data = x_best.data;
-      const double support = team.reduce(slice.support(best));
+      const double support = group.reduce(tile.support(best));
       restart = apgd_check_l1(row, static_cast<int64_t>(support), eps);
     } else {
       restart = apgd_check(row, outcome.window, a.rho);
     }
   }
   if (outcome.improved) {
-    slice.keep(x_best, grad_best);
+    tile.keep(x_best, grad_best);
   } else if (restart) {
-    slice.start_from(x_best, grad_best);
+    tile.start_from(x_best, grad_best);
   }
-  team.sync();  // every thread has read the sample's numbers; writing them now frees their registers
+  group.sync();  // every thread has read the sample's numbers; writing them now frees their registers
   if (threadIdx.x == 0 && blockIdx.x % shares.ranks == 0) write_apgd_row(a, sample, row, restart);
   const T step = finite_or_zero(row.step_size);
   const int32_t kept = row.kept < 1 ? 1 : row.kept > p.size ? static_cast<int32_t>(p.size) : row.kept;
-  const Move<T> move = find_move(slice, team, memory, step, kept);
+  const Move<T> move = find_move(tile, group, memory, step, kept);
 
   const HeavyBall<T> heavy(a.momentum);
   Search<T, kNorm> aimed(eps);
   project_all(
-      slice, team, move, search, kNorm == Norm::l1 || outcome.first ? 1 : 2, aimed,
+      tile, group, move, search, kNorm == Norm::l1 || outcome.first ? 1 : 2, aimed,
       [&](Batch& batch) FASTLIP_INLINE {  // v <- the point after the momentum
         if constexpr (kNorm == Norm::l2) {
-          project(aimed, slice, batch);
+          project(aimed, tile, batch);
 #pragma unroll
           for (int c = 0; c < Mine::kChunks; ++c) {
-            const auto at = slice.at(batch, c);
-            const int valid = slice.valid(at);  // what does not exist counts for nothing in the sums
+            const auto at = tile.at(batch, c);
+            const int valid = tile.valid(at);  // what does not exist counts for nothing in the sums
             typename Mine::Chunk x, last;
-            slice.load(slice.origin(), at, x);
-            slice.load(x_prev, at, last);
+            tile.load(tile.origin(), at, x);
+            tile.load(x_prev, at, last);
 #pragma unroll
             for (int i = 0; i < Mine::kChunk; ++i) {
               batch.v[c][i] = i < valid ? heavy(x[i], batch.v[c][i], last[i]) : T(0);
             }
           }
-          slice.replace(batch);
+          tile.replace(batch);
         }
       },
       [&](const Batch& batch) FASTLIP_INLINE {  // x_prev <- where the step started, x <- v
-        slice.copy(slice.origin(), x_prev, batch);
-        slice.finish(batch);
+        tile.copy(tile.origin(), x_prev, batch);
+        tile.finish(batch);
       });
-  slice.feed_all();
+  tile.feed_all();
 }
 
 template <typename T, Norm kNorm>
 cudaError_t launch_ball(const ApgdStep& a, void* stream) {
   Kernels<ApgdStep> kernels = {nullptr, apgd_step_ball_kernel<T, kNorm, Store::looped>};
   if constexpr (std::is_same_v<T, float>) kernels.registers = apgd_step_ball_kernel<T, kNorm, Store::registers>;
-  return launch_teams<T, kNorm>(a, a.step, kernels, all_fit(a, Slice<T, kNorm, Store::looped>::kChunk), stream);
+  return launch_groups<T, kNorm>(a, a.step, kernels, all_fit(a, SampleTile<T, kNorm, Store::looped>::kChunk), stream);
 }
 
 }  // namespace

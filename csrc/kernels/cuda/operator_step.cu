@@ -28,9 +28,9 @@
 //
 // Depthwise convolutions are bound by memory: a thread takes 16 bytes of channels of four columns at a time.
 #include "kernels/cuda/copy_async.cuh"
+#include "kernels/cuda/memory.cuh"
 #include "kernels/cuda/operator_sums.cuh"
 #include "kernels/cuda/operator_tile.h"
-#include "kernels/cuda/team.cuh"
 
 namespace fastlip::cuda {
 namespace {

@@ -3,10 +3,10 @@
 // Both take chunk after chunk from shared memory, block their float32 sums (flush), and hand them over to the threads
 // that Shape names.
 #pragma once
+#include "kernels/cuda/memory.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/operator_mma.h"
 #include "kernels/cuda/operator_tile.h"
-#include "kernels/cuda/team.cuh"
 
 namespace fastlip::cuda {
 

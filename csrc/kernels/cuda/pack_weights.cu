@@ -6,7 +6,7 @@
 // block's reads come back to the same lines, which L1 and L2 hold: 64 lines a tap.
 #include <cuda_runtime.h>
 
-#include "kernels/cuda/team.cuh"
+#include "kernels/cuda/memory.cuh"
 #include "kernels/pack.h"
 
 namespace fastlip::cuda {

@@ -5,16 +5,17 @@
 //
 // Linf: a thread takes 16 bytes of each operand; without per-sample values the batch is one long sample.
 //
-// L2 and L1: a team of threads takes a sample, and all it needs is on its way before anything waits for it. Up to 3,072
-// floats (3 x 32 x 32) a block of at most 128 threads has it in registers, four such blocks a multiprocessor. Beyond, v
-// and x0 lie in shared memory: of one block, or where there are clusters of up to 16 that add up over distributed
-// shared memory, so many that up to three of them share a multiprocessor and one computes while others wait for memory
-// (3 x 224 x 224: 16 blocks, 9,408 floats each). Larger samples still: up to eight blocks that read and compute
-// everything again in every pass. A pass of the search costs about 7 instructions an element in L2, 9 in L1; sums are
-// in T over a thread's batch of chunks and in double from there. Types of storage are a matter of reading and writing
-// alone, chosen at run time. Chunks of four floats go round the threads in the same way whether they can be accessed as
-// one or not: sums do not depend on alignment, strides or the batch.
-#include "kernels/cuda/slice.cuh"
+// L2 and L1: a group of threads takes a sample, and all it needs is on its way before anything waits for it. Up to
+// 3,072 floats (3 x 32 x 32) a block of at most 128 threads has it in registers, four such blocks a multiprocessor.
+// Beyond, v and x0 lie in shared memory: of one block, or where there are clusters of up to 16 that add up over
+// distributed shared memory, so many that up to three of them share a multiprocessor and one computes while others wait
+// for memory (3 x 224 x 224: 16 blocks, 9,408 floats each). Larger samples still: up to eight blocks that read and
+// compute everything again in every pass. A pass of the search costs about 7 instructions an element in L2, 9 in L1;
+// sums are in T over a thread's batch of chunks and in double from there. Types of storage are a matter of reading and
+// writing alone, chosen at run time. Chunks of four floats go round the threads in the same way whether they can be
+// accessed as one or not: sums do not depend on alignment, strides or the batch.
+#include "kernels/cuda/ball_launch.cuh"
+#include "kernels/cuda/ball_passes.cuh"
 
 namespace fastlip::cuda {
 namespace {
@@ -85,32 +86,32 @@ constexpr int kLeastBlocks = kStore == Store::registers                      ? 4
 template <typename T, Norm kNorm, Store kStore>
 __global__ void __launch_bounds__(kThreads<kStore>, kLeastBlocks<T, kNorm, kStore>)
     pgd_step_ball_kernel(const __grid_constant__ PgdStep p, const __grid_constant__ Shares shares) {
-  using Mine = Slice<T, kNorm, kStore>;
+  using Mine = SampleTile<T, kNorm, kStore>;
   using Batch = typename Mine::Batch;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ BallMemory<kNorm> memory;
   const int64_t sample = shares.first + (kStore == Store::registers ? blockIdx.x : blockIdx.x / shares.ranks);
   if (p.active != nullptr && p.active[sample] == 0) return;
-  Team team(memory.team, kStore == Store::registers ? 1 : shares.ranks);
+  CooperativeGroup group(memory.group, kStore == Store::registers ? 1 : shares.ranks);
   Search<T, kNorm> search(radius_of(number<T>(p.eps, sample)));
-  Mine slice(p, shares, sample, shared, search);
+  Mine tile(p, shares, sample, shared, search);
 
   Move<T> move = {};
   if (p.grad != nullptr) {
     const T step = finite_or_zero(number<T>(p.step_size, sample));
-    move = find_move(slice, team, memory, step, static_cast<int>(p.kept));
+    move = find_move(tile, group, memory, step, static_cast<int>(p.kept));
   }
   project_all(
-      slice, team, move, search, 1, search, [](Batch&) {},
-      [&](const Batch& batch) FASTLIP_INLINE { slice.finish(batch); });
-  slice.feed_all();
+      tile, group, move, search, 1, search, [](Batch&) {},
+      [&](const Batch& batch) FASTLIP_INLINE { tile.finish(batch); });
+  tile.feed_all();
 }
 
 template <typename T, Norm kNorm>
 cudaError_t launch_ball(const PgdStep& p, void* stream) {
   Kernels<PgdStep> kernels = {nullptr, pgd_step_ball_kernel<T, kNorm, Store::looped>};
   if constexpr (std::is_same_v<T, float>) kernels.registers = pgd_step_ball_kernel<T, kNorm, Store::registers>;
-  return launch_teams<T, kNorm>(p, p, kernels, all_aligned(p, Slice<T, kNorm, Store::looped>::kChunk), stream);
+  return launch_groups<T, kNorm>(p, p, kernels, all_aligned(p, SampleTile<T, kNorm, Store::looped>::kChunk), stream);
 }
 
 }  // namespace

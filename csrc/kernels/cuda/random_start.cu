@@ -7,8 +7,8 @@
 //
 // A thread takes the numbers of one Philox block. Linf: one thread a block. L2 and L1: a block of threads a sample. In
 // channels_last neighbours in the logical order lie apart, so accesses are single elements there.
+#include "kernels/cuda/cooperative_group.cuh"
 #include "kernels/cuda/random.h"
-#include "kernels/cuda/team.cuh"
 
 namespace fastlip::cuda {
 namespace {
@@ -95,7 +95,7 @@ template <typename T, Norm kNorm>
 __global__ void __launch_bounds__(kMaxThreads)
     random_start_ball_kernel(const __grid_constant__ RandomStart p, int64_t first_sample, int64_t blocks, bool wide) {
   constexpr int kLanes = Draw<T>::kLanes;
-  __shared__ Team::Memory memory;
+  __shared__ CooperativeGroup::Memory memory;
   const int64_t sample = first_sample + blockIdx.x;
   const auto key = static_cast<uint64_t>(*p.key), id = static_cast<uint64_t>(p.ids[sample]);
   T unit[kLanes];
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       sum[0] += kNorm == Norm::l2 ? size * size : size;
     }
   }
-  Team(memory, 1).reduce(sum);
+  CooperativeGroup(memory, 1).reduce(sum);
   const T radius = static_cast<T>(finite_radius<T>(p, sample) * ball_scale<T, kNorm>(key, id, sum[0], p.size));
   const Mover<T> move(p, sample, wide);
   for (int64_t block = threadIdx.x; block < blocks; block += blockDim.x) {
