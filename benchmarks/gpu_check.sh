@@ -18,6 +18,10 @@ part=${1:-both}
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 out=${OUT:-$repository/benchmarks/results/gpu}
+for wheel in ${WHEEL:+"$WHEEL"} ${OLD_WHEEL:+"$OLD_WHEEL"}; do
+  [[ -f $wheel ]] || { echo "error: no wheel $wheel" >&2; exit 2; }
+done
+WHEEL=${WHEEL:+$(realpath "$WHEEL")} OLD_WHEEL=${OLD_WHEEL:+$(realpath "$OLD_WHEEL")}
 case $part in
   first) allowed=350 ;;
   second) allowed=290 ;;
@@ -135,8 +139,8 @@ install() {
   if [[ -n $2 ]]; then from=("$2" --no-index --no-compile -q); fi
   step "install_$1" 240 "$python" -m pip install --no-deps --target "$logs/$1" "${from[@]}"
 }
-if [[ $device == cuda || -n ${WHEEL:-} ]]; then
-  install new "${WHEEL:-}"
+if [[ $device == cuda || -n $WHEEL ]]; then
+  install new "$WHEEL"
   export PYTHONPATH=$logs/new${PYTHONPATH:+:$PYTHONPATH}
 fi
 step build_info 60 "$python" -m fastlip
@@ -146,10 +150,12 @@ if [[ $part != second ]]; then
   if [[ $device == cuda ]]; then begin memcheck 90 "${run[@]}" sanitize memcheck; fi
   step bench_gpu_norms 75 "${run[@]}" bench bench_gpu_norms "${norms[@]}"
   step bench_pgd_step 50 "${run[@]}" bench bench_pgd_step "${steps[@]}"
-  if [[ -n ${OLD_WHEEL:-} ]]; then
+  if [[ -n $OLD_WHEEL ]]; then
     install old "$OLD_WHEEL"
-    step bench_pgd_step_old 20 env PYTHONPATH="$logs/old:$PYTHONPATH" "${run[@]}" bench bench_pgd_step "${steps[@]}" \
+    if [[ $(<install_old.verdict) == passed* ]]; then
+      step bench_pgd_step_old 20 env PYTHONPATH="$logs/old:$PYTHONPATH" "${run[@]}" bench bench_pgd_step "${steps[@]}" \
       --only "fastlip pgd_step_" --label old
+    fi
   fi
   step bench_gpu_attack 65 "${run[@]}" bench bench_gpu_attack "${attack[@]}"
   step bench_apgd_step 30 "${run[@]}" bench bench_apgd_step "${steps[@]}" --no-compile

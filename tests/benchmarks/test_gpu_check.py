@@ -36,3 +36,13 @@ def test_the_script_says_how_it_is_used():
     assert found.returncode == 2
     assert "gpu_check.sh first" in found.stderr
     assert "gpu_check.sh second" in found.stderr
+
+
+def test_a_wheel_that_is_not_there_is_named(tmp_path):
+    script = REPOSITORY / "benchmarks/gpu_check.sh"
+    for variable in ("WHEEL", "OLD_WHEEL"):
+        env = {"PATH": "/usr/bin:/bin", variable: "missing.whl", "OUT": str(tmp_path / "out")}
+        found = subprocess.run(["bash", str(script), "first"], capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert found.returncode == 2
+        assert found.stderr == "error: no wheel missing.whl\n"
+    assert not list(tmp_path.iterdir())
