@@ -48,6 +48,7 @@ MICRO = [
     "smoothing.samples=12",
     "rules.resamples=50",
     "device=cpu",
+    "threads=1",  # results depend on them, and processes of their own would take more than the tests do
     "scratch.snapshots=",
     "finetune.snapshots=",
 ] + [
