@@ -21,7 +21,6 @@ from fastlip.attacks._apgd import apgd
 from fastlip.attacks._counts import PassCounts, count_forward_backward
 from fastlip.attacks._diagnose import AttackWarning, diagnose
 from fastlip.attacks._evaluate import EvaluationResult, evaluate
-from fastlip.attacks._losses import Loss
 from fastlip.attacks._min_norm import MinNormResult, min_norm
 from fastlip.attacks._min_sigma import min_sigma
 from fastlip.attacks._model import Network
@@ -30,6 +29,7 @@ from fastlip.attacks._pgd import fgsm, pgd
 from fastlip.attacks._prepare import prepare
 from fastlip.attacks._square import square
 from fastlip.attacks._suite import Attack, suite
+from fastlip.ops import Loss
 
 __all__ = [
     "Attack",

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_call, check_settings, count, flag, length, radius, share
-from fastlip.attacks._batch import Batch, new_batch, per_sample
+from fastlip.attacks._arguments import check_call, check_classes, check_settings, count, flag, length, radius, share
+from fastlip.attacks._batch import Batch, Iterates, new_batch, per_sample
 from fastlip.attacks._loop import AttackLoop, Keep, start_points
-from fastlip.attacks._losses import Loss, check_classes
 from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._prepare import network_of
-from fastlip.ops import Bounds, Norm, PerSample
+from fastlip.ops import Bounds, Judgement, Loss, Norm, PerSample
 
 #: Radii above eps, in multiples of it, and their shares of the steps in sparse APGD's schedule (Croce and Hein 2021,
 #: section 3.2).
@@ -110,10 +109,11 @@ def apgd(
     flag(larger_eps, "larger_eps")
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids, active=active)
+        attacked = batch
         loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop)
         phases = _phases(steps, larger_eps)
         from_inputs = not random_start and start is None and len(phases) == 1
-        run = _Run(loop, phases, published=published, momentum=momentum, rho=rho, from_inputs=from_inputs)
+        run = _Run(loop, phases, ApgdStep(norm, momentum, rho), published=published, from_inputs=from_inputs)
         if keep == "best" and not from_inputs:
             batch = loop.without_misclassified(batch)
         for toward in _classes_aimed_at(loop, batch, target_classes):
@@ -122,8 +122,8 @@ def apgd(
                     break
                 aimed = replace(batch, toward=None if toward is None else toward[batch.rows])
                 batch = run(aimed, start_points(run.first_ball(aimed), norm, random_start, start, generator))
-    loop.warn_of_lost_gradients("apgd")
-    return loop.result
+    loop.warn_of_not_finite("apgd")
+    return loop.images(attacked)
 
 
 def _classes_aimed_at(loop: AttackLoop, batch: Batch, count: int) -> Iterator[Tensor | None]:
@@ -134,12 +134,12 @@ def _classes_aimed_at(loop: AttackLoop, batch: Batch, count: int) -> Iterator[Te
     if len(batch) == 0:
         return
     with torch.no_grad():
-        logits = loop.network.judge(batch.x0.to(loop.result.dtype))
+        logits = loop.network.judge(batch.x0.to(loop.dtype))
     check_classes(logits, labels=batch.labels)
     logits = logits.scatter(1, batch.labels[:, None], -torch.inf)
     ranked = logits.argsort(dim=1, descending=True, stable=True)
     for k in range(min(count, logits.shape[1] - 1)):
-        toward = torch.zeros(len(loop.result), dtype=torch.int64, device=logits.device)
+        toward = torch.zeros(len(loop.best), dtype=torch.int64, device=logits.device)
         toward[batch.rows] = ranked[:, k]
         yield toward
 
@@ -158,14 +158,35 @@ def _phases(steps: int, larger_eps: bool) -> list[tuple[float, int]]:
 
 
 @dataclass(frozen=True)
+class ApgdStep:
+    """The step of APGD for :meth:`AttackLoop.run`."""
+
+    norm: Norm
+    momentum: float
+    rho: float
+
+    def __call__(self, now: Iterates, grad: Tensor, judgement: Judgement) -> None:
+        batch, state = now.batch, now.state
+        if state is None:
+            raise TypeError("APGD's step needs a state")
+        ops.apgd_step_(
+            now.x, grad, judgement.loss, batch.x0, state, eps=batch.eps, norm=self.norm, bounds=batch.bounds,
+            momentum=self.momentum, rho=self.rho, best=now.best,
+            better=None if now.best is None else judgement.better, not_finite=now.not_finite,
+        )  # fmt: skip
+        if self.norm == "l1":
+            # Two thirds of two are two once rounded up, and the schedule would never reach a single element.
+            state.counters[:, _KEPT].clamp_max_(state.counters[:, _SUPPORT] - 1)
+
+
+@dataclass(frozen=True)
 class _Run:
     """The settings of a call's runs; calling it takes one run."""
 
     loop: AttackLoop
     phases: list[tuple[float, int]]
+    step: ApgdStep
     published: bool
-    momentum: float
-    rho: float
     from_inputs: bool
 
     def first_ball(self, batch: Batch) -> Batch:
@@ -185,24 +206,16 @@ class _Run:
             state = self._new_state(ball, x, steps, continued=phase > 0)
             if phase < len(self.phases) - 1:
                 x = self._explore(ball, x, state, steps)
-
-        def step(batch: Batch, x: Tensor, grad: Tensor, losses: Tensor) -> None:
-            self._step(batch, x, grad, losses, state)
-
-        def drop(kept: Tensor) -> None:
-            nonlocal state
-            state = state[kept]
-
-        return self.loop.run(batch, x, steps, step, drop, from_inputs=self.from_inputs)
+        return self.loop.run(batch, x, steps, self.step, state, from_inputs=self.from_inputs)
 
     def _explore(self, batch: Batch, x: Tensor, state: ops.APGDState, steps: int) -> Tensor:
         """The iterate of largest loss in a ball that is too large, in which successes do not count."""
-        for _ in range(steps):
-            image = self.loop.feasible(batch, x)
-            losses = self.loop.forward(batch, image, gradient=True)[0]
-            self._step(batch, x, self.loop.backward(losses, image, x), losses, state)
-        losses = self.loop.forward(batch, self.loop.feasible(batch, x), gradient=False)[0]
-        return torch.where(per_sample(losses > state.best_loss, x), x, state.x_best)
+        now = self.loop.advance(Iterates(batch, x, self.loop.not_finite[batch.rows], state=state), self.step, steps)
+        losses = self.loop.forward(now.batch, now.x, gradient=False)[2].loss
+        self.loop.not_finite[batch.rows] = now.not_finite
+        if now.state is None:
+            raise TypeError("APGD's step needs a state")
+        return torch.where(per_sample(losses > now.state.best_loss, now.x), now.x, now.state.x_best)
 
     def _new_state(self, batch: Batch, x: Tensor, steps: int, continued: bool) -> ops.APGDState:
         norm = self.loop.norm
@@ -218,21 +231,3 @@ class _Run:
             state.counters[:, _SUPPORT] = support
             state.counters[:, _KEPT] = (2 * support + 2) // 3
         return state
-
-    def _step(self, batch: Batch, x: Tensor, grad: Tensor, losses: Tensor, state: ops.APGDState) -> None:
-        ops.apgd_step_(
-            x,
-            grad,
-            losses.detach().to(state.best_loss.dtype),
-            batch.x0,
-            state,
-            eps=batch.eps,
-            norm=self.loop.norm,
-            bounds=batch.bounds,
-            momentum=self.momentum,
-            rho=self.rho,
-        )
-        if self.loop.norm == "l1":
-            # Two thirds of two are two once rounded up, and the schedule would never reach a single element.
-            kept = state.counters[:, _KEPT]
-            kept -= ((kept == 2) & (state.counters[:, _SUPPORT] == 2)).int()

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlip import _arguments as shared
-from fastlip.attacks._losses import Loss
-from fastlip.ops import Bounds, Norm, PerSample
+from fastlip.ops import Bounds, Loss, Norm, PerSample
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -138,6 +137,16 @@ def check_norm(norm: Any) -> None:
 def check_loss(loss: Any) -> None:
     """Raise where the loss is unknown."""
     check_choice(loss, "loss", get_args(Loss))
+
+
+def check_classes(
+    logits: Tensor,  # [B, C]
+    **classes: Tensor | None,  # [B] int64
+) -> None:
+    """Raise where a label or a target is not a class of the model, which only its logits tell."""
+    for name, wanted in classes.items():
+        if wanted is not None and bool(((wanted < 0) | (wanted >= logits.shape[1])).any()):
+            raise ValueError(f"{name} must lie in [0, {logits.shape[1]}), the model's classes")
 
 
 def check_precision(precision: Any) -> None:

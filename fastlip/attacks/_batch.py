@@ -1,11 +1,16 @@
-"""The images under attack and all that belongs to each of them, so that those that are adversarial can be dropped."""
+"""The images under attack, their iterates, and all that belongs to each of them: a row for each image."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastlip import ops
 from fastlip.ops import Bounds, PerSample
+
+Rows = TypeVar("Rows")
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Batch:
     targets: Tensor | None  # [B] int64
     eps: PerSample
     step_size: PerSample
-    bounds: Bounds
+    bounds: Bounds  # both floats, or both tensors [B or 1, ...]
     ids: Tensor  # [B] int64
     rows: Tensor  # [B] int64
     toward: Tensor | None = None  # [B] int64, a wrong class that the loss pulls to; any wrong decision is a success
@@ -30,20 +35,7 @@ class Batch:
         kept: Tensor,  # [K] int64
     ) -> "Batch":
         """The images at positions ``kept``."""
-        size = len(self)
-        lo, hi = (take_bound(b, kept, size, self.x0.dim()) for b in self.bounds)
-        return replace(
-            self,
-            x0=take(self.x0, kept),
-            labels=self.labels[kept],
-            targets=None if self.targets is None else self.targets[kept],
-            toward=None if self.toward is None else self.toward[kept],
-            eps=self.eps[kept] if isinstance(self.eps, Tensor) else self.eps,
-            step_size=self.step_size[kept] if isinstance(self.step_size, Tensor) else self.step_size,
-            bounds=(lo, hi),
-            ids=self.ids[kept],
-            rows=self.rows[kept],
-        )
+        return map_rows(self, lambda t: take(t, kept), len(self))
 
     def where(
         self,
@@ -52,6 +44,29 @@ class Batch:
         """The images at which ``mask`` is true."""
         kept = fewer(mask)
         return self if kept is None else self.take(kept)
+
+
+@dataclass
+class Iterates:
+    """The iterates of a run, with all tensors that an iteration reads and changes."""
+
+    batch: Batch
+    x: Tensor  # [B, ...] like x0
+    not_finite: Tensor  # [B] bool, whether an element of a gradient was not finite; the steps take it for 0
+    best: Tensor | None = None  # [B, ...] like x, the best iterates before this one; None where only the last counts
+    record: ops.BestRecord | None = None  # of the best iterates, this one included once it has been judged
+    state: ops.APGDState | None = None
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def save(
+        self,
+        better: Tensor,  # [B] bool
+    ) -> None:
+        """What a step does before it moves: take the iterate for the best where it is ``better``."""
+        if self.best is not None:
+            self.best.copy_(torch.where(per_sample(better, self.x), self.x, self.best))
 
 
 def new_batch(
@@ -67,6 +82,9 @@ def new_batch(
 ) -> Batch:
     """The images of a call that are ``active``, widened to float32 at least; all arguments have been checked."""
     rows = torch.arange(inputs.shape[0], device=inputs.device)
+    if any(isinstance(b, Tensor) for b in bounds):
+        lo, hi = (torch.as_tensor(b, device=inputs.device) for b in bounds)
+        bounds = lo[(None,) * (inputs.dim() - lo.dim())], hi[(None,) * (inputs.dim() - hi.dim())]
     batch = Batch(
         # Copies, because a tensor made under inference_mode cannot take part in autograd.
         x0=inputs.detach().to(wide_dtype(inputs), copy=True),
@@ -84,6 +102,24 @@ def new_batch(
 def wide_dtype(inputs: Tensor) -> torch.dtype:
     """The dtype in which iterates are kept."""
     return torch.float64 if inputs.dtype == torch.float64 else torch.float32
+
+
+def map_rows(value: Rows, change: Callable[[Tensor], Tensor], size: int) -> Rows:
+    """``value`` with ``change`` made to all its tensors that have ``size`` rows, one for each image."""
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return change(part) if part.shape[0] == size else part
+        if isinstance(part, tuple):
+            return tuple(map(changed, part))
+        if is_dataclass(part) and not isinstance(part, type):
+            # APGD's schedule has a row for each step.
+            names = [f.name for f in fields(part) if f.name != "schedule"]
+            return replace(part, **{name: changed(getattr(part, name)) for name in names})
+        return part
+
+    out: Rows = changed(value)
+    return out
 
 
 def take(

@@ -70,3 +70,11 @@ def report(model: object, output: Tensor) -> None:
     for watched, counts in _in_progress:
         if watched is model:
             counts.add(output)
+
+
+def report_replayed(model: object, images: int) -> None:
+    """Add an iteration that was replayed on so many images to the counts of ``model`` that are in progress."""
+    for watched, counts in _in_progress:
+        if watched is model:
+            counts.forward += images
+            counts.backward += images

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from fastlip.attacks._arguments import check_model, check_vector, checked_inputs
+from fastlip import ops
+from fastlip.attacks._arguments import check_classes, check_model, check_vector, checked_inputs
 from fastlip.attacks._batch import new_batch, take_bound
-from fastlip.attacks._losses import attack_loss, check_classes
 from fastlip.attacks._model import Model, Network, eval_mode, unwrapped
 from fastlip.ops import Bounds
 
@@ -76,7 +76,7 @@ def diagnose(
         if not logits.requires_grad:
             found.append("outputs do not depend differentiably on the input: only black-box attacks work")
             return found
-        (grad,) = torch.autograd.grad(attack_loss("ce", logits, batch.labels, None).sum(), x)
+        (grad,) = torch.autograd.grad(logits, x, ops.judge(logits, batch.labels, loss="ce").grad)
         silent = int((grad.flatten(1).abs().amax(1) == 0).sum()) if grad[0].numel() else 0
         if silent:
             found.append(
@@ -115,8 +115,8 @@ def _clamps(
     for moved in (chosen, ~chosen):
         point = torch.where(moved, inside, x).requires_grad_()
         # The margin does not saturate.
-        loss = attack_loss("margin", network.judge(point), labels, None).sum()
-        (grad,) = torch.autograd.grad(loss, point)
+        logits = network.judge(point)
+        (grad,) = torch.autograd.grad(logits, point, ops.judge(logits, labels, loss="margin").grad)
         if bool(grad[on & ~moved].count_nonzero()):
             return False
         alive |= bool(grad[on & moved].count_nonzero())

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlip import ops
 from fastlip.attacks._arguments import (
+    check_classes,
     check_images,
     check_model,
     check_norm,
@@ -27,7 +29,6 @@ from fastlip.attacks._batch import differs_between_images, rows_where, take
 from fastlip.attacks._counts import PassCounts, count_forward_backward
 from fastlip.attacks._diagnose import AttackWarning, diagnose
 from fastlip.attacks._distance import distance
-from fastlip.attacks._losses import check_classes, is_adversarial
 from fastlip.attacks._min_norm import MinNormResult
 from fastlip.attacks._model import Model, Network, eval_mode
 from fastlip.attacks._prepare import prepare
@@ -294,7 +295,7 @@ class _SuiteRun:
         with eval_mode(self.network), torch.no_grad():
             logits = self.network.judge(x)
             check_classes(logits, labels=y)
-            return is_adversarial(logits, y, None)
+            return ops.judge(logits, y).adversarial
 
     def attack_all(
         self, network: Model, name: str, attack: Attack, position: int, everyone: bool, show: Callable[[int, int], None]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._batch import Batch, per_sample, take
+from fastlip.attacks._batch import Batch, per_sample
 from fastlip.attacks._distance import distance, slope
 from fastlip.attacks._loop import AttackLoop, unblocked_gradient
 
@@ -48,14 +48,13 @@ def fmn(
         steps: gradient steps.
         sparsity: share of elements that an "l1" step leaves alone.
     """
-    x = batch.x0.clone()
-    best = take(loop.result, batch.rows)
+    x, best = batch.x0.clone(), batch.x0.to(loop.dtype)
     nearest = torch.full_like(limit, torch.inf)
     radius = torch.minimum(first, limit)
     for step in range(steps + 1):
-        image = loop.feasible(replace(batch, eps=radius), x)
-        losses, adversarial, doubtful = loop.forward(batch, image, gradient=step < steps)
-        if doubtful is not None:
+        image, logits, judgement = loop.forward(replace(batch, eps=radius), x, gradient=step < steps)
+        adversarial = judgement.adversarial
+        if not loop.network.exact:
             adversarial = loop.asked(batch, image.detach(), adversarial, adversarial)
         length = distance(image.detach(), batch.x0.to(image.dtype), loop.norm)
         better = adversarial & (length < nearest) & (length <= limit * (1 + _SLACK))
@@ -63,7 +62,8 @@ def fmn(
         nearest = torch.where(better, length, nearest)
         if step == steps:
             break
-        grad = loop.backward(losses, image, x)
+        grad = loop.backward(image, logits, judgement)
+        loop.not_finite[batch.rows] |= ~grad.flatten(1).isfinite().all(1)
         gamma = _annealed(_GAMMA, step, steps)
         if step:
             grown = torch.where(nearest.isfinite(), radius * (1 + gamma), radius * _GROWTH)

@@ -1,20 +1,20 @@
-"""The attack loop: forward, judge, keep the best, backward, step. PGD and APGD run it; other attacks use its parts.
+"""The attack loop: forward, judge, backward, step. PGD and APGD run it; other attacks use its parts.
 
-:meth:`AttackLoop.run` is the loop itself, and the methods after it stand in the order in which it calls them.
+:meth:`AttackLoop.run` is the loop itself, and what it calls follows in the order in which it does.
 """
 
 import warnings
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._batch import Batch, fewer, rows_where, take
-from fastlip.attacks._losses import Loss, attack_loss, check_classes, in_doubt, is_adversarial
+from fastlip.attacks._arguments import check_classes
+from fastlip.attacks._batch import Batch, Iterates, fewer, map_rows, rows_where, take, wide_dtype
+from fastlip.attacks._graphs import Graph
 from fastlip.attacks._model import Network
-from fastlip.ops import Norm
+from fastlip.ops import Judgement, Loss, Norm
 
 Keep = Literal["best", "last"]
 
@@ -25,13 +25,23 @@ _CHECK_EVERY_ELSEWHERE = 4
 _PATIENCE = 12
 
 
+class Step(Protocol):
+    """A step of an attack, equal to others of the same settings; it keeps nothing between calls."""
+
+    def __call__(self, now: Iterates, grad: Tensor, judgement: Judgement) -> None:
+        """Save the iterate where it is better than the best so far, and move it by ``grad`` [B, ...]."""
+
+    def __hash__(self) -> int: ...
+
+
 class AttackLoop:
     """The network, the settings and the results of one call, for the caller's whole batch.
 
     Attributes:
-        result: what the call returns: the best images so far, [N, ...] like the caller's inputs.
+        best: the best iterates so far, [N, ...] in the dtype of iterates; the inputs where there is none.
         best_loss: their losses, [N] float64.
-        lost_gradients: whether an element of a gradient was not finite, [] bool; the steps take such elements for 0.
+        adversarial: whether they are adversarial, [N] bool; the model's own decision.
+        not_finite: whether an element of an image's gradient was not finite, [N] bool.
     """
 
     def __init__(
@@ -49,9 +59,11 @@ class AttackLoop:
         self.loss = loss
         self.keep = keep
         self.early_stop = early_stop
-        self.result = inputs.detach().clone()
+        self.dtype = inputs.dtype
+        self.best = inputs.detach().to(wide_dtype(inputs), copy=True)
         self.best_loss = torch.full(inputs.shape[:1], -torch.inf, dtype=torch.float64, device=inputs.device)
-        self.lost_gradients = torch.zeros((), dtype=torch.bool, device=inputs.device)
+        self.adversarial = torch.zeros(inputs.shape[:1], dtype=torch.bool, device=inputs.device)
+        self.not_finite = torch.zeros_like(self.adversarial)
         self._classes_checked = False
 
     def run(
@@ -59,8 +71,8 @@ class AttackLoop:
         batch: Batch,
         x: Tensor,  # [K, ...], changed
         steps: int,
-        step: Callable[[Batch, Tensor, Tensor, Tensor], None],
-        drop: Callable[[Tensor], None] = lambda kept: None,
+        step: Step,
+        state: ops.APGDState | None = None,
         *,
         from_inputs: bool = False,
     ) -> Batch:
@@ -70,116 +82,123 @@ class AttackLoop:
             batch: the images.
             x: the first iterates.
             steps: how many gradient steps to take.
-            step: called with the batch, x (to be moved in place), the gradients and the losses [K].
-            drop: called with the positions of the images that go on, [M] int64, whenever others are dropped.
+            step: the step.
+            state: what the step remembers of each image.
             from_inputs: whether ``x`` are the images themselves. The first iterate then tells which images are
                 misclassified, so that no forward pass has to precede the loop; except with ``keep="last"`` those images
                 go no further.
         """
-        best = BestTracker(self, batch)
-        for k in range(steps + 1):
-            # Forward and judge. The last iterate gets no gradient.
-            image = self.feasible(best.batch, x)
-            losses, adversarial, doubtful = self.forward(best.batch, image, gradient=k < steps)
+        tracker = BestTracker(self, batch, x, state)
+        for k in range(steps):
             at_inputs = from_inputs and k == 0 and self.keep == "best"
-            if at_inputs:
-                adversarial = self.confirmed(best.batch, image.detach(), adversarial, doubtful)
-
-            # Keep the best.
-            if self.keep == "best":
-                best.update(image, losses, adversarial, doubtful)
-            elif k == steps:
-                best.replace(image, adversarial, doubtful)
-            if k == steps:
-                break
-            kept = fewer(~adversarial) if at_inputs else best.unfinished(k)
-            if kept is not None and len(kept) == 0:
-                break
-
-            # Backward.
-            grad, losses = self.backward(losses, image, x), losses.detach()
-            if kept is not None:
-                best.drop(kept)
-                drop(kept)
-                x, grad, losses = take(x, kept), take(grad, kept), losses[kept]
-
-            # Step.
-            step(best.batch, x, grad, losses)
-        return best.finish()
-
-    def feasible(self, batch: Batch, x: Tensor) -> Tensor:
-        """The iterates in the dtype of the inputs, within ball and box: the images that are judged and returned."""
-        if x.dtype == self.result.dtype:
-            return x.clone()  # because the step changes x in place, and this may be the best image
-        low = x.to(self.result.dtype)
-        return ops.project_(low, batch.x0.to(low.dtype), eps=batch.eps, norm=self.norm, bounds=batch.bounds)
+            if not at_inputs and tracker.replay(step, steps - k):
+                unfinished = tracker.unfinished(k)
+            else:
+                now = tracker.now
+                image, logits, judgement = self.forward(now.batch, now.x, now.record)
+                unfinished = tracker.unfinished(k, judgement, at_inputs=at_inputs)
+                if unfinished is not None and len(unfinished) == 0:
+                    now.save(judgement.better)  # there is no step that would
+                else:
+                    step(now, self.backward(image, logits, judgement), judgement)
+            if unfinished is not None:
+                if len(unfinished) == 0:
+                    break
+                tracker.drop(unfinished)
+        else:
+            tracker.take_last()
+        return tracker.finish()
 
     def forward(
         self,
         batch: Batch,
-        image: Tensor,  # [K, ...]
+        x: Tensor,  # [K, ...]
+        record: ops.BestRecord | None = None,
         *,
-        gradient: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The forward pass at ``image`` and what follows from its logits.
+        gradient: bool = True,
+        counted: bool = True,
+    ) -> tuple[Tensor, Tensor, Judgement]:
+        """The forward pass at ``x`` and what is read off its logits.
 
         Returns:
-            The losses [K], with a graph where a ``gradient`` is wanted; which images are adversarial, [K] bool; and,
-            where the logits are those of a faster copy, at which images the model itself might decide otherwise, [K]
-            bool, else None.
+            The images that the model saw, [K, ...] in the dtype of the inputs; its logits [K, C], with a graph where a
+            ``gradient`` is wanted; and their judgement, which brings the ``record`` up to date.
         """
-        image.requires_grad_(gradient)
+        image = self.image(batch, x).requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
-            logits = self.network.ascend(image)
-            if not self._classes_checked:
-                check_classes(logits, labels=batch.labels, targets=batch.targets)
-                self._classes_checked = True
-            losses = attack_loss(self.loss, logits, batch.labels, batch.targets, batch.toward)
-        logits = logits.detach()
-        adversarial = is_adversarial(logits, batch.labels, batch.targets)
-        return losses, adversarial, None if self.network.exact else in_doubt(logits, self.network.rounding)
+            logits = self.network.ascend(image, counted=counted)
+        if not self._classes_checked:
+            check_classes(logits, labels=batch.labels, targets=batch.targets)
+            self._classes_checked = True
+        judgement = ops.judge(
+            logits, batch.labels, targets=batch.targets, toward=batch.toward, loss=self.loss,
+            rounding=0.0 if self.network.exact else self.network.rounding, record=record,
+        )  # fmt: skip
+        return image, logits, judgement
+
+    def image(
+        self,
+        batch: Batch,
+        x: Tensor,  # [K, ...]
+    ) -> Tensor:
+        """``x`` in the dtype of the inputs, within ball and box: what the model sees and the caller gets, [K, ...]."""
+        if x.dtype == self.dtype:
+            return x.detach()
+        low = x.to(self.dtype)
+        return ops.project_(low, batch.x0.to(self.dtype), eps=batch.eps, norm=self.norm, bounds=batch.bounds)
 
     def backward(
         self,
-        losses: Tensor,  # [K]
         image: Tensor,  # [K, ...]
-        like: Tensor,  # [K, ...]
+        logits: Tensor,  # [K, C]
+        judgement: Judgement,
     ) -> Tensor:
-        """The gradient of each image's loss, [K, ...] in the dtype of ``like``.
+        """The gradient of each image's loss, [K, ...] in the dtype of iterates.
 
         A loss depends on its own image alone, so that one backward pass gives all gradients. Those of parameters are
         not asked for and not computed.
         """
-        if not losses.requires_grad:
+        if not logits.requires_grad:
             raise ValueError("model's output must depend differentiably on its input for a gradient attack")
-        (grad,) = torch.autograd.grad(losses.sum(), image)
-        grad = grad.to(like.dtype)
-        self.lost_gradients |= ~grad.sum().isfinite()
-        return grad
+        (grad,) = torch.autograd.grad(logits, image, judgement.grad)
+        return grad.to(self.best.dtype)
 
-    def confirmed(
-        self,
-        batch: Batch,
-        image: Tensor,  # [K, ...]
-        adversarial: Tensor,  # [K] bool
-        doubtful: Tensor | None,  # [K] bool
-    ) -> Tensor:
-        """Which images are adversarial, [K] bool, by the model's own decision wherever that may differ."""
-        return adversarial if doubtful is None else self.asked(batch, image, adversarial, adversarial | doubtful)
+    def iterate(self, now: Iterates, step: Step, *, counted: bool = True) -> None:
+        """One iteration without a look at what it found; the host waits for nothing."""
+        image, logits, judgement = self.forward(now.batch, now.x, now.record, counted=counted)
+        step(now, self.backward(image, logits, judgement), judgement)
+
+    def advance(self, now: Iterates, step: Step, steps: int) -> Iterates:
+        """The iterates after so many iterations without a look."""
+        graph = self.graph(now, step, steps)
+        for _ in range(steps):
+            if graph is None:
+                self.iterate(now, step)
+            else:
+                graph.replay()
+                self.network.count_replayed(len(now))
+        return now if graph is None else graph.now
+
+    def graph(self, now: Iterates, step: Step, steps_left: int) -> Graph | None:
+        """An iteration that is replayed, with ``now`` moved into its memory; None where it has to be carried out."""
+        if self.network.graphs is None or not self._classes_checked:
+            return None
+        settings = (self.norm, self.loss, self.dtype, step)
+        return self.network.graphs.place(settings, lambda it: self.iterate(it, step, counted=False), now, steps_left)
 
     def asked(
         self,
         batch: Batch,
-        image: Tensor,  # [K, ...]
+        x: Tensor,  # [K, ...]
         adversarial: Tensor,  # [K] bool
         where: Tensor,  # [K] bool
     ) -> Tensor:
-        """``adversarial`` [K] bool with the model's own decision on the images at which ``where`` is true."""
+        """``adversarial`` [K] bool with the model's own decision on the iterates at which ``where`` is true."""
         rows = rows_where(where)
         if len(rows) == 0:
             return adversarial
         part = batch.take(rows)
-        return adversarial.index_put((rows,), self.own_decision(part, take(image, rows)))
+        return adversarial.index_put((rows,), self.own_decision(part, self.image(part, take(x, rows))))
 
     def own_decision(
         self,
@@ -189,19 +208,32 @@ class AttackLoop:
         """Which images are adversarial by the model's own decision, [K] bool."""
         with torch.no_grad():
             logits = self.network.judge(image)
-        return is_adversarial(logits, batch.labels, batch.targets)
+        return ops.judge(logits, batch.labels, targets=batch.targets, loss=self.loss).adversarial
 
     def without_misclassified(self, batch: Batch) -> Batch:
         """The images that are classified correctly, or not yet as their targets, before anything is done to them."""
-        if len(batch.rows) == 0:
+        if len(batch) == 0:
             return batch
-        image = batch.x0.to(self.result.dtype)
-        _, wrong, doubtful = self.forward(batch, image, gradient=False)
-        return batch.where(~self.confirmed(batch, image, wrong, doubtful))
+        _, _, judgement = self.forward(batch, batch.x0, gradient=False)
+        wrong = judgement.adversarial
+        if not self.network.exact:
+            wrong = self.asked(batch, batch.x0, wrong, wrong | judgement.doubtful)
+        return batch.where(~wrong)
 
-    def warn_of_lost_gradients(self, name: str) -> None:
+    def images(
+        self,
+        batch: Batch,
+    ) -> Tensor:
+        """What the call returns: the best images, [N, ...] like the inputs; ``batch`` holds all that were attacked."""
+        if self.best.dtype == self.dtype:
+            return self.best
+        out = self.best.to(self.dtype)
+        out[batch.rows] = self.image(batch, self.best[batch.rows])
+        return out
+
+    def warn_of_not_finite(self, name: str) -> None:
         """Warn the caller of the attack ``name`` where elements of gradients were not finite."""
-        if bool(self.lost_gradients):
+        if bool(self.not_finite.any()):
             message = f"{name} met gradients that are not finite; those elements counted as 0"
             warnings.warn(message, stacklevel=3)
 
@@ -214,70 +246,76 @@ class BestTracker:
     much as one for several.
     """
 
-    def __init__(self, loop: AttackLoop, batch: Batch) -> None:
+    def __init__(self, loop: AttackLoop, batch: Batch, x: Tensor, state: ops.APGDState | None = None) -> None:
+        rows = batch.rows
         self.loop = loop
         self.batch = batch
-        self.best = take(loop.result, batch.rows)
-        self.best_loss = loop.best_loss[batch.rows]
-        self.adversarial = torch.zeros(len(batch), dtype=torch.bool, device=batch.x0.device)
-        self.unconfirmed = self.doubtful = self.adversarial  # replaced, never changed in place
-        self.per_image = (-1, *[1] * (batch.x0.dim() - 1))  # [B] in this shape broadcasts to images
-        self.check_every = _CHECK_EVERY.get(batch.x0.device.type, _CHECK_EVERY_ELSEWHERE)
+        self.now = Iterates(batch, x, loop.not_finite[rows], state=state)
+        self.graph: Graph | None = None
         self.waited = 0
+        self.check_every = _CHECK_EVERY.get(x.device.type, _CHECK_EVERY_ELSEWHERE)
+        if loop.keep == "best":
+            self.now.best = torch.empty_like(x).copy_(loop.best[rows])
+            self.now.record = self._record(loop.best_loss[rows], torch.zeros_like(self.now.not_finite))
 
-    def update(
-        self,
-        image: Tensor,  # [K, ...]
-        losses: Tensor,  # [K]
-        adversarial: Tensor,  # [K] bool
-        doubtful: Tensor | None,  # [K] bool
-    ) -> None:
-        """Take the new iterate where it is better than the best so far.
+    def _record(self, loss: Tensor, succeeded: Tensor) -> ops.BestRecord:
+        record = ops.BestRecord(loss, succeeded, early_stop=self.loop.early_stop)
+        if not self.loop.network.exact:
+            record.unconfirmed, record.doubtful = succeeded.clone(), torch.zeros_like(succeeded)
+        return record
 
-        An adversarial iterate is better than one that is not, and a larger loss decides among two of a kind. With
-        early stopping the first adversarial iterate stays the best.
+    def replay(self, step: Step, steps_left: int) -> bool:
+        """Take a step by replaying a graph, if there is one."""
+        if self.graph is None:
+            self.graph = self.loop.graph(self.now, step, steps_left)
+            if self.graph is None:
+                return False
+            self.now = self.graph.now
+        self.graph.replay()
+        self.loop.network.count_replayed(len(self.now))
+        return True
+
+    def unfinished(self, step: int, judgement: Judgement | None = None, *, at_inputs: bool = False) -> Tensor | None:
+        """Positions of the images that go on, [M] int64; None where all do, or where this step does not check.
+
+        Args:
+            step: how many steps were taken before.
+            judgement: that of iterates which have yet to be saved; None where they are saved already.
+            at_inputs: whether the iterates are the images themselves.
         """
-        loss = losses.detach().double()
-        if self.loop.early_stop:
-            better = ~self.adversarial & (adversarial | (loss > self.best_loss))
-        else:
-            same_kind = adversarial == self.adversarial
-            better = (adversarial & ~self.adversarial) | (same_kind & (loss > self.best_loss))
-        self.best = torch.where(better.view(self.per_image), image.detach(), self.best)
-        self.best_loss = torch.where(better, loss, self.best_loss)
-        if doubtful is not None:
-            self.unconfirmed = torch.where(better, adversarial, self.unconfirmed)
-            self.doubtful = torch.where(better, doubtful, self.doubtful)
-        self.adversarial = self.adversarial | adversarial
-
-    def replace(self, image: Tensor, adversarial: Tensor, doubtful: Tensor | None) -> None:
-        """Take the new iterate, whatever came before."""
-        self.best, self.adversarial = image.detach(), adversarial
-        if doubtful is not None:
-            self.unconfirmed, self.doubtful = adversarial, doubtful
-
-    def unfinished(self, step: int) -> Tensor | None:
-        """Positions of the images that go on, [M] int64; None where all do, or where this step does not check."""
-        stops = self.loop.early_stop and self.loop.keep == "best"
-        if not stops or step % self.check_every or not bool(self.adversarial.any()):
+        record = self.now.record
+        if record is None:
             return None
-        if self.loop.network.exact:
-            return fewer(~self.adversarial)
-        waiting = int(self.unconfirmed.sum())
+        if at_inputs:
+            if judgement is not None and record.unconfirmed is not None:
+                self.confirm(record, judgement.adversarial | judgement.doubtful)
+            return fewer(~record.succeeded)
+        if not self.loop.early_stop or step % self.check_every:
+            return None
+        if record.unconfirmed is None:
+            return fewer(~record.succeeded) if bool(record.succeeded.any()) else None
+        succeeded, waiting = torch.stack((record.succeeded, record.unconfirmed)).sum(1).tolist()
+        if succeeded == 0:
+            return None
         self.waited += waiting
-        if waiting and self.waited >= min(_PATIENCE, len(self.batch)):
-            self.confirm(self.unconfirmed)
-        return fewer(~self.adversarial | self.unconfirmed)
+        if waiting and self.waited >= min(_PATIENCE, len(self.now) - succeeded + waiting):
+            if judgement is not None:
+                self.now.save(judgement.better)
+            self.confirm(record, record.unconfirmed)
+        return fewer(~record.succeeded | record.unconfirmed)
 
     def confirm(
         self,
+        record: ops.BestRecord,
         where: Tensor,  # [K] bool
     ) -> None:
         """Ask the model about the best iterates at which ``where`` is true."""
-        self.adversarial = self.loop.asked(self.batch, self.best, self.adversarial, where)
+        if record.unconfirmed is None or self.now.best is None:
+            return
+        record.succeeded.copy_(self.loop.asked(self.now.batch, self.now.best, record.succeeded, where))
         # The next iterate takes the place of one that the model does not find adversarial.
-        self.best_loss = torch.where(self.unconfirmed & ~self.adversarial, -torch.inf, self.best_loss)
-        self.unconfirmed = torch.zeros_like(self.unconfirmed)
+        record.loss.masked_fill_(record.unconfirmed & ~record.succeeded, -torch.inf)
+        record.unconfirmed.zero_()
         self.waited = 0
 
     def drop(
@@ -285,23 +323,38 @@ class BestTracker:
         kept: Tensor,  # [M] int64
     ) -> None:
         """Store the results and go on with the images at positions ``kept``."""
+        if self.graph is not None and self.graph.fits(len(kept)):
+            return  # the others change no more, and their rows cost little
         self.store()
-        self.batch, self.best = self.batch.take(kept), take(self.best, kept)
-        self.best_loss, self.adversarial = self.best_loss[kept], self.adversarial[kept]
-        if not self.loop.network.exact:
-            self.unconfirmed, self.doubtful = self.unconfirmed[kept], self.doubtful[kept]
+        self.now = map_rows(self.now, lambda t: take(t, kept), len(self.now))
+        self.graph = None
+
+    def take_last(self) -> None:
+        """Judge the iterates after the last step, which get no gradient, and take those that are the best."""
+        now = self.now
+        _, _, judgement = self.loop.forward(now.batch, now.x, now.record, gradient=False)
+        if now.record is not None:
+            now.save(judgement.better)
+            return
+        now.best, now.record = now.x, self._record(judgement.loss.double(), judgement.adversarial)
+        now.record.doubtful = judgement.doubtful
 
     def finish(self) -> Batch:
         """Store the results, confirmed by the model, and return the images that are still robust."""
-        if not self.loop.network.exact:
-            self.confirm(self.unconfirmed | (self.doubtful & ~self.adversarial))
+        record = self.now.record
+        if record is not None and record.unconfirmed is not None and record.doubtful is not None:
+            self.confirm(record, record.unconfirmed | (record.doubtful & ~record.succeeded))
         self.store()
-        return self.batch.where(~self.adversarial)
+        return self.batch.where(~self.loop.adversarial[self.batch.rows])
 
     def store(self) -> None:
         """Put the best iterates into the results of the call."""
-        self.loop.result[self.batch.rows] = self.best
-        self.loop.best_loss[self.batch.rows] = self.best_loss
+        now, loop, rows = self.now, self.loop, self.now.batch.rows
+        loop.not_finite[rows] = now.not_finite
+        if now.best is not None and now.record is not None:
+            loop.best[rows] = now.best
+            loop.best_loss[rows] = now.record.loss
+            loop.adversarial[rows] = now.record.succeeded
 
 
 def start_points(
@@ -324,5 +377,7 @@ def start_points(
 
 def unblocked_gradient(batch: Batch, x: Tensor, grad: Tensor) -> Tensor:
     """``grad`` without the elements whose step the box would undo: a sparse step moves few elements, and not those."""
+    # The next number that way, unless the box takes it back.
     lo, hi = batch.bounds
-    return torch.where((grad > 0) & (x >= hi) | (grad < 0) & (x <= lo), 0.0, grad)
+    beyond = x.nextafter(grad * torch.inf).clamp(lo, hi)  # type: ignore[arg-type]
+    return (beyond != x) * grad

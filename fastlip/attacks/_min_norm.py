@@ -11,11 +11,10 @@ from fastlip.attacks._batch import Batch, new_batch, per_sample, rows_where, tak
 from fastlip.attacks._distance import distance, largest_radius, slope
 from fastlip.attacks._fmn import fmn
 from fastlip.attacks._loop import AttackLoop, start_points
-from fastlip.attacks._losses import Loss
 from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._pgd import PgdStep, default_step
 from fastlip.attacks._prepare import network_of
-from fastlip.ops import Bounds, Norm, PerSample
+from fastlip.ops import Bounds, Loss, Norm, PerSample
 
 Method = Literal["search", "fmn", "both"]
 
@@ -140,7 +139,7 @@ def min_norm(
             found = _found_within(loop, part, originals, search.radius[rows], take(search.best, rows), steps, sparsity)
             success, found = _pull_back(loop, found, originals, part)
             search.update(rows, success, found, distance(found, originals, norm), tolerance)
-    loop.warn_of_lost_gradients("min_norm")
+    loop.warn_of_not_finite("min_norm")
     return MinNormResult(adversarial=search.best, distance=search.high, found=search.high.isfinite())
 
 
@@ -204,10 +203,13 @@ def _first_radius(loop: AttackLoop, batch: Batch) -> tuple[Tensor, Tensor]:
     if len(batch) == 0:  # not every model takes an empty batch
         nothing = torch.zeros(0, dtype=torch.float64, device=batch.x0.device)
         return nothing, nothing.bool()
-    image = loop.feasible(batch, batch.x0)
-    margin, adversarial, doubtful = loop.forward(batch, image, gradient=True)
-    estimate = -margin.detach().double() / slope(loop.backward(margin, image, image), loop.norm)
-    wrong = loop.confirmed(batch, image.detach(), adversarial, doubtful)
+    image, logits, judgement = loop.forward(batch, batch.x0)
+    grad = loop.backward(image, logits, judgement)
+    loop.not_finite[batch.rows] |= ~grad.flatten(1).isfinite().all(1)
+    estimate = -judgement.loss.double() / slope(grad, loop.norm)
+    wrong = judgement.adversarial
+    if not loop.network.exact:
+        wrong = loop.asked(batch, batch.x0, wrong, wrong | judgement.doubtful)
     return estimate.nan_to_num(nan=torch.inf).clamp_min(_LEAST_RADIUS), wrong
 
 
@@ -226,8 +228,8 @@ def _found_within(
     ball = replace(batch, eps=eps, step_size=default_step(eps, steps), rows=rows)
     x = start_points(ball, loop.norm, random_start=False, start=start, generator=None)
     inner.run(ball, x, steps, PgdStep(loop.norm, sparsity))
-    loop.lost_gradients |= inner.lost_gradients
-    return inner.result
+    loop.not_finite[batch.rows] |= inner.not_finite
+    return inner.images(ball)
 
 
 @torch.no_grad()

@@ -5,9 +5,17 @@ import math
 import torch
 from torch import Tensor
 
-from fastlip.attacks._arguments import check_generator, check_model, check_vector, checked_inputs, count, number
+from fastlip import ops
+from fastlip.attacks._arguments import (
+    check_classes,
+    check_generator,
+    check_model,
+    check_vector,
+    checked_inputs,
+    count,
+    number,
+)
 from fastlip.attacks._batch import new_batch, rows_where, take
-from fastlip.attacks._losses import check_classes, is_adversarial
 from fastlip.attacks._min_norm import MinNormResult
 from fastlip.attacks._model import Model, eval_mode, logits_of
 from fastlip.attacks._noise import add_noise, standard_normal
@@ -92,7 +100,7 @@ def min_sigma(
             noisy = noisy.to(inputs.dtype)
             logits = logits_of(network, noisy)
             check_classes(logits, labels=chosen.labels)
-            adversarial = is_adversarial(logits, chosen.labels, None)
+            adversarial = ops.judge(logits, chosen.labels).adversarial
             better = adversarial & (sigma[rows] < smallest[rows])
             best[rows[better]] = noisy[better]
             smallest[rows[better]] = sigma[rows[better]]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlip.attacks._arguments import check_model, number, shown
-from fastlip.attacks._counts import report
+from fastlip.attacks._counts import report, report_replayed
+from fastlip.attacks._graphs import IterationGraphs
 
 Model = Callable[[Tensor], Tensor]
 
@@ -24,22 +25,36 @@ class Network:
         faster: the copy; None follows the model's own gradients.
         rounding: the largest difference to be expected between their logits, relative to the spread of an image's
             logits. Where it cannot change a decision the model is not asked.
+        graphs: what replays whole iterations of an attack on a GPU; None carries them out one operator at a time.
 
     Attributes:
         exact: whether the gradients are those of the model itself.
+        graphs: the CUDA graphs of attacks on this network, where :func:`prepare` made it fast on a GPU. At most 32 are
+            alive, in at most half of the device's memory; ``graphs.alive`` and ``graphs.bytes`` say what there is now,
+            and ``graphs.clear()`` frees it.
 
     Raises:
         TypeError: a type is wrong.
     """
 
-    def __init__(self, model: Model, faster: Model | None = None, rounding: float = math.inf) -> None:
+    def __init__(
+        self,
+        model: Model,
+        faster: Model | None = None,
+        rounding: float = math.inf,
+        *,
+        graphs: IterationGraphs | None = None,
+    ) -> None:
         check_model(model)
         if faster is not None and not callable(faster):
             raise TypeError(f"faster must map inputs to logits [B, C] or be None, got {shown(faster)}")
+        if not isinstance(graphs, IterationGraphs | None):
+            raise TypeError(f"graphs must be IterationGraphs or None, got {shown(graphs)}")
         self.model = model
         self.faster = faster
         self.exact = faster is None
         self.rounding = number(rounding, "rounding")
+        self.graphs = graphs
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return self.model(inputs)
@@ -54,13 +69,20 @@ class Network:
     def ascend(
         self,
         inputs: Tensor,  # [B, ...]
+        *,
+        counted: bool = True,
     ) -> Tensor:
-        """Logits [B, C] whose gradients are followed."""
+        """Logits [B, C] whose gradients are followed; unless ``counted`` no count of passes hears of a copy's."""
         if self.faster is None:
             return logits_of(self.model, inputs)
         logits = logits_of(self.faster, inputs)
-        report(self.model, logits)
+        if counted:
+            report(self.model, logits)
         return logits
+
+    def count_replayed(self, images: int) -> None:
+        """Tell the counts in progress of a replayed iteration, whose passes nothing else sees."""
+        report_replayed(self.model, images)
 
 
 @contextmanager

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from fastlip import ops
 from fastlip.attacks._arguments import check_call, check_choice, check_settings, length, radius, share
-from fastlip.attacks._batch import Batch, new_batch
+from fastlip.attacks._batch import Iterates, new_batch
 from fastlip.attacks._loop import AttackLoop, Keep, start_points, unblocked_gradient
-from fastlip.attacks._losses import Loss
 from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._prepare import network_of
-from fastlip.ops import Bounds, Norm, PerSample
+from fastlip.ops import Bounds, Judgement, Loss, Norm, PerSample
 
 
 def pgd(
@@ -96,6 +95,7 @@ def pgd(
     step_size = default_step(eps, steps) if step_size is None else length(step_size, "step_size", inputs)
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids, active=active)
+        attacked = batch
         loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop)
         from_inputs = not random_start and start is None
         if keep == "best" and not from_inputs:
@@ -105,8 +105,8 @@ def pgd(
                 break
             x = start_points(batch, norm, random_start, start, generator)
             batch = loop.run(batch, x, steps, step, from_inputs=from_inputs)
-    loop.warn_of_lost_gradients("pgd")
-    return loop.result
+    loop.warn_of_not_finite("pgd")
+    return loop.images(attacked)
 
 
 def fgsm(
@@ -138,8 +138,8 @@ def fgsm(
         loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep)
         if len(batch) > 0:
             loop.run(batch, batch.x0.clone(), 1, step, from_inputs=True)
-    loop.warn_of_lost_gradients("fgsm")
-    return loop.result
+    loop.warn_of_not_finite("fgsm")
+    return loop.images(batch)
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,14 @@ class PgdStep:
     norm: Norm
     sparsity: float
 
-    def __call__(self, batch: Batch, x: Tensor, grad: Tensor, losses: Tensor) -> None:
+    def __call__(self, now: Iterates, grad: Tensor, judgement: Judgement) -> None:
+        batch = now.batch
         if self.norm == "l1":
-            grad = unblocked_gradient(batch, x, grad)
+            grad = unblocked_gradient(batch, now.x, grad)
         ops.pgd_step_(
-            x, grad, batch.x0, step_size=batch.step_size, eps=batch.eps, norm=self.norm, bounds=batch.bounds,
-            sparsity=self.sparsity,
+            now.x, grad, batch.x0, step_size=batch.step_size, eps=batch.eps, norm=self.norm, bounds=batch.bounds,
+            sparsity=self.sparsity, best=now.best, better=None if now.best is None else judgement.better,
+            not_finite=now.not_finite,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlip.attacks._arguments import check_images, check_model, check_precision, flag
-from fastlip.attacks._graphs import Graphed
+from fastlip.attacks._graphs import IterationGraphs
 from fastlip.attacks._model import Model, Network, unwrapped
 from fastlip.attacks._rewrite import fold, fuse, lower
 
@@ -78,7 +78,7 @@ def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: torch.dty
             few = inputs[:_COMPARED].detach().clone()
             want = model(few)
             made = _copy_of(model, few, want, fast, precision)
-        return Network(model, made.model, made.rounding) if made else Network(model)
+        return Network(model, made.model, made.rounding, graphs=made.graphs) if made else Network(model)
     finally:
         for module in training:
             module.training = True
@@ -90,6 +90,7 @@ class _Copy:
 
     model: Model
     rounding: float
+    graphs: IterationGraphs | None  # of attacks on it
 
 
 class _Kept:
@@ -151,8 +152,8 @@ def _faster(model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, precisio
         except Exception:  # a model may raise anything in a form that it was not written for
             continue
         if apart <= _ROUNDING[dtype]:
-            graphed = Graphed(made) if fast and inputs.is_cuda else None
-            return _Copy(graphed if graphed and graphed.works(inputs) else made, _MARGIN * max(apart, _LEAST))
+            graphs = IterationGraphs() if fast and inputs.is_cuda else None
+            return _Copy(made, _MARGIN * max(apart, _LEAST), graphs)
     return None
 
 

@@ -11,10 +11,9 @@ from fastlip.attacks._arguments import check_call, count, number, radius
 from fastlip.attacks._batch import Batch, new_batch, per_sample, take
 from fastlip.attacks._distance import ORDER
 from fastlip.attacks._loop import AttackLoop, BestTracker
-from fastlip.attacks._losses import Loss
 from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._prepare import network_of
-from fastlip.ops import Bounds, Norm, PerSample
+from fastlip.ops import Bounds, Loss, Norm, PerSample
 
 #: Iterations, of 10,000, at which the share of changed elements halves (section 4.1 of the paper).
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -83,21 +82,23 @@ def square(
     eps = radius(eps, "eps", inputs, finite="for square, whose first steps reach the surface of the ball")
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network, torch.no_grad():
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=0.0, bounds=bounds, ids=ids, active=active)
+        attacked = batch
         loop = AttackLoop(network, inputs, norm=norm, loss=loss)
         batch = loop.without_misclassified(batch)
         for _ in range(restarts):
             if len(batch) == 0:
                 break
             batch = _run(loop, batch, queries, share, generator)
-    return loop.result
+    return loop.images(attacked)
 
 
 def _run(loop: AttackLoop, batch: Batch, queries: int, share: float, generator: torch.Generator | None) -> Batch:
     """Query the model ``queries`` times and return the images that are still robust."""
-    best = BestTracker(loop, batch)
-    x, accepted = batch.x0, torch.full_like(best.best_loss, -torch.inf)
+    tracker = BestTracker(loop, batch, batch.x0)
+    x, accepted = batch.x0, torch.full(batch.rows.shape, -torch.inf, dtype=torch.float64, device=batch.x0.device)
     for query, (height, width) in enumerate(_windows(batch.x0, queries, share)):
-        batch = best.batch
+        now = tracker.now
+        batch = now.batch
         draws = _Draws(batch, generator)
         if query == 0:
             moved = _first(batch, loop.norm, draws)
@@ -105,20 +106,19 @@ def _run(loop: AttackLoop, batch: Batch, queries: int, share: float, generator: 
             moved = _recoloured(batch, x, height, width, draws)
         else:
             moved = _shifted(batch, x, height, width, loop.norm, draws)
-        point = ops.project_(moved, batch.x0, eps=batch.eps, norm=loop.norm, bounds=batch.bounds)
-        image = loop.feasible(batch, point)
-        losses, adversarial, doubtful = loop.forward(batch, image, gradient=False)
-        best.update(image, losses, adversarial, doubtful)
-        better = losses.double() > accepted
-        x = torch.where(per_sample(better, x), point, x)
-        accepted = torch.where(better, losses.double(), accepted)
-        kept = best.unfinished(query)
-        if kept is not None:
-            if len(kept) == 0:
+        now.x = ops.project_(moved, batch.x0, eps=batch.eps, norm=loop.norm, bounds=batch.bounds)
+        _, _, judgement = loop.forward(batch, now.x, now.record, gradient=False)
+        now.save(judgement.better)
+        losses = judgement.loss.double()
+        x = torch.where(per_sample(losses > accepted, x), now.x, x)
+        accepted = torch.where(losses > accepted, losses, accepted)
+        unfinished = tracker.unfinished(query)
+        if unfinished is not None:
+            if len(unfinished) == 0:
                 break
-            best.drop(kept)
-            x, accepted = take(x, kept), accepted[kept]
-    return best.finish()
+            tracker.drop(unfinished)
+            x, accepted = take(x, unfinished), accepted[unfinished]
+    return tracker.finish()
 
 
 def _windows(x0: Tensor, queries: int, share: float) -> Iterator[tuple[int, int]]:

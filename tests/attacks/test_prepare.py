@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from fastlip import attacks
-from fastlip.attacks import _graphs, _prepare, _rewrite
+from fastlip.attacks import _prepare, _rewrite
 from fastlip.models import resnet50
 
 CALL = {"eps": 0.065, "steps": 8, "loss": "ce"}
@@ -249,9 +249,6 @@ def test_counts_and_hooks_of_the_copy(cnn_problem):
     with pytest.raises(TypeError, match=r"nn\.Module"), attacks.count_forward_backward(lambda x: x):
         pass
 
-
-def test_batches_are_padded_to_few_sizes():
-    assert [_graphs.padded_size(n) for n in (1, 2, 3, 64, 65, 100)] == [1, 2, 4, 64, 128, 128]
 
 
 def test_copies_in_low_precision_see_few_batch_sizes(residual):
