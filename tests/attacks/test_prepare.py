@@ -250,7 +250,6 @@ def test_counts_and_hooks_of_the_copy(cnn_problem):
         pass
 
 
-
 def test_copies_in_low_precision_see_few_batch_sizes(residual):
     assert [_prepare.roomy_size(n) for n in (1, 2, 3, 5, 8, 9, 32, 33, 100)] == [1, 2, 4, 8, 8, 16, 32, 40, 112]
     sizes = []
