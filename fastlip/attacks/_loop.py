@@ -100,7 +100,9 @@ class AttackLoop:
                 if unfinished is not None and len(unfinished) == 0:
                     now.save(judgement.better)  # there is no step that would
                 else:
-                    step(now, self.backward(image, logits, judgement), judgement)
+                    # Named, so that it lives until the next: its memory would go back to the system in between.
+                    grad = self.backward(image, logits, judgement)
+                    step(now, grad, judgement)
             if unfinished is not None:
                 if len(unfinished) == 0:
                     break
