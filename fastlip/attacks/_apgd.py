@@ -109,7 +109,6 @@ def apgd(
     flag(larger_eps, "larger_eps")
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids, active=active)
-        attacked = batch
         loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop)
         phases = _phases(steps, larger_eps)
         from_inputs = not random_start and start is None and len(phases) == 1
@@ -123,7 +122,7 @@ def apgd(
                 aimed = replace(batch, toward=None if toward is None else toward[batch.rows])
                 batch = run(aimed, start_points(run.first_ball(aimed), norm, random_start, start, generator))
     loop.warn_of_not_finite("apgd")
-    return loop.images(attacked)
+    return loop.result
 
 
 def _classes_aimed_at(loop: AttackLoop, batch: Batch, count: int) -> Iterator[Tensor | None]:
@@ -139,7 +138,7 @@ def _classes_aimed_at(loop: AttackLoop, batch: Batch, count: int) -> Iterator[Te
     logits = logits.scatter(1, batch.labels[:, None], -torch.inf)
     ranked = logits.argsort(dim=1, descending=True, stable=True)
     for k in range(min(count, logits.shape[1] - 1)):
-        toward = torch.zeros(len(loop.best), dtype=torch.int64, device=logits.device)
+        toward = torch.zeros(len(loop.result), dtype=torch.int64, device=logits.device)
         toward[batch.rows] = ranked[:, k]
         yield toward
 

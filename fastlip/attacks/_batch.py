@@ -60,6 +60,17 @@ class Iterates:
     def __len__(self) -> int:
         return self.x.shape[0]
 
+    def keep(
+        self,
+        kept: Tensor,  # [K] int64
+    ) -> None:
+        """Go on with the images at positions ``kept``, one tensor after another: the memory of each serves the next."""
+        size = len(self)
+        for part in (self.record, self.state, self):
+            for name in _in_rows(part):
+                if name not in ("record", "state"):
+                    setattr(part, name, map_rows(getattr(part, name), lambda t: take(t, kept), size))
+
     def save(
         self,
         better: Tensor,  # [B] bool
@@ -113,13 +124,16 @@ def map_rows(value: Rows, change: Callable[[Tensor], Tensor], size: int) -> Rows
         if isinstance(part, tuple):
             return tuple(map(changed, part))
         if is_dataclass(part) and not isinstance(part, type):
-            # APGD's schedule has a row for each step.
-            names = [f.name for f in fields(part) if f.name != "schedule"]
-            return replace(part, **{name: changed(getattr(part, name)) for name in names})
+            return replace(part, **{name: changed(getattr(part, name)) for name in _in_rows(part)})
         return part
 
     out: Rows = changed(value)
     return out
+
+
+def _in_rows(part: Any) -> list[str]:
+    """The fields of a dataclass that may have rows; of what is none, none. APGD's schedule has a row for each step."""
+    return [f.name for f in fields(part) if f.name != "schedule"] if is_dataclass(part) else []
 
 
 def take(

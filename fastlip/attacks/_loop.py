@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlip import ops
 from fastlip.attacks._arguments import check_classes
-from fastlip.attacks._batch import Batch, Iterates, fewer, map_rows, rows_where, take, wide_dtype
+from fastlip.attacks._batch import Batch, Iterates, fewer, rows_where, take, wide_dtype
 from fastlip.attacks._graphs import Graph
 from fastlip.attacks._model import Network
 from fastlip.ops import Judgement, Loss, Norm
@@ -38,7 +38,7 @@ class AttackLoop:
     """The network, the settings and the results of one call, for the caller's whole batch.
 
     Attributes:
-        best: the best iterates so far, [N, ...] in the dtype of iterates; the inputs where there is none.
+        result: what the call returns: the best images so far, [N, ...] like the inputs, which they are at first.
         best_loss: their losses, [N] float64.
         adversarial: whether they are adversarial, [N] bool; the model's own decision.
         not_finite: whether an element of an image's gradient was not finite, [N] bool.
@@ -60,7 +60,7 @@ class AttackLoop:
         self.keep = keep
         self.early_stop = early_stop
         self.dtype = inputs.dtype
-        self.best = inputs.detach().to(wide_dtype(inputs), copy=True)
+        self.result = inputs.detach().clone()
         self.best_loss = torch.full(inputs.shape[:1], -torch.inf, dtype=torch.float64, device=inputs.device)
         self.adversarial = torch.zeros(inputs.shape[:1], dtype=torch.bool, device=inputs.device)
         self.not_finite = torch.zeros_like(self.adversarial)
@@ -89,6 +89,7 @@ class AttackLoop:
                 go no further.
         """
         tracker = BestTracker(self, batch, x, state)
+        del x, state  # they are the tracker's, and their memory goes as images fall
         for k in range(steps):
             at_inputs = from_inputs and k == 0 and self.keep == "best"
             if not at_inputs and tracker.replay(step, steps - k):
@@ -163,7 +164,7 @@ class AttackLoop:
         if not logits.requires_grad:
             raise ValueError("model's output must depend differentiably on its input for a gradient attack")
         (grad,) = torch.autograd.grad(logits, image, judgement.grad)
-        return grad.to(self.best.dtype)
+        return grad.to(wide_dtype(image))
 
     def iterate(self, now: Iterates, step: Step, *, counted: bool = True) -> None:
         """One iteration without a look at what it found; the host waits for nothing."""
@@ -222,17 +223,6 @@ class AttackLoop:
             wrong = self.asked(batch, batch.x0, wrong, wrong | judgement.doubtful)
         return batch.where(~wrong)
 
-    def images(
-        self,
-        batch: Batch,
-    ) -> Tensor:
-        """What the call returns: the best images, [N, ...] like the inputs; ``batch`` holds all that were attacked."""
-        if self.best.dtype == self.dtype:
-            return self.best
-        out = self.best.to(self.dtype)
-        out[batch.rows] = self.image(batch, self.best[batch.rows])
-        return out
-
     def warn_of_not_finite(self, name: str) -> None:
         """Warn the caller of the attack ``name`` where elements of gradients were not finite."""
         if bool(self.not_finite.any()):
@@ -257,7 +247,7 @@ class BestTracker:
         self.waited = 0
         self.check_every = _CHECK_EVERY.get(x.device.type, _CHECK_EVERY_ELSEWHERE)
         if loop.keep == "best":
-            self.now.best = torch.empty_like(x).copy_(loop.best[rows])
+            self.now.best = torch.empty_like(x).copy_(loop.result[rows])
             self.now.record = self._record(loop.best_loss[rows], torch.zeros_like(self.now.not_finite))
 
     def _record(self, loss: Tensor, succeeded: Tensor) -> ops.BestRecord:
@@ -328,7 +318,7 @@ class BestTracker:
         if self.graph is not None and self.graph.fits(len(kept)):
             return  # the others change no more, and their rows cost little
         self.store()
-        self.now = map_rows(self.now, lambda t: take(t, kept), len(self.now))
+        self.now.keep(kept)
         self.graph = None
 
     def take_last(self) -> None:
@@ -353,10 +343,16 @@ class BestTracker:
         """Put the best iterates into the results of the call."""
         now, loop, rows = self.now, self.loop, self.now.batch.rows
         loop.not_finite[rows] = now.not_finite
-        if now.best is not None and now.record is not None:
-            loop.best[rows] = now.best
-            loop.best_loss[rows] = now.record.loss
-            loop.adversarial[rows] = now.record.succeeded
+        if now.best is None or now.record is None:
+            return
+        found, at = loop.image(now.batch, now.best), rows
+        if now.best.dtype != loop.dtype and loop.keep == "best":
+            # An image of an earlier run stays as it was judged: it need not be its own projection.
+            new = now.record.succeeded | (now.record.loss != loop.best_loss[rows])
+            found, at = found[new], rows[new]
+        loop.result[at] = found
+        loop.best_loss[rows] = now.record.loss
+        loop.adversarial[rows] = now.record.succeeded
 
 
 def start_points(
@@ -379,7 +375,8 @@ def start_points(
 
 def unblocked_gradient(batch: Batch, x: Tensor, grad: Tensor) -> Tensor:
     """``grad`` without the elements whose step the box would undo: a sparse step moves few elements, and not those."""
-    # The next number that way, unless the box takes it back.
     lo, hi = batch.bounds
-    beyond = x.nextafter(grad * torch.inf).clamp(lo, hi)  # type: ignore[arg-type]
-    return (beyond != x) * grad
+    # The next number on that side, in memory of its own, and whether the box lets x move there: 1 or 0.
+    there = grad * torch.inf
+    moves = torch.nextafter(x, there, out=there).clamp_(lo, hi).ne_(x)  # type: ignore[arg-type]
+    return moves.mul_(grad)

@@ -229,7 +229,7 @@ def _found_within(
     x = start_points(ball, loop.norm, random_start=False, start=start, generator=None)
     inner.run(ball, x, steps, PgdStep(loop.norm, sparsity))
     loop.not_finite[batch.rows] |= inner.not_finite
-    return inner.images(ball)
+    return inner.result
 
 
 @torch.no_grad()

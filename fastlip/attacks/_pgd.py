@@ -95,7 +95,6 @@ def pgd(
     step_size = default_step(eps, steps) if step_size is None else length(step_size, "step_size", inputs)
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids, active=active)
-        attacked = batch
         loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop)
         from_inputs = not random_start and start is None
         if keep == "best" and not from_inputs:
@@ -103,10 +102,11 @@ def pgd(
         for _ in range(restarts):
             if len(batch) == 0:
                 break
-            x = start_points(batch, norm, random_start, start, generator)
-            batch = loop.run(batch, x, steps, step, from_inputs=from_inputs)
+            batch = loop.run(
+                batch, start_points(batch, norm, random_start, start, generator), steps, step, from_inputs=from_inputs
+            )
     loop.warn_of_not_finite("pgd")
-    return loop.images(attacked)
+    return loop.result
 
 
 def fgsm(
@@ -139,7 +139,7 @@ def fgsm(
         if len(batch) > 0:
             loop.run(batch, batch.x0.clone(), 1, step, from_inputs=True)
     loop.warn_of_not_finite("fgsm")
-    return loop.images(batch)
+    return loop.result
 
 
 @dataclass(frozen=True)

@@ -82,14 +82,13 @@ def square(
     eps = radius(eps, "eps", inputs, finite="for square, whose first steps reach the surface of the ball")
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network, torch.no_grad():
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=0.0, bounds=bounds, ids=ids, active=active)
-        attacked = batch
         loop = AttackLoop(network, inputs, norm=norm, loss=loss)
         batch = loop.without_misclassified(batch)
         for _ in range(restarts):
             if len(batch) == 0:
                 break
             batch = _run(loop, batch, queries, share, generator)
-    return loop.images(attacked)
+    return loop.result
 
 
 def _run(loop: AttackLoop, batch: Batch, queries: int, share: float, generator: torch.Generator | None) -> Batch:

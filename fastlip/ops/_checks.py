@@ -74,7 +74,8 @@ def per_sample(value: PerSample, x: Tensor, name: str) -> tuple[float, Tensor | 
         return float(value), None
     if value.shape != x.shape[:1] or value.device != x.device:
         raise ValueError(f"{name} must be a float or have shape [{x.shape[0]}] on {x.device}, got {describe(value)}")
-    return 0.0, value.detach().to(compute_dtype(x.dtype)).contiguous()
+    value = value.detach() if value.requires_grad else value
+    return 0.0, value.to(compute_dtype(x.dtype)).contiguous()
 
 
 def checked_step(step_size: PerSample, x: Tensor) -> StepSize:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlip import attacks
 
 #: Calls that a step may take, those of a linear model included; torchattacks' PGD takes 22.
-MOST = {"linf": 16, "l2": 16, "l1": 17}
+MOST = {"linf": 16, "l2": 16, "l1": 17}  # the box takes what a sparse step of PGD would lose
 
 
 class Calls(TorchDispatchMode):
