@@ -8,9 +8,10 @@ Linf, cross-entropy, a random start, ImageNet stem at 32 x 32, in batches, on im
 correctly: where a library's own shortcut leaves out those that it does not, nothing is gained. Without a checkpoint the
 network is trained here for a moment on fastlip's generated images, and attacked on such. All take the same radius,
 number and size of steps; ``peer`` says which library is compared with, and where it is not installed that a loop that
-does as much stands for it. ``fast`` folds BatchNorm, takes channels_last and replays CUDA graphs; in bfloat16 every
-success is confirmed in float32. Robust accuracy is the float32 model's, for all alike. Time is the wall clock's with
-the device waited for, and includes making the fast copy and capturing its graphs once.
+does as much stands for it. ``fast`` folds BatchNorm, takes channels_last and replays CUDA graphs, whose number and
+memory have columns; in bfloat16 every success is confirmed in float32. Robust accuracy is the float32 model's, for all
+alike. Time is the wall clock's with the device waited for, and includes making the fast copy and capturing its graphs
+once.
 """
 
 import argparse
@@ -79,6 +80,28 @@ def peer(model: nn.Module, eps: float, step: float) -> tuple[str, Attack]:
     return f"torchattacks {version('torchattacks')}", torchattacks.PGD(model, eps=eps, alpha=step, steps=STEPS)
 
 
+class Prepared:
+    """An attack on a network that is made once, in the first batch."""
+
+    def __init__(
+        self, model: nn.Module, attack: Callable[[Tensor, Tensor, object], Tensor], precision: torch.dtype | None
+    ) -> None:
+        self.model, self.attack, self.precision = model, attack, precision
+        self.network: attacks.Network | None = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.network is None:
+            self.network = attacks.prepare(self.model, x, precision=self.precision)
+        return self.attack(x, y, self.network)
+
+    def graphs(self) -> dict[str, Any]:
+        """Columns on the CUDA graphs that are alive."""
+        graphs = None if self.network is None else self.network.graphs
+        if graphs is None:
+            return {}
+        return {"graphs": graphs.alive, "captures": graphs.captures, "graph_mib": graphs.bytes / 2**20}
+
+
 def candidates(model: nn.Module, eps: float) -> dict[str, Attack]:
     """The peer, which all are compared with, and fastlip's ways, the fastest first."""
     step = 2.5 * eps / STEPS
@@ -87,21 +110,11 @@ def candidates(model: nn.Module, eps: float) -> dict[str, Attack]:
     def ours(x: Tensor, y: Tensor, network: object) -> Tensor:
         return attacks.pgd(network, x, y, generator=torch.Generator(x.device).manual_seed(0), **options)
 
-    def prepared(precision: torch.dtype | None) -> Attack:
-        networks: list[object] = []  # made once, in the first batch
-
-        def run(x: Tensor, y: Tensor) -> Tensor:
-            if not networks:
-                networks.append(attacks.prepare(model, x, precision=precision))
-            return ours(x, y, networks[0])
-
-        return run
-
     name, attack = peer(model, eps, step)
     return {
         name: attack,
-        "fastlip, fast, bfloat16": prepared(torch.bfloat16),
-        "fastlip, fast": prepared(None),
+        "fastlip, fast, bfloat16": Prepared(model, ours, torch.bfloat16),
+        "fastlip, fast": Prepared(model, ours, None),
         "fastlip": lambda x, y: ours(x, y, model),
     }
 
@@ -141,6 +154,7 @@ class Table:
         # A peer that failed leaves nothing to compare with.
         base = percentiles(self.ms[peer])[0] if peer in self.ms else None
         row |= {"runs": len(self.ms[name]), "x_peer": "" if base is None else base / median}
+        row |= attack.graphs() if isinstance(attack, Prepared) else {}
         row["robust_accuracy"] = (decisions(self.model, found, self.batch) == self.labels).double().mean().item()
         before = [i for i, r in enumerate(self.results.rows) if r["what"] == name]
         if before:

@@ -96,7 +96,8 @@ class CudaCapture:
     def bytes(self) -> int:
         if self._pool is None:
             return 0
-        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool, include_traces=False))
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))
 
     def release(self) -> None:
         self._pool = None

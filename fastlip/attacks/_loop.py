@@ -42,6 +42,7 @@ class AttackLoop:
         best_loss: their losses, [N] float64.
         adversarial: whether they are adversarial, [N] bool; the model's own decision.
         not_finite: whether an element of an image's gradient was not finite, [N] bool.
+        classes_checked: whether logits have shown that all labels and targets are classes.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class AttackLoop:
         self.best_loss = torch.full(inputs.shape[:1], -torch.inf, dtype=torch.float64, device=inputs.device)
         self.adversarial = torch.zeros(inputs.shape[:1], dtype=torch.bool, device=inputs.device)
         self.not_finite = torch.zeros_like(self.adversarial)
-        self._classes_checked = False
+        self.classes_checked = False
 
     def run(
         self,
@@ -130,9 +131,9 @@ class AttackLoop:
         image = self.image(batch, x).requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             logits = self.network.ascend(image, counted=counted)
-        if not self._classes_checked:
+        if not self.classes_checked:
             check_classes(logits, labels=batch.labels, targets=batch.targets)
-            self._classes_checked = True
+            self.classes_checked = True
         judgement = ops.judge(
             logits, batch.labels, targets=batch.targets, toward=batch.toward, loss=self.loss,
             rounding=0.0 if self.network.exact else self.network.rounding, record=record,
@@ -184,7 +185,7 @@ class AttackLoop:
 
     def graph(self, now: Iterates, step: Step, steps_left: int) -> Graph | None:
         """An iteration that is replayed, with ``now`` moved into its memory; None where it has to be carried out."""
-        if self.network.graphs is None or not self._classes_checked:
+        if self.network.graphs is None or not self.classes_checked:
             return None
         settings = (self.norm, self.loss, self.dtype, step)
         return self.network.graphs.place(settings, lambda it: self.iterate(it, step, counted=False), now, steps_left)
@@ -244,6 +245,7 @@ class BestTracker:
         self.batch = batch
         self.now = Iterates(batch, x, loop.not_finite[rows], state=state)
         self.graph: Graph | None = None
+        self.replays = True
         self.waited = 0
         self.check_every = _CHECK_EVERY.get(x.device.type, _CHECK_EVERY_ELSEWHERE)
         if loop.keep == "best":
@@ -257,9 +259,12 @@ class BestTracker:
         return record
 
     def replay(self, step: Step, steps_left: int) -> bool:
-        """Take a step by replaying a graph, if there is one."""
+        """Take a step by replaying a graph, if there is to be one for so many images."""
         if self.graph is None:
-            self.graph = self.loop.graph(self.now, step, steps_left)
+            # Before the first logits have shown the classes there is none yet; afterwards a refusal is final.
+            replays = self.replays
+            self.replays = not self.loop.classes_checked
+            self.graph = self.loop.graph(self.now, step, steps_left) if replays else None
             if self.graph is None:
                 return False
             self.now = self.graph.now
@@ -319,7 +324,7 @@ class BestTracker:
             return  # the others change no more, and their rows cost little
         self.store()
         self.now.keep(kept)
-        self.graph = None
+        self.graph, self.replays = None, True
 
     def take_last(self) -> None:
         """Judge the iterates after the last step, which get no gradient, and take those that are the best."""
