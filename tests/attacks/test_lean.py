@@ -1,8 +1,11 @@
 """A step of an attack in few calls of the dispatcher, each of which is a kernel on a GPU and microseconds on a CPU."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip import attacks
@@ -39,3 +42,30 @@ def test_calls_of_a_step(attack, norm, loss, early_stop, keep):
         assert (model(found).argmax(1) == labels).all(), "the comparison needs images that stand"
         made.append(calls.made)
     assert 0 < made[1] - made[0] <= 20 * MOST[norm]
+
+
+#: Batches of float32 images that are in memory at most beside the caller's own, while all images stand; those that a
+#: step needs are the images, the iterates, the best ones, the results and two gradients, of which one is the model's.
+BATCHES = {attacks.pgd: 6.1, attacks.apgd: 9.1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("attack", list(BATCHES))
+def test_memory_of_an_attack(attack, norm, dtype):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, inputs = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).to(dtype), torch.rand(32, 3, 32, 32).to(dtype)
+    labels = model(inputs).argmax(1)
+    options = {"norm": norm, "eps": 0.0, "steps": 4, "random_start": False}
+    attack(model, inputs, labels, **options)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        found = attack(model, inputs, labels, **options)
+    assert torch.equal(found, inputs), "the comparison needs images that stand"
+    changes = sorted(
+        (e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"
+    )
+    held = list(itertools.accumulate(nbytes for _, nbytes in changes))
+    assert inputs.numel() * 4 < max(held)
+    # In 16 bits the image that the model sees and its gradient come on top, and the results are half as large.
+    assert max(held) / (inputs.numel() * 4) <= BATCHES[attack] + (dtype == torch.bfloat16) / 2

@@ -3,6 +3,9 @@ import torch
 from torch import nn
 
 from fastlip import attacks
+from fastlip.attacks._batch import new_batch
+from fastlip.attacks._loop import AttackLoop
+from fastlip.attacks._pgd import PgdStep
 
 NORMS = ["linf", "l2", "l1"]
 #: Radii at which about half of the images of ``cnn_problem`` fall.
@@ -365,3 +368,29 @@ def test_without_early_stop_the_loss_goes_on_rising(cnn_problem):
     assert (margins[1] >= margins[0] - 1e-5).all()
     assert torch.equal(margins[0] > 0, margins[1] > 0)
     assert (margins[1] > margins[0] + 0.1).any()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_in_16_bits_stay_as_they_were_judged(dtype, norm, monkeypatch):
+    """A run that finds nothing better leaves them alone, and does not project them once more."""
+    image = AttackLoop.image
+    monkeypatch.setattr(AttackLoop, "image", lambda loop, b, x: image(loop, b, x).nextafter(b.x0.to(dtype)))
+    generator = torch.Generator().manual_seed(0)
+    inputs = (10 ** (-6 * torch.rand(64, 12, generator=generator))).to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Linear(12, 3)
+    labels = model(inputs.float()).argmax(1)
+    loop = AttackLoop(attacks.Network(lambda x: model(x.float())), inputs, norm=norm, loss="ce")
+    eps = {"linf": 0.3, "l2": 0.7, "l1": 1.5}[norm]
+    batch = new_batch(
+        inputs, labels, None, eps=eps, step_size=eps / 3, bounds=(0.0, 1.0), ids=None, active=torch.arange(64) % 2 == 0
+    )
+    batch = loop.run(batch, batch.x0.clone(), 5, PgdStep(norm, 0.9))
+    found = loop.result.clone()
+    assert (found[::2] != inputs[::2]).any()
+    assert torch.equal(found[1::2], inputs[1::2])
+    standing = loop.run(batch, batch.x0.clone(), 5, PgdStep(norm, 0.9))
+    assert len(standing) == len(batch) > 0
+    assert torch.equal(loop.result, found)
