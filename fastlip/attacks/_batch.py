@@ -71,14 +71,6 @@ class Iterates:
                 if name not in ("record", "state"):
                     setattr(part, name, map_rows(getattr(part, name), lambda t: take(t, kept), size))
 
-    def save(
-        self,
-        better: Tensor,  # [B] bool
-    ) -> None:
-        """What a step does before it moves: take the iterate for the best where it is ``better``."""
-        if self.best is not None:
-            self.best.copy_(torch.where(per_sample(better, self.x), self.x, self.best))
-
 
 def new_batch(
     inputs: Tensor,  # [B, ...]

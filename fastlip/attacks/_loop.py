@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlip import ops
 from fastlip.attacks._arguments import check_classes
-from fastlip.attacks._batch import Batch, Iterates, fewer, rows_where, take, wide_dtype
+from fastlip.attacks._batch import Batch, Iterates, fewer, per_sample, rows_where, take, wide_dtype
 from fastlip.attacks._graphs import Graph
 from fastlip.attacks._model import Network
 from fastlip.ops import Judgement, Loss, Norm
@@ -60,7 +60,7 @@ class AttackLoop:
         self.loss = loss
         self.keep = keep
         self.early_stop = early_stop
-        self.dtype = inputs.dtype
+        self.dtype, self.wide = inputs.dtype, wide_dtype(inputs)
         self.result = inputs.detach().clone()
         self.best_loss = torch.full(inputs.shape[:1], -torch.inf, dtype=torch.float64, device=inputs.device)
         self.adversarial = torch.zeros(inputs.shape[:1], dtype=torch.bool, device=inputs.device)
@@ -96,15 +96,20 @@ class AttackLoop:
             if not at_inputs and tracker.replay(step, steps - k):
                 unfinished = tracker.unfinished(k)
             else:
+                # Forward and judge.
                 now = tracker.now
                 image, logits, judgement = self.forward(now.batch, now.x, now.record)
                 unfinished = tracker.unfinished(k, judgement, at_inputs=at_inputs)
+
                 if unfinished is not None and len(unfinished) == 0:
-                    now.save(judgement.better)  # there is no step that would
+                    tracker.save(judgement.better)  # as no step does
                 else:
-                    # Named, so that it lives until the next: its memory would go back to the system in between.
+                    # Backward and step. The name keeps the gradient until the next one, whose memory would else go back
+                    # to the system in between.
                     grad = self.backward(image, logits, judgement)
                     step(now, grad, judgement)
+
+            # Go on with those that the model still classifies correctly.
             if unfinished is not None:
                 if len(unfinished) == 0:
                     break
@@ -165,7 +170,7 @@ class AttackLoop:
         if not logits.requires_grad:
             raise ValueError("model's output must depend differentiably on its input for a gradient attack")
         (grad,) = torch.autograd.grad(logits, image, judgement.grad)
-        return grad.to(wide_dtype(image))
+        return grad.to(self.wide)
 
     def iterate(self, now: Iterates, step: Step, *, counted: bool = True) -> None:
         """One iteration without a look at what it found; the host waits for nothing."""
@@ -297,9 +302,17 @@ class BestTracker:
         self.waited += waiting
         if waiting and self.waited >= min(_PATIENCE, len(self.now) - succeeded + waiting):
             if judgement is not None:
-                self.now.save(judgement.better)
+                self.save(judgement.better)
             self.confirm(record, record.unconfirmed)
         return fewer(~record.succeeded | record.unconfirmed)
+
+    def save(
+        self,
+        better: Tensor,  # [K] bool
+    ) -> None:
+        """What a step does before it moves: take the iterate for the best where it is ``better``."""
+        if self.now.best is not None:
+            self.now.best.copy_(torch.where(per_sample(better, self.now.x), self.now.x, self.now.best))
 
     def confirm(
         self,
@@ -331,7 +344,7 @@ class BestTracker:
         now = self.now
         _, _, judgement = self.loop.forward(now.batch, now.x, now.record, gradient=False)
         if now.record is not None:
-            now.save(judgement.better)
+            self.save(judgement.better)
             return
         now.best, now.record = now.x, self._record(judgement.loss.double(), judgement.adversarial)
         now.record.doubtful = judgement.doubtful

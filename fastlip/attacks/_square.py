@@ -107,7 +107,7 @@ def _run(loop: AttackLoop, batch: Batch, queries: int, share: float, generator: 
             moved = _shifted(batch, x, height, width, loop.norm, draws)
         now.x = ops.project_(moved, batch.x0, eps=batch.eps, norm=loop.norm, bounds=batch.bounds)
         _, _, judgement = loop.forward(batch, now.x, now.record, gradient=False)
-        now.save(judgement.better)
+        tracker.save(judgement.better)
         losses = judgement.loss.double()
         x = torch.where(per_sample(losses > accepted, x), now.x, x)
         accepted = torch.where(losses > accepted, losses, accepted)
