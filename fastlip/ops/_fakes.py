@@ -23,8 +23,11 @@ def _random_start(x0: Tensor, *others: object) -> Tensor:
 
 @torch.library.register_fake("fastlip::judge")
 def _judge(logits: Tensor, labels: Tensor, *others: object, **record: object) -> tuple[Tensor, ...]:
+    for t in (labels, *others, *record.values()):
+        if isinstance(t, Tensor) and t.device != logits.device:
+            raise RuntimeError(f"judge: all tensors must be on {logits.device}, got one on {t.device}")
     flags = [torch.empty_like(labels, dtype=torch.bool) for _ in range(3)]
-    return logits.new_empty(len(logits)), torch.empty_like(logits), *flags
+    return logits.new_empty(logits.shape[0]), torch.empty_like(logits), *flags
 
 
 @torch.library.register_fake("fastlip::top_eigenpairs")

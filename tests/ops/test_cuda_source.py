@@ -19,7 +19,7 @@ import torch
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc"
-KERNELS = ("pgd_step", "apgd_step", "random_start", "operator_step", "pack_weights")
+KERNELS = ("pgd_step", "apgd_step", "random_start", "operator_step", "pack_weights", "judge")
 COMPILER = shutil.which("g++")
 CHOICES = ("FASTLIP_BACKEND", "FASTLIP_CPU_ISA", "TRITON_INTERPRET")
 pytestmark = pytest.mark.skipif(any(map(os.environ.get, CHOICES)), reason="the same whichever backend is chosen")

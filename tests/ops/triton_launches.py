@@ -159,6 +159,23 @@ def launch_start(
     triton_kernels.random_start(x, *numbers_of(x, eps), norm, *numbers_of(x, *bounds), ids, key)
 
 
+def launch_judge(
+    logits: Tensor,
+    loss: str = "dlr",
+    *,
+    targets: Tensor | None = None,
+    toward: Tensor | None = None,
+    record: bool = False,
+    partly: bool = False,
+    early_stop: bool = True,
+) -> None:
+    """What an attack reads off logits; ``partly``: of a record that has neither doubts nor confirmations."""
+    labels = torch.zeros(len(logits), dtype=torch.int64)
+    flags = [torch.zeros(len(logits), dtype=torch.bool) for _ in range(1 if partly else 3)]
+    kept = (torch.zeros(len(logits), dtype=torch.float64), *flags, *[None] * (3 - len(flags)), early_stop)
+    triton_kernels.judge(logits, labels, targets, toward, loss, 1e-3, *(kept if record else ()))
+
+
 def launch_operator(
     geometries: list[ops.ConvGeometry],
     dtype: torch.dtype,
