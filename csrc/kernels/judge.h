@@ -50,7 +50,7 @@ struct Ranking {
     top[place] = logit;
     at[place] = c;
   }
-  // In any order, and without branches; of a logit that is not -inf, or of an empty place.
+  // In any order; of a logit that is not -inf, or of an empty place. Branches are few, because lanes diverge.
   FASTLIP_EITHER void insert(T logit, int32_t c) {
     if (!ahead(logit, c, kPlaces - 1)) return;
     for (int place = kPlaces - 1; place >= 0; --place) {

@@ -37,11 +37,11 @@ __device__ void merge_lanes(Ranking<T>& mine) {
   }
 }
 
-// The threads of a sample.
+// The threads that share a sample: a warp, or a block.
 template <typename T>
-class Team {
+class SampleThreads {
  public:
-  __device__ Team(BlockMemory<T>& memory, int warps)
+  __device__ SampleThreads(BlockMemory<T>& memory, int warps)
       : memory_(memory), warps_(warps), lanes_(warps * kWarp), lane_(static_cast<int>(threadIdx.x) % lanes_) {}
 
   __device__ int lane() const { return lane_; }
@@ -98,25 +98,25 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) judge_kernel(const __gri
   const int64_t sample =
       static_cast<int64_t>(blockIdx.x) * (blockDim.x / (warps * kWarp)) + threadIdx.x / (warps * kWarp);
   if (sample >= j.batch) return;
-  const Team<T> team(memory, warps);
+  const SampleThreads<T> threads(memory, warps);
   const T* const logits = static_cast<const T*>(j.logits) + sample * j.classes;
   T* const grad = static_cast<T*>(j.grad) + sample * j.classes;
-  const Ranking<T> ranking = team.rank(logits, j.classes);
+  const Ranking<T> ranking = threads.rank(logits, j.classes);
   const Classes classes(j, sample);
   const bool known = classes.known && !ranking.nan;
   T loss = static_cast<T>(NAN);
   if (!known) {
-    team.classes(j.classes, [&](int32_t c) { grad[c] = loss; });
+    threads.classes(j.classes, [&](int32_t c) { grad[c] = loss; });
   } else if (j.kind == Loss::ce) {
     const double peak = ranking.top[0];
     double sum = 0;
-    team.classes(j.classes, [&](int32_t c) { sum += exp(logits[c] - peak); });
-    sum = team.sum(sum);
+    threads.classes(j.classes, [&](int32_t c) { sum += exp(logits[c] - peak); });
+    sum = threads.sum(sum);
     const bool reach = j.targets != nullptr || j.toward != nullptr;
     const int32_t at = j.toward != nullptr ? classes.toward : classes.own;
     const double log_softmax = (logits[at] - peak) - log(sum);
     loss = static_cast<T>(reach ? log_softmax : -log_softmax);
-    team.classes(j.classes, [&](int32_t c) {
+    threads.classes(j.classes, [&](int32_t c) {
       const double share = exp(logits[c] - peak) / sum, one = c == at ? 1.0 : 0.0;
       grad[c] = static_cast<T>(reach ? one - share : share - one);
     });
@@ -124,10 +124,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) judge_kernel(const __gri
     const Margin margin(j, ranking, classes, logits);
     const T unmentioned = static_cast<T>(margin.grad(kNoClass));
     loss = static_cast<T>(margin.loss);
-    team.classes(j.classes,
-                 [&](int32_t c) { grad[c] = margin.mentions(c) ? static_cast<T>(margin.grad(c)) : unmentioned; });
+    threads.classes(j.classes,
+                    [&](int32_t c) { grad[c] = margin.mentions(c) ? static_cast<T>(margin.grad(c)) : unmentioned; });
   }
-  if (team.lane() == 0) Decision(j, ranking, classes, known, loss, sample).write(j, sample, loss);
+  if (threads.lane() == 0) Decision(j, ranking, classes, known, loss, sample).write(j, sample, loss);
 }
 
 template <typename T>
