@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip import ops
 from fastlip.attacks._losses import attack_loss, in_doubt, is_adversarial
@@ -422,6 +423,25 @@ def test_logits_are_taken_as_a_constant(device, loss):
         (grad,) = torch.autograd.grad(logits, x, got.grad)
     assert torch.equal(grad, got.grad * torch.arange(4, device=device))
     assert torch.is_grad_enabled()
+
+
+@on_devices
+@losses
+def test_one_call_of_the_dispatcher(device, loss):
+    """Is all that a step of an attack pays for it, whether logits require grad or not."""
+    labels = torch.zeros(3, dtype=torch.int64, device=device)
+    record = copied(some_record("full", 3, torch.Generator().manual_seed(0)), device)
+    calls = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for logits in (torch.zeros(3, 4, device=device), torch.zeros(3, 4, device=device, requires_grad=True)):
+        with Counting():
+            ops.judge(logits, labels, targets=labels, loss=loss, record=record)
+    assert calls == ["fastlip.judge.default"] * 2
 
 
 FLAGS = torch.zeros(3, dtype=torch.bool)
