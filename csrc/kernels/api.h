@@ -1,7 +1,7 @@
 // Launcher API: raw pointers and plain structs, no torch and no exceptions.
 //
-// Arguments keep one order from the schema down: x, grad, x0, step_size, eps, norm, lo, hi, sparsity, active, and what
-// the model reads.
+// Arguments keep one order from the schema down: x, grad, x0, step_size, eps, norm, lo, hi, sparsity, active, what the
+// model reads, and what is saved.
 // What the ops mean stands in fastlip/ops/__init__.py and, as code, in fastlip/ops/reference.py.
 #pragma once
 #include <cstdint>
@@ -38,10 +38,15 @@ struct PgdStep {
   int64_t x_stride, grad_stride, x0_stride;  // elements from sample to sample
   // With f32 storage: (x - mean) / std in a type of its own, f32 or 16 bits, which then is grad's too; grad is the
   // gradient with respect to it.
-  void* input;  // null: x itself is what the model reads
-  DType input_dtype;
-  Value mean, std;  // stride 0
-  int64_t input_stride;
+  void* input = nullptr;  // null: x itself is what the model reads
+  DType input_dtype = DType::f32;
+  Value mean = {}, std = {};  // stride 0
+  int64_t input_stride = 0;
+  // Saved before x moves, of samples that take part.
+  void* best = nullptr;             // null: nothing; else takes x where better, which then is given
+  const uint8_t* better = nullptr;  // one number a sample
+  int64_t best_stride = 0;
+  uint8_t* not_finite = nullptr;  // null: nothing; else 1 where an element of grad is not finite, unchanged elsewhere
 };
 
 // step: the move and its ball, without step_size and kept, which are the sample's own here; grad is given.

@@ -45,16 +45,17 @@ void run(const PgdStep& step) {
 void pgd_step_(Tensor x, const Tensor& grad, const Tensor& x0, double step_size, OptionalTensor step_size_tensor,
                double eps, OptionalTensor eps_tensor, std::string norm, double lo, OptionalTensor lo_tensor, double hi,
                OptionalTensor hi_tensor, double sparsity, OptionalTensor active, OptionalTensor model_input,
-               double mean, OptionalTensor mean_tensor, double std, OptionalTensor std_tensor) {
+               double mean, OptionalTensor mean_tensor, double std, OptionalTensor std_tensor, OptionalTensor best,
+               OptionalTensor better, OptionalTensor not_finite) {
   const Value step = value_of(step_size, step_size_tensor, x, "step_size_tensor");
   run(pgd_step_of(x, &grad, x0, step, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, sparsity, active,
-                  {model_input, mean, mean_tensor, std, std_tensor}));
+                  {model_input, mean, mean_tensor, std, std_tensor}, {best, better, not_finite}));
 }
 
 void project_(Tensor x, const Tensor& x0, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
               OptionalTensor lo_tensor, double hi, OptionalTensor hi_tensor, OptionalTensor active) {
   run(pgd_step_of(x, nullptr, x0, {0, nullptr, 0}, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0, active,
-                  kNoInput));
+                  kNotRead, kNotSaved));
 }
 
 Tensor random_start(const Tensor& x0, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
@@ -73,10 +74,11 @@ void apgd_step_(Tensor x, const Tensor& grad, const Tensor& loss, const Tensor& 
                 const Tensor& schedule, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
                 OptionalTensor lo_tensor, double hi, OptionalTensor hi_tensor, double momentum, double rho,
                 OptionalTensor active, OptionalTensor model_input, double mean, OptionalTensor mean_tensor, double std,
-                OptionalTensor std_tensor) {
-  const ApgdStep step = apgd_step_of(x, grad, loss, x0, x_prev, x_best, grad_best, best_loss, past_loss, step_size,
-                                     counters, schedule, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, momentum,
-                                     rho, active, {model_input, mean, mean_tensor, std, std_tensor});
+                OptionalTensor std_tensor, OptionalTensor best, OptionalTensor better, OptionalTensor not_finite) {
+  const ApgdStep step =
+      apgd_step_of(x, grad, loss, x0, x_prev, x_best, grad_best, best_loss, past_loss, step_size, counters, schedule,
+                   eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, momentum, rho, active,
+                   {model_input, mean, mean_tensor, std, std_tensor}, {best, better, not_finite});
   if (step.step.batch == 0 || step.step.size == 0) return;
   const cpu::Kernels& table = kernels();
   parallel_samples(step.step.batch, step.step.size,
