@@ -26,7 +26,7 @@ from fastlip import ops
 from fastlip.attacks._losses import attack_loss, in_doubt, is_adversarial
 
 SIZES = ((64, 10), (512, 10), (64, 1000), (8, 21841))
-REPEATS = 20  # calls that one measurement is made of
+REPEATS = 3  # calls that one measurement is made of
 
 
 def new_record(batch: int, device: str) -> ops.BestRecord:
