@@ -141,7 +141,7 @@ def _check_record(record: BestRecord, logits: Tensor) -> None:
     for name, t in {"loss": record.loss, **flags}.items():
         if not t.is_contiguous():
             raise ValueError(f"record.{name} must be contiguous, because it is changed in place")
-    if not torch.compiler.is_compiling() and len(logits):
+    if not torch.compiler.is_compiling() and logits.numel():
         for (name, t), (other, u) in itertools.combinations(flags.items(), 2):
             if begin_together(t, u):
                 raise ValueError(f"record.{other} must not share its memory with record.{name}")
@@ -150,7 +150,7 @@ def _check_record(record: BestRecord, logits: Tensor) -> None:
 def _rows(t: Tensor, logits: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     if not isinstance(t, Tensor) or t.dtype != dtype:
         got = describe(t) if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name} must be a {str(dtype).removeprefix('torch.')} tensor, got {got}")
+        raise TypeError(f"{name} must be a tensor of {str(dtype).removeprefix('torch.')}, got {got}")
     if t.shape != logits.shape[:1] or t.device != logits.device:
         raise ValueError(f"{name} must have shape [{logits.shape[0]}] on {logits.device}, got {describe(t)}")
     return t

@@ -468,11 +468,11 @@ WRONG = {
     ),
     "one class": ({"logits": torch.zeros(3, 1)}, ValueError, "at least 2 classes, got [3, 1]"),
     "no class": ({"logits": torch.zeros(3, 0)}, ValueError, "at least 2 classes, got [3, 0]"),
-    "labels are a list": ({"labels": [0, 1, 2]}, TypeError, "labels must be a int64 tensor, got list"),
+    "labels are a list": ({"labels": [0, 1, 2]}, TypeError, "labels must be a tensor of int64, got list"),
     "labels are int32": (
         {"labels": torch.zeros(3).int()},
         TypeError,
-        "labels must be a int64 tensor, got [3] int32 on cpu",
+        "labels must be a tensor of int64, got [3] int32 on cpu",
     ),
     "labels are fewer": (
         {"labels": torch.zeros(2).long()},
@@ -485,9 +485,9 @@ WRONG = {
         ValueError,
         "labels must have shape [3] on cpu, got [3] int64 on meta",
     ),
-    "targets are floats": ({"targets": torch.zeros(3)}, TypeError, "targets must be a int64 tensor"),
+    "targets are floats": ({"targets": torch.zeros(3)}, TypeError, "targets must be a tensor of int64"),
     "targets are fewer": ({"targets": torch.zeros(1).long()}, ValueError, "targets must have shape [3] on cpu"),
-    "toward is bool": ({"toward": FLAGS}, TypeError, "toward must be a int64 tensor"),
+    "toward is bool": ({"toward": FLAGS}, TypeError, "toward must be a tensor of int64"),
     "toward is elsewhere": (
         {"toward": torch.zeros(3, device="meta").long()},
         ValueError,
@@ -506,18 +506,22 @@ WRONG = {
     "record has no loss": (
         {"record": fresh(loss=None)},
         TypeError,
-        "record.loss must be a float64 tensor, got NoneType",
+        "record.loss must be a tensor of float64, got NoneType",
     ),
     "record says nothing": (
         {"record": fresh(loss=None, succeeded=None, unconfirmed=None, doubtful=None)},
         TypeError,
-        "record.loss must be a float64 tensor",
+        "record.loss must be a tensor of float64",
     ),
-    "record has no success": ({"record": fresh(succeeded=None)}, TypeError, "record.succeeded must be a bool tensor"),
+    "record has no success": (
+        {"record": fresh(succeeded=None)},
+        TypeError,
+        "record.succeeded must be a tensor of bool",
+    ),
     "record's loss is float32": (
         {"record": fresh(loss=torch.zeros(3))},
         TypeError,
-        "record.loss must be a float64 tensor, got [3] float32 on cpu",
+        "record.loss must be a tensor of float64, got [3] float32 on cpu",
     ),
     "record's loss is spread": (
         {"record": fresh(loss=torch.zeros(6, dtype=torch.float64)[::2])},
@@ -527,7 +531,7 @@ WRONG = {
     "record's success is uint8": (
         {"record": fresh(succeeded=torch.zeros(3, dtype=torch.uint8))},
         TypeError,
-        "record.succeeded must be a bool tensor",
+        "record.succeeded must be a tensor of bool",
     ),
     "record is shorter": (
         {"record": fresh(unconfirmed=torch.zeros(2, dtype=torch.bool))},
