@@ -11,23 +11,19 @@ from fastlip.ops._checks import (
     Bounds,
     Norm,
     PerSample,
-    check_inputs,
-    check_like,
     check_tensor,
     checked_ball,
-    checked_mask,
     checked_norm,
     checked_radius,
-    checked_saved,
     checked_step,
     dense_strides,
     describe,
     in_one_layout,
     per_sample,
-    same_layout,
-    sample_dense,
 )
-from fastlip.ops._model_input import NOT_READ, ModelInput, check_gradient, normalised
+from fastlip.ops._model_input import ModelInput
+from fastlip.ops._operands import operands
+from fastlip.ops._schemas import Saved
 from fastlip.ops.reference import compute_dtype
 
 _ops = torch.ops.fastlip
@@ -207,11 +203,9 @@ def apgd_step_(
     """
     if not isinstance(state, APGDState):
         raise TypeError(f"state must be an APGDState, got {type(state).__name__}")
-    check_inputs(x, x0=x0, x_prev=state.x_prev, x_best=state.x_best, grad_best=state.grad_best)
-    if model_input is None:
-        check_like(grad, x, "grad")
-    else:
-        check_gradient(grad, x, model_input)
+    saved = Saved(best, better, not_finite)
+    buffers = {"x_prev": state.x_prev, "x_best": state.x_best, "grad_best": state.grad_best}
+    target, grad, x0, active, rest = operands(x, grad, x0, active, model_input, saved, **buffers)
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
     if loss.dtype not in DTYPES:
@@ -221,19 +215,12 @@ def apgd_step_(
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
     _check_state(state, x)
-    active = checked_mask(active, x)
-    target, grad, x0 = in_one_layout(x, grad, x0)
-    for buffer in (state.x_prev, state.x_best, state.grad_best):
-        if not same_layout(buffer, target) or (x.shape[0] > 1 and not sample_dense(buffer)):
-            raise ValueError("x must have the memory layout that state was made for")
     ball = checked_ball(eps, norm, bounds, target)
     if ball.norm == "l1" and math.isinf(ball.eps):
         raise ValueError("eps must be finite for norm l1, whose step sizes it bounds")
-    read = NOT_READ if model_input is None else normalised(model_input, target)
-    saved = checked_saved(best, better, not_finite, target)
     _ops.apgd_step_(
-        target, grad, losses, x0, state.x_prev, state.x_best, state.grad_best, state.best_loss, state.past_loss,
-        state.step_size, state.counters, state.schedule, *ball, momentum, rho, active, *read, *saved,
+        target, grad, losses, x0, *buffers.values(), state.best_loss, state.past_loss, state.step_size, state.counters,
+        state.schedule, *ball, momentum, rho, active, *rest,
     )  # fmt: skip
     return x if target is x else x.copy_(target)
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastlip.ops._schemas import Ball, Saved, StepSize
+from fastlip.ops._schemas import Ball, StepSize
 from fastlip.ops.reference import compute_dtype
 
 Norm = Literal["linf", "l2", "l1"]
@@ -79,6 +79,8 @@ def per_sample(value: PerSample, x: Tensor, name: str) -> tuple[float, Tensor | 
 
 def checked_step(step_size: PerSample, x: Tensor) -> StepSize:
     """``step_size`` as operators take it."""
+    if type(step_size) is float and math.isfinite(step_size):
+        return StepSize(step_size, None)
     length, lengths = per_sample(step_size, x, "step_size")
     if not math.isfinite(length):
         raise ValueError(f"step_size must be finite, got {length}")
@@ -94,6 +96,10 @@ def checked_radius(eps: PerSample, x: Tensor) -> tuple[float, Tensor | None]:
 
 def checked_ball(eps: PerSample, norm: str, bounds: Bounds, x: Tensor) -> Ball:
     """Ball and box as operators take them, for an ``x`` whose samples are dense."""
+    if type(eps) is float and type(bounds) is tuple and len(bounds) == 2:  # the common case again
+        lo, hi = bounds
+        if type(lo) is float and type(hi) is float and eps >= 0.0 and lo <= hi and norm in NORMS:
+            return Ball(eps, None, norm, lo, None, hi, None)
     return Ball(*checked_radius(eps, x), checked_norm(norm), *checked_limits(bounds, x))
 
 
@@ -105,21 +111,6 @@ def checked_mask(mask: Tensor | None, x: Tensor, name: str = "active") -> Tensor
     if mask.shape != x.shape[:1] or mask.device != x.device:
         raise ValueError(f"{name} must have shape [{x.shape[0]}] on {x.device}, got {describe(mask)}")
     return mask.contiguous()
-
-
-def checked_saved(best: Tensor | None, better: Tensor | None, not_finite: Tensor | None, x: Tensor) -> Saved:
-    """What a step saves, as operators take it, for an ``x`` whose samples are dense."""
-    if (best is None) != (better is None):
-        raise ValueError("best and better go together")
-    if best is not None:
-        check_like(best, x, "best")
-        if not same_layout(best, x) or (len(x) > 1 and not sample_dense(best)):
-            raise ValueError("best must have x's memory layout, because it is changed in place")
-        if not torch.compiler.is_compiling() and x.numel() and begin_together(x, best):
-            raise ValueError("best must not share its memory with x")
-    if not_finite is not None and checked_mask(not_finite, x, "not_finite") is not not_finite:
-        raise ValueError("not_finite must be contiguous, because it is changed in place")
-    return Saved(best, checked_mask(better, x, "better"), not_finite)
 
 
 def checked_limits(bounds: Bounds, x: Tensor) -> tuple[float, Tensor | None, float, Tensor | None]:

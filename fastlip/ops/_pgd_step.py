@@ -10,17 +10,17 @@ from fastlip.ops._checks import (
     Norm,
     PerSample,
     check_inputs,
-    check_like,
     check_tensor,
     checked_ball,
     checked_mask,
-    checked_saved,
     checked_step,
     describe,
     in_one_layout,
     known_layout,
 )
-from fastlip.ops._model_input import NOT_READ, ModelInput, check_gradient, normalised
+from fastlip.ops._model_input import ModelInput
+from fastlip.ops._operands import operands, plain
+from fastlip.ops._schemas import Saved
 
 _ops = torch.ops.fastlip
 
@@ -70,20 +70,12 @@ def pgd_step_(
         TypeError: a dtype or type is wrong; the message names the argument.
         RuntimeError: ``x`` requires grad while gradients are enabled.
     """
-    check_inputs(x, x0=x0)
-    if model_input is None:
-        check_like(grad, x, "grad")
-    else:
-        check_gradient(grad, x, model_input)
-    step = checked_step(step_size, x)
+    saved = Saved(best, better, not_finite)
+    target, grad, x0, active, rest = operands(x, grad, x0, active, model_input, saved)
+    step, ball = checked_step(step_size, target), checked_ball(eps, norm, bounds, target)
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
-    active = checked_mask(active, x)
-    target, grad, x0 = in_one_layout(x, grad, x0)
-    ball = checked_ball(eps, norm, bounds, target)
-    read = NOT_READ if model_input is None else normalised(model_input, target)
-    saved = checked_saved(best, better, not_finite, target)
-    _ops.pgd_step_(target, grad, x0, *step, *ball, sparsity, active, *read, *saved)
+    _ops.pgd_step_(target, grad, x0, *step, *ball, sparsity, active, *rest)
     return x if target is x else x.copy_(target)
 
 
@@ -115,9 +107,11 @@ def project_(
         TypeError: a dtype or type is wrong; the message names the argument.
         RuntimeError: ``x`` requires grad while gradients are enabled.
     """
-    check_inputs(x, x0=x0)
-    active = checked_mask(active, x)
-    target, x0 = in_one_layout(x, x0)
+    target = x
+    if not plain(x, (x0,), (), (active,)):
+        check_inputs(x, x0=x0)
+        active = checked_mask(active, x)
+        target, x0 = in_one_layout(x, x0)
     _ops.project_(target, x0, *checked_ball(eps, norm, bounds, target), active)
     return x if target is x else x.copy_(target)
 
