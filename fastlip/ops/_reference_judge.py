@@ -17,20 +17,16 @@ def judge(
     rounding: float,
     record: Best,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits = logits.detach()
     classes = [c for c in (labels if targets is None else targets, toward) if c is not None]
-    if len(logits) == 0:
-        none = torch.zeros_like(labels, dtype=torch.bool)
-        return logits.new_empty(0), torch.empty_like(logits), none, none.clone(), none.clone()
     known = ~logits.isnan().any(1)
     for c in classes:
         known &= (c >= 0) & (c < logits.shape[1])
     own, *others = (c.clamp(0, logits.shape[1] - 1) for c in classes)
-    if others:
-        value, grad = _toward(loss, logits, own, others[0])
-    elif targets is None:
-        value, grad = _away(loss, logits, own)
-    else:  # DLR also increases by widening the spread of logits while the target stays far from the top
-        value, grad = (-t for t in _away("margin" if loss == "dlr" else loss, logits, own))
+    if loss == "ce":
+        value, grad = _cross_entropy(logits, *others) if others else _cross_entropy(logits, own, targets is None)
+    else:
+        value, grad = _margin(loss, logits.double(), own, *others, reach=targets is not None)
     value = torch.where(known, value, torch.nan).to(logits.dtype)
     grad = torch.where(known[:, None], grad, torch.nan).to(logits.dtype)
 
@@ -44,9 +40,10 @@ def judge(
 
 
 def _recorded(record: Best, value: Tensor, adversarial: Tensor, doubtful: Tensor) -> Tensor:
-    """Which iterates are better than the best so far, [B] bool, once the record says so too."""
+    """Which iterates are better than the best so far, [B] bool, once the record says so too; NaN is the least loss."""
     if record.best_loss is None or record.succeeded is None:
         return torch.ones_like(adversarial)
+    value = value.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     larger, succeeded = value > record.best_loss, record.succeeded
     if record.early_stop:
         better = ~succeeded & (adversarial | larger)
@@ -75,30 +72,31 @@ def _at(z: Tensor, classes: Tensor) -> Tensor:
     return z.gather(1, classes[:, None]).squeeze(1)
 
 
-def _away(name: str, logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss [B] that increases as the decision leaves ``own``, and its gradient [B, C]."""
-    if name == "ce":
-        log_p, grad = _log_softmax_at(own, logits)
-        return -log_p, -grad
-    z = logits.double()
+def _cross_entropy(logits: Tensor, classes: Tensor, away: bool = False) -> tuple[Tensor, Tensor]:
+    """Log softmax at ``classes`` [B], minus that where ``away``, and its gradient [B, C]; bit for bit as torch's."""
+    sign = -1 if away else 1
+    log_p = logits.log_softmax(1)
+    grad = torch.ops.aten._log_softmax_backward_data(sign * _one_hot(classes, logits), log_p, 1, logits.dtype)
+    return sign * _at(log_p, classes), grad
+
+
+def _margin(
+    name: str,
+    z: Tensor,  # [B, C] float64
+    own: Tensor,  # [B]
+    toward: Tensor | None = None,  # [B]
+    *,
+    reach: bool,
+) -> tuple[Tensor, Tensor]:
+    """The margin or DLR [B] that increases as the decision leaves ``own``, or reaches it, and its gradient [B, C]."""
+    if toward is not None:
+        return _over_spread(name, z, toward, own, 4)
     other = _ranked(z.scatter(1, own[:, None], -torch.inf))[1]
     # -inf sorts as the others do: the class itself may come first where no other is left.
     other = torch.where(other[:, 0] == own, other[:, 1], other[:, 0])
+    if reach:  # DLR would also increase by widening the spread of logits while the target stays far from the top
+        return _over_spread("margin", z, own, other, 3)
     return _over_spread(name, z, other, own, 3)
-
-
-def _log_softmax_at(classes: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log softmax at ``classes`` [B] and its gradient [B, C], bit for bit those of torch's cross-entropy."""
-    log_p = logits.log_softmax(1)
-    grad = torch.ops.aten._log_softmax_backward_data(_one_hot(classes, logits), log_p, 1, logits.dtype)
-    return _at(log_p, classes), grad
-
-
-def _toward(name: str, logits: Tensor, own: Tensor, toward: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss [B] that increases as the decision moves from ``own`` to ``toward``, and its gradient [B, C]."""
-    if name == "ce":
-        return _log_softmax_at(toward, logits)
-    return _over_spread(name, logits.double(), toward, own, 4)
 
 
 def _over_spread(name: str, z: Tensor, other: Tensor, own: Tensor, least: int) -> tuple[Tensor, Tensor]:
