@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastlip.ops._schemas import Ball, StepSize
+from fastlip.ops._schemas import Ball, Saved, StepSize
 from fastlip.ops.reference import compute_dtype
 
 Norm = Literal["linf", "l2", "l1"]
@@ -54,6 +54,15 @@ def check_like(t: Tensor, x: Tensor, name: str, dtype_of: tuple[Tensor, str] | N
         raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
 
 
+def check_apart(changed: Tensor, name: str, **others: Tensor) -> None:
+    """Raise where what is changed in place begins where another tensor does; tracers' tensors have no place."""
+    if torch.compiler.is_compiling() or not changed.numel():
+        return
+    for other, t in others.items():
+        if begin_together(changed, t):
+            raise ValueError(f"{name} must not share its memory with {other}")
+
+
 def begin_together(x: Tensor, other: Tensor) -> bool:
     """Whether two tensors begin at the same place of one storage; calls no operator and reads no memory."""
     same: bool = x.untyped_storage()._cdata == other.untyped_storage()._cdata
@@ -79,8 +88,6 @@ def per_sample(value: PerSample, x: Tensor, name: str) -> tuple[float, Tensor | 
 
 def checked_step(step_size: PerSample, x: Tensor) -> StepSize:
     """``step_size`` as operators take it."""
-    if type(step_size) is float and math.isfinite(step_size):
-        return StepSize(step_size, None)
     length, lengths = per_sample(step_size, x, "step_size")
     if not math.isfinite(length):
         raise ValueError(f"step_size must be finite, got {length}")
@@ -96,10 +103,6 @@ def checked_radius(eps: PerSample, x: Tensor) -> tuple[float, Tensor | None]:
 
 def checked_ball(eps: PerSample, norm: str, bounds: Bounds, x: Tensor) -> Ball:
     """Ball and box as operators take them, for an ``x`` whose samples are dense."""
-    if type(eps) is float and type(bounds) is tuple and len(bounds) == 2:  # the common case again
-        lo, hi = bounds
-        if type(lo) is float and type(hi) is float and eps >= 0.0 and lo <= hi and norm in NORMS:
-            return Ball(eps, None, norm, lo, None, hi, None)
     return Ball(*checked_radius(eps, x), checked_norm(norm), *checked_limits(bounds, x))
 
 
@@ -111,6 +114,32 @@ def checked_mask(mask: Tensor | None, x: Tensor, name: str = "active") -> Tensor
     if mask.shape != x.shape[:1] or mask.device != x.device:
         raise ValueError(f"{name} must have shape [{x.shape[0]}] on {x.device}, got {describe(mask)}")
     return mask.contiguous()
+
+
+def checked_saved(
+    best: Tensor | None,
+    better: Tensor | None,
+    not_finite: Tensor | None,
+    layout: Tensor,
+    active: Tensor | None,
+    **beside: Tensor,
+) -> Saved:
+    """What a step that reads ``active`` and ``beside`` saves, as operators take it; samples of ``layout`` are dense."""
+    if best is None and better is None and not_finite is None:
+        return Saved()
+    if (best is None) != (better is None):
+        raise ValueError("best and better go together")
+    if best is not None:
+        check_like(best, layout, "best")
+        if not same_layout(best, layout) or (len(layout) > 1 and not sample_dense(best)):
+            raise ValueError("best must be dense in x's memory layout, because it is changed in place")
+        check_apart(best, "best", **beside)
+    if not_finite is not None:
+        if checked_mask(not_finite, layout, "not_finite") is not not_finite:
+            raise ValueError("not_finite must be contiguous, because it is changed in place")
+        masks = {"active": active, "better": better}
+        check_apart(not_finite, "not_finite", **{name: mask for name, mask in masks.items() if mask is not None})
+    return Saved(best, checked_mask(better, layout, "better"), not_finite)
 
 
 def checked_limits(bounds: Bounds, x: Tensor) -> tuple[float, Tensor | None, float, Tensor | None]:

@@ -20,8 +20,7 @@ from fastlip.ops._checks import (
 )
 from fastlip.ops._schemas import Normalised
 
-#: What a model may read.
-READ_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def model_input(
     check_tensor(x, "x")
     if x.dtype != torch.float32:
         raise TypeError(f"x must be float32, got {describe(x)}")
-    if dtype not in READ_DTYPES:
+    if dtype not in _DTYPES:
         raise TypeError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
     (layout,) = in_one_layout(x.detach())
     centre, spread = _for_a_sample(mean, layout, "mean"), _for_a_sample(std, layout, "std")
@@ -91,11 +90,13 @@ def _for_a_sample(value: PerSample, x: Tensor, name: str) -> float | Tensor:
 
 def check_gradient(grad: Tensor, x: Tensor, given: ModelInput) -> None:
     """Raise where the model's input is wrong, or where ``grad`` is not a gradient with respect to it."""
+    if not isinstance(given, ModelInput):
+        raise TypeError(f"model_input must be a ModelInput or None, got {type(given).__name__}")
     if x.dtype != torch.float32:
         raise TypeError(f"x must be float32 where there is a model_input, got {describe(x)}")
     values = given.values
     check_like(values, x, "model_input", (values, "model_input"))
-    if values.dtype not in READ_DTYPES:
+    if values.dtype not in _DTYPES:
         raise TypeError(f"model_input must be float32, float16 or bfloat16, got {describe(values)}")
     check_like(grad, x, "grad", (values, "model_input"))
     if not torch.compiler.is_compiling() and x.numel() and begin_together(x, values):
@@ -108,7 +109,7 @@ NOT_READ = Normalised()
 
 def normalised(given: ModelInput, x: Tensor) -> Normalised:
     """``given`` as operators take it, for an ``x`` whose samples are dense."""
-    values = given.values.detach() if given.values.requires_grad else given.values
+    values = given.values.detach()
     mean, std = ((0.0, part) if isinstance(part, Tensor) else (part, None) for part in (given.mean, given.std))
     fits = same_layout(values, x) and (len(x) <= 1 or sample_dense(values))
     for rows in (mean[1], std[1]):

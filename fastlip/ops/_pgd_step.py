@@ -5,22 +5,23 @@ import math
 import torch
 from torch import Tensor
 
+from fastlip.ops._bindings import as_given, ball_as_given, number_as_given, read_and_saved, tried
 from fastlip.ops._checks import (
     Bounds,
     Norm,
     PerSample,
     check_inputs,
+    check_like,
     check_tensor,
     checked_ball,
     checked_mask,
+    checked_saved,
     checked_step,
     describe,
     in_one_layout,
     known_layout,
 )
-from fastlip.ops._model_input import ModelInput
-from fastlip.ops._operands import operands, plain
-from fastlip.ops._schemas import Saved
+from fastlip.ops._model_input import NOT_READ, ModelInput, check_gradient, normalised
 
 _ops = torch.ops.fastlip
 
@@ -70,12 +71,28 @@ def pgd_step_(
         TypeError: a dtype or type is wrong; the message names the argument.
         RuntimeError: ``x`` requires grad while gradients are enabled.
     """
-    saved = Saved(best, better, not_finite)
-    target, grad, x0, active, rest = operands(x, grad, x0, active, model_input, saved)
-    step, ball = checked_step(step_size, target), checked_ball(eps, norm, bounds, target)
+    if as_given(x, grad, x0, model_input=model_input) and grad.stride() == x.stride():
+        step, ball = number_as_given(step_size, x), ball_as_given(eps, norm, bounds, x)
+        rest = read_and_saved(model_input, best, better, not_finite)
+        if step and ball and tried(_ops.pgd_step_, x, grad, x0, *step, *ball, sparsity, active, *rest):
+            return x
+    check_inputs(x, x0=x0)
+    if model_input is None:
+        check_like(grad, x, "grad")
+    else:
+        check_gradient(grad, x, model_input)
+    step = checked_step(step_size, x)
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
-    _ops.pgd_step_(target, grad, x0, *step, *ball, sparsity, active, *rest)
+    active = checked_mask(active, x)
+    target, grad, x0 = in_one_layout(x, grad, x0)
+    ball = checked_ball(eps, norm, bounds, target)
+    read = NOT_READ if model_input is None else normalised(model_input, target)
+    beside = {"x": x, "grad": grad, "x0": x0}
+    if model_input is not None:
+        beside["model_input"] = model_input.values
+    saved = checked_saved(best, better, not_finite, target, active, **beside)
+    _ops.pgd_step_(target, grad, x0, *step, *ball, sparsity, active, *read, *saved)
     return x if target is x else x.copy_(target)
 
 
@@ -107,11 +124,13 @@ def project_(
         TypeError: a dtype or type is wrong; the message names the argument.
         RuntimeError: ``x`` requires grad while gradients are enabled.
     """
-    target = x
-    if not plain(x, (x0,), (), (active,)):
-        check_inputs(x, x0=x0)
-        active = checked_mask(active, x)
-        target, x0 = in_one_layout(x, x0)
+    if as_given(x, x0):
+        ball = ball_as_given(eps, norm, bounds, x)
+        if ball and tried(_ops.project_, x, x0, *ball, active):
+            return x
+    check_inputs(x, x0=x0)
+    active = checked_mask(active, x)
+    target, x0 = in_one_layout(x, x0)
     _ops.project_(target, x0, *checked_ball(eps, norm, bounds, target), active)
     return x if target is x else x.copy_(target)
 
