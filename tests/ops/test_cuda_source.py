@@ -275,6 +275,34 @@ FAULTS = {
         BLOCK | UP,
         "",
     ),
+    "what is saved before x moves": (
+        "pgd_step",
+        (
+            "pgd_step.cu",
+            "        if (is_better(p, sample)) {",
+            "        tile.finish(batch);\n        if (is_better(p, sample)) {",
+        ),
+        REGISTERS | UP,
+        "",
+    ),
+    "look at a gradient": (
+        "pgd_step",
+        ("sample_tile.cuh", "if (watched) look_at", "if (false) look_at"),
+        BLOCK | UP,
+        "",
+    ),
+    "look at the gradient of a sample that restarts": (
+        "apgd_step",
+        ("apgd_step.cu", " || (back && p.not_finite != nullptr)", ""),
+        CLUSTER | UP,
+        "",
+    ),
+    "best in packs that its address does not allow": (
+        "apgd_step",
+        ("memory.cuh", "fits(p.best, p.best_stride, storage) && ", ""),
+        BLOCK | UP,
+        "misaligned",
+    ),
     "look at alignment": (
         "pgd_step",
         ("sample_tile.cuh", "wide_(shares.wide)", "wide_(true)"),
@@ -300,7 +328,7 @@ QUICK = ("barrier of a reduction", "other blocks' wait for a count", "room for w
 def test_a_fault_in_a_kernel_is_found(library, tmp_path, fault):
     kernel, change, variables, said = FAULTS[fault]
     build(tmp_path, cuda_headers(), [change], only=kernel, rest=library)
-    names = {"pgd_step": ["test_pgd_ops"], "apgd_step": ["test_apgd_step"]}[kernel]
+    names = {"pgd_step": ["test_pgd_ops", "test_saved"], "apgd_step": ["test_apgd_step", "test_saved"]}[kernel]
     run = run_tests(
         tmp_path, names, "-x", "--capture=sys", "-k", "(match or stride or layout) and not large", **variables
     )
