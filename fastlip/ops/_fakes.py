@@ -8,7 +8,10 @@ from fastlip.ops._schemas import SCHEMAS
 
 
 def _in_place(x: Tensor, *others: object) -> None:
-    return None
+    """Nothing; but a tensor on the meta device beside one that is not is answered here, and shall not be."""
+    for t in others:
+        if isinstance(t, Tensor) and t.device != x.device:
+            raise RuntimeError(f"all tensors must be on {x.device}, got one on {t.device}")
 
 
 for _name, _schema in SCHEMAS.items():

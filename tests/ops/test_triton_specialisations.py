@@ -95,6 +95,9 @@ def test_numbers_and_tensors_share_kernels(name, read, norm):
     assert asked(name, x, norm, **fixed, bounds=(x.clone(), x.clone() + 1)) == plain
     if name != "start":
         assert asked(name, x, norm, **fixed, active=torch.ones(6, dtype=torch.bool)) == plain
+        yes = torch.ones(6, dtype=torch.bool)
+        assert asked(name, x, norm, **fixed, saved=(x.clone(), yes, yes.clone())) == plain
+        assert asked(name, x, norm, **fixed, saved=(None, None, yes)) == plain
     if name == "pgd":
         assert asked(name, x, norm, **fixed, step_size=torch.ones(6)) == plain
     if read is not None:
