@@ -2,7 +2,7 @@
 # What needs a GPU, in two runs of a few minutes each, the most valuable first:
 #
 #   benchmarks/gpu_check.sh first     install, a covering set of the GPU tests, memcheck, norms, steps, PGD end to end
-#   benchmarks/gpu_check.sh second    the study's training, all GPU tests, racecheck, ten Triton tests, products
+#   benchmarks/gpu_check.sh second    the study's training, all GPU tests, racecheck, eleven Triton tests, products
 #   benchmarks/gpu_check.sh           both
 #
 # The machine has to have torch, torchvision, triton, scipy and pytest; nothing is fetched. WHEEL=FILE installs that file
@@ -111,7 +111,7 @@ if [[ $device == cpu ]]; then
 else
   chosen=(--cover 2 "$repository/tests") all=("$repository/tests")
   interpreted=()
-  # Ten cases that reach every Triton kernel with sixteen compilations.
+  # Eleven cases that reach every Triton kernel with seventeen compilations.
   ops=$repository/tests/ops
   triton=(
     "$ops/test_pgd_ops.py::test_values_per_sample[torch.float32-linf-cuda]"
@@ -124,6 +124,7 @@ else
     "$ops/test_model_input.py::test_apgd_step_matches_reference[(12, 3, 5, 7)-torch.float16-linf-cuda]"
     "$ops/test_random_start.py::test_matches_reference[(2, 3, 5, 4)-torch.float32-l2-cuda]"
     "$ops/test_operator_step.py::test_random_geometries[merged-cuda-float32]"
+    "$ops/test_judge.py::test_matches_reference[1000-torch.float32-ce-cuda]"
   )
   norms=(--seconds 0.3 --limit 50)
   steps=(--seconds 0.05 --limit 32)

@@ -24,15 +24,33 @@ template <typename T>
 struct Ranking {
   static constexpr int kPlaces = 4;
 
-  T top[kPlaces] = {-kInfinite<T>, -kInfinite<T>, -kInfinite<T>, -kInfinite<T>};
-  int32_t at[kPlaces] = {kNoClass, kNoClass, kNoClass, kNoClass};
-  T least = kInfinite<T>;  // of the logits that are not -inf
-  bool nan = false;
+  T top[kPlaces];
+  int32_t at[kPlaces];
+  T least;  // of the logits that are not -inf
+  bool nan;
 
-  FASTLIP_EITHER bool ahead(T logit, int32_t c, int place) const {
-    return logit > top[place] || (logit == top[place] && c < at[place]);
+  FASTLIP_EITHER static Ranking empty() {
+    Ranking r;
+    for (int place = 0; place < kPlaces; ++place) {
+      r.top[place] = -kInfinite<T>;
+      r.at[place] = kNoClass;
+    }
+    r.least = kInfinite<T>;
+    r.nan = false;
+    return r;
   }
-  // Places that nothing has taken may be inserted, too; a NaN takes none.
+  // Of a class above all that were seen.
+  FASTLIP_EITHER void append(T logit, int32_t c) {
+    if (!(logit > top[kPlaces - 1])) return;
+    int place = kPlaces - 1;
+    for (; place > 0 && logit > top[place - 1]; --place) {
+      top[place] = top[place - 1];
+      at[place] = at[place - 1];
+    }
+    top[place] = logit;
+    at[place] = c;
+  }
+  // In any order; of a logit that is not -inf, or of an empty place. Branches are few, because lanes diverge.
   FASTLIP_EITHER void insert(T logit, int32_t c) {
     if (!ahead(logit, c, kPlaces - 1)) return;
     for (int place = kPlaces - 1; place >= 0; --place) {
@@ -41,11 +59,20 @@ struct Ranking {
       at[place] = moves ? at[place - 1] : here ? c : at[place];
     }
   }
-  FASTLIP_EITHER void see(T logit, int32_t c) {
+  FASTLIP_EITHER void merge(const Ranking& other) {
+    for (int place = 0; place < kPlaces; ++place) insert(other.top[place], other.at[place]);
+    least = other.least < least ? other.least : least;
+    nan |= other.nan;
+  }
+  // Of a logit that needs no place.
+  FASTLIP_EITHER void note(T logit) {
     nan |= logit != logit;
-    if (!(logit > -kInfinite<T>)) return;
-    least = logit < least ? logit : least;
-    insert(logit, c);
+    if (logit > -kInfinite<T> && logit < least) least = logit;
+  }
+
+ private:
+  FASTLIP_EITHER bool ahead(T logit, int32_t c, int place) const {
+    return logit > top[place] || (logit == top[place] && c < at[place]);
   }
 };
 
@@ -97,6 +124,9 @@ struct Margin {
     below = r.at[2];
     if (j.toward) below_too = r.at[3];
   }
+  FASTLIP_EITHER bool mentions(int32_t c) const {
+    return c == up || c == down || c == top || c == below || c == below_too;
+  }
   // With respect to the logit of a class; kNoClass is one that the loss does not mention.
   FASTLIP_EITHER double grad(int32_t c) const {
     const double pull = static_cast<double>(c == up) - static_cast<double>(c == down);
@@ -130,7 +160,9 @@ struct Decision {
     if (j.unconfirmed) j.unconfirmed[sample] = adversarial;
     if (j.best_doubtful) j.best_doubtful[sample] = doubtful;
   }
-  FASTLIP_EITHER void write(const Judge& j, int64_t sample) const {
+  template <typename T>
+  FASTLIP_EITHER void write(const Judge& j, int64_t sample, T value) const {
+    static_cast<T*>(j.loss)[sample] = value;
     j.adversarial[sample] = adversarial;
     j.doubtful[sample] = doubtful;
     j.better[sample] = better;

@@ -103,6 +103,11 @@ inline void check_writable(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.size(0) <= 1 || x.stride(0) >= sample_size(x), "samples of ", name, " overlap in memory");
 }
 
+// Nothing says in which order what is changed and what is read are looked at.
+inline void check_apart(const void* changed, const char* name, const void* other, const char* other_name) {
+  STD_TORCH_CHECK(changed != other || changed == nullptr, name, " must not share its memory with ", other_name);
+}
+
 inline const void* data_of(const Tensor& t) { return t.const_data_ptr(); }
 
 inline Value value_of(double scalar, const OptionalTensor& tensor, const Tensor& x, const char* name) {
@@ -172,6 +177,7 @@ inline void add_input(PgdStep& step, const Tensor& x, const Tensor& grad, const 
   STD_TORCH_CHECK(step.mean.stride == 0 && step.std.stride == 0, "mean_tensor and std_tensor must be [1, ...]");
   step.input = values.mutable_data_ptr();
   step.input_stride = values.stride(0);
+  check_apart(step.input, "model_input", step.x, "x");
 }
 
 // Likewise what it saves.
@@ -184,10 +190,16 @@ inline void add_saved(PgdStep& step, const Tensor& x, const Saved& saved) {
     check_writable(best, "best");
     step.best = best.mutable_data_ptr();
     step.best_stride = best.stride(0);
+    check_apart(step.best, "best", step.x, "x");
+    check_apart(step.best, "best", step.grad, "grad");
+    check_apart(step.best, "best", step.x0, "x0");
+    check_apart(step.best, "best", step.input, "model_input");
   }
   if (mask_of(saved.not_finite, x, "not_finite")) {
     Tensor not_finite = *saved.not_finite;
     step.not_finite = static_cast<uint8_t*>(not_finite.mutable_data_ptr());
+    check_apart(step.not_finite, "not_finite", step.active, "active");
+    check_apart(step.not_finite, "not_finite", step.better, "better");
   }
 }
 
@@ -198,6 +210,9 @@ inline PgdStep pgd_step_of(Tensor& x, const Tensor* grad, const Tensor& x0, cons
   const DType dtype = dtype_of(x, "x");
   check_writable(x, "x");
   check_like(x0, x, "x0");
+  STD_TORCH_CHECK(std::isfinite(step_size.scalar), "step_size must be finite");
+  STD_TORCH_CHECK(eps >= 0, "eps must be at least 0");
+  STD_TORCH_CHECK(lo_tensor || hi_tensor || lo <= hi, "bounds must satisfy lower <= upper");
   const int64_t size = sample_size(x);
   PgdStep step{x.mutable_data_ptr(),
                grad ? data_of(*grad) : nullptr,
@@ -215,6 +230,7 @@ inline PgdStep pgd_step_of(Tensor& x, const Tensor* grad, const Tensor& x0, cons
                x.stride(0),
                grad ? grad->stride(0) : 0,
                x0.stride(0)};
+  check_apart(step.x, "x", step.x0, "x0");
   if (grad) add_input(step, x, *grad, input);
   add_saved(step, x, saved);
   return step;
@@ -229,9 +245,11 @@ inline ApgdStep apgd_step_of(Tensor& x, const Tensor& grad, const Tensor& loss, 
   const PgdStep step = pgd_step_of(x, &grad, x0, {0, nullptr, 0}, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor,
                                    0, active, input, saved);
   STD_TORCH_CHECK(step.size <= INT32_MAX, "a sample of x must have less than 2**31 elements");
+  STD_TORCH_CHECK(step.norm != Norm::l1 || std::isfinite(eps), "eps must be finite for norm l1");
   const auto buffer = [&](Tensor& t, const char* name) {
     check_like(t, x, name);
     check_writable(t, name);
+    check_apart(t.mutable_data_ptr(), name, step.best, "best");
     return t.mutable_data_ptr();
   };
   const auto rows = [&](const Tensor& t, int64_t width, ScalarType type, const char* name) {

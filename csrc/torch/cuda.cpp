@@ -4,6 +4,7 @@
 
 #include "kernels/api.h"
 #include "torch/common.h"
+#include "torch/judge.h"
 
 // In libtorch_cuda.so; torch's header declares it only where CUDA headers are on the include path.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
@@ -17,6 +18,7 @@ bool empty(const ApgdStep& step) { return empty(step.step); }
 bool empty(const RandomStart& start) { return start.batch == 0 || start.size == 0; }
 bool empty(const OperatorStep& step) { return step.tile_count == 0; }
 bool empty(const PackWeights& pack) { return pack.count == 0; }
+bool empty(const Judge& judge) { return judge.batch == 0; }
 template <typename Parameters>
 void launch(int (*launcher)(const Parameters&, void*), const Parameters& parameters, const Tensor& x) {
   if (empty(parameters)) return;
@@ -69,6 +71,19 @@ void apgd_step_(Tensor x, const Tensor& grad, const Tensor& loss, const Tensor& 
          x);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> judge(const Tensor& logits, const Tensor& labels,
+                                                         OptionalTensor targets, OptionalTensor toward,
+                                                         std::string loss, double rounding, OptionalTensor best_loss,
+                                                         OptionalTensor succeeded, OptionalTensor unconfirmed,
+                                                         OptionalTensor best_doubtful, bool early_stop) {
+  Judgement out(logits);
+  launch(&cuda::judge,
+         judge_of(out, logits, labels, targets, toward, loss, rounding,
+                  {best_loss, succeeded, unconfirmed, best_doubtful, early_stop}),
+         logits);
+  return out.tuple();
+}
+
 void operator_step_(Tensor out, Tensor out_square, const Tensor& x, OptionalTensor x_square, OptionalTensor previous,
                     OptionalTensor previous_square, const Tensor& weights, const Tensor& problems, const Tensor& tiles,
                     const Tensor& bundles, const Tensor& entries, int64_t most_chains, int64_t parts,
@@ -96,6 +111,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CUDA, m) {
   m.impl("project_", TORCH_BOX(&project_));
   m.impl("random_start", TORCH_BOX(&random_start));
   m.impl("apgd_step_", TORCH_BOX(&apgd_step_));
+  m.impl("judge", TORCH_BOX(&judge));
   m.impl("operator_step_", TORCH_BOX(&operator_step_));
   m.impl("pack_weights_", TORCH_BOX(&pack_weights_));
 }

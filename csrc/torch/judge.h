@@ -83,6 +83,11 @@ inline Judge judge_of(Judgement& out, const Tensor& logits, const Tensor& labels
   const auto flags = [&](const OptionalTensor& t, const char* name) {
     return static_cast<uint8_t*>(kept(t, ScalarType::Bool, name));
   };
+  uint8_t* const kept_flags[] = {flags(record.succeeded, "succeeded"), flags(record.unconfirmed, "unconfirmed"),
+                                 flags(record.doubtful, "best_doubtful")};
+  const auto apart = [&](int i, int j) { return batch == 0 || !kept_flags[i] || kept_flags[i] != kept_flags[j]; };
+  STD_TORCH_CHECK(apart(0, 1) && apart(0, 2) && apart(1, 2),
+                  "succeeded, unconfirmed and best_doubtful must not share their memory");
   const auto written = [](Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); };
   return {data_of(logits),
           static_cast<const int64_t*>(data_of(rows(labels, ScalarType::Long, "labels"))),
@@ -91,9 +96,9 @@ inline Judge judge_of(Judgement& out, const Tensor& logits, const Tensor& labels
           loss_of(loss),
           rounding,
           static_cast<double*>(kept(record.loss, ScalarType::Double, "best_loss")),
-          flags(record.succeeded, "succeeded"),
-          flags(record.unconfirmed, "unconfirmed"),
-          flags(record.doubtful, "best_doubtful"),
+          kept_flags[0],
+          kept_flags[1],
+          kept_flags[2],
           record.early_stop,
           out.loss.mutable_data_ptr(),
           out.grad.mutable_data_ptr(),

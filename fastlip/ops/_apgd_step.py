@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from fastlip.ops._bindings import as_given, ball_as_given, read_and_saved, tried
 from fastlip.ops._checks import (
     DTYPES,
     Bounds,
@@ -207,7 +208,15 @@ def apgd_step_(
     """
     if not isinstance(state, APGDState):
         raise TypeError(f"state must be an APGDState, got {type(state).__name__}")
-    check_inputs(x, x0=x0, x_prev=state.x_prev, x_best=state.x_best, grad_best=state.grad_best)
+    buffers = {"x_prev": state.x_prev, "x_best": state.x_best, "grad_best": state.grad_best}
+    numbers = (state.best_loss, state.past_loss, state.step_size, state.counters, state.schedule)
+    given = as_given(x, grad, loss, x0, model_input=model_input)
+    if given and grad.stride() == x.stride() and loss.dtype == state.best_loss.dtype:
+        ball, rest = ball_as_given(eps, norm, bounds, x), read_and_saved(model_input, best, better, not_finite)
+        tensors = (x, grad, loss, x0, *buffers.values(), *numbers)
+        if ball and tried(_ops.apgd_step_, *tensors, *ball, momentum, rho, active, *rest):
+            return x
+    check_inputs(x, x0=x0, **buffers)
     if model_input is None:
         check_like(grad, x, "grad")
     else:
@@ -223,18 +232,18 @@ def apgd_step_(
     _check_state(state, x)
     active = checked_mask(active, x)
     target, grad, x0 = in_one_layout(x, grad, x0)
-    for buffer in (state.x_prev, state.x_best, state.grad_best):
+    for buffer in buffers.values():
         if not same_layout(buffer, target) or (x.shape[0] > 1 and not sample_dense(buffer)):
             raise ValueError("x must have the memory layout that state was made for")
     ball = checked_ball(eps, norm, bounds, target)
     if ball.norm == "l1" and math.isinf(ball.eps):
         raise ValueError("eps must be finite for norm l1, whose step sizes it bounds")
     read = NOT_READ if model_input is None else normalised(model_input, target)
-    saved = checked_saved(best, better, not_finite, target)
-    _ops.apgd_step_(
-        target, grad, losses, x0, state.x_prev, state.x_best, state.grad_best, state.best_loss, state.past_loss,
-        state.step_size, state.counters, state.schedule, *ball, momentum, rho, active, *read, *saved,
-    )  # fmt: skip
+    beside = {"x": x, "grad": grad, "x0": x0, **buffers}
+    if model_input is not None:
+        beside["model_input"] = model_input.values
+    saved = checked_saved(best, better, not_finite, target, active, **beside)
+    _ops.apgd_step_(target, grad, losses, x0, *buffers.values(), *numbers, *ball, momentum, rho, active, *read, *saved)
     return x if target is x else x.copy_(target)
 
 

@@ -54,6 +54,15 @@ def check_like(t: Tensor, x: Tensor, name: str, dtype_of: tuple[Tensor, str] | N
         raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
 
 
+def check_apart(changed: Tensor, name: str, **others: Tensor) -> None:
+    """Raise where what is changed in place begins where another tensor does; tracers' tensors have no place."""
+    if torch.compiler.is_compiling() or not changed.numel():
+        return
+    for other, t in others.items():
+        if begin_together(changed, t):
+            raise ValueError(f"{name} must not share its memory with {other}")
+
+
 def begin_together(x: Tensor, other: Tensor) -> bool:
     """Whether two tensors begin at the same place of one storage; calls no operator and reads no memory."""
     same: bool = x.untyped_storage()._cdata == other.untyped_storage()._cdata
@@ -108,19 +117,30 @@ def checked_mask(mask: Tensor | None, x: Tensor, name: str = "active") -> Tensor
     return mask.contiguous()
 
 
-def checked_saved(best: Tensor | None, better: Tensor | None, not_finite: Tensor | None, x: Tensor) -> Saved:
-    """What a step saves, as operators take it, for an ``x`` whose samples are dense."""
+def checked_saved(
+    best: Tensor | None,
+    better: Tensor | None,
+    not_finite: Tensor | None,
+    layout: Tensor,
+    active: Tensor | None,
+    **beside: Tensor,
+) -> Saved:
+    """What a step that reads ``active`` and ``beside`` saves, as operators take it; samples of ``layout`` are dense."""
+    if best is None and better is None and not_finite is None:
+        return Saved()
     if (best is None) != (better is None):
         raise ValueError("best and better go together")
     if best is not None:
-        check_like(best, x, "best")
-        if not same_layout(best, x) or (len(x) > 1 and not sample_dense(best)):
-            raise ValueError("best must have x's memory layout, because it is changed in place")
-        if not torch.compiler.is_compiling() and x.numel() and begin_together(x, best):
-            raise ValueError("best must not share its memory with x")
-    if not_finite is not None and checked_mask(not_finite, x, "not_finite") is not not_finite:
-        raise ValueError("not_finite must be contiguous, because it is changed in place")
-    return Saved(best, checked_mask(better, x, "better"), not_finite)
+        check_like(best, layout, "best")
+        if not same_layout(best, layout) or (len(layout) > 1 and not sample_dense(best)):
+            raise ValueError("best must be dense in x's memory layout, because it is changed in place")
+        check_apart(best, "best", **beside)
+    if not_finite is not None:
+        if checked_mask(not_finite, layout, "not_finite") is not not_finite:
+            raise ValueError("not_finite must be contiguous, because it is changed in place")
+        masks = {"active": active, "better": better}
+        check_apart(not_finite, "not_finite", **{name: mask for name, mask in masks.items() if mask is not None})
+    return Saved(best, checked_mask(better, layout, "better"), not_finite)
 
 
 def checked_limits(bounds: Bounds, x: Tensor) -> tuple[float, Tensor | None, float, Tensor | None]:

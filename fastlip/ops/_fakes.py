@@ -8,7 +8,10 @@ from fastlip.ops._schemas import SCHEMAS
 
 
 def _in_place(x: Tensor, *others: object) -> None:
-    return None
+    """Nothing; but a tensor on the meta device beside one that is not is answered here, and shall not be."""
+    for t in others:
+        if isinstance(t, Tensor) and t.device != x.device:
+            raise RuntimeError(f"all tensors must be on {x.device}, got one on {t.device}")
 
 
 for _name, _schema in SCHEMAS.items():
@@ -23,8 +26,11 @@ def _random_start(x0: Tensor, *others: object) -> Tensor:
 
 @torch.library.register_fake("fastlip::judge")
 def _judge(logits: Tensor, labels: Tensor, *others: object, **record: object) -> tuple[Tensor, ...]:
+    for t in (labels, *others, *record.values()):
+        if isinstance(t, Tensor) and t.device != logits.device:
+            raise RuntimeError(f"judge: all tensors must be on {logits.device}, got one on {t.device}")
     flags = [torch.empty_like(labels, dtype=torch.bool) for _ in range(3)]
-    return logits.new_empty(len(logits)), torch.empty_like(logits), *flags
+    return logits.new_empty(logits.shape[0]), torch.empty_like(logits), *flags
 
 
 @torch.library.register_fake("fastlip::top_eigenpairs")

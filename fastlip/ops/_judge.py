@@ -1,15 +1,18 @@
 """What an attack reads off logits in one pass: loss, gradient, decision, and which iterates are the best so far."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlip.ops._checks import describe
-from fastlip.ops._schemas import Best
+from fastlip.ops._checks import begin_together, describe
+from fastlip.ops._register import backends
 
-_ops = torch.ops.fastlip
+_judge = torch.ops.fastlip.judge
+#: Devices whose bindings refuse whatever is wrong before they write anything.
+_CHECKED = tuple(device for device, backend in backends.items() if backend.name == "native")
 
 Loss = Literal["dlr", "ce", "margin"]
 LOSSES = ("dlr", "ce", "margin")
@@ -39,7 +42,7 @@ class BestRecord:
     """
 
     loss: Tensor
-    """Loss of the best iterate, [B] float64; -inf before there is one."""
+    """Loss of the best iterate, [B] float64; -inf before there is one, and where it is NaN."""
     succeeded: Tensor
     """Whether an iterate was adversarial, [B] bool."""
     unconfirmed: Tensor | None = None
@@ -64,14 +67,14 @@ def judge(
 
     With z the logits, y the labels and z_(1) >= z_(2) >= ... the sorted logits, the loss to be increased is
 
-    - "ce": -log softmax(z)_y; as torch computes it on the CPU, bit for bit, so that attacks agree with other libraries;
+    - "ce": -log softmax(z)_y; on the CPU as torch computes it, bit for bit, so that attacks agree with other libraries;
     - "margin": max_{c != y} z_c - z_y;
     - "dlr": the margin over z_(1) - z_(3) (Croce and Hein 2020, equation 6); the margin below three classes.
 
     With ``targets`` t it is minus the loss of t, "dlr" being the margin. With ``toward`` c it is log softmax(z)_c,
     z_c - z_y, or that over z_(1) - (z_(3) + z_(4)) / 2 (equation 7; the difference below four classes). Of equal logits
     the lower class ranks first, in decisions and gradients. A logit of -inf is a class that the model excludes: it
-    counts in no spread. Numbers are computed in float64 and rounded once, but for "ce".
+    counts in no spread. Numbers are computed in float64 and rounded once, but for "ce" on the CPU.
 
     Args:
         logits: [B, C], float32 or float64, at least 2 classes; taken as a constant.
@@ -87,6 +90,17 @@ def judge(
             synchronise a GPU): the loss of one that does not exist is NaN.
         TypeError: a dtype or type is wrong; the message names the argument.
     """
+    if (
+        type(logits) is Tensor
+        and not torch.compiler.is_compiling()
+        and logits.is_contiguous()
+        and logits.device.type in _CHECKED
+        and (record is None or (type(record) is BestRecord and record.loss is not None))
+    ):
+        try:  # the checks below take as long as the operator, whose own are as strict but do not say what it got
+            return Judgement._make(_judge(logits, labels, targets, toward, loss, rounding, *_fields(record)))
+        except RuntimeError:
+            pass
     if not isinstance(logits, Tensor) or logits.dtype not in (torch.float32, torch.float64):
         got = describe(logits) if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"logits must be a float32 or float64 tensor, got {got}")
@@ -103,28 +117,40 @@ def judge(
         None if t is None else _rows(t, logits, name, torch.int64).contiguous()
         for name, t in (("targets", targets), ("toward", toward))
     )
-    kept = Best() if record is None else _fields(record, logits)
-    return Judgement(*_ops.judge(logits.detach().contiguous(), labels, targets, toward, loss, rounding, *kept))
+    if record is not None:
+        _check_record(record, logits)
+    return Judgement._make(_judge(logits.contiguous(), labels, targets, toward, loss, rounding, *_fields(record)))
 
 
-def _fields(record: BestRecord, logits: Tensor) -> Best:
+def _fields(record: BestRecord | None) -> tuple:
+    """The fields of ``fastlip.ops._schemas.Best``."""
+    if record is None:
+        return ()
+    return record.loss, record.succeeded, record.unconfirmed, record.doubtful, record.early_stop
+
+
+def _check_record(record: BestRecord, logits: Tensor) -> None:
     if not isinstance(record, BestRecord):
         raise TypeError(f"record must be a BestRecord or None, got {type(record).__name__}")
-    for name, t, dtype in (
-        ("record.loss", record.loss, torch.float64),
-        ("record.succeeded", record.succeeded, torch.bool),
-        ("record.unconfirmed", record.unconfirmed, torch.bool),
-        ("record.doubtful", record.doubtful, torch.bool),
-    ):
-        if t is not None and not _rows(t, logits, name, dtype).is_contiguous():
-            raise ValueError(f"{name} must be contiguous, because it is changed in place")
-    return Best(record.loss, record.succeeded, record.unconfirmed, record.doubtful, record.early_stop)
+    _rows(record.loss, logits, "record.loss", torch.float64)
+    _rows(record.succeeded, logits, "record.succeeded", torch.bool)
+    flags = {"succeeded": record.succeeded}
+    for name, t in (("unconfirmed", record.unconfirmed), ("doubtful", record.doubtful)):
+        if t is not None:
+            flags[name] = _rows(t, logits, f"record.{name}", torch.bool)
+    for name, t in {"loss": record.loss, **flags}.items():
+        if not t.is_contiguous():
+            raise ValueError(f"record.{name} must be contiguous, because it is changed in place")
+    if not torch.compiler.is_compiling() and logits.numel():
+        for (name, t), (other, u) in itertools.combinations(flags.items(), 2):
+            if begin_together(t, u):
+                raise ValueError(f"record.{other} must not share its memory with record.{name}")
 
 
 def _rows(t: Tensor, logits: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     if not isinstance(t, Tensor) or t.dtype != dtype:
         got = describe(t) if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name} must be a {str(dtype).removeprefix('torch.')} tensor, got {got}")
+        raise TypeError(f"{name} must be a tensor of {str(dtype).removeprefix('torch.')}, got {got}")
     if t.shape != logits.shape[:1] or t.device != logits.device:
         raise ValueError(f"{name} must have shape [{logits.shape[0]}] on {logits.device}, got {describe(t)}")
     return t

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastlip.ops._bindings import as_given, ball_as_given, number_as_given, read_and_saved, tried
 from fastlip.ops._checks import (
     Bounds,
     Norm,
@@ -70,6 +71,11 @@ def pgd_step_(
         TypeError: a dtype or type is wrong; the message names the argument.
         RuntimeError: ``x`` requires grad while gradients are enabled.
     """
+    if as_given(x, grad, x0, model_input=model_input) and grad.stride() == x.stride():
+        step, ball = number_as_given(step_size, x), ball_as_given(eps, norm, bounds, x)
+        rest = read_and_saved(model_input, best, better, not_finite)
+        if step and ball and tried(_ops.pgd_step_, x, grad, x0, *step, *ball, sparsity, active, *rest):
+            return x
     check_inputs(x, x0=x0)
     if model_input is None:
         check_like(grad, x, "grad")
@@ -82,7 +88,10 @@ def pgd_step_(
     target, grad, x0 = in_one_layout(x, grad, x0)
     ball = checked_ball(eps, norm, bounds, target)
     read = NOT_READ if model_input is None else normalised(model_input, target)
-    saved = checked_saved(best, better, not_finite, target)
+    beside = {"x": x, "grad": grad, "x0": x0}
+    if model_input is not None:
+        beside["model_input"] = model_input.values
+    saved = checked_saved(best, better, not_finite, target, active, **beside)
     _ops.pgd_step_(target, grad, x0, *step, *ball, sparsity, active, *read, *saved)
     return x if target is x else x.copy_(target)
 
@@ -115,6 +124,10 @@ def project_(
         TypeError: a dtype or type is wrong; the message names the argument.
         RuntimeError: ``x`` requires grad while gradients are enabled.
     """
+    if as_given(x, x0):
+        ball = ball_as_given(eps, norm, bounds, x)
+        if ball and tried(_ops.project_, x, x0, *ball, active):
+            return x
     check_inputs(x, x0=x0)
     active = checked_mask(active, x)
     target, x0 = in_one_layout(x, x0)

@@ -18,22 +18,22 @@ def judge(
     record: Best,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = logits.detach()
-    classes = [c for c in (labels if targets is None else targets, toward) if c is not None]
-    known = ~logits.isnan().any(1)
-    for c in classes:
-        known &= (c >= 0) & (c < logits.shape[1])
-    own, *others = (c.clamp(0, logits.shape[1] - 1) for c in classes)
+    own, known = _existing(labels if targets is None else targets, logits)
+    if toward is not None:
+        toward, also_known = _existing(toward, logits)
+        known &= also_known
+    known &= ~logits.isnan().any(1)
+    away = targets is None and toward is None
     if loss == "ce":
-        value, grad = _cross_entropy(logits, *others) if others else _cross_entropy(logits, own, targets is None)
+        value, grad = _cross_entropy(logits, own if toward is None else toward, -1 if away else 1)
     else:
-        value, grad = _margin(loss, logits.double(), own, *others, reach=targets is not None)
+        value, grad = _margin(loss, logits.double(), own, toward, reach=targets is not None)
     value = torch.where(known, value, torch.nan).to(logits.dtype)
     grad = torch.where(known[:, None], grad, torch.nan).to(logits.dtype)
 
     z = logits.double()
-    decision = _ranked(z)[1][:, 0]
-    adversarial = known & ((decision != own) if targets is None else (decision == own))
-    top = _ranked(z)[0]
+    top, ranked = _ranked(z)
+    adversarial = known & ((ranked[:, 0] != own) if targets is None else (ranked[:, 0] == own))
     least = z.masked_fill(z == -torch.inf, torch.inf).amin(1)
     doubtful = ~(top[:, 0] - top[:, 1] > 2 * rounding * (top[:, 0] - least))
     return value, grad, adversarial, doubtful, _recorded(record, value.double(), adversarial, doubtful)
@@ -58,6 +58,12 @@ def _recorded(record: Best, value: Tensor, adversarial: Tensor, doubtful: Tensor
     return better
 
 
+def _existing(classes: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """``classes``, or the nearest that the model has; and whether it has them itself."""
+    nearest = classes.clamp(0, logits.shape[1] - 1)
+    return nearest, nearest == classes
+
+
 def _ranked(z: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and their classes from the largest down; of equal ones the lower class comes first."""
     ranked = z.sort(dim=1, descending=True, stable=True)
@@ -72,9 +78,8 @@ def _at(z: Tensor, classes: Tensor) -> Tensor:
     return z.gather(1, classes[:, None]).squeeze(1)
 
 
-def _cross_entropy(logits: Tensor, classes: Tensor, away: bool = False) -> tuple[Tensor, Tensor]:
-    """Log softmax at ``classes`` [B], minus that where ``away``, and its gradient [B, C]; bit for bit as torch's."""
-    sign = -1 if away else 1
+def _cross_entropy(logits: Tensor, classes: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    """``sign`` times log softmax at ``classes`` [B], and its gradient [B, C]; bit for bit as torch's cross-entropy."""
     log_p = logits.log_softmax(1)
     grad = torch.ops.aten._log_softmax_backward_data(sign * _one_hot(classes, logits), log_p, 1, logits.dtype)
     return sign * _at(log_p, classes), grad
@@ -84,7 +89,7 @@ def _margin(
     name: str,
     z: Tensor,  # [B, C] float64
     own: Tensor,  # [B]
-    toward: Tensor | None = None,  # [B]
+    toward: Tensor | None,  # [B]
     *,
     reach: bool,
 ) -> tuple[Tensor, Tensor]:

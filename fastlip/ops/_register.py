@@ -32,6 +32,8 @@ class Backend:
 _library = torch.library.Library("fastlip", "DEF")
 for _name, _schema in (SCHEMAS | HOST_SCHEMAS).items():
     _library.define(_name + _schema)
+# Logits are taken as a constant, and need not be detached in every call.
+_library.impl("judge", torch.library.fallthrough_kernel, "Autograd")
 
 
 def library_path(device: str) -> Path | None:

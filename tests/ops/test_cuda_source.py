@@ -19,7 +19,7 @@ import torch
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc"
-KERNELS = ("pgd_step", "apgd_step", "random_start", "operator_step", "pack_weights")
+KERNELS = ("pgd_step", "apgd_step", "random_start", "operator_step", "pack_weights", "judge")
 COMPILER = shutil.which("g++")
 CHOICES = ("FASTLIP_BACKEND", "FASTLIP_CPU_ISA", "TRITON_INTERPRET")
 pytestmark = pytest.mark.skipif(any(map(os.environ.get, CHOICES)), reason="the same whichever backend is chosen")
@@ -176,19 +176,20 @@ BLOCK = REGISTERS | {"FASTLIP_HOST_THREADS": "0"}
 CLUSTER = {"FASTLIP_HOST_SHARED": "8000", "FASTLIP_HOST_THREADS": "0"}
 STREAMED = CLUSTER | {"FASTLIP_HOST_CLUSTERS": "0"}
 UP, DOWN = {"FASTLIP_HOST_ORDER": "up"}, {"FASTLIP_HOST_ORDER": "down"}
-STEPS = ("test_pgd_ops", "test_apgd_step", "test_random_start", "test_model_input")
+STEPS = ("test_pgd_ops", "test_apgd_step", "test_saved", "test_random_start", "test_model_input")
 OPERATORS = ("test_operator_step", "test_pack_weights", "../norms/test_products")
+LOSSES = ("test_judge",)
 #: What is not slow: all but the largest samples, many repetitions, and what no kernel decides.
 SOME = (
-    "not 224 and not (large and apgd) and not feasible and not nearest and not published"
+    "not 224 and not 8200 and not (large and apgd) and not feasible and not nearest and not published"
     " and not opcheck and not compile and not direct_calls and not argument"
 )
 
 
 @pytest.mark.parametrize(
     ("names", "variables"),
-    [(STEPS, BLOCK | DOWN), (STEPS, CLUSTER | UP), (OPERATORS, UP)],
-    ids=["block", "cluster", "operators"],
+    [(STEPS, BLOCK | DOWN), (STEPS, CLUSTER | UP), (OPERATORS, UP), (LOSSES, DOWN)],
+    ids=["block", "cluster", "operators", "losses"],
 )
 def test_most_op_tests_pass_on_the_cuda_source(library, names, variables):
     assert_passing(run_tests(library, names, "-k", SOME, **variables))
@@ -275,6 +276,41 @@ FAULTS = {
         BLOCK | UP,
         "",
     ),
+    "barrier before warps merge what they ranked": (
+        "judge",
+        ("judge.cu", "    __syncthreads();\n    Ranking", "    Ranking"),
+        UP,
+        "",
+    ),
+    "barrier before warps add up": ("judge", ("judge.cu", "    __syncthreads();\n    double", "    double"), UP, ""),
+    "what is saved before x moves": (
+        "pgd_step",
+        (
+            "pgd_step.cu",
+            "        if (is_better(p, sample)) {",
+            "        tile.finish(batch);\n        if (is_better(p, sample)) {",
+        ),
+        REGISTERS | UP,
+        "",
+    ),
+    "look at a gradient": (
+        "pgd_step",
+        ("sample_tile.cuh", "if (watched) look_at", "if (false) look_at"),
+        BLOCK | UP,
+        "",
+    ),
+    "look at the gradient of a sample that restarts": (
+        "apgd_step",
+        ("apgd_step.cu", " || (back && p.not_finite != nullptr)", ""),
+        CLUSTER | UP,
+        "",
+    ),
+    "best in packs that its address does not allow": (
+        "apgd_step",
+        ("memory.cuh", "fits(p.best, p.best_stride, storage) && ", ""),
+        BLOCK | UP,
+        "misaligned",
+    ),
     "look at alignment": (
         "pgd_step",
         ("sample_tile.cuh", "wide_(shares.wide)", "wide_(true)"),
@@ -300,7 +336,11 @@ QUICK = ("barrier of a reduction", "other blocks' wait for a count", "room for w
 def test_a_fault_in_a_kernel_is_found(library, tmp_path, fault):
     kernel, change, variables, said = FAULTS[fault]
     build(tmp_path, cuda_headers(), [change], only=kernel, rest=library)
-    names = {"pgd_step": ["test_pgd_ops"], "apgd_step": ["test_apgd_step"]}[kernel]
+    names = {
+        "pgd_step": ("test_pgd_ops", "test_saved"),
+        "apgd_step": ("test_apgd_step", "test_saved"),
+        "judge": LOSSES,
+    }[kernel]
     run = run_tests(
         tmp_path, names, "-x", "--capture=sys", "-k", "(match or stride or layout) and not large", **variables
     )
@@ -310,8 +350,8 @@ def test_a_fault_in_a_kernel_is_found(library, tmp_path, fault):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [UP, DOWN], ids=["up", "down"])
-def test_operator_tests_pass_on_the_cuda_source(library, order):
-    assert_passing(run_tests(library, OPERATORS, **order))
+def test_other_op_tests_pass_on_the_cuda_source(library, order):
+    assert_passing(run_tests(library, (*OPERATORS, *LOSSES), **order))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Every check of the wrappers and of the bindings, each with the argument it names."""
 
 import functools
+from dataclasses import fields
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from op_inputs import make
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastlip import ops
+from fastlip.ops import _bindings
 
+X = torch.zeros(3, 4)
+YES = torch.ones(3, dtype=torch.bool)
 WRONG = {
     "x is a list": ({"x": [1.0]}, TypeError, "x must be a tensor"),
     "x is integer": ({"x": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "x must be float32"),
@@ -98,14 +102,74 @@ def test_an_x_that_requires_grad_is_fine_without_gradients():
         ({11: torch.zeros(3, 8)[:, :4]}, "hi_tensor must have packed samples"),
         ({12: 2.0}, "sparsity must lie in"),
         ({13: torch.ones(3)}, "active must be a contiguous bool"),
+        ({3: float("inf")}, "step_size must be finite"),
+        ({5: -0.1}, "eps must be at least 0"),
+        ({5: float("nan")}, "eps must be at least 0"),
+        ({8: 2.0}, "bounds must satisfy lower <= upper"),
+        ({0: X, 2: X[:]}, "x must not share its memory with x0"),
+        ({2: X.to("meta")}, "all tensors must be on cpu, got one on meta"),
+        ({19: X}, "best and better go together"),
+        ({20: YES}, "best and better go together"),
+        ({19: X.double(), 20: YES}, "best must have x's dtype"),
+        ({19: torch.zeros(4, 3).T, 20: YES}, "best must have x's shape and memory layout"),
+        ({19: X[:1].expand(3, 4), 20: YES}, "samples of best overlap"),
+        ({19: X, 20: YES[:2]}, "better must be a contiguous bool"),
+        ({0: X, 19: X[:], 20: YES}, "best must not share its memory with x"),
+        ({1: X, 19: X[:], 20: YES}, "best must not share its memory with grad"),
+        ({2: X, 19: X[:], 20: YES}, "best must not share its memory with x0"),
+        ({14: X, 19: X[:], 20: YES}, "best must not share its memory with model_input"),
+        ({0: X, 14: X[:]}, "model_input must not share its memory with x"),
+        ({21: torch.zeros(3)}, "not_finite must be a contiguous bool"),
+        ({13: YES, 21: YES[:]}, "not_finite must not share its memory with active"),
+        ({19: X, 20: YES, 21: YES[:]}, "not_finite must not share its memory with better"),
     ],
 )
 def test_direct_calls_are_checked_too(change, message):
     arguments = [*make((3, 4), torch.float32, "cpu"), 0.1, None, 0.1, None, "l2", 0.0, None, 1.0, None, 0.99, None]
+    arguments += [None, 0.0, None, 1.0, None, None, None, None]
     for position, value in change.items():
         arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastlip.pgd_step_(*arguments)
+
+
+@pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="checks of the compiled bindings")
+@pytest.mark.parametrize("buffer", ["x_prev", "x_best", "grad_best"])
+def test_direct_calls_of_apgd_are_checked_too(buffer):
+    x, grad, x0 = make((3, 4), torch.float32, "cpu")
+    state = ops.apgd_state(x, steps=3, eps=0.1)
+    tensors = (x, grad, torch.zeros(3), x0, *(getattr(state, f.name) for f in fields(state)))
+    rest = (0.75, 0.75, None, None, 0.0, None, 1.0, None)
+    saved = (getattr(state, buffer), YES, None)
+    with pytest.raises(RuntimeError, match=f"{buffer} must not share its memory with best"):
+        torch.ops.fastlip.apgd_step_(*tensors, 0.1, None, "linf", 0.0, None, 1.0, None, *rest, *saved)
+    with pytest.raises(RuntimeError, match="eps must be finite for norm l1"):
+        torch.ops.fastlip.apgd_step_(*tensors, float("inf"), None, "l1", 0.0, None, 1.0, None, *rest)
+
+
+@pytest.mark.parametrize("name", ["grad", "eps", "active"])
+def test_what_bindings_refuse_is_brought_into_order(name):
+    """Wrappers try an operator on its arguments as they are, and bring them into order where that is refused."""
+    x, grad, x0 = make((3, 2, 4, 5), torch.float32, "cpu")
+    given = {"grad": grad, "eps": torch.full((3,), 0.3), "active": torch.tensor([True, False, True])}
+    otherwise = {
+        "grad": grad.to(memory_format=torch.channels_last),
+        "eps": given["eps"].double(),
+        "active": given["active"].repeat_interleave(2)[::2],
+    }
+    want = ops.pgd_step(x, x0=x0, step_size=0.1, **given)
+    got = ops.pgd_step(x, x0=x0, step_size=0.1, **given | {name: otherwise[name]})
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_errors_of_a_device_are_not_refusals():
+    """What was launched may have run: it is not to be tried again."""
+
+    def fail(*arguments):
+        raise RuntimeError("fastlip: CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        _bindings.tried(fail)
 
 
 @pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="checks of the compiled bindings")

@@ -22,6 +22,9 @@ WANTED = {
     "Tensor(d!) grad_best, Tensor(e!) best_loss, Tensor(f!) past_loss, Tensor(g!) step_size, Tensor(h!) counters, "
     f"Tensor schedule, {_BALL}, float momentum, float rho, Tensor? active, {_READ.format('i')}, "
     f"{_SAVED.format('j', 'k')}) -> ()",
+    "judge": "(Tensor logits, Tensor labels, Tensor? targets, Tensor? toward, str loss, float rounding, "
+    "Tensor(a!)? best_loss=None, Tensor(b!)? succeeded=None, Tensor(c!)? unconfirmed=None, "
+    "Tensor(d!)? best_doubtful=None, bool early_stop=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "operator_step_": "(Tensor(a!) out, Tensor(b!) out_square, Tensor x, Tensor? x_square, Tensor? previous, "
     "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor bundles, Tensor entries, "
     "int most_chains, int parts, str products, Tensor? active) -> ()",

@@ -15,7 +15,7 @@ from op_inputs import DTYPES, INTERPRETED, NORMS
 from torch import Tensor
 
 pytest.importorskip("triton")
-from triton_launches import Key, counted, launch_apgd, launch_operator, launch_pgd, launch_start, recorded
+from triton_launches import Key, counted, launch_apgd, launch_judge, launch_operator, launch_pgd, launch_start, recorded
 
 from fastlip.ops import ConvGeometry
 
@@ -45,6 +45,7 @@ MOST = {
     "_momentum_kernel": 4,
     "_finish_kernel": 6,
     "_random_start_kernel": 4,
+    "_judge_kernel": 2,
     "_operator_tile_kernel": 2 * 2,
     "_operator_squares_kernel": 1,
 }
@@ -94,6 +95,9 @@ def test_numbers_and_tensors_share_kernels(name, read, norm):
     assert asked(name, x, norm, **fixed, bounds=(x.clone(), x.clone() + 1)) == plain
     if name != "start":
         assert asked(name, x, norm, **fixed, active=torch.ones(6, dtype=torch.bool)) == plain
+        yes = torch.ones(6, dtype=torch.bool)
+        assert asked(name, x, norm, **fixed, saved=(x.clone(), yes, yes.clone())) == plain
+        assert asked(name, x, norm, **fixed, saved=(None, None, yes)) == plain
     if name == "pgd":
         assert asked(name, x, norm, **fixed, step_size=torch.ones(6)) == plain
     if read is not None:
@@ -136,6 +140,23 @@ def test_operators_share_kernels(dtype):
     assert counted(keys) == {"_operator_tile_kernel": 2, "_operator_squares_kernel": 1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_classes_losses_and_records_share_a_kernel(dtype):
+    with recorded() as keys:
+        launch_judge(torch.zeros(64, 10, dtype=dtype))
+        first = set(keys)
+        for batch, classes in ((1, 2), (1, 16), (16, 1), (7, 1000), (256, 1024), (2, 21841)):
+            logits = torch.zeros(batch, classes, dtype=dtype)
+            some = torch.zeros(batch, dtype=torch.int64)
+            for loss in ("dlr", "ce", "margin"):
+                launch_judge(logits, loss)
+                launch_judge(logits, loss, targets=some, record=True)
+                launch_judge(logits, loss, toward=some, record=True, partly=True, early_stop=False)
+        launch_judge(torch.zeros(64 * 10 + 1, dtype=dtype)[1:].reshape(64, 10))  # no aligned address
+    assert keys == first
+    assert counted(keys) == {"_judge_kernel": 1}
+
+
 def test_all_there_is_to_compile():
     """Every dtype in every norm, size and layout, with numbers and tensors, and with what models read."""
     with recorded() as keys:
@@ -152,6 +173,7 @@ def test_all_there_is_to_compile():
                         launch_apgd(image(shape), norm, read=read, statistics=(image(shape)[:1], 1.0))
         for dtype in (torch.float32, torch.float64):
             launch_operator([CONV], dtype)
+            launch_judge(torch.zeros(4, 10, dtype=dtype))
     found = counted(keys)
     assert dict(found) == MOST
     assert found.total() <= 100

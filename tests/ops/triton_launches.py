@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from fastlip import ops
 from fastlip.ops import _register, reference, triton_kernels
+from fastlip.ops._triton.elements import NO_INPUT
 
 #: A kernel's name and what Triton's cache knows a specialisation of it by.
 Key = tuple[str, str]
@@ -110,16 +111,17 @@ def launch_pgd(
     active: Tensor | None = None,
     read: torch.dtype | None = None,
     statistics: tuple[float | Tensor, float | Tensor] = (0.5, 0.25),
+    saved: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> None:
-    """A PGD step and a projection; ``read``: the dtype of what the model reads."""
+    """A PGD step and a projection; ``read``: the dtype of what the model reads; ``saved``: best, better, not_finite."""
     x0 = x.clone() if x0 is None else x0
     grad = x.clone() if grad is None else grad
-    fed = ()
+    fed = NO_INPUT
     if read is not None:
         grad = grad.to(read)
         fed = (torch.empty_like(x, dtype=read), *numbers_of(x, *statistics))
     radius, box = numbers_of(x, eps), numbers_of(x, *bounds)
-    triton_kernels.pgd_step_(x, grad, x0, *numbers_of(x, step_size), *radius, norm, *box, 0.99, active, *fed)
+    triton_kernels.pgd_step_(x, grad, x0, *numbers_of(x, step_size), *radius, norm, *box, 0.99, active, *fed, *saved)
     triton_kernels.project_(x, x0, *radius, norm, *box, active)
 
 
@@ -132,18 +134,19 @@ def launch_apgd(
     active: Tensor | None = None,
     read: torch.dtype | None = None,
     statistics: tuple[float | Tensor, float | Tensor] = (0.5, 0.25),
+    saved: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> None:
     """A step of APGD."""
     state = ops.apgd_state(x, steps=10, eps=eps, norm=norm)
     names = ("x_prev", "x_best", "grad_best", "best_loss", "past_loss", "step_size", "counters", "schedule")
     rows = [getattr(state, name) for name in names]
-    grad, fed = x.clone(), ()
+    grad, fed = x.clone(), NO_INPUT
     if read is not None:
         grad = grad.to(read)
         fed = (torch.empty_like(x, dtype=read), *numbers_of(x, *statistics))
     triton_kernels.apgd_step_(
         x, grad, torch.zeros_like(state.best_loss), x.clone(), *rows, *numbers_of(x, eps), norm,
-        *numbers_of(x, *bounds), 0.75, 0.75, active, *fed,
+        *numbers_of(x, *bounds), 0.75, 0.75, active, *fed, *saved,
     )  # fmt: skip
 
 
@@ -157,6 +160,23 @@ def launch_start(
     """A random start."""
     ids, key = torch.arange(len(x)), torch.zeros(1, dtype=torch.int64)
     triton_kernels.random_start(x, *numbers_of(x, eps), norm, *numbers_of(x, *bounds), ids, key)
+
+
+def launch_judge(
+    logits: Tensor,
+    loss: str = "dlr",
+    *,
+    targets: Tensor | None = None,
+    toward: Tensor | None = None,
+    record: bool = False,
+    partly: bool = False,
+    early_stop: bool = True,
+) -> None:
+    """What an attack reads off logits; ``partly``: of a record that has neither doubts nor confirmations."""
+    labels = torch.zeros(len(logits), dtype=torch.int64)
+    flags = [torch.zeros(len(logits), dtype=torch.bool) for _ in range(1 if partly else 3)]
+    kept = (torch.zeros(len(logits), dtype=torch.float64), *flags, *[None] * (3 - len(flags)), early_stop)
+    triton_kernels.judge(logits, labels, targets, toward, loss, 1e-3, *(kept if record else ()))
 
 
 def launch_operator(

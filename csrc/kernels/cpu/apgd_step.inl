@@ -85,60 +85,56 @@ void linf_rows(const Rows<S>& r, const ApgdStep& a, int64_t sample, bool first, 
 
 template <typename S, typename T>
 void ball_rows(const Rows<S>& r, const ApgdStep& a, int64_t sample, bool first, T step, T eps, int64_t kept, T momentum,
-               T rest, T* scratch) {
-  const int64_t n = a.step.size, row = n + 64;
-  T* const z = scratch + row;
-  const T *g, *x0;
+               T rest, const Scratch<T>& scratch, const Ahead<T>* ahead) {
+  const int64_t n = a.step.size;
+  const bool heavy = a.step.norm == Norm::l2 && !first;
+  T *const d = scratch.row(kDisplacement), *const z = scratch.row(kAim);
+  T* out;
+  const T *x, *g, *x0, *last;
   if constexpr (is_wide<S>) {
-    copy_row(z, r.from, n);
+    out = r.x;
+    x = r.from;
     g = r.ascent;
     x0 = r.x0;
+    last = r.x_prev;
   } else {
-    T *wide_x0 = scratch + 2 * row, *wide_g = scratch + 3 * row;
-    widen_row(z, r.from, n);
+    T *wide_x = scratch.row(kX), *wide_x0 = scratch.row(kX0), *wide_g = scratch.row(kGrad),
+      *wide_last = scratch.row(kLast);
+    widen_row(wide_x, r.from, n);
     widen_row(wide_x0, r.x0, n);
     widen_row(wide_g, r.ascent, n);
-    x0 = wide_x0;
+    if (heavy) widen_row(wide_last, r.x_prev, n);
+    out = z;
+    x = wide_x;
     g = wide_g;
+    x0 = wide_x0;
+    last = wide_last;
   }
   with_box<T>(a.step, sample, 0, [&](const auto box) {
-    if (a.step.norm == Norm::l1) {
-      l1_sample(z, g, x0, step, eps, box, kept, n, scratch);
+    if (!heavy) {
+      copy_row(r.x_prev, r.from, n);
+      if (a.step.norm == Norm::l1) {
+        l1_sample(out, x, g, x0, step, eps, box, kept, n, d, scratch.row(kCap), ahead);
+      } else {
+        l2_sample(out, x, g, x0, step, eps, box, n, out, ahead);
+      }
       return;
     }
-    l2_sample(z, g, x0, step, eps, box, n);
-    if (first) return;
-    for (int64_t at = 0; at < n; at += kChunk) {
-      const int64_t m = least(kChunk, n - at);
-      const T *x, *last;
-      T wide_x[kChunk], wide_last[kChunk];
-      if constexpr (is_wide<S>) {
-        x = r.from + at;
-        last = r.x_prev + at;
-      } else {
-        widen_row(wide_x, r.from + at, m);
-        widen_row(wide_last, r.x_prev + at, m);
-        x = wide_x;
-        last = wide_last;
-      }
-      map<T>(m, [&]<typename P>(int64_t i) FASTLIP_INLINE {
-        store(z + at + i, heavy_ball(load<P>(x + i), load<P>(z + at + i), load<P>(last + i), momentum, rest));
-      });
-    }
-    l2_sample(z, static_cast<const T*>(nullptr), x0, T(0), eps, box, n);
+    l2_sample(z, x, g, x0, step, eps, box, n, z, ahead);
+    const Totals<2> sums = l2_displace(z, x0, box, n, [&]<typename P>(int64_t i) FASTLIP_INLINE {
+      return heavy_ball(load<P>(x + i), load<P>(z + i), load<P>(last + i), momentum, rest);
+    });
+    copy_row(r.x_prev, r.from, n);
+    l2_project(out, z, x0, eps, box, sums, n);
   });
-  copy_row(r.x_prev, r.from, n);
-  if constexpr (is_wide<S>) {
-    copy_row(r.x, z, n);
-  } else {
-    narrow_row(r.x, z, x0, n);
-  }
+  if constexpr (!is_wide<S>) narrow_row(r.x, z, x0, n);
 }
 
 template <typename S>
 void apgd_step_as(const ApgdStep& a, int64_t begin, int64_t end, void* scratch) {
   using T = Arithmetic<S>;
   const PgdStep& p = a.step;
+  const Scratch<T> rows(scratch, p.size);
   const auto row = [](auto* data, int64_t sample, int64_t stride) {
     using Row = __typeof__(data);
     if constexpr (__is_same(Row, const void*)) {
@@ -159,7 +155,7 @@ void apgd_step_as(const ApgdStep& a, int64_t begin, int64_t end, void* scratch) 
               nullptr};
     if constexpr (__is_same(S, float)) {
       if (p.input) {
-        float* const grad = static_cast<float*>(scratch) + 3 * (p.size + 64);
+        float* const grad = rows.row(kGrad);
         with_input(p.input_dtype, [&]<typename I>(I) {
           save_row<S, I>(p, sample, 0, p.size);
           ascent_row<I>(grad, p, sample, 0, p.size);
@@ -188,7 +184,14 @@ void apgd_step_as(const ApgdStep& a, int64_t begin, int64_t end, void* scratch) 
       linf_rows<S, T>(r, a, sample, move.first, step, eps, momentum, rest);
     } else {
       const int64_t kept = most<int64_t>(1, least<int64_t>(p.size, state.kept));
-      ball_rows<S, T>(r, a, sample, move.first, step, eps, kept, momentum, rest, static_cast<T*>(scratch));
+      const Ahead<T>* next = nullptr;
+      Ahead<T> ahead;
+      if constexpr (is_wide<S>) {
+        ahead = {{r.x + p.x_stride, p.input ? r.x0 : r.grad + p.grad_stride, r.x0 + p.x0_stride,
+                  r.x_prev + a.x_prev_stride}};
+        if (p.size <= kAhead && sample + 1 < end) next = &ahead;
+      }
+      ball_rows<S, T>(r, a, sample, move.first, step, eps, kept, momentum, rest, rows, next);
     }
     if constexpr (__is_same(S, float)) {
       if (p.input) with_input(p.input_dtype, [&]<typename I>(I) { feed_row<I>(r.x, p, sample, 0, p.size); });

@@ -11,7 +11,7 @@ namespace {
 template <typename T>
 Ranking<T> ranked(const T* logits, int64_t classes) {
   constexpr int64_t kLanes = 16;
-  Ranking<T> r;
+  Ranking<T> r = Ranking<T>::empty();
   int64_t c = 0;
   if (classes >= 2 * kLanes) {
     // Most logits are no candidate: these are looked at side by side.
@@ -29,11 +29,14 @@ Ranking<T> ranked(const T* logits, int64_t classes) {
       }
       r.nan |= nan != 0;
       if (!candidate) continue;
-      for (int64_t i = c; i < c + kLanes; ++i) r.insert(logits[i], static_cast<int32_t>(i));
+      for (int64_t i = c; i < c + kLanes; ++i) r.append(logits[i], static_cast<int32_t>(i));
     }
     for (const T v : least_of) r.least = least(v, r.least);
   }
-  for (; c < classes; ++c) r.see(logits[c], static_cast<int32_t>(c));
+  for (; c < classes; ++c) {
+    r.note(logits[c]);
+    r.append(logits[c], static_cast<int32_t>(c));
+  }
   return r;
 }
 
@@ -64,8 +67,7 @@ void judge_as(const Judge& j, int64_t begin, int64_t end) {
       for (const int32_t c : mentioned)
         if (c >= 0) grad[c] = static_cast<T>(margin.grad(c));
     }
-    static_cast<T*>(j.loss)[sample] = loss;
-    Decision(j, r, classes, known, loss, sample).write(j, sample);
+    Decision(j, r, classes, known, loss, sample).write(j, sample, loss);
   }
 }
 

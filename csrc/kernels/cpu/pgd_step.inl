@@ -39,7 +39,7 @@ void pgd_step_linf_as(const PgdStep& p, int64_t begin, int64_t end) {
 template <typename S>
 void pgd_step_ball_as(const PgdStep& p, int64_t begin, int64_t end, void* scratch) {
   using T = Arithmetic<S>;
-  T* const spare = static_cast<T*>(scratch);
+  const Scratch<T> rows(scratch, p.size);
   for (int64_t sample = begin; sample < end; ++sample) {
     if (p.active && !p.active[sample]) continue;
     save_row<S, S>(p, sample, 0, p.size);
@@ -47,14 +47,14 @@ void pgd_step_ball_as(const PgdStep& p, int64_t begin, int64_t end, void* scratc
     const S* x0 = static_cast<const S*>(p.x0) + sample * p.x0_stride;
     const S* g = p.grad ? static_cast<const S*>(p.grad) + sample * p.grad_stride : nullptr;
     if constexpr (is_wide<S>) {
-      ball_sample(x, g, x0, p, sample, spare);
+      const Ahead<T> ahead{{x + p.x_stride, g ? g + p.grad_stride : x0, x0 + p.x0_stride, x0}};
+      ball_sample(x, g, x0, p, sample, rows, p.size <= kAhead && sample + 1 < end ? &ahead : nullptr);
     } else {
-      const int64_t row = p.size + 64;
-      float *wide_x = spare + row, *wide_x0 = spare + 2 * row, *wide_g = spare + 3 * row;
+      float *wide_x = rows.row(kX), *wide_x0 = rows.row(kX0), *wide_g = rows.row(kGrad);
       widen_row(wide_x, x, p.size);
       widen_row(wide_x0, x0, p.size);
       if (g) widen_row(wide_g, g, p.size);
-      ball_sample<float>(wide_x, g ? wide_g : nullptr, wide_x0, p, sample, spare);
+      ball_sample<float>(wide_x, g ? wide_g : nullptr, wide_x0, p, sample, rows, nullptr);
       narrow_row(x, wide_x, wide_x0, p.size);
     }
   }
@@ -80,13 +80,14 @@ void pgd_step_linf_fed(const PgdStep& p, int64_t begin, int64_t end) {
 
 template <typename I>
 void pgd_step_ball_fed(const PgdStep& p, int64_t begin, int64_t end, void* scratch) {
-  float *const spare = static_cast<float*>(scratch), *const grad = spare + p.size + 64;
+  const Scratch<float> rows(scratch, p.size);
+  float* const grad = rows.row(kGrad);
   for (int64_t sample = begin; sample < end; ++sample) {
     if (p.active && !p.active[sample]) continue;
     save_row<float, I>(p, sample, 0, p.size);
     float* const x = static_cast<float*>(p.x) + sample * p.x_stride;
     ascent_row<I>(grad, p, sample, 0, p.size);
-    ball_sample<float>(x, grad, static_cast<const float*>(p.x0) + sample * p.x0_stride, p, sample, spare);
+    ball_sample<float>(x, grad, static_cast<const float*>(p.x0) + sample * p.x0_stride, p, sample, rows, nullptr);
     feed_row<I>(x, p, sample, 0, p.size);
   }
 }

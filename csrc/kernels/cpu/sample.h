@@ -1,12 +1,20 @@
 // One sample's step on the CPU, in vectors: what the units compiled once per instruction set share.
 //
-// For L2 and L1 a sample is worked on in place and stays in cache between passes, x holding d = x - x0 meanwhile; sums
-// run in several vector accumulators and move to double every kRounds additions, which keeps float sums well within
-// 1e-6.
+// For L2 and L1 a sample stays in cache between passes, its displacement d = x - x0 in scratch memory.
+//
+// How exact sums are: 16- and 32-bit data add up in float, in vectors, over blocks of kRounds * kUnroll of them; a
+// block joins a sum in double. So a term is rounded once and meets kRounds - 1 + 2 additions in float, none of which
+// cancel since terms are not negative: a sum is within 10 * 2^-24 = 6e-7 of itself, whatever its length and magnitudes
+// (while they do not leave the range of T). With what the searches leave (Range<float>::kMargin) the length of a
+// projection is within the 1e-6 of eps that METHODS section 6 allows.
 //
 // Vectors are the compiler's own (vector_size), so the code is one for all instruction sets; the scalar tail runs the
 // same generic body. No standard library header: see scalar.h.
 #pragma once
+#if defined(__AVX2__)
+#include <immintrin.h>  // whose functions are always inlined
+#endif
+
 #include "kernels/cpu/scalar.h"
 
 #define FASTLIP_STR_(x) #x
@@ -26,10 +34,14 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 constexpr int kUnroll = 4;        // independent accumulators hide the latency of additions
-constexpr int kRounds = 16;       // additions to an accumulator before it moves to double
+constexpr int kRounds = 8;        // additions to an accumulator before it moves to double
 constexpr int64_t kChunk = 1024;  // elements of 16-bit storage widened at a time
-constexpr int64_t kThin = 8;      // one vector in so many is looked at to guess an L1 threshold
-constexpr int kMaxPasses = 200;   // of the L1 root search; halvings alone need fewer
+constexpr int64_t kThin = 8;      // one vector in so many is looked at to guess thresholds
+constexpr double kGuess = 0.003;  // of the ball's size: how exact such a guess is
+// A Newton step from within this share of the ball's size mostly ends a search; the pass after it writes as well.
+constexpr double kNear = 0.002, kNearSquare = 0.01;
+constexpr int64_t kAhead = 1 << 14;  // samples of at most so many elements are fetched ahead
+constexpr int kMaxPasses = 200;      // of the L1 root search; halvings alone need fewer
 
 // Bits of a float as an integer; sums of squares trusted without rescaling; a factor that brings any square in range.
 template <typename T>
@@ -40,8 +52,7 @@ struct Range<float> {
   static constexpr Bits kFinite = 0x7f800000;  // magnitudes from here on are not finite
   static constexpr double kLow = 1e-30, kHigh = 1e30;
   static constexpr float kUp = 0x1p96f, kDown = 0x1p-96f;
-  static constexpr double kUnused = 1e-6;     // of eps^2 when the L2 scale is good enough; it only ever errs low
-  static constexpr double kTolerance = 5e-7;  // of eps in the L1 threshold
+  static constexpr double kMargin = 2e-7;  // searches end this close to what they aim at, which is this far below eps
 };
 template <>
 struct Range<double> {
@@ -49,8 +60,7 @@ struct Range<double> {
   static constexpr Bits kFinite = 0x7ff0000000000000;
   static constexpr double kLow = 1e-280, kHigh = 1e280;
   static constexpr double kUp = 0x1p520, kDown = 0x1p-520;
-  static constexpr double kUnused = 1e-14;
-  static constexpr double kTolerance = 1e-15;
+  static constexpr double kMargin = 1e-14;
 };
 
 template <typename T>
@@ -61,6 +71,23 @@ struct VectorOf {
 };
 template <typename T>
 using Vector = typename VectorOf<T>::type;
+using Doubles = Vector<double>;
+
+// A vector in double; both halves of one in float added up.
+FASTLIP_INLINE inline Doubles in_double(Vector<float> v) {
+#if defined(__AVX512F__)
+  const __m256 low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_maskz_cvtps_pd(0xff, low) + _mm512_maskz_cvtps_pd(0xff, high);
+#elif defined(__AVX2__)
+  const __m128 low = __builtin_shufflevector(v, v, 0, 1, 2, 3), high = __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  return _mm256_cvtps_pd(low) + _mm256_cvtps_pd(high);
+#else
+  const Doubles low{static_cast<double>(v[0]), static_cast<double>(v[1])};
+  return low + Doubles{static_cast<double>(v[2]), static_cast<double>(v[3])};
+#endif
+}
+FASTLIP_INLINE inline Doubles in_double(Doubles v) { return v; }
 
 // P is T or Vector<T>.
 template <typename P, typename T>
@@ -101,11 +128,47 @@ FASTLIP_INLINE inline P size_of(P v) {
     return (P)((Mask)v & ~(Mask{} + sign));
   }
 }
+// Whether a and b are the same number, zeros of different signs apart.
+template <typename P>
+FASTLIP_INLINE inline auto same(P a, P b) {
+  if constexpr (sizeof(P) <= sizeof(double)) {
+    return a == b;
+  } else {
+    using Mask = decltype(a < a);
+    return (Mask)a == (Mask)b;  // integers compare on more of a core's units
+  }
+}
 template <typename P, typename T>
 FASTLIP_INLINE inline P finite_or_0(P v) {
   const P zero{};
   return size_of<P, T>(v) <= broadcast<P>(kLargest<T>) ? v : zero;
 }
+
+// size >= 0 with the sign of v.
+template <typename P, typename T>
+FASTLIP_INLINE inline P signed_as(P size, P v) {
+  using Bits = typename Range<T>::Bits;
+  constexpr auto sign = static_cast<Bits>(Bits{1} << (8 * sizeof(T) - 1));
+  if constexpr (sizeof(P) == sizeof(T)) {
+    return bits_as<T>(static_cast<Bits>(bits_as<Bits>(size) | (bits_as<Bits>(v) & sign)));
+  } else {
+    using Mask = decltype(v < v);
+    return (P)((Mask)size | ((Mask)v & (Mask{} + sign)));
+  }
+}
+
+// Rows of the sample that follows, fetched while this one is computed.
+template <typename T>
+struct Ahead {
+  const T* rows[4];
+  // What takes the place of the next kUnroll vectors from element i.
+  FASTLIP_INLINE void fetch(int64_t i) const {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kUnroll * VectorOf<T>::lanes; k += 64 / static_cast<int64_t>(sizeof(T)))
+#pragma GCC unroll 4
+      for (const T* row : rows) __builtin_prefetch(row + i + k, 0, 2);
+  }
+};
 
 // Calls body<P>(i) for vectors, then single elements, until all n are done.
 template <typename T, typename Body>
@@ -116,36 +179,46 @@ FASTLIP_INLINE inline void map(int64_t n, Body body) {
   for (; i < n; ++i) body.template operator()<T>(i);
 }
 
-// As map, and body<P>(i, sums) adds to kSums sums, whose totals are returned.
+// As map, and body<P>(i, sums, count) adds to kSums sums and, by tally, to a number of elements.
 template <int kSums>
 struct Totals {
   double of[kSums];
+  int64_t count;
 };
+template <typename C>
+FASTLIP_INLINE inline void tally(C& count, bool where) {
+  count += where;
+}
+template <typename C>
+FASTLIP_INLINE inline void tally(C& count, C where) {  // -1 where true
+  count -= where;
+}
 template <int kSums, typename T, typename Body>
-FASTLIP_INLINE inline Totals<kSums> reduce(int64_t n, Body body) {
+FASTLIP_INLINE inline Totals<kSums> reduce(int64_t n, Body body, const Ahead<T>* ahead = nullptr) {
   using V = Vector<T>;
   constexpr int64_t lanes = VectorOf<T>::lanes;
-  typedef double Wide __attribute__((vector_size(lanes * sizeof(double))));
-  Wide wide[kSums] = {};
+  Doubles wide[kSums] = {};
+  Vector<typename Range<T>::Bits> counts{};
   int64_t i = 0;
   while (i + kUnroll * lanes <= n) {
     V sums[kUnroll][kSums] = {};
-    for (int round = 0; round < kRounds && i + kUnroll * lanes <= n; ++round) {
+    const int64_t end = least(n - kUnroll * lanes, i + (kRounds - 1) * kUnroll * lanes);
+#pragma GCC unroll 1
+    while (i <= end) {
+      if (ahead) ahead->fetch(i);
 #pragma GCC unroll 4
-      for (int u = 0; u < kUnroll; ++u, i += lanes) body.template operator()<V>(i, sums[u]);
+      for (int u = 0; u < kUnroll; ++u, i += lanes) body.template operator()<V>(i, sums[u], counts);
     }
-    for (int s = 0; s < kSums; ++s)
-      wide[s] += __builtin_convertvector((sums[0][s] + sums[1][s]) + (sums[2][s] + sums[3][s]), Wide);
+#pragma GCC unroll 2
+    for (int s = 0; s < kSums; ++s) wide[s] += in_double((sums[0][s] + sums[1][s]) + (sums[2][s] + sums[3][s]));
   }
   Totals<kSums> total{};
-  for (int s = 0; s < kSums; ++s) {
-    double part[2] = {};  // two chains of additions rather than one
-    for (int64_t l = 0; l < lanes; ++l) part[l % 2] += wide[s][l];
-    total.of[s] = part[0] + part[1];
-  }
+  for (int s = 0; s < kSums; ++s)
+    for (int64_t l = 0; l < VectorOf<double>::lanes; ++l) total.of[s] += wide[s][l];
+  for (int64_t l = 0; l < lanes; ++l) total.count += counts[l];
   for (; i < n; ++i) {
     T sums[kSums] = {};
-    body.template operator()<T>(i, sums);
+    body.template operator()<T>(i, sums, total.count);
     for (int s = 0; s < kSums; ++s) total.of[s] += static_cast<double>(sums[s]);
   }
   return total;
@@ -254,20 +327,20 @@ void feed_row(const float* __restrict x, const PgdStep& p, int64_t sample, int64
 
 // --- Linf --------------------------------------------------------------------------------
 
-// sign(g) * step, 0 where g is not finite: step with g's sign flipped in, kept where 0 < |g| < inf.
+// sign(g) * step where |g|, as an integer, exceeds `below` and g is finite, else 0: step with g's sign flipped in.
 template <typename P, typename T>
-FASTLIP_INLINE inline P signed_step(P g, T step) {
+FASTLIP_INLINE inline P signed_step(P g, T step, typename Range<T>::Bits below = 0) {
   using Bits = typename Range<T>::Bits;
   constexpr auto sign = static_cast<Bits>(Bits{1} << (8 * sizeof(T) - 1));
   if constexpr (sizeof(P) == sizeof(T)) {
     const Bits bits = bits_as<Bits>(g), size = bits & ~sign;
-    return size > 0 && size < Range<T>::kFinite ? bits_as<T>(static_cast<Bits>(bits_as<Bits>(step) ^ (bits & sign)))
-                                                : T(0);
+    return size > below && size < Range<T>::kFinite ? bits_as<T>(static_cast<Bits>(bits_as<Bits>(step) ^ (bits & sign)))
+                                                    : T(0);
   } else {
     using Mask = decltype(g < g);
     const Mask bits = (Mask)g, size = bits & ~(Mask{} + sign);
     const Mask moved = (Mask)broadcast<P>(step) ^ (bits & (Mask{} + sign));
-    return (P)(moved & (size > Mask{}) & (size < Mask{} + Range<T>::kFinite));
+    return (P)(moved & (size > Mask{} + below) & (size < Mask{} + Range<T>::kFinite));
   }
 }
 
@@ -303,14 +376,14 @@ template <typename T>
 Factors<T> l2_factors(const T* g, T step, int64_t n) {
   const auto factor = [&](double sum) { return static_cast<T>(static_cast<double>(step) / __builtin_sqrt(sum)); };
   const auto trusted = [](double sum) { return sum > Range<T>::kLow && sum < Range<T>::kHigh; };
-  double sum = reduce<1, T>(n, [&]<typename P>(int64_t i, P* sums) FASTLIP_INLINE {
+  double sum = reduce<1, T>(n, [&]<typename P>(int64_t i, P* sums, auto&) FASTLIP_INLINE {
                  const P v = load<P>(g + i);
                  sums[0] += v * v;
                }).of[0];
   if (trusted(sum)) return {1, factor(sum), true};
   const T scales[] = {1, Range<T>::kUp, Range<T>::kDown};
   for (const T scale : scales) {
-    sum = reduce<1, T>(n, [&]<typename P>(int64_t i, P* sums) FASTLIP_INLINE {
+    sum = reduce<1, T>(n, [&]<typename P>(int64_t i, P* sums, auto&) FASTLIP_INLINE {
             const P v = finite_or_0<P, T>(load<P>(g + i)) * scale;
             sums[0] += v * v;
           }).of[0];
@@ -319,78 +392,110 @@ Factors<T> l2_factors(const T* g, T step, int64_t n) {
   return {0, 0, false};  // a zero gradient
 }
 
-// The largest scale s with N(s^2) = ||clip(x0 + s d) - x0||^2 <= eps^2, given full = ||d||^2 and N(1) > eps^2.
-// N is concave and piecewise linear in s^2, its slope the squared norm of the elements still loose, so Newton from
-// either side lands left of the root and then rises to it (METHODS section 6). It starts right of the root, on the
-// chord through N(1): there the saturated set is nearly that of the root, and one pass is the rule.
-template <typename T, typename B>
-T l2_scale(const T* d, const T* x0, const B box, double budget, double full, double start, int64_t n) {
-  const double least_square = budget / full;
-  double square = start;
-  for (int64_t pass = 0; pass <= n + 1; ++pass) {
-    const T s = static_cast<T>(__builtin_sqrt(square));
-    const auto [length, loose] = reduce<2, T>(n, [&]<typename P>(int64_t i, P* sums) FASTLIP_INLINE {
-                                   const P zero{}, v = load<P>(d + i), free = v * s;
-                                   const P c = box.clip_from(free, load<P>(x0 + i), i);
-                                   const P moving = c == free ? v : zero;
-                                   sums[0] += c * c;
-                                   sums[1] += moving * moving;
-                                 }).of;
-    const double newton = square + (budget - length) / loose;
-    const double next = newton > least_square ? newton : least_square;  // also where nothing is loose
-    if (length > budget) {
-      if (!(next < square)) break;
-      // Between the two points the slope is at most `full`, which bounds what Newton leaves unused.
-      const double unused = (square - next) * (full - loose) / budget;
-      const bool near = square < 2 * next;  // else the difference has lost its digits
-      square = next;
-      if (near && next == newton && unused < Range<T>::kUnused) break;
-    } else {
-      if (!(next > square)) break;
-      square = next;
-      if (1 - length / budget < Range<T>::kUnused) break;
-    }
-  }
-  return static_cast<T>(__builtin_sqrt(square));
+// d <- advance<P>(i) - x0; the sums of d^2 and of what the box leaves of it, squared.
+template <typename T, typename B, typename Advance>
+FASTLIP_INLINE inline Totals<2> l2_displace(T* d, const T* x0, const B box, int64_t n, Advance advance) {
+  return reduce<2, T>(n, [&]<typename P>(int64_t i, P* sums, auto&) FASTLIP_INLINE {
+    const P centre = load<P>(x0 + i), v = advance.template operator()<P>(i) - centre;
+    const P c = box.clip_from(v, centre, i);
+    sums[0] += v * v;
+    sums[1] += c * c;
+    store(d + i, v);
+  });
 }
 
+// out <- x0 + clip(s d) for the largest s in [0, 1] that keeps its length within eps, given the sums of l2_displace.
+// N(s^2) = ||clip(x0 + s d) - x0||^2 is concave and piecewise linear in s^2, its slope the squared norm of the elements
+// still loose, so Newton from either side lands left of the root and then rises to it (METHODS section 6). It starts
+// right of the root, on the chord through N(1): there the saturated set is nearly that of the root, and one pass is the
+// rule before the one that writes, which measures what it writes.
 template <typename T, typename B>
-void l2_sample(T* x, const T* g, const T* x0, T step, T eps, const B box, int64_t n) {
-  const auto displace = [&](auto advance) FASTLIP_INLINE {
-    return reduce<2, T>(n, [&]<typename P>(int64_t i, P* sums) FASTLIP_INLINE {
-      const P v = advance.template operator()<P>(i), centre = load<P>(x0 + i);
-      const P d = v - centre, c = box.clip_from(d, centre, i);
-      sums[0] += d * d;
-      sums[1] += c * c;
-      store(x + i, d);
-    });
+void l2_project(T* out, T* d, const T* x0, T eps, const B box, Totals<2> sums, int64_t n,
+                const Ahead<T>* ahead = nullptr) {
+  const auto write = [&](T s) FASTLIP_INLINE {
+    map<T>(n, [&]<typename P>(int64_t i)
+                  FASTLIP_INLINE { store(out + i, box.clip(load<P>(d + i) * s + load<P>(x0 + i), i)); });
   };
-  const auto still = [&]<typename P>(int64_t i) FASTLIP_INLINE { return load<P>(x + i); };
+  const auto measure = [&](T s) FASTLIP_INLINE {
+    return reduce<2, T>(
+        n,
+        [&]<typename P>(int64_t i, P* part, auto&) FASTLIP_INLINE {
+          const P zero{}, v = load<P>(d + i), free = v * s;
+          const P c = box.clip_from(free, load<P>(x0 + i), i);
+          const P moving = same(c, free) ? v : zero;
+          part[0] += c * c;
+          part[1] += moving * moving;
+        },
+        ahead);
+  };
+  const auto write_measured = [&](T s) FASTLIP_INLINE {
+    return reduce<1, T>(n,
+                        [&]<typename P>(int64_t i, P* part, auto&) FASTLIP_INLINE {
+                          const P centre = load<P>(x0 + i), c = box.clip_from(load<P>(d + i) * s, centre, i);
+                          part[0] += c * c;
+                          store(out + i, box.clip(centre + c, i));
+                        })
+        .of[0];
+  };
+  const double budget = static_cast<double>(eps) * static_cast<double>(eps);
+  double full = sums.of[0];
+  T whole = 1;
+  if (full >= Range<T>::kHigh) {  // squares of d leave the range: shrink d, let s grow
+    whole = Range<T>::kUp;
+    full = reduce<1, T>(n, [&]<typename P>(int64_t i, P* part, auto&) FASTLIP_INLINE {
+             const P v = load<P>(d + i) * Range<T>::kDown;
+             part[0] += v * v;
+             store(d + i, v);
+           }).of[0];
+  }
+  if (eps == T(0)) return write(0);
+  if (!(full > 0 && sums.of[1] > budget)) return write(whole);
+  // In squares a margin counts twice.
+  const double slack = 2 * Range<T>::kMargin * budget, aim = budget - slack;
+  double least_square = aim / full, fits = least_square, square = whole == T(1) ? aim / sums.of[1] : least_square;
+  const auto good = [&](double length) { return length >= aim - slack && length <= aim + slack; };
+  bool left = false, near = false, written = false;
+  for (int64_t pass = 0; pass <= n + 1; ++pass) {
+    T s = static_cast<T>(__builtin_sqrt(square));
+    if (near && !written) {
+      if (good(write_measured(s))) return;
+      // On from what was written: what met the box there stays there.
+      full = l2_displace(d, x0, box, n, [&]<typename P>(int64_t i) FASTLIP_INLINE { return load<P>(out + i); }).of[0];
+      fits = least_square = aim / full;
+      square = s = 1;
+      left = false;
+      written = true;
+    }
+    const auto [length, loose] = measure(s).of;
+    if (good(length)) return write(s);
+    if (length > aim && left) break;  // by rounding alone
+    const double newton = square + (aim - length) / loose;
+    const double next = newton > least_square ? newton : least_square;  // also where nothing is loose
+    if (length <= aim) {
+      left = true;
+      fits = square;
+    }
+    if (left ? !(next > square) : !(next < square)) break;
+    near = __builtin_fabs(next - square) < kNearSquare * square;
+    square = next;
+  }
+  write(static_cast<T>(__builtin_sqrt(fits)));
+}
+
+// out <- the projection of x, moved by `step` along g where there is one. d: scratch.
+template <typename T, typename B>
+void l2_sample(T* out, const T* x, const T* g, const T* x0, T step, T eps, const B box, int64_t n, T* d,
+               const Ahead<T>* ahead) {
   const Factors<T> f = g ? l2_factors(g, step, n) : Factors<T>{0, 0, false};
+  const auto still = [&]<typename P>(int64_t i) FASTLIP_INLINE { return load<P>(x + i); };
   const auto plain = [&]<typename P>(int64_t i) FASTLIP_INLINE { return load<P>(g + i) * f.second + load<P>(x + i); };
   const auto guarded = [&]<typename P>(int64_t i) FASTLIP_INLINE {
     return finite_or_0<P, T>(load<P>(g + i)) * f.first * f.second + load<P>(x + i);
   };
-  const Totals<2> sums = !g ? displace(still) : f.plain ? displace(plain) : displace(guarded);
-  double full = sums.of[0];
-  const double budget = static_cast<double>(eps) * static_cast<double>(eps);
-  T whole = 1;
-  if (full >= Range<T>::kHigh) {  // squares of d leave the range: shrink d, let s grow
-    whole = Range<T>::kUp;
-    full = reduce<1, T>(n, [&]<typename P>(int64_t i, P* out) FASTLIP_INLINE {
-             const P d = load<P>(x + i) * Range<T>::kDown;
-             out[0] += d * d;
-             store(x + i, d);
-           }).of[0];
-  }
-  T s = whole;
-  if (eps == T(0)) {
-    s = 0;
-  } else if (full > 0 && sums.of[1] > budget) {
-    s = l2_scale(x, x0, box, budget, full, whole == T(1) ? budget / sums.of[1] : budget / full, n);
-  }
-  map<T>(n, [&]<typename P>(int64_t i)
-                FASTLIP_INLINE { store(x + i, box.clip(load<P>(x + i) * s + load<P>(x0 + i), i)); });
+  const Totals<2> sums = !g        ? l2_displace(d, x0, box, n, still)
+                         : f.plain ? l2_displace(d, x0, box, n, plain)
+                                   : l2_displace(d, x0, box, n, guarded);
+  l2_project(out, d, x0, eps, box, sums, n, ahead);
 }
 
 // --- L1 ----------------------------------------------------------------------------------
@@ -413,70 +518,105 @@ FASTLIP_INLINE inline T greatest(const T* v, int64_t n, Size size) {
   return result;
 }
 
-// Magnitudes as integers, which order alike; what is not finite counts as 0.
+// keys <- magnitudes as integers, which order alike; what is not finite counts as 0. Returns the largest.
 template <typename T>
-void magnitudes(typename Range<T>::Bits* __restrict out, const T* __restrict g, int64_t n) {
+typename Range<T>::Bits magnitudes(typename Range<T>::Bits* keys, const T* g, int64_t n) {
   using Bits = typename Range<T>::Bits;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const Bits size = bits_as<Bits>(magnitude(g[i]));
-    out[i] = size < Range<T>::kFinite ? size : 0;
-  }
-}
-template <typename Bits>
-int64_t count_from(const Bits* __restrict keys, Bits threshold, int64_t n) {
-  Bits count = 0;
-#pragma omp simd reduction(+ : count)
-  for (int64_t i = 0; i < n; ++i) count += static_cast<Bits>(keys[i] >= threshold);
-  return static_cast<int64_t>(count);
-}
-// The largest threshold >= 1 that at least `kept` keys reach, or any that exactly `kept` do; and how many do. Where
-// fewer than `kept` keys are nonzero the threshold is 1 and all those count.
-template <typename Bits>
-Bits top_threshold(const Bits* keys, int64_t kept, int64_t n, int64_t& count) {
-  // The answer lies in [low, high]; count is of low, when counted.
-  Bits low = 1, high = greatest(keys, n, [](auto key) FASTLIP_INLINE { return key; });
-  count = -1;
-  // The top keys are mostly within a few powers of two of the largest: look there first.
-  for (Bits width = Bits{1} << (sizeof(Bits) == 4 ? 23 : 52); low < high;) {
-    const Bits middle = width < high - low ? high - width : low + (high - low) / 2 + 1;
-    const int64_t reached = count_from(keys, middle, n);
-    if (reached >= kept) {
-      low = middle;
-      count = reached;
-      if (reached == kept) break;
-      width = high;  // from here on halve
+  Vector<Bits> tops{};
+  Bits top = 0;
+  map<T>(n, [&]<typename P>(int64_t i) FASTLIP_INLINE {
+    if constexpr (sizeof(P) == sizeof(T)) {
+      const Bits size = bits_as<Bits>(magnitude(g[i]));
+      keys[i] = size < Range<T>::kFinite ? size : 0;
+      top = greater(keys[i], top);
     } else {
-      high = middle - 1;
-      width = width < high / 2 ? 2 * width : high;
+      const auto size = (Vector<Bits>)size_of<P, T>(load<P>(g + i));
+      const auto key = size & (size < Vector<Bits>{} + Range<T>::kFinite);
+      store(keys + i, key);
+      tops = greater(key, tops);
+    }
+  });
+  for (int64_t l = 0; l < VectorOf<T>::lanes; ++l) top = greater(top, Bits{tops[l]});
+  return top;
+}
+
+// How many keys reach the threshold >= 1; of one vector in `thin`.
+template <typename Bits>
+int64_t count_from(const Bits* keys, Bits threshold, int64_t n, int64_t thin) {
+  using V = Vector<Bits>;
+  constexpr int64_t lanes = VectorOf<Bits>::lanes;
+  const int64_t stride = thin * lanes;
+  const V below = V{} + (threshold - 1);
+  V counts[kUnroll] = {};
+  int64_t i = 0, total = 0;
+  for (; i + kUnroll * stride <= n; i += kUnroll * stride) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) counts[u] -= load<V>(keys + i + u * stride) > below;
+  }
+  for (; i + stride <= n; i += stride) counts[0] -= load<V>(keys + i) > below;
+  const V sum = (counts[0] + counts[1]) + (counts[2] + counts[3]);
+  for (int64_t l = 0; l < lanes; ++l) total += sum[l];
+  if (thin == 1)
+    for (; i < n; ++i) total += keys[i] >= threshold;
+  return total;
+}
+
+// A threshold and how many keys reach it.
+template <typename Bits>
+struct Cut {
+  Bits threshold;
+  int64_t reached;
+};
+
+// The largest threshold >= 1 that at least `kept` keys reach, or any that `kept` to `kept + slack` do. Where fewer than
+// `kept` keys are nonzero the threshold is 1 and all those count. Of one vector in `thin`, like all counts here.
+template <typename Bits>
+Cut<Bits> search_cut(const Bits* keys, Bits peak, int64_t kept, int64_t slack, Bits start, Bits step, int64_t n,
+                     int64_t thin) {
+  // The answer lies in [low, high); -1: not counted yet.
+  Bits low = 1, high = peak + 1, width = high;
+  int64_t at_low = -1, at_high = -1;
+  const auto log = [](double count) { return static_cast<double>(bits_as<int32_t>(static_cast<float>(count))); };
+  int slow = 0;
+  for (Bits guess = start; high - low > 1;) {
+    guess = guess > low ? guess < high ? guess : high - 1 : low + 1;
+    const int64_t reached = count_from(keys, guess, n, thin);
+    if (reached >= kept) {
+      low = guess;
+      at_low = reached;
+      if (reached <= kept + slack) break;
+    } else {
+      high = guess;
+      at_high = reached;
+    }
+    if (at_low < 0 || at_high < 0) {
+      if (step >= high - low) step = (high - low) / 2;
+      guess = at_low < 0 ? high - step : low + step;
+      step = step < peak / 4 ? 4 * step : peak;
+    } else {  // numbers and magnitudes in logarithms, roughly: their bits
+      const double top = log(static_cast<double>(at_low)),
+                   bottom = at_high ? log(static_cast<double>(at_high)) : log(0.5);
+      const double share = (top - log(static_cast<double>(kept))) / (top - bottom);
+      slow = high - low > width / 2 ? slow + 1 : 0;
+      guess = low + (slow < 2 ? static_cast<Bits>(share * static_cast<double>(high - low)) : (high - low) / 2);
+      width = high - low;
     }
   }
-  if (count < 0) count = count_from(keys, low, n);
-  return low;
+  if (at_low < 0) at_low = count_from(keys, low, n, thin);
+  return {low, at_low};
 }
 
-// x <- x + move * sign(g) on the elements whose key reaches the threshold.
-template <typename T, typename Bits>
-void l1_move(T* __restrict x, const T* __restrict g, const Bits* __restrict keys, Bits threshold, T move, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T way = g[i] > T(0) ? move : -move;
-    x[i] += keys[i] >= threshold ? way : T(0);
-  }
-}
-
-// f(lambda) = sum of min(max(|d| - lambda, 0), cap), and how many elements lambda moves; over one vector in `thin`.
-// lambda = high + low: a single T is too coarse where |d| is large against the ball.
 template <typename T>
-Totals<2> l1_shrunk(const T* d, const T* cap, double lambda, int64_t n, int64_t thin) {
-  const T high = static_cast<T>(lambda), low = static_cast<T>(lambda - static_cast<double>(high));
-  return reduce<2, T>(n / thin, [&]<typename P>(int64_t i, P* sums) FASTLIP_INLINE {
-    const P zero{}, one = broadcast<P>(T(1));
-    const P t = size_of<P, T>(load<P>(d + i * thin)) - high - low;
-    const P most = load<P>(cap + i * thin), kept = lesser(greater(t, zero), most);
-    sums[0] += kept;
-    sums[1] += kept == t ? one : zero;  // t itself was kept: it lies in [0, cap]
-  });
+Cut<typename Range<T>::Bits> top_cut(typename Range<T>::Bits* keys, const T* g, int64_t kept, int64_t n) {
+  using Bits = typename Range<T>::Bits;
+  const Bits peak = magnitudes(keys, g, n), octave = Bits{1} << (sizeof(Bits) == 4 ? 23 : 52);
+  Bits start = peak - octave, step = octave;
+  if (n >= 16 * kThin * VectorOf<T>::lanes) {
+    const int64_t few = most<int64_t>(1, kept / kThin);
+    start = search_cut(keys, peak, few, few / 16, start, step, n, kThin).threshold;
+    step = octave / 8;
+  }
+  return search_cut(keys, peak, kept, 0, start, step, n, 1);
 }
 
 // What one pass over the elements tells of f: its value and, but for the sign, its slope.
@@ -494,14 +634,16 @@ inline double l1_hermite(const Point& a, const Point& b, double target) {
 }
 
 // Root of f(lambda) = target, f falling and piecewise linear: Newton and the cubic kept inside a bracket, with false
-// position and halving in turn where they leave it. The side with f <= target (1 + tolerance) is returned.
-template <typename T>
-double l1_root(const T* d, const T* cap, double target, double tolerance, double start, double at_zero, int64_t n,
-               int64_t thin, int passes) {
-  double low = 0, low_sum = at_zero, high = kLargest<double>, high_sum = 0, lambda = start;
-  Point before{0, 0, 0};
+// position and halving in turn where they leave it. f(lambda, near): its value and slope; near: this looks like the
+// last pass. peak(): where f is 0. Returns lambda with f within the tolerance, or the neighbour of the root with less.
+template <typename F, typename Peak>
+FASTLIP_INLINE inline double l1_root(F f, Peak peak, Point before, double target, double tolerance, double start,
+                                     int passes) {
+  double low = before.lambda, low_sum = before.sum, high = kLargest<double>, high_sum = 0, lambda = start;
   for (int pass = 0; pass < passes; ++pass) {
-    const auto [sum, moving] = l1_shrunk(d, cap, lambda, n, thin).of;
+    const bool near = __builtin_fabs(before.sum - target) < kNear * target;
+    const Totals<1> found = f(lambda, near);
+    const double sum = found.of[0], moving = static_cast<double>(found.count);
     if (sum <= target * (1 + tolerance) && sum >= target * (1 - tolerance)) return lambda;
     if (sum <= target) {
       high = lambda;
@@ -512,15 +654,12 @@ double l1_root(const T* d, const T* cap, double target, double tolerance, double
     }
     const Point here{lambda, sum, moving};
     lambda = l1_hermite(before, here, target);
-    if (pass == 0 || pass > 6 || !(lambda > low && lambda < high)) {
+    if (pass > 6 || !(lambda > low && lambda < high)) {
       lambda = here.lambda + (sum - target) / moving;  // not finite where nothing moves
     }
     before = here;
     if (!(lambda > low && lambda < high)) {
-      if (high == kLargest<double>) {
-        const T peak = greatest(d, n, []<typename P>(P v) FASTLIP_INLINE { return size_of<P, T>(v); });
-        high = static_cast<double>(peak);  // f is 0 there
-      }
+      if (high == kLargest<double>) high = peak();
       const double share = (low_sum - target) / (low_sum - high_sum);
       lambda = low + (high - low) * (pass % 2 ? 0.5 : share);
       if (!(lambda > low && lambda < high)) lambda = low + (high - low) / 2;
@@ -530,64 +669,133 @@ double l1_root(const T* d, const T* cap, double target, double tolerance, double
   return high;
 }
 
-template <typename T>
-double l1_threshold(const T* d, const T* cap, T eps, double at_zero, int64_t n) {
-  const double target = static_cast<double>(eps), tolerance = Range<T>::kTolerance;
-  double start = 0;
-  constexpr int64_t lanes = VectorOf<T>::lanes;
-  if (n >= 16 * kThin * lanes) {  // a guess from a part of the elements; the bracket makes up for a bad one
-    const double share = 1.0 / static_cast<double>(kThin);
-    const double first = (at_zero - target) / static_cast<double>(n);  // Newton from 0, were all of them moving
-    start = l1_root(d, cap, target * share, 0.03, first, at_zero * share, n - n % (kThin * lanes), kThin, 8);
-    if (start == kLargest<double>) start = 0;  // no end in sight within 8 passes
-  }
-  return l1_root(d, cap, target, tolerance, start, at_zero, n, 1, kMaxPasses);
+// f(lambda) = sum of min(max(|d| - lambda, 0), cap), and how many elements lambda moves; over one vector in `thin`.
+// lambda = high + low: a single T is too coarse where |d| is large against the ball. kWrite: out <- x0 + what is left.
+template <bool kWrite, typename T, typename B>
+FASTLIP_INLINE inline Totals<1> l1_shrink(T* out, const T* d, const T* cap, const T* x0, const B box, double lambda,
+                                          int64_t n, int64_t thin, const Ahead<T>* ahead = nullptr) {
+  const T high = static_cast<T>(lambda), low = static_cast<T>(lambda - static_cast<double>(high));
+  return reduce<1, T>(
+      n / thin,
+      [&]<typename P>(int64_t i, P* sums, auto& count) FASTLIP_INLINE {
+        const P zero{}, v = load<P>(d + i * thin);
+        const P t = size_of<P, T>(v) - high - low;
+        const P kept = lesser(greater(t, zero), load<P>(cap + i * thin));
+        sums[0] += kept;
+        tally(count, same(kept, t));  // t itself was kept: it lies in [0, cap]
+        if constexpr (kWrite) store(out + i, box.clip(load<P>(x0 + i) + signed_as<P, T>(kept, v), i));
+      },
+      ahead);
 }
 
+// out <- x0 + the projection of d, given the sum of min(|d|, cap) and how many |d| are in (0, cap].
 template <typename T, typename B>
-void l1_sample(T* x, const T* g, const T* x0, T step, T eps, const B box, int64_t kept, int64_t n, T* cap) {
-  using Bits = typename Range<T>::Bits;
-  if (g && step != T(0)) {
-    Bits* keys = reinterpret_cast<Bits*>(cap);  // done with before cap is written
-    magnitudes(keys, g, n);
-    int64_t count;
-    const Bits threshold = top_threshold(keys, kept, n, count);
-    if (count > 0) {
-      l1_move(x, g, keys, threshold, static_cast<T>(static_cast<double>(step) / static_cast<double>(count)), n);
-    }
+void l1_project(T* out, const T* d, const T* cap, const T* x0, T eps, const B box, Totals<1> at_zero, int64_t n,
+                const Ahead<T>* ahead) {
+  double written = -1;
+  const auto write = [&](double lambda) FASTLIP_INLINE {
+    written = lambda;
+    return l1_shrink<true>(out, d, cap, x0, box, lambda, n, 1);
+  };
+  const auto peak = [&] {
+    return static_cast<double>(greatest(d, n, []<typename P>(P v) FASTLIP_INLINE { return size_of<P, T>(v); }));
+  };
+  if (eps == T(0)) {
+    map<T>(n, [&]<typename P>(int64_t i) FASTLIP_INLINE { store(out + i, box.clip(load<P>(x0 + i), i)); });
+    return;
   }
-  // x <- d = x - x0, and cap <- how far the box lets d reach.
-  const double at_zero = reduce<1, T>(n, [&]<typename P>(int64_t i, P* sums) FASTLIP_INLINE {
-                           const P zero{}, centre = load<P>(x0 + i), d = load<P>(x + i) - centre;
-                           const P up = box.template hi<P>(i) - centre, down = centre - box.template lo<P>(i);
-                           const P most = greater(d > zero ? up : down, zero);
-                           store(x + i, d);
-                           store(cap + i, most);
-                           sums[0] += lesser(size_of<P, T>(d), most);
-                         }).of[0];
   double lambda = 0;
-  if (eps > T(0) && at_zero > static_cast<double>(eps)) lambda = l1_threshold(x, cap, eps, at_zero, n);
-  const T high = static_cast<T>(lambda), low = static_cast<T>(lambda - static_cast<double>(high));
-  const T reach = eps > T(0) ? kLargest<T> : T(0);
-  map<T>(n, [&]<typename P>(int64_t i) FASTLIP_INLINE {
-    const P zero{}, d = load<P>(x + i);
-    const P shrunk =
-        lesser(greater(size_of<P, T>(d) - high - low, zero), lesser(load<P>(cap + i), broadcast<P>(reach)));
-    store(x + i, box.clip(load<P>(x0 + i) + (d > zero ? shrunk : -shrunk), i));
-  });
+  const Point zero{0, at_zero.of[0], static_cast<double>(at_zero.count)};
+  if (zero.sum > static_cast<double>(eps)) {
+    constexpr double margin = Range<T>::kMargin;
+    constexpr int64_t lanes = VectorOf<T>::lanes;
+    const double target = static_cast<double>(eps) * (1 - margin);
+    const auto newton = [](const Point& p, double aim) {  // from 0; stays there where that tells nothing
+      const double next = (p.sum - aim) / p.moving;
+      return next > 0 && next < kLargest<double> ? next : 0;
+    };
+    double start = newton(zero, target);
+    if (n >= 16 * kThin * lanes) {  // a guess from a part of the elements; the bracket makes up for a bad one
+      const auto f = [&](double at, bool) FASTLIP_INLINE {
+        return l1_shrink<false>(out, d, cap, x0, box, at, n - n % (kThin * lanes), kThin);
+      };
+      const Totals<1> whole = f(0, false);
+      const Point thin{0, whole.of[0], static_cast<double>(whole.count)};
+      const double aim = target * (thin.sum / zero.sum);
+      const double guess = l1_root(f, peak, thin, aim, kGuess, newton(thin, aim), 8);
+      if (guess > 0 && guess < kLargest<double>) start = guess;  // else: no end in sight within 8 passes
+    }
+    const auto f = [&](double at, bool near) FASTLIP_INLINE {
+      return near ? write(at) : l1_shrink<false>(out, d, cap, x0, box, at, n, 1, ahead);
+    };
+    lambda = l1_root(f, peak, zero, target, margin, start, kMaxPasses);
+  }
+  if (written != lambda) write(lambda);
 }
+
+// out <- the projection of x, moved by `step` along the signs of g's `kept` largest elements. d, cap: scratch.
+template <typename T, typename B>
+void l1_sample(T* out, const T* x, const T* g, const T* x0, T step, T eps, const B box, int64_t kept, int64_t n, T* d,
+               T* cap, const Ahead<T>* ahead) {
+  // d <- the displacement, and cap <- how far the box lets it reach.
+  const auto displace = [&](auto advance) FASTLIP_INLINE {
+    return reduce<1, T>(n, [&]<typename P>(int64_t i, P* sums, auto& count) FASTLIP_INLINE {
+      const P zero{}, centre = load<P>(x0 + i), v = advance.template operator()<P>(i) - centre;
+      const P up = box.template hi<P>(i) - centre, down = centre - box.template lo<P>(i);
+      const P most = greater(v > zero ? up : down, zero);
+      store(d + i, v);
+      store(cap + i, most);
+      const P size = size_of<P, T>(v), kept = lesser(size, most);
+      sums[0] += kept;
+      tally(count, same(kept, size));
+    });
+  };
+  Totals<1> at_zero;
+  if (g && step != T(0)) {
+    const auto cut = top_cut(reinterpret_cast<typename Range<T>::Bits*>(cap), g, kept, n);
+    const T move =
+        cut.reached > 0 ? static_cast<T>(static_cast<double>(step) / static_cast<double>(cut.reached)) : T(0);
+    at_zero = displace([&]<typename P>(int64_t i) FASTLIP_INLINE {
+      return load<P>(x + i) + signed_step(load<P>(g + i), move, cut.threshold - 1);
+    });
+  } else {
+    at_zero = displace([&]<typename P>(int64_t i) FASTLIP_INLINE { return load<P>(x + i); });
+  }
+  l1_project(out, d, cap, x0, eps, box, at_zero, n, ahead);
+}
+
+// --- scratch memory ------------------------------------------------------------------------
+
+// Rows of n elements each, aligned to cache lines and not all at the same place of a page.
+template <typename T>
+struct Scratch {
+  T* first;
+  int64_t stride;
+  Scratch(void* memory, int64_t n) {
+    constexpr int64_t line = 64 / sizeof(T);
+    first = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    stride = (n + line - 1) / line * line + line;
+  }
+  T* row(int64_t k) const { return first + k * stride; }
+};
+// What a row is for; those from kX on hold 16-bit storage or gradients widened, in float.
+enum Row { kDisplacement, kCap, kAim, kX, kX0, kGrad, kLast, kRows };
+static_assert(kRows * (1 + 16 + 15) * sizeof(float) + 63 <= scratch_bytes(1));
+static_assert((kAim + 1) * (1 + 8 + 7) * sizeof(double) + 63 <= scratch_bytes(1));
 
 // --- one sample of either ball -------------------------------------------------------------
 
 template <typename T>
-void ball_sample(T* x, const T* g, const T* x0, const PgdStep& p, int64_t sample, T* scratch) {
+void ball_sample(T* x, const T* g, const T* x0, const PgdStep& p, int64_t sample, const Scratch<T>& scratch,
+                 const Ahead<T>* ahead) {
   const T step = g ? finite_or_zero(at<T>(p.step_size, sample)) : T(0);
   const T eps = radius<T>(p.eps, sample);
+  T* const d = scratch.row(kDisplacement);
   with_box<T>(p, sample, 0, [&](const auto box) {
     if (p.norm == Norm::l2) {
-      l2_sample(x, g, x0, step, eps, box, p.size);
+      l2_sample(x, x, g, x0, step, eps, box, p.size, x, ahead);
     } else {
-      l1_sample(x, g, x0, step, eps, box, p.kept, p.size, scratch);
+      l1_sample(x, x, g, x0, step, eps, box, p.kept, p.size, d, scratch.row(kCap), ahead);
     }
   });
 }

@@ -35,6 +35,8 @@ from fastlip.ops._triton.elements import (
     or_nothing,
     quotient,
     read_by_model,
+    save,
+    saved_by,
     takes_part,
     vectors,
     widened,
@@ -187,6 +189,10 @@ def _linf_kernel(
     mean_ptr,
     std: tl.float64,
     std_ptr,
+    best_ptr,
+    better_ptr,
+    not_finite_ptr,
+    best_stride: tl.int64,
     size,
     chunks,
     x_stride: tl.int64,
@@ -209,13 +215,15 @@ def _linf_kernel(
     size = multiple(_extent(size, (decision & _SKIP) == 0), ALIGNED)
     mask = at < size
     first = (decision & _FIRST) != 0
-    x_ptr = elements(x_ptr + sample * x_stride, at, ALIGNED)
+    x_ptr += sample * x_stride
+    grad_ptr += sample * grad_stride
+    save(best_ptr, better_ptr, not_finite_ptr, best_stride, sample, x_ptr, grad_ptr, at, mask, ALIGNED, T)
+    x_ptr = elements(x_ptr, at, ALIGNED)
     x_prev_ptr = elements(x_prev_ptr + sample * x_prev_stride, at, ALIGNED)
     x_best_ptr = elements(x_best_ptr + sample * x_best_stride, at, ALIGNED)
     grad_best_ptr = elements(grad_best_ptr + sample * grad_best_stride, at, ALIGNED)
     kept_x = _origin(x_ptr, x_best_ptr, at, size, decision)
     fed: tl.constexpr = input_ptr is not None
-    grad_ptr += sample * grad_stride
     kept_grad = _ascent(grad_ptr, grad_best_ptr, std, std_ptr, at, size, decision, fed, ALIGNED, T)
     last = widened(tl.load(x_prev_ptr, mask, other=0.0), T)
     x = widened(kept_x, T)
@@ -251,6 +259,10 @@ def _start_kernel(
     grad_best_ptr,
     std: tl.float64,
     std_ptr,
+    best_ptr,
+    better_ptr,
+    not_finite_ptr,
+    best_stride: tl.int64,
     size,
     chunks,
     x_stride: tl.int64,
@@ -262,7 +274,10 @@ def _start_kernel(
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The best so far; z, ascent <- where the step starts and the gradient there; centre <- x0, unless it is None."""
+    """Save what is wanted, and the best so far; z, ascent <- where the step starts and the gradient there.
+
+    Centre <- x0, unless it is None.
+    """
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     at = (program - sample * chunks) * BLOCK + tl.arange(0, BLOCK)
@@ -272,8 +287,10 @@ def _start_kernel(
     mask = at < size
     x_best_ptr += sample * x_best_stride + at
     grad_best_ptr += sample * grad_best_stride + at
-    x = _origin(x_ptr + sample * x_stride + at, x_best_ptr, at, size, decision)
+    x_ptr += sample * x_stride
     grad_ptr += sample * grad_stride
+    save(best_ptr, better_ptr, not_finite_ptr, best_stride, sample, x_ptr, grad_ptr, at, mask, False, T)
+    x = _origin(x_ptr + at, x_best_ptr, at, size, decision)
     grad = _ascent(grad_ptr, grad_best_ptr, std, std_ptr, at, size, decision, FED, False, T)
     improved = at < _extent(size, (decision & _IMPROVED) != 0)
     tl.store(x_best_ptr, x, improved)
@@ -381,6 +398,9 @@ def apgd_step_(
     mean_tensor: Tensor | None = None,  # [1, ...]
     std: float = 1.0,
     std_tensor: Tensor | None = None,  # [1, ...]
+    best: Tensor | None = None,  # [B, ...]
+    better: Tensor | None = None,  # [B] bool
+    not_finite: Tensor | None = None,  # [B] bool
 ) -> None:
     if x.numel() == 0:
         return
@@ -394,6 +414,7 @@ def apgd_step_(
     bounds = or_nothing(x, lo, lo_tensor, hi, hi_tensor)
     limits = (bound_stride(lo_tensor), bound_stride(hi_tensor))
     fed = read_by_model(x, (model_input, mean, mean_tensor, std, std_tensor))
+    saved = saved_by(x, best, better, not_finite)
     elementwise = {"T": dtype, "BLOCK": block, "enable_fp_fusion": False}
     with on_device(x):
         _decide_kernel[(batch,)](
@@ -404,10 +425,10 @@ def apgd_step_(
         if norm == "linf":
             moved = (x, grad, x0, x_prev, x_best, grad_best)
             strides = (*(t.stride(0) for t in moved), *limits, input_stride(model_input))
-            tensors = (*moved, lo_tensor, hi_tensor, model_input, mean_tensor, std_tensor)
+            tensors = (*moved, lo_tensor, hi_tensor, model_input, mean_tensor, std_tensor, best)
             _linf_kernel[grid](
-                decision, *moved, step_size, *radii, *bounds, momentum, 1 - momentum, *fed, size, chunks, *strides,
-                ALIGNED=vectors((size, *strides), *tensors), **elementwise,
+                decision, *moved, step_size, *radii, *bounds, momentum, 1 - momentum, *fed, *saved, size, chunks,
+                *strides, ALIGNED=vectors((size, *strides, saved[-1]), *tensors), **elementwise,
             )  # fmt: skip
             return
         # The ball kernel sees the arithmetic's dtype alone: one kernel for all storage.
@@ -415,14 +436,15 @@ def apgd_step_(
         ascent = torch.empty_like(z)
         centre = None if x.dtype == z.dtype else torch.empty_like(z)
         _start_kernel[grid](
-            decision, z, ascent, centre, x, grad, x0, x_best, grad_best, *fed[-2:], size, chunks, x.stride(0),
+            decision, z, ascent, centre, x, grad, x0, x_best, grad_best, *fed[-2:], *saved, size, chunks, x.stride(0),
             grad.stride(0), x0.stride(0), x_best.stride(0), grad_best.stride(0), FED=model_input is not None,
             **elementwise,
         )  # fmt: skip
         on = (decision < _SKIP.value).view(torch.uint8)
         ball = x0 if centre is None else centre
         strides = (size, size, ball.stride(0), *limits, 0)
-        values = (0.0, step_size, *radii, *bounds, on, *NO_INPUT)
+        beside = (*NO_INPUT, *saved_by(z, None, None, None))
+        values = (0.0, step_size, *radii, *bounds, on, *beside)
         launch_ball(z, ascent, ball, values, 0, counters[:, _KEPT.value], size, strides, norm == "l2", dtype)
         _momentum_kernel[grid](
             decision, z, x, x_prev, x_best, momentum, 1 - momentum, size, chunks, x.stride(0), x_prev.stride(0),
@@ -430,7 +452,7 @@ def apgd_step_(
         )  # fmt: skip
         if norm == "l2":
             again = (decision & (_SKIP.value | _FIRST.value) == 0).view(torch.uint8)
-            projection = (*or_nothing(x, 0.0, None), *radii, *bounds, again, *NO_INPUT)
+            projection = (*or_nothing(x, 0.0, None), *radii, *bounds, again, *beside)
             launch_ball(z, None, ball, projection, 0, None, size, (size, 0, *strides[2:]), True, dtype)
         _finish_kernel[grid](
             decision, z, x, x0, nothing(x.dtype, x.device) if model_input is None else model_input,

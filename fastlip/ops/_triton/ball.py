@@ -21,6 +21,7 @@ from fastlip.ops._triton.elements import (
     narrowed,
     nothing,
     number,
+    save,
     takes_part,
     widened,
 )
@@ -245,6 +246,10 @@ def _pgd_step_ball_kernel(
     mean_ptr,
     std: tl.float64,
     std_ptr,
+    best_ptr,
+    better_ptr,
+    not_finite_ptr,
+    best_stride: tl.int64,
     kept,
     kept_ptr,
     kept_stride: tl.int64,
@@ -276,6 +281,12 @@ def _pgd_step_ball_kernel(
         kept = tl.maximum(1, tl.minimum(extent, tl.load(kept_ptr + sample * kept_stride)))
     moves = given(grad_ptr)
     grad_ptr += sample * grad_stride
+    if given(best_ptr) | given(not_finite_ptr):
+        for start in range(0, span, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            save(
+                best_ptr, better_ptr, not_finite_ptr, best_stride, sample, x_ptr, grad_ptr, at, at < extent, False, T
+            )  # fmt: skip
     ascent = tl.full((), 0.0, T)
     if WHOLE:  # one block holds the sample: it is read once
         at = tl.arange(0, BLOCK)

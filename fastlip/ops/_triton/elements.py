@@ -167,6 +167,22 @@ def feed(input_ptr, x, mean, mean_ptr, std, std_ptr, at, mask, ALIGNED: tl.const
     tl.store(elements(input_ptr, at, ALIGNED), value.to(S), mask)
 
 
+@triton.jit
+def save(
+    best_ptr, better_ptr, not_finite_ptr, best_stride, sample, x_ptr, grad_ptr, at, mask, ALIGNED: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
+    """Save the sample's elements ``at`` where they are better, and tell where its gradient's are not finite."""
+    if given(best_ptr):
+        better = tl.load(better_ptr + sample) != 0
+        x = tl.load(elements(x_ptr, at, ALIGNED), mask & better, other=0.0)
+        tl.store(elements(best_ptr + sample * best_stride, at, ALIGNED), x, mask & better)
+    if given(not_finite_ptr):
+        grad = widened(tl.load(elements(grad_ptr, at, ALIGNED), mask, other=0.0), T)
+        lost = (tl.abs(grad) < float("inf")) == 0
+        tl.store(not_finite_ptr + sample + tl.zeros_like(at), 1, mask & lost)  # all of them write the same
+
+
 def arithmetic(x: Tensor) -> tl.dtype:
     """In what dtype arithmetic on x's storage is done."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
@@ -194,8 +210,16 @@ def mask_of(active: Tensor | None, x: Tensor) -> Tensor:
     return nothing(torch.uint8, x.device) if active is None else active.view(torch.uint8)
 
 
+def saved_by(
+    x: Tensor, best: Tensor | None, better: Tensor | None, not_finite: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """An operator's last three arguments with null pointers for None, and the elements from one best to the next."""
+    where = nothing(x.dtype, x.device) if best is None else best
+    return where, mask_of(better, x), mask_of(not_finite, x), 0 if best is None else best.stride(0)
+
+
 def read_by_model(x: Tensor, fed: tuple[Tensor | None, float, Tensor | None, float, Tensor | None]) -> tuple:
-    """An operator's last five arguments; kernels for what the model reads are not those for x alone."""
+    """An operator's group of five arguments; kernels for what the model reads are not those for x alone."""
     return NO_INPUT if fed[0] is None else or_nothing(x, *fed)
 
 
@@ -212,7 +236,7 @@ def vectors(numbers: tuple[int, ...], *tensors: Tensor | None) -> bool:
     )
 
 
-#: An operator's last five arguments where the model reads x itself.
+#: An operator's group of five arguments where the model reads x itself.
 NO_INPUT = (None, 0.0, None, 1.0, None)
 
 

@@ -29,6 +29,8 @@ from fastlip.ops._triton.elements import (
     on_device,
     or_nothing,
     read_by_model,
+    save,
+    saved_by,
     takes_part,
     vectors,
     widened,
@@ -55,6 +57,10 @@ def _pgd_step_linf_kernel(
     mean_ptr,
     std: tl.float64,
     std_ptr,
+    best_ptr,
+    better_ptr,
+    not_finite_ptr,
+    best_stride: tl.int64,
     size,
     chunks,
     x_stride: tl.int64,
@@ -72,11 +78,15 @@ def _pgd_step_linf_kernel(
     at = (program - sample * chunks) * BLOCK + tl.arange(0, BLOCK)
     size = multiple(tl.where(takes_part(active_ptr, sample), size, 0), ALIGNED)
     mask = at < size
-    x_ptr = elements(x_ptr + sample * x_stride, at, ALIGNED)
+    x_ptr += sample * x_stride
+    if given(grad_ptr):
+        grad_ptr += sample * grad_stride
+        save(best_ptr, better_ptr, not_finite_ptr, best_stride, sample, x_ptr, grad_ptr, at, mask, ALIGNED, T)
+    x_ptr = elements(x_ptr, at, ALIGNED)
     x0 = widened(tl.load(elements(x0_ptr + sample * x0_stride, at, ALIGNED), mask, other=0.0), T)
     v = widened(tl.load(x_ptr, mask, other=0.0), T)
     if given(grad_ptr):
-        grad = tl.load(elements(grad_ptr + sample * grad_stride, at, ALIGNED), mask, other=0.0)
+        grad = tl.load(elements(grad_ptr, at, ALIGNED), mask, other=0.0)
         grad = finite_or_zero(widened(grad, T))  # for its sign
         step = finite_or_zero(number(step_size, step_size_ptr, sample, T))
         v = v + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
@@ -103,13 +113,17 @@ def _step(
     hi_tensor: Tensor | None,
     sparsity: float,
     active: Tensor | None,
-    fed: tuple[Tensor | None, float, Tensor | None, float, Tensor | None],
+    fed: tuple[Tensor | None, float, Tensor | None, float, Tensor | None] = NO_INPUT,
+    best: Tensor | None = None,
+    better: Tensor | None = None,
+    not_finite: Tensor | None = None,
 ) -> None:
     if x.numel() == 0:
         return
     batch, size = x.shape[0], math.prod(x.shape[1:])
     numbers = (step_size, step_size_tensor, eps, eps_tensor, lo, lo_tensor, hi, hi_tensor)
-    values = (*or_nothing(x, *numbers), mask_of(active, x), *read_by_model(x, fed))
+    saved = saved_by(x, best, better, not_finite)
+    values = (*or_nothing(x, *numbers), mask_of(active, x), *read_by_model(x, fed), *saved)
     strides: tuple[int, ...] = (
         x.stride(0),
         0 if grad is None else grad.stride(0),
@@ -121,7 +135,8 @@ def _step(
     with on_device(x):
         if norm == "linf":
             packed = all(t is None or t.stride(0) == size for t in (x, grad, x0, fed[0]))
-            if packed and not any(isinstance(value, Tensor) for value in (*numbers, active, *fed[1:])):
+            own = (*numbers, active, *fed[1:], best, not_finite)
+            if packed and not any(isinstance(value, Tensor) for value in own):
                 batch, size = 1, batch * size  # one number each for all: the samples' borders do not matter
                 strides = (0,) * len(strides)
             block = 1024
@@ -134,7 +149,7 @@ def _step(
                 size,
                 chunks,
                 *strides,
-                ALIGNED=vectors((size, *strides), x, grad, x0, lo_tensor, hi_tensor, fed[0], fed[2], fed[4]),
+                ALIGNED=vectors((size, *strides, saved[-1]), x, grad, x0, lo_tensor, hi_tensor, *fed[::2], best),
                 T=arithmetic(x),
                 BLOCK=block,
                 enable_fp_fusion=False,
@@ -165,6 +180,9 @@ def pgd_step_(
     mean_tensor: Tensor | None = None,  # [1, ...]
     std: float = 1.0,
     std_tensor: Tensor | None = None,  # [1, ...]
+    best: Tensor | None = None,  # [B, ...]
+    better: Tensor | None = None,  # [B] bool
+    not_finite: Tensor | None = None,  # [B] bool
 ) -> None:
     fed = (model_input, mean, mean_tensor, std, std_tensor)
     _step(
@@ -183,6 +201,9 @@ def pgd_step_(
         sparsity,
         active,
         fed,
+        best,
+        better,
+        not_finite,
     )
 
 
@@ -198,4 +219,4 @@ def project_(
     hi_tensor: Tensor | None,  # [1 or B, ...]
     active: Tensor | None,  # [B] bool
 ) -> None:
-    _step(x, None, x0, 0.0, None, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0.0, active, NO_INPUT)
+    _step(x, None, x0, 0.0, None, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0.0, active)

@@ -152,7 +152,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 template <typename T>
 void __stwb(T* to, T value) {
-  std::memcpy(to, &value, sizeof(T));
+  *to = value;  // at an address that it may have: sanitizers look
 }
 
 template <typename T>
