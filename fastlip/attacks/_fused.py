@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from fastlip.attacks._chain import Plan, run
 
 
 class FusedConv(nn.Module):
@@ -36,34 +36,39 @@ class FusedConv(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, C, H, W]
-        other: Tensor | None = None,  # [B, C', H', W']
+        other: Tensor | None = None,  # broadcasts with [B, C', H', W']
     ) -> Tensor:
-        if other is not None and other.shape != (len(x), self.conv.out_channels, *self.map_size(x)):
-            y: Tensor = _Fused.apply(x, None, self, False) + other
-            return y.relu() if self.relu else y
-        out: Tensor = _Fused.apply(x, other, self, self.relu)
+        given = (x,) if other is None else (x, other)
+        (out,) = run([self], Plan(len(given), (0,), (None if other is None else 1,), (len(given),)), *given)
         return out
 
-    def map_size(self, x: Tensor) -> tuple[int, int]:
-        """Height and width of the output."""
+    def out_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of conv(x), [B, C', H', W']."""
         c = self.conv
         height, width = (
             (x.shape[2 + i] + 2 * int(c.padding[i]) - c.dilation[i] * (c.kernel_size[i] - 1) - 1) // c.stride[i] + 1
             for i in (0, 1)
         )
-        return height, width
+        return len(x), c.out_channels, height, width
 
-    def product(self, x: Tensor) -> Tensor:
-        """conv(x), [B, C', H', W'], and no view, so that what follows may work in place."""
+    def product(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        other: Tensor | None,  # [B, C', H', W']
+        relu: bool,
+    ) -> Tensor:
+        """conv(x), plus ``other``, and its positive part with ``relu``; [B, C', H', W'], not a view."""
+        y = self._convolved(x)
+        y = y if other is None else y.add_(other)
+        return y.relu_() if relu else y
+
+    def _convolved(self, x: Tensor) -> Tensor:
         c = self.conv
         dense = self._matrix(x)
         if dense is None and not self.pointwise:
             y = functional.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
             return y if self.low is None else y.to(self.low)
-        size = self.map_size(x)
-        out = torch.empty(
-            (len(x), c.out_channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-        )
+        out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         if dense is not None:
             _affine(_pixels(x).flatten(1), *dense, out=_pixels(out).flatten(1))
         else:
@@ -75,8 +80,15 @@ class FusedConv(nn.Module):
         self,
         grad: Tensor,  # [B, C', H', W']
         x: Tensor,  # [B, C, H, W]
+        other: Tensor | None,  # [B, C, H, W]
+        mask: Tensor | None,  # [B, C, H, W]
     ) -> Tensor:
-        """Gradient of x, like x."""
+        """The gradient of x plus ``other`` where ``mask`` is positive, and 0 elsewhere; [B, C, H, W]."""
+        back = self._gradient(grad, x)
+        back = back if other is None else back + other
+        return back if mask is None else torch.ops.aten.threshold_backward(back, mask, 0)
+
+    def _gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         c = self.conv
         if dense := self._matrix(x):
             return _maps(_pixels(grad).flatten(1) @ dense[0], len(x), x.shape[2:], c.in_channels)
@@ -100,30 +112,9 @@ class FusedConv(nn.Module):
         if c.groups > 1 or self.low is not None or size[0] * size[1] >= c.kernel_size[0] * c.kernel_size[1]:
             return None
         if size not in self._dense:
-            out = self.map_size(x)
+            out = self.out_shape(x)[2:]
             self._dense[size] = dense_matrix(c, size, out), None if c.bias is None else c.bias.repeat(out[0] * out[1])
         return self._dense[size]
-
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor | None, layer: FusedConv, relu: bool) -> Tensor:
-        y = layer.product(x)
-        if other is not None:
-            y += other
-        if relu:
-            y.relu_()
-        ctx.layer = layer
-        ctx.save_for_backward(x, y if relu else None)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = ctx.saved_tensors
-        if y is not None:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        return ctx.layer.gradient(grad, x), grad if ctx.needs_input_grad[1] else None, None, None
 
 
 def dense_matrix(conv: nn.Conv2d, size: tuple[int, int], out: tuple[int, int]) -> Tensor:

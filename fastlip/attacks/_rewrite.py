@@ -7,7 +7,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from fastlip.attacks._chain import Chain, Plan
 from fastlip.attacks._fused import FusedConv
+from fastlip.attacks._packed import PackedConv, can_be_packed
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -80,12 +82,47 @@ def fuse(model: fx.GraphModule) -> None:
         user = _only_user(chain[-1])
         if relu := user is not None and _is_relu(user, modules):
             chain.append(user)
-        model.set_submodule(str(node.target), FusedConv(conv, relu, low))
+        packed = low is None and can_be_packed(conv)
+        model.set_submodule(str(node.target), PackedConv(conv, relu) if packed else FusedConv(conv, relu, low))
         with model.graph.inserting_before(chain[-1]):
             fused = model.graph.call_module(str(node.target), tuple(a for a in (node.args[0], other) if a is not None))
         chain[-1].replace_all_uses_with(fused)
         for done in reversed(chain):
             model.graph.erase_node(done)
+    _link(model)
+
+
+def _link(model: fx.GraphModule) -> None:
+    """Make fused convolutions that follow each other one :class:`Chain`."""
+    modules = dict(model.named_modules())
+    links: list[list[fx.Node]] = [[]]
+    for node in model.graph.nodes:
+        if node.op == "call_module" and isinstance(modules[str(node.target)], FusedConv | PackedConv):
+            links[-1].append(node)
+        elif links[-1]:
+            links.append([])
+    for i, nodes in enumerate(filter(None, links)):
+        read = dict.fromkeys(a for node in nodes for a in node.args if a not in nodes)
+        number = {node: k for k, node in enumerate((*read, *nodes))}
+        plan = Plan(
+            len(read),
+            tuple(number[node.args[0]] for node in nodes),
+            tuple(number[node.args[1]] if len(node.args) > 1 else None for node in nodes),
+            tuple(number[node] for node in nodes if any(user not in nodes for user in node.users)),
+        )
+        name = f"chain{i}"
+        model.add_submodule(name, Chain([modules[str(node.target)] for node in nodes], plan))
+        with model.graph.inserting_after(nodes[-1]):
+            chain = model.graph.call_module(name, tuple(read))
+        for k, value in enumerate(plan.outputs):
+            node = nodes[value - plan.inputs]
+            result = chain
+            if len(plan.outputs) > 1:
+                with model.graph.inserting_after(chain):
+                    result = model.graph.call_function(operator.getitem, (chain, k))
+            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in nodes)
+        for node in reversed(nodes):
+            model.graph.erase_node(node)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -1,0 +1,196 @@
+// Convolutions as matrix products over gathered rows on the CPU, compiled once per instruction set.
+//
+// The rows of the product are the target pixels of all images, in the table's order, which puts pixels that meet the
+// same taps side by side. A tile of up to kRows rows is gathered once, without the taps that none of its rows meets,
+// and multiplied by one group of weight panels after the other, all sums in registers. Several tiles are gathered at a
+// time, so that a group of panels comes from memory once for all of them. Every sum is one chain of multiply-adds over
+// taps and channels in the table's order, so that an image's result depends on neither its batch nor the threads.
+#include "kernels/cpu/sample.h"
+
+namespace fastlip::cpu {
+namespace {
+
+constexpr int64_t kLanes = IndirectConv::kLanes;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+constexpr int kPanels = kVectorBytes == 64 ? 2 : 1;  // multiplied at once
+constexpr int kPerPanel = static_cast<int>(kLanes) * 4 / kVectorBytes;
+constexpr int kVectors = kPanels * kPerPanel;
+constexpr int kRows = (kRegisters - kVectors - 1) / kVectors;  // the other registers hold weights and one factor
+constexpr int kTiles = 16;                                     // gathered at a time, at most
+constexpr int64_t kDepth = 16;                                 // channels of a gathered row that lie side by side
+constexpr int64_t kWidth = kVectorBytes / 4;
+static_assert(kRows <= IndirectConv::kMostRows);
+
+using Lanes = Vector<float>;
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A gathered tile: for each tap that a row meets and each kDepth channels, the rows' channels one row after the other.
+struct Gathered {
+  int64_t first, rows;
+  const float* values;
+  const int32_t* taps;
+  int64_t tap_count;
+};
+
+// sums[row][lane] = sum over taps and channels, for R rows and P panels.
+template <int R, int P>
+void multiply(float* sums, const Gathered& tile, const float* weight, int64_t panel, int64_t channels) {
+  constexpr int V = P * kPerPanel;
+  Lanes sum[R][V] = {};
+  const float* a = tile.values;
+  for (int64_t t = 0; t < tile.tap_count; ++t) {
+    const float* w = weight + tile.taps[t] * channels * kLanes;
+    for (int64_t c = 0; c < channels; c += kDepth) {
+      const int64_t depth = least(kDepth, channels - c);
+#pragma GCC unroll 2
+      for (int64_t k = 0; k < depth; ++k) {
+        Lanes factor[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v)
+          factor[v] = load<Lanes>(w + (v / kPerPanel) * panel + (v % kPerPanel) * kWidth);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+          for (int v = 0; v < V; ++v) sum[r][v] += factor[v] * a[r * kDepth + k];
+        w += kLanes;
+      }
+      a += R * kDepth;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store<Lanes>(sums + (r * V + v) * kWidth, sum[r][v]);
+}
+
+using Multiply = void (*)(float*, const Gathered&, const float*, int64_t, int64_t);
+
+template <int P, int R = kRows>
+Multiply multiply_of(int64_t rows) {
+  if constexpr (R == 1) {
+    return multiply<1, P>;
+  } else {
+    return rows == R ? multiply<R, P> : multiply_of<P, R - 1>(rows);
+  }
+}
+
+// Row `index` of the product: the image, and the pixel's row of the table.
+struct Row {
+  int64_t image;
+  const int32_t* entry;
+};
+Row row_of(const IndirectConv& p, int64_t index) {
+  return {index % p.batch, p.table + (index / p.batch) * (1 + p.taps)};
+}
+
+// Whether two rows of the table meet the same taps.
+bool alike(const IndirectConv& p, const int32_t* a, const int32_t* b) {
+  for (int64_t t = 1; t <= p.taps; ++t)
+    if ((a[t] < 0) != (b[t] < 0)) return false;
+  return true;
+}
+
+// Rows of the tile that begins at `first`. Rows that meet the same taps are shared out evenly among tiles; only where
+// they are too few to be worth a tile of their own do others join them.
+int64_t tile_rows(const IndirectConv& p, int64_t first, int64_t end) {
+  const int32_t* entry = row_of(p, first).entry;
+  int64_t run = least(end, (first / p.batch + 1) * p.batch);
+  while (run < end && run - first < kRows * kTiles && alike(p, entry, row_of(p, run).entry))
+    run = least(end, run + p.batch);
+  const int64_t rows = run - first;
+  if (rows < kRows / 2) return least<int64_t>(kRows, end - first);
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  return (rows + tiles - 1) / tiles;
+}
+
+// Copies a tile's rows to `values` and the taps that any of them meets to `taps`; `end` is where the values end.
+Gathered gather(const IndirectConv& p, int64_t first, int64_t rows, float* values, int32_t* taps,
+                float** end) {
+  Row row[kRows];
+  for (int64_t r = 0; r < rows; ++r) row[r] = row_of(p, first + r);
+  int64_t count = 0;
+  float* to = values;
+  for (int64_t t = 0; t < p.taps; ++t) {
+    bool met = false;
+    for (int64_t r = 0; r < rows; ++r) met |= row[r].entry[1 + t] >= 0;
+    if (!met) continue;
+    taps[count++] = static_cast<int32_t>(t);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t source = row[r].entry[1 + t];
+      float* into = to + r * kDepth;
+      if (source < 0) {
+        for (int64_t c = 0; c < p.channels; c += kDepth, into += rows * kDepth)
+          for (int64_t k = 0; k < kDepth; k += kWidth) store<Lanes>(into + k, Lanes{});
+        continue;
+      }
+      const float* from = p.x + (row[r].image * p.sources + source) * p.channels;
+      int64_t c = 0;
+      for (; c + kDepth <= p.channels; c += kDepth, into += rows * kDepth)
+        for (int64_t k = 0; k < kDepth; k += kWidth) store<Lanes>(into + k, load<Lanes>(from + c + k));
+      for (int64_t k = 0; c + k < p.channels; ++k) into[k] = from[c + k];
+    }
+    to += rows * round_up(p.channels, kDepth);
+  }
+  *end = to;
+  return {first, rows, values, taps, count};
+}
+
+// Adds the bias and the other summand, applies ReLU and mask, and writes `width` channels from `channel` on.
+void finish(const IndirectConv& p, const float* sums, const Gathered& tile, int64_t stride, int64_t channel,
+            int64_t width) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const Row row = row_of(p, tile.first + r);
+    const int64_t at = (row.image * p.targets + row.entry[0]) * p.outputs + channel;
+    const float* sum = sums + r * stride;
+    const auto lanes = [&]<typename L>(int64_t i) FASTLIP_INLINE {
+      L value = load<L>(sum + i);
+      if (p.bias) value += load<L>(p.bias + channel + i);
+      if (p.other) value += load<L>(p.other + at + i);
+      if (p.relu) value = value < 0 ? L{} : value;  // keeps NaN, as torch does
+      if (p.mask) value = load<L>(p.mask + at + i) <= 0 ? L{} : value;
+      store<L>(p.out + at + i, value);
+    };
+    int64_t i = 0;
+    for (; i + kWidth <= width; i += kWidth) lanes.template operator()<Lanes>(i);
+    for (; i < width; ++i) lanes.template operator()<float>(i);
+  }
+}
+
+}  // namespace
+
+void FASTLIP_CAT(indirect_conv_, FASTLIP_ISA)(const IndirectConv&, int64_t, int64_t, int64_t, int64_t, void*);
+void FASTLIP_CAT(indirect_conv_, FASTLIP_ISA)(const IndirectConv& p, int64_t begin, int64_t end, int64_t first_panel,
+                                              int64_t last_panel, void* scratch) {
+  float* const values = static_cast<float*>(scratch);
+  auto* const taps = reinterpret_cast<int32_t*>(values + IndirectConv::values_of(p.taps, p.channels));
+  const int64_t largest = kRows * p.taps * round_up(p.channels, kDepth);  // values of a tile
+  const int64_t most = last_panel - first_panel > kPanels ? kTiles : 1;   // what is read once may stay in L1
+  const int64_t panel = p.taps * p.channels * kLanes;
+  alignas(64) float sums[kRows * kPanels * kLanes];
+  while (begin < end) {
+    Gathered tile[kTiles];
+    int64_t tiles = 0;
+    for (float* to = values; begin < end && tiles < most; ++tiles) {
+      if (tiles > 0 && to - values + largest > IndirectConv::values_of(p.taps, p.channels)) break;
+      const int64_t rows = tile_rows(p, begin, end);
+      tile[tiles] = gather(p, begin, rows, to, taps + tiles * p.taps, &to);
+      begin += rows;
+    }
+    for (int64_t q = first_panel; q < last_panel; q += kPanels) {
+      const int64_t count = least<int64_t>(kPanels, last_panel - q);
+      const int64_t width = least(count * kLanes, p.outputs - q * kLanes);
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Multiply run = count == kPanels ? multiply_of<kPanels>(tile[i].rows) : multiply_of<1>(tile[i].rows);
+        run(sums, tile[i], p.weight + q * panel, panel, p.channels);
+        finish(p, sums, tile[i], count * kLanes, q * kLanes, width);
+      }
+    }
+  }
+}
+
+}  // namespace fastlip::cpu
