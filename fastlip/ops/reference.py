@@ -9,12 +9,19 @@ import math
 import torch
 from torch import Tensor
 
-from fastlip.ops._reference_operators import krylov_bound, operator_step_, pack_weights_, top_eigenpairs
+from fastlip.ops._reference_operators import (
+    indirect_conv_,
+    krylov_bound,
+    operator_step_,
+    pack_weights_,
+    top_eigenpairs,
+)
 from fastlip.ops._schemas import Ball, Normalised, StepSize, takes_fields
 
 __all__ = [
     "apgd_step_",
     "compute_dtype",
+    "indirect_conv_",
     "kept_elements",
     "krylov_bound",
     "operator_step_",
