@@ -42,7 +42,7 @@ class FusedConv(nn.Module):
         (out,) = run([self], Plan(len(given), (0,), (None if other is None else 1,), (len(given),)), *given)
         return out
 
-    def out_shape(self, x: Tensor) -> tuple[int, ...]:
+    def out_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """The shape of conv(x), [B, C', H', W']."""
         c = self.conv
         height, width = (
@@ -112,8 +112,9 @@ class FusedConv(nn.Module):
         if c.groups > 1 or self.low is not None or size[0] * size[1] >= c.kernel_size[0] * c.kernel_size[1]:
             return None
         if size not in self._dense:
-            out = self.out_shape(x)[2:]
-            self._dense[size] = dense_matrix(c, size, out), None if c.bias is None else c.bias.repeat(out[0] * out[1])
+            _, _, height, width = self.out_shape(x)
+            bias = None if c.bias is None else c.bias.repeat(height * width)
+            self._dense[size] = dense_matrix(c, size, (height, width)), bias
         return self._dense[size]
 
 

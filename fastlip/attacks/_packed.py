@@ -52,9 +52,9 @@ class PackedConv(nn.Module):
         self.register_buffer("adjoint_weight", ops.packed_taps(self._adjoint_taps(weight)))
         self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def out_shape(self, x: Tensor) -> tuple[int, ...]:
+    def out_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """The shape of conv(x), [B, C', H', W']."""
-        return len(x), self.channels[1], *(self._outputs(x.shape[2 + i], i) for i in (0, 1))
+        return len(x), self.channels[1], self._outputs(x.shape[2], 0), self._outputs(x.shape[3], 1)
 
     def product(
         self,
@@ -117,7 +117,7 @@ class PackedConv(nn.Module):
         return _inside(torch.arange(self._outputs(size, axis))[:, None] * self.stride[axis] + taps, size)
 
     def _adjoint_sources(self, size: int, axis: int) -> Tensor:
-        """The output row that each block of input rows meets at each tap of the adjoint, [blocks, taps]; -1 for none."""
+        """The output row that each block of input rows meets at each of the adjoint's taps, [blocks, taps], or -1."""
         stride, outputs = self.stride[axis], self._outputs(size, axis)
         if self.block == [1, 1]:
             taps = torch.arange(self.kernel[axis]) * self.dilation[axis] - self.padding[axis]

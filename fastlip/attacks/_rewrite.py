@@ -93,36 +93,43 @@ def fuse(model: fx.GraphModule) -> None:
 
 
 def _link(model: fx.GraphModule) -> None:
-    """Make fused convolutions that follow each other one :class:`Chain`."""
+    """Make each run of fused convolutions that follow one another a :class:`Chain`."""
     modules = dict(model.named_modules())
-    links: list[list[fx.Node]] = [[]]
+    runs: list[list[fx.Node]] = [[]]
     for node in model.graph.nodes:
         if node.op == "call_module" and isinstance(modules[str(node.target)], FusedConv | PackedConv):
-            links[-1].append(node)
-        elif links[-1]:
-            links.append([])
-    for i, nodes in enumerate(filter(None, links)):
-        read = dict.fromkeys(a for node in nodes for a in node.args if a not in nodes)
-        number = {node: k for k, node in enumerate((*read, *nodes))}
+            runs[-1].append(node)
+        elif runs[-1]:
+            runs.append([])
+    for i, nodes in enumerate(run for run in runs if run):
+        _replace(model, nodes, [modules[str(node.target)] for node in nodes], f"chain{i}")
+
+
+def _replace(model: fx.GraphModule, nodes: list[fx.Node], layers: list[nn.Module], name: str) -> None:
+    """Put a chain of ``layers`` in the place of ``nodes``."""
+    reads = [[a for a in node.args if isinstance(a, fx.Node)] for node in nodes]
+    inputs = list(dict.fromkeys(a for read in reads for a in read if a not in nodes))
+    number = {node: i for i, node in enumerate((*inputs, *nodes))}
+    outputs = [node for node in nodes if any(user not in nodes for user in node.users)]
+    if outputs:
         plan = Plan(
-            len(read),
-            tuple(number[node.args[0]] for node in nodes),
-            tuple(number[node.args[1]] if len(node.args) > 1 else None for node in nodes),
-            tuple(number[node] for node in nodes if any(user not in nodes for user in node.users)),
+            len(inputs),
+            tuple(number[read[0]] for read in reads),
+            tuple(number[read[1]] if len(read) > 1 else None for read in reads),
+            tuple(number[node] for node in outputs),
         )
-        name = f"chain{i}"
-        model.add_submodule(name, Chain([modules[str(node.target)] for node in nodes], plan))
+        model.add_submodule(name, Chain(layers, plan))
         with model.graph.inserting_after(nodes[-1]):
-            chain = model.graph.call_module(name, tuple(read))
-        for k, value in enumerate(plan.outputs):
-            node = nodes[value - plan.inputs]
+            chain = model.graph.call_module(name, tuple(inputs))
+        for i, node in enumerate(outputs):
             result = chain
-            if len(plan.outputs) > 1:
+            if len(outputs) > 1:
                 with model.graph.inserting_after(chain):
-                    result = model.graph.call_function(operator.getitem, (chain, k))
-            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in nodes)
-        for node in reversed(nodes):
-            model.graph.erase_node(node)
+                    result = model.graph.call_function(operator.getitem, (chain, i))
+            for user in [user for user in node.users if user not in nodes]:
+                user.replace_input_with(node, result)
+    for node in reversed(nodes):
+        model.graph.erase_node(node)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

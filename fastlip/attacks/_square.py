@@ -13,6 +13,7 @@ from fastlip.attacks._distance import ORDER
 from fastlip.attacks._loop import AttackLoop, BestTracker
 from fastlip.attacks._losses import Loss
 from fastlip.attacks._model import Model, eval_mode
+from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
 from fastlip.ops import Bounds, Norm, PerSample
 
@@ -41,7 +42,7 @@ def square(
     ids: Tensor | None = None,  # [B] int64
     generator: torch.Generator | None = None,
     fast: bool = False,
-    precision: torch.dtype | None = None,
+    precision: Precision = None,
 ) -> Tensor:
     """Adversarial images within ``eps`` of ``inputs`` by random search over squares; [B, ...] like ``inputs``.
 
