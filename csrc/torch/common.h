@@ -334,18 +334,17 @@ inline PackWeights pack_weights_of(Tensor& out, const std::vector<Tensor>& weigh
 
 // The table's entries are trusted.
 inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& table,
-                                     const OptionalTensor& bias, const OptionalTensor& other,
-                                     const OptionalTensor& mask, bool relu) {
+                                     const Tensor& bias, const Tensor& other, const Tensor& mask, bool relu) {
   const auto floats = [](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.device().is_cpu(), name,
                     " must be contiguous float32 on the CPU");
     return static_cast<const float*>(t.const_data_ptr());
   };
-  const auto like_out = [&](const OptionalTensor& t, const char* name) -> const float* {
-    if (!t) return nullptr;
-    STD_TORCH_CHECK(t->dim() == 3 && t->size(0) == out.size(0) && t->size(1) == out.size(1) && t->size(2) == out.size(2),
+  const auto like_out = [&](const Tensor& t, const char* name) -> const float* {
+    if (t.numel() == 0) return nullptr;
+    STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == out.size(0) && t.size(1) == out.size(1) && t.size(2) == out.size(2),
                     name, " must have out's shape");
-    return floats(*t, name);
+    return floats(t, name);
   };
   floats(out, "out");
   STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.size(0) == out.size(0),
@@ -358,11 +357,11 @@ inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor&
   STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == (outputs + kLanes - 1) / kLanes &&
                       weight.size(1) == taps * channels && weight.size(2) == kLanes,
                   "weight must be [panels, taps * channels, 16]");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == outputs), "bias must be [outputs]");
+  STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == outputs), "bias must be [outputs]");
   return {static_cast<float*>(out.mutable_data_ptr()),
           floats(x, "x"),
           floats(weight, "weight"),
-          bias ? floats(*bias, "bias") : nullptr,
+          bias.numel() ? floats(bias, "bias") : nullptr,
           like_out(other, "other"),
           like_out(mask, "mask"),
           static_cast<const int32_t*>(table.const_data_ptr()),

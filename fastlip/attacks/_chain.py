@@ -7,19 +7,29 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastlip.ops import IndirectConvs
+
+#: Convolutions that are collected before they are run.
+_TOGETHER = 8
+
 
 class Layer(Protocol):
-    """relu(conv(x) + other), or less of that, with its gradients."""
+    """relu(conv(x) + other), or less of that, with its gradients.
+
+    A layer may leave the computation to ``convs``: its operands need not be there, nor its result, until they are run.
+    """
 
     relu: bool
 
     def out_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of conv(x)."""
 
-    def product(self, x: Tensor, other: Tensor | None, relu: bool) -> Tensor:
+    def product(self, x: Tensor, other: Tensor | None, relu: bool, convs: IndirectConvs) -> Tensor:
         """conv(x), plus ``other`` of the same shape, and its positive part with ``relu``; no view."""
 
-    def gradient(self, grad: Tensor, x: Tensor, other: Tensor | None, mask: Tensor | None) -> Tensor:
+    def gradient(
+        self, grad: Tensor, x: Tensor, other: Tensor | None, mask: Tensor | None, convs: IndirectConvs
+    ) -> Tensor:
         """The gradient of x plus ``other`` where ``mask`` is positive, and 0 elsewhere."""
 
 
@@ -75,20 +85,24 @@ def _values(
     """The values that are ``kept`` (others live for as long as they are read), and the shapes of all."""
     values = dict(enumerate(inputs))
     shapes = [x.shape for x in inputs]
+    convs = IndirectConvs(_TOGETHER)
     last = {v: i for i, pair in enumerate(zip(plan.sources, plan.others, strict=True)) for v in pair if v is not None}
     for i, layer in enumerate(layers):
         source, other = plan.sources[i], plan.others[i]
         x, summand = values[source], None if other is None else values[other]
         if summand is None or summand.shape == layer.out_shape(x):
-            y = layer.product(x, summand, layer.relu)
+            y = layer.product(x, summand, layer.relu, convs)
         else:  # one of them broadcasts
-            y = layer.product(x, None, False) + summand
+            y = layer.product(x, None, False, convs)
+            convs.run()
+            y = y + summand
             y = y.relu() if layer.relu else y
         values[plan.inputs + i] = y
         shapes.append(y.shape)
         for v in {source, other} - {None, *kept}:
             if v is not None and last[v] == i:
                 del values[v]
+    convs.run()
     return values, shapes
 
 
@@ -111,6 +125,7 @@ class _Chained(torch.autograd.Function):
         values = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
         first = {v: i for i in reversed(range(len(layers))) for v in (plan.others[i], plan.sources[i])}
         sums = {v: grad for v, grad in zip(plan.outputs, grads, strict=True) if grad is not None}
+        convs = IndirectConvs(_TOGETHER)
         done = set()  # values whose sums have been through the ReLU's threshold
         for i in reversed(range(len(layers))):
             value = plan.inputs + i
@@ -118,17 +133,24 @@ class _Chained(torch.autograd.Function):
                 continue
             grad = sums.pop(value)
             if layers[i].relu and value not in done:
+                convs.run()
                 grad = torch.ops.aten.threshold_backward(grad, values[value], 0)
             source, other = plan.sources[i], plan.others[i]
             if other is not None:
+                if other in sums or grad.shape != ctx.shapes[other]:
+                    convs.run()
                 part = grad.sum_to_size(ctx.shapes[other])
                 sums[other] = sums[other] + part if other in sums else part
             x, layer = values[source], source - plan.inputs
             if layer < 0 and not ctx.needs_input_grad[2 + source]:
                 continue
             last = layer >= 0 and layers[layer].relu and first[source] == i
-            grad = grad.sum_to_size(layers[i].out_shape(x))
-            sums[source] = layers[i].gradient(grad, x, sums.get(source), x if last else None)
+            shape = layers[i].out_shape(x)
+            if grad.shape != shape:
+                convs.run()
+                grad = grad.sum_to_size(shape)
+            sums[source] = layers[i].gradient(grad, x, sums.get(source), x if last else None, convs)
             if last:
                 done.add(source)
+        convs.run()
         return (None, None, *(sums.get(v) for v in range(plan.inputs)))

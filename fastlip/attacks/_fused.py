@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlip.attacks._chain import Plan, run
+from fastlip.ops import IndirectConvs
 
 
 class FusedConv(nn.Module):
@@ -56,8 +57,10 @@ class FusedConv(nn.Module):
         x: Tensor,  # [B, C, H, W]
         other: Tensor | None,  # [B, C', H', W']
         relu: bool,
+        convs: IndirectConvs,
     ) -> Tensor:
         """conv(x), plus ``other``, and its positive part with ``relu``; [B, C', H', W'], not a view."""
+        convs.run()
         y = self._convolved(x)
         y = y if other is None else y.add_(other)
         return y.relu_() if relu else y
@@ -82,8 +85,10 @@ class FusedConv(nn.Module):
         x: Tensor,  # [B, C, H, W]
         other: Tensor | None,  # [B, C, H, W]
         mask: Tensor | None,  # [B, C, H, W]
+        convs: IndirectConvs,
     ) -> Tensor:
         """The gradient of x plus ``other`` where ``mask`` is positive, and 0 elsewhere; [B, C, H, W]."""
+        convs.run()
         back = self._gradient(grad, x)
         back = back if other is None else back + other
         return back if mask is None else torch.ops.aten.threshold_backward(back, mask, 0)

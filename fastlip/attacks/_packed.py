@@ -20,7 +20,7 @@ def can_be_packed(conv: nn.Conv2d) -> bool:
 
 
 class PackedConv(nn.Module):
-    """relu(conv(x) + other), or less of that, and its gradients, by :func:`fastlip.ops.indirect_conv_`.
+    """relu(conv(x) + other), or less of that, and its gradients, by :class:`fastlip.ops.IndirectConvs`.
 
     Products with padding are left out in both passes; where maps are small, those are most of all products. The weights
     are kept packed for each pass, and no longer as they came. An input of few channels, which is an image, is the
@@ -61,35 +61,39 @@ class PackedConv(nn.Module):
         x: Tensor,  # [B, C, H, W]
         other: Tensor | None,  # [B, C', H', W']
         relu: bool,
+        convs: ops.IndirectConvs,
     ) -> Tensor:
-        """conv(x), plus ``other``, and its positive part with ``relu``; [B, C', H', W'] in channels_last."""
+        """conv(x), plus ``other``, and its positive part with ``relu``, once ``convs`` are run; like :class:`Layer`."""
         if self.weight is not None:
+            convs.run()
             y = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
             y = y if other is None else y.add_(other)
             return y.relu_() if relu else y
         out = torch.empty(self.out_shape(x), dtype=x.dtype, memory_format=torch.channels_last)
         summand = None if other is None else _rows(other)
         table = self._meeting(x)[0]
-        ops.indirect_conv_(_rows(out), _rows(x), self.forward_weight, table, bias=self.bias, other=summand, relu=relu)
+        convs.add(_rows(out), _rows(x), self.forward_weight, table, bias=self.bias, other=summand, relu=relu)
         return out
 
     def gradient(
         self,
         grad: Tensor,  # [B, C', H', W']
         x: Tensor,  # [B, C, H, W]
-        other: Tensor | None = None,  # [B, C, H, W]
-        mask: Tensor | None = None,  # [B, C, H, W]
+        other: Tensor | None,  # [B, C, H, W]
+        mask: Tensor | None,  # [B, C, H, W]
+        convs: ops.IndirectConvs,
     ) -> Tensor:
-        """The gradient of x plus ``other`` where ``mask`` is positive, and 0 elsewhere; [B, C, H, W]."""
+        """The gradient of x plus ``other`` where ``mask`` is positive (0 elsewhere), once ``convs`` are run."""
         table = self._meeting(x)[1]
         if self.block == [1, 1]:
             out = torch.empty(x.shape, dtype=grad.dtype, memory_format=torch.channels_last)
             summand, kept = (None if t is None else _rows(t) for t in (other, mask))
-            ops.indirect_conv_(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
+            convs.add(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
             return out
         height, width = (-(-x.shape[2 + i] // self.block[i]) for i in (0, 1))
         blocks = grad.new_empty(len(x), height * width, math.prod(self.block) * self.channels[0])
-        ops.indirect_conv_(blocks, _rows(grad), self.adjoint_weight, table)
+        convs.add(blocks, _rows(grad), self.adjoint_weight, table)
+        convs.run()
         pixels = blocks.view(len(x), height, width, *self.block, self.channels[0]).transpose(2, 3)
         out = pixels.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)[:, :, : x.shape[2], : x.shape[3]]
         out = out if other is None else out + other

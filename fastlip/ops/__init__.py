@@ -21,7 +21,7 @@ All steps share these semantics, which are checked on every backend against ``fa
 from fastlip.ops import _fakes  # noqa: F401  # registers them
 from fastlip.ops._apgd_step import APGDState, apgd_schedule, apgd_state, apgd_step_
 from fastlip.ops._checks import Bounds, Norm, PerSample
-from fastlip.ops._indirect_conv import indirect_conv_, meeting_pixels, packed_taps
+from fastlip.ops._indirect_conv import IndirectConvs, meeting_pixels, packed_taps
 from fastlip.ops._krylov import krylov_bound, top_eigenpairs
 from fastlip.ops._model_input import ModelInput, model_input
 from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan
@@ -36,6 +36,7 @@ __all__ = [
     "Backend",
     "Bounds",
     "ConvGeometry",
+    "IndirectConvs",
     "ModelInput",
     "Norm",
     "OperatorPlan",
@@ -45,7 +46,6 @@ __all__ = [
     "apgd_state",
     "apgd_step_",
     "backends",
-    "indirect_conv_",
     "krylov_bound",
     "meeting_pixels",
     "model_input",

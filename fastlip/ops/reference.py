@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlip.ops._reference_operators import (
-    indirect_conv_,
+    indirect_convs_,
     krylov_bound,
     operator_step_,
     pack_weights_,
@@ -21,7 +21,7 @@ from fastlip.ops._schemas import Ball, Normalised, StepSize, takes_fields
 __all__ = [
     "apgd_step_",
     "compute_dtype",
-    "indirect_conv_",
+    "indirect_convs_",
     "kept_elements",
     "krylov_bound",
     "operator_step_",

@@ -1,4 +1,4 @@
-"""indirect_conv_ against its definition and against PyTorch's convolution, both ways, on every instruction set."""
+"""Indirect convolutions against their definition, on every instruction set."""
 
 import itertools
 import os
@@ -33,8 +33,9 @@ def both(arguments, extra, names, relu):
     """What the operator gives with the extra operands of these ``names``, and what it should."""
     got, want = torch.full_like(extra["other"], torch.nan), torch.full_like(extra["other"], torch.nan)
     chosen = {name: tensor if name in names else None for name, tensor in extra.items()}
-    ops.indirect_conv_(got, *arguments, **chosen, relu=relu)
-    reference.indirect_conv_(want, *arguments, *chosen.values(), relu)
+    ops.IndirectConvs().add(got, *arguments, **chosen, relu=relu)
+    optional = [torch.empty(0) if t is None else t for t in chosen.values()]
+    reference.indirect_convs_(*([t] for t in (want, *arguments, *optional, relu)))
     return got, want
 
 
@@ -70,20 +71,20 @@ def test_nothing_to_do():
     arguments, _ = operands(2, 3, 4, 2, 5, 6)
     x, weight, table = arguments
     out = torch.empty(0, 4, 6)
-    ops.indirect_conv_(out, x[:0], weight, table)
+    ops.IndirectConvs().add(out, x[:0], weight, table)
     out = torch.full((2, 0, 6), 1.0)
-    ops.indirect_conv_(out, x, weight, table[:0])
+    ops.IndirectConvs().add(out, x, weight, table[:0])
 
 
 def test_nan_and_infinity_stay():
     x = torch.tensor([[[torch.nan], [torch.inf], [-1.0]]])
     table = torch.tensor([[0, 0], [1, 1], [2, 2]], dtype=torch.int32)
     out = torch.empty(1, 3, 1)
-    ops.indirect_conv_(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, relu=True)
+    ops.IndirectConvs().add(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, relu=True)
     assert out[0, 0].isnan()
     assert out[0, 1:].flatten().tolist() == [torch.inf, 0.0]
     mask = torch.tensor([[[0.0], [-1.0], [torch.nan]]])
-    ops.indirect_conv_(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, mask=mask)
+    ops.IndirectConvs().add(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, mask=mask)
     assert out.flatten().tolist() == [0.0, 0.0, -1.0]
 
 
@@ -92,18 +93,20 @@ def test_an_image_depends_on_neither_its_batch_nor_the_threads():
     arguments, extra = operands(40, 64, 64, 9, 40, 72)
     x, weight, table = arguments
     whole = torch.empty(40, 64, 72)
-    ops.indirect_conv_(whole, x, weight, table, **extra)
+    ops.IndirectConvs().add(whole, x, weight, table, **extra)
     for rows in (slice(0, 1), slice(3, 10), slice(39, 40)):
         part = torch.empty_like(whole[rows])
-        ops.indirect_conv_(part, x[rows], weight, table, **{k: v if k == "bias" else v[rows] for k, v in extra.items()})
+        ops.IndirectConvs().add(
+            part, x[rows], weight, table, **{k: v if k == "bias" else v[rows] for k, v in extra.items()}
+        )
         assert torch.equal(part, whole[rows])
     threads = torch.get_num_threads()
     for batch, count in itertools.product((40, 1), (2, 3, 7)):
         torch.set_num_threads(count)
         try:
             again = torch.full_like(whole[:batch], torch.nan)
-            more = {k: v if k == "bias" else v[:batch] for k, v in extra.items()}
-            ops.indirect_conv_(again, x[:batch], weight, table, **more)
+            more = {name: t if name == "bias" else t[:batch] for name, t in extra.items()}
+            ops.IndirectConvs().add(again, x[:batch], weight, table, **more)
         finally:
             torch.set_num_threads(threads)
         assert torch.equal(again, whole[:batch])
@@ -125,8 +128,27 @@ def test_every_instruction_set(isa):
 
 def test_opcheck():
     (x, weight, table), extra = operands(2, 3, 4, 2, 5, 6)
-    arguments = (torch.zeros(2, 4, 6), x, weight, table, *extra.values(), True)
-    torch.library.opcheck(torch.ops.fastlip.indirect_conv_.default, arguments)
+    arguments = [[t, t] for t in (x, weight, table, *extra.values(), 1)]
+    torch.library.opcheck(
+        torch.ops.fastlip.indirect_convs_.default, ([torch.zeros(2, 4, 6), torch.zeros(2, 4, 6)], *arguments)
+    )
+
+
+def test_convolutions_are_collected_and_run_in_order():
+    """Each reads the result of the one before; the third one runs all of them."""
+    x = torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    weight = ops.packed_taps(2.0 * torch.eye(16)[None])
+    table = torch.arange(4, dtype=torch.int32)[:, None].repeat(1, 2)
+    values = [x, *(torch.full_like(x, torch.nan) for _ in range(5))]
+    convs = ops.IndirectConvs(most=3)
+    for i in range(5):
+        convs.add(values[i + 1], values[i], weight, table)
+        assert values[1].isnan().all() == (i < 2)
+    torch.testing.assert_close(values[3], 8.0 * x)
+    assert values[4].isnan().all()
+    convs.run()
+    convs.run()
+    torch.testing.assert_close(values[5], 32.0 * x)
 
 
 @needs_native
@@ -158,4 +180,6 @@ def test_direct_calls_are_checked(change, message):
     for position, value in change.items():
         arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastlip.indirect_conv_(*arguments)
+        torch.ops.fastlip.indirect_convs_(*([argument] for argument in arguments))
+    with pytest.raises(RuntimeError, match="all lists must be as long as out"):
+        torch.ops.fastlip.indirect_convs_(*([argument] for argument in arguments[:-1]), [])
