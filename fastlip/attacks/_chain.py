@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from fastlip.ops import IndirectConvs
 
 #: Convolutions that are collected before they are run.
-_TOGETHER = 8
+_TOGETHER = 16
 
 
 class Layer(Protocol):

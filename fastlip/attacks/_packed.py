@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlip import ops
+from fastlip.attacks._fused import FusedConv
 
 #: Floats of the widest vector register. An input of fewer channels would fill a small part of one.
 _LANES = 16
+#: From so many output pixels on, a kernel of several taps loses more by gathering than it saves at the map's edges.
+_LARGE = 256
 
 
 def can_be_packed(conv: nn.Conv2d) -> bool:
@@ -23,9 +26,11 @@ class PackedConv(nn.Module):
     """relu(conv(x) + other), or less of that, and its gradients, by :class:`fastlip.ops.IndirectConvs`.
 
     Products with padding are left out in both passes; where maps are small, those are most of all products. The weights
-    are kept packed for each pass, and no longer as they came. An input of few channels, which is an image, is the
-    exception: PyTorch's convolution reads it faster than it could be gathered, and its gradient is computed for blocks
-    of pixels at a time, as if their channels were those of one.
+    are packed for each pass when the first input comes, and no longer kept as they were.
+
+    There are two exceptions. Large maps have little padding, and PyTorch's convolution does not gather their pixels: it
+    serves both passes, if the kernel has more than one tap. An input of few channels, which is an image, is read by
+    PyTorch's convolution too, but its gradient is computed for blocks of pixels, as if their channels were one pixel's.
 
     Args:
         conv: a convolution of one group in float32 on the CPU, padded with zeros by numbers of pixels.
@@ -42,15 +47,26 @@ class PackedConv(nn.Module):
         self.kernel, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
         self.padding = (int(conv.padding[0]), int(conv.padding[1]))
         self.bias = conv.bias
-        weight = conv.weight.detach()
+        self.plain: FusedConv | None = FusedConv(conv, relu)
         self.few = self.channels[0] < _LANES
-        self.weight = conv.weight if self.few else None
         block = [max(2, s) for s in self.stride]
         self.block = block if math.prod(block) * self.channels[0] <= _LANES else [1, 1]
+        self.packed = False
+        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def _pack(self, x: Tensor) -> None:
+        """Pack the weights, unless the map is large."""
+        if self.packed or self.plain is None:
+            return
+        taps, pixels = math.prod(self.kernel), math.prod(self.out_shape(x)[2:])
+        if not self.few and taps > 1 and pixels >= _LARGE:
+            return
+        weight = self.plain.conv.weight.detach()
+        self.register_buffer("adjoint_weight", ops.packed_taps(self._adjoint_taps(weight)))
         if not self.few:
             self.register_buffer("forward_weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
-        self.register_buffer("adjoint_weight", ops.packed_taps(self._adjoint_taps(weight)))
-        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+            self.plain = None
+        self.packed = True
 
     def out_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """The shape of conv(x), [B, C', H', W']."""
@@ -64,11 +80,9 @@ class PackedConv(nn.Module):
         convs: ops.IndirectConvs,
     ) -> Tensor:
         """conv(x), plus ``other``, and its positive part with ``relu``, once ``convs`` are run; like :class:`Layer`."""
-        if self.weight is not None:
-            convs.run()
-            y = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
-            y = y if other is None else y.add_(other)
-            return y.relu_() if relu else y
+        self._pack(x)
+        if self.plain is not None:
+            return self.plain.product(x, other, relu, convs)
         out = torch.empty(self.out_shape(x), dtype=x.dtype, memory_format=torch.channels_last)
         summand = None if other is None else _rows(other)
         table = self._meeting(x)[0]
@@ -84,6 +98,8 @@ class PackedConv(nn.Module):
         convs: ops.IndirectConvs,
     ) -> Tensor:
         """The gradient of x plus ``other`` where ``mask`` is positive (0 elsewhere), once ``convs`` are run."""
+        if self.plain is not None and not self.packed:
+            return self.plain.gradient(grad, x, other, mask, convs)
         table = self._meeting(x)[1]
         if self.block == [1, 1]:
             out = torch.empty(x.shape, dtype=grad.dtype, memory_format=torch.channels_last)

@@ -29,9 +29,18 @@ using Lanes = Vector<float>;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// A tile's rows: where their images begin in x, their pixels' rows of the table, where their results go in out.
+struct Rows {
+  int64_t count;
+  bool alike;  // whether all rows meet the same taps
+  const float* image[kRows];
+  const int32_t* entry[kRows];
+  int64_t out[kRows];
+};
+
 // A gathered tile: for each tap that a row meets and each kDepth channels, the rows' channels one row after the other.
 struct Gathered {
-  int64_t first, rows;
+  Rows rows;
   const float* values;
   const int32_t* taps;
   int64_t tap_count;
@@ -79,15 +88,6 @@ Multiply multiply_of(int64_t rows) {
   }
 }
 
-// Row `index` of the product: the image, and the pixel's row of the table.
-struct Row {
-  int64_t image;
-  const int32_t* entry;
-};
-Row row_of(const IndirectConv& p, int64_t index) {
-  return {index % p.batch, p.table + (index / p.batch) * (1 + p.taps)};
-}
-
 // Whether two rows of the table meet the same taps.
 bool alike(const IndirectConv& p, const int32_t* a, const int32_t* b) {
   for (int64_t t = 1; t <= p.taps; ++t)
@@ -95,57 +95,73 @@ bool alike(const IndirectConv& p, const int32_t* a, const int32_t* b) {
   return true;
 }
 
-// Rows of the tile that begins at `first`. Rows that meet the same taps are shared out evenly among tiles; only where
-// they are too few to be worth a tile of their own do others join them.
-int64_t tile_rows(const IndirectConv& p, int64_t first, int64_t end) {
-  const int32_t* entry = row_of(p, first).entry;
-  int64_t run = least(end, (first / p.batch + 1) * p.batch);
-  while (run < end && run - first < kRows * kTiles && alike(p, entry, row_of(p, run).entry))
+// The rows of the tile that begins at `first`. Rows that meet the same taps are shared out evenly among tiles; only
+// where they are too few to be worth a tile of their own do others join them.
+Rows rows_of_tile(const IndirectConv& p, int64_t first, int64_t end) {
+  const int32_t* entry = p.table + first / p.batch * (1 + p.taps);
+  int64_t image = first % p.batch;
+  int64_t run = least(end, first - image + p.batch);
+  for (const int32_t* next = entry + 1 + p.taps; run < end && run - first < kRows * kTiles; next += 1 + p.taps) {
+    if (!alike(p, entry, next)) break;
     run = least(end, run + p.batch);
-  const int64_t rows = run - first;
-  if (rows < kRows / 2) return least<int64_t>(kRows, end - first);
-  const int64_t tiles = (rows + kRows - 1) / kRows;
-  return (rows + tiles - 1) / tiles;
+  }
+  Rows rows;
+  const int64_t count = run - first, tiles = (count + kRows - 1) / kRows;
+  rows.alike = count >= kRows / 2 || run == end;
+  rows.count = rows.alike ? (count + tiles - 1) / tiles : least<int64_t>(kRows, end - first);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    rows.image[r] = p.x + image * p.sources * p.channels;
+    rows.entry[r] = entry;
+    rows.out[r] = (image * p.targets + entry[0]) * p.outputs;
+    if (++image == p.batch) {
+      image = 0;
+      entry += 1 + p.taps;
+    }
+  }
+  return rows;
+}
+
+// Copies the channels that a row meets at a tap; `step` elements lie between its pieces of kDepth.
+inline void copy_channels(float* to, const float* from, int64_t channels, int64_t step) {
+  int64_t c = 0;
+  for (; c + kDepth <= channels; c += kDepth, to += step)
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kDepth; k += kWidth) store<Lanes>(to + k, load<Lanes>(from + c + k));
+  for (int64_t k = 0; c + k < channels; ++k) to[k] = from[c + k];
 }
 
 // Copies a tile's rows to `values` and the taps that any of them meets to `taps`; `end` is where the values end.
-Gathered gather(const IndirectConv& p, int64_t first, int64_t rows, float* values, int32_t* taps,
-                float** end) {
-  Row row[kRows];
-  for (int64_t r = 0; r < rows; ++r) row[r] = row_of(p, first + r);
+Gathered gather(const IndirectConv& p, const Rows& rows, float* values, int32_t* taps, float** end) {
+  const int64_t step = rows.count * kDepth;
   int64_t count = 0;
   float* to = values;
   for (int64_t t = 0; t < p.taps; ++t) {
-    bool met = false;
-    for (int64_t r = 0; r < rows; ++r) met |= row[r].entry[1 + t] >= 0;
+    bool met = rows.entry[0][1 + t] >= 0;
+    if (!rows.alike)
+      for (int64_t r = 1; r < rows.count; ++r) met |= rows.entry[r][1 + t] >= 0;
     if (!met) continue;
     taps[count++] = static_cast<int32_t>(t);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t source = row[r].entry[1 + t];
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const int64_t source = rows.entry[r][1 + t];
       float* into = to + r * kDepth;
-      if (source < 0) {
-        for (int64_t c = 0; c < p.channels; c += kDepth, into += rows * kDepth)
+      if (source >= 0) {
+        copy_channels(into, rows.image[r] + source * p.channels, p.channels, step);
+      } else {
+        for (int64_t c = 0; c < p.channels; c += kDepth, into += step)
           for (int64_t k = 0; k < kDepth; k += kWidth) store<Lanes>(into + k, Lanes{});
-        continue;
       }
-      const float* from = p.x + (row[r].image * p.sources + source) * p.channels;
-      int64_t c = 0;
-      for (; c + kDepth <= p.channels; c += kDepth, into += rows * kDepth)
-        for (int64_t k = 0; k < kDepth; k += kWidth) store<Lanes>(into + k, load<Lanes>(from + c + k));
-      for (int64_t k = 0; c + k < p.channels; ++k) into[k] = from[c + k];
     }
-    to += rows * round_up(p.channels, kDepth);
+    to += rows.count * round_up(p.channels, kDepth);
   }
   *end = to;
-  return {first, rows, values, taps, count};
+  return {rows, values, taps, count};
 }
 
 // Adds the bias and the other summand, applies ReLU and mask, and writes `width` channels from `channel` on.
-void finish(const IndirectConv& p, const float* sums, const Gathered& tile, int64_t stride, int64_t channel,
+void finish(const IndirectConv& p, const float* sums, const Rows& rows, int64_t stride, int64_t channel,
             int64_t width) {
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const Row row = row_of(p, tile.first + r);
-    const int64_t at = (row.image * p.targets + row.entry[0]) * p.outputs + channel;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const int64_t at = rows.out[r] + channel;
     const float* sum = sums + r * stride;
     const auto lanes = [&]<typename L>(int64_t i) FASTLIP_INLINE {
       L value = load<L>(sum + i);
@@ -177,17 +193,17 @@ void FASTLIP_CAT(indirect_conv_, FASTLIP_ISA)(const IndirectConv& p, int64_t beg
     int64_t tiles = 0;
     for (float* to = values; begin < end && tiles < most; ++tiles) {
       if (tiles > 0 && to - values + largest > IndirectConv::values_of(p.taps, p.channels)) break;
-      const int64_t rows = tile_rows(p, begin, end);
-      tile[tiles] = gather(p, begin, rows, to, taps + tiles * p.taps, &to);
-      begin += rows;
+      tile[tiles] = gather(p, rows_of_tile(p, begin, end), to, taps + tiles * p.taps, &to);
+      begin += tile[tiles].rows.count;
     }
     for (int64_t q = first_panel; q < last_panel; q += kPanels) {
       const int64_t count = least<int64_t>(kPanels, last_panel - q);
       const int64_t width = least(count * kLanes, p.outputs - q * kLanes);
       for (int64_t i = 0; i < tiles; ++i) {
-        const Multiply run = count == kPanels ? multiply_of<kPanels>(tile[i].rows) : multiply_of<1>(tile[i].rows);
+        const int64_t rows = tile[i].rows.count;
+        const Multiply run = count == kPanels ? multiply_of<kPanels>(rows) : multiply_of<1>(rows);
         run(sums, tile[i], p.weight + q * panel, panel, p.channels);
-        finish(p, sums, tile[i], count * kLanes, q * kLanes, width);
+        finish(p, sums, tile[i].rows, count * kLanes, q * kLanes, width);
       }
     }
   }
