@@ -30,7 +30,8 @@ class PackedConv(nn.Module):
 
     There are two exceptions. Large maps have little padding, and PyTorch's convolution does not gather their pixels: it
     serves both passes, if the kernel has more than one tap. An input of few channels, which is an image, is read by
-    PyTorch's convolution too, but its gradient is computed for blocks of pixels, as if their channels were one pixel's.
+    PyTorch's convolution too; but its gradient is computed for blocks of pixels, as if their channels were one pixel's,
+    unless there are few output channels as well.
 
     Args:
         conv: a convolution of one group in float32 on the CPU, padded with zeros by numbers of pixels.
@@ -55,11 +56,12 @@ class PackedConv(nn.Module):
         self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def _pack(self, x: Tensor) -> None:
-        """Pack the weights, unless the map is large."""
+        """Pack the weights where that pays off."""
         if self.packed or self.plain is None:
             return
-        taps, pixels = math.prod(self.kernel), math.prod(self.out_shape(x)[2:])
-        if not self.few and taps > 1 and pixels >= _LARGE:
+        pixels = math.prod(self.out_shape(x)[2:])
+        large = not self.few and math.prod(self.kernel) > 1 and pixels >= _LARGE
+        if large or (self.few and self.channels[1] < 2 * _LANES):
             return
         weight = self.plain.conv.weight.detach()
         self.register_buffer("adjoint_weight", ops.packed_taps(self._adjoint_taps(weight)))

@@ -3,17 +3,17 @@
 import time
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 Precision = torch.dtype | Literal["auto"] | None
 
 #: Instructions of x86 for each dtype, as torch.cpu.get_capabilities names them.
 _INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+#: Rows of the matrices on which a CPU is timed.
+_SIDE = 256
 
 
 def precision_for(precision: Precision, device: torch.device) -> torch.dtype | None:
@@ -35,7 +35,7 @@ def is_fast(dtype: torch.dtype, device: str) -> bool:
     """Whether a device multiplies ``dtype`` faster than float32.
 
     An x86 CPU without instructions for the dtype does not: it is slower by an order of magnitude. Any other CPU is
-    timed on a small convolution, because PyTorch's build or environment may keep it from using what it has.
+    timed on a matrix product, because PyTorch's build or environment may keep it from using the instructions it has.
     """
     if device == "cuda":
         return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -44,14 +44,8 @@ def is_fast(dtype: torch.dtype, device: str) -> bool:
     capabilities = torch.cpu.get_capabilities()
     if capabilities.get("architecture") == "x86_64" and not any(capabilities.get(i) for i in _INSTRUCTIONS[dtype]):
         return False
-    x, weight = torch.rand(4, 128, 8, 8), torch.rand(128, 128, 3, 3)
-
-    def convolution(of: torch.dtype) -> Callable[[], Tensor]:
-        image, kernel = (t.to(of, memory_format=torch.channels_last) for t in (x, weight))
-        return lambda: functional.conv2d(image, kernel, padding=1)
-
-    with torch.inference_mode(False), torch.no_grad():
-        low, wide = least_seconds([convolution(dtype), convolution(torch.float32)], rounds=5)
+    matrix = torch.ones(_SIDE, _SIDE)
+    low, wide = least_seconds([partial(torch.mm, m, m) for m in (matrix.to(dtype), matrix)], rounds=5)
     return low < wide
 
 
