@@ -1,4 +1,4 @@
-"""A convolution with the sum and the ReLU that follow, as matrix products: for input gradients on a CPU."""
+"""A convolution together with the sum and the ReLU that follow it, by PyTorch's operators: input gradients on a CPU."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,15 +14,16 @@ from fastlip.ops import IndirectConvs
 class FusedConv(nn.Module):
     """relu(conv(x) + other), or less of that, with gradients of ``x`` and ``other`` alone.
 
-    Networks made for large images end in maps of a few pixels, where most of a padded kernel meets zeros: on a map of
-    one pixel a 3x3 convolution is the product with its centre tap, and on one of 2x2 pixels the dense matrix from all
-    pixels to all pixels has fewer entries than the kernel has products. Such maps, and kernels of one pixel, are
-    matrix products on channels_last storage; what else there is stays a convolution.
+    Networks made for large images end in maps of a few pixels, where most of a padded kernel meets zeros. On a map of
+    one pixel a 3x3 convolution is the product with its centre tap; on a map of 2x2 pixels the dense matrix from all
+    pixels to all pixels has fewer entries than the kernel has products. On such maps, and for kernels of one pixel, the
+    convolution is computed as a matrix product on channels_last storage.
 
     Args:
-        conv: the convolution, with zeros for padding.
+        conv: the convolution, padded with zeros.
         relu: whether a ReLU follows.
-        low: dtype of the output and of the gradients' products, for a first layer whose forward pass is wider.
+        low: dtype of the output and of the products in the backward pass, for a first layer whose forward pass is
+            computed in a wider one.
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool, low: torch.dtype | None = None) -> None:
@@ -111,7 +112,7 @@ class FusedConv(nn.Module):
         return back.to(x.dtype)
 
     def _matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """The matrix [H' W' C', H W C] and the bias [H' W' C'], or None where the kernel has fewer products."""
+        """The dense matrix [H' W' C', H W C] and bias [H' W' C'], or None if the kernel needs fewer products."""
         size = (x.shape[2], x.shape[3])
         c = self.conv
         if c.groups > 1 or self.low is not None or size[0] * size[1] >= c.kernel_size[0] * c.kernel_size[1]:
@@ -142,7 +143,7 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _maps(rows: Tensor, batch: int, size: Sequence[int], channels: int) -> Tensor:
-    """Rows of pixels, or of whole maps, as [B, C, H, W]."""
+    """Rows, each of which is one pixel or one whole map, as [B, C, H, W]."""
     return rows.view(batch, *size, channels).permute(0, 3, 1, 2)
 
 

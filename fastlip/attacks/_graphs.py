@@ -1,4 +1,4 @@
-"""CUDA graphs of a model: one replay instead of hundreds of launches, for a few batch sizes."""
+"""CUDA graphs of a model, for a few batch sizes: one replay takes the place of hundreds of kernel launches."""
 
 from typing import Any
 
@@ -9,9 +9,10 @@ from fastlip.attacks._model import Model
 
 
 class Graphed:
-    """``model`` replayed from CUDA graphs, forward and backward.
+    """``model`` replayed from CUDA graphs, in the forward and the backward pass.
 
-    A graph has one batch size. Batches shrink as images fall, so each is padded to the next power of two.
+    A graph is captured for one batch size. Batches shrink as images fall, so that every batch is padded to the next
+    power of two and few graphs are captured.
     """
 
     def __init__(self, model: Model) -> None:
@@ -22,7 +23,7 @@ class Graphed:
         self,
         inputs: Tensor,  # [B, ...]
     ) -> bool:
-        """Whether the model can be captured and gives the same logits."""
+        """Whether the model can be captured and the replay gives the same logits."""
         try:
             with torch.enable_grad():
                 got = self(inputs.clone().requires_grad_())
@@ -46,5 +47,5 @@ class Graphed:
 
 
 def padded_size(size: int) -> int:
-    """The next power of two."""
+    """The smallest power of two that is not below ``size``."""
     return 1 << max(size - 1, 0).bit_length()

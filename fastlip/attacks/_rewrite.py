@@ -1,4 +1,4 @@
-"""Rewriting a traced model into one that is faster in eval mode and differs by rounding alone."""
+"""Rewriting a traced model so that it is faster in eval mode and differs from the original by rounding alone."""
 
 import operator
 
@@ -18,7 +18,7 @@ _RELUS = (functional.relu, torch.relu, torch.relu_)
 
 
 def fold(model: fx.GraphModule) -> None:
-    """Fold each BatchNorm into the convolution or linear map before it, where nothing else reads that."""
+    """Fold each BatchNorm into the convolution or linear layer before it, unless something else reads that output."""
     modules = dict(model.named_modules())
     calls = [n.target for n in model.graph.nodes if n.op == "call_module"]
     for node in list(model.graph.nodes):
@@ -43,7 +43,7 @@ def fold(model: fx.GraphModule) -> None:
 
 
 class FullFirst(nn.Module):
-    """The first layer: in its own precision, because small perturbations of the input vanish in a low one."""
+    """The first layer. It keeps its precision, because small perturbations of the input vanish in a low one."""
 
     def __init__(self, layer: nn.Module, precision: torch.dtype) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class FullFirst(nn.Module):
 
 
 def lower(model: fx.GraphModule, precision: torch.dtype) -> None:
-    """Put everything after the first convolution or linear map into ``precision``."""
+    """Convert everything after the first convolution or linear layer to ``precision``."""
     modules = dict(model.named_modules())
     order = [str(n.target) for n in model.graph.nodes if n.op == "call_module"]
     first = next(i for i, name in enumerate(order) if isinstance(modules[name], (*_CONVS, nn.Linear)))
@@ -65,7 +65,11 @@ def lower(model: fx.GraphModule, precision: torch.dtype) -> None:
 
 
 def fuse(model: fx.GraphModule) -> None:
-    """Make each convolution, and the sum and the ReLU after it that alone read it, a :class:`FusedConv`."""
+    """Fuse each convolution with the sum and the ReLU that follow it, and runs of fused convolutions into chains.
+
+    A sum or a ReLU is fused if nothing else reads what comes before it. The fused convolution is a :class:`PackedConv`
+    where its weights can be packed, and a :class:`FusedConv` elsewhere.
+    """
     modules = dict(model.named_modules())
     calls = [n.target for n in model.graph.nodes if n.op == "call_module"]
     for node in list(model.graph.nodes):
@@ -93,7 +97,7 @@ def fuse(model: fx.GraphModule) -> None:
 
 
 def _link(model: fx.GraphModule) -> None:
-    """Make each run of fused convolutions that follow one another a :class:`Chain`."""
+    """Replace each run of fused convolutions that follow one another by a :class:`Chain`."""
     modules = dict(model.named_modules())
     runs: list[list[fx.Node]] = [[]]
     for node in model.graph.nodes:
@@ -106,7 +110,7 @@ def _link(model: fx.GraphModule) -> None:
 
 
 def _replace(model: fx.GraphModule, nodes: list[fx.Node], layers: list[nn.Module], name: str) -> None:
-    """Put a chain of ``layers`` in the place of ``nodes``."""
+    """Replace ``nodes`` by one chain of ``layers``."""
     reads = [[a for a in node.args if isinstance(a, fx.Node)] for node in nodes]
     inputs = list(dict.fromkeys(a for read in reads for a in read if a not in nodes))
     number = {node: i for i, node in enumerate((*inputs, *nodes))}
@@ -137,7 +141,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _other_summand(node: fx.Node | None, one: fx.Node) -> fx.Node | None:
-    """What ``node`` adds to ``one``, where it does that and changes nothing else."""
+    """The summand that ``node`` adds to ``one``; None if it does something else or changes another tensor."""
     if node is None or node.op != "call_function" or node.target not in _ADDS or len(node.args) != 2 or node.kwargs:
         return None
     first, second = node.args
