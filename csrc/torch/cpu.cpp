@@ -112,10 +112,11 @@ void pack_weights_(Tensor out, std::vector<Tensor> weights, std::vector<int64_t>
 void run(const IndirectConv& conv) {
   if (conv.targets == 0 || conv.batch == 0 || conv.outputs == 0) return;
   // Images are taken together as far as it needs them to fill tiles; their own pixels are closer to each other.
-  constexpr int64_t kTogether = 512;    // pixels
-  constexpr int64_t kWorth = 1 << 19;   // multiply-adds worth a thread
+  constexpr int64_t kTogether = 512;                       // pixels
+  constexpr int64_t kWorth = 1 << 19;                      // multiply-adds worth a thread
   constexpr int64_t kSplit = 4 * IndirectConv::kMostRows;  // rows worth being divided from others
-  const int64_t panels = (conv.outputs + IndirectConv::kLanes - 1) / IndirectConv::kLanes, pairs = (panels + 1) / 2, threads = torch::stable::get_num_threads();
+  const int64_t panels = (conv.outputs + IndirectConv::kLanes - 1) / IndirectConv::kLanes;
+  const int64_t pairs = (panels + 1) / 2, threads = torch::stable::get_num_threads();
   const int64_t blocks = std::clamp<int64_t>(conv.batch * conv.targets / kTogether, 1, conv.batch);
   const int64_t rows = conv.targets * (conv.batch / blocks), work = rows * conv.taps * conv.channels * conv.outputs;
   // Panels are divided last, because each part of them gathers its rows again.
@@ -131,7 +132,7 @@ void run(const IndirectConv& conv) {
       const IndirectConv part = conv.images(conv.batch * block / blocks, conv.batch * (block + 1) / blocks);
       const int64_t own = part.targets * part.batch;
       product(part, own * row / row_parts, own * (row + 1) / row_parts, 2 * (pairs * panel / panel_parts),
-          std::min(panels, 2 * (pairs * (panel + 1) / panel_parts)), scratch.get());
+              std::min(panels, 2 * (pairs * (panel + 1) / panel_parts)), scratch.get());
     }
   });
 }
@@ -140,7 +141,8 @@ void run(const IndirectConv& conv) {
 void indirect_convs_(std::vector<Tensor> out, std::vector<Tensor> x, std::vector<Tensor> weight,
                      std::vector<Tensor> table, std::vector<Tensor> bias, std::vector<Tensor> other,
                      std::vector<Tensor> mask, std::vector<int64_t> relu) {
-  for (const size_t count : {x.size(), weight.size(), table.size(), bias.size(), other.size(), mask.size(), relu.size()})
+  for (const size_t count :
+       {x.size(), weight.size(), table.size(), bias.size(), other.size(), mask.size(), relu.size()})
     STD_TORCH_CHECK(count == out.size(), "all lists must be as long as out");
   std::vector<IndirectConv> convs;
   convs.reserve(out.size());

@@ -60,8 +60,7 @@ void multiply(float* sums, const Gathered& tile, const float* weight, int64_t pa
       for (int64_t k = 0; k < depth; ++k) {
         Lanes factor[V];
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v)
-          factor[v] = load<Lanes>(w + (v / kPerPanel) * panel + (v % kPerPanel) * kWidth);
+        for (int v = 0; v < V; ++v) factor[v] = load<Lanes>(w + (v / kPerPanel) * panel + (v % kPerPanel) * kWidth);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
