@@ -177,13 +177,14 @@ struct IndirectConv {
 
   static constexpr int64_t kLanes = 16;
   static constexpr int64_t kMostRows = 14;  // of a tile, whatever the instruction set
+  static constexpr int64_t kTiles = 16;     // gathered at a time, at most
   // Floats and bytes of scratch memory: as many gathered values as L2 holds with room to spare, or one tile.
   static constexpr int64_t values_of(int64_t taps, int64_t channels) {
     const int64_t tile = kMostRows * taps * ((channels + 15) / 16 * 16);
     return tile > (1 << 16) ? tile : (1 << 16);
   }
   static constexpr int64_t scratch_bytes(int64_t taps, int64_t channels) {
-    return 4 * (values_of(taps, channels) + 16 * taps);
+    return 4 * (values_of(taps, channels) + kTiles * taps);
   }
 };
 

@@ -85,7 +85,7 @@ class PackedConv(nn.Module):
         self._pack(x)
         if self.plain is not None:
             return self.plain.product(x, other, relu, convs)
-        out = torch.empty(self.out_shape(x), dtype=x.dtype, memory_format=torch.channels_last)
+        out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         summand = None if other is None else _rows(other)
         table = self._meeting(x)[0]
         convs.add(_rows(out), _rows(x), self.forward_weight, table, bias=self.bias, other=summand, relu=relu)
@@ -104,7 +104,7 @@ class PackedConv(nn.Module):
             return self.plain.gradient(grad, x, other, mask, convs)
         table = self._meeting(x)[1]
         if self.block == [1, 1]:
-            out = torch.empty(x.shape, dtype=grad.dtype, memory_format=torch.channels_last)
+            out = torch.empty(x.shape, dtype=grad.dtype, device=x.device, memory_format=torch.channels_last)
             summand, kept = (None if t is None else _rows(t) for t in (other, mask))
             convs.add(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
             return out
@@ -135,24 +135,24 @@ class PackedConv(nn.Module):
 
     def _sources(self, size: int, axis: int) -> Tensor:
         """The input row (or column) that each output row meets at each tap, [outputs, taps]; -1 for padding."""
-        taps = torch.arange(self.kernel[axis]) * self.dilation[axis] - self.padding[axis]
-        return _inside(torch.arange(self._outputs(size, axis))[:, None] * self.stride[axis] + taps, size)
+        taps = _count(self.kernel[axis]) * self.dilation[axis] - self.padding[axis]
+        return _inside(_count(self._outputs(size, axis))[:, None] * self.stride[axis] + taps, size)
 
     def _adjoint_sources(self, size: int, axis: int) -> Tensor:
         """The output row that each block of input rows meets at each of the adjoint's taps, [blocks, taps], or -1."""
         stride, outputs = self.stride[axis], self._outputs(size, axis)
         if self.block == [1, 1]:
-            taps = torch.arange(self.kernel[axis]) * self.dilation[axis] - self.padding[axis]
-            strides = torch.arange(size)[:, None] - taps
+            taps = _count(self.kernel[axis]) * self.dilation[axis] - self.padding[axis]
+            strides = _count(size)[:, None] - taps
             return torch.where(strides % stride == 0, _inside(strides.div(stride, rounding_mode="floor"), outputs), -1)
-        blocks = torch.arange(-(-size // self.block[axis]))
+        blocks = _count(-(-size // self.block[axis]))
         return _inside(blocks[:, None] * (self.block[axis] // stride) + self._block_taps(axis), outputs)
 
     def _block_taps(self, axis: int) -> Tensor:
         """Output rows that a block of input rows meets, counted from the one that begins where the block does."""
         stride, padding = self.stride[axis], self.padding[axis]
         first = -((self.dilation[axis] * (self.kernel[axis] - 1) - padding) // stride)
-        return torch.arange(first, (self.block[axis] - 1 + padding) // stride + 1)
+        return first + _count((self.block[axis] - 1 + padding) // stride + 1 - first)
 
     def _adjoint_taps(
         self,
@@ -168,10 +168,15 @@ class PackedConv(nn.Module):
 
     def _kernel_taps(self, axis: int) -> Tensor:
         """The kernel's tap between each of the adjoint's taps and each row of a block; one past the end for none."""
-        rows = torch.arange(self.block[axis]) + self.padding[axis]
+        rows = _count(self.block[axis]) + self.padding[axis]
         strides = rows - self._block_taps(axis)[:, None] * self.stride[axis]
         tap = _inside(strides.div(self.dilation[axis], rounding_mode="floor"), self.kernel[axis])
         return torch.where((strides % self.dilation[axis] == 0) & (tap >= 0), tap, self.kernel[axis])
+
+
+def _count(end: int) -> Tensor:
+    """0, 1, ..., end - 1, whatever torch's default device is."""
+    return torch.arange(end, device="cpu")
 
 
 def _inside(position: Tensor, size: int) -> Tensor:

@@ -44,7 +44,7 @@ def is_fast(dtype: torch.dtype, device: str) -> bool:
     capabilities = torch.cpu.get_capabilities()
     if capabilities.get("architecture") == "x86_64" and not any(capabilities.get(i) for i in _INSTRUCTIONS[dtype]):
         return False
-    matrix = torch.ones(_SIDE, _SIDE)
+    matrix = torch.ones(_SIDE, _SIDE, dtype=torch.float32, device="cpu")
     low, wide = least_seconds([partial(torch.mm, m, m) for m in (matrix.to(dtype), matrix)], rounds=5)
     return low < wide
 

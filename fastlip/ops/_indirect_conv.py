@@ -60,7 +60,7 @@ class IndirectConvs:
     def __init__(self, most: int = 1) -> None:
         """``most``: how many convolutions are collected before they are run; operands live for as long."""
         self._most = most
-        self._none = torch.empty(0)
+        self._none = torch.empty(0, device="cpu")
         self._operands: list[tuple[Tensor | int, ...]] = []
 
     def add(

@@ -85,6 +85,21 @@ def test_values_and_gradients_are_those_of_the_convolution(geometry, channels_la
         torch.testing.assert_close(got, want.float(), atol=2e-5, rtol=1e-5)
 
 
+def test_default_devices_and_dtypes_do_not_matter():
+    conv, x = conv_of(GEOMETRIES[4], bias=True), torch.randn(2, 40, 2, 2)
+    want = PackedConv(conv, relu=False).product(x, None, False, NOW)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        (got,) = run([PackedConv(conv, relu=False)], Plan(1, (0,), (None,), (1,)), x.requires_grad_())
+        (grad,) = torch.autograd.grad(got, x, torch.ones_like(got))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(got, want)
+    assert grad.device.type == "cpu"
+
+
 def test_what_is_packed():
     conv = conv_of(GEOMETRIES[0], bias=True)
     assert can_be_packed(conv)

@@ -20,8 +20,8 @@ constexpr int kPanels = kVectorBytes == 64 ? 2 : 1;  // multiplied at once
 constexpr int kPerPanel = static_cast<int>(kLanes) * 4 / kVectorBytes;
 constexpr int kVectors = kPanels * kPerPanel;
 constexpr int kRows = (kRegisters - kVectors - 1) / kVectors;  // the other registers hold weights and one factor
-constexpr int kTiles = 16;                                     // gathered at a time, at most
-constexpr int64_t kDepth = 16;                                 // channels of a gathered row that lie side by side
+constexpr int kTiles = IndirectConv::kTiles;
+constexpr int64_t kDepth = 16;  // channels of a gathered row that lie side by side
 constexpr int64_t kWidth = kVectorBytes / 4;
 static_assert(kRows <= IndirectConv::kMostRows);
 
