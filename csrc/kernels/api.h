@@ -174,6 +174,46 @@ struct KrylovBound {
   double* upper;
 };
 
+// A convolution of maps in channels_last, or its adjoint, by a table of who meets whom (Dukhan 2019, "The Indirect
+// Convolution Algorithm"): for every image and every row (target, source of tap 0, source of tap 1, ...) of the table
+//   out[target] = act(sum over taps whose source >= 0 of x[source] weight[tap] + bias + other[target]),
+// where act is ReLU or nothing, and then 0 where mask[target] <= 0. CPU only.
+struct IndirectConv {
+  float* out;            // [batch, targets, outputs]
+  const float* x;        // [batch, sources, channels]
+  const float* weight;   // [panels, taps * channels, kLanes]: panels of kLanes outputs, the last one padded
+  const float* bias;     // [outputs]; null: 0
+  const float* other;    // like out; null: 0
+  const float* mask;     // like out; null: 1
+  const int32_t* table;  // [targets, 1 + taps]
+  bool relu;
+  int64_t batch, sources, targets, taps, channels, outputs;
+
+  // The same for images [begin, end) alone.
+  IndirectConv images(int64_t begin, int64_t end) const {
+    IndirectConv part = *this;
+    const int64_t at = begin * targets * outputs;
+    part.out += at;
+    part.x += begin * sources * channels;
+    if (other) part.other += at;
+    if (mask) part.mask += at;
+    part.batch = end - begin;
+    return part;
+  }
+
+  static constexpr int64_t kLanes = 16;
+  static constexpr int64_t kMostRows = 14;  // of a tile, whatever the instruction set
+  static constexpr int64_t kTiles = 16;     // gathered at a time, at most
+  // Floats and bytes of scratch memory: as many gathered values as L2 holds with room to spare, or one tile.
+  static constexpr int64_t values_of(int64_t taps, int64_t channels) {
+    const int64_t tile = kMostRows * taps * ((channels + 15) / 16 * 16);
+    return tile > (1 << 16) ? tile : (1 << 16);
+  }
+  static constexpr int64_t scratch_bytes(int64_t taps, int64_t channels) {
+    return 4 * (values_of(taps, channels) + kTiles * taps);
+  }
+};
+
 namespace cpu {
 struct Kernels {
   const char* isa;
@@ -185,6 +225,9 @@ struct Kernels {
   void (*apgd_step)(const ApgdStep&, int64_t begin, int64_t end, void* scratch);
   // One tile; those of inactive problems do nothing.
   void (*operator_tile)(const OperatorStep&, int64_t tile);
+  // Rows [begin, end) of the targets x batch of the product, and panels of outputs; scratch as IndirectConv says.
+  void (*indirect_conv)(const IndirectConv&, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
+                        void* scratch);
   // Benchmark floor: y[i] = a[i] + b[i] + c[i], three reads and one write.
   void (*stream)(float* y, const float* a, const float* b, const float* c, int64_t n);
 };

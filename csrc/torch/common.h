@@ -372,6 +372,48 @@ inline PackWeights pack_weights_of(Tensor& out, const std::vector<Tensor>& weigh
   return {out.mutable_data_ptr(), dtype, problems.data(), static_cast<int64_t>(problems.size()), adjoint};
 }
 
+// The table's entries are trusted.
+inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& table,
+                                     const Tensor& bias, const Tensor& other, const Tensor& mask, bool relu) {
+  const auto floats = [](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.device().is_cpu(), name,
+                    " must be contiguous float32 on the CPU");
+    return static_cast<const float*>(t.const_data_ptr());
+  };
+  const auto like_out = [&](const Tensor& t, const char* name) -> const float* {
+    if (t.numel() == 0) return nullptr;
+    STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == out.size(0) && t.size(1) == out.size(1) && t.size(2) == out.size(2),
+                    name, " must have out's shape");
+    return floats(t, name);
+  };
+  floats(out, "out");
+  STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.size(0) == out.size(0),
+                  "x must be [B, sources, channels], and out [B, targets, outputs]");
+  STD_TORCH_CHECK(table.dim() == 2 && table.scalar_type() == ScalarType::Int && table.is_contiguous() &&
+                      table.size(0) == out.size(1) && table.size(1) > 0,
+                  "table must be contiguous int32 [targets, 1 + taps]");
+  constexpr int64_t kLanes = IndirectConv::kLanes;
+  const int64_t taps = table.size(1) - 1, channels = x.size(2), outputs = out.size(2);
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == (outputs + kLanes - 1) / kLanes &&
+                      weight.size(1) == taps * channels && weight.size(2) == kLanes,
+                  "weight must be [panels, taps * channels, 16]");
+  STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == outputs), "bias must be [outputs]");
+  return {static_cast<float*>(out.mutable_data_ptr()),
+          floats(x, "x"),
+          floats(weight, "weight"),
+          bias.numel() ? floats(bias, "bias") : nullptr,
+          like_out(other, "other"),
+          like_out(mask, "mask"),
+          static_cast<const int32_t*>(table.const_data_ptr()),
+          relu,
+          out.size(0),
+          x.size(1),
+          out.size(1),
+          taps,
+          channels,
+          outputs};
+}
+
 // Logical dimension 1 where x is channels_last, else 1; see RandomStart::channels.
 inline int64_t channels_of(const Tensor& x) {
   const auto ordered = [&](auto&& dims) {

@@ -171,6 +171,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> judge(const Tensor& logits, c
   return out.tuple();
 }
 
+void run(const IndirectConv& conv) {
+  if (conv.targets == 0 || conv.batch == 0 || conv.outputs == 0) return;
+  // Images are taken together as far as it needs them to fill tiles; their own pixels are closer to each other.
+  constexpr int64_t kTogether = 512;                       // pixels
+  constexpr int64_t kWorth = 1 << 19;                      // multiply-adds worth a thread
+  constexpr int64_t kSplit = 4 * IndirectConv::kMostRows;  // rows worth being divided from others
+  const int64_t panels = (conv.outputs + IndirectConv::kLanes - 1) / IndirectConv::kLanes;
+  const int64_t pairs = (panels + 1) / 2, threads = torch::stable::get_num_threads();
+  const int64_t blocks = std::clamp<int64_t>(conv.batch * conv.targets / kTogether, 1, conv.batch);
+  const int64_t rows = conv.targets * (conv.batch / blocks), work = rows * conv.taps * conv.channels * conv.outputs;
+  // Panels are divided last, because each part of them gathers its rows again.
+  const int64_t wanted = threads == 1 ? 1 : std::clamp<int64_t>(2 * threads / blocks, 1, work / kWorth + 1);
+  const int64_t row_parts = std::clamp<int64_t>(rows / kSplit, 1, wanted);
+  const int64_t panel_parts = std::clamp<int64_t>(wanted / row_parts, 1, pairs);
+  const auto product = kernels().indirect_conv;
+  torch::stable::parallel_for(0, blocks * row_parts * panel_parts, 1, [&](int64_t begin, int64_t end) {
+    const auto scratch =
+        std::make_unique_for_overwrite<std::byte[]>(IndirectConv::scratch_bytes(conv.taps, conv.channels));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = i / (row_parts * panel_parts), row = i / panel_parts % row_parts, panel = i % panel_parts;
+      const IndirectConv part = conv.images(conv.batch * block / blocks, conv.batch * (block + 1) / blocks);
+      const int64_t own = part.targets * part.batch;
+      product(part, own * row / row_parts, own * (row + 1) / row_parts, 2 * (pairs * panel / panel_parts),
+              std::min(panels, 2 * (pairs * (panel + 1) / panel_parts)), scratch.get());
+    }
+  });
+}
+
+// One convolution after the other. An operand that has no elements is left out.
+void indirect_convs_(std::vector<Tensor> out, std::vector<Tensor> x, std::vector<Tensor> weight,
+                     std::vector<Tensor> table, std::vector<Tensor> bias, std::vector<Tensor> other,
+                     std::vector<Tensor> mask, std::vector<int64_t> relu) {
+  for (const size_t count :
+       {x.size(), weight.size(), table.size(), bias.size(), other.size(), mask.size(), relu.size()})
+    STD_TORCH_CHECK(count == out.size(), "all lists must be as long as out");
+  std::vector<IndirectConv> convs;
+  convs.reserve(out.size());
+  for (size_t i = 0; i < out.size(); ++i)
+    convs.push_back(indirect_conv_of(out[i], x[i], weight[i], table[i], bias[i], other[i], mask[i], relu[i] != 0));
+  for (const IndirectConv& conv : convs) run(conv);
+}
+
 Tridiagonal tridiagonal_of(const Tensor& diagonal, const Tensor& off) {
   for (const Tensor* t : {&diagonal, &off}) {
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double && t->is_contiguous(),
@@ -230,6 +272,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("operator_step_", TORCH_BOX(&operator_step_));
   m.impl("judge", TORCH_BOX(&judge));
   m.impl("pack_weights_", TORCH_BOX(&pack_weights_));
+  m.impl("indirect_convs_", TORCH_BOX(&indirect_convs_));
   m.impl("top_eigenpairs", TORCH_BOX(&top_eigenpairs));
   m.impl("krylov_bound", TORCH_BOX(&krylov_bound));
 }

@@ -26,6 +26,7 @@ from fastlip.attacks._min_sigma import min_sigma
 from fastlip.attacks._model import Network
 from fastlip.attacks._noise import gaussian_noise
 from fastlip.attacks._pgd import fgsm, pgd
+from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import prepare
 from fastlip.attacks._square import square
 from fastlip.attacks._suite import Attack, suite
@@ -39,6 +40,7 @@ __all__ = [
     "MinNormResult",
     "Network",
     "PassCounts",
+    "Precision",
     "apgd",
     "count_forward_backward",
     "diagnose",

@@ -12,6 +12,7 @@ from fastlip.attacks._arguments import check_call, check_classes, check_settings
 from fastlip.attacks._batch import Batch, Iterates, new_batch, per_sample
 from fastlip.attacks._loop import AttackLoop, Keep, start_points
 from fastlip.attacks._model import Model, eval_mode
+from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
 from fastlip.ops import Bounds, Judgement, Loss, Norm, PerSample
 
@@ -47,7 +48,7 @@ def apgd(
     ids: Tensor | None = None,  # [B] int64
     generator: torch.Generator | None = None,
     fast: bool = False,
-    precision: torch.dtype | None = None,
+    precision: Precision = None,
 ) -> Tensor:
     """Adversarial images within ``eps`` of ``inputs`` by Auto-PGD; [B, ...] like ``inputs``.
 

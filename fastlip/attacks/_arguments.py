@@ -151,8 +151,9 @@ def check_classes(
 
 def check_precision(precision: Any) -> None:
     """Raise where a faster copy of a model cannot have this precision."""
-    if not any(precision is p for p in (None, torch.bfloat16, torch.float16)):
-        raise ValueError(f"precision must be None, torch.bfloat16 or torch.float16, got {precision!r}")
+    known = isinstance(precision, str) and precision == "auto"
+    if not known and not any(precision is p for p in (None, torch.bfloat16, torch.float16)):
+        raise ValueError(f'precision must be None, torch.bfloat16, torch.float16 or "auto", got {precision!r}')
 
 
 def check_model(model: Any) -> None:

@@ -31,6 +31,7 @@ from fastlip.attacks._diagnose import AttackWarning, diagnose
 from fastlip.attacks._distance import distance
 from fastlip.attacks._min_norm import MinNormResult
 from fastlip.attacks._model import Model, Network, eval_mode
+from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import prepare
 from fastlip.attacks._progress import Progress, progress_of
 from fastlip.attacks._suite import Attack, is_black_box
@@ -129,7 +130,7 @@ def evaluate(
     seed: int = 0,
     device: torch.device | str | None = None,
     fast: bool = False,
-    precision: torch.dtype | None = None,
+    precision: Precision = None,
     check: bool = True,
     progress: bool | Progress = False,
 ) -> EvaluationResult:

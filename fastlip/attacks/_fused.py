@@ -1,27 +1,29 @@
-"""A convolution with the sum and the ReLU that follow, as matrix products: for input gradients on a CPU."""
+"""A convolution together with the sum and the ReLU that follow it, by PyTorch's operators: input gradients on a CPU."""
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from fastlip.attacks._chain import Plan, run
+from fastlip.ops import IndirectConvs
 
 
 class FusedConv(nn.Module):
     """relu(conv(x) + other), or less of that, with gradients of ``x`` and ``other`` alone.
 
-    Networks made for large images end in maps of a few pixels, where most of a padded kernel meets zeros: on a map of
-    one pixel a 3x3 convolution is the product with its centre tap, and on one of 2x2 pixels the dense matrix from all
-    pixels to all pixels has fewer entries than the kernel has products. Such maps, and kernels of one pixel, are
-    matrix products on channels_last storage; what else there is stays a convolution.
+    Networks made for large images end in maps of a few pixels, where most of a padded kernel meets zeros. On a map of
+    one pixel a 3x3 convolution is the product with its centre tap; on a map of 2x2 pixels the dense matrix from all
+    pixels to all pixels has fewer entries than the kernel has products. On such maps, and for kernels of one pixel, the
+    convolution is computed as a matrix product on channels_last storage.
 
     Args:
-        conv: the convolution, with zeros for padding.
+        conv: the convolution, padded with zeros.
         relu: whether a ReLU follows.
-        low: dtype of the output and of the gradients' products, for a first layer whose forward pass is wider.
+        low: dtype of the output and of the products in the backward pass, for a first layer whose forward pass is
+            computed in a wider one.
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool, low: torch.dtype | None = None) -> None:
@@ -36,34 +38,41 @@ class FusedConv(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, C, H, W]
-        other: Tensor | None = None,  # [B, C', H', W']
+        other: Tensor | None = None,  # broadcasts with [B, C', H', W']
     ) -> Tensor:
-        if other is not None and other.shape != (len(x), self.conv.out_channels, *self.map_size(x)):
-            y: Tensor = _Fused.apply(x, None, self, False) + other
-            return y.relu() if self.relu else y
-        out: Tensor = _Fused.apply(x, other, self, self.relu)
+        given = (x,) if other is None else (x, other)
+        (out,) = run([self], Plan(len(given), (0,), (None if other is None else 1,), (len(given),)), *given)
         return out
 
-    def map_size(self, x: Tensor) -> tuple[int, int]:
-        """Height and width of the output."""
+    def out_shape(self, x: Tensor) -> tuple[int, int, int, int]:
+        """The shape of conv(x), [B, C', H', W']."""
         c = self.conv
         height, width = (
             (x.shape[2 + i] + 2 * int(c.padding[i]) - c.dilation[i] * (c.kernel_size[i] - 1) - 1) // c.stride[i] + 1
             for i in (0, 1)
         )
-        return height, width
+        return len(x), c.out_channels, height, width
 
-    def product(self, x: Tensor) -> Tensor:
-        """conv(x), [B, C', H', W'], and no view, so that what follows may work in place."""
+    def product(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        other: Tensor | None,  # [B, C', H', W']
+        relu: bool,
+        convs: IndirectConvs,
+    ) -> Tensor:
+        """conv(x), plus ``other``, and its positive part with ``relu``; [B, C', H', W'], not a view."""
+        convs.run()
+        y = self._convolved(x)
+        y = y if other is None else y.add_(other)
+        return y.relu_() if relu else y
+
+    def _convolved(self, x: Tensor) -> Tensor:
         c = self.conv
         dense = self._matrix(x)
         if dense is None and not self.pointwise:
             y = functional.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
             return y if self.low is None else y.to(self.low)
-        size = self.map_size(x)
-        out = torch.empty(
-            (len(x), c.out_channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-        )
+        out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         if dense is not None:
             _affine(_pixels(x).flatten(1), *dense, out=_pixels(out).flatten(1))
         else:
@@ -75,8 +84,17 @@ class FusedConv(nn.Module):
         self,
         grad: Tensor,  # [B, C', H', W']
         x: Tensor,  # [B, C, H, W]
+        other: Tensor | None,  # [B, C, H, W]
+        mask: Tensor | None,  # [B, C, H, W]
+        convs: IndirectConvs,
     ) -> Tensor:
-        """Gradient of x, like x."""
+        """The gradient of x plus ``other`` where ``mask`` is positive, and 0 elsewhere; [B, C, H, W]."""
+        convs.run()
+        back = self._gradient(grad, x)
+        back = back if other is None else back + other
+        return back if mask is None else torch.ops.aten.threshold_backward(back, mask, 0)
+
+    def _gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         c = self.conv
         if dense := self._matrix(x):
             return _maps(_pixels(grad).flatten(1) @ dense[0], len(x), x.shape[2:], c.in_channels)
@@ -94,36 +112,16 @@ class FusedConv(nn.Module):
         return back.to(x.dtype)
 
     def _matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """The matrix [H' W' C', H W C] and the bias [H' W' C'], or None where the kernel has fewer products."""
+        """The dense matrix [H' W' C', H W C] and bias [H' W' C'], or None if the kernel needs fewer products."""
         size = (x.shape[2], x.shape[3])
         c = self.conv
         if c.groups > 1 or self.low is not None or size[0] * size[1] >= c.kernel_size[0] * c.kernel_size[1]:
             return None
         if size not in self._dense:
-            out = self.map_size(x)
-            self._dense[size] = dense_matrix(c, size, out), None if c.bias is None else c.bias.repeat(out[0] * out[1])
+            _, _, height, width = self.out_shape(x)
+            bias = None if c.bias is None else c.bias.repeat(height * width)
+            self._dense[size] = dense_matrix(c, size, (height, width)), bias
         return self._dense[size]
-
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor | None, layer: FusedConv, relu: bool) -> Tensor:
-        y = layer.product(x)
-        if other is not None:
-            y += other
-        if relu:
-            y.relu_()
-        ctx.layer = layer
-        ctx.save_for_backward(x, y if relu else None)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = ctx.saved_tensors
-        if y is not None:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        return ctx.layer.gradient(grad, x), grad if ctx.needs_input_grad[1] else None, None, None
 
 
 def dense_matrix(conv: nn.Conv2d, size: tuple[int, int], out: tuple[int, int]) -> Tensor:
@@ -145,7 +143,7 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _maps(rows: Tensor, batch: int, size: Sequence[int], channels: int) -> Tensor:
-    """Rows of pixels, or of whole maps, as [B, C, H, W]."""
+    """Rows, each of which is one pixel or one whole map, as [B, C, H, W]."""
     return rows.view(batch, *size, channels).permute(0, 3, 1, 2)
 
 

@@ -13,6 +13,7 @@ from fastlip.attacks._fmn import fmn
 from fastlip.attacks._loop import AttackLoop, start_points
 from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._pgd import PgdStep, default_step
+from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
 from fastlip.ops import Bounds, Loss, Norm, PerSample
 
@@ -63,7 +64,7 @@ def min_norm(
     targets: Tensor | None = None,  # [B] int64
     active: Tensor | None = None,  # [B] bool
     fast: bool = False,
-    precision: torch.dtype | None = None,
+    precision: Precision = None,
 ) -> MinNormResult:
     """Smallest perturbation in ``norm`` that changes the decision.
 

@@ -10,6 +10,7 @@ from fastlip.attacks._arguments import check_call, check_choice, check_settings,
 from fastlip.attacks._batch import Iterates, new_batch
 from fastlip.attacks._loop import AttackLoop, Keep, start_points, unblocked_gradient
 from fastlip.attacks._model import Model, eval_mode
+from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
 from fastlip.ops import Bounds, Judgement, Loss, Norm, PerSample
 
@@ -36,7 +37,7 @@ def pgd(
     ids: Tensor | None = None,  # [B] int64
     generator: torch.Generator | None = None,
     fast: bool = False,
-    precision: torch.dtype | None = None,
+    precision: Precision = None,
 ) -> Tensor:
     """Adversarial images within ``eps`` of ``inputs`` by projected gradient steps; [B, ...] like ``inputs``.
 
@@ -78,7 +79,8 @@ def pgd(
         fast: follow the gradients of a copy made fast for evaluation (:func:`prepare`), which differ by rounding;
             every success is confirmed on ``model``.
         precision: torch.bfloat16 or torch.float16: follow gradients of that precision, every success confirmed on
-            ``model``; iterates stay in float32. None: the model's own.
+            ``model``; iterates stay in float32. Where this machine computes it more slowly than float32, gradients are
+            followed in float32, with a warning. "auto": the fastest precision on this machine. None: the model's own.
 
     Raises:
         ValueError: a value or shape is wrong, inputs leave the bounds, or the model's output is not differentiable.
@@ -123,7 +125,7 @@ def fgsm(
     targets: Tensor | None = None,  # [B] int64
     active: Tensor | None = None,  # [B] bool
     fast: bool = False,
-    precision: torch.dtype | None = None,
+    precision: Precision = None,
 ) -> Tensor:
     """One step of length ``eps`` from ``inputs`` (Goodfellow et al. 2015); arguments and errors as in :func:`pgd`."""
     bounds = check_call(

@@ -1,10 +1,10 @@
 """A faster copy of a model for the gradients of an attack, which differs from the model by rounding alone.
 
-Successes are always confirmed on the model itself, so that a copy can cost an attack strength but never soundness.
+Successes are always confirmed on the model itself, so a copy can make an attack weaker but never wrong.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -14,14 +14,17 @@ from torch import Tensor, fx, nn
 from fastlip.attacks._arguments import check_images, check_model, check_precision, flag
 from fastlip.attacks._graphs import IterationGraphs
 from fastlip.attacks._model import Model, Network, unwrapped
+from fastlip.attacks._precision import Precision, least_seconds, precision_for
 from fastlip.attacks._rewrite import fold, fuse, lower
 
 #: Largest difference of logits, relative to their spread, that counts as rounding.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 0.05, torch.bfloat16: 0.2}
-#: On how many inputs copy and model are compared, the factor by which they may differ more on other inputs, and the
-#: smallest difference assumed.
+#: The number of inputs on which copy and model are compared, the factor by which they may differ more on other inputs,
+#: and the smallest difference assumed.
 _COMPARED, _MARGIN, _LEAST = 4, 4.0, 1e-6
-#: How many copies of a model are kept, for different precisions or shapes of inputs.
+#: The number of inputs on which copies of two precisions are timed.
+_TIMED = 16
+#: The number of copies of a model that are kept, for different precisions or shapes of inputs.
 _MOST_KEPT = 3
 
 
@@ -30,24 +33,32 @@ def prepare(
     inputs: Tensor,  # [B, ...]
     *,
     fast: bool = True,
-    precision: torch.dtype | None = None,
+    precision: Precision = None,
 ) -> Network:
     """The model together with a faster copy of it, which any attack takes in place of the model.
 
-    ``fast`` folds BatchNorm into convolutions, drops everything about the weights' gradients and uses channels_last; on
-    a CPU it fuses convolutions with sums and ReLUs, as matrix products where maps are small; on a GPU it replays CUDA
-    graphs. ``precision`` runs all but the first layer in low precision. The copy is compared with the model on
-    ``inputs``. What is impossible for a model (because it cannot be traced, or draws random numbers) is left out, in
-    the last resort down to the model itself. Changes made to the model afterwards do not reach the copy.
+    With ``fast`` the copy is traced; BatchNorm is folded into convolutions, nothing is computed for the gradients of
+    weights, and images are stored channels last. On a CPU, convolutions are fused with the sums and ReLUs that follow,
+    in both passes. In float32, if fastlip was compiled, their weights are packed once for each pass, which takes as
+    much memory as the model's weights a second time. On a GPU, CUDA graphs are replayed.
 
-    Copies are kept for as long as the model lives. A copy is used again while the model's tensors are the same and both
-    still agree on ``inputs``.
+    ``precision`` makes the copy compute all but its first layer in low precision. A low precision that this machine
+    computes more slowly than float32 (bfloat16 on a CPU without AVX512-BF16 or AMX, for example) is not used: a warning
+    says so, once for each precision, and the copy stays in float32. With "auto" the copy is in bfloat16 where the
+    machine has instructions for it and, on a CPU, where a copy in bfloat16 is faster on ``inputs`` than one in float32.
+
+    The copy is compared with the model on ``inputs``. Whatever cannot be done for a model, because it cannot be traced
+    or draws random numbers, is left out; in the last resort the model's own gradients are followed. Changes made to the
+    model afterwards do not reach the copy.
+
+    Copies are kept for as long as the model lives. A copy is used again if the model's tensors are still the same and
+    both still agree on ``inputs``.
 
     Args:
         model: maps inputs to logits [B, C].
-        inputs: a few inputs, for tracing and comparing.
+        inputs: a few inputs, for tracing, comparing and timing.
         fast: make the copy fast in eval mode.
-        precision: torch.bfloat16 or torch.float16 for the copy; its own precision if None.
+        precision: torch.bfloat16 or torch.float16 for the copy, or "auto"; the model's own if None.
 
     Raises:
         ValueError: the precision is another one, or ``inputs`` have no batch dimension.
@@ -61,23 +72,24 @@ def prepare(
     return network_of(model, inputs, fast=fast, precision=precision)
 
 
-def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: torch.dtype | None) -> Network:
+def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: Precision) -> Network:
     """:func:`prepare` for an attack, which has checked the arguments; a network that was prepared before is kept."""
     if isinstance(model, Network):
         return model
     model = unwrapped(model)
-    if not (fast or precision) or len(inputs) == 0:
+    low = precision_for(precision, inputs.device)
+    if not (fast or low) or len(inputs) == 0:
         return Network(model)
     if not isinstance(model, nn.Module):
-        return Network(model, _Autocast(model, inputs.device.type, precision) if precision else None)
+        return Network(model, _Autocast(model, inputs.device.type, low) if low else None)
     training = [m for m in model.modules() if m.training]
     for module in training:
         module.training = False
     try:
         with torch.inference_mode(False), torch.no_grad():
             few = inputs[:_COMPARED].detach().clone()
-            want = model(few)
-            made = _copy_of(model, few, want, fast, precision)
+            timed = inputs[:_TIMED].detach().clone() if precision == "auto" and inputs.device.type == "cpu" else None
+            made = _copy_of(model, few, model(few), fast, low, timed)
         return Network(model, made.model, made.rounding, graphs=made.graphs) if made else Network(model)
     finally:
         for module in training:
@@ -110,18 +122,21 @@ def _fingerprint(model: nn.Module) -> object:
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
-def _copy_of(model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, precision: torch.dtype | None) -> _Copy | None:
+def _copy_of(
+    model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, low: torch.dtype | None, timed: Tensor | None
+) -> _Copy | None:
     """A copy that gives ``want``: one made before, or a new one.
 
-    Unchanged tensors are not enough, since ``.data`` and submodules can be replaced unnoticed: logits are compared too.
+    That tensors are unchanged is not enough, because ``.data`` and submodules can be replaced unnoticed: logits are
+    compared too.
     """
     kept = _kept.get(model)
     if kept is None or kept.fingerprint != _fingerprint(model):
         kept = _kept[model] = _Kept(model)
-    purpose = (fast, precision, inputs.shape[1:], inputs.dtype, inputs.device)
+    purpose = (fast, low, timed is None, inputs.shape[1:], inputs.dtype, inputs.device)
     made = kept.copies.pop(purpose, None)
     if made is None or not _distance(made.model(inputs), want) <= made.rounding:
-        made = _faster(model, inputs, want, fast, precision)
+        made = _faster(model, inputs, want, fast, low, timed)
     if made is not None and not isinstance(made.model, _Autocast):  # which holds the model
         kept.copies[purpose] = made
         if len(kept.copies) > _MOST_KEPT:
@@ -129,32 +144,54 @@ def _copy_of(model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, precisi
     return made
 
 
-def _faster(model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, precision: torch.dtype | None) -> _Copy | None:
-    """The first of several copies that agrees with the model, or None."""
-    device = inputs.device.type
-    wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-    candidates: list[tuple[torch.dtype, Callable[[], Model]]] = []
-    if precision:
+def _faster(
+    model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, low: torch.dtype | None, timed: Tensor | None
+) -> _Copy | None:
+    """A copy in precision ``low``, or a wider one where that is impossible or is slower on the ``timed`` inputs."""
+    lows: list[Callable[[], Model]] = []
+    wides: list[Callable[[], Model]] = []
+    if low:
         if fast:
-            candidates.append((precision, lambda: _rewritten(model, inputs, precision)))
-        candidates.append((precision, lambda: _Autocast(model, device, precision)))
+            lows.append(lambda: _rewritten(model, inputs, low))
+        lows.append(lambda: _Autocast(model, inputs.device.type, low))
     if fast:
-        candidates.append((wide, lambda: _rewritten(model, inputs, None)))
+        wides.append(lambda: _rewritten(model, inputs, None))
         if inputs.is_cuda:
-            candidates.append((wide, lambda: _laid_out(_copied(model), inputs, model)))
-    for dtype, build in candidates:
+            wides.append(lambda: _laid_out(_copied(model), inputs, model))
+    wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    in_low = _first_to_agree(lows, inputs, want, _ROUNDING[low], fast) if low else None
+    if in_low and timed is None:
+        return in_low
+    in_wide = _first_to_agree(wides, inputs, want, _ROUNDING[wide], fast)
+    if in_low is None or timed is None:
+        return in_wide
+    own = in_wide.model if in_wide else model
+    seconds = least_seconds([lambda: _pass(in_low.model, timed), lambda: _pass(own, timed)], rounds=2)
+    return in_low if seconds[0] < seconds[1] else in_wide
+
+
+def _first_to_agree(
+    candidates: Sequence[Callable[[], Model]], inputs: Tensor, want: Tensor, rounding: float, fast: bool
+) -> _Copy | None:
+    """The first copy that gives ``want`` up to ``rounding`` and has gradients."""
+    for build in candidates:
         try:
             made = build()
-            with torch.enable_grad():  # some fail only there
-                got = made(seen := inputs.clone().requires_grad_())
-                torch.autograd.grad(got.sum(), seen)
-            apart = _distance(got.detach(), want)
+            apart = _distance(_pass(made, inputs), want)
         except Exception:  # a model may raise anything in a form that it was not written for
             continue
-        if apart <= _ROUNDING[dtype]:
+        if apart <= rounding:
             graphs = IterationGraphs() if fast and inputs.is_cuda else None
             return _Copy(made, _MARGIN * max(apart, _LEAST), graphs)
     return None
+
+
+def _pass(model: Model, inputs: Tensor) -> Tensor:
+    """The logits, after a backward pass, because some models fail only there."""
+    with torch.enable_grad():
+        logits = model(seen := inputs.clone().requires_grad_())
+        torch.autograd.grad(logits.sum(), seen)
+    return logits.detach()
 
 
 def _distance(got: Tensor, want: Tensor) -> float:
@@ -165,7 +202,7 @@ def _distance(got: Tensor, want: Tensor) -> float:
 
 
 def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) -> Model:
-    """A traced copy: folded, in low precision, and fused on a CPU."""
+    """A traced copy with BatchNorm folded, in low precision where one is given, and fused on a CPU."""
     made = fx.symbolic_trace(_copied(model))
     fold(made)
     if precision:
@@ -186,12 +223,12 @@ def _copied(model: nn.Module) -> nn.Module:
         for t in tensors
     }
     made = copy.deepcopy(model, memo)
-    made._forward_hooks.clear()  # they belong to the model, to which the copy's passes are reported anyway
+    made._forward_hooks.clear()  # passes of the copy are reported to the model's hooks separately
     return made
 
 
 def _laid_out(made: nn.Module, inputs: Tensor, model: nn.Module) -> Model:
-    """``made`` (changed) in channels_last where inputs are images, and with storage of its own."""
+    """``made``, changed to be in channels_last if the inputs are images, and to share no storage with the model."""
     if inputs.dim() == 4:
         made = made.to(memory_format=torch.channels_last)
     models = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -211,7 +248,7 @@ class _ChannelsLast:
 
 
 class _FewSizes:
-    """``model`` on batches of a few sizes, because oneDNN compiles its low-precision kernels for each size."""
+    """``model`` on batches of a few sizes, because oneDNN compiles its low-precision kernels for each size anew."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -227,7 +264,7 @@ class _FewSizes:
 
 
 def roomy_size(size: int) -> int:
-    """The next size of 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, ..., close enough for padding to cost little."""
+    """The next size of 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, ...: close enough that padding costs little."""
     step = 1 << max(size.bit_length() - 3, 0)
     return 1 << (size - 1).bit_length() if size <= 32 else -(-size // step) * step
 

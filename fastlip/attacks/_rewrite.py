@@ -1,4 +1,4 @@
-"""Rewriting a traced model into one that is faster in eval mode and differs by rounding alone."""
+"""Rewriting a traced model so that it is faster in eval mode and differs from the original by rounding alone."""
 
 import operator
 
@@ -7,7 +7,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from fastlip.attacks._chain import Chain, Plan
 from fastlip.attacks._fused import FusedConv
+from fastlip.attacks._packed import PackedConv, can_be_packed
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -16,7 +18,7 @@ _RELUS = (functional.relu, torch.relu, torch.relu_)
 
 
 def fold(model: fx.GraphModule) -> None:
-    """Fold each BatchNorm into the convolution or linear map before it, where nothing else reads that."""
+    """Fold each BatchNorm into the convolution or linear layer before it, unless something else reads that output."""
     modules = dict(model.named_modules())
     calls = [n.target for n in model.graph.nodes if n.op == "call_module"]
     for node in list(model.graph.nodes):
@@ -41,7 +43,7 @@ def fold(model: fx.GraphModule) -> None:
 
 
 class FullFirst(nn.Module):
-    """The first layer: in its own precision, because small perturbations of the input vanish in a low one."""
+    """The first layer. It keeps its precision, because small perturbations of the input vanish in a low one."""
 
     def __init__(self, layer: nn.Module, precision: torch.dtype) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class FullFirst(nn.Module):
 
 
 def lower(model: fx.GraphModule, precision: torch.dtype) -> None:
-    """Put everything after the first convolution or linear map into ``precision``."""
+    """Convert everything after the first convolution or linear layer to ``precision``."""
     modules = dict(model.named_modules())
     order = [str(n.target) for n in model.graph.nodes if n.op == "call_module"]
     first = next(i for i, name in enumerate(order) if isinstance(modules[name], (*_CONVS, nn.Linear)))
@@ -63,7 +65,11 @@ def lower(model: fx.GraphModule, precision: torch.dtype) -> None:
 
 
 def fuse(model: fx.GraphModule) -> None:
-    """Make each convolution, and the sum and the ReLU after it that alone read it, a :class:`FusedConv`."""
+    """Fuse each convolution with the sum and the ReLU that follow it, and runs of fused convolutions into chains.
+
+    A sum or a ReLU is fused if nothing else reads what comes before it. The fused convolution is a :class:`PackedConv`
+    where its weights can be packed, and a :class:`FusedConv` elsewhere.
+    """
     modules = dict(model.named_modules())
     calls = [n.target for n in model.graph.nodes if n.op == "call_module"]
     for node in list(model.graph.nodes):
@@ -80,12 +86,54 @@ def fuse(model: fx.GraphModule) -> None:
         user = _only_user(chain[-1])
         if relu := user is not None and _is_relu(user, modules):
             chain.append(user)
-        model.set_submodule(str(node.target), FusedConv(conv, relu, low))
+        packed = low is None and can_be_packed(conv)
+        model.set_submodule(str(node.target), PackedConv(conv, relu) if packed else FusedConv(conv, relu, low))
         with model.graph.inserting_before(chain[-1]):
             fused = model.graph.call_module(str(node.target), tuple(a for a in (node.args[0], other) if a is not None))
         chain[-1].replace_all_uses_with(fused)
         for done in reversed(chain):
             model.graph.erase_node(done)
+    _link(model)
+
+
+def _link(model: fx.GraphModule) -> None:
+    """Replace each run of fused convolutions that follow one another by a :class:`Chain`."""
+    modules = dict(model.named_modules())
+    runs: list[list[fx.Node]] = [[]]
+    for node in model.graph.nodes:
+        if node.op == "call_module" and isinstance(modules[str(node.target)], FusedConv | PackedConv):
+            runs[-1].append(node)
+        elif runs[-1]:
+            runs.append([])
+    for i, nodes in enumerate(run for run in runs if run):
+        _replace(model, nodes, [modules[str(node.target)] for node in nodes], f"chain{i}")
+
+
+def _replace(model: fx.GraphModule, nodes: list[fx.Node], layers: list[nn.Module], name: str) -> None:
+    """Replace ``nodes`` by one chain of ``layers``."""
+    reads = [[a for a in node.args if isinstance(a, fx.Node)] for node in nodes]
+    inputs = list(dict.fromkeys(a for read in reads for a in read if a not in nodes))
+    number = {node: i for i, node in enumerate((*inputs, *nodes))}
+    outputs = [node for node in nodes if any(user not in nodes for user in node.users)]
+    if outputs:
+        plan = Plan(
+            len(inputs),
+            tuple(number[read[0]] for read in reads),
+            tuple(number[read[1]] if len(read) > 1 else None for read in reads),
+            tuple(number[node] for node in outputs),
+        )
+        model.add_submodule(name, Chain(layers, plan))
+        with model.graph.inserting_after(nodes[-1]):
+            chain = model.graph.call_module(name, tuple(inputs))
+        for i, node in enumerate(outputs):
+            result = chain
+            if len(outputs) > 1:
+                with model.graph.inserting_after(chain):
+                    result = model.graph.call_function(operator.getitem, (chain, i))
+            for user in [user for user in node.users if user not in nodes]:
+                user.replace_input_with(node, result)
+    for node in reversed(nodes):
+        model.graph.erase_node(node)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -93,7 +141,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _other_summand(node: fx.Node | None, one: fx.Node) -> fx.Node | None:
-    """What ``node`` adds to ``one``, where it does that and changes nothing else."""
+    """The summand that ``node`` adds to ``one``; None if it does something else or changes another tensor."""
     if node is None or node.op != "call_function" or node.target not in _ADDS or len(node.args) != 2 or node.kwargs:
         return None
     first, second = node.args

@@ -12,6 +12,7 @@ from fastlip.attacks._batch import Batch, new_batch, per_sample, take
 from fastlip.attacks._distance import ORDER
 from fastlip.attacks._loop import AttackLoop, BestTracker
 from fastlip.attacks._model import Model, eval_mode
+from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
 from fastlip.ops import Bounds, Loss, Norm, PerSample
 
@@ -40,7 +41,7 @@ def square(
     ids: Tensor | None = None,  # [B] int64
     generator: torch.Generator | None = None,
     fast: bool = False,
-    precision: torch.dtype | None = None,
+    precision: Precision = None,
 ) -> Tensor:
     """Adversarial images within ``eps`` of ``inputs`` by random search over squares; [B, ...] like ``inputs``.
 

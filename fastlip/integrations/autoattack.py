@@ -59,7 +59,7 @@ class AutoAttack:
         device: torch.device | str | None = None,
         bounds: Bounds = (0.0, 1.0),
         fast: bool = False,
-        precision: torch.dtype | None = None,
+        precision: attacks.Precision = None,
     ) -> None:
         if norm not in _NORMS:
             raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")

@@ -21,6 +21,7 @@ All steps share these semantics, which are checked on every backend against ``fa
 from fastlip.ops import _fakes  # noqa: F401  # registers them
 from fastlip.ops._apgd_step import APGDState, apgd_schedule, apgd_state, apgd_step_
 from fastlip.ops._checks import Bounds, Norm, PerSample
+from fastlip.ops._indirect_conv import IndirectConvs, meeting_pixels, packed_taps
 from fastlip.ops._judge import BestRecord, Judgement, Loss, judge
 from fastlip.ops._krylov import krylov_bound, top_eigenpairs
 from fastlip.ops._model_input import ModelInput, model_input
@@ -37,6 +38,7 @@ __all__ = [
     "BestRecord",
     "Bounds",
     "ConvGeometry",
+    "IndirectConvs",
     "Judgement",
     "Loss",
     "ModelInput",
@@ -50,10 +52,12 @@ __all__ = [
     "backends",
     "judge",
     "krylov_bound",
+    "meeting_pixels",
     "model_input",
     "operator_plan",
     "operator_step_",
     "pack_weights",
+    "packed_taps",
     "pgd_step",
     "pgd_step_",
     "project",

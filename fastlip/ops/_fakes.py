@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlip.ops import _register  # noqa: F401  # defines the operators
-from fastlip.ops._schemas import SCHEMAS
+from fastlip.ops._schemas import HOST_SCHEMAS, SCHEMAS
 
 
 def _in_place(x: Tensor, *others: object) -> None:
@@ -14,7 +14,7 @@ def _in_place(x: Tensor, *others: object) -> None:
             raise RuntimeError(f"all tensors must be on {x.device}, got one on {t.device}")
 
 
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in (SCHEMAS | HOST_SCHEMAS).items():
     if _schema.endswith("-> ()"):
         torch.library.register_fake(f"fastlip::{_name}")(_in_place)
 

@@ -88,6 +88,38 @@ def _unpacked(weights: Tensor, depthwise: bool, groups: int, taps: int, k: int, 
     return torch.diag_embed(kernel[:, :, 0]) if depthwise else kernel
 
 
+def indirect_convs_(
+    out: list[Tensor],
+    x: list[Tensor],
+    weight: list[Tensor],
+    table: list[Tensor],
+    bias: list[Tensor],
+    other: list[Tensor],
+    mask: list[Tensor],
+    relu: list[int],
+) -> None:
+    """One convolution after the other; an operand that has no elements is left out."""
+    for result, *operands in zip(out, x, weight, table, bias, other, mask, relu, strict=True):
+        _indirect_conv_(result, *operands)
+
+
+def _indirect_conv_(
+    out: Tensor, x: Tensor, weight: Tensor, table: Tensor, bias: Tensor, other: Tensor, mask: Tensor, relu: int
+) -> None:
+    """Tap by tap, in float64."""
+    target, sources = table[:, 0].long(), table[:, 1:].long()
+    channels, outputs = x.shape[2], out.shape[2]
+    matrix = weight.transpose(0, 1).flatten(1)[:, :outputs].double()  # [taps * channels, outputs]
+    total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
+    for tap, source in enumerate(sources.T):
+        met = torch.where((source >= 0)[:, None], x[:, source.clamp_min(0)], 0.0)
+        total[:, target] += met.double() @ matrix[tap * channels : (tap + 1) * channels]
+    for summand in (bias, other):
+        total = total + summand if summand.numel() else total
+    total = total.relu() if relu else total
+    out.copy_(torch.where(mask <= 0, 0.0, total) if mask.numel() else total)
+
+
 def top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
     """By torch's solver, of the whole matrices; vectors with non-negative entries."""
     values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal))

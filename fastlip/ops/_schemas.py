@@ -114,6 +114,10 @@ SCHEMAS = {
 }
 #: Operators that run on the CPU alone, natively where the CPU library was built.
 HOST_SCHEMAS = {
+    "indirect_convs_": _schema(
+        "Tensor![] out, Tensor[] x, Tensor[] weight, Tensor[] table, Tensor[] bias, Tensor[] other, Tensor[] mask, "
+        "int[] relu"
+    ),
     "top_eigenpairs": _schema("Tensor diagonal, Tensor off_diagonal", returns="(Tensor, Tensor)"),
     "krylov_bound": _schema(
         "Tensor diagonal, Tensor off_diagonal, Tensor last, Tensor residual, Tensor overlaps, float tolerance",

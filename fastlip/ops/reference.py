@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from fastlip.ops._reference_judge import judge
-from fastlip.ops._reference_operators import krylov_bound, operator_step_, pack_weights_, top_eigenpairs
+from fastlip.ops._reference_operators import (
+    indirect_convs_,
+    krylov_bound,
+    operator_step_,
+    pack_weights_,
+    top_eigenpairs,
+)
 from fastlip.ops._schemas import Ball, Normalised, Saved, StepSize, takes_fields
 
 __all__ = [
     "apgd_step_",
     "compute_dtype",
+    "indirect_convs_",
     "judge",
     "kept_elements",
     "krylov_bound",

@@ -15,6 +15,12 @@ from fastlip.models import resnet50
 CALL = {"eps": 0.065, "steps": 8, "loss": "ce"}
 
 
+@pytest.fixture(autouse=True)
+def every_precision_is_fast(monkeypatch):
+    """Copies in low precision are tested on every machine."""
+    monkeypatch.setattr(_prepare, "precision_for", lambda precision, device: precision)
+
+
 def gen(seed=0):
     return torch.Generator().manual_seed(seed)
 

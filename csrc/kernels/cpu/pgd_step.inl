@@ -129,6 +129,7 @@ void stream(float* y, const float* a, const float* b, const float* c, int64_t n)
 
 void FASTLIP_CAT(apgd_step_, FASTLIP_ISA)(const ApgdStep&, int64_t, int64_t, void*);  // apgd_step.inl
 void FASTLIP_CAT(operator_tile_, FASTLIP_ISA)(const OperatorStep&, int64_t);          // operator_step.inl
+void FASTLIP_CAT(indirect_conv_, FASTLIP_ISA)(const IndirectConv&, int64_t, int64_t, int64_t, int64_t, void*);
 
 extern const Kernels FASTLIP_CAT(kernels_, FASTLIP_ISA);
 const Kernels FASTLIP_CAT(kernels_, FASTLIP_ISA){FASTLIP_STR(FASTLIP_ISA),
@@ -136,6 +137,7 @@ const Kernels FASTLIP_CAT(kernels_, FASTLIP_ISA){FASTLIP_STR(FASTLIP_ISA),
                                                  pgd_step_ball,
                                                  FASTLIP_CAT(apgd_step_, FASTLIP_ISA),
                                                  FASTLIP_CAT(operator_tile_, FASTLIP_ISA),
+                                                 FASTLIP_CAT(indirect_conv_, FASTLIP_ISA),
                                                  stream};
 
 }  // namespace fastlip::cpu

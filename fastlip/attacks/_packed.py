@@ -1,0 +1,190 @@
+"""Convolutions in float32 on a CPU whose weights are packed once for both passes."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastlip import ops
+from fastlip.attacks._fused import FusedConv
+
+#: Floats of the widest vector register. An input of fewer channels would fill a small part of one.
+_LANES = 16
+#: From so many output pixels on, a kernel of several taps loses more by gathering than it saves at the map's edges.
+_LARGE = 256
+
+
+def can_be_packed(conv: nn.Conv2d) -> bool:
+    """Whether :class:`PackedConv` can take the place of the convolution on this machine."""
+    weight = conv.weight
+    native = ops.backends["cpu"].name == "native"
+    return native and conv.groups == 1 and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+class PackedConv(nn.Module):
+    """relu(conv(x) + other), or less of that, and its gradients, by :class:`fastlip.ops.IndirectConvs`.
+
+    Products with padding are left out in both passes; where maps are small, those are most of all products. The weights
+    are packed for each pass when the first input comes, and no longer kept as they were.
+
+    There are two exceptions. Large maps have little padding, and PyTorch's convolution does not gather their pixels: it
+    serves both passes, if the kernel has more than one tap. An input of few channels, which is an image, is read by
+    PyTorch's convolution too; but its gradient is computed for blocks of pixels, as if their channels were one pixel's,
+    unless there are few output channels as well.
+
+    Args:
+        conv: a convolution of one group in float32 on the CPU, padded with zeros by numbers of pixels.
+        relu: whether a ReLU follows.
+    """
+
+    forward_weight: Tensor
+    adjoint_weight: Tensor
+
+    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+        super().__init__()
+        self.relu = relu
+        self.channels = (conv.in_channels, conv.out_channels)
+        self.kernel, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding = (int(conv.padding[0]), int(conv.padding[1]))
+        self.bias = conv.bias
+        self.plain: FusedConv | None = FusedConv(conv, relu)
+        self.few = self.channels[0] < _LANES
+        block = [max(2, s) for s in self.stride]
+        self.block = block if math.prod(block) * self.channels[0] <= _LANES else [1, 1]
+        self.packed = False
+        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def _pack(self, x: Tensor) -> None:
+        """Pack the weights where that pays off."""
+        if self.packed or self.plain is None:
+            return
+        pixels = math.prod(self.out_shape(x)[2:])
+        large = not self.few and math.prod(self.kernel) > 1 and pixels >= _LARGE
+        if large or (self.few and self.channels[1] < 2 * _LANES):
+            return
+        weight = self.plain.conv.weight.detach()
+        self.register_buffer("adjoint_weight", ops.packed_taps(self._adjoint_taps(weight)))
+        if not self.few:
+            self.register_buffer("forward_weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
+            self.plain = None
+        self.packed = True
+
+    def out_shape(self, x: Tensor) -> tuple[int, int, int, int]:
+        """The shape of conv(x), [B, C', H', W']."""
+        return len(x), self.channels[1], self._outputs(x.shape[2], 0), self._outputs(x.shape[3], 1)
+
+    def product(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        other: Tensor | None,  # [B, C', H', W']
+        relu: bool,
+        convs: ops.IndirectConvs,
+    ) -> Tensor:
+        """conv(x), plus ``other``, and its positive part with ``relu``, once ``convs`` are run; like :class:`Layer`."""
+        self._pack(x)
+        if self.plain is not None:
+            return self.plain.product(x, other, relu, convs)
+        out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        summand = None if other is None else _rows(other)
+        table = self._meeting(x)[0]
+        convs.add(_rows(out), _rows(x), self.forward_weight, table, bias=self.bias, other=summand, relu=relu)
+        return out
+
+    def gradient(
+        self,
+        grad: Tensor,  # [B, C', H', W']
+        x: Tensor,  # [B, C, H, W]
+        other: Tensor | None,  # [B, C, H, W]
+        mask: Tensor | None,  # [B, C, H, W]
+        convs: ops.IndirectConvs,
+    ) -> Tensor:
+        """The gradient of x plus ``other`` where ``mask`` is positive (0 elsewhere), once ``convs`` are run."""
+        if self.plain is not None and not self.packed:
+            return self.plain.gradient(grad, x, other, mask, convs)
+        table = self._meeting(x)[1]
+        if self.block == [1, 1]:
+            out = torch.empty(x.shape, dtype=grad.dtype, device=x.device, memory_format=torch.channels_last)
+            summand, kept = (None if t is None else _rows(t) for t in (other, mask))
+            convs.add(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
+            return out
+        height, width = (-(-x.shape[2 + i] // self.block[i]) for i in (0, 1))
+        blocks = grad.new_empty(len(x), height * width, math.prod(self.block) * self.channels[0])
+        convs.add(blocks, _rows(grad), self.adjoint_weight, table)
+        convs.run()
+        pixels = blocks.view(len(x), height, width, *self.block, self.channels[0]).transpose(2, 3)
+        out = pixels.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)[:, :, : x.shape[2], : x.shape[3]]
+        out = out if other is None else out + other
+        return out if mask is None else torch.ops.aten.threshold_backward(out, mask, 0)
+
+    def _outputs(self, size: int, axis: int) -> int:
+        reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+
+    def _meeting(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The tables of the forward pass and of the gradient."""
+        size = (x.shape[2], x.shape[3])
+        if size not in self._tables:
+            rows, columns = (self._sources(size[i], i) for i in (0, 1))
+            adjoint_rows, adjoint_columns = (self._adjoint_sources(size[i], i) for i in (0, 1))
+            self._tables[size] = (
+                ops.meeting_pixels(rows, columns, size[1]),
+                ops.meeting_pixels(adjoint_rows, adjoint_columns, self._outputs(size[1], 1)),
+            )
+        return self._tables[size]
+
+    def _sources(self, size: int, axis: int) -> Tensor:
+        """The input row (or column) that each output row meets at each tap, [outputs, taps]; -1 for padding."""
+        taps = _count(self.kernel[axis]) * self.dilation[axis] - self.padding[axis]
+        return _inside(_count(self._outputs(size, axis))[:, None] * self.stride[axis] + taps, size)
+
+    def _adjoint_sources(self, size: int, axis: int) -> Tensor:
+        """The output row that each block of input rows meets at each of the adjoint's taps, [blocks, taps], or -1."""
+        stride, outputs = self.stride[axis], self._outputs(size, axis)
+        if self.block == [1, 1]:
+            taps = _count(self.kernel[axis]) * self.dilation[axis] - self.padding[axis]
+            strides = _count(size)[:, None] - taps
+            return torch.where(strides % stride == 0, _inside(strides.div(stride, rounding_mode="floor"), outputs), -1)
+        blocks = _count(-(-size // self.block[axis]))
+        return _inside(blocks[:, None] * (self.block[axis] // stride) + self._block_taps(axis), outputs)
+
+    def _block_taps(self, axis: int) -> Tensor:
+        """Output rows that a block of input rows meets, counted from the one that begins where the block does."""
+        stride, padding = self.stride[axis], self.padding[axis]
+        first = -((self.dilation[axis] * (self.kernel[axis] - 1) - padding) // stride)
+        return first + _count((self.block[axis] - 1 + padding) // stride + 1 - first)
+
+    def _adjoint_taps(
+        self,
+        weight: Tensor,  # [C', C, h, w]
+    ) -> Tensor:
+        """The matrices of the adjoint's taps, [taps, C', block * C]."""
+        if self.block == [1, 1]:
+            return weight.flatten(2).permute(2, 0, 1)
+        down, across = (self._kernel_taps(i) for i in (0, 1))
+        padded = functional.pad(weight, (0, 1, 0, 1))
+        taps = padded[:, :, down[:, :, None, None], across]  # [C', C, taps, block, taps, block]
+        return taps.permute(2, 4, 0, 3, 5, 1).flatten(3).flatten(0, 1)
+
+    def _kernel_taps(self, axis: int) -> Tensor:
+        """The kernel's tap between each of the adjoint's taps and each row of a block; one past the end for none."""
+        rows = _count(self.block[axis]) + self.padding[axis]
+        strides = rows - self._block_taps(axis)[:, None] * self.stride[axis]
+        tap = _inside(strides.div(self.dilation[axis], rounding_mode="floor"), self.kernel[axis])
+        return torch.where((strides % self.dilation[axis] == 0) & (tap >= 0), tap, self.kernel[axis])
+
+
+def _count(end: int) -> Tensor:
+    """0, 1, ..., end - 1, whatever torch's default device is."""
+    return torch.arange(end, device="cpu")
+
+
+def _inside(position: Tensor, size: int) -> Tensor:
+    """Positions, and -1 for those outside of [0, size)."""
+    return torch.where((position >= 0) & (position < size), position, -1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, H, W] as [B, H W, C], contiguous."""
+    batch, channels, height, width = x.shape
+    return x.permute(0, 2, 3, 1).contiguous().view(batch, height * width, channels)

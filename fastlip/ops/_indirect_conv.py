@@ -1,0 +1,104 @@
+"""Convolutions on the CPU by tables of which pixels meet: the wrapper of ``indirect_convs_``."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+#: Outputs of a panel of weights, as in csrc/kernels/api.h.
+_LANES = 16
+
+
+def packed_taps(
+    weight: Tensor,  # [taps, channels, outputs]
+) -> Tensor:
+    """The matrices of a convolution's taps in the order in which :class:`IndirectConvs` reads them.
+
+    Returns:
+        [ceil(outputs / 16), taps * channels, 16].
+    """
+    padded = functional.pad(weight.flatten(0, 1), (0, -weight.shape[2] % _LANES))
+    return padded.unflatten(1, (-1, _LANES)).transpose(0, 1).contiguous()
+
+
+def meeting_pixels(
+    rows: Tensor,  # [H', h] int64
+    columns: Tensor,  # [W', w] int64
+    width: int,
+) -> Tensor:
+    """The table for :class:`IndirectConvs` to maps of H' x W' pixels by kernels of h x w taps.
+
+    Args:
+        rows: the source row that each target row meets at each tap of a column of the kernel, -1 for none.
+        columns: the same for columns.
+        width: of the sources' maps.
+
+    Returns:
+        [H' W', 1 + h w] int32: a target pixel and the source pixel that it meets at each tap, -1 for none. Pixels that
+        meet the same taps are neighbours.
+    """
+    down, across = rows[:, None, :, None], columns[None, :, None, :]
+    source = torch.where((down < 0) | (across < 0), -1, down * width + across).flatten(2).flatten(0, 1)
+    _, kind = torch.unique(source >= 0, dim=0, return_inverse=True)
+    order = kind.argsort(stable=True)
+    return torch.cat([order[:, None], source[order]], 1).int()
+
+
+class IndirectConvs:
+    """Convolutions to be run one after the other, float32 on the CPU, each with what follows it elementwise.
+
+    They are collected and run together, because Python is slow between two of them: by then each has replaced the
+    cache's contents. The result of a convolution may be an operand of those added after it.
+
+    For every row (target, source of tap 0, source of tap 1, ...) of its table, a convolution makes ``out[:, target]``
+    the sum of ``x[:, source] @ weight[tap]`` over the taps whose source is not -1, plus ``bias`` plus
+    ``other[:, target]``. With ``relu``, negative elements then become 0. Last, elements become 0 where ``mask`` is not
+    positive: with a ReLU's output for a mask, the adjoint of the next layer gives the gradient before that ReLU.
+
+    An image's result depends neither on the other images nor on the number of threads.
+    """
+
+    def __init__(self, most: int = 1) -> None:
+        """``most``: how many convolutions are collected before they are run; operands live for as long."""
+        self._most = most
+        self._none = torch.empty(0, device="cpu")
+        self._operands: list[tuple[Tensor | int, ...]] = []
+
+    def add(
+        self,
+        out: Tensor,  # [B, targets, outputs], overwritten
+        x: Tensor,  # [B, sources, channels]
+        weight: Tensor,  # [panels, taps * channels, 16]
+        table: Tensor,  # [targets, 1 + taps] int32
+        *,
+        bias: Tensor | None = None,  # [outputs]
+        other: Tensor | None = None,  # [B, targets, outputs]
+        mask: Tensor | None = None,  # [B, targets, outputs]
+        relu: bool = False,
+    ) -> None:
+        """Add a convolution, and run those collected where they are as many as there may be.
+
+        Args:
+            out: overwritten; must not share memory with the other tensors.
+            x: pixels of the maps, channels last.
+            weight: from :func:`packed_taps`.
+            table: from :func:`meeting_pixels`, each target once; its entries are not checked.
+            bias: added to every pixel.
+            other: added to the result.
+            mask: the result is kept where it is positive.
+            relu: whether a ReLU follows the sums.
+
+        Raises:
+            RuntimeError: a tensor is not contiguous, float32 (the table int32), on the CPU or of the shape above; when
+                the convolution is run.
+        """
+        none = self._none
+        optional = (none if t is None else t for t in (bias, other, mask))
+        self._operands.append((out, x, weight, table, *optional, int(relu)))
+        if len(self._operands) >= self._most:
+            self.run()
+
+    def run(self) -> None:
+        """Run the convolutions collected so far."""
+        if self._operands:
+            operands, self._operands = self._operands, []
+            torch.ops.fastlip.indirect_convs_(*map(list, zip(*operands, strict=True)))

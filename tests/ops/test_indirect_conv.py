@@ -1,0 +1,185 @@
+"""Indirect convolutions against their definition, on every instruction set."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastlip
+from fastlip import ops
+from fastlip.ops import reference
+
+needs_native = pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="checks of the compiled bindings")
+
+
+def operands(batch, sources, targets, taps, channels, outputs, seed=0):
+    """A table of any pixels whatever, some of which meet nothing at a tap."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    table = torch.randint(-sources // 2, sources, (targets, 1 + taps), generator=generator).clamp_min(-1)
+    table[:, 0] = torch.randperm(targets, generator=generator)
+    weight = ops.packed_taps(random(taps, channels, outputs))
+    extra = {"bias": random(outputs), "other": random(batch, targets, outputs), "mask": random(batch, targets, outputs)}
+    return (random(batch, sources, channels), weight, table.int()), extra
+
+
+def both(arguments, extra, names, relu):
+    """What the operator gives with the extra operands of these ``names``, and what it should."""
+    got, want = torch.full_like(extra["other"], torch.nan), torch.full_like(extra["other"], torch.nan)
+    chosen = {name: tensor if name in names else None for name, tensor in extra.items()}
+    ops.IndirectConvs().add(got, *arguments, **chosen, relu=relu)
+    optional = [torch.empty(0) if t is None else t for t in chosen.values()]
+    reference.indirect_convs_(*([t] for t in (want, *arguments, *optional, relu)))
+    return got, want
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 32])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        # sources, targets, taps, channels, outputs
+        (1, 1, 1, 1, 1),
+        (4, 3, 2, 5, 7),
+        (4, 4, 9, 16, 16),
+        (9, 30, 4, 17, 33),
+        (30, 9, 3, 33, 48),
+        (16, 16, 9, 3, 70),
+        (700, 650, 2, 4, 5),
+        (5, 5, 25, 300, 20),
+    ],
+)
+def test_the_definition(sizes, batch):
+    arguments, extra = operands(batch, *sizes)
+    names = tuple(extra)
+    atol = 1e-5 * (1 + sizes[2] * sizes[3]) ** 0.5
+    for relu, count in itertools.product((False, True), range(len(names) + 1)):
+        for chosen in itertools.combinations(names, count):
+            got, want = both(arguments, extra, chosen, relu)
+            torch.testing.assert_close(got, want, atol=atol, rtol=1e-5)
+            if "mask" in chosen:
+                assert (got[extra["mask"] <= 0] == 0).all()
+            assert not relu or (got >= 0).all()
+
+
+def test_nothing_to_do():
+    arguments, _ = operands(2, 3, 4, 2, 5, 6)
+    x, weight, table = arguments
+    out = torch.empty(0, 4, 6)
+    ops.IndirectConvs().add(out, x[:0], weight, table)
+    out = torch.full((2, 0, 6), 1.0)
+    ops.IndirectConvs().add(out, x, weight, table[:0])
+
+
+def test_nan_and_infinity_stay():
+    x = torch.tensor([[[torch.nan], [torch.inf], [-1.0]]])
+    table = torch.tensor([[0, 0], [1, 1], [2, 2]], dtype=torch.int32)
+    out = torch.empty(1, 3, 1)
+    ops.IndirectConvs().add(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, relu=True)
+    assert out[0, 0].isnan()
+    assert out[0, 1:].flatten().tolist() == [torch.inf, 0.0]
+    mask = torch.tensor([[[0.0], [-1.0], [torch.nan]]])
+    ops.IndirectConvs().add(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, mask=mask)
+    assert out.flatten().tolist() == [0.0, 0.0, -1.0]
+
+
+@needs_native
+def test_an_image_depends_on_neither_its_batch_nor_the_threads():
+    arguments, extra = operands(40, 64, 64, 9, 40, 72)
+    x, weight, table = arguments
+    whole = torch.empty(40, 64, 72)
+    ops.IndirectConvs().add(whole, x, weight, table, **extra)
+    for rows in (slice(0, 1), slice(3, 10), slice(39, 40)):
+        part = torch.empty_like(whole[rows])
+        ops.IndirectConvs().add(
+            part, x[rows], weight, table, **{k: v if k == "bias" else v[rows] for k, v in extra.items()}
+        )
+        assert torch.equal(part, whole[rows])
+    threads = torch.get_num_threads()
+    for batch, count in itertools.product((40, 1), (2, 3, 7)):
+        torch.set_num_threads(count)
+        try:
+            again = torch.full_like(whole[:batch], torch.nan)
+            more = {name: t if name == "bias" else t[:batch] for name, t in extra.items()}
+            ops.IndirectConvs().add(again, x[:batch], weight, table, **more)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(again, whole[:batch])
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if isa not in fastlip.build_info().compiled["cpu_isas"].split(", "):
+        pytest.skip("not compiled")
+    code = f"import pytest, sys; sys.exit(pytest.main(['-q', '-k', 'definition', {__file__!r}]))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"FASTLIP_CPU_ISA": isa}, capture_output=True, text=True
+    )
+    if "is not supported by this CPU" in run.stdout + run.stderr:
+        pytest.skip("not supported by this CPU")
+    assert run.returncode == 0, run.stdout
+
+
+def test_opcheck():
+    (x, weight, table), extra = operands(2, 3, 4, 2, 5, 6)
+    arguments = [[t, t] for t in (x, weight, table, *extra.values(), 1)]
+    torch.library.opcheck(
+        torch.ops.fastlip.indirect_convs_.default, ([torch.zeros(2, 4, 6), torch.zeros(2, 4, 6)], *arguments)
+    )
+
+
+def test_convolutions_are_collected_and_run_in_order():
+    """Each reads the result of the one before; the third one runs all of them."""
+    x = torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    weight = ops.packed_taps(2.0 * torch.eye(16)[None])
+    table = torch.arange(4, dtype=torch.int32)[:, None].repeat(1, 2)
+    values = [x, *(torch.full_like(x, torch.nan) for _ in range(5))]
+    convs = ops.IndirectConvs(most=3)
+    for i in range(5):
+        convs.add(values[i + 1], values[i], weight, table)
+        assert values[1].isnan().all() == (i < 2)
+    torch.testing.assert_close(values[3], 8.0 * x)
+    assert values[4].isnan().all()
+    convs.run()
+    convs.run()
+    torch.testing.assert_close(values[5], 32.0 * x)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(2, 4, 6).double()}, "out must be contiguous float32"),
+        ({0: torch.zeros(2, 4, 12)[..., ::2]}, "out must be contiguous float32"),
+        ({0: torch.zeros(3, 4, 6)}, "x must be"),
+        ({0: torch.zeros(2, 5, 6)}, "table must be"),
+        ({0: torch.zeros(2, 4, 17)}, "weight must be"),
+        ({1: torch.zeros(2, 3, 5).half()}, "x must be contiguous float32"),
+        ({1: torch.zeros(2, 5)}, "x must be"),
+        ({1: torch.zeros(2, 3, 4)}, "weight must be"),
+        ({2: torch.zeros(1, 10, 16).double()}, "weight must be contiguous float32"),
+        ({2: torch.zeros(1, 10, 8)}, "weight must be"),
+        ({3: torch.zeros(4, 3, dtype=torch.int64)}, "table must be"),
+        ({3: torch.zeros(4, 4, dtype=torch.int32)}, "weight must be"),
+        ({3: torch.zeros(4, 0, dtype=torch.int32)}, "table must be"),
+        ({4: torch.zeros(5)}, "bias must be"),
+        ({5: torch.zeros(2, 4, 5)}, "other must have out's shape"),
+        ({6: torch.zeros(2, 4)}, "mask must have out's shape"),
+        ({6: torch.zeros(2, 4, 6).half()}, "mask must be contiguous float32"),
+    ],
+)
+def test_direct_calls_are_checked(change, message):
+    (x, weight, table), extra = operands(2, 3, 4, 2, 5, 6)
+    arguments = [torch.zeros(2, 4, 6), x, weight, table, *extra.values(), False]
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastlip.indirect_convs_(*([argument] for argument in arguments))
+    with pytest.raises(RuntimeError, match="all lists must be as long as out"):
+        torch.ops.fastlip.indirect_convs_(*([argument] for argument in arguments[:-1]), [])
