@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from _timing import Results, environment, percentiles, times
+from _torch_losses import attack_loss, in_doubt, is_adversarial
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._losses import attack_loss, in_doubt, is_adversarial
 
 SIZES = ((64, 10), (512, 10), (64, 1000), (8, 21841))
 REPEATS = 3  # calls that one measurement is made of

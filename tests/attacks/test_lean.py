@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlip import attacks
 
 #: Calls that a step may take, those of a linear model included; torchattacks' PGD takes 22.
-MOST = {"linf": 16, "l2": 16, "l1": 17}  # the box takes what a sparse step of PGD would lose
+MOST = 16
 
 
 class Calls(TorchDispatchMode):
@@ -27,7 +27,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("loss", ["ce", "dlr", "margin"])
-@pytest.mark.parametrize("norm", list(MOST))
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
 def test_calls_of_a_step(attack, norm, loss, early_stop, keep):
     with torch.random.fork_rng(devices=[]):
@@ -41,7 +41,7 @@ def test_calls_of_a_step(attack, norm, loss, early_stop, keep):
             found = attack(model, inputs, labels, eps=1e-6, steps=steps, **options)
         assert (model(found).argmax(1) == labels).all(), "the comparison needs images that stand"
         made.append(calls.made)
-    assert 0 < made[1] - made[0] <= 20 * MOST[norm]
+    assert 0 < made[1] - made[0] <= 20 * MOST
 
 
 #: Batches of float32 images that are in memory at most beside the caller's own, while all images stand; those that a

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 import torch
+from _torch_losses import attack_loss, in_doubt, is_adversarial
 from op_inputs import DEVICES, INTERPRETED
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -17,7 +18,6 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip import ops
-from fastlip.attacks._losses import attack_loss, in_doubt, is_adversarial
 from fastlip.ops import reference
 
 on_devices = pytest.mark.parametrize(
