@@ -37,7 +37,7 @@ from unittest.mock import patch
 import torch
 from _norm_peers import power_iteration
 from _timing import Results, Session, environment, percentiles, times
-from _torch_stack import TorchStack
+from _torch_operator import TorchBatchedOperator
 from bench_layer_norms import INPUT, layers_of
 from bench_operator_step import allow_tf32, captured, rates
 from torch import nn
@@ -77,15 +77,15 @@ def with_graphs(on: bool) -> Iterator[None]:
         yield
 
 
-def with_products(name: str) -> Any:
-    """How the CUDA library multiplies in stacks that are built here."""
-    return patch.dict(os.environ, FASTLIP_PRODUCTS=name)
+def with_matmul_precision(name: str) -> Any:
+    """The matmul precision of batched operators that are built in this context."""
+    return patch.dict(os.environ, FASTLIP_MATMUL_PRECISION=name)
 
 
 @contextmanager
 def on_torch() -> Iterator[None]:
     """Iterate by torch's convolutions; the certificate stays fastlip's."""
-    with patch.object(lanczos, "batched_operator", TorchStack):
+    with patch.object(lanczos, "batched_operator", TorchBatchedOperator):
         yield
 
 
@@ -196,7 +196,7 @@ class Norms:
             self.table.add("fastlip", "one network, no CUDA graph", self.intervals, self.floor(self.report))
 
     def network_by_3xtf32(self) -> None:
-        with with_products("3xtf32"):
+        with with_matmul_precision("3xtf32"):
             found = self.intervals()
             assert all(interval.converged for interval in found.values()), "an interval by 3xTF32 is wider than 1%"
             meet(self.report, found)
@@ -226,7 +226,7 @@ class Norms:
         self.add_iteration("fastlip", self.iteration())
 
     def iteration_by_3xtf32(self) -> None:
-        with with_products("3xtf32"):
+        with with_matmul_precision("3xtf32"):
             self.add_iteration("fastlip, 3xTF32", self.iteration())
 
     def iteration_without_graphs(self) -> None:
@@ -234,11 +234,11 @@ class Norms:
             self.add_iteration("fastlip", self.iteration(), ", no CUDA graph")
 
     def iteration_on_torch(self) -> None:
-        self.add_iteration("Lanczos on torch's convolutions", self.iteration(TorchStack))
+        self.add_iteration("Lanczos on torch's convolutions", self.iteration(TorchBatchedOperator))
 
     def iteration_on_torch_in_one_graph(self) -> None:
         with with_graphs(False):
-            replay = captured(self.iteration(TorchStack))
+            replay = captured(self.iteration(TorchBatchedOperator))
         self.add_iteration("Lanczos on torch's convolutions", replay, ", one CUDA graph")
 
     def power(self, setting: str) -> None:
@@ -277,9 +277,9 @@ class Checkpoints:
     def operators(self) -> list[Operator]:
         return [op for network in self.networks for op in operators(network)]
 
-    def add(self, what: str, products: str) -> None:
+    def add(self, what: str, precision: str) -> None:
         networks = self.networks
-        with with_products(products):
+        with with_matmul_precision(precision):
             reports = norms(networks, self.memory)
             steps = [k for network, report in zip(networks, reports, strict=True) for k in steps_of(network, report)]
             floor = self.table.floor(self.operators, steps)

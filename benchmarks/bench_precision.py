@@ -58,11 +58,11 @@ ARITHMETIC: dict[str, Split] = {
 class Emulated:
     """A batched operator that multiplies in another arithmetic; sums, scaling and subtraction are float32."""
 
-    def __init__(self, split: Split, ops: Sequence[Operator], chains: int, dtype: torch.dtype) -> None:
+    def __init__(self, split: Split, ops: Sequence[Operator], vectors: int, dtype: torch.dtype) -> None:
         self._split = split
         weights = zip(*(split(op.weight.to(torch.float32)) for op in ops), strict=True)
         self._parts = [
-            batched_operator([op.with_weight(w) for op, w in zip(ops, part, strict=True)], chains, dtype)
+            batched_operator([op.with_weight(w) for op, w in zip(ops, part, strict=True)], vectors, dtype)
             for part in weights
         ]
         first = self._parts[0]
@@ -127,9 +127,9 @@ def run(op: Operator, split: Split | None, plan: IterationConfig) -> tuple[float
     seen: dict[str, float] = {}
     bound = a_posteriori.krylov_bound
 
-    def noted(diagonal: Array, off: Array, last: Array, residual: Array, overlaps: Array) -> Array:
-        seen["residual"], seen["overlap"] = float(residual.max()), float(overlaps.min())
-        return bound(diagonal, off, last, residual, overlaps)
+    def noted(diagonal: Array, off: Array, last: Array, residual: Array, start_overlap: Array) -> Array:
+        seen["residual"], seen["overlap"] = float(residual.max()), float(start_overlap.min())
+        return bound(diagonal, off, last, residual, start_overlap)
 
     build: Callable[..., BatchedOperator] = batched_operator if split is None else functools.partial(Emulated, split)
     with patch.object(lanczos, "batched_operator", build), patch.object(a_posteriori, "krylov_bound", noted):

@@ -19,13 +19,13 @@ from fastlip.norms._solvers.iteration import DEVICE_LIMITS, DeviceLimits, Iterat
 from fastlip.norms._solvers.lanczos import lanczos_norms
 from fastlip.norms._solvers.recurrence import BLOCK
 
-CHAINS = 3
+VECTORS = 3
 ALONE = DeviceLimits(1, 0, 64, 1 << 29)  # one operator at a time, a few columns of it
 TOGETHER = DEVICE_LIMITS["cuda"]._replace(steps=1, ahead=0)
 
 
 class Vectors(NamedTuple):
-    """What :func:`combine` reads of a recurrence: operators of some sizes, a tensor [steps, CHAINS, size] for each."""
+    """What :func:`combine` reads of a recurrence: operators of some sizes, a tensor [steps, VECTORS, size] for each."""
 
     own: list[Tensor]
 
@@ -36,7 +36,7 @@ class Vectors(NamedTuple):
 def some_vectors(sizes: list[int], counts: list[int], beyond: float = float("nan")) -> Vectors:
     """Random ones, and numbers that must not be met after each operator's last."""
     g = torch.Generator().manual_seed(4)
-    own = [torch.randn(max(counts) + 3, CHAINS, size, generator=g) for size in sizes]
+    own = [torch.randn(max(counts) + 3, VECTORS, size, generator=g) for size in sizes]
     for vectors, count in zip(own, counts, strict=True):
         vectors[count:] = beyond
     return Vectors(own)
@@ -52,7 +52,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize("elements", [1, 16 * CHAINS * 2, 16 * CHAINS * 11 * 3, 1 << 25])
+@pytest.mark.parametrize("elements", [1, 16 * VECTORS * 2, 16 * VECTORS * 11 * 3, 1 << 25])
 @pytest.mark.parametrize("beyond", [float("nan"), float("inf"), -1e30])
 def test_sums_of_an_operators_own_vectors(
     counts: list[int], elements: int, beyond: float, monkeypatch: pytest.MonkeyPatch
@@ -60,13 +60,13 @@ def test_sums_of_an_operators_own_vectors(
     monkeypatch.setitem(DEVICE_LIMITS, "cpu", DeviceLimits(1, 0, elements, 1 << 29))
     vectors = some_vectors(SIZES, counts, beyond)
     g = torch.Generator().manual_seed(5)
-    coefficients = torch.randn(4, sum(counts) + 1, CHAINS, dtype=torch.float64, generator=g)
+    coefficients = torch.randn(4, sum(counts) + 1, VECTORS, dtype=torch.float64, generator=g)
     coefficients[:, -1] = 0.0
     for first, last in ((0, len(SIZES)), (3, 12)):
         own, chosen = SIZES[first:last], np.array(counts[first:last])
         begin = sum(counts[:first])
         part = torch.cat([coefficients[:, begin : begin + chosen.sum()], coefficients[:, -1:]], dim=1)
-        runs = runs_of(own, CHAINS, torch.device("cpu"))
+        runs = runs_of(own, VECTORS, torch.device("cpu"))
         sums = [row for total in combine(vectors, first, runs, chosen, part) for row in total]
         for found, x, count in zip(sums, vectors.own[first:last], chosen.tolist(), strict=True):
             expected = torch.einsum("rib,ibn->rn", coefficients[:, begin : begin + count], x[:count].double())
@@ -75,8 +75,8 @@ def test_sums_of_an_operators_own_vectors(
 
 
 def test_runs_are_neighbours_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DEVICE_LIMITS, "cpu", DeviceLimits(1, 0, 2 * BLOCK * CHAINS * 11, 1))
-    runs = runs_of(SIZES, CHAINS, torch.device("cpu"))
+    monkeypatch.setitem(DEVICE_LIMITS, "cpu", DeviceLimits(1, 0, 2 * BLOCK * VECTORS * 11, 1))
+    runs = runs_of(SIZES, VECTORS, torch.device("cpu"))
     assert [i for own in runs for i in range(own.start, own.stop)] == list(range(len(SIZES)))
     assert [len(set(SIZES[own])) for own in runs] == [1] * len(runs)
     assert [own.stop - own.start for own in runs] == [3, 1, 2, 2, 2, 2, 2, 1]
@@ -210,8 +210,8 @@ def test_launches_of_sums_do_not_grow(counts: list[int], monkeypatch: pytest.Mon
     def count(copies: int) -> int:
         own = counts[6:] * copies
         vectors = some_vectors([11] * len(own), own)
-        coefficients = torch.ones(4, sum(own) + 1, CHAINS, dtype=torch.float64)
-        runs = runs_of([11] * len(own), CHAINS, torch.device("cpu"))
+        coefficients = torch.ones(4, sum(own) + 1, VECTORS, dtype=torch.float64)
+        runs = runs_of([11] * len(own), VECTORS, torch.device("cpu"))
         assert len(runs) == 1
         # The stand-in's basis is one launch.
         return launches(lambda: list(combine(vectors, 0, runs, np.array(own), coefficients)))

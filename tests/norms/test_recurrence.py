@@ -21,7 +21,7 @@ from fastlip.norms._solvers.recurrence import Reading, Recurrence
 from fastlip.norms._solvers.starts import on_device
 from fastlip.norms._solvers.tridiagonal import normal_equations
 
-CHAINS = 3
+VECTORS = 3
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "bincount")
 
 
@@ -54,14 +54,14 @@ KINDS = {"convolutions": convolutions, "composed": composed}
 
 
 def begun(kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Recurrence:
-    operators = batched_operator(KINDS[kind](), CHAINS, dtype)
+    operators = batched_operator(KINDS[kind](), VECTORS, dtype)
     g = torch.Generator().manual_seed(2)
     starts = []
     for place in operators.domain:
-        v = torch.randn(CHAINS, (place.stop - place.start) // CHAINS, generator=g, dtype=torch.float64)
+        v = torch.randn(VECTORS, (place.stop - place.start) // VECTORS, generator=g, dtype=torch.float64)
         starts.append((v / torch.linalg.vector_norm(v, dim=1, keepdim=True)).to(dtype).flatten())
     if device != "cpu":
-        operators = batched_operator(KINDS[kind](device), CHAINS, dtype)
+        operators = batched_operator(KINDS[kind](device), VECTORS, dtype)
     return Recurrence(operators, torch.cat(starts).to(device))
 
 
@@ -117,7 +117,7 @@ def test_a_chunk_reads_nothing_on_the_host(kind: str, pairs: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chunk_runs_where_there_are_no_numbers_to_read(kind: str) -> None:
-    operators = batched_operator(KINDS[kind]("meta"), CHAINS, torch.float32)
+    operators = batched_operator(KINDS[kind]("meta"), VECTORS, torch.float32)
     start = torch.empty(operators.domain[-1].stop, device="meta")
     for pairs in (False, True):
         run = Recurrence(operators, start)
@@ -126,7 +126,7 @@ def test_a_chunk_runs_where_there_are_no_numbers_to_read(kind: str) -> None:
         run.advance(6)
         with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
             run.coefficients(6)
-    steps = _Steps(batched_operator(KINDS[kind]("meta"), CHAINS, torch.float64), start.double())
+    steps = _Steps(batched_operator(KINDS[kind]("meta"), VECTORS, torch.float64), start.double())
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
         steps.advance(10)  # its read comes last
     steps._chunk(10)
@@ -142,7 +142,7 @@ def test_pairs_on_fixed_memory_give_the_same_bits(kind: str, dtype: torch.dtype)
         run.active[-1] = False
         run.advance(12)
     for a, b in zip(one.coefficients(22), two.coefficients(22), strict=True):
-        on = slice(0, CHAINS * (len(one.active) - 1))
+        on = slice(0, VECTORS * (len(one.active) - 1))
         np.testing.assert_array_equal(a[on], b[on])
         np.testing.assert_array_equal(a[:, :10], b[:, :10])
     for a, b in zip(one.basis(slice(0, 1), 23), two.basis(slice(0, 1), 23), strict=True):
@@ -163,7 +163,9 @@ def test_memory_goes_with_its_last_reference() -> None:
     run = begun("convolutions")
     run.work_in_pairs(plain)
     run.advance(4)
-    steps = _Steps(batched_operator(convolutions(), CHAINS, torch.float64), torch.ones(run._vector(0).numel()).double())
+    steps = _Steps(
+        batched_operator(convolutions(), VECTORS, torch.float64), torch.ones(run._vector(0).numel()).double()
+    )
     steps._runner = plain
     steps.advance(10)
     gone = [weakref.ref(t) for t in (run._blocks[0].vectors, run._pair.vectors, run._u, steps._u)]
@@ -221,7 +223,7 @@ def test_matrices_are_those_of_the_coefficients(pairs: bool) -> None:
     for count in (1, 6, 16, 17, 20):
         alpha, beta = run.coefficients(count)
         for operators in ([0, 1, 2], [2], [0, 2]):
-            own = np.concatenate([np.arange(CHAINS * i, CHAINS * (i + 1)) for i in operators])
+            own = np.concatenate([np.arange(VECTORS * i, VECTORS * (i + 1)) for i in operators])
             found = run.matrices(count, np.array(operators)).wait().numpy()
             np.testing.assert_allclose(found, normal_equations(alpha[own], beta[own]), rtol=1e-15)
 

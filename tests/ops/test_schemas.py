@@ -21,11 +21,11 @@ WANTED = {
     "Tensor(d!) grad_best, Tensor(e!) best_loss, Tensor(f!) past_loss, Tensor(g!) step_size, Tensor(h!) counters, "
     f"Tensor schedule, {_BALL}, float momentum, float rho, Tensor? active, {_READ.format('i')}) -> ()",
     "operator_step_": "(Tensor(a!) out, Tensor(b!) out_square, Tensor x, Tensor? x_square, Tensor? previous, "
-    "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor bundles, Tensor entries, "
-    "int most_chains, int parts, str products, Tensor? active) -> ()",
+    "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor gather_groups, Tensor entries, "
+    "int max_vectors, int parts, str matmul_precision, Tensor? active) -> ()",
     "pack_weights_": "(Tensor(a!) out, Tensor[] weights, int[] groups, bool adjoint) -> ()",
     "top_eigenpairs": "(Tensor diagonal, Tensor off_diagonal) -> (Tensor, Tensor)",
-    "krylov_bound": "(Tensor diagonal, Tensor off_diagonal, Tensor last, Tensor residual, Tensor overlaps, "
+    "krylov_bound": "(Tensor diagonal, Tensor off_diagonal, Tensor last, Tensor residual, Tensor start_overlap, "
     "float tolerance) -> Tensor",
 }
 

@@ -11,17 +11,17 @@ from torch import Tensor
 from fastlip.norms import Operator
 
 
-class TorchStack:
+class TorchBatchedOperator:
     """A batched operator of fastlip.norms for even zero padding, by conv2d and conv_transpose2d.
 
-    Vectors lie [chains, pixels, channels], which is channels_last: convolutions read and write them as they are. What a
-    half step does besides (scaling, subtraction, squared norms) is as few torch operations as it takes. Nothing waits
-    for the device, so that a CUDA graph can hold it; it does not skip operators that have ended.
+    Vectors are [vectors, pixels, channels], which is channels_last: convolutions read and write them as they are. The
+    rest of a half step (scaling, subtraction, squared norms) is as few torch operations as possible. Nothing waits for
+    the device, so that a CUDA graph can hold it; operators that have ended are not skipped.
     """
 
-    def __init__(self, ops: Sequence[Operator], chains: int, dtype: torch.dtype) -> None:
+    def __init__(self, ops: Sequence[Operator], vectors: int, dtype: torch.dtype) -> None:
         self.dtype, self.device = dtype, ops[0].weight.device
-        self._ops, self._chains = ops, chains
+        self._ops, self._vectors_each = ops, vectors
         self._weights = [
             op.weight.to(dtype).contiguous(memory_format=torch.channels_last)
             if op.kernel
@@ -38,11 +38,11 @@ class TorchStack:
                 self._inputs, self._outputs, self._weights, self._pads, self._strides, strict=True
             )
         ]
-        self.domain, self.range = self._places(self._inputs), self._places(self._outputs)
-        self.vectors = [slice(i * chains, (i + 1) * chains) for i in range(len(ops))]
+        self.domain, self.range = self._slices(self._inputs), self._slices(self._outputs)
+        self.vectors = [slice(i * vectors, (i + 1) * vectors) for i in range(len(ops))]
 
-    def _places(self, shapes: Sequence[tuple[int, ...]]) -> list[slice]:
-        ends = accumulate((self._chains * prod(shape) for shape in shapes), initial=0)
+    def _slices(self, shapes: Sequence[tuple[int, ...]]) -> list[slice]:
+        ends = accumulate((self._vectors_each * prod(shape) for shape in shapes), initial=0)
         return [slice(a, b) for a, b in pairwise(ends)]
 
     def forward(self, x: Tensor, *args: Tensor | None, **history: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class TorchStack:
 
     def _image(self, i: int, vectors: Tensor, adjoint: bool) -> Tensor:
         sources = self._outputs[i] if adjoint else self._inputs[i]
-        x = vectors.view(self._chains, *sources[1:], sources[0]).permute(0, 3, 1, 2)
+        x = vectors.view(self._vectors_each, *sources[1:], sources[0]).permute(0, 3, 1, 2)
         weight, stride, pad, groups = self._weights[i], self._strides[i], self._pads[i], self._ops[i].groups
         if adjoint:
             return F.conv_transpose2d(x, weight, None, stride, pad, self._rests[i], groups)
@@ -82,8 +82,8 @@ class TorchStack:
                 other = previous_square.sqrt()
                 shift = torch.where(other > 0, length / other, 0.0).to(x.dtype)
         for i, (source, target, own) in enumerate(zip(sources, targets, self.vectors, strict=True)):
-            rows = out[target].view(self._chains, -1)
-            image = self._image(i, x[source], adjoint).permute(0, 2, 3, 1).reshape(self._chains, -1)
+            rows = out[target].view(self._vectors_each, -1)
+            image = self._image(i, x[source], adjoint).permute(0, 2, 3, 1).reshape(self._vectors_each, -1)
             if scale is None:
                 rows.copy_(image)
             elif shift is None or previous is None:
