@@ -1,6 +1,6 @@
 """Rules of activations, and of modules that only move or drop values.
 
-The constants are the largest magnitude of each function's slope, rounded upwards; a test derives them.
+Each constant is the largest magnitude of the function's slope, rounded upwards; a test derives them.
 """
 
 import math
@@ -27,7 +27,7 @@ _CONSTANTS: dict[type[nn.Module], float] = {
     nn.Softsign: 1.0,
     nn.Tanh: 1.0,
     nn.Tanhshrink: 1.0,
-    # These keep or drop values; dropout does nothing in eval mode.
+    # The following move or drop values; dropout does nothing in eval mode.
     nn.AlphaDropout: 1.0,
     nn.ChannelShuffle: 1.0,
     nn.Dropout: 1.0,
@@ -78,14 +78,14 @@ def _prelu(module: nn.Module, input_shape: tuple[int, ...]) -> float:
 
 
 def _largest_slope(negative: float) -> float:
-    """Of a function with slope 1 on one side; a slope that is not a number stays one."""
+    """The constant of a function with slope 1 for positive inputs and ``negative`` for others; NaN stays NaN."""
     return negative if math.isnan(negative) else max(1.0, negative)
 
 
 def require_continuous(module: nn.Module, dtype: torch.dtype) -> None:
-    """Raise ValueError for a Softplus that jumps, by more than rounding does in its input's dtype.
+    """Raise ValueError for a Softplus that jumps by more than the rounding of its input's dtype.
 
-    Above its threshold torch returns the input, x, in place of x + log(1 + exp(-beta x)) / beta.
+    Above its threshold torch returns its input x in place of x + log(1 + exp(-beta x)) / beta.
     """
     if not isinstance(module, nn.Softplus):
         return
@@ -93,7 +93,7 @@ def require_continuous(module: nn.Module, dtype: torch.dtype) -> None:
     if math.isinf(threshold) and threshold > 0.0 and beta != 0.0:
         return
     jump = math.log1p(math.exp(-threshold)) if threshold > 0.0 else math.inf
-    # The value there is (threshold + jump) / beta.
+    # The value at the threshold is (threshold + jump) / beta.
     if beta == 0.0 or not jump <= 0.5 * torch.finfo(dtype).eps * threshold:
         enough = math.ceil(-math.log(torch.finfo(dtype).eps))
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Rules of linear maps: convolutions, linear layers, BatchNorm in eval mode, pooling by average, and of max-pooling."""
+"""Rules of linear maps (convolutions, linear layers, BatchNorm in eval mode, average pooling) and of max-pooling."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -33,7 +33,7 @@ def batchnorm(module: nn.Module, input_shape: tuple[int, ...]) -> Diagonal:
 
 @rule(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 def _average_pool(module: nn.Module, input_shape: tuple[int, ...]) -> float:
-    """A product over the axes, since the average over a window is one per axis, borders and divisors included."""
+    """A product over the axes, because the average over a window is separable, including borders and divisors."""
     assert isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d))
     size = _spatial(module, input_shape)
     kernel = axes_of(module.kernel_size, len(size))
@@ -71,7 +71,7 @@ _AXES = {
 
 
 def _spatial(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes a pool works on, the last ones: of a batch without channels torch takes the samples for channels."""
+    """The sizes of the axes that a pool works on, which are the last ones with or without a channel axis."""
     axes = next(n for n, kinds in _AXES.items() if isinstance(module, kinds))
     return input_shape[len(input_shape) - axes :]
 
@@ -84,13 +84,13 @@ def _axis_norm(n: int, pool: Callable[[Tensor], Tensor]) -> float:
 
 @rule(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 def _max_pool(module: nn.Module, input_shape: tuple[int, ...]) -> float:
-    """Root of the largest number of windows a value lies in: an output moves no more than something in its window."""
+    """Root of the most windows that share a value, because no output changes more than the values in its window."""
     assert isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d))
     size = _spatial(module, input_shape)
     settings = (module.kernel_size, module.stride, module.padding, module.dilation)
     windows = 1
     for n, k, s, p, d in zip(size, *(axes_of(value, len(size)) for value in settings), strict=True):
-        # One more than fits covers ceil_mode.
+        # ceil_mode adds at most one window.
         count = (n + 2 * p - d * (k - 1) - 1) // s + 1 + int(module.ceil_mode)
         windows *= _most_covered(n, ((o * s - p + j * d for j in range(k)) for o in range(count)))
     return math.sqrt(windows) * (1.0 + 1e-15)
@@ -105,7 +105,7 @@ def _adaptive_max_pool(module: nn.Module, input_shape: tuple[int, ...]) -> float
 
 
 def _most_covered(n: int, windows: Iterable[Iterable[int]]) -> int:
-    """Largest number of windows that any of n positions lies in."""
+    """Largest number of windows that contain the same one of n positions."""
     cover = [0] * n
     for window in windows:
         for position in window:
@@ -115,7 +115,7 @@ def _most_covered(n: int, windows: Iterable[Iterable[int]]) -> int:
 
 
 def _adaptive_axes(module: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Input and output size of each axis; None keeps the size."""
+    """Input and output size of each axis; an output size of None keeps the size."""
     size = _spatial(module, input_shape)
     output = module.output_size
     wanted = (output,) * len(size) if output is None or isinstance(output, int) else tuple(output)  # type: ignore[arg-type]

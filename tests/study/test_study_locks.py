@@ -88,6 +88,33 @@ def test_a_dead_host_loses_its_lock_once_it_has_stood_still(tmp_path, monkeypatc
             time.sleep(0.1)
 
 
+@pytest.mark.parametrize("kind", ["stage", "mutex", "directory", "joined"])
+def test_a_process_that_died_before_it_wrote_its_name_holds_nothing(tmp_path, monkeypatch, kind):
+    """filelock leaves empty files alone; a job that was killed at that moment left one, and its successor hung."""
+    monkeypatch.setattr(locks, "EMPTY_SECONDS", 1.0)
+    mine = StageLocks(tmp_path)
+    with mutex(tmp_path):
+        pass
+    assert mine.acquire("a")
+    file = {"stage": lock_file(tmp_path), "mutex": tmp_path / locks.FOLDER / "mutex"}.get(kind)
+    file = file or tmp_path / locks.FOLDER / ("run" if kind == "directory" else "joined/0123456789abcdef")
+    mine.release()
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    began = time.monotonic()
+    if kind == "stage":
+        while not mine.acquire("a"):
+            assert time.monotonic() - began < 30
+            time.sleep(0.1)
+    elif kind == "mutex":
+        with mutex(tmp_path):
+            pass
+    else:
+        with directory_lock(tmp_path) as lock:
+            assert lock.alone
+    assert time.monotonic() - began > 1.0
+
+
 def moved_to_another_host(file: Path) -> None:
     """Who holds a lock can only be told by the file, which now names another host."""
     text = file.read_text()

@@ -1,21 +1,21 @@
-"""log10 of bounds, every operation rounded upwards: a bound may be thousands of factors long."""
+"""Arithmetic on log10 of bounds, which may overflow a float; every result is rounded upwards."""
 
 import math
 from collections.abc import Iterable
 
-#: Relative error of the few operations that make a sum of powers, per term.
+#: Relative error per term of a sum of powers.
 _POWERS = 4e-15
 
 
 def log10(x: float) -> float:
-    """Logarithm of x, rounded upwards; -inf of 0."""
+    """Logarithm of x, rounded upwards; -inf for 0."""
     if x == 0.0:
         return -math.inf
     return 0.0 if x == 1.0 else math.nextafter(math.log10(x), math.inf)
 
 
 def exp10(log: float) -> float:
-    """10 to the power ``log``, rounded upwards; inf where it overflows a float."""
+    """10 to the power ``log``, rounded upwards; inf if it overflows a float."""
     if log == -math.inf:
         return 0.0
     if log >= 308.25:
@@ -24,13 +24,13 @@ def exp10(log: float) -> float:
 
 
 def multiply(a: float, b: float) -> float:
-    """Logarithm of a product; with 0 it is 0, also where the other factor overflowed."""
+    """Logarithm of a product; 0 times anything is 0, even if the other factor overflowed."""
     if a == -math.inf or b == -math.inf:
         return -math.inf
     total = a + b
     if math.isinf(total):
         return total
-    # What the addition lost, exactly (Knuth's two-sum).
+    # The rounding error of the addition, exactly (Knuth's two-sum).
     part = total - a
     lost = (a - (total - part)) + (b - part)
     return math.nextafter(total, math.inf) if lost > 0.0 else total
@@ -49,7 +49,7 @@ def add(logs: Iterable[float]) -> float:
 
 
 def _spread(terms: list[float], largest: float) -> float:
-    """Relative error of the powers by the rounding of the differences of large logarithms."""
+    """Relative error of the powers that comes from rounding the differences of large logarithms."""
     return 2.0 * math.log(10.0) * max(math.ulp(largest - log) for log in terms if log > -math.inf)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlip.lipschitz import lipschitz_bound
-from fastlip.lipschitz._logs import add, exp10, log10, multiply
+from fastlip.lipschitz._log_arithmetic import add, exp10, log10, multiply
 
 
 def draws(count: int, seed: int) -> list[float]:
