@@ -145,18 +145,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    def plan(starts: int, rtol: float, steps: int, dtype: torch.dtype) -> IterationConfig:
+    def config(starts: int, rtol: float, steps: int, dtype: torch.dtype) -> IterationConfig:
         return IterationConfig(ETA, starts, rtol, steps, dtype, torch.Generator().manual_seed(1))
 
     shared = {"emulated_on": "cpu", "torch": torch.__version__, "fastlip": fastlip.__version__}
     results = Results(args.out / "precision_emulated.csv", shared)
     for name, op in layers().items():
-        low, high, *_ = run(op, None, plan(4, 1e-7, 120, torch.float64))
+        low, high, *_ = run(op, None, config(4, 1e-7, 120, torch.float64))
         truth = 0.5 * (low + high)
         for starts in args.starts:
             for rtol in (1e-2, 1e-3):
                 for arithmetic, split in ARITHMETIC.items():
-                    lower, upper, steps, residual, overlap = run(op, split, plan(starts, rtol, 60, torch.float32))
+                    lower, upper, steps, residual, overlap = run(op, split, config(starts, rtol, 60, torch.float32))
                     row = {"layer": name, "starts": starts, "rtol": rtol, "arithmetic": arithmetic, "steps": steps}
                     row |= {"width": f"{upper / lower - 1:.3g}", "lower_gap": f"{1 - lower / truth:.3g}"}
                     row |= {"residual": f"{residual / truth**2:.3g}", "overlap": f"{overlap:.3g}"}

@@ -19,7 +19,7 @@ from rich.console import Console
 from fastlip.models import load_checkpoint
 from fastlip.study import frame, image_frame
 from fastlip.study.errors import StudyError
-from fastlip.study.pipeline import runner
+from fastlip.study.pipeline import runner, start_or_resume
 from fastlip.study.report import html_report
 from fastlip.study.report.compare import compare
 from fastlip.study.settings import overrides
@@ -257,14 +257,14 @@ def test_other_rules_than_those_of_the_beginning_are_refused(finished, micro, tm
 
 
 def test_a_run_that_another_process_begins_first_is_looked_at_again(finished, micro, tmp_path, monkeypatch):
-    run, real = tmp_path / "run", runner.locks.directory_lock
+    run, real = tmp_path / "run", start_or_resume.locks.directory_lock
 
     def locked_late(path, join, **options):
         run.mkdir(exist_ok=True)
         shutil.copy(finished.path / "config.json", run)
         return real(path, join, **options)
 
-    monkeypatch.setattr(runner.locks, "directory_lock", locked_late)
+    monkeypatch.setattr(start_or_resume.locks, "directory_lock", locked_late)
     with pytest.raises(StudyError, match="another configuration: seed"):
         runner.run(dataclasses.replace(micro, seed=1), InputPaths(), run, QUIET, join=True)
 

@@ -13,7 +13,7 @@ from fastlip.study.storage.files import read_json
 from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import Results
 
-KEPT = sorted((Path(__file__).parents[2] / "benchmarks" / "results" / "study").glob("*/config.json"))
+KEPT = sorted((Path(__file__).parents[3] / "benchmarks" / "results" / "study").glob("*/config.json"))
 
 
 def test_there_are_results_on_real_data():

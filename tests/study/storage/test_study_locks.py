@@ -90,7 +90,7 @@ def test_a_dead_host_loses_its_lock_once_it_has_stood_still(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("kind", ["stage", "mutex", "directory", "joined"])
 def test_a_process_that_died_before_it_wrote_its_name_holds_nothing(tmp_path, monkeypatch, kind):
-    """filelock leaves empty files alone; a job that was killed at that moment left one, and its successor hung."""
+    """Filelock leaves empty files alone; a job that was killed at that moment left one, and its successor hung."""
     monkeypatch.setattr(locks, "EMPTY_SECONDS", 1.0)
     mine = StageLocks(tmp_path)
     with mutex(tmp_path):
