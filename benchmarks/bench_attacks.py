@@ -4,8 +4,8 @@
     FASTLIP_DATA=DIR python benchmarks/bench_attacks.py --checkpoint resnet50.safetensors --device cuda
 
 PGD-20 and APGD-20 in Linf with cross-entropy and a random start, on correctly classified CIFAR-10 test images, by a
-ResNet-50 with the ImageNet stem at 32x32. Two radii: one at which nearly all images stand, where nothing but the speed
-of a step counts, and one at which they fall. The libraries take turns, so that a machine that drifts is fair to all.
+ResNet-50 with the ImageNet stem at 32x32. Two radii: one at which nearly all images stay robust, where only the speed
+of a step counts, and one at which attacks succeed. The libraries take turns, so that a drift affects all alike.
 ``fast`` and ``precision`` are those of ``fastlip.attacks``; every success of theirs is confirmed in float32, and the
 copy that they follow, made in the first round and kept, is compared with the model in every call. Robust accuracy is
 judged alike for all, by the float32 model.
@@ -35,7 +35,7 @@ from fastlip.data import cifar10
 from fastlip.models import load_checkpoint, resnet50, save_checkpoint
 
 STEPS = 20
-#: Radii in 255ths: nearly all images stand; images fall.
+#: Radii in 255ths: at the first nearly all images stay robust, at the second attacks succeed.
 RADII = {"standing": 0.1, "falling": 4.0}
 Attack = Callable[[Tensor, Tensor], Tensor]
 

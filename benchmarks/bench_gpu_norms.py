@@ -1,7 +1,7 @@
 """Norms of ResNet-50's 53 convolutions on a GPU, against power iteration, the same Lanczos on cuDNN, and the floor.
 
     python benchmarks/bench_gpu_norms.py                        # CSV under benchmarks/results
-    python benchmarks/bench_gpu_norms.py --device cpu --tiny    # every path on a small network; says nothing of speed
+    python benchmarks/bench_gpu_norms.py --device cpu --tiny    # every path, small network; timings mean nothing
 
 CIFAR stem on 3x32x32, random weights, float32, rtol 0.01 at joint confidence 1 - 1e-6. Time is the wall clock's, with
 the device waited for, of warm calls (the weights of one network fit an H200's L2: it is not emptied). Rows:
@@ -53,7 +53,7 @@ STARTS, STEPS = 4, 24
 
 
 def build(tiny: bool) -> nn.Module:
-    """Without the classifier, so that all methods see the same operators."""
+    """ResNet-50 without the classifier, so that all methods see the same operators."""
     if tiny:
         return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 3, stride=2)).eval()
     model = models.resnet50(10, stem="cifar", seed=0)
@@ -100,7 +100,7 @@ def work(ops: list[Operator], steps: list[int]) -> tuple[float, float]:
 
 
 class Table:
-    """Rows of results, put down and printed as they come."""
+    """Rows of results, stored and printed as they are measured."""
 
     def __init__(self, device: str, seconds: float, results: Results) -> None:
         self.device, self.seconds, self.results = device, seconds, results
@@ -123,7 +123,7 @@ class Table:
         least: int = 3,
         check: Callable[[Any], None] = lambda found: None,
     ) -> None:
-        """Time ``run``; no row where its last result fails the ``check``."""
+        """Time ``run``; there is no row if its last result fails the ``check``."""
         results: list[Any] = []
 
         def once() -> None:
@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table(args.device, args.seconds, Results(args.out / f"gpu_norms_{args.device}.csv", shared))
     model = build(args.tiny).to(args.device)
     one, many = Norms(table, model, memory), Checkpoints(table, model, args.checkpoints, memory)
-    # In order of value, and last what takes longest and says least.
+    # The most valuable measurements first, the longest and least valuable last.
     session.attempt("one network", one.network)
     session.attempt("one network on torch's convolutions", one.network_on_torch)
     session.attempt("iteration alone", one.iteration_alone)

@@ -31,7 +31,7 @@ from fastlip.norms import Operator, conv_operator
 from fastlip.norms._solvers import a_posteriori, lanczos
 from fastlip.norms._solvers.batched_operator import BatchedOperator, batched_operator
 from fastlip.norms._solvers.certificate import Array
-from fastlip.norms._solvers.iteration import IterationConfig
+from fastlip.norms._solvers.iteration_config import IterationConfig
 
 Split = Callable[[Tensor], tuple[Tensor, ...]]
 ETA = 1e-6 / 53

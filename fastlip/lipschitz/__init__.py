@@ -4,7 +4,7 @@
 :func:`local_lipschitz` computes the Jacobian's norm at single points, which is a lower bound.
 """
 
-from fastlip.lipschitz import _activations as _activations
+from fastlip.lipschitz import _activation_rules as _activation_rules
 from fastlip.lipschitz._bound import LipschitzBound, Part, lipschitz_bound
 from fastlip.lipschitz._local import local_lipschitz
 from fastlip.lipschitz._registry import Diagonal, rule

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlip.lipschitz import _functions as functions
-from fastlip.lipschitz._activations import require_continuous
-from fastlip.lipschitz._linear import batchnorm, weighted
+from fastlip.lipschitz._activation_rules import require_continuous
+from fastlip.lipschitz._layer_rules import batchnorm, weighted
 from fastlip.lipschitz._registry import Diagonal, Factor, find_rule, missing_rule
 from fastlip.lipschitz._trace import Values, location, module_name, trace_graph, varying_nodes
 from fastlip.norms import NormInterval, Operator, module_operator

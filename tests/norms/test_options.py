@@ -1,4 +1,4 @@
-"""NormOptions: as good as keywords in every function that takes them, and never beside them."""
+"""NormOptions: equivalent to keywords in every function that has them, and never together with them."""
 
 import copy
 import pickle

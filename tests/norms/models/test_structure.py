@@ -1,4 +1,4 @@
-"""Which models count as alike, and that what was recorded of one serves the others and no one else."""
+"""Which models count as equal in structure, and that a recording of one is used for those only."""
 
 import copy
 from contextlib import ExitStack
@@ -126,7 +126,7 @@ def test_only_the_first_of_like_models_runs(monkeypatch):
 
 
 class Scaled(Net):
-    """What it does hangs on its class, and may change between two calls."""
+    """Its output depends on an attribute of its class, which may change between two calls."""
 
     scale = 1
 

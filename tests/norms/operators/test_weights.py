@@ -1,4 +1,4 @@
-"""What one look at a weight gives: an upper bound on its Frobenius norm, finiteness, and a bound on || |A| ||."""
+"""Bounds from one read of a weight: on its Frobenius norm and on || |A| ||, and whether it is finite."""
 
 import itertools
 import math
@@ -90,7 +90,7 @@ def test_all_are_looked_at_at_once(monkeypatch):
 
 
 def test_a_part_of_a_weight_inherits_its_bound():
-    """Trimmed taps take nothing from the bound; a new weight has its own."""
+    """Trimming keeps the bound of the whole weight; a new weight has its own."""
     op = conv_operator(torch.randn(4, 3, 5, 5), (2, 2), padding=2)
     small = simplify(op)
     assert small is not op

@@ -1,4 +1,4 @@
-"""Operators that are measured together: the same intervals as one by one, in launches that do not grow with them."""
+"""Operators whose a-posteriori bounds are computed together: equal intervals, in a fixed number of launches."""
 
 import itertools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fastlip.norms._operators.operator import compute_frobenius
 from fastlip.norms._solvers import lanczos, recurrence
 from fastlip.norms._solvers.batched_operator import BatchedConvolutions, batched_operator
 from fastlip.norms._solvers.combinations import combine, runs_of
-from fastlip.norms._solvers.iteration import DEVICE_LIMITS, DeviceLimits, IterationConfig, IterationResult
+from fastlip.norms._solvers.iteration_config import DEVICE_LIMITS, DeviceLimits, IterationConfig, IterationResult
 from fastlip.norms._solvers.lanczos import lanczos_norms
 from fastlip.norms._solvers.recurrence import BLOCK
 
@@ -25,7 +25,7 @@ TOGETHER = DEVICE_LIMITS["cuda"]._replace(steps=1, ahead=0)
 
 
 class Vectors(NamedTuple):
-    """What :func:`combine` reads of a recurrence: operators of some sizes, a tensor [steps, VECTORS, size] for each."""
+    """Stands for a recurrence in :func:`combine`: a tensor [steps, VECTORS, size] for each operator."""
 
     own: list[Tensor]
 
@@ -34,7 +34,7 @@ class Vectors(NamedTuple):
 
 
 def some_vectors(sizes: list[int], counts: list[int], beyond: float = float("nan")) -> Vectors:
-    """Random ones, and numbers that must not be met after each operator's last."""
+    """Random vectors, and ``beyond`` after the last vector of each operator, which must not be used."""
     g = torch.Generator().manual_seed(4)
     own = [torch.randn(max(counts) + 3, VECTORS, size, generator=g) for size in sizes]
     for vectors, count in zip(own, counts, strict=True):

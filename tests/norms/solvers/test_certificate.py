@@ -12,9 +12,9 @@ from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers import lanczos as lanczos_module
 from fastlip.norms._solvers.batched_operator import BatchedConvolutions
 from fastlip.norms._solvers.certificate import krylov_bound, power_bound, sketch_scale, start_overlap
-from fastlip.norms._solvers.iteration import IterationConfig
+from fastlip.norms._solvers.iteration_config import IterationConfig
 from fastlip.norms._solvers.lanczos import lanczos_norms
-from fastlip.norms._solvers.starts import draw_starts
+from fastlip.norms._solvers.start_vectors import draw_starts
 
 
 @pytest.mark.parametrize("dimension", [2, 3, 10, 1000, 10**6])
@@ -36,7 +36,7 @@ def test_sketch_scale_is_the_quantile_of_the_largest_normal(eta: float, sketches
 
 
 def lanczos(diagonal: np.ndarray, starts: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Plain Lanczos in float64 on a diagonal matrix, with full orthogonalisation; one chain per row of starts."""
+    """Plain Lanczos in float64 on a diagonal matrix, with full orthogonalisation; one run per row of ``starts``."""
     basis = [starts]
     alphas, betas = [], []
     for _ in range(steps):

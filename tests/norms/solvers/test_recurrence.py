@@ -1,4 +1,4 @@
-"""The iterations' chunks: what a CUDA graph asks of them, checked without one, and that graphs change no result."""
+"""The recurrence meets the conditions of CUDA graphs, checked without a GPU, and graphs change no result."""
 
 import gc
 import math
@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlip.norms import Composed, NormInterval, Operator, conv_norm, conv_operator
 from fastlip.norms._solvers import cuda_graphs
 from fastlip.norms._solvers.batched_operator import batched_operator
-from fastlip.norms._solvers.iteration import DEVICE_LIMITS, IterationConfig
+from fastlip.norms._solvers.iteration_config import DEVICE_LIMITS, IterationConfig
 from fastlip.norms._solvers.power import _Steps
 from fastlip.norms._solvers.recurrence import Reading, Recurrence
-from fastlip.norms._solvers.starts import on_device
+from fastlip.norms._solvers.start_vectors import on_device
 from fastlip.norms._solvers.tridiagonal import normal_equations
 
 VECTORS = 3

@@ -1,4 +1,4 @@
-"""Planted runs, from per-image files to verdicts: a difference that is there is found, one that is not is not."""
+"""Synthetic runs, from per-image files to verdicts: a planted difference is found, and none is found without one."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The power note against simulation and against the definitions."""
+"""The needed sample sizes against simulation and against their definitions."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The rules on planted results: what is there must be found, and what is not there must not."""
+"""The rules of the verdicts on synthetic results, with and without the effects that they are to find."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ RULES = Rules(resamples=500)
 
 
 def model(arm, seed, *, ratios=(0.01,) * 60):
-    """As much of a model's results as the rules read."""
+    """The part of a model's results that the rules read."""
     return {
         "name": f"{arm}-s{seed}",
         "arm": arm,

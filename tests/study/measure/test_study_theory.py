@@ -1,4 +1,4 @@
-"""Certificates, corruptions and the stronger suite on models of which the truth is known."""
+"""Certificates, corruptions and the stronger suite on models with known results."""
 
 import itertools
 

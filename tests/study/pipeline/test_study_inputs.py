@@ -1,4 +1,4 @@
-"""What is missing or does not fit is said in one line, with status 2, before anything is written."""
+"""Missing or unsuitable inputs are reported in one line, with status 2, before anything is written."""
 
 import os
 import subprocess

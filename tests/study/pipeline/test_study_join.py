@@ -1,4 +1,4 @@
-"""Several processes that share a run directory do each stage once, and end where one would."""
+"""Several processes that share a run directory carry out each stage once, with the results of a single process."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from fastlip.study.storage.files import read_json
 
 
 def started(count, out, arguments):
-    """So many processes that share the run in ``out``."""
+    """``count`` processes that share the run in ``out``."""
     command = [sys.executable, "-m", "fastlip.study", "--out", str(out), "--join", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(command, **pipes) for _ in range(count)]

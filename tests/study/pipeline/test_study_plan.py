@@ -1,4 +1,4 @@
-"""A run as commands for a scheduler: independent within a phase, complete, and ending where one process would."""
+"""A run as commands for a scheduler: independent within a phase, complete, with the results of one process."""
 
 import shlex
 import subprocess

@@ -1,4 +1,4 @@
-"""The whole study at a size of seconds."""
+"""The whole study at a size that takes seconds."""
 
 import base64
 import dataclasses
@@ -89,7 +89,7 @@ def test_checkpoints_are_safetensors_and_nothing_unfinished_is_left(finished):
 
 
 class Interrupted(BaseException):
-    """Stands for a kill: nothing in the study catches it."""
+    """Simulates a kill: nothing in the study catches it."""
 
 
 def test_interrupted_at_every_write_and_resumed_gives_identical_results(finished, micro, tmp_path, monkeypatch):

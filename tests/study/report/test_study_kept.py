@@ -1,4 +1,4 @@
-"""The results kept in the repository load, and give their report again."""
+"""The results in the repository can be loaded, and give the same report again."""
 
 import os
 import shutil

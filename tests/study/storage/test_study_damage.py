@@ -1,4 +1,4 @@
-"""Damaged files of a run: each is named in one line, what the line says to do works, and nothing else is lost."""
+"""Damaged files of a run: one line names each and its remedy, the remedy works, and nothing else is lost."""
 
 import builtins
 import copy

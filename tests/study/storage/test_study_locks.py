@@ -1,4 +1,4 @@
-"""Locks keep processes apart, go with the process that held them, and need no flock."""
+"""Locks keep processes apart, are free once the process that held them is dead, and need no flock."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from fastlip.study.storage.locks import StageLocks, directory_lock, mutex, probe
 
 @contextlib.contextmanager
 def another_process(body: str, folder: Path, lease: float = locks.LEASE_SECONDS):
-    """A process that runs `body` on `folder`, says so, and stays."""
+    """A process that runs `body` on `folder`, prints "ready", and keeps running."""
     code = "import sys, time\nfrom pathlib import Path\nfrom fastlip.study.storage import locks\n"
     code += f"locks.LEASE_SECONDS = {lease}\nfolder = Path(sys.argv[1])\n{body}"
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Every file of a run has its schema, and there is no file without one."""
+"""Every file of a run has a schema, which it satisfies."""
 
 import csv
 import re

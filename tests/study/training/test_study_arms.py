@@ -1,4 +1,4 @@
-"""What each transfer method trains and what it leaves as the source has it."""
+"""Which layers each transfer method trains, and which it keeps from the source."""
 
 import pytest
 import torch

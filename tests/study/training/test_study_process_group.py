@@ -1,4 +1,4 @@
-"""Two gloo processes give what one gives: evaluation bit for bit, training up to rounding."""
+"""Two gloo processes give the results of one: evaluation bit for bit, training up to rounding."""
 
 import json
 import subprocess

@@ -59,7 +59,7 @@ def test_resuming_ends_in_the_same_weights_bit_for_bit(tmp_path, stop_at):
 
 
 class Traffic(TorchFunctionMode):
-    """Counts what makes the host wait for a GPU: values read on the host, and tensors sent there or from there."""
+    """Counts operations that make the host wait for a GPU: values read on the host, and copies to and from it."""
 
     def __init__(self):
         super().__init__()

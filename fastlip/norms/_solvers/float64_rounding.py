@@ -1,4 +1,4 @@
-"""What rounding in float64 may do to the quantities that bounds are computed from."""
+"""Bounds on the rounding errors of what is evaluated in float64 after the iteration."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from fastlip.norms._operators.composed import AnyOperator, magnitude
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers.certificate import Array
-from fastlip.norms._solvers.iteration import Indices
+from fastlip.norms._solvers.iteration_config import Indices
 
 _UNIT = 2.0**-53
 

@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from fastlip.norms._solvers.iteration import IterationConfig
+from fastlip.norms._solvers.iteration_config import IterationConfig
 
 
 def on_device(config: IterationConfig, device: torch.device) -> IterationConfig:
