@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.load_state_dict(load_checkpoint(args.checkpoint)[0])
         model = model.to(args.device).eval()
     warnings.simplefilter("ignore")
-    most = 4 * args.images  # of which so many shall be right
+    most = 4 * args.images  # of which enough should be classified correctly
     images, labels = test.images[:most].float().div(255).to(args.device), test.labels[:most].to(args.device)
     right = decisions(model, images, args.batch) == labels
     images, labels = images[right][: args.images], labels[right][: args.images]

@@ -5,7 +5,7 @@
 
 Every layer is built as its documentation says, put into eval mode and measured; then trained for 20 steps of Adam (mean
 squared error to random targets three times as large as normal ones) and measured again, anew for each of two learning
-rates, 0.01 and a reckless 0.3; and after the first as the library exports it, where it does. A library that is not
+rates, 0.01 and an excessive 0.3; and after the first one as the library exports it, if it does. A library that is not
 installed is named and left out; a layer that cannot be built here has a row that says why. About three minutes on one
 core.
 

@@ -72,7 +72,7 @@ def test_a_wrong_interval_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_values_to_differentiate_are_near_the_norm_on_random_operators() -> None:
-    """At every magnitude of float32: never above the norm, seldom far below, and equal to its gradient times the weight."""
+    """At every magnitude of float32: never above the norm, seldom far below, equal to its gradient times the weight."""
     shares = []
     for seed in range(240):
         case = random_case(seed)
