@@ -1,7 +1,7 @@
 // Launcher API: raw pointers and plain structs, no torch and no exceptions.
 //
-// Arguments keep one order from the schema down: x, grad, x0, step_size, eps, norm, lo, hi, sparsity, active, and what
-// the model reads.
+// Arguments keep one order from the schema down: x, grad, x0, step_size, eps, norm, lo, hi, sparsity, active, what the
+// model reads, and what is saved.
 // What the ops mean stands in fastlip/ops/__init__.py and, as code, in fastlip/ops/reference.py.
 #pragma once
 #include <cstdint>
@@ -11,6 +11,7 @@ namespace fastlip {
 enum class DType : int32_t { f32, f64, f16, bf16 };
 enum class Norm : int32_t { linf, l2, l1 };
 enum class MatmulPrecision : int32_t { float32, tf32x3 };
+enum class Loss : int32_t { dlr, ce, margin };
 
 // One number for all, or numbers of the arithmetic's type (double for f64 storage, else float) read at
 // data[sample * stride + element]; `element` stays 0 for what is one number a sample.
@@ -37,10 +38,15 @@ struct PgdStep {
   int64_t x_stride, grad_stride, x0_stride;  // elements from sample to sample
   // With f32 storage: (x - mean) / std in a type of its own, f32 or 16 bits, which then is grad's too; grad is the
   // gradient with respect to it.
-  void* input;  // null: x itself is what the model reads
-  DType input_dtype;
-  Value mean, std;  // stride 0
-  int64_t input_stride;
+  void* input = nullptr;  // null: x itself is what the model reads
+  DType input_dtype = DType::f32;
+  Value mean = {}, std = {};  // stride 0
+  int64_t input_stride = 0;
+  // Saved before x moves, of samples that take part.
+  void* best = nullptr;             // null: nothing; else takes x where better, which then is given
+  const uint8_t* better = nullptr;  // one number a sample
+  int64_t best_stride = 0;
+  uint8_t* not_finite = nullptr;  // null: nothing; else 1 where an element of grad is not finite, unchanged elsewhere
 };
 
 // step: the move and its ball, without step_size and kept, which are the sample's own here; grad is given.
@@ -56,6 +62,26 @@ struct ApgdStep {
   int64_t steps;  // of the schedule
   double momentum, rho;
   int64_t x_prev_stride, x_best_stride, grad_best_stride;
+};
+
+// Rows are contiguous; booleans are bytes, 0 or 1.
+struct Judge {
+  const void* logits;  // [batch, classes]
+  const int64_t* labels;
+  const int64_t *targets, *toward;  // null: none; not both
+  Loss kind;
+  double rounding;
+  double* best_loss;  // null: no record is kept, and the following are null
+  uint8_t* succeeded;
+  uint8_t *unconfirmed, *best_doubtful;  // null: not wanted
+  bool early_stop;
+  void* loss;  // [batch], like the logits
+  void* grad;  // [batch, classes]
+  uint8_t *adversarial, *doubtful, *better;
+  DType dtype;  // f32 or f64
+  int64_t batch, classes;
+  // CPU only, for Loss::ce: log softmax, [batch, classes]; grad then holds the gradient already.
+  const void* log_softmax;
 };
 
 struct RandomStart {
@@ -164,6 +190,7 @@ struct Kernels {
 };
 // Samples [begin, end); scratch as above.
 void random_start(const RandomStart&, int64_t begin, int64_t end, void* scratch);
+void judge(const Judge&, int64_t begin, int64_t end);
 
 constexpr int64_t scratch_bytes(int64_t size) { return 4 * (size + 64) * static_cast<int64_t>(sizeof(double)); }
 
@@ -182,6 +209,7 @@ namespace cuda {
 // `stream` is a cudaStream_t; the result is a cudaError_t. Nothing synchronises; all launches can be captured.
 int pgd_step_(const PgdStep& step, void* stream);
 int random_start(const RandomStart& start, void* stream);
+int judge(const Judge& judge, void* stream);
 int apgd_step_(const ApgdStep& step, void* stream);
 int operator_step_(const OperatorStep& step, void* stream);
 int pack_weights_(const PackWeights& pack, void* stream);

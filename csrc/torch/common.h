@@ -125,12 +125,12 @@ inline Value bound_of(double scalar, const OptionalTensor& tensor, const Tensor&
   return {scalar, data_of(*tensor), shared ? 0 : size};
 }
 
-inline const uint8_t* mask_of(const OptionalTensor& active, const Tensor& x) {
-  if (!active) return nullptr;
-  STD_TORCH_CHECK(active->dim() == 1 && active->size(0) == x.size(0) && active->is_contiguous() &&
-                      active->device() == x.device() && active->scalar_type() == ScalarType::Bool,
-                  "active must be a contiguous bool tensor of x's batch size and device");
-  return static_cast<const uint8_t*>(data_of(*active));
+inline const uint8_t* mask_of(const OptionalTensor& mask, const Tensor& x, const char* name) {
+  if (!mask) return nullptr;
+  STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == x.size(0) && mask->is_contiguous() &&
+                      mask->device() == x.device() && mask->scalar_type() == ScalarType::Bool,
+                  name, " must be a contiguous bool tensor of x's batch size and device");
+  return static_cast<const uint8_t*>(data_of(*mask));
 }
 
 // How many elements an L1 step moves, ties apart: as kept_elements() in fastlip/ops/reference.py.
@@ -140,22 +140,26 @@ inline int64_t kept_elements(int64_t size, double sparsity) {
   return std::min(size, std::max<int64_t>(1, size - spared));
 }
 
-// What the model reads: the schema's last five arguments.
-struct ModelInput {
-  const OptionalTensor& values;
+// The schema's groups of these names.
+struct Normalised {
+  const OptionalTensor& model_input;
   double mean;
   const OptionalTensor& mean_tensor;
   double std;
   const OptionalTensor& std_tensor;
 };
+struct Saved {
+  const OptionalTensor &best, &better, &not_finite;
+};
 
 inline const OptionalTensor kNoTensor;
-inline const ModelInput kNoInput{kNoTensor, 0, kNoTensor, 1, kNoTensor};
+inline const Normalised kNotRead{kNoTensor, 0, kNoTensor, 1, kNoTensor};
+inline const Saved kNotSaved{kNoTensor, kNoTensor, kNoTensor};
 
 // Adds it to a step on x, and checks grad, which is of its type.
-inline void add_input(PgdStep& step, const Tensor& x, const Tensor& grad, const ModelInput& input) {
-  if (!input.values) return check_like(grad, x, "grad");
-  Tensor values = *input.values;
+inline void add_input(PgdStep& step, const Tensor& x, const Tensor& grad, const Normalised& input) {
+  if (!input.model_input) return check_like(grad, x, "grad");
+  Tensor values = *input.model_input;
   step.input_dtype = dtype_of(values, "model_input");
   STD_TORCH_CHECK(step.dtype == DType::f32 && step.input_dtype != DType::f64,
                   "x must be float32 and model_input float32, float16 or bfloat16");
@@ -170,10 +174,27 @@ inline void add_input(PgdStep& step, const Tensor& x, const Tensor& grad, const 
   step.input_stride = values.stride(0);
 }
 
+// Likewise what it saves.
+inline void add_saved(PgdStep& step, const Tensor& x, const Saved& saved) {
+  STD_TORCH_CHECK(saved.best.has_value() == saved.better.has_value(), "best and better go together");
+  step.better = mask_of(saved.better, x, "better");
+  if (saved.best) {
+    Tensor best = *saved.best;
+    check_like(best, x, "best");
+    check_writable(best, "best");
+    step.best = best.mutable_data_ptr();
+    step.best_stride = best.stride(0);
+  }
+  if (mask_of(saved.not_finite, x, "not_finite")) {
+    Tensor not_finite = *saved.not_finite;
+    step.not_finite = static_cast<uint8_t*>(not_finite.mutable_data_ptr());
+  }
+}
+
 inline PgdStep pgd_step_of(Tensor& x, const Tensor* grad, const Tensor& x0, const Value& step_size, double eps,
                            const OptionalTensor& eps_tensor, const std::string& norm, double lo,
                            const OptionalTensor& lo_tensor, double hi, const OptionalTensor& hi_tensor, double sparsity,
-                           const OptionalTensor& active, const ModelInput& input) {
+                           const OptionalTensor& active, const Normalised& input, const Saved& saved) {
   const DType dtype = dtype_of(x, "x");
   check_writable(x, "x");
   check_like(x0, x, "x0");
@@ -187,7 +208,7 @@ inline PgdStep pgd_step_of(Tensor& x, const Tensor* grad, const Tensor& x0, cons
                bound_of(lo, lo_tensor, x, "lo_tensor"),
                bound_of(hi, hi_tensor, x, "hi_tensor"),
                kept_elements(size, sparsity),
-               mask_of(active, x),
+               mask_of(active, x, "active"),
                dtype,
                x.size(0),
                size,
@@ -195,6 +216,7 @@ inline PgdStep pgd_step_of(Tensor& x, const Tensor* grad, const Tensor& x0, cons
                grad ? grad->stride(0) : 0,
                x0.stride(0)};
   if (grad) add_input(step, x, *grad, input);
+  add_saved(step, x, saved);
   return step;
 }
 
@@ -203,9 +225,9 @@ inline ApgdStep apgd_step_of(Tensor& x, const Tensor& grad, const Tensor& loss, 
                              Tensor& counters, const Tensor& schedule, double eps, const OptionalTensor& eps_tensor,
                              const std::string& norm, double lo, const OptionalTensor& lo_tensor, double hi,
                              const OptionalTensor& hi_tensor, double momentum, double rho, const OptionalTensor& active,
-                             const ModelInput& input) {
-  const PgdStep step =
-      pgd_step_of(x, &grad, x0, {0, nullptr, 0}, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0, active, input);
+                             const Normalised& input, const Saved& saved) {
+  const PgdStep step = pgd_step_of(x, &grad, x0, {0, nullptr, 0}, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor,
+                                   0, active, input, saved);
   STD_TORCH_CHECK(step.size <= INT32_MAX, "a sample of x must have less than 2**31 elements");
   const auto buffer = [&](Tensor& t, const char* name) {
     check_like(t, x, name);

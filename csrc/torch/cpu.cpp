@@ -6,6 +6,7 @@
 
 #include "kernels/api.h"
 #include "torch/common.h"
+#include "torch/judge.h"
 
 namespace fastlip {
 namespace {
@@ -44,16 +45,17 @@ void run(const PgdStep& step) {
 void pgd_step_(Tensor x, const Tensor& grad, const Tensor& x0, double step_size, OptionalTensor step_size_tensor,
                double eps, OptionalTensor eps_tensor, std::string norm, double lo, OptionalTensor lo_tensor, double hi,
                OptionalTensor hi_tensor, double sparsity, OptionalTensor active, OptionalTensor model_input,
-               double mean, OptionalTensor mean_tensor, double std, OptionalTensor std_tensor) {
+               double mean, OptionalTensor mean_tensor, double std, OptionalTensor std_tensor, OptionalTensor best,
+               OptionalTensor better, OptionalTensor not_finite) {
   const Value step = value_of(step_size, step_size_tensor, x, "step_size_tensor");
   run(pgd_step_of(x, &grad, x0, step, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, sparsity, active,
-                  {model_input, mean, mean_tensor, std, std_tensor}));
+                  {model_input, mean, mean_tensor, std, std_tensor}, {best, better, not_finite}));
 }
 
 void project_(Tensor x, const Tensor& x0, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
               OptionalTensor lo_tensor, double hi, OptionalTensor hi_tensor, OptionalTensor active) {
   run(pgd_step_of(x, nullptr, x0, {0, nullptr, 0}, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, 0, active,
-                  kNoInput));
+                  kNotRead, kNotSaved));
 }
 
 Tensor random_start(const Tensor& x0, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
@@ -72,10 +74,11 @@ void apgd_step_(Tensor x, const Tensor& grad, const Tensor& loss, const Tensor& 
                 const Tensor& schedule, double eps, OptionalTensor eps_tensor, std::string norm, double lo,
                 OptionalTensor lo_tensor, double hi, OptionalTensor hi_tensor, double momentum, double rho,
                 OptionalTensor active, OptionalTensor model_input, double mean, OptionalTensor mean_tensor, double std,
-                OptionalTensor std_tensor) {
-  const ApgdStep step = apgd_step_of(x, grad, loss, x0, x_prev, x_best, grad_best, best_loss, past_loss, step_size,
-                                     counters, schedule, eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, momentum,
-                                     rho, active, {model_input, mean, mean_tensor, std, std_tensor});
+                OptionalTensor std_tensor, OptionalTensor best, OptionalTensor better, OptionalTensor not_finite) {
+  const ApgdStep step =
+      apgd_step_of(x, grad, loss, x0, x_prev, x_best, grad_best, best_loss, past_loss, step_size, counters, schedule,
+                   eps, eps_tensor, norm, lo, lo_tensor, hi, hi_tensor, momentum, rho, active,
+                   {model_input, mean, mean_tensor, std, std_tensor}, {best, better, not_finite});
   if (step.step.batch == 0 || step.step.size == 0) return;
   const cpu::Kernels& table = kernels();
   parallel_samples(step.step.batch, step.step.size,
@@ -108,6 +111,65 @@ void pack_weights_(Tensor out, std::vector<Tensor> weights, std::vector<int64_t>
   torch::stable::parallel_for(0, pack.count, 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pack.count;) cpu::pack_weights(pack, i);
   });
+}
+
+// In its lifetime no graph is recorded.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
+template <typename... Arguments>
+Tensor call_aten(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Puts the gradient of cross-entropy, or of log softmax, into `out` and returns log softmax, both as torch computes
+// them: how its vectorised exp rounds depends on the CPU and on torch's build, so that no arithmetic of our own is the
+// same bit for bit.
+template <typename T>
+Tensor cross_entropy(Judgement& out, const Tensor& logits, Judge& judge) {
+  const NoGrad no_grad;
+  const Tensor log_softmax = call_aten("aten::_log_softmax", logits, int64_t{1}, false);
+  const int64_t* const classes = judge.toward ? judge.toward : judge.targets ? judge.targets : judge.labels;
+  const T sign = judge.toward || judge.targets ? 1 : -1;
+  T* const ascent = static_cast<T*>(judge.grad);
+  std::fill_n(ascent, judge.batch * judge.classes, T(0));
+  for (int64_t sample = 0; sample < judge.batch; ++sample) {
+    const int64_t c = classes[sample];
+    if (c >= 0 && c < judge.classes) ascent[sample * judge.classes + c] = sign;
+  }
+  out.grad = call_aten("aten::_log_softmax_backward_data", out.grad, log_softmax, int64_t{1}, logits.scalar_type());
+  judge.grad = out.grad.mutable_data_ptr();
+  judge.log_softmax = log_softmax.const_data_ptr();
+  return log_softmax;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> judge(const Tensor& logits, const Tensor& labels,
+                                                         OptionalTensor targets, OptionalTensor toward,
+                                                         std::string loss, double rounding, OptionalTensor best_loss,
+                                                         OptionalTensor succeeded, OptionalTensor unconfirmed,
+                                                         OptionalTensor best_doubtful, bool early_stop) {
+  Judgement out(logits);
+  Judge judge = judge_of(out, logits, labels, targets, toward, loss, rounding,
+                         {best_loss, succeeded, unconfirmed, best_doubtful, early_stop});
+  if (judge.batch == 0) return out.tuple();
+  OptionalTensor log_softmax;
+  if (judge.kind == Loss::ce) {
+    log_softmax = judge.dtype == DType::f64 ? cross_entropy<double>(out, logits, judge)
+                                            : cross_entropy<float>(out, logits, judge);
+  }
+  torch::stable::parallel_for(0, judge.batch, std::max<int64_t>(1, kGrain / judge.classes),
+                              [&](int64_t begin, int64_t end) { cpu::judge(judge, begin, end); });
+  return out.tuple();
 }
 
 Tridiagonal tridiagonal_of(const Tensor& diagonal, const Tensor& off) {
@@ -168,6 +230,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("random_start", TORCH_BOX(&random_start));
   m.impl("apgd_step_", TORCH_BOX(&apgd_step_));
   m.impl("operator_step_", TORCH_BOX(&operator_step_));
+  m.impl("judge", TORCH_BOX(&judge));
   m.impl("pack_weights_", TORCH_BOX(&pack_weights_));
   m.impl("top_eigenpairs", TORCH_BOX(&top_eigenpairs));
   m.impl("krylov_bound", TORCH_BOX(&krylov_bound));

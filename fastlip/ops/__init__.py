@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from fastlip.ops import _fakes  # noqa: F401  # registers them
 from fastlip.ops._apgd_step import APGDState, apgd_schedule, apgd_state, apgd_step_
 from fastlip.ops._checks import Bounds, Norm, PerSample
+from fastlip.ops._judge import BestRecord, Judgement, Loss, judge
 from fastlip.ops._krylov import krylov_bound, top_eigenpairs
 from fastlip.ops._model_input import ModelInput, model_input
 from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan
@@ -36,8 +37,11 @@ __all__ = [
     "MATMUL_PRECISIONS",
     "APGDState",
     "Backend",
+    "BestRecord",
     "Bounds",
     "ConvGeometry",
+    "Judgement",
+    "Loss",
     "MatmulPrecision",
     "ModelInput",
     "Norm",
@@ -47,6 +51,7 @@ __all__ = [
     "apgd_state",
     "apgd_step_",
     "backends",
+    "judge",
     "krylov_bound",
     "model_input",
     "operator_plan",

@@ -18,6 +18,7 @@ from fastlip.ops._checks import (
     checked_mask,
     checked_norm,
     checked_radius,
+    checked_saved,
     checked_step,
     dense_strides,
     describe,
@@ -156,6 +157,9 @@ def apgd_step_(
     rho: float = 0.75,
     active: Tensor | None = None,  # [B] bool
     model_input: ModelInput | None = None,
+    best: Tensor | None = None,  # [B, ...]
+    better: Tensor | None = None,  # [B] bool
+    not_finite: Tensor | None = None,  # [B] bool
 ) -> Tensor:
     """One step of Auto-PGD, in place on ``x`` and ``state``; returns ``x``, the next iterate.
 
@@ -192,6 +196,9 @@ def apgd_step_(
         rho: share in [0, 1] of steps that must increase the loss; unused in "l1".
         active: [B] bool; False leaves a sample and its state unchanged.
         model_input: the model's input (:func:`model_input`), rewritten in the same pass; ``x`` is then float32.
+        best: the best iterates so far, like ``x`` and in its layout; takes x as it is before the step where ``better``.
+        better: [B] bool (:attr:`Judgement.better`); goes with ``best``.
+        not_finite: [B] bool; set where an element of ``grad`` is not finite, else left as it is.
 
     Raises:
         ValueError: a shape, norm, layout or value is wrong; the message names the argument.
@@ -223,9 +230,10 @@ def apgd_step_(
     if ball.norm == "l1" and math.isinf(ball.eps):
         raise ValueError("eps must be finite for norm l1, whose step sizes it bounds")
     read = NOT_READ if model_input is None else normalised(model_input, target)
+    saved = checked_saved(best, better, not_finite, target)
     _ops.apgd_step_(
         target, grad, losses, x0, state.x_prev, state.x_best, state.grad_best, state.best_loss, state.past_loss,
-        state.step_size, state.counters, state.schedule, *ball, momentum, rho, active, *read,
+        state.step_size, state.counters, state.schedule, *ball, momentum, rho, active, *read, *saved,
     )  # fmt: skip
     return x if target is x else x.copy_(target)
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastlip.ops._schemas import Ball, StepSize
+from fastlip.ops._schemas import Ball, Saved, StepSize
 from fastlip.ops.reference import compute_dtype
 
 Norm = Literal["linf", "l2", "l1"]
@@ -97,14 +97,29 @@ def checked_ball(eps: PerSample, norm: str, bounds: Bounds, x: Tensor) -> Ball:
     return Ball(*checked_radius(eps, x), checked_norm(norm), *checked_limits(bounds, x))
 
 
-def checked_mask(active: Tensor | None, x: Tensor) -> Tensor | None:
-    if active is None:
+def checked_mask(mask: Tensor | None, x: Tensor, name: str = "active") -> Tensor | None:
+    if mask is None:
         return None
-    if not isinstance(active, Tensor) or active.dtype != torch.bool:
-        raise TypeError("active must be a bool tensor")
-    if active.shape != x.shape[:1] or active.device != x.device:
-        raise ValueError(f"active must have shape [{x.shape[0]}] on {x.device}, got {describe(active)}")
-    return active.contiguous()
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor")
+    if mask.shape != x.shape[:1] or mask.device != x.device:
+        raise ValueError(f"{name} must have shape [{x.shape[0]}] on {x.device}, got {describe(mask)}")
+    return mask.contiguous()
+
+
+def checked_saved(best: Tensor | None, better: Tensor | None, not_finite: Tensor | None, x: Tensor) -> Saved:
+    """What a step saves, as operators take it, for an ``x`` whose samples are dense."""
+    if (best is None) != (better is None):
+        raise ValueError("best and better go together")
+    if best is not None:
+        check_like(best, x, "best")
+        if not same_layout(best, x) or (len(x) > 1 and not sample_dense(best)):
+            raise ValueError("best must have x's memory layout, because it is changed in place")
+        if not torch.compiler.is_compiling() and x.numel() and begin_together(x, best):
+            raise ValueError("best must not share its memory with x")
+    if not_finite is not None and checked_mask(not_finite, x, "not_finite") is not not_finite:
+        raise ValueError("not_finite must be contiguous, because it is changed in place")
+    return Saved(best, checked_mask(better, x, "better"), not_finite)
 
 
 def checked_limits(bounds: Bounds, x: Tensor) -> tuple[float, Tensor | None, float, Tensor | None]:

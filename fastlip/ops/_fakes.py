@@ -21,6 +21,12 @@ def _random_start(x0: Tensor, *others: object) -> Tensor:
     return torch.empty_like(x0)
 
 
+@torch.library.register_fake("fastlip::judge")
+def _judge(logits: Tensor, labels: Tensor, *others: object, **record: object) -> tuple[Tensor, ...]:
+    flags = [torch.empty_like(labels, dtype=torch.bool) for _ in range(3)]
+    return logits.new_empty(len(logits)), torch.empty_like(logits), *flags
+
+
 @torch.library.register_fake("fastlip::top_eigenpairs")
 def _top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
     return diagonal.new_empty(len(diagonal)), torch.empty_like(diagonal)

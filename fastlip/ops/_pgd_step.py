@@ -14,6 +14,7 @@ from fastlip.ops._checks import (
     check_tensor,
     checked_ball,
     checked_mask,
+    checked_saved,
     checked_step,
     describe,
     in_one_layout,
@@ -36,6 +37,9 @@ def pgd_step_(
     sparsity: float = 0.99,
     active: Tensor | None = None,  # [B] bool
     model_input: ModelInput | None = None,
+    best: Tensor | None = None,  # [B, ...]
+    better: Tensor | None = None,  # [B] bool
+    not_finite: Tensor | None = None,  # [B] bool
 ) -> Tensor:
     """One projected gradient ascent step, in place: x <- P(x + step_size * direction(grad)); returns ``x``.
 
@@ -57,6 +61,9 @@ def pgd_step_(
         sparsity: share of elements in [0, 1] that an "l1" step leaves alone.
         active: [B] bool; False leaves a sample unchanged.
         model_input: the model's input (:func:`model_input`), rewritten in the same pass; ``x`` is then float32.
+        best: the best iterates so far, like ``x`` and in its layout; takes x as it is before the step where ``better``.
+        better: [B] bool (:attr:`Judgement.better`); goes with ``best``.
+        not_finite: [B] bool; set where an element of ``grad`` is not finite, else left as it is.
 
     Raises:
         ValueError: a shape, norm, layout or value is wrong; the message names the argument.
@@ -75,7 +82,8 @@ def pgd_step_(
     target, grad, x0 = in_one_layout(x, grad, x0)
     ball = checked_ball(eps, norm, bounds, target)
     read = NOT_READ if model_input is None else normalised(model_input, target)
-    _ops.pgd_step_(target, grad, x0, *step, *ball, sparsity, active, *read)
+    saved = checked_saved(best, better, not_finite, target)
+    _ops.pgd_step_(target, grad, x0, *step, *ball, sparsity, active, *read, *saved)
     return x if target is x else x.copy_(target)
 
 

@@ -44,11 +44,29 @@ class Normalised(NamedTuple):
     std_tensor: Tensor | None = None  # [1, ...]
 
 
-GROUPS: tuple[Any, ...] = (StepSize, Ball, Normalised)
+class Saved(NamedTuple):
+    """What a step saves of the iterate that it leaves, and of the gradient that it reads."""
+
+    best: Tensor | None = None  # [B, ...]
+    better: Tensor | None = None  # [B] bool
+    not_finite: Tensor | None = None  # [B] bool
+
+
+class Best(NamedTuple):
+    """What is known of the best iterates so far."""
+
+    best_loss: Tensor | None = None  # [B] float64
+    succeeded: Tensor | None = None  # [B] bool
+    unconfirmed: Tensor | None = None  # [B] bool
+    best_doubtful: Tensor | None = None  # [B] bool
+    early_stop: bool = True
+
+
+GROUPS: tuple[Any, ...] = (StepSize, Ball, Normalised, Saved, Best)
 #: Fields of groups that operators change in place.
-_CHANGED = ("model_input",)
+_CHANGED = ("model_input", "best", "not_finite", "best_loss", "succeeded", "unconfirmed", "best_doubtful")
 #: How a schema spells the type of a field.
-_TYPES = {float: "float", str: "str", Tensor | None: "Tensor?"}
+_TYPES = {bool: "bool", float: "float", str: "str", Tensor | None: "Tensor?"}
 
 
 def _schema(*parts: Any, returns: str = "()") -> str:
@@ -70,7 +88,7 @@ def _spelled(group: Any) -> str:
 
 SCHEMAS = {
     "pgd_step_": _schema(
-        "Tensor! x, Tensor grad, Tensor x0", StepSize, Ball, "float sparsity, Tensor? active", Normalised
+        "Tensor! x, Tensor grad, Tensor x0", StepSize, Ball, "float sparsity, Tensor? active", Normalised, Saved
     ),
     "project_": _schema("Tensor! x, Tensor x0", Ball, "Tensor? active"),
     "random_start": _schema("Tensor x0", Ball, "Tensor ids, Tensor key", returns="Tensor"),
@@ -80,6 +98,12 @@ SCHEMAS = {
         Ball,
         "float momentum, float rho, Tensor? active",
         Normalised,
+        Saved,
+    ),
+    "judge": _schema(
+        "Tensor logits, Tensor labels, Tensor? targets, Tensor? toward, str loss, float rounding",
+        Best,
+        returns="(Tensor, Tensor, Tensor, Tensor, Tensor)",
     ),
     "operator_step_": _schema(
         "Tensor! out, Tensor! out_square, Tensor x, Tensor? x_square, Tensor? previous, Tensor? previous_square, "

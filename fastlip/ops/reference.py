@@ -9,12 +9,14 @@ import math
 import torch
 from torch import Tensor
 
+from fastlip.ops._reference_judge import judge
 from fastlip.ops._reference_operators import krylov_bound, operator_step_, pack_weights_, top_eigenpairs
-from fastlip.ops._schemas import Ball, Normalised, StepSize, takes_fields
+from fastlip.ops._schemas import Ball, Normalised, Saved, StepSize, takes_fields
 
 __all__ = [
     "apgd_step_",
     "compute_dtype",
+    "judge",
     "kept_elements",
     "krylov_bound",
     "operator_step_",
@@ -170,6 +172,16 @@ def _write(read: Normalised, x: Tensor, active: Tensor | None) -> None:
     read.model_input.copy_(value if active is None else torch.where(_keepdim(active, x), value, read.model_input))
 
 
+def _save(saved: Saved, x: Tensor, grad: Tensor, active: Tensor | None) -> None:
+    """Save x, before it moves, where it is better than the best so far; and say where gradients are not finite."""
+    if saved.best is not None and saved.better is not None:
+        better = saved.better if active is None else saved.better & active
+        saved.best.copy_(torch.where(_keepdim(better, x), x, saved.best))
+    if saved.not_finite is not None:
+        lost = ~_flat(grad.isfinite()).all(1)
+        saved.not_finite.logical_or_(lost if active is None else lost & active)
+
+
 def _update(x: Tensor, value: Tensor, x0: Tensor, active: Tensor | None) -> None:
     value = _store(x, value, x0)
     if active is not None:
@@ -187,9 +199,11 @@ def pgd_step_(
     sparsity: float,
     active: Tensor | None,  # [B] bool
     read: Normalised,
+    saved: Saved,
 ) -> None:
     if x.numel() == 0:
         return
+    _save(saved, x, grad, active)
     norm = ball.norm
     dtype = compute_dtype(x.dtype) if norm == "linf" else torch.float64
     length = _steps(step.step_size, step.step_size_tensor, x, dtype)
@@ -246,9 +260,11 @@ def apgd_step_(
     rho: float,
     active: Tensor | None,  # [B] bool
     read: Normalised,
+    saved: Saved,
 ) -> None:
     if x.numel() == 0:
         return
+    _save(saved, x, grad, active)
     norm = ball.norm
     on = torch.ones_like(loss, dtype=torch.bool) if active is None else active
     arithmetic = compute_dtype(x.dtype)

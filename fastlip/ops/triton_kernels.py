@@ -8,6 +8,6 @@ from fastlip.ops._triton.apgd_step import apgd_step_
 from fastlip.ops._triton.operator_step import operator_step_
 from fastlip.ops._triton.pgd_step import pgd_step_, project_
 from fastlip.ops._triton.random_start import random_start
-from fastlip.ops.reference import pack_weights_  # a few copies: nothing to win here
+from fastlip.ops.reference import judge, pack_weights_  # a few copies: nothing to win here
 
-__all__ = ["apgd_step_", "operator_step_", "pack_weights_", "pgd_step_", "project_", "random_start"]
+__all__ = ["apgd_step_", "judge", "operator_step_", "pack_weights_", "pgd_step_", "project_", "random_start"]

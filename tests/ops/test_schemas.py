@@ -11,15 +11,17 @@ from fastlip.ops import _schemas, reference
 
 _BALL = "float eps, Tensor? eps_tensor, str norm, float lo, Tensor? lo_tensor, float hi, Tensor? hi_tensor"
 _READ = "Tensor({}!)? model_input=None, float mean=0., Tensor? mean_tensor=None, float std=1., Tensor? std_tensor=None"
+_SAVED = "Tensor({}!)? best=None, Tensor? better=None, Tensor({}!)? not_finite=None"
 #: As the compiled libraries implement them.
 WANTED = {
     "pgd_step_": "(Tensor(a!) x, Tensor grad, Tensor x0, float step_size, Tensor? step_size_tensor, "
-    f"{_BALL}, float sparsity, Tensor? active, {_READ.format('b')}) -> ()",
+    f"{_BALL}, float sparsity, Tensor? active, {_READ.format('b')}, {_SAVED.format('c', 'd')}) -> ()",
     "project_": f"(Tensor(a!) x, Tensor x0, {_BALL}, Tensor? active) -> ()",
     "random_start": f"(Tensor x0, {_BALL}, Tensor ids, Tensor key) -> Tensor",
     "apgd_step_": "(Tensor(a!) x, Tensor grad, Tensor loss, Tensor x0, Tensor(b!) x_prev, Tensor(c!) x_best, "
     "Tensor(d!) grad_best, Tensor(e!) best_loss, Tensor(f!) past_loss, Tensor(g!) step_size, Tensor(h!) counters, "
-    f"Tensor schedule, {_BALL}, float momentum, float rho, Tensor? active, {_READ.format('i')}) -> ()",
+    f"Tensor schedule, {_BALL}, float momentum, float rho, Tensor? active, {_READ.format('i')}, "
+    f"{_SAVED.format('j', 'k')}) -> ()",
     "operator_step_": "(Tensor(a!) out, Tensor(b!) out_square, Tensor x, Tensor? x_square, Tensor? previous, "
     "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor gather_groups, Tensor entries, "
     "int max_vectors, int parts, str matmul_precision, Tensor? active) -> ()",

@@ -4,15 +4,10 @@
 // A step must read x, grad, x0 and x_prev and write x and x_prev: 24 bytes an element in float32, 32 where the best
 // iterate changes. Linf goes through a sample once, a chunk in the L1 cache at a time; L2 and L1 keep it in cache.
 #include "kernels/apgd.h"
-#include "kernels/cpu/sample.h"
+#include "kernels/cpu/saved.h"
 
 namespace fastlip::cpu {
 namespace {
-
-template <typename S>
-void copy_row(S* __restrict to, const S* __restrict from, int64_t n) {
-  __builtin_memcpy(to, from, static_cast<decltype(sizeof(S))>(n) * sizeof(S));
-}
 
 // x + momentum (z - x) + rest (x - last), rounded after each operation in this order.
 template <typename P, typename T>
@@ -165,10 +160,14 @@ void apgd_step_as(const ApgdStep& a, int64_t begin, int64_t end, void* scratch) 
     if constexpr (__is_same(S, float)) {
       if (p.input) {
         float* const grad = static_cast<float*>(scratch) + 3 * (p.size + 64);
-        with_input(p.input_dtype, [&]<typename I>(I) { ascent_row<I>(grad, p, sample, 0, p.size); });
+        with_input(p.input_dtype, [&]<typename I>(I) {
+          save_row<S, I>(p, sample, 0, p.size);
+          ascent_row<I>(grad, p, sample, 0, p.size);
+        });
         r.grad = grad;
       }
     }
+    if (!p.input) save_row<S, S>(p, sample, 0, p.size);
     ApgdRow<T> state = read_apgd_row<T>(a, sample);
     const T eps = radius<T>(p.eps, sample);
     const ApgdMove<T> move = apgd_begin(state);

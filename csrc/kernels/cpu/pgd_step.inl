@@ -3,7 +3,7 @@
 // A step must read x, grad and x0 and write x: 16 bytes an element in float32; with what the model reads in 16 bits as
 // much, since the gradient has 16 bits then, too. Linf is one pass; for L2 and L1 one sample at a time stays in cache
 // (sample.h).
-#include "kernels/cpu/sample.h"
+#include "kernels/cpu/saved.h"
 
 namespace fastlip::cpu {
 namespace {
@@ -12,9 +12,11 @@ template <typename S>
 void pgd_step_linf_as(const PgdStep& p, int64_t begin, int64_t end) {
   while (begin < end) {
     const int64_t sample = begin / p.size, first = begin % p.size;
-    const int64_t n = least(p.size - first, end - begin);
+    // What is saved is read while it lies in the L1 cache.
+    const int64_t n = least(least(p.size - first, end - begin), saves(p) ? kChunk : p.size);
     begin += n;
     if (p.active && !p.active[sample]) continue;
+    save_row<S, S>(p, sample, first, n);
     S* x = static_cast<S*>(p.x) + sample * p.x_stride + first;
     const S* x0 = static_cast<const S*>(p.x0) + sample * p.x0_stride + first;
     const S* g = p.grad ? static_cast<const S*>(p.grad) + sample * p.grad_stride + first : nullptr;
@@ -40,6 +42,7 @@ void pgd_step_ball_as(const PgdStep& p, int64_t begin, int64_t end, void* scratc
   T* const spare = static_cast<T*>(scratch);
   for (int64_t sample = begin; sample < end; ++sample) {
     if (p.active && !p.active[sample]) continue;
+    save_row<S, S>(p, sample, 0, p.size);
     S* x = static_cast<S*>(p.x) + sample * p.x_stride;
     const S* x0 = static_cast<const S*>(p.x0) + sample * p.x0_stride;
     const S* g = p.grad ? static_cast<const S*>(p.grad) + sample * p.grad_stride : nullptr;
@@ -65,6 +68,7 @@ void pgd_step_linf_fed(const PgdStep& p, int64_t begin, int64_t end) {
     const int64_t n = least(least(p.size - first, end - begin), kChunk);
     begin += n;
     if (p.active && !p.active[sample]) continue;
+    save_row<float, I>(p, sample, first, n);
     float* const x = static_cast<float*>(p.x) + sample * p.x_stride + first;
     const float* const x0 = static_cast<const float*>(p.x0) + sample * p.x0_stride + first;
     float grad[kChunk];
@@ -79,6 +83,7 @@ void pgd_step_ball_fed(const PgdStep& p, int64_t begin, int64_t end, void* scrat
   float *const spare = static_cast<float*>(scratch), *const grad = spare + p.size + 64;
   for (int64_t sample = begin; sample < end; ++sample) {
     if (p.active && !p.active[sample]) continue;
+    save_row<float, I>(p, sample, 0, p.size);
     float* const x = static_cast<float*>(p.x) + sample * p.x_stride;
     ascent_row<I>(grad, p, sample, 0, p.size);
     ball_sample<float>(x, grad, static_cast<const float*>(p.x0) + sample * p.x0_stride, p, sample, spare);

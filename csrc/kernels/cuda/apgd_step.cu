@@ -49,6 +49,7 @@ __device__ __forceinline__ void load_ascent(const PgdStep& p, int64_t sample, in
     using G = decltype(stored);
     load<G>(static_cast<const G*>(p.grad) + sample * p.grad_stride + at, valid, true, grad);
   });
+  look_at(p, sample, grad);
   if constexpr (std::is_same_v<S, float>) {
     if (p.input == nullptr) return;
     float std[kCount];
@@ -77,12 +78,11 @@ __global__ void __launch_bounds__(kLinfThreads)
     const bool restart = move.window > 0 && apgd_check(row, move.window, a.rho);
     const bool back = restart && !move.improved;  // else the best iterate is the one at hand
     T x[kWidth], grad[kWidth], x0[kWidth], lo[kWidth], hi[kWidth], out[kWidth], last[kWidth];
+    const bool better = is_better(p, sample);
     load<S>((back ? of.x_best() : of.x()) + at, valid, true, x);
-    if (back) {
-      load<S>(of.grad_best() + at, valid, true, grad);
-    } else {
-      load_ascent<S>(p, sample, at, valid, grad);
-    }
+    if (!back || p.not_finite != nullptr) load_ascent<S>(p, sample, at, valid, grad);
+    if (back) load<S>(of.grad_best() + at, valid, true, grad);
+    if (better) save<S, kWidth>(p, sample, at, valid);
     load<S>(of.x0() + at, valid, true, x0);
     if (!move.first) load<S>(of.x_prev() + at, valid, true, last);
     Bound<T>(p.lo, sample).load(at, valid, true, lo);
@@ -180,11 +180,11 @@ __global__ void __launch_bounds__(kThreads<kStore>, kStore == Store::registers ?
       restart = apgd_check(row, outcome.window, a.rho);
     }
   }
-  if (outcome.improved) {
-    tile.keep(x_best, grad_best);
-  } else if (restart) {
-    tile.start_from(x_best, grad_best);
+  const bool better = is_better(p, sample), back = restart && !outcome.improved;
+  if (outcome.improved || better || (back && p.not_finite != nullptr)) {
+    tile.keep(better, tile.operand(p.best, p.dtype, p.best_stride), outcome.improved, x_best, grad_best, back);
   }
+  if (back) tile.start_from(x_best, grad_best);
   group.sync();  // every thread has read the sample's numbers; writing them now frees their registers
   if (threadIdx.x == 0 && blockIdx.x % shares.ranks == 0) write_apgd_row(a, sample, row, restart);
   const T step = finite_or_zero(row.step_size);

@@ -83,6 +83,19 @@ __device__ __forceinline__ void store(S* to, int valid, bool wide, const Arith<S
   store_each<S, kCount>(to, valid, wide, [&](int i) { return narrow<S>(values[i], centre[i]); });
 }
 
+// The first `valid` elements as they lie.
+template <typename S, int kCount>
+__device__ __forceinline__ void copy(const S* from, S* to, int valid) {
+  if (kCount > 1 && valid == kCount) {
+    if constexpr (kCount > 1) Pack<S, kCount>::load(from).write(to);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i < valid) to[i] = from[i];
+    }
+  }
+}
+
 // A sample's number.
 template <typename T>
 __device__ __forceinline__ T number(const Value& value, int64_t sample) {
@@ -146,6 +159,35 @@ __device__ __forceinline__ void feed(const PgdStep& p, int64_t sample, int64_t a
   }
 }
 
+// --- what is saved ---------------------------------------------------------------------------------------------------
+// Whether the sample's x is to be saved.
+__device__ __forceinline__ bool is_better(const PgdStep& p, int64_t sample) {
+  return p.best != nullptr && p.better[sample] != 0;
+}
+// Of its elements from `at` on, as many as a thread takes; from cache.
+template <typename S, int kCount>
+__device__ __forceinline__ void save(const PgdStep& p, int64_t sample, int64_t at, int valid) {
+  copy<S, kCount>(static_cast<const S*>(p.x) + sample * p.x_stride + at,
+                  static_cast<S*>(p.best) + sample * p.best_stride + at, valid);
+}
+
+// Tells where an element of a gradient as it is stored is not finite; all threads of a sample write the same.
+template <int kRows, int kCount, typename T>
+__device__ __forceinline__ void look_at(const PgdStep& p, int64_t sample, const T (&grad)[kRows][kCount]) {
+  if (p.not_finite == nullptr) return;
+  T sum = 0;
+#pragma unroll
+  for (int c = 0; c < kRows; ++c) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum += grad[c][i] * T(0);  // 0, but NaN where it is not finite
+  }
+  if (sum != T(0)) p.not_finite[sample] = 1;
+}
+template <int kCount, typename T>
+__device__ __forceinline__ void look_at(const PgdStep& p, int64_t sample, const T (&grad)[kCount]) {
+  look_at(p, sample, reinterpret_cast<const T(&)[1][kCount]>(grad));
+}
+
 // --- launching -------------------------------------------------------------------------------------------------------
 FASTLIP_HD bool aligned(const void* pointer, int64_t stride_bytes, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0 && stride_bytes % bytes == 0;
@@ -194,7 +236,8 @@ inline bool all_aligned(const PgdStep& p, int64_t pack) {
   };
   return fits(p.x, p.x_stride, storage) && fits(p.grad, p.grad_stride, ascent) && fits(p.x0, p.x0_stride, storage) &&
          fits(p.lo.data, p.lo.stride, arithmetic) && fits(p.hi.data, p.hi.stride, arithmetic) &&
-         fits(p.input, p.input_stride, ascent) && fits(p.mean.data, 0, arithmetic) && fits(p.std.data, 0, arithmetic);
+         fits(p.best, p.best_stride, storage) && fits(p.input, p.input_stride, ascent) &&
+         fits(p.mean.data, 0, arithmetic) && fits(p.std.data, 0, arithmetic);
 }
 
 inline bool known_input(const PgdStep& p) {

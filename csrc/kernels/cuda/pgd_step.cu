@@ -14,6 +14,9 @@
 // sums are in T over a thread's batch of chunks and in double from there. Types of storage are a matter of reading and
 // writing alone, chosen at run time. Chunks of four floats go round the threads in the same way whether they can be
 // accessed as one or not: sums do not depend on alignment, strides or the batch.
+//
+// What is saved: x where it is better, in L2 and L1 read again, from cache, just before it is overwritten; and whether
+// gradients are finite, which is seen as they arrive.
 #include "kernels/cuda/ball_launch.cuh"
 #include "kernels/cuda/ball_passes.cuh"
 
@@ -38,6 +41,7 @@ __global__ void __launch_bounds__(kLinfThreads)
 
   S* const out = static_cast<S*>(p.x) + sample * p.x_stride + at;
   T x[kWidth], grad[kWidth], x0[kWidth], lo[kWidth], hi[kWidth];
+  const bool better = is_better(p, sample);
   load<S>(out, valid, true, x);
   load<S>(static_cast<const S*>(p.x0) + sample * p.x0_stride + at, valid, true, x0);
   if (p.grad != nullptr) {
@@ -46,6 +50,8 @@ __global__ void __launch_bounds__(kLinfThreads)
       using G = decltype(stored);
       load<G>(static_cast<const G*>(p.grad) + sample * p.grad_stride + at, valid, true, grad);
     });
+    if (better) save<S, kWidth>(p, sample, at, valid);
+    look_at(p, sample, grad);
     const T step = finite_or_zero(number<T>(p.step_size, sample));
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] = add_rn(x[i], signed_step(grad[i], step));
@@ -63,7 +69,8 @@ template <typename S>
 cudaError_t launch_linf(PgdStep p, void* stream) {
   constexpr int kWidth = 16 / sizeof(S);
   const bool uniform = p.step_size.data == nullptr && p.eps.data == nullptr && p.lo.data == nullptr &&
-                       p.hi.data == nullptr && p.active == nullptr && p.mean.data == nullptr && p.std.data == nullptr;
+                       p.hi.data == nullptr && p.active == nullptr && p.mean.data == nullptr && p.std.data == nullptr &&
+                       p.best == nullptr && p.not_finite == nullptr;
   const bool packed = p.x_stride == p.size && p.x0_stride == p.size && (p.grad == nullptr || p.grad_stride == p.size) &&
                       (p.input == nullptr || p.input_stride == p.size);
   if (uniform && packed) {
@@ -103,7 +110,12 @@ __global__ void __launch_bounds__(kThreads<kStore>, kLeastBlocks<T, kNorm, kStor
   }
   project_all(
       tile, group, move, search, 1, search, [](Batch&) {},
-      [&](const Batch& batch) FASTLIP_INLINE { tile.finish(batch); });
+      [&](const Batch& batch) FASTLIP_INLINE {
+        if (is_better(p, sample)) {
+          tile.copy(tile.operand(p.x, p.dtype, p.x_stride), tile.operand(p.best, p.dtype, p.best_stride), batch);
+        }
+        tile.finish(batch);
+      });
   tile.feed_all();
 }
 

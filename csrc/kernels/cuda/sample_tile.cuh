@@ -82,6 +82,7 @@ class SampleTile {
     grad_ = operand(const_cast<void*>(p.grad), p.input == nullptr ? p.dtype : p.input_dtype, p.grad_stride);
     climbs_ = p.grad != nullptr;
     divided_ = p.input != nullptr;
+    watched_ = true;
   }
 
   __device__ Operand operand(const void* data, DType dtype, int64_t stride) const {
@@ -93,18 +94,25 @@ class SampleTile {
   __device__ void start_from(const Operand& x, const Operand& grad) {
     x_ = x;
     grad_ = grad;
-    divided_ = false;
+    divided_ = watched_ = false;
   }
-  // Copy x and its gradient, which is finite or not, to the best so far.
-  __device__ __forceinline__ void keep(const Operand& x_best, const Operand& grad_best) const {
+  // Before that: x to the best of the attack's iterates; x and its gradient, which is finite or not, to those of the
+  // largest loss; and a look at the gradient where the step is to start elsewhere, so that no pass has one.
+  __device__ __forceinline__ void keep(bool better, const Operand& best, bool improved, const Operand& x_best,
+                                       const Operand& grad_best, bool elsewhere) const {
 #pragma unroll 1
     for (Offset here = begin(); here < length_; here += stride()) {
-      Chunk x, grad[1];
-      load(x_, here, x);
-      fetch(grad_, here, grad);
-      ascend(here, grad);
-      write(x_best, here, x, x);
-      write(grad_best, here, grad[0], grad[0]);
+      Chunk x[1], grad[1];
+      fetch(x_, here, x);
+      if (improved || elsewhere) {
+        fetch(grad_, here, grad);
+        ascend(here, grad, elsewhere);
+      }
+      if (better) put_stored(best, here, x[0]);
+      if (improved) {
+        put_stored(x_best, here, x[0]);
+        write(grad_best, here, grad[0], grad[0]);
+      }
     }
   }
 
@@ -117,7 +125,7 @@ class SampleTile {
         fetch(grad_, batch_.first, batch_.cap);
         fetch(x0_, batch_.first, batch_.x0);
         fetch(x_, batch_.first, batch_.v);
-        prepare(batch_.first, batch_.cap);
+        prepare(batch_.first, batch_.cap, watched_);
       }
       forget(batch_.first, batch_.cap);
       body(batch_.cap);
@@ -131,7 +139,7 @@ class SampleTile {
           Rows x0;
           fetch(grad_, first, grad);
           if (staged_) fetch(x0_, first, x0);
-          prepare(first, grad);
+          prepare(first, grad, watched_ && !again);
           if (staged_) {
             unpack(x0_.dtype, x0);
             put(staged_v_, first, grad);
@@ -176,7 +184,7 @@ class SampleTile {
             fetch(x0_, first, batch.x0);
             if (climbs_) {
               fetch(grad_, first, batch.cap);
-              prepare(first, batch.cap);
+              prepare(first, batch.cap, false);
             }
             unpack(x0_.dtype, batch.x0);
           }
@@ -214,14 +222,15 @@ class SampleTile {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) chunk[i] = rows[0][i];
   }
-  // Copy what a batch has of an operand.
+  // Copy what a batch has of an operand, as it is stored.
   __device__ __forceinline__ void copy(const Operand& from, const Operand& to, const Batch& batch) const {
+    Offset here = batch.first;
+    forget(here);
 #pragma unroll 1
-    for (int c = 0; c < kChunks; ++c) {
-      const Offset here = at(batch, c);
-      Chunk chunk;
-      load(from, here, chunk);
-      if (here < length_) write(to, here, chunk, chunk);
+    for (int c = 0; c < kChunks && here < length_; ++c, here += stride()) {
+      Chunk rows[1];
+      fetch(from, here, rows);
+      put_stored(to, here, rows[0]);
     }
   }
   __device__ Operand origin() const { return x_; }
@@ -293,9 +302,14 @@ class SampleTile {
   __device__ bool whole(Offset at) const { return at + kChunk <= length_; }
 
   // For the compiler these may have changed: what it keeps of them from pass to pass leaves too few registers.
-  __device__ __forceinline__ static void forget(Offset& first, Rows& rows) {
+  __device__ __forceinline__ static void forget(Offset& first) {
 #ifdef __CUDA_ARCH__
     asm volatile("" : "+r"(first));
+#endif
+  }
+  __device__ __forceinline__ static void forget(Offset& first, Rows& rows) {
+    forget(first);
+#ifdef __CUDA_ARCH__
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
@@ -372,10 +386,11 @@ class SampleTile {
       }
     }
   }
-  // A fetched gradient, now with respect to x.
+  // A fetched gradient, now with respect to x; looked at before, where it is to be.
   template <int kCount>
-  __device__ __forceinline__ void ascend(Offset first, Chunk (&grad)[kCount]) const {
+  __device__ __forceinline__ void ascend(Offset first, Chunk (&grad)[kCount], bool watched) const {
     unpack(grad_.dtype, grad);
+    if (watched) look_at(p_, sample_, grad);
     if constexpr (std::is_same_v<T, float>) {
       if (!divided_) return;
       const Bound<float> std(p_.std, sample_);
@@ -390,8 +405,8 @@ class SampleTile {
     }
   }
   // Likewise, and finite.
-  __device__ __forceinline__ void prepare(Offset first, Rows& grad) const {
-    ascend(first, grad);
+  __device__ __forceinline__ void prepare(Offset first, Rows& grad, bool watched) const {
+    ascend(first, grad, watched);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
@@ -423,13 +438,25 @@ class SampleTile {
 #pragma unroll
           for (int i = 0; i < kChunk; ++i) bits[i] = bit_cast<uint16_t>(narrow<__nv_bfloat16>(values[i], centre[i]));
         }
+        const Chunk packed = {bit_cast<float>(bits[0] | bits[1] << 16), bit_cast<float>(bits[2] | bits[3] << 16)};
+        put_stored(to, at, packed);
+        return;
+      }
+    }
+    put_stored(to, at, values);
+  }
+  // As fetch() leaves them.
+  __device__ __forceinline__ void put_stored(const Operand& to, Offset at, const Chunk& values) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (to.dtype != DType::f32) {
         auto* const data = static_cast<uint16_t*>(to.data) + at;
+        const uint2 words = {bit_cast<uint32_t>(values[0]), bit_cast<uint32_t>(values[1])};
         if (wide_ && whole(at)) {
-          __stwb(reinterpret_cast<uint2*>(data), uint2{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16});
+          __stwb(reinterpret_cast<uint2*>(data), words);
         } else {
 #pragma unroll
           for (int i = 0; i < kChunk; ++i) {
-            if (at + i < length_) data[i] = static_cast<uint16_t>(bits[i]);
+            if (at + i < length_) data[i] = static_cast<uint16_t>((i < 2 ? words.x : words.y) >> 16 * (i % 2));
           }
         }
         return;
@@ -473,7 +500,7 @@ class SampleTile {
   const Search<T, kNorm>& search_;
   int64_t sample_, begin_;
   Offset length_;
-  bool wide_, staged_, ragged_, climbs_, divided_;
+  bool wide_, staged_, ragged_, climbs_, divided_, watched_;
   T* staged_v_;
   T* staged_x0_;
   Bound<T> lo_, hi_;

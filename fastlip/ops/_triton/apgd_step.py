@@ -1,7 +1,7 @@
 """apgd_step_: a small kernel decides for each sample, then elements move.
 
-"linf" is one pass then. "l2" and "l1" go through the PGD step's kernel, "l2" twice, with the point between the two
-projections in the arithmetic's dtype.
+"linf" is one pass then. "l2" and "l1" go through the PGD step's kernel (ball.py), "l2" twice, with the point between
+the two projections in the arithmetic's dtype.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlip.ops._triton.ball import launch_ball
 from fastlip.ops._triton.elements import (
     NO_INPUT,
     arithmetic,
@@ -38,7 +39,6 @@ from fastlip.ops._triton.elements import (
     vectors,
     widened,
 )
-from fastlip.ops._triton.pgd_step import launch_ball
 from fastlip.ops.reference import compute_dtype
 
 _FIRST, _IMPROVED, _RESTART, _SKIP = (tl.constexpr(bit) for bit in (1, 2, 4, 8))
