@@ -1,4 +1,4 @@
-"""What bench_layer_norms.py compares with: power and Gram iteration written from their papers, and SciPy's svds."""
+"""Methods that bench_layer_norms.py compares with: power and Gram iteration after their papers, and SciPy's svds."""
 
 import math
 
@@ -26,7 +26,7 @@ def adjoint(conv: nn.Conv2d, weight: Tensor, y: Tensor, shape: tuple[int, ...]) 
 
 
 def power_iteration(layers: list[Layer], steps: int) -> list[float]:
-    """Power iteration on A^T A from one random start: what users write today, and a lower side only."""
+    """Power iteration on A^T A from one random start, as users write it today; a lower bound only."""
     norms = []
     for conv, shape in layers:
         weight = conv.weight.detach()
@@ -49,7 +49,7 @@ def gram_iteration(layers: list[Layer], steps: int) -> list[float]:
         weight = conv.weight.detach()
         if weight.shape[0] > weight.shape[1]:
             weight = weight.transpose(0, 1)
-        # All blocks of a 1x1 kernel are the same one.
+        # All blocks of a 1x1 kernel are equal.
         sizes = [max(n, k) if k > 1 else 1 for n, k in zip(shape[1:], conv.kernel_size, strict=True)]
         blocks = torch.fft.rfft2(weight, s=sizes).permute(2, 3, 0, 1).flatten(0, 1)
         log = torch.zeros(len(blocks), device=weight.device)
@@ -64,7 +64,7 @@ def gram_iteration(layers: list[Layer], steps: int) -> list[float]:
 
 
 def scipy_svds(layers: list[Layer]) -> list[float]:
-    """The largest singular value by SciPy's ARPACK on the operator, in float64, to eight digits or so."""
+    """The largest singular value by SciPy's ARPACK on the operator, in float64, to about eight digits."""
     norms = []
     for conv, shape in layers:
         weight = conv.weight.detach().double().cpu()

@@ -1,4 +1,4 @@
-"""What bench_published_layers.py measures with: the stretch that a layer really attains, in float64."""
+"""The stretch that a layer attains, in float64, for bench_published_layers.py."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-#: Dense matrices are made of layers with up to this many inputs; larger ones are iterated.
+#: Layers with up to this many inputs are written as dense matrices; larger ones are iterated.
 DENSE = 800
 Map = Callable[[Tensor], Tensor]
 
@@ -32,7 +32,7 @@ class Stretch:
 
 
 def frozen(layer: nn.Module) -> nn.Module:
-    """A copy in eval mode that holds the weights that the layer applies, without their parametrisations, in float64."""
+    """A float64 copy in eval mode that holds the weights as the layer applies them, without parametrisations."""
     out = copy.deepcopy(layer).eval()
     with torch.no_grad():
         for module in list(out.modules()):
@@ -104,7 +104,7 @@ def ratio(f: Map, x: Tensor, y: Tensor, p: float = 2.0, q: float = 2.0) -> Tenso
 
 
 def _halve(f: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The steeper half of each segment: by the triangle inequality, one is as steep as the whole."""
+    """The steeper half of each segment, which by the triangle inequality is as steep as the whole."""
     middle = (x + y) / 2
     keep = ratio(f, x, middle) >= ratio(f, middle, y)
     keep = keep.reshape(-1, *[1] * (x.ndim - 1))

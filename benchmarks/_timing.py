@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: warm medians with percentiles, the machine's description, and rows that outlive the run."""
+"""Shared by the benchmarks: warm medians with percentiles, the machine's description, and files of results."""
 
 import csv
 import os
@@ -97,7 +97,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 class Results:
-    """A CSV file that holds every row as soon as it was measured, whatever becomes of the process afterwards.
+    """A CSV file that holds every row as soon as it was measured, even if the process dies afterwards.
 
     A file of that name goes at once, so that rows of two runs never mix. A row is put on the disk before the next is
     measured; where it brings a column of its own, the whole file is written beside itself and takes its place.
@@ -142,7 +142,7 @@ class Results:
 
 
 class Session:
-    """A benchmark's measurements one after the other: what fails or comes too late costs no other its row."""
+    """A benchmark's measurements one after the other; one that fails or takes too long does not affect the others."""
 
     def __init__(self, limit: float) -> None:
         """``limit``: seconds from now after which no further measurement is begun, nor one that would end later."""
@@ -157,13 +157,13 @@ class Session:
             return
         try:
             measure()
-        except Exception as error:  # whatever it is: the next one may go well
+        except Exception as error:  # any error: the next measurement may succeed
             self._failed.append(name)
             print(f"{name} failed:", flush=True)
             traceback.print_exception(error, file=sys.stdout)
 
     def close(self) -> None:
-        """Say what there is no row of; exit with status 1 where a measurement failed."""
+        """Print which rows are missing; exit with status 1 if a measurement failed."""
         print(f"{time.perf_counter() - self._begun:.1f} s")
         if self._left_out:
             print(f"left out to end within {self._limit:g} s: {'; '.join(self._left_out)}")

@@ -6,12 +6,12 @@
     python benchmarks/bench_attacks.py --network small --old OTHER_TREE      # beside another build of fastlip
 
 PGD-20 and APGD-20 in Linf with cross-entropy and a random start, on correctly classified CIFAR-10 test images, by a
-ResNet-50 with the ImageNet stem at 32x32; and by a convolutional network of three small layers on random images that it
-takes for what it takes them for, where the loop is a larger part. Two radii: one at which nearly all images stand,
-where nothing but the speed of a step counts, and one at which they fall. The libraries take turns, so that a machine
-that drifts is fair to all. ``fast`` and ``precision`` are those of ``fastlip.attacks``; every success of theirs is
-confirmed in float32, and the copy that they follow, made in the first round and kept, is compared with the model in
-every call. Robust accuracy is judged alike for all, by the float32 model.
+ResNet-50 with the ImageNet stem at 32x32; and by a convolutional network of three small layers on random images, with
+its own decisions as labels, where the loop is a larger part. Two radii: one at which nearly all images stay robust,
+where only the speed of a step counts, and one at which attacks succeed. The libraries take turns, so that a drift
+affects all alike. ``fast`` and ``precision`` are those of ``fastlip.attacks``; every success of theirs is confirmed in
+float32, and the copy that they follow, made in the first round and kept, is compared with the model in every call.
+Robust accuracy is judged alike for all, by the float32 model.
 
 "compiled" is torchattacks' loop with model and update under torch.compile, the peer of ``prepare``; it is left out
 where compiling takes longer than ``--compile`` seconds (0: at once). ``calls_per_step`` counts the dispatcher's calls
@@ -60,7 +60,7 @@ OURS: dict[str, dict[str, Any]] = {
     "fastlip, fast": {"fast": True},
     "fastlip, fast, bfloat16": {"fast": True, "precision": torch.bfloat16},
 }
-#: Radii in 255ths: nearly all images stand; images fall.
+#: Radii in 255ths: at the first nearly all images stay robust, at the second attacks succeed.
 RADII = {"standing": 0.1, "falling": 4.0}
 Attack = Callable[[Tensor, Tensor], Tensor]
 

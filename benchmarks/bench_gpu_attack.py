@@ -2,10 +2,10 @@
 
     python benchmarks/bench_gpu_attack.py                      # CSV under benchmarks/results
     python benchmarks/bench_gpu_attack.py --checkpoint FILE    # with FASTLIP_DATA: CIFAR-10's test images
-    python benchmarks/bench_gpu_attack.py --device cpu --images 16 --batch 8    # every path; says nothing of speed
+    python benchmarks/bench_gpu_attack.py --device cpu --images 16 --batch 8    # every path; timings mean nothing
 
 Linf, cross-entropy, a random start, ImageNet stem at 32 x 32, in batches, on images that the network classifies
-correctly: where a library's own shortcut leaves out those that it does not, nothing is gained. Without a checkpoint the
+correctly, so that no library gains by leaving out the others. Without a checkpoint the
 network is trained here for a moment on fastlip's generated images, and attacked on such. All take the same radius,
 number and size of steps; ``peer`` says which library is compared with, and where it is not installed that a loop that
 does as much stands for it. ``fast`` folds BatchNorm, takes channels_last and replays CUDA graphs, whose number and
@@ -63,7 +63,7 @@ def trained(device: str, seconds: float) -> nn.Module:
 
 
 def peer(model: nn.Module, eps: float, step: float) -> tuple[str, Attack]:
-    """PGD of torchattacks with its version; where that is not installed, a loop that does as much, named so."""
+    """PGD of torchattacks with its version; if that is not installed, an equivalent loop with a name that says so."""
     try:
         import torchattacks
     except ImportError:
@@ -103,7 +103,7 @@ class Prepared:
 
 
 def candidates(model: nn.Module, eps: float) -> dict[str, Attack]:
-    """The peer, which all are compared with, and fastlip's ways, the fastest first."""
+    """The peer with which all are compared, and fastlip's variants, the fastest first."""
     step = 2.5 * eps / STEPS
     options = {"norm": "linf", "eps": eps, "steps": STEPS, "step_size": step, "loss": "ce"}
 
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.load_state_dict(load_checkpoint(args.checkpoint)[0])
         model = model.to(args.device).eval()
     warnings.simplefilter("ignore")
-    most = 4 * args.images  # of which so many shall be right
+    most = 4 * args.images  # of which enough should be classified correctly
     images, labels = test.images[:most].float().div(255).to(args.device), test.labels[:most].to(args.device)
     right = decisions(model, images, args.batch) == labels
     images, labels = images[right][: args.images], labels[right][: args.images]

@@ -1,7 +1,7 @@
 """Norms of ResNet-50's 53 convolutions on a GPU, against power iteration, the same Lanczos on cuDNN, and the floor.
 
     python benchmarks/bench_gpu_norms.py                        # CSV under benchmarks/results
-    python benchmarks/bench_gpu_norms.py --device cpu --tiny    # every path on a small network; says nothing of speed
+    python benchmarks/bench_gpu_norms.py --device cpu --tiny    # every path, small network; timings mean nothing
 
 CIFAR stem on 3x32x32, random weights, float32, rtol 0.01 at joint confidence 1 - 1e-6. Time is the wall clock's, with
 the device waited for, of warm calls (the weights of one network fit an H200's L2: it is not emptied). Rows:
@@ -37,7 +37,7 @@ from unittest.mock import patch
 import torch
 from _norm_peers import power_iteration
 from _timing import Results, Session, environment, percentiles, times
-from _torch_stack import TorchStack
+from _torch_operator import TorchBatchedOperator
 from bench_layer_norms import INPUT, layers_of
 from bench_operator_step import allow_tf32, captured, rates
 from torch import nn
@@ -53,7 +53,7 @@ STARTS, STEPS = 4, 24
 
 
 def build(tiny: bool) -> nn.Module:
-    """Without the classifier, so that all methods see the same operators."""
+    """ResNet-50 without the classifier, so that all methods see the same operators."""
     if tiny:
         return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 3, stride=2)).eval()
     model = models.resnet50(10, stem="cifar", seed=0)
@@ -77,15 +77,15 @@ def with_graphs(on: bool) -> Iterator[None]:
         yield
 
 
-def with_products(name: str) -> Any:
-    """How the CUDA library multiplies in stacks that are built here."""
-    return patch.dict(os.environ, FASTLIP_PRODUCTS=name)
+def with_matmul_precision(name: str) -> Any:
+    """The matmul precision of batched operators that are built in this context."""
+    return patch.dict(os.environ, FASTLIP_MATMUL_PRECISION=name)
 
 
 @contextmanager
 def on_torch() -> Iterator[None]:
     """Iterate by torch's convolutions; the certificate stays fastlip's."""
-    with patch.object(lanczos, "batched_operator", TorchStack):
+    with patch.object(lanczos, "batched_operator", TorchBatchedOperator):
         yield
 
 
@@ -100,7 +100,7 @@ def work(ops: list[Operator], steps: list[int]) -> tuple[float, float]:
 
 
 class Table:
-    """Rows of results, put down and printed as they come."""
+    """Rows of results, stored and printed as they are measured."""
 
     def __init__(self, device: str, seconds: float, results: Results) -> None:
         self.device, self.seconds, self.results = device, seconds, results
@@ -123,7 +123,7 @@ class Table:
         least: int = 3,
         check: Callable[[Any], None] = lambda found: None,
     ) -> None:
-        """Time ``run``; no row where its last result fails the ``check``."""
+        """Time ``run``; there is no row if its last result fails the ``check``."""
         results: list[Any] = []
 
         def once() -> None:
@@ -196,7 +196,7 @@ class Norms:
             self.table.add("fastlip", "one network, no CUDA graph", self.intervals, self.floor(self.report))
 
     def network_by_3xtf32(self) -> None:
-        with with_products("3xtf32"):
+        with with_matmul_precision("3xtf32"):
             found = self.intervals()
             assert all(interval.converged for interval in found.values()), "an interval by 3xTF32 is wider than 1%"
             meet(self.report, found)
@@ -226,7 +226,7 @@ class Norms:
         self.add_iteration("fastlip", self.iteration())
 
     def iteration_by_3xtf32(self) -> None:
-        with with_products("3xtf32"):
+        with with_matmul_precision("3xtf32"):
             self.add_iteration("fastlip, 3xTF32", self.iteration())
 
     def iteration_without_graphs(self) -> None:
@@ -234,11 +234,11 @@ class Norms:
             self.add_iteration("fastlip", self.iteration(), ", no CUDA graph")
 
     def iteration_on_torch(self) -> None:
-        self.add_iteration("Lanczos on torch's convolutions", self.iteration(TorchStack))
+        self.add_iteration("Lanczos on torch's convolutions", self.iteration(TorchBatchedOperator))
 
     def iteration_on_torch_in_one_graph(self) -> None:
         with with_graphs(False):
-            replay = captured(self.iteration(TorchStack))
+            replay = captured(self.iteration(TorchBatchedOperator))
         self.add_iteration("Lanczos on torch's convolutions", replay, ", one CUDA graph")
 
     def power(self, setting: str) -> None:
@@ -277,9 +277,9 @@ class Checkpoints:
     def operators(self) -> list[Operator]:
         return [op for network in self.networks for op in operators(network)]
 
-    def add(self, what: str, products: str) -> None:
+    def add(self, what: str, precision: str) -> None:
         networks = self.networks
-        with with_products(products):
+        with with_matmul_precision(precision):
             reports = norms(networks, self.memory)
             steps = [k for network, report in zip(networks, reports, strict=True) for k in steps_of(network, report)]
             floor = self.table.floor(self.operators, steps)
@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table(args.device, args.seconds, Results(args.out / f"gpu_norms_{args.device}.csv", shared))
     model = build(args.tiny).to(args.device)
     one, many = Norms(table, model, memory), Checkpoints(table, model, args.checkpoints, memory)
-    # In order of value, and last what takes longest and says least.
+    # The most valuable measurements first, the longest and least valuable last.
     session.attempt("one network", one.network)
     session.attempt("one network on torch's convolutions", one.network_on_torch)
     session.attempt("iteration alone", one.iteration_alone)

@@ -1,15 +1,15 @@
-"""krylov_bound and top_eigenpairs: judging the coefficients of many Lanczos chains on the host.
+"""krylov_bound and top_eigenpairs: the certificates of many Lanczos iterations, computed on the host.
 
     python benchmarks/bench_krylov.py          # CSV under benchmarks/results
 
-212 chains are the 53 convolutions of ResNet-50 with four starts each. Rows:
+212 matrices are those of the 53 convolutions of ResNet-50 with four start vectors each. Rows:
 
 - top_eigenpairs; krylov_bound to a bracket of 1e-5 (when to stop) and of 1e-12 (the certificate);
 - torch eigh: LAPACK's eigenvectors of every matrix, batched, which fastlip.ops.reference builds both from;
 - scipy: eigh_tridiagonal for the largest eigenpair of one matrix after the other.
 
 ``x_native`` is over top_eigenpairs of the same size. ``floor`` is one pass of the pivots' divisions by torch, k of them
-one after the other for all chains at once: less than any of them has to do.
+one after the other for all matrices at once: less than any of them has to do.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from fastlip.ops import reference
 SIZES = ((212, 6), (212, 12), (212, 30), (212, 60), (21200, 30))
 
 
-def matrices(chains: int, steps: int) -> tuple[Tensor, Tensor]:
+def matrices(count: int, steps: int) -> tuple[Tensor, Tensor]:
     """Diagonals of B^T B for random bidiagonal B."""
     generator = torch.Generator().manual_seed(0)
-    alpha, beta = 1.0 + torch.rand(2, chains, steps, generator=generator, dtype=torch.float64)
+    alpha, beta = 1.0 + torch.rand(2, count, steps, generator=generator, dtype=torch.float64)
     diagonal, beta = alpha**2, 0.4 * beta
     diagonal[:, 1:] += beta[:, :-1] ** 2
     return diagonal, alpha * beta
@@ -46,9 +46,9 @@ def floor(diagonal: Tensor, off: Tensor) -> Tensor:
     return pivot
 
 
-def measure(chains: int, steps: int, seconds: float, results: Results) -> None:
-    diagonal, off = matrices(chains, steps)
-    rest = [torch.full((chains,), value, dtype=torch.float64) for value in (1.0, 1e-6, 1e-3)]
+def measure(count: int, steps: int, seconds: float, results: Results) -> None:
+    diagonal, off = matrices(count, steps)
+    rest = [torch.full((count,), value, dtype=torch.float64) for value in (1.0, 1e-6, 1e-3)]
 
     def scipy_pairs() -> list[Any]:
         which = {"select": "i", "select_range": (steps - 1, steps - 1)}
@@ -67,9 +67,9 @@ def measure(chains: int, steps: int, seconds: float, results: Results) -> None:
         ms = times(run, seconds=seconds, least=3, warm=1)
         median, low, high = percentiles(ms)
         native = native or median  # top_eigenpairs comes first
-        row = {"chains": chains, "steps": steps, "what": what, "ms": median, "ms_p20": low, "ms_p80": high}
+        row = {"matrices": count, "steps": steps, "what": what, "ms": median, "ms_p20": low, "ms_p80": high}
         results.add(row | {"runs": len(ms), "x_native": median / native})
-        print(f"{chains:>7} {steps:>6} {what:<24} {median:>9.3f} {median / native:>9.2f}", flush=True)
+        print(f"{count:>8} {steps:>6} {what:<24} {median:>9.3f} {median / native:>9.2f}", flush=True)
 
 
 def main() -> None:
@@ -82,9 +82,9 @@ def main() -> None:
     shared = environment("cpu")
     results = Results(args.out / "krylov_cpu.csv", shared)
     print(f"{shared['device']}, {shared['isa']}, torch {shared['torch']}, {args.threads} thread(s)")
-    print(f"{'chains':>7} {'steps':>6} {'what':<24} {'ms':>9} {'x native':>9}")
-    for chains, steps in SIZES:
-        measure(chains, steps, args.seconds, results)
+    print(f"{'matrices':>8} {'steps':>6} {'what':<24} {'ms':>9} {'x native':>9}")
+    for count, steps in SIZES:
+        measure(count, steps, args.seconds, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Norms of ResNet-50's 53 convolutions, from both sides, against what else there is.
+"""Norms of ResNet-50's 53 convolutions, from both sides, against other methods.
 
     python benchmarks/bench_layer_norms.py [--checkpoint FILE] [--device cuda]
 
@@ -170,7 +170,7 @@ def narrow(module: nn.Module) -> None:
 
 
 def measure_host(results: Results, device: str, repeats: int) -> None:
-    """A network of as many layers and hardly any channels: what is left is the host's work."""
+    """A network with as many layers and few channels, so that the host's work dominates."""
     table = Table(results, device, "cifar", "random", 10 * repeats)
     network = build("cifar", None)
     narrow(network)

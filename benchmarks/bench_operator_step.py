@@ -89,23 +89,25 @@ def rates(device: str, seconds: float) -> tuple[float, float]:
     return 2 * 2048**3 / product * 1e3, 2 * 4 * large.numel() / moved * 1e3
 
 
-def fused(selected: list[Layer], starts: int, device: str, products: ops.Products = "float32") -> Callable[[], object]:
-    geometries, chains = [layer.geometry for layer in selected], [starts] * len(selected)
-    plans = [ops.operator_plan(geometries, chains, adjoint=adjoint, device=device) for adjoint in (False, True)]
+def fused(
+    selected: list[Layer], starts: int, device: str, precision: ops.MatmulPrecision = "float32"
+) -> Callable[[], object]:
+    geometries, vectors = [layer.geometry for layer in selected], [starts] * len(selected)
+    plans = [ops.operator_plan(geometries, vectors, adjoint=adjoint, device=device) for adjoint in (False, True)]
     kernels, groups = [layer.weight for layer in selected], [layer.geometry.groups for layer in selected]
     weights = [ops.pack_weights(kernels, groups, adjoint=adjoint) for adjoint in (False, True)]
     v, w = (torch.randn(plans[0].source_size, device=device) for _ in range(2))
     u, u_before = (torch.randn(plans[0].target_size, device=device) for _ in range(2))
     alpha, alpha_before, beta, beta_next = (
-        torch.ones(plans[0].chains, dtype=torch.float64, device=device) for _ in range(4)
+        torch.ones(plans[0].vectors, dtype=torch.float64, device=device) for _ in range(4)
     )
 
     before = {"x_square": beta, "previous": u_before, "previous_square": alpha_before}
     after = {"x_square": alpha, "previous": v, "previous_square": beta}
 
     def sweep() -> None:
-        ops.operator_step_(u, alpha, v, weights[0], plans[0], products=products, **before)
-        ops.operator_step_(w, beta_next, u, weights[1], plans[1], products=products, **after)
+        ops.operator_step_(u, alpha, v, weights[0], plans[0], matmul_precision=precision, **before)
+        ops.operator_step_(w, beta_next, u, weights[1], plans[1], matmul_precision=precision, **after)
 
     return sweep
 

@@ -31,7 +31,7 @@ from fastlip.norms import Operator, conv_operator
 from fastlip.norms._solvers import a_posteriori, lanczos
 from fastlip.norms._solvers.batched_operator import BatchedOperator, batched_operator
 from fastlip.norms._solvers.certificate import Array
-from fastlip.norms._solvers.iteration import IterationConfig
+from fastlip.norms._solvers.iteration_config import IterationConfig
 
 Split = Callable[[Tensor], tuple[Tensor, ...]]
 ETA = 1e-6 / 53
@@ -58,11 +58,11 @@ ARITHMETIC: dict[str, Split] = {
 class Emulated:
     """A batched operator that multiplies in another arithmetic; sums, scaling and subtraction are float32."""
 
-    def __init__(self, split: Split, ops: Sequence[Operator], chains: int, dtype: torch.dtype) -> None:
+    def __init__(self, split: Split, ops: Sequence[Operator], vectors: int, dtype: torch.dtype) -> None:
         self._split = split
         weights = zip(*(split(op.weight.to(torch.float32)) for op in ops), strict=True)
         self._parts = [
-            batched_operator([op.with_weight(w) for op, w in zip(ops, part, strict=True)], chains, dtype)
+            batched_operator([op.with_weight(w) for op, w in zip(ops, part, strict=True)], vectors, dtype)
             for part in weights
         ]
         first = self._parts[0]
@@ -127,9 +127,9 @@ def run(op: Operator, split: Split | None, plan: IterationConfig) -> tuple[float
     seen: dict[str, float] = {}
     bound = a_posteriori.krylov_bound
 
-    def noted(diagonal: Array, off: Array, last: Array, residual: Array, overlaps: Array) -> Array:
-        seen["residual"], seen["overlap"] = float(residual.max()), float(overlaps.min())
-        return bound(diagonal, off, last, residual, overlaps)
+    def noted(diagonal: Array, off: Array, last: Array, residual: Array, start_overlap: Array) -> Array:
+        seen["residual"], seen["overlap"] = float(residual.max()), float(start_overlap.min())
+        return bound(diagonal, off, last, residual, start_overlap)
 
     build: Callable[..., BatchedOperator] = batched_operator if split is None else functools.partial(Emulated, split)
     with patch.object(lanczos, "batched_operator", build), patch.object(a_posteriori, "krylov_bound", noted):
@@ -145,18 +145,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    def plan(starts: int, rtol: float, steps: int, dtype: torch.dtype) -> IterationConfig:
+    def config(starts: int, rtol: float, steps: int, dtype: torch.dtype) -> IterationConfig:
         return IterationConfig(ETA, starts, rtol, steps, dtype, torch.Generator().manual_seed(1))
 
     shared = {"emulated_on": "cpu", "torch": torch.__version__, "fastlip": fastlip.__version__}
     results = Results(args.out / "precision_emulated.csv", shared)
     for name, op in layers().items():
-        low, high, *_ = run(op, None, plan(4, 1e-7, 120, torch.float64))
+        low, high, *_ = run(op, None, config(4, 1e-7, 120, torch.float64))
         truth = 0.5 * (low + high)
         for starts in args.starts:
             for rtol in (1e-2, 1e-3):
                 for arithmetic, split in ARITHMETIC.items():
-                    lower, upper, steps, residual, overlap = run(op, split, plan(starts, rtol, 60, torch.float32))
+                    lower, upper, steps, residual, overlap = run(op, split, config(starts, rtol, 60, torch.float32))
                     row = {"layer": name, "starts": starts, "rtol": rtol, "arithmetic": arithmetic, "steps": steps}
                     row |= {"width": f"{upper / lower - 1:.3g}", "lower_gap": f"{1 - lower / truth:.3g}"}
                     row |= {"residual": f"{residual / truth**2:.3g}", "overlap": f"{overlap:.3g}"}

@@ -1,4 +1,4 @@
-"""What the projections of attack libraries make of the eps budget, and whether they keep to it.
+"""How much of the eps budget the projections of attack libraries use, and whether they exceed it.
 
     pip install torchattacks foolbox adversarial-robustness-toolbox pyautoattack attackbenchlib
     pip install --no-deps adv-lib visdom cleverhans robustness secml-torch
@@ -127,7 +127,7 @@ class Score:
 
 
 class Driven(nn.Module):
-    """Two logits whose cross-entropy for label 0 has a gradient along d at every point, and is fooled past x0."""
+    """Two logits whose cross-entropy for label 0 has a gradient along d everywhere; beyond x0 the decision is wrong."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ LIBRARIES: dict[str, Callable[[], Iterator[Peer]]] = {
 
 
 def takes_the_step(peer: Peer) -> bool:
-    """Whether one step with an eps that does not bind arrives at clip(x0 + d): then that point is projected."""
+    """Whether one step with a large eps arrives at clip(x0 + d), so that this point is what is projected otherwise."""
     if not peer.step or peer.ratio is not None:  # APGD's step is twice its eps, and its own first
         return True
     x0, d = inputs(30, peer.norm, 2.0, torch.Generator().manual_seed(1))

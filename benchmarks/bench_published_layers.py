@@ -1,11 +1,11 @@
-"""What published 1-Lipschitz and orthogonal layers really are, measured and certified.
+"""The Lipschitz constants of published 1-Lipschitz and orthogonal layers, measured and certified.
 
     pip install deel-torchlip orthogonium einops geotorch monotonicnetworks monotonenorm
     python benchmarks/bench_published_layers.py
 
 Every layer is built as its documentation says, put into eval mode and measured; then trained for 20 steps of Adam (mean
 squared error to random targets three times as large as normal ones) and measured again, anew for each of two learning
-rates, 0.01 and a reckless 0.3; and after the first as the library exports it, where it does. A library that is not
+rates, 0.01 and an excessive 0.3; and after the first one as the library exports it, if it does. A library that is not
 installed is named and left out; a layer that cannot be built here has a row that says why. About three minutes on one
 core.
 
@@ -44,7 +44,7 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, what it promises, and where it says so.
+    """A layer, the constant that its documentation promises, and where.
 
     Attributes:
         library: its name for pip.
@@ -487,7 +487,7 @@ def first_line(error: Exception) -> str:
 
 
 def certified(layer: nn.Module, case: Case, found: Stretch) -> dict[str, Any]:
-    """Fastlip's two sides for the layer, or the dense matrix's, and how they came about."""
+    """Fastlip's lower and upper side for the layer, or those of its dense matrix, and the method."""
     if case.norms != (2.0, 2.0):
         return {"lower": found.attained, "upper": found.attained, "method": "dense matrix, closed form", "note": ""}
     generator = torch.Generator().manual_seed(0)
@@ -534,7 +534,7 @@ def measure(layer: nn.Module, case: Case, when: str) -> dict[str, Any]:
 
 
 def rows_of(case: Case) -> list[dict[str, Any]]:
-    """All rows of one layer; one that names the reason where it cannot be built or run."""
+    """All rows of one layer; a single row with the reason if it cannot be built or run."""
     head = {"library": case.library, "version": importlib.metadata.version(case.library), "layer": case.layer}
     head |= {"arguments": case.arguments, "input": "x".join(map(str, case.shape))}
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What a preset of the study would take, from a few minutes of its own stages; and whether its training stalls.
+"""The time that a preset of the study would take, from a few minutes of its stages; and whether training stalls.
 
     python benchmarks/bench_study.py --device cuda --limit 170       # CSV under benchmarks/results; with FASTLIP_DATA
     python benchmarks/bench_study.py --images 256 --attacked 12 ...  # the set's own images in place of generated ones
@@ -195,7 +195,7 @@ def _ten(images: ImageSet) -> ImageSet:
 
 
 def fewer(full: Settings, images: int, attacked: int, data: bool) -> Settings:
-    """The preset on fewer images, and a part of what is long and goes in proportion."""
+    """The preset on fewer images, with long measurements cut in proportion."""
 
     def cut(schedule: Schedule) -> Schedule:
         return replace(schedule, images=min(schedule.images, images))
@@ -227,7 +227,7 @@ def fewer(full: Settings, images: int, attacked: int, data: bool) -> Settings:
 
 
 def kind_of(measurement: str) -> str:
-    """The measurement's name without its strength: "pgd-linf-0.25" and "pgd-l2-0.1" are a "pgd"."""
+    """The measurement's name without its strength: "pgd" for "pgd-linf-0.25" and for "pgd-l2-0.1"."""
     return re.sub(r"-(linf-|l2-|l1-)?[0-9.e+-]+$", "", measurement)
 
 
@@ -328,7 +328,7 @@ class Bench:
 
     @cached_property
     def evaluated(self) -> dict[str, Stage]:
-        """Stages of a run whose networks are there and decide every attacked image as it is labelled."""
+        """Stages of a run whose networks exist and classify every attacked image correctly."""
         assert self.trained is not None, "no network was trained"
         run, images = self.run(compiled=False), self.inputs.target_attacked
         with torch.no_grad():
@@ -344,7 +344,7 @@ class Bench:
         yield from [m for m in run.snapshots if arm_of(m) == "scratch"][:1]
 
     def measurements(self) -> list[tuple[str, str]]:
-        """A kind, and the name of the first stage of that kind; what most of the preset's time goes to comes first."""
+        """Each kind with the name of its first stage; the kinds that take most of the preset's time come first."""
         run, found = RunDirectory(next(iter(self.folder.glob("*/config.json"))).parent), {}
         for model in self.representatives(run):
             for name in self.stages(run):
@@ -398,7 +398,7 @@ class Bench:
         return n, factor
 
     def attack(self, fast: bool) -> None:
-        """The study's PGD alone, on one batch, and what ``fast`` would make of it."""
+        """The study's PGD alone on one batch, with and without ``fast``."""
         assert self.trained is not None, "no network was trained"
         _ = self.evaluated  # labels
         size, model = self.settings.evaluation.batch_size, self.trained.requires_grad_(False)
@@ -419,7 +419,7 @@ class Bench:
         self.add(row | {"images": len(x), "seconds": seconds, "images_per_s": len(x) / seconds})
 
     def predict(self) -> None:
-        """Put down what the preset would take by what is known so far, in place of what was predicted before."""
+        """Replace the prediction of the preset's time by one from all that was measured so far."""
         run = RunDirectory(next(iter(self.folder.glob("*/config.json"))).parent)
         parts = {"training": self.predict_training(run), "evaluation": self.predict_evaluation(run)}
         whole = {"stage_s": sum(p["stage_s"] for p in parts.values())}
@@ -462,7 +462,7 @@ class Bench:
         return {"stage_s": seconds, "missing": " ".join(missing)}
 
     def evaluation_stages(self, run: RunDirectory) -> Counter[str]:
-        """How many stages of each kind the preset has."""
+        """Number of stages of each kind in the preset."""
         whose = {m.name: "" for m in run.models} | {m.name: "snapshot " for m in run.snapshots}
         found: Counter[str] = Counter()
         for name in self.stages(run):

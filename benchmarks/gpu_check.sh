@@ -100,7 +100,7 @@ run=(bash -c 'source functions.sh; "$@"' run)
 # Options of a dry run, and of what is measured.
 if [[ $device == cpu ]]; then
   export OMP_NUM_THREADS=1
-  chosen=(-k layouts "$repository/tests/ops" "$repository/tests/norms/test_recurrence.py") all=("${chosen[@]}")
+  chosen=(-k layouts "$repository/tests/ops" "$repository/tests/norms/solvers/test_recurrence.py") all=("${chosen[@]}")
   interpreted=(TRITON_INTERPRET=1)
   triton=(-k "matches_reference and linf" "$repository/tests/ops/test_random_start.py")
   norms=(--tiny --checkpoints 3 --seconds 0.02)

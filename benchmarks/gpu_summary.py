@@ -1,8 +1,8 @@
-"""What gpu_check.sh measured beside what is aimed at; reads its CSVs.
+"""The results of gpu_check.sh beside their aims, from its CSVs.
 
     python benchmarks/gpu_summary.py benchmarks/results/gpu
 
-Benchmarks that were stopped leave the rows that they had measured; what is not there is a dash.
+Benchmarks that were stopped leave the rows measured so far; missing numbers are dashes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def labels(folder: Path, name: str, device: str) -> list[str]:
 
 
 def one(rows: Rows, **wanted: str) -> Row | None:
-    """The row whose columns are, or begin with, what is wanted."""
+    """The row whose columns equal, or begin with, the given values."""
     return next((r for r in rows if all(r.get(k, "").startswith(v) for k, v in wanted.items())), None)
 
 
@@ -74,7 +74,7 @@ def results(folder: Path, device: str) -> list[tuple[str, str, float | None]]:
     alone = one(norms, what="fastlip", setting="iteration alone")
     matrix = [one(norms, what="fastlip, 3xTF32", setting=s) for s in ("one network", "iteration alone")]
     peers = [r for r in norms if r["what"].startswith("Lanczos on torch") and r["setting"].startswith("iteration")]
-    # On a GPU the peer is at its best in one graph; without that row nobody knows what it can do.
+    # On a GPU the peer is fastest in one graph, so the comparison needs that row.
     whole = device == "cpu" or any(r["setting"].endswith("one CUDA graph") for r in peers)
     strong = min(peers, key=lambda r: float(r["ms"])) if peers and whole else None
     power = one(norms, setting="100 steps, TF32 off")

@@ -40,7 +40,7 @@ def keep(run: RunDirectory, folder: Path) -> None:
         if examples(kept, read_json(run.results)["classes"]) == shown:
             break
     html_report.write(kept)
-    shutil.rmtree(kept.figures)  # they are in the report, with their data
+    shutil.rmtree(kept.figures)  # the report contains them with their data
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ from typing import TypeGuard
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether ``value`` is an integer, one of NumPy's included; truth values are none."""
+    """Whether ``value`` is an integer, including NumPy's; a bool is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a real number, one of NumPy's included; truth values are none."""
+    """Whether ``value`` is a real number, including NumPy's; a bool is not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""Files that are either there and complete or not there at all."""
+"""Files that are either complete or missing, never partly written."""
 
 import os
 import secrets
@@ -11,8 +11,8 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place, synced to disk, when the block ends without an error.
 
-    Its name is this attempt's own, so that processes writing the same file leave each other's alone. A process killed
-    inside the block leaves ``path`` as it was and its temporary file, whose name contains ``.part``.
+    Its name is unique, so that processes that write the same file do not interfere. A process that is killed inside the
+    block leaves ``path`` unchanged, and its temporary file, whose name contains ``.part``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part{path.suffix}")

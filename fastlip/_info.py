@@ -1,4 +1,4 @@
-"""What this installation is and which backend serves each device."""
+"""Versions of this installation, and the backend that serves each device."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -10,7 +10,7 @@ namespace fastlip {
 
 enum class DType : int32_t { f32, f64, f16, bf16 };
 enum class Norm : int32_t { linf, l2, l1 };
-enum class Products : int32_t { float32, tf32x3 };
+enum class MatmulPrecision : int32_t { float32, tf32x3 };
 enum class Loss : int32_t { dlr, ce, margin };
 
 // One number for all, or numbers of the arithmetic's type (double for f64 storage, else float) read at
@@ -101,56 +101,56 @@ struct RandomStart {
   int64_t channels;
 };
 
-// Half a step of bidiagonalisation for many operators: out = A x / |x| - (|x| / |previous|) previous, and |out|^2.
-// The tables are those of fastlip/ops/_operator_plan.py, which says what lies where; their contents are trusted.
+// Half a step of Golub-Kahan bidiagonalisation for many operators: out = A x / |x| - (|x| / |previous|) previous, and
+// |out|^2. fastlip/ops/_operator_plan.py makes the tables and describes the memory layout; their contents are trusted.
 struct OperatorStep {
   void* out;
-  double* out_square;  // one number a chain, like all squares
+  double* out_square;  // one number per vector, like all squares
   const void* x;
   const double* x_square;  // null: x is not scaled
   const void* previous;    // null: nothing is subtracted
   const double* previous_square;
   const void* weights;
-  const int64_t* problems;  // rows of Problem
-  const int64_t* tiles;     // rows of Tile
-  const int64_t* bundles;   // rows of Bundle
+  const int64_t* problems;       // rows of Problem
+  const int64_t* tiles;          // rows of Tile
+  const int64_t* gather_groups;  // rows of GatherGroup
   const int32_t* entries;
-  const uint8_t* active;  // null: all
-  double* partial;        // scratch, tile_count x most_chains: squared norms of what each tile wrote
-  DType dtype;            // f32 or f64
-  Products products;      // CUDA only: how float32 numbers are multiplied
-  int64_t problem_count, tile_count, most_chains;
-  // CUDA only: rows of `tiles` that are parts of a tile; scratch, kBlock x kPartColumns elements for each of them; and
-  // problem_count + parts numbers.
+  const uint8_t* active;             // null: all
+  double* partial;                   // scratch, tile_count x max_vectors: squared norms of what each tile wrote
+  DType dtype;                       // f32 or f64
+  MatmulPrecision matmul_precision;  // CUDA only: how float32 numbers are multiplied
+  int64_t problem_count, tile_count, max_vectors;
+  // CUDA only: how many rows of `tiles` are parts of a tile (split-K); scratch of kBlock x kPartColumns elements for
+  // each of them; and problem_count + parts counters.
   int64_t parts;
   void* sums;
   int32_t* counters;
 
   static constexpr int64_t kBlock = 64;        // target channels of a full block
   static constexpr int64_t kLanes = 16;        // a block's channels are padded to a multiple of this
-  static constexpr int64_t kPartColumns = 64;  // most columns of a tile in parts
+  static constexpr int64_t kPartColumns = 64;  // most columns of a tile that is split into parts
   struct Problem {
-    int64_t depthwise, source_at, target_at, weight_at, chain_at, chains, groups, taps;
+    int64_t depthwise, source_at, target_at, weight_at, vector_at, vectors, groups, taps;
     int64_t source_channels, target_channels;  // per group
     int64_t source_pixels, target_pixels;
     int64_t tile_at, tiles;
   };
-  struct Bundle {
+  struct GatherGroup {
     int64_t taps, pixels, taps_at, targets_at, sources_at;
   };
   struct Tile {
-    int64_t problem, bundle, group, block, column, columns;
-    int64_t part, parts, slot;  // slot: of `sums`, -1 for a whole tile
+    int64_t problem, gather_group, group, block, column, columns;
+    int64_t part, parts, slot;  // slot: row of `sums`, -1 for a whole tile
   };
 };
 
-// Kernels in the order in which operator_step_ reads them, one after the other; see pack.h.
+// Convolution kernels in the layout that operator_step_ reads, one after the other; see pack.h.
 struct PackWeights {
   struct Problem {
     const void* weight;                      // [groups * outputs, inputs, taps], dense
     DType dtype;                             // f32 or f64
     int32_t groups, targets, sources, taps;  // channels of a group: A's outputs and inputs, or the adjoint's
-    int64_t at;                              // where its elements begin in `out`
+    int64_t at;                              // offset of its elements in `out`
   };
   void* out;
   DType dtype;  // f32 or f64
@@ -159,17 +159,17 @@ struct PackWeights {
   bool adjoint;
 };
 
-// Symmetric tridiagonal matrices T, one a chain, [chains, steps] each; off-diagonals are not negative.
+// Symmetric tridiagonal matrices T, one per start vector: [count, steps] each; off-diagonals are not negative.
 struct Tridiagonal {
   const double* diagonal;
   const double* off;  // the last one couples to the vector after the last step
-  int64_t chains, steps;
+  int64_t count, steps;
 };
 
-// Krylov's certificate: see fastlip/ops/_krylov.py. One number a chain.
+// The Krylov certificate, see fastlip/ops/_krylov.py. One number per matrix.
 struct KrylovBound {
   Tridiagonal matrix;
-  const double *last, *residual, *overlaps;
+  const double *last, *residual, *start_overlap;
   double tolerance;  // relative width of the bracket whose upper end is returned
   double* upper;
 };
@@ -240,10 +240,10 @@ constexpr int64_t scratch_bytes(int64_t size) { return 4 * (size + 64) * static_
 // Table for this CPU, or for FASTLIP_CPU_ISA; null with a message in `error` where that is unknown or unsupported.
 const Kernels* kernels(const char** error);
 void pack_weights(const PackWeights&, int64_t problem);
-// out_square from the partial sums of all tiles, in their order.
+// out_square: the partial sums of all tiles, added in order.
 void operator_squares(const OperatorStep&);
 const char* compiled_isas();  // comma-separated
-// Chains [begin, end), of at least one step. Largest eigenvalues [chains] and their unit vectors [chains, steps].
+// Matrices [begin, end), of at least one step. Largest eigenvalues [count] and their unit vectors [count, steps].
 void top_eigenpairs(const Tridiagonal&, double* values, double* vectors, int64_t begin, int64_t end);
 void krylov_bound(const KrylovBound&, int64_t begin, int64_t end);
 }  // namespace cpu

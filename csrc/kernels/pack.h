@@ -1,9 +1,9 @@
-// Where a kernel's elements go when operator_step_ is to read them in order. One copy for CPU and CUDA, of internal
+// The layout in which operator_step_ reads convolution kernels. CPU and CUDA share this header; everything has internal
 // linkage (see cpu/scalar.h).
 //
-// A group's targets stand in blocks of 64, the last of them padded to a multiple of 16 with zeros. A block holds, for
-// each tap and each source, its targets next to each other. A depthwise convolution is one group of so many targets,
-// each with one tap for each row.
+// The target channels of a group are in blocks of 64, the last one padded with zeros to a multiple of 16. A block holds
+// its targets next to each other, for each tap and each source channel. A depthwise convolution is one group whose
+// targets have one source channel.
 #pragma once
 #include "kernels/api.h"
 
@@ -24,7 +24,7 @@ FASTLIP_EITHER int64_t pack_padded(int64_t channels) {
 FASTLIP_EITHER int64_t pack_size(const PackProblem& p) {
   return int64_t{p.groups} * p.sources * p.taps * pack_padded(p.targets);
 }
-// Elements from one target to the next in the weight; sources are p.taps (where targets are not), taps 1 apart.
+// Elements from one target to the next, and from one source to the next, in the weight; taps are 1 apart.
 FASTLIP_EITHER int64_t pack_target_stride(const PackProblem& p, bool adjoint) {
   return adjoint ? p.taps : int64_t{p.sources} * p.taps;
 }
@@ -32,7 +32,7 @@ FASTLIP_EITHER int64_t pack_source_stride(const PackProblem& p, bool adjoint) {
   return adjoint ? int64_t{p.targets} * p.taps : p.taps;
 }
 
-// Of the packed element `at` of a problem: where it stands in the weight, -1 for padding.
+// Index in the weight of the packed element `at` of a problem, -1 for padding.
 FASTLIP_EITHER int64_t pack_source(const PackProblem& p, bool adjoint, int64_t at) {
   const int64_t rows = int64_t{p.sources} * p.taps, per_group = rows * pack_padded(p.targets);
   const int64_t group = at / per_group;

@@ -52,10 +52,10 @@ inline Norm norm_of(const std::string& norm) {
   return Norm::l1;
 }
 
-inline Products products_of(const std::string& products) {
-  if (products == "float32") return Products::float32;
-  STD_TORCH_CHECK(products == "3xtf32", "products must be float32 or 3xtf32, got ", products);
-  return Products::tf32x3;
+inline MatmulPrecision matmul_precision_of(const std::string& matmul_precision) {
+  if (matmul_precision == "float32") return MatmulPrecision::float32;
+  STD_TORCH_CHECK(matmul_precision == "3xtf32", "matmul_precision must be float32 or 3xtf32, got ", matmul_precision);
+  return MatmulPrecision::tf32x3;
 }
 
 // Elements of one sample.
@@ -290,8 +290,9 @@ inline ApgdStep apgd_step_of(Tensor& x, const Tensor& grad, const Tensor& loss, 
 inline OperatorStep operator_step_of(Tensor& out, Tensor& out_square, const Tensor& x, const OptionalTensor& x_square,
                                      const OptionalTensor& previous, const OptionalTensor& previous_square,
                                      const Tensor& weights, const Tensor& problems, const Tensor& tiles,
-                                     const Tensor& bundles, const Tensor& entries, int64_t most_chains, int64_t parts,
-                                     const std::string& products, const OptionalTensor& active, Tensor& partial) {
+                                     const Tensor& gather_groups, const Tensor& entries, int64_t max_vectors,
+                                     int64_t parts, const std::string& matmul_precision, const OptionalTensor& active,
+                                     Tensor& partial) {
   const DType dtype = dtype_of(out, "out");
   STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, "out must be float32 or float64");
   const auto vector = [&](const Tensor& t, ScalarType type, int64_t size, const char* name) {
@@ -321,15 +322,15 @@ inline OperatorStep operator_step_of(Tensor& out, Tensor& out_square, const Tens
           vector(weights, out.scalar_type(), -1, "weights"),
           table(problems, sizeof(OperatorStep::Problem), "problems"),
           table(tiles, sizeof(OperatorStep::Tile), "tiles"),
-          table(bundles, sizeof(OperatorStep::Bundle), "bundles"),
+          table(gather_groups, sizeof(OperatorStep::GatherGroup), "gather_groups"),
           static_cast<const int32_t*>(vector(entries, ScalarType::Int, -1, "entries")),
           active ? static_cast<const uint8_t*>(vector(*active, ScalarType::Bool, problems.size(0), "active")) : nullptr,
           static_cast<double*>(partial.mutable_data_ptr()),
           dtype,
-          products_of(products),
+          matmul_precision_of(matmul_precision),
           problems.size(0),
           tiles.size(0),
-          most_chains,
+          max_vectors,
           parts,
           nullptr,
           nullptr};

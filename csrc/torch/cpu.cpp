@@ -87,14 +87,15 @@ void apgd_step_(Tensor x, const Tensor& grad, const Tensor& loss, const Tensor& 
 
 void operator_step_(Tensor out, Tensor out_square, const Tensor& x, OptionalTensor x_square, OptionalTensor previous,
                     OptionalTensor previous_square, const Tensor& weights, const Tensor& problems, const Tensor& tiles,
-                    const Tensor& bundles, const Tensor& entries, int64_t most_chains, int64_t parts,
-                    std::string products, OptionalTensor active) {
+                    const Tensor& gather_groups, const Tensor& entries, int64_t max_vectors, int64_t parts,
+                    std::string matmul_precision, OptionalTensor active) {
   STD_TORCH_CHECK(parts == 0, "the CPU kernels take plans of whole tiles: part_products must be 0");
-  Tensor partial = torch::stable::new_empty(out_square, {tiles.size(0), most_chains});
-  const OperatorStep step = operator_step_of(out, out_square, x, x_square, previous, previous_square, weights, problems,
-                                             tiles, bundles, entries, most_chains, parts, products, active, partial);
+  Tensor partial = torch::stable::new_empty(out_square, {tiles.size(0), max_vectors});
+  const OperatorStep step =
+      operator_step_of(out, out_square, x, x_square, previous, previous_square, weights, problems, tiles, gather_groups,
+                       entries, max_vectors, parts, matmul_precision, active, partial);
   const cpu::Kernels& table = kernels();
-  // Tiles cost from a little to a lot: threads take the next one when they are done.
+  // Tiles differ widely in cost, so each thread takes the next one when it is done.
   std::atomic<int64_t> next = 0;
   torch::stable::parallel_for(0, step.tile_count, 1, [&](int64_t, int64_t) {
     for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < step.tile_count;)
@@ -217,7 +218,7 @@ Tridiagonal tridiagonal_of(const Tensor& diagonal, const Tensor& off) {
   for (const Tensor* t : {&diagonal, &off}) {
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double && t->is_contiguous(),
                     "matrices must be contiguous float64");
-    STD_TORCH_CHECK(t->dim() == 2 && t->size(1) > 0, "matrices must be [chains, steps], of at least one step");
+    STD_TORCH_CHECK(t->dim() == 2 && t->size(1) > 0, "matrices must be [matrices, steps], of at least one step");
   }
   STD_TORCH_CHECK(diagonal.size(0) == off.size(0) && diagonal.size(1) == off.size(1),
                   "off_diagonal must be like diagonal");
@@ -225,40 +226,41 @@ Tridiagonal tridiagonal_of(const Tensor& diagonal, const Tensor& off) {
           diagonal.size(0), diagonal.size(1)};
 }
 
-// Runs f(begin, end) over chains, a few microseconds' worth to a thread at least.
+// Runs f(begin, end) over matrices; a thread gets at least a few microseconds of work.
 template <typename F>
-void parallel_chains(const Tridiagonal& matrix, F f) {
-  constexpr int64_t kChainsEach = 64;
-  torch::stable::parallel_for(0, matrix.chains, kChainsEach, f);
+void parallel_matrices(const Tridiagonal& t, F f) {
+  constexpr int64_t kMatricesEach = 64;
+  torch::stable::parallel_for(0, t.count, kMatricesEach, f);
 }
 
 std::tuple<Tensor, Tensor> top_eigenpairs(const Tensor& diagonal, const Tensor& off) {
   const Tridiagonal matrix = tridiagonal_of(diagonal, off);
-  Tensor values = torch::stable::new_empty(diagonal, {matrix.chains});
-  Tensor vectors = torch::stable::new_empty(diagonal, {matrix.chains, matrix.steps});
+  Tensor values = torch::stable::new_empty(diagonal, {matrix.count});
+  Tensor vectors = torch::stable::new_empty(diagonal, {matrix.count, matrix.steps});
   auto* const value = static_cast<double*>(values.mutable_data_ptr());
   auto* const vector = static_cast<double*>(vectors.mutable_data_ptr());
-  parallel_chains(matrix, [&](int64_t begin, int64_t end) { cpu::top_eigenpairs(matrix, value, vector, begin, end); });
+  parallel_matrices(matrix,
+                    [&](int64_t begin, int64_t end) { cpu::top_eigenpairs(matrix, value, vector, begin, end); });
   return {values, vectors};
 }
 
 Tensor krylov_bound(const Tensor& diagonal, const Tensor& off, const Tensor& last, const Tensor& residual,
-                    const Tensor& overlaps, double tolerance) {
+                    const Tensor& start_overlap, double tolerance) {
   const Tridiagonal matrix = tridiagonal_of(diagonal, off);
   const auto numbers = [&](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.dim() == 1, name,
-                    " must be contiguous float64 [chains]");
-    STD_TORCH_CHECK(t.size(0) == matrix.chains, name, " must be contiguous float64 [chains]");
+                    " must be contiguous float64 [matrices]");
+    STD_TORCH_CHECK(t.size(0) == matrix.count, name, " must be contiguous float64 [matrices]");
     return static_cast<const double*>(t.const_data_ptr());
   };
-  Tensor upper = torch::stable::new_empty(diagonal, {matrix.chains});
+  Tensor upper = torch::stable::new_empty(diagonal, {matrix.count});
   const KrylovBound bound{matrix,
                           numbers(last, "last"),
                           numbers(residual, "residual"),
-                          numbers(overlaps, "overlaps"),
+                          numbers(start_overlap, "start_overlap"),
                           tolerance,
                           static_cast<double*>(upper.mutable_data_ptr())};
-  parallel_chains(matrix, [&](int64_t begin, int64_t end) { cpu::krylov_bound(bound, begin, end); });
+  parallel_matrices(matrix, [&](int64_t begin, int64_t end) { cpu::krylov_bound(bound, begin, end); });
   return upper;
 }
 

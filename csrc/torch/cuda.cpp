@@ -86,14 +86,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> judge(const Tensor& logits, c
 
 void operator_step_(Tensor out, Tensor out_square, const Tensor& x, OptionalTensor x_square, OptionalTensor previous,
                     OptionalTensor previous_square, const Tensor& weights, const Tensor& problems, const Tensor& tiles,
-                    const Tensor& bundles, const Tensor& entries, int64_t most_chains, int64_t parts,
-                    std::string products, OptionalTensor active) {
+                    const Tensor& gather_groups, const Tensor& entries, int64_t max_vectors, int64_t parts,
+                    std::string matmul_precision, OptionalTensor active) {
   STD_TORCH_CHECK(parts >= 0, "parts must not be negative");
-  Tensor partial = torch::stable::new_empty(out_square, {tiles.size(0), most_chains});
+  Tensor partial = torch::stable::new_empty(out_square, {tiles.size(0), max_vectors});
   Tensor sums = torch::stable::new_empty(out, {parts, OperatorStep::kBlock * OperatorStep::kPartColumns});
   Tensor counters = torch::stable::new_empty(entries, {problems.size(0) + parts});
-  OperatorStep step = operator_step_of(out, out_square, x, x_square, previous, previous_square, weights, problems,
-                                       tiles, bundles, entries, most_chains, parts, products, active, partial);
+  OperatorStep step =
+      operator_step_of(out, out_square, x, x_square, previous, previous_square, weights, problems, tiles, gather_groups,
+                       entries, max_vectors, parts, matmul_precision, active, partial);
   step.sums = sums.mutable_data_ptr();
   step.counters = static_cast<int32_t*>(counters.mutable_data_ptr());
   launch(&cuda::operator_step_, step, out);

@@ -1,10 +1,10 @@
 """Sound upper bounds on the Lipschitz constant of whole networks.
 
-:func:`lipschitz_bound` traces a model and composes the constants of its parts; :func:`rule` teaches it new modules.
-:func:`local_lipschitz` gives the Jacobian's norm at single points, the side that can be seen.
+:func:`lipschitz_bound` traces a model and composes the constants of its parts; :func:`rule` adds rules for new modules.
+:func:`local_lipschitz` computes the Jacobian's norm at single points, which is a lower bound.
 """
 
-from fastlip.lipschitz import _activations as _activations
+from fastlip.lipschitz import _activation_rules as _activation_rules
 from fastlip.lipschitz._bound import LipschitzBound, Part, lipschitz_bound
 from fastlip.lipschitz._local import local_lipschitz
 from fastlip.lipschitz._registry import Diagonal, rule

@@ -9,10 +9,11 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
-from fastlip.lipschitz._graph import Step, fold_scales, origin_of, trace, walk
-from fastlip.lipschitz._logs import add, exp10, half, log10, multiply
+from fastlip.lipschitz._counterexamples import refute, require_bounded
+from fastlip.lipschitz._graph import Step, fold_scales, origin_of, topological_order, trace
+from fastlip.lipschitz._log_arithmetic import add, exp10, half, log10, multiply
 from fastlip.lipschitz._registry import Diagonal
-from fastlip.lipschitz._replay import refute, replay, require_bounded
+from fastlip.lipschitz._replay import replay
 from fastlip.lipschitz._residual import SUMS, Block, block_factor, block_operators, find_block
 from fastlip.norms import NormInterval, NormOptions, Operator, diagonal_norm, operator_norms
 from fastlip.norms._models.eval_mode import eval_mode, require_eval
@@ -20,9 +21,9 @@ from fastlip.norms._models.inputs import checked_shape
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
 
-# Relative width of auxiliary norms, in units of that of the layers.
+#: Relative width of auxiliary norms, in units of that of the layers' norms.
 _AUXILIARY = 4.0
-# Branches within branches that are shown.
+#: Depth of nested branches up to which a bound shows its parts.
 _DEEPEST = 100
 
 
@@ -31,11 +32,11 @@ class Part:
     """One factor of a bound.
 
     Attributes:
-        name: qualified module name, or where a function is called.
-        kind: class of the module, or the function.
-        log10_factor: log10 of what this part multiplies the constant by.
+        name: qualified name of the module, or the place where a function is called.
+        kind: class of the module, or name of the function.
+        log10_factor: log10 of the factor that this part contributes.
         norm: interval of the layer's norm, for layers with weights.
-        branches: for a sum, a difference or a concatenation, the parts of each branch since they parted.
+        branches: for a sum, a difference or a concatenation, the parts of each branch since their common origin.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Part:
     branches: tuple[tuple["Part", ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values."""
+        """The part as plain Python values."""
         result: dict[str, Any] = {"name": self.name, "kind": self.kind, "log10_factor": self.log10_factor}
         if self.norm is not None:
             result |= {"lower": self.norm.lower, "upper": self.norm.upper, "confidence": self.norm.confidence}
@@ -60,14 +61,14 @@ class LipschitzBound:
 
     Attributes:
         log10_upper: log10 of the bound.
-        confidence: probability that the bound holds, over the random starts; 1.0 when deterministic.
+        confidence: probability that the bound holds, over the random start vectors; 1.0 if nothing is random.
         parts: the factors from input to output; their logarithms add up to ``log10_upper``.
-        log10_product: log10 of the plain product of the layers' upper norms, BatchNorm folded. It is what is often
-            quoted, and no bound for a network with skips.
-        log10_margin: log10 of a bound for the difference of any two outputs, as margins need: with the largest distance
-            of two rows of the last layer if that is linear, and the root of 2 times the bound otherwise.
+        log10_product: log10 of the product of the layers' upper norms, with BatchNorm folded into them. It is often
+            quoted, but it is not a bound for a network with skip connections.
+        log10_margin: log10 of a bound for the difference of any two outputs, as margins need it: by the largest
+            distance of two rows of the last layer if that is linear, otherwise sqrt(2) times the bound.
         log10_plain: log10 of the bound with skip + branch for every residual block.
-        seed: seed of the random starts, None if nothing was drawn.
+        seed: seed of the random start vectors, None if none were drawn.
     """
 
     log10_upper: float
@@ -80,7 +81,7 @@ class LipschitzBound:
 
     @property
     def upper(self) -> float:
-        """The bound itself; inf where it overflows a float."""
+        """The bound itself; inf if it overflows a float."""
         return exp10(self.log10_upper)
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,32 +115,33 @@ def lipschitz_bound(
 ) -> LipschitzBound:
     """Bound a network's L2 Lipschitz constant on inputs of one shape, by composition over its traced graph.
 
-    Layers with weights contribute the upper side of their norm, BatchNorm and input normalisation multiplied in
-    beforehand; activations and pooling contribute constants of their own; sums the sum of their branches,
-    concatenations the root of their sum of squares. Residual blocks of layers with monotone activations between them
-    get a tighter constant than skip + branch (after Fazlyab et al. 2023). All of it is a product of worst cases: sound,
-    and far above what any input shows.
+    Layers with weights contribute the upper side of their norm, with BatchNorm and input normalisation multiplied in
+    beforehand. Activations and pooling contribute constants of their own. A sum contributes the sum of its branches, a
+    concatenation the root of their sum of squares. Residual blocks of layers with monotone activations between them
+    get a tighter constant than skip + branch (after Fazlyab et al. 2023). The result is a product of worst cases: it is
+    sound, and usually far above what any input attains.
 
-    The bound speaks of a graph. Each step of it is carried out as its rule takes it to be, on random inputs in batches
-    of two sizes, and compared with the model itself, hooks and all; no two of these inputs, nor of those that a short
-    search for a counter-example finds, may be further apart at any step than the bound allows. Where the root module is
-    in training mode, the bound is that of eval mode; otherwise every module keeps its mode.
+    The bound describes the traced graph. To make sure that the model does the same, each step of the graph is computed
+    as its rule assumes, on random inputs in batches of two sizes, and compared with the model, including its hooks. No
+    two of these inputs, or of those that a short search for a counter-example tries, may be further apart at any step
+    than the bound allows. If the root module is in training mode, the bound is that of eval mode; otherwise every
+    module keeps its mode.
 
     Args:
-        model: a module that torch.fx can trace, from one tensor to one tensor, also inside DataParallel or what
-            ``torch.compile`` made; it is left as it was.
+        model: a module that torch.fx can trace, from one tensor to one tensor, also inside DataParallel or as
+            ``torch.compile`` returns it; it is not changed.
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
-        tight_residuals: whether residual blocks get their tighter constant, which takes up to three more norms each and
-            half of 1 - ``confidence``; only where ``method`` is "auto", "lanczos" or "power".
+        tight_residuals: whether residual blocks get their tighter constant, which costs up to three more norms per
+            block and half of 1 - ``confidence``. Has an effect only if ``method`` is "auto", "lanczos" or "power".
         check: whether to compare the traced graph with the model, and to look for a counter-example.
         options: how to compute the layers' norms; ``options.confidence`` is the probability that the bound holds, and
-            ``options.progress`` counts layers first, and then the operators of residual blocks.
+            ``options.progress`` counts layers first and then the operators of residual blocks.
         keywords: fields of :class:`fastlip.norms.NormOptions`, in place of ``options``.
 
     Raises:
-        TypeError: the model is no module.
+        TypeError: the model is not a module.
         ValueError: an argument is wrong, the model cannot be traced or run, something in it has no rule or no bound, or
-            the model does something else than its traced graph; the message names it.
+            the model does something other than its traced graph; the message says what.
     """
     chosen = chosen_options("lipschitz_bound", options, keywords)
     bare, shape = bare_model(model), checked_shape(input_shape)
@@ -153,32 +155,33 @@ def lipschitz_bound(
         fold_scales(traced.last)
         bound, totals = _bound(traced.last, resolved, tight_residuals)
         if check:
-            require_bounded(walk(traced.last), totals)
+            require_bounded(topological_order(traced.last), totals)
             refute(bare, shape, traced, bound.log10_upper)
     return bound
 
 
 def _bound(last: Step, options: ResolvedOptions, tight_residuals: bool) -> tuple[LipschitzBound, dict[Step, float]]:
-    """The bound, and log10 of that from the model's input to each step."""
-    steps = walk(last)
+    """The bound, and log10 of the bound from the model's input to each step."""
+    steps = topological_order(last)
     blocks = _blocks(steps) if tight_residuals and options.method in ("auto", "lanczos", "power") else []
-    # Two families of random starts, each with its share of what may fail, whichever operators turn out to need them.
+    # Layers and blocks have start vectors of their own, and each family gets half of the probability of failure, before
+    # it is known which operators need random vectors.
     share = replace(options, confidence=1.0 - (1.0 - options.confidence) / 2.0) if blocks else options
     norms = _norms(steps, share)
     logs = {step: log10(_constant(step, norms)) for step in steps if not isinstance(step.factor, str)}
     plain = _compose(steps, logs, {})
-    # Their norms stand in sums beside other terms, where less accuracy does.
+    # These norms are added to other terms, so that less accuracy suffices.
     tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * options.rtol))
     totals = _compose(steps, logs, tighter)
     given = [n.confidence for n in norms.values() if n.confidence < 1.0] + chances
     drawn = bool(chances) or any(isinstance(s.factor, Operator) and norms[s].confidence < 1.0 for s in norms)
-    # Operators share 1 - confidence; intervals that rules return fail on their own account.
+    # Operators share 1 - confidence; each interval that a rule returns adds its own probability of failure.
     own = sum(1.0 - norms[s].confidence for s in norms if isinstance(s.factor, NormInterval))
     layers = [s for s in steps if isinstance(s.factor, (Operator, NormInterval))]
     bound = LipschitzBound(
         totals[last],
         max(0.0, (options.confidence if drawn else 1.0) - own) if given else 1.0,
-        tuple(_Chains(steps, totals, logs, norms).parts(last, None)),
+        tuple(_PartTree(steps, totals, logs, norms).parts(last, None)),
         reduce(multiply, (logs[s] for s in layers), 0.0),
         _margin(last, totals),
         plain[last],
@@ -188,7 +191,7 @@ def _bound(last: Step, options: ResolvedOptions, tight_residuals: bool) -> tuple
 
 
 def _norms(steps: list[Step], options: ResolvedOptions) -> dict[Step, NormInterval]:
-    """Intervals of all layers; a module that is used several times on one shape is computed once."""
+    """Intervals of all layers; the norm of a module that is used several times on one shape is computed once."""
     pending: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[Step]] = {}
     norms: dict[Step, NormInterval] = {}
     for step in steps:
@@ -223,8 +226,8 @@ def _blocks(steps: list[Step]) -> list[Block]:
 def _tighten(
     blocks: list[Block], plain: dict[Step, float], norms: dict[Step, NormInterval], options: ResolvedOptions
 ) -> tuple[dict[Step, tuple[Step, float]], list[float]]:
-    """For each block's sum its origin and log10 of its tighter constant, and the chances taken on the way."""
-    # The difference of two logarithms rounded upwards may be rounded downwards.
+    """Each block's sum with its origin and log10 of its tighter constant; and the confidences of the norms used."""
+    # The difference of two logarithms, each rounded upwards, may be too small.
     before = [
         exp10(math.nextafter(plain[block.layers[-1].inputs[0]] - plain[block.origin], math.inf)) for block in blocks
     ]
@@ -263,14 +266,14 @@ def _margin(last: Step, totals: dict[Step, float]) -> float:
     is_matrix = isinstance(last.module, nn.Linear) and last.exact and len(last.shape) == 1
     if is_matrix and isinstance(last.factor, Operator):
         rows = last.factor.weight.double()
-        # A direct distance, without the cancellation of the quadratic expansion.
+        # The expanded square would suffer from cancellation.
         distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").max().item()
         bound = min(bound, multiply(totals[last.inputs[0]], log10(distance * (1.0 + 1e-12))))
     return bound
 
 
-class _Chains:
-    """The factors of a bound, as chains of parts that branch at sums and concatenations; each is shown once."""
+class _PartTree:
+    """The factors of a bound, as lists of parts that branch at sums and concatenations; each part appears once."""
 
     def __init__(
         self,
@@ -284,7 +287,7 @@ class _Chains:
         self._shown: set[Step] = set()
 
     def parts(self, step: Step, stop: Step | None, depth: int = 0) -> list[Part]:
-        """The parts between two steps, the later one included; branches deep inside branches are left out."""
+        """The parts after ``stop`` up to ``step``; branches nested too deeply are left out."""
         parts: list[Part] = []
         while step is not stop and step.inputs and step not in self._shown:
             self._shown.add(step)

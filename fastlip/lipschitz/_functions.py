@@ -1,4 +1,4 @@
-"""Functions and tensor methods in a traced graph, as the modules they are the same as."""
+"""Functions and tensor methods in a traced graph, and the modules that do the same."""
 
 import operator
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-#: These keep the order of values as well.
+#: Functions that keep all values, in their order.
 MOVE_IN_ORDER = (
     torch.flatten,
     torch.reshape,
@@ -23,7 +23,7 @@ MOVE_IN_ORDER = (
     "contiguous",
     "clone",
 )
-#: Values are put elsewhere, each once.
+#: Functions that only move values, each to one place.
 MOVE = (*MOVE_IN_ORDER, torch.permute, torch.transpose, "permute", "transpose")
 
 _ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
@@ -100,13 +100,13 @@ MEAN = (torch.mean, "mean")
 
 
 def as_function(target: Any) -> Callable[..., Any]:
-    """A traced target as a function of its arguments; methods come as their names."""
+    """A traced target as a function of its arguments; a target that is a string names a tensor method."""
     if not isinstance(target, str):
         return cast("Callable[..., Any]", target)
     return lambda x, *args, **kwargs: getattr(x, target)(*args, **kwargs)
 
 
 def as_module(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module | None:
-    """The module that does what calling ``target(x, *args, **kwargs)`` does, or None if there is no rule for it."""
+    """The module that does the same as ``target(x, *args, **kwargs)``, or None if there is none."""
     build = _MODULES.get(target)
     return None if build is None else build(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A traced model: what each step of its graph does, on which shapes, and what is believed of it."""
+"""A traced model as steps: what each of them does, on which shapes, and the factor that its rule gives it."""
 
 import math
 import operator
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlip.lipschitz import _functions as functions
-from fastlip.lipschitz._activations import require_continuous
-from fastlip.lipschitz._linear import batchnorm, weighted
+from fastlip.lipschitz._activation_rules import require_continuous
+from fastlip.lipschitz._layer_rules import batchnorm, weighted
 from fastlip.lipschitz._registry import Diagonal, Factor, find_rule, missing_rule
 from fastlip.lipschitz._trace import Values, location, module_name, trace_graph, varying_nodes
 from fastlip.norms import NormInterval, Operator, module_operator
@@ -20,30 +20,29 @@ from fastlip.norms._models.inputs import random_inputs, runs_on
 from fastlip.norms._models.layer_output import apply_operator
 from fastlip.norms._operators.modules import TRANSPOSED
 
-# Two samples, so that an operation that mixes the batch axis into others shows.
+#: Two samples reveal operations that mix the batch axis into others.
 BATCH = 2
 
 
 @dataclass(eq=False)
 class Step:
-    """One node that depends on the input.
+    """One node of the graph that depends on the input.
 
     Attributes:
-        name: qualified module name, or the node's name.
-        kind: class of the module, or the function's name.
-        inputs: steps it takes its tensors from.
-        factor: what multiplies the Lipschitz constant; for several inputs, "sum", "difference" or "concatenation".
+        name: qualified name of the module, or the node's name.
+        kind: class of the module, or name of the function.
+        inputs: the steps whose outputs it reads.
+        factor: factor of the Lipschitz constant; with several inputs "sum", "difference" or "concatenation".
         shape: shape of one output sample.
-        module: the module called, or the one that does the same as the function; None where values are only moved.
-        apply: what the rule bounds, as a function of the node's arguments: out of place, without hooks, with the very
-            operator, factors or constants that the bound is made of.
-        users: steps that take this one's output.
-        folded: whether ``factor`` was multiplied into a neighbour and is 1 now.
-        scaled: whether a neighbour's factors were multiplied into this one.
-        ahead: whether the constant up to here is that of values which a neighbour's factors have yet to multiply, or
-            have multiplied already.
-        exact: whether a linear ``factor`` is the map itself, and not just one of at least its norm.
-        moved: how far the outputs of two samples are apart at least, 0-d; None before the replay.
+        module: the module called, or one that does the same as the function; None if values are only moved.
+        apply: what the rule bounds, as a function of the node's arguments: out of place, without hooks, and with the
+            operator, factors or constants from which the bound is computed.
+        users: the steps that read its output.
+        folded: whether ``factor`` was multiplied into a neighbouring step and is 1 now.
+        scaled: whether a neighbour's factors were multiplied into this step.
+        ahead: whether the constant up to this step misses the factors of a neighbour, or contains them too early.
+        exact: whether a linear ``factor`` is the map itself, and not only a map of at least its norm.
+        moved: lower bound on the distance of the outputs of two samples, 0-d; None before the replay.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Step:
 class Traced:
     """A traced model: its graph, the steps of the nodes that depend on the input, and the last of them.
 
-    ``constants`` are the values of all other nodes in the run that the steps were read from.
+    ``constants`` are the values that all other nodes had in the run from which the steps were made.
     """
 
     graph_module: fx.GraphModule
@@ -75,13 +74,13 @@ class Traced:
     varying: set[fx.Node]
 
     def modules(self) -> list[nn.Module]:
-        """The modules that the graph calls, and what they hold."""
+        """The modules that the graph calls, and their submodules."""
         called = {str(node.target) for node in self.graph_module.graph.find_nodes(op="call_module")}
         return [m for target in called for m in self.graph_module.get_submodule(target).modules()]
 
 
 def trace(model: nn.Module, input_shape: Sequence[int]) -> Traced:
-    """The graph of a model, which is in eval mode, with a step for each node that depends on the input.
+    """The graph of a model in eval mode, with a step for each node that depends on the input.
 
     Raises:
         ValueError: the model cannot be traced or run, or a step has no rule; the message names it.
@@ -130,32 +129,32 @@ def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModul
     kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: values.constants.get(n, n))
     where = location(node)
     if not sources:
-        # Its inputs are lists, or numbers taken from tensors: what they depend on is not followed.
+        # Its inputs are lists or numbers, whose dependence on the input is not tracked.
         source = getattr(node.all_input_nodes[0], "name", "")
         raise missing_rule(f"{name} of something other than a traced tensor ({source})", where)
     if target in functions.ADD or target in functions.SUBTRACT:
         operands = [a for a in args if isinstance(a, fx.Node)]
         if kwargs or len(args) != 2 or any(values.shapes[a][1:] != shape for a in operands):
             raise missing_rule(f"{name} with broadcasting or alpha", where)
-        # x + x counts twice; adding a constant moves nothing.
+        # x + x counts x twice; adding a constant changes no distance.
         inputs = [steps[a] for a in operands]
         several, by = ("sum", operator.add) if target in functions.ADD else ("difference", operator.sub)
-        return Step(where, name, inputs, several if len(inputs) > 1 else 1.0, shape, apply=_believing(by, args))
+        return Step(where, name, inputs, several if len(inputs) > 1 else 1.0, shape, apply=_with_constants(by, args))
     if target in functions.CONCATENATE:
         inputs = [steps[a] for a in (args[0] if args else kwargs["tensors"]) if isinstance(a, fx.Node)]
         return Step(where, name, inputs, "concatenation", shape, apply=torch.cat)
     if len(sources) == 1 and target in functions.MULTIPLY and not kwargs and len(args) == 2:
         constant = args[1] if isinstance(args[0], fx.Node) else args[0]
         factor = _scaling(constant, 1, sources[0], shape, where)
-        return Step(where, name, sources, factor, shape, apply=_believing(operator.mul, args))
+        return Step(where, name, sources, factor, shape, apply=_with_constants(operator.mul, args))
     if len(sources) != 1 or not args or not isinstance(args[0], fx.Node):
         raise missing_rule(f"{name} of several traced tensors, or with the input in another place", where)
     if target in functions.DIVIDE and not kwargs:
         factor = _scaling(args[1], -1, sources[0], shape, where)
-        return Step(where, name, sources, factor, shape, apply=_believing(operator.truediv, args))
+        return Step(where, name, sources, factor, shape, apply=_with_constants(operator.truediv, args))
     call = functions.as_function(target)
     if target in functions.MEAN:
-        # The mean of m values moves by at most 1/sqrt(m) of the move's norm.
+        # The mean of m values changes by at most 1/sqrt(m) times the norm of their change.
         ratio = math.prod(sources[0].shape) / max(math.prod(shape), 1)
         return Step(where, name, sources, ratio**-0.5 * (1.0 + 1e-15), shape, apply=call)
     if target in functions.MOVE:
@@ -186,7 +185,7 @@ def _module_step(node: fx.Node, sources: list[Step], graph_module: fx.GraphModul
     step = Step(name, type(module).__name__, sources, factor, shape, module)
     if find_rule(module) is weighted:
         if len(node.args) + len(node.kwargs) > 1:
-            step.factor = _operator(step)  # a transposed convolution that was told its output's size
+            step.factor = _operator(step)  # a transposed convolution with an explicit output size
         step.apply = _weighted_map(module, step.factor)
         return step
     if isinstance(factor, Diagonal) and find_rule(module) is batchnorm:
@@ -199,21 +198,21 @@ def _module_step(node: fx.Node, sources: list[Step], graph_module: fx.GraphModul
         x = x.to(values.devices[source], values.dtypes[source])
         if _is_map(linear, step.apply, x):
             step.apply = linear
-        else:  # a norm, and not the map that is folded, or added to a skip
+        else:  # its norm is a bound, but the map itself cannot be folded or added to a skip connection
             step.exact = False
     return step
 
 
 def _is_map(linear: Callable[..., Tensor], forward: Callable[..., Tensor], x: Tensor) -> bool:
-    """Whether what a rule returned is what the module does; not where it cannot be told."""
+    """Whether the map that a rule returned is what the module computes; False if they cannot be compared."""
     try:
         return agree(linear(x), forward(x), 10.0 * rounding_of(x))
-    except (RuntimeError, TypeError, ValueError):  # of other shapes, or a forward with more arguments
+    except (RuntimeError, TypeError, ValueError):  # other shapes, or a forward that needs more arguments
         return False
 
 
 def _forward(module: nn.Module) -> Callable[..., Tensor]:
-    """A module's forward, without hooks and out of place."""
+    """A module's forward without its hooks, on copies of the arguments."""
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         args, kwargs = fx.node.map_aggregate((args, kwargs), _copied)
@@ -223,7 +222,7 @@ def _forward(module: nn.Module) -> Callable[..., Tensor]:
 
 
 def _weighted_map(module: nn.Module, factor: Factor | str) -> Callable[..., Tensor]:
-    """The map of a layer with torch's own rule, by the operator that is bounded."""
+    """The map of a layer with torch's own rule, computed by the operator that is bounded."""
     assert isinstance(factor, Operator)
     transposed = isinstance(module, TRANSPOSED)
 
@@ -235,7 +234,7 @@ def _weighted_map(module: nn.Module, factor: Factor | str) -> Callable[..., Tens
 
 
 def _batchnorm_map(module: nn.Module, factor: Diagonal) -> Callable[..., Tensor]:
-    """A BatchNorm in eval mode, by the factors that are bounded."""
+    """A BatchNorm in eval mode, computed by the factors that are bounded."""
     shift = -factor.scale * module.running_mean.detach().double()  # type: ignore[operator]
     if module.bias is not None:
         shift = shift + module.bias.detach().double()  # type: ignore[operator]
@@ -249,7 +248,7 @@ def _batchnorm_map(module: nn.Module, factor: Diagonal) -> Callable[..., Tensor]
 
 
 def _linear_map(forward: Callable[..., Tensor], factor: Operator | Diagonal) -> Callable[..., Tensor]:
-    """What a rule of someone's own returned, as a map with the module's offset."""
+    """The linear map that a user's rule returned, with the module's offset added."""
 
     def apply(*args: Any, **kwargs: Any) -> Tensor:
         (x,) = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
@@ -267,12 +266,12 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _believing(by: Callable[..., Tensor], believed: Sequence[Any]) -> Callable[..., Tensor]:
-    """``by`` with the constants that the bound was made of in place of those that turn up later.
+def _with_constants(function: Callable[..., Tensor], arguments: Sequence[Any]) -> Callable[..., Tensor]:
+    """``function`` with the constants from which the bound was computed, whatever constants are passed later.
 
-    A tensor of another shape, as one with the batch's size, is taken as it comes.
+    A constant tensor that is passed in another shape, for instance with another batch size, is used as it is passed.
     """
-    constants = {i: _copied(a) for i, a in enumerate(believed) if not isinstance(a, fx.Node)}
+    constants = {i: _copied(a) for i, a in enumerate(arguments) if not isinstance(a, fx.Node)}
 
     def apply(*args: Any) -> Tensor:
         first = next(a for i, a in enumerate(args) if i not in constants)
@@ -282,7 +281,7 @@ def _believing(by: Callable[..., Tensor], believed: Sequence[Any]) -> Callable[.
             if isinstance(then, Tensor) and isinstance(now, Tensor) and i in constants:
                 then = now if now.shape != then.shape else then.to(now.device, now.dtype)
             chosen.append(then)
-        result = by(*chosen)
+        result = function(*chosen)
         return result.to(first.dtype) if result.dtype != first.dtype else result
 
     return apply
@@ -291,7 +290,7 @@ def _believing(by: Callable[..., Tensor], believed: Sequence[Any]) -> Callable[.
 def module_factor(
     module: nn.Module, name: str, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> Factor:
-    """What a module's rule says of inputs of one shape and dtype; errors name the module."""
+    """The factor that a module's rule gives it on inputs of one shape and dtype; errors name the module."""
     found = find_rule(module)
     if found is None:
         raise missing_rule(type(module).__name__, name)
@@ -311,7 +310,7 @@ def module_factor(
 
 
 def _scaling(constant: Any, power: int, source: Step, shape: tuple[int, ...], where: str) -> Factor:
-    """Multiplication (power 1) or division (-1) by a number or a tensor that does not depend on the input."""
+    """Factor of a multiplication (power 1) or division (-1) by a number or tensor that does not depend on the input."""
     if isinstance(constant, fx.Node):
         raise missing_rule("a product of a traced tensor with itself", where)
     try:
@@ -321,16 +320,16 @@ def _scaling(constant: Any, power: int, source: Step, shape: tuple[int, ...], wh
     if shape != source.shape or not torch.isfinite(value).all():
         raise missing_rule("a factor that broadcasts the input or is not finite", where)
     channels = shape[0]
-    # [C, 1, ..., 1] or [1, C, 1, ..., 1], as means and standard deviations come.
+    # [C, 1, ..., 1] or [1, C, 1, ..., 1], the usual shapes of means and standard deviations.
     if value.numel() == channels > 1 and value.dim() >= len(shape) and value.shape[-len(shape)] == channels:
         return Diagonal(value.flatten().cpu())
     return value.abs().max().item() * (1.0 + 1e-15)
 
 
 def fold_scales(last: Step) -> None:
-    """Multiply factors per channel into the neighbouring layer with weights, before its norm is taken."""
+    """Multiply factors per channel into the neighbouring layer with weights, before its norm is computed."""
     scales: dict[Step, dict[str, Tensor]] = {}
-    for step in walk(last):
+    for step in topological_order(last):
         if not isinstance(step.factor, Diagonal) or not step.exact:
             continue
         before, after = step.inputs[0], step.users[0] if len(step.users) == 1 else None
@@ -349,13 +348,13 @@ def fold_scales(last: Step) -> None:
 
 
 def _operator(step: Step, **scales: Any) -> Operator:
-    """The linear map of a layer with torch's own rule, on the shapes of its step."""
+    """The linear map of a layer with torch's own rule, for the shapes of its step."""
     assert step.module is not None
     return module_operator(step.module, step.inputs[0].shape, output_size=step.shape[1:], **scales)
 
 
 def _takes_scale(step: Step) -> bool:
-    """Whether a layer with torch's own rule, applied to channels."""
+    """Whether the step is a layer with torch's own rule whose channels can be scaled."""
     return (
         isinstance(step.factor, Operator)
         and step.module is not None
@@ -364,8 +363,8 @@ def _takes_scale(step: Step) -> bool:
     )
 
 
-def walk(last: Step) -> list[Step]:
-    """All steps that lead to the last one, inputs first."""
+def topological_order(last: Step) -> list[Step]:
+    """All steps on which ``last`` depends, and itself, each after its inputs."""
     order: list[Step] = []
     seen: set[Step] = set()
     stack: list[tuple[Step, bool]] = [(last, False)]
@@ -381,7 +380,7 @@ def walk(last: Step) -> list[Step]:
 
 
 def origin_of(step: Step, order: Mapping[Step, int]) -> Step:
-    """The last step that every path from the model's input to this one goes through; ``order`` as in :func:`walk`."""
+    """The last step on every path from the model's input to ``step``; ``order`` as in :func:`topological_order`."""
     pending = set(step.inputs)
     while len(pending) > 1:
         latest = max(pending, key=lambda s: order[s])

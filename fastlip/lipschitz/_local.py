@@ -1,4 +1,4 @@
-"""Jacobian norms at data: what a network's Lipschitz constant is, seen from single points."""
+"""Jacobian norms at single inputs: lower bounds on a network's Lipschitz constant."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,45 +20,44 @@ def local_lipschitz(
     max_steps: int = 100,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Norm of the Jacobian of a model's output by its input, at each sample.
+    """Norm of the Jacobian of a model's output with respect to its input, at each sample.
 
-    Power iteration on J^T J, a forward-mode product and a backward one per step, all samples at once. Each value is
-    ||J v|| for a unit v, so it is attained: a lower bound of the Jacobian's norm up to rounding, and of the model's L2
-    Lipschitz constant where the model is differentiable. It certifies nothing from above. At each step the two products
-    are held against each other, because PyTorch's two derivatives of an operation can differ at its kinks: no Jacobian
-    stands behind such a pair. Kinks at which they agree (ReLU's at 0) cannot be seen.
+    Power iteration on J^T J, with one forward-mode and one reverse-mode product per step for all samples at once. Each
+    value is ||J v|| for a unit vector v. Up to rounding it is therefore a lower bound on the Jacobian's norm and on the
+    model's L2 Lipschitz constant where the model is differentiable, but not an upper bound on either. Each step
+    compares the two products, because PyTorch's forward and reverse derivatives of an operation can differ at its
+    kinks, where neither is a Jacobian. Kinks at which they agree, such as ReLU's at 0, cannot be detected.
 
     Args:
-        model: a module whose outputs depend on their own sample alone, as in eval mode, in which it runs; it is left as
-            it was.
+        model: a module, run in eval mode, each of whose outputs depends on one sample only; it is not changed.
         x: samples, [B, ...], in the model's dtype and on its device.
-        rtol: relative growth per step below which a sample counts as settled.
-        max_steps: most steps.
-        generator: source of the starts; by default one seeded by the operating system.
+        rtol: relative growth per step below which a sample has converged.
+        max_steps: largest number of steps.
+        generator: source of the start vectors; by default one that the operating system seeds.
 
     Returns:
         Norms, [B] float64 on x's device.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: ``x`` is not a floating-point batch, the output not one tensor of it, part of the model is
-            TorchScript, or at some sample the derivatives are not finite or forward and reverse mode disagree.
+        TypeError: ``model`` is not a module.
+        ValueError: ``x`` is not a floating-point batch, the output is not one tensor with a row per sample, part of the
+            model is TorchScript, or at some sample the derivatives are not finite or differ between the two modes.
     """
     if not x.is_floating_point() or x.dim() < 2:
         raise ValueError(f"x must be a floating-point batch [B, ...], got {x.dtype} of shape {list(x.shape)}")
-    model = bare_model(model)  # forward-mode derivatives through TorchScript can be zeros
+    model = bare_model(model)  # refuses TorchScript, whose forward-mode derivatives can be zeros
     if generator is None:
         generator = torch.Generator()
         generator.seed()
     with eval_mode(model), torch.enable_grad(), _plain_attention():
-        x = x.detach().clone()  # one made under inference_mode cannot take part in autograd
+        x = x.detach().clone()  # autograd refuses tensors that were made in inference mode
         draws = torch.randn(x.shape, dtype=torch.float64, generator=generator, device=generator.device)
         v = unit(draws).to(x)
         best = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for _ in range(max_steps):
-            tangent, back = _products(model, x, v)
+            tangent, back = _jacobian_products(model, x, v)
             _check_products(model, x, v, tangent, back)
-            # v is a unit vector up to its dtype's rounding, which is divided out.
+            # v is a unit vector up to the rounding of its dtype.
             stretch = _norms(tangent) / _norms(v).clamp_min(1e-300)
             settled = stretch <= best * (1.0 + rtol)
             best = torch.maximum(best, stretch)
@@ -68,11 +67,11 @@ def local_lipschitz(
     return best
 
 
-def _products(model: nn.Module, x: Tensor, v: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """``scale`` times J v by forward mode, and J^T u by reverse mode, u = J v / ||J v||; J^T (J v) can underflow."""
+def _jacobian_products(model: nn.Module, x: Tensor, v: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """``scale`` times J v by forward mode and J^T u by reverse mode, u = J v / ||J v||, as J^T (J v) can underflow."""
     point = x.detach().requires_grad_()
-    products: Any = torch.func.jvp(model, (point,), (scale * v,))
-    out, tangent = products
+    jvp: Any = torch.func.jvp(model, (point,), (scale * v,))
+    out, tangent = jvp
     if not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
         raise ValueError("model must return one tensor with a row per sample")
     tangent = tangent.detach()
@@ -82,7 +81,7 @@ def _products(model: nn.Module, x: Tensor, v: Tensor, scale: float = 1.0) -> tup
 
 
 def _check_products(model: nn.Module, x: Tensor, v: Tensor, tangent: Tensor, back: Tensor) -> None:
-    """Raise where <v, J^T u> is not ||J v||, as it is for every matrix J, or where there is no number."""
+    """Raise ValueError where the products are not finite, or where <v, J^T u> is not ||J v|| as for every matrix J."""
     finite = tangent.flatten(1).isfinite().all(1) & back.flatten(1).isfinite().all(1)
     if not bool(finite.all()):
         raise ValueError(
@@ -91,16 +90,16 @@ def _check_products(model: nn.Module, x: Tensor, v: Tensor, tangent: Tensor, bac
         )
     length = _norms(tangent)
     gap = ((v.double() * back.double()).flatten(1).sum(1) - length).abs()
-    # Rounding is relative to a layer's largest singular value and v is not yet its vector, so that hundreds of eps
-    # are ordinary, and depth adds to it; derivatives that differ at a kink differ in the first digits. The fourth root
-    # is 1e-4 in float64 and 2e-2 in float32.
+    # Rounding is relative to the largest singular value of a layer, and v need not be near its singular vector, so that
+    # gaps of hundreds of eps are ordinary, and depth adds to them. Derivatives that differ at a kink differ in their
+    # first digits. The fourth root of eps is 1e-4 in float64 and 2e-2 in float32.
     apart = gap > torch.finfo(x.dtype).eps ** 0.25 * length
     if not bool(apart.any()):
         return
-    # Where J v cancels to next to nothing (a saturated softmax) it is all rounding, which unlike J is not linear in v.
+    # If J v nearly cancels (a saturated softmax), it consists of rounding, which is not linear in v as J is.
     rounding = torch.zeros_like(gap)
     for scale in _SCALES:
-        scaled_tangent, scaled_back = _products(model, x, v, scale)
+        scaled_tangent, scaled_back = _jacobian_products(model, x, v, scale)
         forward = _norms(scaled_tangent.double() / scale - tangent.double())
         reverse = _norms(scaled_back.double() / scale - back.double()) * _norms(v)
         rounding = torch.maximum(rounding, forward + reverse)
@@ -112,14 +111,14 @@ def _check_products(model: nn.Module, x: Tensor, v: Tensor, tangent: Tensor, bac
         )
 
 
-#: Factors that are no powers of 2, so that products of what they scale round anew; one alone can round the same way.
+#: Factors that are not powers of 2, so that scaled numbers round differently; several, as one may round alike.
 _SCALES = (0.7, 1.1, 0.9, 1.3)
-#: Samples that an error names.
+#: Largest number of samples that an error names.
 _NAMED = 8
 
 
 def _named(which: Tensor) -> str:
-    """Samples by their places in the batch."""
+    """Samples by their indices in the batch."""
     rows = which.nonzero().flatten().tolist()
     return f"sample{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:_NAMED]))}{', ...' * (len(rows) > _NAMED)}"
 
@@ -131,7 +130,7 @@ def _norms(t: Tensor) -> Tensor:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Attention by operations that have a forward-mode derivative, which the fused ones lack."""
+    """Attention by operations with a forward-mode derivative, which the fused ones lack."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -142,6 +141,6 @@ def _plain_attention() -> Iterator[None]:
 
 
 def unit(v: Tensor) -> Tensor:
-    """Samples scaled to norm 1; zeros stay."""
+    """Samples scaled to norm 1; zeros stay zeros."""
     norm = torch.linalg.vector_norm(v.flatten(1), dim=1)
     return v / torch.where(norm > 0.0, norm, 1.0).reshape(-1, *(1,) * (v.dim() - 1))

@@ -1,4 +1,4 @@
-"""The registry of rules: what the L2 Lipschitz constant of each kind of module is."""
+"""The registry of rules, which give the L2 Lipschitz constant of each kind of module."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fastlip.norms._operators.modules import keeps_forward
 class Diagonal:
     """A map that scales each channel by its own factor, and may shift it.
 
-    It is multiplied into a neighbouring convolution or linear layer where there is one.
+    Its factors are multiplied into a neighbouring convolution or linear layer if there is one.
 
     Attributes:
         scale: factors, [C] float64.
@@ -32,9 +32,9 @@ def rule(*modules: type[nn.Module]) -> Callable[[Rule], Rule]:
     """Register the Lipschitz rule of one or more module classes, and of their subclasses that keep their ``forward``.
 
     The decorated function takes the module, in eval mode, and the shape of one input without its batch axis. It returns
-    an upper bound on the module's L2 Lipschitz constant as a float, a :class:`fastlip.norms.NormInterval`, or the
-    linear map itself (:class:`fastlip.norms.Operator`), whose norm then joins the others at one joint confidence;
-    :class:`Diagonal` for a factor per channel. It raises ValueError where no bound exists.
+    an upper bound on the module's L2 Lipschitz constant as a float or a :class:`fastlip.norms.NormInterval`, or the
+    linear map itself, as a :class:`fastlip.norms.Operator` (whose norm is computed with those of the layers, at one
+    joint confidence) or as a :class:`Diagonal` of factors per channel. It raises ValueError if no bound exists.
 
     Example:
         >>> @fastlip.lipschitz.rule(MyActivation)
@@ -51,7 +51,7 @@ def rule(*modules: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """The rule of the nearest class a module derives from, or None; None too where it has a forward of its own."""
+    """The rule of the nearest class that a module derives from; None without one, or if ``forward`` is overridden."""
     for cls in type(module).__mro__:
         if cls in _RULES:
             return _RULES[cls] if keeps_forward(module, cls) else None
@@ -59,7 +59,7 @@ def find_rule(module: nn.Module) -> Rule | None:
 
 
 def missing_rule(what: str, name: str) -> ValueError:
-    """The error for something without a rule."""
+    """The error for something that has no rule."""
     return ValueError(
         f"no Lipschitz rule for {what} (at {name}); register one with @fastlip.lipschitz.rule(TheModule), "
         "a function (module, input_shape) -> upper bound on its L2 Lipschitz constant"

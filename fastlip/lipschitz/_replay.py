@@ -1,20 +1,19 @@
-"""The traced graph beside the model: what is bounded must be what runs.
+"""Comparison of the traced graph with the model, because a bound of the graph must be a bound of the model.
 
-The steps are carried out as their rules take them to be and compared with the model, and what two samples do is held
-against the bound. Neither proves a bound; both turn silence about a mistake into a refusal.
+Each step is computed as its rule assumes and compared with the model. This proves nothing, but most models that do
+something other than their traced graph are refused.
 """
 
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fastlip.lipschitz._graph import BATCH, Step, Traced
-from fastlip.lipschitz._local import unit
 from fastlip.lipschitz._trace import location, module_name
 from fastlip.norms._models.agreement import probe_inputs
 from fastlip.norms._models.closeness import agree, rounding_of
@@ -22,63 +21,56 @@ from fastlip.norms._models.hooks import is_hooked
 from fastlip.norms._models.inputs import Refused, random_inputs, runs_on
 from fastlip.norms._models.restore import MOST_COPIED, as_found, version_of
 
-#: Largest difference of two ways to compute a step in float64, relative to its largest output: weights that a model
-#: computes by itself are float32's in one of them.
+#: Largest difference of two ways to compute a step in float64, relative to its largest output: one of them may use
+#: weights that the model computed in float32.
 _ROUNDING = 1e-5
-#: In the model's own dtype rounding grows from step to step, where nothing in between is known of the model.
+#: In the model's own dtype rounding grows over the steps between two modules, whose values are not known.
 _GROWTH = 10.0
-#: Difference between a model in float32 and in float64, where terms may cancel all along.
+#: Largest relative difference between a model in float32 and in float64, where many terms may cancel.
 _OTHER_DTYPE = 0.1
-#: The same of the difference of two outputs, unless rounding hides it.
+#: The same for the difference of two outputs, unless that is so small that rounding hides it.
 _OTHER_SPREAD = 0.5
 _HIDDEN = 1e-3
-#: What a search may cost, by the size of a model's weights and outputs: points, and rounds of power iteration.
-_EFFORT = ((1 << 18, 8, 8), (1 << 22, 4, 3), (math.inf, 1, 1))
-#: Models up to this size are compared at inputs of other magnitudes as well.
-_SMALL = 1 << 22
-#: Models up to this size are run in batches of more sizes, and a number of times.
+#: Models up to this size are also compared at inputs of other magnitudes.
+SMALL = 1 << 22
+#: Models up to this size are also run in batches of other sizes, and many times.
 _TINY = 1 << 18
 _SIZES = (4, 5, 6, 7, 8, 16, 64, *(2,) * 9)
-_MAGNITUDES = (30.0, 1e3, 1e-3)
-#: A search ends when even its best stretch is this far below the bound.
-_FAR_BELOW = -3.0
-#: Share of an output that rounding may put into a difference, in float64 and in what models come in.
+MAGNITUDES = (30.0, 1e3, 1e-3)
+#: Rounding error of the difference of two outputs, relative to an output, in float64 and in other dtypes.
 _NOISE = 1e-9
 _NOISE_NATIVE = 1e-3
-#: log10 of what rounding may add to a stretch.
-_SLACK = 1e-6
-_SLACK_NATIVE = 1e-2
 
 
 def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced) -> None:
-    """Compare the graph with the model, which is in eval mode, on random inputs in batches of two sizes.
+    """Compare the graph with the model, which must be in eval mode, on random inputs in batches of two sizes.
 
-    Sets how far two samples are apart at each step.
+    Sets ``moved`` of each step.
 
     Raises:
-        ValueError: they differ; the message names the first step that does.
+        ValueError: they differ; the message names the first step that differs.
     """
     with torch.no_grad(), runs_on(model, input_shape):
         x = random_inputs(model, input_shape, BATCH, seed=1)
         try:
-            with _in_float64(model, x) as wide:
+            with in_float64(model, x) as wide:
                 result = _compare(model, wide, traced)
             with torch.enable_grad():
-                native = _run(model, x, after=x.flip(0))
+                native = run_model(model, x, after=x.flip(0))
             _require_one_function_in(x, native, result)
         except (Refused, torch.OutOfMemoryError):
             raise
-        except Exception:  # something in it takes one dtype only
+        except Exception:  # the model may support one dtype only
             _compare(model, x, traced)
 
 
 def _require_one_function_in(x: Tensor, native: Any, wide: Tensor) -> None:
-    """Raise ValueError if a float32 model does something else than it does in float64."""
+    """Raise ValueError if a float32 model does something else in float64."""
     if x.dtype != torch.float32 or not isinstance(native, Tensor) or not torch.isfinite(native).all():
         return
     native = native.detach().double()
     alike = agree(native, wide, _OTHER_DTYPE)
-    # A large offset hides what becomes of the input.
+    # A large offset would hide how the output depends on the input.
     apart, both = native[0] - native[1], wide[0] - wide[1]
     if alike and wide.numel() and both.abs().amax() > _HIDDEN * wide.abs().amax():
         alike = agree(apart, both, _OTHER_SPREAD)
@@ -105,22 +97,22 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
     except (IndexError, RuntimeError, ValueError):
         result = together[0]
     if result.shape != (1, *together.shape[1:]):
-        # Some models lose the batch axis of a single sample; that is not what a bound of theirs speaks of.
+        # Some models drop the batch axis of a single sample. The bound does not cover that; compare three samples.
         other = torch.cat([x[:1], x[1:].flip(-1), x[1:]])
         result, outputs = _recorded(model, other, traced, differentiable=True)
     replayed = _Replay(traced, outputs)
     replayed.follow(other, result)
     size = size_of(model, traced)
     alike = [(result[:1], together[:1])]
-    if size <= _SMALL:
-        alike.append((_run(model, x, after=x.flip(0)), together))
-        like = torch.cat([x, x])[: len(_MAGNITUDES)]
-        other = like * like.new_tensor(_MAGNITUDES).view(-1, *(1,) * (x.dim() - 1))
+    if size <= SMALL:
+        alike.append((run_model(model, x, after=x.flip(0)), together))
+        like = torch.cat([x, x])[: len(MAGNITUDES)]
+        other = like * like.new_tensor(MAGNITUDES).view(-1, *(1,) * (x.dim() - 1))
         result, outputs = _recorded(model, other, traced)
         _Replay(traced, outputs).follow(other, result)
-        alike.append((_run(model, other, after=x), result))
+        alike.append((run_model(model, other, after=x), result))
     if size <= _TINY:
-        with as_found(model):  # one after the other: some count their calls
+        with as_found(model):  # in one block, as some models count their calls
             batches = (torch.cat([x[:1], x[1:].expand(n - 1, *x.shape[1:])]) for n in _SIZES)
             alike += [(model(batch)[:1], together[:1]) for batch in batches]
     if not all(agree(seen, first, replayed.rounding) for seen, first in alike):
@@ -132,13 +124,16 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
 
 
 def size_of(model: nn.Module, traced: Traced) -> int:
-    """Numbers in a model's parameters and in the outputs of its steps, of one sample."""
+    """Number of elements of a model's parameters, and of the outputs of its steps for one sample."""
     return sum(p.numel() for p in model.parameters()) + sum(math.prod(step.shape) for step in traced.steps.values())
 
 
 @contextmanager
-def _in_float64(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """The model's floating-point tensors in float64 for a while, in place, and x so."""
+def in_float64(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Convert the model's floating-point tensors to float64 within the block, in place; yields x in float64.
+
+    A model too large to copy is left as it is, and x too.
+    """
     held: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         held |= {id(v): v for v in vars(module).values() if isinstance(v, Tensor)}
@@ -156,8 +151,8 @@ def _in_float64(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
             tensor.data = data
 
 
-def _run(model: nn.Module, x: Tensor, after: Tensor | None = None) -> Any:
-    """What the model, as it was found, or after a run on other inputs, makes of a copy of x."""
+def run_model(model: nn.Module, x: Tensor, after: Tensor | None = None) -> Any:
+    """The output of the model on a copy of x, at once or after a run on other inputs; restores the model's state."""
     with as_found(model):
         if after is not None:
             model(after.clone())
@@ -167,14 +162,14 @@ def _run(model: nn.Module, x: Tensor, after: Tensor | None = None) -> Any:
 def _recorded(
     model: nn.Module, x: Tensor, traced: Traced, *, differentiable: bool = False
 ) -> tuple[Tensor, dict[int, deque[Tensor | None]]]:
-    """The model's output, and those of the modules that its graph calls, in order.
+    """The model's output, and the outputs of the modules that its graph calls, in order.
 
-    ``differentiable`` runs it as for a gradient, which a model can tell.
+    With ``differentiable`` gradients are enabled, on which the model may depend.
     """
     outputs: dict[int, deque[Tensor | None]] = defaultdict(deque)
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
-        # What follows may overwrite it.
+        # A later operation may overwrite it.
         outputs[id(module)].append(output.detach().clone() if isinstance(output, Tensor) else None)
 
     called = {str(node.target) for node in traced.graph_module.graph.find_nodes(op="call_module")}
@@ -182,7 +177,7 @@ def _recorded(
     handles = [module.register_forward_hook(record) for module in modules.values()]
     try:
         with torch.set_grad_enabled(differentiable):
-            result = _run(model, x)
+            result = run_model(model, x)
     finally:
         for handle in handles:
             handle.remove()
@@ -192,9 +187,9 @@ def _recorded(
 
 
 class _Replay(fx.Interpreter):
-    """Carries out each step as its rule takes it to be, beside what the modules of the model put out.
+    """Computes each step as its rule assumes, and compares it with the recorded output of the model's module.
 
-    Where the two agree the model's own value goes on, so that rounding does not add up.
+    Where the two agree, the replay goes on with the model's value, so that rounding does not accumulate.
     """
 
     def __init__(self, traced: Traced, outputs: dict[int, deque[Tensor | None]]) -> None:
@@ -242,13 +237,13 @@ class _Replay(fx.Interpreter):
         if n.op == "call_module":
             value = self._compared(n, step, value)
         if self._batch == BATCH and step.moved is None:
-            # Outputs much larger than their difference round it away, and may seem to move by what is rounding alone.
+            # If outputs are much larger than their difference, it may consist of rounding alone.
             apart, size = torch.linalg.vector_norm((value[0] - value[1]).double()), torch.linalg.vector_norm(value)
             step.moved = (apart - noise_of(value) * size).clamp_min(0.0)
         return value
 
     def _compared(self, n: fx.Node, step: Step, value: Tensor) -> Tensor:
-        """The output of the model's own module where it agrees with the step's."""
+        """The recorded output of the model's module, if it agrees with ``value``; otherwise raises ValueError."""
         queue = self._outputs.get(id(self.fetch_attr(str(n.target))))
         if not queue:
             raise _otherwise(f"{step.name} runs less often")
@@ -267,7 +262,7 @@ class _Replay(fx.Interpreter):
         return seen
 
     def _require_constant(self, n: fx.Node, value: Any) -> None:
-        """Raise ValueError if what should not depend on the input's numbers does."""
+        """Raise ValueError if a value that should not depend on the input's numbers does."""
         if self._batch != BATCH or n not in self._traced.varying or n.op == "output":
             return
         if not _equal(value, self._traced.constants.get(n)):
@@ -281,7 +276,7 @@ class _Replay(fx.Interpreter):
 
 
 def _try_hooked(module: nn.Module, step: Step, x: Tensor, rounding: float) -> None:
-    """Try a module with hooks on inputs that the model may never give it, where they might show.
+    """Try a module with hooks on inputs that the model itself may never give it.
 
     Raises:
         Refused: one of its hooks changes something.
@@ -298,7 +293,7 @@ def _try_hooked(module: nn.Module, step: Step, x: Tensor, rounding: float) -> No
 
 
 def _watch(hooks: dict[int, Callable[..., Any]]) -> list[bool]:
-    """Have a module's hooks note whether they return something of their own, or write into what they are given."""
+    """Wrap a module's hooks; the list is not empty once a hook returned a new tensor or wrote into its arguments."""
     changed: list[bool] = []
 
     def watched(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -352,125 +347,6 @@ def _otherwise(how: str) -> Refused:
     )
 
 
-def require_bounded(steps: Sequence[Step], totals: dict[Step, float]) -> None:
-    """See that two samples of the replay are nowhere further apart than the bound allows, nor taken apart by any step.
-
-    Raises:
-        ValueError: they are, at the step that the message names.
-    """
-    compared = [step for step in steps if step.moved is not None and not step.ahead]
-    if not compared or steps[0].moved is None:
-        return
-    moved = torch.stack([step.moved.cpu() for step in compared if step.moved is not None]).tolist()
-    distance = dict(zip(compared, moved, strict=True))
-    for step in compared:
-        for source in {steps[0], *step.inputs[:1]}:
-            if source not in distance or (len(step.inputs) != 1 and source is not steps[0]):
-                continue
-            allowed = totals[step] - totals[source]
-            if _exceeds(distance[step], distance[source], allowed, _SLACK_NATIVE):
-                raise _refuted(
-                    f"from {source.name} to {step.name} ({step.kind}) two inputs {distance[source]:.4g} apart come out "
-                    f"{distance[step]:.4g} apart, where the bound allows 10^{allowed:.4f} times as much"
-                )
-
-
-def _exceeds(moved: float, distance: float, log10_bound: float, slack: float) -> bool:
-    """Whether a stretch is above a bound by more than rounding."""
-    if not (math.isfinite(moved) and distance > 0.0 and moved > 0.0) or math.isinf(distance):
-        return False
-    return math.log10(moved) - math.log10(distance) > log10_bound + slack
-
-
-def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, log10_upper: float) -> None:
-    """Search for two inputs that the model, which is in eval mode, takes further apart than the bound allows.
-
-    Random directions and those of a power iteration on the Jacobian, at several points, small steps and large ones.
-
-    Raises:
-        ValueError: there are such inputs.
-    """
-    size = size_of(model, traced)
-    points, rounds = next((points, rounds) for most, points, rounds in _EFFORT if size <= most)
-    x = random_inputs(model, input_shape, points, seed=2)
-    for index, magnitude in enumerate(_MAGNITUDES[: points - 1], start=1):
-        x[-index] *= magnitude
-    with runs_on(model, input_shape):
-        found = None
-        try:
-            with _in_float64(model, x) if size <= _SMALL else nullcontext(x) as chosen:
-                found = _climb(model, chosen, rounds, log10_upper)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            found = _climb(model, x, rounds, log10_upper)
-    if found is not None:
-        moved, distance = found
-        raise _refuted(
-            f"two inputs {distance:.4g} apart come out {moved:.4g} apart, where the bound allows 10^{log10_upper:.4f} "
-            "times as much"
-        )
-
-
-def _climb(model: nn.Module, x: Tensor, rounds: int, log10_upper: float) -> tuple[float, float] | None:
-    """How far apart, at the end and at the start, a pair of inputs is that refutes the bound; None if none is found."""
-    native, noise = x.dtype != torch.float64, noise_of(x)
-    slack = _SLACK_NATIVE if native else _SLACK
-    generator = torch.Generator().manual_seed(3)
-    v = unit(torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x)
-    length = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(1.0).view(-1, *(1,) * (x.dim() - 1))
-    steps = (1e-2,) if native else (1e-6,)
-    best = -math.inf
-    with torch.no_grad():
-        here = _run(model, x).detach()
-    for round_ in range(rounds + 1):
-        # Far enough to cross kinks and thresholds along a random direction, and along what was climbed.
-        sizes = (*steps, 1e-1, 10.0) if round_ == rounds or (round_ == 0 and len(x) > 1) else steps
-        for size in sizes:
-            there = (x + size * length * v).detach()
-            with torch.no_grad():
-                moved = (_run(model, there).detach() - here).flatten(1).double()
-            apart = torch.linalg.vector_norm((there - x).flatten(1).double(), dim=1)
-            rounded = noise * torch.linalg.vector_norm(here.flatten(1).double(), dim=1)
-            ends = torch.linalg.vector_norm(moved, dim=1)
-            for end, start, lost in torch.stack([ends, apart, rounded], 1).tolist():
-                if _exceeds(end - lost, start, log10_upper, slack):
-                    return end, start
-                if math.isfinite(end) and end > 0.0 and start > 0.0:
-                    best = max(best, math.log10(end / start))
-            if size == steps[0]:
-                direction = moved.reshape(here.shape).to(here)
-        if round_ == rounds or best < log10_upper + _FAR_BELOW:
-            return None
-        back = _pulled_back(model, x, direction)
-        if back is None:
-            return None
-        v = unit(back.double()).to(x)
-    return None
-
-
 def noise_of(t: Tensor) -> float:
-    """Share of an output that rounding may put into the difference of two."""
+    """Rounding error of the difference of two outputs, relative to an output."""
     return _NOISE if t.dtype == torch.float64 else _NOISE_NATIVE
-
-
-def _pulled_back(model: nn.Module, x: Tensor, direction: Tensor) -> Tensor | None:
-    """The adjoint of the Jacobian at x, applied to a direction; None where the model cannot be differentiated."""
-    try:
-        with as_found(model), torch.enable_grad():
-            for module in model.modules():  # their hooks on gradients are none of ours
-                vars(module).update(_backward_hooks={}, _backward_pre_hooks={})
-            point = x.detach().clone().requires_grad_()
-            (back,) = torch.autograd.grad(_run(model, point), point, direction, allow_unused=True)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a backward pass of someone's own may raise
-        return None
-    return back if back is not None and bool(torch.isfinite(back).all()) else None
-
-
-def _refuted(how: str) -> Refused:
-    return Refused(
-        f"the bound does not hold: {how}. If the model has a rule of its own, that is wrong; otherwise please report "
-        "this model to fastlip's developers"
-    )

@@ -1,9 +1,9 @@
 """Residual blocks, bounded more tightly than skip + branch.
 
-Identity blocks: with slopes in [0, 1] an activation is half the identity plus a map with constant 1/2, a loop
+Identity blocks: an activation with slopes in [0, 1] is half the identity plus a map with constant 1/2, a loop
 transformation (M. Fazlyab, T. Entesari, A. Roy and R. Chellappa, "Certified robustness via dynamic margin
-maximization and improved Lipschitz regularization", NeurIPS 2023). What is linear is then added to the skip before any
-norm is taken.
+maximization and improved Lipschitz regularization", NeurIPS 2023). The linear part is then added to the skip connection
+before any norm is computed.
 
 Projection blocks: D x + C g(x) is [D, a C] applied to (x, g(x) / a), for every a > 0.
 """
@@ -21,7 +21,7 @@ from fastlip.norms import Composed, NormInterval, Operator, simplify, trim
 SUMS = ("sum", "difference")
 _KEEP = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _MONOTONE = (nn.CELU, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Softsign)
-# Composed operators are not normalised; float32 holds products of such weights.
+# Largest entries between which products of weights fit float32: composed operators are not normalised.
 _ORDINARY = (1e-6, 1e6)
 
 
@@ -30,11 +30,11 @@ class Block:
     """A sum or difference of an identity or a projection, and a branch of layers with activations between them.
 
     Attributes:
-        total: the step that adds.
-        origin: the step both branches come from.
-        layers: the branch's layers, first applied first.
+        total: the step that adds or subtracts.
+        origin: the step at which the branches begin.
+        layers: the layers of the branch, in order.
         projection: the layer on the other branch, None for the identity.
-        sign: -1 where identity and branch are subtracted, in either order.
+        sign: -1 if identity and branch are subtracted, in either order.
     """
 
     total: Step
@@ -45,7 +45,7 @@ class Block:
 
 
 def find_block(step: Step, origin: Step) -> Block | None:
-    """The residual block that ends in a sum or a difference, if it is one of those bounded here."""
+    """The residual block that ends in ``step``; None if it is not of a kind that is bounded here."""
     if step.factor not in SUMS or len(step.inputs) != 2:
         return None
     ends = [_strip(source, origin) for source in step.inputs]
@@ -62,7 +62,7 @@ def find_block(step: Step, origin: Step) -> Block | None:
 
 
 def _strip(step: Step, origin: Step) -> Step:
-    """Skip steps that pass their input on."""
+    """The first step before ``step``, or itself, that changes its input."""
     while step is not origin and step.inputs and (step.folded or type(step.module) in _KEEP):
         step = step.inputs[0]
     return step
@@ -83,7 +83,7 @@ def _ordinary(weight: Tensor) -> bool:
 
 
 def _has_slopes_in_unit_interval(step: Step) -> bool:
-    # Exactly these classes: a subclass with a rule of its own may do something else.
+    # Only these classes: a subclass with a rule of its own may do something else.
     module = step.module
     if type(module) is nn.LeakyReLU:
         return 0.0 <= module.negative_slope <= 1.0
@@ -93,7 +93,7 @@ def _has_slopes_in_unit_interval(step: Step) -> bool:
 
 
 def _layers(step: Step, origin: Step) -> tuple[Step, ...] | None:
-    """Layers between two steps with one activation between any two of them; None if there is anything else."""
+    """The layers between two steps, with one activation between neighbours; None if there is anything else."""
     found: list[Step] = []
     while True:
         if not _is_layer(step) or not isinstance(step.factor, Operator) or not _ordinary(step.factor.weight):
@@ -110,7 +110,7 @@ def _layers(step: Step, origin: Step) -> tuple[Step, ...] | None:
 
 
 def block_operators(block: Block, norms: dict[Step, NormInterval], before: float) -> list[Composed | Operator]:
-    """The auxiliary operators whose norms :func:`block_factor` takes, in its order.
+    """The auxiliary operators whose norms :func:`block_factor` expects, in its order.
 
     Args:
         block: the block.
@@ -142,7 +142,7 @@ def block_factor(
     bounds = [norms[step].upper for step in block.layers]
     uppers = [interval.upper for interval in auxiliary]
     if block.projection is not None:
-        # The weight a is read off the operator that was bounded.
+        # The weight a is recovered from the operator that was bounded.
         joint = operators[0]
         assert isinstance(joint, Operator)
         c = simplify(_operator(block.layers[0])).weight.double()
@@ -162,7 +162,7 @@ def _operator(step: Step) -> Operator:
 
 
 def _best_weight(d: Tensor, c: Tensor, before: float) -> float:
-    """The a for which ||[d, a c]|| sqrt(1 + (before / a)^2) is about least; any positive number would be sound."""
+    """The a that about minimises ||[d, a c]|| sqrt(1 + (before / a)^2); the bound is sound for every positive a."""
     first = math.sqrt(before * d.norm().item() / c.norm().item())
     candidates = [first * 2.0 ** (0.5 * i) for i in range(-3, 4)] if first > 0.0 else [1.0]
     weights = torch.tensor(candidates, dtype=torch.float64, device=d.device)

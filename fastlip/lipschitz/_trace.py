@@ -1,4 +1,4 @@
-"""From a model to the graph of what it calls, by torch.fx, and one run of that graph."""
+"""The graph of a model by torch.fx, and one run of that graph."""
 
 import operator
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from fastlip.lipschitz._registry import find_rule, missing_rule
 from fastlip.norms._models.inputs import Refused
 from fastlip.norms._models.restore import as_found, version_of
 
-#: Name of the model inside the module that is traced; no layer's name is to start with it.
+#: Name of the model inside the module that is traced; it is removed from the names of layers.
 _MODEL = "model"
 
 
 class _Root(nn.Module):
-    """Calls the model, so that its own hooks, ``__call__`` and ``forward`` are traced like those of its parts."""
+    """Calls the model, so that its hooks, ``__call__`` and ``forward`` are traced like those of its submodules."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class _Root(nn.Module):
 
 
 class _Proxy(fx.Proxy):
-    """Records augmented assignments, which fx takes for operations out of place: other names of a tensor change too."""
+    """Records augmented assignments as in place, unlike fx, because they also change other references to the tensor."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -44,7 +44,7 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """Stops at modules with a rule as well as at torch's own, and remembers which module could not be traced."""
+    """Treats modules with a rule as leaves, like torch's own, and records which module could not be traced."""
 
     failed = ""
 
@@ -65,7 +65,7 @@ class _Tracer(fx.Tracer):
 
 
 class Values(fx.Interpreter):
-    """Runs the graph once as it is and keeps shapes and dtypes, and the values of what is not a tensor of the batch."""
+    """Runs the graph once; keeps shape, dtype and device of tensors that depend on the input, and all other values."""
 
     def __init__(self, graph_module: fx.GraphModule, varying: set[fx.Node]) -> None:
         super().__init__(graph_module)
@@ -98,11 +98,11 @@ def trace_graph(model: nn.Module) -> fx.GraphModule:
     """The graph of a model in eval mode.
 
     Raises:
-        ValueError: it cannot be traced, or holds a module without a rule; the message names it.
+        ValueError: the model cannot be traced, or a module has no rule; the message names it.
     """
     tracer, root = _Tracer(), _Root(model)
     try:
-        with as_found(model):  # a forward that keeps a feature map has kept a proxy
+        with as_found(model):  # a forward that stores a feature map stores a proxy now
             graph = tracer.trace(root)
     except Exception as error:
         failed = shown(tracer.failed)
@@ -120,7 +120,7 @@ def trace_graph(model: nn.Module) -> fx.GraphModule:
 
 
 def varying_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The input, and all that is made of it."""
+    """The input, and all nodes that depend on it."""
     varying: set[fx.Node] = set()
     for node in graph.nodes:
         if (node.op == "placeholder" and not node.args) or any(source in varying for source in node.all_input_nodes):
@@ -129,17 +129,17 @@ def varying_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def module_name(node: fx.Node, graph_module: fx.GraphModule) -> str:
-    """Qualified name of a called module in the model, or its class where it is the model itself."""
+    """Qualified name of a called module in the model, or the class of the model if it is the model itself."""
     return shown(str(node.target)) or type(graph_module.get_submodule(str(node.target))).__name__
 
 
 def shown(path: str) -> str:
-    """A path below the traced root as one in the model."""
+    """The name in the model of a module whose name in the traced root is ``path``."""
     return path.removeprefix(_MODEL).removeprefix(".")
 
 
 def location(node: fx.Node) -> str:
-    """The module a function is called in, and the node's name; of a called module its own name."""
+    """The module in which a function is called, and the node's name; for a called module its own name."""
     stack = node.meta.get("nn_module_stack")
     path = shown(next(reversed(stack))) if stack else ""
     return f"{path}.{node.name}" if path else node.name

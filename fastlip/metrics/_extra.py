@@ -4,7 +4,7 @@ from typing import Any
 
 
 def scipy_stats() -> Any:
-    """Return scipy.stats; the error where it is missing says what to install."""
+    """Return scipy.stats; the error says what to install if it is missing."""
     try:
         from scipy import stats
     except ImportError:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Unpack
 
+from fastlip._renamed import renamed_keywords
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._operators.composed import AnyOperator, Composed
 from fastlip.norms._operators.operator import compute_frobenius, require_finite
@@ -11,6 +12,7 @@ from fastlip.norms._options import NormKeywords, NormOptions, chosen_options
 from fastlip.norms._solvers.solve import solve
 
 
+@renamed_keywords(settings="options")
 def operator_norms(
     ops: Sequence[AnyOperator], options: NormOptions | None = None, **keywords: Unpack[NormKeywords]
 ) -> list[NormInterval]:

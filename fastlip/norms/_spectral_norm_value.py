@@ -11,7 +11,7 @@ from fastlip.norms._operators.operator import Operator, conv_operator
 from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._operators.trim import trim
 from fastlip.norms._options import NormOptions, chosen_options
-from fastlip.norms._solvers.iteration import IterationConfig
+from fastlip.norms._solvers.iteration_config import IterationConfig
 from fastlip.norms._solvers.lanczos import lanczos_norms
 
 #: Most steps of the iteration where nothing else is said.

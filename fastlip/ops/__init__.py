@@ -18,6 +18,9 @@ All steps share these semantics, which are checked on every backend against ``fa
   an error where gradients are enabled.
 """
 
+import warnings
+from typing import TYPE_CHECKING, Any
+
 from fastlip.ops import _fakes  # noqa: F401  # registers them
 from fastlip.ops._apgd_step import APGDState, apgd_schedule, apgd_state, apgd_step_
 from fastlip.ops._checks import Bounds, Norm, PerSample
@@ -26,13 +29,13 @@ from fastlip.ops._judge import BestRecord, Judgement, Loss, judge
 from fastlip.ops._krylov import krylov_bound, top_eigenpairs
 from fastlip.ops._model_input import ModelInput, model_input
 from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan
-from fastlip.ops._operator_step import PRODUCTS, Products, operator_step_
+from fastlip.ops._operator_step import MATMUL_PRECISIONS, MatmulPrecision, operator_step_
 from fastlip.ops._pack_weights import pack_weights
 from fastlip.ops._pgd_step import pgd_step, pgd_step_, project, project_, random_start
 from fastlip.ops._register import Backend, backends
 
 __all__ = [
-    "PRODUCTS",
+    "MATMUL_PRECISIONS",
     "APGDState",
     "Backend",
     "BestRecord",
@@ -41,11 +44,11 @@ __all__ = [
     "IndirectConvs",
     "Judgement",
     "Loss",
+    "MatmulPrecision",
     "ModelInput",
     "Norm",
     "OperatorPlan",
     "PerSample",
-    "Products",
     "apgd_schedule",
     "apgd_state",
     "apgd_step_",
@@ -65,3 +68,14 @@ __all__ = [
     "random_start",
     "top_eigenpairs",
 ]
+
+#: Former names, each with its present one.
+_RENAMED = {"PRODUCTS": "MATMUL_PRECISIONS", "Products": "MatmulPrecision"}
+
+if not TYPE_CHECKING:  # a type checker takes a module with __getattr__ to have every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _RENAMED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        warnings.warn(f"fastlip.ops.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        return globals()[_RENAMED[name]]

@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
+from fastlip._renamed import renamed_keywords
+
 
 def top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalues and their unit eigenvectors of symmetric positive semidefinite tridiagonal matrices.
+    """Largest eigenvalues, and unit eigenvectors, of symmetric positive semidefinite tridiagonal matrices.
 
     Args:
         diagonal: [C, k] float64 on the CPU, k at least 1.
-        off_diagonal: [C, k], not negative; the last entry of each row is not used.
+        off_diagonal: [C, k], not negative; the last entry of each row is ignored.
 
     Returns:
-        Eigenvalues [C], to a few units in the last place of the matrix's norm, and eigenvectors [C, k].
+        Eigenvalues [C], accurate to a few units in the last place of the matrix's norm, and eigenvectors [C, k].
 
     Raises:
         ValueError: a shape or device is wrong; the message names the argument.
@@ -23,46 +25,49 @@ def top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tens
     return values, vectors
 
 
+@renamed_keywords(overlaps="start_overlap")
 def krylov_bound(
     diagonal: Tensor,  # [C, k] float64
     off_diagonal: Tensor,  # [C, k] float64
     last: Tensor,  # [C] float64
     residual: Tensor,  # [C] float64
-    overlaps: Tensor,  # [C] float64
+    start_overlap: Tensor,  # [C] float64
     tolerance: float = 1e-12,
 ) -> Tensor:
-    """Upper bounds on sigma_1 from Lanczos tridiagonal matrices, one for each chain; [C] float64.
+    """Upper bounds on sigma_1 from Lanczos tridiagonal matrices T, one per start vector; [C] float64.
 
     With A^T A V = V T + b_k v_{k+1} e_k^T + F the bound on sigma_1^2 is the root t, right of T's eigenvalues, of
-    ||v_{k+1}|| b_1 ... b_k / det(t I - T) + ||F|| ||(t I - T)^{-1} e_1|| = overlap (van Dorsselaer, Hochstenbach and
-    van der Vorst 2001, with the rounding F). V need not be orthogonal. Rounding errors made here count as part of F.
+    ||v_{k+1}|| b_1 ... b_k / det(t I - T) + ||F|| ||(t I - T)^{-1} e_1|| = start_overlap (van Dorsselaer, Hochstenbach
+    and van der Vorst 2001, extended by the rounding errors F). V need not be orthogonal. The rounding of this function
+    itself is covered as part of F.
 
     Args:
         diagonal: of T, [C, k] float64 on the CPU, k at least 1; T is positive semidefinite.
         off_diagonal: b_1 ... b_k, [C, k], not negative; the last one couples to v_{k+1}.
         last: norm of v_{k+1}, [C].
         residual: upper bound on ||F||, [C].
-        overlaps: lower bound on |<q, v_1>|, q the eigenvector of sigma_1^2, [C]; where not positive the bound is inf.
-        tolerance: relative width of the bracket around the root, whose upper end is returned: larger is coarser, and as
-            sound.
+        start_overlap: lower bound on |<q, v_1>| for the eigenvector q of sigma_1^2, [C]; where it is not positive, the
+            result is inf.
+        tolerance: relative width of the bracket around the root; its upper end is returned, so the bound holds with any
+            tolerance.
 
     Raises:
         ValueError: a shape, device or value is wrong; the message names the argument.
         TypeError: a dtype is wrong; the message names the argument.
     """
     _check_matrices(diagonal, off_diagonal)
-    for name, numbers in {"last": last, "residual": residual, "overlaps": overlaps}.items():
+    for name, numbers in {"last": last, "residual": residual, "start_overlap": start_overlap}.items():
         _check(name, numbers, [len(diagonal)])
     if not tolerance > 0.0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")
-    arguments = (t.contiguous() for t in (diagonal, off_diagonal, last, residual, overlaps))
+    arguments = (t.contiguous() for t in (diagonal, off_diagonal, last, residual, start_overlap))
     upper: Tensor = torch.ops.fastlip.krylov_bound(*arguments, tolerance)
     return upper
 
 
 def _check_matrices(diagonal: Tensor, off_diagonal: Tensor) -> None:
     if diagonal.dim() != 2 or diagonal.shape[1] == 0:
-        raise ValueError(f"diagonal must be [chains, steps] with at least one step, got {list(diagonal.shape)}")
+        raise ValueError(f"diagonal must be [matrices, steps] with at least one step, got {list(diagonal.shape)}")
     _check("diagonal", diagonal, list(diagonal.shape))
     _check("off_diagonal", off_diagonal, list(diagonal.shape))
 

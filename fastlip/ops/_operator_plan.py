@@ -1,39 +1,42 @@
-"""Plans of batched operator applications: where everything lies, and which tile computes what.
+"""Plans of batched operator applications: the memory layout, and which tile computes what.
 
 A plan describes one direction (A, or A^T) of any number of convolutions of any geometry. The kernels know no geometry:
-stride, dilation, padding and its mode are in tables that list, for each target pixel, which source pixels meet it
-through which taps. Pixels that meet the same taps form a bundle; a tile is a block of target channels by a run of a
-bundle's columns, a column being a pixel and a chain (one of the vectors an operator is applied to at once).
+stride, dilation, padding and its mode are in tables that list, for each target pixel, the source pixels that it reads
+and the taps through which it reads them. Target pixels that read through the same taps form a gather group. A column is
+a target pixel of one vector; a tile is a block of target channels by a run of the columns of a gather group.
 
-Memory: vectors are [chains, pixels, channels] (channels_last), one operator after the other. Weights are
-[groups, blocks of at most 64 target channels, taps, source channels, lanes], a block's channels padded with zeros to a
-multiple of 16; those of depthwise convolutions [blocks, taps, lanes].
+Memory: vectors are [vectors, pixels, channels] (channels_last), one operator after the other. Weights are
+[groups, blocks of at most 64 target channels, taps, source channels, lanes], where a block's channels are padded with
+zeros to a multiple of 16. Weights of depthwise convolutions are [blocks, taps, lanes].
 
-Plans for GPUs have wider tiles, merge small bundles, and cut tiles of many products into parts, rows of their own that
-are summed up at the end: a GPU needs more to do at once than a few small maps of many channels offer.
+Plans for GPUs have wider tiles, merge small gather groups, and split tiles of many products into parts (split-K), whose
+sums are added up at the end: a few small maps of many channels would leave most of a GPU idle.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastlip.ops._operator_bundles import Bundle, Ints, merged
+from fastlip._renamed import renamed_keywords
+from fastlip.ops._gather_groups import GatherGroup, Ints, merge_gather_groups
 
 #: Target channels of a full block, and what a block's channels are padded to a multiple of.
 BLOCK, LANES = 64, 16
-#: Columns of the plan's tables; the C++ and CUDA kernels read them by these positions.
+#: Columns of the plan's tables; the C++ and CUDA kernels read them by position.
 PROBLEM = (
     "depthwise",
     "source_at",
     "target_at",
     "weight_at",
-    "chain_at",
-    "chains",
+    "vector_at",
+    "vectors",
     "groups",
     "taps",
     "source_channels",  # per group, as the next
@@ -43,17 +46,19 @@ PROBLEM = (
     "tile_at",
     "tiles",
 )
-BUNDLE = ("taps", "pixels", "taps_at", "targets_at", "sources_at")
-TILE = ("problem", "bundle", "group", "block", "column", "columns", "part", "parts", "slot")
-#: Most columns of a tile in parts, whose sums take 64 x 64 elements of scratch each.
+GATHER_GROUP = ("taps", "pixels", "taps_at", "targets_at", "sources_at")
+TILE = ("problem", "gather_group", "group", "block", "column", "columns", "part", "parts", "slot")
+#: Most columns of a tile that is split into parts; the sums of each part take 64 x 64 elements of scratch.
 PART_COLUMNS = 64
-#: Fewest products of a part, and how many parts a multiprocessor should get.
+#: Fewest products of a part, and the number of parts that each multiprocessor should get.
 _LEAST_PRODUCTS, _PARTS_EACH = 512, 8
+#: Former attributes of plans, each with its present name.
+_RENAMED = {"chains": "vectors", "most_chains": "max_vectors", "bundles": "gather_groups"}
 
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """A convolution without its numbers; no spatial axes make it a matrix.
+    """The shape of a convolution, without its weight; without spatial axes it is a matrix.
 
     Attributes:
         in_channels: of the convolution's input.
@@ -81,7 +86,7 @@ class ConvGeometry:
 
     @property
     def depthwise(self) -> bool:
-        """Whether every channel is a group of its own."""
+        """Whether each channel is a group."""
         return self.groups == self.in_channels == self.out_channels > 1
 
     @property
@@ -100,34 +105,43 @@ class OperatorPlan:
     """One direction of a batch of operators, as :func:`fastlip.ops.operator_step_` takes it.
 
     Attributes:
-        problems: [P, 14] int64, one row an operator, columns ``PROBLEM``; offsets count elements.
-        tiles: [T, 9] int64, columns ``TILE``; those of one operator stand together, as do the parts of one tile.
-            ``slot`` counts the rows that are parts, -1 for a whole tile.
-        bundles: [N, 5] int64, columns ``BUNDLE``; offsets into ``entries``.
+        problems: [P, 14] int64, one row per operator, columns ``PROBLEM``; offsets count elements.
+        tiles: [T, 9] int64, columns ``TILE``; the rows of one operator are contiguous, and so are the parts of one
+            tile. ``slot`` numbers the rows that are parts of a tile, and is -1 for a whole tile.
+        gather_groups: [N, 5] int64, columns ``GATHER_GROUP``; offsets into ``entries``.
         entries: int32: taps [taps]; target pixels [pixels]; source pixels [taps, pixels], -1 for none.
         source_size: elements of all source vectors.
         target_size: elements of all target vectors.
         weight_size: elements of all packed weights.
-        chains: number of chains of all operators.
-        most_chains: number of chains of the operator that has most.
-        parts: how many rows of ``tiles`` are parts of a tile.
+        vectors: number of vectors of all operators together.
+        max_vectors: largest number of vectors of one operator.
+        parts: number of rows of ``tiles`` that are parts of a tile.
     """
 
     problems: Tensor
     tiles: Tensor
-    bundles: Tensor
+    gather_groups: Tensor
     entries: Tensor
     source_size: int
     target_size: int
     weight_size: int
-    chains: int
-    most_chains: int
+    vectors: int
+    max_vectors: int
     parts: int
 
+    if not TYPE_CHECKING:  # a type checker takes a class with __getattr__ to have every attribute
 
+        def __getattr__(self, name: str) -> Any:
+            if name not in _RENAMED:
+                raise AttributeError(f"OperatorPlan has no attribute {name!r}")
+            warnings.warn(f"OperatorPlan.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+            return getattr(self, _RENAMED[name])
+
+
+@renamed_keywords(chains="vectors")
 def operator_plan(
     geometries: Sequence[ConvGeometry],
-    chains: Sequence[int],
+    vectors: Sequence[int],
     *,
     adjoint: bool = False,
     device: torch.device | str = "cpu",
@@ -135,29 +149,29 @@ def operator_plan(
     merge: bool | None = None,
     part_products: int | None = None,
 ) -> OperatorPlan:
-    """Plan the application of operators, each to ``chains`` vectors at once.
+    """Plan the application of each operator to a number of vectors at once.
 
     Args:
         geometries: one for each operator.
-        chains: vectors of each operator, at least 1.
+        vectors: number of vectors of each operator, at least 1.
         adjoint: whether to plan A^T.
-        device: where the tables shall be, and whose kernels the defaults of what follows suit.
+        device: device of the tables; the defaults of the arguments below suit its kernels.
         tile_columns: most columns of a tile; by default 48 on the CPU, 64 on a GPU.
-        merge: whether bundles are merged where that saves tiles; by default on a GPU.
-        part_products: about how many products of an element a part of a tile sums up; 0 leaves tiles whole. By default
-            0 on the CPU, and on a GPU what gives every multiprocessor several parts. Takes ``tile_columns`` of at most
-            64; the CPU library takes whole tiles only.
+        merge: whether gather groups are merged where that saves tiles; by default on a GPU only.
+        part_products: about how many products of an element a part of a tile adds up; 0 leaves tiles whole. The default
+            is 0 on the CPU, and on a GPU a number that gives every multiprocessor several parts. Needs ``tile_columns``
+            of at most 64; the CPU library supports whole tiles only.
 
     Raises:
-        ValueError: ``chains``, ``tile_columns`` or ``part_products`` is wrong.
+        ValueError: ``vectors``, ``tile_columns`` or ``part_products`` is wrong.
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    if len(chains) != len(geometries) or any(c < 1 for c in chains):
-        raise ValueError(f"chains must be {len(geometries)} numbers of at least 1, got {list(chains)}")
-    for g, b in zip(geometries, chains, strict=True):
+    if len(vectors) != len(geometries) or any(c < 1 for c in vectors):
+        raise ValueError(f"vectors must be {len(geometries)} numbers of at least 1, got {list(vectors)}")
+    for g, b in zip(geometries, vectors, strict=True):
         if b * max(g.input[1], g.output[1]) >= 2**31:
-            raise ValueError(f"chains times pixels must be below 2**31, got {b} chains of {g}")
+            raise ValueError(f"vectors times pixels must be below 2**31, got {b} vectors of {g}")
     if tile_columns is None:
         tile_columns = 64 if on_gpu else 48
     if tile_columns < 1:
@@ -169,46 +183,46 @@ def operator_plan(
     if merge is None:
         merge = on_gpu
     problems: list[tuple[int, ...]] = []
-    bundles: list[tuple[int, ...]] = []
+    gather_groups: list[tuple[int, ...]] = []
     tiles: list[Ints] = []
     entries: list[Ints] = []
     known: dict[tuple[ConvGeometry, int], list[int]] = {}
     runs: list[list[_Run]] = []  # of each operator
     entry_at = 0
-    for g, b in zip(geometries, chains, strict=True):
+    for g, b in zip(geometries, vectors, strict=True):
         key = (g, b if merge else 0)
         if key not in known:
             known[key] = []
-            found: Sequence[Bundle] = _bundles(g, adjoint)
-            for taps, pixels, partners in merged(found, b, tile_columns) if merge else found:
+            found: Sequence[GatherGroup] = _gather_groups(g, adjoint)
+            for taps, pixels, partners in merge_gather_groups(found, b, tile_columns) if merge else found:
                 at = entry_at + np.cumsum([0, taps.size, pixels.size, partners.size])
-                known[key].append(len(bundles))
-                bundles.append((taps.size, pixels.size, at[0], at[1], at[2]))
+                known[key].append(len(gather_groups))
+                gather_groups.append((taps.size, pixels.size, at[0], at[1], at[2]))
                 entries += [taps, pixels, partners.ravel()]
                 entry_at = int(at[3])
-        runs.append([_Run(i, bundles[i][1] * b, bundles[i][0] * _reduced(g, adjoint)) for i in known[key]])
+        runs.append([_Run(i, gather_groups[i][1] * b, gather_groups[i][0] * _reduced(g, adjoint)) for i in known[key]])
     if part_products is None:
         cut = on_gpu and tile_columns <= PART_COLUMNS
         part_products = _part_products(geometries, runs, adjoint, device) if cut else 0
-    source_at = target_at = weight_at = chain_at = tile_at = slot_at = 0
-    for index, (g, b) in enumerate(zip(geometries, chains, strict=True)):
+    source_at = target_at = weight_at = vector_at = tile_at = slot_at = 0
+    for index, (g, b) in enumerate(zip(geometries, vectors, strict=True)):
         (sources, from_pixels), (targets, to_pixels) = (g.output, g.input) if adjoint else (g.input, g.output)
         groups, blocks = _blocks(g, adjoint)
         count = 0
         for group in range(groups):
-            for block in range(blocks):  # all that needs a block's weights stands together
+            for block in range(blocks):  # tiles that need the same weights are neighbours
                 for run in runs[index]:
-                    rows = run.tiles((index, run.bundle, group, block), tile_columns, part_products, slot_at)
+                    rows = run.tiles((index, run.gather_group, group, block), tile_columns, part_products, slot_at)
                     slot_at = max(slot_at, int(rows[-1, -1]) + 1)
                     tiles.append(rows)
                     count += len(rows)
         channels = sources // groups, targets // groups
-        place = (source_at, target_at, weight_at, chain_at, b, groups, math.prod(g.kernel), *channels)
+        place = (source_at, target_at, weight_at, vector_at, b, groups, math.prod(g.kernel), *channels)
         problems.append((int(g.depthwise), *place, from_pixels, to_pixels, tile_at, count))
         source_at += sources * from_pixels * b
         target_at += targets * to_pixels * b
         weight_at += packed_size((g.out_channels, g.in_channels // g.groups, *g.kernel), g.groups, adjoint)
-        chain_at += b
+        vector_at += b
         tile_at += count
 
     def table(rows: list[tuple[int, ...]], columns: int) -> Tensor:
@@ -219,22 +233,22 @@ def operator_plan(
     return OperatorPlan(
         table(problems, len(PROBLEM)),
         torch.from_numpy(all_tiles).to(device),
-        table(bundles, len(BUNDLE)),
+        table(gather_groups, len(GATHER_GROUP)),
         torch.from_numpy(flat).to(device),
         source_at,
         target_at,
         weight_at,
-        chain_at,
-        max(chains, default=0),
+        vector_at,
+        max(vectors, default=0),
         slot_at,
     )
 
 
 @dataclass(frozen=True)
 class _Run:
-    """The columns of one bundle of an operator, and how many products each element under them sums up."""
+    """The columns of one gather group of an operator, and the number of products of each of their elements."""
 
-    bundle: int
+    gather_group: int
     columns: int
     products: int
 
@@ -249,20 +263,20 @@ class _Run:
 
 
 def _blocks(g: ConvGeometry, adjoint: bool) -> tuple[int, int]:
-    """Groups that the tiles know (channels of a depthwise kernel are not groups to them), and blocks of each."""
+    """Groups of the tile table (a depthwise kernel has one there), and blocks of each group."""
     groups = 1 if g.depthwise else g.groups
     return groups, -(-((g.in_channels if adjoint else g.out_channels) // groups) // BLOCK)
 
 
 def _reduced(g: ConvGeometry, adjoint: bool) -> int:
-    """Channels that an element sums over for each tap; 0 for depthwise kernels, whose tiles stay whole."""
+    """Channels that an element adds up for each tap; 0 for depthwise kernels, whose tiles stay whole."""
     return 0 if g.depthwise else (g.out_channels if adjoint else g.in_channels) // g.groups
 
 
 def _part_products(
     geometries: Sequence[ConvGeometry], runs: list[list[_Run]], adjoint: bool, device: torch.device
 ) -> int:
-    """A share of all the work, for some parts for each multiprocessor."""
+    """Products per part, such that each multiprocessor gets several parts."""
     work = sum(
         math.prod(_blocks(g, adjoint)) * -(-run.columns // PART_COLUMNS) * run.products
         for g, own in zip(geometries, runs, strict=True)
@@ -273,7 +287,7 @@ def _part_products(
 
 
 def packed_size(shape: Sequence[int], groups: int, adjoint: bool) -> int:
-    """Elements of a packed kernel of ``shape`` [Cout, Cin / groups, *kernel]."""
+    """Number of elements of a packed kernel of ``shape`` [Cout, Cin / groups, *kernel]."""
     taps = math.prod(shape[2:])
     if groups == shape[0] > 1 == shape[1]:  # depthwise
         return taps * _padded(groups)
@@ -287,14 +301,14 @@ def _padded(channels: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _bundles(g: ConvGeometry, adjoint: bool) -> tuple[Bundle, ...]:
-    """The largest first."""
-    met = _met_pixels(g)  # [outputs, taps]
+def _gather_groups(g: ConvGeometry, adjoint: bool) -> tuple[GatherGroup, ...]:
+    """Gather groups of one direction, the largest first."""
+    read = _read_pixels(g)  # [outputs, taps]
     if adjoint:
-        taps, partners = _inverted(met, math.prod(g.input_size))
+        taps, partners = _inverted(read, math.prod(g.input_size))
     else:
-        present = np.argsort(met < 0, axis=1, kind="stable")  # taps that meet a pixel first
-        partners = np.take_along_axis(met, present, axis=1)
+        present = np.argsort(read < 0, axis=1, kind="stable")  # padding last
+        partners = np.take_along_axis(read, present, axis=1)
         taps = np.where(partners >= 0, present, -1)
     signatures, inverse = np.unique(taps, axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
@@ -302,14 +316,14 @@ def _bundles(g: ConvGeometry, adjoint: bool) -> tuple[Bundle, ...]:
     for i, signature in enumerate(signatures):
         count = int((signature >= 0).sum())
         targets = np.flatnonzero(inverse == i)
-        found.append(Bundle(signature[:count], targets, np.ascontiguousarray(partners[targets, :count].T)))
-    return tuple(sorted(found, key=lambda bundle: -bundle.targets.size))
+        found.append(GatherGroup(signature[:count], targets, np.ascontiguousarray(partners[targets, :count].T)))
+    return tuple(sorted(found, key=lambda group: -group.targets.size))
 
 
-def _met_pixels(g: ConvGeometry) -> Ints:
-    """The input pixel that each output pixel meets through each tap, [outputs, taps]; -1 in zero padding."""
+def _read_pixels(g: ConvGeometry) -> Ints:
+    """The input pixel that each output pixel reads through each tap, [outputs, taps]; -1 for zero padding."""
     axes = len(g.kernel)
-    met, inside = np.zeros((1,) * (2 * axes), dtype=np.int64), np.ones((1,) * (2 * axes), dtype=bool)
+    read, inside = np.zeros((1,) * (2 * axes), dtype=np.int64), np.ones((1,) * (2 * axes), dtype=bool)
     for axis, (n, m, k) in enumerate(zip(g.input_size, g.output_size, g.kernel, strict=True)):
         left, _ = g.padding[axis]
         position = np.arange(m)[:, None] * g.stride[axis] + np.arange(k) * g.dilation[axis] - left
@@ -325,16 +339,16 @@ def _met_pixels(g: ConvGeometry) -> Ints:
             position = np.clip(position, 0, n - 1)
         shape = [1] * (2 * axes)
         shape[axis], shape[axes + axis] = m, k
-        met = met * n + position.reshape(shape)
+        read = read * n + position.reshape(shape)
         inside = inside & ok.reshape(shape)
     outputs, taps = math.prod(g.output_size), math.prod(g.kernel)
-    return np.where(inside, met, -1).reshape(outputs, taps)
+    return np.where(inside, read, -1).reshape(outputs, taps)
 
 
-def _inverted(met: Ints, pixels: int) -> tuple[Ints, Ints]:
-    """For each input pixel the taps it is met through and the output pixels it meets there, padded with -1."""
-    outputs, taps = np.nonzero(met >= 0)
-    pixel = met[outputs, taps]
+def _inverted(read: Ints, pixels: int) -> tuple[Ints, Ints]:
+    """For each input pixel the taps through which it is read and the output pixels that read it, padded with -1."""
+    outputs, taps = np.nonzero(read >= 0)
+    pixel = read[outputs, taps]
     order = np.lexsort((outputs, taps, pixel))
     pixel, taps, outputs = pixel[order], taps[order], outputs[order]
     counts = np.bincount(pixel, minlength=pixels)

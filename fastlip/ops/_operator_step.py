@@ -5,55 +5,57 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastlip._renamed import renamed_keywords
 from fastlip.ops._operator_plan import OperatorPlan
 
-#: How the CUDA library multiplies float32 numbers.
-Products = Literal["float32", "3xtf32"]
-PRODUCTS: tuple[Products, ...] = get_args(Products)
+#: How the CUDA library multiplies float32 numbers; see :func:`operator_step_`.
+MatmulPrecision = Literal["float32", "3xtf32"]
+MATMUL_PRECISIONS: tuple[MatmulPrecision, ...] = get_args(MatmulPrecision)
 
 
+@renamed_keywords(products="matmul_precision")
 def operator_step_(
     out: Tensor,  # [target_size]
-    out_square: Tensor,  # [chains] float64
+    out_square: Tensor,  # [vectors] float64
     x: Tensor,  # [source_size]
     weights: Tensor,  # [weight_size]
     plan: OperatorPlan,
     *,
-    x_square: Tensor | None = None,  # [chains] float64
+    x_square: Tensor | None = None,  # [vectors] float64
     previous: Tensor | None = None,  # [target_size]
-    previous_square: Tensor | None = None,  # [chains] float64
+    previous_square: Tensor | None = None,  # [vectors] float64
     active: Tensor | None = None,  # [operators] bool
-    products: Products = "float32",
+    matmul_precision: MatmulPrecision = "float32",
 ) -> Tensor:
     """Apply many operators to many vectors, with the scaling of a bidiagonalisation step, in place; returns ``out``.
 
-    For each operator A of the plan and each of its chains
+    For each operator A of the plan and each of its vectors x
 
         out <- A x / ||x|| - (||x|| / ||previous||) previous,    out_square <- ||out||^2,
 
-    a half step of the Golub-Kahan bidiagonalisation (Golub and Kahan 1965) on vectors that are never normalised: with
-    out = a_i u_i and previous = a_{i-1} u_{i-1}, where x = b_{i-1} v_i; the other half is the same with the plan of
-    A^T. Without ``previous`` it is a step of power iteration, without ``x_square`` a plain application. A chain whose
-    ||x|| is 0 gives 0. The result does not depend on the number of threads.
+    This is a half step of Golub-Kahan bidiagonalisation (Golub and Kahan 1965) on vectors that are not normalised:
+    x = b_{i-1} v_i, previous = a_{i-1} u_{i-1} and out = a_i u_i. The other half is the same with the plan of A^T.
+    Without ``previous`` it is a step of power iteration, and without ``x_square`` a plain application of A. Where ||x||
+    is 0, ``out`` is 0. The result does not depend on the number of threads.
 
-    ``products`` matters to the CUDA library in float32 alone: "float32" takes multiply-adds, "3xtf32" matrix units on
-    numbers split in two (Ootomo and Yokota 2022), about as accurate on finite numbers below 2^127. The CPU library, the
-    Triton kernels, the reference and float64 take their own multiply-adds with either.
+    ``matmul_precision`` affects the CUDA library in float32 only: "float32" uses multiply-adds, "3xtf32" matrix units
+    on numbers that are split in two (Ootomo and Yokota 2022), about as accurate on finite numbers below 2^127. The CPU
+    library, the Triton kernels, the reference and float64 use multiply-adds in either case.
 
     Args:
-        out: target vectors of all operators, each [chains, pixels, channels], float32 or float64; not ``x``.
-        out_square: receives the squared norms, [chains] float64.
+        out: target vectors of all operators, each [vectors, pixels, channels], float32 or float64; not ``x``.
+        out_square: receives the squared norms, [vectors] float64.
         x: source vectors in the same order, in the dtype of ``out``.
         weights: packed weights of all operators, in the dtype of ``out``.
-        plan: what lies where; see :func:`operator_plan` and :func:`pack_weights`.
+        plan: memory layout and tiles, from :func:`operator_plan`.
         x_square: squared norms of ``x``; None leaves ``x`` as it is.
-        previous: vectors to subtract, like ``out``; may not be ``out``. Takes ``x_square`` and ``previous_square``.
+        previous: vectors to subtract, like ``out``; may not be ``out``. Needs ``x_square`` and ``previous_square``.
         previous_square: squared norms of ``previous``.
-        active: operators to apply; the others' parts of ``out`` and ``out_square`` are left as they are.
-        products: "float32" or "3xtf32".
+        active: operators to apply; ``out`` and ``out_square`` of the others are not changed.
+        matmul_precision: "float32" or "3xtf32".
 
     Raises:
-        ValueError: a shape, device, layout or ``products`` is wrong; the message names the argument.
+        ValueError: a shape, device, layout or ``matmul_precision`` is wrong; the message names the argument.
         TypeError: a dtype is wrong; the message names the argument.
     """
     if out.dtype not in (torch.float32, torch.float64):
@@ -74,18 +76,18 @@ def operator_step_(
         if square is not None:
             if square.dtype != torch.float64:
                 raise TypeError(f"{name} must be float64, got {square.dtype}")
-            _check(name, square, plan.chains, plan)
+            _check(name, square, plan.vectors, plan)
     if active is not None:
         if active.dtype != torch.bool:
             raise TypeError(f"active must be bool, got {active.dtype}")
         _check("active", active, len(plan.problems), plan)
-    if products not in PRODUCTS:
-        raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
+    if matmul_precision not in MATMUL_PRECISIONS:
+        raise ValueError(f"matmul_precision must be one of {', '.join(MATMUL_PRECISIONS)}, got {matmul_precision!r}")
     if any(other is out for other in (x, previous)):
         raise ValueError("out must be another tensor than x and previous")
-    tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains, plan.parts)
+    tables = (plan.problems, plan.tiles, plan.gather_groups, plan.entries, plan.max_vectors, plan.parts)
     history = (x_square, previous, previous_square)
-    torch.ops.fastlip.operator_step_(out, out_square, x, *history, weights, *tables, products, active)
+    torch.ops.fastlip.operator_step_(out, out_square, x, *history, weights, *tables, matmul_precision, active)
     return out
 
 

@@ -17,14 +17,14 @@ def pack_weights(
     adjoint: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Kernels of operators in the order in which :func:`operator_step_` reads them, one after the other, flat.
+    """Convolution kernels in the memory layout that :func:`operator_step_` reads, one after the other, flat.
 
-    All of them in one call: on a GPU with the CUDA library one launch serves up to 64.
+    Packing all of them in one call pays on a GPU, where one launch of the CUDA library packs up to 64.
 
     Args:
         weights: [Cout, Cin / groups, *kernel] each, of any floating dtype and on one device.
-        groups: of each convolution.
-        adjoint: whether for the adjoint's plan.
+        groups: number of groups of each convolution.
+        adjoint: whether the weights are for the plan of A^T.
         dtype: of the result, torch.float32 or torch.float64.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The part of the reference that serves operator norms: what its operators mean."""
+"""The reference of the operators that serve operator norms."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-#: Halvings of a bracket: float64 has no finer answer to give.
+#: Halvings of a bracket, enough for the resolution of float64.
 _BISECTIONS = 70
 
 
@@ -36,43 +36,43 @@ def operator_step_(
     weights: Tensor,
     problems: Tensor,
     tiles: Tensor,
-    bundles: Tensor,
+    gather_groups: Tensor,
     entries: Tensor,
-    most_chains: int,
+    max_vectors: int,
     parts: int,
-    products: str,
+    matmul_precision: str,
     active: Tensor | None,
 ) -> None:
-    """Each target element is the sum that the tables spell out; tiles only say which bundles belong to an operator."""
-    tile_rows, bundle_rows = tiles.tolist(), bundles.tolist()
+    """Each target element is a sum over the tables; tiles serve only to find the gather groups of an operator."""
+    tile_rows, gather_group_rows = tiles.tolist(), gather_groups.tolist()
     for index, row in enumerate(problems.tolist()):
         if active is not None and not active[index]:
             continue
-        depthwise, source_at, target_at, weight_at, chain_at, b, groups, taps, k, n, *rest = row
+        depthwise, source_at, target_at, weight_at, vector_at, b, groups, taps, k, n, *rest = row
         from_pixels, to_pixels, tile_at, count = rest
-        vectors = x[source_at : source_at + b * from_pixels * groups * k].reshape(b, from_pixels, groups, k)
+        source = x[source_at : source_at + b * from_pixels * groups * k].reshape(b, from_pixels, groups, k)
         kernel = _unpacked(weights[weight_at:], bool(depthwise), groups, taps, k, n)
-        image = x.new_zeros(b, to_pixels, groups, n)
-        for bundle in sorted({tile[1] for tile in tile_rows[tile_at : tile_at + count]}):
-            t, m, taps_at, targets_at, sources_at = bundle_rows[bundle]
+        target = x.new_zeros(b, to_pixels, groups, n)
+        for gather_group in sorted({tile[1] for tile in tile_rows[tile_at : tile_at + count]}):
+            t, m, taps_at, targets_at, sources_at = gather_group_rows[gather_group]
             total = x.new_zeros(b, m, groups, n)
             for j in range(t):
-                sources = entries[sources_at + j * m : sources_at + (j + 1) * m].long()
-                met = torch.where((sources >= 0)[:, None, None], vectors[:, sources.clamp_min(0)], 0.0)
-                total += torch.einsum("bmgk,gkn->bmgn", met, kernel[:, int(entries[taps_at + j])])
-            image[:, entries[targets_at : targets_at + m].long()] = total
-        image = image.flatten(1)
-        chains = slice(chain_at, chain_at + b)
-        place = slice(target_at, target_at + image.numel())
+                pixels = entries[sources_at + j * m : sources_at + (j + 1) * m].long()
+                read = torch.where((pixels >= 0)[:, None, None], source[:, pixels.clamp_min(0)], 0.0)
+                total += torch.einsum("bmgk,gkn->bmgn", read, kernel[:, int(entries[taps_at + j])])
+            target[:, entries[targets_at : targets_at + m].long()] = total
+        target = target.flatten(1)
+        vectors = slice(vector_at, vector_at + b)
+        place = slice(target_at, target_at + target.numel())
         if x_square is not None:
-            length = x_square[chains].sqrt()[:, None]
-            image = image * torch.where(length > 0, 1 / length, 0.0).to(x.dtype)
+            length = x_square[vectors].sqrt()[:, None]
+            target = target * torch.where(length > 0, 1 / length, 0.0).to(x.dtype)
             if previous is not None and previous_square is not None:
-                other = previous_square[chains].sqrt()[:, None]
+                other = previous_square[vectors].sqrt()[:, None]
                 shift = torch.where(other > 0, length / other, 0.0)
-                image -= previous[place].reshape(b, -1) * shift.to(x.dtype)
-        out[place] = image.flatten()
-        out_square[chains] = image.double().square().sum(1)
+                target -= previous[place].reshape(b, -1) * shift.to(x.dtype)
+        out[place] = target.flatten()
+        out_square[vectors] = target.double().square().sum(1)
 
 
 def _unpacked(weights: Tensor, depthwise: bool, groups: int, taps: int, k: int, n: int) -> Tensor:
@@ -121,33 +121,35 @@ def _indirect_conv_(
 
 
 def top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """By torch's solver, of the whole matrices; vectors with non-negative entries."""
+    """By torch's eigenvalue solver on dense matrices; eigenvectors have non-negative entries."""
     values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
     return values[:, -1].clamp_min(0.0), vectors[..., -1].abs()
 
 
 def krylov_bound(
-    diagonal: Tensor, off_diagonal: Tensor, last: Tensor, residual: Tensor, overlaps: Tensor, tolerance: float
+    diagonal: Tensor, off_diagonal: Tensor, last: Tensor, residual: Tensor, start_overlap: Tensor, tolerance: float
 ) -> Tensor:
-    """By eigenvalues and first entries of eigenvectors; always to the last bisection."""
+    """By eigenvalues and first entries of eigenvectors, always with all bisections."""
     finite = diagonal.isfinite().all(1) & off_diagonal.isfinite().all(1)
     diagonal, off_diagonal = diagonal.clone(), off_diagonal.clone()
-    diagonal[~finite], off_diagonal[~finite] = 0.0, 0.0  # the solver takes no others
+    diagonal[~finite], off_diagonal[~finite] = 0.0, 0.0  # the solver refuses others
     theta, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
     first, steps, eps = vectors[:, 0], theta.shape[1], torch.finfo(torch.float64).eps
     top = theta[:, -1].clamp_min(0.0)
-    # What was decomposed is T perturbed by rounding, with eigenvectors orthonormal but for as much: parts of F.
+    # The eigenvalues are those of a perturbed T, and the eigenvectors are orthonormal up to rounding: F covers both.
     residual = 1.01 * (residual + 8.0 * steps * eps * theta.abs().amax(1))
     log_product = off_diagonal.log().sum(1) + last.log()
 
     def exceeds(t: Tensor) -> Tensor:
         gaps = t[:, None] - theta
         tail = torch.exp(log_product - gaps.log().sum(1))
-        # Anything undefined counts as above.
-        return ~(tail + residual * torch.linalg.vector_norm(first / gaps, dim=1) <= overlaps)
+        # NaN counts as above.
+        return ~(tail + residual * torch.linalg.vector_norm(first / gaps, dim=1) <= start_overlap)
 
-    # Both terms fall below overlap / 2 at the far end. Bisect the logarithm of the distance from the largest one.
-    far = torch.maximum((log_product + (2.0 / overlaps).log()) / steps, (2.0 * residual / overlaps).log()) + 1.4
+    # At the far end both terms are below start_overlap / 2. The logarithm of the distance from the largest eigenvalue
+    # is bisected.
+    far_tail = (log_product + (2.0 / start_overlap).log()) / steps
+    far = torch.maximum(far_tail, (2.0 * residual / start_overlap).log()) + 1.4
     scale = torch.where(top > 0.0, top, torch.ones_like(top))
     high, low = torch.maximum(far, scale.log()) + 1.0, (scale * 1e-12).log()
     for _ in range(_BISECTIONS):
@@ -155,7 +157,7 @@ def krylov_bound(
         right = exceeds(top + middle.exp())
         low, high = torch.where(right, middle, low), torch.where(right, high, middle)
     upper = (top + high.exp()).sqrt() * (1.0 + 1e-12)
-    return torch.where(finite & (overlaps > 0.0) & upper.isfinite(), upper, torch.inf)
+    return torch.where(finite & (start_overlap > 0.0) & upper.isfinite(), upper, torch.inf)
 
 
 def _tridiagonal(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:

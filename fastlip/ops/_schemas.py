@@ -107,8 +107,8 @@ SCHEMAS = {
     ),
     "operator_step_": _schema(
         "Tensor! out, Tensor! out_square, Tensor x, Tensor? x_square, Tensor? previous, Tensor? previous_square, "
-        "Tensor weights, Tensor problems, Tensor tiles, Tensor bundles, Tensor entries, int most_chains, int parts, "
-        "str products, Tensor? active"
+        "Tensor weights, Tensor problems, Tensor tiles, Tensor gather_groups, Tensor entries, int max_vectors, "
+        "int parts, str matmul_precision, Tensor? active"
     ),
     "pack_weights_": _schema("Tensor! out, Tensor[] weights, int[] groups, bool adjoint"),
 }
@@ -120,7 +120,7 @@ HOST_SCHEMAS = {
     ),
     "top_eigenpairs": _schema("Tensor diagonal, Tensor off_diagonal", returns="(Tensor, Tensor)"),
     "krylov_bound": _schema(
-        "Tensor diagonal, Tensor off_diagonal, Tensor last, Tensor residual, Tensor overlaps, float tolerance",
+        "Tensor diagonal, Tensor off_diagonal, Tensor last, Tensor residual, Tensor start_overlap, float tolerance",
         returns="Tensor",
     ),
 }

@@ -71,7 +71,7 @@ def study(
     ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Do only the stages of such names, beside others; see plan. Repeatable."),
+        typer.Option(metavar="PATTERN", help="Carry out only the stages of such names; see plan. Repeatable."),
     ] = None,
     seed: Seed = None,
     device: Device = None,
@@ -113,14 +113,11 @@ def plan(
 ) -> None:
     """Write a run as shell commands for an existing scheduler.
 
-    Files `1-...txt`, `2-...txt`, ... in the folder `plan` of the run directory hold one command a line. Those of one
-    file run in any order and side by side, on machines that see the same paths, once those of the file before are
-    done. A command whose process died is run again as it is.
+    Files `1-...txt`, `2-...txt`, ... in the folder `plan` of the run directory hold one command per line. The commands
+    of one file run in any order and side by side, on machines that see the same paths, once those of the file before
+    are done. A command whose process died is run again as it is. fastlip/study/README.md has an example for Slurm.
 
-    By GNU parallel: `for file in DIR/plan/*.txt; do parallel --halt now,fail=1 -j 4 < $file || break; done`
-
-    By Slurm, one array a file, through submitit:
-    `executor.map_array(subprocess.check_call, map(shlex.split, open(file)))`
+    With GNU parallel: `(for file in DIR/plan/*.txt; do parallel --halt soon,fail=1 -j 4 < $file || exit; done)`
     """
     chosen, data = _chosen(context, preset, data, seed, device, settings)
     from fastlip.study.pipeline.plan import write_plan
@@ -129,7 +126,7 @@ def plan(
     directory = _out(out, chosen).resolve()
     files = {"--data": data, "--source-checkpoint": source_checkpoint}
     files |= {"--source-data": source_data, "--corruptions": corruptions}
-    command = ["python", "-m", "fastlip.study", "--preset", str(preset), "--out", str(directory)]
+    command = [sys.executable, "-m", "fastlip.study", "--preset", str(preset), "--out", str(directory)]
     command += [word for option, path in files.items() if path for word in (option, str(path.resolve()))]
     command += [] if download else ["--no-download"]
     command += [] if seed is None else ["--seed", str(seed)]

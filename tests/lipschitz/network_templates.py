@@ -1,4 +1,4 @@
-"""Whole networks in the hands of their authors, for :mod:`random_networks`: input shape and source by name.
+"""Whole networks as their authors write them, for :mod:`random_networks`: input shape and source by name.
 
 C, D, N stand for widths and sizes, K for a kernel, P for a padding, G for groups, A and A0 for activations (A may write
 in place), SIGN for plus or minus.

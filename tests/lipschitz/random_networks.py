@@ -1,4 +1,4 @@
-"""Random small networks as strangers write them, and how far each of them really stretches its inputs.
+"""Random small networks as users write them, and how far each of them stretches its inputs.
 
 An independent judge of :func:`fastlip.lipschitz_bound`. Every network is a program, printed in full where a test fails,
 so that what is traced is what people write: modules and functions mixed, in-place forms, aliases, hooks, forwards
@@ -56,7 +56,7 @@ handles = []  # of what reaches beyond the network
 
 
 def fill(net: nn.Module, style: str, seed: int) -> None:
-    """Give a network weights under which a wrong bound shows: structured ones attain products of norms."""
+    """Give a network structured weights, which attain products of norms, so that a wrong bound is noticed."""
     g = torch.Generator().manual_seed(seed)
     r = random.Random(seed)
     scale, bias = r.choice([0.5, 1.0, 1.0, 2.0, 4.0]), r.choice([0.0, 0.3, 0.3, 3.0, 50.0])
@@ -120,7 +120,7 @@ def layers_of(net: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]:
 
 
 class Unfit(Exception):
-    """An ingredient does not go with a shape."""
+    """An ingredient does not fit a shape."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Value:
     Attributes:
         name: its name.
         shape: shape of one sample.
-        owned: whether nothing else in the program looks at its memory, so that it may be overwritten.
+        owned: whether nothing else in the program uses its memory, so that it may be overwritten.
     """
 
     name: str
@@ -384,7 +384,7 @@ _Forms = tuple[str, tuple[str, ...], tuple[str, ...]]
 
 
 def _named(module: str, function: str, *arguments: str) -> _Forms:
-    """The forms that most activations have."""
+    """The ways in which most activations can be called."""
     inside = "".join(f", {a}" for a in arguments)
     return f"nn.{module}({', '.join(arguments)})", (f"F.{function}({{x}}{inside})",), ()
 
@@ -597,7 +597,7 @@ def _(w: Writer, v: Value) -> Value:
 
 
 def _turn(w: Writer, v: Value) -> Value:
-    """Move values about without changing the shape."""
+    """Move values without changing the shape."""
     r, rank = w.rng, len(v.shape)
     rest = ", ".join(map(str, v.shape))
     choices = []
@@ -776,7 +776,7 @@ def _(w: Writer, v: Value) -> Value:
 
 @ingredient("harmless question", 0.7)
 def _(w: Writer, v: Value) -> Value:
-    """Branches that go the same way in a trace and in a run."""
+    """Python branches that are taken alike in a trace and in a run."""
     r, x = w.rng, v.name
     asked = r.choice(["self.training", "torch.jit.is_scripting()", "not isinstance(self, nn.Module)", f"{x} is None"])
     w.say(f"if {asked}:")
@@ -1545,7 +1545,7 @@ UNCOVERED = frozenset(trait for _, trait, _ in _UNCOVERED)
 
 @dataclass
 class Network:
-    """A random network, and what to print where it fails a test.
+    """A random network, and what to print if it fails a test.
 
     Attributes:
         model: the network, in whatever mode its author left it.
@@ -1672,7 +1672,7 @@ def _runs(network: Network) -> bool:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """Everything a call might leave changed: bits of tensors, modes, attributes, hooks, classes."""
+    """Everything that a call might change: bits of tensors, modes, attributes, hooks, classes."""
     state: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         state[f"{name}: class"] = type(module)
@@ -1807,7 +1807,7 @@ def stretch_of(network: Network, effort: int = 2) -> float | None:
 
 
 def normalised(reason: str) -> str:
-    """A refusal without its names and numbers."""
+    """The message of a refusal without names and numbers."""
     reason = re.sub(r"\(at [^)]*\)", "(at …)", reason)
     reason = re.sub(r"(module|layer) [\w.]+:", r"\1 …:", reason)
     reason = re.sub(r"<[^>]*>|'[^']*'|\[[^\]]*\]|\([\d, ]*\)", "…", reason)

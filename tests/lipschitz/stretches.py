@@ -1,4 +1,4 @@
-"""How far a model really stretches its inputs: a search that runs the model and knows nothing of fastlip."""
+"""How far a model stretches its inputs: a search that only runs the model and does not use fastlip."""
 
 import contextlib
 import math

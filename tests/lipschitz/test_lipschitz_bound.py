@@ -1,4 +1,4 @@
-"""lipschitz_bound against the largest stretch found on small networks, and against bounds put together by hand."""
+"""lipschitz_bound against the largest stretch found on small networks, and against bounds computed by hand."""
 
 import json
 import math
@@ -90,7 +90,7 @@ class Normalised(nn.Module):
 
 
 class Told(nn.Module):
-    """A transposed convolution that is told the size of its output."""
+    """A transposed convolution that is called with the size of its output."""
 
     def __init__(self) -> None:
         super().__init__()

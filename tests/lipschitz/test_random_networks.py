@@ -1,4 +1,4 @@
-"""Random networks as strangers write them: a bound holds or is refused, and the network is left as it was found."""
+"""Random networks as users write them: a bound holds or is refused, and the network is not changed."""
 
 import functools
 import math
@@ -116,7 +116,7 @@ def test_the_search_finds_jumps(threshold: float) -> None:
 
 @pytest.mark.parametrize("seed", [0, 3, 5])
 def test_the_search_comes_near_the_truth_of_small_networks(seed: int) -> None:
-    """The truth is the largest norm over all patterns of ReLUs that hold somewhere, and not in too small a place."""
+    """The truth is the largest norm over all ReLU patterns that occur in a region that is not too small."""
     optimize = pytest.importorskip("scipy.optimize")
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 3)).double()
@@ -197,7 +197,7 @@ def test_differences_see_what_a_call_may_change() -> None:
 
 
 def test_networks_are_what_their_seeds_say() -> None:
-    """Equal programs, shapes, weights and outputs, without a trace in the global random state."""
+    """Equal seeds give equal programs, shapes, weights and outputs, and leave the global random state alone."""
     before = torch.get_rng_state(), random.getstate()
     for seed in range(40):
         one, other = random_network(seed), random_network(seed)
@@ -225,7 +225,7 @@ def test_networks_are_of_all_kinds() -> None:
 
 
 def test_a_wrong_bound_would_show() -> None:
-    """For networks whose layers and activations attain their constants the search comes up to honest bounds."""
+    """On networks whose layers and activations attain their constants, the search attains sound bounds."""
     program = (
         "class Net(nn.Module):\n"
         "    def __init__(self):\n"
@@ -244,7 +244,7 @@ def test_a_wrong_bound_would_show() -> None:
 
 
 def test_a_comparison_lists_what_was_lost() -> None:
-    """Sound bounds that became refusals count; unsound ones are no loss."""
+    """Sound bounds that became refusals are losses, unsound ones are not."""
     sound = {"traits": ["relu"], "hostile": False, "stretch": 1.0}
     earlier = [
         Verdict(1, outcome="accepted", bound=2.0, **sound),
@@ -293,7 +293,7 @@ def test_networks_are_left_as_found(start: int) -> None:
 
 
 def test_most_tame_networks_are_bounded() -> None:
-    """A judge whom nothing passes would prove nothing."""
+    """The tests would prove nothing if no network were accepted."""
     verdicts = [v for start in range(0, _QUICK, _CHUNK) for v in _verdicts(start)]
     tame = [v for v in verdicts if not v.hostile and UNCOVERED.isdisjoint(v.traits)]
     refused = [v for v in tame if v.outcome != "accepted"]

@@ -1,4 +1,4 @@
-"""The traced graph against the model that runs: what differs is refused by name, all else is accepted and right."""
+"""The traced graph against the model: what differs is refused and named, everything else is accepted and right."""
 
 import contextlib
 import math
@@ -50,7 +50,7 @@ class DenseAlias(nn.Module):
 
 
 class OnTensors(nn.Module):
-    """Takes another branch where it is traced."""
+    """Takes another branch while it is traced."""
 
     def __init__(self, test: Callable[[object], bool]) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ def test_a_graph_that_is_not_what_runs_is_refused(case: str) -> None:
 
 
 def test_what_is_overwritten_where_nothing_shows_is_compared_before() -> None:
-    """Only the traced graph lacks the factor, whose effect a saturated activation in place hides."""
+    """The traced graph lacks a factor, whose effect a saturated in-place activation hides."""
 
     class Caught(nn.Module):
         def __init__(self) -> None:
@@ -281,7 +281,7 @@ def test_hooks_on_all_modules_are_part_of_the_model(register: Callable[..., obje
 
 
 def test_weights_made_by_pre_hooks_are_those_of_now() -> None:
-    """Old-style normalisation and pruning compute the weight in a pre-hook; it may be old when the call begins."""
+    """Old-style normalisation and pruning compute the weight in a pre-hook; before the call it may be outdated."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
     nn.utils.weight_norm(model[0])
@@ -372,7 +372,7 @@ def test_a_train_of_ones_own_decides_what_eval_mode_is(training: bool) -> None:
 
 
 class Memory(nn.Module):
-    """Keeps what it sees, in every way a forward pass can."""
+    """Stores its inputs, in every way a forward pass can."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -505,7 +505,7 @@ def test_rules_that_are_too_small_are_found_out() -> None:
             return 3.0 * x.clamp(-1e6, 1e6)
 
     class Steep(nn.Module):
-        """Steep near 0 alone, where two samples hardly ever lie."""
+        """Steep only near 0, where two random samples hardly ever are."""
 
         def forward(self, x: Tensor) -> Tensor:
             return torch.where(x.abs() < 1e-3, 100.0 * x, x + 0.099 * x.sign())
@@ -710,7 +710,7 @@ def test_models_that_lose_the_batch_axis_of_one_sample(head: nn.Module) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-9, 1e-16, 1e-17])
 def test_rounding_beside_a_tiny_layer_refutes_nothing(dtype: torch.dtype, scale: float) -> None:
-    """Two outputs of such a layer differ by its bias's rounding, which later layers multiply."""
+    """Outputs of such a layer differ by the rounding of its bias, which later layers amplify."""
     for seed in range(10):
         torch.manual_seed(seed)
         tiny = nn.Linear(8, 8, dtype=dtype)

@@ -108,7 +108,7 @@ def test_negative_identity_is_where_the_formula_bites() -> None:
 
 
 class Subtracted(nn.Module):
-    """What is left of the input when a branch is taken from it."""
+    """The input minus a branch."""
 
     def __init__(self, *branch: nn.Module, swapped: bool) -> None:
         super().__init__()

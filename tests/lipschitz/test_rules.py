@@ -247,7 +247,7 @@ def test_activations_near_their_limits_are_accepted(model: nn.Module) -> None:
     ],
 )
 def test_pools_of_batches_without_channels(pool: nn.Module, shape: tuple[int, ...], largest: float | None) -> None:
-    """Torch takes the samples for channels, and pools each by itself."""
+    """Torch reads the samples as channels, and pools each of them alone."""
     if largest is None:
         basis = torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)
         largest = torch.linalg.matrix_norm(pool(basis).flatten(1), 2).item()
@@ -287,7 +287,7 @@ def test_a_rule_must_return_a_finite_bound() -> None:
 
 
 class Standardised(nn.Conv2d):
-    """Weight standardisation: what it applies is not its weight."""
+    """Weight standardisation: the map that it applies is not its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = (self.weight - self.weight.mean()) / self.weight.std()

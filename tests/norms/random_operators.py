@@ -1,7 +1,7 @@
-"""Random operators of every kind that fastlip.norms takes, and their norms by torch alone.
+"""Random operators of every kind that fastlip.norms supports, and their norms by torch alone.
 
 The truth is the dense singular value of what torch's own convolution makes of an identity basis, in float64, of a
-weight that was scaled by a power of two. Nothing of fastlip is asked for it.
+weight that was scaled by a power of two, without fastlip.
 """
 
 import math
@@ -104,7 +104,7 @@ class Case:
         return CONV[len(self.size)](padded, weight, None, stride, 0, dilation, groups).flatten(1)
 
     def truth(self) -> tuple[float, float]:
-        """The largest singular value, and what rounding may have moved it by."""
+        """The largest singular value, and a bound on its rounding error."""
         weight = self.weight.double()
         largest = weight.abs().max().item()
         if largest == 0.0:
@@ -137,7 +137,7 @@ def random_case(seed: int) -> Case:
 
 
 def _draw(seed: int, rng: random.Random, limit: int) -> Case | None:
-    """None where this is no operator, or too large a one."""
+    """A random operator, or None if it is not valid or too large."""
     axes = rng.choice((1, 2, 2, 2, 3))
     top = {1: 40, 2: 9, 3: 5}[axes] * (2 if limit == LARGE else 1)
     size = [rng.randint(1, top) for _ in range(axes)]
@@ -190,7 +190,7 @@ def _padding(
     extents: list[int],
     stride: list[int],
 ) -> tuple[Any, list[tuple[int, int]]]:
-    """As conv_norm takes it, and in numbers."""
+    """The padding as an argument of conv_norm, and as numbers."""
     if kind == "conv" and rng.randrange(8) == 0:
         return "valid", [(0, 0) for _ in size]
     if kind == "conv" and max(stride) == 1 and rng.randrange(4) == 0:
@@ -298,7 +298,7 @@ PATTERNS: tuple[Callable[[Tensor, random.Random], Tensor], ...] = (
 
 @dataclass
 class Tally:
-    """What became of many cases.
+    """The outcomes of many cases.
 
     Attributes:
         number: of calls.
@@ -344,7 +344,7 @@ class Tally:
 
 
 def fault_of(case: Case, interval: NormInterval, truth: float, error: float) -> str:
-    """What is wrong with an interval; "" for nothing."""
+    """What is wrong with an interval; "" if nothing is."""
     if not 0.0 <= interval.lower <= interval.upper:
         return "sides"
     if interval.lower > truth + error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastlip.norms import NormInterval, NormOptions, Operator, conv_norm, conv_operator, operator_norms
 from fastlip.norms._solvers.certificate import Array, power_bound
 from fastlip.norms._solvers.eigenvalues import gram_matrix
-from fastlip.norms._solvers.iteration import DEVICE_LIMITS
+from fastlip.norms._solvers.iteration_config import DEVICE_LIMITS
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -110,7 +110,7 @@ def check_together(seeds: range, device: str = "cpu", method: str = "lanczos", r
 
 @pytest.mark.parametrize(("method", "rtol"), [("lanczos", 1e-3), ("power", 0.1)])
 def test_random_operators_hold_together(method: str, rtol: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one iteration, measured in groups of the size that a GPU takes."""
+    """In one iteration, with a-posteriori bounds in groups of the size used on a GPU."""
     monkeypatch.setitem(DEVICE_LIMITS, "cpu", DEVICE_LIMITS["cuda"]._replace(steps=1))
     check_together(range(5000, 5120), method=method, rtol=rtol)
 
@@ -280,7 +280,7 @@ def test_gram_matrix_by_halves_is_the_gram_matrix(shape: tuple[int, int, int]) -
 
 @pytest.mark.parametrize("method", ["auto", "svd", "cholesky", "lanczos", "power"])
 def test_pixels_repeated_by_padding_whose_weights_cancel(method: str) -> None:
-    """The one entry is 0.1 + 0.2 - 0.3, which float64 arithmetic has twice as large as the sum of these numbers is."""
+    """The only entry is 0.1 + 0.2 - 0.3, which float64 arithmetic computes as twice the exact sum."""
     weight = torch.tensor([[[0.1, 0.2, -0.3]]], dtype=torch.float64)
     truth = float(abs(Fraction(0.1) + Fraction(0.2) - Fraction(0.3)))
     interval = conv_norm(weight, 1, padding=1, padding_mode="replicate", method=method)
@@ -301,7 +301,7 @@ def test_an_operator_that_padding_cancels_has_next_to_no_norm(channels: int, met
 def test_every_method_has_the_same_operator_where_a_circular_input_is_cropped(
     pads: tuple[int, int], method: str
 ) -> None:
-    """What comes around again is the whole input, and so what is cropped on the other side too."""
+    """The whole input is repeated, including what the other side crops."""
     n, weight = 6, torch.tensor([[[1.0, 2.0, -3.0]]], dtype=torch.float64)
     copied = torch.eye(n, dtype=torch.float64)[torch.arange(-pads[0], n + pads[1]) % n]
     truth = torch.linalg.matrix_norm(F.conv1d(copied.T[:, None], weight)[:, 0], 2).item()
@@ -314,7 +314,7 @@ def test_every_method_has_the_same_operator_where_a_circular_input_is_cropped(
 
 
 def test_converged_is_said_of_the_interval_that_is_returned() -> None:
-    """At the end of float64's range its sides are further apart than they were before."""
+    """At the end of float64's range, rescaling makes the interval wider."""
     denormal = conv_norm(torch.full((1, 1, 2), 5e-324, dtype=torch.float64), 4)
     assert denormal.lower < denormal.upper
     assert not denormal.converged
@@ -434,7 +434,7 @@ def test_lower_side_is_attained() -> None:
 
 
 def test_memory_that_nobody_named(monkeypatch):
-    """2 GiB; on a GPU half of what is free, with what torch holds and does not use."""
+    """The default is 2 GiB, on a GPU half of the free memory, including what torch has cached."""
     from fastlip.norms import memory_for
 
     assert memory_for(5, []) == 5

@@ -1,4 +1,4 @@
-"""What is wrong with an argument is said by its name before torch sees it, and numbers of numpy are taken."""
+"""Wrong arguments are reported by name before torch sees them, and numbers of NumPy are accepted."""
 
 import math
 from fractions import Fraction

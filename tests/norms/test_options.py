@@ -1,4 +1,4 @@
-"""NormOptions: as good as keywords in every function that takes them, and never beside them."""
+"""NormOptions: equivalent to keywords in every function that has them, and never together with them."""
 
 import copy
 import pickle
@@ -143,6 +143,16 @@ def test_nothing_is_left_open_for_solvers() -> None:
     given = NormOptions(max_memory=77, generator=seeded())
     assert given.resolved([]).max_memory == 77
     assert given.resolved([]).generator is given.generator
+
+
+def test_the_former_keyword_warns() -> None:
+    op = norms.conv_operator(WEIGHT, 8)
+    with pytest.warns(DeprecationWarning, match=r"operator_norms\(settings=\) is now options=") as caught:
+        former = norms.operator_norms([op], settings=NormOptions(method="svd"))  # type: ignore[call-arg]  # is now options
+    assert caught[0].filename == __file__
+    assert former == norms.operator_norms([op], NormOptions(method="svd"))
+    with pytest.raises(TypeError, match="got both 'options' and its former name 'settings'"):
+        norms.operator_norms([op], options=NormOptions(), settings=NormOptions())  # type: ignore[call-arg]
 
 
 def test_the_old_name_warns() -> None:

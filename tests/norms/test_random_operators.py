@@ -61,7 +61,7 @@ def test_the_cases_are_as_various_as_they_claim() -> None:
 
 
 def test_a_wrong_interval_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The truth itself, moved by a ten-thousandth to either side, is a miss."""
+    """An interval that misses the truth by a ten-thousandth on either side is found."""
     seed = next(s for s in range(100) if random_case(s).truth()[0] > 0.0)
     truth = random_case(seed).truth()[0]
     kind = type(random_case(seed).interval())
@@ -72,7 +72,7 @@ def test_a_wrong_interval_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_values_to_differentiate_are_near_the_norm_on_random_operators() -> None:
-    """Of any magnitude that float32 can hold: never above the norm, seldom far below, with the gradient's own value."""
+    """At every magnitude of float32: never above the norm, seldom far below, equal to its gradient times the weight."""
     shares = []
     for seed in range(240):
         case = random_case(seed)

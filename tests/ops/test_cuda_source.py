@@ -177,7 +177,7 @@ CLUSTER = {"FASTLIP_HOST_SHARED": "8000", "FASTLIP_HOST_THREADS": "0"}
 STREAMED = CLUSTER | {"FASTLIP_HOST_CLUSTERS": "0"}
 UP, DOWN = {"FASTLIP_HOST_ORDER": "up"}, {"FASTLIP_HOST_ORDER": "down"}
 STEPS = ("test_pgd_ops", "test_apgd_step", "test_saved", "test_random_start", "test_model_input")
-OPERATORS = ("test_operator_step", "test_pack_weights", "../norms/test_products")
+OPERATORS = ("test_operator_step", "test_pack_weights", "../norms/solvers/test_matmul_precision")
 LOSSES = ("test_judge",)
 #: What is not slow: all but the largest samples, many repetitions, and what no kernel decides.
 SOME = (

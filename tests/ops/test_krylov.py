@@ -10,23 +10,23 @@ from fastlip.ops import _reference_operators, reference
 NATIVE = ops.backends["cpu"].name == "native"
 
 
-def matrices(chains: int, steps: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def matrices(count: int, steps: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Diagonals of B^T B for random bidiagonal B."""
     generator = torch.Generator().manual_seed(seed)
-    alpha, beta = 1.0 + torch.rand(2, chains, steps, generator=generator, dtype=torch.float64)
+    alpha, beta = 1.0 + torch.rand(2, count, steps, generator=generator, dtype=torch.float64)
     diagonal, beta = alpha**2, 0.4 * beta
     diagonal[:, 1:] += beta[:, :-1] ** 2
     return diagonal, alpha * beta
 
 
-def numbers(chains: int, value: float) -> torch.Tensor:
-    return torch.full((chains,), value, dtype=torch.float64)
+def numbers(count: int, value: float) -> torch.Tensor:
+    return torch.full((count,), value, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("chains", [0, 1, 7, 8, 9, 33])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 33])
 @pytest.mark.parametrize("steps", [1, 2, 3, 17, 64, 300])
-def test_match_the_reference(chains, steps):
-    diagonal, off = matrices(chains, steps, seed=chains + steps)
+def test_match_the_reference(count, steps):
+    diagonal, off = matrices(count, steps, seed=count + steps)
     values, vectors = ops.top_eigenpairs(diagonal, off)
     want, _ = reference.top_eigenpairs(diagonal, off)
     torch.testing.assert_close(values, want, rtol=1e-14 * steps + 1e-14, atol=0)
@@ -34,9 +34,9 @@ def test_match_the_reference(chains, steps):
     dense = _reference_operators._tridiagonal(diagonal, off)
     quotient = torch.einsum("ci,cij,cj->c", vectors, dense, vectors)
     torch.testing.assert_close(quotient, want, rtol=1e-12, atol=0)
-    torch.testing.assert_close(torch.linalg.vector_norm(vectors, dim=1), numbers(chains, 1.0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.linalg.vector_norm(vectors, dim=1), numbers(count, 1.0), rtol=1e-13, atol=0)
     for residual, overlap in ((0.0, 1e-3), (1e-7, 1e-3), (1e-2, 1e-4), (10.0, 0.5), (0.0, 1e-6)):
-        arguments = (numbers(chains, 1.0), numbers(chains, residual), numbers(chains, overlap))
+        arguments = (numbers(count, 1.0), numbers(count, residual), numbers(count, overlap))
         got = ops.krylov_bound(diagonal, off, *arguments)
         truth = reference.krylov_bound(diagonal, off, *arguments, 1e-12)
         torch.testing.assert_close(got, truth, rtol=1e-8, atol=0)
@@ -57,7 +57,7 @@ def test_any_magnitude(scale):
     assert (vectors > 0).all()
 
 
-def test_chains_that_have_ended():
+def test_matrices_of_exhausted_krylov_spaces():
     """An off-diagonal 0 splits T; the certificate's first term vanishes, and the residual's remains."""
     diagonal, off = matrices(4, 6)
     off[0, 2] = 0.0
@@ -116,17 +116,19 @@ def test_the_bound_is_right_of_the_root_in_long_arithmetic():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_bounds_nothing(value):
     diagonal, off = matrices(9, 5)
-    for spoiled in ("diagonal", "off", "residual", "overlaps"):
+    for spoiled in ("diagonal", "off", "residual", "start_overlap"):
         given = {
             "diagonal": diagonal.clone(),
             "off": off.clone(),
             "residual": numbers(9, 1e-6),
-            "overlaps": numbers(9, 1e-3),
+            "start_overlap": numbers(9, 1e-3),
         }
         given[spoiled].view(-1)[given[spoiled].shape[-1] - 1 if given[spoiled].dim() == 2 else 0] = value
-        if spoiled == "overlaps" and value == float("inf"):
+        if spoiled == "start_overlap" and value == float("inf"):
             continue  # an overlap above 1 does not exist
-        got = ops.krylov_bound(given["diagonal"], given["off"], numbers(9, 1.0), given["residual"], given["overlaps"])
+        got = ops.krylov_bound(
+            given["diagonal"], given["off"], numbers(9, 1.0), given["residual"], given["start_overlap"]
+        )
         assert got[0] == float("inf")
         clean = ops.krylov_bound(diagonal, off, numbers(9, 1.0), numbers(9, 1e-6), numbers(9, 1e-3))
         torch.testing.assert_close(got[1:], clean[1:], rtol=1e-12, atol=0)
@@ -134,18 +136,21 @@ def test_what_is_not_finite_bounds_nothing(value):
 
 def test_no_overlap_bounds_nothing():
     diagonal, off = matrices(2, 5)
-    overlaps = torch.tensor([0.0, -1e-3], dtype=torch.float64)
-    assert (ops.krylov_bound(diagonal, off, numbers(2, 1.0), numbers(2, 0.0), overlaps) == float("inf")).all()
+    start_overlap = torch.tensor([0.0, -1e-3], dtype=torch.float64)
+    assert (ops.krylov_bound(diagonal, off, numbers(2, 1.0), numbers(2, 0.0), start_overlap) == float("inf")).all()
 
 
 WRONG = {
-    "diagonal must be [chains, steps]": (ValueError, {"diagonal": torch.ones(3, dtype=torch.float64)}),
+    "diagonal must be [matrices, steps]": (ValueError, {"diagonal": torch.ones(3, dtype=torch.float64)}),
     "with at least one step": (ValueError, {"diagonal": torch.ones(3, 0, dtype=torch.float64)}),
     "diagonal must be float64": (TypeError, {"diagonal": torch.ones(3, 4)}),
     "off_diagonal must have shape [3, 4]": (ValueError, {"off_diagonal": torch.ones(3, 3, dtype=torch.float64)}),
     "last must have shape [3]": (ValueError, {"last": torch.ones(2, dtype=torch.float64)}),
     "residual must be float64": (TypeError, {"residual": torch.ones(3)}),
-    "overlaps must be on the CPU": (ValueError, {"overlaps": torch.ones(3, dtype=torch.float64, device="meta")}),
+    "start_overlap must be on the CPU": (
+        ValueError,
+        {"start_overlap": torch.ones(3, dtype=torch.float64, device="meta")},
+    ),
     "tolerance must be positive": (ValueError, {"tolerance": 0.0}),
 }
 
@@ -153,7 +158,7 @@ WRONG = {
 @pytest.mark.parametrize(("message", "error", "wrong"), [(m, *rest) for m, rest in WRONG.items()])
 def test_errors_name_the_argument(message, error, wrong):
     given = {name: torch.ones(3, 4, dtype=torch.float64) for name in ("diagonal", "off_diagonal")}
-    given |= {name: numbers(3, 0.5) for name in ("last", "residual", "overlaps")}
+    given |= {name: numbers(3, 0.5) for name in ("last", "residual", "start_overlap")}
     with pytest.raises(error) as raised:
         ops.krylov_bound(**(given | wrong))
     assert message in str(raised.value)
@@ -173,8 +178,8 @@ def test_opcheck():
             torch.ops.fastlip.top_eigenpairs(diagonal, off[:, :2].contiguous())
 
 
-def test_a_chain_does_not_depend_on_the_others():
-    """Chains go eight at a time, and over threads."""
+def test_a_matrix_does_not_depend_on_the_others():
+    """Matrices are handled eight at a time, and by several threads."""
     diagonal, off = matrices(200, 20)
     arguments = (numbers(200, 1.0), numbers(200, 1e-6), numbers(200, 1e-3))
     together = (ops.krylov_bound(diagonal, off, *arguments), *ops.top_eigenpairs(diagonal, off))

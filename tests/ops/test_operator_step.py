@@ -23,15 +23,15 @@ RTOL = {torch.float32: 2e-5, torch.float64: 1e-12}
 LOST = {torch.float32: 3e-6, torch.float64: 1e-13}
 
 
-def on_each(*products: str) -> pytest.MarkDecorator:
-    """On each device, ``products`` multiplied in each way that is one of its own there."""
+def on_each(*precisions: str) -> pytest.MarkDecorator:
+    """On each device, each of ``precisions`` that differs from the others there."""
     found = []
     for device in DEVICES:
         native = HOST_CUDA or (device == "cuda" and ops.backends[device].name == "native")
-        for way in products if native else products[:1]:
+        for one in precisions if native else precisions[:1]:
             marks = [pytest.mark.gpu] if device == "cuda" else []
-            found.append(pytest.param(device, way, marks=marks, id=f"{device}-{way}"))
-    return pytest.mark.parametrize(("device", "products"), found)
+            found.append(pytest.param(device, one, marks=marks, id=f"{device}-{one}"))
+    return pytest.mark.parametrize(("device", "precision"), found)
 
 
 on_each_kernel = on_each("float32", "3xtf32")
@@ -113,12 +113,12 @@ def to_flat(x: Tensor) -> Tensor:
 
 
 def case(
-    geometries: list[ConvGeometry], chains: list[int], adjoint: bool, dtype: torch.dtype, device: str, seed: int = 0
+    geometries: list[ConvGeometry], vectors: list[int], adjoint: bool, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     """Sources, images and previous vectors per operator in float64, and packed weights, sources and previous."""
     rng = torch.Generator().manual_seed(seed)
     sources, images, earlier, packed = [], [], [], []
-    for g, b in zip(geometries, chains, strict=True):
+    for g, b in zip(geometries, vectors, strict=True):
         weight = torch.randn(g.out_channels, g.in_channels // g.groups, *g.kernel, generator=rng, dtype=torch.float64)
         weight = weight.to(dtype).double()
         of_input, of_output = (b, g.in_channels, *g.input_size), (b, g.out_channels, *g.output_size)
@@ -152,15 +152,15 @@ def check(got: Tensor, want: list[Tensor], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_one_operator(name, adjoint, dtype, device, products):
-    if dtype == torch.float64 and products != "float32":
+def test_one_operator(name, adjoint, dtype, device, precision):
+    if dtype == torch.float64 and precision != "float32":
         pytest.skip("float64 has one way")
     g, b = GEOMETRIES[name], 3
     sources, images, earlier, weights, x, previous = case([g], [b], adjoint, dtype, device)
     plan = ops.operator_plan([g], [b], adjoint=adjoint, device=device)
     out = torch.full((plan.target_size,), 7.0, dtype=dtype, device=device)
     found = torch.full((b,), 7.0, dtype=torch.float64, device=device)
-    ops.operator_step_(out, found, x, weights, plan, products=products)
+    ops.operator_step_(out, found, x, weights, plan, matmul_precision=precision)
     check(out, images, dtype)
     want = squares(images)
     assert torch.allclose(found.cpu(), want, rtol=20 * RTOL[dtype], atol=1e-30)
@@ -171,26 +171,26 @@ def test_one_operator(name, adjoint, dtype, device, products):
     rows = (b, *(1 for _ in images[0].shape[1:]))
     step = [images[0] / length.view(rows) - (length / other).view(rows) * earlier[0]]
     history = {"x_square": x_square, "previous": previous, "previous_square": previous_square}
-    ops.operator_step_(out, found, x, weights, plan, products=products, **history)
+    ops.operator_step_(out, found, x, weights, plan, matmul_precision=precision, **history)
     check(out, step, dtype)
     assert torch.allclose(found.cpu(), squares(step), rtol=20 * RTOL[dtype])
-    ops.operator_step_(out, found, x, weights, plan, x_square=x_square, products=products)
+    ops.operator_step_(out, found, x, weights, plan, x_square=x_square, matmul_precision=precision)
     check(out, [images[0] / length.view(rows)], dtype)
 
 
 @on_each_kernel
 @pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
-def test_all_at_once_with_a_mask(adjoint, device, products):
-    """Operators of all geometries, each with its own number of chains; inactive ones are left alone."""
+def test_all_at_once_with_a_mask(adjoint, device, precision):
+    """Operators of all geometries, each with its own number of vectors; inactive ones are left alone."""
     names = ["3x3", "depthwise", "reflect", "matrix", "3x3"] if INTERPRETED else [*GEOMETRIES, "3x3", "strided"]
     geometries = [GEOMETRIES[name] for name in names]
-    chains = [1 + i % 5 for i in range(len(names))]
-    _, images, _, weights, x, _ = case(geometries, chains, adjoint, torch.float32, device)
-    plan = ops.operator_plan(geometries, chains, adjoint=adjoint, device=device)
+    vectors = [1 + i % 5 for i in range(len(names))]
+    _, images, _, weights, x, _ = case(geometries, vectors, adjoint, torch.float32, device)
+    plan = ops.operator_plan(geometries, vectors, adjoint=adjoint, device=device)
     active = torch.arange(len(names), device=device) % 3 != 1
     out = torch.full((plan.target_size,), 7.0, device=device)
-    found = torch.full((plan.chains,), 7.0, dtype=torch.float64, device=device)
-    ops.operator_step_(out, found, x, weights, plan, active=active, products=products)
+    found = torch.full((plan.vectors,), 7.0, dtype=torch.float64, device=device)
+    ops.operator_step_(out, found, x, weights, plan, active=active, matmul_precision=precision)
     kept = [im if on else torch.full_like(im, 7.0) for im, on in zip(images, active.tolist(), strict=True)]
     check(out, kept, torch.float32)
     want = [
@@ -200,18 +200,18 @@ def test_all_at_once_with_a_mask(adjoint, device, products):
 
 
 @on_each_kernel
-def test_tiles_of_any_width_give_the_same(device, products):
+def test_tiles_of_any_width_give_the_same(device, precision):
     g = GEOMETRIES["3x3"]
     _, images, _, weights, x, _ = case([g], [3], False, torch.float32, device)
     for width in (64, 10_000) if INTERPRETED else (1, 5, 64, 10_000):
         plan = ops.operator_plan([g], [3], device=device, tile_columns=width)
         out, found = torch.zeros(plan.target_size, device=device), torch.zeros(3, dtype=torch.float64, device=device)
-        check(ops.operator_step_(out, found, x, weights, plan, products=products), images, torch.float32)
+        check(ops.operator_step_(out, found, x, weights, plan, matmul_precision=precision), images, torch.float32)
         assert torch.allclose(found.cpu(), squares(images), rtol=1e-4)
 
 
 @on_each_kernel
-def test_a_chain_of_zeros_gives_zeros(device, products):
+def test_a_vector_of_zeros_gives_zeros(device, precision):
     g = GEOMETRIES["3x3"]
     sources, images, earlier, weights, _, _ = case([g], [2], False, torch.float32, device)
     sources[0][1], earlier[0][1] = 0.0, 0.0
@@ -220,7 +220,7 @@ def test_a_chain_of_zeros_gives_zeros(device, products):
     out, found = torch.full((plan.target_size,), 7.0, device=device), torch.ones(2, dtype=torch.float64, device=device)
     x_square, previous_square = squares(sources).to(device), squares(earlier).to(device)
     history = {"x_square": x_square, "previous": previous, "previous_square": previous_square}
-    ops.operator_step_(out, found, x, weights, plan, products=products, **history)
+    ops.operator_step_(out, found, x, weights, plan, matmul_precision=precision, **history)
     images[0] /= sources[0].norm()
     images[0][0] -= sources[0].norm() / earlier[0].norm() * earlier[0][0]
     images[0][1] = 0.0
@@ -232,7 +232,7 @@ def test_an_empty_plan_does_nothing():
     plan = ops.operator_plan([], [])
     out, none = torch.zeros(0), torch.zeros(0, dtype=torch.float64)
     assert ops.operator_step_(out, none, torch.zeros(0), torch.zeros(0), plan) is out
-    assert plan.target_size == plan.chains == len(plan.tiles) == 0
+    assert plan.target_size == plan.vectors == len(plan.tiles) == 0
 
 
 def random_geometries(count: int, seed: int) -> list[ConvGeometry]:
@@ -260,28 +260,28 @@ def takes_parts(device: str) -> bool:
 
 @on_each_kernel
 @pytest.mark.parametrize("layout", ["plain", "merged"])
-def test_random_geometries(layout, device, products):
-    """Merged: with merged bundles, and tiles in parts where the backend takes them."""
-    dtype = torch.float64 if products == "float32" else torch.float32
+def test_random_geometries(layout, device, precision):
+    """Merged: with merged gather groups, and with tiles split into parts where the backend supports them."""
+    dtype = torch.float64 if precision == "float32" else torch.float32
     geometries = random_geometries(2 if INTERPRETED else 150, 0)
-    chains = [1 + i % 4 for i in range(len(geometries))]
+    vectors = [1 + i % 4 for i in range(len(geometries))]
     options = {"tile_columns": 13, "merge": False, "part_products": 0}
     if layout == "merged":
         options = {"tile_columns": 64, "merge": True, "part_products": 12 if takes_parts(device) else 0}
     for adjoint in (False, True):
-        sources, images, _, weights, x, _ = case(geometries, chains, adjoint, dtype, device)
-        plan = ops.operator_plan(geometries, chains, adjoint=adjoint, device=device, **options)
+        sources, images, _, weights, x, _ = case(geometries, vectors, adjoint, dtype, device)
+        plan = ops.operator_plan(geometries, vectors, adjoint=adjoint, device=device, **options)
         assert (plan.parts > 0) == (options["part_products"] > 0)
         out = torch.full((plan.target_size,), 7.0, dtype=dtype, device=device)
-        found = torch.zeros(plan.chains, dtype=torch.float64, device=device)
-        ops.operator_step_(out, found, x, weights, plan, products=products)
+        found = torch.zeros(plan.vectors, dtype=torch.float64, device=device)
+        ops.operator_step_(out, found, x, weights, plan, matmul_precision=precision)
         check(out, images, dtype)
         assert torch.allclose(found.cpu(), squares(images), rtol=10 * RTOL[dtype], atol=1e-30)
         assert len(sources) == len(geometries)
 
 
 @on_each_kernel
-def test_operands_at_odd_addresses(device, products):
+def test_operands_at_odd_addresses(device, precision):
     """Views that start one element into their storage rule wide accesses out, whatever the channels."""
     g = GEOMETRIES["strided"]
     sources, images, earlier, weights, x, previous = case([g], [3], False, torch.float32, device)
@@ -295,18 +295,18 @@ def test_operands_at_odd_addresses(device, products):
     out = shifted(torch.zeros(plan.target_size, device=device))
     found = torch.zeros(3, dtype=torch.float64, device=device)
     history = {"x_square": x_square, "previous": shifted(previous), "previous_square": previous_square}
-    ops.operator_step_(out, found, shifted(x), shifted(weights), plan, products=products, **history)
+    ops.operator_step_(out, found, shifted(x), shifted(weights), plan, matmul_precision=precision, **history)
     check(out, [images[0] / length - length / other * earlier[0]], torch.float32)
 
 
 @on_each_kernel
-def test_sums_of_many_products_lose_little(device, products):
-    """float32 against float64 on 4,608 products an element: certificates pay for every unit of rounding."""
+def test_sums_of_many_products_lose_little(device, precision):
+    """float32 against float64 on 4,608 products per element: every unit of rounding makes certificates wider."""
     g = geometry(64 if INTERPRETED else 512, 64, (3, 3), (4, 4), padding=1)
     _, images, _, weights, x, _ = case([g], [4], False, torch.float32, device)
     plan = ops.operator_plan([g], [4], device=device)
     out, found = torch.zeros(plan.target_size, device=device), torch.zeros(4, dtype=torch.float64, device=device)
-    ops.operator_step_(out, found, x, weights, plan, products=products)
+    ops.operator_step_(out, found, x, weights, plan, matmul_precision=precision)
     want = to_flat(images[0])
     error = (out.cpu().double() - want).norm() / want.norm()
     assert error < (4e-7 if device == "cuda" or HOST_CUDA else 1e-6)  # blocked sums, as the CUDA source has them
@@ -323,17 +323,17 @@ def test_the_cpu_library_refuses_parts():
 
 
 @on_each_kernel
-def test_opcheck(device, products):
+def test_opcheck(device, precision):
     names = ["3x3", "depthwise"]
     geometries = [GEOMETRIES[name] for name in names]
     _, _, _, weights, x, previous = case(geometries, [2, 1], False, torch.float32, device)
     plan = ops.operator_plan(geometries, [2, 1], device=device)
     out = torch.zeros(plan.target_size, device=device)
-    ones = torch.ones(plan.chains, dtype=torch.float64, device=device)
-    tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains, plan.parts)
+    ones = torch.ones(plan.vectors, dtype=torch.float64, device=device)
+    tables = (plan.problems, plan.tiles, plan.gather_groups, plan.entries, plan.max_vectors, plan.parts)
     for rest in ((None, None, None), (ones.clone(), previous, ones.clone())):
         active = torch.tensor([True, False], device=device)
-        arguments = (out, ones.clone(), x, *rest, weights, *tables, products, active)
+        arguments = (out, ones.clone(), x, *rest, weights, *tables, precision, active)
         torch.library.opcheck(torch.ops.fastlip.operator_step_.default, arguments)
 
 
@@ -343,14 +343,14 @@ def test_the_plan_covers_every_target_once(layout):
     for name, g in GEOMETRIES.items():
         for adjoint in (False, True):
             plan = ops.operator_plan([g], [2], adjoint=adjoint, tile_columns=7, **options)
-            entries, bundles = plan.entries.numpy(), plan.bundles.numpy()
+            entries, gather_groups = plan.entries.numpy(), plan.gather_groups.numpy()
             lanes = (g.in_channels if adjoint else g.out_channels) // (1 if g.depthwise else g.groups)
             pixels = plan.target_size // 2 // (g.in_channels if adjoint else g.out_channels)
             groups = 1 if g.depthwise else g.groups
             seen = np.zeros((pixels, 2, groups, -(-lanes // 64)))
             slots = []
-            for problem, bundle, group, block, column, columns, part, parts, slot in plan.tiles.tolist():
-                _, m, _, targets_at, _ = bundles[bundle]
+            for problem, gather_group, group, block, column, columns, part, parts, slot in plan.tiles.tolist():
+                _, m, _, targets_at, _ = gather_groups[gather_group]
                 run = np.arange(column, column + columns)
                 np.add.at(seen, (entries[targets_at + run // 2], run % 2, group, block), 1 / parts)
                 assert problem == 0
@@ -361,39 +361,39 @@ def test_the_plan_covers_every_target_once(layout):
             assert slots == list(range(plan.parts)), name
 
 
-def test_merging_saves_tiles_and_keeps_large_bundles():
-    """A padded 3x3 on 4x4 pixels and 4 chains becomes one tile; on 32x32 the inside keeps its nine taps to itself."""
+def test_merging_saves_tiles_and_keeps_large_gather_groups():
+    """A padded 3x3 on 4x4 pixels and 4 vectors becomes one tile; on 32x32 the inside keeps its nine taps to itself."""
     small, large = (geometry(64, 64, (3, 3), (n, n), padding=1) for n in (4, 32))
     merge = {"tile_columns": 64, "part_products": 0, "merge": True}
     assert len(ops.operator_plan([small], [4], **merge).tiles) == 1
     assert len(ops.operator_plan([small], [4], **merge | {"merge": False}).tiles) == 9
     plan = ops.operator_plan([large], [4], **merge)
-    assert plan.bundles[0, :2].tolist() == [9, 900]
+    assert plan.gather_groups[0, :2].tolist() == [9, 900]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("products", ops.PRODUCTS)
-def test_captured_steps_and_devices_agree(products):
+@pytest.mark.parametrize("precision", ops.MATMUL_PRECISIONS)
+def test_captured_steps_and_devices_agree(precision):
     """Two half steps in a CUDA graph: no synchronisation, the same bits each time, and the CPU's result."""
     names = ["3x3 wide", "depthwise", "7x7 stem", "matrix", "strided"]
-    geometries, chains = [*(GEOMETRIES[name] for name in names), *random_geometries(40, 1)], [4] * 45
+    geometries, vectors = [*(GEOMETRIES[name] for name in names), *random_geometries(40, 1)], [4] * 45
     kernels = [torch.randn(g.out_channels, g.in_channels // g.groups, *g.kernel) for g in geometries]
     results = []
     for device in ("cpu", "cuda"):
-        plans = [ops.operator_plan(geometries, chains, adjoint=adjoint, device=device) for adjoint in (False, True)]
+        plans = [ops.operator_plan(geometries, vectors, adjoint=adjoint, device=device) for adjoint in (False, True)]
         groups = [g.groups for g in geometries]
         weights = [ops.pack_weights([k.to(device) for k in kernels], groups, adjoint=a) for a in (False, True)]
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(plans[0].source_size, generator=generator).to(device)
         u, w = torch.zeros(plans[0].target_size, device=device), torch.zeros_like(v)
-        alpha, beta = (torch.ones(plans[0].chains, dtype=torch.float64, device=device) for _ in range(2))
+        alpha, beta = (torch.ones(plans[0].vectors, dtype=torch.float64, device=device) for _ in range(2))
         active = torch.ones(len(geometries), dtype=torch.bool, device=device)
 
         def steps(u=u, w=w, v=v, alpha=alpha, beta=beta, plans=plans, weights=weights, active=active) -> None:
-            ops.operator_step_(u, alpha, v, weights[0], plans[0], active=active, products=products)
+            ops.operator_step_(u, alpha, v, weights[0], plans[0], active=active, matmul_precision=precision)
             history = {"x_square": alpha, "previous": v, "previous_square": torch.ones_like(alpha)}
-            ops.operator_step_(w, beta, u, weights[1], plans[1], active=active, products=products, **history)
+            ops.operator_step_(w, beta, u, weights[1], plans[1], active=active, matmul_precision=precision, **history)
 
         steps()
         results.append((u.clone(), w.clone(), alpha.clone(), beta.clone()))
@@ -443,7 +443,7 @@ def _arguments() -> tuple[dict[str, object], ConvGeometry]:
         ({"active": torch.zeros(2, dtype=torch.bool)}, ValueError, "active must be contiguous of shape"),
         ({"x": torch.zeros(1080)[::2]}, ValueError, "x must be contiguous"),
         ({"x": torch.zeros(540, device="meta")}, ValueError, "x must be on the plan's device"),
-        ({"products": "tf32"}, ValueError, "products must be one of float32, 3xtf32, got 'tf32'"),
+        ({"matmul_precision": "tf32"}, ValueError, "matmul_precision must be one of float32, 3xtf32, got 'tf32'"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):
@@ -463,16 +463,16 @@ def test_in_place_on_the_source_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("chains", "options", "message"),
+    ("vectors", "options", "message"),
     [
-        ([0], {}, "chains"),
-        ([1, 1], {}, "chains"),
-        ([2**26], {}, "chains times pixels"),
+        ([0], {}, "vectors"),
+        ([1, 1], {}, "vectors"),
+        ([2**26], {}, "vectors times pixels"),
         ([1], {"tile_columns": 0}, "tile_columns"),
         ([1], {"part_products": -1}, "part_products"),
         ([1], {"tile_columns": 65, "part_products": 1}, "part_products"),
     ],
 )
-def test_a_wrong_plan_is_an_error(chains, options, message):
+def test_a_wrong_plan_is_an_error(vectors, options, message):
     with pytest.raises(ValueError, match=message):
-        ops.operator_plan([GEOMETRIES["3x3"]], chains, **options)
+        ops.operator_plan([GEOMETRIES["3x3"]], vectors, **options)

@@ -26,13 +26,13 @@ WANTED = {
     "Tensor(a!)? best_loss=None, Tensor(b!)? succeeded=None, Tensor(c!)? unconfirmed=None, "
     "Tensor(d!)? best_doubtful=None, bool early_stop=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "operator_step_": "(Tensor(a!) out, Tensor(b!) out_square, Tensor x, Tensor? x_square, Tensor? previous, "
-    "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor bundles, Tensor entries, "
-    "int most_chains, int parts, str products, Tensor? active) -> ()",
+    "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor gather_groups, Tensor entries, "
+    "int max_vectors, int parts, str matmul_precision, Tensor? active) -> ()",
     "pack_weights_": "(Tensor(a!) out, Tensor[] weights, int[] groups, bool adjoint) -> ()",
     "indirect_convs_": "(Tensor(a!)[] out, Tensor[] x, Tensor[] weight, Tensor[] table, Tensor[] bias, Tensor[] other, "
     "Tensor[] mask, int[] relu) -> ()",
     "top_eigenpairs": "(Tensor diagonal, Tensor off_diagonal) -> (Tensor, Tensor)",
-    "krylov_bound": "(Tensor diagonal, Tensor off_diagonal, Tensor last, Tensor residual, Tensor overlaps, "
+    "krylov_bound": "(Tensor diagonal, Tensor off_diagonal, Tensor last, Tensor residual, Tensor start_overlap, "
     "float tolerance) -> Tensor",
 }
 

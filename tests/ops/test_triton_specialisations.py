@@ -133,8 +133,8 @@ def test_operators_share_kernels(dtype):
     with recorded() as keys:
         launch_operator([CONV], dtype)
         first = set(keys)
-        launch_operator([ConvGeometry(70, 33), CONV], dtype, chains=5)
-        launch_operator([ConvGeometry(1, 1)], dtype, chains=1, recurrence=True)
+        launch_operator([ConvGeometry(70, 33), CONV], dtype, vectors=5)
+        launch_operator([ConvGeometry(1, 1)], dtype, vectors=1, recurrence=True)
         launch_operator([ConvGeometry(12, 20, 4)], dtype, mask=True, recurrence=True)
     assert keys == first
     assert counted(keys) == {"_operator_tile_kernel": 2, "_operator_squares_kernel": 1}

@@ -183,18 +183,18 @@ def launch_operator(
     geometries: list[ops.ConvGeometry],
     dtype: torch.dtype,
     *,
-    chains: int = 2,
+    vectors: int = 2,
     recurrence: bool = False,
     mask: bool = False,
 ) -> None:
     """Apply operators by a plan such as a GPU's, tiles in parts among it."""
-    plan = ops.operator_plan(geometries, [chains] * len(geometries), tile_columns=64, merge=True, part_products=64)
+    plan = ops.operator_plan(geometries, [vectors] * len(geometries), tile_columns=64, merge=True, part_products=64)
     out, previous = (torch.zeros(plan.target_size, dtype=dtype) for _ in range(2))
     x, weights = (torch.zeros(size, dtype=dtype) for size in (plan.source_size, plan.weight_size))
-    square = torch.zeros(plan.chains, dtype=torch.float64)
+    square = torch.zeros(plan.vectors, dtype=torch.float64)
     history = (square, previous, square) if recurrence else (None, None, None)
     active = torch.ones(len(geometries), dtype=torch.bool) if mask else None
-    tables = (plan.problems, plan.tiles, plan.bundles, plan.entries, plan.most_chains, plan.parts)
+    tables = (plan.problems, plan.tiles, plan.gather_groups, plan.entries, plan.max_vectors, plan.parts)
     triton_kernels.operator_step_(out, square.clone(), x, *history, weights, *tables, "float32", active)
 
 

@@ -61,7 +61,7 @@ MICRO.append("scratch.snapshots=1")
 
 @pytest.fixture(scope="session")
 def micro_arguments() -> list[str]:
-    """The same on the command line."""
+    """The settings of :func:`micro` on the command line."""
     return ["--preset", "demo", *(f"--set={setting}" for setting in MICRO)]
 
 

@@ -1,4 +1,4 @@
-"""The command itself: whatever goes wrong is one line and an exit status, nothing is lost and nothing is executed."""
+"""The command line: every error is one line and an exit status, nothing is lost, and no input is executed."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Imports within the study go one way: every room stands on those before it."""
+"""Imports within the study go one way: every folder may import only those before it."""
 
 import ast
 from pathlib import Path

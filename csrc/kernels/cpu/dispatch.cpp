@@ -56,11 +56,11 @@ void operator_squares(const OperatorStep& p) {
   for (int64_t i = 0; i < p.problem_count; ++i) {
     const OperatorStep::Problem& problem = problems[i];
     if (p.active && !p.active[i]) continue;
-    for (int64_t chain = 0; chain < problem.chains; ++chain) {
+    for (int64_t vector = 0; vector < problem.vectors; ++vector) {
       double sum = 0;
       for (int64_t tile = problem.tile_at; tile < problem.tile_at + problem.tiles; ++tile)
-        sum += p.partial[tile * p.most_chains + chain];
-      p.out_square[problem.chain_at + chain] = sum;
+        sum += p.partial[tile * p.max_vectors + vector];
+      p.out_square[problem.vector_at + vector] = sum;
     }
   }
 }

@@ -1,9 +1,9 @@
-// Small symmetric tridiagonal matrices T, one a chain of a Lanczos iteration: their largest eigenpair, and the root of
-// the Krylov certificate. Both come of the pivots of tI - T, which are positive right of every eigenvalue; what is
-// solved with them are sums of positive terms, so nothing cancels. Off-diagonals are not negative.
+// Small symmetric tridiagonal matrices T, one per start vector of a Lanczos iteration: their largest eigenpair, and the
+// root of the Krylov certificate. Both use the pivots of tI - T, which are positive for t right of every eigenvalue.
+// Solving with them adds positive terms only, because off-diagonals are not negative, so nothing cancels.
 //
-// A chain of k steps takes 2 k divisions an evaluation, one after the other: eight chains go side by side. All numbers
-// are brought to magnitude 1 by a power of two first.
+// A matrix of k steps takes 2 k divisions per evaluation, each of which needs the one before; eight matrices are
+// handled side by side. All numbers are first scaled to magnitude 1 by a power of two.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kLanes = 8;
 constexpr double kEps = std::numeric_limits<double>::epsilon(), kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kTiny = 1e-100;  // in the place of an eigenvalue 0
-constexpr int kRescale = 16;      // pivots multiplied before their product is brought back to magnitude 1
+constexpr double kTiny = 1e-100;  // stands for an eigenvalue 0
+constexpr int kRescale = 16;      // pivots multiplied before the logarithm of their product is taken
 
 struct Lanes {
   double at[kLanes];
@@ -31,7 +31,7 @@ inline void each(Body body) {
   for (int lane = 0; lane < kLanes; ++lane) body(lane);
 }
 
-// Up to eight chains, and scratch of their length.
+// Up to eight matrices, and scratch of their size.
 class Group {
  public:
   explicit Group(int64_t steps)
@@ -58,12 +58,12 @@ class Group {
     find_top();
   }
 
-  int exponent[kLanes];  // what the chain's numbers were divided by is 2^exponent
-  Lanes top;             // not below the largest eigenvalue but for rounding; the pivots there are positive
+  int exponent[kLanes];  // the matrix's numbers were divided by 2^exponent
+  Lanes top;             // the largest eigenvalue up to rounding, where the pivots are positive
 
   bool zero(int lane) const { return rows_[lane] == 0; }
 
-  // Pivots of tI - T from the first row on; whether all are positive.
+  // Pivots of tI - T from the first row on, and whether all of them are positive.
   void factorise(const Lanes& t, bool (&positive)[kLanes]) {
     Lanes least;
     each([&](int lane) { least[lane] = pivot_[0][lane] = t[lane] - diagonal_[0][lane]; });
@@ -128,7 +128,7 @@ class Group {
   }
 
  private:
-  // Laguerre's iteration from the right, which for real roots does not pass the largest, and converges cubically.
+  // Laguerre's iteration from the right: with real roots it does not pass the largest one, and it converges cubically.
   void find_top() {
     const double k = static_cast<double>(steps_);
     bool done[kLanes], positive[kLanes];
@@ -138,7 +138,7 @@ class Group {
     }
     for (int round = 0; round < 40 && !std::all_of(done, done + kLanes, [](bool d) { return d; }); ++round) {
       factorise(top, positive);
-      // Of p'/p and -(p'/p)', p the characteristic polynomial: sums over the pivots of r = d'/d and of -r'.
+      // p'/p and -(p'/p)' for the characteristic polynomial p: sums over the pivots d of r = d'/d and of -r'.
       Lanes r, s, first, second;
       each([&](int lane) {
         first[lane] = r[lane] = 1 / pivot_[0][lane];
@@ -163,7 +163,7 @@ class Group {
         if (!done[lane]) top[lane] -= step;
       }
     }
-    // Rounding may have led past the root: back, by little more each time, until the pivots say otherwise.
+    // Rounding may have led past the root. Move back a little, twice as far each time, until all pivots are positive.
     for (double back = 4 * kEps; back < 1; back *= 2) {
       factorise(top, positive);
       if (std::all_of(positive, positive + kLanes, [](bool p) { return p; })) return;
@@ -177,19 +177,19 @@ class Group {
   Lanes rows_;  // Gershgorin's bound
 };
 
-// The certificate's left side over its right side as a function of u, t = top + exp(u): decreasing.
+// The certificate's left side over its right side, a decreasing function of u with t = top + exp(u).
 class Equation {
  public:
   Equation(Group& group, const KrylovBound& p, int64_t first, int count) : group_(group) {
     const int64_t steps = p.matrix.steps;
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t chain = first + (lane < count ? lane : 0);
-      double log = std::log(p.last[chain]);
+      const int64_t matrix = first + (lane < count ? lane : 0);
+      double log = std::log(p.last[matrix]);
       for (int64_t i = 0; i < steps; ++i)
-        log += std::log(std::scalbn(p.matrix.off[chain * steps + i], -exponent(lane)));
+        log += std::log(std::scalbn(p.matrix.off[matrix * steps + i], -exponent(lane)));
       log_product_[lane] = log;
-      residual_[lane] = std::scalbn(p.residual[chain], -exponent(lane));
-      overlap_[lane] = p.overlaps[chain];
+      residual_[lane] = std::scalbn(p.residual[matrix], -exponent(lane));
+      overlap_[lane] = p.start_overlap[matrix];
     }
     steps_ = static_cast<double>(steps);
   }

@@ -1,10 +1,10 @@
 // Half a bidiagonalisation step of many operators on the CPU, compiled once per instruction set.
 //
-// A tile is at most 64 target channels by a run of columns; it needs 2 * taps * source channels operations an element,
-// and the weights of its block once. For a few taps and source channels at a time, whose weights then stay in L1, all
-// columns are passed over, kColumns at once against as many vectors of channels as the registers hold. Each such part
-// is summed in registers of its own before it is added to the tile's sums: the longest chain of additions is
-// kDepth + taps * source channels / kDepth, which float32 certificates need.
+// A tile is at most 64 target channels by a run of columns. It takes 2 * taps * source channels operations per element,
+// and reads the weights of its block once. A few taps and source channels, whose weights stay in L1, are applied to all
+// columns before the next ones: kColumns at a time, by as many SIMD registers of channels as there are. Each such part
+// is summed in registers of its own before it is added to the tile's sums, so that the longest chain of additions is
+// kDepth + taps * source channels / kDepth: float32 certificates depend on it.
 #include "kernels/cpu/sample.h"
 
 namespace fastlip::cpu {
@@ -16,7 +16,7 @@ constexpr int64_t kDepth = 128;  // source channels summed at a time
 constexpr int64_t kRun = 48;     // columns whose sums stay in L1, beside the weights
 
 using Problem = OperatorStep::Problem;
-using Bundle = OperatorStep::Bundle;
+using GatherGroup = OperatorStep::GatherGroup;
 using Tile = OperatorStep::Tile;
 
 template <typename T>
@@ -24,7 +24,8 @@ using Lanes __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_a
 template <typename T>
 inline constexpr int kWidth = kVectorBytes / sizeof(T);
 
-// sums[column][lane] += sum over k of weights[k][lane] * columns[column][k], for V vectors of lanes and C columns.
+// sums[column][lane] += sum over k of weights[k][lane] * columns[column][k], for V SIMD registers of lanes and C
+// columns.
 template <typename T, int V, int C>
 void multiply(T* sums, const T* weights, int64_t lanes, const T* const* columns, int64_t depth) {
   Lanes<T> part[C][V] = {};
@@ -64,7 +65,7 @@ void multiply_columns(T* sums, const T* weights, int64_t lanes, const T* const* 
   }
 }
 
-// All lanes of a block, as many vectors at a time as fit; lanes is a multiple of kLanes.
+// All lanes of a block, as many SIMD registers at a time as fit; lanes is a multiple of kLanes.
 template <typename T>
 void multiply_block(T* sums, const T* weights, int64_t lanes, const T* const* columns, int count, int64_t depth) {
   int64_t lane = 0;
@@ -76,26 +77,27 @@ void multiply_block(T* sums, const T* weights, int64_t lanes, const T* const* co
     multiply_columns<T, 1>(sums + lane, weights + lane, lanes, columns, count, depth);
 }
 
-// Where a run of a tile's columns is.
+// Where a run of a tile's columns lies in memory.
 struct Columns {
   const Problem& problem;
-  const Bundle& bundle;
+  const GatherGroup& gather_group;
   const int32_t* entries;
   int64_t first, count;
 
-  int64_t chain(int64_t column) const { return (first + column) % problem.chains; }
-  int64_t pixel(int64_t column) const { return (first + column) / problem.chains; }
-  int64_t tap(int64_t entry) const { return entries[bundle.taps_at + entry]; }
+  int64_t vector(int64_t column) const { return (first + column) % problem.vectors; }
+  int64_t pixel(int64_t column) const { return (first + column) / problem.vectors; }
+  int64_t tap(int64_t entry) const { return entries[gather_group.taps_at + entry]; }
   // First source channel of a column that meets a tap, -1 where it meets none.
   int64_t source(int64_t entry, int64_t column) const {
-    const int64_t at = entries[bundle.sources_at + entry * bundle.pixels + pixel(column)];
+    const int64_t at = entries[gather_group.sources_at + entry * gather_group.pixels + pixel(column)];
     return at < 0 ? -1 : row(at, column, problem.source_pixels, problem.source_channels);
   }
   int64_t target(int64_t column) const {
-    return row(entries[bundle.targets_at + pixel(column)], column, problem.target_pixels, problem.target_channels);
+    return row(entries[gather_group.targets_at + pixel(column)], column, problem.target_pixels,
+               problem.target_channels);
   }
   int64_t row(int64_t at, int64_t column, int64_t pixels, int64_t channels) const {
-    return (chain(column) * pixels + at) * problem.groups * channels;
+    return (vector(column) * pixels + at) * problem.groups * channels;
   }
 };
 
@@ -108,7 +110,7 @@ void sum_dense(T* sums, const OperatorStep& p, const Tile& tile, const Columns& 
   const T* weights = static_cast<const T*>(p.weights) + problem.weight_at +
                      problem.taps * depth * (tile.group * padded + tile.block * OperatorStep::kBlock);
   static const T zeros[kDepth] = {};
-  for (int64_t entry = 0; entry < at.bundle.taps; ++entry) {
+  for (int64_t entry = 0; entry < at.gather_group.taps; ++entry) {
     const T* of_tap = weights + at.tap(entry) * depth * lanes;
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t part = least<int64_t>(kDepth, depth - k);
@@ -132,7 +134,7 @@ void sum_depthwise(T* sums, const OperatorStep& p, const Tile& tile, const Colum
   const T* x = static_cast<const T*>(p.x) + problem.source_at + first;
   const T* weights = static_cast<const T*>(p.weights) + problem.weight_at + problem.taps * first;
   for (int64_t column = 0; column < at.count; ++column)
-    for (int64_t entry = 0; entry < at.bundle.taps; ++entry) {
+    for (int64_t entry = 0; entry < at.gather_group.taps; ++entry) {
       const int64_t source = at.source(entry, column);
       if (source < 0) continue;
       const T* w = weights + at.tap(entry) * lanes;
@@ -146,7 +148,7 @@ void finish(const T* sums, const OperatorStep& p, const Tile& tile, const Column
   const Problem& problem = at.problem;
   const int64_t first = problem.target_at + tile.group * problem.target_channels + tile.block * OperatorStep::kBlock;
   for (int64_t column = 0; column < at.count; ++column) {
-    const int64_t chain = at.chain(column), number = problem.chain_at + chain;
+    const int64_t vector = at.vector(column), number = problem.vector_at + vector;
     const T* sum = sums + column * OperatorStep::kBlock;
     const int64_t target = first + at.target(column);
     T* out = static_cast<T*>(p.out) + target;
@@ -166,7 +168,7 @@ void finish(const T* sums, const OperatorStep& p, const Tile& tile, const Column
     }
 #pragma omp simd reduction(+ : square)
     for (int64_t c = 0; c < used; ++c) square += static_cast<double>(out[c]) * static_cast<double>(out[c]);
-    partial[chain] += square;
+    partial[vector] += square;
   }
 }
 
@@ -175,16 +177,17 @@ void tile_as(const OperatorStep& p, int64_t index) {
   const Tile& tile = reinterpret_cast<const Tile*>(p.tiles)[index];
   const Problem& problem = reinterpret_cast<const Problem*>(p.problems)[tile.problem];
   if (p.active && !p.active[tile.problem]) return;
-  const Bundle& bundle = reinterpret_cast<const Bundle*>(p.bundles)[tile.bundle];
+  const GatherGroup& gather_group = reinterpret_cast<const GatherGroup*>(p.gather_groups)[tile.gather_group];
   const int64_t channels = problem.target_channels;
   const int64_t padded = (channels + OperatorStep::kLanes - 1) / OperatorStep::kLanes * OperatorStep::kLanes;
   const int64_t used = least<int64_t>(OperatorStep::kBlock, channels - tile.block * OperatorStep::kBlock);
   const int64_t lanes = least<int64_t>(OperatorStep::kBlock, padded - tile.block * OperatorStep::kBlock);
-  double* partial = p.partial + index * p.most_chains;
-  for (int64_t c = 0; c < problem.chains; ++c) partial[c] = 0;
+  double* partial = p.partial + index * p.max_vectors;
+  for (int64_t c = 0; c < problem.vectors; ++c) partial[c] = 0;
   alignas(64) T sums[kRun * OperatorStep::kBlock];
   for (int64_t column = 0; column < tile.columns; column += kRun) {
-    const Columns at{problem, bundle, p.entries, tile.column + column, least<int64_t>(kRun, tile.columns - column)};
+    const Columns at{problem, gather_group, p.entries, tile.column + column,
+                     least<int64_t>(kRun, tile.columns - column)};
     for (int64_t i = 0; i < at.count * OperatorStep::kBlock; ++i) sums[i] = 0;
     if (problem.depthwise)
       sum_depthwise(sums, p, tile, at, lanes, used);

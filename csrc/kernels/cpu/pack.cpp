@@ -1,7 +1,7 @@
 // pack_weights_ on the CPU.
 //
-// Floor: every element read once and written once. Rows of a block are written whole; where a target's own elements lie
-// next to each other, 64 of them at a time are turned over in a buffer, so that a cache line is read once.
+// Floor: every element read once and written once. Rows of a block are written whole. Where the elements of one target
+// are contiguous, 64 of them at a time are transposed in a buffer, so that each cache line is read once.
 #include "kernels/pack.h"
 
 #include <algorithm>
@@ -9,9 +9,9 @@
 namespace fastlip::cpu {
 namespace {
 
-constexpr int64_t kBlock = OperatorStep::kBlock, kTurned = 64;
+constexpr int64_t kBlock = OperatorStep::kBlock, kTransposed = 64;
 
-// One block of `count` targets, `width` with its padding; `from`: its first target and source.
+// One block of `count` targets, `width` with padding; `from` points to its first target and source.
 template <typename From, typename To>
 void pack_block(To* out, const From* from, const PackProblem& p, bool adjoint, int64_t count, int64_t width) {
   const int64_t target = pack_target_stride(p, adjoint), source = pack_source_stride(p, adjoint);
@@ -30,22 +30,22 @@ void pack_block(To* out, const From* from, const PackProblem& p, bool adjoint, i
     }
     return;
   }
-  To turned[kTurned][kBlock] = {};
+  To transposed[kTransposed][kBlock] = {};
   const int64_t own = int64_t{p.sources} * p.taps;  // elements of a target
-  for (int64_t at = 0; at < own; at += kTurned) {
-    const int64_t n = std::min(kTurned, own - at);
+  for (int64_t at = 0; at < own; at += kTransposed) {
+    const int64_t n = std::min(kTransposed, own - at);
     for (int64_t t = 0; t < count; ++t) {
       const From* const first = from + t * target + at;
-      if (n == kTurned) {
+      if (n == kTransposed) {
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < kTurned; ++i) turned[i][t] = static_cast<To>(first[i]);
+        for (int64_t i = 0; i < kTransposed; ++i) transposed[i][t] = static_cast<To>(first[i]);
       } else {
-        for (int64_t i = 0; i < n; ++i) turned[i][t] = static_cast<To>(first[i]);
+        for (int64_t i = 0; i < n; ++i) transposed[i][t] = static_cast<To>(first[i]);
       }
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t s = (at + i) / p.taps, tap = (at + i) % p.taps;
-      std::copy_n(turned[i], width, out + (tap * p.sources + s) * width);
+      std::copy_n(transposed[i], width, out + (tap * p.sources + s) * width);
     }
   }
 }

@@ -1,13 +1,13 @@
 // How two warps multiply a square of operator_step_ on matrix units by 3xTF32: which elements each lane holds, and how
-// a number becomes two; free of threads, so that a host compiler takes it too.
+// a number is split in two. No thread index occurs here, so a host compiler can build it too.
 #pragma once
 #include "kernels/cuda/operator_tile.h"
 
 namespace fastlip::cuda {
 
-// x as two TF32 numbers (11 significant bits), large + small = x (1 + e), |e| < 2^-22: rounding leaves 12 bits to the
-// small one, and one of them may be lost. Bit patterns of float32, the last 13 of them 0. A NaN stays one in `small`;
-// infinities and |x| >= 2^128 (1 - 2^-12) give NaN.
+// x as two TF32 numbers (11 significant bits), large + small = x (1 + e) with |e| < 2^-22: rounding leaves 12 bits for
+// the small one, of which one may be lost. Both are bit patterns of float32 whose last 13 bits are 0. For a NaN `small`
+// is NaN; infinities and |x| >= 2^128 (1 - 2^-12) also give NaN.
 struct Tf32Pair {
   uint32_t large, small;
 };
@@ -23,18 +23,18 @@ FASTLIP_HD Tf32Pair split_tf32(float x) {
 //   of the weights    a[i]: row g + 8 (i % 2), product t + 4 (i / 2);
 //   of the columns    b[i]: product t + 4 i, column g;
 //   of the sums       c[i]: row g + 8 (i / 2), column 2 t + i % 2.
-// Which row of the block and which product of the chunk these are is free, as long as both operands agree on products:
-// here rows g and g + 8 are neighbours in memory, and so are products t and t + 4; pairs are read at once.
+// Rows and products may be permuted, as long as both operands use the same order of products. Here rows g and g + 8 are
+// neighbours in memory, and so are products t and t + 4, so that pairs are read at once.
 //
-// More than 32 columns: each warp takes half of their tiles. Up to 32: each takes all, and one step, half of a chunk's
-// products.
+// With more than 32 columns each warp takes half of their tiles. With up to 32 each warp takes all of them, and one of
+// the two steps, which is half of a chunk's products.
 struct MatrixShape {
   static constexpr int kLanes = 32, kWarps = 2;
   static constexpr int kRows = 16, kColumns = 8, kDepth = 8;     // of a tile
   static constexpr int kMostRowTiles = 4, kMostColumnTiles = 4;  // of a warp
   static constexpr int kSteps = 2;                               // of a chunk
-  // Of weights, [product][row], and columns, [column][product], in shared memory: the pairs that half a warp reads at
-  // once, or writes where sums lie as [column][row], are then in different banks.
+  // Padding of weights, [product][row], and of columns, [column][product], in shared memory: it puts the pairs that
+  // half a warp reads at once, or writes to sums as [column][row], into different banks.
   static constexpr int kRowPadding = 4, kProductPadding = 8;
 
   int lanes, columns;  // of the square
@@ -44,7 +44,7 @@ struct MatrixShape {
   // A warp of split i takes every splits()-th step from i on.
   FASTLIP_HD int splits() const { return columns <= kMostColumnTiles * kColumns ? kWarps : 1; }
   FASTLIP_HD int split(int warp) const { return splits() == 1 ? 0 : warp; }
-  // A warp's tiles of rows, and of columns, the last of which may be one that no column is in.
+  // A warp's tiles of rows and of columns; the last tile of columns may be empty.
   FASTLIP_HD int row_tiles() const { return lanes / kRows; }
   FASTLIP_HD int column_tiles() const {
     const int each = splits() == 1 ? kColumns * kWarps : kColumns;

@@ -1,30 +1,29 @@
 // operator_step_: half a step of bidiagonalisation for many convolutions at once.
 //
-// What it must move and compute, for an operator with k x k taps, C source and N target channels, m target pixels and b
-// chains: weights 4 C N k^2 bytes; x, previous and out 4 b (C m' + 2 N m) bytes, m' the source pixels; 2 b m C N k^2
-// operations, less what meets padding. A sweep, A and A^T, over the 53 convolutions of ResNet-50 on 32 x 32
-// images: 5.19 GFLOP a chain, 188 MB of weights and 82 MB a chain of vectors; that is 19, 40 and 49 operations a byte
-// at 1, 4 and 8 chains (the 17 larger than 1 x 1: 2.42 GFLOP, 91 MB and 14 MB; 23, 67 and 97). A GPU of 67 TFLOP/s in
-// float32 and 4.8 TB/s does 14 in the time of a byte: float32 multiply-adds at full precision are the floor.
+// Floor, for an operator with k x k taps, C source and N target channels, m' source and m target pixels, applied to b
+// vectors: 4 C N k^2 bytes of weights; 4 b (C m' + 2 N m) bytes of x, previous and out; 2 b m C N k^2 operations, fewer
+// with padding. One application of A and of A^T for the 53 convolutions of ResNet-50 on 32 x 32 images takes 5.19 GFLOP
+// and 82 MB per vector and 188 MB of weights, that is 19, 40 and 49 operations per byte with 1, 4 and 8 vectors (the 17
+// larger than 1 x 1: 2.42 GFLOP, 14 MB and 91 MB; 23, 67 and 97). A GPU of 67 TFLOP/s in float32 and 4.8 TB/s does 14
+// operations per byte, so float32 multiply-adds at full precision are the floor.
 //
 // Matrix units: TF32 and bfloat16 inputs make certificates useless (intervals 6 to 50 times as wide as the norm, see
-// benchmarks/bench_precision.py); 3xTF32, three products of split inputs, does as well as float32. By data sheets it
-// reaches 52 TFLOP/s where these do 19.5 (A100), and 165 where they do 67 (H100, H200), 34 operations in the time
-// of a byte: worth having from four chains on.
-// It is there to be asked for (products; operator_sums.cuh) and not the default, since no GPU has timed it. A warp's
-// step of 8 products on a full tile takes 48 instructions of the matrix units and, as compiled for sm_80, about 170
-// others: 72 split, 64 add, 12 read.
+// benchmarks/bench_precision.py). 3xTF32, three products of split inputs, is as accurate as float32. By data sheets it
+// reaches 52 TFLOP/s where multiply-adds reach 19.5 (A100), and 165 where they reach 67 (H100, H200), or 34 operations
+// per byte: worth having from four vectors on. It is opt-in (matmul_precision; operator_sums.cuh) because no GPU has
+// timed it yet. A warp's step of 8 products on a full tile takes 48 instructions of the matrix units and, as compiled
+// for sm_80, about 170 others: 72 to split, 64 to add, 12 to read.
 //
-// One block of 64 threads takes one row of the tile table: up to 64 target channels by 64 columns (pixels and chains)
-// over a part of the products. No thread knows the geometry: for each tap the table names the source pixel of a target
-// pixel, and its channels, contiguous, are gathered by asynchronous copies of 16 bytes (of one element where channels
-// or addresses are odd) three chunks deep; zeros are filled in where no pixel is met. operator_sums.cuh multiplies.
-// float32 sums are blocked: 64 products in one register, then added to another.
+// One block of 64 threads takes one row of the tile table: up to 64 target channels by 64 columns (pixels and vectors)
+// over a part of the products (split-K). No thread knows the geometry: for each tap the table names the source pixel of
+// a target pixel. Its channels, which are contiguous, are gathered by asynchronous copies of 16 bytes (of one element
+// where channels or addresses are odd) in a pipeline of three chunks; padding is filled with zeros. operator_sums.cuh
+// multiplies. float32 sums are blocked: 64 products are added up in one register, which is then added to another.
 //
-// Parts of a tile leave their sums in scratch, and the one that finishes last adds them up in order. Then the tile is
-// scaled, the previous vector subtracted and the result written, with its squared norm per chain to scratch; the block
-// that finishes an operator adds those up, in order too. So results do not depend on scheduling. Neighbouring blocks
-// share weights or columns in L2. Blocks of inactive operators end at once.
+// Parts of a tile write their sums to scratch, and the part that finishes last adds them up in order. Then the tile is
+// scaled, the previous vector is subtracted, and the result is written, with its squared norm per vector to scratch;
+// the block that finishes an operator last adds those up, also in order. So results do not depend on scheduling.
+// Neighbouring blocks share weights or columns in L2. Blocks of inactive operators return at once.
 //
 // Depthwise convolutions are bound by memory: a thread takes 16 bytes of channels of four columns at a time.
 #include "kernels/cuda/copy_async.cuh"
@@ -35,9 +34,9 @@
 namespace fastlip::cuda {
 namespace {
 
-constexpr int kBlocksEach = 4;  // on a multiprocessor: 256 registers a thread
+constexpr int kBlocksEach = 4;  // per multiprocessor: 256 registers per thread
 constexpr int kStages = 3;
-constexpr int kFlush = 4;  // chunks whose float32 products one register sums up, 16 each
+constexpr int kFlush = 4;  // chunks, of 16 products each, that float32 sums add up in one register
 
 template <typename Units, typename T = typename Units::Number>
 struct Shared {
@@ -67,7 +66,8 @@ class TileBlock {
         shared_(shared),
         tile_(reinterpret_cast<const OperatorStep::Tile*>(p.tiles)[blockIdx.x]),
         problem_(reinterpret_cast<const OperatorStep::Problem*>(p.problems)[tile_.problem]),
-        place_(p, problem_, tile_, reinterpret_cast<const OperatorStep::Bundle*>(p.bundles)[tile_.bundle]) {
+        place_(p, problem_, tile_,
+               reinterpret_cast<const OperatorStep::GatherGroup*>(p.gather_groups)[tile_.gather_group]) {
     const auto fits = [](const void* data, int64_t at, int64_t row) {
       return aligned(static_cast<const T*>(data) + at, row * static_cast<int64_t>(sizeof(T)), 16);
     };
@@ -97,10 +97,10 @@ class TileBlock {
   __device__ void describe_columns() {
     const int at = threadIdx.x;
     if (at >= columns_) return;
-    const int chain = place_.chain_of(first_ + at);
-    const Scales<T> scales(p_, problem_.chain_at + chain);
+    const int vector = place_.vector_of(first_ + at);
+    const Scales<T> scales(p_, problem_.vector_at + vector);
     shared_.target_at[at] =
-        place_.target_of(chain * place_.target_pixels + place_.targets[place_.pixel_of(first_ + at)]);
+        place_.target_of(vector * place_.target_pixels + place_.targets[place_.pixel_of(first_ + at)]);
     shared_.scale[at] = scales.scale;
     shared_.shift[at] = scales.shift;
   }
@@ -128,11 +128,11 @@ class TileBlock {
   // What a thread copies of a chunk, looked up in the tables one chunk ahead.
   struct Fetch {
     int tap[kPieces];     // of the kernel, for the weights of each piece
-    int source[kPieces];  // pixels of all chains that four columns meet through the tap of this thread's piece
+    int source[kPieces];  // source pixels, over all vectors, of four columns through the tap of this thread's piece
   };
 
-  // The four columns of which a thread copies a piece: their target pixels, an index into the bundle's (-1 beyond the
-  // last), and their chains' first source pixels.
+  // The four columns of which a thread copies a piece: their target pixels, an index into the gather group's (-1 beyond
+  // the last), and the first source pixels of their vectors.
   struct Columns {
     int pixel[kPieces], first_source[kPieces];
   };
@@ -196,7 +196,7 @@ class TileBlock {
     }
   }
 
-  // False where other parts of the tile are still at work; the last one carries on.
+  // False if other parts of the tile are not done; the last one finishes the tile.
   __device__ bool dense() {
     const Products products(place_.tap_count, place_.channels);
     const int begin = products.begin(tile_.part, tile_.parts), end = products.begin(tile_.part + 1, tile_.parts);
@@ -205,13 +205,13 @@ class TileBlock {
     for (int i = 0; i < kPieces; ++i) {
       const int column = threadIdx.x / kPieces + i * (kThreads / kPieces);
       columns.pixel[i] = column < columns_ ? place_.pixel_of(first_ + column) : -1;
-      columns.first_source[i] = place_.chain_of(first_ + column) * place_.source_pixels;
+      columns.first_source[i] = place_.vector_of(first_ + column) * place_.source_pixels;
     }
 
     Units units(place_.lanes, columns_);
     Fetch fetch;
     Cursor next = products.cursor(begin);
-    int ahead = begin;  // the chunk that `next` and `fetch` are of
+    int ahead = begin;  // the chunk that `next` and `fetch` belong to
     if (begin < end) look_up(products, next, columns, fetch);
     const auto copy_next = [&] {
       if (ahead < end) {
@@ -225,14 +225,14 @@ class TileBlock {
     for (int i = 0; i < kStages - 1; ++i) copy_next();
     for (int chunk = begin; chunk < end; ++chunk) {
       wait_for_copies<kStages - 2>();
-      __syncthreads();  // this chunk is there, and everyone is done with the one before it, whose stage is next
+      __syncthreads();  // this chunk has arrived, and the stage of the one before it is free again
       copy_next();
       units.multiply(shared_.stages[(chunk - begin) % kStages]);
       if (Units::kBlocked && (chunk - begin) % kFlush == kFlush - 1) units.flush();
     }
     units.flush();
     wait_for_copies<0>();
-    __syncthreads();  // the stages' memory serves what follows
+    __syncthreads();  // the memory of the stages is reused below
 
     Sums<T>& total = units.hand_over(shared_.exchange);
     const Shape shape = units.shape();
@@ -265,9 +265,9 @@ class TileBlock {
     constexpr int64_t kElements = OperatorStep::kBlock * OperatorStep::kPartColumns;
     T* const sums = static_cast<T*>(p_.sums) + (tile_.slot - tile_.part) * kElements + threadIdx.x;
     if (mine) each<T>(total, [&](int index, T& value) { sums[tile_.part * kElements + index * kThreads] = value; });
-    // The tile's squares stand in the row of its first part.
+    // The tile's squares are in the row of its first part.
     if (tile_.part > 0) {
-      for (int chain = threadIdx.x; chain < place_.chains; chain += kThreads) partial(blockIdx.x)[chain] = 0;
+      for (int vector = threadIdx.x; vector < place_.vectors; vector += kThreads) partial(blockIdx.x)[vector] = 0;
     }
     if (!last_of(p_.counters + p_.problem_count + tile_.slot - tile_.part, tile_.parts)) {
       arrive_at_operator();
@@ -282,9 +282,9 @@ class TileBlock {
     return true;
   }
 
-  __device__ double* partial(int64_t row) const { return p_.partial + row * p_.most_chains; }
+  __device__ double* partial(int64_t row) const { return p_.partial + row * p_.max_vectors; }
 
-  // Whether this block is the last of `count` that come here; what the others wrote before is then there to read.
+  // Whether this block is the last of `count` to arrive; it can then read what the others wrote before.
   __device__ bool last_of(int32_t* counter, int64_t count) {
     __threadfence();
     __syncthreads();
@@ -294,34 +294,35 @@ class TileBlock {
     return shared_.last;
   }
 
-  // Squares of each chain's columns, from those of runs of channels; `fresh` starts the tile's sums.
+  // Squared norms of each vector's columns, from those of runs of channels; `fresh` starts the tile's sums.
   __device__ void add_squares(bool fresh) {
     __syncthreads();
-    const int skip = place_.chain_of(first_);
+    const int skip = place_.vector_of(first_);
     double* const to = partial(static_cast<int64_t>(blockIdx.x) - tile_.part);
-    for (int chain = threadIdx.x; chain < place_.chains; chain += kThreads) {
-      double sum = fresh ? 0 : to[chain];
-      for (int at = chain < skip ? chain - skip + place_.chains : chain - skip; at < columns_; at += place_.chains) {
+    for (int vector = threadIdx.x; vector < place_.vectors; vector += kThreads) {
+      double sum = fresh ? 0 : to[vector];
+      for (int at = vector < skip ? vector - skip + place_.vectors : vector - skip; at < columns_;
+           at += place_.vectors) {
         for (int group = 0; group < square_groups_; ++group) sum += shared_.squares[group][at];
       }
-      to[chain] = sum;
+      to[vector] = sum;
     }
-    __syncthreads();  // the next columns' stages take this memory
+    __syncthreads();  // the stages of the next columns reuse this memory
   }
 
   __device__ void arrive_at_operator() {
     if (!last_of(p_.counters + tile_.problem, problem_.tiles)) return;
-    for (int chain = 0; chain < place_.chains; ++chain) {
+    for (int vector = 0; vector < place_.vectors; ++vector) {
       double sum = 0;
 #pragma unroll 4
       for (int64_t row = threadIdx.x; row < problem_.tiles; row += kThreads)
-        sum += __ldcg(partial(problem_.tile_at + row) + chain);
+        sum += __ldcg(partial(problem_.tile_at + row) + vector);
       shared_.sums[threadIdx.x] = sum;
       for (int half = kThreads / 2; half > 0; half /= 2) {
         __syncthreads();
         if (static_cast<int>(threadIdx.x) < half) shared_.sums[threadIdx.x] += shared_.sums[threadIdx.x + half];
       }
-      if (threadIdx.x == 0) p_.out_square[problem_.chain_at + chain] = shared_.sums[0];
+      if (threadIdx.x == 0) p_.out_square[problem_.vector_at + vector] = shared_.sums[0];
       __syncthreads();
     }
   }
@@ -345,7 +346,7 @@ class TileBlock {
           if (first + i * kGroups >= columns_) continue;
           const int source = place_.sources[tap * place_.pixels + place_.pixel_of(column)];
           if (source < 0) continue;
-          load<T>(x + place_.source_of(place_.chain_of(column) * place_.source_pixels + source), valid, wide_source_,
+          load<T>(x + place_.source_of(place_.vector_of(column) * place_.source_pixels + source), valid, wide_source_,
                   value);
 #pragma unroll
           for (int k = 0; k < kPiece; ++k) sums[i][k] += weight[k] * value[k];
@@ -393,8 +394,8 @@ cudaError_t launch(const OperatorStep& p, void* stream) {
 int operator_step_(const OperatorStep& step, void* stream) {
   if (step.tile_count == 0) return cudaSuccess;
   if (step.dtype == DType::f64) return launch<VectorUnits<double>>(step, stream);
-  return step.products == Products::tf32x3 ? launch<MatrixUnits>(step, stream)
-                                           : launch<VectorUnits<float>>(step, stream);
+  return step.matmul_precision == MatmulPrecision::tf32x3 ? launch<MatrixUnits>(step, stream)
+                                                          : launch<VectorUnits<float>>(step, stream);
 }
 
 }  // namespace fastlip::cuda

@@ -1,7 +1,7 @@
-// How a block of operator_step_ sums up the products of a square: on vector units, or on matrix units by 3xTF32.
+// How a block of operator_step_ adds up the products of a square: on vector units, or on matrix units by 3xTF32.
 //
-// Both take chunk after chunk from shared memory, block their float32 sums (flush), and hand them over to the threads
-// that Shape names.
+// Both take one chunk after the other from shared memory, block their float32 sums (flush), and hand them over to
+// threads as Shape assigns them.
 #pragma once
 #include "kernels/cuda/memory.cuh"
 #include "kernels/cuda/mma.cuh"
@@ -41,8 +41,8 @@ __device__ __forceinline__ void read(const T* from, T (&out)[kCount]) {
   for (int i = 0; i < kCount; ++i) out[i] = pack.at[i];
 }
 
-// Multiply-adds: 8 channels by 8 columns a thread, 256 of them for every 16 reads of 16 bytes; on squares of fewer
-// channels or columns threads share the products instead.
+// Multiply-adds: 8 channels by 8 columns per thread, 256 of them for every 16 reads of 16 bytes. On squares of fewer
+// channels or columns, threads share the products of an element.
 template <typename T>
 class VectorUnits {
  public:
@@ -92,7 +92,7 @@ class VectorUnits {
     }
   }
 
-  // The share of a thread of the first split, with what the other splits have.
+  // The sums of a thread of the first split, with those of the other splits added.
   __device__ Sums<T>& hand_over(Exchange& exchange) {
     const int width = shape_.row_groups * shape_.column_groups, mine = shape_.split(threadIdx.x);
     for (int split = 1; split < shape_.splits; ++split) {
@@ -109,9 +109,9 @@ class VectorUnits {
   Sums<T> sums_ = {}, total_ = {};
 };
 
-// Both factors of a product are split into two TF32 numbers, and three of their four products are summed up, the two
-// small ones first (Ootomo and Yokota 2022). The units cut off digits where they add: they sum up eight products of an
-// element, and ordinary additions do the rest.
+// Both factors are split into two TF32 numbers, and three of their four products are added, the two small ones first
+// (Ootomo and Yokota 2022). Matrix units truncate when they add, so they add eight products of an element at a time,
+// and ordinary additions do the rest.
 class MatrixUnits {
  public:
   using Number = float;
@@ -123,8 +123,7 @@ class MatrixUnits {
 
   __device__ Shape shape() const { return {shape_.lanes, shape_.columns}; }
 
-  // Indices of sums are known when this is compiled. Branches are the warp's: all of its lanes come to each
-  // instruction.
+  // Indices of sums are compile-time constants. Branches are uniform in a warp, so all lanes execute each instruction.
   __device__ void multiply(const Stage& stage) {
 #pragma unroll 1
     for (int step = shape_.split(warp()); step < MatrixShape::kSteps; step += shape_.splits()) {
@@ -177,7 +176,7 @@ class MatrixUnits {
         for (int k = 0; k < 4; ++k) share_[i + k][j] = run[k];
       }
     }
-    __syncthreads();  // what follows takes this memory
+    __syncthreads();  // this memory is reused afterwards
     return share_;
   }
 
@@ -218,7 +217,7 @@ class MatrixUnits {
 #pragma unroll
       for (int i = 0; i < 4; ++i) weights.set(i, ahead[i]);
       if (m + 1 < kRowTiles) read_weights(stage, step, m + 1, ahead);
-      __syncwarp();  // not a barrier that is needed: it keeps those reads from being put off
+      __syncwarp();  // only keeps the compiler from delaying these reads
       float sums[kTiles][4] = {};
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) mma(sums[n], weights.small, columns[n].large);
@@ -244,7 +243,7 @@ class MatrixUnits {
     }
   }
 
-  // This warp's sums to shared memory, each lane its own.
+  // Writes this warp's sums to shared memory.
   __device__ void leave(Exchange& exchange, bool add) const {
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {

@@ -1,9 +1,9 @@
-// pack_weights_: kernels of any number of operators in the order in which operator_step_ reads them, in one launch for
-// each kMost of them, which travel as the launch's own parameters.
+// pack_weights_: convolution kernels in the layout that operator_step_ reads. One launch packs up to kMost of them,
+// whose descriptions are passed as kernel parameters.
 //
-// Floor: every element read once and written once, 8 bytes in float32; no arithmetic but addresses, some 40 integer
-// operations an element. Writes are in order; neighbours in a warp read elements a row of the weight apart, and a
-// block's reads come back to the same lines, which L1 and L2 hold: 64 lines a tap.
+// Floor: every element read once and written once, 8 bytes in float32, and about 40 integer operations on addresses.
+// Writes are contiguous. Neighbouring threads read elements one row of the weight apart, and a block returns to the
+// same cache lines, 64 per tap, which stay in L1 and L2.
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/memory.cuh"
@@ -16,7 +16,7 @@ constexpr int kThreads = 256, kEach = 16, kMost = 64;
 
 struct Batch {
   PackProblem problems[kMost];
-  unsigned first_block[kMost + 1];  // of each problem, and of none
+  unsigned first_block[kMost + 1];  // of each problem, and their total
   int count;
   bool adjoint;
 };

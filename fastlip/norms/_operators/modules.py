@@ -32,8 +32,8 @@ def module_operator(
         input_shape: shape of one input without the batch axis, [Cin, *spatial] or, for Linear, [..., features].
         output_scale: factors for the output channels, such as those of a folded BatchNorm.
         input_scale: factors for the input channels, such as those of a folded input normalisation.
-        output_size: spatial size of a transposed convolution's output; what its settings give if None.
-        finite: whether to check that the weight is finite; with False the caller is to.
+        output_size: spatial size of a transposed convolution's output; by default the one that its settings imply.
+        finite: whether to check that the weight is finite; if False, the caller must check it.
 
     Raises:
         TypeError: there is no such map for this module.

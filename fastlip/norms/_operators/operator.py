@@ -111,7 +111,7 @@ def conv_operator(
 ) -> Operator:
     """Check the arguments of a convolution, as torch takes them, and describe its linear map.
 
-    With ``finite=False`` the caller is to check that the weight is finite, which reads from its device.
+    With ``finite=False`` the caller must check that the weight is finite, which reads from its device.
 
     Raises:
         TypeError: ``weight`` is not a dense floating-point tensor, or ``groups`` is no integer.

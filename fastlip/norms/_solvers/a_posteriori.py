@@ -14,9 +14,9 @@ from fastlip.norms._operators.composed import AnyOperator, weight_numel
 from fastlip.norms._solvers.batched_operator import batched_operator, from_rows
 from fastlip.norms._solvers.certificate import Array, krylov_bound
 from fastlip.norms._solvers.combinations import combine, runs_of
-from fastlip.norms._solvers.iteration import Indices, IterationConfig, IterationResult, device_limits
+from fastlip.norms._solvers.float64_rounding import RoundingTerms, rounding_terms
+from fastlip.norms._solvers.iteration_config import Indices, IterationConfig, IterationResult, device_limits
 from fastlip.norms._solvers.recurrence import Recurrence
-from fastlip.norms._solvers.rounding import RoundingTerms, rounding_terms
 from fastlip.norms._solvers.sketches import Sketches
 from fastlip.norms._solvers.tridiagonal import Columns, decompose
 

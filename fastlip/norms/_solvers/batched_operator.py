@@ -1,11 +1,12 @@
 """Batched operators: one call applies all operators, or all of their adjoints, to all of their vectors.
 
-The environment variable ``FASTLIP_PRODUCTS`` chooses the matmul precision of float32: ``3xtf32`` lets the CUDA library
-multiply on matrix units; see :func:`fastlip.ops.operator_step_`. A-posteriori bounds measure the rounding of whatever
-ran.
+The environment variable ``FASTLIP_MATMUL_PRECISION`` chooses the matmul precision of float32: ``3xtf32`` lets the CUDA
+library multiply on matrix units; see :func:`fastlip.ops.operator_step_`. A-posteriori bounds measure the rounding of
+either.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -18,14 +19,16 @@ from torch import Tensor
 from fastlip.norms._operators.composed import AnyOperator, Composed
 from fastlip.norms._operators.operator import Operator
 from fastlip.ops import (
-    PRODUCTS,
+    MATMUL_PRECISIONS,
     ConvGeometry,
+    MatmulPrecision,
     OperatorPlan,
-    Products,
     operator_plan,
     operator_step_,
     pack_weights,
 )
+
+_VARIABLE, _FORMER_VARIABLE = "FASTLIP_MATMUL_PRECISION", "FASTLIP_PRODUCTS"
 
 
 class BatchedOperator(Protocol):
@@ -123,19 +126,28 @@ def _operator_plan(
     return operator_plan(geometries, [vectors] * len(geometries), adjoint=adjoint, device=device)
 
 
-def _matmul_precision() -> Products:
-    chosen = os.environ.get("FASTLIP_PRODUCTS") or "float32"
-    for known in PRODUCTS:
+def matmul_precision() -> MatmulPrecision:
+    """The precision that the environment chooses; "float32" by default.
+
+    Raises:
+        ValueError: the environment variable's value is unknown.
+    """
+    chosen = os.environ.get(_VARIABLE)
+    former = os.environ.get(_FORMER_VARIABLE)
+    if not chosen and former:
+        warnings.warn(f"{_FORMER_VARIABLE} is now {_VARIABLE}", DeprecationWarning, stacklevel=2)
+    chosen = chosen or former or "float32"
+    for known in MATMUL_PRECISIONS:
         if chosen == known:
             return known
-    raise ValueError(f"FASTLIP_PRODUCTS={chosen} is unknown; choose one of {', '.join(PRODUCTS)}")
+    raise ValueError(f"{_VARIABLE}={chosen} is unknown; choose one of {', '.join(MATMUL_PRECISIONS)}")
 
 
 class BatchedConvolutions:
     """Convolutions and matrices."""
 
     def __init__(self, ops: Sequence[Operator], vectors: int, dtype: torch.dtype) -> None:
-        self.dtype, self.device, self._precision = dtype, ops[0].weight.device, _matmul_precision()
+        self.dtype, self.device, self._precision = dtype, ops[0].weight.device, matmul_precision()
         self.domain = _slices([vectors * prod(op.input_shape) for op in ops])
         self.range = _slices([vectors * prod(op.output_shape) for op in ops])
         self.vectors = _slices([vectors] * len(ops))
@@ -167,8 +179,8 @@ class BatchedConvolutions:
         history: dict[str, Tensor | None],
     ) -> tuple[Tensor, Tensor]:
         out = x.new_empty(plan.target_size) if out is None else out
-        square = torch.zeros(plan.chains, dtype=torch.float64, device=x.device) if square is None else square
-        return operator_step_(out, square, x, weights, plan, products=self._precision, **history), square
+        square = torch.zeros(plan.vectors, dtype=torch.float64, device=x.device) if square is None else square
+        return operator_step_(out, square, x, weights, plan, matmul_precision=self._precision, **history), square
 
 
 class BatchedCompositions:

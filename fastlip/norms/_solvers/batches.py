@@ -9,7 +9,7 @@ import torch
 
 from fastlip.norms._operators.composed import AnyOperator, Composed, weight_numel
 from fastlip.norms._options import ResolvedOptions
-from fastlip.norms._solvers.iteration import IterationConfig, IterationResult
+from fastlip.norms._solvers.iteration_config import IterationConfig, IterationResult
 from fastlip.norms._solvers.lanczos import lanczos_norms
 from fastlip.norms._solvers.power import power_norms
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlip.norms._solvers.iteration import Indices, device_limits
+from fastlip.norms._solvers.iteration_config import Indices, device_limits
 from fastlip.norms._solvers.recurrence import BLOCK, Recurrence
 
 #: Up to this ratio it is cheaper to include operators that have ended in between than to gather those that have not.

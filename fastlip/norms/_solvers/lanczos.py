@@ -15,10 +15,10 @@ from fastlip.norms._operators.composed import AnyOperator
 from fastlip.norms._solvers.a_posteriori import a_posteriori_bounds
 from fastlip.norms._solvers.batched_operator import batched_operator
 from fastlip.norms._solvers.certificate import start_overlap
-from fastlip.norms._solvers.iteration import IterationConfig, IterationResult
+from fastlip.norms._solvers.iteration_config import IterationConfig, IterationResult
 from fastlip.norms._solvers.recurrence import Reading, Recurrence
 from fastlip.norms._solvers.sketches import choose_sketches
-from fastlip.norms._solvers.starts import draw_starts, on_device
+from fastlip.norms._solvers.start_vectors import draw_starts, on_device
 from fastlip.norms._solvers.stopping import run_until_narrow
 
 #: Share of eta for the event that the Gaussian vectors miss ||F||; the rest is for the start vectors.

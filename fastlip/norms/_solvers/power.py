@@ -12,9 +12,9 @@ from fastlip.norms._operators.composed import AnyOperator
 from fastlip.norms._solvers.batched_operator import BatchedOperator, batched_operator
 from fastlip.norms._solvers.certificate import Array, power_bound, start_overlap
 from fastlip.norms._solvers.cuda_graphs import Replayed, Runner, worthwhile
-from fastlip.norms._solvers.iteration import IterationConfig, IterationResult
-from fastlip.norms._solvers.rounding import rounding_terms
-from fastlip.norms._solvers.starts import draw_starts, on_device
+from fastlip.norms._solvers.float64_rounding import rounding_terms
+from fastlip.norms._solvers.iteration_config import IterationConfig, IterationResult
+from fastlip.norms._solvers.start_vectors import draw_starts, on_device
 
 #: Steps between two stopping tests.
 _TEST_EVERY = 10

@@ -8,8 +8,8 @@ from torch import Tensor
 from fastlip.norms._solvers.batched_operator import BatchedOperator
 from fastlip.norms._solvers.certificate import Array
 from fastlip.norms._solvers.cuda_graphs import Replayed, Runner, worthwhile
-from fastlip.norms._solvers.iteration import Indices
-from fastlip.norms._solvers.starts import rows_by_size
+from fastlip.norms._solvers.iteration_config import Indices
+from fastlip.norms._solvers.start_vectors import rows_by_size
 
 #: Steps whose vectors are allocated together; even, so that a pair of steps has its squares in one block.
 BLOCK = 16

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastlip.norms._solvers.certificate import sketch_scale
-from fastlip.norms._solvers.iteration import IterationConfig
+from fastlip.norms._solvers.iteration_config import IterationConfig
 
 
 @dataclass(frozen=True)

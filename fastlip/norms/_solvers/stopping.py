@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastlip.norms._solvers.certificate import Array, krylov_bound
-from fastlip.norms._solvers.iteration import Indices, IterationConfig, device_limits
+from fastlip.norms._solvers.iteration_config import Indices, IterationConfig, device_limits
 from fastlip.norms._solvers.recurrence import Recurrence
 from fastlip.norms._solvers.sketches import expected_rounding
 from fastlip.norms._solvers.tridiagonal import top_pairs

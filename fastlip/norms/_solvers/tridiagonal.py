@@ -7,7 +7,7 @@ import torch
 
 from fastlip import ops
 from fastlip.norms._solvers.certificate import Array
-from fastlip.norms._solvers.iteration import Indices
+from fastlip.norms._solvers.iteration_config import Indices
 
 
 class EqualSteps(NamedTuple):

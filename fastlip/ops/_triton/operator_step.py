@@ -1,7 +1,7 @@
 """operator_step_: one program for each row of the tile table, then one for each operator to add up its squared norms.
 
-A tile's products are summed by ``tl.dot`` at full precision, a chunk of a tap's channels at a time. Parts of a tile
-leave their sums in scratch, which a second launch adds up in order: results do not depend on scheduling.
+A tile's products are added up by ``tl.dot`` at full precision, a chunk of a tap's channels at a time. Parts of a tile
+write their sums to scratch, which a second launch adds up in order, so results do not depend on scheduling.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlip.ops._operator_plan import BLOCK, BUNDLE, PART_COLUMNS, PROBLEM, TILE
+from fastlip.ops._operator_plan import BLOCK, GATHER_GROUP, PART_COLUMNS, PROBLEM, TILE
 from fastlip.ops._triton.elements import (
     arithmetic,
     given,
@@ -23,7 +23,7 @@ from fastlip.ops._triton.elements import (
 
 _ROWS = tl.constexpr(BLOCK)
 _COLUMNS = tl.constexpr(PART_COLUMNS)
-_PROBLEM, _TILE, _BUNDLE = (tl.constexpr(len(table)) for table in (PROBLEM, TILE, BUNDLE))
+_PROBLEM, _TILE, _GATHER_GROUP = (tl.constexpr(len(table)) for table in (PROBLEM, TILE, GATHER_GROUP))
 _SUM_ROWS = tl.constexpr(128)
 
 
@@ -32,7 +32,7 @@ def _dense_sums(
     x_ptr,
     weights,  # of the block
     entries_ptr,
-    bundle,
+    gather_group,
     source_at,
     source_row,
     first_source,
@@ -46,10 +46,10 @@ def _dense_sums(
     DEPTH: tl.constexpr,
 ):
     """Sums [rows, columns] of one part: chunks of ``DEPTH`` channels, taps running faster."""
-    taps = tl.load(bundle)
-    pixels = tl.load(bundle + 1)
-    taps_at = tl.load(bundle + 2)
-    sources_at = tl.load(bundle + 4)
+    taps = tl.load(gather_group)
+    pixels = tl.load(gather_group + 1)
+    taps_at = tl.load(gather_group + 2)
+    sources_at = tl.load(gather_group + 4)
     lane = tl.arange(0, _ROWS)
     sums = tl.zeros((_ROWS, _COLUMNS), T)
     count = taps * ((channels + DEPTH - 1) // DEPTH)
@@ -76,7 +76,7 @@ def _depthwise_sums(
     x_ptr,
     weights,
     entries_ptr,
-    bundle,
+    gather_group,
     source_at,
     source_row,
     first_source,
@@ -86,11 +86,11 @@ def _depthwise_sums(
     rows,
     T: tl.constexpr,
 ):
-    """Sums [rows, columns], each of a channel's own products."""
-    taps = tl.load(bundle)
-    pixels = tl.load(bundle + 1)
-    taps_at = tl.load(bundle + 2)
-    sources_at = tl.load(bundle + 4)
+    """Sums [rows, columns] of a depthwise kernel."""
+    taps = tl.load(gather_group)
+    pixels = tl.load(gather_group + 1)
+    taps_at = tl.load(gather_group + 2)
+    sources_at = tl.load(gather_group + 4)
     lane = tl.arange(0, _ROWS)
     sums = tl.zeros((_ROWS, _COLUMNS), T)
     tap = tl.zeros((), tl.int64)
@@ -122,17 +122,17 @@ def _operator_tile_kernel(
     weights_ptr,
     problems_ptr,
     tiles_ptr,
-    bundles_ptr,
+    gather_groups_ptr,
     entries_ptr,
     active_ptr,
     partial_ptr,
     sums_ptr,
-    most_chains,
+    max_vectors,
     GATHER: tl.constexpr,
     T: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A whole tile, or a part's sums; with ``GATHER`` what is left to do for tiles in parts."""
+    """A whole tile, or the sums of a part of one; with ``GATHER`` the parts of each tile are added up."""
     tile_row = tl.program_id(0).to(tl.int64)
     tile = tiles_ptr + tile_row * _TILE
     problem_row = tl.load(tile)
@@ -144,21 +144,21 @@ def _operator_tile_kernel(
         serves = (part == 0) & (parts > 1)
     serves = serves & takes_part(active_ptr, problem_row)
     if serves:
-        bundle = bundles_ptr + tl.load(tile + 1) * _BUNDLE
+        gather_group = gather_groups_ptr + tl.load(tile + 1) * _GATHER_GROUP
         group = tl.load(tile + 2)
         block = tl.load(tile + 3)
         column = tl.load(tile + 4)
         columns = tl.load(tile + 5)
         slot = tl.load(tile + 8)
         depthwise = tl.load(problem)
-        chains = tl.load(problem + 5)
+        vectors = tl.load(problem + 5)
         groups = tl.load(problem + 6)
         kernel_taps = tl.load(problem + 7)
         channels = tl.load(problem + 8)
         targets = tl.load(problem + 9)
         source_pixels = tl.load(problem + 10)
         target_pixels = tl.load(problem + 11)
-        chain_at = tl.load(problem + 4)
+        vector_at = tl.load(problem + 4)
         padded = (targets + 15) // 16 * 16
         lanes = tl.minimum(padded - block * _ROWS, _ROWS)
         rows = tl.minimum(targets - block * _ROWS, _ROWS)
@@ -166,9 +166,9 @@ def _operator_tile_kernel(
         weights = weights_ptr + tl.load(problem + 3) + products * (group * padded + block * _ROWS)
         source_at = tl.load(problem + 1) + group * channels + tl.where(depthwise != 0, block * _ROWS, 0)
         target_at = tl.load(problem + 2) + group * targets + block * _ROWS
-        targets_at = tl.load(bundle + 3)
+        targets_at = tl.load(gather_group + 3)
         lane = tl.arange(0, _ROWS)
-        # Sums of a part stand one tile after the other.
+        # Each part has scratch for one tile.
         scratch = tl.multiple_of(sums_ptr + slot * _ROWS * _COLUMNS, 16)
         scratch += lane[:, None] * _COLUMNS + tl.arange(0, _COLUMNS)[None, :]
 
@@ -176,8 +176,8 @@ def _operator_tile_kernel(
         while first < columns:
             run = tl.arange(0, _COLUMNS)
             inside = run < columns - first
-            pixel = (column + first + run) // chains
-            chain = (column + first + run) % chains
+            pixel = (column + first + run) // vectors
+            vector = (column + first + run) % vectors
             if GATHER:
                 sums = tl.zeros((_ROWS, _COLUMNS), T)
                 one = tl.zeros((), tl.int64)
@@ -189,10 +189,10 @@ def _operator_tile_kernel(
                     x_ptr,
                     weights,
                     entries_ptr,
-                    bundle,
+                    gather_group,
                     source_at,
                     groups * channels,
-                    chain * source_pixels,
+                    vector * source_pixels,
                     pixel,
                     inside,
                     lanes,
@@ -204,10 +204,10 @@ def _operator_tile_kernel(
                     x_ptr,
                     weights,
                     entries_ptr,
-                    bundle,
+                    gather_group,
                     source_at,
                     groups * channels,
-                    chain * source_pixels,
+                    vector * source_pixels,
                     pixel,
                     inside,
                     channels,
@@ -219,22 +219,22 @@ def _operator_tile_kernel(
                 )
             if GATHER or parts == 1:
                 target = tl.load(entries_ptr + targets_at + pixel, inside, other=0)
-                at = target_at + (chain * target_pixels + target)[None, :] * (groups * targets) + lane[:, None]
+                at = target_at + (vector * target_pixels + target)[None, :] * (groups * targets) + lane[:, None]
                 mask = inside[None, :] & (lane < rows)[:, None]
                 if given(x_square_ptr):
-                    length = tl.sqrt(tl.load(x_square_ptr + chain_at + chain))
+                    length = tl.sqrt(tl.load(x_square_ptr + vector_at + vector))
                     sums *= _inverse(length).to(T)[None, :]
                     if given(previous_ptr):
-                        other = tl.sqrt(tl.load(previous_square_ptr + chain_at + chain))
+                        other = tl.sqrt(tl.load(previous_square_ptr + vector_at + vector))
                         shift = (length * _inverse(other)).to(T)
                         sums -= shift[None, :] * tl.load(previous_ptr + at, mask, other=0.0)
                 tl.store(out_ptr + at, sums, mask)
                 wide = tl.where(mask, sums.to(tl.float64), 0.0)
                 squares = tl.sum(wide * wide, 0)
                 one = tl.zeros((), tl.int64)
-                while one < chains:
-                    total = tl.sum(tl.where(chain == one, squares, 0.0))
-                    to = partial_ptr + tile_row * most_chains + one
+                while one < vectors:
+                    total = tl.sum(tl.where(vector == one, squares, 0.0))
+                    to = partial_ptr + tile_row * max_vectors + one
                     if first > 0:
                         tl.debug_barrier()  # another thread may have stored it
                         total += tl.load(to)
@@ -246,27 +246,27 @@ def _operator_tile_kernel(
 
 
 @kernel
-def _operator_squares_kernel(out_square_ptr, problems_ptr, tiles_ptr, active_ptr, partial_ptr, most_chains):
-    """One program for each operator: the sum of its tiles' squares, in their order."""
+def _operator_squares_kernel(out_square_ptr, problems_ptr, tiles_ptr, active_ptr, partial_ptr, max_vectors):
+    """One program per operator, which adds up the squared norms of its tiles in order."""
     problem_row = tl.program_id(0).to(tl.int64)
     problem = problems_ptr + problem_row * _PROBLEM
     if takes_part(active_ptr, problem_row):
-        chain_at = tl.load(problem + 4)
-        chains = tl.load(problem + 5)
+        vector_at = tl.load(problem + 4)
+        vectors = tl.load(problem + 5)
         tile_at = tl.load(problem + 12)
         tiles = tl.load(problem + 13)
-        chain = tl.zeros((), tl.int64)
-        while chain < chains:
+        vector = tl.zeros((), tl.int64)
+        while vector < vectors:
             total = tl.zeros((_SUM_ROWS,), tl.float64)
             first = tl.zeros((), tl.int64)
             while first < tiles:
                 row = first + tl.arange(0, _SUM_ROWS)
-                # A tile's squares stand in the row of its first part.
+                # A tile's squares are in the row of its first part.
                 leads = (row < tiles) & (tl.load(tiles_ptr + (tile_at + row) * _TILE + 6, row < tiles, other=1) == 0)
-                total += tl.load(partial_ptr + (tile_at + row) * most_chains + chain, leads, other=0.0)
+                total += tl.load(partial_ptr + (tile_at + row) * max_vectors + vector, leads, other=0.0)
                 first += _SUM_ROWS
-            tl.store(out_square_ptr + chain_at + chain, tl.sum(total))
-            chain += 1
+            tl.store(out_square_ptr + vector_at + vector, tl.sum(total))
+            vector += 1
 
 
 def operator_step_(
@@ -279,18 +279,18 @@ def operator_step_(
     weights: Tensor,
     problems: Tensor,
     tiles: Tensor,
-    bundles: Tensor,
+    gather_groups: Tensor,
     entries: Tensor,
-    most_chains: int,
+    max_vectors: int,
     parts: int,
-    products: str,
+    matmul_precision: str,
     active: Tensor | None,
 ) -> None:
     if len(tiles) == 0:
         return
-    partial = out_square.new_empty(len(tiles), most_chains)
+    partial = out_square.new_empty(len(tiles), max_vectors)
     sums = out.new_empty(max(1, parts), BLOCK * PART_COLUMNS)
-    tables = (problems, tiles, bundles, entries)
+    tables = (problems, tiles, gather_groups, entries)
     squares = nothing(out_square.dtype, out.device)
     mask = mask_of(active, out)
     with on_device(out):
@@ -306,9 +306,9 @@ def operator_step_(
                 mask,
                 partial,
                 sums,
-                most_chains,
+                max_vectors,
                 GATHER=gather,
                 T=arithmetic(out),
                 DEPTH=16 if out.dtype == torch.float64 else 32,
             )
-        _operator_squares_kernel[(len(problems),)](out_square, problems, tiles, mask, partial, most_chains)
+        _operator_squares_kernel[(len(problems),)](out_square, problems, tiles, mask, partial, max_vectors)

@@ -9,7 +9,7 @@ from fastlip.study.measure import spectra
 from fastlip.study.storage.array_files import read_corruptions, read_measured, read_spectra
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, gaussian_name, pgd_name, strong_name
 from fastlip.study.storage.schema import (
-    Attack,
+    AttackSummary,
     CertifiedAt,
     Corruption,
     Corruptions,
@@ -52,7 +52,7 @@ class StoredModel:
         return found
 
 
-def attacks(stored: StoredModel) -> list[Attack]:
+def attacks(stored: StoredModel) -> list[AttackSummary]:
     """All attacks at fixed strengths, noise first."""
     s = stored.run.settings
     found = [_attack(stored, gaussian_name(v), "gaussian", None, v) for v in s.gaussian.sigmas]
@@ -67,10 +67,10 @@ def perturbing_measurements(run: RunDirectory) -> list[str]:
     return [*names, "smallest-pgd", "smallest-gaussian", "gaussian-of-same-norm"]
 
 
-def _attack(stored: StoredModel, name: str, attack: Any, norm: Any, strength: float) -> Attack:
+def _attack(stored: StoredModel, name: str, attack: Any, norm: Any, strength: float) -> AttackSummary:
     arrays, rules = stored.images(name), stored.rules
     noise = arrays.get("noise_prediction")
-    return Attack(
+    return AttackSummary(
         attack=attack,
         norm=norm,
         strength=strength,

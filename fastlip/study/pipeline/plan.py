@@ -1,8 +1,8 @@
-"""A run as commands for an existing scheduler: files of shell commands, one file a phase.
+"""A run as commands for an existing scheduler: files of shell commands, one file per phase; see the folder's README.
 
-The commands of a file depend on those of the files before it and on nothing else, so a scheduler may run them in any
-order, on any machines that see the run directory and the inputs under the same paths. A command whose process died is
-run again as it is: it goes on where that one stopped, and does nothing where everything is done.
+The commands of a file depend on those of the files before it only, so a scheduler may run them in any order, on any
+machines that see the run directory and the inputs under the same paths. A command whose process died is run again as it
+is: it continues where that one stopped, and does nothing if everything is done.
 """
 
 import shlex
@@ -23,13 +23,13 @@ from fastlip.study.storage.files import write_text
 def write_plan(settings: Settings, paths: InputPaths, out: Path, command: Sequence[str]) -> list[Path]:
     """Write the commands of a run.
 
-    Inputs are looked at, and fetched where they may be, so that machines without a network need not.
+    Inputs are checked, and downloaded if that is allowed, because the machines that run may have no network.
 
     Args:
-        settings: what the run does.
-        paths: where files are.
-        out: the run's directory; the files go to its folder ``plan``.
-        command: what begins the run, without ``--only``.
+        settings: of the run.
+        paths: input files given on the command line.
+        out: the run directory; the files go to its folder ``plan``.
+        command: the command that starts the run, without ``--only``.
 
     Returns:
         The files, in the order in which they have to be run.
@@ -41,7 +41,7 @@ def write_plan(settings: Settings, paths: InputPaths, out: Path, command: Sequen
     inputs = Inputs(settings, paths)
     inputs.require_available()
     fingerprints = inputs.fingerprints()
-    # The machine that plans need not have the devices of those that run.
+    # This machine need not have the devices of those that run the commands.
     here = replace(settings, device="cpu")
     require_resumable(out, here, fingerprints)
     with tempfile.TemporaryDirectory() as scratch:
@@ -58,7 +58,7 @@ def write_plan(settings: Settings, paths: InputPaths, out: Path, command: Sequen
 def phases(all_stages: Sequence[Stage]) -> dict[str, list[list[str]]]:
     """The jobs of each phase, each job as patterns of the names of its stages.
 
-    All stages of one model's measurement are one job, which finds the training done; so is its training.
+    The training of a model is one job, and all stages of its measurement are another.
     """
     subjects: dict[str, dict[str, None]] = {}
     for stage in all_stages:
@@ -67,5 +67,5 @@ def phases(all_stages: Sequence[Stage]) -> dict[str, list[list[str]]]:
         subjects.setdefault(phase if what else "results", {})[subject] = None
     patterns = {"source": "{}: *", "training": "{}: training*", "measurement": "{}: *", "results": "{}"}
     jobs = {phase: [[patterns[phase].format(subject)] for subject in found] for phase, found in subjects.items()}
-    # The report reads the results: one job.
+    # The results and the report that reads them are one job.
     return jobs | {"results": [[pattern for job in jobs["results"] for pattern in job]]}

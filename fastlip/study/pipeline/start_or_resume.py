@@ -4,6 +4,7 @@ import contextlib
 import platform
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fastlip.study.errors import StudyError
 from fastlip.study.settings import rules, serialization
 from fastlip.study.settings.machine import require_device, this_machine
 from fastlip.study.settings.settings import Settings
-from fastlip.study.storage import digests
+from fastlip.study.storage import digests, locks
 from fastlip.study.storage.files import damaged, write_json
 from fastlip.study.storage.run_directory import RESTORE, RunDirectory
 
@@ -54,6 +55,36 @@ def require_resumable(path: Path, settings: Settings, fingerprints: dict[str, st
         )
 
 
+@contextlib.contextmanager
+def opened(
+    path: Path, settings: Settings, fingerprints: dict[str, str], join: bool, notify: Callable[[str], None]
+) -> Iterator[None]:
+    """Hold the run directory at ``path`` with its configuration written, made if it is missing.
+
+    Args:
+        path: the run directory.
+        settings: of the run.
+        fingerprints: of its inputs.
+        join: whether other processes may share the directory.
+        notify: called with a message while another process may hold the directory.
+
+    Raises:
+        StudyError: another process holds the directory, it does not fit the settings, or it cannot be locked.
+    """
+    require_resumable(path, settings, fingerprints)
+    locks.probe(path)
+    with locks.directory_lock(path, join, notify=notify) as lock:
+        with locks.mutex(path):
+            # Checked again, because another process may have started a run with other settings meanwhile.
+            require_resumable(path, settings, fingerprints)
+            directory = open_or_create(path, settings, fingerprints, _command_line())
+        if lock.alone:
+            directory.clean_up()
+        if join:
+            lock.share()
+        yield
+
+
 def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str], command: str) -> RunDirectory:
     """The run directory at ``path``, made if it is missing; call :func:`require_resumable` first, in the mutex."""
     path.mkdir(parents=True, exist_ok=True)
@@ -85,5 +116,5 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def command_line() -> str:
+def _command_line() -> str:
     return "python -m fastlip.study " + shlex.join(sys.argv[1:])

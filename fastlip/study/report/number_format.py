@@ -2,7 +2,7 @@
 
 import math
 
-from fastlip.study.storage.schema import Attack, Estimate, Proportion, Results
+from fastlip.study.storage.schema import AttackSummary, Estimate, Proportion, Results
 
 
 def title_prefix(results: Results) -> str:
@@ -14,7 +14,7 @@ def brackets(results: Results) -> str:
     return f"Brackets: {100 * results['models'][0]['clean']['confidence']:g}% intervals."
 
 
-def attack_name(attack: Attack) -> str:
+def attack_name(attack: AttackSummary) -> str:
     if attack["norm"] is None:
         return f"Gaussian σ = {attack['strength']:g}"
     if attack["norm"] == "linf":

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from fastlip.study.report.arms import ARM_COLOURS
 from fastlip.study.report.drawing import Figure, Rows, draw_figure, line, shares_upward
-from fastlip.study.storage.schema import Attack, Results
+from fastlip.study.storage.schema import AttackSummary, Results
 
 
 def accuracy_figures(results: Results) -> list[Figure]:
@@ -86,7 +86,7 @@ def corruption_figure(results: Results) -> Figure:
 
 
 def _accuracy(
-    results: Results, name: str, title: str, label: str, chosen: Callable[[Attack], bool], scale: float
+    results: Results, name: str, title: str, label: str, chosen: Callable[[AttackSummary], bool], scale: float
 ) -> Figure:
     rows: Rows = []
 

@@ -115,5 +115,5 @@ def power_table(results: Results) -> Table:
         ("Question", "If", "Needed", "This run had"),
         tuple(rows),
         "For the chance of a verdict set by rules.power. Question 3: two-sided t test; question 4: Fisher's z for "
-        "independent runs; both at the level of one comparison among all declared. The plan is part of config.json.",
+        "independent runs; both at the level of one comparison among all declared. config.json has the numbers needed.",
     )

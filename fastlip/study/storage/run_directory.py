@@ -13,7 +13,7 @@ from fastlip.study.errors import StudyError
 from fastlip.study.settings import serialization
 from fastlip.study.settings.machine import Machine
 from fastlip.study.storage import digests, json_files, schema
-from fastlip.study.storage.files import AGAIN, damaged, unobstructed
+from fastlip.study.storage.files import AGAIN, damaged, unobstructed, write_json
 from fastlip.study.storage.locks import mutex
 
 
@@ -158,6 +158,11 @@ class RunDirectory:
         """Seconds that each finished stage took."""
         found: dict[str, float] = {}
         return json_files.read(self.timings, dict[str, float], _FORGET) if self.timings.exists() else found
+
+    def record_time(self, stage: str, seconds: float) -> None:
+        """Record the seconds that a stage took, since its last resumption if it was interrupted."""
+        with mutex(self.path):
+            write_json(self.timings, self.read_timings() | {stage: round(seconds, 2)})
 
     @property
     def config_file(self) -> Path:

@@ -48,7 +48,7 @@ class DepthStretch(TypedDict):
     largest: list[float]
 
 
-class Attack(TypedDict):
+class AttackSummary(TypedDict):
     """One attack at one fixed strength.
 
     ``norm`` is None for Gaussian noise, whose strength is sigma; radii and sigma are in units of pixels in [0, 1].
@@ -246,7 +246,7 @@ class Model(TypedDict):
     clean: Proportion
     attacked_clean: Proportion
     training: Training
-    attacks: list[Attack]
+    attacks: list[AttackSummary]
     strong: list[Strong]
     smallest_pgd: Smallest
     smallest_gaussian: Smallest
