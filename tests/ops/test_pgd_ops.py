@@ -220,6 +220,60 @@ def test_results_are_feasible(device, norm, dtype):
                 assert overshoot(got, x0, eps, norm).max() <= 0
 
 
+def displacements(kind: str, n: int, generator: torch.Generator) -> Tensor:
+    """Four rows whose sums go wrong when too many terms meet in float32: [4, n], of any scale."""
+    if kind == "equal":  # every addition rounds alike
+        return torch.tensor([1.0, 1 / 3, 0.7001953, 0.9999]).reshape(4, 1).expand(4, n)
+    if kind == "falling":  # what comes late is below half a unit of what came before
+        return torch.logspace(0, -7, n).expand(4, n) * torch.tensor([1.0, 0.3, 7.0, 1.9]).reshape(4, 1)
+    if kind == "peaks":  # few hold half of the sum, in each part of it
+        peaks = torch.rand(4, n, generator=generator) < 1e-3
+        return torch.where(peaks, 1e3 * torch.rand(4, n, generator=generator), torch.rand(4, n, generator=generator))
+    return 10 ** (-8 * torch.rand(4, n, generator=generator))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="too large for Triton's interpreter")
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("kind", ["equal", "falling", "peaks", "mixed"])
+@pytest.mark.parametrize("n", [3 * 224 * 224, 3 * 512 * 512 + 5])
+def test_sums_of_large_samples_keep_the_ball(device, n, kind, norm):
+    """Around 0, where no rounding of x hides an error of a sum, and with the box in the way of some elements."""
+    size = displacements(kind, n, torch.Generator().manual_seed(n))
+    sign = 1 - 2 * (torch.arange(n) % 2)
+    p = 2 if norm == "l2" else 1
+    z, x0 = (size * sign).to(device), torch.zeros(4, n, device=device)
+    for most in (1e4, size.median().item()):
+        kept = z.clamp(-most, most).double().norm(p=p, dim=1).min().item()
+        for share in (0.999, 0.9, 0.3):
+            eps = kept * share
+            got = ops.project(z, x0, eps=eps, norm=norm, bounds=(-most, most))
+            assert overshoot(got, x0, eps, norm).max() <= 0
+            used = got.double().norm(p=p, dim=1) / eps
+            assert (used > 1 - 2e-6).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="too many for Triton's interpreter")
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_many_random_projections_keep_and_use_the_ball(device, norm):
+    """Sizes on either side of a block of a sum, magnitudes from 1e-8 to 1e8, elements in and out of the box."""
+    p = 2 if norm == "l2" else 1
+    for seed in range(300):
+        g = torch.Generator().manual_seed(seed)
+        n = int(torch.randint(1, 6000, (1,), generator=g))
+        scale = 10 ** (16 * torch.rand(8, 1, generator=g, dtype=torch.float64) - 8)
+        spread = 10 ** (-6 * torch.rand(8, 1, generator=g) * torch.rand(8, n, generator=g))
+        z = (torch.randn(8, n, generator=g) * spread * scale).float()
+        low, high = (z.double() * (2 * torch.rand(8, n, generator=g))).aminmax(dim=1, keepdim=True)
+        bounds = tuple(t.clamp(*at).float().to(device) for t, at in ((low, (None, 0)), (high, (0, None))))
+        inside = torch.minimum(torch.maximum(z, bounds[0].cpu()), bounds[1].cpu()).double().norm(p=p, dim=1)
+        eps = (inside * torch.rand(8, generator=g)).float().to(device)
+        x0 = torch.zeros(8, n, device=device)
+        got = ops.project(z.to(device), x0, eps=eps, norm=norm, bounds=bounds)
+        assert (overshoot(got / eps[:, None].double(), x0.double(), 1.0, norm) <= 0).all(), seed
+        used = got.double().norm(p=p, dim=1).cpu() / eps.double().cpu()
+        assert (used > 1 - 3e-6).all(), seed
+
+
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_projection_is_the_nearest_point(device, norm):
     """The variational inequality <z - Pz, y - Pz> <= 0 for all feasible y characterises the projection."""

@@ -184,14 +184,13 @@ void apgd_step_as(const ApgdStep& a, int64_t begin, int64_t end, void* scratch) 
       linf_rows<S, T>(r, a, sample, move.first, step, eps, momentum, rest);
     } else {
       const int64_t kept = most<int64_t>(1, least<int64_t>(p.size, state.kept));
-      const Ahead<T>* next = nullptr;
-      Ahead<T> ahead;
+      const bool follows = is_wide<S> && p.size <= kAhead && sample + 1 < end;
+      Ahead<T> next;
       if constexpr (is_wide<S>) {
-        ahead = {{r.x + p.x_stride, p.input ? r.x0 : r.grad + p.grad_stride, r.x0 + p.x0_stride,
-                  r.x_prev + a.x_prev_stride}};
-        if (p.size <= kAhead && sample + 1 < end) next = &ahead;
+        const T* const ascent = p.input ? r.x0 : r.grad + p.grad_stride;
+        if (follows) next = {{r.x + p.x_stride, ascent, r.x0 + p.x0_stride, r.x_prev + a.x_prev_stride}};
       }
-      ball_rows<S, T>(r, a, sample, move.first, step, eps, kept, momentum, rest, rows, next);
+      ball_rows<S, T>(r, a, sample, move.first, step, eps, kept, momentum, rest, rows, follows ? &next : nullptr);
     }
     if constexpr (__is_same(S, float)) {
       if (p.input) with_input(p.input_dtype, [&]<typename I>(I) { feed_row<I>(r.x, p, sample, 0, p.size); });

@@ -47,8 +47,10 @@ void pgd_step_ball_as(const PgdStep& p, int64_t begin, int64_t end, void* scratc
     const S* x0 = static_cast<const S*>(p.x0) + sample * p.x0_stride;
     const S* g = p.grad ? static_cast<const S*>(p.grad) + sample * p.grad_stride : nullptr;
     if constexpr (is_wide<S>) {
-      const Ahead<T> ahead{{x + p.x_stride, g ? g + p.grad_stride : x0, x0 + p.x0_stride, x0}};
-      ball_sample(x, g, x0, p, sample, rows, p.size <= kAhead && sample + 1 < end ? &ahead : nullptr);
+      const bool follows = p.size <= kAhead && sample + 1 < end;
+      Ahead<T> next;
+      if (follows) next = {{x + p.x_stride, g ? g + p.grad_stride : x0, x0 + p.x0_stride, x0}};
+      ball_sample(x, g, x0, p, sample, rows, follows ? &next : nullptr);
     } else {
       float *wide_x = rows.row(kX), *wide_x0 = rows.row(kX0), *wide_g = rows.row(kGrad);
       widen_row(wide_x, x, p.size);

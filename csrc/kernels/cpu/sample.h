@@ -1,12 +1,12 @@
 // One sample's step on the CPU, in vectors: what the units compiled once per instruction set share.
 //
-// For L2 and L1 a sample stays in cache between passes, its displacement d = x - x0 in scratch memory.
+// For L2 and L1 a sample stays in cache between passes, which read its displacement d = x - x0.
 //
-// How exact sums are: 16- and 32-bit data add up in float, in vectors, over blocks of kRounds * kUnroll of them; a
-// block joins a sum in double. So a term is rounded once and meets kRounds - 1 + 2 additions in float, none of which
-// cancel since terms are not negative: a sum is within 10 * 2^-24 = 6e-7 of itself, whatever its length and magnitudes
-// (while they do not leave the range of T). With what the searches leave (Range<float>::kMargin) the length of a
-// projection is within the 1e-6 of eps that METHODS section 6 allows.
+// How exact sums are: in float, only the terms of a block add up, kRounds to each of kUnroll accumulators of a lane; a
+// block's sums join one in double. So a term meets at most 1 rounding of its own and kRounds + 1 of additions. Terms
+// are not negative, so errors do not exceed 10 * 2^-24 = 6e-7 of a sum, whatever its length and magnitudes, while
+// squares stay in the range of T. Searches end with sums at or below eps (or eps^2), which keeps lengths within the
+// 1e-6 of eps that METHODS section 6 allows.
 //
 // Vectors are the compiler's own (vector_size), so the code is one for all instruction sets; the scalar tail runs the
 // same generic body. No standard library header: see scalar.h.
@@ -34,7 +34,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 constexpr int kUnroll = 4;        // independent accumulators hide the latency of additions
-constexpr int kRounds = 8;        // additions to an accumulator before it moves to double
+constexpr int kRounds = 8;        // terms to an accumulator before it moves to double
 constexpr int64_t kChunk = 1024;  // elements of 16-bit storage widened at a time
 constexpr int64_t kThin = 8;      // one vector in so many is looked at to guess thresholds
 constexpr double kGuess = 0.003;  // of the ball's size: how exact such a guess is
@@ -157,7 +157,7 @@ FASTLIP_INLINE inline P signed_as(P size, P v) {
   }
 }
 
-// Rows of the sample that follows, fetched while this one is computed.
+// Rows of the sample that follows, fetched while this one is worked on.
 template <typename T>
 struct Ahead {
   const T* rows[4];
@@ -747,7 +747,7 @@ void l1_sample(T* out, const T* x, const T* g, const T* x0, T step, T eps, const
       store(cap + i, most);
       const P size = size_of<P, T>(v), kept = lesser(size, most);
       sums[0] += kept;
-      tally(count, same(kept, size));
+      tally(count, same(kept, size) & (size > zero));
     });
   };
   Totals<1> at_zero;
