@@ -128,7 +128,7 @@ def is_one_line(found, *words):
 @pytest.mark.parametrize("name", RESUMED)
 def test_resuming_finds_every_damage_and_changes_nothing(command, run, finished, micro_arguments, monkeypatch, name):
     if not name.startswith("checkpoints"):  # which take their time
-        monkeypatch.setattr("fastlip.study.pipeline.stages.weights_at", lambda path: {})
+        monkeypatch.setattr("fastlip.study.pipeline.finished_outputs.weights_at", lambda path: {})
     whole = (run / name).read_bytes()
     for damage in DAMAGES.values():
         (run / name).write_bytes(damage(whole))
@@ -293,7 +293,7 @@ def test_results_that_pass_are_shown_without_a_traceback(unrecorded, new):
 def test_every_field_of_the_other_files_of_another_type_is_refused(
     command, unrecorded, micro_arguments, monkeypatch, name
 ):
-    monkeypatch.setattr("fastlip.study.pipeline.stages.weights_at", lambda path: {})
+    monkeypatch.setattr("fastlip.study.pipeline.finished_outputs.weights_at", lambda path: {})
     path = unrecorded / name
     plain = json.loads(path.read_text())
     for at in places(plain):
