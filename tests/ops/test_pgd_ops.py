@@ -323,20 +323,25 @@ def test_the_ball_holds_at_any_magnitude(device, dtype, norm):
                 assert ((got.double() - want.double()).abs() <= rounding * size + 4 * least).all(), context
 
 
+@pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_l2_ball_holds_at_the_ends_of_the_range(device, dtype):
-    """The smallest and largest numbers, of eps, displacements, steps and gradients, together and apart."""
+def test_the_ball_holds_at_the_ends_of_the_range(device, dtype, norm):
+    """The smallest and largest numbers, of eps and displacements, together and apart."""
     info = torch.finfo(dtype)
-    tiny, huge = info.smallest_normal, info.max / 4
+    tiny, huge = info.smallest_normal, min(info.max / 4, 1e298)  # sums of the l1 norm stay in float64's range
     for eps in (tiny, tiny**0.5, 1.0, huge**0.5, huge):
         for size in (tiny, 1.0, huge):
             x0 = torch.zeros(2, 37, dtype=dtype, device=device)
             x = torch.full_like(x0, size / 8)
             x[1] *= -0.5
             bounds = (-math.inf, math.inf)
-            got = ops.project(x, x0, eps=eps, norm="l2", bounds=bounds)
+            got = ops.project(x, x0, eps=eps, norm=norm, bounds=bounds)
+            p = 2 if norm == "l2" else 1
+            assert ((got.double() / eps).norm(p=p, dim=1) <= 1 + 1e-5).all()
+            if norm == "l1" and size > 1e6 * eps:
+                continue  # no threshold in float64 tells how much of a size to leave
             scaled = x.double() / max(size, eps)  # whose squares stay in the range of float64, or do not count
-            length = scaled.norm(dim=1, keepdim=True)
+            length = scaled.norm(p=p, dim=1, keepdim=True)
             want = torch.where(length > eps / max(size, eps), scaled / length * eps, x.double())
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=4 * tiny * info.eps)
 

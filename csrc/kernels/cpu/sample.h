@@ -45,14 +45,15 @@ constexpr int64_t kAhead = 1 << 14;  // samples of at most so many elements are 
 constexpr int kMaxPasses = 200;      // of the L1 root search; halvings alone need fewer
 
 // Bits of a float as an integer; the smallest normal number; sums of squares trusted without a unit of their own: above
-// kLow they miss nothing that counts, even where subnormal squares are flushed to zero.
+// kLow they miss nothing that counts, even where subnormal squares are flushed to zero. Numbers below kSmall may be too
+// coarse to share out; as many up to 2 kSummed as a sample has, have a sum.
 template <typename T>
 struct Range;
 template <>
 struct Range<float> {
   using Bits = int32_t;
   static constexpr Bits kFinite = 0x7f800000;  // magnitudes from here on are not finite
-  static constexpr float kNormal = __FLT_MIN__;
+  static constexpr float kNormal = __FLT_MIN__, kSmall = __FLT_MIN__ * 0x1p48f, kSummed = 0x1p100f;
   static constexpr double kLow = 1e-25, kHigh = 1e30;
   static constexpr double kMargin = 2e-7;  // searches end this close to what they aim at, which is this far below eps
 };
@@ -60,7 +61,7 @@ template <>
 struct Range<double> {
   using Bits = int64_t;
   static constexpr Bits kFinite = 0x7ff0000000000000;
-  static constexpr double kNormal = __DBL_MIN__;
+  static constexpr double kNormal = __DBL_MIN__, kSmall = __DBL_MIN__ * 0x1p106, kSummed = 0x1p990;
   static constexpr double kLow = 1e-280, kHigh = 1e280;
   static constexpr double kMargin = 1e-14;
 };
@@ -244,6 +245,14 @@ FASTLIP_INLINE inline T greatest(const T* v, int64_t n, Size size) {
   return result;
 }
 
+// The power of two at or below v > 0, or the nearest to it that has an inverse.
+template <typename T>
+inline T unit_of(T v) {
+  using Bits = typename Range<T>::Bits;
+  constexpr T least_unit = Range<T>::kNormal;
+  return least(most(bits_as<T>(static_cast<Bits>(bits_as<Bits>(v) & Range<T>::kFinite)), least_unit), 1 / least_unit);
+}
+
 // --- limits of the box -------------------------------------------------------------------
 
 // Both limits of one sample; kLoRow, kHiRow: a row of its own rather than one number.
@@ -385,13 +394,6 @@ void linf_part(T* x, const T* g, const T* x0, const PgdStep& p, int64_t sample, 
 
 // --- L2 ----------------------------------------------------------------------------------
 
-// The power of two at or below v > 0, or the nearest to it that has an inverse.
-template <typename T>
-inline T unit_of(T v) {
-  using Bits = typename Range<T>::Bits;
-  constexpr T least_unit = Range<T>::kNormal;
-  return least(most(bits_as<T>(static_cast<Bits>(bits_as<Bits>(v) & Range<T>::kFinite)), least_unit), 1 / least_unit);
-}
 template <typename T>
 inline bool trusted(double square) {
   return square > Range<T>::kLow && square < Range<T>::kHigh;
@@ -738,10 +740,11 @@ FASTLIP_INLINE inline double l1_root(F f, Peak peak, Point before, double target
 }
 
 // f(lambda) = sum of min(max(|d| - lambda, 0), cap), and how many elements lambda moves; over one vector in `thin`.
-// lambda = high + low: a single T is too coarse where |d| is large against the ball. kWrite: out <- x0 + what is left.
+// lambda = high + low: a single T is too coarse where |d| is large against the ball. kWrite: out <- x0 + what is left,
+// which is in a unit.
 template <bool kWrite, typename T, typename B>
 FASTLIP_INLINE inline Totals<1> l1_shrink(T* out, const T* d, const T* cap, const T* x0, const B box, double lambda,
-                                          int64_t n, int64_t thin, const Ahead<T>* ahead = nullptr) {
+                                          T unit, int64_t n, int64_t thin, const Ahead<T>* ahead = nullptr) {
   const T high = static_cast<T>(lambda), low = static_cast<T>(lambda - static_cast<double>(high));
   return reduce<1, T>(
       n / thin,
@@ -751,19 +754,20 @@ FASTLIP_INLINE inline Totals<1> l1_shrink(T* out, const T* d, const T* cap, cons
         const P kept = lesser(greater(t, zero), load<P>(cap + i * thin));
         sums[0] += kept;
         tally(count, same(kept, t));  // t itself was kept: it lies in [0, cap]
-        if constexpr (kWrite) store(out + i, box.clip(load<P>(x0 + i) + signed_as<P, T>(kept, v), i));
+        if constexpr (kWrite) store(out + i, box.clip(signed_as<P, T>(kept, v) * unit + load<P>(x0 + i), i));
       },
       ahead);
 }
 
 // out <- x0 + the projection of d, given the sum of min(|d|, cap) and how many |d| are in (0, cap].
 template <typename T, typename B>
-void l1_project(T* out, const T* d, const T* cap, const T* x0, T eps, const B box, Totals<1> at_zero, int64_t n,
+void l1_project(T* out, T* d, T* cap, const T* x0, T eps, const B box, Totals<1> at_zero, int64_t n,
                 const Ahead<T>* ahead) {
   double written = -1;
+  T unit = 1;
   const auto write = [&](double lambda) FASTLIP_INLINE {
     written = lambda;
-    return l1_shrink<true>(out, d, cap, x0, box, lambda, n, 1);
+    return l1_shrink<true>(out, d, cap, x0, box, lambda, unit, n, 1);
   };
   const auto peak = [&] {
     return static_cast<double>(greatest(d, n, []<typename P>(P v) FASTLIP_INLINE { return size_of<P, T>(v); }));
@@ -771,6 +775,21 @@ void l1_project(T* out, const T* d, const T* cap, const T* x0, T eps, const B bo
   if (eps == T(0)) {
     map<T>(n, [&]<typename P>(int64_t i) FASTLIP_INLINE { store(out + i, box.clip(load<P>(x0 + i), i)); });
     return;
+  }
+  if (eps < Range<T>::kSmall || !(at_zero.of[0] <= kLargest<double>)) {  // in units of a power of two
+    const T largest = least(static_cast<T>(peak()), kLargest<T>);
+    const T inverse = least(1 / unit_of(eps), Range<T>::kSummed / unit_of(largest));
+    unit = 1 / inverse;
+    eps *= inverse;
+    at_zero = reduce<1, T>(n, [&]<typename P>(int64_t i, P* sums, auto& count) FASTLIP_INLINE {
+      const P zero{}, most = broadcast<P>(kLargest<T>);
+      const P v = lesser(greater(load<P>(d + i), -most), most) * inverse, reach = load<P>(cap + i) * inverse;
+      store(d + i, v);
+      store(cap + i, reach);
+      const P size = size_of<P, T>(v), kept = lesser(size, reach);
+      sums[0] += kept;
+      tally(count, same(kept, size) & (size > zero));
+    });
   }
   double lambda = 0;
   const Point zero{0, at_zero.of[0], static_cast<double>(at_zero.count)};
@@ -785,7 +804,7 @@ void l1_project(T* out, const T* d, const T* cap, const T* x0, T eps, const B bo
     double start = newton(zero, target);
     if (n >= 16 * kThin * lanes) {  // a guess from a part of the elements; the bracket makes up for a bad one
       const auto f = [&](double at, bool) FASTLIP_INLINE {
-        return l1_shrink<false>(out, d, cap, x0, box, at, n - n % (kThin * lanes), kThin);
+        return l1_shrink<false>(out, d, cap, x0, box, at, unit, n - n % (kThin * lanes), kThin);
       };
       const Totals<1> whole = f(0, false);
       const Point thin{0, whole.of[0], static_cast<double>(whole.count)};
@@ -794,7 +813,7 @@ void l1_project(T* out, const T* d, const T* cap, const T* x0, T eps, const B bo
       if (guess > 0 && guess < kLargest<double>) start = guess;  // else: no end in sight within 8 passes
     }
     const auto f = [&](double at, bool near) FASTLIP_INLINE {
-      return near ? write(at) : l1_shrink<false>(out, d, cap, x0, box, at, n, 1, ahead);
+      return near ? write(at) : l1_shrink<false>(out, d, cap, x0, box, at, unit, n, 1, ahead);
     };
     lambda = l1_root(f, peak, zero, target, margin, start, kMaxPasses);
   }
