@@ -346,6 +346,17 @@ def test_the_ball_holds_at_the_ends_of_the_range(device, dtype, norm):
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=4 * tiny * info.eps)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "eps"), [(torch.float32, 1e38, 2e37), (torch.float64, 1e305, 2e303)], ids=str
+)
+def test_the_l1_ball_holds_where_sums_would_overflow(device, dtype, size, eps):
+    """Searches cut such displacements: what is left of them fits into the ball, but they do not."""
+    x0 = torch.zeros(2, 2, dtype=dtype, device=device)
+    got = ops.project(torch.full_like(x0, size), x0, eps=eps, norm="l1", bounds=(-math.inf, math.inf))
+    assert ((got.double() / eps).sum(dim=1) <= 1 + 1e-6).all()
+    assert (got > 0).all()
+
+
 @pytest.mark.parametrize("step", [1e-37, 1e-30, 1e30])
 @pytest.mark.parametrize("size", [1e-44, 1e-30, 1e-13, 1.0, 1e15, 1e37])
 @pytest.mark.parametrize("n", [1, 1027])
