@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from op_inputs import ATOL, DEVICES, DTYPES, INTERPRETED, NORMS, SHAPES, make, overshoot
+from op_inputs import ATOL, DEVICES, DTYPES, INTERPRETED, NORMS, SHAPES, make, overshoot, ulp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -272,6 +272,102 @@ def test_many_random_projections_keep_and_use_the_ball(device, norm):
         assert (overshoot(got / eps[:, None].double(), x0.double(), 1.0, norm) <= 0).all(), seed
         used = got.double().norm(p=p, dim=1).cpu() / eps.double().cpu()
         assert (used > 1 - 3e-6).all(), seed
+
+
+def at_extremes(dtype: torch.dtype, seed: int, n: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """x0, which is 0 or tiny, displacements of about `scale` (or far beyond in places), directions, and `scale`."""
+    g = torch.Generator().manual_seed(seed)
+    low, high = (-6.5, 4.0) if dtype == torch.float16 else (-38.0, 30.0)
+    scale = 10 ** (low + (high - low) * torch.rand((), generator=g, dtype=torch.float64).item())
+    x0 = torch.zeros(4, n, dtype=torch.float64)
+    x0[2:] = torch.randn(2, n, generator=g, dtype=torch.float64) * scale / n
+    d = torch.randn(4, n, generator=g, dtype=torch.float64) * scale
+    if seed % 3 == 1:  # some hardly count
+        d *= 10 ** (-6 * torch.rand(4, n, generator=g, dtype=torch.float64))
+    if seed % 3 == 2 and dtype != torch.float16:  # some are far beyond
+        d *= torch.where(torch.rand(4, n, generator=g) < 0.1, 10 ** ((high - math.log10(scale)) / 2), 1.0)
+    grad = torch.randn(4, n, generator=g, dtype=torch.float64)
+    return x0.to(dtype), d, grad, scale
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_ball_holds_at_any_magnitude(device, dtype, norm):
+    """Where squares of float32 are zero or infinite, too; against the reference, which computes in float64."""
+    p = 2 if norm == "l2" else 1
+    for seed in range(6 if INTERPRETED else 150):
+        n = [1, 7, 50, 333, 1500][seed % 5] if INTERPRETED else [1, 7, 50, 333, 5003][seed % 5]
+        x0, d, grad, scale = (t.to(device) if isinstance(t, Tensor) else t for t in at_extremes(dtype, seed, n))
+        x = (x0.double() + d).to(dtype)
+        arithmetic = reference.compute_dtype(dtype)
+        lengths = (x.double() - x0.double()).norm(p=p, dim=1)
+        eps = (lengths * torch.tensor([0.3, 0.9, 3.0, 1e-3], device=device)).to(arithmetic)
+        rounding = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1 / 128, torch.float16: 1 / 1024}[dtype]
+        least = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, 1e-45)  # the unit of subnormal numbers
+        for bounds in ((-4 * scale, 4 * scale), (-1e37, 1e37)):
+            step = eps / 4
+            for got, want in (
+                (ops.project(x, x0, eps=eps, norm=norm, bounds=bounds), expected(x, None, x0, 0.0, eps, norm, bounds)),
+                (
+                    ops.pgd_step(x, grad.to(dtype), x0, step_size=step, eps=eps, norm=norm, bounds=bounds),
+                    expected(x, grad.to(dtype), x0, step, eps, norm, bounds),
+                ),
+            ):
+                context = (seed, scale, bounds)
+                slack = (ulp(got) / 2 if dtype in (torch.float32, torch.float64) else torch.zeros_like(d)).norm(
+                    p=p, dim=1
+                )
+                used = (got.double() - x0.double()).norm(p=p, dim=1)
+                assert (used - slack <= eps.double() * (1 + 1e-6)).all(), context
+                size = torch.maximum(want.double().abs(), x0.double().abs()) + eps.double()[:, None]
+                assert ((got.double() - want.double()).abs() <= rounding * size + 4 * least).all(), context
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_ball_holds_at_the_ends_of_the_range(device, dtype, norm):
+    """The smallest and largest numbers, of eps and displacements, together and apart."""
+    info = torch.finfo(dtype)
+    tiny, huge = info.smallest_normal, min(info.max / 4, 1e298)  # sums of the l1 norm stay in float64's range
+    for eps in (tiny, tiny**0.5, 1.0, huge**0.5, huge):
+        for size in (tiny, 1.0, huge):
+            x0 = torch.zeros(2, 37, dtype=dtype, device=device)
+            x = torch.full_like(x0, size / 8)
+            x[1] *= -0.5
+            bounds = (-math.inf, math.inf)
+            got = ops.project(x, x0, eps=eps, norm=norm, bounds=bounds)
+            p = 2 if norm == "l2" else 1
+            assert ((got.double() / eps).norm(p=p, dim=1) <= 1 + 1e-5).all()
+            if norm == "l1" and size > 1e6 * eps:
+                continue  # no threshold in float64 tells how much of a size to leave
+            scaled = x.double() / max(size, eps)  # whose squares stay in the range of float64, or do not count
+            length = scaled.norm(p=p, dim=1, keepdim=True)
+            want = torch.where(length > eps / max(size, eps), scaled / length * eps, x.double())
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=4 * tiny * info.eps)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "eps"), [(torch.float32, 1e38, 2e37), (torch.float64, 1e305, 2e303)], ids=str
+)
+def test_the_l1_ball_holds_where_sums_would_overflow(device, dtype, size, eps):
+    """Searches cut such displacements: what is left of them fits into the ball, but they do not."""
+    x0 = torch.zeros(2, 2, dtype=dtype, device=device)
+    got = ops.project(torch.full_like(x0, size), x0, eps=eps, norm="l1", bounds=(-math.inf, math.inf))
+    assert ((got.double() / eps).sum(dim=1) <= 1 + 1e-6).all()
+    assert (got > 0).all()
+
+
+@pytest.mark.parametrize("step", [1e-37, 1e-30, 1e30])
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e-13, 1.0, 1e15, 1e37])
+@pytest.mark.parametrize("n", [1, 1027])
+def test_l2_steps_have_their_length_at_any_magnitude(device, n, size, step):
+    generator = torch.Generator().manual_seed(0)
+    grad = ((1 - 2 * torch.rand(3, n, generator=generator, dtype=torch.float64)) * size).float().to(device)
+    x0 = torch.zeros(3, n, device=device)
+    bounds = (-math.inf, math.inf)
+    got = ops.pgd_step(x0, grad, x0, step_size=step, eps=3e38, norm="l2", bounds=bounds).double()
+    want = torch.where((grad != 0).any(dim=1), step, 0.0).double()
+    torch.testing.assert_close(got.norm(dim=1), want, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])

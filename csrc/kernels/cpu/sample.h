@@ -4,9 +4,9 @@
 //
 // How exact sums are: in float, only the terms of a block add up, kRounds to each of kUnroll accumulators of a lane; a
 // block's sums join one in double. So a term meets at most 1 rounding of its own and kRounds + 1 of additions. Terms
-// are not negative, so errors do not exceed 10 * 2^-24 = 6e-7 of a sum, whatever its length and magnitudes, while
-// squares stay in the range of T. Searches end with sums at or below eps (or eps^2), which keeps lengths within the
-// 1e-6 of eps that METHODS section 6 allows.
+// are not negative, so errors do not exceed 10 * 2^-24 = 6e-7 of a sum, whatever its length and magnitudes. Where
+// squares may leave the range of T, lengths have a unit of their own. Searches end with sums at or below eps (or
+// eps^2), which keeps lengths within the 1e-6 of eps that METHODS section 6 allows.
 //
 // Vectors are the compiler's own (vector_size), so the code is one for all instruction sets; the scalar tail runs the
 // same generic body. No standard library header: see scalar.h.
@@ -40,26 +40,29 @@ constexpr int64_t kThin = 8;      // one vector in so many is looked at to guess
 constexpr double kGuess = 0.003;  // of the ball's size: how exact such a guess is
 // A Newton step from within this share of the ball's size mostly ends a search; the pass after it writes as well.
 constexpr double kNear = 0.002, kNearSquare = 0.01;
+constexpr float kFar = 0x1p20f;      // displacements beyond so many units have one of their own
 constexpr int64_t kAhead = 1 << 14;  // samples of at most so many elements are fetched ahead
 constexpr int kMaxPasses = 200;      // of the L1 root search; halvings alone need fewer
 
-// Bits of a float as an integer; sums of squares trusted without rescaling; a factor that brings any square in range.
+// Bits of a float as an integer; the smallest normal number; sums of squares trusted without a unit of their own: above
+// kLow they miss nothing that counts, even where subnormal squares are flushed to zero. Numbers below kSmall may be too
+// coarse to share out; as many up to 2 kSummed as a sample has, have a sum.
 template <typename T>
 struct Range;
 template <>
 struct Range<float> {
   using Bits = int32_t;
   static constexpr Bits kFinite = 0x7f800000;  // magnitudes from here on are not finite
-  static constexpr double kLow = 1e-30, kHigh = 1e30;
-  static constexpr float kUp = 0x1p96f, kDown = 0x1p-96f;
+  static constexpr float kNormal = __FLT_MIN__, kSmall = __FLT_MIN__ * 0x1p48f, kSummed = 0x1p100f;
+  static constexpr double kLow = 1e-25, kHigh = 1e30;
   static constexpr double kMargin = 2e-7;  // searches end this close to what they aim at, which is this far below eps
 };
 template <>
 struct Range<double> {
   using Bits = int64_t;
   static constexpr Bits kFinite = 0x7ff0000000000000;
+  static constexpr double kNormal = __DBL_MIN__, kSmall = __DBL_MIN__ * 0x1p106, kSummed = 0x1p990;
   static constexpr double kLow = 1e-280, kHigh = 1e280;
-  static constexpr double kUp = 0x1p520, kDown = 0x1p-520;
   static constexpr double kMargin = 1e-14;
 };
 
@@ -224,6 +227,32 @@ FASTLIP_INLINE inline Totals<kSums> reduce(int64_t n, Body body, const Ahead<T>*
   return total;
 }
 
+// The largest of size(v[i]) >= 0.
+template <typename T, typename Size>
+FASTLIP_INLINE inline T greatest(const T* v, int64_t n, Size size) {
+  using V = Vector<T>;
+  constexpr int64_t lanes = VectorOf<T>::lanes;
+  V top[kUnroll] = {};
+  T result = 0;
+  int64_t i = 0;
+  for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) top[u] = greater(size(load<V>(v + i + u * lanes)), top[u]);
+  }
+  for (const V& t : top)
+    for (int64_t l = 0; l < lanes; ++l) result = greater(result, t[l]);
+  for (; i < n; ++i) result = greater(result, size(v[i]));
+  return result;
+}
+
+// The power of two at or below v > 0, or the nearest to it that has an inverse.
+template <typename T>
+inline T unit_of(T v) {
+  using Bits = typename Range<T>::Bits;
+  constexpr T least_unit = Range<T>::kNormal;
+  return least(most(bits_as<T>(static_cast<Bits>(bits_as<Bits>(v) & Range<T>::kFinite)), least_unit), 1 / least_unit);
+}
+
 // --- limits of the box -------------------------------------------------------------------
 
 // Both limits of one sample; kLoRow, kHiRow: a row of its own rather than one number.
@@ -365,6 +394,11 @@ void linf_part(T* x, const T* g, const T* x0, const PgdStep& p, int64_t sample, 
 
 // --- L2 ----------------------------------------------------------------------------------
 
+template <typename T>
+inline bool trusted(double square) {
+  return square > Range<T>::kLow && square < Range<T>::kHigh;
+}
+
 // g * first * second has length `step`; two factors, so that neither leaves the range of T. plain: first is 1 and every
 // element of g is finite.
 template <typename T>
@@ -375,21 +409,22 @@ struct Factors {
 template <typename T>
 Factors<T> l2_factors(const T* g, T step, int64_t n) {
   const auto factor = [&](double sum) { return static_cast<T>(static_cast<double>(step) / __builtin_sqrt(sum)); };
-  const auto trusted = [](double sum) { return sum > Range<T>::kLow && sum < Range<T>::kHigh; };
   double sum = reduce<1, T>(n, [&]<typename P>(int64_t i, P* sums, auto&) FASTLIP_INLINE {
                  const P v = load<P>(g + i);
                  sums[0] += v * v;
                }).of[0];
-  if (trusted(sum)) return {1, factor(sum), true};
-  const T scales[] = {1, Range<T>::kUp, Range<T>::kDown};
-  for (const T scale : scales) {
-    sum = reduce<1, T>(n, [&]<typename P>(int64_t i, P* sums, auto&) FASTLIP_INLINE {
-            const P v = finite_or_0<P, T>(load<P>(g + i)) * scale;
-            sums[0] += v * v;
-          }).of[0];
-    if (trusted(sum)) return {scale, factor(sum), false};
+  if (trusted<T>(sum)) {
+    const T second = factor(sum), size = magnitude(second);
+    if (size >= Range<T>::kNormal && size <= kLargest<T>) return {1, second, true};
   }
-  return {0, 0, false};  // a zero gradient
+  const T peak = greatest(g, n, []<typename P>(P v) FASTLIP_INLINE { return size_of<P, T>(finite_or_0<P, T>(v)); });
+  if (peak == T(0)) return {0, 0, false};
+  const T scale = 1 / unit_of(peak);
+  sum = reduce<1, T>(n, [&]<typename P>(int64_t i, P* sums, auto&) FASTLIP_INLINE {
+          const P v = finite_or_0<P, T>(load<P>(g + i)) * scale;
+          sums[0] += v * v;
+        }).of[0];
+  return {scale, factor(sum), false};
 }
 
 // d <- advance<P>(i) - x0; the sums of d^2 and of what the box leaves of it, squared.
@@ -404,24 +439,47 @@ FASTLIP_INLINE inline Totals<2> l2_displace(T* d, const T* x0, const B box, int6
   });
 }
 
-// out <- x0 + clip(s d) for the largest s in [0, 1] that keeps its length within eps, given the sums of l2_displace.
+// Displacements from x0 and how the box limits them; kScaled: in a unit, given it and its inverse.
+template <typename T, typename B, bool kScaled>
+struct Displacements {
+  const B box;
+  T unit, inverse;
+  template <typename P>
+  FASTLIP_INLINE P in_units(P d) const {
+    if constexpr (kScaled) return d * inverse;
+    return d;
+  }
+  template <typename P>
+  FASTLIP_INLINE P limit(P d, P centre, int64_t i) const {
+    if constexpr (kScaled)
+      return lesser(greater(d, (box.template lo<P>(i) - centre) * inverse), (box.template hi<P>(i) - centre) * inverse);
+    return box.clip_from(d, centre, i);
+  }
+  template <typename P>
+  FASTLIP_INLINE P place(P d, P centre, int64_t i) const {
+    if constexpr (kScaled) return box.clip(d * unit + centre, i);
+    return box.clip(d + centre, i);
+  }
+};
+
+// out <- x0 + clip(s d) for the largest s that keeps the square of its length within `budget`, given `full`, ||d||^2.
+// The search for s^2 starts at budget / slope.
 // N(s^2) = ||clip(x0 + s d) - x0||^2 is concave and piecewise linear in s^2, its slope the squared norm of the elements
-// still loose, so Newton from either side lands left of the root and then rises to it (METHODS section 6). It starts
-// right of the root, on the chord through N(1): there the saturated set is nearly that of the root, and one pass is the
-// rule before the one that writes, which measures what it writes.
-template <typename T, typename B>
-void l2_project(T* out, T* d, const T* x0, T eps, const B box, Totals<2> sums, int64_t n,
-                const Ahead<T>* ahead = nullptr) {
+// still loose, so Newton from either side lands left of the root and then rises to it (METHODS section 6). The pass
+// that writes measures what it writes.
+template <typename T, typename D>
+void l2_search(T* out, T* d, const T* x0, double budget, const D space, double full, double slope, int64_t n,
+               const Ahead<T>* ahead) {
   const auto write = [&](T s) FASTLIP_INLINE {
     map<T>(n, [&]<typename P>(int64_t i)
-                  FASTLIP_INLINE { store(out + i, box.clip(load<P>(d + i) * s + load<P>(x0 + i), i)); });
+                  FASTLIP_INLINE { store(out + i, space.place(load<P>(d + i) * s, load<P>(x0 + i), i)); });
   };
   const auto measure = [&](T s) FASTLIP_INLINE {
     return reduce<2, T>(
         n,
         [&]<typename P>(int64_t i, P* part, auto&) FASTLIP_INLINE {
           const P zero{}, v = load<P>(d + i), free = v * s;
-          const P c = box.clip_from(free, load<P>(x0 + i), i);
+          const P c = space.limit(free, load<P>(x0 + i), i);
           const P moving = same(c, free) ? v : zero;
           part[0] += c * c;
           part[1] += moving * moving;
@@ -431,28 +489,15 @@ void l2_project(T* out, T* d, const T* x0, T eps, const B box, Totals<2> sums, i
   const auto write_measured = [&](T s) FASTLIP_INLINE {
     return reduce<1, T>(n,
                         [&]<typename P>(int64_t i, P* part, auto&) FASTLIP_INLINE {
-                          const P centre = load<P>(x0 + i), c = box.clip_from(load<P>(d + i) * s, centre, i);
+                          const P centre = load<P>(x0 + i), c = space.limit(load<P>(d + i) * s, centre, i);
                           part[0] += c * c;
-                          store(out + i, box.clip(centre + c, i));
+                          store(out + i, space.place(c, centre, i));
                         })
         .of[0];
   };
-  const double budget = static_cast<double>(eps) * static_cast<double>(eps);
-  double full = sums.of[0];
-  T whole = 1;
-  if (full >= Range<T>::kHigh) {  // squares of d leave the range: shrink d, let s grow
-    whole = Range<T>::kUp;
-    full = reduce<1, T>(n, [&]<typename P>(int64_t i, P* part, auto&) FASTLIP_INLINE {
-             const P v = load<P>(d + i) * Range<T>::kDown;
-             part[0] += v * v;
-             store(d + i, v);
-           }).of[0];
-  }
-  if (eps == T(0)) return write(0);
-  if (!(full > 0 && sums.of[1] > budget)) return write(whole);
   // In squares a margin counts twice.
   const double slack = 2 * Range<T>::kMargin * budget, aim = budget - slack;
-  double least_square = aim / full, fits = least_square, square = whole == T(1) ? aim / sums.of[1] : least_square;
+  double least_square = aim / full, fits = least_square, square = aim / slope;
   const auto good = [&](double length) { return length >= aim - slack && length <= aim + slack; };
   bool left = false, near = false, written = false;
   for (int64_t pass = 0; pass <= n + 1; ++pass) {
@@ -460,7 +505,11 @@ void l2_project(T* out, T* d, const T* x0, T eps, const B box, Totals<2> sums, i
     if (near && !written) {
       if (good(write_measured(s))) return;
       // On from what was written: what met the box there stays there.
-      full = l2_displace(d, x0, box, n, [&]<typename P>(int64_t i) FASTLIP_INLINE { return load<P>(out + i); }).of[0];
+      full = reduce<1, T>(n, [&]<typename P>(int64_t i, P* part, auto&) FASTLIP_INLINE {
+               const P v = space.in_units(load<P>(out + i) - load<P>(x0 + i));
+               part[0] += v * v;
+               store(d + i, v);
+             }).of[0];
       fits = least_square = aim / full;
       square = s = 1;
       left = false;
@@ -482,6 +531,45 @@ void l2_project(T* out, T* d, const T* x0, T eps, const B box, Totals<2> sums, i
   write(static_cast<T>(__builtin_sqrt(fits)));
 }
 
+// out <- x0 + the projection of d, given the sums of l2_displace.
+template <typename T, typename B>
+void l2_project(T* out, T* d, const T* x0, T eps, const B box, Totals<2> sums, int64_t n,
+                const Ahead<T>* ahead = nullptr) {
+  const auto write = [&](T s) FASTLIP_INLINE {
+    map<T>(n, [&]<typename P>(int64_t i)
+                  FASTLIP_INLINE { store(out + i, box.clip(load<P>(d + i) * s + load<P>(x0 + i), i)); });
+  };
+  if (eps == T(0)) return write(0);
+  if (eps > kLargest<T>) return write(1);
+  const double budget = static_cast<double>(eps) * static_cast<double>(eps);
+  if (trusted<T>(budget) && sums.of[0] < Range<T>::kHigh) {
+    if (!(sums.of[1] > budget)) return write(1);
+    // From the right of the root, on the chord through N(1): there the saturated set is nearly that of the root, and
+    // one pass is the rule before the one that writes.
+    const Displacements<T, B, false> space{box, 1, 1};
+    return l2_search(out, d, x0, budget, space, sums.of[0], sums.of[1], n, ahead);
+  }
+  // Either square leaves the range: in units of a power of two near eps.
+  const T unit = unit_of(eps), inverse = 1 / unit;
+  const double own_budget = static_cast<double>(eps * inverse) * static_cast<double>(eps * inverse);
+  const double within = reduce<1, T>(n, [&]<typename P>(int64_t i, P* part, auto&) FASTLIP_INLINE {
+                          const P c = box.clip_from(load<P>(d + i), load<P>(x0 + i), i) * inverse;
+                          part[0] += c * c;
+                        }).of[0];
+  if (!(within > own_budget)) return write(1);
+  // Far beyond eps d has a unit near its largest instead, and s makes up for it.
+  const T peak = greatest(d, n, []<typename P>(P v) FASTLIP_INLINE { return size_of<P, T>(v); });
+  const T scale = peak * inverse < kFar ? inverse : 1 / unit_of(peak);
+  const double full = reduce<1, T>(n, [&]<typename P>(int64_t i, P* part, auto&) FASTLIP_INLINE {
+                        const P most = broadcast<P>(kLargest<T>);
+                        const P v = lesser(greater(load<P>(d + i), -most), most) * scale;
+                        part[0] += v * v;
+                        store(d + i, v);
+                      }).of[0];
+  const Displacements<T, B, true> space{box, unit, inverse};
+  l2_search(out, d, x0, own_budget, space, full, scale == inverse ? within : full, n, ahead);
+}
+
 // out <- the projection of x, moved by `step` along g where there is one. d: scratch.
 template <typename T, typename B>
 void l2_sample(T* out, const T* x, const T* g, const T* x0, T step, T eps, const B box, int64_t n, T* d,
@@ -499,24 +587,6 @@ void l2_sample(T* out, const T* x, const T* g, const T* x0, T step, T eps, const
 }
 
 // --- L1 ----------------------------------------------------------------------------------
-
-// The largest of size(v[i]) >= 0.
-template <typename T, typename Size>
-FASTLIP_INLINE inline T greatest(const T* v, int64_t n, Size size) {
-  using V = Vector<T>;
-  constexpr int64_t lanes = VectorOf<T>::lanes;
-  V top[kUnroll] = {};
-  T result = 0;
-  int64_t i = 0;
-  for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) top[u] = greater(size(load<V>(v + i + u * lanes)), top[u]);
-  }
-  for (const V& t : top)
-    for (int64_t l = 0; l < lanes; ++l) result = greater(result, t[l]);
-  for (; i < n; ++i) result = greater(result, size(v[i]));
-  return result;
-}
 
 // keys <- magnitudes as integers, which order alike; what is not finite counts as 0. Returns the largest.
 template <typename T>
@@ -670,10 +740,11 @@ FASTLIP_INLINE inline double l1_root(F f, Peak peak, Point before, double target
 }
 
 // f(lambda) = sum of min(max(|d| - lambda, 0), cap), and how many elements lambda moves; over one vector in `thin`.
-// lambda = high + low: a single T is too coarse where |d| is large against the ball. kWrite: out <- x0 + what is left.
+// lambda = high + low: a single T is too coarse where |d| is large against the ball. kWrite: out <- x0 + what is left,
+// which is in a unit.
 template <bool kWrite, typename T, typename B>
 FASTLIP_INLINE inline Totals<1> l1_shrink(T* out, const T* d, const T* cap, const T* x0, const B box, double lambda,
-                                          int64_t n, int64_t thin, const Ahead<T>* ahead = nullptr) {
+                                          T unit, int64_t n, int64_t thin, const Ahead<T>* ahead = nullptr) {
   const T high = static_cast<T>(lambda), low = static_cast<T>(lambda - static_cast<double>(high));
   return reduce<1, T>(
       n / thin,
@@ -683,19 +754,20 @@ FASTLIP_INLINE inline Totals<1> l1_shrink(T* out, const T* d, const T* cap, cons
         const P kept = lesser(greater(t, zero), load<P>(cap + i * thin));
         sums[0] += kept;
         tally(count, same(kept, t));  // t itself was kept: it lies in [0, cap]
-        if constexpr (kWrite) store(out + i, box.clip(load<P>(x0 + i) + signed_as<P, T>(kept, v), i));
+        if constexpr (kWrite) store(out + i, box.clip(signed_as<P, T>(kept, v) * unit + load<P>(x0 + i), i));
       },
       ahead);
 }
 
 // out <- x0 + the projection of d, given the sum of min(|d|, cap) and how many |d| are in (0, cap].
 template <typename T, typename B>
-void l1_project(T* out, const T* d, const T* cap, const T* x0, T eps, const B box, Totals<1> at_zero, int64_t n,
+void l1_project(T* out, T* d, T* cap, const T* x0, T eps, const B box, Totals<1> at_zero, int64_t n,
                 const Ahead<T>* ahead) {
   double written = -1;
+  T unit = 1;
   const auto write = [&](double lambda) FASTLIP_INLINE {
     written = lambda;
-    return l1_shrink<true>(out, d, cap, x0, box, lambda, n, 1);
+    return l1_shrink<true>(out, d, cap, x0, box, lambda, unit, n, 1);
   };
   const auto peak = [&] {
     return static_cast<double>(greatest(d, n, []<typename P>(P v) FASTLIP_INLINE { return size_of<P, T>(v); }));
@@ -703,6 +775,21 @@ void l1_project(T* out, const T* d, const T* cap, const T* x0, T eps, const B bo
   if (eps == T(0)) {
     map<T>(n, [&]<typename P>(int64_t i) FASTLIP_INLINE { store(out + i, box.clip(load<P>(x0 + i), i)); });
     return;
+  }
+  if (eps < Range<T>::kSmall || !(at_zero.of[0] <= kLargest<double>)) {  // in units of a power of two
+    const T largest = least(static_cast<T>(peak()), kLargest<T>);
+    const T inverse = least(1 / unit_of(eps), Range<T>::kSummed / unit_of(largest));
+    unit = 1 / inverse;
+    eps *= inverse;
+    at_zero = reduce<1, T>(n, [&]<typename P>(int64_t i, P* sums, auto& count) FASTLIP_INLINE {
+      const P zero{}, most = broadcast<P>(kLargest<T>);
+      const P v = lesser(greater(load<P>(d + i), -most), most) * inverse, reach = load<P>(cap + i) * inverse;
+      store(d + i, v);
+      store(cap + i, reach);
+      const P size = size_of<P, T>(v), kept = lesser(size, reach);
+      sums[0] += kept;
+      tally(count, same(kept, size) & (size > zero));
+    });
   }
   double lambda = 0;
   const Point zero{0, at_zero.of[0], static_cast<double>(at_zero.count)};
@@ -717,7 +804,7 @@ void l1_project(T* out, const T* d, const T* cap, const T* x0, T eps, const B bo
     double start = newton(zero, target);
     if (n >= 16 * kThin * lanes) {  // a guess from a part of the elements; the bracket makes up for a bad one
       const auto f = [&](double at, bool) FASTLIP_INLINE {
-        return l1_shrink<false>(out, d, cap, x0, box, at, n - n % (kThin * lanes), kThin);
+        return l1_shrink<false>(out, d, cap, x0, box, at, unit, n - n % (kThin * lanes), kThin);
       };
       const Totals<1> whole = f(0, false);
       const Point thin{0, whole.of[0], static_cast<double>(whole.count)};
@@ -726,7 +813,7 @@ void l1_project(T* out, const T* d, const T* cap, const T* x0, T eps, const B bo
       if (guess > 0 && guess < kLargest<double>) start = guess;  // else: no end in sight within 8 passes
     }
     const auto f = [&](double at, bool near) FASTLIP_INLINE {
-      return near ? write(at) : l1_shrink<false>(out, d, cap, x0, box, at, n, 1, ahead);
+      return near ? write(at) : l1_shrink<false>(out, d, cap, x0, box, at, unit, n, 1, ahead);
     };
     lambda = l1_root(f, peak, zero, target, margin, start, kMaxPasses);
   }

@@ -253,10 +253,11 @@ struct L1Search {
   }
   FASTLIP_HD bool start(const double (&sums)[2], double free) {  // false: done
     high = sums[1];
-    inside = sums[0] <= target;
-    ended = inside || !(target > 0);
+    const bool fits = sums[0] <= target;
+    inside = fits && (target < kLargest || target == T(INFINITY));  // else sizes may have been cut
+    ended = fits || !(target > 0);
     if (ended) {
-      lambda = high;
+      lambda = fits ? 0 : high;
     } else {
       propose(sums[0], free);
     }

@@ -28,6 +28,7 @@ from fastlip.ops._triton.elements import (
 
 _MOST_SEARCH_STEPS = tl.constexpr(200)
 _PATIENCE = tl.constexpr(12)  # Newton steps before every other one bisects
+_LARGEST_L1 = tl.constexpr(1e300)  # of displacements in float64: as many as a sample may have, have a sum
 
 
 @triton.jit
@@ -206,8 +207,8 @@ def _values(
             amount = move[1].to(T)
             v = v + tl.where((key >= move[0]) & (key > 0), tl.where(grad > 0, amount, -amount), 0.0)
     d = v - x0
-    d = tl.where(d == d, d, 0.0)  # whatever the input, searches end and squares stay finite
-    LARGEST: tl.constexpr = 1e150 if T == tl.float64 else 3.4e38
+    d = tl.where(d == d, d, 0.0)  # whatever the input, searches end and sums stay finite
+    LARGEST: tl.constexpr = 3.4e38 if T == tl.float32 else 1.7e308 if L2 else _LARGEST_L1
     size = tl.minimum(tl.abs(d), LARGEST)
     if given(lo_ptr) | given(hi_ptr):
         low = bound(lo, lo_ptr, 0, at, mask, False, T)
@@ -219,10 +220,26 @@ def _values(
 
 
 @triton.jit
-def _shrunk(size, cap, head, tail, L2: tl.constexpr):
-    """What the projection leaves of ``size``, given s (l2) or lambda = head + tail (l1)."""
+def _unit_of(value):
+    """The power of two at or below ``value`` >= 0, or the nearest to it that has an inverse."""
+    power = ((value.to(tl.int64, bitcast=True) >> 52) << 52).to(tl.float64, bitcast=True)
+    return tl.minimum(tl.maximum(power, 2.0**-1022), 2.0**1022)
+
+
+@triton.jit
+def _in_units(value, inverse, T: tl.constexpr):
+    """In float64, times the inverse of a unit, which only float64 numbers need: squares of others stay in range."""
+    if T == tl.float64:
+        return value * inverse
+    else:
+        return value.to(tl.float64)
+
+
+@triton.jit
+def _shrunk(size, cap, head, tail, inverse, size_inverse, L2: tl.constexpr, T: tl.constexpr):
+    """What the projection leaves of ``size``, given lambda = head + tail (l1); l2: in units, given s = head in them."""
     if L2:
-        return tl.minimum(size * head, cap)
+        return tl.minimum(_in_units(size, size_inverse, T) * head, _in_units(cap, inverse, T))
     else:
         return tl.minimum(tl.maximum(size - head - tail, 0.0), cap)
 
@@ -326,6 +343,42 @@ def _pgd_step_ball_kernel(
             T,
         )
 
+    radius = ball_radius(eps, eps_ptr, sample, T).to(tl.float64)
+    # Of eps and what the box lets an element move, a unit near eps; of sizes, one near the largest beyond eps.
+    unit_of_eps = tl.full((), 1.0, tl.float64)
+    size_unit = tl.full((), 1.0, tl.float64)
+    if L2 and T == tl.float64:
+        peak = radius
+        for start in range(0, span, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            mask = at < extent
+            if not WHOLE:
+                _, _, size, cap, _ = _values(
+                    x_ptr,
+                    grad_ptr,
+                    ascent,
+                    x0_ptr,
+                    lo,
+                    lo_ptr,
+                    hi,
+                    hi_ptr,
+                    std,
+                    std_ptr,
+                    at,
+                    mask,
+                    moves,
+                    move,
+                    FED,
+                    WHOLE,
+                    L2,
+                    T,
+                )
+            peak = tl.maximum(peak, tl.max(tl.where(mask, size, 0.0)))
+        unit_of_eps = _unit_of(radius)
+        size_unit = _unit_of(peak)
+    inverse = 1 / unit_of_eps
+    size_inverse = 1 / size_unit
+
     # Sums of the box alone, of the displacement, and the number of elements that neither end of [0, cap] holds.
     within = tl.full((), 0.0, tl.float64)
     whole = tl.full((), 0.0, tl.float64)
@@ -357,6 +410,8 @@ def _pgd_step_ball_kernel(
         boxed = tl.where(mask, tl.minimum(size, cap), 0.0).to(tl.float64)
         all_of_it = tl.where(mask, size, 0.0).to(tl.float64)
         if L2:
+            boxed = _in_units(boxed, inverse, T)
+            all_of_it = _in_units(all_of_it, size_inverse, T)
             within += tl.sum(boxed * boxed)
             whole += tl.sum(all_of_it * all_of_it)
         else:
@@ -364,16 +419,16 @@ def _pgd_step_ball_kernel(
             whole += tl.sum(all_of_it)
             free += tl.sum(((all_of_it > 0) & (boxed < cap.to(tl.float64))).to(tl.int32))
 
-    radius = ball_radius(eps, eps_ptr, sample, T).to(tl.float64)
     if L2:
         # s^2 <- (eps^2 - sum of cap^2 where capped) / (sum of size^2 elsewhere), until no further element is capped.
-        target = radius * radius
+        target = (radius * inverse) * (radius * inverse)
+        most = (size_unit * inverse) * (size_unit * inverse)  # s = 1
         inside = within <= target
         square = tl.where(inside, 0.0, target / tl.where(whole > 0, whole, 1.0))
         capped = tl.full((), -1, tl.int32)
         going = within > target
         while going:
-            head = tl.sqrt(square).to(T)
+            head = tl.sqrt(square)  # may be below float32's range
             room = target
             rest = tl.full((), 0.0, tl.float64)
             held = tl.full((), 0, tl.int32)
@@ -401,27 +456,29 @@ def _pgd_step_ball_kernel(
                         L2,
                         T,
                     )
-                full = mask & (size * head >= cap)
-                value = tl.where(full, cap, size).to(tl.float64)
-                room -= tl.sum(tl.where(full, value * value, 0.0))
-                rest += tl.sum(tl.where(mask & (size * head < cap), value * value, 0.0))
+                own = _in_units(size, size_inverse, T)
+                room_of_it = _in_units(cap, inverse, T)
+                full = mask & (own * head >= room_of_it)
+                room -= tl.sum(tl.where(full, room_of_it * room_of_it, 0.0))
+                rest += tl.sum(tl.where(mask & (own * head < room_of_it), own * own, 0.0))
                 held += tl.sum(full.to(tl.int32))
             following = room / tl.where(rest > 0, rest, 1.0)
-            going = (held != capped) & (rest > 0) & (following > square) & (following <= 1)
+            going = (held != capped) & (rest > 0) & (following > square) & (following <= most)
             square = tl.where(going, following, square)
             capped = held
-        head = tl.sqrt(square).to(T)
-        tail = tl.full((), 0.0, T)
+        head = tl.sqrt(square)
+        tail = tl.full((), 0.0, tl.float64)
     else:
         # Newton's method for sum of delta = eps inside a bracket, lambda carried in float64.
         TOLERANCE: tl.constexpr = 1e-13 if T == tl.float64 else 2e-7
         target = radius
-        inside = within <= target
+        fits = within <= target
+        inside = fits & ((target < _LARGEST_L1) | (target == float("inf")))  # else sizes may have been cut
         low = tl.full((), 0.0, tl.float64)
         high = whole
         total = within
         going = (within > target) & (target > 0)
-        lam = tl.where(going, low, high)
+        lam = tl.where(going | fits, low, high)
         steps = tl.full((), 0, tl.int32)
         while going:
             newton = lam + (total - target) / tl.maximum(free, 1)
@@ -461,7 +518,7 @@ def _pgd_step_ball_kernel(
                         L2,
                         T,
                     )
-                left = tl.where(mask, _shrunk(size, cap, head, tail, L2), 0.0)
+                left = tl.where(mask, _shrunk(size, cap, head, tail, inverse, size_inverse, L2, T), 0.0)
                 total += tl.sum(left.to(tl.float64))
                 free += tl.sum(((left > 0) & (left < cap)).to(tl.int32))
             near = tl.abs(total - target) <= TOLERANCE * target
@@ -496,7 +553,10 @@ def _pgd_step_ball_kernel(
                 L2,
                 T,
             )
-        out = tl.where(inside, v, x0 + sign * _shrunk(size, cap, head, tail, L2))
+        left = _shrunk(size, cap, head, tail, inverse, size_inverse, L2, T)
+        if L2:
+            left = (left * unit_of_eps).to(T)
+        out = tl.where(inside, v, x0 + sign * left)
         out = in_box(out, lo, lo_ptr, 0, hi, hi_ptr, 0, at, mask, False, T)
         tl.store(x_ptr + at, narrowed(out, x0, S), mask)
         if FED:
