@@ -152,7 +152,7 @@ class AttackLoop:
     ) -> Tensor:
         """``x`` in the dtype of the inputs, within ball and box: what the model sees and the caller gets, [K, ...]."""
         if x.dtype == self.dtype:
-            return x.detach()
+            return x.clone()  # a model may keep what it is given, and the step moves x in place
         low = x.to(self.dtype)
         return ops.project_(low, batch.x0.to(self.dtype), eps=batch.eps, norm=self.norm, bounds=batch.bounds)
 

@@ -57,18 +57,20 @@ class PackedConv(nn.Module):
 
     def _pack(self, x: Tensor) -> None:
         """Pack the weights where that pays off."""
-        if self.packed or self.plain is None:
+        plain = self.plain  # another thread may drop it meanwhile
+        if self.packed or plain is None:
             return
         pixels = math.prod(self.out_shape(x)[2:])
         large = not self.few and math.prod(self.kernel) > 1 and pixels >= _LARGE
         if large or (self.few and self.channels[1] < 2 * _LANES):
             return
-        weight = self.plain.conv.weight.detach()
+        weight = plain.conv.weight.detach()
         self.register_buffer("adjoint_weight", ops.packed_taps(self._adjoint_taps(weight)))
         if not self.few:
             self.register_buffer("forward_weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
-            self.plain = None
         self.packed = True
+        if not self.few:
+            self.plain = None
 
     def out_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """The shape of conv(x), [B, C', H', W']."""
@@ -83,8 +85,8 @@ class PackedConv(nn.Module):
     ) -> Tensor:
         """conv(x), plus ``other``, and its positive part with ``relu``, once ``convs`` are run; like :class:`Layer`."""
         self._pack(x)
-        if self.plain is not None:
-            return self.plain.product(x, other, relu, convs)
+        if (plain := self.plain) is not None:
+            return plain.product(x, other, relu, convs)
         out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         summand = None if other is None else _rows(other)
         table = self._meeting(x)[0]
@@ -100,8 +102,8 @@ class PackedConv(nn.Module):
         convs: ops.IndirectConvs,
     ) -> Tensor:
         """The gradient of x plus ``other`` where ``mask`` is positive (0 elsewhere), once ``convs`` are run."""
-        if self.plain is not None and not self.packed:
-            return self.plain.gradient(grad, x, other, mask, convs)
+        if (plain := self.plain) is not None and not self.packed:
+            return plain.gradient(grad, x, other, mask, convs)
         table = self._meeting(x)[1]
         if self.block == [1, 1]:
             out = torch.empty(x.shape, dtype=grad.dtype, device=x.device, memory_format=torch.channels_last)

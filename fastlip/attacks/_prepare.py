@@ -45,14 +45,16 @@ def prepare(
     ``precision`` makes the copy compute all but its first layer in low precision. A low precision that this machine
     computes more slowly than float32 (bfloat16 on a CPU without AVX512-BF16 or AMX, for example) is not used: a warning
     says so, once for each precision, and the copy stays in float32. With "auto" the copy is in bfloat16 where the
-    machine has instructions for it and, on a CPU, where a copy in bfloat16 is faster on ``inputs`` than one in float32.
+    machine has instructions for it and, on a CPU, where a copy in bfloat16 is faster on ``inputs`` than one in float32;
+    a model that is no module runs under autocast where the machine has the instructions.
 
     The copy is compared with the model on ``inputs``. Whatever cannot be done for a model, because it cannot be traced
     or draws random numbers, is left out; in the last resort the model's own gradients are followed. Changes made to the
     model afterwards do not reach the copy.
 
-    Copies are kept for as long as the model lives. A copy is used again if the model's tensors are still the same and
-    both still agree on ``inputs``.
+    While one thread makes a copy, others must not run models: tracing changes how modules are called in the whole
+    process. Copies are kept for as long as the model lives. A copy is used again if the model's tensors are still the
+    same and both still agree on ``inputs``.
 
     Args:
         model: maps inputs to logits [B, C].
@@ -203,6 +205,8 @@ def _distance(got: Tensor, want: Tensor) -> float:
 
 def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) -> Model:
     """A traced copy with BatchNorm folded, in low precision where one is given, and fused on a CPU."""
+    if not inputs.is_cuda and any(_padded_pointwise(m) for m in model.modules()):
+        raise ValueError("PyTorch's channels_last kernels do not take every padded 1x1 convolution")
     made = fx.symbolic_trace(_copied(model))
     fold(made)
     if precision:
@@ -213,6 +217,10 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
     made.recompile()
     laid_out = _laid_out(made, inputs, model)
     return _FewSizes(laid_out) if precision and not inputs.is_cuda else laid_out
+
+
+def _padded_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.padding not in ((0, 0), "valid")
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -235,16 +243,23 @@ def _laid_out(made: nn.Module, inputs: Tensor, model: nn.Module) -> Model:
     for tensor in (*made.parameters(), *made.buffers()):
         if tensor.untyped_storage().data_ptr() in models:
             tensor.data = tensor.data.clone()
-    out: Model = _ChannelsLast(made) if inputs.dim() == 4 else made
-    return out
+    return _OwnLayout(made, torch.channels_last if inputs.dim() == 4 else torch.preserve_format)
 
 
-class _ChannelsLast:
-    def __init__(self, model: nn.Module) -> None:
+class _OwnLayout:
+    """``model`` on inputs in its memory format, and in its own precision whatever autocast the caller is in."""
+
+    def __init__(self, model: nn.Module, memory_format: torch.memory_format) -> None:
         self.model = model
+        self.memory_format = memory_format
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.model(x.contiguous(memory_format=torch.channels_last))
+        if self.memory_format != torch.preserve_format:
+            x = x.contiguous(memory_format=self.memory_format)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.model(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.model(x)
 
 
 class _FewSizes:
@@ -257,13 +272,13 @@ class _FewSizes:
     def __call__(self, x: Tensor) -> Tensor:
         size = len(x)
         self.largest = max(self.largest, size)
-        room = min(roomy_size(size), self.largest)
+        room = min(padded_size(size), self.largest)
         if room > size:
             x = torch.cat([x, x.new_zeros(room - size, *x.shape[1:])])
         return self.model(x)[:size]
 
 
-def roomy_size(size: int) -> int:
+def padded_size(size: int) -> int:
     """The next size of 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, ...: close enough that padding costs little."""
     step = 1 << max(size.bit_length() - 3, 0)
     return 1 << (size - 1).bit_length() if size <= 32 else -(-size // step) * step

@@ -108,6 +108,8 @@ def judge(
         raise ValueError(f"logits must be [B, C] with at least 2 classes, got {list(logits.shape)}")
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if isinstance(rounding, bool) or not isinstance(rounding, (int, float)):
+        raise TypeError(f"rounding must be a float, got {type(rounding).__name__}")
     if not rounding >= 0.0:
         raise ValueError(f"rounding must be at least 0, got {rounding}")
     if targets is not None and toward is not None:

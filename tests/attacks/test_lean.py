@@ -44,9 +44,10 @@ def test_calls_of_a_step(attack, norm, loss, early_stop, keep):
     assert 0 < made[1] - made[0] <= 20 * MOST
 
 
-#: Batches of float32 images that are in memory at most beside the caller's own, while all images stand; those that a
-#: step needs are the images, the iterates, the best ones, the results and two gradients, of which one is the model's.
-BATCHES = {attacks.pgd: 6.1, attacks.apgd: 9.1}
+#: Batches of float32 images that are in memory at most beside the caller's own, while all images stand. A step needs
+#: the images, the iterates, what the model is given, the best ones, the results and two gradients, of which one is the
+#: model's.
+BATCHES = {attacks.pgd: 7.1, attacks.apgd: 10.1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,3 +70,28 @@ def test_memory_of_an_attack(attack, norm, dtype):
     assert inputs.numel() * 4 < max(held)
     # In 16 bits the image that the model sees and its gradient come on top, and the results are half as large.
     assert max(held) / (inputs.numel() * 4) <= BATCHES[attack] + (dtype == torch.bfloat16) / 2
+
+
+class Keeper(nn.Module):
+    """Keeps what it is given, as a defence that compares queries does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(48, 10)
+        self.kept = []
+
+    def forward(self, x):
+        self.kept.append((x, x.detach().clone()))
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
+def test_what_a_model_was_given_is_left_alone(attack, norm):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, inputs = Keeper(), torch.rand(6, 3, 4, 4)
+    labels = model(inputs).argmax(1)
+    attack(model, inputs, labels, norm=norm, eps=0.01, steps=6, early_stop=False)
+    assert len(model.kept) > 6
+    assert all(torch.equal(x, seen) for x, seen in model.kept)

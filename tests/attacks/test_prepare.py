@@ -257,7 +257,7 @@ def test_counts_and_hooks_of_the_copy(cnn_problem):
 
 
 def test_copies_in_low_precision_see_few_batch_sizes(residual):
-    assert [_prepare.roomy_size(n) for n in (1, 2, 3, 5, 8, 9, 32, 33, 100)] == [1, 2, 4, 8, 8, 16, 32, 40, 112]
+    assert [_prepare.padded_size(n) for n in (1, 2, 3, 5, 8, 9, 32, 33, 100)] == [1, 2, 4, 8, 8, 16, 32, 40, 112]
     sizes = []
 
     def small(x):
@@ -303,6 +303,26 @@ def test_a_kept_copy_shares_nothing_with_the_model_and_dies_with_it():
     del model, network, parameter
     gc.collect()
     assert alive() is None
+
+
+def test_a_padded_1x1_convolution_is_left_to_the_model():
+    # PyTorch's channels_last kernels do not take all of them.
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, stride=2, padding=1), nn.Flatten(), nn.Linear(36, 5)).eval()
+    assert attacks.prepare(model, torch.rand(4, 3, 4, 4)).exact
+
+
+def test_a_copy_computes_in_its_own_precision_under_autocast(cnn_problem):
+    model, inputs, labels = cnn_problem
+    network = attacks.prepare(model, inputs)
+    assert not network.exact
+    want = network.ascend(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        for images in (inputs, inputs[:1]):
+            x = images.clone().requires_grad_()
+            logits = network.ascend(x)
+            assert torch.allclose(logits, want[: len(images)], atol=1e-5)
+            torch.autograd.grad(logits.sum(), x)
+        attacks.pgd(model, inputs, labels, eps=0.05, steps=3, fast=True)
 
 
 def test_errors_name_the_argument(cnn_problem):

@@ -501,6 +501,7 @@ WRONG = {
     "loss is unknown": ({"loss": "hinge"}, ValueError, "loss must be one of dlr, ce, margin, got 'hinge'"),
     "loss is a number": ({"loss": 3}, ValueError, "loss must be one of dlr, ce, margin, got 3"),
     "rounding is negative": ({"rounding": -1e-9}, ValueError, "rounding must be at least 0, got -1e-09"),
+    "rounding is a word": ({"rounding": "1e-3"}, TypeError, "rounding must be a float, got str"),
     "rounding is NaN": ({"rounding": NAN}, ValueError, "rounding must be at least 0, got nan"),
     "record is a tuple": ({"record": (1, 2)}, TypeError, "record must be a BestRecord or None, got tuple"),
     "record has no loss": (
