@@ -99,22 +99,35 @@ def _sum(x: Tensor) -> Tensor:
     return _keepdim(_flat(x).sum(1), x)
 
 
+def _length(x: Tensor) -> Tensor:
+    """Euclidean norm of each sample, whose squares need not be in float64's range."""
+    peak = _keepdim(_flat(x.abs()).amax(1), x)
+    return peak * _sum((x / torch.where(peak > 0, peak, 1)).square()).sqrt()
+
+
 def _project_l2(d: Tensor, lower: Tensor, upper: Tensor, eps: Tensor) -> Tensor:
-    """clip(s d, lower, upper) with the largest s in (0, 1] that keeps the norm within eps (METHODS section 6)."""
+    """clip(s d, lower, upper) with the largest s in (0, 1] that keeps the norm within eps (METHODS section 6).
 
-    def clipped(s: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(s * d, lower), upper)
+    The search is for t = s max |d| / eps in units of eps: s itself may be out of float64's range.
+    """
+    whole = torch.minimum(torch.maximum(d, lower), upper)
+    inside = _length(whole) <= eps
+    peak = _keepdim(_flat(d.abs()).amax(1), d)
+    shape, unit = d / torch.where(peak > 0, peak, 1), torch.where(inside | (eps == 0), 1, eps)
+    low_cap, high_cap = lower / unit, upper / unit
 
-    length = _sum(d.square()).sqrt()
-    one = torch.ones_like(length)
-    inside = _sum(clipped(one).square()).sqrt() <= eps
-    # Clipping only shortens, so eps / ||d|| fits; halving the exponent finds scales far below 1.
-    low, high = torch.where(inside, one, eps / length).clamp_max(1), one
+    def clipped(t: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(t * shape, low_cap), high_cap)
+
+    # Clipping only shortens, so that 1 / |shape| fits; halving the exponent finds scales of any magnitude.
+    length = _length(shape)
+    low = 1 / torch.where(length > 0, length, 1)
+    high = torch.maximum((peak / unit).clamp_max(1e300), low)
     for _ in range(_BISECTIONS):
-        s = (low * high).sqrt()
-        fits = _sum(clipped(s).square()).sqrt() <= eps
-        low, high = torch.where(fits, s, low), torch.where(fits, high, s)
-    return clipped(low)
+        t = low.sqrt() * high.sqrt()
+        fits = _length(clipped(t)) <= 1
+        low, high = torch.where(fits, t, low), torch.where(fits, high, t)
+    return torch.where(inside, whole, torch.where(eps > 0, clipped(low) * eps, 0))
 
 
 def _project_l1(d: Tensor, lower: Tensor, upper: Tensor, eps: Tensor) -> Tensor:
