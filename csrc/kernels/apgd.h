@@ -3,12 +3,7 @@
 // The rules stand in fastlip/ops/__init__.py and, as code, in fastlip/ops/reference.py.
 #pragma once
 #include "kernels/api.h"
-
-#ifdef __CUDACC__
-#define FASTLIP_EITHER __host__ __device__ __forceinline__
-#else
-#define FASTLIP_EITHER inline
-#endif
+#include "kernels/either.h"
 
 namespace fastlip {
 namespace {

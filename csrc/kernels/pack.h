@@ -6,12 +6,7 @@
 // targets have one source channel.
 #pragma once
 #include "kernels/api.h"
-
-#ifdef __CUDACC__
-#define FASTLIP_EITHER __host__ __device__ __forceinline__
-#else
-#define FASTLIP_EITHER inline
-#endif
+#include "kernels/either.h"
 
 namespace fastlip {
 namespace {

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastlip.attacks._chain import Plan, run
 from fastlip.ops import IndirectConvs
 
 
 class FusedConv(nn.Module):
-    """relu(conv(x) + other), or less of that, with gradients of ``x`` and ``other`` alone.
+    """A layer of a :class:`Chain`: relu(conv(x) + other), or less of that, with gradients of these two alone.
 
     Networks made for large images end in maps of a few pixels, where most of a padded kernel meets zeros. On a map of
     one pixel a 3x3 convolution is the product with its centre tap; on a map of 2x2 pixels the dense matrix from all
@@ -34,15 +33,6 @@ class FusedConv(nn.Module):
         self.back = conv.weight if low is None else nn.Parameter(conv.weight.detach().to(low), requires_grad=False)
         self.pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1 and low is None
         self._dense: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
-
-    def forward(
-        self,
-        x: Tensor,  # [B, C, H, W]
-        other: Tensor | None = None,  # broadcasts with [B, C', H', W']
-    ) -> Tensor:
-        given = (x,) if other is None else (x, other)
-        (out,) = run([self], Plan(len(given), (0,), (None if other is None else 1,), (len(given),)), *given)
-        return out
 
     def out_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """The shape of conv(x), [B, C', H', W']."""

@@ -5,7 +5,6 @@ buffers with a row for each image of the largest batch so far, whose first rows 
 for each size of that room, and as images fall the others move up to the front of a smaller one.
 """
 
-import contextlib
 import math
 import warnings
 from collections import OrderedDict
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastlip._cuda_graph import captured
 from fastlip.attacks._batch import Iterates, map_rows
 from fastlip.ops import PerSample
 
@@ -76,17 +76,7 @@ class CudaCapture:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
                 torch.cuda.empty_cache()  # what passes outside of graphs left behind, which the pool takes the place of
-            graph = torch.cuda.CUDAGraph()
-            # Not torch.cuda.graph, which collects garbage each time.
-            with torch.cuda.stream(stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    iterate()
-                except BaseException:
-                    with contextlib.suppress(RuntimeError):
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
+            graph = captured(iterate, stream, self._pool)
             current.wait_stream(stream)
         return graph.replay
 

@@ -396,5 +396,5 @@ def unblocked_gradient(batch: Batch, x: Tensor, grad: Tensor) -> Tensor:
     lo, hi = batch.bounds
     # The next number on that side, in memory of its own, and whether the box lets x move there: 1 or 0.
     there = grad * torch.inf
-    moves = torch.nextafter(x, there, out=there).clamp_(lo, hi).ne_(x)  # type: ignore[arg-type]
+    moves = torch.nextafter(x, there, out=there).clamp_(lo, hi).ne_(x)  # type: ignore[arg-type]  # two numbers or two tensors
     return moves.mul_(grad)

@@ -23,7 +23,7 @@ def can_be_packed(conv: nn.Conv2d) -> bool:
 
 
 class PackedConv(nn.Module):
-    """relu(conv(x) + other), or less of that, and its gradients, by :class:`fastlip.ops.IndirectConvs`.
+    """A layer of a :class:`Chain`: relu(conv(x) + other), or less of that, by :class:`fastlip.ops.IndirectConvs`.
 
     Products with padding are left out in both passes; where maps are small, those are most of all products. The weights
     are packed for each pass when the first input comes, and no longer kept as they were.

@@ -18,9 +18,14 @@ from fastlip.ops.reference import compute_dtype
 _CHECKED_CPU, _CHECKED_CUDA = (device in backends and backends[device].name == "native" for device in ("cpu", "cuda"))
 
 
+def checked_by_bindings(x: Tensor) -> bool:
+    """Whether ``x`` is a plain tensor on a device whose compiled bindings check it."""
+    return type(x) is Tensor and (_CHECKED_CPU if x.is_cpu else _CHECKED_CUDA and x.is_cuda)
+
+
 def as_given(x: Tensor, *others: Tensor, model_input: ModelInput | None = None) -> bool:
     """Whether an operator may be tried on these: plain tensors without gradients, where bindings check them."""
-    if type(x) is not Tensor or not (_CHECKED_CPU if x.is_cpu else _CHECKED_CUDA and x.is_cuda) or x.requires_grad:
+    if not checked_by_bindings(x) or x.requires_grad:
         return False
     for t in others:
         if type(t) is not Tensor or t.requires_grad:
@@ -33,10 +38,15 @@ def tried(operator: Callable[..., object], *arguments: object) -> bool:
     try:
         operator(*arguments)
     except RuntimeError as error:
-        if "CUDA error" in str(error):  # of a launch: no argument was wrong
-            raise
+        raise_unless_refused(error)
         return False
     return True
+
+
+def raise_unless_refused(error: RuntimeError) -> None:
+    """Raise the error of a launch again, for which no argument is to blame."""
+    if "CUDA error" in str(error):
+        raise error
 
 
 def number_as_given(value: PerSample, x: Tensor) -> tuple[float, Tensor | None] | None:

@@ -7,12 +7,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlip.ops._bindings import checked_by_bindings, raise_unless_refused
 from fastlip.ops._checks import begin_together, describe
-from fastlip.ops._register import backends
 
 _judge = torch.ops.fastlip.judge
-#: Devices whose bindings refuse whatever is wrong before they write anything.
-_CHECKED = tuple(device for device, backend in backends.items() if backend.name == "native")
 
 Loss = Literal["dlr", "ce", "margin"]
 LOSSES = ("dlr", "ce", "margin")
@@ -91,16 +89,15 @@ def judge(
         TypeError: a dtype or type is wrong; the message names the argument.
     """
     if (
-        type(logits) is Tensor
+        checked_by_bindings(logits)
         and not torch.compiler.is_compiling()
         and logits.is_contiguous()
-        and logits.device.type in _CHECKED
         and (record is None or (type(record) is BestRecord and record.loss is not None))
     ):
-        try:  # the checks below take as long as the operator, whose own are as strict but do not say what it got
+        try:
             return Judgement._make(_judge(logits, labels, targets, toward, loss, rounding, *_fields(record)))
-        except RuntimeError:
-            pass
+        except RuntimeError as error:  # the checks below say what was wrong with it
+            raise_unless_refused(error)
     if not isinstance(logits, Tensor) or logits.dtype not in (torch.float32, torch.float64):
         got = describe(logits) if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"logits must be a float32 or float64 tensor, got {got}")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from fastlip.attacks._chain import Chain, Plan
 from fastlip.attacks._fused import FusedConv, dense_matrix
 from fastlip.attacks._rewrite import FullFirst, fold, fuse, lower
 
@@ -33,6 +34,12 @@ def conv_of(geometry, bias, dtype=torch.float64):
         return nn.Conv2d(*channels, kernel, stride, padding, dilation, groups, bias, dtype=dtype).requires_grad_(False)
 
 
+def alone(layer, x, other=None):
+    """What a layer gives as the only one of a chain."""
+    given = (x,) if other is None else (x, other)
+    return Chain([layer], Plan(len(given), (0,), (None if other is None else 1,), (len(given),)))(*given)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -46,7 +53,7 @@ def test_values_and_gradients_are_those_of_the_convolution(geometry, channels_la
     for args, relu in (((x,), False), ((x,), True), ((x, other), False), ((x, other), True)):
         want = conv(x) if len(args) == 1 else conv(x) + other
         want = want.relu() if relu else want
-        got = FusedConv(conv, relu)(*args)
+        got = alone(FusedConv(conv, relu), *args)
         torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
         weight = torch.randn(want.shape, generator=generator, dtype=torch.float64)
         expected = torch.autograd.grad((want * weight).sum(), args)
@@ -69,14 +76,14 @@ def test_a_map_of_another_size_and_a_sum_that_broadcasts():
     for side in (1, 2, 6, 1):
         x = torch.randn(2, 5, side, side, dtype=torch.float64)
         for other in (torch.randn(2, 7, 1, 1, dtype=torch.float64), torch.randn(7, side, side, dtype=torch.float64)):
-            torch.testing.assert_close(layer(x, other), (layer.conv(x) + other).relu(), atol=1e-12, rtol=1e-12)
+            torch.testing.assert_close(alone(layer, x, other), (layer.conv(x) + other).relu(), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_a_first_layer_of_low_precision_output(precision):
     conv = conv_of(GEOMETRIES[-2], bias=True, dtype=torch.float32)
     x = torch.rand(2, 3, 12, 10, requires_grad=True)
-    got = FusedConv(conv, True, precision)(x)
+    got = alone(FusedConv(conv, True, precision), x)
     want = conv(x).relu()
     assert got.dtype == precision
     assert torch.equal(got, want.to(precision))

@@ -148,11 +148,11 @@ def test_nothing_is_left_open_for_solvers() -> None:
 def test_the_former_keyword_warns() -> None:
     op = norms.conv_operator(WEIGHT, 8)
     with pytest.warns(DeprecationWarning, match=r"operator_norms\(settings=\) is now options=") as caught:
-        former = norms.operator_norms([op], settings=NormOptions(method="svd"))  # type: ignore[call-arg]  # is now options
+        former = norms.operator_norms([op], settings=NormOptions(method="svd"))  # type: ignore[call-arg]  # its former name
     assert caught[0].filename == __file__
     assert former == norms.operator_norms([op], NormOptions(method="svd"))
     with pytest.raises(TypeError, match="got both 'options' and its former name 'settings'"):
-        norms.operator_norms([op], options=NormOptions(), settings=NormOptions())  # type: ignore[call-arg]
+        norms.operator_norms([op], options=NormOptions(), settings=NormOptions())  # type: ignore[call-arg]  # both names
 
 
 def test_the_old_name_warns() -> None:

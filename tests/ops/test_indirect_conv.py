@@ -70,10 +70,11 @@ def test_the_definition(sizes, batch):
 def test_nothing_to_do():
     arguments, _ = operands(2, 3, 4, 2, 5, 6)
     x, weight, table = arguments
-    out = torch.empty(0, 4, 6)
-    ops.IndirectConvs().add(out, x[:0], weight, table)
-    out = torch.full((2, 0, 6), 1.0)
-    ops.IndirectConvs().add(out, x, weight, table[:0])
+    memory = torch.full((2, 4, 6), 1.0)
+    ops.IndirectConvs().add(memory[:0], x[:0], weight, table)
+    ops.IndirectConvs().add(memory.view(2, 24)[:, :0].view(2, 0, 6), x, weight, table[:0])
+    ops.IndirectConvs().run()
+    assert (memory == 1).all()
 
 
 def test_nan_and_infinity_stay():

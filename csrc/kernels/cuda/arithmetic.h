@@ -10,12 +10,7 @@
 #include <type_traits>
 
 #include "kernels/api.h"
-
-#ifdef __CUDACC__
-#define FASTLIP_HD __host__ __device__ __forceinline__
-#else
-#define FASTLIP_HD inline
-#endif
+#include "kernels/either.h"
 
 // Of a lambda: what it captures by reference may lie in registers then.
 #define FASTLIP_INLINE __attribute__((always_inline))
@@ -26,50 +21,50 @@ template <typename S>
 using Arith = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 template <typename To, typename From>
-FASTLIP_HD To bit_cast(const From& from) {
+FASTLIP_EITHER To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   memcpy(&to, &from, sizeof(To));
   return to;
 }
 
-FASTLIP_HD float lesser(float a, float b) { return fminf(a, b); }  // of a NaN and a number, the number
-FASTLIP_HD double lesser(double a, double b) { return fmin(a, b); }
-FASTLIP_HD float greater(float a, float b) { return fmaxf(a, b); }
-FASTLIP_HD double greater(double a, double b) { return fmax(a, b); }
-FASTLIP_HD float magnitude(float a) { return fabsf(a); }
-FASTLIP_HD double magnitude(double a) { return fabs(a); }
-FASTLIP_HD float with_sign(float size, float sign) { return copysignf(size, sign); }
-FASTLIP_HD double with_sign(double size, double sign) { return copysign(size, sign); }
+FASTLIP_EITHER float lesser(float a, float b) { return fminf(a, b); }  // of a NaN and a number, the number
+FASTLIP_EITHER double lesser(double a, double b) { return fmin(a, b); }
+FASTLIP_EITHER float greater(float a, float b) { return fmaxf(a, b); }
+FASTLIP_EITHER double greater(double a, double b) { return fmax(a, b); }
+FASTLIP_EITHER float magnitude(float a) { return fabsf(a); }
+FASTLIP_EITHER double magnitude(double a) { return fabs(a); }
+FASTLIP_EITHER float with_sign(float size, float sign) { return copysignf(size, sign); }
+FASTLIP_EITHER double with_sign(double size, double sign) { return copysign(size, sign); }
 
 template <typename T>
-FASTLIP_HD T clamp(T value, T lo, T hi) {
+FASTLIP_EITHER T clamp(T value, T lo, T hi) {
   return lesser(greater(value, lo), hi);
 }
 
 // Rounded once each: Linf must agree bit for bit with backends that do not contract a * b + c.
-FASTLIP_HD float add_rn(float a, float b) {
+FASTLIP_EITHER float add_rn(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fadd_rn(a, b);
 #else
   return a + b;
 #endif
 }
-FASTLIP_HD double add_rn(double a, double b) {
+FASTLIP_EITHER double add_rn(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dadd_rn(a, b);
 #else
   return a + b;
 #endif
 }
-FASTLIP_HD float multiply_rn(float a, float b) {
+FASTLIP_EITHER float multiply_rn(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
 #else
   return a * b;
 #endif
 }
-FASTLIP_HD double multiply_rn(double a, double b) {
+FASTLIP_EITHER double multiply_rn(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(a, b);
 #else
@@ -77,7 +72,7 @@ FASTLIP_HD double multiply_rn(double a, double b) {
 #endif
 }
 
-FASTLIP_HD float divide_rn(float a, float b) {
+FASTLIP_EITHER float divide_rn(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fdiv_rn(a, b);
 #else
@@ -85,13 +80,13 @@ FASTLIP_HD float divide_rn(float a, float b) {
 #endif
 }
 
-FASTLIP_HD float widen(float v) { return v; }
-FASTLIP_HD double widen(double v) { return v; }
-FASTLIP_HD float widen(__half v) { return __half2float(v); }
-FASTLIP_HD float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+FASTLIP_EITHER float widen(float v) { return v; }
+FASTLIP_EITHER double widen(double v) { return v; }
+FASTLIP_EITHER float widen(__half v) { return __half2float(v); }
+FASTLIP_EITHER float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 template <typename S>
-FASTLIP_HD S nearest(float v) {
+FASTLIP_EITHER S nearest(float v) {
   if constexpr (std::is_same_v<S, float>) {
     return v;
   } else if constexpr (std::is_same_v<S, __half>) {
@@ -103,7 +98,7 @@ FASTLIP_HD S nearest(float v) {
 
 // To storage; 16-bit storage rounds towards `centre`, so that rounding never leaves the ball.
 template <typename S>
-FASTLIP_HD S narrow(Arith<S> value, Arith<S> centre) {
+FASTLIP_EITHER S narrow(Arith<S> value, Arith<S> centre) {
   if constexpr (sizeof(S) > 2) {
     return value;
   } else {
@@ -117,18 +112,18 @@ FASTLIP_HD S narrow(Arith<S> value, Arith<S> centre) {
 }
 
 template <typename T>
-FASTLIP_HD T radius_of(T eps) {
+FASTLIP_EITHER T radius_of(T eps) {
   return eps > T(0) ? eps : T(0);
 }
 
 template <typename T>
-FASTLIP_HD T finite_or_zero(T v) {
+FASTLIP_EITHER T finite_or_zero(T v) {
   return magnitude(v) < T(INFINITY) ? v : T(0);
 }
 
 // 2^exponent, which must be a normal number.
 template <typename T>
-FASTLIP_HD T power_of_two(int exponent) {
+FASTLIP_EITHER T power_of_two(int exponent) {
   if constexpr (std::is_same_v<T, double>) {
     return bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52);
   } else {
@@ -139,28 +134,28 @@ FASTLIP_HD T power_of_two(int exponent) {
 template <typename T>
 constexpr int kMostExponent = std::is_same_v<T, double> ? 1022 : 126;
 // Of a finite number's leading bit, at least -kMostExponent.
-FASTLIP_HD int exponent_of(float v) {
+FASTLIP_EITHER int exponent_of(float v) {
   const int biased = static_cast<int>(bit_cast<uint32_t>(v) >> 23 & 0xFF);
   return (biased > 1 ? biased : 1) - 127;
 }
-FASTLIP_HD int exponent_of(double v) {
+FASTLIP_EITHER int exponent_of(double v) {
   const int biased = static_cast<int>(bit_cast<uint64_t>(v) >> 52 & 0x7FF);
   return (biased > 1 ? biased : 1) - 1023;
 }
 template <typename T>
-FASTLIP_HD int fitting_exponent(int exponent) {
+FASTLIP_EITHER int fitting_exponent(int exponent) {
   constexpr int kMost = kMostExponent<T>;
   return exponent > kMost ? kMost : exponent < -kMost ? -kMost : exponent;
 }
 
 // Linf, whose result is a matter of a few roundings in a fixed order.
 template <typename T>
-FASTLIP_HD T signed_step(T grad, T step) {
+FASTLIP_EITHER T signed_step(T grad, T step) {
   return !(magnitude(grad) < T(INFINITY)) || grad == T(0) ? T(0) : grad > T(0) ? step : -step;
 }
 
 template <typename T>
-FASTLIP_HD T project_linf(T v, T x0, T eps, T lo, T hi) {
+FASTLIP_EITHER T project_linf(T v, T x0, T eps, T lo, T hi) {
   return clamp(add_rn(x0, clamp(add_rn(v, -x0), -eps, eps)), lo, hi);
 }
 

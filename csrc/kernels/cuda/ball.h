@@ -16,7 +16,7 @@ struct Tally {
   int count = 0;
   T parts[kSums][kLanes];
 
-  FASTLIP_HD void open() {
+  FASTLIP_EITHER void open() {
 #pragma unroll
     for (int k = 0; k < kSums; ++k) {
 #pragma unroll
@@ -25,7 +25,7 @@ struct Tally {
   }
   // The first kUsed of them.
   template <int kUsed>
-  FASTLIP_HD void close() {
+  FASTLIP_EITHER void close() {
 #pragma unroll
     for (int k = 0; k < kUsed; ++k) {
       if constexpr (kLanes == 4) {
@@ -41,7 +41,7 @@ struct Tally {
 // Between these a sum of squares is exact enough whatever the elements: what falls below T's range does not count, and
 // nothing exceeds it.
 template <typename T>
-FASTLIP_HD bool safe_squares(double sum) {
+FASTLIP_EITHER bool safe_squares(double sum) {
   return std::is_same_v<T, double> ? sum > 1e-200 && sum < 1e200 : sum > 1e-20 && sum < 1e30;
 }
 
@@ -53,7 +53,7 @@ struct Move {
 
 // step / ||grad|| with ||grad|| = sqrt(squares) 2^exponent, as two factors because it may not fit in one.
 template <typename T>
-FASTLIP_HD Move<T> l2_move(T step, double squares, int exponent) {
+FASTLIP_EITHER Move<T> l2_move(T step, double squares, int exponent) {
   if (!(squares > 0)) return {0, 0, 0};
   const T root = sqrt(static_cast<T>(squares));
   const int own = exponent_of(root), all = own + exponent, fits = fitting_exponent<T>(all);
@@ -61,7 +61,7 @@ FASTLIP_HD Move<T> l2_move(T step, double squares, int exponent) {
 }
 
 template <Norm kNorm, typename T>
-FASTLIP_HD T moved(T x, T grad, const Move<T>& move) {
+FASTLIP_EITHER T moved(T x, T grad, const Move<T>& move) {
   if constexpr (kNorm == Norm::l2) {
     return x + grad * move.scale * move.rate;
   } else {
@@ -73,11 +73,11 @@ FASTLIP_HD T moved(T x, T grad, const Move<T>& move) {
 template <typename T>
 using Key = std::conditional_t<std::is_same_v<T, double>, uint64_t, uint32_t>;
 template <typename T>
-FASTLIP_HD Key<T> key_of(T grad) {
+FASTLIP_EITHER Key<T> key_of(T grad) {
   return bit_cast<Key<T>>(magnitude(grad));
 }
 
-FASTLIP_HD int bit_width(uint64_t v) {
+FASTLIP_EITHER int bit_width(uint64_t v) {
 #ifdef __CUDA_ARCH__
   return 64 - __clzll(static_cast<long long>(v));
 #else
@@ -96,16 +96,16 @@ struct KeySearch {
   T rate;                  // of the first pass, 0 afterwards
   int shift;
 
-  FASTLIP_HD KeySearch(T peak, int nonzero, int wanted)
+  FASTLIP_EITHER KeySearch(T peak, int nonzero, int wanted)
       : low(1), high(key_of(peak) + 1), count(nonzero), above(0), kept(wanted), rate((kBins - 1) / peak), shift(0) {
     if (!(rate < T(1e30))) rate = 0;
     narrow();
   }
-  FASTLIP_HD bool done() const { return count <= kept || high - low <= 1; }
-  FASTLIP_HD bool in(Key<T> key) const { return key >= low && key < high; }
-  FASTLIP_HD int bin(Key<T> key) const { return rate > T(0) ? even(key) : static_cast<int>((key - low) >> shift); }
+  FASTLIP_EITHER bool done() const { return count <= kept || high - low <= 1; }
+  FASTLIP_EITHER bool in(Key<T> key) const { return key >= low && key < high; }
+  FASTLIP_EITHER int bin(Key<T> key) const { return rate > T(0) ? even(key) : static_cast<int>((key - low) >> shift); }
   // What the pass found: the bin with the key in question, keys in the bins above it, keys in it.
-  FASTLIP_HD void update(int bin, int beyond, int within) {
+  FASTLIP_EITHER void update(int bin, int beyond, int within) {
     const Key<T> bottom = edge(bin), top = edge(bin + 1);
     low = bottom;
     high = top;
@@ -117,7 +117,7 @@ struct KeySearch {
 
  private:
   // Adding 1.5 2^(digits - 1) rounds to an integer and leaves it in the last bits.
-  FASTLIP_HD int even(Key<T> key) const {
+  FASTLIP_EITHER int even(Key<T> key) const {
     const T size = bit_cast<T>(key);
     if constexpr (std::is_same_v<T, double>) {
       return static_cast<int>(bit_cast<uint64_t>(fma(size, rate, 0x1.8p52)) & 0xFFFF);
@@ -126,7 +126,7 @@ struct KeySearch {
     }
   }
   // The least key of the bracket whose bin is not below this.
-  FASTLIP_HD Key<T> edge(int bin) const {
+  FASTLIP_EITHER Key<T> edge(int bin) const {
     if (bin <= 0) return low;
     if (bin >= kBins) return high;
     Key<T> at;
@@ -141,7 +141,7 @@ struct KeySearch {
     }
     return at;
   }
-  FASTLIP_HD void narrow() {
+  FASTLIP_EITHER void narrow() {
     const int bits = bit_width(static_cast<uint64_t>(high - low - 1));
     shift = bits > kBits ? bits - kBits : 0;
   }
@@ -151,11 +151,11 @@ struct KeySearch {
 // Displacement from x0: its size, at most `most` whatever the input, so that searches end; and how far the box lets it
 // go.
 template <typename T>
-FASTLIP_HD T gap_size(T v, T x0, T most) {
+FASTLIP_EITHER T gap_size(T v, T x0, T most) {
   return lesser(magnitude(v - x0), most);
 }
 template <typename T>
-FASTLIP_HD T gap_cap(T v, T x0, T lo, T hi) {
+FASTLIP_EITHER T gap_cap(T v, T x0, T lo, T hi) {
   return greater(v > x0 ? hi - x0 : x0 - lo, T(0));
 }
 
@@ -174,7 +174,7 @@ struct L2Search {
   uint32_t capped = UINT32_MAX;
   bool inside = false;
 
-  FASTLIP_HD explicit L2Search(T eps) {
+  FASTLIP_EITHER explicit L2Search(T eps) {
     const int exponent = eps > T(0) && eps < T(INFINITY) ? exponent_of(eps) : 0;
     const int fits = fitting_exponent<T>(exponent);
     unit = power_of_two<T>(-fits);
@@ -182,15 +182,15 @@ struct L2Search {
     target = eps * unit * (eps * unit);
     ratio = scale = 0;
   }
-  FASTLIP_HD T cap_in_units(T cap) const { return cap * unit; }
+  FASTLIP_EITHER T cap_in_units(T cap) const { return cap * unit; }
   // sums: of min(size, cap)^2, of size^2. The size, as it is.
-  FASTLIP_HD T begin(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
+  FASTLIP_EITHER T begin(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
     const T whole = gap_size(v, x0, kLargest), size = whole * unit, within = lesser(size, cap);
     tally.parts[0][lane] += within * within;
     tally.parts[1][lane] += size * size;
     return whole;
   }
-  FASTLIP_HD bool start(const double (&sums)[2], double) {  // false: done
+  FASTLIP_EITHER bool start(const double (&sums)[2], double) {  // false: done
     inside = sums[0] <= target && target > 0;
     if (inside || !(target > 0)) return false;
     ratio = target / static_cast<T>(sums[1]);
@@ -198,13 +198,15 @@ struct L2Search {
     return true;
   }
   // Whether sizes need a unit of their own; and given it, by the largest: the next pass sums them.
-  FASTLIP_HD bool far(const double (&sums)[2]) const { return !(sums[1] < (std::is_same_v<T, double> ? 1e200 : 1e30)); }
-  FASTLIP_HD void restart(T peak) {
+  FASTLIP_EITHER bool far(const double (&sums)[2]) const {
+    return !(sums[1] < (std::is_same_v<T, double> ? 1e200 : 1e30));
+  }
+  FASTLIP_EITHER void restart(T peak) {
     size_unit = power_of_two<T>(-fitting_exponent<T>(exponent_of(peak)));
     ratio = scale = 0;
   }
   // sums: of cap^2 where capped, of size^2 elsewhere; number capped.
-  FASTLIP_HD void add(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
+  FASTLIP_EITHER void add(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
     const T size = gap_size(v, x0, kLargest), own = size * size_unit;
     if (size * scale >= cap) {
       tally.parts[0][lane] += cap * cap;
@@ -213,7 +215,7 @@ struct L2Search {
       tally.parts[1][lane] += own * own;
     }
   }
-  FASTLIP_HD bool update(const double (&sums)[2], double count) {  // false: done
+  FASTLIP_EITHER bool update(const double (&sums)[2], double count) {  // false: done
     if (static_cast<uint32_t>(count) == capped) return false;
     capped = static_cast<uint32_t>(count);
     const T next = static_cast<T>(target - sums[0]) / static_cast<T>(sums[1]), further = sqrt(next) * size_unit;
@@ -222,7 +224,7 @@ struct L2Search {
     scale = further;
     return true;
   }
-  FASTLIP_HD T projected(T v, T x0, T cap) const {
+  FASTLIP_EITHER T projected(T v, T x0, T cap) const {
     const T move = lesser(gap_size(v, x0, kLargest) * scale, cap);
     return x0 + with_sign(move, v - x0) * power_of_two<T>(-exponent_of(unit));
   }
@@ -241,17 +243,17 @@ struct L1Search {
   int steps = 0;
   bool inside = false, ended = false;
 
-  FASTLIP_HD explicit L1Search(T eps) : target(eps) {}
-  FASTLIP_HD T cap_in_units(T cap) const { return cap; }
+  FASTLIP_EITHER explicit L1Search(T eps) : target(eps) {}
+  FASTLIP_EITHER T cap_in_units(T cap) const { return cap; }
   // sums: of min(size, cap), of size; number between 0 and cap. The size.
-  FASTLIP_HD T begin(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
+  FASTLIP_EITHER T begin(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
     const T size = gap_size(v, x0, kLargest);
     tally.parts[0][lane] += lesser(size, cap);
     tally.parts[1][lane] += size;
     tally.count += size > T(0) && size < cap ? 1 : 0;
     return size;
   }
-  FASTLIP_HD bool start(const double (&sums)[2], double free) {  // false: done
+  FASTLIP_EITHER bool start(const double (&sums)[2], double free) {  // false: done
     high = sums[1];
     const bool fits = sums[0] <= target;
     inside = fits && (target < kLargest || target == T(INFINITY));  // else sizes may have been cut
@@ -264,12 +266,12 @@ struct L1Search {
     return !ended;
   }
   // sums: of delta; number between 0 and cap.
-  FASTLIP_HD void add(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
+  FASTLIP_EITHER void add(T v, T x0, T cap, Tally<T, 2>& tally, int lane) const {
     const T move = shrunk(v, x0, cap);
     tally.parts[0][lane] += move;
     tally.count += move > T(0) && move < cap ? 1 : 0;
   }
-  FASTLIP_HD bool update(const double (&sums)[1], double free) {  // false: done
+  FASTLIP_EITHER bool update(const double (&sums)[1], double free) {  // false: done
     if (fabs(sums[0] - static_cast<double>(target)) <= kTolerance * static_cast<double>(target)) return false;
     (sums[0] > target ? low : high) = lambda;
     if (++steps >= kMost) {
@@ -280,15 +282,15 @@ struct L1Search {
     }
     return !ended;
   }
-  FASTLIP_HD T projected(T v, T x0, T cap) const { return x0 + with_sign(shrunk(v, x0, cap), v - x0); }
+  FASTLIP_EITHER T projected(T v, T x0, T cap) const { return x0 + with_sign(shrunk(v, x0, cap), v - x0); }
 
  private:
   // Lambda in two parts: one float is too coarse where eps is far below the sizes.
-  FASTLIP_HD T shrunk(T v, T x0, T cap) const {
+  FASTLIP_EITHER T shrunk(T v, T x0, T cap) const {
     const T head = static_cast<T>(lambda), tail = static_cast<T>(lambda - head);
     return lesser(greater(gap_size(v, x0, kLargest) - head - tail, T(0)), cap);
   }
-  FASTLIP_HD void propose(double sum, double free) {
+  FASTLIP_EITHER void propose(double sum, double free) {
     double next = free > 0 ? lambda + static_cast<T>(sum - static_cast<double>(target)) / static_cast<T>(free) : low;
     if (free > 0 && next == lambda) {  // lambda is as fine as it gets
       if (sum < target) {

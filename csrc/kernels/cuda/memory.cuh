@@ -189,7 +189,7 @@ __device__ __forceinline__ void look_at(const PgdStep& p, int64_t sample, const 
 }
 
 // --- launching -------------------------------------------------------------------------------------------------------
-FASTLIP_HD bool aligned(const void* pointer, int64_t stride_bytes, int64_t bytes) {
+FASTLIP_EITHER bool aligned(const void* pointer, int64_t stride_bytes, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0 && stride_bytes % bytes == 0;
 }
 

@@ -12,7 +12,7 @@ struct Tf32Pair {
   uint32_t large, small;
 };
 
-FASTLIP_HD Tf32Pair split_tf32(float x) {
+FASTLIP_EITHER Tf32Pair split_tf32(float x) {
   constexpr uint32_t kHalf = 0x1000, kKept = ~0x1FFFu;
   const uint32_t large = (bit_cast<uint32_t>(x) + kHalf) & kKept;  // to nearest, ties away from zero
   return {large, bit_cast<uint32_t>(x - bit_cast<float>(large)) & kKept};
@@ -39,28 +39,28 @@ struct MatrixShape {
 
   int lanes, columns;  // of the square
 
-  FASTLIP_HD MatrixShape(int lanes, int columns) : lanes(lanes), columns(columns) {}
+  FASTLIP_EITHER MatrixShape(int lanes, int columns) : lanes(lanes), columns(columns) {}
 
   // A warp of split i takes every splits()-th step from i on.
-  FASTLIP_HD int splits() const { return columns <= kMostColumnTiles * kColumns ? kWarps : 1; }
-  FASTLIP_HD int split(int warp) const { return splits() == 1 ? 0 : warp; }
+  FASTLIP_EITHER int splits() const { return columns <= kMostColumnTiles * kColumns ? kWarps : 1; }
+  FASTLIP_EITHER int split(int warp) const { return splits() == 1 ? 0 : warp; }
   // A warp's tiles of rows and of columns; the last tile of columns may be empty.
-  FASTLIP_HD int row_tiles() const { return lanes / kRows; }
-  FASTLIP_HD int column_tiles() const {
+  FASTLIP_EITHER int row_tiles() const { return lanes / kRows; }
+  FASTLIP_EITHER int column_tiles() const {
     const int each = splits() == 1 ? kColumns * kWarps : kColumns;
     return (columns + each - 1) / each;
   }
   // The first of a warp's columns.
-  FASTLIP_HD int first_column(int warp) const { return splits() == 1 ? warp * column_tiles() * kColumns : 0; }
+  FASTLIP_EITHER int first_column(int warp) const { return splits() == 1 ? warp * column_tiles() * kColumns : 0; }
 
   // Rows of a[i], c[2 i] and c[2 i + 1], i < 2; a[i + 2] is in the row of a[i].
-  FASTLIP_HD static int row(int lane, int tile, int i) { return tile * kRows + lane / 4 * 2 + i; }
+  FASTLIP_EITHER static int row(int lane, int tile, int i) { return tile * kRows + lane / 4 * 2 + i; }
   // Products of a[2 i], a[2 i + 1] and b[i], i < 2.
-  FASTLIP_HD static int product(int lane, int step, int i) { return step * kDepth + lane % 4 * 2 + i; }
+  FASTLIP_EITHER static int product(int lane, int step, int i) { return step * kDepth + lane % 4 * 2 + i; }
   // Column of b.
-  FASTLIP_HD static int column(int lane, int tile) { return tile * kColumns + lane / 4; }
+  FASTLIP_EITHER static int column(int lane, int tile) { return tile * kColumns + lane / 4; }
   // Columns of c[i] and c[i + 2], i < 2.
-  FASTLIP_HD static int sum_column(int lane, int tile, int i) { return tile * kColumns + lane % 4 * 2 + i; }
+  FASTLIP_EITHER static int sum_column(int lane, int tile, int i) { return tile * kColumns + lane % 4 * 2 + i; }
 };
 
 }  // namespace fastlip::cuda

@@ -24,8 +24,8 @@ struct TilePlace {
   int tap_count, channels, vectors;
   int lanes, rows;  // channels of the block with and without padding
 
-  FASTLIP_HD TilePlace(const OperatorStep& p, const OperatorStep::Problem& problem, const OperatorStep::Tile& tile,
-                       const OperatorStep::GatherGroup& gather_group)
+  FASTLIP_EITHER TilePlace(const OperatorStep& p, const OperatorStep::Problem& problem, const OperatorStep::Tile& tile,
+                           const OperatorStep::GatherGroup& gather_group)
       : taps(p.entries + gather_group.taps_at),
         targets(p.entries + gather_group.targets_at),
         sources(p.entries + gather_group.sources_at),
@@ -51,14 +51,14 @@ struct TilePlace {
   }
 
   // The pixel (an index into the gather group's) and the vector of a column; columns count from the group's first.
-  FASTLIP_HD int pixel_of(int at) const { return at / vectors; }
-  FASTLIP_HD int vector_of(int at) const { return at % vectors; }
+  FASTLIP_EITHER int pixel_of(int at) const { return at / vectors; }
+  FASTLIP_EITHER int vector_of(int at) const { return at % vectors; }
   // Offset in x of a source pixel's channels, and in out of a target pixel's; pixels are counted over all vectors.
-  FASTLIP_HD int64_t source_of(int pixel) const { return source_at + static_cast<int64_t>(pixel) * source_row; }
-  FASTLIP_HD int64_t target_of(int pixel) const { return target_at + static_cast<int64_t>(pixel) * target_row; }
+  FASTLIP_EITHER int64_t source_of(int pixel) const { return source_at + static_cast<int64_t>(pixel) * source_row; }
+  FASTLIP_EITHER int64_t target_of(int pixel) const { return target_at + static_cast<int64_t>(pixel) * target_row; }
   // Offset of the weights from a source channel to the block's channels for a tap of the kernel. Each target channel
   // has fewer than 2^31 weights.
-  FASTLIP_HD int64_t weight_of(int tap, int channel) const {
+  FASTLIP_EITHER int64_t weight_of(int tap, int channel) const {
     return weight_at + static_cast<int64_t>(tap * channels + channel) * lanes;
   }
 };
@@ -74,7 +74,7 @@ struct Chunks {
   int tap_chunks;  // chunks over the taps
   int count;
 
-  FASTLIP_HD Chunks(int taps, int channels)
+  FASTLIP_EITHER Chunks(int taps, int channels)
       : taps(taps),
         channels(channels),
         pieces((channels + kPiece - 1) / kPiece),
@@ -85,15 +85,15 @@ struct Chunks {
         count(tap_chunks * ((pieces + kPieces - 1) / kPieces)) {}
 
   // First chunk of a part; begin(parts, parts) is the end of the last one.
-  FASTLIP_HD int begin(int64_t part, int64_t parts) const { return static_cast<int>(count * part / parts); }
+  FASTLIP_EITHER int begin(int64_t part, int64_t parts) const { return static_cast<int>(count * part / parts); }
 
   struct Cursor {
     int tap_chunk, channel_chunk;
   };
-  FASTLIP_HD Cursor cursor(int chunk) const {
+  FASTLIP_EITHER Cursor cursor(int chunk) const {
     return tap_chunks == 0 ? Cursor{0, 0} : Cursor{chunk % tap_chunks, chunk / tap_chunks};
   }
-  FASTLIP_HD void advance(Cursor& cursor) const {
+  FASTLIP_EITHER void advance(Cursor& cursor) const {
     if (++cursor.tap_chunk == tap_chunks) {
       cursor.tap_chunk = 0;
       ++cursor.channel_chunk;
@@ -104,7 +104,7 @@ struct Chunks {
   struct Piece {
     int tap, channel;
   };
-  FASTLIP_HD Piece piece(const Cursor& cursor, int index) const {
+  FASTLIP_EITHER Piece piece(const Cursor& cursor, int index) const {
     Piece out{cursor.tap_chunk, (cursor.channel_chunk * kPieces + index) * kPiece};
     if (pieces == 1) out = {cursor.tap_chunk * 4 + index, 0};
     if (pieces == 2) out = {cursor.tap_chunk * 2 + index / 2, index % 2 * kPiece};
@@ -119,7 +119,7 @@ struct Shape {
   static constexpr int kRows = 8, kColumns = 8;  // of a thread
   int row_groups, column_groups, splits;
 
-  FASTLIP_HD Shape(int rows, int columns) {
+  FASTLIP_EITHER Shape(int rows, int columns) {
     row_groups = rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
     column_groups = 8;
     splits = 8 / row_groups;
@@ -130,16 +130,16 @@ struct Shape {
   }
 
   // Neighbouring threads differ in their column first, then in their rows: few words are read twice by a quarter warp.
-  FASTLIP_HD int row_group(int thread) const { return thread / 2 % row_groups; }
-  FASTLIP_HD int column_group(int thread) const {
+  FASTLIP_EITHER int row_group(int thread) const { return thread / 2 % row_groups; }
+  FASTLIP_EITHER int column_group(int thread) const {
     return thread % 2 + thread / 2 / row_groups % (column_groups / 2) * 2;
   }
-  FASTLIP_HD int split(int thread) const { return thread / (row_groups * column_groups); }
+  FASTLIP_EITHER int split(int thread) const { return thread / (row_groups * column_groups); }
   // A thread's rows are two runs of four and its columns are strided, so that neighbours' accesses are contiguous.
-  FASTLIP_HD int row(int thread, int index) const {
+  FASTLIP_EITHER int row(int thread, int index) const {
     return index / 4 * row_groups * 4 + row_group(thread) * 4 + index % 4;
   }
-  FASTLIP_HD int column(int thread, int index) const { return column_group(thread) + index * column_groups; }
+  FASTLIP_EITHER int column(int thread, int index) const { return column_group(thread) + index * column_groups; }
 };
 
 // The factors of a column and of its previous vector: 1 / |x| and |x| / |previous|, or 0 where a length is 0.
@@ -147,7 +147,7 @@ template <typename T>
 struct Scales {
   T scale, shift;
 
-  FASTLIP_HD Scales(const OperatorStep& p, int64_t vector) : scale(1), shift(0) {
+  FASTLIP_EITHER Scales(const OperatorStep& p, int64_t vector) : scale(1), shift(0) {
     if (p.x_square == nullptr) return;
     const double length = sqrt(p.x_square[vector]);
     scale = static_cast<T>(length > 0 ? 1 / length : 0);

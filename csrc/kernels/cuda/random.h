@@ -9,14 +9,14 @@ struct Words {
   uint32_t at[4];
 };
 
-FASTLIP_HD void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+FASTLIP_EITHER void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
   const uint64_t product = static_cast<uint64_t>(a) * b;
   high = static_cast<uint32_t>(product >> 32);
   low = static_cast<uint32_t>(product);
 }
 
 // Philox4x32-10 (Salmon et al., SC 2011), counter (block, tag, id).
-FASTLIP_HD Words philox(uint64_t key, uint64_t block, uint32_t tag, uint64_t id) {
+FASTLIP_EITHER Words philox(uint64_t key, uint64_t block, uint32_t tag, uint64_t id) {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = tag;
   uint32_t c2 = static_cast<uint32_t>(id), c3 = static_cast<uint32_t>(id >> 32);
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
@@ -43,7 +43,7 @@ struct Draw {
   static constexpr int kLanes = kWide ? 2 : 4, kBits = kWide ? 53 : 24;
   static constexpr double kUnit = kWide ? 0x1p-53 : 0x1p-24;
 
-  FASTLIP_HD static int64_t integer(const Words& words, int lane) {
+  FASTLIP_EITHER static int64_t integer(const Words& words, int lane) {
     if constexpr (kWide) {
       return (static_cast<int64_t>(words.at[2 * lane] >> 5) << 26) | (words.at[2 * lane + 1] >> 6);
     } else {
@@ -51,20 +51,20 @@ struct Draw {
     }
   }
   // In [-1, 1), exact.
-  FASTLIP_HD static T symmetric(int64_t integer) {
+  FASTLIP_EITHER static T symmetric(int64_t integer) {
     return static_cast<T>(integer - (int64_t{1} << (kBits - 1))) * static_cast<T>(2 * kUnit);
   }
   // -log((integer + 1/2) 2^-bits): the argument is exact on either side of 1/2, taken as its distance from 1 above.
-  FASTLIP_HD static T exponential(int64_t integer) {
+  FASTLIP_EITHER static T exponential(int64_t integer) {
     constexpr int64_t kWhole = int64_t{1} << kBits;
     if (integer < kWhole / 2) return -log((static_cast<T>(integer) + T(0.5)) * static_cast<T>(kUnit));
     return -log1p(-(static_cast<T>(kWhole - 1 - integer) + T(0.5)) * static_cast<T>(kUnit));
   }
-  FASTLIP_HD static T sign(const Words& words, int lane) {
+  FASTLIP_EITHER static T sign(const Words& words, int lane) {
     return words.at[kWide ? 2 * lane + 1 : lane] & 1 ? T(-1) : T(1);
   }
   // Box-Muller: two independent Gaussians.
-  FASTLIP_HD static void gaussians(int64_t first, int64_t second, T (&out)[2]) {
+  FASTLIP_EITHER static void gaussians(int64_t first, int64_t second, T (&out)[2]) {
     const T length = sqrt(2 * exponential(first)), turns = static_cast<T>(second) * static_cast<T>(2 * kUnit);
     T sine, cosine;
 #ifdef __CUDA_ARCH__
@@ -84,7 +84,7 @@ struct Draw {
 
 // The numbers of one block before scaling: uniform (linf), Gaussian (l2), exponential with a sign (l1).
 template <typename T, Norm kNorm>
-FASTLIP_HD void draw_block(uint64_t key, uint64_t id, uint64_t block, T (&out)[Draw<T>::kLanes]) {
+FASTLIP_EITHER void draw_block(uint64_t key, uint64_t id, uint64_t block, T (&out)[Draw<T>::kLanes]) {
   using D = Draw<T>;
   const Words words = philox(key, block, kElements, id);
   if constexpr (kNorm == Norm::l2) {
@@ -105,7 +105,7 @@ FASTLIP_HD void draw_block(uint64_t key, uint64_t id, uint64_t block, T (&out)[D
 // What the numbers of a sample are multiplied by to be uniform in the unit ball: `sum` is that of their squares (l2),
 // of their magnitudes (l1).
 template <typename T, Norm kNorm>
-FASTLIP_HD double ball_scale(uint64_t key, uint64_t id, double sum, int64_t size) {
+FASTLIP_EITHER double ball_scale(uint64_t key, uint64_t id, double sum, int64_t size) {
   using D = Draw<T>;
   const double u = (static_cast<double>(D::integer(philox(key, 0, kSample, id), 0)) + 0.5) * D::kUnit;
   if (kNorm == Norm::l2) return sum > 0 ? pow(u, 1.0 / static_cast<double>(size)) / sqrt(sum) : 0;
@@ -113,7 +113,7 @@ FASTLIP_HD double ball_scale(uint64_t key, uint64_t id, double sum, int64_t size
 }
 
 // Where the logical (row-major) element stands in a sample laid out channels_last; contiguous where channels is 1.
-FASTLIP_HD int64_t position(int64_t element, int64_t channels, int64_t plane) {
+FASTLIP_EITHER int64_t position(int64_t element, int64_t channels, int64_t plane) {
   return channels == 1 ? element : element % plane * channels + element / plane;
 }
 

@@ -1,11 +1,11 @@
 """CUDA graphs of a few steps, replayed where launching their kernels could take longer than running them."""
 
-import contextlib
 import warnings
 from collections.abc import Callable
 
 import torch
 
+from fastlip._cuda_graph import captured
 from fastlip.ops import backends
 
 Step = Callable[[], None]
@@ -47,19 +47,9 @@ class Replayed:
 def _captured(step: Step, device: torch.device) -> torch.cuda.CUDAGraph | None:
     """The graph of the step; None, with a warning, where it cannot be captured."""
     try:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        # Not torch.cuda.graph, which empties the allocator's cache: a capture may cost no more than a few steps.
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                step()
-            except RuntimeError:
-                with contextlib.suppress(RuntimeError):
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+        return captured(step, stream)
     except RuntimeError as error:
         warnings.warn(f"steps are launched one by one, since CUDA graph capture failed: {error}", stacklevel=2)
         return None
-    return graph

@@ -323,25 +323,9 @@ def _pgd_step_ball_kernel(
         at = tl.arange(0, BLOCK)
         mask = at < extent
         v, x0, size, cap, sign = _values(
-            x_ptr,
-            grad_ptr,
-            ascent,
-            x0_ptr,
-            lo,
-            lo_ptr,
-            hi,
-            hi_ptr,
-            std,
-            std_ptr,
-            at,
-            mask,
-            moves,
-            move,
-            FED,
-            WHOLE,
-            L2,
-            T,
-        )
+            x_ptr, grad_ptr, ascent, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, moves, move, FED, WHOLE,
+            L2, T,
+        )  # fmt: skip
 
     radius = ball_radius(eps, eps_ptr, sample, T).to(tl.float64)
     # Of eps and what the box lets an element move, a unit near eps; of sizes, one near the largest beyond eps.
@@ -354,25 +338,9 @@ def _pgd_step_ball_kernel(
             mask = at < extent
             if not WHOLE:
                 _, _, size, cap, _ = _values(
-                    x_ptr,
-                    grad_ptr,
-                    ascent,
-                    x0_ptr,
-                    lo,
-                    lo_ptr,
-                    hi,
-                    hi_ptr,
-                    std,
-                    std_ptr,
-                    at,
-                    mask,
-                    moves,
-                    move,
-                    FED,
-                    WHOLE,
-                    L2,
-                    T,
-                )
+                    x_ptr, grad_ptr, ascent, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, moves, move, FED,
+                    WHOLE, L2, T,
+                )  # fmt: skip
             peak = tl.maximum(peak, tl.max(tl.where(mask, size, 0.0)))
         unit_of_eps = _unit_of(radius)
         size_unit = _unit_of(peak)
@@ -388,25 +356,9 @@ def _pgd_step_ball_kernel(
         mask = at < extent
         if not WHOLE:
             _, _, size, cap, _ = _values(
-                x_ptr,
-                grad_ptr,
-                ascent,
-                x0_ptr,
-                lo,
-                lo_ptr,
-                hi,
-                hi_ptr,
-                std,
-                std_ptr,
-                at,
-                mask,
-                moves,
-                move,
-                FED,
-                WHOLE,
-                L2,
-                T,
-            )
+                x_ptr, grad_ptr, ascent, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, moves, move, FED,
+                WHOLE, L2, T,
+            )  # fmt: skip
         boxed = tl.where(mask, tl.minimum(size, cap), 0.0).to(tl.float64)
         all_of_it = tl.where(mask, size, 0.0).to(tl.float64)
         if L2:
@@ -437,25 +389,9 @@ def _pgd_step_ball_kernel(
                 mask = at < extent
                 if not WHOLE:
                     _, _, size, cap, _ = _values(
-                        x_ptr,
-                        grad_ptr,
-                        ascent,
-                        x0_ptr,
-                        lo,
-                        lo_ptr,
-                        hi,
-                        hi_ptr,
-                        std,
-                        std_ptr,
-                        at,
-                        mask,
-                        moves,
-                        move,
-                        FED,
-                        WHOLE,
-                        L2,
-                        T,
-                    )
+                        x_ptr, grad_ptr, ascent, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, moves, move,
+                        FED, WHOLE, L2, T,
+                    )  # fmt: skip
                 own = _in_units(size, size_inverse, T)
                 room_of_it = _in_units(cap, inverse, T)
                 full = mask & (own * head >= room_of_it)
@@ -499,25 +435,9 @@ def _pgd_step_ball_kernel(
                 mask = at < extent
                 if not WHOLE:
                     _, _, size, cap, _ = _values(
-                        x_ptr,
-                        grad_ptr,
-                        ascent,
-                        x0_ptr,
-                        lo,
-                        lo_ptr,
-                        hi,
-                        hi_ptr,
-                        std,
-                        std_ptr,
-                        at,
-                        mask,
-                        moves,
-                        move,
-                        FED,
-                        WHOLE,
-                        L2,
-                        T,
-                    )
+                        x_ptr, grad_ptr, ascent, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, moves, move,
+                        FED, WHOLE, L2, T,
+                    )  # fmt: skip
                 left = tl.where(mask, _shrunk(size, cap, head, tail, inverse, size_inverse, L2, T), 0.0)
                 total += tl.sum(left.to(tl.float64))
                 free += tl.sum(((left > 0) & (left < cap)).to(tl.int32))
@@ -534,25 +454,9 @@ def _pgd_step_ball_kernel(
         mask = at < extent
         if not WHOLE:
             v, x0, size, cap, sign = _values(
-                x_ptr,
-                grad_ptr,
-                ascent,
-                x0_ptr,
-                lo,
-                lo_ptr,
-                hi,
-                hi_ptr,
-                std,
-                std_ptr,
-                at,
-                mask,
-                moves,
-                move,
-                FED,
-                WHOLE,
-                L2,
-                T,
-            )
+                x_ptr, grad_ptr, ascent, x0_ptr, lo, lo_ptr, hi, hi_ptr, std, std_ptr, at, mask, moves, move, FED,
+                WHOLE, L2, T,
+            )  # fmt: skip
         left = _shrunk(size, cap, head, tail, inverse, size_inverse, L2, T)
         if L2:
             left = (left * unit_of_eps).to(T)
