@@ -24,9 +24,11 @@ def need(condition: bool, name: str, wanted: str) -> None:
         raise StudyError(f"--set {name}: {wanted}", status=2)
 
 
-def check_arms(arms: tuple[str, ...]) -> None:
-    need(bool(arms) and set(arms) <= set(ARMS), "arms", f"choose from {', '.join(ARMS)}")
+def check_arms(arms: tuple[str, ...], checkpoints: tuple[str, ...]) -> None:
+    need(bool(arms) != bool(checkpoints), "arms", "name arms to train, or measure checkpoints")
+    need(set(arms) <= set(ARMS), "arms", f"choose from {', '.join(ARMS)}")
     need(len(set(arms)) == len(arms), "arms", "name each arm once")
+    need(not set(checkpoints) & set(ARMS), "checkpoints", "name them otherwise than the arms of the study")
 
 
 def check_schedule(schedule: Schedule, name: str) -> None:

@@ -88,3 +88,16 @@ class SmoothingSettings:
     selection: int = 16
     samples: int = 128
     alpha: float = 0.001
+
+
+@dataclass(frozen=True)
+class TransferSettings:
+    """Transfer of adversarial examples between the models of a run (Szegedy et al. 2013, section 4.2).
+
+    Attributes:
+        images: number of images, the first of the attacked ones.
+        l2: L2 norms that every perturbation is scaled to, pixels in [0, 1].
+    """
+
+    images: int = 100
+    l2: tuple[float, ...] = (0.5, 1.0)

@@ -1,6 +1,6 @@
 """All settings of a run, in one frozen dataclass that checks itself."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fastlip.study.settings import checks
@@ -12,9 +12,10 @@ from fastlip.study.settings.measurements import (
     FeatureSettings,
     LipschitzSettings,
     SmoothingSettings,
+    TransferSettings,
 )
 from fastlip.study.settings.rules import Rules
-from fastlip.study.settings.training import TRANSFER, Schedule
+from fastlip.study.settings.training import REFERENCES, TRANSFER, Role, Schedule
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,27 @@ class Settings:
 
     Attributes:
         preset: name of the preset that the settings were derived from.
-        dataset: "generated" or "cifar10".
-        source: what the transfer arms start from; the study itself pre-trains on "generated" and "folder".
+        dataset: "generated", "cifar10", "cifar100", "svhn", "folder" (``--target FOLDER``) or "hf:NAME".
+        source: what the transfer arms start from; the study itself pre-trains on "generated", "cifar100" and "folder".
+            "imagenet" are the published weights of ``model``.
         corrupted: "generated" by the study, or "cifar10c" for CIFAR-10-C's files.
         pretrain: how the source is trained.
-        scratch: how the arms with random initial weights are trained.
+        scratch: how the arms of the large network with random initial weights are trained; "matched" takes as many more
+            epochs as the source and the fine-tuning together saw images.
+        reference: how the small references are trained.
         finetune: how the transfer arms are trained; "lpft" follows it twice, for the head and then for all weights.
         evaluation: test images.
-        arms: any of "scratch", "reference" (``reference_architecture`` from scratch), "finetune" (all weights),
-            "linear" (the head), "partial" (the last stage and the head) and "lpft" (the head, then all weights).
-        architecture: "resnet50" or "resnet18".
-        reference_architecture: the small network that "bigger" is relative to.
-        stem: "imagenet" (7x7 stride 2 and max-pool) or "cifar" (3x3).
+        arms: any of :data:`~fastlip.study.settings.training.ARMS`; empty where ``checkpoints`` are measured.
+        checkpoints: names of the checkpoints that are measured without training; empty where the study trains.
+        model: the large network: "torchvision:NAME", "timm:NAME" or "package.module:function", whose function takes
+            ``num_classes``.
+        stem: how ``model`` begins, see :data:`fastlip.models.STEMS`.
+        scale: factor by which images are enlarged inside the model, in front of its stem: 1, 2, 4 or 7.
+        stages: names of the modules whose outputs are the feature maps; found from the module tree if empty.
+        head: name of the module that gives the logits; found from the module tree if empty.
+        weights: which published ImageNet weights the source "imagenet" takes, as torchvision or timm name them; their
+            default if empty.
+        sources: "one" source for all seeds, or "each" seed its own.
         seed: first seed.
         seeds: number of consecutive seeds.
         device: "auto", "cpu", "cuda", "cuda:1", ...
@@ -51,22 +61,29 @@ class Settings:
         lipschitz: certified norms and Jacobian norms.
         features: spectra of feature maps.
         corruptions: common corruptions.
+        transfer: transfer of adversarial examples between models.
         smoothing: randomised smoothing.
         rules: numbers in the rules of the verdicts.
     """
 
     preset: str
-    dataset: Literal["generated", "cifar10"]
-    source: Literal["generated", "imagenet", "checkpoint", "folder"]
+    dataset: str
+    source: Literal["generated", "imagenet", "checkpoint", "cifar100", "folder"]
     pretrain: Schedule
     scratch: Schedule
     finetune: Schedule
+    reference: Schedule
     evaluation: EvaluationSettings
     corrupted: Literal["generated", "cifar10c"] = "generated"
     arms: tuple[str, ...] = ("scratch", "finetune")
-    architecture: Literal["resnet50", "resnet18"] = "resnet50"
-    reference_architecture: Literal["resnet50", "resnet18"] = "resnet18"
-    stem: Literal["imagenet", "cifar"] = "imagenet"
+    checkpoints: tuple[str, ...] = ()
+    model: str = "torchvision:resnet50"
+    stem: str = "imagenet"
+    scale: int = 1
+    stages: tuple[str, ...] = ()
+    head: str = ""
+    weights: str = ""
+    sources: Literal["one", "each"] = "one"
     seed: int = 0
     seeds: int = 1
     device: str = "auto"
@@ -82,17 +99,18 @@ class Settings:
     lipschitz: LipschitzSettings = field(default_factory=LipschitzSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
     corruptions: CorruptionSettings = field(default_factory=CorruptionSettings)
+    transfer: TransferSettings = field(default_factory=TransferSettings)
     smoothing: SmoothingSettings = field(default_factory=SmoothingSettings)
     rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
         """Raise :class:`StudyError` with status 2 where a setting is out of range or two do not fit each other."""
-        checks.check_arms(self.arms)
+        checks.check_arms(self.arms, self.checkpoints)
         need((self.dataset == "generated") == (self.source == "generated"), "source", "generated images go together")
         need(self.seeds > 0 and self.seed >= 0, "seeds", "seeds must be at least 1 and seed at least 0")
         need(self.threads >= 0, "threads", "must be at least 0")
         need(self.save_seconds >= 0, "save_seconds", "must be at least 0")
-        for name in ("pretrain", "scratch", "finetune"):
+        for name in ("pretrain", "scratch", "finetune", "reference"):
             checks.check_schedule(getattr(self, name), name)
         checks.check_evaluation(self.evaluation)
         need(0 <= self.examples <= self.evaluation.images, "examples", "0 to evaluation.images")
@@ -107,6 +125,12 @@ class Settings:
         return tuple(range(self.seed, self.seed + self.seeds))
 
     def schedule(self, arm: str) -> Schedule:
+        """How ``arm`` is trained."""
+        if arm == "matched":
+            seen = self.pretrain.images * self.pretrain.epochs + self.finetune.images * self.finetune.epochs
+            return replace(self.scratch, epochs=max(1, round(seen / self.scratch.images)), snapshots=())
+        if arm in REFERENCES:
+            return self.reference
         return self.finetune if arm in TRANSFER else self.scratch
 
     @property
@@ -115,4 +139,15 @@ class Settings:
         return any(arm in TRANSFER for arm in self.arms)
 
     def architecture_of(self, arm: str) -> str:
-        return self.reference_architecture if arm == "reference" else self.architecture
+        """The network of ``arm`` in the form of ``model``."""
+        if arm == "resnet18":
+            return "torchvision:resnet18"
+        return f"fastlip:{arm}" if arm in REFERENCES else self.model
+
+    def role_of(self, arm: str) -> Role:
+        """What ``arm`` is to the questions."""
+        if arm in self.checkpoints:
+            return "checkpoint"
+        if arm in REFERENCES:
+            return "reference"
+        return "transfer" if arm in TRANSFER else "scratch"

@@ -1,11 +1,13 @@
-"""Types of the JSON that a run writes: results.json, version 2, and the files that it is computed from.
+"""Types of the JSON that a run writes: results.json, version 3, and the files that it is computed from.
 
 Everything read back goes through :mod:`~fastlip.study.storage.json_files` or :mod:`~fastlip.study.storage.array_files`.
 """
 
 from typing import Literal, TypedDict
 
-SCHEMA = "fastlip.study.results/2"
+from fastlip.study.settings.training import Role
+
+SCHEMA = "fastlip.study.results/3"
 
 #: The warning shown with all results on generated images.
 GENERATED = "THE IMAGES OF THIS RUN ARE GENERATED. THEY ARE NOT PHOTOGRAPHS, AND NO NUMBER HERE SPEAKS ABOUT REAL DATA."
@@ -70,13 +72,16 @@ class AttackSummary(TypedDict):
 class Smallest(TypedDict):
     """Distortion of the smallest perturbation found that changes the decision, over images classified correctly.
 
-    Images for which none was found count as infinite in the median and are left out of the mean.
+    Images for which none was found count as infinite in the median, are left out of ``mean``, and count as ``ceiling``,
+    the largest distortion that the search tries, in ``mean_with_ceiling``.
     """
 
     attack: Literal["gaussian", "pgd"]
     found: Proportion
     median: Estimate
     mean: Estimate
+    ceiling: float
+    mean_with_ceiling: Estimate
     stretch: Stretch
     depth: DepthStretch
 
@@ -168,19 +173,38 @@ class Growth(TypedDict):
 
 
 class Corruption(TypedDict):
-    """Accuracy under one corruption at one severity."""
+    """Accuracy, average distortion and stretch under one corruption at one severity.
+
+    Accuracy and distortion are over all corrupted images, which are the same for all models; ``stretch`` is at the
+    logits, over the images classified correctly when clean.
+    """
 
     corruption: str
     severity: int
     accuracy: Proportion
+    distortion: Estimate
+    stretch: Stretch
 
 
 class Corruptions(TypedDict):
-    """Accuracy under common corruptions; ``mean`` is over all of them, and its interval is from resampled images."""
+    """Common corruptions; ``mean`` (accuracy) and ``distortion`` are over all of them, their intervals over images."""
 
     source: Literal["generated", "cifar10c"]
     rows: list[Corruption]
     mean: Estimate
+    distortion: Estimate
+
+
+class FlatBoundary(TypedDict):
+    """The ratio of smallest adversarial to smallest Gaussian distortion that a flat decision boundary would have.
+
+    The prediction is the median over random directions for ``dimensions`` pixels and the best of ``directions`` draws
+    (Fawzi et al. 2016).
+    """
+
+    dimensions: int
+    directions: int
+    ratio: float
 
 
 class CertifiedAt(TypedDict):
@@ -225,7 +249,10 @@ class TrainingRecord(Training):
 
 
 class Model(TypedDict):
-    """One trained model.
+    """One model.
+
+    ``title`` names it for readers, as in "ResNet-50, fine-tuned, seed 0". ``training`` is None for a checkpoint that
+    the study did not train.
 
     ``dataset``, ``architecture``, ``additional_data`` and ``clean_acc`` (per cent) are RobustBench's keys. Its key for
     the accuracy under AutoAttack is absent, because AutoAttack is not run.
@@ -237,22 +264,25 @@ class Model(TypedDict):
     """
 
     name: str
+    title: str
     arm: str
+    role: Role
     seed: int
     dataset: str
     architecture: str
+    parameters: int
     additional_data: bool
     clean_acc: float
     clean: Proportion
     attacked_clean: Proportion
-    training: Training
+    training: Training | None
     attacks: list[AttackSummary]
     strong: list[Strong]
     smallest_pgd: Smallest
     smallest_gaussian: Smallest
     gaussian_of_same_norm: Proportion
-    ratio_share: Proportion
     ratio_median: Estimate
+    flat_boundary: FlatBoundary
     largest_stretch: float | None
     depth_points: list[str]
     lipschitz: Lipschitz
@@ -266,10 +296,12 @@ class Model(TypedDict):
 
 
 class Point(TypedDict):
-    """A model or snapshot as a data point of question 4, measured on the images that all points share.
+    """A model or snapshot as a data point of question 4, measured on the fixed images that all points share.
 
-    ``epoch`` is None at the end of training. ``median`` is the median smallest distortion and ``stretch`` the largest
-    observed stretch of these smallest perturbations.
+    ``epoch`` is None at the end of training. ``log10_distortion`` is the mean over the fixed images of the logarithm of
+    the smallest L2 distortion, and ``reliability`` its split-half reliability over images (None where it does not
+    exist). ``log10_constant`` and ``log10_stretch`` are free of the scale of the logits: the certified bound, and the
+    largest observed stretch, over the median clean margin. All of them are None where they do not exist.
     """
 
     run: str
@@ -277,38 +309,58 @@ class Point(TypedDict):
     seed: int
     epoch: int | None
     accuracy: Proportion
-    median: float | None
-    stretch: float | None
+    log10_distortion: float | None
+    reliability: float | None
+    log10_constant: float | None
+    log10_stretch: float | None
     log10_upper: float
 
 
 class Comparison(TypedDict):
-    """One arm minus scratch for one seed, which compares two models and not two ways of training.
+    """Two models of one seed compared on the same images: ``arm`` minus ``against``.
 
-    Both are measured on the same images: those that both classify correctly for the median smallest distortion, all of
-    them for the accuracy.
+    Distortions and ratios (smallest adversarial over smallest Gaussian) are compared by their natural logarithms, image
+    by image, on the images that both models classify correctly; ``difference`` is the mean over these images, and its
+    interval is over images. Accuracy under PGD is relative to clean accuracy, over all attacked images.
     """
 
     arm: str
+    against: str
     seed: int
-    measure: Literal["median smallest distortion", "accuracy under PGD"]
+    measure: Literal["log smallest distortion", "log ratio", "relative accuracy under PGD"]
     difference: Estimate
 
 
+class Transfer(TypedDict):
+    """Adversarial examples made for ``source``, judged by ``target``; both are names of models.
+
+    ``strength`` is the L2 norm that every perturbation is scaled to, pixels in [0, 1]. ``fooled`` and ``noise`` are
+    over the images that both classify correctly: the share that ``target`` gets wrong under the perturbation, and under
+    Gaussian noise of the same norm. ``disjoint`` says whether the two were trained on disjoint images.
+    """
+
+    source: str
+    target: str
+    strength: float
+    disjoint: bool
+    fooled: Proportion
+    noise: Proportion
+
+
 class Statistic(TypedDict):
-    """One number that a verdict is based on; declared comparisons have ``p`` and Holm's adjusted ``p_holm``."""
+    """One number that a verdict is based on; ``p`` is None for numbers that are stated and not tested."""
 
     name: str
     estimate: Estimate
     p: float | None
-    p_holm: float | None
 
 
 class Verdict(TypedDict):
-    """The answer to one question, given by its rule."""
+    """The answer to one question, given by its rule; ``headline`` says it as a person would."""
 
     number: int
     question: str
+    headline: str
     rule: str
     verdict: VerdictName
     because: str
@@ -317,16 +369,19 @@ class Verdict(TypedDict):
 
 
 class Power(TypedDict):
-    """The sample size that a question needs, under an assumption, for a verdict with probability ``rules.power``.
+    """What a question needs for a verdict with probability ``rules.power``, by simulation of its rule.
 
-    ``needed`` is None where no sample size is enough. ``had`` is the sample size of this run, None before the run.
+    ``needed`` is the sample size, None where no size that was tried is enough. ``had`` is the sample size of this run
+    (None before the run), and ``probability`` the probability of the verdict ``expected`` at the preset's size.
     """
 
     question: int
     unit: str
     assumption: str
+    expected: VerdictName
     needed: int | None
     had: int | None
+    probability: float
 
 
 class DeckRow(TypedDict):
@@ -351,6 +406,7 @@ class Results(TypedDict):
     models: list[Model]
     points: list[Point]
     comparisons: list[Comparison]
+    transfer: list[Transfer]
     verdicts: list[Verdict]
     power: list[Power]
     seed_deck: list[DeckRow]
