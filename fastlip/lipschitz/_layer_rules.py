@@ -1,4 +1,4 @@
-"""Rules of linear maps (convolutions, linear layers, BatchNorm in eval mode, average pooling, resizing) and max-pooling."""
+"""Rules of linear maps (layers with weights, BatchNorm in eval mode, average pooling, resizing) and of max-pooling."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -109,7 +109,11 @@ def _resize(
 ) -> Tensor:
     """What an Upsample does along one axis, [n, 1, m]."""
     mode = {"bilinear": "linear", "trilinear": "linear"}.get(module.mode, module.mode)
-    both = {"mode": mode, "align_corners": module.align_corners, "recompute_scale_factor": module.recompute_scale_factor}
+    both = {
+        "mode": mode,
+        "align_corners": module.align_corners,
+        "recompute_scale_factor": module.recompute_scale_factor,
+    }
     if mode != "bicubic":
         return F.interpolate(x, size, scale, **both)  # type: ignore[arg-type]
     # Torch has it for two axes alone; along one of size 1 it changes nothing.
