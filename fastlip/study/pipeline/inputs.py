@@ -213,9 +213,9 @@ class Inputs:
         elif s.source == "checkpoint":
             require_fit(self.source_weights(), s, str(self.paths.source_checkpoint))
         elif s.source == "imagenet":
-            if s.architecture != "resnet50" or s.stem != "imagenet":
+            if s.model != "torchvision:resnet50" or s.stem != "imagenet":
                 raise StudyError(
-                    "ImageNet's weights are those of architecture=resnet50 with stem=imagenet; give --source-data or "
+                    "ImageNet's weights are those of model=torchvision:resnet50 with stem=imagenet; give --source-data or "
                     "--source-checkpoint for another",
                     status=2,
                 )
