@@ -39,6 +39,7 @@ def image_folder(
     size: int = 32,
     split: Literal["train", "test"] | None = None,
     n: int | None = None,
+    after: int = 0,
 ) -> ImageSet:
     """Images of a folder with one folder for each class, in the order of their paths, at ``size`` x ``size``.
 
@@ -52,6 +53,7 @@ def image_folder(
             or ``root/test/<class>/`` (``root/val/<class>/`` where there is no ``test``); where ``root`` holds classes
             itself, every class is split by a fixed seed, a fifth of it for testing, and the name says so.
         n: read only so many images, as many of each class to within one; all if None.
+        after: leave out the images that so large an ``n`` would read.
 
     Raises:
         FileNotFoundError: there is no such folder, or a class has no images.
@@ -62,7 +64,7 @@ def image_folder(
     found = folder_listing(root, split)
     rows = torch.arange(len(found.paths))
     if n is not None:
-        rows = balanced_rows(found.labels, len(found.classes), n, 0, found.name)
+        rows = balanced_rows(found.labels, len(found.classes), n, found.name, after=after)
     images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
     for i, row in enumerate(rows.tolist()):
         images[i] = _pixels(found.paths[row], size)

@@ -42,6 +42,7 @@ def hugging_face(
     size: int = 32,
     split: Literal["train", "test"] = "train",
     n: int | None = None,
+    after: int = 0,
 ) -> ImageSet:
     """Training or test images of a data set that ``datasets`` reads, at ``size`` x ``size``.
 
@@ -55,6 +56,7 @@ def hugging_face(
         split: "train", or "test" ("validation", "valid" or "val" where there is no "test"). Where there is one split
             alone, every class is split by a fixed seed, a fifth of it for testing, and the name says so.
         n: read only so many images, as many of each class to within one; all if None.
+        after: leave out the images that so large an ``n`` would read.
 
     Raises:
         OSError: the data set is not cached and cannot be fetched, or there is no such folder.
@@ -64,7 +66,7 @@ def hugging_face(
     found = _table(name, split)
     chosen = torch.arange(len(found.labels))
     if n is not None:
-        chosen = balanced_rows(found.labels, len(found.classes), n, 0, found.name)
+        chosen = balanced_rows(found.labels, len(found.classes), n, found.name, after=after)
     images = torch.empty(len(chosen), 3, size, size, dtype=torch.uint8)
     for i, row in enumerate(chosen.tolist()):
         try:

@@ -18,6 +18,8 @@ def stages(run: RunDirectory, inputs: Inputs, group: ProcessGroup | None = None)
     found = training_stages(run, inputs, networks, group) + measurement_stages(run, inputs, networks, group)
     everything = tuple(path for stage in found for path in stage.outputs)
     name = inputs.source_name
-    found.append(Stage("results", (run.results,), lambda progress: results.write(run, name), everything))
+    found.append(
+        Stage("results", (run.results,), lambda progress: results.write(run, name, inputs.target_attacked), everything)
+    )
     found.append(Stage("report", run.written_by_report, lambda progress: html_report.write(run), (run.results,)))
     return found
