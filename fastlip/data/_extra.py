@@ -17,9 +17,7 @@ def hugging_face_datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise ImportError('data sets of Hugging Face need the library datasets: pip install "datasets>=4"') from None
+        raise ImportError('data sets of Hugging Face need the library datasets: pip install "fastlip[hub]"') from None
     if int(datasets.__version__.partition(".")[0]) < 4:
-        raise ImportError(
-            f'datasets {datasets.__version__} executes code of data sets: pip install "datasets>=4", which does not'
-        )
+        raise ImportError(f'datasets {datasets.__version__} executes the code of data sets: pip install "fastlip[hub]"')
     return datasets

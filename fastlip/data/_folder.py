@@ -49,9 +49,10 @@ def image_folder(
     Args:
         root: folder of torchvision's ImageFolder layout, for instance CIFAR-100 or ImageNet's training images.
         size: height and width.
-        split: None for all images under ``root/<class>/``. "train" or "test" for those under ``root/train/<class>/``
-            or ``root/test/<class>/`` (``root/val/<class>/`` where there is no ``test``); where ``root`` holds classes
-            itself, every class is split by a fixed seed, a fifth of it for testing, and the name says so.
+        split: "train" or "test" for the images under ``root/train/<class>/`` or ``root/test/<class>/``
+            (``root/val/<class>/`` where there is no ``test``); where ``root`` holds classes itself, every class is
+            split by a fixed seed, a fifth of it for testing, and the name says so. None for all images under
+            ``root/<class>/``, or for those of "train" where there are such folders.
         n: read only so many images, as many of each class to within one; all if None.
         after: leave out the images that so large an ``n`` would read.
 
@@ -82,19 +83,19 @@ def folder_listing(root: str | os.PathLike[str], split: Literal["train", "test"]
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"image folder {root} does not exist")
-    if split is None:
-        return _listed(root, root.resolve().name)
     train, test = _split_folders(root)
-    if train is None and test is None:
+    if split is None and train is None:
+        return _listed(root, root.resolve().name)
+    if split is not None and train is None and test is None:
         found = _listed(root, f"{root.resolve().name} ({SPLIT_IN_WORDS})")
         rows = rows_of(split, found.labels, len(found.classes), found.name)
         return found._replace(paths=[found.paths[row] for row in rows.tolist()], labels=found.labels[rows])
-    wanted = train if split == "train" else test
+    wanted = test if split == "test" else train
     if wanted is None:
-        other = "train" if split == "train" else " or ".join(_TEST)
+        other = " or ".join(_TEST) if split == "test" else "train"
         raise FileNotFoundError(f"image folder {root} must hold a folder {other} beside {(train or test or root).name}")
     found = _listed(wanted, root.resolve().name)
-    other_folder = test if split == "train" else train
+    other_folder = train if split == "test" else test
     if other_folder is not None:
         there = _class_names(other_folder)
         for name in sorted(set(there) ^ set(found.classes)):

@@ -100,11 +100,11 @@ def _table(name: str, split: Literal["train", "test"]) -> _Table:
     splits = _splits(name)
     title = Path(name).resolve().name if Path(name).is_dir() else name
     wanted = ("train",) if split == "train" else _TEST
-    key = next((key for key in wanted if key in splits), None)
     alone = len(splits) == 1
-    if key is None and not alone:
+    key = next((key for key in (*wanted, *(splits if alone else ())) if key in splits), None)
+    if key is None:
         raise ValueError(f"{title} has the splits {', '.join(splits)}; expected {' or '.join(wanted)}")
-    rows = splits[next(iter(splits)) if alone else key]
+    rows = splits[key]
     image, label, classes = _columns(title, rows.features)
     labels = torch.from_numpy(np.array(rows.with_format("numpy", columns=[label])[:][label], dtype=np.int64))
     if not len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
