@@ -70,8 +70,8 @@ class ImageSet:
         counts = torch.bincount(self.labels[chosen], minlength=len(self.classes))
         if len(chosen) < n or int(counts.max() - counts.min()) > 1:
             raise ValueError(
-                f"n = {after + n} images balanced over {len(self.classes)} classes are more than {self.name} has: a class has "
-                f"{int(torch.bincount(self.labels, minlength=len(self.classes)).min())}"
+                f"n = {after + n} images balanced over {len(self.classes)} classes are more than {self.name} has: a "
+                f"class has {int(torch.bincount(self.labels, minlength=len(self.classes)).min())}"
             )
         return self.subset(chosen.sort().values)
 

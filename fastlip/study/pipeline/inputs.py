@@ -236,8 +236,8 @@ class Inputs:
         elif s.source == "imagenet":
             if s.model != "torchvision:resnet50" or s.stem != "imagenet":
                 raise StudyError(
-                    "ImageNet's weights are those of model=torchvision:resnet50 with stem=imagenet; give --source-data or "
-                    "--source-checkpoint for another",
+                    "ImageNet's weights are those of model=torchvision:resnet50 with stem=imagenet; give --source-data "
+                    "or --source-checkpoint for another",
                     status=2,
                 )
             cached = Path(torch.hub.get_dir()) / "checkpoints" / ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]
