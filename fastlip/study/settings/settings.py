@@ -146,7 +146,7 @@ class Settings:
     @property
     def pretrains(self) -> bool:
         """Whether the run trains the source itself."""
-        return self.transfers and self.source in ("generated", "cifar100", "folder")
+        return self.transfers and self.source not in ("imagenet", "checkpoint")
 
     def architecture_of(self, arm: str) -> str:
         """The network of ``arm`` in the form of ``model``."""
