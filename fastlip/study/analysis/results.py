@@ -4,17 +4,17 @@ import numpy as np
 
 from fastlip.data import ImageSet
 from fastlip.metrics import flat_boundary_ratio
-from fastlip.study.analysis import power, summaries
-from fastlip.study.analysis.statistics import median, paired, proportion
+from fastlip.study.analysis import summaries
+from fastlip.study.analysis.statistics import median, proportion
 from fastlip.study.analysis.summaries import StoredModel
 from fastlip.study.analysis.titles import model_title
 from fastlip.study.analysis.transfer_table import transfer_table
-from fastlip.study.analysis.verdicts import CASES, verdicts
+from fastlip.study.analysis.verdicts import verdicts
 from fastlip.study.measure.perturbed_images import depth_points
 from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.json_files import read
-from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, pgd_name
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
 from fastlip.study.storage.schema import (
     SCHEMA,
     Comparison,
@@ -23,7 +23,6 @@ from fastlip.study.storage.schema import (
     Lipschitz,
     Model,
     Point,
-    Power,
     Results,
 )
 from fastlip.study.training.architectures import build
@@ -57,7 +56,7 @@ def analyse(run: RunDirectory, source_name: str, data: ImageSet) -> Results:
     s = run.settings
     models = [_model(run, trained, data) for trained in run.models]
     points = [_point(run, trained) for trained in sorted(run.models + run.snapshots, key=_moment)]
-    comparisons = _comparisons(run)
+    comparisons: list[Comparison] = []
     return Results(
         schema=SCHEMA,
         preset=s.preset,
@@ -70,7 +69,7 @@ def analyse(run: RunDirectory, source_name: str, data: ImageSet) -> Results:
         comparisons=comparisons,
         transfer=transfer_table(run),
         verdicts=verdicts(models, comparisons, points, s.rules),
-        power=_power(run, models, points),
+        power=[],
         seed_deck=[
             DeckRow(
                 model=model,
@@ -142,59 +141,20 @@ def _point(run: RunDirectory, trained: TrainedModel) -> Point:
     first = s.evaluation.snapshot_images if run.snapshots else s.evaluation.images
     right = stored.right[:first]
     arrays = stored.images("smallest-pgd")
-    found = median(arrays["distortion"][:first][right], s.rules.confidence)
+    chosen = arrays["distortion"][:first][right]
+    chosen = chosen[np.isfinite(chosen)]
+    upper = read(run.lipschitz(trained.name), Lipschitz)["log10_upper"]
+    margin = float(np.median(stored.images("clean-attacked")["margin"][:first]))
+    stretch = summaries.largest(arrays["stretch"][:first][right])
     return Point(
         run=trained.run_name,
         arm=trained.arm,
         seed=trained.seed,
         epoch=trained.epoch,
         accuracy=proportion(right, s.rules.confidence),
-        median=found["value"],
-        stretch=summaries.largest(arrays["stretch"][:first][right]),
-        log10_upper=read(run.lipschitz(trained.name), Lipschitz)["log10_upper"],
+        log10_distortion=float(np.log10(chosen).mean()) if len(chosen) else None,
+        reliability=None,
+        log10_constant=upper - float(np.log10(margin)) if margin > 0 else None,
+        log10_stretch=float(np.log10(stretch / margin)) if margin > 0 and stretch else None,
+        log10_upper=upper,
     )
-
-
-def _comparisons(run: RunDirectory) -> list[Comparison]:
-    """Each transfer arm minus scratch, on the images that both classify correctly (distortion) or all (accuracy)."""
-    s, found = run.settings, []
-    arms = [arm for arm in s.arms if arm in TRANSFER] if "scratch" in s.arms else []
-    under = pgd_name("linf", s.rules.compared_linf_255)
-    for seed in s.all_seeds:
-        for arm in arms:
-            pair = [StoredModel(run, TrainedModel(arm, seed)), StoredModel(run, TrainedModel("scratch", seed))]
-            both = pair[0].right & pair[1].right
-            a, b = (stored.images("smallest-pgd")["distortion"][both] for stored in pair)
-            difference = paired(a, b, np.median, s.rules.confidence, s.rules.resamples)
-            found.append(Comparison(arm=arm, seed=seed, measure="median smallest distortion", difference=difference))
-            a, b = (stored.decided(under).astype(float) for stored in pair)
-            difference = paired(a, b, np.mean, s.rules.confidence, s.rules.resamples)
-            found.append(Comparison(arm=arm, seed=seed, measure="accuracy under PGD", difference=difference))
-    return found
-
-
-def _power(run: RunDirectory, models: list[Model], points: list[Point]) -> list[Power]:
-    """The power analysis with the sample sizes of this run, and again for the observed proportions."""
-    rules = run.settings.rules
-    fewest = {
-        question: min((m["ratio_share"]["n"] for m in models if m["arm"] == arm), default=0)
-        for question, arm in ((1, "scratch"), (2, "finetune"))
-    }
-    had = fewest | {
-        3: len(run.settings.all_seeds) if {"scratch", "finetune"} <= set(run.settings.arms) else 0,
-        4: min(len({p["run"] for p in points if p["arm"] in arms}) for arms in CASES.values()),
-    }
-    rows = [Power(**(row | {"had": had[row["question"]]})) for row in power.sample_sizes(rules)]
-    for question, arm in ((1, "scratch"), (2, "finetune")):
-        for m in models:
-            share = m["ratio_share"]["value"]
-            if m["arm"] == arm and share is not None:
-                row = Power(
-                    question=question,
-                    unit="correctly classified images in each model",
-                    assumption=f"the true share is that observed in {m['name']}, {share:.3f}",
-                    needed=power.images_needed(share, rules.share, rules.confidence, rules.power),
-                    had=m["ratio_share"]["n"],
-                )
-                rows.append(row)
-    return sorted(rows, key=lambda row: row["question"])

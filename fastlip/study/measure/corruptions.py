@@ -1,7 +1,8 @@
-"""Decisions, distortion and stretch under common corruptions, from CIFAR-10-C's files or generated here.
+"""Decisions, distortion and stretch under common corruptions, from CIFAR-10-C's files or generated.
 
-Corruptions are generated with torchvision and Pillow. They have the names of those of Hendrycks and Dietterich (2019) that they resemble, but strengths of
-our own for 32x32 images. Their accuracies compare models with each other, not with published results on CIFAR-10-C.
+Corruptions generated with torchvision and Pillow have the names of those of Hendrycks and Dietterich (2019) that they
+resemble, but strengths of our own for 32x32 images. Their accuracies compare models with each other, not with published
+results on CIFAR-10-C.
 """
 
 import io

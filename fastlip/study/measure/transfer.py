@@ -2,8 +2,8 @@
 
 Perturbations are compared at one L2 norm: the direction is that of a strong adversarial perturbation of the source
 model, and its length is scaled as x' = clip(x + s d, 0, 1) with the s for which x' - x has the norm wanted *after*
-clipping. Where the box has no room for it, x' lies at the bounds and the norm is smaller. The control is Gaussian noise
-that is clipped and scaled in the same way to the norm that was reached on the image.
+clipping. The control is Gaussian noise that is clipped and scaled in the same way. Where the box has no room for the norm
+along one of the two directions, which is then at the bounds everywhere, both have the smaller norm that is in reach.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,6 +35,8 @@ def adversarial_images(model: nn.Module, images: Images, settings: Settings, see
         made = []
         for length in settings.transfer.l2:
             generator = torch.Generator(images.device).manual_seed(seed)
+            # The first draw, which judged() repeats.
+            noise = gaussian_noise(x, norm=length, ids=images.ids[rows], generator=generator)
             found = pgd(
                 model,
                 x,
@@ -49,7 +51,7 @@ def adversarial_images(model: nn.Module, images: Images, settings: Settings, see
                 ids=images.ids[rows],
                 generator=generator,
             )
-            made.append(scaled(found, x, length))
+            made.append(scaled(found, x, _reached(noise.double() - x.double(), length)))
         perturbed = torch.stack(made, 1).contiguous()
         moved = perturbed.double() - x[:, None].double()
         parts.append({"id": images.ids[rows], "label": y, "perturbed": perturbed, "l2": moved.flatten(2).norm(dim=2)})
@@ -59,14 +61,17 @@ def adversarial_images(model: nn.Module, images: Images, settings: Settings, see
 def scaled(
     perturbed: Tensor,  # [B, C, H, W]
     inputs: Tensor,  # [B, C, H, W]
-    length: float,
+    length: Tensor,  # [B]
 ) -> Tensor:
-    """Images in [0, 1] whose perturbations have the directions of ``perturbed - inputs`` and the L2 norm ``length``."""
+    """Images in [0, 1] whose perturbations have the directions of ``perturbed - inputs`` and the L2 norms ``length``.
+
+    Where the box has no room for the norm, the image is at the bounds; an unperturbed image stays as it is.
+    """
     direction = perturbed.double() - inputs.double()
     norm = direction.flatten(1).norm(dim=1)[:, None, None, None]
     unit = torch.where(norm > 0, direction / norm, 0.0)
     x = inputs.double()
-    return ops.project_(x + _FAR * length * unit, x, eps=length, norm="l2", bounds=(0.0, 1.0)).to(inputs.dtype)
+    return ops.project_(x + _FAR * unit, x, eps=length, norm="l2", bounds=(0.0, 1.0)).to(inputs.dtype)
 
 
 def judged(
@@ -84,7 +89,7 @@ def judged(
         images: the clean images, of which the adversarial ones were made.
         made: what :func:`adversarial_images` returned for each model, by its name.
         norms: the L norms.
-        seed: of the noise, which is the same for all models that judge.
+        seed: that of the adversarial images.
         progress: called for each model.
 
     Returns:
@@ -98,7 +103,7 @@ def judged(
         for j, length in enumerate(norms):
             found["prediction"][i, j] = _decisions(model, images, torch.from_numpy(arrays["perturbed"][:, j]))
             # Rounding aside, nearly all perturbations have the same norm: one noisy image serves many sources.
-            lengths = np.where(arrays["l2"][:, j] > (1 - 1e-5) * length, length, arrays["l2"][:, j])
+            lengths = _snapped(torch.from_numpy(arrays["l2"][:, j]), length).numpy()
             found["noise_prediction"][i, j] = _under_noise(model, images, lengths, seed, known)
     return {
         "source": np.array(list(made)),
@@ -106,6 +111,22 @@ def judged(
         "label": images.labels.cpu().numpy(),
         **found,
     }
+
+
+def _reached(
+    perturbation: Tensor,  # [B, C, H, W]
+    length: float,
+) -> Tensor:
+    """The L2 norm of each perturbation, which was to be ``length``; [B] float64."""
+    return _snapped(perturbation.flatten(1).norm(dim=1), length)
+
+
+def _snapped(
+    norm: Tensor,  # [B]
+    length: float,
+) -> Tensor:
+    """``norm``, and ``length`` itself where nothing but rounding parts the two."""
+    return torch.where(norm > (1 - 1e-5) * length, length, norm)
 
 
 def _decisions(

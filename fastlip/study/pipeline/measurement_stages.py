@@ -164,7 +164,7 @@ class _Measuring:
             other.name: read_transfer_images(self.run.images(other.name, "transfer-images"), len(s.transfer.l2))
             for other in self.of_one_seed(model)
         }
-        seed = derived_seed(model.seed, "transfer")
+        seed = derived_seed(model.seed, "transfer-images")
         arrays = transfer.judged(self.networks.trained(model), self._transferred, made, s.transfer.l2, seed, progress)
         write_arrays(self.run.images(model.name, "transfer"), arrays)
         return f"{arrays['prediction'].size} adversarial images of {len(made)} models"
