@@ -56,28 +56,7 @@ class ImageSet:
         Raises:
             ValueError: a class has too few images, or a number is negative.
         """
-<<<<<<< HEAD
         return self.subset(balanced_rows(self.labels, len(self.classes), n, self.name, seed, after))
-=======
-        if n < 0 or after < 0:
-            raise ValueError(f"n and after must be at least 0, got {n} and {after}")
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self), generator=generator)
-        labels = self.labels[order]
-        # Rank of each image within its class, in random order: the first n by (rank, class) are balanced and nested.
-        ranks = torch.zeros_like(labels)
-        for c in range(len(self.classes)):
-            members = (labels == c).nonzero().squeeze(1)
-            ranks[members] = torch.arange(len(members))
-        chosen = order[(ranks * len(self.classes) + labels).argsort()[after : after + n]]
-        counts = torch.bincount(self.labels[chosen], minlength=len(self.classes))
-        if len(chosen) < n or int(counts.max() - counts.min()) > 1:
-            raise ValueError(
-                f"n = {after + n} images balanced over {len(self.classes)} classes are more than {self.name} has: a "
-                f"class has {int(torch.bincount(self.labels, minlength=len(self.classes)).min())}"
-            )
-        return self.subset(chosen.sort().values)
->>>>>>> me
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images as float32 [b, 3, H, W] in [0, 1] with their labels [b], in order.
