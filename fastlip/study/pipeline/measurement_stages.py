@@ -139,8 +139,9 @@ class _Measuring:
         return f"upper Lipschitz constant 10^{found['log10_upper']:.2f}"
 
     def weight_spectra(self, model: TrainedModel, progress: Progress) -> str:
-        """Spectra of the weights, and their distance from the network that training began from."""
-        start = self.networks.untrained(model, len(self.inputs.target_attacked.classes)).state_dict()
+        """Spectra of the weights, and their distance from the network that training began from, where that is known."""
+        classes = len(self.inputs.target_attacked.classes)
+        start = {} if model.given else self.networks.untrained(model, classes).state_dict()
         arrays = spectra.weights(self.networks.trained(model), start)
         write_arrays(self.run.spectra(model.name, "weights"), arrays)
         return f"{len(arrays['layer'])} layers"
