@@ -88,7 +88,7 @@ def folder_listing(root: str | os.PathLike[str], split: Literal["train", "test"]
         return _listed(root, root.resolve().name)
     if split is not None and train is None and test is None:
         found = _listed(root, f"{root.resolve().name} ({SPLIT_IN_WORDS})")
-        rows = rows_of(split, found.labels, len(found.classes), found.name)
+        rows = rows_of(split, found.labels, found.classes, found.name)
         return found._replace(paths=[found.paths[row] for row in rows.tolist()], labels=found.labels[rows])
     wanted = test if split == "test" else train
     if wanted is None:

@@ -111,7 +111,7 @@ def _table(name: str, split: Literal["train", "test"]) -> _Table:
         raise ValueError(f"{title}: the split {split} has images without a label, or none at all")
     if alone:
         title = f"{title} ({SPLIT_IN_WORDS})"
-        chosen = rows_of(split, labels, len(classes), title)
+        chosen = rows_of(split, labels, classes, title)
         rows, labels = rows.select(chosen.numpy()), labels[chosen]
     return _Table(rows, image, labels, classes, title)
 

@@ -107,7 +107,7 @@ def balanced_rows(
     counts = torch.bincount(labels[chosen], minlength=classes)
     if len(chosen) < n or int(counts.max() - counts.min()) > 1:
         raise ValueError(
-            f"{after + n} images balanced over {classes} classes are more than {name} has: a class has "
+            f"n = {after + n} images balanced over {classes} classes are more than {name} has: a class has "
             f"{int(torch.bincount(labels, minlength=classes).min())}"
         )
     return chosen.sort().values

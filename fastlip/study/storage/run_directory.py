@@ -14,7 +14,8 @@ from fastlip.study.settings import serialization
 from fastlip.study.settings.machine import Machine
 from fastlip.study.settings.training import TRANSFER, WITH_SNAPSHOTS
 from fastlip.study.storage import digests, json_files, schema
-from fastlip.study.storage.files import AGAIN, damaged, unobstructed, write_json
+from fastlip.study.storage.earlier_versions import require_readable
+from fastlip.study.storage.files import AGAIN, damaged, read_json, unobstructed, write_json
 from fastlip.study.storage.locks import mutex
 
 
@@ -86,6 +87,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         file = self.config_file
+        require_readable(path, read_json(file, RESTORE))
         self.config: dict[str, Any] = json_files.read(file, Config, RESTORE)
         self.machine = Machine(**self.config["machine"])
         try:
