@@ -16,7 +16,6 @@ _MEASURES: dict[str, Callable[[Model], str]] = {
     "Median smallest PGD distortion × 255": lambda m: distortion(m["smallest_pgd"]["median"]),
     "Median smallest Gaussian distortion × 255": lambda m: distortion(m["smallest_gaussian"]["median"]),
     "Median ratio PGD / Gaussian": lambda m: interval(m["ratio_median"]),
-    "Share of ratios below the rule's": lambda m: percent(m["ratio_share"]),
     "Certified upper Lipschitz constant": lambda m: power(m["lipschitz"]["log10_upper"]),
     "Largest observed stretch": lambda m: number(m["largest_stretch"]),
     "Mean accuracy under corruptions, per cent": lambda m: interval(m["corruptions"]["mean"], 100.0),

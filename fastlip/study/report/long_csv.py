@@ -42,7 +42,6 @@ def _long(results: Results) -> Iterator[tuple[Any, ...]]:
             yield row("share with a smallest perturbation", smallest["found"], smallest["attack"], "l2")
             yield row("median smallest distortion", smallest["median"], smallest["attack"], "l2")
             yield row("mean smallest distortion", smallest["mean"], smallest["attack"], "l2")
-        yield row("share of ratios below the rule's", model["ratio_share"])
         yield row("median ratio", model["ratio_median"])
         yield row("mean Jacobian norm", model["jacobian"]["mean"])
         bound = model["lipschitz"]

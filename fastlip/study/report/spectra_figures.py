@@ -73,7 +73,7 @@ def profile_figure(results: Results) -> Figure:
             rows.extend(
                 (model["name"], w["layer"], i / 10, v) for w in model["weights"] for i, v in enumerate(w["profile"])
             )
-            convolutions = [w for w in model["weights"] if w["layer"].endswith("conv2")]
+            convolutions = [w for w in model["weights"] if w["layer"].endswith("conv2")] or model["weights"]
             for dashes, w in zip(("-", ":"), (convolutions[0], convolutions[-1]), strict=True):
                 line(axes, model, np.linspace(0, 1, 11), w["profile"], dashes)
         axes.set_ylim(0, 1.02)

@@ -74,7 +74,6 @@ def arm_table(results: Results) -> Table:
         row("clean accuracy, %", lambda m: m["clean"]["value"], 100.0),
         row("median smallest PGD distortion × 255", lambda m: m["smallest_pgd"]["median"]["value"], 255.0),
         row("median smallest Gaussian distortion × 255", lambda m: m["smallest_gaussian"]["median"]["value"], 255.0),
-        row("images below the ratio of questions 1 and 2, %", lambda m: m["ratio_share"]["value"], 100.0),
         *(
             row(f"accuracy, {attack_name(attack)}, %", partial(_accuracy_under, i), 100.0)
             for i, attack in enumerate(results["models"][0]["attacks"])

@@ -12,6 +12,8 @@ def training_figure(results: Results) -> Figure:
 
     def draw(axes: Axes) -> None:
         for model in results["models"]:
+            if model["training"] is None:
+                continue
             accuracy = model["training"]["accuracy"]
             epochs = range(1, len(accuracy) + 1)
             line(axes, model, epochs, accuracy, marker="o")
@@ -35,13 +37,20 @@ def trajectory_figure(results: Results) -> Figure:
 
     def draw(axes: Axes) -> None:
         for model in results["models"]:
-            chosen = [p for p in results["points"] if p["run"] == model["name"] and p["median"] is not None]
+            chosen = [p for p in results["points"] if p["run"] == model["name"] and p["log10_distortion"] is not None]
             x = [p["log10_upper"] for p in chosen]
-            y = [(p["median"] or 0.0) * 255 for p in chosen]
+            y = [p["log10_distortion"] for p in chosen]
             line(axes, model, x, y, marker="o", markersize=4, linewidth=1)
             line(axes, model, x[-1:], y[-1:], "s", markersize=8)
         rows.extend(
-            (p["run"], p["epoch"] or "end", p["log10_upper"], p["stretch"], p["median"], p["accuracy"]["value"])
+            (
+                p["run"],
+                p["epoch"] or "end",
+                p["log10_upper"],
+                p["log10_stretch"],
+                p["log10_distortion"],
+                p["accuracy"]["value"],
+            )
             for p in results["points"]
         )
         axes.set_xlabel("log10 of the certified upper Lipschitz constant")
