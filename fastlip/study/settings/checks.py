@@ -13,6 +13,7 @@ from fastlip.study.settings.measurements import (
     FeatureSettings,
     LipschitzSettings,
     SmoothingSettings,
+    TransferSettings,
 )
 from fastlip.study.settings.rules import Rules
 from fastlip.study.settings.training import ARMS, Schedule
@@ -65,7 +66,7 @@ def check_attacks(
     }
     for name, grid in grids.items():
         # Files are named by six digits of the strength.
-        need(all(v > 0 for v in grid) and len({f"{v:g}" for v in grid}) == len(grid), name, "distinct values above 0")
+        _distinct(grid, name)
     need(pgd.steps > 0 and pgd.restarts > 0 and pgd.relative_step > 0, "pgd", "its numbers must be above 0")
     for name in ("steps", "restarts", "targets", "queries"):
         need(getattr(strong, name) > 0, f"strong.{name}", "must be at least 1")
@@ -77,6 +78,7 @@ def check_measurements(
     lipschitz: LipschitzSettings,
     features: FeatureSettings,
     corruptions: CorruptionSettings,
+    transfer: TransferSettings,
     smoothing: SmoothingSettings,
 ) -> None:
     _all_above_zero(smoothing, "smoothing")
@@ -89,6 +91,8 @@ def check_measurements(
     kept = corruptions.severities
     need(bool(kept) and set(kept) <= {1, 2, 3, 4, 5}, "corruptions.severities", "from 1 to 5")
     need(len(set(kept)) == len(kept), "corruptions.severities", "name each once")
+    need(transfer.images > 0, "transfer.images", "must be at least 1")
+    _distinct(transfer.l2, "transfer.l2")
 
 
 def check_rules(rules: Rules) -> None:
@@ -97,6 +101,10 @@ def check_rules(rules: Rules) -> None:
     need(rules.min_seeds > 1, "rules.min_seeds", "must be at least 2")
     need(rules.min_runs > 2, "rules.min_runs", "must be at least 3")
     need(rules.resamples > 0, "rules.resamples", "must be at least 1")
+
+
+def _distinct(grid: tuple[float, ...], name: str) -> None:
+    need(all(v > 0 for v in grid) and len({f"{v:g}" for v in grid}) == len(grid), name, "distinct values above 0")
 
 
 def _all_above_zero(group: SmallestSettings | SmoothingSettings, name: str) -> None:

@@ -115,7 +115,7 @@ class Settings:
         checks.check_evaluation(self.evaluation)
         need(0 <= self.examples <= self.evaluation.images, "examples", "0 to evaluation.images")
         checks.check_attacks(self.gaussian, self.pgd, self.strong, self.smallest)
-        checks.check_measurements(self.lipschitz, self.features, self.corruptions, self.smoothing)
+        checks.check_measurements(self.lipschitz, self.features, self.corruptions, self.transfer, self.smoothing)
         compared = self.rules.compared_linf_255
         need(compared in self.pgd.linf_255, "rules.compared_linf_255", "must be one of pgd.linf_255")
         checks.check_rules(self.rules)
@@ -133,10 +133,20 @@ class Settings:
             return self.reference
         return self.finetune if arm in TRANSFER else self.scratch
 
+    def training_images(self, arm: str) -> range:
+        """Which images of the target ``arm`` is trained on: their places in an order that all arms share."""
+        n = self.schedule(arm).images
+        return range(n, 2 * n) if arm == "disjoint" else range(n)
+
     @property
     def transfers(self) -> bool:
         """Whether any arm starts from the source."""
         return any(arm in TRANSFER for arm in self.arms)
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the run trains the source itself."""
+        return self.transfers and self.source not in ("imagenet", "checkpoint")
 
     def architecture_of(self, arm: str) -> str:
         """The network of ``arm`` in the form of ``model``."""

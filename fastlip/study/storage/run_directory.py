@@ -12,6 +12,7 @@ import torch
 from fastlip.study.errors import StudyError
 from fastlip.study.settings import serialization
 from fastlip.study.settings.machine import Machine
+from fastlip.study.settings.training import ARMS, TRANSFER, WITH_SNAPSHOTS
 from fastlip.study.storage import digests, json_files, schema
 from fastlip.study.storage.files import AGAIN, damaged, unobstructed, write_json
 from fastlip.study.storage.locks import mutex
@@ -40,7 +41,10 @@ _FORGET = "delete it, which loses how long each stage took and nothing else, and
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """One model of a run: an arm with a seed. ``epoch`` is that of a snapshot, None at the end of training."""
+    """One model of a run: an arm with a seed, or a checkpoint that is named by its arm.
+
+    ``epoch`` is that of a snapshot, None at the end of training.
+    """
 
     arm: str
     seed: int
@@ -49,7 +53,7 @@ class TrainedModel:
     @property
     def run_name(self) -> str:
         """Name of the training run that the model comes from."""
-        return f"{self.arm}-s{self.seed}"
+        return f"{self.arm}-s{self.seed}" if self.arm in ARMS else self.arm
 
     @property
     def name(self) -> str:
@@ -93,8 +97,11 @@ class RunDirectory:
 
     @property
     def models(self) -> list[TrainedModel]:
-        """The models at the end of their training."""
-        return [TrainedModel(arm, seed) for seed in self.settings.all_seeds for arm in self.settings.arms]
+        """The models at the end of their training, or the checkpoints that are measured."""
+        s = self.settings
+        if s.checkpoints:
+            return [TrainedModel(name, s.seed) for name in s.checkpoints]
+        return [TrainedModel(arm, seed) for seed in s.all_seeds for arm in s.arms]
 
     @property
     def snapshots(self) -> list[TrainedModel]:
@@ -102,14 +109,23 @@ class RunDirectory:
         return [
             TrainedModel(model.arm, model.seed, epoch)
             for model in self.models
-            if model.arm != "reference"
+            if model.arm in WITH_SNAPSHOTS
             for epoch in sorted(self.settings.schedule(model.arm).snapshots)
         ]
 
     @property
-    def pretrains(self) -> bool:
-        """Whether the study trains the source itself."""
-        return self.settings.transfers and self.settings.source in ("generated", "folder")
+    def sources(self) -> dict[str, int]:
+        """The sources that the run trains itself, by the names of their files, and the seed of each."""
+        s = self.settings
+        if not s.pretrains:
+            return {}
+        return {"source": s.seed} if s.sources == "one" else {f"source-s{seed}": seed for seed in s.all_seeds}
+
+    def source_of(self, model: TrainedModel) -> str | None:
+        """The name among :attr:`sources` of that which ``model`` starts from; None where it starts from none."""
+        if model.arm not in TRANSFER or not self.sources:
+            return None
+        return "source" if self.settings.sources == "one" else f"source-s{model.seed}"
 
     def clean_up(self) -> None:
         """Remove what a killed process left behind: partial files, and training states of models that are finished."""
