@@ -2,12 +2,16 @@
 
 import numpy as np
 
+from fastlip.data import ImageSet
+from fastlip.metrics import flat_boundary_ratio
 from fastlip.study.analysis import summaries
 from fastlip.study.analysis.comparisons import comparisons
 from fastlip.study.analysis.correlation_answer import CASES
 from fastlip.study.analysis.points import points
 from fastlip.study.analysis.statistics import median, proportion
 from fastlip.study.analysis.summaries import StoredModel
+from fastlip.study.analysis.titles import model_title
+from fastlip.study.analysis.transfer_table import transfer_table
 from fastlip.study.analysis.verdicts import verdicts
 from fastlip.study.measure.perturbed_images import depth_points
 from fastlip.study.settings.training import TRANSFER
@@ -18,14 +22,12 @@ from fastlip.study.storage.schema import (
     SCHEMA,
     Comparison,
     DeckRow,
+    FlatBoundary,
     Lipschitz,
     Model,
     Point,
     Power,
     Results,
-    Training,
-    TrainingRecord,
-    Transfer,
 )
 from fastlip.study.training.architectures import build
 
@@ -40,24 +42,29 @@ _DECK = (
 _DECK_IMAGES = 96
 
 
-def write(run: RunDirectory, source_name: str) -> str:
-    """Write results.json; return the verdicts in a few words."""
-    found = analyse(run, source_name)
+def write(run: RunDirectory, source_name: str, data: ImageSet) -> str:
+    """Write results.json; return the verdicts in a few words. Arguments are those of :func:`analyse`."""
+    found = analyse(run, source_name, data)
     write_json(run.results, found)
     return ", ".join(f"question {v['number']} {v['verdict']}" for v in found["verdicts"])
 
 
-def analyse(run: RunDirectory, source_name: str) -> Results:
-    """The contents of results.json, from the files of all earlier stages."""
+def analyse(run: RunDirectory, source_name: str, data: ImageSet) -> Results:
+    """The contents of results.json, from the files of all earlier stages.
+
+    Args:
+        run: the run.
+        source_name: the source of the transfer arms in words.
+        data: the attacked images.
+    """
     s = run.settings
-    models = [_model(run, trained) for trained in run.models]
-    compared, data_points = comparisons(run), points(run)
-    transfer: list[Transfer] = []
+    models = [_model(run, trained, data) for trained in run.models]
+    compared, data_points, transfer = comparisons(run), points(run), transfer_table(run)
     return Results(
         schema=SCHEMA,
         preset=s.preset,
-        dataset=models[0]["dataset"],
-        classes=read(run.training(run.models[0].name), TrainingRecord)["classes"],
+        dataset=data.name,
+        classes=list(data.classes),
         generated=s.dataset == "generated",
         source=source_name if s.transfers else "none",
         models=models,
@@ -79,40 +86,43 @@ def analyse(run: RunDirectory, source_name: str) -> Results:
     )
 
 
-def _model(run: RunDirectory, trained: TrainedModel) -> Model:
+def _model(run: RunDirectory, trained: TrainedModel, data: ImageSet) -> Model:
     s = run.settings
     stored = StoredModel(run, trained)
     confidence = s.rules.confidence
-    training = read(run.training(trained.name), TrainingRecord)
     clean = stored.decided("clean")
     ratios = summaries.ratios(stored)
     bound = read(run.lipschitz(trained.name), Lipschitz)
     features, growth = summaries.features(stored)
+    network = build(s.architecture_of(trained.arm), len(data.classes), s.stem, 0)
+    dimensions = data.images[0].numel()
     return Model(
         name=trained.name,
+        title=model_title(s, trained),
         arm=trained.arm,
+        role=s.role_of(trained.arm),
         seed=trained.seed,
-        dataset=training["data"],
+        dataset=data.name,
         architecture=s.architecture_of(trained.arm),
+        parameters=sum(p.numel() for p in network.parameters()),
         additional_data=trained.arm in TRANSFER,
         clean_acc=100.0 * float(clean.mean()),
         clean=proportion(clean, confidence),
         attacked_clean=proportion(stored.right, confidence),
-        training=Training(
-            images=training["images"],
-            epochs=training["epochs"],
-            processes=training["processes"],
-            loss=training["loss"],
-            accuracy=training["accuracy"],
-        ),
+        training=summaries.training(stored),
         attacks=summaries.attacks(stored),
         strong=summaries.strong(stored),
         smallest_pgd=summaries.smallest(stored, "pgd"),
         smallest_gaussian=summaries.smallest(stored, "gaussian"),
         gaussian_of_same_norm=summaries.gaussian_of_same_norm(stored),
         ratio_median=median(ratios, confidence),
+        flat_boundary=FlatBoundary(
+            dimensions=dimensions,
+            directions=s.smallest.directions,
+            ratio=flat_boundary_ratio(dimensions, s.smallest.directions),
+        ),
         largest_stretch=summaries.largest_stretch(stored),
-        depth_points=depth_points(build(s.architecture_of(trained.arm), 2, s.stem, 0)),
+        depth_points=depth_points(network),
         lipschitz=bound,
         jacobian=summaries.jacobian(stored),
         weights=summaries.weights(stored),
