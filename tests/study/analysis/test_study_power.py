@@ -54,7 +54,7 @@ def test_an_arm_that_is_missing_is_named_and_leaves_its_question_open(full):
 
 
 def test_checkpoints_have_no_power_note(full):
-    assert power.sample_sizes(dataclasses.replace(full, arms=(), checkpoints=("a", "b"))) == []
+    assert power.sample_sizes(dataclasses.replace(full, arms=(), seeds=1, checkpoints=("a", "b"))) == []
 
 
 def test_what_is_needed_reaches_the_power_wanted_and_less_does_not(full):

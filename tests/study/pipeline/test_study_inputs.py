@@ -68,7 +68,7 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_help_documents_every_setting():
     found = command("--help")
     assert found.returncode == 0
-    for name in ("pgd.steps", "scratch.max_lr", "rules.share", "--source-data", "--no-download"):
+    for name in ("pgd.steps", "scratch.max_lr", "rules.ratio_margin", "--source-data", "--no-download"):
         assert name in found.stdout
 
 
