@@ -6,6 +6,8 @@ Every function here raises :class:`StudyError` with status 2 where a setting is 
 import dataclasses
 import math
 import difflib
+import difflib
+import math
 import re
 
 from fastlip.models import SCALES, STEMS
