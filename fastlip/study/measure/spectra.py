@@ -60,8 +60,8 @@ def weights(model: nn.Module, start: dict[str, Tensor]) -> Arrays:
 
     Args:
         model: the trained network.
-        start: state dict of the network that its training began from. A weight that has another shape there (the
-            head's) has the distance NaN.
+        start: state dict of the network that its training began from. A weight that is not there, or has another shape
+            there (the head's), has the distance NaN.
 
     Returns:
         "layer": names [L], "distance": ||W - W0|| / ||W0|| [L], and for each name its singular values.

@@ -77,6 +77,8 @@ def _phase(what: str) -> tuple[str, str]:
         return what or "results", what
     if what == "pre-training":
         return "source", what
+    if what == "import":
+        return "checkpoints", what
     if what.startswith("training"):
         return "training", "training*"
     return "measurement", what if what.startswith("t") else "[!t]*"

@@ -16,7 +16,7 @@ def lipschitz_table(results: Results) -> Table:
                 title(model),
                 power(bound["log10_upper"]),
                 confidence(bound["confidence"]),
-                power(bound["log10_layer_product"]),
+                "0" if bound["log10_layer_product"] is None else power(bound["log10_layer_product"]),
                 number(model["largest_stretch"]),
                 number(model["smallest_pgd"]["stretch"]["mean"]["value"]),
                 number(model["smallest_gaussian"]["stretch"]["mean"]["value"]),

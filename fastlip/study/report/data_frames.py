@@ -8,7 +8,8 @@ from typing import Any
 from fastlip.study.errors import StudyError
 from fastlip.study.report.long_csv import LONG, TEXT
 from fastlip.study.storage import digests
-from fastlip.study.storage.files import damaged, read_arrays
+from fastlip.study.storage.earlier_versions import require_readable
+from fastlip.study.storage.files import damaged, read_arrays, read_json
 
 
 def frame(run: str | os.PathLike[str]) -> Any:
@@ -23,11 +24,14 @@ def frame(run: str | os.PathLike[str]) -> Any:
         is about, and are empty or NaN where they do not apply.
 
     Raises:
-        StudyError: the file is missing or damaged.
+        StudyError: the file is missing or damaged, or was never written by the earlier version that the run is of.
         ImportError: pandas is missing.
     """
     path = Path(run) / "tables" / "results.csv"
     if not path.is_file():
+        config = Path(run) / "config.json"
+        if config.is_file():
+            require_readable(Path(run), read_json(config))
         raise StudyError(f"{path} is missing; python -m fastlip.study report {run} writes it")
     remedy = f"python -m fastlip.study report {run} writes it anew"
     if not digests.intact(Path(run), path):

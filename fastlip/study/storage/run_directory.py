@@ -12,9 +12,10 @@ import torch
 from fastlip.study.errors import StudyError
 from fastlip.study.settings import serialization
 from fastlip.study.settings.machine import Machine
-from fastlip.study.settings.training import ARMS, TRANSFER, WITH_SNAPSHOTS
+from fastlip.study.settings.training import TRANSFER, WITH_SNAPSHOTS
 from fastlip.study.storage import digests, json_files, schema
-from fastlip.study.storage.files import AGAIN, damaged, unobstructed, write_json
+from fastlip.study.storage.earlier_versions import require_readable
+from fastlip.study.storage.files import AGAIN, damaged, read_json, unobstructed, write_json
 from fastlip.study.storage.locks import mutex
 
 
@@ -41,7 +42,7 @@ _FORGET = "delete it, which loses how long each stage took and nothing else, and
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """One model of a run: an arm with a seed, or a checkpoint that is named by its arm.
+    """One model of a run: an arm with a seed, or a checkpoint, which is ``given`` and named by its arm.
 
     ``epoch`` is that of a snapshot, None at the end of training.
     """
@@ -49,11 +50,12 @@ class TrainedModel:
     arm: str
     seed: int
     epoch: int | None = None
+    given: bool = False
 
     @property
     def run_name(self) -> str:
         """Name of the training run that the model comes from."""
-        return f"{self.arm}-s{self.seed}" if self.arm in ARMS else self.arm
+        return self.arm if self.given else f"{self.arm}-s{self.seed}"
 
     @property
     def name(self) -> str:
@@ -85,6 +87,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         file = self.config_file
+        require_readable(path, read_json(file, RESTORE))
         self.config: dict[str, Any] = json_files.read(file, Config, RESTORE)
         self.machine = Machine(**self.config["machine"])
         try:
@@ -100,7 +103,7 @@ class RunDirectory:
         """The models at the end of their training, or the checkpoints that are measured."""
         s = self.settings
         if s.checkpoints:
-            return [TrainedModel(name, s.seed) for name in s.checkpoints]
+            return [TrainedModel(name, s.seed, given=True) for name in s.checkpoints]
         return [TrainedModel(arm, seed) for seed in s.all_seeds for arm in s.arms]
 
     @property
@@ -109,7 +112,7 @@ class RunDirectory:
         return [
             TrainedModel(model.arm, model.seed, epoch)
             for model in self.models
-            if model.arm in WITH_SNAPSHOTS
+            if model.arm in WITH_SNAPSHOTS and not model.given
             for epoch in sorted(self.settings.schedule(model.arm).snapshots)
         ]
 

@@ -118,13 +118,13 @@ class Lipschitz(TypedDict):
 
     ``log10_upper`` holds with probability ``confidence``. ``log10_margin`` bounds the difference of any two logits.
     ``log10_layer_product``, the product of the layers' upper norms, ignores everything between the layers and is given
-    for comparison only.
+    for comparison only; None where it is 0, as where a BatchNorm switches a block off.
     """
 
     log10_upper: float
     log10_margin: float
     confidence: float
-    log10_layer_product: float
+    log10_layer_product: float | None
     layers: list[Layer]
 
 

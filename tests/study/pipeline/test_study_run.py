@@ -37,7 +37,8 @@ def test_results_have_the_schema_and_consistent_numbers(finished, micro, conform
     results = read_json(finished.results)
     conforms(results, Results)
     assert results["generated"] is True
-    assert [p["epoch"] for p in results["points"]] == [None, 1, None]
+    points = [("finetune", None), ("scratch", 1), ("scratch", None), ("softmax", None)]
+    assert [(p["arm"], p["epoch"]) for p in results["points"]] == points
     assert [m["name"] for m in results["models"]] == ["softmax-s0", "scratch-s0", "finetune-s0"]
     for m in results["models"]:
         assert m["clean_acc"] == pytest.approx(100 * m["clean"]["value"])
