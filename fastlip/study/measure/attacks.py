@@ -1,4 +1,8 @@
-"""The attacks of the study: Gaussian noise, PGD, and searches for the smallest perturbations."""
+"""The attacks of the study: Gaussian noise, PGD, and searches for the smallest perturbations.
+
+Gradients are those of a faster copy of the network (:func:`fastlip.attacks.prepare`), which all attacks on it share;
+the network itself confirms every success, in float32.
+"""
 
 import numpy as np
 import torch
@@ -53,6 +57,7 @@ def pgd_attack(
         restarts=settings.pgd.restarts,
         ids=ids,
         generator=generator,
+        fast=True,
     )
 
 
@@ -68,6 +73,7 @@ def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, p
             steps=settings.smallest.steps,
             search_steps=settings.smallest.searches,
             loss=settings.pgd.loss,
+            fast=True,
         ).adversarial
 
     return _censored(perturbed(model, images, search, 0, progress, keep=KEPT))
