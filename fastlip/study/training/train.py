@@ -61,8 +61,8 @@ def train(
     state_path: Path,
     save_seconds: float,
     progress: Callable[[int, int, str], None],
-    parts: Sequence[nn.Module] | None = None,
     head: nn.Module | None = None,
+    parts: Sequence[nn.Module] | None = None,
     keep: Callable[[int], None] | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
     compiled: bool = False,
@@ -79,10 +79,10 @@ def train(
         state_path: where the unfinished run is saved; the caller removes it once the result is stored.
         save_seconds: time between two saves.
         progress: called with the number of steps done, the number of all steps and a short note.
+        head: the module of ``model`` that gives the logits and has a learning rate of its own; the last ``nn.Linear`` if
+            None.
         parts: modules of ``model`` that are trained, all of it if None. The rest keeps its weights and BatchNorm
             statistics.
-        head: the module of ``model`` that gives the logits, whose learning rate has the factor ``schedule.head_lr``;
-            the last ``nn.Linear`` if None.
         keep: called by rank 0 after each epoch of ``schedule.snapshots``; ``model`` then holds the snapshot.
         group: the processes that train together; ``schedule.batch_size`` is that of all of them.
         compiled: whether ``torch.compile`` compiles the network; on a GPU its launches are replayed as CUDA graphs,
@@ -97,7 +97,8 @@ def train(
     # The head sums 2048 features: at the body's learning rate its first steps would overshoot by far.
     if head is None:
         *_, head = (m for m in model.modules() if isinstance(m, nn.Linear))
-    body = [p for p in model.parameters() if all(p is not q for q in head.parameters())]
+    own = {id(p) for p in head.parameters()}
+    body = [p for p in model.parameters() if id(p) not in own]
     groups = [
         {"params": [p for p in body if p.dim() > 1], "weight_decay": schedule.weight_decay},
         {"params": [p for p in body if p.dim() <= 1], "weight_decay": 0.0},
