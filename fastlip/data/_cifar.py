@@ -1,7 +1,8 @@
-"""CIFAR-10 (Krizhevsky 2009) through torchvision."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) through torchvision."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,19 +24,39 @@ def cifar10(root: str | os.PathLike[str], train: bool, download: bool = False) -
         OSError: the download failed.
         ImportError: torchvision is missing.
     """
-    dataset = torchvision_datasets().CIFAR10
+    return _read("CIFAR-10", torchvision_datasets().CIFAR10, root, train, download)
+
+
+def cifar100(root: str | os.PathLike[str], train: bool, download: bool = False) -> ImageSet:
+    """CIFAR-100's training images (50,000) or test images (10,000) with their 100 fine labels.
+
+    Args:
+        root: folder that holds ``cifar-100-python``.
+        train: training images rather than test images.
+        download: fetch the published archive into ``root`` where the files are missing.
+
+    Raises:
+        FileNotFoundError: the files are missing and ``download`` is False.
+        ValueError: a file is damaged (its MD5 differs from the published one).
+        OSError: the download failed.
+        ImportError: torchvision is missing.
+    """
+    return _read("CIFAR-100", torchvision_datasets().CIFAR100, root, train, download)
+
+
+def _read(name: str, dataset: Any, root: str | os.PathLike[str], train: bool, download: bool) -> ImageSet:
     folder = Path(root) / dataset.base_folder
-    fix = "pass download=True (--download), or unpack cifar-10-python.tar.gz there"
-    needed = [name for name, _ in (*dataset.train_list, *dataset.test_list)] + [dataset.meta["filename"]]
-    absent = [name for name in needed if not (folder / name).is_file()]
+    fix = f"pass download=True (--download), or unpack {dataset.filename} there"
+    needed = [file for file, _ in (*dataset.train_list, *dataset.test_list)] + [dataset.meta["filename"]]
+    absent = [file for file in needed if not (folder / file).is_file()]
     if absent and not download:
-        raise FileNotFoundError(f"CIFAR-10: {folder / absent[0]} is missing; {fix}")
+        raise FileNotFoundError(f"{name}: {folder / absent[0]} is missing; {fix}")
     try:
         # torchvision checks every file against its MD5 before it unpickles any.
         found = dataset(os.fspath(root), train=train, download=bool(absent))
     except RuntimeError as error:
         if absent:
-            raise OSError(f"CIFAR-10 could not be downloaded into {root}: {error}") from None
-        raise ValueError(f"CIFAR-10: a file in {folder} is damaged; delete that folder and {fix}") from None
+            raise OSError(f"{name} could not be downloaded into {root}: {error}") from None
+        raise ValueError(f"{name}: a file in {folder} is damaged; delete that folder and {fix}") from None
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor(found.targets), tuple(found.classes), "CIFAR-10")
+    return ImageSet(images, torch.tensor(found.targets), tuple(found.classes), name)

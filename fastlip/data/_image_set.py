@@ -45,34 +45,18 @@ class ImageSet:
         """The images at ``rows``."""
         return ImageSet(self.images[rows], self.labels[rows], self.classes, self.name, self.generated)
 
-    def balanced(self, n: int, seed: int = 0) -> "ImageSet":
+    def balanced(self, n: int, seed: int = 0, after: int = 0) -> "ImageSet":
         """A random ``n`` images with as many of each class, to within one; in the order of the set.
 
         Args:
             n: images to keep.
             seed: decides which; a larger n with the same seed contains the smaller one's images.
+            after: leave out the images that ``balanced(after, seed)`` returns, so that the two share none.
 
         Raises:
-            ValueError: a class has too few images, or ``n`` is negative.
+            ValueError: a class has too few images, or a number is negative.
         """
-        if n < 0:
-            raise ValueError(f"n must be at least 0, got {n}")
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self), generator=generator)
-        labels = self.labels[order]
-        # Rank of each image within its class, in random order: the first n by (rank, class) are balanced and nested.
-        ranks = torch.zeros_like(labels)
-        for c in range(len(self.classes)):
-            members = (labels == c).nonzero().squeeze(1)
-            ranks[members] = torch.arange(len(members))
-        chosen = order[(ranks * len(self.classes) + labels).argsort()[:n]]
-        counts = torch.bincount(self.labels[chosen], minlength=len(self.classes))
-        if len(chosen) < n or int(counts.max() - counts.min()) > 1:
-            raise ValueError(
-                f"n = {n} images balanced over {len(self.classes)} classes are more than {self.name} has: a class has "
-                f"{int(torch.bincount(self.labels, minlength=len(self.classes)).min())}"
-            )
-        return self.subset(chosen.sort().values)
+        return self.subset(balanced_rows(self.labels, len(self.classes), n, self.name, seed, after))
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images as float32 [b, 3, H, W] in [0, 1] with their labels [b], in order.
@@ -87,3 +71,43 @@ class ImageSet:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         for i in range(0, len(self), batch_size):
             yield self.images[i : i + batch_size].float() / 255, self.labels[i : i + batch_size]
+
+
+def balanced_rows(
+    labels: Tensor,  # [N] int64
+    classes: int,
+    n: int,
+    name: str,
+    seed: int = 0,
+    after: int = 0,
+) -> Tensor:
+    """Rows of a random ``n`` images with as many of each class, to within one, in order, [n] int64.
+
+    Args:
+        labels: indices of the classes.
+        classes: number of classes.
+        n: images to keep.
+        name: of the set, for the error.
+        seed: decides which; a larger n with the same seed contains the smaller one's images.
+        after: leave out the first so many of that order.
+
+    Raises:
+        ValueError: a class has too few images, or a number is negative.
+    """
+    if n < 0 or after < 0:
+        raise ValueError(f"n and after must be at least 0, got {n} and {after}")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels[order]
+    # Rank of each image within its class, in random order: the first n by (rank, class) are balanced and nested.
+    ranks = torch.zeros_like(shuffled)
+    for c in range(classes):
+        members = (shuffled == c).nonzero().squeeze(1)
+        ranks[members] = torch.arange(len(members))
+    chosen = order[(ranks * classes + shuffled).argsort()[after : after + n]]
+    counts = torch.bincount(labels[chosen], minlength=classes)
+    if len(chosen) < n or int(counts.max() - counts.min()) > 1:
+        raise ValueError(
+            f"n = {after + n} images balanced over {classes} classes are more than {name} has: a class has "
+            f"{int(torch.bincount(labels, minlength=classes).min())}"
+        )
+    return chosen.sort().values

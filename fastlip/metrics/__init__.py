@@ -2,6 +2,7 @@
 
 from fastlip.metrics._accuracy import accuracy
 from fastlip.metrics._distortion import average_distortion
+from fastlip.metrics._flat_boundary import flat_boundary_ratio
 from fastlip.metrics._intervals import (
     CensoredMedian,
     Interval,
@@ -20,6 +21,7 @@ __all__ = [
     "average_distortion",
     "censored_median",
     "clopper_pearson",
+    "flat_boundary_ratio",
     "layer_stretch",
     "observed_stretch",
     "paired_bootstrap",

@@ -1,6 +1,8 @@
 """The command line of the study."""
 
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 from fastlip._text import printable
 from fastlip.study.errors import StudyError
 from fastlip.study.settings import overrides, presets, serialization
+from fastlip.study.settings.input_paths import InputPaths, absolute
 from fastlip.study.settings.settings import Settings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -33,7 +36,21 @@ Preset = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option(help="Run directory; runs/PRESET by default. Resumed if it exists.")]
-Data = Annotated[Path | None, typer.Option(envvar="FASTLIP_DATA", help="Folder that holds cifar-10-batches-py.")]
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="SPEC", help="Network: torchvision:NAME, timm:NAME or package.module:function."),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="IMAGES",
+        help="Images in place of the preset's: cifar10, cifar100, svhn, a folder (of train/CLASS and test/CLASS, or of "
+        "classes, which are split), or hf:NAME with a data set of the Hugging Face Hub or the folder of one.",
+    ),
+]
+Data = Annotated[
+    Path | None, typer.Option(envvar="FASTLIP_DATA", help="Folder of the files of CIFAR-10, CIFAR-100 and SVHN.")
+]
 Download = Annotated[bool, typer.Option(help="Whether missing data and ImageNet weights may be fetched.")]
 SourceCheckpoint = Annotated[
     Path | None,
@@ -42,11 +59,19 @@ SourceCheckpoint = Annotated[
     ),
 ]
 SourceData = Annotated[
-    Path | None, typer.Option(help="Folder of images, one folder per class, to pre-train the source on.")
+    str | None, typer.Option(metavar="IMAGES", help="Images to pre-train the source on, named as for --target.")
 ]
 Corruptions = Annotated[
     Path | None,
     typer.Option(help="Folder with CIFAR-10-C's files; without it corruptions are made, and labelled so."),
+]
+Join = Annotated[
+    bool,
+    typer.Option("--join", help="Share the run directory with other processes given the same, here or elsewhere."),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Carry out only the stages of such names; see plan. Repeatable."),
 ]
 Seed = Annotated[int | None, typer.Option(help="First seed.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto by default.")]
@@ -60,38 +85,149 @@ def study(
     context: typer.Context,
     preset: Preset = None,
     out: Out = None,
+    model: Model = None,
+    target: Target = None,
     data: Data = None,
     download: Download = True,
     source_checkpoint: SourceCheckpoint = None,
     source_data: SourceData = None,
     corruptions: Corruptions = None,
-    join: Annotated[
-        bool,
-        typer.Option("--join", help="Share the run directory with other processes given the same, here or elsewhere."),
-    ] = False,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Carry out only the stages of such names; see plan. Repeatable."),
-    ] = None,
+    join: Join = False,
+    only: Only = None,
     seed: Seed = None,
     device: Device = None,
     settings: Set = None,
 ) -> None:
     """Does what Szegedy et al. (2013) found hold for bigger and for pre-trained models?
 
-    Trains ResNet-50 from scratch and from a source, attacks both, bounds their Lipschitz constants and writes a run
-    directory with results.json, tables, figures and report.html. The same command run again resumes an unfinished run.
+    Trains a large network from scratch and from a source, and small ones; attacks all, bounds their Lipschitz constants
+    and writes a run directory with results.json, tables, figures and report.html. The same command run again resumes an
+    unfinished run. `measure` does the same for checkpoints of your own, without training.
     """
     if context.invoked_subcommand is not None:
         return
-    chosen, data = _chosen(context, preset, data, seed, device, settings)
-    try:
-        # torch and matplotlib take seconds to import, and mistakes on the command line are reported before.
-        from fastlip.study.pipeline import runner
-        from fastlip.study.settings.input_paths import InputPaths
+    chosen = _chosen(preset, model, seed, device, settings)
+    paths = InputPaths(
+        data=_data(context, chosen, data),
+        source_checkpoint=source_checkpoint,
+        source_data=source_data,
+        corruptions=corruptions,
+        download=download,
+        target=target,
+    )
+    _run(chosen, paths, _out(out, chosen), join, only)
 
-        paths = InputPaths(data, source_checkpoint, source_data, corruptions, download)
-        runner.run(chosen, paths, _out(out, chosen), join=join, only=only or ())
+
+@app.command()
+def measure(
+    context: typer.Context,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Weights to measure: safetensors, or a torch file, of which nothing is executed. Repeatable.",
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]SPEC",
+            help="Network of all checkpoints, or of the checkpoint NAME (repeatable): torchvision:NAME, timm:NAME or "
+            "package.module:function.",
+        ),
+    ] = None,
+    target: Target = None,
+    normalize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="What the networks' inputs were normalised by: imagenet, cifar10, cifar100, svhn, none, or means and "
+            "standard deviations as in 0.5,0.5,0.5/0.25,0.25,0.25. By default the target's where they are known, or "
+            "else ImageNet's.",
+        ),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Whose images and measurements are taken; nothing is trained.")] = "quick",
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; runs/measure by default. Resumed if it exists.")
+    ] = None,
+    data: Data = None,
+    download: Download = True,
+    corruptions: Corruptions = None,
+    join: Join = False,
+    only: Only = None,
+    planned: Annotated[
+        bool, typer.Option("--plan", help="Write the run as commands for a scheduler in place of running it; see plan.")
+    ] = False,
+    seed: Seed = None,
+    device: Device = None,
+    settings: Set = None,
+) -> None:
+    """Measure checkpoints of your own without training: the whole report for any number of them.
+
+    `python -m fastlip.study measure --checkpoint a=A.safetensors --checkpoint b=B.pth --model timm:resnet18`
+    """
+    files = _named(checkpoint or [], "--checkpoint", "NAME=FILE")
+    if not files:
+        raise StudyError("name the checkpoints: measure --checkpoint NAME=FILE --model SPEC (or --help)", status=2)
+    assignments = [*(settings or []), *([] if normalize is None else [f"normalize={normalize}"])]
+    chosen = _measuring(presets.preset(preset), tuple(files), model or [])
+    chosen = _overridden(chosen, seed, device, assignments)
+    directory = out or Path("runs") / "measure"
+    paths = InputPaths(
+        data=_data(context, chosen, data),
+        corruptions=corruptions,
+        download=download,
+        target=target,
+        checkpoints={name: Path(file) for name, file in files.items()},
+    )
+    if not planned:
+        _run(chosen, paths, directory, join, only)
+        return
+    options: list[tuple[str, str | None]] = [("--preset", preset), ("--normalize", normalize)]
+    options += [("--checkpoint", f"{name}={Path(file).resolve()}") for name, file in files.items()]
+    options += [("--model", spec) for spec in model or []]
+    _plan(chosen, paths, directory, ["measure"], options, seed, device, settings)
+
+
+def _measuring(settings: Settings, names: tuple[str, ...], models: list[str]) -> Settings:
+    """The settings of a run that measures the checkpoints ``names`` with the ``settings`` of a preset.
+
+    Args:
+        settings: of the preset.
+        names: of the checkpoints.
+        models: a network for all of them, or NAME=network for each.
+    """
+    own = _named([text for text in models if "=" in text], "--model", "NAME=SPEC")
+    shared = [text for text in models if "=" not in text]
+    if set(own) - set(names):
+        raise StudyError(f"--model {min(set(own) - set(names))}=...: no --checkpoint has that name", status=2)
+    if len(shared) > 1 or not (shared or set(own) == set(names)):
+        raise StudyError("--model: name one SPEC for all checkpoints, or NAME=SPEC for each of them", status=2)
+    rest = shared[0] if shared else settings.model
+    each = tuple(own.get(name, rest) for name in names) if own else ()
+    return replace(settings, arms=(), checkpoints=names, model=rest, models=each, seeds=1)
+
+
+def _named(texts: list[str], option: str, form: str) -> dict[str, str]:
+    """The values of a repeatable option NAME=VALUE by their names."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise StudyError(f"{option} {text}: write it as {form}", status=2)
+        if name in found:
+            raise StudyError(f"{option} {name}=...: the name is given twice", status=2)
+        found[name] = value
+    return found
+
+
+def _run(settings: Settings, paths: InputPaths, out: Path, join: bool, only: list[str] | None) -> None:
+    _stay_offline(paths)
+    try:
+        # torchvision and matplotlib take seconds to import, and mistakes on the command line are reported before.
+        from fastlip.study.pipeline import runner
+
+        runner.run(settings, paths, out, join=join, only=only or ())
     except KeyboardInterrupt:
         # Typer would exit without a message.
         raise StudyError("interrupted; run the same command again to go on", status=130) from None
@@ -102,6 +238,8 @@ def plan(
     context: typer.Context,
     preset: Preset = None,
     out: Out = None,
+    model: Model = None,
+    target: Target = None,
     data: Data = None,
     download: Download = True,
     source_checkpoint: SourceCheckpoint = None,
@@ -119,45 +257,83 @@ def plan(
 
     With GNU parallel: `(for file in DIR/plan/*.txt; do parallel --halt soon,fail=1 -j 4 < $file || exit; done)`
     """
-    chosen, data = _chosen(context, preset, data, seed, device, settings)
-    from fastlip.study.pipeline.plan import write_plan
-    from fastlip.study.settings.input_paths import InputPaths
+    chosen = _chosen(preset, model, seed, device, settings)
+    paths = InputPaths(
+        data=_data(context, chosen, data),
+        source_checkpoint=source_checkpoint,
+        source_data=source_data,
+        corruptions=corruptions,
+        download=download,
+        target=target,
+    )
+    options = [("--preset", preset), ("--model", model)]
+    _plan(chosen, paths, _out(out, chosen), [], options, seed, device, settings)
 
-    directory = _out(out, chosen).resolve()
-    files = {"--data": data, "--source-checkpoint": source_checkpoint}
-    files |= {"--source-data": source_data, "--corruptions": corruptions}
-    command = [sys.executable, "-m", "fastlip.study", "--preset", str(preset), "--out", str(directory)]
-    command += [word for option, path in files.items() if path for word in (option, str(path.resolve()))]
-    command += [] if download else ["--no-download"]
-    command += [] if seed is None else ["--seed", str(seed)]
-    command += [] if device is None else ["--device", device]
-    command += [word for assignment in settings or () for word in ("--set", assignment)]
-    paths = InputPaths(data, source_checkpoint, source_data, corruptions, download)
+
+def _plan(
+    chosen: Settings,
+    paths: InputPaths,
+    out: Path,
+    subcommand: list[str],
+    options: list[tuple[str, str | None]],
+    seed: int | None,
+    device: str | None,
+    assignments: list[str] | None,
+) -> None:
+    """Write a run as commands, which hold the ``options`` given and the inputs, all paths absolute."""
+    _stay_offline(paths)
+    from fastlip.study.pipeline.plan import write_plan
+
+    directory = out.resolve()
+    for option, value in (
+        ("--out", directory),
+        ("--target", paths.target),
+        ("--data", paths.data),
+        ("--source-checkpoint", paths.source_checkpoint),
+        ("--source-data", paths.source_data),
+        ("--corruptions", paths.corruptions),
+    ):
+        options.append((option, None if value is None else absolute(value)))
+    options += [("--seed", None if seed is None else str(seed)), ("--device", device)]
+    options += [("--set", assignment) for assignment in assignments or ()]
+    command = [sys.executable, "-m", "fastlip.study", *subcommand]
+    command += [word for option, value in options if value is not None for word in (option, value)]
+    command += [] if paths.download else ["--no-download"]
     for file in write_plan(chosen, paths, directory, command):
         typer.echo(f"{file}: {len(file.read_text().splitlines())} commands")
 
 
 def _chosen(
-    context: typer.Context,
-    preset: str | None,
-    data: Path | None,
-    seed: int | None,
-    device: str | None,
-    assignments: list[str] | None,
-) -> tuple[Settings, Path | None]:
-    """The settings that the command line asks for, and the folder of the data where these want it."""
+    preset: str | None, model: str | None, seed: int | None, device: str | None, assignments: list[str] | None
+) -> Settings:
+    """The settings that the command line asks for."""
     if preset is None:
         raise StudyError("name a preset: python -m fastlip.study --preset demo (or --help)", status=2)
-    assignments = list(assignments or [])
+    named = [] if model is None else [f"model={model}"]
+    return _overridden(presets.preset(preset), seed, device, [*(assignments or []), *named])
+
+
+def _overridden(settings: Settings, seed: int | None, device: str | None, assignments: list[str]) -> Settings:
+    assignments = list(assignments)
     if seed is not None:
         assignments.append(f"seed={seed}")
     if device is not None:
         assignments.append(f"device={device}")
-    chosen = overrides.override(presets.preset(preset), assignments)
+    return overrides.override(settings, assignments)
+
+
+def _stay_offline(paths: InputPaths) -> None:
+    """Tell the libraries of Hugging Face, which read it when they are imported, that nothing may be fetched."""
+    if not paths.download:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _data(context: typer.Context, settings: Settings, data: Path | None) -> Path | None:
+    """The folder of the data where the settings want it; the command line is told apart from FASTLIP_DATA."""
     origin = context.get_parameter_source("data")
-    if chosen.dataset == "generated" and origin is not None and origin.name == "ENVIRONMENT":
-        data = None  # FASTLIP_DATA is set for other runs
-    return chosen, data
+    if settings.dataset == "generated" and origin is not None and origin.name == "ENVIRONMENT":
+        return None  # FASTLIP_DATA is set for other runs
+    return data
 
 
 def _out(out: Path | None, settings: Settings) -> Path:

@@ -32,8 +32,21 @@ def test_balanced_subsets_are_balanced_nested_and_repeatable(images):
     assert not torch.equal(images.balanced(30, seed=6).images, subsets[1].images)
     with pytest.raises(ValueError, match="a class has 30"):
         images.balanced(91)
-    with pytest.raises(ValueError, match="n must be at least 0"):
+    with pytest.raises(ValueError, match="at least 0, got -1 and 0"):
         images.balanced(-1)
+
+
+def test_balanced_after_others_shares_no_image_with_them(images):
+    first, rest = images.balanced(31, seed=5), images.balanced(40, seed=5, after=31)
+    seen = [{image.numpy().tobytes() for image in part.images} for part in (first, rest)]
+    assert len(seen[0] | seen[1]) == 71
+    assert seen[0] | seen[1] == {image.numpy().tobytes() for image in images.balanced(71, seed=5).images}
+    counts = torch.bincount(rest.labels, minlength=3)
+    assert counts.max() - counts.min() <= 1
+    with pytest.raises(ValueError, match="n = 91 images"):
+        images.balanced(45, after=46)
+    with pytest.raises(ValueError, match="at least 0, got 1 and -1"):
+        images.balanced(1, after=-1)
 
 
 def test_batches_are_scaled_and_complete(images):

@@ -16,7 +16,8 @@ from fastlip.study.storage.files import read_arrays
 from fastlip.study.storage.run_directory import RunDirectory
 
 MICRO = [
-    "architecture=resnet18",
+    "model=torchvision:resnet18",
+    "arms=softmax,scratch,finetune",
     "evaluation.images=18",
     "evaluation.clean_images=24",
     "evaluation.batch_size=10",
@@ -43,6 +44,8 @@ MICRO = [
     "features.images=12",
     "corruptions.images=12",
     "corruptions.severities=5",
+    "transfer.images=12",
+    "transfer.l2=1",
     "smoothing.images=3",
     "smoothing.selection=2",
     "smoothing.samples=12",
@@ -53,7 +56,7 @@ MICRO = [
     "finetune.snapshots=",
 ] + [
     f"{arm}.{setting}"
-    for arm in ("pretrain", "scratch", "finetune")
+    for arm in ("pretrain", "scratch", "finetune", "reference")
     for setting in ("images=48", f"epochs={2 if arm == 'scratch' else 1}", "batch_size=24")
 ]
 MICRO.append("scratch.snapshots=1")

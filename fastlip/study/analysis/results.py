@@ -2,26 +2,32 @@
 
 import numpy as np
 
-from fastlip.study.analysis import power, summaries
-from fastlip.study.analysis.statistics import median, paired, proportion
+from fastlip.data import ImageSet
+from fastlip.metrics import flat_boundary_ratio
+from fastlip.study.analysis import summaries
+from fastlip.study.analysis.comparisons import comparisons
+from fastlip.study.analysis.correlation_answer import CASES
+from fastlip.study.analysis.points import points
+from fastlip.study.analysis.statistics import median, proportion
 from fastlip.study.analysis.summaries import StoredModel
-from fastlip.study.analysis.verdicts import CASES, verdicts
+from fastlip.study.analysis.titles import model_title
+from fastlip.study.analysis.transfer_table import transfer_table
+from fastlip.study.analysis.verdicts import verdicts
 from fastlip.study.measure.perturbed_images import depth_points
 from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.json_files import read
-from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, pgd_name
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
 from fastlip.study.storage.schema import (
     SCHEMA,
     Comparison,
     DeckRow,
+    FlatBoundary,
     Lipschitz,
     Model,
     Point,
     Power,
     Results,
-    Training,
-    TrainingRecord,
 )
 from fastlip.study.training.architectures import build
 
@@ -36,31 +42,37 @@ _DECK = (
 _DECK_IMAGES = 96
 
 
-def write(run: RunDirectory, source_name: str) -> str:
-    """Write results.json; return the verdicts in a few words."""
-    found = analyse(run, source_name)
+def write(run: RunDirectory, source_name: str, data: ImageSet) -> str:
+    """Write results.json; return the verdicts in a few words. Arguments are those of :func:`analyse`."""
+    found = analyse(run, source_name, data)
     write_json(run.results, found)
     return ", ".join(f"question {v['number']} {v['verdict']}" for v in found["verdicts"])
 
 
-def analyse(run: RunDirectory, source_name: str) -> Results:
-    """The contents of results.json, from the files of all earlier stages."""
+def analyse(run: RunDirectory, source_name: str, data: ImageSet) -> Results:
+    """The contents of results.json, from the files of all earlier stages.
+
+    Args:
+        run: the run.
+        source_name: the source of the transfer arms in words.
+        data: the attacked images.
+    """
     s = run.settings
-    models = [_model(run, trained) for trained in run.models]
-    points = [_point(run, trained) for trained in sorted(run.models + run.snapshots, key=_moment)]
-    comparisons = _comparisons(run)
+    models = [_model(run, trained, data) for trained in run.models]
+    compared, data_points, transfer = comparisons(run), points(run), transfer_table(run)
     return Results(
         schema=SCHEMA,
         preset=s.preset,
-        dataset=models[0]["dataset"],
-        classes=read(run.training(run.models[0].name), TrainingRecord)["classes"],
+        dataset=data.name,
+        classes=list(data.classes),
         generated=s.dataset == "generated",
         source=source_name if s.transfers else "none",
         models=models,
-        points=points,
-        comparisons=comparisons,
-        verdicts=verdicts(models, comparisons, points, s.rules),
-        power=_power(run, models, points),
+        points=data_points,
+        comparisons=compared,
+        transfer=transfer,
+        verdicts=verdicts(models, compared, data_points, transfer, s.rules, one_source=s.sources == "one"),
+        power=_had(run.config["power"], compared, data_points),
         seed_deck=[
             DeckRow(
                 model=model,
@@ -74,45 +86,43 @@ def analyse(run: RunDirectory, source_name: str) -> Results:
     )
 
 
-def _moment(trained: TrainedModel) -> tuple[int, str, float]:
-    return trained.seed, trained.arm, np.inf if trained.epoch is None else trained.epoch
-
-
-def _model(run: RunDirectory, trained: TrainedModel) -> Model:
+def _model(run: RunDirectory, trained: TrainedModel, data: ImageSet) -> Model:
     s = run.settings
     stored = StoredModel(run, trained)
     confidence = s.rules.confidence
-    training = read(run.training(trained.name), TrainingRecord)
     clean = stored.decided("clean")
     ratios = summaries.ratios(stored)
     bound = read(run.lipschitz(trained.name), Lipschitz)
     features, growth = summaries.features(stored)
+    network = build(s.architecture_of(trained.arm), len(data.classes), s.stem, 0)
+    dimensions = data.images[0].numel()
     return Model(
         name=trained.name,
+        title=model_title(s, trained),
         arm=trained.arm,
+        role=s.role_of(trained.arm),
         seed=trained.seed,
-        dataset=training["data"],
+        dataset=data.name,
         architecture=s.architecture_of(trained.arm),
+        parameters=sum(p.numel() for p in network.parameters()),
         additional_data=trained.arm in TRANSFER,
         clean_acc=100.0 * float(clean.mean()),
         clean=proportion(clean, confidence),
         attacked_clean=proportion(stored.right, confidence),
-        training=Training(
-            images=training["images"],
-            epochs=training["epochs"],
-            processes=training["processes"],
-            loss=training["loss"],
-            accuracy=training["accuracy"],
-        ),
+        training=summaries.training(stored),
         attacks=summaries.attacks(stored),
         strong=summaries.strong(stored),
         smallest_pgd=summaries.smallest(stored, "pgd"),
         smallest_gaussian=summaries.smallest(stored, "gaussian"),
         gaussian_of_same_norm=summaries.gaussian_of_same_norm(stored),
-        ratio_share=proportion(ratios <= s.rules.ratio, confidence),
         ratio_median=median(ratios, confidence),
+        flat_boundary=FlatBoundary(
+            dimensions=dimensions,
+            directions=s.smallest.directions,
+            ratio=flat_boundary_ratio(dimensions, s.smallest.directions),
+        ),
         largest_stretch=summaries.largest_stretch(stored),
-        depth_points=depth_points(build(s.architecture_of(trained.arm), 2, s.stem, 0)),
+        depth_points=depth_points(network),
         lipschitz=bound,
         jacobian=summaries.jacobian(stored),
         weights=summaries.weights(stored),
@@ -124,65 +134,13 @@ def _model(run: RunDirectory, trained: TrainedModel) -> Model:
     )
 
 
-def _point(run: RunDirectory, trained: TrainedModel) -> Point:
-    """A data point of question 4. Where there are snapshots, all points are measured on the first images alone."""
-    s, stored = run.settings, StoredModel(run, trained)
-    first = s.evaluation.snapshot_images if run.snapshots else s.evaluation.images
-    right = stored.right[:first]
-    arrays = stored.images("smallest-pgd")
-    found = median(arrays["distortion"][:first][right], s.rules.confidence)
-    return Point(
-        run=trained.run_name,
-        arm=trained.arm,
-        seed=trained.seed,
-        epoch=trained.epoch,
-        accuracy=proportion(right, s.rules.confidence),
-        median=found["value"],
-        stretch=summaries.largest(arrays["stretch"][:first][right]),
-        log10_upper=read(run.lipschitz(trained.name), Lipschitz)["log10_upper"],
-    )
-
-
-def _comparisons(run: RunDirectory) -> list[Comparison]:
-    """Each transfer arm minus scratch, on the images that both classify correctly (distortion) or all (accuracy)."""
-    s, found = run.settings, []
-    arms = [arm for arm in s.arms if arm in TRANSFER] if "scratch" in s.arms else []
-    under = pgd_name("linf", s.rules.compared_linf_255)
-    for seed in s.all_seeds:
-        for arm in arms:
-            pair = [StoredModel(run, TrainedModel(arm, seed)), StoredModel(run, TrainedModel("scratch", seed))]
-            both = pair[0].right & pair[1].right
-            a, b = (stored.images("smallest-pgd")["distortion"][both] for stored in pair)
-            difference = paired(a, b, np.median, s.rules.confidence, s.rules.resamples)
-            found.append(Comparison(arm=arm, seed=seed, measure="median smallest distortion", difference=difference))
-            a, b = (stored.decided(under).astype(float) for stored in pair)
-            difference = paired(a, b, np.mean, s.rules.confidence, s.rules.resamples)
-            found.append(Comparison(arm=arm, seed=seed, measure="accuracy under PGD", difference=difference))
-    return found
-
-
-def _power(run: RunDirectory, models: list[Model], points: list[Point]) -> list[Power]:
-    """The power analysis with the sample sizes of this run, and again for the observed proportions."""
-    rules = run.settings.rules
-    fewest = {
-        question: min((m["ratio_share"]["n"] for m in models if m["arm"] == arm), default=0)
-        for question, arm in ((1, "scratch"), (2, "finetune"))
+def _had(rows: list[Power], comparisons: list[Comparison], points: list[Point]) -> list[Power]:
+    """The power note of config.json with the sample sizes of this run."""
+    paired = {
+        arm: [c["difference"]["n"] for c in comparisons if c["arm"] == arm and c["measure"] == "log ratio"]
+        for arm in ("scratch", "finetune")
     }
-    had = fewest | {
-        3: len(run.settings.all_seeds) if {"scratch", "finetune"} <= set(run.settings.arms) else 0,
-        4: min(len({p["run"] for p in points if p["arm"] in arms}) for arms in CASES.values()),
-    }
-    rows = [Power(**(row | {"had": had[row["question"]]})) for row in power.sample_sizes(rules)]
-    for question, arm in ((1, "scratch"), (2, "finetune")):
-        for m in models:
-            share = m["ratio_share"]["value"]
-            if m["arm"] == arm and share is not None:
-                row = Power(
-                    question=question,
-                    unit="correctly classified images in each model",
-                    assumption=f"the true share is that observed in {m['name']}, {share:.3f}",
-                    needed=power.images_needed(share, rules.share, rules.confidence, rules.power),
-                    had=m["ratio_share"]["n"],
-                )
-                rows.append(row)
-    return sorted(rows, key=lambda row: row["question"])
+    seeds = {c["seed"] for c in comparisons if (c["arm"], c["against"]) == ("finetune", "scratch")}
+    runs = [len({p["run"] for p in points if p["arm"] == case}) for case in CASES]
+    had = {1: min(paired["scratch"], default=0), 2: min(paired["finetune"], default=0), 3: len(seeds), 4: min(runs)}
+    return [Power(**(row | {"had": had[row["question"]]})) for row in rows]

@@ -7,6 +7,7 @@ import numpy as np
 from fastlip.study.analysis.statistics import mean, median, proportion
 from fastlip.study.measure import spectra
 from fastlip.study.storage.array_files import read_corruptions, read_measured, read_spectra
+from fastlip.study.storage.json_files import read
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, gaussian_name, pgd_name, strong_name
 from fastlip.study.storage.schema import (
     AttackSummary,
@@ -25,6 +26,8 @@ from fastlip.study.storage.schema import (
     Smoothed,
     Stretch,
     Strong,
+    Training,
+    TrainingRecord,
     WeightSpectrum,
 )
 
@@ -50,6 +53,20 @@ class StoredModel:
         arrays = self.images(measurement)
         found: np.ndarray = arrays["prediction"] == arrays["label"]
         return found
+
+
+def training(stored: StoredModel) -> Training | None:
+    """How the model was trained; None for a checkpoint."""
+    if stored.run.settings.role_of(stored.trained.arm) == "checkpoint":
+        return None
+    record = read(stored.run.training(stored.trained.name), TrainingRecord)
+    return Training(
+        images=record["images"],
+        epochs=record["epochs"],
+        processes=record["processes"],
+        loss=record["loss"],
+        accuracy=record["accuracy"],
+    )
 
 
 def attacks(stored: StoredModel) -> list[AttackSummary]:
@@ -102,11 +119,14 @@ def smallest(stored: StoredModel, kind: Any) -> Smallest:
     arrays, rules = stored.images(f"smallest-{kind}"), stored.rules
     distortion = arrays["distortion"][stored.right]
     found = np.isfinite(distortion)
+    ceiling = float(arrays["ceiling"].max())
     return Smallest(
         attack=kind,
         found=proportion(found, rules.confidence),
         median=median(distortion, rules.confidence),
         mean=mean(distortion[found], rules.confidence, rules.resamples),
+        ceiling=ceiling,
+        mean_with_ceiling=mean(np.where(found, distortion, ceiling), rules.confidence, rules.resamples),
         stretch=_stretch(stored, arrays["stretch"][stored.right][found]),
         depth=_depth(arrays, stored.right & arrays["found"]),
     )
@@ -209,13 +229,25 @@ def features(stored: StoredModel) -> tuple[list[FeatureSpectrum], list[Growth]]:
 def corruptions(stored: StoredModel) -> Corruptions:
     arrays, rules = read_corruptions(stored.run.images(stored.trained.name, "corruptions")), stored.rules
     right = arrays["prediction"] == arrays["label"]  # [K, S, N]
+    clean = arrays["clean_prediction"] == arrays["label"]
+    distortion = arrays["distortion"]
     rows = [
-        Corruption(corruption=name, severity=severity, accuracy=proportion(right[k, j], rules.confidence))
+        Corruption(
+            corruption=name,
+            severity=severity,
+            accuracy=proportion(right[k, j], rules.confidence),
+            distortion=mean(distortion[k, j], rules.confidence, rules.resamples),
+            stretch=_stretch(stored, arrays["stretch"][k, j, clean]),
+        )
         for k, name in enumerate(arrays["corruption"].tolist())
         for j, severity in enumerate(arrays["severity"].tolist())
     ]
-    average = mean(right.mean((0, 1)), rules.confidence, rules.resamples)
-    return Corruptions(source=stored.run.settings.corrupted, rows=rows, mean=average)
+    return Corruptions(
+        source=stored.run.settings.corrupted,
+        rows=rows,
+        mean=mean(right.mean((0, 1)), rules.confidence, rules.resamples),
+        distortion=mean(distortion.mean((0, 1)), rules.confidence, rules.resamples),
+    )
 
 
 def margins(stored: StoredModel, bound: Lipschitz) -> Margins:

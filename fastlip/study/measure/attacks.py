@@ -2,6 +2,8 @@
 
 Gradients are those of a faster copy of the network (:func:`fastlip.attacks.prepare`), which all attacks on it share;
 the network itself confirms every success, in float32.
+
+What a search does not find is censored at its ceiling, the largest distortion that it tries.
 """
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlip.attacks import gaussian_noise, min_norm, min_sigma, pgd
+from fastlip.metrics import average_distortion
 from fastlip.study.measure.images import KEPT, Arrays, Images, Progress
 from fastlip.study.measure.perturbed_images import perturbed
 from fastlip.study.settings.attacks import Ball
@@ -62,7 +65,11 @@ def pgd_attack(
 
 
 def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, progress: Progress) -> Arrays:
-    """Measurements of the smallest L2 perturbations that PGD finds; "distortion" is inf where it finds none."""
+    """Measurements of the smallest L2 perturbations that PGD finds.
+
+    "distortion" is inf where it finds none, "found" [N] says where it does, and "ceiling" [N] is the largest distortion
+    in reach: 1, because the search ends at the diameter of the box.
+    """
 
     def search(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
         return min_norm(
@@ -76,13 +83,24 @@ def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, p
             fast=True,
         ).adversarial
 
-    return _censored(perturbed(model, images, search, 0, progress, keep=KEPT))
+    arrays = perturbed(model, images, search, 0, progress, keep=KEPT)
+    return _censored(arrays, np.ones(len(arrays.get("id", ()))))
 
 
 def smallest_gaussian(model: nn.Module, images: Images, settings: Settings, seed: int, progress: Progress) -> Arrays:
-    """The same for the smallest Gaussian perturbations found along randomly drawn directions."""
+    """The same for the smallest Gaussian perturbations found along randomly drawn directions.
+
+    "ceiling" is the distortion of the strongest noise that is tried on an image, after clipping.
+    """
+    ceilings = []
 
     def search(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+        again = generator.clone_state()
+        strongest = [
+            average_distortion(gaussian_noise(x, sigma=settings.smallest.max_sigma, ids=ids, generator=again), x)
+            for _ in range(settings.smallest.directions)
+        ]
+        ceilings.append(torch.stack(strongest).amax(0).cpu())
         return min_sigma(
             model,
             x,
@@ -95,7 +113,8 @@ def smallest_gaussian(model: nn.Module, images: Images, settings: Settings, seed
             generator=generator,
         ).adversarial
 
-    return _censored(perturbed(model, images, search, seed, progress, keep=KEPT))
+    arrays = perturbed(model, images, search, seed, progress, keep=KEPT)
+    return _censored(arrays, torch.cat(ceilings).numpy() if ceilings else np.zeros(0))
 
 
 def gaussian_of_norm(model: nn.Module, images: Images, l2: np.ndarray, seed: int, progress: Progress) -> Arrays:
@@ -108,9 +127,12 @@ def gaussian_of_norm(model: nn.Module, images: Images, l2: np.ndarray, seed: int
     return perturbed(model, images, attack, seed, progress)
 
 
-def _censored(arrays: Arrays) -> Arrays:
+def _censored(
+    arrays: Arrays,
+    ceiling: np.ndarray,  # [N]
+) -> Arrays:
     if not arrays:
         return arrays
     found = arrays["prediction"] != arrays["label"]
     distortion = np.where(found, arrays["distortion"], np.inf)
-    return arrays | {"found": found, "distortion": distortion}
+    return arrays | {"found": found, "distortion": distortion, "ceiling": ceiling}

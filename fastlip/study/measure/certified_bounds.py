@@ -1,9 +1,12 @@
 """Certified bounds of one trained model: its layers' operator norms and its upper Lipschitz constant."""
 
+import math
+
 import torch
 from torch import nn
 
 from fastlip import layer_norms, lipschitz_bound
+from fastlip.study.errors import StudyError
 from fastlip.study.storage.schema import Layer, Lipschitz
 
 
@@ -15,15 +18,18 @@ def layer_norms_and_bound(model: nn.Module, input_shape: tuple[int, int, int], e
         input_shape: [C, H, W] of one image.
         eta: probability that any upper bound is wrong, half of it for the layers and half for the whole network.
         seed: of the random starts; it must not depend on the weights.
+
+    Raises:
+        StudyError: the model's output is the same for all images.
     """
     generator = torch.Generator().manual_seed(seed)
     report = layer_norms(model, input_shape, confidence=1 - eta / 2, generator=generator)
     bound = lipschitz_bound(model, input_shape, confidence=1 - eta / 2, generator=generator)
     return Lipschitz(
-        log10_upper=bound.log10_upper,
+        log10_upper=_of_a_function(bound.log10_upper),
         log10_margin=bound.log10_margin,
         confidence=bound.confidence,
-        log10_layer_product=report.log10_product_upper,
+        log10_layer_product=_above_zero(report.log10_product_upper),
         layers=[
             Layer(
                 name=name,
@@ -43,9 +49,19 @@ def network_bound(model: nn.Module, input_shape: tuple[int, int, int], eta: floa
     generator = torch.Generator().manual_seed(seed)
     bound = lipschitz_bound(model, input_shape, confidence=1 - eta, generator=generator)
     return Lipschitz(
-        log10_upper=bound.log10_upper,
+        log10_upper=_of_a_function(bound.log10_upper),
         log10_margin=bound.log10_margin,
         confidence=bound.confidence,
-        log10_layer_product=bound.log10_product,
+        log10_layer_product=_above_zero(bound.log10_product),
         layers=[],
     )
+
+
+def _above_zero(log10: float) -> float | None:
+    return None if log10 == -math.inf else log10
+
+
+def _of_a_function(log10: float) -> float:
+    if log10 == -math.inf:
+        raise StudyError("the model's logits are the same for all images: there is nothing to measure")
+    return log10

@@ -1,7 +1,8 @@
-"""Accuracy under common corruptions, from CIFAR-10-C's files or generated with torchvision and Pillow.
+"""Decisions, distortion and stretch under common corruptions, from CIFAR-10-C's files or generated.
 
-Generated corruptions have the names of those of Hendrycks and Dietterich (2019) that they resemble, but strengths of
-our own for 32x32 images. Their accuracies compare models with each other, not with published results on CIFAR-10-C.
+Corruptions generated with torchvision and Pillow have the names of those of Hendrycks and Dietterich (2019) that they
+resemble, but strengths of our own for 32x32 images. Their accuracies compare models with each other, not with published
+results on CIFAR-10-C.
 """
 
 import io
@@ -15,6 +16,7 @@ from torchvision.transforms.v2 import functional
 
 from fastlip.attacks import gaussian_noise
 from fastlip.data import ImageSet
+from fastlip.metrics import average_distortion
 from fastlip.study.measure.images import Arrays, Images, Progress
 from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS
 
@@ -89,7 +91,7 @@ def corrupted(
     seed: int,
     progress: Progress,
 ) -> Arrays:
-    """Predictions on corrupted images.
+    """Predictions on corrupted images, their distortion, and the stretch at the logits.
 
     Args:
         model: the trained network.
@@ -101,24 +103,43 @@ def corrupted(
         progress: called for each corruption and severity.
 
     Returns:
-        "corruption" names [K], "severity" [S], "label" [N] and "prediction" [K, S, N].
+        "corruption" names [K], "severity" [S], "label" [N], "clean_prediction" [N], and of shape [K, S, N]
+        "prediction", "distortion" and "stretch", which is NaN where a corruption left an image as it was.
     """
-    predictions = np.empty((len(names), len(severities), len(images)), dtype=np.int64)
+    shape = (len(names), len(severities), len(images))
+    predictions = np.empty(shape, dtype=np.int64)
+    distortion, stretch = np.empty(shape), np.empty(shape)
+    clean = _logits(model, images)
     for k, name in enumerate(names):
         for j, severity in enumerate(severities):
             progress(k * len(severities) + j, len(names) * len(severities), f"{name}, severity {severity}")
             changed = copy_of(images, files(name, severity).images if files else None, name, severity, seed)
-            parts = []
-            for rows in changed.batches(lambda done, total, note: None):
-                with torch.no_grad():
-                    parts.append(model(changed.at(rows)).argmax(1))
-            predictions[k, j] = torch.cat(parts).cpu().numpy()
+            logits = _logits(model, changed)
+            predictions[k, j] = logits.argmax(1).cpu().numpy()
+            moved = average_distortion(changed.at(slice(None)), images.at(slice(None)))
+            size = images.pixels[0].numel()
+            # Distortion is the L2 norm over the square root of the number of pixel values.
+            norm = moved * size**0.5
+            stretch[k, j] = ((logits.double() - clean.double()).norm(dim=1) / norm).where(norm > 0, torch.nan).cpu()
+            distortion[k, j] = moved.cpu()
     return {
         "corruption": np.array(names),
         "severity": np.array(severities),
         "label": images.labels.cpu().numpy(),
+        "clean_prediction": clean.argmax(1).cpu().numpy(),
         "prediction": predictions,
+        "distortion": distortion,
+        "stretch": stretch,
     }
+
+
+def _logits(model: nn.Module, images: Images) -> Tensor:
+    """The logits of all images, [N, classes]."""
+    parts = []
+    for rows in images.batches(lambda done, total, note: None):
+        with torch.no_grad():
+            parts.append(model(images.at(rows)))
+    return torch.cat(parts)
 
 
 def copy_of(images: Images, pixels: Tensor | None, name: str, severity: int, seed: int) -> Images:

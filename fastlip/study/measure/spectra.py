@@ -60,8 +60,8 @@ def weights(model: nn.Module, start: dict[str, Tensor]) -> Arrays:
 
     Args:
         model: the trained network.
-        start: state dict of the network that its training began from. A weight that has another shape there (the
-            head's) has the distance NaN.
+        start: state dict of the network that its training began from. A weight that is not there, or has another shape
+            there (the head's), has the distance NaN.
 
     Returns:
         "layer": names [L], "distance": ||W - W0|| / ||W0|| [L], and for each name its singular values.
@@ -94,7 +94,9 @@ def features(model: nn.Module, images: Images, ball: Ball, settings: Settings, s
         image's features from the clean ones over the norm of the clean ones (0 for an unperturbed image).
     """
     chosen = images.first(settings.features.images)
-    extract = create_feature_extractor(model, STAGES)
+    named = dict(model.named_modules())
+    found_stages = {name: stage for name, stage in STAGES.items() if name in named}
+    extract = create_feature_extractor(model, found_stages)
     grams: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
     rows_seen: dict[str, int] = {}
@@ -116,9 +118,9 @@ def features(model: nn.Module, images: Images, ball: Ball, settings: Settings, s
                 sums[key] = sums.get(key, 0) + matrix.sum(0)
                 rows_seen[key] = rows_seen.get(key, 0) + len(matrix)
             if condition != "clean":
-                relative = [_relative(stages[stage], outputs["clean"][stage]) for stage in STAGES.values()]
+                relative = [_relative(stages[stage], outputs["clean"][stage]) for stage in found_stages.values()]
                 growth[condition].append(torch.stack(relative, 1))
-    found: Arrays = {"stage": np.array(list(STAGES.values()))}
+    found: Arrays = {"stage": np.array(list(found_stages.values()))}
     for key, gram in grams.items():
         n = rows_seen[key]
         covariance = gram / n - torch.outer(sums[key], sums[key]) / n**2

@@ -1,31 +1,27 @@
 """The images and source weights of a run, all checked before anything is written."""
 
 import hashlib
-import os
-import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torchvision.datasets import ImageFolder
+from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights
 
-from fastlip.data import ImageSet, cifar10, cifar10_c, generated, image_folder
+from fastlip.data import ImageSet, cifar10_c, generated
 from fastlip.models import imagenet_weights
 from fastlip.study.errors import StudyError, first_line
+from fastlip.study.pipeline.image_sets import GivenImages, unless_new
+from fastlip.study.pipeline.stage import derived_seed
 from fastlip.study.settings.input_paths import InputPaths
 from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS
 from fastlip.study.settings.settings import Settings
+from fastlip.study.training.given_checkpoints import given_network
 from fastlip.study.training.source_weights import read_source_weights, require_fit
 
-_REMEDY = (
-    "give --data DIR (or FASTLIP_DATA) with the CIFAR-10 files in DIR/cifar-10-batches-py, and either "
-    "--source-checkpoint FILE with the source's weights or --source-data IMAGE_FOLDER to pre-train on"
-)
+_SOURCE_REMEDY = "give --source-checkpoint FILE with the source's weights or --source-data IMAGES to pre-train on"
 
 
 class Inputs:
@@ -34,47 +30,56 @@ class Inputs:
     def __init__(self, settings: Settings, paths: InputPaths) -> None:
         self.settings = settings
         self.paths = paths
+        self._normalization: dict[str, str] = {}
 
-    def require_available(self) -> None:
+    def require_available(self, begun: bool = False) -> None:
         """Raise :class:`StudyError` with status 2 where an input is missing or does not fit the settings.
 
         Nothing is written but downloads.
+
+        Args:
+            begun: whether the run was begun earlier, which was not without all images and checkpoints; its fingerprints
+                say whether they are the same still.
         """
-        wanting = []
-        checks = [self._check_target]
+        self._check_arms()
+        wanting: list[str] = []
+        remedies: list[str | None] = []
+        checks: list[tuple[Callable[[], None], str | None]] = [
+            (partial(self._check_target, begun), self._target.remedy if self._target else None)
+        ]
         if self.settings.transfers:
-            checks.append(self._check_source)
+            given = self._source.remedy if self._source else None
+            checks.append((partial(self._check_source, begun), given or _SOURCE_REMEDY))
         if self.settings.corrupted == "cifar10c":
-            checks.append(self._check_corruptions)
-        for look in checks:
+            checks.append((self._check_corruptions, None))
+        checks.append((self._check_checkpoints, None))
+        for look, remedy in checks:
             try:
                 look()
             except OSError as error:
                 wanting.append(first_line(error))
+                remedies.append(remedy)
             except ValueError as error:
                 raise StudyError(str(error), status=2) from None
         if wanting:
-            raise StudyError(f"{'; '.join(wanting)}: {_REMEDY}", status=2)
+            ways = " and ".join(dict.fromkeys(filter(None, remedies)))
+            raise StudyError("; ".join(wanting) + (f": {ways}" if ways else ""), status=2)
 
     def fingerprints(self) -> dict[str, str]:
         """A fingerprint of each input, which changes with its contents."""
         s = self.settings
-        prints = {"target": "CIFAR-10, MD5 checked" if s.dataset == "cifar10" else "fastlip.data.generated"}
+        prints = {"target": self._target.fingerprint() if self._target else "fastlip.data.generated"}
         if s.corrupted == "cifar10c":
             prints["corruptions"] = _names_and_sizes(self._corruption_files)
+        for name in s.checkpoints:
+            prints[name] = f"{_sha256(self.paths.checkpoints[name])}, {self._normalized(name)}"
         if not s.transfers:
             return prints
         if s.source == "checkpoint":
             assert self.paths.source_checkpoint is not None
-            with self.paths.source_checkpoint.open("rb") as file:
-                prints["source"] = "sha256 " + hashlib.file_digest(file, "sha256").hexdigest()
-        elif s.source == "folder":
-            root = self._source_folder
-            digest = hashlib.sha256()
-            for name, label in ImageFolder(str(root)).samples:
-                image = Path(name)
-                digest.update(f"{image.relative_to(root)} {label} {image.stat().st_size}\n".encode())
-            prints["source"] = "names and sizes, sha256 " + digest.hexdigest()
+            prints["source"] = _sha256(self.paths.source_checkpoint)
+        elif self._source:
+            prints["source"] = self._source.fingerprint()
         else:
             prints["source"] = str(ResNet50_Weights.IMAGENET1K_V2) if s.source == "imagenet" else prints["target"]
         return prints
@@ -85,8 +90,8 @@ class Inputs:
         s = self.settings
         if s.source == "generated":
             return f"pre-training on {s.pretrain.images} generated images"
-        if s.source == "folder":
-            return f"pre-training on {s.pretrain.images} images of {self._source_folder.resolve().name}"
+        if self._source:
+            return f"pre-training on {s.pretrain.images} images of {self._source.title}"
         return "torchvision's ImageNet weights" if s.source == "imagenet" else "a checkpoint given on the command line"
 
     @property
@@ -110,12 +115,17 @@ class Inputs:
         n, seed = self.settings.pretrain.images, self.settings.seed
         if self.settings.source == "generated":
             return generated("source", "train", n, seed)
-        return image_folder(self._source_folder).balanced(n)
+        assert self._source is not None
+        return self._source.images(None, n)
 
-    def target_train(self, n: int) -> ImageSet:
-        if self.settings.dataset == "generated":
-            return generated("target", "train", n, self.settings.seed)
-        return self._cifar_train.balanced(n)
+    def target_train(self, arm: str) -> ImageSet:
+        """The training images of an arm."""
+        places = self.settings.training_images(arm)
+        if self._target is None:
+            # Images are drawn as they are asked for: other ones need another seed.
+            seed = derived_seed(self.settings.seed, "disjoint") if places.start else self.settings.seed
+            return generated("target", "train", len(places), seed)
+        return self._target.images("train", len(places), places.start)
 
     @cached_property
     def target_clean(self) -> ImageSet:
@@ -134,29 +144,38 @@ class Inputs:
         assert self.paths.source_checkpoint is not None
         return read_source_weights(self.paths.source_checkpoint)
 
+    def given_network(self, name: str) -> tuple[nn.Sequential, str]:
+        """The network of a checkpoint that is measured without training, and its normalisation in words."""
+        return given_network(self.settings, name, self.paths.checkpoints[name], len(self.target_attacked.classes))
+
+    def _normalized(self, name: str) -> str:
+        """The normalisation of a checkpoint in words."""
+        if name not in self._normalization:
+            self._normalization[name] = self.given_network(name)[1]
+        return self._normalization[name]
+
     def _target_test(self, n: int) -> ImageSet:
-        if self.settings.dataset == "generated":
+        if self._target is None:
             return generated("target", "test", self.settings.evaluation.clean_images, self.settings.seed).balanced(n)
-        return self._cifar_test.balanced(n)
+        return self._target.images("test", n)
 
     @cached_property
-    def _cifar_train(self) -> ImageSet:
-        return cifar10(self._cifar_folder, train=True)
+    def _target(self) -> GivenImages | None:
+        """The target's images; None where they are generated."""
+        s = self.settings
+        if s.dataset == "generated":
+            return None
+        return GivenImages(
+            self.paths.target or s.dataset, self.paths.data, s.image_size, ("train", "test") if s.arms else ("test",)
+        )
 
     @cached_property
-    def _cifar_test(self) -> ImageSet:
-        return cifar10(self._cifar_folder, train=False)
-
-    @property
-    def _cifar_folder(self) -> Path:
-        if self.paths.data is not None:
-            return self.paths.data
-        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastlip"
-
-    @property
-    def _source_folder(self) -> Path:
-        assert self.paths.source_data is not None
-        return self.paths.source_data
+    def _source(self) -> GivenImages | None:
+        """The images that the source is pre-trained on; None where there are none, or they are generated."""
+        s = self.settings
+        if not s.pretrains or s.source == "generated":
+            return None
+        return GivenImages(self.paths.source_data or s.source, self.paths.data, s.image_size, (None,))
 
     @property
     def _corruption_folder(self) -> Path:
@@ -167,6 +186,20 @@ class Inputs:
     def _corruption_files(self) -> list[Path]:
         return sorted(self._corruption_folder.glob("*.npy"))
 
+    def _check_arms(self) -> None:
+        """Raise where arms or settings ask for a source that the run does not train."""
+        s = self.settings
+        if s.pretrains:
+            return
+        if "matched" in s.arms:
+            raise StudyError(
+                "--set arms: matched sees as many images as the source and the fine-tuning together, and the run does "
+                "not train the source: leave it out, or give an arm that starts from --source-data",
+                status=2,
+            )
+        if s.sources == "each":
+            raise StudyError("--set sources=each: the run does not train the source; give --source-data", status=2)
+
     def _check_corruptions(self) -> None:
         names = self.corruption_names if self._corruption_folder.is_dir() else ()
         if not names:
@@ -176,79 +209,64 @@ class Inputs:
                 status=2,
             )
         for name in names:
-            found = cifar10_c(self._corruption_folder, name, 1, self._cifar_test.classes)
-            if not torch.equal(found.labels, self._cifar_test.labels):
+            assert self._target is not None
+            clean = self._target.whole_test
+            found = cifar10_c(self._corruption_folder, name, 1, clean.classes)
+            if not torch.equal(found.labels, clean.labels):
                 raise ValueError(f"--corruptions {self._corruption_folder}: labels.npy is not in CIFAR-10's order")
 
-    def _check_target(self) -> None:
+    def _check_target(self, begun: bool) -> None:
         s = self.settings
-        if s.dataset == "generated":
+        if self._target is None:
             return
-        try:
-            cifar10(self._cifar_folder, train=False)
-        except FileNotFoundError:
-            if not self.paths.download:
-                raise FileNotFoundError(f"no CIFAR-10 in {self._cifar_folder}") from None
-            with _unless_new(self._cifar_folder), _patience(10.0):
-                cifar10(self._cifar_folder, train=False, download=True)
-        self.target_train(max(s.scratch.images, s.finetune.images))
-        _ = self.target_clean
+        self._target.fetch(self.paths.download)
+        for arm in () if begun else s.arms:
+            with _setting(f"{arm} has {s.schedule(arm).images} training images"):
+                self.target_train(arm)
+        with _setting(f"evaluation.clean_images={s.evaluation.clean_images}"):
+            _ = self.target_clean
 
-    def _check_source(self) -> None:
+    def _check_checkpoints(self) -> None:
+        for name in self.settings.checkpoints:
+            self._normalized(name)
+
+    def _check_source(self, begun: bool) -> None:
         s = self.settings
-        if s.source == "folder":
-            if not self._source_folder.is_dir():
-                raise StudyError(f"--source-data {self._source_folder} is not a folder", status=2)
-            try:
-                found = ImageFolder(str(self._source_folder))
-            except FileNotFoundError as error:
-                raise StudyError(f"--source-data {self._source_folder}: {error}", status=2) from None
-            fewest = int(torch.bincount(torch.tensor(found.targets)).min())
-            if fewest * len(found.classes) < s.pretrain.images:
-                raise StudyError(
-                    f"--source-data {self._source_folder} has a class of {fewest} images among {len(found.classes)}: "
-                    f"too few for pretrain.images={s.pretrain.images}",
-                    status=2,
-                )
+        if self._source is not None:
+            self._source.fetch(self.paths.download)
+            if not begun:
+                with _setting(f"--source-data {self.paths.source_data}: pretrain.images={s.pretrain.images}"):
+                    _ = self.source_train
         elif s.source == "checkpoint":
             require_fit(self.source_weights(), s, str(self.paths.source_checkpoint))
         elif s.source == "imagenet":
-            if s.architecture != "resnet50" or s.stem != "imagenet":
+            if s.model != "torchvision:resnet50" or s.stem != "imagenet":
                 raise StudyError(
-                    "ImageNet's weights are those of architecture=resnet50 with stem=imagenet; give --source-data or "
-                    "--source-checkpoint for another",
+                    "ImageNet's weights are those of model=torchvision:resnet50 with stem=imagenet; give --source-data "
+                    "or --source-checkpoint for another",
                     status=2,
                 )
             cached = Path(torch.hub.get_dir()) / "checkpoints" / ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]
             if not self.paths.download and not cached.exists():
                 raise FileNotFoundError(f"no ImageNet weights in {cached.parent}")
-            with _unless_new(cached.parent):
+            with unless_new(cached.parent):
                 imagenet_weights()
+
+
+@contextmanager
+def _setting(wanted: str) -> Iterator[None]:
+    """Say in the error about images what asked for them."""
+    try:
+        yield
+    except (StudyError, FileNotFoundError) as error:
+        raise StudyError(f"{wanted}: {error}", status=2) from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256 " + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _names_and_sizes(files: list[Path]) -> str:
     listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
     return "names and sizes, sha256 " + hashlib.sha256(listing.encode()).hexdigest()
-
-
-@contextmanager
-def _unless_new(folder: Path) -> Iterator[None]:
-    """Remove ``folder`` where the block creates it and then fails."""
-    new = not folder.exists()
-    try:
-        yield
-    except BaseException:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    """Set the default timeout of sockets to ``seconds`` within the block."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

@@ -7,24 +7,31 @@ from functools import cached_property, partial
 import numpy as np
 from torch import nn
 
-from fastlip.study.measure import attacks, clean_images, corruptions, smoothing, spectra, strong_attacks
+from fastlip.study.measure import attacks, clean_images, corruptions, smoothing, spectra, strong_attacks, transfer
 from fastlip.study.measure.certified_bounds import layer_norms_and_bound, network_bound
 from fastlip.study.measure.images import Arrays, Images, Progress, merged
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.networks import Networks
 from fastlip.study.pipeline.stage import Stage, derived_seed
 from fastlip.study.settings.attacks import Ball
-from fastlip.study.settings.training import TRANSFER
-from fastlip.study.storage.array_files import read_measured
+from fastlip.study.storage.array_files import read_measured, read_transfer_images
 from fastlip.study.storage.files import write_arrays, write_json
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, gaussian_name, pgd_name, strong_name
 from fastlip.study.training.process_group import ProcessGroup
 
 
 def measurement_stages(run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> list[Stage]:
-    """The stages that measure every model and then every snapshot; a stage comes after those that it reads from."""
+    """The stages that measure every model, then every snapshot, and last transfer between the models.
+
+    A stage comes after those that it reads from.
+    """
     measuring = _Measuring(run, inputs, networks, group)
-    return [stage for model in [*run.models, *run.snapshots] for stage in _stages_of(run, measuring, model)]
+    found = [stage for model in [*run.models, *run.snapshots] for stage in _stages_of(run, measuring, model)]
+    for model in run.models if run.settings.transfer.l2 else ():
+        made = tuple(run.images(other.name, "transfer-images") for other in measuring.of_one_seed(model))
+        output, action = run.images(model.name, "transfer"), partial(measuring.transfer, model)
+        found.append(Stage(f"{model.name}: transfer", (output,), action, (run.checkpoint(model.name), *made)))
+    return found
 
 
 def _stages_of(run: RunDirectory, measuring: "_Measuring", model: TrainedModel) -> list[Stage]:
@@ -34,11 +41,13 @@ def _stages_of(run: RunDirectory, measuring: "_Measuring", model: TrainedModel) 
         needs = trained + tuple(run.images(model.name, other) for other in measurement.needs)
         action = partial(measuring.on_images, model, name, measurement)
         output = run.images(model.name, name)
-        found.append(Stage(f"{model.name}: {name}", (output,), action, needs, measurement.sharded))
+        what = "transfer images" if name == "transfer-images" else name
+        found.append(Stage(f"{model.name}: {what}", (output,), action, needs, measurement.sharded))
     found.append(Stage(f"{model.name}: norms", (run.lipschitz(model.name),), partial(measuring.norms, model), trained))
     if model.epoch is None:
         output = run.spectra(model.name, "weights")
-        needs = trained + ((run.checkpoint("source"),) if run.pretrains and model.arm in TRANSFER else ())
+        source = run.source_of(model)
+        needs = (*trained, run.checkpoint(source)) if source else trained
         found.append(Stage(f"{model.name}: weight spectra", (output,), partial(measuring.weight_spectra, model), needs))
         output = run.spectra(model.name, "features")
         action = partial(measuring.feature_spectra, model)
@@ -81,6 +90,12 @@ class _Measuring:
         size = self.run.settings.evaluation.batch_size
         return Images(self.inputs.target_clean, self.networks.device, size).shard(self.group.rank, self.group.size)
 
+    @property
+    def _compared(self) -> Ball:
+        """The ball in which models are compared."""
+        s = self.run.settings
+        return next(b for b in s.pgd.grid if b[:2] == ("linf", s.rules.compared_linf_255))
+
     def measurements(self, model: TrainedModel) -> dict[str, _Measurement]:
         """The measurements on images by name, in order; a snapshot has only those that question 4 needs."""
         s = self.run.settings
@@ -88,6 +103,7 @@ class _Measuring:
             some = self.attacked.first(s.evaluation.snapshot_images)
             return {
                 "clean-attacked": _Measurement(partial(self._clean, some)),
+                pgd_name(*self._compared[:2]): _Measurement(partial(self._pgd, self._compared, some)),
                 "smallest-pgd": _Measurement(partial(self._smallest_adversarial, some)),
             }
         found = {
@@ -97,7 +113,7 @@ class _Measuring:
         for sigma in s.gaussian.sigmas:
             found[gaussian_name(sigma)] = _Measurement(partial(self._gaussian, sigma))
         for ball in s.pgd.grid:
-            found[pgd_name(*ball[:2])] = _Measurement(partial(self._pgd, ball))
+            found[pgd_name(*ball[:2])] = _Measurement(partial(self._pgd, ball, self.attacked))
         for ball in s.strong.grid:
             found[strong_name(*ball[:2])] = _Measurement(partial(self._strong, ball))
         found["smallest-pgd"] = _Measurement(partial(self._smallest_adversarial, self.attacked))
@@ -106,6 +122,8 @@ class _Measuring:
         found["jacobian"] = _Measurement(self._jacobian)
         found["smoothing"] = _Measurement(self._smoothing)
         found["corruptions"] = _Measurement(self._corruptions, sharded=False)
+        if s.transfer.l2:
+            found["transfer-images"] = _Measurement(self._transfer_images)
         return found
 
     def on_images(self, model: TrainedModel, name: str, measurement: _Measurement, progress: Progress) -> str:
@@ -128,19 +146,43 @@ class _Measuring:
         return f"upper Lipschitz constant 10^{found['log10_upper']:.2f}"
 
     def weight_spectra(self, model: TrainedModel, progress: Progress) -> str:
-        """Spectra of the weights, and their distance from the network that training began from."""
-        start = self.networks.untrained(model, len(self.inputs.target_attacked.classes)).state_dict()
+        """Spectra of the weights, and their distance from the network that training began from, where that is known."""
+        classes = len(self.inputs.target_attacked.classes)
+        start = {} if model.given else self.networks.untrained(model, classes).state_dict()
         arrays = spectra.weights(self.networks.trained(model), start)
         write_arrays(self.run.spectra(model.name, "weights"), arrays)
         return f"{len(arrays['layer'])} layers"
 
     def feature_spectra(self, model: TrainedModel, progress: Progress) -> str:
-        s = self.run.settings
-        ball = next(b for b in s.pgd.grid if b[:2] == ("linf", s.rules.compared_linf_255))
+        s, ball = self.run.settings, self._compared
         seed = derived_seed(model.seed, pgd_name(*ball[:2]))
         arrays = spectra.features(self.networks.trained(model), self.attacked.shard(0, 1), ball, s, seed, progress)
         write_arrays(self.run.spectra(model.name, "features"), arrays)
         return f"{len(arrays['stage'])} stages"
+
+    def of_one_seed(self, model: TrainedModel) -> list[TrainedModel]:
+        """All models of the seed of ``model``, itself included."""
+        return [other for other in self.run.models if other.seed == model.seed]
+
+    def transfer(self, model: TrainedModel, progress: Progress) -> str:
+        """What a model makes of the adversarial images of all models of its seed, and of noise of the same norm."""
+        s = self.run.settings
+        made = {
+            other.name: read_transfer_images(self.run.images(other.name, "transfer-images"), len(s.transfer.l2))
+            for other in self.of_one_seed(model)
+        }
+        seed = derived_seed(model.seed, "transfer-images")
+        arrays = transfer.judged(self.networks.trained(model), self._transferred, made, s.transfer.l2, seed, progress)
+        write_arrays(self.run.images(model.name, "transfer"), arrays)
+        return f"{arrays['prediction'].size} adversarial images of {len(made)} models"
+
+    @cached_property
+    def _transferred(self) -> Images:
+        return self.attacked.shard(0, 1).first(self.run.settings.transfer.images)
+
+    def _transfer_images(self, network: nn.Module, seed: int, progress: Progress) -> Arrays:
+        chosen = self.attacked.first(self.run.settings.transfer.images)
+        return transfer.adversarial_images(network, chosen, self.run.settings, seed, progress)
 
     def _clean(self, images: Images, network: nn.Module, seed: int, progress: Progress) -> Arrays:
         return clean_images.clean(network, images, progress)
@@ -148,8 +190,8 @@ class _Measuring:
     def _gaussian(self, sigma: float, network: nn.Module, seed: int, progress: Progress) -> Arrays:
         return attacks.gaussian(network, self.attacked, sigma, seed, progress)
 
-    def _pgd(self, ball: Ball, network: nn.Module, seed: int, progress: Progress) -> Arrays:
-        return attacks.projected_gradient(network, self.attacked, ball, self.run.settings, seed, progress)
+    def _pgd(self, ball: Ball, images: Images, network: nn.Module, seed: int, progress: Progress) -> Arrays:
+        return attacks.projected_gradient(network, images, ball, self.run.settings, seed, progress)
 
     def _strong(self, ball: Ball, network: nn.Module, seed: int, progress: Progress) -> Arrays:
         return strong_attacks.suite(network, self.attacked, ball, self.run.settings.strong, seed, progress)
@@ -185,5 +227,7 @@ def _in_words(arrays: Arrays) -> str:
         distortion = arrays["distortion"][arrays["found"] & (arrays["distortion"] > 0)]
         middle = f", median distortion x 255 {255 * float(np.median(distortion)):.3g}" if distortion.size else ""
         return f"smallest perturbations of {distortion.size} images{middle}"
+    if "perturbed" in arrays:
+        return f"{len(arrays['id'])} images at each of {arrays['l2'].shape[1]} norms"
     right = arrays["prediction"] == arrays["label"]
     return f"{int(right.sum())} of {right.size} images classified correctly"

@@ -33,13 +33,13 @@ class Networks:
         s = self.run.settings
         network = build(s.architecture_of(model.arm), classes, s.stem, derived_seed(model.seed, "weights"))
         if model.arm in TRANSFER:
-            pretrained = self.run.checkpoint("source")
-            weights = weights_at(pretrained) if self.run.pretrains else self.inputs.source_weights()
+            source = self.run.source_of(model)
+            weights = weights_at(self.run.checkpoint(source)) if source else self.inputs.source_weights()
             try:
                 load_backbone(network, weights)
             except ValueError as error:
                 # Weights given on the command line were checked before anything began.
-                raise damaged(pretrained, error) from None
+                raise damaged(self.run.checkpoint(source or "source"), error) from None
         return network
 
     def trained(self, model: TrainedModel) -> nn.Module:

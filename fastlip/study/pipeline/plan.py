@@ -58,14 +58,27 @@ def write_plan(settings: Settings, paths: InputPaths, out: Path, command: Sequen
 def phases(all_stages: Sequence[Stage]) -> dict[str, list[list[str]]]:
     """The jobs of each phase, each job as patterns of the names of its stages.
 
-    The training of a model is one job, and all stages of its measurement are another.
+    The training of a model is one job, all stages of its measurement are another, and its judgement of the adversarial
+    images of all models, which depends on their measurement, is a third.
     """
-    subjects: dict[str, dict[str, None]] = {}
+    subjects: dict[str, dict[str, dict[str, None]]] = {}
     for stage in all_stages:
         subject, _, what = stage.name.partition(": ")
-        phase = "source" if subject == "source" else "training" if what.startswith("training") else "measurement"
-        subjects.setdefault(phase if what else "results", {})[subject] = None
-    patterns = {"source": "{}: *", "training": "{}: training*", "measurement": "{}: *", "results": "{}"}
-    jobs = {phase: [[patterns[phase].format(subject)] for subject in found] for phase, found in subjects.items()}
-    # The results and the report that reads them are one job.
-    return jobs | {"results": [[pattern for job in jobs["results"] for pattern in job]]}
+        phase, pattern = _phase(what)
+        # The results and the report that reads them are one job.
+        job = subject if what else "results"
+        subjects.setdefault(phase, {}).setdefault(job, {})[f"{subject}: {pattern}" if what else subject] = None
+    return {phase: [list(patterns) for patterns in jobs.values()] for phase, jobs in subjects.items()}
+
+
+def _phase(what: str) -> tuple[str, str]:
+    """The phase of a stage that does ``what``, and the pattern of it and its like there."""
+    if not what or what == "transfer":
+        return what or "results", what
+    if what == "pre-training":
+        return "source", what
+    if what == "import":
+        return "checkpoints", what
+    if what.startswith("training"):
+        return "training", "training*"
+    return "measurement", what if what.startswith("t") else "[!t]*"

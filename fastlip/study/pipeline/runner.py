@@ -45,7 +45,7 @@ def run(
         settings = resolve_source(settings, paths)
         inputs = Inputs(settings, paths)
         if group.leads:
-            inputs.require_available()
+            inputs.require_available(begun=(out / "config.json").exists())
             notify = partial(console.print, markup=False, soft_wrap=True)
             leading.enter_context(opened(out, settings, inputs.fingerprints(), join, notify))
         # The leader broadcasts once it has checked everything and written the configuration.

@@ -13,7 +13,7 @@ from fastlip.study.measure.images import Progress
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.networks import Networks, load_into
 from fastlip.study.pipeline.stage import Stage, derived_seed
-from fastlip.study.settings.training import TRANSFER, Schedule
+from fastlip.study.settings.training import Schedule
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
 from fastlip.study.training.architectures import build
@@ -22,14 +22,16 @@ from fastlip.study.training.train import train
 
 
 def training_stages(run: RunDirectory, inputs: Inputs, networks: Networks, group: ProcessGroup) -> list[Stage]:
-    """The stages that train: the source first, where the run trains it, then every model."""
+    """The stages that train: the sources first, where the run trains them, then every model."""
     training = _Training(run, inputs, networks, group)
     found: list[Stage] = []
-    if run.pretrains:
-        outputs: tuple[Path, ...] = (run.checkpoint("source"), run.training("source"))
-        found.append(Stage("source: pre-training", outputs, training.pretrain, collective=True))
-    for model in run.models:
-        needs: tuple[Path, ...] = (run.checkpoint("source"),) if run.pretrains and model.arm in TRANSFER else ()
+    for source, seed in run.sources.items():
+        outputs: tuple[Path, ...] = (run.checkpoint(source), run.training(source))
+        action = partial(training.pretrain, source, seed)
+        found.append(Stage(f"{source}: pre-training", outputs, action, collective=True))
+    for model in run.models if run.settings.arms else ():
+        start = run.source_of(model)
+        needs: tuple[Path, ...] = (run.checkpoint(start),) if start else ()
         if model.arm == "lpft":
             probe = _probe_name(model)
             outputs = (run.checkpoint(probe), run.training(probe))
@@ -51,17 +53,17 @@ class _Training:
         self.networks = networks
         self.group = group
 
-    def pretrain(self, progress: Progress) -> str:
+    def pretrain(self, name: str, seed: int, progress: Progress) -> str:
         s, images = self.run.settings, self.inputs.source_train
-        network = build(s.architecture, len(images.classes), s.stem, derived_seed(s.seed, "source weights"))
-        return self._train("source", network, images, s.pretrain, s.seed, progress)
+        network = build(s.model, len(images.classes), s.stem, derived_seed(seed, "source weights"))
+        return self._train(name, network, images, s.pretrain, seed, progress)
 
     def train(self, model: TrainedModel, progress: Progress) -> str:
         network, images = self._untrained(model)
         if model.arm == "lpft":
             load_into(network, self.run.checkpoint(_probe_name(model)), model)
-        stage, head = network.get_submodule("network.layer4"), network.get_submodule("network.fc")
-        parts = {"linear": [head], "partial": [stage, head]}.get(model.arm)
+        names = {"linear": ["network.fc"], "partial": ["network.layer4", "network.fc"]}.get(model.arm)
+        parts = [network.get_submodule(name) for name in names] if names else None
         schedule = self.run.settings.schedule(model.arm)
 
         def keep(epoch: int) -> None:
@@ -79,7 +81,7 @@ class _Training:
 
     def _untrained(self, model: TrainedModel) -> tuple[nn.Sequential, ImageSet]:
         """The network that an arm starts from, and its training images."""
-        images = self.inputs.target_train(self.run.settings.schedule(model.arm).images)
+        images = self.inputs.target_train(model.arm)
         return self.networks.untrained(model, len(images.classes)), images
 
     def _train(

@@ -4,6 +4,8 @@ Every function here raises :class:`StudyError` with status 2 where a setting is 
 """
 
 import dataclasses
+import math
+import re
 
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.attacks import GaussianSettings, PgdSettings, SmallestSettings, StrongSuiteSettings
@@ -13,9 +15,13 @@ from fastlip.study.settings.measurements import (
     FeatureSettings,
     LipschitzSettings,
     SmoothingSettings,
+    TransferSettings,
 )
 from fastlip.study.settings.rules import Rules
 from fastlip.study.settings.training import ARMS, Schedule
+
+#: Data sets that torchvision reads from the folder ``--data``.
+NAMED = ("cifar10", "cifar100", "svhn")
 
 
 def need(condition: bool, name: str, wanted: str) -> None:
@@ -28,7 +34,18 @@ def check_arms(arms: tuple[str, ...], checkpoints: tuple[str, ...]) -> None:
     need(bool(arms) != bool(checkpoints), "arms", "name arms to train, or measure checkpoints")
     need(set(arms) <= set(ARMS), "arms", f"choose from {', '.join(ARMS)}")
     need(len(set(arms)) == len(arms), "arms", "name each arm once")
-    need(not set(checkpoints) & set(ARMS), "checkpoints", "name them otherwise than the arms of the study")
+    need(len({name.lower() for name in checkpoints}) == len(checkpoints), "checkpoints", "name each otherwise")
+    fits = all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", name) for name in checkpoints)
+    need(fits, "checkpoints", "names of up to 40 letters, digits, - and _")
+
+
+def check_images(dataset: str, source: str, image_size: int) -> None:
+    resized = dataset == "folder" or dataset.startswith("hf:")
+    for name, value, others in (("dataset", dataset, ()), ("source", source, ("imagenet", "checkpoint"))):
+        known = ("generated", *NAMED, "folder", *others)
+        need(value in known or (len(value) > 3 and value.startswith("hf:")), name, f"{', '.join(known)} or hf:NAME")
+    need(image_size > 7, "image_size", "must be at least 8")
+    need(resized or image_size == 32, "image_size", f"{dataset} has images of 32x32; scale enlarges them in the model")
 
 
 def check_schedule(schedule: Schedule, name: str) -> None:
@@ -67,7 +84,7 @@ def check_attacks(
     }
     for name, grid in grids.items():
         # Files are named by six digits of the strength.
-        need(all(v > 0 for v in grid) and len({f"{v:g}" for v in grid}) == len(grid), name, "distinct values above 0")
+        _distinct(grid, name)
     need(pgd.steps > 0 and pgd.restarts > 0 and pgd.relative_step > 0, "pgd", "its numbers must be above 0")
     for name in ("steps", "restarts", "targets", "queries"):
         need(getattr(strong, name) > 0, f"strong.{name}", "must be at least 1")
@@ -79,6 +96,7 @@ def check_measurements(
     lipschitz: LipschitzSettings,
     features: FeatureSettings,
     corruptions: CorruptionSettings,
+    transfer: TransferSettings,
     smoothing: SmoothingSettings,
 ) -> None:
     _all_above_zero(smoothing, "smoothing")
@@ -91,14 +109,22 @@ def check_measurements(
     kept = corruptions.severities
     need(bool(kept) and set(kept) <= {1, 2, 3, 4, 5}, "corruptions.severities", "from 1 to 5")
     need(len(set(kept)) == len(kept), "corruptions.severities", "name each once")
+    need(transfer.images > 0, "transfer.images", "must be at least 1")
+    _distinct(transfer.l2, "transfer.l2")
 
 
 def check_rules(rules: Rules) -> None:
-    for name in ("confidence", "ratio", "share", "no_correlation", "power"):
+    for name in ("confidence", "nonlinear_gain", "accuracy_margin", "correlation", "power", "least_power"):
         need(0 < getattr(rules, name) < 1, f"rules.{name}", "must lie between 0 and 1")
+    for name in ("ratio_margin", "distortion_margin"):
+        need(1 < getattr(rules, name) < math.inf, f"rules.{name}", "must be above 1")
     need(rules.min_seeds > 1, "rules.min_seeds", "must be at least 2")
-    need(rules.min_runs > 2, "rules.min_runs", "must be at least 3")
+    need(rules.min_runs > 3, "rules.min_runs", "must be at least 4")
     need(rules.resamples > 0, "rules.resamples", "must be at least 1")
+
+
+def _distinct(grid: tuple[float, ...], name: str) -> None:
+    need(all(v > 0 for v in grid) and len({f"{v:g}" for v in grid}) == len(grid), name, "distinct values above 0")
 
 
 def _all_above_zero(group: SmallestSettings | SmoothingSettings, name: str) -> None:

@@ -10,7 +10,7 @@ from fastlip.study.settings.serialization import dotted_names
 from fastlip.study.settings.settings import Settings
 
 #: Settings that the preset and the given files determine, which --set cannot change.
-FIXED = ("preset", "dataset", "source")
+FIXED = ("preset", "dataset", "source", "corrupted", "checkpoints", "models")
 
 
 def override(settings: Settings, assignments: list[str]) -> Settings:

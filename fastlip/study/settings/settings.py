@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fastlip.study.settings import checks
+from fastlip.study.settings import checks, normalization
 from fastlip.study.settings.attacks import GaussianSettings, PgdSettings, SmallestSettings, StrongSuiteSettings
 from fastlip.study.settings.checks import need
 from fastlip.study.settings.measurements import (
@@ -25,8 +25,8 @@ class Settings:
     Attributes:
         preset: name of the preset that the settings were derived from.
         dataset: "generated", "cifar10", "cifar100", "svhn", "folder" (``--target FOLDER``) or "hf:NAME".
-        source: what the transfer arms start from; the study itself pre-trains on "generated", "cifar100" and "folder".
-            "imagenet" are the published weights of ``model``.
+        source: what the transfer arms start from: "imagenet" (the published weights of ``model``), "checkpoint", or
+            images as in ``dataset``, on which the study itself pre-trains.
         corrupted: "generated" by the study, or "cifar10c" for CIFAR-10-C's files.
         pretrain: how the source is trained.
         scratch: how the arms of the large network with random initial weights are trained; "matched" takes as many more
@@ -36,6 +36,11 @@ class Settings:
         evaluation: test images.
         arms: any of :data:`~fastlip.study.settings.training.ARMS`; empty where ``checkpoints`` are measured.
         checkpoints: names of the checkpoints that are measured without training; empty where the study trains.
+        models: the network of each of ``checkpoints``, in the form of ``model``; empty where all have that one.
+        normalize: by what the networks of ``checkpoints`` normalise their input: "cifar10", "cifar100", "svhn",
+            "imagenet", "none", or R,G,B/R,G,B (means and standard deviations); the statistics of ``dataset`` where they
+            are known, or else ImageNet's, if empty.
+        image_size: height and width that the images of a folder or of "hf:NAME" are brought to; 32 for all others.
         model: the large network: "torchvision:NAME", "timm:NAME" or "package.module:function", whose function takes
             ``num_classes``.
         stem: how ``model`` begins, see :data:`fastlip.models.STEMS`.
@@ -68,7 +73,7 @@ class Settings:
 
     preset: str
     dataset: str
-    source: Literal["generated", "imagenet", "checkpoint", "cifar100", "folder"]
+    source: str
     pretrain: Schedule
     scratch: Schedule
     finetune: Schedule
@@ -77,6 +82,9 @@ class Settings:
     corrupted: Literal["generated", "cifar10c"] = "generated"
     arms: tuple[str, ...] = ("scratch", "finetune")
     checkpoints: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    normalize: str = ""
+    image_size: int = 32
     model: str = "torchvision:resnet50"
     stem: str = "imagenet"
     scale: int = 1
@@ -106,6 +114,10 @@ class Settings:
     def __post_init__(self) -> None:
         """Raise :class:`StudyError` with status 2 where a setting is out of range or two do not fit each other."""
         checks.check_arms(self.arms, self.checkpoints)
+        need(len(self.models) in (0, len(self.checkpoints)), "models", "one for each checkpoint, or none")
+        need(not self.checkpoints or self.seeds == 1, "seeds", "checkpoints are measured once: leave it at 1")
+        checks.check_images(self.dataset, self.source, self.image_size)
+        normalization.statistics(self.normalize, self.dataset)
         need((self.dataset == "generated") == (self.source == "generated"), "source", "generated images go together")
         need(self.seeds > 0 and self.seed >= 0, "seeds", "seeds must be at least 1 and seed at least 0")
         need(self.threads >= 0, "threads", "must be at least 0")
@@ -115,7 +127,7 @@ class Settings:
         checks.check_evaluation(self.evaluation)
         need(0 <= self.examples <= self.evaluation.images, "examples", "0 to evaluation.images")
         checks.check_attacks(self.gaussian, self.pgd, self.strong, self.smallest)
-        checks.check_measurements(self.lipschitz, self.features, self.corruptions, self.smoothing)
+        checks.check_measurements(self.lipschitz, self.features, self.corruptions, self.transfer, self.smoothing)
         compared = self.rules.compared_linf_255
         need(compared in self.pgd.linf_255, "rules.compared_linf_255", "must be one of pgd.linf_255")
         checks.check_rules(self.rules)
@@ -133,13 +145,25 @@ class Settings:
             return self.reference
         return self.finetune if arm in TRANSFER else self.scratch
 
+    def training_images(self, arm: str) -> range:
+        """Which images of the target ``arm`` is trained on: their places in an order that all arms share."""
+        n = self.schedule(arm).images
+        return range(n, 2 * n) if arm == "disjoint" else range(n)
+
     @property
     def transfers(self) -> bool:
         """Whether any arm starts from the source."""
         return any(arm in TRANSFER for arm in self.arms)
 
+    @property
+    def pretrains(self) -> bool:
+        """Whether the run trains the source itself."""
+        return self.transfers and self.source not in ("imagenet", "checkpoint")
+
     def architecture_of(self, arm: str) -> str:
-        """The network of ``arm`` in the form of ``model``."""
+        """The network of ``arm`` or of a checkpoint in the form of ``model``."""
+        if arm in self.checkpoints:
+            return self.models[self.checkpoints.index(arm)] if self.models else self.model
         if arm == "resnet18":
             return "torchvision:resnet18"
         return f"fastlip:{arm}" if arm in REFERENCES else self.model

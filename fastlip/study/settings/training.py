@@ -21,6 +21,9 @@ TRANSFER = ("finetune", "linear", "partial", "lpft")
 
 ARMS = (*REFERENCES, *SCRATCH, *TRANSFER)
 
+#: Arms of which snapshots are measured: those that question 4 is about.
+WITH_SNAPSHOTS = ("scratch", "finetune")
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -54,22 +54,25 @@ def _inconsistent(results: Results, names: list[str]) -> str | None:
         return "its verdicts are not those of questions 1 to 4"
     known = {m["arm"] for m in models}
     for i, comparison in enumerate(results["comparisons"]):
-        if comparison["arm"] not in known:
+        if not {comparison["arm"], comparison["against"]} <= known:
             return f"comparisons[{i}] is about an arm that no model has"
+    for i, pair in enumerate(results["transfer"]):
+        if not {pair["source"], pair["target"]} <= set(names):
+            return f"transfer[{i}] is about a model that the run does not have"
     attacks = [(a["attack"], a["norm"], a["strength"]) for a in models[0]["attacks"]]
     for m in models:
         training, points = m["training"], len(m["depth_points"])
-        if m["name"] != f"{m['arm']}-s{m['seed']}":
+        if m["name"] not in (f"{m['arm']}-s{m['seed']}", m["arm"]):
             return f"{m['name']} has another arm or seed"
-        if not len(training["loss"]) == len(training["accuracy"]) == training["epochs"]:
+        if training and not len(training["loss"]) == len(training["accuracy"]) == training["epochs"]:
             return f"training of {m['name']} has not one loss and accuracy for each epoch"
         if [(a["attack"], a["norm"], a["strength"]) for a in m["attacks"]] != attacks:
             return f"{m['name']} was attacked otherwise than {names[0]}"
         for depth in [s["depth"] for s in (*m["attacks"], m["smallest_pgd"], m["smallest_gaussian"])]:
             if not len(depth["mean"]) == len(depth["largest"]) in (0, points):
                 return f"depths of {m['name']} are not its depth_points"
-        if not any(w["layer"].endswith("conv2") for w in m["weights"]):
-            return f"weights of {m['name']} lack its convolutions"
+        if not m["weights"]:
+            return f"{m['name']} has no weights"
         if any(len(w["profile"]) != 11 for w in (*m["weights"], *m["features"])):
             return f"a profile of {m['name']} has not eleven ranks"
         for layer in m["lipschitz"]["layers"]:

@@ -12,8 +12,10 @@ import torch
 from fastlip.study.errors import StudyError
 from fastlip.study.settings import serialization
 from fastlip.study.settings.machine import Machine
+from fastlip.study.settings.training import TRANSFER, WITH_SNAPSHOTS
 from fastlip.study.storage import digests, json_files, schema
-from fastlip.study.storage.files import AGAIN, damaged, unobstructed, write_json
+from fastlip.study.storage.earlier_versions import require_readable
+from fastlip.study.storage.files import AGAIN, damaged, read_json, unobstructed, write_json
 from fastlip.study.storage.locks import mutex
 
 
@@ -40,16 +42,20 @@ _FORGET = "delete it, which loses how long each stage took and nothing else, and
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """One model of a run: an arm with a seed. ``epoch`` is that of a snapshot, None at the end of training."""
+    """One model of a run: an arm with a seed, or a checkpoint, which is ``given`` and named by its arm.
+
+    ``epoch`` is that of a snapshot, None at the end of training.
+    """
 
     arm: str
     seed: int
     epoch: int | None = None
+    given: bool = False
 
     @property
     def run_name(self) -> str:
         """Name of the training run that the model comes from."""
-        return f"{self.arm}-s{self.seed}"
+        return self.arm if self.given else f"{self.arm}-s{self.seed}"
 
     @property
     def name(self) -> str:
@@ -81,6 +87,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         file = self.config_file
+        require_readable(path, read_json(file, RESTORE))
         self.config: dict[str, Any] = json_files.read(file, Config, RESTORE)
         self.machine = Machine(**self.config["machine"])
         try:
@@ -93,8 +100,11 @@ class RunDirectory:
 
     @property
     def models(self) -> list[TrainedModel]:
-        """The models at the end of their training."""
-        return [TrainedModel(arm, seed) for seed in self.settings.all_seeds for arm in self.settings.arms]
+        """The models at the end of their training, or the checkpoints that are measured."""
+        s = self.settings
+        if s.checkpoints:
+            return [TrainedModel(name, s.seed, given=True) for name in s.checkpoints]
+        return [TrainedModel(arm, seed) for seed in s.all_seeds for arm in s.arms]
 
     @property
     def snapshots(self) -> list[TrainedModel]:
@@ -102,14 +112,23 @@ class RunDirectory:
         return [
             TrainedModel(model.arm, model.seed, epoch)
             for model in self.models
-            if model.arm != "reference"
+            if model.arm in WITH_SNAPSHOTS and not model.given
             for epoch in sorted(self.settings.schedule(model.arm).snapshots)
         ]
 
     @property
-    def pretrains(self) -> bool:
-        """Whether the study trains the source itself."""
-        return self.settings.transfers and self.settings.source in ("generated", "folder")
+    def sources(self) -> dict[str, int]:
+        """The sources that the run trains itself, by the names of their files, and the seed of each."""
+        s = self.settings
+        if not s.pretrains:
+            return {}
+        return {"source": s.seed} if s.sources == "one" else {f"source-s{seed}": seed for seed in s.all_seeds}
+
+    def source_of(self, model: TrainedModel) -> str | None:
+        """The name among :attr:`sources` of that which ``model`` starts from; None where it starts from none."""
+        if model.arm not in TRANSFER or not self.sources:
+            return None
+        return "source" if self.settings.sources == "one" else f"source-s{model.seed}"
 
     def clean_up(self) -> None:
         """Remove what a killed process left behind: partial files, and training states of models that are finished."""

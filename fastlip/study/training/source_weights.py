@@ -38,6 +38,6 @@ def read_source_weights(path: Path) -> dict[str, Tensor]:
 def require_fit(state: dict[str, Tensor], settings: Settings, name: str) -> None:
     """Raise :class:`StudyError` where the state dict of the file ``name`` is not one of the run's architecture."""
     try:
-        load_backbone(build(settings.architecture, 2, settings.stem, 0), state)
+        load_backbone(build(settings.model, 2, settings.stem, 0), state)
     except ValueError as error:
         raise StudyError(f"--source-checkpoint {name}: {error}", status=2) from None

@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from fastlip.models import load_checkpoint
+from fastlip.study.errors import StudyError
 from fastlip.study.pipeline import start_or_resume
 from fastlip.study.pipeline.inputs import Inputs
+from fastlip.study.pipeline.networks import Networks
 from fastlip.study.pipeline.stages import stages
 from fastlip.study.settings import overrides, presets
 from fastlip.study.settings.input_paths import InputPaths
 from fastlip.study.settings.training import ARMS
+from fastlip.study.storage.run_directory import TrainedModel
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,58 @@ def test_lpft_goes_on_from_its_own_probe(weights):
     assert all(step > 0 for step in steps)
 
 
-def test_full_has_all_arms_and_three_seeds():
+def test_full_has_all_arms_that_a_published_source_allows_and_three_seeds():
     full = presets.preset("full")
-    assert set(full.arms) == set(ARMS)
+    assert set(full.arms) == set(ARMS) - {"matched"}
     assert full.seeds >= 3
+
+
+def test_disjoint_is_trained_on_images_that_no_other_arm_sees(micro):
+    inputs = Inputs(micro, InputPaths())
+    seen = {arm: {image.numpy().tobytes() for image in inputs.target_train(arm).images} for arm in ARMS}
+    assert all(len(images) == 48 for images in seen.values())
+    for arm in ARMS:
+        assert seen[arm] == seen["disjoint" if arm == "disjoint" else "scratch"]
+    assert not seen["disjoint"] & seen["scratch"]
+    counts = torch.bincount(inputs.target_train("disjoint").labels)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_matched_sees_as_many_images_as_the_source_and_the_fine_tuning(micro):
+    settings = overrides.override(micro, ["pretrain.images=96", "pretrain.epochs=3", "finetune.epochs=4"])
+    matched = settings.schedule("matched")
+    assert matched.images * matched.epochs == 3 * 96 + 4 * 48
+    assert matched.images == settings.scratch.images
+    assert matched.snapshots == ()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [("arms=scratch,matched", "matched sees as many"), ("sources=each", "sources=each")]
+)
+def test_what_needs_a_source_that_the_run_trains_is_refused_without_one(micro, setting, message):
+    settings = overrides.override(micro, ["arms=scratch", setting])
+    with pytest.raises(StudyError, match=message) as caught:
+        Inputs(settings, InputPaths()).require_available()
+    assert caught.value.status == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_each_seed_has_a_source_of_its_own(micro, tmp_path):
+    settings = overrides.override(micro, ["arms=scratch,finetune,linear", "seeds=2", "sources=each"])
+    inputs = Inputs(settings, InputPaths())
+    run = start_or_resume.open_or_create(tmp_path / "run", settings, inputs.fingerprints(), "test")
+    found = {stage.name: stage for stage in stages(run, inputs)}
+    for seed in (0, 1):
+        found[f"source-s{seed}: pre-training"].run(lambda done, total, note: None)
+        for arm in ("finetune", "linear"):
+            assert run.checkpoint(f"source-s{seed}") in found[f"{arm}-s{seed}: training"].needs
+            assert run.checkpoint(f"source-s{seed}") in found[f"{arm}-s{seed}: weight spectra"].needs
+            assert run.checkpoint(f"source-s{1 - seed}") not in found[f"{arm}-s{seed}: training"].needs
+        assert not any("source" in path.name for path in found[f"scratch-s{seed}: training"].needs)
+    assert run.training("source-s1").exists()
+    sources = [load_checkpoint(run.checkpoint(f"source-s{seed}"))[0] for seed in (0, 1)]
+    assert changed(*sources) >= {"conv1", "layer1", "layer4"}
+    networks = Networks(run, inputs, torch.device("cpu"))
+    for seed, source in enumerate(sources):
+        start = networks.untrained(TrainedModel("finetune", seed), 6).state_dict()
+        assert changed(start, source) == set()
