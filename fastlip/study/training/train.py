@@ -105,7 +105,7 @@ def train(
         {"params": list(head.parameters()), "weight_decay": schedule.weight_decay},
     ]
     peaks = [schedule.max_lr, schedule.max_lr, schedule.max_lr * schedule.head_lr]
-    optimiser = torch.optim.SGD(groups, lr=schedule.max_lr, momentum=schedule.momentum, nesterov=True)
+    optimiser = torch.optim.SGD(groups, lr=schedule.max_lr, momentum=schedule.momentum, nesterov=True, fused=True)
     size = min(schedule.batch_size, len(images))
     if size % group.size:
         raise StudyError(f"batches of {size} images cannot be split evenly over {group.size} processes", status=2)
