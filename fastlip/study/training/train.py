@@ -79,8 +79,8 @@ def train(
         state_path: where the unfinished run is saved; the caller removes it once the result is stored.
         save_seconds: time between two saves.
         progress: called with the number of steps done, the number of all steps and a short note.
-        head: the module of ``model`` that gives the logits and has a learning rate of its own; the last
-            ``nn.Linear`` if None.
+        head: the module of ``model`` that gives the logits and has a learning rate of its own; the last ``nn.Linear``
+            if None.
         parts: modules of ``model`` that are trained, all of it if None. The rest keeps its weights and BatchNorm
             statistics.
         keep: called by rank 0 after each epoch of ``schedule.snapshots``; ``model`` then holds the snapshot.
