@@ -1,5 +1,8 @@
 """The attacks of the study: Gaussian noise, PGD, and searches for the smallest perturbations.
 
+Gradients are those of a faster copy of the network (:func:`fastlip.attacks.prepare`), which all attacks on it share;
+the network itself confirms every success, in float32.
+
 What a search does not find is censored at its ceiling, the largest distortion that it tries.
 """
 
@@ -65,6 +68,7 @@ def pgd_attack(
         early_stop=early_stop,
         ids=ids,
         generator=generator,
+        fast=True,
     )
 
 
@@ -84,6 +88,7 @@ def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, p
             steps=settings.smallest.steps,
             search_steps=settings.smallest.searches,
             loss=settings.pgd.loss,
+            fast=True,
         ).adversarial
 
     arrays = perturbed(model, images, search, 0, progress, keep=KEPT)
