@@ -2,8 +2,8 @@
 
 Perturbations are compared at one L2 norm: the direction is that of a strong adversarial perturbation of the source
 model, and its length is scaled as x' = clip(x + s d, 0, 1) with the s for which x' - x has the norm wanted *after*
-clipping. The control is Gaussian noise that is clipped and scaled in the same way. Where the box has no room for the norm
-along one of the two directions, which is then at the bounds everywhere, both have the smaller norm that is in reach.
+clipping. The control is Gaussian noise that is clipped and scaled in the same way. Where the box has no room for the
+norm along one of the two directions, both have the smaller norm that is in reach.
 """
 
 from collections.abc import Mapping, Sequence

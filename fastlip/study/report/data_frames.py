@@ -5,16 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from fastlip.study.errors import StudyError
+from fastlip.study.report.long_csv import LONG, TEXT
 from fastlip.study.storage import digests
 from fastlip.study.storage.earlier_versions import require_readable
 from fastlip.study.storage.files import damaged, read_arrays, read_json
 
 
 def frame(run: str | os.PathLike[str]) -> Any:
-    """All numbers of a run with their intervals, one in each row, as a ``pandas.DataFrame``.
+    """Every number of a run's results.json, as a ``pandas.DataFrame``.
 
     Args:
         run: run directory with ``tables/results.csv``.
+
+    Returns:
+        One row for each estimate or proportion with its interval and for each other number. "part" and "measure" say
+        where in results.json it stands; "model", "arm", "attack", "item" and the other columns before "k" say what it
+        is about, and are empty or NaN where they do not apply.
 
     Raises:
         StudyError: the file is missing or damaged, or was never written by the earlier version that the run is of.
@@ -30,7 +36,14 @@ def frame(run: str | os.PathLike[str]) -> Any:
     if not digests.intact(Path(run), path):
         raise damaged(path, f"it is not what its SHA-256 in {digests.NAME} was taken of", remedy)
     try:
-        return _pandas().read_csv(path)
+        # A checkpoint may be named "007" or "NA", which are not to be read as a number or as nothing.
+        return _pandas().read_csv(
+            path,
+            dtype=dict.fromkeys(TEXT, str),
+            na_values={key: [""] for key in set(LONG) - set(TEXT)},
+            keep_default_na=False,
+            float_precision="round_trip",
+        )
     except ValueError as error:  # the base of pandas' parser errors and of UnicodeDecodeError
         raise damaged(path, error, remedy) from None
 

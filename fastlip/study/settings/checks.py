@@ -4,6 +4,7 @@ Every function here raises :class:`StudyError` with status 2 where a setting is 
 """
 
 import dataclasses
+import math
 import re
 
 from fastlip.study.errors import StudyError
@@ -111,10 +112,12 @@ def check_measurements(
 
 
 def check_rules(rules: Rules) -> None:
-    for name in ("confidence", "ratio", "share", "no_correlation", "power"):
+    for name in ("confidence", "nonlinear_gain", "accuracy_margin", "correlation", "power", "least_power"):
         need(0 < getattr(rules, name) < 1, f"rules.{name}", "must lie between 0 and 1")
+    for name in ("ratio_margin", "distortion_margin"):
+        need(1 < getattr(rules, name) < math.inf, f"rules.{name}", "must be above 1")
     need(rules.min_seeds > 1, "rules.min_seeds", "must be at least 2")
-    need(rules.min_runs > 2, "rules.min_runs", "must be at least 3")
+    need(rules.min_runs > 3, "rules.min_runs", "must be at least 4")
     need(rules.resamples > 0, "rules.resamples", "must be at least 1")
 
 

@@ -1,0 +1,137 @@
+"""Comparisons of two models on the same images, which questions 1 to 3 are answered from."""
+
+import itertools
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from fastlip.study.analysis.statistics import (
+    censored_difference,
+    mean_difference,
+    paired,
+    relative_difference,
+)
+from fastlip.study.analysis.summaries import StoredModel
+from fastlip.study.settings.training import REFERENCES, TRANSFER
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, pgd_name
+from fastlip.study.storage.schema import Comparison
+
+
+class Decided(NamedTuple):
+    """What comparisons need of one model; distortions are infinite where nothing was found, up to the ceiling."""
+
+    right: np.ndarray  # [N] bool, attacked images
+    clean: np.ndarray  # [M] bool, clean images
+    under_pgd: np.ndarray  # [N] bool
+    pgd: np.ndarray  # [N]
+    pgd_ceiling: np.ndarray  # [N]
+    gaussian: np.ndarray  # [N]
+    gaussian_ceiling: np.ndarray  # [N]
+
+
+def comparisons(run: RunDirectory) -> list[Comparison]:
+    """All comparisons of a run.
+
+    The large network of every arm with every small reference, for questions 1 and 2; every transfer arm with scratch
+    and with compute-matched scratch, for question 3; all pairs of checkpoints.
+    """
+    s = run.settings
+
+    @cache
+    def decided(arm: str, seed: int) -> Decided:
+        return _decided(StoredModel(run, TrainedModel(arm, seed)), pgd_name("linf", s.rules.compared_linf_255))
+
+    if s.checkpoints:
+        pairs = itertools.combinations(s.checkpoints, 2)
+        return [
+            row
+            for one, other in pairs
+            for compare in (_ratios, _accuracies, _rises)
+            for row in compare(one, other, {s.seed: (decided(one, s.seed), decided(other, s.seed))}, run)
+        ]
+    large = [arm for arm in s.arms if arm not in REFERENCES]
+    found: list[Comparison] = []
+    for compare, arms, baselines in (
+        (_ratios, large, REFERENCES),
+        (_accuracies, large, REFERENCES),
+        (_rises, [arm for arm in large if arm in TRANSFER], ("scratch", "matched")),
+    ):
+        for arm, against in itertools.product(arms, (name for name in baselines if name in s.arms)):
+            found += compare(arm, against, {k: (decided(arm, k), decided(against, k)) for k in s.all_seeds}, run)
+    return found
+
+
+Pairs = dict[int, tuple[Decided, Decided]]
+
+
+def _decided(stored: StoredModel, under: str) -> Decided:
+    smallest, noise = stored.images("smallest-pgd"), stored.images("smallest-gaussian")
+    return Decided(
+        right=stored.right,
+        clean=stored.decided("clean"),
+        under_pgd=stored.decided(under),
+        pgd=smallest["distortion"],
+        pgd_ceiling=smallest["ceiling"],
+        gaussian=noise["distortion"],
+        gaussian_ceiling=noise["ceiling"],
+    )
+
+
+def _ratios(arm: str, against: str, pairs: Pairs, run: RunDirectory) -> Iterator[Comparison]:
+    """The difference of log ratios, in each seed and over all."""
+    confidence = run.settings.rules.confidence
+    n = len(next(iter(pairs.values()))[0].right)
+    low, high = np.full((2, len(pairs), n), np.nan)
+    for i, (seed, (one, other)) in enumerate(pairs.items()):
+        both = one.right & other.right
+        (low_one, high_one), (low_other, high_other) = log_ratios(one), log_ratios(other)
+        low[i, both], high[i, both] = (low_one - high_other)[both], (high_one - low_other)[both]
+        difference = censored_difference(low[i, both], high[i, both], confidence)
+        yield Comparison(arm=arm, against=against, seed=seed, measure="log ratio", difference=difference)
+    if len(pairs) > 1:
+        some = ~np.isnan(low).all(0)
+        low_of_image, high_of_image = (np.nanmedian(v[:, some], axis=0) for v in (low, high))
+        difference = censored_difference(low_of_image, high_of_image, confidence)
+        yield Comparison(arm=arm, against=against, seed=None, measure="log ratio", difference=difference)
+
+
+def log_ratios(model: Decided) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest logarithm of each image's ratio, [N]; they differ where a distortion is censored."""
+    with np.errstate(divide="ignore"):  # images that are wrong to begin with have no distortion; they are not used
+        adversarial, noise = np.log(model.pgd), np.log(model.gaussian)
+        least = np.where(np.isinf(model.pgd), np.log(model.pgd_ceiling), adversarial)
+        nearest = np.where(np.isinf(model.gaussian), np.log(model.gaussian_ceiling), noise)
+    with np.errstate(invalid="ignore"):  # the same
+        return least - noise, adversarial - nearest
+
+
+def _accuracies(arm: str, against: str, pairs: Pairs, run: RunDirectory) -> Iterator[Comparison]:
+    """The difference in clean accuracy, in each seed and over all."""
+    confidence = run.settings.rules.confidence
+
+    def row(seed: int | None, a: np.ndarray, b: np.ndarray) -> Comparison:
+        difference = mean_difference(a, b, confidence)
+        return Comparison(arm=arm, against=against, seed=seed, measure="clean accuracy", difference=difference)
+
+    for seed, (one, other) in pairs.items():
+        yield row(seed, one.clean, other.clean)
+    if len(pairs) > 1:
+        yield row(None, *(np.mean([pair[i].clean for pair in pairs.values()], axis=0) for i in (0, 1)))
+
+
+def _rises(arm: str, against: str, pairs: Pairs, run: RunDirectory) -> Iterator[Comparison]:
+    """The differences in log distortion and in relative accuracy under PGD, in each seed."""
+    rules = run.settings.rules
+    for seed, (one, other) in pairs.items():
+        both = one.right & other.right
+        a, b = (np.log(np.minimum(model.pgd, model.pgd_ceiling)[both]) for model in (one, other))
+        distance = paired(a, b, np.mean, rules.confidence, rules.resamples)
+        yield Comparison(arm=arm, against=against, seed=seed, measure="log smallest distortion", difference=distance)
+        relative = relative_difference(
+            (one.under_pgd, other.under_pgd), (one.right, other.right), rules.confidence, rules.resamples
+        )
+        yield Comparison(
+            arm=arm, against=against, seed=seed, measure="relative accuracy under PGD", difference=relative
+        )
