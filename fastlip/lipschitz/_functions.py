@@ -69,6 +69,19 @@ def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn
     return nn.Identity()
 
 
+def _interpolate(
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> nn.Module:
+    if antialias:
+        raise ValueError("interpolate with antialias has no Lipschitz rule")
+    return nn.Upsample(size, scale_factor, mode, align_corners, recompute_scale_factor)
+
+
 def _table() -> dict[Any, Callable[..., nn.Module]]:
     table: dict[Any, Callable[..., nn.Module]] = {}
     for name, build in _ACTIVATIONS.items():
@@ -86,6 +99,7 @@ def _table() -> dict[Any, Callable[..., nn.Module]]:
         table[getattr(F, f"adaptive_max_pool{axes}d")] = getattr(nn, f"AdaptiveMaxPool{axes}d")
     for function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
         table[function] = _dropout
+    table[F.interpolate] = _interpolate
     return table
 
 

@@ -1,7 +1,8 @@
-"""Rules of linear maps (convolutions, linear layers, BatchNorm in eval mode, average pooling) and of max-pooling."""
+"""Rules of linear maps (layers with weights, BatchNorm in eval mode, average pooling, resizing) and of max-pooling."""
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -76,10 +77,48 @@ def _spatial(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]
     return input_shape[len(input_shape) - axes :]
 
 
-def _axis_norm(n: int, pool: Callable[[Tensor], Tensor]) -> float:
-    """Norm of a pooling along one axis of n values, rounded upwards."""
-    matrix = pool(torch.eye(n, dtype=torch.float64)[:, None])[:, 0]
+def _axis_norm(n: int, linear: Callable[[Tensor], Tensor]) -> float:
+    """Norm of a linear map along one axis of n values, rounded upwards; it is given all unit vectors, [n, 1, n]."""
+    matrix = linear(torch.eye(n, dtype=torch.float64)[:, None])[:, 0]
     return torch.linalg.matrix_norm(matrix, 2).item() * (1.0 + 1e-12)
+
+
+@rule(nn.Upsample)
+def _upsample(module: nn.Module, input_shape: tuple[int, ...]) -> float:
+    """A product over the axes, because every mode interpolates along one axis after the other.
+
+    The norm of "nearest" is therefore the root of the product of whole factors, and those of "linear" to "trilinear",
+    whose values are averages of two neighbours, are a little smaller.
+    """
+    assert isinstance(module, nn.Upsample)
+    size = input_shape[1:]
+    outputs = (None,) * len(size) if module.size is None else axes_of(module.size, len(size))
+    factors = module.scale_factor
+    scales = factors if isinstance(factors, tuple) else (factors,) * len(size)
+    norm = 1.0
+    for n, m, s in zip(size, outputs, scales, strict=True):
+        norm *= _axis_norm(n, partial(_resize, module, size=m, scale=s))
+    return norm
+
+
+def _resize(
+    module: nn.Upsample,
+    x: Tensor,  # [n, 1, n]
+    size: int | None,
+    scale: float | None,
+) -> Tensor:
+    """What an Upsample does along one axis, [n, 1, m]."""
+    mode = {"bilinear": "linear", "trilinear": "linear"}.get(module.mode, module.mode)
+    both = {
+        "mode": mode,
+        "align_corners": module.align_corners,
+        "recompute_scale_factor": module.recompute_scale_factor,
+    }
+    if mode != "bicubic":
+        return F.interpolate(x, size, scale, **both)  # type: ignore[arg-type]
+    # Torch has it for two axes alone; along one of size 1 it changes nothing.
+    sizes, scales = None if size is None else (size, 1), None if scale is None else (scale, 1.0)
+    return F.interpolate(x[..., None], sizes, scales, **both)[..., 0]  # type: ignore[arg-type]
 
 
 @rule(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)

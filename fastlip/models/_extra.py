@@ -8,7 +8,7 @@ def torchvision_models() -> Any:
     try:
         from torchvision import models
     except ImportError:
-        raise ImportError('the ResNets need torchvision: pip install "fastlip[study]"') from None
+        raise ImportError('torchvision models need torchvision: pip install "fastlip[study]"') from None
     return models
 
 
@@ -18,4 +18,13 @@ def safetensors() -> Any:
         import safetensors.torch as found
     except ImportError:
         raise ImportError('checkpoints need safetensors: pip install "fastlip[study]"') from None
+    return found
+
+
+def timm() -> Any:
+    """Return the package timm, or say what to install."""
+    try:
+        import timm as found
+    except ImportError:
+        raise ImportError('timm models need timm: pip install "fastlip[timm]"') from None
     return found

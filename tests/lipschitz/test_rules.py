@@ -321,3 +321,66 @@ def test_a_subclass_with_a_forward_of_its_own_does_not_inherit_a_rule() -> None:
     parametrised = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
     norm = torch.linalg.matrix_norm(parametrised.weight, 2).item()
     assert lipschitz_bound(parametrised, (4,)).upper == pytest.approx(norm, rel=1e-5)
+
+
+def _random_upsamples(count: int) -> list[tuple[nn.Upsample, tuple[int, ...]]]:
+    """Upsamples of random modes, factors and sizes, and shapes of their inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    found = []
+    modes = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "bicubic", "area")
+    for at in range(count):
+        mode = modes[at % len(modes)]
+        axes = {"linear": 1, "bilinear": 2, "bicubic": 2, "trilinear": 3}.get(mode, draw(1, 3))
+        shape = (draw(1, 2), *(draw(1, 5) for _ in range(axes)))
+        options: dict[str, object] = {"mode": mode}
+        if "linear" in mode or mode == "bicubic":
+            options["align_corners"] = bool(draw(0, 1))
+        kind = draw(0, 3)
+        if kind == 0:
+            options["scale_factor"] = draw(1, 4)
+        elif kind == 1:  # a size below the input's shrinks it
+            options["scale_factor"] = tuple(1 + draw(0, 5) / 3 for _ in range(axes))
+            options["recompute_scale_factor"] = bool(draw(0, 1))
+        else:
+            options["size"] = draw(1, 9) if kind == 2 else tuple(draw(1, 9) for _ in range(axes))
+        found.append((nn.Upsample(**options), shape))  # type: ignore[arg-type]
+    return found
+
+
+@pytest.mark.parametrize(("module", "shape"), _random_upsamples(70), ids=repr)
+def test_upsampling_is_its_matrix_norm(module: nn.Module, shape: tuple[int, ...]) -> None:
+    units = torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)
+    truth = torch.linalg.matrix_norm(module(units).flatten(1), 2).item()
+    bound = lipschitz_bound(module, shape).upper
+    assert bound == pytest.approx(truth, rel=1e-9)
+    assert bound >= truth * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 7])
+def test_upsampling_by_a_whole_factor(factor: int) -> None:
+    shape = (3, 8, 8)
+    assert lipschitz_bound(nn.Upsample(scale_factor=factor), shape).upper == pytest.approx(factor, rel=1e-11)
+    smooth = lipschitz_bound(nn.Upsample(scale_factor=factor, mode="bilinear"), shape).upper
+    assert factor / 2 < smooth <= factor * (1 + 1e-11)
+
+
+class Resized(nn.Module):
+    """Interpolation as a function."""
+
+    def __init__(self, antialias: bool) -> None:
+        super().__init__()
+        self.antialias = antialias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=3, mode="bilinear", antialias=self.antialias)
+
+
+def test_interpolation_as_a_function_has_the_rule_of_the_module() -> None:
+    expected = lipschitz_bound(nn.Upsample(scale_factor=3, mode="bilinear"), (2, 5, 4)).upper
+    assert lipschitz_bound(Resized(antialias=False), (2, 5, 4)).upper == expected
+    with pytest.raises(ValueError, match=r"^interpolate: interpolate with antialias has no Lipschitz rule"):
+        lipschitz_bound(Resized(antialias=True), (2, 5, 4))

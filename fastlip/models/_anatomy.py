@@ -1,0 +1,258 @@
+"""The parts of a network, found in one forward pass: its stages, the blocks in them, and its head."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastlip.models._calls import Call, calls
+
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class Anatomy:
+    """The parts of a network, by the names of its modules.
+
+    Attributes:
+        stages: modules whose outputs are the feature maps, in order: the stem, every stage, and what the head sees.
+            Neither the images themselves nor the logits are among them.
+        points: the same with every block in place of the stage that it is in, and without what the head sees.
+        head: the module that gives the logits.
+        tail: the outermost modules that run from the last stage on, among them the head, which "the last stage and the
+            head" trains.
+    """
+
+    def __init__(
+        self, model: nn.Module, image_shape: Sequence[int], stages: Sequence[str] = (), head: str = ""
+    ) -> None:
+        """Run ``model`` once, which is left as it was.
+
+        Args:
+            model: from images to logits [B, classes].
+            image_shape: [C, H, W] of one image.
+            stages: names of the stages, in place of those found; a name may leave out the leading "network.".
+            head: name of the head, likewise.
+
+        Raises:
+            ValueError: a name is unknown or does not fit, or there is no module that gives the logits.
+        """
+        self._model = model
+        ran, logits = calls(model, image_shape)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"a model must give logits [B, classes], got {got}")
+        self._logits = logits
+        self._ran = {call.name: call for call in ran if call.times == 1}
+        self._called = {call.name for call in ran}
+        self._order = sorted(ran, key=lambda call: call.start)
+        self.head = self._given_head(head) if head else self._find_head(ran)
+        if stages:
+            self.stages = [self._given_stage(name) for name in stages]
+            stem: list[str] = []
+        else:
+            self.stages, stem = self._find_stages()
+        self.points = [point for name in self.stages for point in self._blocks_in(name)]
+        self.tail = self._from(self.stages[-1] if len(self.stages) > len(stem) else self.head)
+        if not stages:
+            self.stages = [*self.stages, *self._seen_by_head(self.stages)]
+
+    def _given_head(self, name: str) -> str:
+        call = self._resolved(name, "head")
+        if not any(True for _ in call.module.parameters()):
+            raise ValueError(f"head={name} has no weights to train; name the module that gives the logits")
+        return call.name
+
+    def _given_stage(self, name: str) -> str:
+        call = self._resolved(name, "stages")
+        if call.output is None or call.output.dim() < 2 or len(call.output) != len(self._logits):
+            raise ValueError(f"stages: {name} gives no tensor with a row per image, and cannot be a feature map")
+        return call.name
+
+    def _resolved(self, name: str, setting: str) -> Call:
+        """The call of the module that a setting names."""
+        for full in (name, f"network.{name}"):
+            if full in self._ran:
+                return self._ran[full]
+        known = [shown for shown in map(short_name, self._ran) if shown]
+        runs = any(full in dict(self._model.named_modules()) for full in (name, f"network.{name}"))
+        if runs:
+            raise ValueError(f"{setting}: module {name} does not run exactly once in a forward pass")
+        close = difflib.get_close_matches(short_name(name), known, n=3, cutoff=0.4)
+        hint = f"; the closest are {', '.join(close)}" if close else ""
+        raise ValueError(f"{setting}: the model has no module {name!r}{hint}")
+
+    def _find_head(self, ran: list[Call]) -> str:
+        """The last linear layer or 1x1 convolution that runs and has an output per class."""
+        classes = self._logits.shape[1]
+        for call in reversed(ran):
+            module, wide = call.module, 0
+            if isinstance(module, nn.Linear):
+                wide = module.out_features
+            elif isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1}:
+                wide = module.out_channels
+            if wide == classes and call.times == 1 and self._feeds(call):
+                return call.name
+        raise ValueError(
+            f"no linear layer or 1x1 convolution with {classes} outputs gives the logits; name it with head=NAME"
+        )
+
+    def _feeds(self, call: Call) -> bool:
+        """Whether the logits depend on what a module returned."""
+        if call.output is None or not call.output.requires_grad:
+            return False
+        (found,) = torch.autograd.grad(self._logits.sum(), call.output, retain_graph=True, allow_unused=True)
+        return found is not None
+
+    def _children(self, name: str) -> list[Call]:
+        """The calls of a module's children that returned a feature map, in order; lists of modules are seen through."""
+        found: list[Call] = []
+        for child, module in self._model.get_submodule(name).named_children():
+            full = f"{name}.{child}" if name else child
+            if full not in self._called:
+                found += self._children(full) if any(True for _ in module.children()) else []
+            elif full in self._ran and self._is_feature_map(self._ran[full]):
+                found.append(self._ran[full])
+        return sorted(found, key=lambda call: call.start)
+
+    def _is_feature_map(self, call: Call) -> bool:
+        output = call.output
+        return output is not None and output.dim() >= 2 and len(output) == len(self._logits) and self._feeds(call)
+
+    def _layers_in(self, name: str) -> int:
+        """Number of layers with weights that run in a module, the head apart."""
+        inside = f"{name}." if name else ""
+        return sum(
+            isinstance(call.module, _LAYERS)
+            for other, call in self._ran.items()
+            if (other == name or other.startswith(inside)) and other != self.head
+        )
+
+    def _containers(self, children: Iterable[Call]) -> list[Call]:
+        """Those of several layers, apart from what holds the head."""
+        return [c for c in children if self._layers_in(c.name) > 1 and not f"{self.head}.".startswith(f"{c.name}.")]
+
+    def _find_stages(self) -> tuple[list[str], list[str]]:
+        """The names of the stem and the stages, and of the stem alone."""
+        found: list[str] = []
+        trunk = ""
+        while True:
+            children = self._children(trunk)
+            holding = [c for c in children if self._layers_in(c.name) > 1]
+            containers = self._containers(children)
+            if not containers and len(holding) == 1 and not self._is_layer(holding[0].module):
+                trunk = holding[0].name  # all there is
+                continue
+            if len(containers) != 1:
+                break
+            if not self._containers(self._children(containers[0].name)) and not self._is_chain(containers[0]):
+                break
+            found += self._before(children, containers[0])
+            trunk = containers[0].name
+        if containers:
+            found += self._before(children, containers[0])
+            containers = [inner for c in containers for inner in self._smaller_and_smaller(c)]
+            blocks = found + self._where_shapes_change(containers)
+        else:
+            blocks = found + self._groups(children)
+        return blocks, found
+
+    @staticmethod
+    def _is_layer(module: nn.Module) -> bool:
+        return isinstance(module, _LAYERS)
+
+    def _before(self, children: list[Call], container: Call) -> list[str]:
+        """The last child before a container, where weights ran before it: the stem."""
+        earlier = children[: children.index(container)]
+        if not any(self._layers_in(call.name) for call in earlier):
+            return []
+        return [earlier[-1].name]
+
+    def _smaller_and_smaller(self, call: Call) -> list[Call]:
+        """The stages inside a container, if it is a chain of them, with outputs of several shapes; else itself."""
+        inner = self._containers(self._children(call.name)) if self._is_chain(call) else []
+        shapes = {None if c.output is None else c.output.shape for c in inner}
+        return [found for c in inner for found in self._smaller_and_smaller(c)] if len(shapes) > 1 else [call]
+
+    @staticmethod
+    def _where_shapes_change(containers: list[Call]) -> list[str]:
+        """The last of consecutive containers with outputs of one shape; all of them where no shape ever changes."""
+        shapes = [None if c.output is None else c.output.shape for c in containers]
+        if len(set(shapes)) == 1:
+            return [c.name for c in containers]
+        following = [*shapes[1:], None]
+        return [c.name for c, own, later in zip(containers, shapes, following, strict=True) if own != later]
+
+    def _groups(self, children: list[Call]) -> list[str]:
+        """The last child of each group, which is a layer and what follows it up to the next one, without the head."""
+        found: list[str] = []
+        for call in children:
+            if self.head == call.name or self.head.startswith(f"{call.name}."):
+                break
+            if self._layers_in(call.name):
+                found.append(call.name)
+            elif found and not isinstance(call.module, nn.Flatten):
+                found[-1] = call.name
+        return found
+
+    def _seen_by_head(self, stages: Sequence[str]) -> list[str]:
+        """The last module with a feature map before the head, where any weights ran before it and it is no stage."""
+        head, last, weights = self._ran[self.head], None, False
+        for call in self._order:
+            if call.start >= head.start:
+                break
+            weights |= self._is_layer(call.module)
+            leaf = not any(True for _ in call.module.children())
+            if weights and leaf and call.times == 1 and self._is_feature_map(call):
+                last = call
+        if last is None:
+            return []
+        # Its name as that of the outermost module that returns this very map, but not one around stages or the head.
+        inside = (*stages, self.head)
+        around = [
+            c.name
+            for c in self._ran.values()
+            if c.output is last.output
+            and c.start <= last.start
+            and last.name.startswith(f"{c.name}.")
+            and not any(n.startswith(f"{c.name}.") for n in inside)
+        ]
+        name = min((n for n in around if n), key=len, default=last.name)
+        return [] if name in stages else [name]
+
+    def _is_chain(self, call: Call) -> bool:
+        """Whether a module runs its children one on the output of the other, and returns that of the last."""
+        children = self._children(call.name)
+        if not children:
+            return False
+        given = [child.input for child in children]
+        returned = [call.input, *(child.output for child in children)]
+        return all(a is b for a, b in zip(given, returned, strict=False)) and returned[-1] is call.output
+
+    def _blocks_in(self, name: str) -> list[str]:
+        """The blocks of a stage: its children of several layers, if it runs them one after the other."""
+        call = self._ran[name]
+        children = self._children(name) if self._is_chain(call) else []
+        containers = self._containers(children)
+        if containers:
+            # A layer in front of the blocks may make the map smaller; one behind a container belongs to a single block.
+            later = children[children.index(containers[0]) :]
+            containers = containers if all(c in containers or not self._layers_in(c.name) for c in later) else []
+        found = [inner for block in containers for inner in self._blocks_in(block.name)]
+        return found if len(found) > 1 else [name]
+
+    def _from(self, name: str) -> list[str]:
+        """The outermost modules with weights that run from ``name`` on."""
+        start = self._ran[name].start
+        first: dict[str, int] = {}
+        for call in self._order:
+            first.setdefault(call.name, call.start)
+        later = {
+            n for n, at in first.items() if at >= start and any(True for _ in self._model.get_submodule(n).parameters())
+        }
+        return [n for n in first if n in later and not any(n.startswith(f"{around}.") for around in later)]
+
+
+def short_name(name: str) -> str:
+    """A module's name as the network itself has it, without the leading "network."."""
+    return name.removeprefix("network.")
