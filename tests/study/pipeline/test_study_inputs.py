@@ -68,7 +68,7 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_help_documents_every_setting():
     found = command("--help")
     assert found.returncode == 0
-    for name in ("pgd.steps", "scratch.max_lr", "rules.share", "--source-data", "--no-download"):
+    for name in ("pgd.steps", "scratch.max_lr", "rules.confidence", "--source-data", "--no-download"):
         assert name in found.stdout
 
 
@@ -117,7 +117,7 @@ def test_a_source_folder_gives_its_images_and_a_fingerprint_of_them(tmp_path):
     ("make", "message"),
     [
         (lambda root: root / "absent", "is not a folder"),
-        (lambda root: folder(root / "images", each=3), "too few for pretrain.images=12"),
+        (lambda root: folder(root / "images", each=3), "pretrain.images=12: n = 12 images .* a class has 3"),
         (lambda root: (root / "empty").mkdir() or root / "empty", "--source-data"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_checkpoint_with_code_is_refused_and_not_executed(tmp_path, monkeypatc
 
 def test_wrong_checkpoints_are_one_line(tmp_path):
     save_checkpoint(tmp_path / "a.safetensors", resnet18(5, stem="cifar", seed=0))
-    with pytest.raises(StudyError, match="architecture or stem"):
+    with pytest.raises(StudyError, match="architecture, stem"):
         inputs(source_checkpoint=tmp_path / "a.safetensors")._check_source(begun=False)
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:1000])
     with pytest.raises(StudyError, match="cannot be read"):
