@@ -4,9 +4,11 @@ Every function here raises :class:`StudyError` with status 2 where a setting is 
 """
 
 import dataclasses
+import difflib
 import math
 import re
 
+from fastlip.models import SCALES, STEMS
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.attacks import GaussianSettings, PgdSettings, SmallestSettings, StrongSuiteSettings
 from fastlip.study.settings.measurements import (
@@ -50,6 +52,13 @@ def check_images(dataset: str, source: str, image_size: int) -> None:
 def check_image_size(dataset: str, image_size: int) -> None:
     resized = dataset == "folder" or dataset.startswith("hf:")
     need(resized or image_size == 32, "image_size", f"{dataset} has images of 32x32; scale enlarges them in the model")
+
+
+def check_model(stem: str, scale: int, weights: str, source: str) -> None:
+    close = difflib.get_close_matches(stem, STEMS, n=1)
+    need(stem in STEMS, "stem", f"choose from {', '.join(STEMS)}" + (f"; did you mean {close[0]}?" if close else ""))
+    need(scale in SCALES, "scale", f"choose from {', '.join(map(str, SCALES))}")
+    need(not weights or source == "imagenet", "weights", "names published ImageNet weights, which are not the source")
 
 
 def check_schedule(schedule: Schedule, name: str) -> None:

@@ -55,6 +55,7 @@ def train(
     state_path: Path,
     save_seconds: float,
     progress: Callable[[int, int, str], None],
+    head: nn.Module | None = None,
     parts: Sequence[nn.Module] | None = None,
     keep: Callable[[int], None] | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
@@ -63,7 +64,7 @@ def train(
     """Train ``model`` in place on its own device, or continue the run saved at ``state_path``.
 
     Args:
-        model: maps [B, C, H, W] in [0, 1] to logits, with a last ``nn.Linear``; it is left in evaluation mode.
+        model: maps [B, C, H, W] in [0, 1] to logits; it is left in evaluation mode.
         images: uint8, on any device.
         labels: class indices, like ``images``.
         schedule: length, learning rate and augmentation.
@@ -72,6 +73,8 @@ def train(
         state_path: where the unfinished run is saved; the caller removes it once the result is stored.
         save_seconds: time between two saves.
         progress: called with the number of steps done, the number of all steps and a short note.
+        head: the module of ``model`` that gives the logits and has a learning rate of its own; the last ``nn.Linear``
+            if None.
         parts: modules of ``model`` that are trained, all of it if None. The rest keeps its weights and BatchNorm
             statistics.
         keep: called by rank 0 after each epoch of ``schedule.snapshots``; ``model`` then holds the snapshot.
@@ -85,8 +88,10 @@ def train(
     model.to(memory_format=torch.channels_last)
     images, labels = images.to(device), labels.to(device)
     # The head sums 2048 features: at the body's learning rate its first steps would overshoot by far.
-    *_, head = (m for m in model.modules() if isinstance(m, nn.Linear))
-    body = [p for p in model.parameters() if all(p is not q for q in head.parameters())]
+    if head is None:
+        *_, head = (m for m in model.modules() if isinstance(m, nn.Linear))
+    own = {id(p) for p in head.parameters()}
+    body = [p for p in model.parameters() if id(p) not in own]
     groups = [
         {"params": [p for p in body if p.dim() > 1], "weight_decay": schedule.weight_decay},
         {"params": [p for p in body if p.dim() <= 1], "weight_decay": 0.0},

@@ -198,7 +198,7 @@ def arguments(files, micro_arguments):
     """The command that measures both, one of them under the name of an arm."""
     given = [f"--checkpoint={name}={file}" for name, file in files.items()]
     models = ["--model=scratch=fastlip:convnet", "--model=tuned=fastlip:mlp"]
-    return ["measure", *given, *models, *micro_arguments]
+    return ["measure", *given, *models, *(a for a in micro_arguments if not a.startswith("--set=arms="))]
 
 
 @pytest.fixture(scope="module")
