@@ -15,7 +15,7 @@ from fastlip.study.analysis.statistics import (
 )
 from fastlip.study.analysis.summaries import StoredModel
 from fastlip.study.settings.training import REFERENCES, TRANSFER
-from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, pgd_name
+from fastlip.study.storage.run_directory import RunDirectory, pgd_name
 from fastlip.study.storage.schema import Comparison
 
 
@@ -41,7 +41,8 @@ def comparisons(run: RunDirectory) -> list[Comparison]:
 
     @cache
     def decided(arm: str, seed: int) -> Decided:
-        return _decided(StoredModel(run, TrainedModel(arm, seed)), pgd_name("linf", s.rules.compared_linf_255))
+        model = next(m for m in run.models if (m.arm, m.seed) == (arm, seed))
+        return _decided(StoredModel(run, model), pgd_name("linf", s.rules.compared_linf_255))
 
     if s.checkpoints:
         pairs = itertools.combinations(s.checkpoints, 2)
