@@ -4,10 +4,6 @@ Every function here raises :class:`StudyError` with status 2 where a setting is 
 """
 
 import dataclasses
-import math
-import difflib
-import difflib
-import difflib
 import difflib
 import math
 import re
