@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from fastlip.models._calls import Call, calls
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
+@dataclass(frozen=True)
 class Anatomy:
     """The parts of a network, by the names of its modules.
 
@@ -23,20 +25,36 @@ class Anatomy:
             head" trains.
     """
 
-    def __init__(
-        self, model: nn.Module, image_shape: Sequence[int], stages: Sequence[str] = (), head: str = ""
-    ) -> None:
-        """Run ``model`` once, which is left as it was.
+    stages: list[str]
+    points: list[str]
+    head: str
+    tail: list[str]
 
-        Args:
-            model: from images to logits [B, classes].
-            image_shape: [C, H, W] of one image.
-            stages: names of the stages, in place of those found; a name may leave out the leading "network.".
-            head: name of the head, likewise.
 
-        Raises:
-            ValueError: a name is unknown or does not fit, or there is no module that gives the logits.
-        """
+def anatomy(model: nn.Module, image_shape: Sequence[int], stages: Sequence[str] = (), head: str = "") -> Anatomy:
+    """The parts of ``model``, which runs once and is left as it was.
+
+    The stages are the modules of several layers that run one after the other in the trunk of the network. Where none
+    are larger than a layer, they are the layers, each with the activation and the pool behind it. Of neighbours whose
+    feature maps have one shape only the last counts, unless all have (the blocks of a transformer). The head is the
+    last linear layer or 1x1 convolution with an output per class that the logits depend on.
+
+    Args:
+        model: from images to logits [B, classes].
+        image_shape: [C, H, W] of one image.
+        stages: names of the stages, in place of those found; a name may leave out the leading "network.".
+        head: name of the head, likewise.
+
+    Raises:
+        ValueError: a name is unknown or does not fit, or there is no module that gives the logits.
+    """
+    return _Search(model, image_shape, head).result(stages)
+
+
+class _Search:
+    """One forward pass, and the search for parts in it."""
+
+    def __init__(self, model: nn.Module, image_shape: Sequence[int], head: str) -> None:
         self._model = model
         ran, logits = calls(model, image_shape)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -47,15 +65,17 @@ class Anatomy:
         self._called = {call.name for call in ran}
         self._order = sorted(ran, key=lambda call: call.start)
         self.head = self._given_head(head) if head else self._find_head(ran)
-        if stages:
-            self.stages = [self._given_stage(name) for name in stages]
+
+    def result(self, given: Sequence[str]) -> Anatomy:
+        if given:
+            stages = [self._given_stage(name) for name in given]
             stem: list[str] = []
         else:
-            self.stages, stem = self._find_stages()
-        self.points = [point for name in self.stages for point in self._blocks_in(name)]
-        self.tail = self._from(self.stages[-1] if len(self.stages) > len(stem) else self.head)
-        if not stages:
-            self.stages = [*self.stages, *self._seen_by_head(self.stages)]
+            stages, stem = self._find_stages()
+        points = [point for name in stages for point in self._blocks_in(name)]
+        tail = self._from(stages[-1] if len(stages) > len(stem) else self.head)
+        seen = [] if given else self._seen_by_head(stages)
+        return Anatomy([*stages, *seen], points, self.head, tail)
 
     def _given_head(self, name: str) -> str:
         call = self._resolved(name, "head")

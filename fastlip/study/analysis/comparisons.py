@@ -16,7 +16,7 @@ from fastlip.study.analysis.summaries import StoredModel
 from fastlip.study.settings.rules import Rules
 from fastlip.study.settings.settings import Settings
 from fastlip.study.settings.training import REFERENCES, TRANSFER
-from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, pgd_name
+from fastlip.study.storage.run_directory import RunDirectory, pgd_name
 from fastlip.study.storage.schema import Comparison
 
 
@@ -37,7 +37,8 @@ def comparisons(run: RunDirectory) -> list[Comparison]:
 
     @cache
     def decided(arm: str, seed: int) -> Decided:
-        return _decided(StoredModel(run, TrainedModel(arm, seed)))
+        model = next(m for m in run.models if (m.arm, m.seed) == (arm, seed))
+        return _decided(StoredModel(run, model))
 
     return compared(decided, run.settings)
 

@@ -118,6 +118,7 @@ class Settings:
         need(not self.checkpoints or self.seeds == 1, "seeds", "checkpoints are measured once: leave it at 1")
         checks.check_images(self.dataset, self.source, self.image_size)
         normalization.statistics(self.normalize, self.dataset)
+        checks.check_model(self.stem, self.scale, self.weights, self.source)
         need((self.dataset == "generated") == (self.source == "generated"), "source", "generated images go together")
         need(self.seeds > 0 and self.seed >= 0, "seeds", "seeds must be at least 1 and seed at least 0")
         need(self.threads >= 0, "threads", "must be at least 0")

@@ -140,7 +140,8 @@ class WeightSpectrum(TypedDict):
 
     ``profile`` holds the singular values divided by the largest at eleven equally spaced ranks, including the first and
     the last. ``distance`` is ||W - W0|| / ||W0||, where W0 is the source's weight for transfer arms and the initial
-    random weight for the others. It is None for a head, which the source does not have.
+    random weight for the others. It is None for a head, which the source does not have. ``dead_taps`` is the share of a
+    convolution's taps that lie beyond its input at every position; they are left out of all other numbers.
     """
 
     layer: str
@@ -149,6 +150,7 @@ class WeightSpectrum(TypedDict):
     stable_rank: float
     effective_rank: float
     distance: float | None
+    dead_taps: float
     profile: list[float]
 
 
