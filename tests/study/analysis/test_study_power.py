@@ -10,6 +10,7 @@ from scipy import stats
 from fastlip.study.analysis import power
 from fastlip.study.settings import presets
 from fastlip.study.settings.rules import Rules
+from fastlip.study.settings.training import REFERENCES
 from fastlip.study.storage.schema import Power
 
 RULES = Rules()
@@ -17,7 +18,7 @@ RULES = Rules()
 
 @pytest.fixture(scope="module")
 def full():
-    return dataclasses.replace(presets.preset("full"), seeds=2)
+    return dataclasses.replace(presets.preset("full"), arms=(*REFERENCES, "scratch", "finetune"), seeds=2)
 
 
 def by_question(settings):
