@@ -8,7 +8,7 @@ import numpy as np
 
 from fastlip.study.analysis import decisions
 from fastlip.study.analysis.answers import Answer, bounded, counted, listed
-from fastlip.study.analysis.power import correlation_chances
+from fastlip.study.analysis.power import chance_to_find
 from fastlip.study.analysis.statistics import correlation_limits, partial_spearman, spearman
 from fastlip.study.settings.rules import Rules
 from fastlip.study.storage.schema import Point, Statistic
@@ -79,14 +79,6 @@ def answer(points: list[Point], large: set[str], rules: Rules) -> Answer:
     headline = f"Whether unstable networks are easier to fool stays open: {seen}."
     because = f"The four correlations neither differ from 0 at {level} with one sign nor lie within ±{limit:.2f}."
     return Answer("undetermined", headline, because, "More runs would narrow the intervals.", tested)
-
-
-def chance_to_find(runs: int, reliability: float, rules: Rules) -> float:
-    """Probability that the rule finds ``rules.correlation`` with so many runs in each arm."""
-    # Distortions without any reliability measure nothing, and of fewer than 4 runs any order is as good as another.
-    if runs < 4 or not reliability > 0:
-        return 0.0
-    return correlation_chances(rules.correlation, runs, round(reliability, 2), rules)["supported"]
 
 
 def _seen(rho: np.ndarray, runs: int) -> str:

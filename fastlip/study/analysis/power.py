@@ -76,8 +76,9 @@ def _ratio_rows(question: int, arm: str, settings: Settings) -> list[Power]:
             Power(
                 question=question,
                 unit=unit,
-                assumption=f"the true ratio is {factor:g} times that of all references ({len(references)} in the run), "
-                f"and {100 * _BOTH:g}% of the attacked images are classified correctly by both",
+                assumption=f"the true ratio is {'' if factor == 1 else f'{factor:g} times '}that of all references "
+                f"({len(references)} in the run), and both models classify {100 * _BOTH:g}% of the attacked images "
+                "correctly",
                 expected=expected,
                 needed=_least(sizes, chance.__getitem__, rules.power),
                 had=None,
@@ -131,7 +132,9 @@ def _correlation_rows(settings: Settings) -> list[Power]:
     for expected, rho in cases:
 
         def chance(n: int, expected: VerdictName = expected, rho: float = rho) -> float:
-            return correlation_chances(rho, n, reliability, rules)[expected]
+            # The rule gives no verdict where it would hardly find the correlation.
+            answered = chance_to_find(n, reliability, rules) >= rules.least_power
+            return correlation_chances(rho, n, reliability, rules)[expected] if answered else 0.0
 
         rows.append(
             Power(
@@ -142,7 +145,7 @@ def _correlation_rows(settings: Settings) -> list[Power]:
                 expected=expected,
                 needed=_least((*range(rules.min_runs, 20), 20, 24, 28, 32, 40, 48, 64, 96), chance, rules.power),
                 had=None,
-                probability=chance(settings.seeds) if settings.seeds >= rules.min_runs else 0.0,
+                probability=chance(settings.seeds),
             )
         )
     return rows
@@ -233,3 +236,11 @@ def correlation_chances(rho: float, runs: int, reliability: float, rules: Rules)
     flat = (STUDIES, 4, runs)
     found = decisions.correlations_of(instability.reshape(flat), distortion.reshape(flat), reliability, rules)
     return _shares(found)
+
+
+def chance_to_find(runs: int, reliability: float, rules: Rules) -> float:
+    """Probability that the rule finds ``rules.correlation`` with so many runs in each arm."""
+    # Distortions without any reliability measure nothing, and of fewer than 4 runs any order is as good as another.
+    if runs < 4 or not reliability > 0:
+        return 0.0
+    return correlation_chances(rules.correlation, runs, round(reliability, 2), rules)["supported"]

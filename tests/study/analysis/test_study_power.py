@@ -95,6 +95,18 @@ def test_a_second_baseline_lowers_the_chance_of_question_3():
     assert two < one
 
 
+def test_runs_that_cannot_answer_give_neither_verdict(full):
+    for row in by_question(full)[4]:
+        assert row["probability"] == 0
+    needed = {row["expected"]: row["needed"] for row in by_question(full)[4]}
+    assert power.chance_to_find(needed["contradicted"], 0.55, RULES) >= RULES.least_power
+
+
+@pytest.mark.parametrize(("runs", "reliability"), [(3, 0.9), (20, 0.0), (20, math.nan)])
+def test_what_measures_nothing_finds_nothing(runs, reliability):
+    assert power.chance_to_find(runs, reliability, RULES) == 0
+
+
 def test_what_no_size_reaches_is_not_needed():
     assert power._least((1, 2, 3), lambda n: 0.1 * n, 0.8) is None
     assert power._least((1, 2, 3), lambda n: 0.4 * n, 0.8) == 2
