@@ -13,7 +13,6 @@ from fastlip.study.analysis.summaries import StoredModel
 from fastlip.study.analysis.titles import model_title
 from fastlip.study.analysis.transfer_table import transfer_table
 from fastlip.study.analysis.verdicts import verdicts
-from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.json_files import read
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
@@ -104,7 +103,7 @@ def _model(run: RunDirectory, trained: TrainedModel, data: ImageSet) -> Model:
         dataset=data.name,
         architecture=s.architecture_of(trained.arm),
         parameters=sum(p.numel() for p in network.parameters()),
-        additional_data=trained.arm in TRANSFER,
+        additional_data=s.role_of(trained.arm) == "transfer",
         clean_acc=100.0 * float(clean.mean()),
         clean=proportion(clean, confidence),
         attacked_clean=proportion(stored.right, confidence),

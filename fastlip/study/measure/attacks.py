@@ -44,9 +44,16 @@ def projected_gradient(
 
 
 def pgd_attack(
-    model: nn.Module, ball: Ball, settings: Settings, x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator
+    model: nn.Module,
+    ball: Ball,
+    settings: Settings,
+    x: Tensor,
+    y: Tensor,
+    ids: Tensor,
+    generator: torch.Generator,
+    early_stop: bool = True,
 ) -> Tensor:
-    """Images like ``x``, perturbed by the study's PGD in ``ball``."""
+    """Images like ``x``, perturbed by the study's PGD in ``ball``; ``early_stop`` as in :func:`fastlip.attacks.pgd`."""
     norm, _, eps = ball
     return pgd(
         model,
@@ -58,6 +65,7 @@ def pgd_attack(
         step_size=settings.pgd.relative_step * eps / settings.pgd.steps,
         loss=settings.pgd.loss,
         restarts=settings.pgd.restarts,
+        early_stop=early_stop,
         ids=ids,
         generator=generator,
         fast=True,

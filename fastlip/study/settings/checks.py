@@ -42,11 +42,15 @@ def check_arms(arms: tuple[str, ...], checkpoints: tuple[str, ...]) -> None:
 
 
 def check_images(dataset: str, source: str, image_size: int) -> None:
-    resized = dataset == "folder" or dataset.startswith("hf:")
+    """Check what can be said before ``--target`` is known; :func:`check_image_size` goes on."""
     for name, value, others in (("dataset", dataset, ()), ("source", source, ("imagenet", "checkpoint"))):
         known = ("generated", *NAMED, "folder", *others)
         need(value in known or (len(value) > 3 and value.startswith("hf:")), name, f"{', '.join(known)} or hf:NAME")
     need(image_size > 7, "image_size", "must be at least 8")
+
+
+def check_image_size(dataset: str, image_size: int) -> None:
+    resized = dataset == "folder" or dataset.startswith("hf:")
     need(resized or image_size == 32, "image_size", f"{dataset} has images of 32x32; scale enlarges them in the model")
 
 
