@@ -26,7 +26,7 @@ _REFERENCE = Schedule(images=8000, epochs=8, max_lr=0.03, head_lr=0.1)
 _QUICK = Settings(
     preset="quick",
     dataset="cifar10",
-    source="cifar100",
+    source="imagenet",
     stem="stride-2",
     pretrain=dataclasses.replace(_SHORT, images=20000, epochs=1),
     scratch=dataclasses.replace(_SHORT, snapshots=(1,)),
@@ -77,6 +77,7 @@ PRESETS = {
     "seeds": dataclasses.replace(
         _QUICK,
         preset="seeds",
+        source="cifar100",
         evaluation=EvaluationSettings(images=400, clean_images=2000, snapshot_images=20),
         arms=("softmax", "scratch", "matched", "finetune"),
         scratch=_SHORT,
@@ -97,7 +98,7 @@ PRESETS = {
     "overnight": Settings(
         preset="overnight",
         dataset="cifar10",
-        source="cifar100",
+        source="imagenet",
         stem="stride-2",
         pretrain=dataclasses.replace(_LONG, epochs=8),
         scratch=dataclasses.replace(_LONG, snapshots=(2, 8)),
