@@ -60,6 +60,8 @@ class _Search:
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"a model must give logits [B, classes], got {got}")
+        if not logits.requires_grad:
+            raise ValueError("the model's logits have no gradient with respect to the image: its forward cuts it off")
         self._logits = logits
         outputs = {
             id(call.output): call.output for call in ran if call.output is not None and call.output.requires_grad

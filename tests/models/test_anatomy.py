@@ -147,6 +147,10 @@ class NoHead(nn.Module):
 def test_a_network_without_a_head_is_refused():
     with pytest.raises(ValueError, match=r"with 4 outputs gives the logits; name it with head=NAME"):
         anatomy(NoHead(), SHAPE)
+    detached = nn.Sequential(NoHead(), nn.Linear(4, 4))
+    detached[0].register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(ValueError, match="no gradient with respect to the image"):
+        anatomy(detached.requires_grad_(False), SHAPE)
     with pytest.raises(ValueError, match=r"logits \[B, classes\], got shape \[2, 4, 30, 30\]"):
         anatomy(nn.Conv2d(3, 4, 3), SHAPE)
 
