@@ -1,26 +1,33 @@
-# Which GPU architectures the CUDA library is built for, and how they are spelled for nvcc.
+# The GPUs at hand, which GPU architectures the CUDA library is built for, and how they are spelled for nvcc.
 
-# What stands for AUTO: the GPUs at hand alone, asked of the driver; all that the kernels are written for where there is
-# none, or one that this nvcc does not know or that is too old.
-function(fastlip_cuda_architectures result nvcc)
-  set(all 80-real 90)
-  set(found "")
+# Compute capabilities of the GPUs at hand, such as 9.0, asked of the driver; empty where there is none.
+function(fastlip_gpus result)
+  set(capabilities "")
   find_program(NVIDIA_SMI nvidia-smi)
   if(NVIDIA_SMI)
     execute_process(COMMAND "${NVIDIA_SMI}" --query-gpu=compute_cap --format=csv,noheader TIMEOUT 30
-      OUTPUT_VARIABLE capabilities ERROR_QUIET)
-    execute_process(COMMAND "${nvcc}" --list-gpu-code OUTPUT_VARIABLE known ERROR_QUIET)
-    string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${capabilities}")
+      OUTPUT_VARIABLE answer ERROR_QUIET)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${answer}")
     list(REMOVE_DUPLICATES capabilities)
-    foreach(capability IN LISTS capabilities)
-      string(REPLACE "." "" number "${capability}")
-      if(number LESS 80 OR NOT "${known}" MATCHES "sm_${number}")
-        set(found "")
-        break()
-      endif()
-      list(APPEND found "${number}-real")
-    endforeach()
   endif()
+  set(${result} "${capabilities}" PARENT_SCOPE)
+endfunction()
+
+# What stands for AUTO: the GPUs at hand alone; all that the kernels are written for where there is none, or one that
+# this nvcc does not know or that is too old.
+function(fastlip_cuda_architectures result nvcc)
+  set(all 80-real 90)
+  set(found "")
+  fastlip_gpus(capabilities)
+  execute_process(COMMAND "${nvcc}" --list-gpu-code OUTPUT_VARIABLE known ERROR_QUIET)
+  foreach(capability IN LISTS capabilities)
+    string(REPLACE "." "" number "${capability}")
+    if(number LESS 80 OR NOT "${known}" MATCHES "sm_${number}")
+      set(found "")
+      break()
+    endif()
+    list(APPEND found "${number}-real")
+  endforeach()
   if(NOT found)
     set(found ${all})
   endif()

@@ -49,6 +49,19 @@ def test_auto_is_what_the_driver_names_and_the_compiler_knows(tmp_path, driver, 
 
 
 @pytest.mark.parametrize(
+    ("driver", "wanted"),
+    [("9.0\\n", "9.0"), ("8.6\\n8.6\\n12.0\\n", "8.6;12.0"), ("NVIDIA-SMI has failed\\n", ""), ("", "")],
+)
+def test_gpus_at_hand_are_those_that_the_driver_names(tmp_path, driver, wanted):
+    program(tmp_path / "nvidia-smi", driver, status=0 if driver else 9)
+    assert answer(tmp_path, "fastlip_gpus(got)", str(tmp_path)) == wanted
+
+
+def test_there_is_no_gpu_without_a_driver(tmp_path):
+    assert answer(tmp_path, "fastlip_gpus(got)", str(tmp_path)) == ""
+
+
+@pytest.mark.parametrize(
     ("architectures", "wanted"),
     [
         (ALL, "--generate-code=arch=compute_80,code=[sm_80,sm_90,compute_80]"),

@@ -5,12 +5,14 @@ import numpy as np
 from fastlip.data import ImageSet
 from fastlip.metrics import flat_boundary_ratio
 from fastlip.study.analysis import summaries
+from fastlip.study.analysis.comparisons import comparisons
+from fastlip.study.analysis.correlation_answer import CASES
+from fastlip.study.analysis.points import points
 from fastlip.study.analysis.statistics import median, proportion
 from fastlip.study.analysis.summaries import StoredModel
 from fastlip.study.analysis.titles import model_title
 from fastlip.study.analysis.transfer_table import transfer_table
 from fastlip.study.analysis.verdicts import verdicts
-from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.json_files import read
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
@@ -22,6 +24,7 @@ from fastlip.study.storage.schema import (
     Lipschitz,
     Model,
     Point,
+    Power,
     Results,
 )
 from fastlip.study.training.architectures import build, parts
@@ -54,8 +57,7 @@ def analyse(run: RunDirectory, source_name: str, data: ImageSet) -> Results:
     """
     s = run.settings
     models = [_model(run, trained, data) for trained in run.models]
-    points = [_point(run, trained) for trained in sorted(run.models + run.snapshots, key=_moment)]
-    comparisons: list[Comparison] = []
+    compared, data_points, transfer = comparisons(run), points(run), transfer_table(run)
     return Results(
         schema=SCHEMA,
         preset=s.preset,
@@ -64,11 +66,11 @@ def analyse(run: RunDirectory, source_name: str, data: ImageSet) -> Results:
         generated=s.dataset == "generated",
         source=source_name if s.transfers else "none",
         models=models,
-        points=points,
-        comparisons=comparisons,
-        transfer=transfer_table(run),
-        verdicts=verdicts(models, comparisons, points, s.rules),
-        power=[],
+        points=data_points,
+        comparisons=compared,
+        transfer=transfer,
+        verdicts=verdicts(models, compared, data_points, transfer, s.rules, one_source=s.sources == "one"),
+        power=_had(run.config["power"], compared, data_points),
         seed_deck=[
             DeckRow(
                 model=model,
@@ -80,10 +82,6 @@ def analyse(run: RunDirectory, source_name: str, data: ImageSet) -> Results:
             for model, attack, distortion, constant, right in _DECK
         ],
     )
-
-
-def _moment(trained: TrainedModel) -> tuple[int, str, float]:
-    return trained.seed, trained.arm, np.inf if trained.epoch is None else trained.epoch
 
 
 def _model(run: RunDirectory, trained: TrainedModel, data: ImageSet) -> Model:
@@ -105,7 +103,7 @@ def _model(run: RunDirectory, trained: TrainedModel, data: ImageSet) -> Model:
         dataset=data.name,
         architecture=s.architecture_of(trained.arm),
         parameters=sum(p.numel() for p in network.parameters()),
-        additional_data=trained.arm in TRANSFER,
+        additional_data=s.role_of(trained.arm) == "transfer",
         clean_acc=100.0 * float(clean.mean()),
         clean=proportion(clean, confidence),
         attacked_clean=proportion(stored.right, confidence),
@@ -134,26 +132,13 @@ def _model(run: RunDirectory, trained: TrainedModel, data: ImageSet) -> Model:
     )
 
 
-def _point(run: RunDirectory, trained: TrainedModel) -> Point:
-    """A data point of question 4. Where there are snapshots, all points are measured on the first images alone."""
-    s, stored = run.settings, StoredModel(run, trained)
-    first = s.evaluation.snapshot_images if run.snapshots else s.evaluation.images
-    right = stored.right[:first]
-    arrays = stored.images("smallest-pgd")
-    chosen = arrays["distortion"][:first][right]
-    chosen = chosen[np.isfinite(chosen)]
-    upper = read(run.lipschitz(trained.name), Lipschitz)["log10_upper"]
-    margin = float(np.median(stored.images("clean-attacked")["margin"][:first]))
-    stretch = summaries.largest(arrays["stretch"][:first][right])
-    return Point(
-        run=trained.run_name,
-        arm=trained.arm,
-        seed=trained.seed,
-        epoch=trained.epoch,
-        accuracy=proportion(right, s.rules.confidence),
-        log10_distortion=float(np.log10(chosen).mean()) if len(chosen) else None,
-        reliability=None,
-        log10_constant=upper - float(np.log10(margin)) if margin > 0 else None,
-        log10_stretch=float(np.log10(stretch / margin)) if margin > 0 and stretch else None,
-        log10_upper=upper,
-    )
+def _had(rows: list[Power], comparisons: list[Comparison], points: list[Point]) -> list[Power]:
+    """The power note of config.json with the sample sizes of this run."""
+    paired = {
+        arm: [c["difference"]["n"] for c in comparisons if c["arm"] == arm and c["measure"] == "log ratio"]
+        for arm in ("scratch", "finetune")
+    }
+    seeds = {c["seed"] for c in comparisons if (c["arm"], c["against"]) == ("finetune", "scratch")}
+    runs = [len({p["run"] for p in points if p["arm"] == case}) for case in CASES]
+    had = {1: min(paired["scratch"], default=0), 2: min(paired["finetune"], default=0), 3: len(seeds), 4: min(runs)}
+    return [Power(**(row | {"had": had[row["question"]]})) for row in rows]

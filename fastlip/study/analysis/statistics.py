@@ -5,17 +5,14 @@ are None and never NaN, because results.json is strict JSON.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
 
-from fastlip.metrics import censored_median, clopper_pearson, paired_bootstrap
+from fastlip.metrics import censored_median, clopper_pearson
 from fastlip.study.storage.schema import Estimate, Proportion
-
-Reduction = Callable[..., Any]
 
 
 def proportion(hits: np.ndarray, confidence: float) -> Proportion:
@@ -33,7 +30,7 @@ def mean(values: np.ndarray, confidence: float, resamples: int) -> Estimate:
     if n == 0:
         return Estimate(n=0, value=None, low=None, high=None, confidence=confidence)
     if n == 1 or np.ptp(values) == 0:
-        low = high = _number(values[0]) if n > 1 else None
+        low = high = number(values[0]) if n > 1 else None
     else:
         interval = stats.bootstrap(
             (values,),
@@ -44,8 +41,8 @@ def mean(values: np.ndarray, confidence: float, resamples: int) -> Estimate:
             rng=np.random.default_rng(0),
             batch=max(1, 10_000_000 // n),
         ).confidence_interval
-        low, high = _number(interval.low), _number(interval.high)
-    return Estimate(n=n, value=_number(values.mean()), low=low, high=high, confidence=confidence)
+        low, high = number(interval.low), number(interval.high)
+    return Estimate(n=n, value=number(values.mean()), low=low, high=high, confidence=confidence)
 
 
 def median(values: np.ndarray, confidence: float) -> Estimate:
@@ -57,31 +54,54 @@ def median(values: np.ndarray, confidence: float) -> Estimate:
         return Estimate(n=0, value=None, low=None, high=None, confidence=confidence)
     found = censored_median(values, confidence)
     return Estimate(
-        n=found.n, value=_number(found.value), low=_number(found.low), high=_number(found.high), confidence=confidence
+        n=found.n, value=number(found.value), low=number(found.low), high=number(found.high), confidence=confidence
     )
 
 
-def paired(a: np.ndarray, b: np.ndarray, statistic: Reduction, confidence: float, resamples: int) -> Estimate:
-    """statistic(a) - statistic(b), for values [n] of the same images, with a bootstrap interval over images."""
-    if len(a) < 2:
-        return Estimate(n=len(a), value=None, low=None, high=None, confidence=confidence)
-    found = paired_bootstrap(a, b, statistic, confidence=confidence, resamples=resamples)
-    return Estimate(
-        n=len(a), value=_number(found.value), low=_number(found.low), high=_number(found.high), confidence=confidence
-    )
+def relative_difference(
+    under: tuple[np.ndarray, np.ndarray],  # [n] bool, each
+    clean: tuple[np.ndarray, np.ndarray],  # [n] bool, each
+    confidence: float,
+    resamples: int,
+) -> Estimate:
+    """Accuracy under attack over clean accuracy, of the first model minus the second, with a bootstrap interval.
+
+    Images are resampled with all their decisions kept together. The number does not exist where a model classifies no
+    image correctly, and the interval does not where that is so in a resample.
+    """
+
+    def difference(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, axis: int) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(a.sum(axis) / c.sum(axis) - b.sum(axis) / d.sum(axis))
+
+    data, n = (*under, *clean), len(under[0])
+    if n < 2:
+        return Estimate(n=n, value=None, low=None, high=None, confidence=confidence)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SciPy warns about its own interval where no resample differs
+        draws = stats.bootstrap(
+            data,
+            difference,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            method="percentile",
+            rng=np.random.default_rng(0),
+            batch=max(1, 4_000_000 // n),
+        ).bootstrap_distribution
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    value = float(difference(*data, axis=-1))
+    return Estimate(n=n, value=number(value), low=number(low), high=number(high), confidence=confidence)
 
 
 def over_seeds(differences: np.ndarray, confidence: float) -> Estimate:
     """The mean of one difference per seed with Student's t interval, which a single seed does not have."""
     n = len(differences)
-    value = _number(differences.mean()) if n else None
+    value = number(differences.mean()) if n else None
     if n < 2:
         return Estimate(n=n, value=value, low=None, high=None, confidence=confidence)
-    if np.ptp(differences) == 0:
-        low = high = differences[0]
-    else:
-        low, high = stats.t.interval(confidence, n - 1, differences.mean(), stats.sem(differences))
-    return Estimate(n=n, value=value, low=_number(low), high=_number(high), confidence=confidence)
+    low, high = student_limits(differences, confidence)
+    return Estimate(n=n, value=value, low=number(float(low)), high=number(float(high)), confidence=confidence)
 
 
 def over_seeds_p(differences: np.ndarray) -> float | None:
@@ -93,78 +113,187 @@ def over_seeds_p(differences: np.ndarray) -> float | None:
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
-@dataclass(frozen=True)
-class Correlation:
-    """Spearman's rank correlation, with bootstrap replicates from resampled runs.
+def number(value: float | np.floating) -> float | None:
+    """A float, or None for what is not finite."""
+    return float(value) if math.isfinite(value) else None
 
-    Attributes:
-        value: the correlation of the data; None where a variable is constant or there are fewer than 3 points.
-        draws: the correlations of the resamples.
-        runs: number of runs, which are the resampled units.
+
+def median_limits(
+    values: np.ndarray,  # [..., n]
+    confidence: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distribution-free limits of the median over the last dimension; infinite where n is too small for them.
+
+    Values may be infinite: the limits are order statistics.
     """
-
-    value: float | None
-    draws: np.ndarray
-    runs: int
-
-    def estimate(self, confidence: float) -> Estimate:
-        """The correlation with its percentile interval; n is the number of runs."""
-        if self.value is None or not len(self.draws):
-            return Estimate(n=self.runs, value=self.value, low=None, high=None, confidence=confidence)
-        low, high = np.quantile(self.draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return Estimate(n=self.runs, value=self.value, low=_number(low), high=_number(high), confidence=confidence)
-
-    @property
-    def p(self) -> float | None:
-        """Two-sided bootstrap p-value of a correlation of 0: the level at which the interval just reaches 0."""
-        if self.value is None or not len(self.draws):
-            return None
-        tail = min(int((self.draws <= 0).sum()), int((self.draws >= 0).sum()))
-        return min(1.0, 2 * (tail + 1) / (len(self.draws) + 1))
+    first, last = _median_ranks(values.shape[-1], confidence)
+    if first is None or last is None:
+        shape = values.shape[:-1]
+        return np.full(shape, -np.inf), np.full(shape, np.inf)
+    ordered = np.partition(values, (first, last), axis=-1)
+    return ordered[..., first], ordered[..., last]
 
 
-def spearman(x: np.ndarray, y: np.ndarray, runs: Sequence[object], resamples: int) -> Correlation:
-    """Spearman's rank correlation of ``x`` and ``y`` [n]; the bootstrap resamples whole ``runs``.
+@lru_cache
+def _median_ranks(n: int, confidence: float) -> tuple[int | None, int | None]:
+    """The ranks, from 0, of the order statistics of n values that SciPy's interval of their median lies between."""
+    if n == 0:
+        return None, None
+    interval = stats.quantile_test(np.arange(n), p=0.5).confidence_interval(confidence)
+    first, last = (None if np.isnan(limit) else int(limit) for limit in interval)
+    return first, last
 
-    The snapshots of one training run are not independent, so the unit is the run. Resamples in which a variable is
-    constant have no correlation and are left out.
+
+def censored_difference(
+    low: np.ndarray,  # [n]
+    high: np.ndarray,  # [n]
+    confidence: float,
+) -> Estimate:
+    """Median of differences that lie between ``low`` (may be -inf) and ``high`` (may be inf).
+
+    The interval holds wherever the differences lie. The value is the middle of the smallest and the largest possible
+    median.
     """
-    names = sorted(set(runs), key=str)
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Correlation(None, np.zeros(0), len(names))
-    members = [np.flatnonzero([run == name for run in runs]) for name in names]
-    value = _number(stats.spearmanr(x, y).statistic)
-    rng = np.random.default_rng(0)
-    draws = []
-    for chosen in rng.integers(len(names), size=(resamples if len(names) > 1 else 0, len(names))):
-        rows = np.concatenate([members[k] for k in chosen])
-        a, b = stats.rankdata(x[rows]), stats.rankdata(y[rows])
-        a, b = a - a.mean(), b - b.mean()
-        scale = math.sqrt(float(a @ a) * float(b @ b))
-        if scale > 0:
-            draws.append(float(a @ b) / scale)
-    return Correlation(value, np.array(draws), len(names))
+    if len(low) == 0:
+        return Estimate(n=0, value=None, low=None, high=None, confidence=confidence)
+    least, most = median_limits(low, confidence)[0], median_limits(high, confidence)[1]
+    with np.errstate(invalid="ignore"):  # the median of an even number of values may be inf - inf
+        value = float(np.median(low) + np.median(high)) / 2
+    return Estimate(
+        n=len(low), value=number(value), low=number(float(least)), high=number(float(most)), confidence=confidence
+    )
 
 
-def holm(p_values: Sequence[float | None], alpha: float) -> tuple[list[float], list[float]]:
-    """Holm's step-down correction (1979) over declared comparisons.
+def mean_difference(
+    a: np.ndarray,  # [n]
+    b: np.ndarray,  # [n]
+    confidence: float,
+) -> Estimate:
+    """mean(a) - mean(b) over the same images, with Student's t interval."""
+    return over_seeds(a.astype(float) - b, confidence)
+
+
+def student_limits(
+    values: np.ndarray,  # [..., n]
+    confidence: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Student's t limits of the mean over the last dimension, n at least 2; NaN where a value is."""
+    n = values.shape[-1]
+    middle = values.mean(-1)
+    half = stats.t.isf((1 - confidence) / 2, n - 1) * values.std(-1, ddof=1) / math.sqrt(n)
+    return middle - half, middle + half
+
+
+def spearman(
+    x: np.ndarray,  # [..., n]
+    y: np.ndarray,  # [..., n]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Spearman's rank correlation over the last dimension, and its two-sided p-value by permutation.
+
+    A variable that is constant has no correlation: NaN, with a p-value of 1. The permutation distribution is that of
+    values without ties; it is exact for n up to 7.
+    """
+    a, b = (stats.rankdata(v, axis=-1) for v in (x, y))
+    a, b = (v - v.mean(-1, keepdims=True) for v in (a, b))
+    with np.errstate(invalid="ignore"):  # 0 / 0, a constant
+        rho = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    null, exact = _null(x.shape[-1])
+    # Rounding must not make equal correlations unequal.
+    above = len(null) - np.searchsorted(null, np.abs(rho) - 1e-9)
+    p = np.where(np.isnan(rho), 1.0, (above + (not exact)) / (len(null) + (not exact)))
+    return rho, p
+
+
+@lru_cache
+def _null(n: int) -> tuple[np.ndarray, bool]:
+    """Sorted absolute rank correlations of n ranks with their permutations; whether these are all permutations."""
+    ranks = np.arange(n) - (n - 1) / 2
+
+    def rho(permuted: np.ndarray, axis: int) -> np.ndarray:
+        return np.tensordot(permuted, ranks, ([axis], [0])) / (ranks @ ranks)
+
+    resamples = 9999
+    found = stats.permutation_test(
+        (ranks,), rho, permutation_type="pairings", vectorized=True, n_resamples=resamples, rng=np.random.default_rng(0)
+    ).null_distribution
+    return np.sort(np.abs(found)), math.factorial(n) <= resamples
+
+
+def correlation_limits(
+    rho: np.ndarray,
+    n: int,
+    confidence: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Limits of Spearman's correlations ``rho`` of n observations (Bonett and Wright 2000); -1 and 1 where n < 4."""
+    if n < 4:
+        return np.full_like(rho, -1.0), np.full_like(rho, 1.0)
+    middle = np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9))
+    half = stats.norm.isf((1 - confidence) / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
+    return np.tanh(middle - half), np.tanh(middle + half)
+
+
+def partial_spearman(
+    x: np.ndarray,  # [R, E]
+    y: np.ndarray,  # [R, E]
+    controls: np.ndarray,  # [K, R, E]
+    resamples: int,
+) -> tuple[float, float]:
+    """Rank correlation of ``x`` and ``y`` partial on ``controls``, with a two-sided p-value by permuting whole runs.
 
     Args:
-        p_values: one for each declared comparison; None, for one that could not be made, counts as 1.
-        alpha: probability of any false rejection.
+        x: values of R runs at E moments, the same in each run.
+        y: like ``x``.
+        controls: K further variables.
+        resamples: number of permutations; all are tried if there are no more.
 
     Returns:
-        The adjusted p-values, to be compared with ``alpha``; and the level at which each comparison is tested, which is
-        ``alpha`` over the number of comparisons whose p-value is no smaller.
+        The correlation, NaN where it does not exist; and its p-value, 1 for a single run, which cannot be permuted.
     """
-    p = np.array([1.0 if v is None else v for v in p_values])
-    order = np.argsort(p, kind="stable")
-    left = len(p) - np.arange(len(p))
-    adjusted, levels = np.empty(len(p)), np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * left), 1.0)
-    levels[order] = alpha / left
-    return adjusted.tolist(), levels.tolist()
+    ranks = [stats.rankdata(v).reshape(v.shape) for v in (x, y, *controls)]
+    known = np.stack([np.ones(x.size), *(v.ravel() for v in ranks[2:])], 1)
+    a, b = (v - (known @ np.linalg.lstsq(known, v.ravel())[0]).reshape(v.shape) for v in ranks[:2])
+    scale = math.sqrt(float((a * a).sum() * (b * b).sum()))
+    # With as many controls as points nothing but rounding is left of the ranks.
+    if x.size < known.shape[1] + 2 or scale < 1e-9 * x.size**3:
+        return math.nan, 1.0
+    of_pair = np.einsum("ie,je->ij", a, b) / scale
+    runs = np.arange(len(x))
+    if len(runs) < 2:
+        return float(of_pair.sum()), 1.0
+
+    def correlation(permuted: np.ndarray, axis: int) -> np.ndarray:
+        return of_pair[permuted, runs].sum(axis)
+
+    found = stats.permutation_test(
+        (runs,),
+        correlation,
+        permutation_type="pairings",
+        vectorized=True,
+        n_resamples=resamples,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.statistic), float(found.pvalue)
 
 
-def _number(value: float | np.floating) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def split_half_reliability(
+    values: np.ndarray,  # [R, N]
+    splits: int = 200,
+) -> float | None:
+    """Reliability of the means of R runs over N images (Spearman 1910, Brown 1910), 0 where it comes out negative.
+
+    The correlation between the means over two halves of the images, averaged over random halves, and stepped up to
+    all images. None where there are fewer than 3 runs or 4 images, or the runs do not differ.
+    """
+    runs, images = values.shape
+    if runs < 3 or images < 4:
+        return None
+    rng = np.random.default_rng(0)
+    order = rng.permuted(np.tile(np.arange(images), (splits, 1)), axis=1)
+    half = images // 2
+    one, other = values[:, order[:, :half]].mean(-1), values[:, order[:, half:]].mean(-1)  # [R, splits]
+    one, other = one - one.mean(0), other - other.mean(0)
+    scale = np.sqrt((one * one).sum(0) * (other * other).sum(0))
+    if not (scale > 0).all():
+        return None
+    r = max(float(((one * other).sum(0) / scale).mean()), 0.0)
+    return 2 * r / (1 + r)

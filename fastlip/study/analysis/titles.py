@@ -1,7 +1,5 @@
 """What models are called in words."""
 
-import re
-
 from fastlip.study.settings.settings import Settings
 from fastlip.study.storage.run_directory import TrainedModel
 
@@ -25,18 +23,18 @@ _TRAINING = {
 
 #: Families of networks as their authors write them, by the beginning of their names in torchvision and timm.
 _FAMILIES = {
-    "resnet": "ResNet",
-    "wide_resnet": "Wide ResNet",
-    "resnext": "ResNeXt",
-    "densenet": "DenseNet",
-    "vgg": "VGG",
-    "mobilenet": "MobileNet",
-    "efficientnet": "EfficientNet",
-    "tf_efficientnet": "EfficientNet",
-    "convnext": "ConvNeXt",
-    "regnet": "RegNet",
-    "squeezenet": "SqueezeNet",
-    "shufflenet": "ShuffleNet",
+    "resnet": "ResNet-",
+    "wide_resnet": "Wide ResNet-",
+    "resnext": "ResNeXt-",
+    "densenet": "DenseNet-",
+    "vgg": "VGG-",
+    "mobilenet": "MobileNet-",
+    "efficientnet_lite": "EfficientNet-Lite",
+    "efficientnet": "EfficientNet-",
+    "convnext": "ConvNeXt-",
+    "regnet": "RegNet-",
+    "squeezenet": "SqueezeNet-",
+    "shufflenet": "ShuffleNet-",
     "alexnet": "AlexNet",
 }
 
@@ -46,8 +44,9 @@ def network_title(architecture: str) -> str:
     name = architecture.rpartition(":")[2]
     for family in sorted(_FAMILIES, key=len, reverse=True):
         if name.startswith(family):
-            rest = name.removeprefix(family).strip("_")
-            return "-".join([_FAMILIES[family], *re.split(r"_+", rest)] if rest else [_FAMILIES[family]])
+            parts = name.removeprefix(family).strip("_").split("_")
+            rest = "-".join(part.upper() if len(part) < 3 else part.capitalize() for part in parts)
+            return (_FAMILIES[family] + rest).removesuffix("-")
     return name
 
 

@@ -40,19 +40,19 @@ def transfer_table(run: RunDirectory) -> list[Transfer]:
 def trained_on_disjoint_images(settings: Settings, a: str, b: str) -> bool:
     """Whether two arms are known to have been trained on images of which they share none.
 
-    What a checkpoint was trained on is not known, and neither is what a folder holds that a source was trained on.
+    What a checkpoint was trained on is not known, and neither is whether a folder shares images with another data set.
     """
     if {a, b} & set(settings.checkpoints):
         return False
     starts = [arm for arm in (a, b) if arm in TRANSFER]
-    if len(starts) == 2 or (starts and settings.source not in _OTHER_IMAGES):
+    if len(starts) == 2 or (starts and not {settings.source, settings.dataset} <= _SEPARATE):
         return False
     one, other = settings.training_images(a), settings.training_images(b)
     return one.stop <= other.start or other.stop <= one.start
 
 
-#: Sources that share no image with any target of the study.
-_OTHER_IMAGES = ("generated", "imagenet", "cifar10", "cifar100", "svhn")
+#: Sources and targets of which no two share an image.
+_SEPARATE = {"generated", "imagenet", "cifar10", "cifar100", "svhn"}
 
 
 def _right(run: RunDirectory, name: str) -> np.ndarray:

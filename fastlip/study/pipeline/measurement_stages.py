@@ -90,6 +90,12 @@ class _Measuring:
         size = self.run.settings.evaluation.batch_size
         return Images(self.inputs.target_clean, self.networks.device, size).shard(self.group.rank, self.group.size)
 
+    @property
+    def _compared(self) -> Ball:
+        """The ball in which models are compared."""
+        s = self.run.settings
+        return next(b for b in s.pgd.grid if b[:2] == ("linf", s.rules.compared_linf_255))
+
     def measurements(self, model: TrainedModel) -> dict[str, _Measurement]:
         """The measurements on images by name, in order; a snapshot has only those that question 4 needs."""
         s = self.run.settings
@@ -97,6 +103,7 @@ class _Measuring:
             some = self.attacked.first(s.evaluation.snapshot_images)
             return {
                 "clean-attacked": _Measurement(partial(self._clean, some)),
+                pgd_name(*self._compared[:2]): _Measurement(partial(self._pgd, self._compared, some)),
                 "smallest-pgd": _Measurement(partial(self._smallest_adversarial, some)),
             }
         found = {
@@ -106,7 +113,7 @@ class _Measuring:
         for sigma in s.gaussian.sigmas:
             found[gaussian_name(sigma)] = _Measurement(partial(self._gaussian, sigma))
         for ball in s.pgd.grid:
-            found[pgd_name(*ball[:2])] = _Measurement(partial(self._pgd, ball))
+            found[pgd_name(*ball[:2])] = _Measurement(partial(self._pgd, ball, self.attacked))
         for ball in s.strong.grid:
             found[strong_name(*ball[:2])] = _Measurement(partial(self._strong, ball))
         found["smallest-pgd"] = _Measurement(partial(self._smallest_adversarial, self.attacked))
@@ -147,8 +154,7 @@ class _Measuring:
         return f"{len(arrays['layer'])} layers"
 
     def feature_spectra(self, model: TrainedModel, progress: Progress) -> str:
-        s = self.run.settings
-        ball = next(b for b in s.pgd.grid if b[:2] == ("linf", s.rules.compared_linf_255))
+        s, ball = self.run.settings, self._compared
         seed = derived_seed(model.seed, pgd_name(*ball[:2]))
         arrays = spectra.features(self.networks.trained(model), self.attacked.shard(0, 1), ball, s, seed, progress)
         write_arrays(self.run.spectra(model.name, "features"), arrays)
@@ -184,8 +190,8 @@ class _Measuring:
     def _gaussian(self, sigma: float, network: nn.Module, seed: int, progress: Progress) -> Arrays:
         return attacks.gaussian(network, self.attacked, sigma, seed, progress)
 
-    def _pgd(self, ball: Ball, network: nn.Module, seed: int, progress: Progress) -> Arrays:
-        return attacks.projected_gradient(network, self.attacked, ball, self.run.settings, seed, progress)
+    def _pgd(self, ball: Ball, images: Images, network: nn.Module, seed: int, progress: Progress) -> Arrays:
+        return attacks.projected_gradient(network, images, ball, self.run.settings, seed, progress)
 
     def _strong(self, ball: Ball, network: nn.Module, seed: int, progress: Progress) -> Arrays:
         return strong_attacks.suite(network, self.attacked, ball, self.run.settings.strong, seed, progress)

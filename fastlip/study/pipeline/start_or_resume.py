@@ -95,7 +95,7 @@ def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str],
             {
                 "settings": serialization.to_json(settings),
                 "rules": rules.rules_in_words(settings.rules),
-                "power": power.sample_sizes(settings.rules),
+                "power": power.sample_sizes(settings),
                 "machine": vars(machine),
                 "inputs": fingerprints,
                 "seeds": list(settings.all_seeds),

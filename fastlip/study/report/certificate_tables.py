@@ -1,5 +1,6 @@
 """Tables of Lipschitz constants and of certified radii."""
 
+from fastlip.study.report.arms import title
 from fastlip.study.report.number_format import brackets, confidence, interval, number, percent, power, title_prefix
 from fastlip.study.report.tables import Table
 from fastlip.study.storage.schema import Results
@@ -12,7 +13,7 @@ def lipschitz_table(results: Results) -> Table:
         bound = model["lipschitz"]
         rows.append(
             (
-                model["name"],
+                title(model),
                 power(bound["log10_upper"]),
                 confidence(bound["confidence"]),
                 "0" if bound["log10_layer_product"] is None else power(bound["log10_layer_product"]),
@@ -55,12 +56,12 @@ def certificate_table(results: Results) -> Table:
         log10 = model["margins"]["log10_radius"]
         radius = "none" if log10 is None else f"median radius 10^{log10:.1f}"
         rows += [
-            (model["name"], f"margin over bound ({radius})", f"{c['radius']:g}", percent(c["accuracy"]))
+            (title(model), f"margin over bound ({radius})", f"{c['radius']:g}", percent(c["accuracy"]))
             for c in model["margins"]["certified"]
         ]
         s = model["smoothing"]
         how = f"smoothed, σ = {s['sigma']:g}, {s['samples']} draws, α = {s['alpha']:g}"
-        rows += [(model["name"], how, f"{c['radius']:g}", percent(c["accuracy"])) for c in s["certified"]]
+        rows += [(title(model), how, f"{c['radius']:g}", percent(c["accuracy"])) for c in s["certified"]]
     header = ("Model", "Certificate", "L2 Radius", "Certified Accuracy")
     return Table(
         "certificates",
@@ -68,4 +69,5 @@ def certificate_table(results: Results) -> Table:
         header,
         tuple(rows),
         f"{_SMOOTH} {brackets(results)}",
+        keys=2,
     )

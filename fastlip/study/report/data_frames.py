@@ -1,20 +1,27 @@
 """The numbers of a run as pandas data frames."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from fastlip.study.errors import StudyError
+from fastlip.study.report.long_csv import LONG, TEXT
 from fastlip.study.storage import digests
 from fastlip.study.storage.earlier_versions import require_readable
 from fastlip.study.storage.files import damaged, read_arrays, read_json
 
 
 def frame(run: str | os.PathLike[str]) -> Any:
-    """All numbers of a run with their intervals, one in each row, as a ``pandas.DataFrame``.
+    """Every number of a run's results.json, as a ``pandas.DataFrame``.
 
     Args:
         run: run directory with ``tables/results.csv``.
+
+    Returns:
+        One row for each estimate or proportion with its interval and for each other number. "part" and "measure" say
+        where in results.json it stands; "model", "arm", "attack", "item" and the other columns before "k" say what it
+        is about, and are empty or NaN where they do not apply.
 
     Raises:
         StudyError: the file is missing or damaged, or was never written by the earlier version that the run is of.
@@ -30,8 +37,12 @@ def frame(run: str | os.PathLike[str]) -> Any:
     if not digests.intact(Path(run), path):
         raise damaged(path, f"it is not what its SHA-256 in {digests.NAME} was taken of", remedy)
     try:
-        return _pandas().read_csv(path)
-    except ValueError as error:  # the base of pandas' parser errors and of UnicodeDecodeError
+        # A checkpoint may be named "007" or "NA", which are not to be read as a number or as nothing.
+        table = _pandas().read_csv(path, dtype=str, keep_default_na=False)
+        for column in set(LONG) - set(TEXT):
+            table[column] = [float(text) if text else math.nan for text in table[column]]
+        return table
+    except (ValueError, KeyError) as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors
         raise damaged(path, error, remedy) from None
 
 

@@ -7,64 +7,66 @@ from typing import Any
 
 from fastlip.study.storage.schema import Results
 
-#: Columns of the table.
-LONG = ("model", "arm", "seed", "measure", "attack", "norm", "strength", "n", "value", "low", "high", "confidence")
+#: Columns of the table that hold text.
+TEXT = ("part", "measure", "model", "against", "arm", "attack", "norm", "condition", "item")
+
+#: Columns of the table: where a number stands in results.json, and the number with its interval.
+LONG = (*TEXT, "question", "seed", "epoch", "strength", "index", "k", "n", "value", "low", "high", "confidence")
+
+#: Columns of the keys that say what the numbers beside them are about, by part of the results where that matters.
+_COLUMNS = {
+    "arm": "arm",
+    "against": "against",
+    "target": "against",
+    "attack": "attack",
+    "norm": "norm",
+    "condition": "condition",
+    "corruption": "item",
+    "layer": "item",
+    "name": "item",
+    "stage": "item",
+    "assumption": "item",
+    "seed": "seed",
+    "epoch": "epoch",
+    "strength": "strength",
+    "severity": "strength",
+    "radius": "strength",
+}
+_OF_PART = {
+    "models": {"name": "model"},
+    "points": {"run": "model"},
+    "comparisons": {"measure": "item"},
+    "transfer": {"source": "model"},
+    "verdicts": {"number": "question"},
+    "power": {"question": "question"},
+    "seed_deck": {"model": "model"},
+}
 
 
 def long_csv(results: Results) -> str:
-    """All numbers with their intervals, one in each row; the comparisons of arms with scratch are last."""
+    """All numbers with their intervals, one estimate, proportion or single number in each row."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(LONG)
-    writer.writerows(_long(results))
+    writer = csv.DictWriter(out, LONG, restval="", lineterminator="\n")
+    writer.writeheader()
+    for part, entries in results.items():
+        # The rest of results.json is text.
+        for entry in entries if part in _OF_PART else []:  # type: ignore[attr-defined]
+            writer.writerows(_rows(entry, "", {"part": part}, _COLUMNS | _OF_PART[part]))
     return out.getvalue()
 
 
-def _long(results: Results) -> Iterator[tuple[Any, ...]]:
-    for model in results["models"]:
-        who = (model["name"], model["arm"], model["seed"])
-
-        def row(measure: str, e: Any, attack: str = "", norm: str = "", strength: Any = "", who: Any = who) -> Any:
-            return (*who, measure, attack, norm, strength, e["n"], e["value"], e["low"], e["high"], e["confidence"])
-
-        yield row("clean accuracy", model["clean"])
-        yield row("accuracy of attacked images", model["attacked_clean"])
-        for a in model["attacks"]:
-            which = (a["attack"], a["norm"] or "", a["strength"])
-            yield row("accuracy", a["accuracy"], *which)
-            if a["noise_accuracy"] is not None:
-                yield row("accuracy under noise of the same norm", a["noise_accuracy"], *which)
-            yield row("average distortion", a["distortion"], *which)
-            yield row("mean stretch", a["stretch"]["mean"], *which)
-        for s in model["strong"]:
-            yield row("accuracy", s["accuracy"], "stronger suite", s["norm"], s["strength"])
-        for smallest in (model["smallest_pgd"], model["smallest_gaussian"]):
-            yield row("share with a smallest perturbation", smallest["found"], smallest["attack"], "l2")
-            yield row("median smallest distortion", smallest["median"], smallest["attack"], "l2")
-            yield row("mean smallest distortion", smallest["mean"], smallest["attack"], "l2")
-        yield row("median ratio", model["ratio_median"])
-        yield row("mean Jacobian norm", model["jacobian"]["mean"])
-        bound = model["lipschitz"]
-        single = {"n": None, "low": None, "high": None, "confidence": None}
-        certified = single | {"value": bound["log10_upper"], "confidence": bound["confidence"]}
-        yield row("log10 of the certified upper Lipschitz constant", certified)
-        yield row("largest observed stretch", single | {"value": model["largest_stretch"]})
-        yield row("mean accuracy under corruptions", model["corruptions"]["mean"])
-        for c in model["corruptions"]["rows"]:
-            yield row("accuracy", c["accuracy"], c["corruption"], "", c["severity"])
-        for at in model["smoothing"]["certified"]:
-            yield row("certified accuracy, smoothed", at["accuracy"], "", "l2", at["radius"])
-    for comparison in results["comparisons"]:
-        # A comparison is between two models, so that it has no model name.
-        e = comparison["difference"]
-        numbers = (e["n"], e["value"], e["low"], e["high"], e["confidence"])
-        yield (
-            "",
-            comparison["arm"],
-            comparison["seed"],
-            f"{comparison['measure']}, minus scratch",
-            "",
-            "",
-            "",
-            *numbers,
-        )
+def _rows(value: Any, measure: str, where: dict[str, Any], columns: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The rows of ``value``, whose keys in results.json, joined by dots, are ``measure``."""
+    if isinstance(value, dict) and "confidence" in value and "value" in value:
+        yield where | {"measure": measure} | value
+    elif isinstance(value, dict):
+        where = where | {column: value[key] for key, column in columns.items() if key in value}
+        for key, inner in value.items():
+            if key not in columns:
+                yield from _rows(inner, f"{measure}.{key}" if measure else key, where, _COLUMNS)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            entry = where if isinstance(inner, dict) else where | {"index": i}
+            yield from _rows(inner, measure, entry, columns)
+    elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        yield where | {"measure": measure, "value": value}

@@ -2,9 +2,11 @@
 
 import csv
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastlip.study.report import latex
 from fastlip.study.storage.files import write_text
 
 
@@ -18,6 +20,7 @@ class Table:
         header: names of the columns.
         rows: the cells of each row.
         notes: what a reader must know to understand the table.
+        keys: number of leading columns that name a row.
     """
 
     name: str
@@ -25,28 +28,22 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: str
+    keys: int = 1
 
     def markdown(self) -> str:
-        lines = [self.header, ("---",) * len(self.header), *self.rows]
-        body = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-        return f"**{self.title}**\n\n{body}\n\n{self.notes}\n"
+        """The table with its title and notes; columns are aligned for those who read it as it is."""
+        lines = [[_literal(cell) for cell in line] for line in (self.header, *self.rows)]
+        widths = [max(3, *(len(line[c]) for line in lines)) for c in range(len(self.header))]
+        lines.insert(1, ["-" * width for width in widths])
+        body = "\n".join(
+            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+            for line in lines
+        )
+        return f"**{_literal(self.title)}**\n\n{body}\n\n{_literal(self.notes)}\n"
 
     def latex(self) -> str:
-        lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.header, *self.rows)]
-        return "\n".join(
-            [
-                f"% {self.title}",
-                r"\begin{tabular}{" + "l" * len(self.header) + "}",
-                r"\hline",
-                lines[0],
-                r"\hline",
-                *lines[1:],
-                r"\hline",
-                r"\end{tabular}",
-                *(f"% {line}" for line in self.notes.splitlines()),
-                "",
-            ]
-        )
+        r"""The table with its notes for ``\input``; it needs no package."""
+        return f"{latex.comment(self.title)}\n{latex.tabular(self.header, self.rows, self.keys, self.notes)}"
 
     def csv(self) -> str:
         out = io.StringIO()
@@ -63,18 +60,12 @@ def write(folder: Path, tables: list[Table]) -> None:
         write_text(folder / f"{table.name}.csv", table.csv())
 
 
-def _latex(cell: str) -> str:
-    for old, new in (
-        ("\\", r"\textbackslash{}"),
-        ("%", r"\%"),
-        ("_", r"\_"),
-        ("#", r"\#"),
-        ("&", r"\&"),
-        ("−", "$-$"),
-        ("–", "--"),
-        ("σ", r"$\sigma$"),
-        ("ε", r"$\varepsilon$"),
-        ("∞", r"$_\infty$"),
-    ):
-        cell = cell.replace(old, new)
-    return cell
+#: What Markdown would take for markup: a lone underscore between letters and a bracket alone are text to it.
+_MARKUP = re.compile(
+    r"[\\`*|$]|~(?=~)|(?<=~)~|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\[(?=[^\[\]]*\][\[(:])"
+)
+
+
+def _literal(text: str) -> str:
+    """``text`` as Markdown that shows it as it is, in one line."""
+    return _MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))

@@ -5,6 +5,7 @@ Every function here raises :class:`StudyError` with status 2 where a setting is 
 
 import dataclasses
 import difflib
+import math
 import re
 
 from fastlip.models import SCALES, STEMS
@@ -41,11 +42,15 @@ def check_arms(arms: tuple[str, ...], checkpoints: tuple[str, ...]) -> None:
 
 
 def check_images(dataset: str, source: str, image_size: int) -> None:
-    resized = dataset == "folder" or dataset.startswith("hf:")
+    """Check what can be said before ``--target`` is known; :func:`check_image_size` goes on."""
     for name, value, others in (("dataset", dataset, ()), ("source", source, ("imagenet", "checkpoint"))):
         known = ("generated", *NAMED, "folder", *others)
         need(value in known or (len(value) > 3 and value.startswith("hf:")), name, f"{', '.join(known)} or hf:NAME")
     need(image_size > 7, "image_size", "must be at least 8")
+
+
+def check_image_size(dataset: str, image_size: int) -> None:
+    resized = dataset == "folder" or dataset.startswith("hf:")
     need(resized or image_size == 32, "image_size", f"{dataset} has images of 32x32; scale enlarges them in the model")
 
 
@@ -65,6 +70,8 @@ def check_schedule(schedule: Schedule, name: str) -> None:
     need(schedule.weight_decay >= 0 and schedule.crop >= 0, name, "weight_decay and crop must be at least 0")
     need(0 <= schedule.momentum < 1, f"{name}.momentum", "must lie in [0, 1)")
     need(0 <= schedule.label_smoothing < 1, f"{name}.label_smoothing", "must lie in [0, 1)")
+    need(schedule.cutout >= 0, f"{name}.cutout", "must be at least 0")
+    need(0 <= schedule.averaging < 1, f"{name}.averaging", "must lie in [0, 1)")
     kept = schedule.snapshots
     need(len(set(kept)) == len(kept), f"{name}.snapshots", "name each epoch once")
     need(all(0 < e < schedule.epochs for e in kept), f"{name}.snapshots", f"epochs from 1 to {name}.epochs - 1")
@@ -120,10 +127,12 @@ def check_measurements(
 
 
 def check_rules(rules: Rules) -> None:
-    for name in ("confidence", "ratio", "share", "no_correlation", "power"):
+    for name in ("confidence", "nonlinear_gain", "accuracy_margin", "correlation", "power", "least_power"):
         need(0 < getattr(rules, name) < 1, f"rules.{name}", "must lie between 0 and 1")
+    for name in ("ratio_margin", "distortion_margin"):
+        need(1 < getattr(rules, name) < math.inf, f"rules.{name}", "must be above 1")
     need(rules.min_seeds > 1, "rules.min_seeds", "must be at least 2")
-    need(rules.min_runs > 2, "rules.min_runs", "must be at least 3")
+    need(rules.min_runs > 3, "rules.min_runs", "must be at least 4")
     need(rules.resamples > 0, "rules.resamples", "must be at least 1")
 
 

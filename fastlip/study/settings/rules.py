@@ -8,55 +8,75 @@ class Rules:
     """The numbers in the rules of the verdicts, which are fixed before any result exists.
 
     Attributes:
-        confidence: of the intervals of single proportions and means.
-        ratio: questions 1 and 2: largest ratio of smallest adversarial to smallest Gaussian distortion that counts.
-        share: questions 1 and 2: what the lower limit of the proportion of images below the ratio must exceed.
-        compared_linf_255: question 3: Linf radius, in 255ths, at which accuracies under PGD are compared.
-        min_seeds: question 3: smallest number of seeds for a verdict.
-        min_runs: question 4: smallest number of training runs (arm and seed) in each case for a verdict.
-        no_correlation: question 4: largest absolute correlation that counts as none.
-        power: probability of a verdict for which the power analysis computes sample sizes.
-        resamples: number of bootstrap resamples.
+        confidence: of every interval; each test is two-sided at the level 1 - confidence.
+        ratio_margin: questions 1 and 2: factor by which the ratio of smallest adversarial to smallest Gaussian
+            distortion may exceed a reference's and still count as no larger.
+        nonlinear_gain: questions 1 and 2: how much higher a network's accuracy must be than that of softmax regression,
+            as a proportion of images, to count as more than a linear model.
+        compared_linf_255: questions 3 and 4: Linf radius, in 255ths, of the PGD under which accuracies are compared and
+            stretch is observed.
+        distortion_margin: question 3: smallest factor that counts as a rise of the smallest distortion.
+        accuracy_margin: question 3: smallest difference that counts as a rise of the relative accuracy under PGD.
+        min_seeds: smallest number of seeds for a statement about training.
+        min_runs: question 4: smallest number of training runs of an arm whose final models alone are correlated.
+        correlation: question 4: true rank correlation that the study must be able to find, and that must be excluded
+            for "contradicted".
+        power: probability of a verdict for which the power note computes sample sizes.
+        least_power: question 4: probability of finding ``correlation`` below which the question cannot be answered.
+        resamples: number of bootstrap resamples and of permutations.
     """
 
     confidence: float = 0.95
-    ratio: float = 0.1
-    share: float = 0.9
+    ratio_margin: float = 1.25
+    nonlinear_gain: float = 0.05
     compared_linf_255: float = 1.0
+    distortion_margin: float = 1.1
+    accuracy_margin: float = 0.05
     min_seeds: int = 3
     min_runs: int = 6
-    no_correlation: float = 0.2
+    correlation: float = 0.8
     power: float = 0.8
+    least_power: float = 0.5
     resamples: int = 4000
-
-
-#: Number of comparisons under Holm's correction: two of question 3 and four of question 4.
-COMPARISONS = 6
 
 
 def rules_in_words(rules: Rules) -> list[str]:
     """The rule of each question in words, with its numbers. A resumed run compares the words: never reword them."""
-    share = (
-        f"Supported where the lower {rules.confidence:.0%} limit of the share of correctly classified images whose "
-        f"smallest adversarial distortion is at most {rules.ratio:g} of their smallest Gaussian distortion exceeds "
-        f"{rules.share:g}; contradicted where the upper limit is below {rules.share:g}; with several "
-        "seeds, in every one."
+    interval = f"{rules.confidence:.0%} interval"
+    level = f"{1 - rules.confidence:.2g}"
+    ratio = (
+        "The ratio of an image's smallest adversarial to its smallest Gaussian distortion is compared with that "
+        "of every small reference of the run, by the median over images that both classify correctly of the "
+        f"difference of logarithms. Its {interval} lies between order statistics, with censored values where they "
+        "count most against the verdict. With several seeds each image counts once, with its median over seeds, "
+        f"and from {rules.min_seeds} seeds on the interval also contains Student's t interval over the seeds' "
+        f"medians. Supported where the upper limit is at most the logarithm of {rules.ratio_margin:g} for every "
+        "reference, contradicted where the lower limit exceeds it for every reference. Undetermined otherwise; "
+        "without softmax regression among the references; and where the lower limit of the difference in clean "
+        f"accuracy from it is not above {rules.nonlinear_gain:g}, because a linear model must not pass for a deep "
+        "one. That every reference must agree keeps the level without correction."
     )
-    declared = (
-        f"Questions 3 and 4 declare {COMPARISONS} comparisons; Holm's correction over all of them keeps the chance of "
-        f"any false one at {1 - rules.confidence:.2g}, and each interval has the level at which Holm tests it."
+    rise = (
+        f"With at least {rules.min_seeds} seeds, each giving one difference between fine-tuned and scratch, and "
+        "between fine-tuned and compute-matched scratch where that is in the run: of the mean logarithm of the "
+        "smallest distortion (censored at the search's ceiling) over images that both classify correctly, and of "
+        f"the accuracy under PGD at Linf {rules.compared_linf_255:g}/255 relative to clean accuracy. Supported "
+        f"where Student's t test over seeds finds every difference above 0 at {level}, two-sided (all must, which "
+        "keeps the level without correction). Contradicted where the upper limits of both differences from "
+        "compute-matched scratch (from scratch if that is not in the run) are below a rise by the factor "
+        f"{rules.distortion_margin:g} and by {rules.accuracy_margin:g}. Undetermined otherwise, and where a seed's "
+        "difference does not exist. With one source for all seeds the statement is about that source."
     )
-    return [
-        share,
-        share,
-        f"With at least {rules.min_seeds} seeds: supported where two differences over seeds (Student's t), fine-tuned "
-        "minus scratch on the same images, of the median smallest distortion (images that both classify correctly) and "
-        f"of the accuracy under PGD at Linf {rules.compared_linf_255:g}/255 (all images), are above 0 after "
-        "correction; contradicted where both are below; undetermined otherwise, and where a seed's median is censored. "
-        f"{declared}",
-        f"With at least {rules.min_runs} training runs in each case (from scratch; pre-trained, by any method): "
-        "supported where Spearman's correlation between median smallest distortion and the Lipschitz constant, over "
-        "runs and their snapshots with whole runs resampled, differs from 0 after correction in both cases, for the "
-        "certified and for the observed constant, all four with one sign; contradicted where all four intervals lie "
-        f"within ±{rules.no_correlation:g}; undetermined otherwise. {declared}",
-    ]
+    correlation = (
+        "Within the arms scratch and finetune, each by itself: Spearman's correlation between the mean logarithm "
+        "of the smallest distortion, over fixed images that all models of the arm classify correctly, and the "
+        "logarithm of the upper Lipschitz constant, certified and observed (the largest stretch under PGD at Linf "
+        f"{rules.compared_linf_255:g}/255), over the median margin. With at least {rules.min_runs} runs in an arm "
+        "over its final models; with fewer over all snapshots, partial on epoch and clean accuracy. Tests permute "
+        f"whole runs. Undetermined where a true correlation of {rules.correlation:g}, attenuated by the "
+        "reliability of the distortions, would be found by this rule with a probability below "
+        f"{rules.least_power:g}. Otherwise supported where all four correlations differ from 0 at {level}, "
+        f"two-sided, and have one sign; contradicted where all four {interval}s (Bonett and Wright 2000) exclude "
+        f"{rules.correlation:g}, attenuated, in both directions."
+    )
+    return [ratio, ratio, rise, correlation]

@@ -298,12 +298,14 @@ class Model(TypedDict):
 
 
 class Point(TypedDict):
-    """A model or snapshot as a data point of question 4, measured on the fixed images that all points share.
+    """A model or snapshot as a data point of question 4, measured on fixed images.
 
-    ``epoch`` is None at the end of training. ``log10_distortion`` is the mean over the fixed images of the logarithm of
-    the smallest L2 distortion, and ``reliability`` its split-half reliability over images (None where it does not
-    exist). ``log10_constant`` and ``log10_stretch`` are free of the scale of the logits: the certified bound, and the
-    largest observed stretch, over the median clean margin. All of them are None where they do not exist.
+    These are the images that all points it is compared with classify correctly. ``epoch`` is None at the end of
+    training. ``log10_distortion`` is the mean over them of the logarithm of the smallest L2 distortion, censored at the
+    search's ceiling; ``reliability`` is the split-half reliability over images of its differences between the runs of
+    the arm. ``log10_constant`` and ``log10_stretch`` are free of the scale of the logits: the certified bound, and the
+    largest stretch observed under PGD at ``rules.compared_linf_255``, over the median clean margin. All of them are
+    None where they do not exist.
     """
 
     run: str
@@ -321,15 +323,20 @@ class Point(TypedDict):
 class Comparison(TypedDict):
     """Two models of one seed compared on the same images: ``arm`` minus ``against``.
 
-    Distortions and ratios (smallest adversarial over smallest Gaussian) are compared by their natural logarithms, image
-    by image, on the images that both models classify correctly; ``difference`` is the mean over these images, and its
-    interval is over images. Accuracy under PGD is relative to clean accuracy, over all attacked images.
+    Log smallest distortion: mean of the differences of natural logarithms, censored at the search's ceiling, over the
+    images that both classify correctly, with Student's t interval over images. Log ratio (smallest adversarial over
+    smallest Gaussian distortion): median over these images, with an interval between order statistics that holds
+    whatever the censored values are. Accuracy under PGD is relative to clean accuracy, over all attacked images, with a
+    bootstrap interval; clean accuracy is over all clean images, with Student's t interval.
+
+    ``seed`` is None for all seeds together: an image counts once, with its median (log ratio) or mean (clean accuracy)
+    over seeds.
     """
 
     arm: str
     against: str
-    seed: int
-    measure: Literal["log smallest distortion", "log ratio", "relative accuracy under PGD"]
+    seed: int | None
+    measure: Literal["log smallest distortion", "log ratio", "relative accuracy under PGD", "clean accuracy"]
     difference: Estimate
 
 
@@ -350,7 +357,7 @@ class Transfer(TypedDict):
 
 
 class Statistic(TypedDict):
-    """One number that a verdict is based on; ``p`` is None for numbers that are stated and not tested."""
+    """One number that a verdict is based on; ``p`` is None for what is judged by its interval, or only stated."""
 
     name: str
     estimate: Estimate

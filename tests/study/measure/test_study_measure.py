@@ -71,6 +71,32 @@ def test_gaussian_noise_of_a_given_norm(linear):
     np.testing.assert_allclose(found["l2"], lengths, atol=1e-5)
 
 
+def test_the_ceiling_of_gaussian_noise_is_the_strongest_that_is_tried(linear):
+    given, tried = images(linear), []
+
+    class Watching(nn.Module):
+        def forward(self, z):
+            if len(z) == len(x):
+                tried.append((z - x).flatten(1).norm(dim=1) / np.sqrt(192))
+            return torch.stack([torch.ones(len(z)), torch.zeros(len(z))], 1)  # never changes its mind
+
+    given.labels = torch.zeros(12, dtype=torch.int64)
+    given.batch_size = 12
+    x = given.at(slice(None))
+    found = attacks.smallest_gaussian(Watching(), given, SETTINGS, 7, nothing)
+    assert not found["found"].any()
+    assert found["ceiling"].dtype == np.float64
+    np.testing.assert_allclose(found["ceiling"], torch.stack(tried).amax(0).numpy(), rtol=1e-5)
+    given.batch_size = 5
+    again = attacks.smallest_gaussian(Watching(), given, SETTINGS, 7, nothing)
+    np.testing.assert_allclose(again["ceiling"], found["ceiling"], rtol=1e-6)
+
+
+def test_the_search_by_pgd_ends_at_the_diameter_of_the_box(linear):
+    found = attacks.smallest_adversarial(linear, images(linear), SETTINGS, nothing)
+    assert found["ceiling"].tolist() == [1.0] * 12
+
+
 def test_nothing_found_is_infinite(linear):
     settings = overrides.override(SETTINGS, ["smallest.max_sigma=0.005", "smallest.levels=2"])
     found = attacks.smallest_gaussian(linear, images(linear), settings, 7, nothing)

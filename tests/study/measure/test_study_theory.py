@@ -89,6 +89,28 @@ def test_corrupted_predictions_are_those_of_the_corrupted_images(linear):
     np.testing.assert_array_equal(found["prediction"][0, 1], model(darker.float() / 255).argmax(1).numpy())
 
 
+def test_distortion_and_stretch_under_corruptions_are_those_of_a_linear_model(linear):
+    model, images, _ = linear
+    found = corruptions.corrupted(model, images, (1, 5), None, ("contrast", "saturate"), 0, nothing)
+    np.testing.assert_array_equal(found["clean_prediction"], images.labels.numpy())
+    x = images.pixels.double() / 255
+    for k, name in enumerate(("contrast", "saturate")):
+        for j, severity in enumerate((1, 5)):
+            moved = (corruptions.corrupt(images.pixels, name, severity, 0).double() / 255 - x).flatten(1)
+            np.testing.assert_allclose(found["distortion"][k, j], moved.norm(dim=1) / np.sqrt(192), rtol=1e-5)
+            stretch = (moved @ model[1].weight.double().T).norm(dim=1) / moved.norm(dim=1)
+            np.testing.assert_allclose(found["stretch"][k, j], stretch, rtol=1e-3)
+
+
+def test_an_image_that_a_corruption_leaves_alone_has_no_stretch(linear):
+    model, images, _ = linear
+    same = ImageSet(images.pixels.clone(), images.labels, ("a", "b"), "files")
+    same.images[1] = 0
+    found = corruptions.corrupted(model, images, (1,), lambda name, severity: same, ("fog",), 0, nothing)
+    assert np.isnan(found["stretch"][0, 0]).tolist() == [i != 1 for i in range(20)]
+    assert (found["distortion"][0, 0] > 0).tolist() == [i == 1 for i in range(20)]
+
+
 def test_files_take_the_place_of_made_corruptions(linear):
     model, images, _ = linear
     inverted = ImageSet(255 - images.pixels, images.labels, ("a", "b"), "files")

@@ -33,7 +33,7 @@ def test_jobs_have_all_stages_and_depend_on_earlier_phases_alone(finished, micro
     makers = {path: stage.name for stage in everything for path in stage.outputs}
     done: set[str] = set()
     found = phases(everything)
-    assert list(found) == ["source", "training", "measurement", "results"]
+    assert list(found) == ["source", "training", "measurement", "transfer", "results"]
     for jobs in found.values():
         before = set(done)
         for job in jobs:
@@ -82,7 +82,7 @@ def test_the_command_writes_commands_that_run(micro_arguments, tmp_path):
     arguments = [*micro_arguments, "--set", "arms=scratch", "--seed", "3"]
     command = [sys.executable, "-m", "fastlip.study", "plan", "--out", str(out), *arguments]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    names = ["1-training.txt", "2-measurement.txt", "3-results.txt"]
+    names = ["1-training.txt", "2-measurement.txt", "3-transfer.txt", "4-results.txt"]
     assert [file.name for file in sorted((out / "plan").iterdir())] == names
     assert said.splitlines()[0] == f"{out / 'plan' / names[0]}: 1 commands"
     (line,) = (out / "plan" / names[0]).read_text().splitlines()

@@ -37,8 +37,9 @@ def test_results_have_the_schema_and_consistent_numbers(finished, micro, conform
     results = read_json(finished.results)
     conforms(results, Results)
     assert results["generated"] is True
-    assert [p["epoch"] for p in results["points"]] == [None, 1, None]
-    assert [m["name"] for m in results["models"]] == ["scratch-s0", "finetune-s0"]
+    points = [("finetune", None), ("scratch", 1), ("scratch", None), ("softmax", None)]
+    assert [(p["arm"], p["epoch"]) for p in results["points"]] == points
+    assert [m["name"] for m in results["models"]] == ["softmax-s0", "scratch-s0", "finetune-s0"]
     for m in results["models"]:
         assert m["clean_acc"] == pytest.approx(100 * m["clean"]["value"])
         assert m["clean"]["n"] == micro.evaluation.clean_images
@@ -49,7 +50,7 @@ def test_results_have_the_schema_and_consistent_numbers(finished, micro, conform
             assert attack["distortion"]["n"] == m["attacked_clean"]["k"]
         bound = m["lipschitz"]
         assert all(0 <= layer["lower"] <= layer["upper"] for layer in bound["layers"])
-        assert len(bound["layers"]) == 21  # ResNet-18: 20 convolutions and the head
+        assert len(bound["layers"]) == (1 if m["arm"] == "softmax" else 21)  # ResNet-18: 20 convolutions and the head
         # Soundness, as far as data can tell: no observed stretch exceeds the certified constant.
         assert m["largest_stretch"] > 0
         assert np.log10(m["largest_stretch"]) <= bound["log10_upper"]
@@ -82,7 +83,7 @@ def test_configuration_holds_rules_versions_and_build(finished, micro):
 
 
 def test_checkpoints_are_safetensors_and_nothing_unfinished_is_left(finished):
-    for name in ("source", "scratch-s0", "finetune-s0"):
+    for name in ("source", "softmax-s0", "scratch-s0", "finetune-s0"):
         assert load_checkpoint(finished.checkpoint(name))[0]
     left = [p for p in finished.path.rglob("*") if "unfinished" in p.name or ".part" in p.name]
     assert left == []
@@ -113,7 +114,7 @@ def test_interrupted_at_every_write_and_resumed_gives_identical_results(finished
             pass
     written = {p.relative_to(finished.path) for p in finished.path.rglob("*") if p.is_file()}
     assert seen >= {p.parts[0] if p.parts[0] in ("tables", "figures") else p.as_posix() for p in written}
-    assert sum("unfinished" in name for name in seen) == 3  # each training run was stopped on its way, too
+    assert sum("unfinished" in name for name in seen) == 4  # each training run was stopped on its way, too
     assert run.results.read_bytes() == finished.results.read_bytes()
     for path in finished.path.glob("images/*/*.npz"):
         again = read_arrays(run.path / path.relative_to(finished.path))

@@ -42,6 +42,8 @@ RESUMED = (
     "lipschitz/scratch-s0-e1.json",
     "images/scratch-s0/clean-attacked.npz",
     "images/finetune-s0/corruptions.npz",
+    "images/softmax-s0/transfer-images.npz",
+    "images/scratch-s0/transfer.npz",
     "spectra/scratch-s0/weights.npz",
     "checkpoints/source.safetensors",
     "checkpoints/scratch-s0-e1.safetensors",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastlip.models import load_checkpoint
-from fastlip.study.measure.spectra import CONDITIONS, STAGES
+from fastlip.study.measure.spectra import CONDITIONS
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.stages import stages
 from fastlip.study.report.long_csv import LONG
@@ -19,10 +19,10 @@ from fastlip.study.storage.schema import Lipschitz, Power, Results
 N, SNAPSHOT, CLEAN = 18, 12, 24  # images of the micro run
 PIXELS = (3, 32, 32)
 
-#: Per-image arrays: dtype kind and shape after the number of images.
+#: Per-image arrays: dtype kind and shape after the number of images; ... stands for the depth points of the model.
 DECIDED = {"id": "i", "label": "i", "prediction": "i"}
-MOVED = DECIDED | dict.fromkeys(("l2", "linf", "l1", "distortion", "stretch"), "f") | {"depth_stretch": ("f", (9,))}
-SMALLEST = MOVED | {"found": "b", "image": ("f", PIXELS)}
+MOVED = DECIDED | dict.fromkeys(("l2", "linf", "l1", "distortion", "stretch"), "f") | {"depth_stretch": ("f", (...,))}
+SMALLEST = MOVED | {"found": "b", "ceiling": "f", "image": ("f", PIXELS)}
 CLEAN_ARRAYS = DECIDED | {"margin": "f", "image": ("u", PIXELS)}
 MEASUREMENTS = {
     r"clean(-attacked)?": CLEAN_ARRAYS,
@@ -32,8 +32,9 @@ MEASUREMENTS = {
     r"smallest-(pgd|gaussian)": SMALLEST,
     r"jacobian": {"id": "i", "norm": "f"},
     r"smoothing": DECIDED | {"count": "i", "radius": "f"},
+    r"transfer-images": {"id": "i", "label": "i", "perturbed": ("f", (1, *PIXELS)), "l2": ("f", (1,))},
 }
-IMAGES = {"clean": CLEAN, "jacobian": 3, "smoothing": 3}
+IMAGES = {"clean": CLEAN, "jacobian": 3, "smoothing": 3, "transfer-images": 12}
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +61,25 @@ def test_no_file_is_unknown(files):
 
 @pytest.mark.parametrize("pattern", MEASUREMENTS)
 def test_arrays_of_images(files, pattern):
+    points = {m["name"]: len(m["depth_points"]) for m in read_json(files["results.json"])["models"]}
     for name, path in matching(files, rf"images/[a-z0-9-]+/({pattern})\.npz").items():
-        n = SNAPSHOT if name.split("/")[1].endswith("-e1") else IMAGES.get(path.stem, N)
+        model = name.split("/")[1]
+        n = SNAPSHOT if model.endswith("-e1") else IMAGES.get(path.stem, N)
+        depth = points[model.removesuffix("-e1")]
         arrays, expected = read_arrays(path), MEASUREMENTS[pattern]
+        if not depth:
+            expected = {key: form for key, form in expected.items() if key != "depth_stretch"}
         assert set(arrays) == set(expected), name
         for key, form in expected.items():
             kind, shape = (form, ()) if isinstance(form, str) else form
+            shape = tuple(depth if size is ... else size for size in shape)
             assert arrays[key].dtype.kind == kind, (name, key)
             assert arrays[key].shape == (n, *shape), (name, key)
         assert arrays["id"].tolist() == list(range(n))
 
 
 def test_every_measurement_has_a_schema(files):
-    patterns = "|".join([*MEASUREMENTS, "corruptions"])
+    patterns = "|".join([*MEASUREMENTS, "corruptions", "transfer"])
     names = {path.stem for path in matching(files, r"images/.*\.npz").values()}
     assert [name for name in names if not re.fullmatch(patterns, name)] == []
 
@@ -80,9 +87,25 @@ def test_every_measurement_has_a_schema(files):
 def test_arrays_of_corruptions(files):
     for path in matching(files, r"images/[a-z0-9-]+/corruptions\.npz").values():
         arrays = read_arrays(path)
-        assert set(arrays) == {"corruption", "severity", "label", "prediction"}
-        assert arrays["prediction"].shape == (len(arrays["corruption"]), 1, 12)
+        measured = {"prediction": "i", "distortion": "f", "stretch": "f"}
+        assert set(arrays) == {"corruption", "severity", "label", "clean_prediction", *measured}
+        for key, kind in measured.items():
+            assert arrays[key].dtype.kind == kind
+            assert arrays[key].shape == (len(arrays["corruption"]), 1, 12)
         assert arrays["severity"].tolist() == [5]
+        assert (arrays["distortion"] > 0).all()
+        assert np.isfinite(arrays["stretch"]).all()
+
+
+def test_arrays_of_transfer(files, finished):
+    for path in matching(files, r"images/[a-z0-9-]+/transfer\.npz").values():
+        arrays = read_arrays(path)
+        assert set(arrays) == {"source", "strength", "label", "prediction", "noise_prediction"}
+        assert arrays["source"].tolist() == [model.name for model in finished.models]
+        assert arrays["strength"].tolist() == [1.0]
+        for name in ("prediction", "noise_prediction"):
+            assert arrays[name].dtype.kind == "i"
+            assert arrays[name].shape == (3, 1, 12)
 
 
 def test_arrays_of_spectra(files):
@@ -93,9 +116,10 @@ def test_arrays_of_spectra(files):
             assert (np.diff(arrays[layer]) <= 0).all()
     for path in matching(files, r"spectra/[a-z0-9-]+/features\.npz").values():
         arrays = read_arrays(path)
-        values = {f"{c}/{stage}" for c in CONDITIONS for stage in STAGES.values()}
+        found = arrays["stage"].tolist()
+        values = {f"{c}/{stage}" for c in CONDITIONS for stage in found}
         assert set(arrays) == {"stage", *values, *(f"growth/{c}" for c in CONDITIONS[1:])}
-        assert arrays["growth/pgd"].shape == (12, len(STAGES))
+        assert arrays["growth/pgd"].shape == (12, len(found))
 
 
 def test_json(files, finished, micro, conforms):
