@@ -52,8 +52,8 @@ def answer(points: list[Point], large: set[str], rules: Rules) -> Answer:
     if chance < rules.least_power:
         because = (
             f"With {_counted(runs)} of an arm and distortions of reliability {reliability:.2f}, this rule would find a "
-            f"true correlation of {rules.correlation:g} with a probability of {chance:.2f}, where {rules.least_power:g} "
-            "is needed."
+            f"true correlation of {rules.correlation:g} with a probability of {chance:.2f}; {rules.least_power:g} is "
+            "needed."
         )
         headline = f"These runs cannot say whether unstable networks are easier to fool: {seen}."
         change = "More seeds, and more attacked images where the reliability is low; the power note says how many."
@@ -148,10 +148,8 @@ def _statistics(arm: str, a: _Arm, found: tuple[np.ndarray, np.ndarray], rules: 
     how = "" if a.runs >= rules.min_runs else ", partial on epoch and accuracy"
     rows = []
     for side, rho, p in zip(_SIDES.values(), *found, strict=True):
-        low, high = correlation_limits(rho, a.runs, rules.confidence)
+        low, high = (float(v) if a.runs > 3 else math.nan for v in correlation_limits(rho, a.runs, rules.confidence))
         name = f"{arm}: rank correlation of {side} and smallest distortion{how} ({a.runs * a.moments} points)"
-        if a.runs < 4:
-            low = high = math.nan
         row = bounded(name, a.runs, rho, low, high, rules.confidence)
         rows.append(Statistic(name=name, estimate=row["estimate"], p=None if np.isnan(rho) else float(p)))
     name = f"{arm}: split-half reliability of the mean log distortion"

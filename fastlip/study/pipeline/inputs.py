@@ -233,7 +233,8 @@ class Inputs:
             return
         self._target.fetch(self.paths.download)
         for arm in () if begun else s.arms:
-            with _setting(f"{arm} has {s.schedule(arm).images} training images"):
+            besides = " that scratch has not" if arm == "disjoint" else ""
+            with _setting(f"{arm} has {s.schedule(arm).images} training images{besides}"):
                 self.target_train(arm)
         with _setting(f"evaluation.clean_images={s.evaluation.clean_images}"):
             _ = self.target_clean

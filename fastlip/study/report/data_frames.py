@@ -1,5 +1,6 @@
 """The numbers of a run as pandas data frames."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,11 @@ def frame(run: str | os.PathLike[str]) -> Any:
         raise damaged(path, f"it is not what its SHA-256 in {digests.NAME} was taken of", remedy)
     try:
         # A checkpoint may be named "007" or "NA", which are not to be read as a number or as nothing.
-        return _pandas().read_csv(
-            path,
-            dtype=dict.fromkeys(TEXT, str),
-            na_values={key: [""] for key in set(LONG) - set(TEXT)},
-            keep_default_na=False,
-            float_precision="round_trip",
-        )
-    except ValueError as error:  # the base of pandas' parser errors and of UnicodeDecodeError
+        table = _pandas().read_csv(path, dtype=str, keep_default_na=False)
+        for column in set(LONG) - set(TEXT):
+            table[column] = [float(text) if text else math.nan for text in table[column]]
+        return table
+    except (ValueError, KeyError) as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors
         raise damaged(path, error, remedy) from None
 
 

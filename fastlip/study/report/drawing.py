@@ -4,6 +4,8 @@ import csv
 import html
 import io
 import math
+import re
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,6 +143,8 @@ def inline(figure: Figure) -> str:
     style = f"max-width: {float(view.split()[2]) * 1.6:.0f}px"
     svg = f'<svg viewBox="{view}" style="{style}" role="img" aria-label="{html.escape(figure.caption)}">{body}'
     svg = svg.replace("xlink:href", "href").replace("*{stroke-linejoin: round; stroke-linecap: butt}", "")
+    # Groups of every figure have the same names, to which nothing refers.
+    svg = re.sub('<g id="[^"]*"', "<g", svg)
     names = {INK: "ink", MUTED: "muted", GRID: "grid", HEAT: "heat"}
     names |= {light: f"arm{i}" for i, (light, _) in enumerate(PALETTE)}
     for colour, name in names.items():
@@ -214,14 +218,21 @@ def counts_across(axes: Axes) -> None:
 
 def arms_downward(axes: Axes, names: Sequence[str]) -> None:
     """Name the rows of a figure whose vertical axis lists arms, the first at the top."""
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), list(map(label, names)))
     axes.tick_params(axis="y", labelcolor=INK, length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
 
 
+def label(name: str) -> str:
+    """A name that fits beside an axis: in two lines where it is long, and cut after these."""
+    lines = textwrap.wrap(name, 28) or [""]
+    return "\n".join(lines if len(lines) < 3 else [lines[0], f"{lines[1][:27]}…"])
+
+
 def _entry(results: Results, arm: Arm) -> str:
-    return arm.name + (f", {len(arm.models)} seeds" if several_seeds(results) else "")
+    name = arm.name if len(arm.name) <= 36 else f"{arm.name[:35]}…"
+    return name + (f", {len(arm.models)} seeds" if several_seeds(results) else "")
 
 
 def _legend(canvas: Canvas, results: Results, arms: Sequence[Arm], columns: int) -> None:

@@ -123,18 +123,18 @@ def _example(
         shown.append(
             PerturbedImage(
                 kind=name,
-                image=_uri(arrays["image"][row]),
-                perturbation=_uri(0.5 + gain * difference),
+                image=data_uri(arrays["image"][row]),
+                perturbation=data_uri(0.5 + gain * difference),
                 gain=gain,
                 distortion=float(arrays["distortion"][row]),
                 decision=classes[int(arrays["prediction"][row])],
             )
         )
-    return Example(number, title(model), classes[int(clean["label"][row])], _uri(original), tuple(shown))
+    return Example(number, title(model), classes[int(clean["label"][row])], data_uri(original), tuple(shown))
 
 
-def _uri(image: np.ndarray) -> str:
-    """[3, H, W] in [0, 1] as a PNG data URI."""
+def data_uri(image: np.ndarray) -> str:
+    """An image [3, H, W] in [0, 1] as a PNG data URI, reduced where it is large."""
     pixels = np.clip(np.rint(image * 255), 0, 255).astype(np.uint8).transpose(1, 2, 0)
     out = io.BytesIO()
     picture = Image.fromarray(pixels)

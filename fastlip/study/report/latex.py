@@ -76,10 +76,10 @@ _ACCENTS = {
     "\u0327": "c",
 }
 
-#: Characters of \footnotesize that fit a line of the class "article".
-_LINE = 78
+#: Digits of \footnotesize that fit a line of the class "article".
+_LINE = 80
 
-#: Characters that the space between two columns takes.
+#: Digits that the space between two columns takes.
 _GAP = 2
 
 #: Longest part of a word that is not broken.
@@ -127,7 +127,8 @@ def _row(cells: Sequence[str], columns: Sequence[int]) -> str:
 
 def _breakable(word: str) -> str:
     # Two hyphens in a row would become a dash.
-    return r"\hspace{0pt}".join("".join(map(_character, part)).replace("--", "-{}-") for part in _pieces(word))
+    pieces = (re.sub("-(?=-)", "-{}", "".join(map(_character, piece))) for piece in _pieces(word))
+    return r"\hspace{0pt}".join(pieces)
 
 
 def _pieces(word: str) -> list[str]:
@@ -172,11 +173,15 @@ def _shares(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[float]
     return [width / total for width in widths]
 
 
-def _least(cells: Sequence[str]) -> int:
-    words = (part for cell in cells for word in cell.split() for part in _pieces(word))
-    return max(map(_width, words), default=1) + 1
+def _least(cells: Sequence[str]) -> float:
+    words = (piece for cell in cells for word in cell.split() for piece in _pieces(word))
+    return max((sum(map(_width, word)) for word in words), default=0.0) + 1
 
 
-def _width(word: str) -> int:
-    """Characters that a word takes once it is escaped."""
-    return sum(6 if _character(c).startswith("U+") else 1 for c in word)
+def _width(c: str) -> float:
+    """The width of a character of a cell, as a multiple of a digit's."""
+    if _character(c).startswith("U+"):
+        return 9.0
+    if c in "WM":
+        return 2.0
+    return 1.6 if c.isupper() or c in "mw@%&+=<>" or (not c.isascii() and unicodedata.category(c) == "Sm") else 1.0

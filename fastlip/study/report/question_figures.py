@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 
 from fastlip.study.report.arms import arm_name, arms_of
 from fastlip.study.report.difference_table import MEASURES, Group, grouped
-from fastlip.study.report.drawing import HEAT, INK, MUTED, Figure, Rows, arms_downward, draw_figure, log_scale
+from fastlip.study.report.drawing import HEAT, INK, MUTED, Figure, Rows, arms_downward, draw_figure, label, log_scale
 from fastlip.study.report.number_format import share
 from fastlip.study.report.transfer_cells import transfer_cells
 from fastlip.study.storage.schema import Estimate, Point, Results
@@ -55,7 +55,7 @@ def _difference_figure(results: Results, name: str, measures: tuple[str, ...], c
             axes.axvline(1 if groups[0].logarithmic else 0, color=INK, linewidth=1)
             if groups[0].logarithmic:
                 log_scale(axes, "x")
-            arms_downward(axes, [f"{arm_name(g.arm)}\nagainst {arm_name(g.against)}" for g in groups])
+            arms_downward(axes, [f"{arm_name(g.arm)} against {arm_name(g.against)}" for g in groups])
             axes.set_title(MEASURES[groups[0].measure])
 
     caption += " Each seed with its interval over images" + (
@@ -129,7 +129,7 @@ def _unstability(results: Results, key: str) -> Figure | None:
                     end = p["epoch"] is None
                     filled = arm.colour if end else "none"
                     axes.plot(x, y, arm.marker, color=arm.colour, markerfacecolor=filled, markersize=6 if end else 3.5)
-            axes.set_title(textwrap.fill(arm.name, 20), fontsize=8.5)
+            axes.set_title("\n".join(textwrap.wrap(arm.name, 20)[:2]), fontsize=8.5)
         for axes in panels.flat[len(arms) :]:
             axes.set_visible(False)
         log_scale(panels[0, 0], "y")
@@ -174,7 +174,7 @@ def transfer_figure(results: Results) -> Figure | None:
                     noise = "" if cell is None else share(cell.noise)
                     axes.text(x, y + 0.28, noise, ha="center", va="center", fontsize=6.5, color=INK)
             axes.set_xlim(-0.5, n - 0.5)
-            axes.set_xticks(range(n), cells.names, rotation=90)
+            axes.set_xticks(range(n), list(map(label, cells.names)), rotation=90)
             arms_downward(axes, cells.names)
             axes.set_ylim(n - 0.5, -0.5)
             axes.tick_params(axis="x", labelcolor=INK, length=0)

@@ -209,7 +209,8 @@ def _accuracy(
         axes: Axes = panels[0, 0]
         ticks = ["0"]
         for arm in arms_of(results):
-            values, kept = [], []
+            values: list[Any] = []
+            kept: list[Any] = []
             limits: Any = None
             for model in arm.models:
                 attacks = sorted((a for a in model["attacks"] if chosen(a)), key=lambda a: a["strength"])

@@ -70,6 +70,8 @@ def check_schedule(schedule: Schedule, name: str) -> None:
     need(schedule.weight_decay >= 0 and schedule.crop >= 0, name, "weight_decay and crop must be at least 0")
     need(0 <= schedule.momentum < 1, f"{name}.momentum", "must lie in [0, 1)")
     need(0 <= schedule.label_smoothing < 1, f"{name}.label_smoothing", "must lie in [0, 1)")
+    need(schedule.cutout >= 0, f"{name}.cutout", "must be at least 0")
+    need(0 <= schedule.averaging < 1, f"{name}.averaging", "must lie in [0, 1)")
     kept = schedule.snapshots
     need(len(set(kept)) == len(kept), f"{name}.snapshots", "name each epoch once")
     need(all(0 < e < schedule.epochs for e in kept), f"{name}.snapshots", f"epochs from 1 to {name}.epochs - 1")

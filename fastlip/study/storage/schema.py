@@ -323,11 +323,11 @@ class Point(TypedDict):
 class Comparison(TypedDict):
     """Two models of one seed compared on the same images: ``arm`` minus ``against``.
 
-    Log smallest distortion: mean of the differences of natural logarithms over the images that both classify correctly,
-    censored at the search's ceiling; the interval resamples images. Log ratio (smallest adversarial over smallest
-    Gaussian distortion): median over these images, with an interval between order statistics that holds whatever the
-    censored values are. Accuracy under PGD is relative to clean accuracy, over all attacked images; clean accuracy is
-    over all clean ones.
+    Log smallest distortion: mean of the differences of natural logarithms, censored at the search's ceiling, over the
+    images that both classify correctly, with Student's t interval over images. Log ratio (smallest adversarial over
+    smallest Gaussian distortion): median over these images, with an interval between order statistics that holds
+    whatever the censored values are. Accuracy under PGD is relative to clean accuracy, over all attacked images, with a
+    bootstrap interval; clean accuracy is over all clean images, with Student's t interval.
 
     ``seed`` is None for all seeds together: an image counts once, with its median (log ratio) or mean (clean accuracy)
     over seeds.

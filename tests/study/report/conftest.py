@@ -1,15 +1,23 @@
 """Synthetic results.json of version 3: random, but with the structure and the consistency of real ones."""
 
+import dataclasses
 import random
 import string
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastlip.study.report.example_images import Example, PerturbedImage
-from fastlip.study.settings.training import REFERENCES, TRANSFER
+from fastlip.study.report import html_report
+from fastlip.study.report.drawing import Figure
+from fastlip.study.report.example_images import Example, PerturbedImage, data_uri
+from fastlip.study.settings import presets, serialization
+from fastlip.study.settings.serialization import dotted_names
+from fastlip.study.settings.training import ARMS, REFERENCES, TRANSFER
+from fastlip.study.storage import files
 from fastlip.study.storage.schema import SCHEMA, Results
 
 #: What names of checkpoints may hold and a report must show as it is.
@@ -35,8 +43,6 @@ NASTY = [
     "x" * 60,
     "https://example.org/model.safetensors",
 ]
-
-PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 BLOCKS = {"softmax": 0, "mlp": 2, "convnet": 4, "resnet18": 9}
 
@@ -133,7 +139,7 @@ class Synthetic:
 
     def model(self, arm, seed):
         robust = 0.006 * (1.3 if arm in TRANSFER else 1.0) * (0.6 if arm == "softmax" else 1.0)
-        known = arm in (*REFERENCES, *TRANSFER, "scratch", "disjoint", "matched")
+        known = arm in ARMS
         role = "reference" if arm in REFERENCES else "transfer" if arm in TRANSFER else "scratch"
         blocks = BLOCKS.get(arm, max(self.layers // 3, 1))
         layers = [f"network.layer{i}.conv" for i in range(max(blocks * 3, 1) - 1)] + ["network.head"]
@@ -383,10 +389,13 @@ class Synthetic:
             found[m["name"]] = {"pgd": adversarial[:few], "gaussian": noise[:few]}
         return found
 
-    def examples(self, results: Results) -> list[Example]:
-        shown = tuple(PerturbedImage(kind, PIXEL, PIXEL, 12.3, 0.005, "bird") for kind in ("PGD", "Gaussian"))
-        first = [m for m in results["models"] if m["seed"] == results["models"][0]["seed"]]
-        return [Example(i, m["title"], "airplane", PIXEL, shown) for i in range(3) for m in first]
+
+def examples(results: Results) -> list[Example]:
+    """Examples that show a grey pixel."""
+    pixel = data_uri(np.full((3, 1, 1), 0.5))
+    shown = tuple(PerturbedImage(kind, pixel, pixel, 12.3, 0.005, "bird") for kind in ("PGD", "Gaussian"))
+    first = [m for m in results["models"] if m["seed"] == results["models"][0]["seed"]]
+    return [Example(i, m["title"], "airplane", pixel, shown) for i in range(3) for m in first]
 
 
 @pytest.fixture(scope="session")
@@ -419,3 +428,78 @@ def world(request) -> tuple[Synthetic, Results]:
     """One of the synthetic results after the other."""
     made = worlds()[request.param]
     return made, made.results()
+
+
+CONFIG = {
+    "command": "python -m fastlip.study --preset quick --out 'a & b'",
+    "seeds": [0],
+    "machine": {"device": "cpu", "threads": 2, "precision": "float32"},
+    "versions": {"torch": "2.11"},
+    "inputs": {"target": "0123"},
+    "build": {"avx2": True},
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report of synthetic results: its text, its figures, and what it was made of."""
+
+    html: str
+    figures: list[Figure]
+    results: Results
+
+
+@pytest.fixture(scope="session")
+def render() -> Callable[[Results, list[Figure]], str]:
+    """Makes the page of synthetic results with figures that are drawn."""
+
+    def make(results: Results, figures: list[Figure]) -> str:
+        settings = dotted_names(presets.preset("quick"))
+        tables = html_report.all_tables(results)
+        return html_report.page(results, tables, figures, examples(results), CONFIG, settings, {"norms": 1.0})
+
+    return make
+
+
+@pytest.fixture(scope="session", params=(1, 3, 4, 6), ids=lambda i: f"world{i}")
+def page(request, render) -> Page:
+    """The reports of some worlds: many runs; gaps; nothing but gaps; checkpoints of any name.
+
+    A warning of matplotlib's is an error, for something would not be seen.
+    """
+    made = worlds()[request.param]
+    results = made.results()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures = html_report.all_figures(results, made.distortions(results))
+    return Page(render(results, figures), figures, results)
+
+
+@pytest.fixture
+def written(tmp_path) -> Callable[..., Path]:
+    """Writes a run directory of synthetic results with what the report reads; further settings by their names."""
+
+    def write(made: Synthetic, name: str = "run", **changed) -> Path:
+        results = made.results()
+        run = tmp_path / name
+        trained = all(arm in ARMS for arm in made.arms)
+        names = {"arms": made.arms} if trained else {"arms": (), "checkpoints": made.arms}
+        settings = dataclasses.replace(presets.preset("quick"), seeds=made.seeds, **names, **changed)
+        config = CONFIG | {"settings": serialization.to_json(settings), "rules": [], "power": []}
+        config |= {"machine": {"device": "cpu", "precision": "float32", "threads": 1, "compiled": False}}
+        files.write_json(run / "config.json", config)
+        files.write_json(run / "results.json", results)
+        rng, n = np.random.default_rng(0), 6
+        for m in results["models"]:
+            decided = {"id": np.arange(n), "label": np.arange(n) % 3, "prediction": np.arange(n) % 3}
+            image = rng.random((n, 3, 8, 8), dtype=np.float32)
+            clean = decided | {"margin": np.ones(n), "image": (image * 255).astype(np.uint8)}
+            fooled = decided | {"prediction": (np.arange(n) + 1) % 3, "found": np.ones(n, dtype=bool), "image": image}
+            moved = fooled | {key: rng.random(n) for key in ("distortion", "stretch", "l2", "ceiling")}
+            folder = run / "images" / m["name"]
+            files.write_arrays(folder / "clean-attacked.npz", clean)
+            for kind in ("pgd", "gaussian"):
+                files.write_arrays(folder / f"smallest-{kind}.npz", moved)
+        return run
+
+    return write
