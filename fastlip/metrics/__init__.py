@@ -11,7 +11,7 @@ from fastlip.metrics._intervals import (
     clopper_pearson,
     paired_bootstrap,
 )
-from fastlip.metrics._stretch import layer_stretch, observed_stretch
+from fastlip.metrics._stretch import layer_outputs, layer_stretch, observed_stretch
 
 __all__ = [
     "CensoredMedian",
@@ -22,6 +22,7 @@ __all__ = [
     "censored_median",
     "clopper_pearson",
     "flat_boundary_ratio",
+    "layer_outputs",
     "layer_stretch",
     "observed_stretch",
     "paired_bootstrap",

@@ -53,18 +53,37 @@ def layer_stretch(
         ValueError: the shapes differ, or a layer is missing, was not called, or was called more than once.
     """
     _check(perturbed, inputs)
-    with torch.no_grad():
-        changed, original = _outputs(model, perturbed, layers), _outputs(model, inputs, layers)
+    changed, original = layer_outputs(model, perturbed, layers), layer_outputs(model, inputs, layers)
     return {name: _ratio(changed[name], original[name], perturbed, inputs) for name in layers}
 
 
-def _outputs(model: nn.Module, x: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+@torch.no_grad()
+def layer_outputs(
+    model: nn.Module,
+    x: Tensor,  # [B, ...]
+    layers: Sequence[str],
+) -> dict[str, Tensor]:
+    """Output of each named layer for the images ``x``, without gradients.
+
+    Args:
+        model: the network, run once; its mode is not changed.
+        x: images, [B, ...].
+        layers: names of modules, as in :func:`layer_stretch`.
+
+    Returns:
+        A copy of each layer's output, by name.
+
+    Raises:
+        ValueError: a layer is missing, was not called, was called more than once, or returned no tensor.
+    """
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if name in outputs:
                 raise ValueError(f"layers: {name!r} is called more than once in a forward pass")
+            if not isinstance(output, Tensor):
+                raise ValueError(f"layers: {name!r} returns {type(output).__name__}, not one tensor")
             # A copy, because the next module may work in place on this output.
             outputs[name] = output.clone()
 

@@ -1,6 +1,6 @@
 """Networks by name, their parts, their inputs in [0, 1], and their weights on disk."""
 
-from fastlip.models._anatomy import Anatomy, short_name
+from fastlip.models._anatomy import Anatomy, anatomy, short_name
 from fastlip.models._architectures import SCALES, build_model
 from fastlip.models._checkpoint import load_checkpoint, save_checkpoint
 from fastlip.models._live_taps import dead_share, live_taps
@@ -8,7 +8,8 @@ from fastlip.models._normalize import Normalize
 from fastlip.models._references import REFERENCES
 from fastlip.models._resnet import resnet18, resnet50
 from fastlip.models._stems import STEMS, Stem
-from fastlip.models._weights import imagenet_weights, load_backbone, read_weights, torchvision_weights
+from fastlip.models._torch_modules import stored_name
+from fastlip.models._weights import imagenet_weights, load_backbone, published_weights
 
 __all__ = [
     "REFERENCES",
@@ -17,16 +18,17 @@ __all__ = [
     "Anatomy",
     "Normalize",
     "Stem",
+    "anatomy",
     "build_model",
     "dead_share",
     "imagenet_weights",
     "live_taps",
     "load_backbone",
     "load_checkpoint",
-    "read_weights",
+    "published_weights",
     "resnet18",
     "resnet50",
     "save_checkpoint",
     "short_name",
-    "torchvision_weights",
+    "stored_name",
 ]

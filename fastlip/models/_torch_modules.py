@@ -21,6 +21,12 @@ class Expanded(nn.Sequential):
         self.register_load_state_dict_pre_hook(_with_layer)
 
 
+def stored_name(model: nn.Module, name: str) -> str:
+    """The name of a submodule in the state dict of ``model``: its own, unless it is part of a layer of timm's."""
+    parent, _, child = name.rpartition(".")
+    return parent if child == "layer" and isinstance(model.get_submodule(parent), Expanded) else name
+
+
 def _without_layer(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for key in [key for key in state if key.startswith(f"{prefix}layer.")]:
         state[prefix + key.removeprefix(f"{prefix}layer.")] = state.pop(key)

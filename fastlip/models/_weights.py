@@ -1,7 +1,7 @@
 """Weights that were trained elsewhere: published ones, and those in files; all but the head is loaded."""
 
 import difflib
-import os
+import importlib
 import re
 import socket
 from collections.abc import Iterator, Mapping
@@ -14,11 +14,7 @@ from torch import Tensor, nn
 
 from fastlip._text import printable
 from fastlip.models._architectures import Spec, bare_network, parse, torchvision_names
-from fastlip.models._checkpoint import load_checkpoint
 from fastlip.models._extra import timm, torchvision_models
-
-#: Keys of training scripts' files under which the state dict is.
-_NESTED = ("state_dict", "model", "model_state_dict")
 
 
 def load_backbone(model: nn.Sequential, state_dict: Mapping[str, Tensor], head: str = "") -> None:
@@ -27,7 +23,7 @@ def load_backbone(model: nn.Sequential, state_dict: Mapping[str, Tensor], head: 
     Args:
         model: the model to load into; its normalisation and its head stay as they are.
         state_dict: weights under the network's own names, bare or behind one common prefix such as ``network.``,
-            ``module.`` or ``_orig_mod.``; counts of BatchNorm's batches may be missing. The names of Luke Melas-Kyriazi's
+            ``module.`` or ``_orig_mod.``; counts of BatchNorm's batches may be missing. The names in Melas-Kyriazi's
             EfficientNet-PyTorch (``_conv_stem``, ``_blocks.0``) are translated into timm's.
         head: name of the head; the last linear layer or 1x1 convolution by default.
 
@@ -87,17 +83,13 @@ def imagenet_weights(
         OSError: they are not in the cache and cannot be downloaded.
         ImportError: the library is missing.
     """
-    spec = parse(model)
+    found, spec = _published(model, weights)
     size = (3, image_size, image_size)
+    classes = found.num_classes if spec.family == "timm" else len(found.meta["categories"])
     try:
         with _patience(timeout):
-            if spec.family == "torchvision":
-                # check_hash within: a download cut short must not become a cache entry.
-                chosen = torchvision_weights(spec.name, weights)
-                return dict(bare_network(spec, len(chosen.meta["categories"]), size, chosen).state_dict())
-            tagged = _timm_weights(spec, weights)
-            classes = timm().get_pretrained_cfg(tagged.name).num_classes
-            return dict(bare_network(tagged, classes, size, True).state_dict())
+            # torchvision checks the hash: a download cut short must not become a cache entry.
+            return dict(bare_network(spec, classes, size, found).state_dict())
     except (ImportError, ValueError):
         raise
     except Exception as error:  # each library's own kinds for what its servers and caches lack
@@ -105,7 +97,35 @@ def imagenet_weights(
         raise OSError(f"ImageNet weights of {spec} are neither cached nor to be had: {reason}") from None
 
 
-def torchvision_weights(name: str, weights: str = "") -> Any:
+def published_weights(model: str, weights: str = "") -> tuple[str, bool]:
+    """The name of published ImageNet weights, and whether they are in the cache; arguments as for the weights.
+
+    Raises:
+        ValueError: there are no such weights; the message gives the closest.
+        ImportError: the library is missing.
+    """
+    found, spec = _published(model, weights)
+    if spec.family == "torchvision":
+        file = Path(torch.hub.get_dir()) / "checkpoints" / found.url.rpartition("/")[2]
+        return str(found), file.exists()
+    hub = importlib.import_module("huggingface_hub")
+    files = ("model.safetensors", "pytorch_model.bin")
+    cached = any(isinstance(hub.try_to_load_from_cache(found.hf_hub_id, f), str) for f in files if found.hf_hub_id)
+    return str(spec), cached
+
+
+def _published(model: str, weights: str) -> tuple[Any, Spec]:
+    """A member of torchvision's enumeration of weights, or timm's configuration of them; and the model with its tag."""
+    spec = parse(model)
+    if spec.family == "torchvision":
+        return _torchvision_weights(spec.name, weights), spec
+    if spec.family != "timm":
+        raise ValueError(f"there are published weights of torchvision:NAME and timm:NAME, not of {printable(model)}")
+    tagged = _timm_weights(spec.name, weights)
+    return timm().get_pretrained_cfg(tagged), Spec("timm", tagged)
+
+
+def _torchvision_weights(name: str, weights: str) -> Any:
     """A member of torchvision's enumeration of the weights of the model ``name``; the default if ``weights`` is empty.
 
     Raises:
@@ -124,54 +144,20 @@ def torchvision_weights(name: str, weights: str = "") -> Any:
     return known[weights or "DEFAULT"]
 
 
-def _timm_weights(spec: Spec, weights: str) -> Spec:
-    """``spec`` with the tag of the weights, as in "resnet50.a1_in1k"."""
-    if spec.family != "timm":
-        raise ValueError(f"there are published weights of torchvision:NAME and timm:NAME, not of {spec}")
+def _timm_weights(model: str, weights: str) -> str:
+    """Timm's name of a model with the tag of its weights, as in "resnet50.a1_in1k"."""
     library = timm()
-    name, _, tag = spec.name.partition(".")
+    if not library.is_model(model):
+        bare_network(Spec("timm", model), 2, (3, 224, 224))  # says so, with the closest names
+    name, _, tag = model.partition(".")
     known = [full.partition(".")[2] for full in library.list_pretrained(f"{name}.*")]
+    if not known:
+        raise ValueError(f"timm has no weights of {name}")
     tag = weights or tag
     if tag and tag not in known:
         close = difflib.get_close_matches(tag, known, n=3, cutoff=0.3) or known[:3]
-        hint = f"; the closest are {', '.join(close)}" if close else ", as of any other"
-        raise ValueError(f"timm has no weights {printable(tag)!r} of {name}{hint}")
-    if not known:
-        raise ValueError(f"timm has no weights of {printable(name)}")
-    return Spec("timm", f"{name}.{tag}" if tag else name)
-
-
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a safetensors or torch file; no code in it is executed.
-
-    Args:
-        path: a safetensors file (ends in ``.safetensors``), or one that ``torch.save`` wrote; the state dict may lie
-            under "state_dict", "model" or "model_state_dict".
-
-    Returns:
-        Tensors by name, on the CPU.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is damaged, holds more than tensors, or no state dict.
-        ImportError: safetensors is missing.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_checkpoint(path)[0]
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises all kinds of errors for other files
-        reason = printable(" ".join(str(error).split())).partition(" Please ")[0][:200]
-        raise ValueError(f"{path} must be safetensors or a torch file of tensors alone ({reason})") from None
-    for key in _NESTED:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ValueError(f"{path} holds no state dict")
-    return {str(key): value for key, value in found.items()}
+        raise ValueError(f"timm has no weights {printable(tag)!r} of {name}; the closest are {', '.join(close)}")
+    return f"{name}.{tag}" if tag else name
 
 
 def _prefix(state_dict: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

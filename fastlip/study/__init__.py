@@ -5,6 +5,18 @@ functions. It needs the packages of the extra ``study``. :func:`frame` and :func
 pandas.
 """
 
-from fastlip.study.report.data_frames import frame, image_frame
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlip.study.report.data_frames import frame, image_frame
 
 __all__ = ["frame", "image_frame"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, because torch must not be imported before the command line has prepared its environment.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastlip.study.report import data_frames
+
+    return getattr(data_frames, name)

@@ -94,8 +94,8 @@ def test_the_statistics_are_those_of_the_training_images():
         pytest.skip("FASTLIP_DATA names no folder with CIFAR-10")
     pixels = data.cifar10(root, train=True).images[::10].float() / 255
     mean, std = data.CHANNEL_STATISTICS["cifar10"]
-    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(mean, abs=2e-3)
-    assert pixels.std((0, 2, 3)).tolist() == pytest.approx(std, abs=2e-3)
+    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(mean, abs=5e-3)
+    assert pixels.std((0, 2, 3)).tolist() == pytest.approx(std, abs=5e-3)
 
 
 def write(path: Path, value: object = (1, 2, 3), mode: str = "RGB", size: int = 8) -> None:
@@ -129,7 +129,7 @@ def test_a_folder_of_classes_is_split_by_a_seed_and_says_so(tmp_path):
     assert torch.bincount(train.labels).tolist() == [16, 6, 1]
     for label in range(3):
         numbers = [part.images[part.labels == label][:, 0, 0, 0].tolist() for part in (train, test)]
-        assert sorted(sum(numbers, [])) == list(range((20, 7, 2)[label]))
+        assert sorted(numbers[0] + numbers[1]) == list(range((20, 7, 2)[label]))
         assert all(n == sorted(n) for n in numbers)
     assert numbers_of_cats(test) != [0, 1, 2, 3]  # not the first of each class, which may be of one kind
     assert train.name == test.name

@@ -15,6 +15,7 @@ import torch
 from fastlip.data import generated
 from fastlip.models import load_checkpoint, resnet18, save_checkpoint
 from fastlip.study import cli
+from fastlip.study.pipeline.image_sets import GivenImages
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.settings import overrides, presets
 from fastlip.study.settings.input_paths import InputPaths, resolve_source
@@ -74,8 +75,8 @@ def cifar10_c(folder, labels, name="gaussian_noise"):
 def test_corruptions_that_are_not_cifar10s(command, tmp_path, monkeypatch, change, message):
     # The clean test images are stood in for, so that this runs where CIFAR-10 is not.
     clean = generated("target", "test", 10_000, 0)
-    monkeypatch.setattr(Inputs, "_cifar_test", clean)
-    monkeypatch.setattr(Inputs, "_check_target", lambda self: None)
+    monkeypatch.setattr(GivenImages, "whole_test", clean)
+    monkeypatch.setattr(Inputs, "_check_target", lambda self, begun: None)
     root = cifar10_c(tmp_path / "c", np.tile(clean.labels.numpy(), 5))
     paths = InputPaths(corruptions=root)
     settings = resolve_source(overrides.override(presets.preset("quick"), ["arms=scratch"]), paths)

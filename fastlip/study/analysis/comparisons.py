@@ -1,7 +1,7 @@
 """Comparisons of two models on the same images, which questions 1 to 3 are answered from."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -10,12 +10,13 @@ import numpy as np
 from fastlip.study.analysis.statistics import (
     censored_difference,
     mean_difference,
-    paired,
     relative_difference,
 )
 from fastlip.study.analysis.summaries import StoredModel
+from fastlip.study.settings.rules import Rules
+from fastlip.study.settings.settings import Settings
 from fastlip.study.settings.training import REFERENCES, TRANSFER
-from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, pgd_name
+from fastlip.study.storage.run_directory import RunDirectory, pgd_name
 from fastlip.study.storage.schema import Comparison
 
 
@@ -32,41 +33,46 @@ class Decided(NamedTuple):
 
 
 def comparisons(run: RunDirectory) -> list[Comparison]:
-    """All comparisons of a run.
+    """All comparisons of a run, see :func:`compared`."""
+
+    @cache
+    def decided(arm: str, seed: int) -> Decided:
+        model = next(m for m in run.models if (m.arm, m.seed) == (arm, seed))
+        return _decided(StoredModel(run, model))
+
+    return compared(decided, run.settings)
+
+
+def compared(decided: Callable[[str, int], Decided], settings: Settings) -> list[Comparison]:
+    """All comparisons of a run, whose models ``decided`` finds by arm and seed.
 
     The large network of every arm with every small reference, for questions 1 and 2; every transfer arm with scratch
     and with compute-matched scratch, for question 3; all pairs of checkpoints.
     """
-    s = run.settings
-
-    @cache
-    def decided(arm: str, seed: int) -> Decided:
-        return _decided(StoredModel(run, TrainedModel(arm, seed)), pgd_name("linf", s.rules.compared_linf_255))
-
-    if s.checkpoints:
-        pairs = itertools.combinations(s.checkpoints, 2)
-        return [
-            row
-            for one, other in pairs
-            for compare in (_ratios, _accuracies, _rises)
-            for row in compare(one, other, {s.seed: (decided(one, s.seed), decided(other, s.seed))}, run)
-        ]
-    large = [arm for arm in s.arms if arm not in REFERENCES]
-    found: list[Comparison] = []
-    for compare, arms, baselines in (
-        (_ratios, large, REFERENCES),
-        (_accuracies, large, REFERENCES),
-        (_rises, [arm for arm in large if arm in TRANSFER], ("scratch", "matched")),
-    ):
-        for arm, against in itertools.product(arms, (name for name in baselines if name in s.arms)):
-            found += compare(arm, against, {k: (decided(arm, k), decided(against, k)) for k in s.all_seeds}, run)
-    return found
+    seeds = (settings.seed,) if settings.checkpoints else settings.all_seeds
+    if settings.checkpoints:
+        pairs = list(itertools.combinations(settings.checkpoints, 2))
+        plan = [(compare, pair) for pair in pairs for compare in (_ratios, _accuracies, _rises)]
+    else:
+        large = [arm for arm in settings.arms if arm not in REFERENCES]
+        small = [arm for arm in settings.arms if arm in REFERENCES]
+        tuned = [arm for arm in large if arm in TRANSFER]
+        baselines = [arm for arm in ("scratch", "matched") if arm in settings.arms]
+        plan = [(_ratios, pair) for pair in itertools.product(large, small)]
+        plan += [(_accuracies, pair) for pair in itertools.product(large, small)]
+        plan += [(_rises, pair) for pair in itertools.product(tuned, baselines)]
+    return [
+        row
+        for compare, (arm, against) in plan
+        for row in compare(arm, against, {k: (decided(arm, k), decided(against, k)) for k in seeds}, settings.rules)
+    ]
 
 
 Pairs = dict[int, tuple[Decided, Decided]]
 
 
-def _decided(stored: StoredModel, under: str) -> Decided:
+def _decided(stored: StoredModel) -> Decided:
+    under = pgd_name("linf", stored.rules.compared_linf_255)
     smallest, noise = stored.images("smallest-pgd"), stored.images("smallest-gaussian")
     return Decided(
         right=stored.right,
@@ -79,9 +85,9 @@ def _decided(stored: StoredModel, under: str) -> Decided:
     )
 
 
-def _ratios(arm: str, against: str, pairs: Pairs, run: RunDirectory) -> Iterator[Comparison]:
+def _ratios(arm: str, against: str, pairs: Pairs, rules: Rules) -> Iterator[Comparison]:
     """The difference of log ratios, in each seed and over all."""
-    confidence = run.settings.rules.confidence
+    confidence = rules.confidence
     n = len(next(iter(pairs.values()))[0].right)
     low, high = np.full((2, len(pairs), n), np.nan)
     for i, (seed, (one, other)) in enumerate(pairs.items()):
@@ -107,9 +113,9 @@ def log_ratios(model: Decided) -> tuple[np.ndarray, np.ndarray]:
         return least - noise, adversarial - nearest
 
 
-def _accuracies(arm: str, against: str, pairs: Pairs, run: RunDirectory) -> Iterator[Comparison]:
+def _accuracies(arm: str, against: str, pairs: Pairs, rules: Rules) -> Iterator[Comparison]:
     """The difference in clean accuracy, in each seed and over all."""
-    confidence = run.settings.rules.confidence
+    confidence = rules.confidence
 
     def row(seed: int | None, a: np.ndarray, b: np.ndarray) -> Comparison:
         difference = mean_difference(a, b, confidence)
@@ -121,13 +127,12 @@ def _accuracies(arm: str, against: str, pairs: Pairs, run: RunDirectory) -> Iter
         yield row(None, *(np.mean([pair[i].clean for pair in pairs.values()], axis=0) for i in (0, 1)))
 
 
-def _rises(arm: str, against: str, pairs: Pairs, run: RunDirectory) -> Iterator[Comparison]:
+def _rises(arm: str, against: str, pairs: Pairs, rules: Rules) -> Iterator[Comparison]:
     """The differences in log distortion and in relative accuracy under PGD, in each seed."""
-    rules = run.settings.rules
     for seed, (one, other) in pairs.items():
         both = one.right & other.right
         a, b = (np.log(np.minimum(model.pgd, model.pgd_ceiling)[both]) for model in (one, other))
-        distance = paired(a, b, np.mean, rules.confidence, rules.resamples)
+        distance = mean_difference(a, b, rules.confidence)
         yield Comparison(arm=arm, against=against, seed=seed, measure="log smallest distortion", difference=distance)
         relative = relative_difference(
             (one.under_pgd, other.under_pgd), (one.right, other.right), rules.confidence, rules.resamples

@@ -30,9 +30,10 @@ _RATIO_SCALE, _RATIO_COMMON, _CENSORED, _RATIO_SEEDS = 0.44, 0.2, 0.04, 0.03
 #: Difference in clean accuracy from softmax regression, and the variance of one image's.
 _GAIN, _GAIN_VARIANCE = 0.15, 0.45
 
-#: Standard deviations between seeds of the difference of two arms' mean log distortions and relative accuracies, and
-#: the correlation of the two.
-_RISE_SEEDS, _RISE_CORRELATION = (0.08, 0.035), 0.5
+#: Standard deviations between seeds of the difference of two arms' mean log distortions and relative accuracies: what
+#: does not depend on the images, and what does, which was measured on a number of attacked images and shrinks with its
+#: root; and the correlation of the two measures.
+_RISE_SEEDS, _RISE_OF_IMAGES, _RISE_IMAGES, _RISE_CORRELATION = (0.03, 0.01), (0.076, 0.032), 400, 0.5
 
 #: Largest number of seeds that is tried, exclusive.
 _MOST_SEEDS = 41
@@ -75,8 +76,8 @@ def _ratio_rows(question: int, arm: str, settings: Settings) -> list[Power]:
             Power(
                 question=question,
                 unit=unit,
-                assumption=f"the true ratio is {factor:g} times that of each of {len(references)} references, and "
-                f"{100 * _BOTH:g}% of the attacked images are classified correctly by both",
+                assumption=f"the true ratio is {factor:g} times that of all references ({len(references)} in the run), "
+                f"and {100 * _BOTH:g}% of the attacked images are classified correctly by both",
                 expected=expected,
                 needed=_least(sizes, chance.__getitem__, rules.power),
                 had=None,
@@ -89,16 +90,16 @@ def _ratio_rows(question: int, arm: str, settings: Settings) -> list[Power]:
 def _rise_rows(settings: Settings) -> list[Power]:
     if not {"scratch", "finetune"} <= set(settings.arms):
         return [_unanswered(3, "seeds", "the run has not both the arms scratch and finetune")]
-    rules, baselines = settings.rules, 1 + ("matched" in settings.arms)
+    rules, baselines, images = settings.rules, 1 + ("matched" in settings.arms), settings.evaluation.images
     cases: tuple[tuple[VerdictName, float, float], ...] = (
         ("supported", rules.distortion_margin, rules.accuracy_margin),
         ("supported", rules.distortion_margin**2, 2 * rules.accuracy_margin),
         ("contradicted", 1.0, 0.0),
     )
-    rows = []
+    spread, rows = _rise_spread(images), []
     for expected, factor, accuracy in cases:
         chances = {
-            n: rise_chances(factor, accuracy, n, baselines, rules)[expected]
+            n: rise_chances(factor, accuracy, n, images, baselines, rules)[expected]
             for n in {settings.seeds, *range(rules.min_seeds, _MOST_SEEDS)}
         }
         rows.append(
@@ -107,7 +108,7 @@ def _rise_rows(settings: Settings) -> list[Power]:
                 unit="seeds",
                 assumption=f"fine-tuning multiplies smallest distortions by {factor:.3g} and changes the relative "
                 f"accuracy by {accuracy:g}; the differences of the arms have standard deviations between seeds of "
-                f"{_RISE_SEEDS[0]:g} (of the logarithm) and {_RISE_SEEDS[1]:g}",
+                f"{spread[0]:.2g} (of the logarithm) and {spread[1]:.2g} on {images} attacked images",
                 expected=expected,
                 needed=_least(range(rules.min_seeds, _MOST_SEEDS), chances.__getitem__, rules.power),
                 had=None,
@@ -199,15 +200,22 @@ def _heavy_tailed(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
     return normal / np.sqrt(rng.standard_gamma(2.5, shape, dtype=np.float32) / np.float32(2.5))
 
 
-def rise_chances(factor: float, accuracy: float, seeds: int, baselines: int, rules: Rules) -> dict[VerdictName, float]:
+def rise_chances(
+    factor: float, accuracy: float, seeds: int, images: int, baselines: int, rules: Rules
+) -> dict[VerdictName, float]:
     """Chances of the verdicts of question 3 where fine-tuning has these effects against every baseline."""
     rng = np.random.default_rng(0)
     shared, own = rng.normal(size=(2, STUDIES, 1 + baselines, 2, seeds))
     both = shared[..., :1, :]  # of the two measures of one model
     spread = np.sqrt(_RISE_CORRELATION) * both + np.sqrt(1 - _RISE_CORRELATION) * own
-    of_model = spread * np.array(_RISE_SEEDS)[:, None] / np.sqrt(2)
+    of_model = spread * _rise_spread(images)[:, None] / np.sqrt(2)
     effect = np.array([np.log(factor), accuracy])[:, None]
     return _shares(decisions.rises(effect + of_model[:, :1] - of_model[:, 1:], rules))
+
+
+def _rise_spread(images: int) -> np.ndarray:
+    """Standard deviations between seeds of the two differences of question 3, [2]."""
+    return np.hypot(_RISE_SEEDS, np.array(_RISE_OF_IMAGES) * np.sqrt(_RISE_IMAGES / images))
 
 
 @lru_cache

@@ -13,8 +13,6 @@ from fastlip.study.analysis.summaries import StoredModel
 from fastlip.study.analysis.titles import model_title
 from fastlip.study.analysis.transfer_table import transfer_table
 from fastlip.study.analysis.verdicts import verdicts
-from fastlip.study.measure.perturbed_images import depth_points
-from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.json_files import read
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
@@ -29,7 +27,7 @@ from fastlip.study.storage.schema import (
     Power,
     Results,
 )
-from fastlip.study.training.architectures import build
+from fastlip.study.training.architectures import build, parts
 
 #: Rows of the slide deck behind this project. Its 93.75% and 88.54% are 90 and 85 of 96 images. The deck does not state
 #: the scale of its average distortion, nor what its upper Lipschitz constant bounds.
@@ -94,7 +92,7 @@ def _model(run: RunDirectory, trained: TrainedModel, data: ImageSet) -> Model:
     ratios = summaries.ratios(stored)
     bound = read(run.lipschitz(trained.name), Lipschitz)
     features, growth = summaries.features(stored)
-    network = build(s.architecture_of(trained.arm), len(data.classes), s.stem, 0)
+    network = build(s, trained.arm, len(data.classes), 0)
     dimensions = data.images[0].numel()
     return Model(
         name=trained.name,
@@ -105,7 +103,7 @@ def _model(run: RunDirectory, trained: TrainedModel, data: ImageSet) -> Model:
         dataset=data.name,
         architecture=s.architecture_of(trained.arm),
         parameters=sum(p.numel() for p in network.parameters()),
-        additional_data=trained.arm in TRANSFER,
+        additional_data=s.role_of(trained.arm) == "transfer",
         clean_acc=100.0 * float(clean.mean()),
         clean=proportion(clean, confidence),
         attacked_clean=proportion(stored.right, confidence),
@@ -122,7 +120,7 @@ def _model(run: RunDirectory, trained: TrainedModel, data: ImageSet) -> Model:
             ratio=flat_boundary_ratio(dimensions, s.smallest.directions),
         ),
         largest_stretch=summaries.largest_stretch(stored),
-        depth_points=depth_points(network),
+        depth_points=parts(s, trained.arm, network).points,
         lipschitz=bound,
         jacobian=summaries.jacobian(stored),
         weights=summaries.weights(stored),

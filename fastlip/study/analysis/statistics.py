@@ -5,17 +5,14 @@ are None and never NaN, because results.json is strict JSON.
 """
 
 import math
-from collections.abc import Callable
+import warnings
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from fastlip.metrics import censored_median, clopper_pearson, paired_bootstrap
+from fastlip.metrics import censored_median, clopper_pearson
 from fastlip.study.storage.schema import Estimate, Proportion
-
-Reduction = Callable[..., Any]
 
 
 def proportion(hits: np.ndarray, confidence: float) -> Proportion:
@@ -61,16 +58,6 @@ def median(values: np.ndarray, confidence: float) -> Estimate:
     )
 
 
-def paired(a: np.ndarray, b: np.ndarray, statistic: Reduction, confidence: float, resamples: int) -> Estimate:
-    """statistic(a) - statistic(b), for values [n] of the same images, with a bootstrap interval over images."""
-    if len(a) < 2:
-        return Estimate(n=len(a), value=None, low=None, high=None, confidence=confidence)
-    found = paired_bootstrap(a, b, statistic, confidence=confidence, resamples=resamples)
-    return Estimate(
-        n=len(a), value=number(found.value), low=number(found.low), high=number(found.high), confidence=confidence
-    )
-
-
 def relative_difference(
     under: tuple[np.ndarray, np.ndarray],  # [n] bool, each
     clean: tuple[np.ndarray, np.ndarray],  # [n] bool, each
@@ -90,17 +77,18 @@ def relative_difference(
     data, n = (*under, *clean), len(under[0])
     if n < 2:
         return Estimate(n=n, value=None, low=None, high=None, confidence=confidence)
-    draws = stats.bootstrap(
-        data,
-        difference,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(0),
-        batch=max(1, 4_000_000 // n),
-    ).bootstrap_distribution
-    # SciPy warns where its own interval is degenerate, as that of two models that never differ.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SciPy warns about its own interval where no resample differs
+        draws = stats.bootstrap(
+            data,
+            difference,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            method="percentile",
+            rng=np.random.default_rng(0),
+            batch=max(1, 4_000_000 // n),
+        ).bootstrap_distribution
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     value = float(difference(*data, axis=-1))
     return Estimate(n=n, value=number(value), low=number(low), high=number(high), confidence=confidence)

@@ -177,7 +177,9 @@ def jacobian(stored: StoredModel) -> Jacobian:
 
 
 def weights(stored: StoredModel) -> list[WeightSpectrum]:
-    arrays = read_spectra(stored.run.spectra(stored.trained.name, "weights"), "layer", ("",), {"distance": 1})
+    arrays = read_spectra(
+        stored.run.spectra(stored.trained.name, "weights"), "layer", ("",), {"distance": 1, "dead_taps": 1}
+    )
     return [
         WeightSpectrum(
             layer=str(layer),
@@ -186,9 +188,10 @@ def weights(stored: StoredModel) -> list[WeightSpectrum]:
             stable_rank=spectra.stable_rank(arrays[layer]),
             effective_rank=spectra.effective_rank(arrays[layer]),
             distance=float(distance) if np.isfinite(distance) else None,
+            dead_taps=float(dead),
             profile=_profile(arrays[layer]),
         )
-        for layer, distance in zip(arrays["layer"].tolist(), arrays["distance"], strict=True)
+        for layer, distance, dead in zip(arrays["layer"].tolist(), arrays["distance"], arrays["dead_taps"], strict=True)
     ]
 
 

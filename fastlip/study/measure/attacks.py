@@ -1,5 +1,8 @@
 """The attacks of the study: Gaussian noise, PGD, and searches for the smallest perturbations.
 
+Gradients are those of a faster copy of the network (:func:`fastlip.attacks.prepare`), which all attacks on it share;
+the network itself confirms every success, in float32.
+
 What a search does not find is censored at its ceiling, the largest distortion that it tries.
 """
 
@@ -41,9 +44,16 @@ def projected_gradient(
 
 
 def pgd_attack(
-    model: nn.Module, ball: Ball, settings: Settings, x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator
+    model: nn.Module,
+    ball: Ball,
+    settings: Settings,
+    x: Tensor,
+    y: Tensor,
+    ids: Tensor,
+    generator: torch.Generator,
+    early_stop: bool = True,
 ) -> Tensor:
-    """Images like ``x``, perturbed by the study's PGD in ``ball``."""
+    """Images like ``x``, perturbed by the study's PGD in ``ball``; ``early_stop`` as in :func:`fastlip.attacks.pgd`."""
     norm, _, eps = ball
     return pgd(
         model,
@@ -55,8 +65,10 @@ def pgd_attack(
         step_size=settings.pgd.relative_step * eps / settings.pgd.steps,
         loss=settings.pgd.loss,
         restarts=settings.pgd.restarts,
+        early_stop=early_stop,
         ids=ids,
         generator=generator,
+        fast=True,
     )
 
 
@@ -76,6 +88,7 @@ def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, p
             steps=settings.smallest.steps,
             search_steps=settings.smallest.searches,
             loss=settings.pgd.loss,
+            fast=True,
         ).adversarial
 
     arrays = perturbed(model, images, search, 0, progress, keep=KEPT)

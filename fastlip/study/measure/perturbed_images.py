@@ -8,19 +8,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fastlip.attacks import gaussian_noise
 from fastlip.metrics import average_distortion, layer_stretch
 from fastlip.study.measure.images import Arrays, Images, Progress, concatenated
+from fastlip.study.measure.network_parts import parts_of
 
 AttackFunction = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
-
-
-def depth_points(model: nn.Module) -> list[str]:
-    """Names of the modules of a ResNet after which stretch is observed: its stem and every residual block."""
-    found = [name for name, module in model.named_modules() if isinstance(module, BasicBlock | Bottleneck)]
-    return ["network.maxpool", *found] if found else []
 
 
 def perturbed(
@@ -34,10 +28,10 @@ def perturbed(
 ) -> Arrays:
     """Measurements of each image under ``attack``, and the perturbed pixels of the first ``keep`` images.
 
-    "stretch" [N] is the stretch at the logits, and "depth_stretch" [N, D] that at :func:`depth_points`. With
+    "stretch" [N] is the stretch at the logits, and "depth_stretch" [N, D] that at the model's stem and blocks. With
     ``control``, "noise_prediction" [N] is the prediction under Gaussian noise of the perturbation's L2 norm.
     """
-    points = depth_points(model)
+    points = parts_of(model, images).points
     parts = []
     for rows in images.batches(progress):
         x, y = images.at(rows), images.labels[rows]

@@ -32,9 +32,9 @@ def smoothed(model: nn.Module, images: Images, settings: SmoothingSettings, seed
         x = chosen.at(rows)
         # One generator serves both rounds, so that the certifying draws are independent of the selecting ones.
         generator = torch.Generator(chosen.device).manual_seed(seed)
-        votes = _votes(model, x, chosen.ids[rows], settings.sigma, settings.selection, generator)
+        votes = _votes(model, x, chosen.ids[rows], settings.sigma, settings.selection, generator, images.batch_size)
         top = votes.argmax(1)
-        votes = _votes(model, x, chosen.ids[rows], settings.sigma, settings.samples, generator)
+        votes = _votes(model, x, chosen.ids[rows], settings.sigma, settings.samples, generator, images.batch_size)
         hits = votes.gather(1, top[:, None]).squeeze(1)
         radii = [certified_radius(k, settings.samples, settings.sigma, settings.alpha) for k in hits.tolist()]
         part = {
@@ -48,15 +48,25 @@ def smoothed(model: nn.Module, images: Images, settings: SmoothingSettings, seed
     return concatenated(parts)
 
 
-def _votes(model: nn.Module, x: Tensor, ids: Tensor, sigma: float, draws: int, generator: torch.Generator) -> Tensor:
-    """How often the network decides for each class under noise without clipping, [B, C] int64."""
+def _votes(
+    model: nn.Module, x: Tensor, ids: Tensor, sigma: float, draws: int, generator: torch.Generator, batch_size: int
+) -> Tensor:
+    """How often the network decides for each class under noise without clipping, [B, C] int64.
+
+    As many draws as make up a batch share a forward pass.
+    """
+    at_once = max(batch_size // len(x), 1)
     votes: Tensor | None = None
-    for _ in range(draws):
-        noisy = gaussian_noise(x, sigma=sigma, bounds=(-torch.inf, torch.inf), ids=ids, generator=generator)
+    for done in range(0, draws, at_once):
+        noisy = [
+            gaussian_noise(x, sigma=sigma, bounds=(-torch.inf, torch.inf), ids=ids, generator=generator)
+            for _ in range(min(at_once, draws - done))
+        ]
         with torch.no_grad():
-            logits = model(noisy)
+            logits = model(torch.cat(noisy))
         if votes is None:
-            votes = torch.zeros(logits.shape, dtype=torch.int64, device=x.device)
-        votes.scatter_add_(1, logits.argmax(1, keepdim=True), torch.ones_like(ids)[:, None])
+            votes = torch.zeros(len(x), logits.shape[1], dtype=torch.int64, device=x.device)
+        decisions = logits.argmax(1).reshape(len(noisy), len(x)).T
+        votes.scatter_add_(1, decisions, torch.ones_like(decisions))
     assert votes is not None
     return votes

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlip import ops
-from fastlip.attacks import gaussian_noise, pgd
+from fastlip.attacks import gaussian_noise
+from fastlip.study.measure.attacks import pgd_attack
 from fastlip.study.measure.images import Arrays, Images, Progress, concatenated
+from fastlip.study.settings.attacks import Ball
 from fastlip.study.settings.settings import Settings
 
 #: Directions are lengthened by this before they are projected onto the ball and the box, so that all reach its surface.
@@ -37,20 +39,8 @@ def adversarial_images(model: nn.Module, images: Images, settings: Settings, see
             generator = torch.Generator(images.device).manual_seed(seed)
             # The first draw, which judged() repeats.
             noise = gaussian_noise(x, norm=length, ids=images.ids[rows], generator=generator)
-            found = pgd(
-                model,
-                x,
-                y,
-                norm="l2",
-                eps=length,
-                steps=settings.pgd.steps,
-                step_size=settings.pgd.relative_step * length / settings.pgd.steps,
-                loss=settings.pgd.loss,
-                restarts=settings.pgd.restarts,
-                early_stop=False,
-                ids=images.ids[rows],
-                generator=generator,
-            )
+            ball: Ball = ("l2", length, length)
+            found = pgd_attack(model, ball, settings, x, y, images.ids[rows], generator, early_stop=False)
             made.append(scaled(found, x, _reached(noise.double() - x.double(), length)))
         perturbed = torch.stack(made, 1).contiguous()
         moved = perturbed.double() - x[:, None].double()

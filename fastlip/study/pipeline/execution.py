@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import (
@@ -23,6 +22,7 @@ from rich.text import Text
 from fastlip.study.pipeline.finished_outputs import require_sound
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.next_stage import matching, next_stage
+from fastlip.study.pipeline.numerics import numerics
 from fastlip.study.pipeline.stages import stages
 from fastlip.study.storage.locks import StageLocks
 from fastlip.study.storage.run_directory import RunDirectory
@@ -57,7 +57,6 @@ def execute(
     notify = partial(console.print, markup=False, soft_wrap=True)
     if directory.settings.dataset == "generated":
         console.print(_banner())
-    torch.set_num_threads(directory.machine.threads)
     all_stages = stages(directory, inputs, group)
     chosen = matching(all_stages, only)
     if group.leads:
@@ -74,7 +73,8 @@ def execute(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with numerics(directory.machine), bars:
         whole = bars.add_task("stages", total=len(all_stages), completed=finished, note="")
         while True:
             number = group.broadcast(next_stage(all_stages, chosen, stage_locks, notify) if group.leads else None)

@@ -8,18 +8,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights
 
 from fastlip.data import ImageSet, cifar10_c, generated
-from fastlip.models import imagenet_weights
 from fastlip.study.errors import StudyError, first_line
 from fastlip.study.pipeline.image_sets import GivenImages, unless_new
 from fastlip.study.pipeline.stage import derived_seed
 from fastlip.study.settings.input_paths import InputPaths
 from fastlip.study.settings.measurements import GENERATED_CORRUPTIONS
 from fastlip.study.settings.settings import Settings
+from fastlip.study.training.architectures import check_networks
 from fastlip.study.training.given_checkpoints import given_network
-from fastlip.study.training.source_weights import read_source_weights, require_fit
+from fastlip.study.training.source_weights import (
+    imagenet_name,
+    read_imagenet_weights,
+    read_source_weights,
+    require_fit,
+)
 
 _SOURCE_REMEDY = "give --source-checkpoint FILE with the source's weights or --source-data IMAGES to pre-train on"
 
@@ -31,6 +35,8 @@ class Inputs:
         self.settings = settings
         self.paths = paths
         self._normalization: dict[str, str] = {}
+        #: What the run warns of before it begins, a line for each.
+        self.cautions: list[str] = []
 
     def require_available(self, begun: bool = False) -> None:
         """Raise :class:`StudyError` with status 2 where an input is missing or does not fit the settings.
@@ -64,6 +70,10 @@ class Inputs:
         if wanting:
             ways = " and ".join(dict.fromkeys(filter(None, remedies)))
             raise StudyError("; ".join(wanting) + (f": {ways}" if ways else ""), status=2)
+        if not begun:
+            self.cautions = check_networks(
+                self.settings, self.settings.checkpoints or self.settings.arms, len(self.target_attacked.classes)
+            )
 
     def fingerprints(self) -> dict[str, str]:
         """A fingerprint of each input, which changes with its contents."""
@@ -81,7 +91,7 @@ class Inputs:
         elif self._source:
             prints["source"] = self._source.fingerprint()
         else:
-            prints["source"] = str(ResNet50_Weights.IMAGENET1K_V2) if s.source == "imagenet" else prints["target"]
+            prints["source"] = imagenet_name(s) if s.source == "imagenet" else prints["target"]
         return prints
 
     @property
@@ -92,7 +102,9 @@ class Inputs:
             return f"pre-training on {s.pretrain.images} generated images"
         if self._source:
             return f"pre-training on {s.pretrain.images} images of {self._source.title}"
-        return "torchvision's ImageNet weights" if s.source == "imagenet" else "a checkpoint given on the command line"
+        if s.source == "imagenet":
+            return f"published ImageNet weights ({imagenet_name(s)})"
+        return "a checkpoint given on the command line"
 
     @property
     def corruption_names(self) -> tuple[str, ...]:
@@ -140,7 +152,7 @@ class Inputs:
     def source_weights(self) -> dict[str, Tensor]:
         """The state dict of ImageNet's weights or of the given checkpoint."""
         if self.settings.source == "imagenet":
-            return imagenet_weights()
+            return read_imagenet_weights(self.settings, self.paths.download)
         assert self.paths.source_checkpoint is not None
         return read_source_weights(self.paths.source_checkpoint)
 
@@ -221,7 +233,8 @@ class Inputs:
             return
         self._target.fetch(self.paths.download)
         for arm in () if begun else s.arms:
-            with _setting(f"{arm} has {s.schedule(arm).images} training images"):
+            besides = " that scratch has not" if arm == "disjoint" else ""
+            with _setting(f"{arm} has {s.schedule(arm).images} training images{besides}"):
                 self.target_train(arm)
         with _setting(f"evaluation.clean_images={s.evaluation.clean_images}"):
             _ = self.target_clean
@@ -238,19 +251,10 @@ class Inputs:
                 with _setting(f"--source-data {self.paths.source_data}: pretrain.images={s.pretrain.images}"):
                     _ = self.source_train
         elif s.source == "checkpoint":
-            require_fit(self.source_weights(), s, str(self.paths.source_checkpoint))
+            require_fit(self.source_weights(), s, f"--source-checkpoint {self.paths.source_checkpoint}")
         elif s.source == "imagenet":
-            if s.model != "torchvision:resnet50" or s.stem != "imagenet":
-                raise StudyError(
-                    "ImageNet's weights are those of model=torchvision:resnet50 with stem=imagenet; give --source-data "
-                    "or --source-checkpoint for another",
-                    status=2,
-                )
-            cached = Path(torch.hub.get_dir()) / "checkpoints" / ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]
-            if not self.paths.download and not cached.exists():
-                raise FileNotFoundError(f"no ImageNet weights in {cached.parent}")
-            with unless_new(cached.parent):
-                imagenet_weights()
+            with unless_new(Path(torch.hub.get_dir()) / "checkpoints"):
+                require_fit(self.source_weights(), s, imagenet_name(s))
 
 
 @contextmanager

@@ -149,7 +149,7 @@ class _Measuring:
         """Spectra of the weights, and their distance from the network that training began from, where that is known."""
         classes = len(self.inputs.target_attacked.classes)
         start = {} if model.given else self.networks.untrained(model, classes).state_dict()
-        arrays = spectra.weights(self.networks.trained(model), start)
+        arrays = spectra.weights(self.networks.trained(model), start, self.attacked.pixels.shape[1:])
         write_arrays(self.run.spectra(model.name, "weights"), arrays)
         return f"{len(arrays['layer'])} layers"
 

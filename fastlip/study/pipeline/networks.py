@@ -5,14 +5,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastlip.models import load_backbone, load_checkpoint
+from fastlip.models import Anatomy, load_backbone, load_checkpoint
 from fastlip.study.errors import StudyError
+from fastlip.study.measure import network_parts
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.stage import derived_seed
 from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import AGAIN, damaged
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
-from fastlip.study.training.architectures import build
+from fastlip.study.training.architectures import build, parts
 
 
 class Networks:
@@ -30,13 +31,12 @@ class Networks:
         Raises:
             StudyError: the run's own checkpoint of the source is damaged.
         """
-        s = self.run.settings
-        network = build(s.architecture_of(model.arm), classes, s.stem, derived_seed(model.seed, "weights"))
+        network = build(self.run.settings, model.arm, classes, derived_seed(model.seed, "weights"))
         if model.arm in TRANSFER:
             source = self.run.source_of(model)
             weights = weights_at(self.run.checkpoint(source)) if source else self.inputs.source_weights()
             try:
-                load_backbone(network, weights)
+                load_backbone(network, weights, self.parts(model, network).head)
             except ValueError as error:
                 # Weights given on the command line were checked before anything began.
                 raise damaged(self.run.checkpoint(source or "source"), error) from None
@@ -49,12 +49,16 @@ class Networks:
             StudyError: the checkpoint is damaged or holds another network.
         """
         if self._loaded is None or self._loaded[0] != model.name:
-            s = self.run.settings
-            network = build(s.architecture_of(model.arm), len(self.inputs.target_attacked.classes), s.stem, 0)
+            network = build(self.run.settings, model.arm, len(self.inputs.target_attacked.classes), 0)
             load_into(network, self.run.checkpoint(model.name), model)
+            network_parts.give(network, self.parts(model, network))
             network = network.to(self.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
             self._loaded = (model.name, network)
         return self._loaded[1]
+
+    def parts(self, model: TrainedModel, network: nn.Module) -> Anatomy:
+        """The stages and the head of the network of ``model``."""
+        return parts(self.run.settings, model.arm, network)
 
 
 def load_into(network: nn.Module, path: Path, model: TrainedModel) -> None:

@@ -47,6 +47,8 @@ def run(
         if group.leads:
             inputs.require_available(begun=(out / "config.json").exists())
             notify = partial(console.print, markup=False, soft_wrap=True)
+            for line in inputs.cautions:
+                notify(f"Note: {line}.")
             leading.enter_context(opened(out, settings, inputs.fingerprints(), join, notify))
         # The leader broadcasts once it has checked everything and written the configuration.
         group.broadcast(None)

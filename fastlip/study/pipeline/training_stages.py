@@ -16,7 +16,7 @@ from fastlip.study.pipeline.stage import Stage, derived_seed
 from fastlip.study.settings.training import Schedule
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
-from fastlip.study.training.architectures import build
+from fastlip.study.training.architectures import SOURCE, build, parts
 from fastlip.study.training.process_group import ProcessGroup
 from fastlip.study.training.train import train
 
@@ -55,15 +55,15 @@ class _Training:
 
     def pretrain(self, name: str, seed: int, progress: Progress) -> str:
         s, images = self.run.settings, self.inputs.source_train
-        network = build(s.model, len(images.classes), s.stem, derived_seed(seed, "source weights"))
-        return self._train(name, network, images, s.pretrain, seed, progress)
+        network = build(s, SOURCE, len(images.classes), derived_seed(seed, "source weights"))
+        return self._train(name, network, parts(s, SOURCE, network).head, images, s.pretrain, seed, progress)
 
     def train(self, model: TrainedModel, progress: Progress) -> str:
         network, images = self._untrained(model)
         if model.arm == "lpft":
             load_into(network, self.run.checkpoint(_probe_name(model)), model)
-        names = {"linear": ["network.fc"], "partial": ["network.layer4", "network.fc"]}.get(model.arm)
-        parts = [network.get_submodule(name) for name in names] if names else None
+        found = self.networks.parts(model, network)
+        trained = {"linear": [found.head], "partial": found.tail}.get(model.arm)
         schedule = self.run.settings.schedule(model.arm)
 
         def keep(epoch: int) -> None:
@@ -71,13 +71,13 @@ class _Training:
             if snapshot in self.run.snapshots:
                 self._save(snapshot.name, network, images)
 
-        return self._train(model.name, network, images, schedule, model.seed, progress, parts, keep)
+        return self._train(model.name, network, found.head, images, schedule, model.seed, progress, trained, keep)
 
     def probe(self, model: TrainedModel, progress: Progress) -> str:
         """Train the head alone, the first half of LP-FT (Kumar et al. 2022)."""
         network, images = self._untrained(model)
-        head, schedule = network.get_submodule("network.fc"), self.run.settings.finetune
-        return self._train(_probe_name(model), network, images, schedule, model.seed, progress, [head])
+        head, schedule = self.networks.parts(model, network).head, self.run.settings.finetune
+        return self._train(_probe_name(model), network, head, images, schedule, model.seed, progress, [head])
 
     def _untrained(self, model: TrainedModel) -> tuple[nn.Sequential, ImageSet]:
         """The network that an arm starts from, and its training images."""
@@ -88,11 +88,12 @@ class _Training:
         self,
         name: str,
         network: nn.Module,
+        head: str,
         images: ImageSet,
         schedule: Schedule,
         seed: int,
         progress: Progress,
-        parts: list[nn.Module] | None = None,
+        trained: list[str] | None = None,
         keep: Callable[[int], None] | None = None,
     ) -> str:
         state, machine = self.run.training_state(name), self.run.machine
@@ -106,7 +107,8 @@ class _Training:
             state_path=state,
             save_seconds=self.run.settings.save_seconds,
             progress=progress,
-            parts=parts,
+            head=network.get_submodule(head),
+            parts=None if trained is None else [network.get_submodule(name) for name in trained],
             keep=keep,
             group=self.group,
             compiled=machine.compiled,

@@ -4,9 +4,11 @@ Every function here raises :class:`StudyError` with status 2 where a setting is 
 """
 
 import dataclasses
+import difflib
 import math
 import re
 
+from fastlip.models import SCALES, STEMS
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.attacks import GaussianSettings, PgdSettings, SmallestSettings, StrongSuiteSettings
 from fastlip.study.settings.measurements import (
@@ -40,12 +42,23 @@ def check_arms(arms: tuple[str, ...], checkpoints: tuple[str, ...]) -> None:
 
 
 def check_images(dataset: str, source: str, image_size: int) -> None:
-    resized = dataset == "folder" or dataset.startswith("hf:")
+    """Check what can be said before ``--target`` is known; :func:`check_image_size` goes on."""
     for name, value, others in (("dataset", dataset, ()), ("source", source, ("imagenet", "checkpoint"))):
         known = ("generated", *NAMED, "folder", *others)
         need(value in known or (len(value) > 3 and value.startswith("hf:")), name, f"{', '.join(known)} or hf:NAME")
     need(image_size > 7, "image_size", "must be at least 8")
+
+
+def check_image_size(dataset: str, image_size: int) -> None:
+    resized = dataset == "folder" or dataset.startswith("hf:")
     need(resized or image_size == 32, "image_size", f"{dataset} has images of 32x32; scale enlarges them in the model")
+
+
+def check_model(stem: str, scale: int, weights: str, source: str) -> None:
+    close = difflib.get_close_matches(stem, STEMS, n=1)
+    need(stem in STEMS, "stem", f"choose from {', '.join(STEMS)}" + (f"; did you mean {close[0]}?" if close else ""))
+    need(scale in SCALES, "scale", f"choose from {', '.join(map(str, SCALES))}")
+    need(not weights or source == "imagenet", "weights", "names published ImageNet weights, which are not the source")
 
 
 def check_schedule(schedule: Schedule, name: str) -> None:
@@ -57,6 +70,8 @@ def check_schedule(schedule: Schedule, name: str) -> None:
     need(schedule.weight_decay >= 0 and schedule.crop >= 0, name, "weight_decay and crop must be at least 0")
     need(0 <= schedule.momentum < 1, f"{name}.momentum", "must lie in [0, 1)")
     need(0 <= schedule.label_smoothing < 1, f"{name}.label_smoothing", "must lie in [0, 1)")
+    need(schedule.cutout >= 0, f"{name}.cutout", "must be at least 0")
+    need(0 <= schedule.averaging < 1, f"{name}.averaging", "must lie in [0, 1)")
     kept = schedule.snapshots
     need(len(set(kept)) == len(kept), f"{name}.snapshots", "name each epoch once")
     need(all(0 < e < schedule.epochs for e in kept), f"{name}.snapshots", f"epochs from 1 to {name}.epochs - 1")

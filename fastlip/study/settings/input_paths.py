@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastlip.study.errors import StudyError
-from fastlip.study.settings.checks import NAMED
+from fastlip.study.settings.checks import NAMED, check_image_size
 from fastlip.study.settings.settings import Settings
 
 _HUGGING_FACE = "hf:"
@@ -17,7 +17,8 @@ class InputPaths:
 
     Attributes:
         data: folder that holds the files of CIFAR-10, CIFAR-100 and SVHN.
-        source_checkpoint: weights under torchvision's names, in safetensors or a torch file (its code is not executed).
+        source_checkpoint: weights under the network's own names, in safetensors or a torch file (its code is not
+            executed).
         source_data: images to pre-train the source on, named as ``target`` is.
         corruptions: folder with the files of CIFAR-10-C.
         download: whether missing files may be downloaded.
@@ -41,6 +42,9 @@ def resolve_source(settings: Settings, paths: InputPaths) -> Settings:
     Raises:
         StudyError: files are given for a preset that generates its images, or two of them do not go together.
     """
+    if paths.target is not None and settings.dataset != "generated":
+        settings = replace(settings, dataset=dataset_of(paths.target, "--target"))
+    check_image_size(settings.dataset, settings.image_size)
     if settings.dataset == "generated":
         if paths.source_checkpoint or paths.source_data or paths.data or paths.corruptions or paths.target:
             raise StudyError(
@@ -49,8 +53,6 @@ def resolve_source(settings: Settings, paths: InputPaths) -> Settings:
                 status=2,
             )
         return settings
-    if paths.target is not None:
-        settings = replace(settings, dataset=dataset_of(paths.target, "--target"))
     if paths.corruptions:
         if settings.dataset != "cifar10":
             raise StudyError("--corruptions holds CIFAR-10-C's files, which are for --target cifar10", status=2)

@@ -56,7 +56,8 @@ class Settings:
         precision: "auto", "float32" or "bfloat16", of the matrix products in training; attacks and reported
             predictions are in float32.
         compile: whether training compiles the network: "auto" (on a GPU), "on" or "off".
-        threads: CPU threads; 0 takes torch's default.
+        threads: CPU threads; 0 takes as many as are free: the cores that this process may use, within the limits of its
+            affinity, its control groups and OMP_NUM_THREADS.
         save_seconds: time between two saves of a training run in progress.
         examples: number of test images shown in the report.
         gaussian: noise at fixed strengths.
@@ -118,6 +119,7 @@ class Settings:
         need(not self.checkpoints or self.seeds == 1, "seeds", "checkpoints are measured once: leave it at 1")
         checks.check_images(self.dataset, self.source, self.image_size)
         normalization.statistics(self.normalize, self.dataset)
+        checks.check_model(self.stem, self.scale, self.weights, self.source)
         need((self.dataset == "generated") == (self.source == "generated"), "source", "generated images go together")
         need(self.seeds > 0 and self.seed >= 0, "seeds", "seeds must be at least 1 and seed at least 0")
         need(self.threads >= 0, "threads", "must be at least 0")

@@ -140,7 +140,8 @@ class WeightSpectrum(TypedDict):
 
     ``profile`` holds the singular values divided by the largest at eleven equally spaced ranks, including the first and
     the last. ``distance`` is ||W - W0|| / ||W0||, where W0 is the source's weight for transfer arms and the initial
-    random weight for the others. It is None for a head, which the source does not have.
+    random weight for the others. It is None for a head, which the source does not have. ``dead_taps`` is the share of a
+    convolution's taps that lie beyond its input at every position; they are left out of all other numbers.
     """
 
     layer: str
@@ -149,6 +150,7 @@ class WeightSpectrum(TypedDict):
     stable_rank: float
     effective_rank: float
     distance: float | None
+    dead_taps: float
     profile: list[float]
 
 
@@ -321,11 +323,11 @@ class Point(TypedDict):
 class Comparison(TypedDict):
     """Two models of one seed compared on the same images: ``arm`` minus ``against``.
 
-    Log smallest distortion: mean of the differences of natural logarithms over the images that both classify correctly,
-    censored at the search's ceiling; the interval resamples images. Log ratio (smallest adversarial over smallest
-    Gaussian distortion): median over these images, with an interval between order statistics that holds whatever the
-    censored values are. Accuracy under PGD is relative to clean accuracy, over all attacked images; clean accuracy is
-    over all clean ones.
+    Log smallest distortion: mean of the differences of natural logarithms, censored at the search's ceiling, over the
+    images that both classify correctly, with Student's t interval over images. Log ratio (smallest adversarial over
+    smallest Gaussian distortion): median over these images, with an interval between order statistics that holds
+    whatever the censored values are. Accuracy under PGD is relative to clean accuracy, over all attacked images, with a
+    bootstrap interval; clean accuracy is over all clean images, with Student's t interval.
 
     ``seed`` is None for all seeds together: an image counts once, with its median (log ratio) or mean (clean accuracy)
     over seeds.

@@ -1,41 +1,86 @@
-"""The network architectures of the study."""
+"""The networks of the study: each arm's, by the settings, and their parts."""
 
-from collections import OrderedDict
+from collections.abc import Sequence
 
-import torch
 from torch import nn
 
-from fastlip.models import Normalize, resnet18, resnet50
+from fastlip.models import Anatomy, anatomy, build_model, dead_share, live_taps
+from fastlip.study.errors import StudyError, first_line
+from fastlip.study.settings.settings import Settings
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def build(architecture: str, classes: int, stem: str, seed: int) -> nn.Sequential:
-    """A network of the study with random initial weights."""
-    kind, _, name = architecture.partition(":")
-    if kind == "torchvision":
-        make = {"resnet50": resnet50, "resnet18": resnet18}[name]
-        return make(classes, stem="cifar" if stem == "cifar" else "imagenet", seed=seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = _small(name, classes)
-    return nn.Sequential(OrderedDict(normalize=Normalize(_MEAN, _STD), network=network))
+#: What stands for an arm where the source's network is meant.
+SOURCE = "source"
 
 
-def _small(name: str, classes: int) -> nn.Sequential:
-    """A small reference for images of 3x32x32, its head named "fc"."""
-    if name == "softmax":
-        parts: list[nn.Module] = [nn.Flatten()]
-        width = 3072
-    elif name == "mlp":
-        parts = [nn.Flatten(), nn.Linear(3072, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU()]
-        width = 512
-    else:
-        parts, width = [], 3
-        for channels in (32, 64, 128):
-            parts += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-            width = channels
-        parts += [nn.Flatten(), nn.Linear(2048, 256), nn.ReLU()]
-        width = 256
-    named = {str(i): part for i, part in enumerate(parts)}
-    return nn.Sequential(OrderedDict(named | {"fc": nn.Linear(width, classes)}))
+def build(settings: Settings, arm: str, classes: int, seed: int) -> nn.Sequential:
+    """The network of an arm, of a checkpoint or of the source, with random initial weights, on the CPU.
+
+    Raises:
+        StudyError: there is no such network, or the stem, the scale or the image size does not fit it.
+    """
+    spec = _architecture(settings, arm)
+    own = not spec.startswith("fastlip:")  # the small references take images as they are
+    try:
+        return build_model(
+            spec,
+            classes,
+            image_size=settings.image_size,
+            stem=settings.stem if own else "imagenet",
+            scale=settings.scale if own else 1,
+            seed=seed,
+        )
+    except (ValueError, ImportError) as error:
+        raise StudyError(f"--model {spec}: {first_line(error)}", status=2) from None
+
+
+def parts(settings: Settings, arm: str, network: nn.Module) -> Anatomy:
+    """The stages and the head of a network of :func:`build`, found or as the settings name them.
+
+    Raises:
+        StudyError: the settings name modules that it has not, or it has no head that can be found.
+    """
+    spec = _architecture(settings, arm)
+    named = spec == settings.model
+    try:
+        return anatomy(
+            network,
+            image_shape(settings),
+            settings.stages if named else (),
+            settings.head if named else "",
+        )
+    except ValueError as error:
+        raise StudyError(f"--model {spec}: {first_line(error)}", status=2) from None
+
+
+def image_shape(settings: Settings) -> tuple[int, int, int]:
+    """[C, H, W] of one image."""
+    return 3, settings.image_size, settings.image_size
+
+
+def check_networks(settings: Settings, arms: Sequence[str], classes: int) -> list[str]:
+    """Build the networks of ``arms``, each once, and return what is to be warned of, a line for each.
+
+    Raises:
+        StudyError: one of them cannot be built, or its parts cannot be found.
+    """
+    found = []
+    first = {_architecture(settings, arm): arm for arm in reversed(arms)}
+    for spec, arm in first.items():
+        network = build(settings, arm, classes, 0)
+        parts(settings, arm, network)
+        live = live_taps(network, image_shape(settings))
+        dead = dead_share(live, network)
+        if dead > 0:
+            worst = min(live, key=lambda name: live[name].double().mean().item())
+            taps = live[worst]
+            found.append(
+                f"{spec} with stem={settings.stem} and scale={settings.scale}: on images of {settings.image_size} x "
+                f"{settings.image_size}, {dead:.1%} of the convolutions' weights never touch the input (in "
+                f"{worst.removeprefix('network.')} {taps.numel() - int(taps.sum())} of {taps.numel()} taps); another "
+                "stem or a larger scale uses them"
+            )
+    return found
+
+
+def _architecture(settings: Settings, arm: str) -> str:
+    return settings.model if arm == SOURCE else settings.architecture_of(arm)

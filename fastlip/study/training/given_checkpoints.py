@@ -42,10 +42,7 @@ def given_network(settings: Settings, name: str, path: Path, classes: int) -> tu
     """
     model = settings.architecture_of(name)
     where = f"--checkpoint {name}={path}"
-    try:
-        network = build(model, classes, settings.stem, 0)
-    except (ValueError, ImportError) as error:
-        raise StudyError(f"--model {model}: {first_line(error)}", status=2) from None
+    network = build(settings, name, classes, 0)
     bare = network.get_submodule("network")
     wanted = bare.state_dict()
     given, own = _unwrapped(read_state_dict(path, where), wanted)

@@ -36,5 +36,5 @@ def test_titles_name_network_training_and_seed(micro):
 
 def test_a_checkpoint_is_called_by_its_name(micro):
     settings = dataclasses.replace(micro, arms=(), checkpoints=("tuned",))
-    assert model_title(settings, TrainedModel("tuned", 0)) == "tuned"
-    assert TrainedModel("tuned", 0).name == "tuned"
+    assert model_title(settings, TrainedModel("tuned", 0, given=True)) == "tuned"
+    assert TrainedModel("tuned", 0, given=True).name == "tuned"

@@ -1,139 +1,248 @@
-"""The rules of the verdicts on synthetic results, with and without the effects that they are to find."""
+"""The rules of the verdicts on synthetic results: what each number decides, and what the answer says."""
+
+import dataclasses
+import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from fastlip.study.analysis.answers import fraction
 from fastlip.study.analysis.statistics import proportion
 from fastlip.study.analysis.verdicts import QUESTIONS, verdicts
-from fastlip.study.settings import presets
 from fastlip.study.settings.rules import Rules, rules_in_words
-from fastlip.study.settings.training import TRANSFER
+from fastlip.study.settings.training import REFERENCES
 
-RULES = Rules(resamples=500)
+RULES = Rules(resamples=200)
+MARGIN = math.log(RULES.ratio_margin)
 
 
-def model(arm, seed, *, ratios=(0.01,) * 60):
+def estimate(value, half=0.0, n=60):
+    low, high = (None, None) if value is None else (value - half, value + half)
+    return {"n": n, "value": value, "low": low, "high": high, "confidence": 0.95}
+
+
+def model(arm, seed=0, *, role=None, ratio=0.03):
     """The part of a model's results that the rules read."""
     return {
         "name": f"{arm}-s{seed}",
+        "title": f"{arm}, seed {seed}",
         "arm": arm,
+        "role": role or ("reference" if arm in REFERENCES else "transfer" if arm == "finetune" else "scratch"),
         "seed": seed,
-        "ratio_share": proportion(np.array(ratios) <= RULES.ratio, 0.95),
+        "ratio_median": estimate(ratio, 0.001),
+        "flat_boundary": {"dimensions": 3072, "directions": 4, "ratio": 0.0187},
     }
 
 
-def verdict(models, number):
-    return verdicts(models, [], [], RULES)[number - 1]["verdict"]
+def compared(arm, against, measure, values, half=0.01):
+    """A comparison of each seed, and of all where there are several."""
+    rows = [
+        {"arm": arm, "against": against, "seed": i, "measure": measure, "difference": estimate(v, half)}
+        for i, v in enumerate(values)
+    ]
+    if len(values) > 1 and measure in ("log ratio", "clean accuracy"):
+        whole = None if None in values else sum(values) / len(values)
+        rows.append(rows[0] | {"seed": None, "difference": estimate(whole, half)})
+    return rows
 
 
-@pytest.mark.parametrize(("number", "arm"), [(1, "scratch"), (2, "finetune")])
+def asked(models, comparisons=(), points=(), transfer=(), rules=RULES, one_source=True):
+    return verdicts(models, list(comparisons), list(points), list(transfer), rules, one_source=one_source)
+
+
+def ratios(differences, gain=0.2, *, half=0.05, seeds=1, arm="scratch", references=REFERENCES, rules=RULES):
+    """The answer to question 1 or 2 with these differences of log ratios from each reference."""
+    models = [model(a, k) for a in (*references, arm) for k in range(seeds)]
+    rows = compared(arm, "softmax", "clean accuracy", [gain] * seeds)
+    for name, d in zip(references, differences, strict=True):
+        rows += compared(arm, name, "log ratio", [d] * seeds, half)
+    return asked(models, rows, rules=rules)[1 if arm == "finetune" else 0]
+
+
+@pytest.mark.parametrize("arm", ["scratch", "finetune"])
 @pytest.mark.parametrize(
-    ("small", "of", "expected"),
+    ("differences", "expected"),
     [
-        (60, 60, "supported"),
-        (36, 36, "supported"),
-        (35, 35, "undetermined"),  # 0.025 ** (1 / 35) < 0.9: too few images to say so even if all agree
-        (30, 60, "contradicted"),
-        (54, 60, "undetermined"),
-        (0, 0, "undetermined"),
+        ([0.0, 0.0, 0.0, 0.0], "supported"),
+        ([-3.0, 0.1, 0.0, -1.0], "supported"),
+        ([0.0, 0.0, 0.0, MARGIN - 0.04], "undetermined"),  # one upper limit is above the margin
+        ([0.0, 0.0, 0.0, 1.0], "undetermined"),
+        ([1.0, 1.0, 1.0, 0.3], "contradicted"),
+        ([1.0, 1.0, 1.0, MARGIN + 0.04], "undetermined"),
+        ([0.0, 0.0, 0.0, None], "undetermined"),
     ],
 )
-def test_questions_1_and_2_by_the_share_of_small_ratios(number, arm, small, of, expected):
-    models = [model(arm, 0, ratios=[0.05] * small + [0.5] * (of - small))]
-    assert verdict(models, number) == expected
-    assert verdict(models, 3 - number) == "undetermined"  # the other arm is not there
+def test_questions_1_and_2_by_the_limits_beside_every_reference(arm, differences, expected):
+    assert ratios(differences, arm=arm)["verdict"] == expected
 
 
-def test_a_ratio_of_an_image_on_which_nothing_was_found_is_not_small():
-    assert verdict([model("scratch", 0, ratios=[np.inf] * 60)], 1) == "contradicted"
+@pytest.mark.parametrize(("gain", "expected"), [(0.07, "supported"), (0.055, "undetermined"), (-0.3, "undetermined")])
+def test_only_what_is_more_than_a_linear_model_speaks_about_deep_networks(gain, expected):
+    for differences in ([0.0] * 4, [1.0] * 4):
+        answer = ratios(differences, gain)
+        assert answer["verdict"] == (expected if differences[0] == 0 or expected == "undetermined" else "contradicted")
+        assert ("linear model" in answer["headline"]) == (expected == "undetermined")
 
 
-def test_seeds_that_disagree_determine_nothing_and_are_said_to():
-    models = [model("scratch", 0), model("scratch", 1, ratios=[0.5] * 60)]
-    answer = verdicts(models, [], [], RULES)[0]
+def test_without_softmax_regression_the_question_says_which_arms_to_add():
+    answer = ratios([0.0], references=("resnet18",))
     assert answer["verdict"] == "undetermined"
-    assert "disagree" in answer["because"]
+    assert answer["change"] == "Add the arms softmax, mlp and convnet."
+    alone = asked([model("scratch")])[0]
+    assert alone["verdict"] == "undetermined"
+    assert alone["change"] == "Add the arms softmax, mlp, convnet and resnet18."
+    assert "a flat boundary alone makes them small" in alone["because"]
 
 
-def test_a_seed_that_cannot_be_told_determines_nothing():
-    models = [model("scratch", 0), model("scratch", 1, ratios=[0.05] * 54 + [0.5] * 6)]
-    answer = verdicts(models, [], [], RULES)[0]
-    assert answer["verdict"] == "undetermined"
-    assert "interval contains" in answer["because"]
+def test_the_other_arm_is_not_asked_about():
+    answer = asked([model("scratch")])[1]
+    assert (answer["verdict"], answer["change"]) == ("undetermined", "Train the arm finetune.")
 
 
-def pairs(seeds, distortion, accuracy):
-    """Comparisons of fine-tuned and scratch models that differ by the given amounts with some noise between seeds."""
-    rng = np.random.default_rng(0)
-    found = []
-    for seed in range(seeds):
-        for measure, value, spread in (
-            ("median smallest distortion", distortion, 1e-4),
-            ("accuracy under PGD", accuracy, 0.01),
-        ):
-            difference = estimate(None if value is None else value + spread * rng.normal())
-            found.append({"arm": "finetune", "seed": seed, "measure": measure, "difference": difference})
-            # Another arm's differences are not read.
-            found.append({"arm": "linear", "seed": seed, "measure": measure, "difference": estimate(-1.0)})
-    return found
-
-
-def estimate(value):
-    return {"n": 60, "value": value, "low": None, "high": None, "confidence": 0.95}
-
-
-def pretraining(comparisons):
-    return verdicts([], comparisons, [], RULES)[2]
+def test_the_headline_says_the_ratios_as_a_person_would():
+    models = [model("scratch", ratio=0.0333), model("softmax", ratio=0.0294), model("mlp", ratio=0.5)]
+    models[0]["title"] = "ResNet-50, from scratch, seed 0"
+    rows = [r for name in ("softmax", "mlp") for r in compared("scratch", name, "log ratio", [0.0])]
+    answer = asked(models, rows + compared("scratch", "softmax", "clean accuracy", [0.2]))[0]
+    assert answer["headline"] == (
+        "ResNet-50 (from scratch) is fooled by a thirtieth of the noise it withstands; softmax by a thirty-fourth of "
+        "it and mlp by half of it."
+    )
 
 
 @pytest.mark.parametrize(
-    ("seeds", "distortion", "accuracy", "expected"),
+    ("ratio", "words"),
     [
-        (5, 0.004, 0.2, "supported"),
-        (5, -0.004, -0.2, "contradicted"),
-        (5, 0.004, -0.2, "undetermined"),
-        (5, 0.0, 0.0, "undetermined"),
-        (2, 0.004, 0.2, "undetermined"),
-        (1, 0.004, 0.2, "undetermined"),
-        (0, 0.004, 0.2, "undetermined"),
+        (1 / 3, "a third of"),
+        (1 / 8, "an eighth of"),
+        (1 / 11, "an eleventh of"),
+        (1 / 20, "a twentieth of"),
+        (1 / 81, "an eighty-first of"),
+        (0.001, "1/1000 of"),
+        (0.9, "0.9 times"),
+        (3.0, "3 times"),
     ],
 )
-def test_question_3_by_differences_over_seeds(seeds, distortion, accuracy, expected):
-    assert pretraining(pairs(seeds, distortion, accuracy))["verdict"] == expected
+def test_fractions_in_words(ratio, words):
+    assert fraction(ratio) == words
 
 
-def test_one_seed_says_why_it_determines_nothing():
-    answer = pretraining(pairs(1, 0.01, 0.2))
-    assert "1 of the 3 needed" in answer["because"]
-    assert answer["statistics"][0]["estimate"]["low"] is None
+@pytest.mark.parametrize(("ratio", "what"), [(None, "a perturbation"), (0.0, "noise of any strength")])
+def test_a_ratio_that_is_not_known_is_not_made_up(ratio, what):
+    answer = asked([model("scratch", 0), model("scratch", 1, ratio=ratio)])[0]
+    assert answer["headline"].startswith(f"Scratch: {what} that changes the decision was found for less than half")
+    assert answer["statistics"][0]["estimate"]["value"] == ratio
 
 
-def test_declared_comparisons_are_corrected_together():
-    statistics = pretraining(pairs(5, 0.004, 0.2))["statistics"]
-    first, second = sorted(statistics, key=lambda s: s["p"])
-    assert first["p_holm"] == pytest.approx(6 * first["p"])  # the four of question 4 could not be made, and count
-    assert second["p_holm"] == pytest.approx(max(5 * second["p"], first["p_holm"]))
-    for s in statistics:
-        assert (s["estimate"]["low"] > 0) == (s["p_holm"] <= 0.05)
+def test_from_three_seeds_on_the_seeds_must_agree_too():
+    # Every image counts once in the narrow interval of all seeds, but the seeds are far apart.
+    models = [model(a, k) for a in ("softmax", "scratch") for k in range(3)]
+    gain = compared("scratch", "softmax", "clean accuracy", [0.2] * 3)
+    for spread, expected in ((0.01, "supported"), (0.2, "undetermined")):
+        rows = compared("scratch", "softmax", "log ratio", [-spread, 0.0, spread])
+        answer = asked(models, rows + gain)[0]
+        assert answer["verdict"] == expected
+        assert "over 3 seeds" in answer["because"]
+    two = [m for m in models if m["seed"] < 2]
+    rows = compared("scratch", "softmax", "log ratio", [-0.2, 0.2])
+    answer = asked(two, rows + compared("scratch", "softmax", "clean accuracy", [0.2] * 2))[0]
+    assert answer["verdict"] == "supported"
+    assert "about these 2 models" in answer["because"]
 
 
-def test_a_seed_whose_median_is_censored_is_not_left_out():
-    found = pairs(5, 0.004, 0.2)
-    found[0]["difference"] = estimate(None)
-    answer = pretraining(found)
+def test_transfer_and_the_flat_boundary_stand_beside_the_ratios_untested():
+    def row(source, disjoint, fooled, noise):
+        one, other = (proportion(np.arange(50) < k, 0.95) for k in (fooled, noise))
+        who = {"source": source, "target": "scratch-s0", "strength": 0.5, "disjoint": disjoint}
+        return who | {"fooled": one, "noise": other}
+
+    rows = [row("mlp-s0", False, 20, 1), row("softmax-s0", False, 10, 3), row("disjoint-s0", True, 5, 2)]
+    rows += [row("scratch-s0", False, 50, 2)]  # its own examples are no transfer
+    statistics = asked([model("scratch")], transfer=rows)[0]["statistics"]
+    values = {s["name"]: s["estimate"]["value"] for s in statistics}
+    assert values["ratio of a flat boundary in 3,072 dimensions with 4 directions (predicted)"] == 0.0187
+    assert values["share fooled by perturbations made for other models, L2 norm 0.5"] == pytest.approx(0.3)
+    assert values["share fooled by noise of the same norm, beside other models, L2 norm 0.5"] == pytest.approx(0.04)
+    assert values["share fooled by perturbations made for models trained on disjoint images, L2 norm 0.5"] == 0.1
+    assert all(s["p"] is None for s in statistics)
+
+
+def rises(distortion, accuracy, *, seeds=5, spread=0.005, matched=None, **options):
+    """The answer to question 3 with these mean differences from scratch, and from the matched arm if it is there."""
+    wave = spread * np.resize([-1.0, 1.0, 0.5, -0.5, 0.0], seeds)
+    baselines = {"scratch": (distortion, accuracy)} | ({} if matched is None else {"matched": matched})
+    models = [model(arm, k) for arm in (*baselines, "finetune") for k in range(seeds)]
+    rows = []
+    for name, (d, a) in baselines.items():
+        distances = [None if d is None else float(d + w) for w in wave]
+        rows += compared("finetune", name, "log smallest distortion", distances)
+        rows += compared("finetune", name, "relative accuracy under PGD", [float(a + w) for w in wave])
+        rows += compared("linear", name, "log smallest distortion", [-1.0] * seeds)  # another arm is not read
+    return asked(models, rows, **options)[2]
+
+
+@pytest.mark.parametrize(
+    ("distortion", "accuracy", "expected"),
+    [
+        (0.3, 0.2, "supported"),
+        (0.05, 0.02, "supported"),
+        (-0.3, -0.2, "contradicted"),
+        (0.0, 0.0, "contradicted"),
+        (0.3, 0.0, "undetermined"),
+        (0.0, 0.2, "undetermined"),
+        (-0.3, 0.2, "undetermined"),
+        (None, 0.2, "undetermined"),
+    ],
+)
+def test_question_3_by_both_differences_over_seeds(distortion, accuracy, expected):
+    assert rises(distortion, accuracy)["verdict"] == expected
+
+
+def test_wide_intervals_determine_nothing():
+    assert rises(0.05, 0.02, spread=0.2)["verdict"] == "undetermined"
+
+
+@pytest.mark.parametrize(
+    ("matched", "expected"), [((0.3, 0.2), "supported"), ((0.0, 0.0), "contradicted"), ((0.3, 0.0), "undetermined")]
+)
+def test_compute_matched_scratch_must_be_surpassed_too(matched, expected):
+    answer = rises(0.3, 0.2, matched=matched)
+    assert answer["verdict"] == expected
+    assert "Compute was not matched" not in answer["because"]
+    assert "with the same compute" in answer["headline"]
+    assert len(answer["statistics"]) == 4
+
+
+def test_what_the_claim_is_about_is_said():
+    assert "All seeds share one source" in rises(0.3, 0.2)["because"]
+    assert "All seeds share one source" not in rises(0.3, 0.2, one_source=False)["because"]
+    assert "Compute was not matched" in rises(0.3, 0.2)["because"]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_few_seeds_say_why_they_determine_nothing(seeds):
+    answer = rises(0.3, 0.2, seeds=seeds)
     assert answer["verdict"] == "undetermined"
-    assert "1 of 5 seeds" in answer["because"]
+    assert f"{seeds} of the 3 needed" in answer["because"]
     assert answer["statistics"][0]["p"] is None
 
 
-def points(slope, *, runs=12, cases=("scratch", "finetune"), noise=0.1):
-    """Runs with two snapshots and an end each, distortion following the constants by ``slope`` plus noise."""
+def test_question_3_states_students_test():
+    answer = rises(0.05, 0.02, spread=0.1)
+    values = 0.05 + 0.1 * np.array([-1.0, 1.0, 0.5, -0.5, 0.0])
+    assert answer["statistics"][0]["p"] == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
+    assert answer["headline"].startswith("The fine-tuned network takes 1.05 times as much perturbation to fool")
+
+
+def points(slope, *, runs=16, arms=("scratch", "finetune"), noise=0.1, reliability=0.9, epochs=(None,)):
+    """Runs whose distortion follows their constants by ``slope`` plus noise."""
     rng = np.random.default_rng(2)
     found = []
-    for arm in cases:
+    for arm in arms:
         for seed in range(runs):
             x = rng.normal()
-            for epoch in (1, 2, None):
+            for epoch in epochs:
                 near = x + 0.05 * rng.normal()
                 found.append(
                     {
@@ -141,75 +250,122 @@ def points(slope, *, runs=12, cases=("scratch", "finetune"), noise=0.1):
                         "arm": arm,
                         "seed": seed,
                         "epoch": epoch,
-                        "accuracy": proportion(np.ones(10, dtype=bool), 0.95),
-                        "median": 0.1 + 0.01 * (slope * near + noise * rng.normal()),
-                        "stretch": 5 + near,
-                        "log10_upper": 20 + near,
+                        "accuracy": {"value": 0.5 + 0.01 * rng.normal()},
+                        "log10_distortion": -2 + 0.01 * (slope * near + noise * rng.normal()),
+                        "reliability": reliability,
+                        "log10_constant": 12 + near,
+                        "log10_stretch": 1 + near,
+                        "log10_upper": 13 + rng.normal(),
                     }
                 )
     return found
 
 
-@pytest.mark.parametrize(("slope", "expected"), [(-1, "supported"), (1, "supported"), (0, "undetermined")])
-def test_question_4_by_rank_correlation(slope, expected):
-    assert verdicts([], [], points(slope, noise=0.1 if slope else 1.0), RULES)[3]["verdict"] == expected
+LARGE = [model("scratch"), model("finetune")]
 
 
-@pytest.mark.slow
-def test_six_runs_without_a_correlation_are_hardly_ever_given_one():
-    # Both constants follow each other, and the snapshots of a run each other: nothing but the number of runs is left.
-    rng = np.random.default_rng(5)
-    found = []
-    for _ in range(30):
-        null = points(0, runs=6, noise=0.0)
-        level = {run: rng.normal() for run in sorted({p["run"] for p in null})}
-        constant = {run: rng.normal() for run in level}
-        for p in null:
-            p["median"] = 0.1 + 0.01 * (level[p["run"]] + 0.1 * rng.normal())
-            p["log10_upper"], p["stretch"] = 20 + constant[p["run"]], 5 + constant[p["run"]] + 0.1 * rng.normal()
-        found.append(verdicts([], [], null, Rules(resamples=400))[3]["verdict"])
-    assert found.count("supported") <= 1
-    assert found.count("contradicted") == 0
+def correlation(rows, rules=RULES):
+    return asked(LARGE, points=rows, rules=rules)[3]
 
 
-def test_question_4_can_be_contradicted():
-    assert verdicts([], [], points(0, runs=400, noise=1.0), RULES)[3]["verdict"] == "contradicted"
+@pytest.mark.parametrize(("slope", "words"), [(-1.0, "withstand less"), (1.0, "withstand more")])
+def test_question_4_by_rank_correlation(slope, words):
+    answer = correlation(points(slope))
+    assert answer["verdict"] == "supported"
+    assert words in answer["headline"]
+    assert all(s["p"] <= 0.05 for s in answer["statistics"] if "rank" in s["name"])
 
 
-def test_question_4_wants_both_cases_to_agree():
-    mixed = points(1, cases=("scratch",)) + points(-1, cases=("finetune",))
-    assert verdicts([], [], mixed, RULES)[3]["verdict"] == "undetermined"
+def test_unrelated_runs_contradict_where_there_are_enough():
+    assert correlation(points(0.0, runs=60, noise=1.0))["verdict"] == "contradicted"
+    assert correlation(points(0.8, runs=14, noise=1.0))["verdict"] == "undetermined"
 
 
-def test_question_4_counts_runs_and_not_their_snapshots():
-    answer = verdicts([], [], points(1, runs=5), RULES)[3]
+def test_question_4_wants_both_arms_to_agree():
+    mixed = points(1.0, arms=("scratch",)) + points(-1.0, arms=("finetune",))
+    assert correlation(mixed)["verdict"] == "undetermined"
+
+
+def test_arms_are_never_pooled():
+    # In each arm nothing is related; the arms differ in both.
+    rows = points(0.0, runs=14, noise=1.0)
+    for p in rows:
+        if p["arm"] == "finetune":
+            p["log10_constant"] += 10
+            p["log10_stretch"] += 10
+            p["log10_distortion"] += 1
+    answer = correlation(rows)
+    assert answer["verdict"] != "supported"
+    assert all(abs(s["estimate"]["value"]) < 0.6 for s in answer["statistics"] if "rank" in s["name"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"runs": 5}, "5 runs"),
+        ({"runs": 1}, "1 run "),
+        ({"reliability": 0.2}, "reliability 0.20"),
+        ({"reliability": None}, "unknown reliability"),
+    ],
+)
+def test_question_4_says_where_it_cannot_be_answered(changes, reason):
+    answer = correlation(points(-1.0, **changes))
     assert answer["verdict"] == "undetermined"
-    assert "5 from scratch" in answer["because"]
+    assert reason in answer["because"]
+    assert answer["headline"].startswith("These runs cannot say")
 
 
-@pytest.mark.parametrize(("small", "of"), [(60, 60), (97, 100)])
-def test_a_verdict_says_what_would_change_it(small, of):
-    answer = verdicts([model("scratch", 0, ratios=[0.05] * small + [0.5] * (of - small))], [], [], RULES)[0]
-    spare = int(answer["change"].split("with ")[1].split()[0])
-    for lost, expected in ((spare - 1, "supported"), (spare, "undetermined")):
-        left = small - lost
-        assert verdict([model("scratch", 0, ratios=[0.05] * left + [0.5] * (of - left))], 1) == expected
+def test_final_models_alone_count_where_there_are_enough():
+    # The snapshots would turn the sign around.
+    rows = points(-1.0) + [p | {"epoch": 1, "log10_distortion": 5 + p["log10_constant"]} for p in points(1.0)]
+    answer = correlation(rows)
+    assert answer["verdict"] == "supported"
+    assert "(16 points)" in answer["statistics"][0]["name"]
+
+
+def test_with_fewer_runs_their_snapshots_are_correlated_partially():
+    answer = correlation(points(-1.0, runs=5, epochs=(1, 2, None)))
+    assert "partial on epoch and accuracy (15 points)" in answer["statistics"][0]["name"]
+    assert answer["statistics"][0]["estimate"]["n"] == 5
+
+
+def test_a_run_without_a_number_is_not_left_out():
+    rows = points(-1.0)
+    rows[0]["log10_stretch"] = None
+    answer = correlation(rows)
+    assert answer["verdict"] == "undetermined"
+    values = {s["name"]: s["estimate"]["value"] for s in answer["statistics"] if "scratch: rank" in s["name"]}
+    assert [value is None for value in values.values()] == [False, True]
+
+
+def test_other_arms_are_stated_and_decide_nothing():
+    rows = points(-1.0) + points(1.0, arms=("linear",))
+    answer = asked([*LARGE, model("linear", role="transfer")], points=rows)[3]
+    assert answer["verdict"] == "supported"
+    assert any(s["name"].startswith("linear: rank") for s in answer["statistics"])
+
+
+def test_checkpoints_are_not_asked_about():
+    answers = asked([model("mine", role="checkpoint"), model("yours", role="checkpoint")])
+    assert {a["verdict"] for a in answers} == {"undetermined"}
+    assert all("the questions are about arms" in a["because"] for a in answers)
 
 
 def test_rules_state_the_numbers_they_use():
-    words = rules_in_words(Rules(ratio=0.2, share=0.8, min_seeds=4, min_runs=9, compared_linf_255=2.0))
-    assert len(words) == len(QUESTIONS) == 4
-    assert "0.2" in words[0]
-    assert "0.8" in words[1]
-    assert "4 seeds" in words[2]
-    assert "2/255" in words[2]
-    assert "9 training runs" in words[3]
-
-
-def test_the_full_preset_has_as_many_runs_as_the_rules_want():
-    full = presets.preset("full")
-    assert full.seeds >= full.rules.min_seeds
-    assert full.seeds >= full.rules.min_runs  # question 4, from scratch: one arm
-    assert full.seeds * len(set(full.arms) & set(TRANSFER)) >= full.rules.min_runs
-    assert full.scratch.snapshots
-    assert full.finetune.snapshots
+    default = rules_in_words(Rules())
+    changes = {
+        "ratio_margin": (1.5, [0, 1]),
+        "nonlinear_gain": (0.07, [0, 1]),
+        "compared_linf_255": (2.0, [2, 3]),
+        "distortion_margin": (1.3, [2]),
+        "accuracy_margin": (0.08, [2]),
+        "min_seeds": (4, [0, 1, 2]),
+        "min_runs": (9, [3]),
+        "correlation": (0.7, [3]),
+        "least_power": (0.6, [3]),
+        "confidence": (0.9, [0, 1, 2, 3]),
+    }
+    for name, (value, where) in changes.items():
+        words = rules_in_words(dataclasses.replace(Rules(), **{name: value}))
+        assert [i for i in range(4) if words[i] != default[i]] == where, name
+    assert len(default) == len(QUESTIONS) == 4

@@ -68,7 +68,7 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_help_documents_every_setting():
     found = command("--help")
     assert found.returncode == 0
-    for name in ("pgd.steps", "scratch.max_lr", "rules.share", "--source-data", "--no-download"):
+    for name in ("pgd.steps", "scratch.max_lr", "rules.confidence", "--source-data", "--no-download"):
         assert name in found.stdout
 
 
@@ -98,7 +98,7 @@ def folder(root, classes=3, each=4):
 
 
 def inputs(**paths):
-    settings = replace(presets.preset("quick"), architecture="resnet18", arms=("finetune",))
+    settings = replace(presets.preset("quick"), model="torchvision:resnet18", arms=("finetune",))
     settings = overrides.override(settings, ["pretrain.images=12"])
     paths = InputPaths(**paths)
     return Inputs(resolve_source(settings, paths), paths)
@@ -106,7 +106,7 @@ def inputs(**paths):
 
 def test_a_source_folder_gives_its_images_and_a_fingerprint_of_them(tmp_path):
     found = inputs(source_data=folder(tmp_path / "images"))
-    found._check_source()
+    found._check_source(begun=False)
     assert len(found.source_train) == 12
     before = found.fingerprints()["source"]
     (tmp_path / "images" / "class0" / "0.png").write_bytes(b"")
@@ -117,13 +117,13 @@ def test_a_source_folder_gives_its_images_and_a_fingerprint_of_them(tmp_path):
     ("make", "message"),
     [
         (lambda root: root / "absent", "is not a folder"),
-        (lambda root: folder(root / "images", each=3), "too few for pretrain.images=12"),
+        (lambda root: folder(root / "images", each=3), "pretrain.images=12: n = 12 images .* a class has 3"),
         (lambda root: (root / "empty").mkdir() or root / "empty", "--source-data"),
     ],
 )
 def test_a_wrong_source_folder_is_one_line(tmp_path, make, message):
     with pytest.raises(StudyError, match=message) as caught:
-        inputs(source_data=make(tmp_path))._check_source()
+        inputs(source_data=make(tmp_path))._check_source(begun=False)
     assert caught.value.status == 2
 
 
@@ -136,7 +136,7 @@ def test_a_source_checkpoint_is_taken_from_safetensors_or_a_torch_file(tmp_path,
     else:
         save_checkpoint(path, model)
     found = inputs(source_checkpoint=path)
-    found._check_source()
+    found._check_source(begun=False)
     weight = next(v for k, v in found.source_weights().items() if k.endswith("conv1.weight") and "layer" not in k)
     assert torch.equal(weight, model.get_submodule("network").conv1.weight)
     assert found.fingerprints()["source"].startswith("sha256 ")
@@ -151,19 +151,19 @@ def test_a_checkpoint_with_code_is_refused_and_not_executed(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     torch.save({"conv1.weight": Bomb()}, tmp_path / "bomb.pth")
     with pytest.raises(StudyError, match="cannot be read"):
-        inputs(source_checkpoint=tmp_path / "bomb.pth")._check_source()
+        inputs(source_checkpoint=tmp_path / "bomb.pth")._check_source(begun=False)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_wrong_checkpoints_are_one_line(tmp_path):
     save_checkpoint(tmp_path / "a.safetensors", resnet18(5, stem="cifar", seed=0))
-    with pytest.raises(StudyError, match="architecture or stem"):
-        inputs(source_checkpoint=tmp_path / "a.safetensors")._check_source()
+    with pytest.raises(StudyError, match="architecture, stem"):
+        inputs(source_checkpoint=tmp_path / "a.safetensors")._check_source(begun=False)
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:1000])
     with pytest.raises(StudyError, match="cannot be read"):
-        inputs(source_checkpoint=tmp_path / "b.safetensors")._check_source()
+        inputs(source_checkpoint=tmp_path / "b.safetensors")._check_source(begun=False)
     with pytest.raises(StudyError, match="not a file"):
-        inputs(source_checkpoint=tmp_path / "absent.pth")._check_source()
+        inputs(source_checkpoint=tmp_path / "absent.pth")._check_source(begun=False)
 
 
 def test_files_are_refused_where_images_are_generated(tmp_path):

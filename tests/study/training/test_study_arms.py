@@ -1,7 +1,9 @@
 """Which layers each transfer method trains, and which it keeps from the source."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastlip.models import load_checkpoint
 from fastlip.study.errors import StudyError
@@ -10,7 +12,7 @@ from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.networks import Networks
 from fastlip.study.pipeline.stages import stages
 from fastlip.study.settings import overrides, presets
-from fastlip.study.settings.input_paths import InputPaths
+from fastlip.study.settings.input_paths import InputPaths, resolve_source
 from fastlip.study.settings.training import ARMS
 from fastlip.study.storage.run_directory import TrainedModel
 
@@ -80,6 +82,30 @@ def test_disjoint_is_trained_on_images_that_no_other_arm_sees(micro):
     assert not seen["disjoint"] & seen["scratch"]
     counts = torch.bincount(inputs.target_train("disjoint").labels)
     assert counts.max() - counts.min() <= 1
+
+
+def test_disjoint_is_refused_where_the_data_do_not_hold_twice_as_many_images(tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(2, 24, 32, 32, 3), dtype=np.uint8)
+    for c, images in enumerate(pixels):
+        (tmp_path / f"class{c}").mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / f"class{c}" / f"{i}.png")
+    small = ["evaluation.images=4", "evaluation.clean_images=4", "reference.images=16"]
+    paths = InputPaths(target=tmp_path)
+    for images, enough in ((16, True), (24, False)):
+        settings = overrides.override(
+            presets.preset("quick"), ["examples=1", *small, "arms=scratch,disjoint", f"scratch.images={images}"]
+        )
+        inputs = Inputs(resolve_source(settings, paths), paths)
+        if enough:
+            inputs.require_available()
+            found = [inputs.target_train(arm).images for arm in ("scratch", "disjoint")]
+            assert len({image.numpy().tobytes() for part in found for image in part}) == 2 * images
+            continue
+        with pytest.raises(StudyError, match="disjoint has 24 training images that scratch has not") as caught:
+            inputs.require_available()
+        assert caught.value.status == 2
+        assert "\n" not in str(caught.value)
 
 
 def test_matched_sees_as_many_images_as_the_source_and_the_fine_tuning(micro):

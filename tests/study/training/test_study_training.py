@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,9 +9,11 @@ from torch.overrides import TorchFunctionMode
 
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.training import Schedule
-from fastlip.study.training.train import _augment, train
+from fastlip.study.training.train import _augment, _cut_out, train
 
 SCHEDULE = Schedule(images=40, epochs=3, max_lr=0.1, batch_size=16)
+#: The same with all that a recipe may add.
+RECIPE = replace(SCHEDULE, label_smoothing=0.1, cutout=6, averaging=0.8)
 
 
 def tiny():
@@ -28,8 +31,12 @@ def data():
     return images.to(torch.uint8), labels
 
 
-def run(model, path, *, schedule=SCHEDULE, stop_at=None, precision=torch.float32, seed=5, compiled=False):
+def run(
+    model, path, *, schedule=SCHEDULE, stop_at=None, precision=torch.float32, seed=5, compiled=False, see=None, **more
+):
     def progress(done, total, note):
+        if see is not None:
+            see(done)
         if done == stop_at:
             raise KeyboardInterrupt
 
@@ -43,19 +50,68 @@ def run(model, path, *, schedule=SCHEDULE, stop_at=None, precision=torch.float32
         save_seconds=0,
         progress=progress,
         compiled=compiled,
+        **more,
     )
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, RECIPE])
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
-def test_resuming_ends_in_the_same_weights_bit_for_bit(tmp_path, stop_at):
+def test_resuming_ends_in_the_same_weights_bit_for_bit(tmp_path, stop_at, schedule):
     whole, parts = tiny(), tiny()
-    expected = run(whole, tmp_path / "a.pt")
+    expected = run(whole, tmp_path / "a.pt", schedule=schedule)
     with pytest.raises(KeyboardInterrupt):
-        run(parts, tmp_path / "b.pt", stop_at=stop_at)
+        run(parts, tmp_path / "b.pt", stop_at=stop_at, schedule=schedule)
     parts = tiny()  # a new process knows nothing but the file
-    assert run(parts, tmp_path / "b.pt") == expected
+    assert run(parts, tmp_path / "b.pt", schedule=schedule) == expected
     for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def copied(model):
+    return {k: v.detach().double().clone() for k, v in model.state_dict().items() if v.is_floating_point()}
+
+
+def test_the_result_and_the_snapshots_are_averages_of_weights_and_statistics(tmp_path):
+    schedule = Schedule(images=40, epochs=4, max_lr=0.1, batch_size=10, averaging=0.5, snapshots=(2,))
+    model, plain = tiny(), tiny()
+    seen, kept = [], []
+    run(
+        model, tmp_path / "a.pt", schedule=schedule, see=lambda done: seen.append(copied(model)),
+        keep=lambda epoch: kept.append((epoch, copied(model))),
+    )  # fmt: skip
+    averages = [seen[0]]
+    for t, now in enumerate(seen[1:], 1):
+        decay = min(0.5, t / (t + 9))
+        averages.append({k: decay * averages[-1][k] + (1 - decay) * v for k, v in now.items()})
+    ((epoch, snapshot),) = kept
+    assert (epoch, len(seen)) == (2, 16)
+    for name, value in copied(model).items():
+        torch.testing.assert_close(value, averages[15][name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(snapshot[name], averages[7][name], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(value, seen[-1][name])
+    # The average takes no part in the training itself.
+    run(plain, tmp_path / "b.pt", schedule=replace(schedule, averaging=0.0))
+    assert all(torch.equal(seen[-1][name], value) for name, value in copied(plain).items())
+
+
+def test_an_average_leaves_what_is_not_trained_as_it_is(tmp_path):
+    model, before = tiny(), tiny().state_dict()
+    run(model, tmp_path / "a.pt", schedule=RECIPE, parts=[model[-1]])
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"5.weight", "5.bias"}
+
+
+def test_the_head_may_be_any_module(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = [nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.Flatten()]
+    model = nn.Sequential(*parts)
+    before = copied(model)
+    schedule = Schedule(images=40, epochs=1, max_lr=0.1, head_lr=1e-6, weight_decay=0.0, batch_size=8)
+    run(model, tmp_path / "a.pt", schedule=schedule, head=model[3])
+    moved = {name: (value - before[name]).abs().max().item() for name, value in copied(model).items()}
+    assert max(moved["3.weight"], moved["3.bias"]) < 1e-5
+    assert min(moved["0.weight"], moved["0.bias"]) > 1e-4
 
 
 class Traffic(TorchFunctionMode):
@@ -73,7 +129,7 @@ class Traffic(TorchFunctionMode):
 
 
 def test_a_step_does_not_make_the_host_wait(tmp_path):
-    schedule = Schedule(images=40, epochs=30, max_lr=0.1, batch_size=10)
+    schedule = Schedule(images=40, epochs=30, max_lr=0.1, batch_size=10, cutout=4, averaging=0.9)
     seen = []
     with Traffic() as traffic:
         train(
@@ -194,3 +250,23 @@ def test_augmentation_shifts_and_flips_each_image_as_told():
     assert torch.equal(found[0], x[0].flip(2))
     # One row down and one column to the left, mirrored at the border without repeating it.
     assert torch.equal(found[1], x[1][:, [1, 2, 3, 2]][:, :, [1, 0, 1, 2]])
+
+
+@pytest.mark.parametrize(("side", "rows", "columns"), [(2, (0, 1), (4, 6)), (3, (0, 2), (4, 7)), (4, (0, 2), (3, 7))])
+def test_cutout_greys_a_square_as_far_as_it_lies_inside(side, rows, columns):
+    x = torch.full((2, 3, 6, 8), 7, dtype=torch.uint8)
+    found = _cut_out(x, torch.tensor([[0, 3], [5, 3]]), side)
+    expected = x.clone()
+    expected[0, :, slice(*rows), slice(*columns)] = 128
+    assert torch.equal(found[0], expected[0])
+    assert int((found[1] == 128).sum()) == 3 * side * side
+
+
+def test_cutout_changes_nothing_but_the_pixels(tmp_path):
+    """The order of the images, shifts and flips are those of training without cutout."""
+    plain, cut = tiny(), tiny()
+    run(plain, tmp_path / "a.pt", schedule=replace(SCHEDULE, epochs=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastlip.study.training.train._cut_out", lambda x, centre, side: x)
+        run(cut, tmp_path / "b.pt", schedule=replace(SCHEDULE, epochs=1, cutout=4))
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), cut.state_dict().values(), strict=True))

@@ -1,0 +1,25 @@
+"""Proportions over images that were chosen by another measurement."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from fastlip.study.analysis.summaries import gaussian_of_same_norm
+from fastlip.study.settings.rules import Rules
+
+
+def test_noise_counts_where_there_is_a_smallest_perturbation_to_be_as_long_as():
+    label = np.zeros(4, dtype=int)
+    arrays = {
+        "smallest-pgd": {"found": np.array([True, True, False, True])},
+        # The third image was given noise of length 0, and the fourth was wrong to begin with.
+        "gaussian-of-same-norm": {"label": label, "prediction": np.array([0, 1, 0, 0])},
+    }
+    stored = SimpleNamespace(
+        right=np.array([True, True, True, False]),
+        rules=Rules(),
+        images=arrays.__getitem__,
+        decided=lambda name: arrays[name]["prediction"] == arrays[name]["label"],
+    )
+    found = gaussian_of_same_norm(stored)
+    assert (found["k"], found["n"]) == (1, 2)
