@@ -224,6 +224,34 @@ def arms_downward(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
 
 
+def draw_interval(
+    axes: Axes, y: float, value: float | None, low: float | None, high: float | None, **style: Any
+) -> None:
+    """A point at ``y`` with its interval; arrows stand for limits that do not exist, a dash for such a value.
+
+    Args:
+        axes: to draw on.
+        y: place along the vertical axis.
+        value: along the horizontal axis.
+        low: lower limit.
+        high: upper limit.
+        style: of the point; the interval takes its colour.
+    """
+    text = {"va": "center_baseline", "color": style["color"], "fontsize": 9}
+    if value is None:
+        axes.text(0.01, y, "–", transform=axes.get_yaxis_transform(), **text)
+        return
+    axes.plot(
+        [value if low is None else low, value if high is None else high], [y, y], "-", color=style["color"], lw=1.4
+    )
+    axes.plot(value, y, linestyle="none", **style)
+    for limit, arrow, side in ((low, "←", "right"), (high, "→", "left")):
+        if limit is None:
+            axes.annotate(
+                arrow, (value, y), (5 if side == "left" else -5, 0), textcoords="offset points", ha=side, **text
+            )
+
+
 def label(name: str) -> str:
     """A name that fits beside an axis: in two lines where it is long, and cut after these."""
     lines = textwrap.wrap(name, 28) or [""]

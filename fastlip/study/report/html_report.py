@@ -9,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from fastlip._text import printable
+from fastlip.study.analysis.titles import network_title
 from fastlip.study.report import (
     arms,
     depth_figures,
@@ -98,6 +99,7 @@ def page(
         "interval": number_format.interval,
         "printable": printable,
         "title": arms.title,
+        "network": lambda model: printable(network_title(model["architecture"])),
         "unbroken": lambda cell: re.sub(r"(?<=\de)-(?=\d)", "\u2011", cell),  # 8e-08 stays on one line
         "svg": lambda figure: Markup(drawing.inline(figure)),
         "data": lambda figure: "data:text/csv;base64," + base64.b64encode(figure.csv.encode()).decode(),

@@ -8,7 +8,18 @@ from matplotlib.patches import Rectangle
 
 from fastlip.study.report.arms import arm_name, arms_of
 from fastlip.study.report.difference_table import MEASURES, Group, grouped
-from fastlip.study.report.drawing import HEAT, INK, MUTED, Figure, Rows, arms_downward, draw_figure, label, log_scale
+from fastlip.study.report.drawing import (
+    HEAT,
+    INK,
+    MUTED,
+    Figure,
+    Rows,
+    arms_downward,
+    draw_figure,
+    draw_interval,
+    label,
+    log_scale,
+)
 from fastlip.study.report.number_format import share
 from fastlip.study.report.transfer_cells import transfer_cells
 from fastlip.study.storage.schema import Estimate, Point, Results
@@ -58,7 +69,7 @@ def _difference_figure(results: Results, name: str, measures: tuple[str, ...], c
             arms_downward(axes, [f"{arm_name(g.arm)} against {arm_name(g.against)}" for g in groups])
             axes.set_title(MEASURES[groups[0].measure])
 
-    caption += " Each seed with its interval over images" + (
+    caption += " Arrows: no limit exists. Each seed with its interval over images" + (
         "; in black, below the seeds, all seeds together."
         if any(g.overall for groups in panels for g in groups)
         else "."
@@ -86,13 +97,9 @@ def _row(group: Group, seed: object, e: Estimate) -> tuple[object, ...]:
 
 def _interval(axes: Any, y: float, estimate: Estimate, logarithmic: bool, **style: Any) -> None:
     """A point with its interval, as a factor where it is a logarithm."""
-    if estimate["value"] is None:
-        return
-    value = estimate["value"]
-    ends = [value if limit is None else limit for limit in (estimate["low"], estimate["high"])]
-    drawn = [math.exp(min(max(v, -300.0), 300.0)) if logarithmic else v for v in (value, *ends)]
-    axes.plot(drawn[1:], [y, y], "-", color=style["color"], linewidth=1.6)
-    axes.plot(drawn[0], y, linestyle="none", **style)
+    sides = (estimate["value"], estimate["low"], estimate["high"])
+    value, low, high = (math.exp(min(max(v, -300.0), 300.0)) if logarithmic and v is not None else v for v in sides)
+    draw_interval(axes, y, value, low, high, **style)
 
 
 #: The axes of question 4: key of a point, label.
@@ -136,8 +143,8 @@ def _unstability(results: Results, key: str) -> Figure | None:
         for axes in panels[:, 0]:
             axes.set_ylabel("distortion × 255")
         for axes in panels.flat[max(0, len(arms) - columns) : len(arms)]:
-            axes.set_xlabel(f"log10 of\n{_UNSTABILITY[key]}", fontsize=8.5)
             axes.xaxis.set_tick_params(labelbottom=True)
+        panels[0, 0].figure.supxlabel(f"log10 of the {_UNSTABILITY[key]}", fontsize=10, color=INK)
 
     caption = (
         f"Question 4, arm by arm: {_UNSTABILITY[key]} (free of the scale of the logits) against the geometric mean of "

@@ -17,6 +17,7 @@ from fastlip.study.report.drawing import (
     band_in_words,
     curves,
     draw_figure,
+    draw_interval,
     log_scale,
     shares_upward,
 )
@@ -83,18 +84,20 @@ def ratio_figure(results: Results) -> Figure:
             for place, m in zip(places, arm.models, strict=True):
                 ratio, flat = m["ratio_median"], m["flat_boundary"]["ratio"]
                 rows.append((m["name"], m["role"], ratio["value"], ratio["low"], ratio["high"], flat))
-                axes.plot([flat, flat], [y - 0.42, y + 0.42], color=INK, linestyle=(0, (2, 1.2)), linewidth=1.4)
-                if ratio["value"] is not None and ratio["value"] > 0:
+                if flat > 0:
+                    axes.plot([flat, flat], [y - 0.42, y + 0.42], color=INK, linestyle=(0, (2, 1.2)), linewidth=1.4)
+                if ratio["value"] is not None:
                     known.append(ratio["value"])
-                    low, high = ratio["low"] or ratio["value"], ratio["high"] or ratio["value"]
-                    axes.hlines(place, low, high, color=arm.colour, linewidth=1.2, alpha=0.6)
-                    size = 3.5 if several else 7
-                    axes.plot(ratio["value"], place, arm.marker, color=arm.colour, markersize=size)
-            if several and len(known) == len(arm.models):
+                # A ratio is 0 where noise of no strength changed the decision; a logarithmic axis has no place for it.
+                value, low, high = (ratio[side] or None for side in ("value", "low", "high"))
+                size = 3.5 if several else 7
+                draw_interval(axes, place, value, low, high, color=arm.colour, marker=arm.marker, markersize=size)
+            if several and len(known) == len(arm.models) and min(known) > 0:
                 axes.plot(np.mean(known), y, "|", color=INK, markersize=18, markeredgewidth=2)
         log_scale(axes, "x")
         flat = arms[0].models[0]["flat_boundary"]["ratio"]
-        axes.annotate("flat boundary", (flat, -0.45), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+        if flat > 0:
+            axes.annotate("flat boundary", (flat, -0.45), (0, 4), textcoords="offset points", ha="center", fontsize=8)
         names = [f"{arm.name}{' (reference)' if arm.models[0]['role'] == 'reference' else ''}" for arm in arms]
         arms_downward(axes, names)
         axes.set_xlabel("median ratio PGD / Gaussian (logarithmic)")
@@ -102,7 +105,8 @@ def ratio_figure(results: Results) -> Figure:
     caption = (
         "How many times smaller the smallest adversarial perturbation is than the smallest noise: median of the ratio "
         "over correctly classified images, with its interval. Dashed: the ratio that geometry alone predicts for a "
-        "flat boundary with as many pixels and noise directions (Fawzi et al. 2016)."
+        "flat boundary with as many pixels and noise directions (Fawzi et al. 2016). Arrows: no limit exists; dash: no "
+        "such ratio, or 0, since no noise was found that changes most decisions."
     )
     caption += " Bars: means over seeds." if several_seeds(results) else ""
     header = ("model", "role", "ratio_median", "low", "high", "flat_boundary")

@@ -196,8 +196,8 @@ class Synthetic:
             "smallest_pgd": self.smallest("pgd", self.near(robust, 0.1), points),
             "smallest_gaussian": self.smallest("gaussian", self.near(30 * robust, 0.1), points),
             "gaussian_of_same_norm": self.proportion(0.98),
-            "ratio_median": self.estimate(self.near(0.031, 0.1)),
-            "flat_boundary": {"dimensions": 3072, "directions": 4, "ratio": 0.019},
+            "ratio_median": self.estimate(self.some(self.near(0.031, 0.1)) or 0.0),
+            "flat_boundary": {"dimensions": 3072, "directions": 4, "ratio": self.some(0.019) or 0.0},
             "largest_stretch": self.some(self.near(6.0)),
             "depth_points": points,
             "lipschitz": {

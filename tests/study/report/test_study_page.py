@@ -175,3 +175,20 @@ def test_a_log_axis_has_plain_numbers():
         assert len(inside) >= 2
         assert all(float(text) > 0 for text in inside)
         assert axes.get_yscale() == "linear"
+
+
+def test_a_figure_says_where_a_limit_or_a_value_does_not_exist(synthetic):
+    results = synthetic(0, ("softmax", "scratch", "finetune")).results()
+    whole = robustness_figures.ratio_figure(results).svg
+    assert not set("←→–") & set(texts(whole))
+    assert texts(whole).count("flat boundary") == 1
+    ratios = [m["ratio_median"] for m in results["models"]]
+    ratios[0]["low"], ratios[1]["high"], ratios[2]["value"] = None, None, 0.0
+    for m in results["models"]:
+        m["flat_boundary"]["ratio"] = 0.0
+    shown = texts(robustness_figures.ratio_figure(results).svg)
+    assert [shown.count(mark) for mark in ("←", "→", "–", "flat boundary")] == [1, 1, 1, 0]
+
+
+def texts(svg):
+    return [entities.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", svg)]
