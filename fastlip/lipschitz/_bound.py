@@ -160,6 +160,25 @@ def lipschitz_bound(
     return bound
 
 
+def require_rules(model: nn.Module, input_shape: Sequence[int]) -> None:
+    """Raise where :func:`lipschitz_bound` has no bound for a part of a network, without computing any norm.
+
+    Args:
+        model: as for :func:`lipschitz_bound`.
+        input_shape: shape of one input without the batch axis, such as (3, 32, 32).
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: as for :func:`lipschitz_bound`; a bound that norms alone show to be wrong is not noticed here.
+    """
+    bare, shape = bare_model(model), checked_shape(input_shape)
+    training = bare.training
+    with eval_mode(bare):
+        traced = trace(bare, shape)
+        require_eval(bare, training, traced.modules())
+        replay(bare, shape, traced)
+
+
 def _bound(last: Step, options: ResolvedOptions, tight_residuals: bool) -> tuple[LipschitzBound, dict[Step, float]]:
     """The bound, and log10 of the bound from the model's input to each step."""
     steps = topological_order(last)

@@ -133,7 +133,7 @@ def measure(
         typer.Option(
             metavar="[NAME=]SPEC",
             help="Network of all checkpoints, or of the checkpoint NAME (repeatable): torchvision:NAME, timm:NAME or "
-            "package.module:function.",
+            "package.module:function, as they are there; --set stem and --set scale change them.",
         ),
     ] = None,
     target: Target = None,
@@ -205,7 +205,9 @@ def _measuring(settings: Settings, names: tuple[str, ...], models: list[str]) ->
         raise StudyError("--model: name one SPEC for all checkpoints, or NAME=SPEC for each of them", status=2)
     rest = shared[0] if shared else settings.model
     each = tuple(own.get(name, rest) for name in names) if own else ()
-    return replace(settings, arms=(), checkpoints=names, model=rest, models=each, seeds=1)
+    # A preset's stem and scale keep the shapes of all weights: they would turn a network into another unnoticed.
+    settings = replace(settings, stem="imagenet", scale=1, seeds=1)
+    return replace(settings, arms=(), checkpoints=names, model=rest, models=each)
 
 
 def _named(texts: list[str], option: str, form: str) -> dict[str, str]:

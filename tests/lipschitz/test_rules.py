@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlip
-from fastlip.lipschitz import lipschitz_bound
+from fastlip.lipschitz import lipschitz_bound, require_rules
 
 SMOOTH = [
     nn.CELU(2.0), nn.ELU(0.5), nn.ELU(3.0), nn.GELU(), nn.GELU("tanh"), nn.Hardsigmoid(), nn.Hardswish(), nn.Hardtanh(),
@@ -198,8 +198,18 @@ class Unknown(nn.Module):
     ],
 )  # fmt: skip
 def test_what_has_no_bound_is_refused(model: nn.Module, shape: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        lipschitz_bound(model, shape)
+    for function in (lipschitz_bound, require_rules):
+        with pytest.raises(ValueError, match=message):
+            function(model, shape)
+
+
+def test_rules_are_looked_for_without_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    before = [p.clone() for p in model.parameters()]
+    monkeypatch.setattr("fastlip.lipschitz._bound._norms", None)
+    require_rules(model, (3, 8, 8))
+    assert model.training
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize(

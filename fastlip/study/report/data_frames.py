@@ -8,7 +8,7 @@ from typing import Any
 from fastlip.study.errors import StudyError
 from fastlip.study.report.long_csv import LONG, TEXT
 from fastlip.study.storage import digests
-from fastlip.study.storage.earlier_versions import require_readable
+from fastlip.study.storage.earlier_versions import is_earlier, require_readable
 from fastlip.study.storage.files import damaged, read_arrays, read_json
 
 
@@ -21,17 +21,16 @@ def frame(run: str | os.PathLike[str]) -> Any:
     Returns:
         One row for each estimate or proportion with its interval and for each other number. "part" and "measure" say
         where in results.json it stands; "model", "arm", "attack", "item" and the other columns before "k" say what it
-        is about, and are empty or NaN where they do not apply.
+        is about, and are empty or NaN where they do not apply. A run of fastlip 0.1 has fewer columns.
 
     Raises:
         StudyError: the file is missing or damaged, or was never written by the earlier version that the run is of.
         ImportError: pandas is missing.
     """
-    path = Path(run) / "tables" / "results.csv"
+    path, config_file = Path(run) / "tables" / "results.csv", Path(run) / "config.json"
+    config = read_json(config_file) if config_file.is_file() else None
     if not path.is_file():
-        config = Path(run) / "config.json"
-        if config.is_file():
-            require_readable(Path(run), read_json(config))
+        require_readable(Path(run), config)
         raise StudyError(f"{path} is missing; python -m fastlip.study report {run} writes it")
     remedy = f"python -m fastlip.study report {run} writes it anew"
     if not digests.intact(Path(run), path):
@@ -39,7 +38,7 @@ def frame(run: str | os.PathLike[str]) -> Any:
     try:
         # A checkpoint may be named "007" or "NA", which are not to be read as a number or as nothing.
         table = _pandas().read_csv(path, dtype=str, keep_default_na=False)
-        for column in set(LONG) - set(TEXT):
+        for column in set(table if is_earlier(config) else LONG) - set(TEXT):
             table[column] = [float(text) if text else math.nan for text in table[column]]
         return table
     except (ValueError, KeyError) as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors

@@ -10,6 +10,12 @@ from fastlip.study.storage import digests
 _EARLIER, _SETTING = "fastlip 0.1", "architecture"
 
 
+def is_earlier(config: Any) -> bool:
+    """Whether the contents of a config.json are those of a run of an earlier version."""
+    settings = config.get("settings") if isinstance(config, dict) else None
+    return isinstance(settings, dict) and _SETTING in settings
+
+
 def require_readable(path: Path, config: Any) -> None:
     """Raise where the run at ``path`` is of an earlier version; nothing is changed.
 
@@ -20,8 +26,7 @@ def require_readable(path: Path, config: Any) -> None:
     Raises:
         StudyError: it is; the message names the version that reads it and what is there to be read without it.
     """
-    settings = config.get("settings") if isinstance(config, dict) else None
-    if not isinstance(settings, dict) or _SETTING not in settings:
+    if not is_earlier(config):
         return
     there = _complete(path)
     ready = f"; complete there, as that version wrote them: {there}" if there else ""

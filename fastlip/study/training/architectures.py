@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from fastlip.lipschitz import require_rules
 from fastlip.models import Anatomy, anatomy, build_model, dead_share, live_taps
 from fastlip.study.errors import StudyError, first_line
 from fastlip.study.settings.settings import Settings
@@ -61,13 +62,17 @@ def check_networks(settings: Settings, arms: Sequence[str], classes: int) -> lis
     """Build the networks of ``arms``, each once, and return what is to be warned of, a line for each.
 
     Raises:
-        StudyError: one of them cannot be built, or its parts cannot be found.
+        StudyError: one of them cannot be built, its parts cannot be found, or it has no certified Lipschitz bound.
     """
     found = []
     first = {_architecture(settings, arm): arm for arm in reversed(arms)}
     for spec, arm in first.items():
         network = build(settings, arm, classes, 0)
         parts(settings, arm, network)
+        try:
+            require_rules(network, image_shape(settings))
+        except ValueError as error:
+            raise StudyError(f"{spec} has no certified Lipschitz bound: {first_line(error)}", status=2) from None
         live = live_taps(network, image_shape(settings))
         dead = dead_share(live, network)
         if dead > 0:

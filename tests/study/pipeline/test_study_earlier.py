@@ -66,6 +66,6 @@ def test_its_numbers_load_where_they_were_written(earlier):
     with pytest.raises(StudyError, match=r"is a run of fastlip 0\.1"):
         frame(earlier)
     (earlier / "tables").mkdir()
-    (earlier / "tables" / "results.csv").write_text("model,value\nscratch-s0,1\n")
-    assert len(frame(earlier)) == 1
+    (earlier / "tables" / "results.csv").write_text("model,n,value,low\nscratch-s0,5,0.5,\n")
+    assert frame(earlier).iloc[0].tolist()[:3] == ["scratch-s0", 5.0, 0.5]
     assert set(image_frame(earlier).model) == {"scratch-s0", "scratch-s0-e1"}

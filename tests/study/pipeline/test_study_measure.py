@@ -41,7 +41,13 @@ def network():
 
 
 def settings(normalize="", **changes):
-    changes = {"arms": (), "checkpoints": ("tuned",), "model": SPEC, "normalize": normalize} | changes
+    changes = {
+        "arms": (),
+        "checkpoints": ("tuned",),
+        "model": SPEC,
+        "normalize": normalize,
+        "stem": "imagenet",
+    } | changes
     return replace(presets.preset("quick"), **changes)
 
 
@@ -160,6 +166,30 @@ def command(monkeypatch, *arguments):
     cli.app(standalone_mode=False)
 
 
+GATED = """
+import torch
+
+class Gated(torch.nn.Sequential):
+    def forward(self, x):
+        return super().forward(x * x.sigmoid())
+
+def network(num_classes):
+    return Gated(torch.nn.Flatten(), torch.nn.Linear(3072, num_classes))
+"""
+
+
+def test_a_network_without_a_certified_bound_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "gated_networks.py").write_text(GATED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("gated_networks:network", CLASSES).get_submodule("network").state_dict(), "a.pth")
+    arguments = ("--checkpoint", "a=a.pth", "--model", "gated_networks:network", "--preset", "demo", "--out", "run")
+    with pytest.raises(StudyError, match=r"gated_networks:network has no certified Lipschitz bound: .*mul") as caught:
+        command(monkeypatch, "measure", *arguments)
+    assert caught.value.status == 2
+    assert not Path("run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -273,6 +303,13 @@ def test_files_and_normalisation_are_among_the_fingerprints(measured, files):
     weights, meta = load_checkpoint(measured.checkpoint("scratch"))
     assert meta == {"images": "photos", "classes": "3", "input": "input normalised as the checkpoint says"}
     assert all(torch.equal(value, weights[name]) for name, value in load_checkpoint(files["scratch"])[0].items())
+
+
+def test_networks_are_measured_as_they_are(measured, arguments):
+    """Not with the stem of the preset, which would load the same weights."""
+    assert presets.preset("quick").stem != "imagenet"
+    assert "--preset" not in arguments
+    assert (measured.settings.preset, measured.settings.stem, measured.settings.scale) == ("quick", "imagenet", 1)
 
 
 def test_the_report_names_them(measured):
