@@ -43,6 +43,7 @@ def rank_figure(results: Results) -> Figure:
 def weight_figure(results: Results) -> Figure:
     """Relative distance of each weight from its value at the beginning of training."""
     rows: Rows = []
+    header = ("model", "depth", "layer", "distance", "rank", "stable_rank", "effective_rank", "dead_taps")
 
     def draw(panels: Any) -> None:
         axes = panels[0, 0]
@@ -50,11 +51,10 @@ def weight_figure(results: Results) -> Figure:
             # A logarithmic axis has no place for weights that did not move.
             values = [[w["distance"] or np.nan for w in m["weights"]] for m in arm.models]
             if values[0] and len({len(v) for v in values}) == 1:
-                curves(
-                    axes, arm, depth_shares(len(values[0])), values, linewidth=1.2, marker=arm.marker, markersize=2.5
-                )
+                x = depth_shares(len(values[0]))
+                curves(axes, arm, x, values, linewidth=1.2, marker=arm.marker, markersize=2.5)
             rows.extend(
-                (m["name"], d, w["layer"], w["distance"], w["rank"], w["stable_rank"], w["effective_rank"])
+                (m["name"], d, w["layer"], *(w[key] for key in header[3:]))  # type: ignore[literal-required]
                 for m in arm.models
                 for d, w in enumerate(m["weights"], 1)
             )
@@ -66,7 +66,12 @@ def weight_figure(results: Results) -> Figure:
         "Distance of each weight from where training began: the source's weights for transfer arms, their own random "
         f"ones for the others. Weights that did not move have no point.{band_in_words(results)}"
     )
-    header = ("model", "depth", "layer", "distance", "rank", "stable_rank", "effective_rank")
+    dead = max((w["dead_taps"] for m in results["models"] for w in m["weights"]), default=0.0)
+    if dead > 0:
+        caption += (
+            f" SOME TAPS ARE DEAD: up to {dead:.0%} of a kernel lie beyond the image at every position, so that "
+            "nothing was learned there. They are left out; a stem that reduces images less has fewer of them."
+        )
     return draw_figure(results, "weight-distance", caption, draw, rows, header)
 
 

@@ -226,6 +226,7 @@ class Synthetic:
                     "stable_rank": self.near(20.0),
                     "effective_rank": self.near(40.0),
                     "distance": None if name == layers[-1] else self.some(self.near(0.5 if arm == "finetune" else 2.0)),
+                    "dead_taps": self.draws.choice((0.0, 0.0, 8 / 9)),
                     "profile": self.profile(),
                 }
                 for name in layers

@@ -12,7 +12,7 @@ from fastlip.study.report.attack_tables import corrupted_table, transfer_table
 from fastlip.study.report.depth_figures import operator
 from fastlip.study.report.difference_table import MEASURES, difference_table
 from fastlip.study.report.number_format import distortion, factor, interval, number, percent, power
-from fastlip.study.report.spectra_figures import profile_figure
+from fastlip.study.report.spectra_figures import profile_figure, weight_figure
 from fastlip.study.report.summary_tables import arm_table, seed_by_seed_table, seed_table
 from fastlip.study.report.tables import Table
 from fastlip.study.storage.schema import Estimate
@@ -229,3 +229,15 @@ def test_the_kind_of_a_layer(kind, shown):
 def test_profiles_are_of_the_first_and_last_wide_convolution_or_weight(synthetic, arm, ends):
     rows = csv.DictReader(io.StringIO(profile_figure(synthetic(0, (arm,)).results()).csv))
     assert list(dict.fromkeys(row["layer"] for row in rows)) == list(dict.fromkeys(ends))
+
+
+@pytest.mark.parametrize("dead", [0.0, 8 / 9])
+def test_dead_taps_are_named(synthetic, dead):
+    results = synthetic(0, ("scratch",)).results()
+    for i, weight in enumerate(results["models"][0]["weights"]):
+        weight["dead_taps"] = dead if i == 3 else 0.0
+    figure = weight_figure(results)
+    assert ("DEAD: up to 89% of a kernel" in figure.caption) == (dead > 0)
+    rows = list(csv.DictReader(io.StringIO(figure.csv)))
+    assert float(rows[3]["dead_taps"]) == dead
+    assert float(rows[3]["distance"]) == results["models"][0]["weights"][3]["distance"]
