@@ -31,8 +31,8 @@ def _settings() -> str:
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="demo: generated images, no network. quick: CIFAR-10 on two cores. seeds: quick's training over six "
-        "seeds, for questions 3 and 4. full: all arms, on a GPU."
+        help="demo: generated images, no network. quick: CIFAR-10 on two cores. seeds: quick's training over ten "
+        "seeds, for question 3. overnight: all of CIFAR-10 on a CPU. full: all arms, on a GPU."
     ),
 ]
 Out = Annotated[Path | None, typer.Option(help="Run directory; runs/PRESET by default. Resumed if it exists.")]

@@ -56,7 +56,8 @@ class Settings:
         precision: "auto", "float32" or "bfloat16", of the matrix products in training; attacks and reported
             predictions are in float32.
         compile: whether training compiles the network: "auto" (on a GPU), "on" or "off".
-        threads: CPU threads; 0 takes torch's default.
+        threads: CPU threads; 0 takes as many as are free: the cores that this process may use, within the limits of its
+            affinity, its control groups and OMP_NUM_THREADS.
         save_seconds: time between two saves of a training run in progress.
         examples: number of test images shown in the report.
         gaussian: noise at fixed strengths.
