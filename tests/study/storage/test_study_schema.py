@@ -112,6 +112,7 @@ def test_arrays_of_spectra(files):
     for path in matching(files, r"spectra/[a-z0-9-]+/weights\.npz").values():
         arrays = read_arrays(path)
         assert set(arrays) == {"layer", "distance", "dead_taps", *arrays["layer"].tolist()}
+        assert ((arrays["dead_taps"] >= 0) & (arrays["dead_taps"] < 1)).all()
         for layer in arrays["layer"].tolist():
             assert (np.diff(arrays[layer]) <= 0).all()
     for path in matching(files, r"spectra/[a-z0-9-]+/features\.npz").values():
@@ -144,8 +145,8 @@ def test_json(files, finished, micro, conforms):
 def test_checkpoints_say_what_they_were_trained_on(files):
     for path in matching(files, r"checkpoints/.*\.safetensors").values():
         tensors, meta = load_checkpoint(path)
-        head = "head" if path.stem.startswith("softmax") else "fc"
-        assert tensors[f"network.{head}.weight"].shape[0] == int(meta["classes"])
+        head = "network.head.weight" if path.stem.startswith("softmax") else "network.fc.weight"
+        assert tensors[head].shape[0] == int(meta["classes"])
         assert "generated" in meta["images"]
 
 
