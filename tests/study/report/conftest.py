@@ -15,6 +15,7 @@ from fastlip.study.report import html_report
 from fastlip.study.report.drawing import Figure
 from fastlip.study.report.example_images import Example, PerturbedImage, data_uri
 from fastlip.study.settings import presets, serialization
+from fastlip.study.settings.machine import Machine
 from fastlip.study.settings.serialization import dotted_names
 from fastlip.study.settings.training import ARMS, REFERENCES, TRANSFER
 from fastlip.study.storage import files
@@ -434,7 +435,7 @@ def world(request) -> tuple[Synthetic, Results]:
 CONFIG = {
     "command": "python -m fastlip.study --preset quick --out 'a & b'",
     "seeds": [0],
-    "machine": {"device": "cpu", "threads": 2, "precision": "float32"},
+    "machine": dataclasses.asdict(Machine(device="cpu", precision="float32", threads=2, compiled=False)),
     "versions": {"torch": "2.11"},
     "inputs": {"target": "0123"},
     "build": {"avx2": True},
@@ -487,7 +488,6 @@ def written(tmp_path) -> Callable[..., Path]:
         names = {"arms": made.arms} if trained else {"arms": (), "checkpoints": made.arms}
         settings = dataclasses.replace(presets.preset("quick"), seeds=made.seeds, **names, **changed)
         config = CONFIG | {"settings": serialization.to_json(settings), "rules": [], "power": []}
-        config |= {"machine": {"device": "cpu", "precision": "float32", "threads": 1, "compiled": False}}
         files.write_json(run / "config.json", config)
         files.write_json(run / "results.json", results)
         rng, n = np.random.default_rng(0), 6
