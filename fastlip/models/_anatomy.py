@@ -60,7 +60,14 @@ class _Search:
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"a model must give logits [B, classes], got {got}")
+        if not logits.requires_grad:
+            raise ValueError("the model's logits have no gradient with respect to the image: its forward cuts it off")
         self._logits = logits
+        outputs = {
+            id(call.output): call.output for call in ran if call.output is not None and call.output.requires_grad
+        }
+        slopes = torch.autograd.grad(logits.sum(), list(outputs.values()), allow_unused=True)
+        self._feeding = {key for key, slope in zip(outputs, slopes, strict=True) if slope is not None}
         self._ran = {call.name: call for call in ran if call.times == 1}
         self._called = {call.name for call in ran}
         self._order = sorted(ran, key=lambda call: call.start)
@@ -69,11 +76,11 @@ class _Search:
     def result(self, given: Sequence[str]) -> Anatomy:
         if given:
             stages = [self._given_stage(name) for name in given]
-            stem: list[str] = []
+            last = stages[-1]
         else:
-            stages, stem = self._find_stages()
+            stages, last = self._find_stages()
         points = [point for name in stages for point in self._blocks_in(name)]
-        tail = self._from(stages[-1] if len(stages) > len(stem) else self.head)
+        tail = self._from(last)
         seen = [] if given else self._seen_by_head(stages)
         return Anatomy([*stages, *seen], points, self.head, tail)
 
@@ -119,10 +126,7 @@ class _Search:
 
     def _feeds(self, call: Call) -> bool:
         """Whether the logits depend on what a module returned."""
-        if call.output is None or not call.output.requires_grad:
-            return False
-        (found,) = torch.autograd.grad(self._logits.sum(), call.output, retain_graph=True, allow_unused=True)
-        return found is not None
+        return id(call.output) in self._feeding
 
     def _children(self, name: str) -> list[Call]:
         """The calls of a module's children that returned a feature map, in order; lists of modules are seen through."""
@@ -152,8 +156,8 @@ class _Search:
         """Those of several layers, apart from what holds the head."""
         return [c for c in children if self._layers_in(c.name) > 1 and not f"{self.head}.".startswith(f"{c.name}.")]
 
-    def _find_stages(self) -> tuple[list[str], list[str]]:
-        """The names of the stem and the stages, and of the stem alone."""
+    def _find_stages(self) -> tuple[list[str], str]:
+        """The names of the stem and the stages, and that of the first module of the last stage, or of the head."""
         found: list[str] = []
         trunk = ""
         while True:
@@ -172,10 +176,10 @@ class _Search:
         if containers:
             found += self._before(children, containers[0])
             containers = [inner for c in containers for inner in self._smaller_and_smaller(c)]
-            blocks = found + self._where_shapes_change(containers)
-        else:
-            blocks = found + self._groups(children)
-        return blocks, found
+            found += self._where_shapes_change(containers)
+            return found, found[-1]
+        groups = self._groups(children)
+        return [*found, *groups], list(groups.values())[-1] if groups else self.head
 
     @staticmethod
     def _is_layer(module: nn.Module) -> bool:
@@ -203,17 +207,17 @@ class _Search:
         following = [*shapes[1:], None]
         return [c.name for c, own, later in zip(containers, shapes, following, strict=True) if own != later]
 
-    def _groups(self, children: list[Call]) -> list[str]:
-        """The last child of each group, which is a layer and what follows it up to the next one, without the head."""
-        found: list[str] = []
+    def _groups(self, children: list[Call]) -> dict[str, str]:
+        """Each layer with what follows it up to the next one, without the head: the last name and the layer's."""
+        found: list[tuple[str, str]] = []
         for call in children:
-            if self.head == call.name or self.head.startswith(f"{call.name}."):
+            if f"{self.head}.".startswith(f"{call.name}."):
                 break
             if self._layers_in(call.name):
-                found.append(call.name)
+                found.append((call.name, call.name))
             elif found and not isinstance(call.module, nn.Flatten):
-                found[-1] = call.name
-        return found
+                found[-1] = (call.name, found[-1][1])
+        return dict(found)
 
     def _seen_by_head(self, stages: Sequence[str]) -> list[str]:
         """The last module with a feature map before the head, where any weights ran before it and it is no stage."""

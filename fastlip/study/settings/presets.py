@@ -47,7 +47,7 @@ _LONG = Schedule(
 )
 
 #: So few steps that each must count: small batches, and a head that learns faster than in a long training.
-_FEW_STEPS = Schedule(images=640, epochs=2, max_lr=0.1, head_lr=0.2, batch_size=16, crop=0, flip=False)
+_FEW_STEPS = Schedule(images=800, epochs=2, max_lr=0.1, head_lr=0.2, batch_size=16, crop=0, flip=False)
 
 PRESETS = {
     # As large as two cores with AVX2 alone carry in two minutes: ResNet-50 takes some 200 steps in all.
@@ -55,9 +55,9 @@ PRESETS = {
         preset="demo",
         dataset="generated",
         source="generated",
-        pretrain=dataclasses.replace(_FEW_STEPS, images=720),
-        scratch=dataclasses.replace(_FEW_STEPS, images=640, snapshots=(1,)),
-        finetune=dataclasses.replace(_FEW_STEPS, images=480, snapshots=(1,)),
+        pretrain=dataclasses.replace(_FEW_STEPS, images=480),
+        scratch=dataclasses.replace(_FEW_STEPS, snapshots=(1,)),
+        finetune=dataclasses.replace(_FEW_STEPS, images=400, snapshots=(1,)),
         reference=Schedule(images=800, epochs=3, max_lr=0.03, head_lr=0.1, batch_size=32, crop=0, flip=False),
         evaluation=EvaluationSettings(images=36, clean_images=240, snapshot_images=18),
         arms=("softmax", "mlp", "convnet", "scratch", "finetune"),
