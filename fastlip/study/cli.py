@@ -55,7 +55,7 @@ Download = Annotated[bool, typer.Option(help="Whether missing data and ImageNet 
 SourceCheckpoint = Annotated[
     Path | None,
     typer.Option(
-        help="Source weights under torchvision's names: safetensors, or a torch file, of which nothing is executed."
+        help="Source weights under the network's own names: safetensors, or a torch file, of which nothing is executed."
     ),
 ]
 SourceData = Annotated[

@@ -46,8 +46,9 @@ def differences(comparisons: list[Comparison], arm: str, against: str, measure: 
 
 
 def who(models: Sequence[Model]) -> str:
-    """The models of one arm in words, without their seeds."""
-    return models[0]["title"].removesuffix(f", seed {models[0]['seed']}")
+    """The models of one arm in words, as in "ResNet-50 (fine-tuned)", without their seeds."""
+    network, _, training = models[0]["title"].removesuffix(f", seed {models[0]['seed']}").partition(", ")
+    return f"{network} ({training})" if training else network
 
 
 def fraction(ratio: float) -> str:
@@ -76,6 +77,11 @@ _BELOW_TWENTY = (
 )
 
 _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def counted(n: int, what: str) -> str:
+    """A number of things, as in "1 run" and "6 runs"."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def listed(words: Sequence[str]) -> str:

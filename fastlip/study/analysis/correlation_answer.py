@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from fastlip.study.analysis import decisions
-from fastlip.study.analysis.answers import Answer, bounded, listed
+from fastlip.study.analysis.answers import Answer, bounded, counted, listed
 from fastlip.study.analysis.power import correlation_chances
 from fastlip.study.analysis.statistics import correlation_limits, partial_spearman, spearman
 from fastlip.study.settings.rules import Rules
@@ -31,7 +31,7 @@ class _Arm:
     instability: dict[str, np.ndarray]
     distortion: np.ndarray
     controls: np.ndarray  # [2, runs, moments]: epoch, clean accuracy
-    reliability: float
+    reliability: float  # NaN where it does not exist
 
 
 def answer(points: list[Point], large: set[str], rules: Rules) -> Answer:
@@ -45,15 +45,15 @@ def answer(points: list[Point], large: set[str], rules: Rules) -> Answer:
         headline = f"Not asked: {because[0].lower()}{because[1:]}"
         return Answer("undetermined", headline, because, f"Train the arm {listed(missing)}.", tested)
     cases = [arms[case] for case in CASES]
-    runs, reliability = min(a.runs for a in cases), min(a.reliability for a in cases)
+    runs, reliability = min(a.runs for a in cases), float(np.min([a.reliability for a in cases]))  # NaN if either is
     rho, p = (np.concatenate([found[case][i] for case in CASES]) for i in (0, 1))
     chance = chance_to_find(runs, reliability, rules)
     seen = _seen(rho, runs)
     if chance < rules.least_power:
+        known = "unknown reliability" if math.isnan(reliability) else f"reliability {reliability:.2f}"
         because = (
-            f"With {_counted(runs)} of an arm and distortions of reliability {reliability:.2f}, this rule would find a "
-            f"true correlation of {rules.correlation:g} with a probability of {chance:.2f}; {rules.least_power:g} is "
-            "needed."
+            f"With {counted(runs, 'run')} of an arm and distortions of {known}, this rule would find a correlation of "
+            f"{rules.correlation:g} with a probability of {chance:.2f}; {rules.least_power:g} is needed."
         )
         headline = f"These runs cannot say whether unstable networks are easier to fool: {seen}."
         change = "More seeds, and more attacked images where the reliability is low; the power note says how many."
@@ -83,8 +83,8 @@ def answer(points: list[Point], large: set[str], rules: Rules) -> Answer:
 
 def chance_to_find(runs: int, reliability: float, rules: Rules) -> float:
     """Probability that the rule finds ``rules.correlation`` with so many runs in each arm."""
-    # Distortions without any reliability measure nothing; fewer than 4 runs cannot be told from any order of theirs.
-    if runs < 4 or reliability == 0:
+    # Distortions without any reliability measure nothing, and of fewer than 4 runs any order is as good as another.
+    if runs < 4 or not reliability > 0:
         return 0.0
     return correlation_chances(rules.correlation, runs, round(reliability, 2), rules)["supported"]
 
@@ -92,12 +92,9 @@ def chance_to_find(runs: int, reliability: float, rules: Rules) -> float:
 def _seen(rho: np.ndarray, runs: int) -> str:
     known = rho[~np.isnan(rho)]
     if not len(known):
-        return f"{_counted(runs)} of each arm give no rank correlation"
-    return f"rank correlations from {known.min():+.2f} to {known.max():+.2f} over {_counted(runs)} of each arm"
-
-
-def _counted(runs: int) -> str:
-    return f"{runs} run{'' if runs == 1 else 's'}"
+        return f"no rank correlation exists over {counted(runs, 'run')} of each arm"
+    extremes = f"from {known.min():+.2f} to {known.max():+.2f}"
+    return f"rank correlations {extremes} over {counted(runs, 'run')} of each arm"
 
 
 def _arm(points: list[Point], rules: Rules) -> _Arm:
@@ -116,7 +113,7 @@ def _arm(points: list[Point], rules: Rules) -> _Arm:
 
     flat = [p for row in rows for p in row]
     # Reliabilities differ between the moments; the lowest is what the question has to live with.
-    reliabilities = [0.0 if p["reliability"] is None else p["reliability"] for p in flat]
+    reliabilities = [math.nan if p["reliability"] is None else p["reliability"] for p in flat]
     return _Arm(
         runs=len(rows),
         moments=len(moments),
@@ -125,7 +122,7 @@ def _arm(points: list[Point], rules: Rules) -> _Arm:
         controls=np.array(
             [np.broadcast_to(np.arange(len(moments)), shape), table([p["accuracy"]["value"] for p in flat])]
         ),
-        reliability=min(reliabilities, default=0.0),
+        reliability=float(np.min(reliabilities)) if reliabilities else math.nan,
     )
 
 
@@ -149,7 +146,9 @@ def _statistics(arm: str, a: _Arm, found: tuple[np.ndarray, np.ndarray], rules: 
     rows = []
     for side, rho, p in zip(_SIDES.values(), *found, strict=True):
         low, high = (float(v) if a.runs > 3 else math.nan for v in correlation_limits(rho, a.runs, rules.confidence))
-        name = f"{arm}: rank correlation of {side} and smallest distortion{how} ({a.runs * a.moments} points)"
+        name = (
+            f"{arm}: rank correlation of {side} and smallest distortion{how} ({counted(a.runs * a.moments, 'point')})"
+        )
         row = bounded(name, a.runs, rho, low, high, rules.confidence)
         rows.append(Statistic(name=name, estimate=row["estimate"], p=None if np.isnan(rho) else float(p)))
     name = f"{arm}: split-half reliability of the mean log distortion"

@@ -76,8 +76,8 @@ def _ratio_rows(question: int, arm: str, settings: Settings) -> list[Power]:
             Power(
                 question=question,
                 unit=unit,
-                assumption=f"the true ratio is {factor:g} times that of each of {len(references)} references, and "
-                f"{100 * _BOTH:g}% of the attacked images are classified correctly by both",
+                assumption=f"the true ratio is {factor:g} times that of all references ({len(references)} in the run), "
+                f"and {100 * _BOTH:g}% of the attacked images are classified correctly by both",
                 expected=expected,
                 needed=_least(sizes, chance.__getitem__, rules.power),
                 had=None,

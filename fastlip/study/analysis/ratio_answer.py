@@ -5,7 +5,17 @@ import math
 import numpy as np
 
 from fastlip.study.analysis import decisions
-from fastlip.study.analysis.answers import ARMS_IN_WORDS, Answer, bounded, differences, fraction, listed, stated, who
+from fastlip.study.analysis.answers import (
+    ARMS_IN_WORDS,
+    Answer,
+    bounded,
+    counted,
+    differences,
+    fraction,
+    listed,
+    stated,
+    who,
+)
 from fastlip.study.analysis.statistics import over_seeds
 from fastlip.study.settings.rules import Rules
 from fastlip.study.storage.schema import Comparison, Model, Statistic, Transfer
@@ -24,8 +34,9 @@ def answer(
     headline = _headline(of_arm)
     numbers = [s for same in of_arm.values() for s in _medians(same, rules)]
     flat = large[0]["flat_boundary"]
-    name = f"ratio of a flat boundary in {flat['dimensions']:,} dimensions with {flat['directions']} directions"
-    numbers.append(stated(name, flat["directions"], flat["ratio"], rules.confidence))
+    drawn = counted(flat["directions"], "direction")
+    name = f"ratio of a flat boundary in {flat['dimensions']:,} dimensions with {drawn} (predicted)"
+    numbers.append(stated(name, 0, flat["ratio"], rules.confidence))
     beside = _transfers(large, transfer, rules)
     if "softmax" not in references:
         missing = [name for name in ("softmax", "mlp", "convnet", "resnet18") if name not in references]
@@ -53,9 +64,10 @@ def answer(
 def _headline(of_arm: dict[str, list[Model]]) -> str:
     (large, *references) = of_arm.values()
     said = [(who(same), _median(same)) for same in (large, *references)]
-    (first, ratio), rest = said[0], [(name, value) for name, value in said[1:] if value is not None]
-    if ratio is None:
-        return f"{_capital(first)}: no smallest perturbation was found for half of the images."
+    (first, ratio), rest = said[0], [(name, value) for name, value in said[1:] if value]
+    if not ratio:
+        what = "noise of any strength" if ratio == 0 else "a perturbation"
+        return f"{_capital(first)}: {what} that changes the decision was found for less than half of the images."
     words = f"{_capital(first)} is fooled by {fraction(ratio)} the noise it withstands"
     if not rest:
         return f"{words}."
@@ -67,19 +79,20 @@ def _capital(words: str) -> str:
 
 
 def _median(models: list[Model]) -> float | None:
-    """The median ratio, its geometric mean over seeds; None where a seed has none."""
+    """The median ratio, its geometric mean over seeds; None where a seed has none, and 0 where that of one is 0."""
     values = [m["ratio_median"]["value"] for m in models]
-    if any(not v for v in values):
+    if None in values:
         return None
-    return math.exp(float(np.mean(np.log(np.array(values, dtype=float)))))
+    with np.errstate(divide="ignore"):
+        return float(np.exp(np.log(np.array(values, dtype=float)).mean()))
 
 
 def _medians(models: list[Model], rules: Rules) -> list[Statistic]:
     if len(models) == 1:
         return [Statistic(name=f"median ratio, {who(models)}", estimate=models[0]["ratio_median"], p=None)]
     value = _median(models)
-    if value is None:
-        return [stated(f"median ratio, {who(models)}", len(models), None, rules.confidence)]
+    if not value:
+        return [stated(f"median ratio, {who(models)}", len(models), value, rules.confidence)]
     logs = over_seeds(np.log(np.array([m["ratio_median"]["value"] for m in models], dtype=float)), rules.confidence)
     low, high = (math.nan if v is None else math.exp(v) for v in (logs["low"], logs["high"]))
     name = f"median ratio, {who(models)}, geometric mean over seeds"
@@ -158,7 +171,7 @@ def _spoken(
         if e["high"] is None or e["high"] > rules.ratio_margin
     ]
     because = (
-        f"The ratio may exceed that of {listed(open_)} by more than the factor {margin}, and does not exceed that of "
+        f"The ratio is not shown to be at most {margin} times that of {listed(open_)}, nor to be more than that for "
         "every reference."
     )
     return because, "More attacked images would narrow the intervals; the power note says how many."

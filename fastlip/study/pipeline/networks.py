@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastlip.models import Anatomy, load_checkpoint
+from fastlip.models import Anatomy, load_backbone, load_checkpoint
 from fastlip.study.errors import StudyError
 from fastlip.study.measure import network_parts
 from fastlip.study.pipeline.inputs import Inputs
@@ -14,7 +14,6 @@ from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.files import AGAIN, damaged
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
 from fastlip.study.training.architectures import build, parts
-from fastlip.study.training.source_weights import load_source
 
 
 class Networks:
@@ -37,7 +36,7 @@ class Networks:
             source = self.run.source_of(model)
             weights = weights_at(self.run.checkpoint(source)) if source else self.inputs.source_weights()
             try:
-                load_source(network, weights, self.parts(model, network).head)
+                load_backbone(network, weights, self.parts(model, network).head)
             except ValueError as error:
                 # Weights given on the command line were checked before anything began.
                 raise damaged(self.run.checkpoint(source or "source"), error) from None

@@ -3,9 +3,10 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.utils import deterministic
+import torch.utils.deterministic
 
 from fastlip.study.settings.machine import Machine
 
@@ -20,16 +21,17 @@ def numerics(machine: Machine) -> Iterator[None]:
     does not try its algorithms out, and sums over equal indices are sorted first. On a CPU nothing needs to be switched
     on, and sums do not depend on anything but the number of threads.
     """
+    memory: Any = torch.utils.deterministic  # whose one attribute torch sets at run time
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic, cudnn.benchmark
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    threads, fills = torch.get_num_threads(), deterministic.fill_uninitialized_memory
+    threads, fills = torch.get_num_threads(), memory.fill_uninitialized_memory
     torch.set_num_threads(machine.threads)
     cudnn.allow_tf32 = products.allow_tf32 = machine.tf32
     if machine.deterministic:
         cudnn.deterministic, cudnn.benchmark = True, False
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        deterministic.fill_uninitialized_memory = False  # nothing here reads memory before it is written
+        memory.fill_uninitialized_memory = False  # nothing here reads memory before it is written
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -37,4 +39,4 @@ def numerics(machine: Machine) -> Iterator[None]:
         torch.set_num_threads(threads)
         cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
-        deterministic.fill_uninitialized_memory = fills
+        memory.fill_uninitialized_memory = fills

@@ -17,7 +17,8 @@ class InputPaths:
 
     Attributes:
         data: folder that holds the files of CIFAR-10, CIFAR-100 and SVHN.
-        source_checkpoint: weights under torchvision's names, in safetensors or a torch file (its code is not executed).
+        source_checkpoint: weights under the network's own names, in safetensors or a torch file (its code is not
+            executed).
         source_data: images to pre-train the source on, named as ``target`` is.
         corruptions: folder with the files of CIFAR-10-C.
         download: whether missing files may be downloaded.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlip.models import imagenet_weights, load_backbone, published_weights
 from fastlip.study.errors import StudyError, first_line
@@ -24,20 +24,11 @@ def read_source_weights(path: Path) -> dict[str, Tensor]:
     return read_state_dict(path, f"--source-checkpoint {path}")
 
 
-def load_source(network: nn.Sequential, state: dict[str, Tensor], head: str) -> None:
-    """Load everything but the head into ``network``, in place.
-
-    Raises:
-        ValueError: the state dict is of another architecture, stem or size; the message names the first difference.
-    """
-    load_backbone(network, state, head)
-
-
 def require_fit(state: dict[str, Tensor], settings: Settings, name: str) -> None:
     """Raise :class:`StudyError` where the state dict ``name`` is not one of the run's architecture."""
     network = build(settings, SOURCE, 2, 0)
     try:
-        load_source(network, state, parts(settings, SOURCE, network).head)
+        load_backbone(network, state, parts(settings, SOURCE, network).head)
     except ValueError as error:
         raise StudyError(f"{name}: {error} (--model {settings.model}, --set stem={settings.stem})", status=2) from None
 

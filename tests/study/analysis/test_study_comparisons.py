@@ -118,7 +118,7 @@ def test_a_distance_that_was_not_found_counts_as_the_ceiling():
     one, other = (decided(rng, right=full) for _ in range(2))
     one = one._replace(pgd=np.where(np.arange(IMAGES) < 5, np.inf, one.pgd))
     found = {"finetune": one, "scratch": other}
-    rows = compared(lambda arm, seed: found[arm], settings_of())
+    rows = compared(lambda arm, seed: found[arm], settings_of(arms=("scratch", "finetune")))
     expected = np.log(np.where(np.arange(IMAGES) < 5, 1.0, one.pgd) / other.pgd).mean()
     assert rows[0]["difference"]["value"] == pytest.approx(expected)
 

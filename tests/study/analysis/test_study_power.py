@@ -10,6 +10,7 @@ from scipy import stats
 from fastlip.study.analysis import power
 from fastlip.study.settings import presets
 from fastlip.study.settings.rules import Rules
+from fastlip.study.settings.training import REFERENCES
 from fastlip.study.storage.schema import Power
 
 RULES = Rules()
@@ -17,7 +18,7 @@ RULES = Rules()
 
 @pytest.fixture(scope="module")
 def full():
-    return dataclasses.replace(presets.preset("full"), seeds=2)
+    return dataclasses.replace(presets.preset("full"), arms=(*REFERENCES, "scratch", "finetune"), seeds=2)
 
 
 def by_question(settings):
@@ -54,7 +55,7 @@ def test_an_arm_that_is_missing_is_named_and_leaves_its_question_open(full):
 
 
 def test_checkpoints_have_no_power_note(full):
-    assert power.sample_sizes(dataclasses.replace(full, arms=(), checkpoints=("a", "b"))) == []
+    assert power.sample_sizes(dataclasses.replace(full, arms=(), seeds=1, checkpoints=("a", "b"))) == []
 
 
 def test_what_is_needed_reaches_the_power_wanted_and_less_does_not(full):

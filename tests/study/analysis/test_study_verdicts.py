@@ -102,11 +102,12 @@ def test_the_other_arm_is_not_asked_about():
 
 def test_the_headline_says_the_ratios_as_a_person_would():
     models = [model("scratch", ratio=0.0333), model("softmax", ratio=0.0294), model("mlp", ratio=0.5)]
+    models[0]["title"] = "ResNet-50, from scratch, seed 0"
     rows = [r for name in ("softmax", "mlp") for r in compared("scratch", name, "log ratio", [0.0])]
     answer = asked(models, rows + compared("scratch", "softmax", "clean accuracy", [0.2]))[0]
     assert answer["headline"] == (
-        "Scratch is fooled by a thirtieth of the noise it withstands; softmax by a thirty-fourth of it and mlp by half "
-        "of it."
+        "ResNet-50 (from scratch) is fooled by a thirtieth of the noise it withstands; softmax by a thirty-fourth of "
+        "it and mlp by half of it."
     )
 
 
@@ -125,6 +126,13 @@ def test_the_headline_says_the_ratios_as_a_person_would():
 )
 def test_fractions_in_words(ratio, words):
     assert fraction(ratio) == words
+
+
+@pytest.mark.parametrize(("ratio", "what"), [(None, "a perturbation"), (0.0, "noise of any strength")])
+def test_a_ratio_that_is_not_known_is_not_made_up(ratio, what):
+    answer = asked([model("scratch", 0), model("scratch", 1, ratio=ratio)])[0]
+    assert answer["headline"].startswith(f"Scratch: {what} that changes the decision was found for less than half")
+    assert answer["statistics"][0]["estimate"]["value"] == ratio
 
 
 def test_from_three_seeds_on_the_seeds_must_agree_too():
@@ -153,7 +161,7 @@ def test_transfer_and_the_flat_boundary_stand_beside_the_ratios_untested():
     rows += [row("scratch-s0", False, 50, 2)]  # its own examples are no transfer
     statistics = asked([model("scratch")], transfer=rows)[0]["statistics"]
     values = {s["name"]: s["estimate"]["value"] for s in statistics}
-    assert values["ratio of a flat boundary in 3,072 dimensions with 4 directions"] == 0.0187
+    assert values["ratio of a flat boundary in 3,072 dimensions with 4 directions (predicted)"] == 0.0187
     assert values["share fooled by perturbations made for other models, L2 norm 0.5"] == pytest.approx(0.3)
     assert values["share fooled by noise of the same norm, beside other models, L2 norm 0.5"] == pytest.approx(0.04)
     assert values["share fooled by perturbations made for models trained on disjoint images, L2 norm 0.5"] == 0.1
@@ -297,7 +305,7 @@ def test_arms_are_never_pooled():
         ({"runs": 5}, "5 runs"),
         ({"runs": 1}, "1 run "),
         ({"reliability": 0.2}, "reliability 0.20"),
-        ({"reliability": None}, "reliability 0.00"),
+        ({"reliability": None}, "unknown reliability"),
     ],
 )
 def test_question_4_says_where_it_cannot_be_answered(changes, reason):

@@ -157,6 +157,12 @@ def test_without_an_effect_pre_training_is_not_said_to_raise_robustness():
     assert found["undetermined"] > 20
 
 
+def test_a_rise_in_one_measure_alone_is_none():
+    # Here the level is reached: one of the two tests always rejects.
+    found = counted(3, World(rise=1.4), SEEDS, ("scratch", "finetune"))
+    assert within(found["supported"], 0.025)
+
+
 def test_a_rise_at_the_margin_is_found_as_often_as_the_power_note_says():
     world = World(rise=RULES.distortion_margin, relative=RULES.accuracy_margin)
     found = counted(3, world, SEEDS, ("scratch", "finetune"))

@@ -1,14 +1,17 @@
 """Checkpoints that the study did not train: measured like its own under their own names, and refused in one line."""
 
 import hashlib
+import re
 import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from rich.console import Console
 
 from fastlip.models import build_model, load_checkpoint, resnet18, save_checkpoint
@@ -23,6 +26,8 @@ from fastlip.study.training.given_checkpoints import given_network
 
 SPEC = "torchvision:resnet18"
 CLASSES = 6
+
+README = Path(__file__).parents[3] / "fastlip" / "study" / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -181,22 +186,50 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, argume
     assert list(tmp_path.iterdir()) == []
 
 
+def block(name):
+    """A block of code of the study's README."""
+    found = re.search(rf"<!-- test:{name} -->\n```\w+\n(.*?)```", README.read_text(), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def photos(root, split, each):
+    """Random images of three classes."""
+    rng = np.random.default_rng(len(split))
+    for name in ("cat", "dog", "emu"):
+        (root / split / name).mkdir(parents=True)
+        for i in range(each):
+            pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A ConvNet in the study's own form, and the bare state dict of a perceptron as DataParallel would write it."""
     root = tmp_path_factory.mktemp("given")
-    save_checkpoint(root / "convnet.safetensors", build_model("fastlip:convnet", CLASSES, seed=0))
-    state = build_model("fastlip:mlp", CLASSES, seed=1).get_submodule("network").state_dict()
+    save_checkpoint(root / "convnet.safetensors", build_model("fastlip:convnet", 3, seed=0))
+    state = build_model("fastlip:mlp", 3, seed=1).get_submodule("network").state_dict()
     torch.save({"module." + name: value for name, value in state.items()}, root / "mlp.pth")
+    photos(root / "photos", "test", 8)
     return {"scratch": root / "convnet.safetensors", "tuned": root / "mlp.pth"}
 
 
 @pytest.fixture(scope="module")
 def arguments(files, micro_arguments):
-    """The command that measures both, one of them under the name of an arm."""
-    given = [f"--checkpoint={name}={file}" for name, file in files.items()]
-    models = ["--model=scratch=fastlip:convnet", "--model=tuned=fastlip:mlp"]
-    return ["measure", *given, *models, *(a for a in micro_arguments if not a.startswith("--set=arms="))]
+    """The README's command for two networks, one of them under the name of an arm."""
+    text = block("measure").replace("\\\n", "").replace("--out RUN", "")
+    text = text.replace("--model timm:resnet18", "--model scratch=fastlip:convnet --model tuned=fastlip:mlp")
+    for word, path in (
+        ("A.safetensors", files["scratch"]),
+        ("B.pth", files["tuned"]),
+        ("PHOTOS", files["tuned"].parent / "photos"),
+    ):
+        assert word in text
+        text = text.replace(word, str(path))
+    words = shlex.split(text)
+    assert words[:4] == ["python", "-m", "fastlip.study", "measure"]
+    return words[3:] + [a for a in micro_arguments if a.startswith("--set=") and not a.startswith("--set=arms=")]
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +258,7 @@ def test_results_say_that_the_study_trained_none_of_them(measured):
     for model in results["models"]:
         assert (model["role"], model["training"], model["arm"]) == ("checkpoint", None, model["name"])
         assert all(weight["distance"] is None for weight in model["weights"])
-        assert model["dataset"] == "generated target"
+        assert model["dataset"] == "photos"
     assert [m["architecture"] for m in results["models"]] == ["fastlip:convnet", "fastlip:mlp"]
     assert {v["verdict"] for v in results["verdicts"]} == {"undetermined"}
     assert results["source"] == "none"
@@ -235,10 +268,10 @@ def test_results_say_that_the_study_trained_none_of_them(measured):
 def test_files_and_normalisation_are_among_the_fingerprints(measured, files):
     inputs = measured.config["inputs"]
     digest = hashlib.sha256(files["tuned"].read_bytes()).hexdigest()
-    assert inputs["tuned"] == f"sha256 {digest}, input normalised by imagenet, the default for this target"
+    assert inputs["tuned"] == f"sha256 {digest}, input normalised by imagenet"
     assert inputs["scratch"].endswith(", input normalised as the checkpoint says")
     weights, meta = load_checkpoint(measured.checkpoint("scratch"))
-    assert meta == {"images": "generated target", "classes": "6", "input": "input normalised as the checkpoint says"}
+    assert meta == {"images": "photos", "classes": "3", "input": "input normalised as the checkpoint says"}
     assert all(torch.equal(value, weights[name]) for name, value in load_checkpoint(files["scratch"])[0].items())
 
 
@@ -275,11 +308,37 @@ def test_a_plan_takes_over_the_checkpoints_first(measured, arguments, tmp_path, 
         command(monkeypatch, *words[3:])
     assert RunDirectory(out).read_timings().keys() == {"scratch: import", "tuned: import"}
     for name in ("scratch", "tuned"):
-        assert RunDirectory(out).checkpoint(name).read_bytes() == measured.checkpoint(name).read_bytes()
+        again, before = (load_checkpoint(run.checkpoint(name))[0] for run in (RunDirectory(out), measured))
+        assert all(torch.equal(value, again[key]) for key, value in before.items())
 
 
 def test_several_processes_share_a_run(measured, files):
     measured.images("scratch", "clean").unlink()
-    paths = InputPaths(checkpoints=files)
+    paths = InputPaths(checkpoints=files, target=files["tuned"].parent / "photos")
     runner.run(measured.settings, paths, measured.path, Console(quiet=True), join=True)
     assert measured.images("scratch", "clean").exists()
+
+
+def test_the_readmes_way_of_saving_a_network(tmp_path, network, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(block("save"), {"network": network})
+    found, _ = given(tmp_path / "A.safetensors")
+    assert torch.equal(found.get_submodule("network").fc.weight, network.fc.weight)
+
+
+def test_the_readmes_command_for_training_names_what_there_is(tmp_path, monkeypatch, micro_arguments):
+    """Its plan checks all inputs and names all stages; that a plan is carried out is tested elsewhere."""
+    for root in ("photos", "others"):
+        photos(tmp_path / root, "train", 16)
+        photos(tmp_path / root, "test", 8)
+    text = block("train")
+    for word, path in (("PHOTOS", tmp_path / "photos"), ("OTHERS", tmp_path / "others"), ("RUN", tmp_path / "run")):
+        assert word in text
+        text = text.replace(word, str(path))
+    assert "torchvision:resnet34" in text
+    words = shlex.split(text.replace("torchvision:resnet34", "fastlip:convnet"))  # which is built in less time
+    assert words[:3] == ["python", "-m", "fastlip.study"]
+    command(monkeypatch, "plan", *words[3:], *(a for a in micro_arguments if a.startswith("--set=")))
+    plan = [file.name for file in sorted((tmp_path / "run" / "plan").iterdir())]
+    assert plan[:2] == ["1-source.txt", "2-training.txt"]
+    assert "--model fastlip:convnet" in (tmp_path / "run" / "plan" / plan[0]).read_text()

@@ -204,7 +204,7 @@ class Synthetic:
                 "log10_upper": self.draws.uniform(1, 14),
                 "log10_margin": self.draws.uniform(1, 14),
                 "confidence": 1 - 8e-8,
-                "log10_layer_product": self.draws.uniform(10, 30),
+                "log10_layer_product": self.some(self.draws.uniform(10, 30)),
                 "layers": [
                     {
                         "name": name,
