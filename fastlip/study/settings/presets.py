@@ -15,8 +15,8 @@ from fastlip.study.settings.measurements import (
 from fastlip.study.settings.settings import Settings
 from fastlip.study.settings.training import ARMS, Schedule
 
-#: For CIFAR-10 on a CPU, where few images are seen: small batches, a head that learns faster than in a long training, and
-#: the average of the weights in place of a long decay.
+#: For CIFAR-10 on a CPU, where few images are seen: small batches, a head that learns faster than in a long training,
+#: and the average of the weights in place of a long decay.
 _SHORT = Schedule(images=8000, epochs=2, max_lr=0.1, head_lr=0.25, batch_size=32, label_smoothing=0.1, averaging=0.98)
 
 #: The small references, all with one schedule: softmax regression is nothing but a head, whose inputs are 3,072 pixels.
