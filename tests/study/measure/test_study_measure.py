@@ -75,10 +75,15 @@ def test_the_ceiling_of_gaussian_noise_is_the_strongest_that_is_tried(linear):
     given, tried = images(linear), []
 
     class Watching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(192, 2)
+            self.load_state_dict({"head.weight": torch.zeros(2, 192), "head.bias": torch.tensor([1.0, 0.0])})
+
         def forward(self, z):
             if len(z) == len(x):
-                tried.append((z - x).flatten(1).norm(dim=1) / np.sqrt(192))
-            return torch.stack([torch.ones(len(z)), torch.zeros(len(z))], 1)  # never changes its mind
+                tried.append((z.detach() - x).flatten(1).norm(dim=1) / np.sqrt(192))
+            return self.head(z.flatten(1))  # never changes its mind
 
     given.labels = torch.zeros(12, dtype=torch.int64)
     given.batch_size = 12
