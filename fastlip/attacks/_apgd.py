@@ -92,7 +92,7 @@ def apgd(
         ValueError: a value or shape is wrong, inputs leave the bounds, or the model's output is not differentiable.
         TypeError: a type or dtype is wrong.
     """
-    bounds = check_call(
+    inputs, labels, targets, ids, bounds = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip

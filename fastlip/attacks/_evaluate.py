@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastlip import ops
 from fastlip.attacks._arguments import (
+    INTEGERS,
     check_classes,
     check_images,
     check_model,
@@ -26,11 +27,11 @@ from fastlip.attacks._arguments import (
     shown,
 )
 from fastlip.attacks._batch import differs_between_images, rows_where, take
-from fastlip.attacks._counts import PassCounts, count_forward_backward
+from fastlip.attacks._counts import PassCounts, can_be_counted, count_forward_backward
 from fastlip.attacks._diagnose import AttackWarning, diagnose
 from fastlip.attacks._distance import distance
 from fastlip.attacks._min_norm import MinNormResult
-from fastlip.attacks._model import Model, Network, eval_mode
+from fastlip.attacks._model import Model, Network, NotDifferentiable, eval_mode
 from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import prepare
 from fastlip.attacks._progress import Progress, progress_of
@@ -54,7 +55,7 @@ class EvaluationResult:
         success: which attacks succeeded on which images, [A, N] bool. Attacks after the first success did not try the
             image (unless ``every_attack``).
         adversarial: the adversarial image of the first success, else the image itself, [N, ...], on the CPU.
-        counts: images that each attack sent through the model; empty where the model is not a module.
+        counts: images that each attack sent through the model; empty where the model is no module, or TorchScript.
         seconds: time that each attack took.
         warnings: reasons why the result may overestimate the robustness.
     """
@@ -131,6 +132,8 @@ def evaluate(
     device: torch.device | str | None = None,
     fast: bool = False,
     precision: Precision = None,
+    draws: int = 1,
+    eot: int = 1,
     check: bool = True,
     progress: bool | Progress = False,
 ) -> EvaluationResult:
@@ -147,6 +150,9 @@ def evaluate(
     original image so that no perturbation grows. These converted images are judged, by the model itself in eval mode,
     and kept. They count only inside the bounds and, where ``norm`` and ``eps`` are given, inside the ball. Images stay
     on their device until their batch is due, and the robust ones are packed into full batches again for each attack.
+
+    An attack that needs gradients which the model does not have is left out, with a warning; if no other is left, its
+    error is raised.
 
     Args:
         model: maps inputs to logits [B, C].
@@ -165,6 +171,8 @@ def evaluate(
         device: the device of the model; if None that of its parameters, or of ``inputs`` where it has none.
         fast: follow the gradients of a copy made fast for evaluation (:func:`prepare`).
         precision: as in :func:`pgd`.
+        draws: passes whose mean probabilities decide, for a model with random outputs, as in :func:`prepare`.
+        eot: passes whose mean gradients our attacks follow, as in :func:`prepare`.
         check: look for signs of unreliable results (:func:`diagnose`, and a black-box attack that succeeds where
             gradient attacks failed) and warn of them.
         progress: True shows a bar for each attack on standard error (needs tqdm); a function is called with the images
@@ -174,7 +182,7 @@ def evaluate(
         ValueError: a value or shape is wrong, inputs leave the bounds, or an attack returned something else.
         TypeError: a type or dtype is wrong.
     """
-    bounds = _check_arguments(model, inputs, labels, attacks, norm, eps, ids, bounds)
+    inputs, labels, ids, bounds = _check_arguments(model, inputs, labels, attacks, norm, eps, ids, bounds)
     batch_size, seed = count(batch_size, "batch_size", 1), count(seed, "seed", -(2**63))
     if seed >= 2**63:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
@@ -183,24 +191,35 @@ def evaluate(
     check_precision(precision)
     show = progress_of(progress)
     where = _device(device, model, inputs)
-    run = _SuiteRun(
-        model, inputs, labels, where, bounds, batch_size, norm, None if eps is None else number(eps, "eps"), ids, seed
-    )
+    eps = None if eps is None else number(eps, "eps")
+    judge = prepare(model, inputs, fast=False, draws=draws)
+    run = _SuiteRun(judge, inputs, labels, where, bounds, batch_size, norm, eps, ids, seed)
     found: list[str] = []
-    if check:
-        few = torch.arange(min(64, len(inputs)))
-        found = diagnose(model, *run.at(few), bounds=run.box(few))
-    network = model
-    if fast or precision:
-        network = prepare(model, run.at(torch.arange(min(8, len(inputs))))[0], fast=fast, precision=precision)
+    few = run.batches(torch.arange(len(inputs)))[:1]
+    if check and few:
+        found = diagnose(judge, *run.at(few[0]), bounds=run.box(few[0]))
     run.judge_clean()
+    network = judge
+    if few and (fast or precision or eot > 1):
+        network = prepare(
+            model, run.at(few[0])[0], fast=fast, precision=precision, draws=draws, eot=eot, same_size=judge.same_size
+        )
+        network.largest = judge.largest
     counts: dict[str, PassCounts] = {}
     seconds: dict[str, float] = {}
     white_box = False
+    ran: list[str] = []
     for position, (name, attack) in enumerate(attacks.items()):
         begin = time.perf_counter()
         before = int(run.robust.sum())
-        counted = run.attack_all(network, name, attack, position, every_attack, partial(_named, show, name))
+        try:
+            counted = run.attack_all(network, name, attack, position, every_attack, partial(_named, show, name))
+        except NotDifferentiable:
+            if name == list(attacks)[-1] and not ran:
+                raise
+            found.append(f"{name} was left out: it needs gradients, which the model does not have")
+            continue
+        ran.append(name)
         if counted is not None:
             counts[name] = counted
         seconds[name] = time.perf_counter() - begin
@@ -216,11 +235,11 @@ def evaluate(
     for sentence in found if check else []:
         warnings.warn(sentence, AttackWarning, stacklevel=2)
     return EvaluationResult(
-        attacks=tuple(attacks),
+        attacks=tuple(ran),
         clean=run.clean,
         robust=run.robust,
         first_success=run.first_success,
-        success=run.success[: len(attacks)],
+        success=run.success,
         adversarial=run.adversarial,
         counts=counts,
         seconds=seconds,
@@ -237,7 +256,7 @@ class _SuiteRun:
 
     def __init__(
         self,
-        model: Model,
+        network: Network,
         inputs: Tensor,
         labels: Tensor,
         device: torch.device,
@@ -249,7 +268,7 @@ class _SuiteRun:
         seed: int,
     ) -> None:
         count = len(inputs)
-        self.network = prepare(model, inputs, fast=False)
+        self.network = network
         self.inputs, self.labels = inputs.detach(), labels.to(inputs.device)
         self.device, self.batch_size = device, batch_size
         self.bounds = bounds
@@ -299,28 +318,36 @@ class _SuiteRun:
             return ops.judge(logits, y).adversarial
 
     def attack_all(
-        self, network: Model, name: str, attack: Attack, position: int, everyone: bool, show: Callable[[int, int], None]
+        self,
+        network: Network,
+        name: str,
+        attack: Attack,
+        position: int,
+        everyone: bool,
+        show: Callable[[int, int], None],
     ) -> PassCounts | None:
         """Run ``attack`` on the images, and count those that it sends through the model."""
         self.outside = 0
-        self.success = torch.cat([self.success, torch.zeros(1, len(self.labels), dtype=torch.bool)])
+        self.fallen = torch.zeros(len(self.labels), dtype=torch.bool)
         todo = rows_where(self.clean if everyone else self.robust)
         counted = PassCounts()
         model = self.network.model
+        watched = can_be_counted(model)
         show(0, len(todo))
         for done, rows in enumerate(self.batches(todo)):
-            if isinstance(model, nn.Module):
-                with count_forward_backward(model) as counts:
+            if watched:
+                with count_forward_backward(model) as counts:  # type: ignore[arg-type]  # it can be counted
                     found = self.found_by(network, attack, rows, position)
                 counted.forward += counts.forward
                 counted.backward += counts.backward
             else:
                 found = self.found_by(network, attack, rows, position)
-            self.record(rows, found, name, position)
+            self.record(rows, found, name)
             show(min((done + 1) * self.batch_size, len(todo)), len(todo))
-        return counted if isinstance(model, nn.Module) else None
+        self.success = torch.cat([self.success, self.fallen[None]])
+        return counted if watched else None
 
-    def found_by(self, network: Model, attack: Attack, rows: Tensor, position: int) -> object:
+    def found_by(self, network: Network, attack: Attack, rows: Tensor, position: int) -> object:
         """The result of ``attack`` for ``rows``."""
         try:
             known = inspect.signature(attack).parameters
@@ -338,11 +365,11 @@ class _SuiteRun:
             if bounds is None or _is_pair(bounds):
                 offered["bounds"] = self.box(rows, bounds)
         ours = "fast" in known and "precision" in known
-        model = network if ours or not isinstance(network, Network) else network.model
+        model: Model = network if ours and _is_more_than_its_model(network) else network.model
         with eval_mode(self.network):
             return attack(model, *self.at(rows), **offered)
 
-    def record(self, rows: Tensor, found: object, name: str, position: int) -> None:
+    def record(self, rows: Tensor, found: object, name: str) -> None:
         """Judge the result of an attack for ``rows`` against images and labels that it had no access to."""
         x, y = self.at(rows)
         kept = _rounded(_images_of(found, x, name), x)
@@ -350,9 +377,9 @@ class _SuiteRun:
         inside = self.feasible(kept, x, self.box(rows))
         self.outside += int((wrong & ~inside).sum())
         success = (wrong & inside).cpu()
-        self.success[position, rows] = success
+        self.fallen[rows] = success
         is_first = success & self.robust[rows]
-        self.first_success[rows[is_first]] = position
+        self.first_success[rows[is_first]] = len(self.success)
         self.adversarial[rows[is_first]] = kept[is_first.to(kept.device)].cpu()
         self.robust[rows[success]] = False
 
@@ -363,6 +390,11 @@ class _SuiteRun:
             return inside
         half_ulp = distance(torch.finfo(found.dtype).eps / 2 * found, torch.zeros_like(found), self.norm)
         return inside & (distance(found, x, self.norm) <= self.eps * (1 + 1e-5) + half_ulp)
+
+
+def _is_more_than_its_model(network: Network) -> bool:
+    """Whether an attack of ours is to get the network, whatever copy it is told to make itself."""
+    return not network.exact or network.same_size
 
 
 def _is_pair(bounds: object) -> bool:
@@ -424,8 +456,8 @@ def _check_arguments(
     eps: float | None,
     ids: Tensor | None,
     bounds: Bounds,
-) -> Bounds:
-    """Raise where an argument is wrong; return the bounds, on the device of ``inputs``."""
+) -> tuple[Tensor, Tensor, Tensor | None, Bounds]:
+    """Raise where an argument is wrong; return images, labels, ids and bounds, these on the device of ``inputs``."""
     check_model(model)
     if not isinstance(attacks, Mapping):
         raise TypeError(f"attacks must be a mapping from names to attacks, got {type(attacks).__name__}; see suite()")
@@ -441,16 +473,22 @@ def _check_arguments(
         raise TypeError("eps must be one float for all images")
     if eps is not None:
         radius(eps, "eps", inputs)
-    for what, values in (("labels", labels), ("ids", ids)):
-        if what == "labels" or values is not None:
-            if not isinstance(values, Tensor) or values.dtype != torch.int64:
-                raise TypeError(f"{what} must be a torch.int64 tensor of shape [{len(inputs)}], got {shown(values)}")
-            if values.shape != inputs.shape[:1]:
-                raise ValueError(f"{what} must be of shape [{len(inputs)}], got {list(values.shape)}")
+    labels = _of_all(labels, "labels", inputs)
+    ids = None if ids is None else _of_all(ids, "ids", inputs)
     if isinstance(bounds, tuple) and len(bounds) == 2:
         lo, hi = (b.to(inputs.device) if isinstance(b, Tensor) else b for b in bounds)
         bounds = lo, hi
-    return checked_inputs(inputs, bounds)
+    inputs, bounds = checked_inputs(inputs, bounds)
+    return inputs, labels, ids, bounds
+
+
+def _of_all(values: Any, what: str, inputs: Tensor) -> Tensor:
+    """``values`` as int64 on their own device, [N]."""
+    if not isinstance(values, Tensor) or values.dtype not in INTEGERS:
+        raise TypeError(f"{what} must be a tensor of integers of shape [{len(inputs)}], got {shown(values)}")
+    if values.shape != inputs.shape[:1]:
+        raise ValueError(f"{what} must be of shape [{len(inputs)}], got {list(values.shape)}")
+    return values.long()
 
 
 def _warn_of_renaming(old: str, new: str) -> None:

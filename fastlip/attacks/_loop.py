@@ -13,7 +13,7 @@ from fastlip import ops
 from fastlip.attacks._arguments import check_classes
 from fastlip.attacks._batch import Batch, Iterates, fewer, per_sample, rows_where, take, wide_dtype
 from fastlip.attacks._graphs import Graph
-from fastlip.attacks._model import Network
+from fastlip.attacks._model import Network, input_gradient
 from fastlip.ops import Judgement, Loss, Norm
 
 Keep = Literal["best", "last"]
@@ -21,6 +21,8 @@ Keep = Literal["best", "last"]
 #: Steps between checks for adversarial images. A check is free on the CPU and a synchronisation on a GPU.
 _CHECK_EVERY = {"cpu": 1}
 _CHECK_EVERY_ELSEWHERE = 4
+#: The largest difference of an image's logits between batches, relative to the largest of them, by the dtype of images.
+_BATCH_ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 #: Images times steps that unconfirmed images may wait for, in all, before the model is asked about them.
 _PATIENCE = 12
 
@@ -167,10 +169,7 @@ class AttackLoop:
         A loss depends on its own image alone, so that one backward pass gives all gradients. Those of parameters are
         not asked for and not computed.
         """
-        if not logits.requires_grad:
-            raise ValueError("model's output must depend differentiably on its input for a gradient attack")
-        (grad,) = torch.autograd.grad(logits, image, judgement.grad)
-        return grad.to(self.wide)
+        return input_gradient(logits, image, judgement.grad).to(self.wide)
 
     def iterate(self, now: Iterates, step: Step, *, counted: bool = True) -> None:
         """One iteration without a look at what it found; the host waits for nothing."""
@@ -213,11 +212,20 @@ class AttackLoop:
         self,
         batch: Batch,
         image: Tensor,  # [K, ...]
+        *,
+        firm: bool = False,
     ) -> Tensor:
-        """Which images are adversarial by the model's own decision, [K] bool."""
+        """Which images are adversarial by the model's own decision, [K] bool; with ``firm``, in any batch.
+
+        Rounding differs between batches: a firm decision has a margin above it.
+        """
         with torch.no_grad():
             logits = self.network.judge(image)
-        return ops.judge(logits, batch.labels, targets=batch.targets, loss=self.loss).adversarial
+        judgement = ops.judge(logits, batch.labels, targets=batch.targets, loss="margin")
+        if not firm:
+            return judgement.adversarial
+        largest = logits.abs().masked_fill(logits.isinf(), 0).amax(1)
+        return judgement.adversarial & (judgement.loss > _BATCH_ROUNDING[self.dtype] * largest)
 
     def without_misclassified(self, batch: Batch) -> Batch:
         """The images that are classified correctly, or not yet as their targets, before anything is done to them."""

@@ -86,7 +86,7 @@ def pgd(
         ValueError: a value or shape is wrong, inputs leave the bounds, or the model's output is not differentiable.
         TypeError: a type or dtype is wrong.
     """
-    bounds = check_call(
+    inputs, labels, targets, ids, bounds = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip
@@ -128,7 +128,7 @@ def fgsm(
     precision: Precision = None,
 ) -> Tensor:
     """One step of length ``eps`` from ``inputs`` (Goodfellow et al. 2015); arguments and errors as in :func:`pgd`."""
-    bounds = check_call(
+    inputs, labels, targets, _, bounds = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, fast=fast,
         precision=precision,
     )  # fmt: skip

@@ -72,7 +72,7 @@ def square(
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
     """
-    bounds = check_call(
+    inputs, labels, targets, ids, bounds = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip

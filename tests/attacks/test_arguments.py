@@ -38,7 +38,7 @@ WRONG = {
     "model": [None, "x", 3, nn.Linear],
     "inputs": [None, "x", [1.0], np.zeros((B, 6), np.float32), torch.zeros(B, 6, dtype=torch.int64), torch.tensor(0.5),
                torch.zeros(B, 6, dtype=torch.complex64), torch.zeros(B, 6).to_sparse()],
-    "labels": [None, "x", [0] * B, np.zeros(B, np.int64), torch.zeros(B), torch.zeros(B, dtype=torch.int32),
+    "labels": [None, "x", [0] * B, np.zeros(B, np.int64), torch.zeros(B), torch.zeros(B, dtype=torch.bool),
                torch.zeros(B, 1, dtype=torch.int64), torch.full((B,), 9), torch.full((B,), -1), torch.tensor(0)],
     "start": ["x", torch.zeros(3), torch.zeros(B, 6, dtype=torch.int64), torch.full((B, 6), nan),
               ELSEWHERE[:, None].expand(B, 6)],
