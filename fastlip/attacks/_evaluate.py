@@ -1,6 +1,7 @@
 """The worst case of each image over a suite of attacks."""
 
 import inspect
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ from fastlip.attacks._model import Model, Network, NotDifferentiable, eval_mode
 from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import prepare
 from fastlip.attacks._progress import Progress, progress_of
+from fastlip.attacks._saved import SavedState
 from fastlip.attacks._suite import Attack, is_black_box
 from fastlip.ops import Bounds, Norm, PerSample
 
@@ -136,6 +138,7 @@ def evaluate(
     eot: int = 1,
     check: bool = True,
     progress: bool | Progress = False,
+    state: str | os.PathLike[str] | None = None,
 ) -> EvaluationResult:
     """Run the attacks one after another, each on the images that are still robust, and judge what they return.
 
@@ -177,6 +180,9 @@ def evaluate(
             gradient attacks failed) and warn of them.
         progress: True shows a bar for each attack on standard error (needs tqdm); a function is called with the images
             done, the images in all and the attack's name.
+        state: a file that keeps the results after each attack, and once a minute while one runs. Where it exists the
+            evaluation goes on from there; it is refused where it belongs to other images, attacks, settings or, by the
+            decisions on the images themselves, to another model.
 
     Raises:
         ValueError: a value or shape is wrong, inputs leave the bounds, or an attack returned something else.
@@ -194,10 +200,24 @@ def evaluate(
     eps = None if eps is None else number(eps, "eps")
     judge = prepare(model, inputs, fast=False, draws=draws)
     run = _SuiteRun(judge, inputs, labels, where, bounds, batch_size, norm, eps, ids, seed)
-    found: list[str] = []
+    saved = SavedState(
+        state,
+        (
+            inputs,
+            labels,
+            run.ids,
+            *bounds,
+            batch_size,
+            norm,
+            eps,
+            seed,
+            draws,
+            eot,
+            every_attack,
+            *map(_described, attacks.items()),
+        ),
+    )
     few = run.batches(torch.arange(len(inputs)))[:1]
-    if check and few:
-        found = diagnose(judge, *run.at(few[0]), bounds=run.box(few[0]))
     run.judge_clean()
     network = judge
     if few and (fast or precision or eot > 1):
@@ -205,45 +225,34 @@ def evaluate(
             model, run.at(few[0])[0], fast=fast, precision=precision, draws=draws, eot=eot, same_size=judge.same_size
         )
         network.largest = judge.largest
-    counts: dict[str, PassCounts] = {}
-    seconds: dict[str, float] = {}
-    white_box = False
-    ran: list[str] = []
+    if (known := saved.load()) is not None:
+        run.restore(known)
+    elif check and few:
+        run.found = diagnose(judge, *run.at(few[0]), bounds=run.box(few[0]))
     for position, (name, attack) in enumerate(attacks.items()):
-        begin = time.perf_counter()
-        before = int(run.robust.sum())
-        try:
-            counted = run.attack_all(network, name, attack, position, every_attack, partial(_named, show, name))
-        except NotDifferentiable:
-            if name == list(attacks)[-1] and not ran:
-                raise
-            found.append(f"{name} was left out: it needs gradients, which the model does not have")
+        if position < run.position:
             continue
-        ran.append(name)
-        if counted is not None:
-            counts[name] = counted
-        seconds[name] = time.perf_counter() - begin
-        successes = before - int(run.robust.sum())
-        if is_black_box(attack) and white_box and successes > _SURPRISE * len(labels):
-            found.append(
-                f"the black-box attack {name} succeeded on {successes} images that were robust to the gradient attacks "
-                "before it: gradients may be masked"
-            )
-        white_box |= not is_black_box(attack)
-        if run.outside:
-            found.append(f"{run.outside} images that {name} returned lie outside the bounds or the ball; not counted")
-    for sentence in found if check else []:
+        try:
+            run.attack_all(network, name, attack, every_attack, partial(_named, show, name), saved)
+        except NotDifferentiable:
+            if position == len(attacks) - 1 and not run.ran:
+                raise
+            run.leave_out(name)
+        else:
+            run.finish(name, attack)
+        saved.save(run.state, now=True)
+    for sentence in run.found if check else []:
         warnings.warn(sentence, AttackWarning, stacklevel=2)
     return EvaluationResult(
-        attacks=tuple(ran),
+        attacks=tuple(run.ran),
         clean=run.clean,
         robust=run.robust,
         first_success=run.first_success,
         success=run.success,
         adversarial=run.adversarial,
-        counts=counts,
-        seconds=seconds,
-        warnings=tuple(found),
+        counts=run.counts,
+        seconds=run.seconds,
+        warnings=tuple(run.found),
     )
 
 
@@ -279,7 +288,40 @@ class _SuiteRun:
         self.first_success = torch.full((count,), MISCLASSIFIED, dtype=torch.int64)
         self.success = torch.zeros(0, count, dtype=torch.bool)
         self.adversarial = self.inputs.cpu().clone()
-        self.outside = 0
+        self.ran: list[str] = []
+        self.counts: dict[str, PassCounts] = {}
+        self.seconds: dict[str, float] = {}
+        self.found: list[str] = []
+        self.white_box = False
+        # Of the attack at hand: its position, the images that it is to try, how many it has, and what came of them.
+        self.position = 0
+        self.todo: Tensor | None = None
+        self._begin_attack()
+
+    def _begin_attack(self) -> None:
+        self.todo, self.done = None, 0
+        self.fallen = torch.zeros(len(self.labels), dtype=torch.bool)
+        self.outside = self.successes = 0
+        self.passes, self.took = PassCounts(), 0.0
+
+    def state(self) -> dict[str, Any]:
+        """All results so far, as :func:`torch.load` takes them."""
+        kept = {name: getattr(self, name) for name in _STATE}
+        counts = {name: (c.forward, c.backward) for name, c in self.counts.items()}
+        return kept | {"counts": counts, "passes": (self.passes.forward, self.passes.backward)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over results of an earlier call on the same model.
+
+        Raises:
+            ValueError: the model decides differently on the images themselves.
+        """
+        if not torch.equal(state["clean"], self.clean):
+            raise ValueError("state belongs to another model: it decides differently on some images")
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self.counts = {name: PassCounts(*counts) for name, counts in state["counts"].items()}
+        self.passes = PassCounts(*state["passes"])
 
     def batches(self, rows: Tensor) -> list[Tensor]:
         return list(rows.split(self.batch_size)) if len(rows) else []
@@ -322,32 +364,58 @@ class _SuiteRun:
         network: Network,
         name: str,
         attack: Attack,
-        position: int,
         everyone: bool,
         show: Callable[[int, int], None],
-    ) -> PassCounts | None:
-        """Run ``attack`` on the images, and count those that it sends through the model."""
-        self.outside = 0
-        self.fallen = torch.zeros(len(self.labels), dtype=torch.bool)
-        todo = rows_where(self.clean if everyone else self.robust)
-        counted = PassCounts()
-        model = self.network.model
+        saved: SavedState,
+    ) -> None:
+        """Run ``attack`` on the images that it has yet to try, and count those that it sends through the model."""
+        begin = time.perf_counter() - self.took
+        if self.todo is None:
+            self.todo = rows_where(self.clean if everyone else self.robust)
+        model, total = self.network.model, len(self.todo)
         watched = can_be_counted(model)
-        show(0, len(todo))
-        for done, rows in enumerate(self.batches(todo)):
+        show(0, total)
+        for rows in self.batches(self.todo[self.done :]):
             if watched:
                 with count_forward_backward(model) as counts:  # type: ignore[arg-type]  # it can be counted
-                    found = self.found_by(network, attack, rows, position)
-                counted.forward += counts.forward
-                counted.backward += counts.backward
+                    found = self.found_by(network, attack, rows)
+                self.passes.forward += counts.forward
+                self.passes.backward += counts.backward
             else:
-                found = self.found_by(network, attack, rows, position)
+                found = self.found_by(network, attack, rows)
             self.record(rows, found, name)
-            show(min((done + 1) * self.batch_size, len(todo)), len(todo))
-        self.success = torch.cat([self.success, self.fallen[None]])
-        return counted if watched else None
+            self.done += len(rows)
+            self.took = time.perf_counter() - begin
+            saved.save(self.state, now=False)
+            show(self.done, total)
 
-    def found_by(self, network: Network, attack: Attack, rows: Tensor, position: int) -> object:
+    def finish(self, name: str, attack: Attack) -> None:
+        """Enter the results of an attack that has tried all its images."""
+        self.success = torch.cat([self.success, self.fallen[None]])
+        self.ran.append(name)
+        self.seconds[name] = self.took
+        if can_be_counted(self.network.model):
+            self.counts[name] = self.passes
+        if is_black_box(attack) and self.white_box and self.successes > _SURPRISE * len(self.labels):
+            self.found.append(
+                f"the black-box attack {name} succeeded on {self.successes} images that were robust to the gradient "
+                "attacks before it: gradients may be masked"
+            )
+        self.white_box |= not is_black_box(attack)
+        if self.outside:
+            self.found.append(
+                f"{self.outside} images that {name} returned lie outside the bounds or the ball; not counted"
+            )
+        self.position += 1
+        self._begin_attack()
+
+    def leave_out(self, name: str) -> None:
+        """Go on without an attack that the model gives no gradients."""
+        self.found.append(f"{name} was left out: it needs gradients, which the model does not have")
+        self.position += 1
+        self._begin_attack()
+
+    def found_by(self, network: Network, attack: Attack, rows: Tensor) -> object:
         """The result of ``attack`` for ``rows``."""
         try:
             known = inspect.signature(attack).parameters
@@ -359,7 +427,7 @@ class _SuiteRun:
         if "ids" in known and "ids" not in given:
             offered["ids"] = self.ids[rows].to(self.device)
         if "generator" in known and "generator" not in given:
-            offered["generator"] = torch.Generator(self.device).manual_seed(self.seed + _STRIDE * position)
+            offered["generator"] = torch.Generator(self.device).manual_seed(self.seed + _STRIDE * self.position)
         if "bounds" in known:
             bounds = given.get("bounds")
             if bounds is None or _is_pair(bounds):
@@ -379,6 +447,7 @@ class _SuiteRun:
         success = (wrong & inside).cpu()
         self.fallen[rows] = success
         is_first = success & self.robust[rows]
+        self.successes += int(is_first.sum())
         self.first_success[rows[is_first]] = len(self.success)
         self.adversarial[rows[is_first]] = kept[is_first.to(kept.device)].cpu()
         self.robust[rows[success]] = False
@@ -390,6 +459,23 @@ class _SuiteRun:
             return inside
         half_ulp = distance(torch.finfo(found.dtype).eps / 2 * found, torch.zeros_like(found), self.norm)
         return inside & (distance(found, x, self.norm) <= self.eps * (1 + 1e-5) + half_ulp)
+
+
+#: What an evaluation keeps in a file, beside the counts.
+_STATE = (
+    "clean", "robust", "first_success", "success", "adversarial", "ran", "seconds", "found", "white_box", "position",
+    "todo", "done", "fallen", "outside", "successes", "took",
+)  # fmt: skip
+
+
+def _described(entry: tuple[str, Attack]) -> str:
+    """An attack in words that are the same in another process."""
+    name, attack = entry
+    function = attack.func if isinstance(attack, partial) else attack
+    options = attack.keywords if isinstance(attack, partial) else {}
+    return (
+        f"{name} {getattr(function, '__qualname__', type(function).__qualname__)} {sorted(map(repr, options.items()))}"
+    )
 
 
 def _is_more_than_its_model(network: Network) -> bool:
