@@ -160,6 +160,8 @@ class FastlipPGD(_Base):
             y = self.estimator.predict(x, batch_size=self.batch_size)
         classes = np.argmax(y, 1) if np.ndim(y) == 2 and np.shape(y)[1] > 1 else np.reshape(y, -1)
         classes = classes.astype(np.int64)
+        low: Any
+        high: Any
         low, high = self.estimator.clip_values if self.estimator.clip_values is not None else (-np.inf, np.inf)
         x = _inside(x, low, high)
         if mask is not None:

@@ -108,6 +108,46 @@ def test_wrong_values_are_refused_by_the_argument_s_name(name, argument, value):
     assert re.match(wanted, str(caught.value)), str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("name", [*ATTACKS, "evaluate", "diagnose"])
+def test_labels_targets_and_ids_of_any_integer_type(name, dtype):
+    given = {"labels": torch.tensor([0, 1, 2, 3])}
+    known = inspect.signature(FUNCTIONS[name][0]).parameters
+    given |= {k: torch.tensor([3, 2, 1, 0]) for k in ("targets", "ids") if k in known}
+    attack = {"attacks": {"pgd": attacks.pgd}} if name == "evaluate" else {}
+    attack = {"attacks": {"pgd": lambda model, x, y: attacks.pgd(model, x, y, eps=0.1)}} if attack else {}
+
+    def result(change):
+        found = call(name, **change, **attack)
+        return getattr(found, "adversarial", found)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attacks.AttackWarning)
+        found, want = (result(change) for change in ({k: t.to(dtype) for k, t in given.items()}, given))
+    assert torch.equal(found, want) if isinstance(want, torch.Tensor) else found == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", [*ATTACKS, "gaussian_noise", "evaluate", "diagnose"])
+def test_what_lies_outside_by_rounding_is_clipped(name, dtype):
+    """As undoing a normalisation leaves it; what is further out is refused."""
+    eps = torch.finfo(dtype).eps
+    inputs = (0.4 + 0.2 * torch.rand(B, 6)).to(dtype)
+    inputs[0, 0], inputs[1, 1] = -eps / 4, 1 + eps
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 5)).to(dtype)
+    found = call(name, inputs=inputs, model=model, labels=torch.zeros(B, dtype=torch.int64))
+    found = getattr(found, "adversarial", found)
+    if isinstance(found, torch.Tensor):
+        assert found.min() >= 0
+        assert found.max() <= 1
+    inputs[0, 0] = -8 * eps
+    with pytest.raises(ValueError, match="inputs must lie within bounds"):
+        call(name, inputs=inputs, model=model)
+    for bounds in ((0.0, inf), (0.0, 1.0 + torch.zeros(6, dtype=dtype))):
+        with pytest.raises(ValueError, match="inputs must lie within bounds"):
+            call(name, inputs=inputs, model=model, bounds=bounds)
+
+
 @pytest.mark.parametrize("value", ["x", None, True, nan, -1.0, [1.0]])
 def test_gaussian_noise_of_a_wrong_length(value):
     with pytest.raises((TypeError, ValueError), match=r"norm must|give either"):
