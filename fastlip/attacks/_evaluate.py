@@ -195,6 +195,7 @@ def evaluate(
     for name, value in (("every_attack", every_attack), ("fast", fast), ("check", check)):
         flag(value, name)
     check_precision(precision)
+    draws, eot = count(draws, "draws", 1), count(eot, "eot", 1)
     show = progress_of(progress)
     where = _device(device, model, inputs)
     eps = None if eps is None else number(eps, "eps")

@@ -106,32 +106,32 @@ class Network:
     def _logits(self, model: Model, inputs: Tensor) -> Tensor:
         """:func:`logits_of`, on a batch of the largest size so far where a smaller one is not to be had."""
         size = len(inputs)
-        if size < self.largest:
-            if self.same_size:
-                return logits_of(model, _filled(inputs, self.largest))[:size]
-            try:
-                return logits_of(model, inputs)
-            except Exception:  # a model may raise anything at a size that it was not made for
-                logits = self._at_largest(model, inputs)
-                if logits is None:
-                    raise
-                return logits
-        logits = logits_of(model, inputs)
-        self.largest = size
-        return logits
-
-    def _at_largest(self, model: Model, inputs: Tensor) -> Tensor | None:
-        """The logits from a batch of the largest size so far; None where the model fails on that too."""
+        if self.same_size and size < self.largest:
+            return logits_of(model, _filled(inputs, self.largest))[:size]
         try:
-            logits = logits_of(model, _filled(inputs, self.largest))[: len(inputs)]
-        except Exception:
-            return None
-        self.same_size = True
+            logits = logits_of(model, inputs)
+        except Exception:  # a model may raise anything at a size that it was not made for
+            # A single image may have lost its batch axis to a squeeze.
+            room = max(self.largest, 2)
+            padded = _logits_in_room(model, inputs, room) if 0 < size < room else None
+            if padded is None:
+                raise
+            self.same_size, self.largest = True, room
+            return padded
+        self.largest = max(self.largest, size)
         return logits
 
     def count_replayed(self, images: int) -> None:
         """Tell the counts in progress of a replayed iteration, whose passes nothing else sees."""
         report_replayed(self.model, images)
+
+
+def _logits_in_room(model: Model, inputs: Tensor, room: int) -> Tensor | None:
+    """The logits of ``inputs`` in a larger batch; None where the model fails on that."""
+    try:
+        return logits_of(model, _filled(inputs, room))[: len(inputs)]
+    except Exception:  # a model may raise anything
+        return None
 
 
 def _filled(inputs: Tensor, size: int) -> Tensor:
@@ -142,8 +142,11 @@ def _filled(inputs: Tensor, size: int) -> Tensor:
 def _mean_prediction(
     draws: list[Tensor],  # each [B, C]
 ) -> Tensor:
-    """The logarithm of the mean of the predicted probabilities, [B, C]."""
-    return torch.stack(draws).log_softmax(2).logsumexp(0) - math.log(len(draws))
+    """The logarithm of the mean of the predicted probabilities, [B, C]; -inf, without a gradient, where all are 0."""
+    logarithms = torch.stack(draws).log_softmax(2)
+    excluded = (logarithms == -torch.inf).all(0)
+    mean = logarithms.masked_fill(excluded, 0.0).logsumexp(0) - math.log(len(draws))
+    return mean.masked_fill(excluded, -torch.inf)
 
 
 @contextmanager
