@@ -148,8 +148,15 @@ def check_norm(norm: Any) -> None:
 
 
 def check_loss(loss: Any) -> None:
-    """Raise where the loss is unknown."""
-    check_choice(loss, "loss", get_args(Loss))
+    """Raise where the loss is neither known nor a function; a class is refused, since only its instances are."""
+    if isinstance(loss, type) or not callable(loss):
+        check_choice(loss, "loss", get_args(Loss))
+
+
+def check_callback(callback: Any) -> None:
+    """Raise where ``callback`` cannot be called."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function or None, got {shown(callback)}")
 
 
 def check_classes(

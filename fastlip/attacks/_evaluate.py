@@ -1,10 +1,11 @@
 """The worst case of each image over a suite of attacks."""
 
+import importlib
 import inspect
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,8 +37,9 @@ from fastlip.attacks._model import Model, Network, NotDifferentiable, eval_mode
 from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import prepare
 from fastlip.attacks._progress import Progress, progress_of
+from fastlip.attacks._quantize import Grid, grid_of
 from fastlip.attacks._saved import SavedState
-from fastlip.attacks._suite import Attack, is_black_box
+from fastlip.attacks._suite import Attack, is_black_box, suite
 from fastlip.ops import Bounds, Norm, PerSample
 
 #: Values of :attr:`EvaluationResult.first_success` for images on which no attack succeeded.
@@ -106,6 +108,24 @@ class EvaluationResult:
         adversarial = self.success[: last + 1].any(0)
         return (self.clean & ~adversarial).double().mean().item()
 
+    def to_dataframe(self) -> Any:
+        """A ``pandas.DataFrame`` with a row for each image; needs pandas.
+
+        ``clean`` and ``robust`` are bools, ``first_success`` is the attack that succeeded first (None where none did),
+        and each attack has a column ``success: NAME``.
+
+        Raises:
+            ImportError: pandas is missing.
+        """
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError:
+            raise ImportError("to_dataframe needs pandas: pip install pandas") from None
+        first = [self.attacks[i] if i >= 0 else None for i in self.first_success.tolist()]
+        columns = {"clean": self.clean.numpy(), "robust": self.robust.numpy(), "first_success": first}
+        columns |= {f"success: {name}": row.numpy() for name, row in zip(self.attacks, self.success, strict=True)}
+        return pandas.DataFrame(columns)
+
     def __str__(self) -> str:
         lines = [f"{len(self.clean)} images, clean accuracy {self.clean_accuracy:.2%}"]
         for name in self.attacks:
@@ -120,9 +140,9 @@ class EvaluationResult:
 
 def evaluate(
     model: Model,
-    inputs: Tensor,  # [N, ...]
-    labels: Tensor,  # [N] int64
-    attacks: Mapping[str, Attack],
+    inputs: Tensor | Iterable[tuple[Tensor, Tensor]],  # [N, ...]
+    labels: Tensor | None = None,  # [N] int64
+    attacks: Mapping[str, Attack] | None = None,
     *,
     norm: Norm | None = None,
     eps: float | None = None,
@@ -136,6 +156,7 @@ def evaluate(
     precision: Precision = None,
     draws: int = 1,
     eot: int = 1,
+    quantize: int | None = None,
     check: bool = True,
     progress: bool | Progress = False,
     state: str | os.PathLike[str] | None = None,
@@ -159,9 +180,10 @@ def evaluate(
 
     Args:
         model: maps inputs to logits [B, C].
-        inputs: images, [N, ...], within ``bounds``, on any device.
+        inputs: images, [N, ...], within ``bounds``, on any device; or, without ``labels``, batches of images and
+            labels, such as a DataLoader has, which are gathered.
         labels: true classes, [N] int64.
-        attacks: by name, in the order in which they run; see :func:`suite`.
+        attacks: by name, in the order in which they run; see :func:`suite`, whose standard one it is if None.
         norm: norm of the ball that successes are checked against; no ball is checked if None.
         eps: radius of that ball.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``, which may differ
@@ -176,6 +198,8 @@ def evaluate(
         precision: as in :func:`pgd`.
         draws: passes whose mean probabilities decide, for a model with random outputs, as in :func:`prepare`.
         eot: passes whose mean gradients our attacks follow, as in :func:`prepare`.
+        quantize: bits of a value, as in :func:`pgd`. Attacks that take it get it, what the others return is rounded
+            within the ball (the box, if no ball is checked), and all is judged afterwards.
         check: look for signs of unreliable results (:func:`diagnose`, and a black-box attack that succeeds where
             gradient attacks failed) and warn of them.
         progress: True shows a bar for each attack on standard error (needs tqdm); a function is called with the images
@@ -188,7 +212,12 @@ def evaluate(
         ValueError: a value or shape is wrong, inputs leave the bounds, or an attack returned something else.
         TypeError: a type or dtype is wrong.
     """
-    inputs, labels, ids, bounds = _check_arguments(model, inputs, labels, attacks, norm, eps, ids, bounds)
+    if not isinstance(inputs, Tensor) or labels is None:
+        inputs, labels = _gathered(inputs, labels)
+    if attacks is None and norm is not None and eps is not None:
+        attacks = suite(norm=norm, eps=eps, bounds=bounds)
+    attacks = _checked_attacks(attacks)
+    inputs, labels, ids, bounds = _check_arguments(model, inputs, labels, norm, eps, ids, bounds)
     batch_size, seed = count(batch_size, "batch_size", 1), count(seed, "seed", -(2**63))
     if seed >= 2**63:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
@@ -196,11 +225,12 @@ def evaluate(
         flag(value, name)
     check_precision(precision)
     draws, eot = count(draws, "draws", 1), count(eot, "eot", 1)
+    grid = grid_of(quantize, inputs, bounds)
     show = progress_of(progress)
     where = _device(device, model, inputs)
     eps = None if eps is None else number(eps, "eps")
     judge = prepare(model, inputs, fast=False, draws=draws)
-    run = _SuiteRun(judge, inputs, labels, where, bounds, batch_size, norm, eps, ids, seed)
+    run = _SuiteRun(judge, inputs, labels, where, bounds, batch_size, norm, eps, ids, seed, quantize, grid)
     saved = SavedState(
         state,
         (
@@ -214,6 +244,7 @@ def evaluate(
             seed,
             draws,
             eot,
+            quantize,
             every_attack,
             *map(_described, attacks.items()),
         ),
@@ -276,6 +307,8 @@ class _SuiteRun:
         eps: float | None,
         ids: Tensor | None,
         seed: int,
+        quantize: int | None,
+        grid: Grid | None,
     ) -> None:
         count = len(inputs)
         self.network = network
@@ -283,6 +316,7 @@ class _SuiteRun:
         self.device, self.batch_size = device, batch_size
         self.bounds = bounds
         self.norm, self.eps, self.seed = norm, eps, seed
+        self.quantize, self.grid = quantize, grid
         self.ids = torch.arange(count) if ids is None else ids.cpu()
         self.clean = torch.zeros(count, dtype=torch.bool)
         self.robust = torch.zeros(count, dtype=torch.bool)
@@ -433,6 +467,8 @@ class _SuiteRun:
             bounds = given.get("bounds")
             if bounds is None or _is_pair(bounds):
                 offered["bounds"] = self.box(rows, bounds)
+        if self.grid is not None and "quantize" in known and "quantize" not in given:
+            offered["quantize"] = self.quantize
         ours = "fast" in known and "precision" in known
         model: Model = network if ours and _is_more_than_its_model(network) else network.model
         with eval_mode(self.network):
@@ -442,6 +478,11 @@ class _SuiteRun:
         """Judge the result of an attack for ``rows`` against images and labels that it had no access to."""
         x, y = self.at(rows)
         kept = _rounded(_images_of(found, x, name), x)
+        if self.grid is not None:
+            eps, norm = self.eps, self.norm
+            if eps is None or norm is None:
+                eps, norm = torch.inf, "linf"
+            kept = self.grid.rounded(kept, x, eps=eps, norm=norm, bounds=self.box(rows))
         wrong = self.wrong(kept, y)
         inside = self.feasible(kept, x, self.box(rows))
         self.outside += int((wrong & ~inside).sum())
@@ -538,7 +579,6 @@ def _check_arguments(
     model: Model,
     inputs: Tensor,
     labels: Tensor,
-    attacks: Mapping[str, Attack],
     norm: Norm | None,
     eps: float | None,
     ids: Tensor | None,
@@ -546,11 +586,6 @@ def _check_arguments(
 ) -> tuple[Tensor, Tensor, Tensor | None, Bounds]:
     """Raise where an argument is wrong; return images, labels, ids and bounds, these on the device of ``inputs``."""
     check_model(model)
-    if not isinstance(attacks, Mapping):
-        raise TypeError(f"attacks must be a mapping from names to attacks, got {type(attacks).__name__}; see suite()")
-    for name, attack in attacks.items():
-        if not callable(attack):
-            raise TypeError(f"attacks must be callable, but {name!r} is of type {type(attack).__name__}")
     if (norm is None) != (eps is None):
         raise ValueError("give both norm and eps, or neither")
     check_images(inputs)
@@ -567,6 +602,33 @@ def _check_arguments(
         bounds = lo, hi
     inputs, bounds = checked_inputs(inputs, bounds)
     return inputs, labels, ids, bounds
+
+
+def _checked_attacks(attacks: Any) -> Mapping[str, Attack]:
+    if not isinstance(attacks, Mapping):
+        raise TypeError(f"attacks must be a mapping from names to attacks, got {type(attacks).__name__}; see suite()")
+    for name, attack in attacks.items():
+        if not callable(attack):
+            raise TypeError(f"attacks must be callable, but {name!r} is of type {type(attack).__name__}")
+    return attacks
+
+
+def _gathered(batches: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """All images [N, ...] and labels [N] of a DataLoader or another source of batches, on the CPU."""
+    if labels is not None:
+        check_images(batches)
+    if isinstance(batches, (Tensor, str)) or not isinstance(batches, Iterable):
+        what = "labels must be given with" if isinstance(batches, Tensor) else "inputs must be a tensor or batches, not"
+        raise TypeError(f"{what} {shown(batches)}")
+    images, labels = [], []
+    for batch in batches:
+        if not isinstance(batch, Sequence) or len(batch) < 2 or not all(isinstance(part, Tensor) for part in batch[:2]):
+            raise TypeError("inputs must be batches (images, labels, ...) of tensors where no labels are given")
+        images.append(batch[0].cpu())
+        labels.append(batch[1].cpu())
+    if not images:
+        raise ValueError("inputs hold no batch")
+    return torch.cat(images), torch.cat(labels)
 
 
 def _of_all(values: Any, what: str, inputs: Tensor) -> Tensor:

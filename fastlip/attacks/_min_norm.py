@@ -12,10 +12,12 @@ from fastlip.attacks._distance import distance, largest_radius, slope
 from fastlip.attacks._fmn import fmn
 from fastlip.attacks._loop import AttackLoop, start_points
 from fastlip.attacks._model import Model, eval_mode
+from fastlip.attacks._own_loss import AnyLoss
 from fastlip.attacks._pgd import PgdStep, default_step
 from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
-from fastlip.ops import Bounds, Loss, Norm, PerSample
+from fastlip.attacks._quantize import grid_of
+from fastlip.ops import Bounds, Norm, PerSample
 
 Method = Literal["search", "fmn", "both"]
 
@@ -63,13 +65,14 @@ def min_norm(
     fmn_steps: int = 100,
     eps_max: PerSample | None = None,
     tolerance: float = 0.02,
-    loss: Loss = "dlr",
+    loss: AnyLoss = "dlr",
     bounds: Bounds = (0.0, 1.0),
     sparsity: float = 0.99,
     targets: Tensor | None = None,  # [B] int64
     active: Tensor | None = None,  # [B] bool
     fast: bool = False,
     precision: Precision = None,
+    quantize: int | None = None,
 ) -> MinNormResult:
     """Smallest perturbation in ``norm`` that changes the decision.
 
@@ -102,6 +105,7 @@ def min_norm(
         active: [B] bool; False leaves an image out, which then comes back unchanged and not found, at distance inf.
         fast: as in :func:`pgd`.
         precision: as in :func:`pgd`.
+        quantize: as in :func:`pgd`; lengths are those of the rounded perturbations.
 
     Returns:
         The smallest perturbations found.
@@ -120,6 +124,7 @@ def min_norm(
     tolerance = number(tolerance, "tolerance")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    grid = grid_of(quantize, inputs, bounds)
     if eps_max is None:
         limit = largest_radius(inputs, norm, bounds)
     else:
@@ -128,7 +133,7 @@ def min_norm(
     limit = limit.clamp_max(_LARGEST_RADIUS)
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=0.0, step_size=0.0, bounds=bounds, ids=None)
-        loop = AttackLoop(network, inputs, norm=norm, loss="margin")
+        loop = AttackLoop(network, inputs, norm=norm, loss="margin", grid=grid)
         search = _Search(inputs, limit, active)
         estimate, wrong = _first_radius(loop, batch)
         search.begin(estimate, wrong)
@@ -233,7 +238,7 @@ def _found_within(
     sparsity: float,
 ) -> Tensor:
     """What :func:`pgd` finds from ``start`` within ``eps`` of images that are classified correctly; [K, ...]."""
-    inner = AttackLoop(loop.network, originals, norm=loop.norm, loss=loop.loss)
+    inner = AttackLoop(loop.network, originals, norm=loop.norm, loss=loop.loss, grid=loop.grid)
     rows = torch.arange(len(batch), device=batch.x0.device)
     ball = replace(batch, eps=eps, step_size=default_step(eps, steps), rows=rows)
     x = start_points(ball, loop.norm, random_start=False, start=start, generator=None)
@@ -255,7 +260,7 @@ def _pull_back(
     near, far = torch.zeros_like(adversarial, dtype=torch.float64), torch.ones_like(adversarial, dtype=torch.float64)
     for _ in range(_HALVINGS):
         middle = (near + far) / 2
-        point = _on_line(x, x0, middle)
+        point = _as_kept(loop, batch, _on_line(x, x0, middle), x0)
         success = adversarial & loop.own_decision(batch, point, firm=True)
         best = torch.where(per_sample(success, x), point, best)
         near, far = torch.where(success, near, middle), torch.where(success, middle, far)
@@ -271,7 +276,7 @@ def _make_firm(loop: AttackLoop, search: _Search, batch: Batch) -> None:
         part, found, originals = batch.take(rows), take(search.best, rows), take(search.inputs, rows)
         if stretch > _LEAST_STRETCH:
             beyond = torch.full_like(search.high[rows], 1 + stretch)
-            found = clipped_to(_on_line(found, originals, beyond), part.bounds)
+            found = _as_kept(loop, part, clipped_to(_on_line(found, originals, beyond), part.bounds), originals)
         length = distance(found, originals, loop.norm)
         firm = loop.own_decision(part, found, firm=True) & (length <= (1 + _SLACK) * search.limit[rows])
         search.best[rows[firm]], search.high[rows[firm]] = found[firm], length[firm]
@@ -280,6 +285,18 @@ def _make_firm(loop: AttackLoop, search: _Search, batch: Batch) -> None:
             break
         stretch *= 2
     search.best[rows], search.high[rows] = search.inputs[rows], torch.inf
+
+
+def _as_kept(
+    loop: AttackLoop,
+    batch: Batch,
+    x: Tensor,  # [K, ...]
+    x0: Tensor,  # [K, ...]
+) -> Tensor:
+    """``x``, or where values are quantized its rounding within its own distance, [K, ...]."""
+    if loop.grid is None:
+        return x
+    return loop.image(replace(batch, eps=distance(x, x0, loop.norm)), x)
 
 
 def _on_line(

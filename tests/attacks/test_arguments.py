@@ -62,14 +62,17 @@ WRONG = {
     "sigma_max": ["x", None, nan, inf, -1.0], "sigma_min": ["x", None, nan, 0.0],
     "share": ["x", None, nan, 0.0, 1.5], "sparsity": ["x", None, nan, -0.5, 1.5],
     "momentum": ["x", None, nan, 1.5], "rho": ["x", None, nan, -0.5], "tolerance": ["x", None, nan, -0.5],
-    "loss": [None, "x", 3, ["ce"], torch.zeros(2)], "keep": [None, "x", ["best"]], "method": [None, "x", ["fmn"]],
+    "loss": [None, "x", 3, ["ce"], torch.zeros(2), nn.CrossEntropyLoss],
+    "keep": [None, "x", ["best"]], "method": [None, "x", ["fmn"]],
     "random_start": ["x", None, 1], "early_stop": ["x", None, 1], "larger_eps": ["x", 1],
     "fast": ["x", None, 1], "check": ["x", None], "every_attack": ["x", None], "progress": ["x", None],
     "precision": ["x", 16, torch.float64, torch.zeros(2)],
     "generator": ["x", 0],
     "batch_size": ["x", 2.5, 0, None, True], "seed": ["x", 2.5, None, 2**64],
     "device": ["x", 1.5, []],
-    "attacks": [None, [attacks.pgd], {"pgd": 3}],
+    "attacks": [[attacks.pgd], {"pgd": 3}],
+    "quantize": ["x", 2.5, 0, 17, True], "callback": ["x", 3],
+    "draws": ["x", 0, 1.5], "eot": ["x", 0, 1.5], "same_size": ["x", 1],
 }  # fmt: skip
 
 
