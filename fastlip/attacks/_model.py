@@ -91,6 +91,8 @@ class Network:
         counted: bool = True,
     ) -> Tensor:
         """Logits [B, C] whose gradients are followed; unless ``counted`` no count of passes hears of a copy's."""
+        if self.exact:
+            return self._logits(self.model, inputs)
         if self.eot == 1:
             return self._followed(inputs, counted)
         return _mean_prediction([self._followed(inputs, counted) for _ in range(self.eot)])
@@ -181,9 +183,13 @@ def unwrapped(model: Model) -> Model:
 
 def is_compiled(model: Model) -> bool:
     """Whether ``torch.compile`` has a part in the model, which makes each size of a batch expensive."""
-    parts = model.modules() if isinstance(model, nn.Module) else [model]
-    marks = ("_orig_mod", "_compiled_call_impl", "_torchdynamo_orig_callable")
-    return any(getattr(part, mark, None) is not None for part in parts for mark in marks)
+    if not isinstance(model, nn.Module):
+        return hasattr(model, "_torchdynamo_orig_callable")
+    for module in model.modules():  # looked up in their dicts: a module's __getattr__ is slow where there is nothing
+        held = vars(module)
+        if held.get("_compiled_call_impl") is not None or "_orig_mod" in (held.get("_modules") or ()):
+            return True
+    return False
 
 
 def _version(t: Tensor) -> int:
