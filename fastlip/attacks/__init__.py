@@ -21,6 +21,7 @@ from fastlip.attacks._apgd import apgd
 from fastlip.attacks._counts import PassCounts, count_forward_backward
 from fastlip.attacks._diagnose import AttackWarning, diagnose
 from fastlip.attacks._evaluate import EvaluationResult, evaluate
+from fastlip.attacks._loop import Iteration
 from fastlip.attacks._min_norm import MinNormResult, min_norm
 from fastlip.attacks._min_sigma import min_sigma
 from fastlip.attacks._model import Network
@@ -36,6 +37,7 @@ __all__ = [
     "Attack",
     "AttackWarning",
     "EvaluationResult",
+    "Iteration",
     "Loss",
     "MinNormResult",
     "Network",

@@ -8,13 +8,25 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_call, check_classes, check_settings, count, flag, length, radius, share
+from fastlip.attacks._arguments import (
+    check_call,
+    check_callback,
+    check_classes,
+    check_settings,
+    count,
+    flag,
+    length,
+    radius,
+    share,
+)
 from fastlip.attacks._batch import Batch, Iterates, new_batch, per_sample
-from fastlip.attacks._loop import AttackLoop, Keep, start_points
+from fastlip.attacks._loop import AttackLoop, Callback, Keep, start_points
 from fastlip.attacks._model import Model, eval_mode
+from fastlip.attacks._own_loss import AnyLoss
 from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
-from fastlip.ops import Bounds, Judgement, Loss, Norm, PerSample
+from fastlip.attacks._quantize import grid_of
+from fastlip.ops import Bounds, Judgement, Norm, PerSample
 
 #: Radii above eps, in multiples of it, and their shares of the steps in sparse APGD's schedule (Croce and Hein 2021,
 #: section 3.2).
@@ -32,7 +44,7 @@ def apgd(
     eps: PerSample,
     steps: int = 100,
     step_size: PerSample | None = None,
-    loss: Loss = "dlr",
+    loss: AnyLoss = "dlr",
     target_classes: int = 0,
     random_start: bool = True,
     restarts: int = 1,
@@ -49,6 +61,8 @@ def apgd(
     generator: torch.Generator | None = None,
     fast: bool = False,
     precision: Precision = None,
+    quantize: int | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Adversarial images within ``eps`` of ``inputs`` by Auto-PGD; [B, ...] like ``inputs``.
 
@@ -68,7 +82,8 @@ def apgd(
         steps: gradient steps of each run.
         step_size: first step size, float or [B]; the published one if None: 2 eps, in "l1" eps.
         loss: "dlr", "margin" or "ce", as in :func:`pgd`; with ``target_classes`` the difference of two logits, over a
-            spread of the largest four for "dlr" (Croce and Hein 2020, equation 7), or the class's cross-entropy.
+            spread of the largest four for "dlr" (Croce and Hein 2020, equation 7), or the class's cross-entropy; or a
+            function of one's own, which gets the classes aimed at, and is decreased.
         target_classes: how many wrong classes to aim at in turn; 0 aims at none in particular. At most C - 1 are used.
         random_start: begin at a uniform point of the ball; else at ``start``.
         restarts: number of runs (for each class aimed at); an image takes part in the next one only while it is robust.
@@ -87,12 +102,14 @@ def apgd(
         generator: source of random starts, one draw for each run; the device's default generator if None.
         fast: as in :func:`pgd`.
         precision: as in :func:`pgd`.
+        quantize: as in :func:`pgd`.
+        callback: as in :func:`pgd`; it hears nothing of steps in balls that are too large (``larger_eps``).
 
     Raises:
         ValueError: a value or shape is wrong, inputs leave the bounds, or the model's output is not differentiable.
         TypeError: a type or dtype is wrong.
     """
-    bounds = check_call(
+    inputs, labels, targets, ids, bounds = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip
@@ -103,6 +120,8 @@ def apgd(
     step_size = 0.0 if step_size is None else length(step_size, "step_size", inputs)
     momentum, rho = share(momentum, "momentum"), share(rho, "rho")
     target_classes = count(target_classes, "target_classes")
+    grid = grid_of(quantize, inputs, bounds)
+    check_callback(callback)
     if target_classes and targets is not None:
         raise ValueError("give either targets or target_classes")
     if larger_eps is None:
@@ -110,7 +129,9 @@ def apgd(
     flag(larger_eps, "larger_eps")
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids, active=active)
-        loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop)
+        loop = AttackLoop(
+            network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop, grid=grid, callback=callback
+        )
         phases = _phases(steps, larger_eps)
         from_inputs = not random_start and start is None and len(phases) == 1
         run = _Run(loop, phases, ApgdStep(norm, momentum, rho), published=published, from_inputs=from_inputs)

@@ -6,7 +6,7 @@ An attack checks its arguments before it does anything else: :func:`check_call` 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,21 @@ from fastlip import _arguments as shared
 from fastlip.ops import Bounds, Loss, Norm, PerSample
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+#: Dtypes of labels, targets and ids.
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: How far outside the bounds an input may lie by rounding, in units of its dtype's eps at the larger bound: undoing a
+#: normalisation, (x - mean) / std, errs by four roundings at most.
+_ROUNDING = 2.0
+
+
+class Call(NamedTuple):
+    """The arguments that all attacks take, as the attacks go on with them."""
+
+    inputs: Tensor
+    labels: Tensor
+    targets: Tensor | None
+    ids: Tensor | None
+    bounds: Bounds
 
 
 def check_call(
@@ -31,26 +46,24 @@ def check_call(
     precision: Any,
     ids: Any = None,
     generator: Any = None,
-) -> Bounds:
-    """Raise where an argument that all attacks take is wrong; return the bounds as floats or tensors.
+) -> Call:
+    """Raise where an argument that all attacks take is wrong; return them as the attacks go on with them.
 
     The first forward pass alone tells which classes there are: :func:`check_classes` follows it.
     """
     check_model(model)
-    bounds = checked_inputs(inputs, bounds)
-    check_vector(labels, "labels", inputs, torch.int64)
-    if targets is not None:
-        check_vector(targets, "targets", inputs, torch.int64)
+    inputs, bounds = checked_inputs(inputs, bounds)
+    labels = checked_integers(labels, "labels", inputs)
+    targets = None if targets is None else checked_integers(targets, "targets", inputs)
     if active is not None:
         check_vector(active, "active", inputs, torch.bool)
-    if ids is not None:
-        check_vector(ids, "ids", inputs, torch.int64)
+    ids = None if ids is None else checked_integers(ids, "ids", inputs)
     check_generator(generator)
     check_norm(norm)
     check_loss(loss)
     flag(fast, "fast")
     check_precision(precision)
-    return bounds
+    return Call(inputs, labels, targets, ids, bounds)
 
 
 def check_settings(
@@ -135,8 +148,15 @@ def check_norm(norm: Any) -> None:
 
 
 def check_loss(loss: Any) -> None:
-    """Raise where the loss is unknown."""
-    check_choice(loss, "loss", get_args(Loss))
+    """Raise where the loss is neither known nor a function; a class is refused, since only its instances are."""
+    if isinstance(loss, type) or not callable(loss):
+        check_choice(loss, "loss", get_args(Loss))
+
+
+def check_callback(callback: Any) -> None:
+    """Raise where ``callback`` cannot be called."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function or None, got {shown(callback)}")
 
 
 def check_classes(
@@ -190,6 +210,15 @@ def check_vector(t: Any, name: str, inputs: Tensor, dtype: torch.dtype | None = 
         )
 
 
+def checked_integers(t: Any, name: str, inputs: Tensor) -> Tensor:
+    """``t`` as int64, [B]; any integer type is taken."""
+    if isinstance(t, Tensor) and t.dtype in INTEGERS and t.dtype != torch.int64:
+        t = t.long()
+    check_vector(t, name, inputs, torch.int64)
+    checked: Tensor = t
+    return checked
+
+
 def per_image(value: Any, name: str, inputs: Tensor) -> PerSample:
     """``value`` as one float for all of ``inputs``, or as a tensor with one for each."""
     value = plain(value)
@@ -221,12 +250,14 @@ def length(value: Any, name: str, inputs: Tensor) -> PerSample:
     return lengths
 
 
-def checked_inputs(inputs: Any, bounds: Any) -> Bounds:
-    """Raise where ``inputs`` are not images within ``bounds``; return the bounds as floats or tensors."""
+def checked_inputs(inputs: Any, bounds: Any) -> tuple[Tensor, Bounds]:
+    """Raise where ``inputs`` are not images within ``bounds``; return both, the bounds as floats or tensors.
+
+    What lies outside by no more than rounding is clipped.
+    """
     check_images(inputs)
     bounds = _checked_bounds(bounds, inputs)
-    _check_inside(inputs, bounds)
-    return bounds
+    return _inside(inputs, bounds), bounds
 
 
 def _checked_bounds(bounds: Any, inputs: Tensor) -> Bounds:
@@ -237,12 +268,12 @@ def _checked_bounds(bounds: Any, inputs: Tensor) -> Bounds:
     return _bound(bounds[0], inputs), _bound(bounds[1], inputs)
 
 
-def _check_inside(inputs: Tensor, bounds: Bounds) -> None:
-    """Raise where ``bounds`` are in the wrong order or ``inputs`` leave them."""
+def _inside(inputs: Tensor, bounds: Bounds) -> Tensor:
+    """``inputs``, clipped where they leave ``bounds`` by rounding; raise where they leave them by more."""
     lo, hi = bounds
     inside = bool(((inputs >= lo) & (inputs <= hi)).all())
     if inside and inputs.numel():
-        return
+        return inputs
     ordered = lo <= hi
     if not (bool(ordered.all()) if isinstance(ordered, Tensor) else ordered):
         if any(bool(torch.as_tensor(b).isnan().any()) for b in bounds):
@@ -250,14 +281,26 @@ def _check_inside(inputs: Tensor, bounds: Bounds) -> None:
         got = "in every element" if isinstance(ordered, Tensor) else f"but are ({lo:g}, {hi:g})"
         raise ValueError(f"bounds must satisfy lower <= upper, {got}")
     if inside:
-        return
+        return inputs
     if bool(inputs.isnan().any()):
         raise ValueError("inputs hold NaN")
+    clipped = clipped_to(inputs, bounds)
+    sizes = [torch.as_tensor(b, dtype=torch.float64, device=inputs.device).abs() for b in bounds]
+    largest = torch.maximum(*(size.masked_fill(size.isinf(), 0) for size in sizes))
+    slack = _ROUNDING * torch.finfo(inputs.dtype).eps * largest
+    if bool(((inputs.double() - clipped.double()).abs() <= slack).all()):
+        return clipped
     least, most = inputs.min().item(), inputs.max().item()
     raise ValueError(
         f"inputs must lie within bounds, but hold values from {least:g} to {most:g}: "
         "scale them, or pass the bounds they have (normalisation belongs into the model)"
     )
+
+
+def clipped_to(inputs: Tensor, bounds: Bounds) -> Tensor:
+    """``inputs`` with each element moved to the nearest point of its bounds, [B, ...]."""
+    lo, hi = (torch.as_tensor(b, dtype=inputs.dtype, device=inputs.device) for b in bounds)
+    return torch.minimum(torch.maximum(inputs.detach(), lo), hi)
 
 
 def _bound(bound: Any, inputs: Tensor) -> PerSample:

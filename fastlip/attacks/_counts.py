@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastlip.attacks._outputs import logits_in
+
 
 @dataclass
 class PassCounts:
@@ -43,7 +45,7 @@ def count_forward_backward(model: nn.Module) -> Iterator[PassCounts]:
     The images that an attack sends through a faster copy of the model (``fast``, ``precision``) are counted as well.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or is TorchScript, which cannot be watched.
     """
     # The attacks call the module inside a DistributedDataParallel.
     watched = model.module if isinstance(model, DistributedDataParallel) else model
@@ -52,10 +54,17 @@ def count_forward_backward(model: nn.Module) -> Iterator[PassCounts]:
     counts = PassCounts()
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            counts.add(output)
+        # The batch's size is that of what came out, whatever one logit for each image stands for.
+        logits = logits_in(output, -1)
+        if isinstance(logits, Tensor):
+            counts.add(logits)
 
-    handle = watched.register_forward_hook(hook)
+    try:
+        handle = watched.register_forward_hook(hook)
+    except RuntimeError:
+        raise TypeError(
+            f"model must be an nn.Module to count its passes, got TorchScript ({type(model).__name__})"
+        ) from None
     entry = (watched, counts)
     _in_progress.append(entry)
     try:
@@ -63,6 +72,15 @@ def count_forward_backward(model: nn.Module) -> Iterator[PassCounts]:
     finally:
         handle.remove()
         _in_progress[:] = [e for e in _in_progress if e is not entry]
+
+
+def can_be_counted(model: object) -> bool:
+    """Whether :func:`count_forward_backward` takes the model."""
+    try:
+        with count_forward_backward(model):  # type: ignore[arg-type]
+            return True
+    except TypeError:
+        return False
 
 
 def report(model: object, output: Tensor) -> None:

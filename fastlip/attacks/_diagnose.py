@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_classes, check_model, check_vector, checked_inputs
+from fastlip.attacks._arguments import check_classes, check_model, checked_inputs, checked_integers
 from fastlip.attacks._batch import new_batch, take_bound
-from fastlip.attacks._model import Model, Network, eval_mode, unwrapped
+from fastlip.attacks._model import Model, Network, NotDifferentiable, eval_mode, input_gradient, unwrapped
 from fastlip.ops import Bounds
 
 #: How many images are examined.
@@ -15,6 +15,8 @@ _IMAGES = 64
 _REPEATS = 4
 #: The difference of logits, relative to their spread, above which they count as random.
 _RANDOM = 1e-4
+#: The difference between the logits of an image alone and in a batch, relative to their spread, that rounding may make.
+_BATCH = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 #: How far pixels are moved off the bounds: this share of the box's width, but no further than this value, which exceeds
 #: the rounding of bfloat16.
 _INSIDE = 1 / 64
@@ -33,18 +35,19 @@ def diagnose(
 ) -> list[str]:
     """Properties of ``model`` that make gradient attacks unreliable, one sentence each; empty where there are none.
 
-    The first 64 images are examined for outputs that are not finite, outputs that change from call to call, outputs
-    that are probabilities instead of logits, outputs that do not depend differentiably on the input, images whose
-    cross-entropy has a gradient of exactly zero (saturated or masked), and a clamp of the input to ``bounds``, whose
-    gradient PyTorch takes to be zero on the bounds themselves.
+    The first 64 images are examined for outputs that are not finite (but for -inf, the logit of a class that the model
+    excludes), outputs that change from call to call or with the other images of the batch, outputs that are
+    probabilities instead of logits, outputs that do not depend differentiably on the input, images whose cross-entropy
+    has a gradient of exactly zero (saturated or masked), and a clamp of the input to ``bounds``, whose gradient PyTorch
+    takes to be zero on the bounds themselves.
 
     Raises:
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
     """
     check_model(model)
-    bounds = checked_inputs(inputs, bounds)
-    check_vector(labels, "labels", inputs, torch.int64)
+    inputs, bounds = checked_inputs(inputs, bounds)
+    labels = checked_integers(labels, "labels", inputs)
     few = slice(_IMAGES)
     lo, hi = (take_bound(b, few, len(inputs), inputs.dim()) for b in bounds)
     inputs, labels = inputs[few], labels[few]
@@ -58,14 +61,26 @@ def diagnose(
         with torch.no_grad():
             logits = network.judge(x)
             check_classes(logits, labels=batch.labels)
-            if not bool(logits.isfinite().all()):
+            excluded = logits == -torch.inf
+            if bool((~logits.isfinite() & ~excluded).any()) or bool(excluded.all(1).any()):
                 return ["outputs are not finite: attacks count such images as robust"]
-            spread = (logits.amax(1) - logits.amin(1)).amax().clamp_min(1e-30)
-            drift = max(float((network.judge(x) - logits).abs().amax() / spread) for _ in range(_REPEATS))
+            spread = (logits.amax(1) - logits.masked_fill(excluded, torch.inf).amin(1)).amax().clamp_min(1e-30)
+
+            def change(other: Tensor, rows: slice) -> float:
+                apart = torch.where((other == -torch.inf) & excluded[rows], 0.0, (other - logits[rows]).abs())
+                return float(apart.amax() / spread)
+
+            drift = max(change(network.judge(x), slice(None)) for _ in range(_REPEATS))
+            alone = change(network.judge(x[:1]), slice(1)) if len(batch) > 1 else 0.0
         if drift > _RANDOM:
             found.append(
-                f"outputs change from call to call (by up to {drift:.2g} of their spread): average gradients over "
-                "several calls inside the model, and judge over several calls"
+                f"outputs change from call to call (by up to {drift:.2g} of their spread): judge over several calls "
+                "(draws) and average gradients over several (eot)"
+            )
+        elif alone > _BATCH[x.dtype]:
+            found.append(
+                f"outputs depend on the other images of the batch (by up to {alone:.2g} of their spread): an image "
+                "that falls in one batch may stand in another, so that no accuracy holds beyond this batch size"
             )
         if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
             found.append(
@@ -73,10 +88,11 @@ def diagnose(
             )
         x.requires_grad_()
         logits = network.judge(x)
-        if not logits.requires_grad:
+        try:
+            grad = input_gradient(logits, x, ops.judge(logits, batch.labels, loss="ce").grad)
+        except NotDifferentiable:
             found.append("outputs do not depend differentiably on the input: only black-box attacks work")
             return found
-        (grad,) = torch.autograd.grad(logits, x, ops.judge(logits, batch.labels, loss="ce").grad)
         silent = int((grad.flatten(1).abs().amax(1) == 0).sum()) if grad[0].numel() else 0
         if silent:
             found.append(
@@ -116,7 +132,7 @@ def _clamps(
         point = torch.where(moved, inside, x).requires_grad_()
         # The margin does not saturate.
         logits = network.judge(point)
-        (grad,) = torch.autograd.grad(logits, point, ops.judge(logits, labels, loss="margin").grad)
+        grad = input_gradient(logits, point, ops.judge(logits, labels, loss="margin").grad)
         if bool(grad[on & ~moved].count_nonzero()):
             return False
         alive |= bool(grad[on & moved].count_nonzero())

@@ -4,6 +4,8 @@
 """
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -13,16 +15,44 @@ from fastlip import ops
 from fastlip.attacks._arguments import check_classes
 from fastlip.attacks._batch import Batch, Iterates, fewer, per_sample, rows_where, take, wide_dtype
 from fastlip.attacks._graphs import Graph
-from fastlip.attacks._model import Network
-from fastlip.ops import Judgement, Loss, Norm
+from fastlip.attacks._model import Network, input_gradient
+from fastlip.attacks._own_loss import AnyLoss, judged_by
+from fastlip.attacks._quantize import Grid, rounded_images
+from fastlip.ops import Judgement, Norm
 
 Keep = Literal["best", "last"]
 
 #: Steps between checks for adversarial images. A check is free on the CPU and a synchronisation on a GPU.
 _CHECK_EVERY = {"cpu": 1}
 _CHECK_EVERY_ELSEWHERE = 4
+#: The largest difference of an image's logits between batches, relative to the largest of them, by the dtype of images.
+_BATCH_ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 #: Images times steps that unconfirmed images may wait for, in all, before the model is asked about them.
 _PATIENCE = 12
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What a callback hears of an iteration, before its step is taken.
+
+    Attributes:
+        run: how many runs (restarts, classes aimed at) there were before, in this call.
+        step: how many steps of this run were taken before; the last iterate of a run has had all of them.
+        rows: positions in the caller's batch of the images that still take part, [K] int64.
+        images: what the model was given, [K, ...]; a callback must not change it.
+        loss: the losses, [K].
+        adversarial: whether the followed logits decide wrongly, [K] bool.
+    """
+
+    run: int
+    step: int
+    rows: Tensor
+    images: Tensor
+    loss: Tensor
+    adversarial: Tensor
+
+
+Callback = Callable[[Iteration], object]
 
 
 class Step(Protocol):
@@ -51,15 +81,18 @@ class AttackLoop:
         inputs: Tensor,  # [N, ...]
         *,
         norm: Norm,
-        loss: Loss,
+        loss: AnyLoss,
         keep: Keep = "best",
         early_stop: bool = True,
+        grid: Grid | None = None,
+        callback: Callback | None = None,
     ) -> None:
         self.network = network
         self.norm = norm
         self.loss = loss
         self.keep = keep
         self.early_stop = early_stop
+        self.grid, self.callback, self.runs = grid, callback, -1
         self.dtype, self.wide = inputs.dtype, wide_dtype(inputs)
         self.result = inputs.detach().clone()
         self.best_loss = torch.full(inputs.shape[:1], -torch.inf, dtype=torch.float64, device=inputs.device)
@@ -89,6 +122,7 @@ class AttackLoop:
                 misclassified, so that no forward pass has to precede the loop; except with ``keep="last"`` those images
                 go no further.
         """
+        self.runs += 1
         tracker = BestTracker(self, batch, x, state)
         del x, state  # they are the tracker's, and their memory goes as images fall
         for k in range(steps):
@@ -99,6 +133,8 @@ class AttackLoop:
                 # Forward and judge.
                 now = tracker.now
                 image, logits, judgement = self.forward(now.batch, now.x, now.record)
+                if self.callback is not None:
+                    self.tell(k, now, image, judgement)
                 unfinished = tracker.unfinished(k, judgement, at_inputs=at_inputs)
 
                 if unfinished is not None and len(unfinished) == 0:
@@ -115,7 +151,7 @@ class AttackLoop:
                     break
                 tracker.drop(unfinished)
         else:
-            tracker.take_last()
+            tracker.take_last(steps)
         return tracker.finish()
 
     def forward(
@@ -139,11 +175,20 @@ class AttackLoop:
         if not self.classes_checked:
             check_classes(logits, labels=batch.labels, targets=batch.targets)
             self.classes_checked = True
+        rounding = 0.0 if self.network.exact else self.network.rounding
+        if not isinstance(self.loss, str):
+            return image, logits, judged_by(self.loss, logits, batch, rounding, record)
         judgement = ops.judge(
-            logits, batch.labels, targets=batch.targets, toward=batch.toward, loss=self.loss,
-            rounding=0.0 if self.network.exact else self.network.rounding, record=record,
+            logits, batch.labels, targets=batch.targets, toward=batch.toward, loss=self.loss, rounding=rounding,
+            record=record,
         )  # fmt: skip
         return image, logits, judgement
+
+    def tell(self, step: int, now: Iterates, image: Tensor, judgement: Judgement) -> None:
+        """Call the callback, which must not see a graph."""
+        if self.callback is not None:
+            rows, loss = now.batch.rows, judgement.loss.detach()
+            self.callback(Iteration(self.runs, step, rows, image.detach(), loss, judgement.adversarial))
 
     def image(
         self,
@@ -151,6 +196,8 @@ class AttackLoop:
         x: Tensor,  # [K, ...]
     ) -> Tensor:
         """``x`` in the dtype of the inputs, within ball and box: what the model sees and the caller gets, [K, ...]."""
+        if self.grid is not None:
+            return rounded_images(self.grid, batch, x, self.norm, self.dtype)
         if x.dtype == self.dtype:
             return x.clone()  # a model may keep what it is given, and the step moves x in place
         low = x.to(self.dtype)
@@ -167,10 +214,7 @@ class AttackLoop:
         A loss depends on its own image alone, so that one backward pass gives all gradients. Those of parameters are
         not asked for and not computed.
         """
-        if not logits.requires_grad:
-            raise ValueError("model's output must depend differentiably on its input for a gradient attack")
-        (grad,) = torch.autograd.grad(logits, image, judgement.grad)
-        return grad.to(self.wide)
+        return input_gradient(logits, image, judgement.grad).to(self.wide)
 
     def iterate(self, now: Iterates, step: Step, *, counted: bool = True) -> None:
         """One iteration without a look at what it found; the host waits for nothing."""
@@ -190,9 +234,9 @@ class AttackLoop:
 
     def graph(self, now: Iterates, step: Step, steps_left: int) -> Graph | None:
         """An iteration that is replayed, with ``now`` moved into its memory; None where it has to be carried out."""
-        if self.network.graphs is None or not self.classes_checked:
+        if self.network.graphs is None or not self.classes_checked or self.callback is not None:
             return None
-        settings = (self.norm, self.loss, self.dtype, step)
+        settings = (self.norm, self.loss, self.dtype, self.grid, step)
         return self.network.graphs.place(settings, lambda it: self.iterate(it, step, counted=False), now, steps_left)
 
     def asked(
@@ -213,11 +257,20 @@ class AttackLoop:
         self,
         batch: Batch,
         image: Tensor,  # [K, ...]
+        *,
+        firm: bool = False,
     ) -> Tensor:
-        """Which images are adversarial by the model's own decision, [K] bool."""
+        """Which images are adversarial by the model's own decision, [K] bool; with ``firm``, in any batch.
+
+        Rounding differs between batches: a firm decision has a margin above it.
+        """
         with torch.no_grad():
             logits = self.network.judge(image)
-        return ops.judge(logits, batch.labels, targets=batch.targets, loss=self.loss).adversarial
+        judgement = ops.judge(logits, batch.labels, targets=batch.targets, loss="margin")
+        if not firm:
+            return judgement.adversarial
+        largest = logits.abs().masked_fill(logits.isinf(), 0).amax(1)
+        return judgement.adversarial & (judgement.loss > _BATCH_ROUNDING[self.dtype] * largest)
 
     def without_misclassified(self, batch: Batch) -> Batch:
         """The images that are classified correctly, or not yet as their targets, before anything is done to them."""
@@ -339,10 +392,12 @@ class BestTracker:
         self.now.keep(kept)
         self.graph, self.replays = None, True
 
-    def take_last(self) -> None:
+    def take_last(self, steps: int) -> None:
         """Judge the iterates after the last step, which get no gradient, and take those that are the best."""
         now = self.now
-        _, _, judgement = self.loop.forward(now.batch, now.x, now.record, gradient=False)
+        image, _, judgement = self.loop.forward(now.batch, now.x, now.record, gradient=False)
+        self.loop.tell(steps, now, image, judgement)
+        del image  # a whole batch
         if now.record is not None:
             self.save(judgement.better)
             return
@@ -364,7 +419,7 @@ class BestTracker:
         if now.best is None or now.record is None:
             return
         found, at = loop.image(now.batch, now.best), rows
-        if now.best.dtype != loop.dtype and loop.keep == "best":
+        if (now.best.dtype != loop.dtype or loop.grid is not None) and loop.keep == "best":
             # An image of an earlier run stays as it was judged: it need not be its own projection.
             new = now.record.succeeded | (now.record.loss != loop.best_loss[rows])
             found, at = found[new], rows[new]

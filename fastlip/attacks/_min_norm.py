@@ -6,16 +6,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastlip.attacks._arguments import check_call, check_choice, count, number, radius, share
+from fastlip.attacks._arguments import check_call, check_choice, clipped_to, count, number, radius, share
 from fastlip.attacks._batch import Batch, new_batch, per_sample, rows_where, take
 from fastlip.attacks._distance import distance, largest_radius, slope
 from fastlip.attacks._fmn import fmn
 from fastlip.attacks._loop import AttackLoop, start_points
 from fastlip.attacks._model import Model, eval_mode
+from fastlip.attacks._own_loss import AnyLoss
 from fastlip.attacks._pgd import PgdStep, default_step
 from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
-from fastlip.ops import Bounds, Loss, Norm, PerSample
+from fastlip.attacks._quantize import grid_of
+from fastlip.ops import Bounds, Norm, PerSample
 
 Method = Literal["search", "fmn", "both"]
 
@@ -23,6 +25,11 @@ Method = Literal["search", "fmn", "both"]
 _LEAST_RADIUS = 1e-6
 #: The largest radius of any search: steps in proportion to it stay finite in float32.
 _LARGEST_RADIUS = 1e30
+
+#: Shares by which a perturbation is lengthened for its decision to hold in any batch, least and most.
+_LEAST_STRETCH, _MOST_STRETCH = 2.0**-16, 2.0**-6
+#: Rounding error of a length, relative to it.
+_SLACK = 1e-6
 
 #: Forward passes spent on pulling a success back to the decision boundary.
 _HALVINGS = 6
@@ -58,13 +65,14 @@ def min_norm(
     fmn_steps: int = 100,
     eps_max: PerSample | None = None,
     tolerance: float = 0.02,
-    loss: Loss = "dlr",
+    loss: AnyLoss = "dlr",
     bounds: Bounds = (0.0, 1.0),
     sparsity: float = 0.99,
     targets: Tensor | None = None,  # [B] int64
     active: Tensor | None = None,  # [B] bool
     fast: bool = False,
     precision: Precision = None,
+    quantize: int | None = None,
 ) -> MinNormResult:
     """Smallest perturbation in ``norm`` that changes the decision.
 
@@ -75,6 +83,9 @@ def min_norm(
     Minimum-Norm attack (Pintor et al. 2021) with exact projections: one run in a ball that shrinks by a few per cent
     where the iterate is misclassified and grows where it is not, whose result is then pulled back. "both" searches
     below what FMN found. All methods are deterministic.
+
+    What is found is misclassified by more than the rounding by which logits differ between batches, so that it stays
+    misclassified alone and in any batch.
 
     Args:
         model: maps inputs to logits [B, C], or what :func:`prepare` made of one.
@@ -94,6 +105,7 @@ def min_norm(
         active: [B] bool; False leaves an image out, which then comes back unchanged and not found, at distance inf.
         fast: as in :func:`pgd`.
         precision: as in :func:`pgd`.
+        quantize: as in :func:`pgd`; lengths are those of the rounded perturbations.
 
     Returns:
         The smallest perturbations found.
@@ -102,7 +114,7 @@ def min_norm(
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
     """
-    bounds = check_call(
+    inputs, labels, targets, _, bounds = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, fast=fast,
         precision=precision,
     )  # fmt: skip
@@ -112,6 +124,7 @@ def min_norm(
     tolerance = number(tolerance, "tolerance")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    grid = grid_of(quantize, inputs, bounds)
     if eps_max is None:
         limit = largest_radius(inputs, norm, bounds)
     else:
@@ -120,7 +133,7 @@ def min_norm(
     limit = limit.clamp_max(_LARGEST_RADIUS)
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=0.0, step_size=0.0, bounds=bounds, ids=None)
-        loop = AttackLoop(network, inputs, norm=norm, loss="margin")
+        loop = AttackLoop(network, inputs, norm=norm, loss="margin", grid=grid)
         search = _Search(inputs, limit, active)
         estimate, wrong = _first_radius(loop, batch)
         search.begin(estimate, wrong)
@@ -140,6 +153,7 @@ def min_norm(
             found = _found_within(loop, part, originals, search.radius[rows], take(search.best, rows), steps, sparsity)
             success, found = _pull_back(loop, found, originals, part)
             search.update(rows, success, found, distance(found, originals, norm), tolerance)
+        _make_firm(loop, search, batch)
     loop.warn_of_not_finite("min_norm")
     return MinNormResult(adversarial=search.best, distance=search.high, found=search.high.isfinite())
 
@@ -224,7 +238,7 @@ def _found_within(
     sparsity: float,
 ) -> Tensor:
     """What :func:`pgd` finds from ``start`` within ``eps`` of images that are classified correctly; [K, ...]."""
-    inner = AttackLoop(loop.network, originals, norm=loop.norm, loss=loop.loss)
+    inner = AttackLoop(loop.network, originals, norm=loop.norm, loss=loop.loss, grid=loop.grid)
     rows = torch.arange(len(batch), device=batch.x0.device)
     ball = replace(batch, eps=eps, step_size=default_step(eps, steps), rows=rows)
     x = start_points(ball, loop.norm, random_start=False, start=start, generator=None)
@@ -240,15 +254,55 @@ def _pull_back(
     x0: Tensor,  # [K, ...]
     batch: Batch,
 ) -> tuple[Tensor, Tensor]:
-    """Whether ``x`` is misclassified, [K] bool, and the point nearest to ``x0`` on their segment that still is."""
+    """Whether ``x`` is misclassified, [K] bool, and the point nearest to ``x0`` on their segment that is so firmly."""
     adversarial = loop.own_decision(batch, x)
     best = x.clone()
     near, far = torch.zeros_like(adversarial, dtype=torch.float64), torch.ones_like(adversarial, dtype=torch.float64)
     for _ in range(_HALVINGS):
         middle = (near + far) / 2
-        # In float64 and rounded once, so that a point between two points of the box stays inside it.
-        point = (x0.double() + per_sample(middle, x) * (x.double() - x0.double())).to(x.dtype)
-        success = adversarial & loop.own_decision(batch, point)
+        point = _as_kept(loop, batch, _on_line(x, x0, middle), x0)
+        success = adversarial & loop.own_decision(batch, point, firm=True)
         best = torch.where(per_sample(success, x), point, best)
         near, far = torch.where(success, near, middle), torch.where(success, middle, far)
     return adversarial, best
+
+
+@torch.no_grad()
+def _make_firm(loop: AttackLoop, search: _Search, batch: Batch) -> None:
+    """Move what was found away from the input until its decision holds in any batch; else it was not found."""
+    rows = rows_where(search.high.isfinite() & (search.high > 0))
+    stretch = _LEAST_STRETCH
+    while len(rows) > 0:
+        part, found, originals = batch.take(rows), take(search.best, rows), take(search.inputs, rows)
+        if stretch > _LEAST_STRETCH:
+            beyond = torch.full_like(search.high[rows], 1 + stretch)
+            found = _as_kept(loop, part, clipped_to(_on_line(found, originals, beyond), part.bounds), originals)
+        length = distance(found, originals, loop.norm)
+        firm = loop.own_decision(part, found, firm=True) & (length <= (1 + _SLACK) * search.limit[rows])
+        search.best[rows[firm]], search.high[rows[firm]] = found[firm], length[firm]
+        rows = rows[~firm]
+        if stretch > _MOST_STRETCH:
+            break
+        stretch *= 2
+    search.best[rows], search.high[rows] = search.inputs[rows], torch.inf
+
+
+def _as_kept(
+    loop: AttackLoop,
+    batch: Batch,
+    x: Tensor,  # [K, ...]
+    x0: Tensor,  # [K, ...]
+) -> Tensor:
+    """``x``, or where values are quantized its rounding within its own distance, [K, ...]."""
+    if loop.grid is None:
+        return x
+    return loop.image(replace(batch, eps=distance(x, x0, loop.norm)), x)
+
+
+def _on_line(
+    x: Tensor,  # [K, ...]
+    x0: Tensor,  # [K, ...]
+    share: Tensor,  # [K] float64
+) -> Tensor:
+    """x0 + share (x - x0), in float64 and rounded once, so that a point between two of the box stays inside it."""
+    return (x0.double() + per_sample(share, x) * (x.double() - x0.double())).to(x.dtype)

@@ -12,6 +12,7 @@ from fastlip.attacks._arguments import (
     check_model,
     check_vector,
     checked_inputs,
+    checked_integers,
     count,
     number,
 )
@@ -66,12 +67,11 @@ def min_sigma(
         TypeError: a type or dtype is wrong.
     """
     check_model(model)
-    bounds = checked_inputs(inputs, bounds)
-    check_vector(labels, "labels", inputs, torch.int64)
+    inputs, bounds = checked_inputs(inputs, bounds)
+    labels = checked_integers(labels, "labels", inputs)
     if active is not None:
         check_vector(active, "active", inputs, torch.bool)
-    if ids is not None:
-        check_vector(ids, "ids", inputs, torch.int64)
+    ids = None if ids is None else checked_integers(ids, "ids", inputs)
     check_generator(generator)
     directions, levels = count(directions, "directions", 1), count(levels, "levels", 2)
     halvings = count(halvings, "halvings")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_generator, check_vector, checked_inputs, radius
+from fastlip.attacks._arguments import check_generator, checked_inputs, checked_integers, radius
 from fastlip.attacks._batch import per_sample, wide_dtype
 from fastlip.ops import Bounds, PerSample
 
@@ -44,10 +44,9 @@ def gaussian_noise(
     """
     if (sigma is None) == (norm is None):
         raise ValueError("give either sigma or norm")
-    bounds = checked_inputs(inputs, bounds)
+    inputs, bounds = checked_inputs(inputs, bounds)
     check_generator(generator)
-    if ids is not None:
-        check_vector(ids, "ids", inputs, torch.int64)
+    ids = None if ids is None else checked_integers(ids, "ids", inputs)
     x0 = inputs.detach().to(wide_dtype(inputs))
     if norm is not None:
         norm = radius(norm, "norm", inputs)

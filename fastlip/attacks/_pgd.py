@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_call, check_choice, check_settings, length, radius, share
+from fastlip.attacks._arguments import check_call, check_callback, check_choice, check_settings, length, radius, share
 from fastlip.attacks._batch import Iterates, new_batch
-from fastlip.attacks._loop import AttackLoop, Keep, start_points, unblocked_gradient
+from fastlip.attacks._loop import AttackLoop, Callback, Keep, start_points, unblocked_gradient
 from fastlip.attacks._model import Model, eval_mode
+from fastlip.attacks._own_loss import AnyLoss
 from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
-from fastlip.ops import Bounds, Judgement, Loss, Norm, PerSample
+from fastlip.attacks._quantize import grid_of
+from fastlip.ops import Bounds, Judgement, Norm, PerSample
 
 
 def pgd(
@@ -24,7 +26,7 @@ def pgd(
     eps: PerSample,
     steps: int = 20,
     step_size: PerSample | None = None,
-    loss: Loss = "dlr",
+    loss: AnyLoss = "dlr",
     random_start: bool = True,
     restarts: int = 1,
     keep: Keep = "best",
@@ -38,6 +40,8 @@ def pgd(
     generator: torch.Generator | None = None,
     fast: bool = False,
     precision: Precision = None,
+    quantize: int | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Adversarial images within ``eps`` of ``inputs`` by projected gradient steps; [B, ...] like ``inputs``.
 
@@ -60,7 +64,9 @@ def pgd(
             classes and with ``targets``), "margin", or "ce" (cross-entropy, which saturates where logits are large).
             No loss is the strongest on every network: part of DLR's gradient goes into narrowing the spread, so that
             on small networks with small logits it can succeed on fewer images than "ce" in the same steps; a suite
-            takes both.
+            takes both. Or a function of one's own, which maps logits [B, C] and classes [B] to the losses to be
+            increased, [B] (``torch.nn.CrossEntropyLoss(reduction="none")``); with ``targets`` it gets these, and is
+            decreased.
         random_start: begin at a uniform point of the ball; else at ``start``.
         restarts: number of runs; an image takes part in the next one only while it is robust. More than one run needs
             ``random_start``.
@@ -81,23 +87,30 @@ def pgd(
         precision: torch.bfloat16 or torch.float16: follow gradients of that precision, every success confirmed on
             ``model``; iterates stay in float32. Where this machine computes it more slowly than float32, gradients are
             followed in float32, with a warning. "auto": the fastest precision on this machine. None: the model's own.
+        quantize: bits of a value, 8 for images that are kept in files: all that the model is given and that comes back
+            has values lo + k (hi - lo) / (2^bits - 1), in 0 to 1 where bounds are tensors, and so has ``inputs``.
+        callback: called with an :class:`Iteration` before each step and at the end of each run.
 
     Raises:
         ValueError: a value or shape is wrong, inputs leave the bounds, or the model's output is not differentiable.
         TypeError: a type or dtype is wrong.
     """
-    bounds = check_call(
+    inputs, labels, targets, ids, bounds = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip
     steps, restarts = check_settings(steps, restarts, keep, early_stop, random_start, start, inputs)
+    grid = grid_of(quantize, inputs, bounds)
+    check_callback(callback)
     finite = "where random_start is True or step_size is None" if random_start or step_size is None else ""
     eps = radius(eps, "eps", inputs, finite=finite)
     step = PgdStep(norm, share(sparsity, "sparsity"))
     step_size = default_step(eps, steps) if step_size is None else length(step_size, "step_size", inputs)
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids, active=active)
-        loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop)
+        loop = AttackLoop(
+            network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop, grid=grid, callback=callback
+        )
         from_inputs = not random_start and start is None
         if keep == "best" and not from_inputs:
             batch = loop.without_misclassified(batch)
@@ -118,7 +131,7 @@ def fgsm(
     *,
     norm: Norm = "linf",
     eps: PerSample,
-    loss: Loss = "dlr",
+    loss: AnyLoss = "dlr",
     keep: Keep = "best",
     bounds: Bounds = (0.0, 1.0),
     sparsity: float = 0.99,
@@ -126,18 +139,20 @@ def fgsm(
     active: Tensor | None = None,  # [B] bool
     fast: bool = False,
     precision: Precision = None,
+    quantize: int | None = None,
 ) -> Tensor:
     """One step of length ``eps`` from ``inputs`` (Goodfellow et al. 2015); arguments and errors as in :func:`pgd`."""
-    bounds = check_call(
+    inputs, labels, targets, _, bounds = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, fast=fast,
         precision=precision,
     )  # fmt: skip
     check_choice(keep, "keep", ("best", "last"))
+    grid = grid_of(quantize, inputs, bounds)
     eps = radius(eps, "eps", inputs, finite="as the length of a step")
     step = PgdStep(norm, share(sparsity, "sparsity"))
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=eps, bounds=bounds, ids=None, active=active)
-        loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep)
+        loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, grid=grid)
         if len(batch) > 0:
             loop.run(batch, batch.x0.clone(), 1, step, from_inputs=True)
     loop.warn_of_not_finite("fgsm")

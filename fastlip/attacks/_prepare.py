@@ -6,6 +6,7 @@ Successes are always confirmed on the model itself, so a copy can make an attack
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from fastlip.attacks._arguments import check_images, check_model, check_precision, flag
 from fastlip.attacks._graphs import IterationGraphs
-from fastlip.attacks._model import Model, Network, unwrapped
+from fastlip.attacks._model import Model, Network, logits_of, unwrapped
+from fastlip.attacks._outputs import logits_in
 from fastlip.attacks._precision import Precision, least_seconds, precision_for
 from fastlip.attacks._rewrite import fold, fuse, lower
 
@@ -34,6 +36,9 @@ def prepare(
     *,
     fast: bool = True,
     precision: Precision = None,
+    draws: int = 1,
+    eot: int = 1,
+    same_size: bool | None = None,
 ) -> Network:
     """The model together with a faster copy of it, which any attack takes in place of the model.
 
@@ -48,6 +53,10 @@ def prepare(
     machine has instructions for it and, on a CPU, where a copy in bfloat16 is faster on ``inputs`` than one in float32;
     a model that is no module runs under autocast where the machine has the instructions.
 
+    A model with random outputs is judged by ``draws`` passes, whose mean probabilities decide, and attacked through the
+    gradients of the mean over ``eot`` passes. In every attack an image that a single pass may change by chance then
+    falls only where the average does.
+
     The copy is compared with the model on ``inputs``. Whatever cannot be done for a model, because it cannot be traced
     or draws random numbers, is left out; in the last resort the model's own gradients are followed. Changes made to the
     model afterwards do not reach the copy.
@@ -61,17 +70,26 @@ def prepare(
         inputs: a few inputs, for tracing, comparing and timing.
         fast: make the copy fast in eval mode.
         precision: torch.bfloat16 or torch.float16 for the copy, or "auto"; the model's own if None.
+        draws: passes that judge an image together.
+        eot: passes whose mean gradients are followed; their activations are in memory at once.
+        same_size: give the model batches of one size, by repeating an image as others fall. If None, do so for what
+            ``torch.compile`` made and from the first smaller batch on that the model fails on.
 
     Raises:
-        ValueError: the precision is another one, or ``inputs`` have no batch dimension.
+        ValueError: the precision is another one, ``inputs`` have no batch dimension, or a number of passes is below 1.
         TypeError: ``model`` cannot be called, or ``inputs`` is not a tensor of floating-point numbers.
     """
     check_precision(precision)
     flag(fast, "fast")
     check_model(model)
-    if not isinstance(model, Network):
-        check_images(inputs)
-    return network_of(model, inputs, fast=fast, precision=precision)
+    averaged: dict[str, Any] = {"draws": draws, "eot": eot, "same_size": same_size}
+    if isinstance(model, Network):
+        if draws == eot == 1 and same_size is None:
+            return model
+        return Network(model.model, model.faster, model.rounding, graphs=model.graphs, **averaged)
+    check_images(inputs)
+    made = network_of(model, inputs, fast=fast, precision=precision)
+    return Network(made.model, made.faster, made.rounding, graphs=made.graphs, **averaged)
 
 
 def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: Precision) -> Network:
@@ -84,18 +102,28 @@ def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: Precision
         return Network(model)
     if not isinstance(model, nn.Module):
         return Network(model, _Autocast(model, inputs.device.type, low) if low else None)
-    training = [m for m in model.modules() if m.training]
+    inside = compiled if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module) else model
+    training = [m for m in model.modules() if getattr(m, "training", False)]
     for module in training:
         module.training = False
     try:
         with torch.inference_mode(False), torch.no_grad():
-            few = inputs[:_COMPARED].detach().clone()
+            few, want = _compared(inside, inputs.detach())
             timed = inputs[:_TIMED].detach().clone() if precision == "auto" and inputs.device.type == "cpu" else None
-            made = _copy_of(model, few, model(few), fast, low, timed)
+            made = _copy_of(inside, few, want, fast, low, timed)
         return Network(model, made.model, made.rounding, graphs=made.graphs) if made else Network(model)
     finally:
         for module in training:
             module.training = True
+
+
+def _compared(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """A few inputs, or all of them where the model takes no other number; and the model's logits."""
+    few = inputs[:_COMPARED].clone()
+    try:
+        return few, logits_of(model, few)
+    except Exception:  # a model may raise anything at a size that it was not made for
+        return inputs.clone(), logits_of(model, inputs.clone())
 
 
 @dataclass(frozen=True)
@@ -137,7 +165,7 @@ def _copy_of(
         kept = _kept[model] = _Kept(model)
     purpose = (fast, low, timed is None, inputs.shape[1:], inputs.dtype, inputs.device)
     made = kept.copies.pop(purpose, None)
-    if made is None or not _distance(made.model(inputs), want) <= made.rounding:
+    if made is None or not _distance(logits_of(made.model, inputs), want) <= made.rounding:
         made = _faster(model, inputs, want, fast, low, timed)
     if made is not None and not isinstance(made.model, _Autocast):  # which holds the model
         kept.copies[purpose] = made
@@ -191,16 +219,18 @@ def _first_to_agree(
 def _pass(model: Model, inputs: Tensor) -> Tensor:
     """The logits, after a backward pass, because some models fail only there."""
     with torch.enable_grad():
-        logits = model(seen := inputs.clone().requires_grad_())
+        logits: Tensor = logits_in(model(seen := inputs.clone().requires_grad_()), len(inputs))
         torch.autograd.grad(logits.sum(), seen)
     return logits.detach()
 
 
 def _distance(got: Tensor, want: Tensor) -> float:
-    """Largest difference of logits over their spread; NaN where there is one."""
+    """Largest difference of logits over their spread, NaN where there is one; -inf in both makes no difference."""
     got, want = got.double(), want.double()
-    spread = (want.amax(1) - want.amin(1)).clamp_min(1e-30)
-    return float(((got - want).abs().amax(1) / spread).amax())
+    least = want.masked_fill(want == -torch.inf, torch.inf).amin(1)
+    spread = (want.amax(1) - least).clamp_min(1e-30)
+    apart = torch.where((got == -torch.inf) & (want == -torch.inf), 0.0, (got - want).abs())
+    return float((apart.amax(1) / spread).amax())
 
 
 def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) -> Model:
@@ -251,15 +281,17 @@ class _OwnLayout:
 
     def __init__(self, model: nn.Module, memory_format: torch.memory_format) -> None:
         self.model = model
+        # A graph's __call__ prints the code of whatever fails, which is nobody's concern where a copy is only tried.
+        self.call: Model = model.forward if isinstance(model, fx.GraphModule) else model
         self.memory_format = memory_format
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.memory_format != torch.preserve_format:
             x = x.contiguous(memory_format=self.memory_format)
         if not torch.is_autocast_enabled(x.device.type):
-            return self.model(x)
+            return self.call(x)
         with torch.autocast(x.device.type, enabled=False):
-            return self.model(x)
+            return self.call(x)
 
 
 class _FewSizes:

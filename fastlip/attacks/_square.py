@@ -12,9 +12,11 @@ from fastlip.attacks._batch import Batch, new_batch, per_sample, take
 from fastlip.attacks._distance import ORDER
 from fastlip.attacks._loop import AttackLoop, BestTracker
 from fastlip.attacks._model import Model, eval_mode
+from fastlip.attacks._own_loss import AnyLoss
 from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
-from fastlip.ops import Bounds, Loss, Norm, PerSample
+from fastlip.attacks._quantize import grid_of
+from fastlip.ops import Bounds, Norm, PerSample
 
 #: Iterations, of 10,000, at which the share of changed elements halves (section 4.1 of the paper).
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -33,7 +35,7 @@ def square(
     eps: PerSample,
     queries: int = 5000,
     share: float = 0.8,
-    loss: Loss = "margin",
+    loss: AnyLoss = "margin",
     restarts: int = 1,
     bounds: Bounds = (0.0, 1.0),
     targets: Tensor | None = None,  # [B] int64
@@ -42,6 +44,7 @@ def square(
     generator: torch.Generator | None = None,
     fast: bool = False,
     precision: Precision = None,
+    quantize: int | None = None,
 ) -> Tensor:
     """Adversarial images within ``eps`` of ``inputs`` by random search over squares; [B, ...] like ``inputs``.
 
@@ -58,7 +61,7 @@ def square(
         eps: radius of the ball in ``norm`` and the units of ``inputs``, float or [B], >= 0.
         queries: forward passes of each restart.
         share: the share of the pixels that the first squares cover.
-        loss: "margin", "dlr" or "ce"; an iterate is accepted where it increases.
+        loss: "margin", "dlr", "ce" or a function, as in :func:`pgd`; an iterate is accepted where it increases.
         restarts: number of runs; an image takes part in the next one only while it is robust.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
         targets: classes to reach, [B] int64; only this decision is then a success.
@@ -67,12 +70,13 @@ def square(
         generator: source of the draws, advanced by one for each query; the device's default generator if None.
         fast: as in :func:`pgd`.
         precision: as in :func:`pgd`.
+        quantize: as in :func:`pgd`.
 
     Raises:
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
     """
-    bounds = check_call(
+    inputs, labels, targets, ids, bounds = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip
@@ -80,10 +84,11 @@ def square(
     share = number(share, "share")
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
+    grid = grid_of(quantize, inputs, bounds)
     eps = radius(eps, "eps", inputs, finite="for square, whose first steps reach the surface of the ball")
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network, torch.no_grad():
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=0.0, bounds=bounds, ids=ids, active=active)
-        loop = AttackLoop(network, inputs, norm=norm, loss=loss)
+        loop = AttackLoop(network, inputs, norm=norm, loss=loss, grid=grid)
         batch = loop.without_misclassified(batch)
         for _ in range(restarts):
             if len(batch) == 0:

@@ -3,9 +3,11 @@
     from fastlip.integrations.art import FastlipPGD
     adversarial = FastlipPGD(classifier, norm=np.inf, eps=8 / 255, eps_step=2 / 255, max_iter=20).generate(x, y)
 
-On an ``art.estimators.classification.PyTorchClassifier`` whose preprocessing does nothing to gradients this is
-:func:`fastlip.attacks.pgd` on the estimator's model. Any other classifier with loss gradients (TensorFlow, JAX,
-scikit-learn; preprocessing) is attacked with the fused steps of ``fastlip._native`` on NumPy arrays.
+On an ``art.estimators.classification.PyTorchClassifier`` that hands its samples to the model unchanged and whose loss
+is the cross-entropy this is :func:`fastlip.attacks.pgd` on the estimator's model. Any other classifier with loss
+gradients (TensorFlow, JAX, scikit-learn; preprocessing; another loss; a subclass of PyTorchClassifier, which may do
+anything to its samples) is attacked through its own ``loss_gradient``, with the fused steps of ``fastlip._native`` on
+NumPy arrays.
 """
 
 from collections.abc import Callable
@@ -13,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from fastlip._arguments import integer
 from fastlip.integrations._names import named
 from fastlip.integrations._require import require
+from fastlip.integrations._settings import keywords_of
 
 _PACKAGE = "adversarial-robustness-toolbox"
 _Base: Any = require("art.attacks", _PACKAGE).EvasionAttack
@@ -47,13 +51,19 @@ class FastlipPGD(_Base):
         sparsity: share of elements that an L1 step leaves alone.
         verbose: has no effect, since nothing is printed.
         seed: seed of the random starts; drawn from NumPy's global state if None.
-        options: further keywords of :func:`fastlip.attacks.pgd`, for PyTorch estimators.
+        options: further keywords of :func:`fastlip.attacks.pgd`, for estimators that it attacks; of any other only
+            ``keep``. ``loss`` takes the place of the estimator's own.
+
+    Raises:
+        TypeError: a type is wrong, or there is no such option.
+        ValueError: a value is wrong, or the estimator cannot have an option.
     """
 
     # A list on the class, because ART reads and extends it there.
     attack_params: list[str] = [  # noqa: RUF012
         *getattr(_Base, "attack_params", []),
         *("norm", "eps", "eps_step", "max_iter", "targeted", "num_random_init", "batch_size", "sparsity", "verbose"),
+        "seed",
     ]
     _estimator_requirements = _requirements()
 
@@ -73,8 +83,6 @@ class FastlipPGD(_Base):
         **options: Any,
     ) -> None:
         super().__init__(estimator=estimator)
-        if str(norm) not in _NORMS:
-            raise ValueError(f"norm must be np.inf, 2 or 1, got {norm!r}")
         self.norm = norm
         self.eps, self.eps_step = eps, eps_step
         self.max_iter = max_iter
@@ -85,6 +93,39 @@ class FastlipPGD(_Base):
         self.verbose = verbose
         self.seed = seed
         self.options = options
+        self._check_params()
+
+    def _check_params(self) -> None:
+        """Raise where a parameter is wrong, when the attack is made, when parameters are set and when it runs."""
+        super()._check_params()
+        if str(self.norm) not in _NORMS:
+            raise ValueError(f"norm must be np.inf, 2 or 1, got {self.norm!r}")
+        for name in ("eps", "eps_step"):
+            value = getattr(self, name)
+            if isinstance(value, (bool, str)) or np.asarray(value).dtype.kind not in "fiu":
+                raise TypeError(f"{name} must be a number or an array of numbers, got {value!r}")
+            if not (np.asarray(value) >= 0).all():
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
+        for name, least in (("max_iter", 0), ("num_random_init", 0), ("batch_size", 1)):
+            integer(getattr(self, name), name, least)
+        for name in ("targeted", "verbose"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if self.seed is not None:
+            integer(self.seed, "seed", 0)
+        if unknown := [name for name in self.options if name not in _options()]:
+            raise TypeError(f"FastlipPGD takes no option {unknown[0]!r}; it has those of fastlip.attacks.pgd")
+        if not self._is_pgd_s():
+            if useless := [name for name in self.options if name != "keep"]:
+                raise ValueError(
+                    f"{useless[0]} cannot be had with this estimator, which is attacked by its loss_gradient"
+                )
+            if self.options.get("keep", "best") not in ("best", "last"):
+                raise ValueError(f"keep must be one of best, last, got {self.options['keep']!r}")
+
+    def _is_pgd_s(self) -> bool:
+        """Whether the estimator's model can be attacked by :func:`fastlip.attacks.pgd`."""
+        return _plain_torch(self.estimator) and ("loss" in self.options or _climbs_cross_entropy(self.estimator))
 
     def generate(
         self,
@@ -98,12 +139,20 @@ class FastlipPGD(_Base):
         except with ``keep="last"``.
 
         Integer samples come back as float32, which is ART's own type; a PyTorch model gets samples of its own dtype.
+        What lies outside of ``clip_values`` by rounding is clipped.
+
+        Args:
+            x: samples, [B, ...], within the estimator's ``clip_values``.
+            y: classes, [B], or one-hot, [B, C].
+            kwargs: ``mask``, an array that broadcasts to ``x``: elements at which it is 0 are left as they are.
 
         Raises:
-            ValueError: a value is wrong, or another keyword asks for something else, such as ``mask``.
+            ValueError: a value is wrong, or there is another keyword.
         """
+        self._check_params()
+        mask = kwargs.pop("mask", None)
         if unknown := [name for name, value in kwargs.items() if value is not None]:
-            raise ValueError(f"generate takes x and y alone, got {', '.join(unknown)}")
+            raise ValueError(f"generate takes x, y and mask alone, got {', '.join(unknown)}")
         x = np.asarray(x) if np.asarray(x).dtype.kind == "f" else np.asarray(x, dtype=np.float32)
         if y is None:
             if self.targeted:
@@ -111,15 +160,22 @@ class FastlipPGD(_Base):
             y = self.estimator.predict(x, batch_size=self.batch_size)
         classes = np.argmax(y, 1) if np.ndim(y) == 2 and np.shape(y)[1] > 1 else np.reshape(y, -1)
         classes = classes.astype(np.int64)
+        low: Any
+        high: Any
         low, high = self.estimator.clip_values if self.estimator.clip_values is not None else (-np.inf, np.inf)
+        x = _inside(x, low, high)
+        if mask is not None:
+            kept = np.broadcast_to(np.asarray(mask) == 0, x.shape)
+            low, high = (np.where(kept, x, np.asarray(limit, x.dtype)) for limit in (low, high))
         # ART draws from NumPy's global state, so that a script which seeds it is repeatable.
         seed = int(np.random.randint(2**31)) if self.seed is None else self.seed  # noqa: NPY002
-        run: Callable[..., np.ndarray] = self._torch if _plain_torch(self.estimator) else self._numpy
+        run: Callable[..., np.ndarray] = self._torch if self._is_pgd_s() else self._numpy
         out = np.empty_like(x)
         for first in range(0, len(x), self.batch_size):
             rows = slice(first, min(first + self.batch_size, len(x)))
-            eps, step = (v[rows] if isinstance(v, np.ndarray) else float(v) for v in (self.eps, self.eps_step))
-            bounds = tuple(v if np.ndim(v) == 0 else np.asarray(v) for v in (low, high))
+            eps, step = (_of_rows(v, rows) for v in (self.eps, self.eps_step))
+            limits = (low, high) if mask is None else (low[rows], high[rows])
+            bounds = tuple(v if np.ndim(v) == 0 else np.asarray(v) for v in limits)
             out[rows] = run(x[rows], classes[rows], np.arange(rows.start, rows.stop), eps, step, bounds, seed)
         return out
 
@@ -194,12 +250,43 @@ class FastlipPGD(_Base):
 
 
 def _plain_torch(estimator: Any) -> bool:
-    """Whether the estimator hands its samples to the model unchanged."""
+    """Whether the estimator hands its samples to the model unchanged; a subclass may do anything to them."""
     classifier = require("art.estimators.classification", _PACKAGE).PyTorchClassifier
-    if not isinstance(estimator, classifier) or estimator.preprocessing_defences or estimator.postprocessing_defences:
+    if type(estimator) is not classifier or estimator.preprocessing_defences or estimator.postprocessing_defences:
         return False
     given = estimator.preprocessing
     if given is None:
         return True
     mean, std = getattr(given, "mean", None), getattr(given, "std", None)
     return mean is not None and std is not None and bool(np.all(mean == 0) and np.all(std == 1))
+
+
+def _climbs_cross_entropy(estimator: Any) -> bool:
+    """Whether the estimator's loss is the cross-entropy of each sample as it is."""
+    import torch
+
+    loss = estimator.loss
+    plain = type(loss) is torch.nn.CrossEntropyLoss and loss.weight is None and loss.label_smoothing == 0
+    return plain and loss.ignore_index < 0
+
+
+def _options() -> list[str]:
+    """The keywords of :func:`fastlip.attacks.pgd`."""
+    from fastlip import attacks
+
+    return list(keywords_of(attacks.pgd))
+
+
+def _of_rows(value: Any, rows: slice) -> Any:
+    """A number, or those of these rows of an array with one for each sample."""
+    return np.asarray(value)[rows] if np.ndim(value) else float(value)
+
+
+def _inside(x: np.ndarray, low: Any, high: Any) -> np.ndarray:
+    """``x``, clipped where it leaves the box by rounding; raise where it leaves it by more."""
+    clipped: np.ndarray = np.clip(x, low, high)
+    limits = [np.abs(np.asarray(limit, np.float64)) for limit in (low, high)]
+    largest = np.maximum(*(np.where(np.isfinite(limit), limit, 0) for limit in limits))
+    if not (np.abs(x - clipped.astype(np.float64)) <= 2 * np.finfo(x.dtype).eps * largest).all():
+        raise ValueError(f"x must lie within clip_values, but holds values from {x.min():g} to {x.max():g}")
+    return clipped.astype(x.dtype, copy=False)

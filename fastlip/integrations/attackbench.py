@@ -20,12 +20,13 @@ _EPS = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
 
 
 def as_attackbench(attack: Callable[..., Tensor | MinNormResult], **options: Any) -> Callable[..., Tensor]:
-    """``attack`` as ``f(model, inputs, labels, targets=None, targeted=False, threat_model="linf") -> images``.
+    """``attack`` as ``f(model, inputs, labels, targets, targeted, threat_model, epsilon) -> images``.
 
     Args:
         attack: a function of :mod:`fastlip.attacks`.
         options: keywords for ``attack``. If it takes ``eps`` and none is given, the radius is the usual one on
-            CIFAR-10: 8/255, 0.5 and 12.
+            CIFAR-10: 8/255, 0.5 and 12. The ``epsilon`` that ``attackbench.run_attack`` is given takes precedence, and
+            is the ``eps_max`` of an attack that looks for the smallest perturbation.
 
     Raises:
         TypeError: ``attack`` does not take a norm and bounds.
@@ -41,6 +42,7 @@ def as_attackbench(attack: Callable[..., Tensor | MinNormResult], **options: Any
         targets: Tensor | None = None,
         targeted: bool = False,
         threat_model: str = "linf",
+        epsilon: float | None = None,
     ) -> Tensor:
         if threat_model not in _EPS:
             raise ValueError(f"threat_model must be one of {', '.join(_EPS)}, got {threat_model!r}")
@@ -50,7 +52,8 @@ def as_attackbench(attack: Callable[..., Tensor | MinNormResult], **options: Any
         if targeted:
             call["targets"] = targets
         # Copies, because an attack may write into its arguments and AttackBench judges by them.
-        found = attack(model, inputs.clone(), labels.clone(), **call | options)
+        limit = {} if epsilon is None else {"eps" if "eps" in known else "eps_max": epsilon}
+        found = attack(model, inputs.clone(), labels.clone(), **call | options | limit)
         return found.adversarial if isinstance(found, MinNormResult) else found
 
     name = getattr(attack, "__name__", "attack")

@@ -8,6 +8,7 @@ An existing script changes its import::
 
 Images and model are PyTorch's (``foolbox.PyTorchModel``). Unlike foolbox's own, the attacks stop on an image once it
 is misclassified, compute no gradients of weights, run the network in eval mode, and project exactly onto ball and box.
+Settings may be changed between calls (``attack.steps = 100``); to set what an attack does not have is an error.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from fastlip import attacks
 from fastlip.integrations._names import named
 from fastlip.integrations._preprocessed import Preprocessed
 from fastlip.integrations._require import require
+from fastlip.integrations._settings import Settings, keywords_of
 from fastlip.ops import Norm
 
 _foolbox = require("foolbox", "foolbox")
@@ -29,7 +31,7 @@ _Fixed: Any = require("foolbox.attacks.base", "foolbox").FixedEpsilonAttack
 _Minimal: Any = require("foolbox.attacks.base", "foolbox").MinimizationAttack
 
 
-class FixedEpsilon(_Fixed):
+class FixedEpsilon(Settings, _Fixed):
     """Any of fastlip's attacks within a ball as a foolbox attack.
 
     Args:
@@ -38,13 +40,17 @@ class FixedEpsilon(_Fixed):
         options: further keywords for ``attack``.
     """
 
-    #: Foolbox's names for the attack's arguments.
-    _names: Mapping[str, str] = {"eps": "epsilons", "labels": "criterion", "targets": "criterion"}
-
     def __init__(self, attack: Callable[..., Tensor], norm: Norm, **options: Any) -> None:
         self.attack = attack
         self.norm = norm
-        self.options = options
+        self._begin(options)
+
+    def _takes(self) -> Mapping[str, Any]:
+        return keywords_of(self.attack)
+
+    def _names(self) -> dict[str, str]:
+        """Foolbox's names for the attack's arguments."""
+        return {"eps": "epsilons", "labels": "criterion", "targets": "criterion"}
 
     @property
     def distance(self) -> Any:
@@ -57,7 +63,7 @@ class FixedEpsilon(_Fixed):
         images, restore, call = _torch_call(model, inputs, criterion)
         # Copies, because an attack may write into its arguments and foolbox judges by them.
         images, call = images.clone(), {k: v.clone() if isinstance(v, Tensor) else v for k, v in call.items()}
-        with named(self._names):
+        with named(self._names()):
             found = self.attack(_network(model), images, **call, norm=self.norm, eps=epsilon, **self.at(epsilon))
         return restore(found)
 
@@ -79,12 +85,14 @@ class _PGD(FixedEpsilon):
         options: dict[str, Any],
     ) -> None:
         given = {"steps": steps, "random_start": random_start, "loss": "ce"}
-        super().__init__(attacks.pgd, norm, **given | options)
         self.rel_stepsize = rel_stepsize
         self.abs_stepsize = abs_stepsize
-        if "step_size" not in options:
-            given_step = "rel_stepsize" if abs_stepsize is None else "abs_stepsize"
-            self._names = {**self._names, "step_size": given_step}
+        super().__init__(attacks.pgd, norm, **given | options)
+
+    def _names(self) -> dict[str, str]:
+        if "step_size" in self.options:
+            return super()._names()
+        return super()._names() | {"step_size": "rel_stepsize" if self.abs_stepsize is None else "abs_stepsize"}
 
     def at(self, epsilon: float) -> dict[str, Any]:
         step = self.abs_stepsize if self.abs_stepsize is not None else self.rel_stepsize * epsilon
@@ -150,7 +158,7 @@ class Square(FixedEpsilon):
         super().__init__(attacks.square, norm, **{"queries": queries} | options)
 
 
-class MinNorm(_Minimal):
+class MinNorm(Settings, _Minimal):
     """:func:`fastlip.attacks.min_norm` in place of foolbox's DDN and FMN attacks.
 
     Args:
@@ -160,7 +168,10 @@ class MinNorm(_Minimal):
 
     def __init__(self, norm: Norm = "l2", **options: Any) -> None:
         self.norm = norm
-        self.options = options
+        self._begin(options)
+
+    def _takes(self) -> Mapping[str, Any]:
+        return keywords_of(attacks.min_norm)
 
     @property
     def distance(self) -> Any:
@@ -193,10 +204,12 @@ def _network(model: Any) -> Any:
     mean, std, flip = model._preprocess_args
     if mean is None and std is None and flip is None:
         return network
-    if model not in _networks:
-        mean, std = (None if t is None else t.raw for t in (mean, std))
-        _networks[model] = Preprocessed(network, mean, std, flip)
-    return _networks[model]
+    mean, std = (None if t is None else t.raw for t in (mean, std))
+    made = _networks.get(model)
+    # A foolbox model may be given other bounds, and with them another preprocessing.
+    if made is None or made.network is not network or made.mean is not mean or made.std is not std or made.flip != flip:
+        made = _networks[model] = Preprocessed(network, mean, std, flip)
+    return made
 
 
 def _torch_call(model: Any, inputs: Any, criterion: Any) -> tuple[Tensor, Callable[[Tensor], Any], dict[str, Any]]:

@@ -7,28 +7,34 @@ An existing script changes its import::
     adversarial = attack(images, labels)
 
 Unlike torchattacks' own, the attacks stop on an image once it is misclassified (``keep="last"`` returns the last
-iterate instead), leave frozen BatchNorm layers frozen, accept channels_last, and project exactly in L2.
+iterate instead), leave frozen BatchNorm layers frozen, accept channels_last, and project exactly in L2. Settings may be
+changed between calls (``attack.eps = 4 / 255``), and ``eps`` and ``alpha`` may be tensors with a value for each image;
+to set what an attack does not have is an error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlip import attacks
+from fastlip.integrations._decisions import decisions
 from fastlip.integrations._names import named
 from fastlip.integrations._preprocessed import Preprocessed
 from fastlip.integrations._require import require
+from fastlip.integrations._settings import Settings, keywords_of
 from fastlip.ops import Norm
 
 _Base: Any = require("torchattacks.attack", "torchattacks").Attack
 _NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2", "L1": "l1"}
 #: Torchattacks' names for fastlip's arguments.
-_NAMES = {"step_size": "alpha", "queries": "n_queries", "restarts": "n_restarts", "share": "p_init"}
+_NAMES = {
+    "step_size": "alpha", "queries": "n_queries", "restarts": "n_restarts", "share": "p_init", "eot": "eot_iter",
+}  # fmt: skip
 
 
-class FastlipAttack(_Base):
+class FastlipAttack(Settings, _Base):
     """Any of fastlip's attacks as a torchattacks attack.
 
     Args:
@@ -38,8 +44,8 @@ class FastlipAttack(_Base):
         options: keywords for ``attack``.
     """
 
-    #: Arguments that the class takes under torchattacks' names.
-    _renamed: tuple[str, ...] = ()
+    #: Whether images that the attack does not succeed on come back unchanged.
+    _successes_alone = False
 
     def __init__(
         self, attack: Callable[..., Tensor], model: torch.nn.Module, *, seed: int | None = None, **options: Any
@@ -48,8 +54,15 @@ class FastlipAttack(_Base):
         super().__init__(type(self).__name__, model)
         self.supported_mode = ["default", "targeted"]
         self.function = attack
-        self.options = options
         self.seed = seed
+        self._begin(options)
+
+    def _takes(self) -> Mapping[str, Any]:
+        return keywords_of(self.function)
+
+    def _set_option(self, name: str, value: Any) -> None:
+        known = name == "norm" and isinstance(value, str) and value in _NORMS
+        super()._set_option(name, _NORMS[value] if known else value)
 
     def forward(
         self,
@@ -59,13 +72,22 @@ class FastlipAttack(_Base):
         """Return adversarial images, [B, C, H, W]."""
         inputs = inputs.detach().clone().to(self.device)
         labels = labels.detach().clone().to(self.device)
-        options = dict(self.options)
+        options = {name: _per_image(value, inputs) for name, value in self.options.items()}
         if self.targeted:
             options["targets"] = self.get_target_label(inputs, labels)
         if self.seed is not None:
             options["generator"] = torch.Generator(inputs.device).manual_seed(self.seed)
-        with named({ours: theirs for ours, theirs in _NAMES.items() if ours in self._renamed}):
-            return self.function(self._network(), inputs, labels, **options)
+        with named({ours: theirs for ours, theirs in _NAMES.items() if self._settings.get(theirs) == ours}):
+            network: Any = self._network()
+            if (eot := options.pop("eot", 1)) != 1:
+                how = {name: options[name] for name in ("fast", "precision") if name in options}
+                network = attacks.prepare(network, inputs, **{"fast": False, **how}, eot=eot)
+            found = self.function(network, inputs, labels, **options)
+        if not self._successes_alone:
+            return found
+        decided = decisions(network, found)
+        success = decided == options["targets"] if self.targeted else decided != labels
+        return torch.where(success.reshape(-1, *[1] * (found.dim() - 1)), found, inputs)
 
     def _network(self) -> torch.nn.Module:
         """The model, behind the normalisation that was set for it."""
@@ -101,8 +123,8 @@ class FGSM(FastlipAttack):
 class PGD(FastlipAttack):
     """Like torchattacks.PGD, in Linf."""
 
-    norm: Norm = "linf"
-    _renamed = ("step_size",)
+    _ball: Norm = "linf"
+    _settings: Mapping[str, str] = {"alpha": "step_size"}
 
     def __init__(
         self,
@@ -114,7 +136,7 @@ class PGD(FastlipAttack):
         **options: Any,
     ) -> None:
         given: dict[str, Any] = {
-            "norm": self.norm,
+            "norm": self._ball,
             "eps": eps,
             "step_size": alpha,
             "steps": steps,
@@ -126,7 +148,7 @@ class PGD(FastlipAttack):
 class PGDL2(PGD):
     """Like torchattacks.PGDL2; ``eps_for_division`` has no effect, because a zero gradient moves nothing here."""
 
-    norm = "l2"
+    _ball = "l2"
 
     def __init__(
         self,
@@ -138,13 +160,14 @@ class PGDL2(PGD):
         eps_for_division: float = 1e-10,
         **options: Any,
     ) -> None:
+        self.eps_for_division = eps_for_division
         super().__init__(model, eps, alpha, steps, random_start, **options)
 
 
 class PGDL1(PGD):
     """PGD in L1, which torchattacks lacks."""
 
-    norm = "l1"
+    _ball = "l1"
 
     def __init__(
         self,
@@ -159,9 +182,12 @@ class PGDL1(PGD):
 
 
 class APGD(FastlipAttack):
-    """Like torchattacks.APGD, and in L1; ``eot_iter`` has to be 1 and ``verbose`` prints nothing."""
+    """Like torchattacks.APGD, and in L1; ``verbose`` prints nothing.
 
-    _renamed = ("restarts",)
+    With ``eot_iter`` above 1 gradients are those of the mean probabilities of so many passes.
+    """
+
+    _settings: Mapping[str, str] = {"n_restarts": "restarts", "eot_iter": "eot"}
 
     def __init__(
         self,
@@ -177,7 +203,6 @@ class APGD(FastlipAttack):
         verbose: bool = False,
         **options: Any,
     ) -> None:
-        _only_once(eot_iter)
         given: dict[str, Any] = {
             "norm": _norm(norm),
             "eps": eps,
@@ -185,14 +210,16 @@ class APGD(FastlipAttack):
             "restarts": n_restarts,
             "loss": loss,
             "rho": rho,
+            "eot": eot_iter,
         }
+        self.verbose = verbose
         super().__init__(attacks.apgd, model, seed=seed, **given | options)
 
 
 class APGDT(FastlipAttack):
     """Like torchattacks.APGDT, which aims at the likeliest wrong classes in turn, and in L1."""
 
-    _renamed = ("restarts",)
+    _settings: Mapping[str, str] = {"n_restarts": "restarts", "eot_iter": "eot"}
 
     def __init__(
         self,
@@ -208,19 +235,31 @@ class APGDT(FastlipAttack):
         n_classes: int = 10,
         **options: Any,
     ) -> None:
-        _only_once(eot_iter)
-        if not isinstance(n_classes, int) or n_classes < 2:
-            raise ValueError(f"n_classes must be an int of at least 2, got {n_classes!r}")
         given: dict[str, Any] = {"norm": _norm(norm), "eps": eps, "steps": steps, "restarts": n_restarts, "rho": rho}
-        given |= {"loss": "dlr", "target_classes": n_classes - 1}
+        given |= {"loss": "dlr", "target_classes": _classes_aimed_at(n_classes), "eot": eot_iter}
+        self.verbose = verbose
         super().__init__(attacks.apgd, model, seed=seed, **given | options)
         self.supported_mode = ["default"]
 
+    @property
+    def n_classes(self) -> int:
+        """One more than the wrong classes that are aimed at."""
+        return int(self.options["target_classes"]) + 1
+
+    @n_classes.setter
+    def n_classes(self, value: int) -> None:
+        self.options["target_classes"] = _classes_aimed_at(value)
+
 
 class Square(FastlipAttack):
-    """Like torchattacks.Square, and in L1; the schedule is always rescaled to ``n_queries``."""
+    """Like torchattacks.Square, and in L1; the schedule is always rescaled to ``n_queries``.
 
-    _renamed = ("queries", "restarts", "share")
+    Images on which the search does not succeed come back unchanged.
+    """
+
+    _successes_alone = True
+
+    _settings: Mapping[str, str] = {"n_queries": "queries", "n_restarts": "restarts", "p_init": "share"}
 
     def __init__(
         self,
@@ -243,6 +282,7 @@ class Square(FastlipAttack):
             "restarts": n_restarts,
             "share": p_init,
         }
+        self.verbose, self.resc_schedule = verbose, resc_schedule
         super().__init__(attacks.square, model, seed=seed, **given | {"loss": loss} | options)
 
 
@@ -252,6 +292,14 @@ def _norm(name: str) -> Norm:
     return _NORMS[name]
 
 
-def _only_once(eot_iter: int) -> None:
-    if eot_iter != 1:
-        raise ValueError("eot_iter must be 1: average gradients over random draws inside the model")
+def _classes_aimed_at(n_classes: int) -> int:
+    if not isinstance(n_classes, int) or n_classes < 2:
+        raise ValueError(f"n_classes must be an int of at least 2, got {n_classes!r}")
+    return n_classes - 1
+
+
+def _per_image(value: Any, inputs: Tensor) -> Any:
+    """``value`` as [B] on the images' device where it is a tensor [B, 1, ...] with a value for each of ``inputs``."""
+    if not isinstance(value, Tensor) or value.shape[:1] != inputs.shape[:1] or value.numel() != len(inputs):
+        return value
+    return value.reshape(-1).to(inputs.device)

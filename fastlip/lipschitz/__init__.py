@@ -1,13 +1,22 @@
 """Sound upper bounds on the Lipschitz constant of whole networks.
 
 :func:`lipschitz_bound` traces a model and composes the constants of its parts; :func:`require_rules` looks at once
-whether all have one, and :func:`rule` adds rules for new modules. :func:`local_lipschitz` computes the Jacobian's norm
-at single points, which is a lower bound.
+whether all have one, and :func:`rule` adds rules for new modules and functions. :func:`local_lipschitz` computes the
+Jacobian's norm at single points, which is a lower bound.
 """
 
 from fastlip.lipschitz import _activation_rules as _activation_rules
 from fastlip.lipschitz._bound import LipschitzBound, Part, lipschitz_bound, require_rules
 from fastlip.lipschitz._local import local_lipschitz
-from fastlip.lipschitz._registry import Diagonal, rule
+from fastlip.lipschitz._registry import Diagonal, FunctionCall, rule
 
-__all__ = ["Diagonal", "LipschitzBound", "Part", "lipschitz_bound", "local_lipschitz", "require_rules", "rule"]
+__all__ = [
+    "Diagonal",
+    "FunctionCall",
+    "LipschitzBound",
+    "Part",
+    "lipschitz_bound",
+    "local_lipschitz",
+    "require_rules",
+    "rule",
+]

@@ -12,7 +12,16 @@ from torch import Tensor, fx, nn
 from fastlip.lipschitz import _functions as functions
 from fastlip.lipschitz._activation_rules import require_continuous
 from fastlip.lipschitz._layer_rules import batchnorm, weighted
-from fastlip.lipschitz._registry import Diagonal, Factor, find_rule, missing_rule
+from fastlip.lipschitz._registry import (
+    Diagonal,
+    Factor,
+    FunctionCall,
+    Rule,
+    find_function_rule,
+    find_rule,
+    missing_function_rule,
+    missing_rule,
+)
 from fastlip.lipschitz._trace import Values, location, module_name, trace_graph, varying_nodes
 from fastlip.norms import NormInterval, Operator, module_operator
 from fastlip.norms._models.closeness import agree, rounding_of
@@ -162,6 +171,9 @@ def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModul
             raise missing_rule(f"{name} to another dtype", where)
         same = shape == sources[0].shape and target in functions.MOVE_IN_ORDER
         return Step(where, name, sources, 1.0, shape, nn.Identity() if same else None, apply=call)
+    if (own := find_function_rule(target)) is not None:
+        factor = _function_factor(own, FunctionCall(tuple(args[1:]), dict(kwargs)), name, where, sources[0].shape)
+        return Step(where, name, sources, factor, shape, apply=call)
     try:
         module_like = functions.as_module(target, tuple(args[1:]), dict(kwargs))
     except (AssertionError, RuntimeError, TypeError):
@@ -169,7 +181,7 @@ def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModul
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if module_like is None:
-        raise missing_rule(f"the function {name}", where)
+        raise missing_function_rule(target, where)
     factor = module_factor(module_like, where, sources[0].shape, values.dtypes[args[0]])
     forward = module_like.forward
     return Step(where, name, sources, factor, shape, module_like, apply=lambda x, *_, **__: forward(x))
@@ -306,6 +318,21 @@ def module_factor(
         )
     if isinstance(factor, (int, float)) and not 0.0 <= factor < math.inf:
         raise ValueError(f"the rule of {type(module).__name__} (at {name}) returned {factor}, not a finite bound >= 0")
+    return factor
+
+
+def _function_factor(
+    rule: Rule, call: FunctionCall, name: str, where: str, input_shape: tuple[int, ...]
+) -> float | NormInterval:
+    """The factor that a function's rule gives a call of it; errors name the function."""
+    try:
+        factor = rule(call, input_shape)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if isinstance(factor, NormInterval):
+        return factor
+    if not isinstance(factor, (int, float)) or not 0.0 <= factor < math.inf:
+        raise ValueError(f"the rule of {name} (at {where}) returned {factor}, not a finite bound >= 0 or NormInterval")
     return factor
 
 

@@ -1,7 +1,7 @@
 """Jacobian norms at single inputs: lower bounds on a network's Lipschitz constant."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlip.norms._models.eval_mode import eval_mode
 from fastlip.norms._models.wrappers import bare_model
+
+#: Computes J v and J^T u of a model at samples.
+_Products = Callable[..., tuple[Tensor, Tensor]]
 
 
 def local_lipschitz(
@@ -28,6 +31,9 @@ def local_lipschitz(
     compares the two products, because PyTorch's forward and reverse derivatives of an operation can differ at its
     kinks, where neither is a Jacobian. Kinks at which they agree, such as ReLU's at 0, cannot be detected.
 
+    A model without forward derivatives (an LSTM, or a ``torch.autograd.Function`` without ``jvp``) gets those of its
+    backward pass, which is linear in the vector that it multiplies; there is nothing to compare then.
+
     Args:
         model: a module, run in eval mode, each of whose outputs depends on one sample only; it is not changed.
         x: samples, [B, ...], in the model's dtype and on its device.
@@ -41,7 +47,8 @@ def local_lipschitz(
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: ``x`` is not a floating-point batch, the output is not one tensor with a row per sample, part of the
-            model is TorchScript, or at some sample the derivatives are not finite or differ between the two modes.
+            model is TorchScript or has neither forward derivatives nor a backward pass that can be differentiated, or
+            at some sample the derivatives are not finite or differ between the two modes.
     """
     if not x.is_floating_point() or x.dim() < 2:
         raise ValueError(f"x must be a floating-point batch [B, ...], got {x.dtype} of shape {list(x.shape)}")
@@ -54,9 +61,10 @@ def local_lipschitz(
         draws = torch.randn(x.shape, dtype=torch.float64, generator=generator, device=generator.device)
         v = unit(draws).to(x)
         best = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        products = _products_of(model, x, v)
         for _ in range(max_steps):
-            tangent, back = _jacobian_products(model, x, v)
-            _check_products(model, x, v, tangent, back)
+            tangent, back = products(model, x, v)
+            _check_products(model, x, v, tangent, back, products)
             # v is a unit vector up to the rounding of its dtype.
             stretch = _norms(tangent) / _norms(v).clamp_min(1e-300)
             settled = stretch <= best * (1.0 + rtol)
@@ -65,6 +73,56 @@ def local_lipschitz(
                 break
             v = unit(back.double()).to(x)
     return best
+
+
+def _products_of(model: nn.Module, x: Tensor, v: Tensor) -> _Products:
+    """How the products with the Jacobian are computed: by both modes, or by reverse mode alone."""
+    try:
+        _jacobian_products(model, x, v)
+    except RuntimeError as error:  # of which NotImplementedError is one
+        where = _innermost(model, x, v)
+        try:
+            _reverse_products(model, x, v)
+        except RuntimeError:
+            raise ValueError(
+                f"{where} has no forward-mode derivative, and its backward pass cannot be differentiated: {error}"
+            ) from None
+        return _reverse_products
+    return _jacobian_products
+
+
+def _innermost(model: nn.Module, x: Tensor, v: Tensor) -> str:
+    """The innermost module that was at work when forward mode failed."""
+    names = {module: name or type(module).__name__ for name, module in model.named_modules()}
+    active: list[nn.Module] = []
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        active.pop()
+
+    with ExitStack() as stack:
+        for module in names:
+            stack.enter_context(module.register_forward_pre_hook(lambda m, args: active.append(m)))
+            stack.enter_context(module.register_forward_hook(leave))
+        with suppress(RuntimeError):
+            _jacobian_products(model, x, v)
+    last = active[-1] if active else model
+    return f"{names[last]} ({type(last).__name__})"
+
+
+def _reverse_products(model: nn.Module, x: Tensor, v: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Like :func:`_jacobian_products`; ``scale`` J v as the derivative of <J^T u, scale v> in u."""
+    point = x.detach().requires_grad_()
+    out = model(point)
+    if not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
+        raise ValueError("model must return one tensor with a row per sample")
+    u = torch.ones_like(out).requires_grad_()
+    (back,) = torch.autograd.grad(out, point, u, create_graph=True, allow_unused=True)
+    if back is None or not back.requires_grad:
+        return torch.zeros_like(out), torch.zeros_like(x)
+    (tangent,) = torch.autograd.grad(back, u, scale * v, retain_graph=True)
+    cotangent = scale * unit(tangent.double()).to(tangent)
+    (back,) = torch.autograd.grad(out, point, cotangent)
+    return tangent, back
 
 
 def _jacobian_products(model: nn.Module, x: Tensor, v: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -80,7 +138,7 @@ def _jacobian_products(model: nn.Module, x: Tensor, v: Tensor, scale: float = 1.
     return tangent, torch.zeros_like(x) if back is None else back
 
 
-def _check_products(model: nn.Module, x: Tensor, v: Tensor, tangent: Tensor, back: Tensor) -> None:
+def _check_products(model: nn.Module, x: Tensor, v: Tensor, tangent: Tensor, back: Tensor, products: _Products) -> None:
     """Raise ValueError where the products are not finite, or where <v, J^T u> is not ||J v|| as for every matrix J."""
     finite = tangent.flatten(1).isfinite().all(1) & back.flatten(1).isfinite().all(1)
     if not bool(finite.all()):
@@ -99,7 +157,7 @@ def _check_products(model: nn.Module, x: Tensor, v: Tensor, tangent: Tensor, bac
     # If J v nearly cancels (a saturated softmax), it consists of rounding, which is not linear in v as J is.
     rounding = torch.zeros_like(gap)
     for scale in _SCALES:
-        scaled_tangent, scaled_back = _jacobian_products(model, x, v, scale)
+        scaled_tangent, scaled_back = products(model, x, v, scale)
         forward = _norms(scaled_tangent.double() / scale - tangent.double())
         reverse = _norms(scaled_back.double() / scale - back.double()) * _norms(v)
         rounding = torch.maximum(rounding, forward + reverse)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,15 +24,36 @@ class Diagonal:
 
 
 Factor = float | NormInterval | Operator | Diagonal
-Rule = Callable[[nn.Module, tuple[int, ...]], Factor]
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """A call of a function on an input that a rule is asked about.
+
+    Attributes:
+        args: the positional arguments that follow the input.
+        kwargs: the keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+Rule = Callable[[Any, tuple[int, ...]], Factor]
 
 _RULES: dict[type[nn.Module], Rule] = {}
+_FUNCTION_RULES: dict[Any, Rule] = {}
 
 
-def rule(*modules: type[nn.Module]) -> Callable[[Rule], Rule]:
+def rule(*kinds: type[nn.Module] | Callable[..., Tensor]) -> Callable[[Rule], Rule]:
     """Register the Lipschitz rule of one or more module classes, and of their subclasses that keep their ``forward``.
 
-    The decorated function takes the module, in eval mode, and the shape of one input without its batch axis. It returns
+    Functions have rules as well, ``torch.flip`` and the method ``torch.Tensor.flip`` each its own: for what they do
+    with their first argument where no other depends on the model's input. Sums, products, means and reshaping keep
+    theirs.
+
+    The decorated function takes the module, in eval mode, or a :class:`FunctionCall` with the other arguments, and the
+    shape of one input without its batch axis. It returns
     an upper bound on the module's L2 Lipschitz constant as a float or a :class:`fastlip.norms.NormInterval`, or the
     linear map itself, as a :class:`fastlip.norms.Operator` (whose norm is computed with those of the layers, at one
     joint confidence) or as a :class:`Diagonal` of factors per channel. It raises ValueError if no bound exists.
@@ -40,11 +62,20 @@ def rule(*modules: type[nn.Module]) -> Callable[[Rule], Rule]:
         >>> @fastlip.lipschitz.rule(MyActivation)
         ... def _(module, input_shape):
         ...     return 1.0
+
+    Raises:
+        TypeError: a kind is neither a module class nor a function.
     """
+    for kind in kinds:
+        if not (issubclass(kind, nn.Module) if isinstance(kind, type) else callable(kind)):
+            raise TypeError(f"rule takes module classes and functions, got {kind!r}")
 
     def register(function: Rule) -> Rule:
-        for module in modules:
-            _RULES[module] = function
+        for kind in kinds:
+            if isinstance(kind, type):
+                _RULES[kind] = function
+            else:
+                _FUNCTION_RULES[kind] = function
         return function
 
     return register
@@ -58,11 +89,29 @@ def find_rule(module: nn.Module) -> Rule | None:
     return None
 
 
+def find_function_rule(target: Any) -> Rule | None:
+    """The rule of a traced function, or of the tensor method that a string names; None without one."""
+    return _FUNCTION_RULES.get(getattr(Tensor, target, None) if isinstance(target, str) else target)
+
+
 def missing_rule(what: str, name: str) -> ValueError:
-    """The error for something that has no rule."""
+    """The error for a module that has no rule, or for an operation that can only have one as part of a module."""
     return ValueError(
         f"no Lipschitz rule for {what} (at {name}); register one with @fastlip.lipschitz.rule(TheModule), "
-        "a function (module, input_shape) -> upper bound on its L2 Lipschitz constant"
+        "a function (module, input_shape) -> upper bound on its L2 Lipschitz constant, for the module that does it: "
+        "a module of its own with one input, if there is none"
+    )
+
+
+def missing_function_rule(target: Any, name: str) -> ValueError:
+    """The error for a function or tensor method without a rule."""
+    function = getattr(Tensor, target, target) if isinstance(target, str) else target
+    owner = "torch.Tensor" if isinstance(target, str) else getattr(function, "__module__", None) or "torch"
+    shown = getattr(function, "__name__", str(function))
+    return ValueError(
+        f"no Lipschitz rule for the function {shown} (at {name}); register one with "
+        f"@fastlip.lipschitz.rule({owner.replace('torch._C._nn', 'torch.nn.functional')}.{shown}), a function "
+        "(call, input_shape) -> upper bound on its L2 Lipschitz constant, call.args being what follows the input"
     )
 
 

@@ -31,6 +31,11 @@ _LONGEST, _NAMED = 500, 3
 # Escape sequences for colours, which torch puts into its messages.
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
+# Keys under which training scripts keep a state dict, the first that is there; EMA weights where there are no others.
+_HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "state_dict_ema", "model_ema", "ema")
+# Prefixes of all names: of DataParallel and EMA, of torch.compile, and of the usual attribute of a Lightning module.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -158,7 +163,10 @@ def _load_model(name: str, classes: int | None) -> nn.Module:
 
 
 def _load_state(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors or torch file by name, also of one that holds them under "state_dict"."""
+    """The tensors of a safetensors or torch file by name.
+
+    They may lie under a key such as "state_dict", and behind prefixes that all names share, such as "module.".
+    """
     if path.suffix == ".safetensors":
         try:
             library = importlib.import_module("safetensors.torch")
@@ -175,15 +183,27 @@ def _load_state(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # readers raise all kinds of errors for other files
         raise ValueError(f"{path} is no {kind}, or holds more than tensors ({_refusal(error)})") from None
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    while isinstance(state, dict) and (key := next((k for k in _HOLDERS if isinstance(state.get(k), dict)), None)):
+        state = state[key]
     if not isinstance(state, dict):
         raise ValueError(f"{path} must hold a state dict, got {type(state).__name__}")
     for name in state:
         if not isinstance(name, str):
             raise ValueError(f"{path}: names must be strings, got {repr(name)[:60]} ({type(name).__name__})")
+    # torch.optim.swa_utils.AveragedModel counts beside the model.
+    if any(name.startswith("module.") for name in state):
+        state = {name: value for name, value in state.items() if name != "n_averaged"}
+    while state and (shared := next((w for w in _WRAPPERS if all(name.startswith(w) for name in state)), "")):
+        state = {name.removeprefix(shared): value for name, value in state.items()}
     return state
+
+
+def _bare(name: str) -> str:
+    """``name`` without what wrappers put in front of it, and ``torch.compile`` in front of parts of it."""
+    name = name.replace("_orig_mod.", "")
+    while wrapper := next((w for w in _WRAPPERS if name.startswith(w)), ""):
+        name = name.removeprefix(wrapper)
+    return name
 
 
 def _refusal(error: Exception) -> str:
@@ -202,12 +222,12 @@ def _load_into(network: nn.Module, given: dict[str, Any], path: Path, model: str
         ValueError: they are not, or a value is complex or of whole numbers where the network's is real.
     """
     own = network.state_dict()
+    wrapped = {_bare(name): name for name in own}
     state: dict[str, Any] = {}
     for name, value in given.items():
-        # DataParallel writes every name behind "module.".
-        bare = name if name in own else name.removeprefix("module.")
+        bare = name if name in own else wrapped.get(_bare(name), name)
         if bare in state:
-            raise ValueError(f"{path} has {bare!r} twice, once behind 'module.': keep one of them")
+            raise ValueError(f"{path} has {bare!r} twice, once behind a prefix such as 'module.': keep one of them")
         state[bare] = value
         if bare.rpartition(".")[2] == "_extra_state":
             continue

@@ -1,8 +1,9 @@
 """A parametrisation that keeps a layer's norm below a bound."""
 
 import math
+import warnings
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._options import NormKeywords, NormOptions, chosen_options
 from fastlip.norms._solvers.solve import solve
 from fastlip.norms._spectral_norm_value import stretch, unit
+
+#: Power iteration for the gradient in eval mode: the most steps, and the growth of the norm at which it stops.
+_MOST_STEPS, _SETTLED = 1000, 1e-12
 
 
 def constrain_norm(
@@ -32,7 +36,10 @@ def constrain_norm(
     parametrisation of ``weight`` (``torch.nn.utils.parametrize``). In training each forward takes ``iterations`` warm
     steps of power iteration and scales the weight by min(1, bound / norm), with the gradient of the norm. That norm is
     approached from below. In eval mode the weight is scaled by a certified upper side instead, computed again whenever
-    the weight has changed, so that the bound holds with ``confidence``.
+    the weight has changed, so that the bound holds with ``confidence``; the gradient is that of the norm as well.
+
+    The bound holds on inputs of ``input_size``. On any other size the norm of a convolution is another one, of which a
+    warning says so, once for each module.
 
     Args:
         module: the module; changed in place and returned.
@@ -59,10 +66,33 @@ def constrain_norm(
     axes = weight.dim() - 2
     if isinstance(input_size, Sequence) and not isinstance(input_size, str) and len(input_size) != axes:
         raise ValueError(f"input_size must have {axes} axes for {type(module).__name__}, got {input_size!r}")
-    op = module_operator(module, (0, *per_axis(input_size, "input_size", axes, 1)))
+    sizes = per_axis(input_size, "input_size", axes, 1)
+    op = module_operator(module, (0, *sizes))
     constraint = _Constraint(op, weight, bound, iterations, chosen)
     parametrize.register_parametrization(module, "weight", constraint)
+    if axes:
+        module.register_forward_pre_hook(_SizeWatch(tuple(sizes)))
     return module
+
+
+class _SizeWatch:
+    """A hook that warns once of an input on whose size the bound does not hold."""
+
+    def __init__(self, size: tuple[int, ...]) -> None:
+        self.size = size
+        self.warned = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.warned or not args or not isinstance(args[0], Tensor):
+            return
+        size = tuple(args[0].shape[-len(self.size) :])
+        if size != self.size:
+            self.warned = True
+            warnings.warn(
+                f"{type(module).__name__} is constrained on inputs of size {list(self.size)}, but is used on "
+                f"{list(size)}, where its norm may exceed the bound",
+                stacklevel=3,
+            )
 
 
 class _Constraint(nn.Module):
@@ -79,12 +109,17 @@ class _Constraint(nn.Module):
         start = torch.randn(op.input_shape, dtype=torch.float64, generator=generator).to(weight)
         self.register_buffer("v", start / torch.linalg.vector_norm(start))
         self._certified: tuple[Tensor, float] | None = None
+        self._top: Tensor | None = None  # the singular vector of the certified weight, [1, Cin, *input_size]
 
     def forward(self, weight: Tensor) -> Tensor:
         # A matrix's operator holds it as it is; a transposed convolution's holds its adjoint, with the same weight.
-        if not self.training:
-            return weight * min(1.0, self.bound / self._upper(weight))
         op = self._geometry
+        if not self.training:
+            scale = min(1.0, self.bound / self._upper(weight))
+            if scale == 1.0 or not (torch.is_grad_enabled() and weight.requires_grad):
+                return weight * scale
+            norm = stretch(op, weight, self._singular_vector(weight))
+            return weight * scale * (norm.detach() / norm)  # which is 1, with a gradient
         convolution = TorchOperator(op, weight.detach())
         with torch.no_grad():
             v = self.v[None]
@@ -106,4 +141,24 @@ class _Constraint(nn.Module):
             rounding = torch.finfo(weight.dtype).eps * op.absolute_bound
             upper = solve([op], self.options.resolved([copy]))[0].upper + rounding
             self._certified = (copy, max(upper, torch.finfo(weight.dtype).tiny))
+            self._top = None
         return self._certified[1]
+
+    @torch.no_grad()
+    def _singular_vector(self, weight: Tensor) -> Tensor:
+        """The first singular vector of the certified weight, by power iteration until its norm stands still."""
+        if self._top is None:
+            convolution = TorchOperator(self._geometry, weight.detach())
+            v, last = self.v[None], 0.0
+            for _ in range(_MOST_STEPS):
+                image = convolution.forward(v)
+                length = float(torch.linalg.vector_norm(image))
+                back = unit(convolution.adjoint(unit(image)))
+                if not (back.any() and back.isfinite().all()):
+                    break
+                v = back
+                if length <= last * (1 + _SETTLED):
+                    break
+                last = length
+            self._top = v[0].clone()
+        return self._top

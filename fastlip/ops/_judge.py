@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastlip.ops._bindings import checked_by_bindings, raise_unless_refused
 from fastlip.ops._checks import begin_together, describe
+from fastlip.ops._reference_judge import recorded
+from fastlip.ops._schemas import Best
 
 _judge = torch.ops.fastlip.judge
 
@@ -49,6 +51,15 @@ class BestRecord:
     """Whether the decision at the best iterate is in doubt, [B] bool, or None."""
     early_stop: bool = True
     """Whether the first adversarial iterate stays the best."""
+
+    def update(
+        self,
+        loss: Tensor,  # [B] float64
+        adversarial: Tensor,  # [B] bool
+        doubtful: Tensor,  # [B] bool
+    ) -> Tensor:
+        """Take over iterates of another loss than :func:`judge` knows; which are better than before, [B] bool."""
+        return recorded(Best(*_fields(self)), loss, adversarial, doubtful)
 
 
 def judge(

@@ -36,10 +36,10 @@ def judge(
     adversarial = known & ((ranked[:, 0] != own) if targets is None else (ranked[:, 0] == own))
     least = z.masked_fill(z == -torch.inf, torch.inf).amin(1)
     doubtful = ~(top[:, 0] - top[:, 1] > 2 * rounding * (top[:, 0] - least))
-    return value, grad, adversarial, doubtful, _recorded(record, value.double(), adversarial, doubtful)
+    return value, grad, adversarial, doubtful, recorded(record, value.double(), adversarial, doubtful)
 
 
-def _recorded(record: Best, value: Tensor, adversarial: Tensor, doubtful: Tensor) -> Tensor:
+def recorded(record: Best, value: Tensor, adversarial: Tensor, doubtful: Tensor) -> Tensor:
     """Which iterates are better than the best so far, [B] bool, once the record says so too; NaN is the least loss."""
     if record.best_loss is None or record.succeeded is None:
         return torch.ones_like(adversarial)

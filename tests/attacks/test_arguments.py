@@ -38,7 +38,7 @@ WRONG = {
     "model": [None, "x", 3, nn.Linear],
     "inputs": [None, "x", [1.0], np.zeros((B, 6), np.float32), torch.zeros(B, 6, dtype=torch.int64), torch.tensor(0.5),
                torch.zeros(B, 6, dtype=torch.complex64), torch.zeros(B, 6).to_sparse()],
-    "labels": [None, "x", [0] * B, np.zeros(B, np.int64), torch.zeros(B), torch.zeros(B, dtype=torch.int32),
+    "labels": [None, "x", [0] * B, np.zeros(B, np.int64), torch.zeros(B), torch.zeros(B, dtype=torch.bool),
                torch.zeros(B, 1, dtype=torch.int64), torch.full((B,), 9), torch.full((B,), -1), torch.tensor(0)],
     "start": ["x", torch.zeros(3), torch.zeros(B, 6, dtype=torch.int64), torch.full((B, 6), nan),
               ELSEWHERE[:, None].expand(B, 6)],
@@ -62,14 +62,17 @@ WRONG = {
     "sigma_max": ["x", None, nan, inf, -1.0], "sigma_min": ["x", None, nan, 0.0],
     "share": ["x", None, nan, 0.0, 1.5], "sparsity": ["x", None, nan, -0.5, 1.5],
     "momentum": ["x", None, nan, 1.5], "rho": ["x", None, nan, -0.5], "tolerance": ["x", None, nan, -0.5],
-    "loss": [None, "x", 3, ["ce"], torch.zeros(2)], "keep": [None, "x", ["best"]], "method": [None, "x", ["fmn"]],
+    "loss": [None, "x", 3, ["ce"], torch.zeros(2), nn.CrossEntropyLoss],
+    "keep": [None, "x", ["best"]], "method": [None, "x", ["fmn"]],
     "random_start": ["x", None, 1], "early_stop": ["x", None, 1], "larger_eps": ["x", 1],
     "fast": ["x", None, 1], "check": ["x", None], "every_attack": ["x", None], "progress": ["x", None],
     "precision": ["x", 16, torch.float64, torch.zeros(2)],
     "generator": ["x", 0],
     "batch_size": ["x", 2.5, 0, None, True], "seed": ["x", 2.5, None, 2**64],
     "device": ["x", 1.5, []],
-    "attacks": [None, [attacks.pgd], {"pgd": 3}],
+    "attacks": [[attacks.pgd], {"pgd": 3}],
+    "quantize": ["x", 2.5, 0, 17, True], "callback": ["x", 3],
+    "draws": ["x", 0, 1.5], "eot": ["x", 0, 1.5], "same_size": ["x", 1],
 }  # fmt: skip
 
 
@@ -106,6 +109,47 @@ def test_wrong_values_are_refused_by_the_argument_s_name(name, argument, value):
     with pytest.raises((TypeError, ValueError)) as caught:
         call(name, **{argument: value}, **beside)
     assert re.match(wanted, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("name", [*ATTACKS, "evaluate", "diagnose"])
+def test_labels_targets_and_ids_of_any_integer_type(name, dtype):
+    given = {"labels": torch.tensor([0, 1, 2, 3])}
+    known = inspect.signature(FUNCTIONS[name][0]).parameters
+    given |= {k: torch.tensor([3, 2, 1, 0]) for k in ("targets", "ids") if k in known}
+    attack = {"attacks": {"pgd": attacks.pgd}} if name == "evaluate" else {}
+    attack = {"attacks": {"pgd": lambda model, x, y: attacks.pgd(model, x, y, eps=0.1)}} if attack else {}
+
+    def result(change):
+        found = call(name, **change, **attack)
+        return getattr(found, "adversarial", found)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attacks.AttackWarning)
+        found, want = (result(change) for change in ({k: t.to(dtype) for k, t in given.items()}, given))
+    assert torch.equal(found, want) if isinstance(want, torch.Tensor) else found == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", [*ATTACKS, "gaussian_noise", "evaluate", "diagnose"])
+def test_what_lies_outside_by_rounding_is_clipped(name, dtype):
+    """As undoing a normalisation leaves it; what is further out is refused."""
+    eps = torch.finfo(dtype).eps
+    inputs = (0.4 + 0.2 * torch.rand(B, 6)).to(dtype)
+    inputs[0, 0], inputs[1, 1] = -eps / 4, 1 + eps
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 5)).to(dtype)
+    beside = {} if name == "gaussian_noise" else {"model": model, "labels": torch.zeros(B, dtype=torch.int64)}
+    found = call(name, inputs=inputs, **beside)
+    found = getattr(found, "adversarial", found)
+    if isinstance(found, torch.Tensor):
+        assert found.min() >= 0
+        assert found.max() <= 1
+    inputs[0, 0] = -8 * eps
+    with pytest.raises(ValueError, match="inputs must lie within bounds"):
+        call(name, inputs=inputs, **beside)
+    for bounds in ((0.0, inf), (0.0, 1.0 + torch.zeros(6, dtype=dtype))):
+        with pytest.raises(ValueError, match="inputs must lie within bounds"):
+            call(name, inputs=inputs, bounds=bounds, **beside)
 
 
 @pytest.mark.parametrize("value", ["x", None, True, nan, -1.0, [1.0]])

@@ -1,3 +1,4 @@
+import sys
 from functools import partial
 
 import pytest
@@ -256,3 +257,95 @@ def test_errors_name_the_argument(cnn_problem, change, error, message):
 def test_unknown_suite():
     with pytest.raises(ValueError, match="suite must be"):
         attacks.suite("strong", eps=0.1)
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(cnn_problem, tmp_path, monkeypatch):
+    model, inputs, labels = cnn_problem
+    suite = {
+        "pgd": partial(attacks.pgd, eps=0.06, steps=4),
+        "apgd": partial(attacks.apgd, eps=0.06, steps=4),
+        "square": partial(attacks.square, eps=0.06, queries=5),
+    }
+    options = {"batch_size": 5, "norm": "linf", "eps": 0.06}
+    want = attacks.evaluate(model, inputs, labels, suite, **options)
+    monkeypatch.setattr("fastlip.attacks._saved._EVERY", 0.0)
+    path = tmp_path / "state"
+    seen = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop_in_the_second(done, total, name):
+        seen.append(name)
+        if name == "apgd" and done > 5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        attacks.evaluate(model, inputs, labels, suite, **options, state=path, progress=stop_in_the_second)
+    assert "square" not in seen
+    seen.clear()
+    calls = []
+    found = attacks.evaluate(
+        model,
+        inputs,
+        labels,
+        suite,
+        **options,
+        state=path,
+        progress=lambda done, total, name: calls.append((name, done)),
+    )
+    assert calls[0] == ("apgd", 0)
+    assert calls[1] == ("apgd", 15)
+    for name in ("clean", "robust", "first_success", "success", "adversarial"):
+        assert torch.equal(getattr(found, name), getattr(want, name)), name
+    assert found.counts == want.counts
+    assert found.attacks == want.attacks
+    again = attacks.evaluate(model, inputs, labels, suite, **options, state=path)
+    assert torch.equal(again.success, want.success)
+    other = {"pgd": partial(attacks.pgd, eps=0.05)}
+    for change in ({"attacks": other}, {"seed": 1}, {"inputs": inputs.flip(0)}, {"draws": 2}):
+        given = {"inputs": inputs, "labels": labels, "attacks": suite} | options | change
+        with pytest.raises(ValueError, match="state belongs to other images"):
+            attacks.evaluate(model, **given, state=path)
+    model[-1].bias.data.add_(torch.linspace(-50, 50, 10))
+    with pytest.raises(ValueError, match="state belongs to another model"):
+        attacks.evaluate(model, inputs, labels, suite, **options, state=path)
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="not the state of an evaluation"):
+        attacks.evaluate(model, inputs, labels, suite, **options, state=path)
+
+
+def test_a_loader_and_the_standard_suite(cnn_problem, monkeypatch):
+    model, inputs, labels = cnn_problem
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, labels), batch_size=7)
+    suite = {"pgd": partial(attacks.pgd, eps=0.06, steps=4)}
+    want = attacks.evaluate(model, inputs, labels, suite)
+    for batches in (loader, [(inputs[:5], labels[:5], "names"), [inputs[5:], labels[5:].int()]]):
+        found = attacks.evaluate(model, batches, attacks=suite)
+        assert torch.equal(found.success, want.success)
+    monkeypatch.setattr("fastlip.attacks._evaluate.suite", lambda eps, **_: {"pgd": partial(attacks.pgd, eps=eps)})
+    assert attacks.evaluate(model, loader, norm="linf", eps=0.06).attacks == ("pgd",)
+    for wrong, message in (
+        ((inputs,), "labels must be given"), ((3,), "inputs must be a tensor or batches"), (([],), "no batch"),
+        (([inputs],), "inputs must be batches"), ((loader, labels), "inputs must be a floating-point tensor"),
+        ((inputs, labels), "attacks must be a mapping"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=message):
+            attacks.evaluate(model, *wrong)
+
+
+def test_a_data_frame(cnn_problem, monkeypatch):
+    pytest.importorskip("pandas")
+    model, inputs, labels = cnn_problem
+    labels = labels.clone()
+    labels[0] += 1
+    suite = {"weak": partial(attacks.pgd, eps=0.05, steps=1), "strong": partial(attacks.pgd, eps=0.065)}
+    found = attacks.evaluate(model, inputs, labels % 10, suite)
+    frame = found.to_dataframe()
+    assert list(frame.columns) == ["clean", "robust", "first_success", "success: weak", "success: strong"]
+    assert frame["robust"].mean() == found.robust_accuracy
+    assert frame["first_success"].isna().sum() == int((found.first_success < 0).sum()) > 1
+    assert (frame["first_success"] == "strong").sum() == int((found.first_success == 1).sum()) > 0
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="needs pandas"):
+        found.to_dataframe()

@@ -146,3 +146,30 @@ def test_fmn_is_censored_at_eps_max(cnn_problem):
 def test_errors_of_methods(linear_problem, change, message):
     with pytest.raises(ValueError, match=message):
         attacks.min_norm(*linear_problem(), **change)
+
+
+@pytest.mark.parametrize("method", ["search", "fmn"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_what_is_found_holds_in_any_batch(cnn_problem, norm, method):
+    """With logits whose last digits depend on the batch, as those of any network do; here by more, to be seen."""
+    model, inputs, labels = cnn_problem
+
+    class Rounds(torch.nn.Module):
+        def forward(self, x):
+            logits = model(x)
+            rounding = 8e-6 * (torch.rand(logits.shape, generator=torch.Generator().manual_seed(len(x))) - 0.5)
+            return logits + rounding * logits.abs().amax(1, keepdim=True)
+
+    network = Rounds().eval()
+    with torch.no_grad():
+        labels = network(inputs).argmax(1)
+    found = attacks.min_norm(
+        network, inputs, labels, norm=norm, method=method, steps=8, search_steps=14, tolerance=1e-5
+    )
+    assert found.found.all()
+    for size in (1, 3, 7):
+        with torch.no_grad():
+            again = torch.cat([network(part).argmax(1) for part in found.adversarial.split(size)])
+        assert (again != labels).all()
+    length = torch.linalg.vector_norm((found.adversarial - inputs).double().flatten(1), ORDER[norm], dim=1)
+    torch.testing.assert_close(length, found.distance)

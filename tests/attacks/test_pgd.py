@@ -313,8 +313,9 @@ def test_errors_name_the_argument(cnn_problem, change, error, message):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda x: x.flatten(1).sum(1), "logits"),
-        (lambda x: x.flatten(1)[:, :1], "at least 2 classes"),
+        (lambda x: x.flatten(1).sum(), "logits"),
+        (lambda x: {"scores": x.flatten(1)}, "logits"),
+        (lambda x: x.flatten(1)[:, :0], "at least 2 classes"),
         (lambda x: (x.flatten(1)[:, :4] > 0.5).float(), "differentiably"),
     ],
 )

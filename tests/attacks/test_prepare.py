@@ -331,3 +331,22 @@ def test_errors_name_the_argument(cnn_problem):
         attacks.prepare(model, inputs, precision=torch.float64)
     with pytest.raises(TypeError, match="inputs must be"):
         attacks.prepare(model, [1.0])
+
+
+def test_a_copy_that_fails_says_nothing(capfd):
+    """torch.fx prints the code of a graph that raises, which is nobody's concern where a copy is only tried."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.head = nn.Linear(256, 10)
+
+        def forward(self, x):
+            return nn.functional.linear(self.conv(x).flatten(1), self.head.weight, self.head.bias)
+
+    model, inputs = Net().eval(), torch.rand(2, 3, 8, 8)
+    made = _prepare._rewritten(model, inputs, torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        made(inputs)
+    assert capfd.readouterr().err == ""

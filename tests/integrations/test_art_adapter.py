@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 pytest.importorskip("art")
@@ -144,5 +145,85 @@ def test_errors(trained):
         ours.FastlipPGD(classifier(model), norm=3)
     with pytest.raises(ValueError, match="classes to reach"):
         ours.FastlipPGD(classifier(model), targeted=True).generate(inputs.numpy())
-    with pytest.raises(ValueError, match="x and y alone, got mask"):
-        ours.FastlipPGD(classifier(model)).generate(inputs.numpy(), mask=np.ones((12, 12)))
+    with pytest.raises(ValueError, match="x, y and mask alone, got cost"):
+        ours.FastlipPGD(classifier(model)).generate(inputs.numpy(), cost=1)
+    with pytest.raises(ValueError, match="x must lie within clip_values"):
+        ours.FastlipPGD(classifier(model)).generate(inputs.numpy() - 1)
+
+
+class Normalising(PyTorchClassifier):
+    def _apply_preprocessing(self, x, y=None, fit=False, no_grad=True):
+        x, y = super()._apply_preprocessing(x, y, fit, no_grad)
+        return (x - 0.45) / 0.05, y
+
+
+class RaiseClass3(nn.Module):
+    reduction = "mean"
+
+    def forward(self, logits, labels):
+        return logits[:, 3].mean()
+
+
+@pytest.mark.parametrize(("made", "loss"), [(Normalising, nn.CrossEntropyLoss()), (PyTorchClassifier, RaiseClass3())])
+def test_what_an_estimator_does_of_its_own_is_part_of_the_attack(trained, made, loss):
+    """A subclass processes its samples, and a loss is what its author wants to climb: as ART's own PGD has it."""
+    model, inputs, _ = trained
+    estimator = made(model, loss, (3, 12, 12), 10, clip_values=(0.0, 1.0), device_type="cpu")
+    x = inputs.numpy()
+    y = estimator.predict(x).argmax(1)
+    call = {"eps": 0.01, "eps_step": 0.0025, "max_iter": 10, "batch_size": 32}
+    want = ProjectedGradientDescent(estimator, verbose=False, **call).generate(x, y)
+    found = ours.FastlipPGD(estimator, keep="last", **call).generate(x, y)
+    np.testing.assert_allclose(found, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [{"weight": torch.ones(10)}, {"label_smoothing": 0.1}, {"ignore_index": 3}])
+def test_another_cross_entropy_is_another_loss(trained, weighted):
+    estimator = PyTorchClassifier(trained[0], nn.CrossEntropyLoss(**weighted), (3, 12, 12), 10, clip_values=(0, 1))
+    assert not ours.FastlipPGD(estimator)._is_pgd_s()
+    assert ours.FastlipPGD(estimator, loss="dlr")._is_pgd_s()
+    assert ours.FastlipPGD(classifier(trained[0]))._is_pgd_s()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eps", -1), ("eps", "x"), ("eps_step", -1), ("targeted", "true"), ("num_random_init", 1.0), ("batch_size", -1),
+     ("batch_size", 0), ("max_iter", -1), ("max_iter", 1.5), ("verbose", "true"), ("norm", 5), ("seed", -1)],
+)  # fmt: skip
+def test_parameters_are_checked_when_made_set_and_used(trained, name, value):
+    estimator = classifier(trained[0])
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
+        ours.FastlipPGD(estimator, **{name: value})
+    attack = ours.FastlipPGD(estimator)
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
+        attack.set_params(**{name: value})
+    attack = ours.FastlipPGD(estimator)
+    setattr(attack, name, value)
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
+        attack.generate(trained[1].numpy())
+
+
+@pytest.mark.parametrize("options", [{"random_eps": True}, {"decay": 0.5}, {"keep": "lats"}, {"loss": "dlr"}])
+def test_options_that_cannot_be_had_are_refused(trained, options):
+    if "loss" not in options:
+        with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+            ours.FastlipPGD(classifier(trained[0]), **options).generate(trained[1].numpy())
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+        ours.FastlipPGD(classifier(trained[0], preprocessing=(np.float32(0.1), np.float32(1.1))), **options)
+
+
+@pytest.mark.parametrize("path", ["torch", "numpy"])
+def test_a_mask_and_samples_outside_by_rounding(trained, path, monkeypatch):
+    model, inputs, labels = trained
+    if path == "numpy":
+        monkeypatch.setattr(ours, "_plain_torch", lambda estimator: False)
+    x = inputs.numpy().copy()
+    x[:, :, 0] = -2.98e-8
+    mask = np.zeros((12, 12))
+    mask[:6] = 1
+    call = {"eps": 0.1, "eps_step": 0.05, "max_iter": 3, "keep": "last", "batch_size": 13}
+    found = ours.FastlipPGD(classifier(model), **call).generate(x, labels.numpy(), mask=mask)
+    moved = np.abs(found - x).max((0, 1))
+    assert (moved[6:] == 0).all()
+    assert (moved[:6] > 0.05).all()
+    assert found.min() >= 0

@@ -56,7 +56,6 @@ def test_individual_and_verbose(trained, capsys):
     [
         ({"norm": "L0"}, "norm must be"),
         ({"attacks_to_run": ["square"]}, "version='custom'"),
-        ({"version": "custom"}, "needs attacks_to_run"),
         ({"version": "custom", "attacks_to_run": ["pgd"]}, "names out of"),
         ({"version": "plus"}, "version must be"),
         ({"eps": -1.0}, "eps must be"),
@@ -65,6 +64,75 @@ def test_individual_and_verbose(trained, capsys):
 def test_errors_of_auto_attack(trained, options, message):
     with pytest.raises(ValueError, match=message):
         AutoAttack(trained[0], **options)
+
+
+def small(model, **options):
+    adversary = AutoAttack(model, eps=0.065, verbose=False, seed=0, **options)
+    adversary.apgd.n_iter, adversary.apgd_targeted.n_iter = 3, 3
+    return adversary
+
+
+def test_settings_of_auto_attack_may_be_changed(trained):
+    model, inputs, labels = trained
+    adversary = small(model)
+    assert adversary.attacks_to_run == ["apgd-ce", "apgd-t", "fmn", "square"]
+    adversary.attacks_to_run = ["apgd-ce", "fab"]
+    adversary.fab.n_iter = 5
+    adversary.run_standard_evaluation(inputs, labels)
+    assert adversary.evaluation.attacks == ("apgd-ce", "fab")
+    assert adversary.attacks["apgd-ce"].keywords["steps"] == 3
+    before = adversary.evaluation.robust_accuracy
+    adversary.epsilon = 1e-6
+    adversary.run_standard_evaluation(inputs, labels)
+    assert adversary.evaluation.robust_accuracy == 1 > before
+    adversary.norm, adversary.epsilon = "L2", 1.0
+    found = adversary.run_standard_evaluation(inputs, labels)
+    assert 0.5 < (found - inputs).flatten(1).norm(dim=1).max() <= 1.0 + 1e-5
+    adversary.attacks = {"mine": partial(attacks.pgd, norm="l2", eps=1.0, steps=2)}
+    adversary.run_standard_evaluation(inputs, labels)
+    assert adversary.evaluation.attacks == ("mine",)
+    for wrong in (lambda: setattr(adversary, "eps_", 1), lambda: setattr(adversary.apgd, "restarts", 1)):
+        with pytest.raises(AttributeError, match="no setting"):
+            wrong()
+    adversary.attacks_to_run = []
+    with pytest.raises(ValueError, match="attacks_to_run must name attacks"):
+        adversary.run_standard_evaluation(inputs, labels)
+
+
+def test_settings_that_were_not_changed_are_the_suite_s(trained):
+    adversary = AutoAttack(trained[0], norm="L1", eps=8.0)
+    assert (adversary.apgd.n_restarts, adversary.apgd.n_iter, adversary.apgd.eot_iter) == (5, 100, 1)
+    assert adversary.apgd_targeted.n_target_classes == 5
+    assert adversary.square.n_queries == 5000
+    rand = AutoAttack(trained[0], version="rand", eps=0.03)
+    assert (rand.apgd.n_restarts, rand.apgd.eot_iter) == (1, 20)
+    rand.set_version("standard")
+    assert list(rand.attacks) == ["apgd-ce", "apgd-t", "fmn", "square"]
+    assert rand.apgd.eot_iter == 1
+
+
+def test_a_function_a_log_and_a_state(trained, tmp_path):
+    model, inputs, labels = trained
+    calls = []
+
+    def forward_pass(x):
+        calls.append(len(x))
+        return model(x)
+
+    adversary = small(forward_pass, version="custom", log_path=tmp_path / "log.txt")
+    adversary.attacks_to_run = ["apgd-ce", "apgd-t"]
+    assert adversary.clean_accuracy(inputs, labels, bs=10) == 1
+    found, decided = adversary.run_standard_evaluation(
+        inputs, labels, return_labels=True, state_path=tmp_path / "state"
+    )
+    assert torch.equal(decided, model(found).argmax(1))
+    assert "after apgd-t" in (tmp_path / "log.txt").read_text()
+    calls.clear()
+    again = adversary.run_standard_evaluation(inputs, labels, state_path=tmp_path / "state")
+    assert torch.equal(again, found)
+    assert len(calls) == 1, "the images themselves are judged again, and nothing else"
+    individual = adversary.run_standard_evaluation_individual(inputs, labels, return_labels=True)
+    assert set(individual) == {"apgd-ce", "apgd-t"}
 
 
 def test_auto_attack_s_own_names_are_said(trained):
@@ -103,6 +171,10 @@ def test_attackbench_signature(trained):
     assert (model(found).argmax(1) == targets).float().mean() > 0.8
     usual = as_attackbench(attacks.pgd, steps=1)(model, inputs, labels)
     assert (usual - inputs).abs().max() <= 8 / 255 + 1e-6
+    less = as_attackbench(attacks.pgd, steps=1, eps=0.2)(model, inputs, labels, epsilon=1 / 255)
+    assert (less - inputs).abs().max() <= 1 / 255 + 1e-6
+    near = as_attackbench(attacks.min_norm, method="fmn", fmn_steps=5)(model, inputs, labels, epsilon=1 / 255)
+    assert (near - inputs).abs().max() <= 1 / 255 + 1e-6
     with pytest.raises(ValueError, match="threat_model"):
         as_attackbench(attacks.pgd)(model, inputs, labels, threat_model="l0")
     with pytest.raises(TypeError, match="norm and bounds"):

@@ -135,3 +135,35 @@ def test_errors(trained):
     ):
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):
             attack.run(network, inputs, labels, epsilon=epsilon)
+
+
+def test_settings_changed_after_construction_take_effect(trained):
+    model, inputs, labels = trained
+    network = wrapped(model)
+    found = []
+    for library in (foolbox.attacks, ours):
+        attack = library.LinfPGD(steps=0, random_start=False)
+        attack.steps, attack.rel_stepsize = 10, 0.25
+        found.append(attack(network, inputs, labels, epsilons=0.08)[2])
+    assert torch.equal(*found)
+    assert found[0].any()
+    attack.abs_stepsize = float("nan")
+    with pytest.raises(ValueError, match=r"^abs_stepsize must be"):
+        attack.run(network, inputs, labels, epsilon=0.08)
+    minimal = ours.MinNorm("l2", steps=1)
+    minimal.method, minimal.fmn_steps = "fmn", 5
+    assert minimal.options == {"steps": 1, "method": "fmn", "fmn_steps": 5}
+    for changed in (attack, minimal, ours.Square("linf")):
+        with pytest.raises(AttributeError, match="no setting 'stepsize'"):
+            changed.stepsize = 0.1
+
+
+def test_a_model_whose_bounds_change_in_place(trained):
+    model, inputs, _ = trained
+    preprocessing = {"mean": [125.0, 120.0, 115.0], "std": [60.0, 60.0, 60.0], "axis": -3}
+    network = foolbox.PyTorchModel(model, bounds=(0, 255), preprocessing=preprocessing, device="cpu")
+    before = ours._network(network)
+    network.transform_bounds((0, 1), inplace=True)
+    assert torch.equal(ours._network(network)(inputs), network(inputs))
+    assert ours._network(network) is not before
+    assert ours._network(network) is ours._network(network)

@@ -99,8 +99,6 @@ def test_errors(trained):
     model, inputs, labels = trained
     with pytest.raises(ValueError, match="norm must be"):
         ours.APGD(model, norm="L0")
-    with pytest.raises(ValueError, match="eot_iter"):
-        ours.APGD(model, eot_iter=2)
     for attack, message in (
         (ours.PGD(model, alpha="x"), "alpha must be"),
         (ours.PGDL2(model, alpha=float("inf")), "alpha must be"),
@@ -108,6 +106,7 @@ def test_errors(trained):
         (ours.APGD(model, n_restarts=0), "n_restarts must be"),
         (ours.Square(model, n_queries=0), "n_queries must be"),
         (ours.Square(model, p_init=2.0), "p_init must lie"),
+        (ours.APGD(model, eot_iter=0), "eot_iter must be"),
         (ours.FastlipAttack(attacks.square, model, eps=0.1, queries=0), "queries must be"),
     ):
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):
@@ -118,3 +117,95 @@ def test_errors(trained):
     attack.set_model_training_mode(model_training=True)
     with pytest.raises(ValueError, match="eval mode"):
         attack(inputs, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "options"),
+    [
+        ("PGD", "eps", 32 / 255, {"alpha": 0.1, "random_start": False}),
+        ("PGD", "steps", 0, {"random_start": False}),
+        ("PGD", "alpha", 0.0, {"random_start": False}),
+        ("FGSM", "eps", 32 / 255, {}),
+        ("PGDL2", "eps", 0.1, {"random_start": False}),
+        ("Square", "eps", 1e-4, {"n_queries": 5}),
+    ],
+)
+def test_settings_changed_after_construction_take_effect(trained, name, setting, value, options):
+    model, inputs, labels = trained
+    found = []
+    for library in (torchattacks, ours):
+        last = {} if library is torchattacks or name == "Square" else {"keep": "last"}
+        attack = getattr(library, name)(model, **options | last)
+        setattr(attack, setting, value)
+        assert getattr(attack, setting) == value
+        with torch.random.fork_rng(devices=[]):
+            found.append((attack(inputs, labels) - inputs).flatten(1).norm(torch.inf, dim=1).max())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", ["APGD", "APGDT", "Square"])
+def test_the_norm_and_renamed_settings_may_be_changed(trained, name):
+    model, inputs, labels = trained
+    attack = getattr(ours, name)(model, eps=0.1, **({"n_queries": 3} if name == "Square" else {"steps": 3}))
+    attack.norm, attack.eps, attack.n_restarts = "L1", 1.0, 2
+    assert attack.options["norm"] == "l1"
+    assert attack.options["restarts"] == 2
+    assert (attack(inputs, labels) - inputs).abs().flatten(1).sum(1).max() <= 1.0 + 1e-4
+    if name == "APGDT":
+        attack.n_classes = 3
+        assert attack.options["target_classes"] == 2
+    with pytest.raises(AttributeError, match="no setting 'epsilon'"):
+        attack.epsilon = 0.1
+
+
+@pytest.mark.parametrize("eps", [torch.linspace(0, 0.05, 32), torch.linspace(0, 0.05, 32).reshape(-1, 1, 1, 1)])
+def test_tensors_as_options(trained, eps):
+    model, inputs, labels = trained
+    bounds = (torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    attack = ours.PGD(model, eps=eps, ids=torch.arange(32), bounds=bounds, keep="last")
+    for _ in range(2):
+        moved = (attack(inputs, labels) - inputs).abs().flatten(1).amax(1)
+        assert (moved <= eps.flatten() + 1e-6).all()
+        attack.eps = eps  # as scripts do for each batch
+    assert moved[-1] > 0.04
+
+
+def test_normalised_eight_bit_images(trained):
+    """Undoing the normalisation of a black pixel gives a number below 0 by rounding."""
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
+    pixels = (255 * trained[1]).round() / 255
+    pixels[:, :, :3] = 0
+    normalised = (pixels - mean) / std
+    assert (normalised * std + mean).min() < 0
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(432, 10))
+    for name in ("FGSM", "PGD", "APGD", "Square"):
+        attack = getattr(ours, name)(model, eps=0.1, **({"n_queries": 50} if name == "Square" else {}))
+        attack.set_normalization_used(mean=mean.flatten().tolist(), std=std.flatten().tolist())
+        found = attack(normalised, trained[2]) * std + mean
+        assert found.min() > -1e-6
+        assert 0.05 < (found - pixels).abs().max() < 0.1 + 1e-6
+
+
+def test_square_leaves_images_on_which_it_fails(trained):
+    model, inputs, labels = trained
+    found = ours.Square(model, eps=0.2, n_queries=100)(inputs, labels)
+    fell = model(found).argmax(1) != labels
+    assert 0 < fell.sum() < 32
+    assert torch.equal(found[~fell], inputs[~fell])
+
+
+def test_eot_averages_over_draws(trained):
+    """Noise in the logits hides the gradient of a single pass."""
+    model, inputs, labels = trained
+
+    class Noisy(torch.nn.Module):
+        passes = 0
+
+        def forward(self, x):
+            Noisy.passes += 1
+            return model(x) * (1 + 0.01 * torch.randn(len(x), 1))
+
+    ours.APGD(Noisy().eval(), eps=1e-4, steps=2, eot_iter=5)(inputs, labels)
+    several = Noisy.passes
+    ours.APGD(Noisy().eval(), eps=1e-4, steps=2)(inputs, labels)
+    assert several > 3 * (Noisy.passes - several)

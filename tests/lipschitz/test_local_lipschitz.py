@@ -142,3 +142,69 @@ def test_errors() -> None:
         local_lipschitz(lambda x: x, torch.randn(2, 3))  # type: ignore[arg-type]  # what is refused
     with pytest.raises(ValueError, match="TorchScript"):
         local_lipschitz(torch.jit.trace(nn.ReLU(), torch.randn(2, 3)), torch.randn(2, 3))
+
+
+class OldSwish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return grad * s * (1 + x * (1 - s))
+
+
+class NewSwish(torch.autograd.Function):
+    generate_vmap_rule = True
+    backward = OldSwish.backward
+
+    @staticmethod
+    def forward(x):
+        return x * x.sigmoid()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+
+class OnceSwish(OldSwish):
+    backward = staticmethod(torch.autograd.function.once_differentiable(OldSwish.backward))
+
+
+class Applied(nn.Module):
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function.apply(x)
+
+
+class LastOfLSTM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x)[0][:, -1]
+
+
+@pytest.mark.parametrize("kind", [OldSwish, NewSwish, LastOfLSTM])
+def test_models_without_forward_derivatives(kind: type) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 3), LastOfLSTM() if kind is LastOfLSTM else Applied(kind)).double().eval()
+    x = torch.randn(4, *((5, 3) if kind is LastOfLSTM else (3,)), dtype=torch.float64)
+    norms = local_lipschitz(model, x, rtol=1e-10, max_steps=500)
+    for sample, norm in zip(x, norms.tolist(), strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda z: model(z[None])[0], sample).flatten(1)
+        assert norm == pytest.approx(torch.linalg.matrix_norm(jacobian, 2).item(), rel=1e-5)
+
+
+def test_a_module_without_either_derivative_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(Applied(OnceSwish)))
+    with pytest.raises(ValueError, match=r"1\.0 \(Applied\) has no forward-mode derivative, and its backward pass"):
+        local_lipschitz(model, torch.randn(2, 3))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

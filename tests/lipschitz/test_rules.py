@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlip
-from fastlip.lipschitz import lipschitz_bound, require_rules
+from fastlip.lipschitz import FunctionCall, _registry, lipschitz_bound, require_rules, rule
 
 SMOOTH = [
     nn.CELU(2.0), nn.ELU(0.5), nn.ELU(3.0), nn.GELU(), nn.GELU("tanh"), nn.Hardsigmoid(), nn.Hardswish(), nn.Hardtanh(),
@@ -394,3 +394,52 @@ def test_interpolation_as_a_function_has_the_rule_of_the_module() -> None:
     assert lipschitz_bound(Resized(antialias=False), (2, 5, 4)).upper == expected
     with pytest.raises(ValueError, match=r"^interpolate: interpolate with antialias has no Lipschitz rule"):
         lipschitz_bound(Resized(antialias=True), (2, 5, 4))
+
+
+class Flipped(nn.Module):
+    def forward(self, x):
+        return torch.flip(x, [1])
+
+
+class FlippedByMethod(nn.Module):
+    def forward(self, x):
+        return x.flip(1)
+
+
+@pytest.mark.parametrize(
+    ("function", "module", "args", "said"),
+    [
+        (torch.flip, Flipped(), ([1],), "rule(torch.flip)"),
+        (torch.Tensor.flip, FlippedByMethod(), (1,), "rule(torch.Tensor.flip)"),
+    ],
+)
+def test_a_rule_for_a_function(monkeypatch, function, module, args, said):
+    monkeypatch.setattr(_registry, "_FUNCTION_RULES", {})
+    model, shape = nn.Sequential(nn.Linear(4, 4), module), (4,)
+    with pytest.raises(ValueError, match="no Lipschitz rule for the function flip") as caught:
+        lipschitz_bound(model, shape)
+    assert said in str(caught.value)
+    calls = []
+
+    @rule(function)
+    def _(call, input_shape):
+        calls.append((call, input_shape))
+        return 1.0
+
+    norm = torch.linalg.matrix_norm(model[0].weight.double(), 2).item()
+    assert lipschitz_bound(model, shape).upper == pytest.approx(norm, rel=1e-6)
+    assert calls == [(FunctionCall(args, {}), shape)]
+
+    rule(function)(lambda call, input_shape: 0.5)  # which two inputs refute
+    with pytest.raises(ValueError, match="does not hold"):
+        lipschitz_bound(model, shape)
+    for wrong in (math.inf, -1.0, "x", None):
+        rule(function)(lambda call, input_shape, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match="the rule of flip"):
+            lipschitz_bound(model, shape)
+
+
+@pytest.mark.parametrize("kind", [3, int, "torch.flip", None])
+def test_kinds_that_have_no_rules(kind):
+    with pytest.raises(TypeError, match="rule takes module classes and functions"):
+        rule(kind)

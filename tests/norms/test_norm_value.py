@@ -1,6 +1,7 @@
 """The differentiable norm and the parametrisation."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -196,3 +197,51 @@ def test_constraint_errors() -> None:
         constrain_norm(nn.Linear(2, 2), iterations=0)
     with pytest.raises(TypeError, match="Conv, ConvTranspose or Linear"):
         constrain_norm(nn.PReLU())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv", "transposed"])
+def test_the_gradient_of_a_constraint_is_that_of_what_it_computes(kind: str, training: bool) -> None:
+    torch.manual_seed(4)
+    made = {
+        "linear": lambda: constrain_norm(nn.Linear(6, 5, bias=False).double(), iterations=300, rtol=1e-8),
+        "conv": lambda: constrain_norm(
+            nn.Conv2d(2, 3, 3, padding=1, bias=False).double(), 5, iterations=300, rtol=1e-8, method="svd"
+        ),
+        "transposed": lambda: constrain_norm(
+            nn.ConvTranspose2d(2, 3, 3, bias=False).double(), 4, iterations=300, rtol=1e-8, method="svd"
+        ),
+    }
+    layer = made[kind]().train(training)
+    x = torch.randn(3, *{"linear": (6,), "conv": (2, 5, 5), "transposed": (2, 4, 4)}[kind], dtype=torch.float64)
+    original = layer.parametrizations.weight.original
+    original.data.mul_(8.0)
+    target = torch.randn_like(layer(x))
+    loss = lambda: ((layer(x) - target) ** 2).sum()  # noqa: E731
+    (grad,) = torch.autograd.grad(loss(), original)
+    direction = torch.randn_like(original)
+    direction /= direction.norm()
+    with torch.no_grad():
+        ends = []
+        for step in (1e-5, -1e-5):
+            original.add_(step * direction)
+            ends.append(loss().item())
+            original.sub_(step * direction)
+    slope = (grad * direction).sum().item()
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-3)
+    # A weight above the bound is scaled to it, so that its own length makes no difference.
+    assert (grad * original).sum().item() == pytest.approx(0.0, abs=1e-6 * grad.norm().item() * original.norm().item())
+
+
+def test_a_constraint_warns_once_of_another_input_size() -> None:
+    layer = constrain_norm(nn.Conv2d(1, 1, 3, padding=1), (5, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(torch.ones(2, 1, 5, 6))
+        layer(torch.ones(1, 5, 6))
+        constrain_norm(nn.Linear(3, 3))(torch.ones(4, 7, 3))
+    with pytest.warns(UserWarning, match=r"constrained on inputs of size \[5, 6\], but is used on \[6, 5\]"):
+        layer(torch.ones(2, 1, 6, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(torch.ones(2, 1, 6, 5))

@@ -232,3 +232,51 @@ def test_names_of_layers_reach_no_terminal_as_commands(run: Callable[..., Result
     assert json.loads(json_)["layers"][0]["name"] == name  # to a program a name is a name
     assert "[red]&amp;&lt;b&gt;" in html
     assert "[red]" in table
+
+
+def prefixed(*prefixes: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda state: {"".join(prefixes) + name: value for name, value in state.items()}
+
+
+CHECKPOINTS = {
+    "compiled": prefixed("_orig_mod."),
+    "DDP of compiled": prefixed("module.", "_orig_mod."),
+    "compiled DDP": prefixed("_orig_mod.", "module."),
+    "lightning": lambda s: {"state_dict": prefixed("model.")(s), "epoch": 3},
+    "model_state_dict": lambda s: {"model_state_dict": s, "optimizer": {}},
+    "net": lambda s: {"net": s, "acc": 93.0},
+    "EMA beside": lambda s: {"state_dict_ema": {k: v + 1 for k, v in s.items()}, "state_dict": s},
+    "EMA alone": lambda s: {"model_ema": prefixed("module.")(s)},
+    "averaged": lambda s: prefixed("module.")(s) | {"n_averaged": torch.tensor(3)},
+    "two deep": lambda s: {"model": {"state_dict": s}},
+    "compiled part": lambda s: {k.replace("4.", "4._orig_mod."): v for k, v in s.items()},
+}
+
+
+@pytest.mark.parametrize("form", list(CHECKPOINTS))
+def test_forms_of_checkpoints(tmp_path: Path, run: Callable[..., Result], form: str) -> None:
+    model = small_model()
+    torch.save(CHECKPOINTS[form](model.state_dict()), tmp_path / "weights.pt")
+    done = run("tiny_net:build", "--input", "3,8,8", "--checkpoint", "weights.pt", "--json", "-")
+    assert done.exit_code == 0, done.stderr
+    upper = [row["upper"] for row in json.loads(done.stdout)["layers"]]
+    assert upper == pytest.approx([interval.upper for interval in layer_norms(model, (3, 8, 8)).values()], rel=1e-6)
+
+
+def test_a_model_whose_own_names_have_such_a_prefix(tmp_path: Path, run: Callable[..., Result]) -> None:
+    """The attribute is called "model", and its checkpoint is one of it, or of what it holds."""
+    (tmp_path / "tiny_net.py").write_text(
+        "from torch import nn\n"
+        "class Holder(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.model = nn.Linear(3, 2)\n"
+        "    def forward(self, x):\n"
+        "        return self.model(x)\n"
+    )
+    inner = {"weight": 7 * torch.eye(2, 3), "bias": torch.zeros(2)}
+    for prefixes in ((), ("model.",), ("module.", "model.")):
+        torch.save(prefixed(*prefixes)(inner), tmp_path / "weights.pt")
+        done = run("tiny_net:Holder", "--input", "3", "--checkpoint", "weights.pt", "--json", "-")
+        assert done.exit_code == 0, done.stderr
+        assert json.loads(done.stdout)["layers"][0]["upper"] == pytest.approx(7.0)
