@@ -1,15 +1,15 @@
-"""Write the README's tables of the study from its committed results; ``--check`` only compares."""
+"""Write the README's table of the study from its committed results; ``--check`` only compares."""
 
 import json
 import sys
 from pathlib import Path
 
-from fastlip.study.report.summary_tables import arm_table, seed_table
+from fastlip.study.report.summary_tables import seed_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / "study"
-TABLES = {"quick": seed_table, "seeds": arm_table}
+TABLES = {"quick": seed_table}
 
 
 def rewritten(text: str, preset: str, table: str) -> str:
