@@ -20,18 +20,18 @@ def build(settings: Settings, arm: str, classes: int, seed: int) -> nn.Sequentia
         StudyError: there is no such network, or the stem, the scale or the image size does not fit it.
     """
     spec = _architecture(settings, arm)
-    own = not spec.startswith("fastlip:")  # the small references take images as they are
+    stem, scale = _stem_and_scale(settings, spec)
     try:
-        return build_model(
-            spec,
-            classes,
-            image_size=settings.image_size,
-            stem=settings.stem if own else "imagenet",
-            scale=settings.scale if own else 1,
-            seed=seed,
-        )
+        return build_model(spec, classes, image_size=settings.image_size, stem=stem, scale=scale, seed=seed)
     except (ValueError, ImportError) as error:
         raise StudyError(f"--model {spec}: {first_line(error)}", status=2) from None
+
+
+def description(settings: Settings, arm: str) -> dict[str, str]:
+    """What a checkpoint says about its network, whose weights alone do not tell its stem and its scale."""
+    spec = _architecture(settings, arm)
+    stem, scale = _stem_and_scale(settings, spec)
+    return {"model": spec, "stem": stem, "scale": str(scale)}
 
 
 def parts(settings: Settings, arm: str, network: nn.Module) -> Anatomy:
@@ -89,3 +89,8 @@ def check_networks(settings: Settings, arms: Sequence[str], classes: int) -> lis
 
 def _architecture(settings: Settings, arm: str) -> str:
     return settings.model if arm == SOURCE else settings.architecture_of(arm)
+
+
+def _stem_and_scale(settings: Settings, spec: str) -> tuple[str, int]:
+    """The small references take images as they are."""
+    return ("imagenet", 1) if spec.startswith("fastlip:") else (settings.stem, settings.scale)
