@@ -17,7 +17,6 @@ from fastlip.study.settings.measurements import (
 from fastlip.study.settings.rules import Rules
 from fastlip.study.settings.training import REFERENCES, TRANSFER, Role, Schedule
 
-
 #: How far "matched" may be from as many images as the source and the fine-tuning together see, relative to them.
 _MATCHED = 0.1
 
