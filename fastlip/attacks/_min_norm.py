@@ -46,11 +46,15 @@ class MinNormResult:
         adversarial: misclassified images, [B, ...] like the inputs.
         distance: length of the perturbation in the norm of the search, [B] float64; for noise it is sigma.
         found: whether a perturbation was found, [B] bool.
+        searched: largest radius (for noise, sigma) at which the search found nothing, [B] float64, 0 where it never
+            failed. Where nothing was found this is how far the search got; a smaller perturbation may have escaped it.
+            All attacks here give it; None in results of others that do not.
     """
 
     adversarial: Tensor
     distance: Tensor
     found: Tensor
+    searched: Tensor | None = None
 
 
 def min_norm(
@@ -155,7 +159,9 @@ def min_norm(
             search.update(rows, success, found, distance(found, originals, norm), tolerance)
         _make_firm(loop, search, batch)
     loop.warn_of_not_finite("min_norm")
-    return MinNormResult(adversarial=search.best, distance=search.high, found=search.high.isfinite())
+    return MinNormResult(
+        adversarial=search.best, distance=search.high, found=search.high.isfinite(), searched=search.low
+    )
 
 
 class _Search:
@@ -284,6 +290,7 @@ def _make_firm(loop: AttackLoop, search: _Search, batch: Batch) -> None:
         if stretch > _MOST_STRETCH:
             break
         stretch *= 2
+    search.low[rows] = search.high[rows]
     search.best[rows], search.high[rows] = search.inputs[rows], torch.inf
 
 
