@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlip.attacks._arguments import clipped_to, count, shown
+from fastlip.attacks._arguments import count, shown
 from fastlip.attacks._batch import Batch, per_sample
 from fastlip.ops import Bounds, Norm, PerSample
 
@@ -42,11 +42,12 @@ class Grid:
         """
         origin = self._levels(x0).round()
         moved = self._levels(x) - origin
-        lo, hi = (self._levels(torch.as_tensor(b, dtype=x.dtype, device=x.device)) - origin for b in bounds)
+        box = [_filled(b, x.dtype, x) for b in bounds]
+        lo, hi = (self._levels(b) - origin for b in box)
         size, sign = moved.abs(), moved.sign()
         near = (size + _NEAR).floor()
         part = size - near
-        radius = torch.as_tensor(eps, dtype=torch.float64, device=x.device) * (self.steps / (self.high - self.low))
+        radius = _filled(eps, torch.float64, x) * (self.steps / (self.high - self.low))
         radius = per_sample(radius.expand(len(x)), x)
         radius = radius * (1 + _SLACK)
         if norm == "linf":
@@ -59,7 +60,7 @@ class Grid:
             level = near + self._beyond(near, size - near, radius, norm)
         level = torch.minimum(torch.maximum(sign * level, (lo - _NEAR).ceil()), (hi + _NEAR).floor())
         value = ((origin + level).to(x.dtype) / self.steps) * (self.high - self.low) + self.low
-        return torch.where(level == 0, x0.to(x.dtype), clipped_to(value, bounds))
+        return torch.where(level == 0, x0.to(x.dtype), torch.minimum(torch.maximum(value, box[0]), box[1]))
 
     def _beyond(self, near: Tensor, part: Tensor, radius: Tensor, norm: Norm) -> Tensor:
         """Which elements go one level further, [B, ...] bool: those of largest ``part`` that the ball has room for."""
@@ -74,6 +75,13 @@ class Grid:
     def _levels(self, x: Tensor) -> Tensor:
         """``x`` in levels, float64."""
         return (x.double() - self.low) * (self.steps / (self.high - self.low))
+
+
+def _filled(value: PerSample, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """``value`` as a tensor on the device of ``like``; numbers are not copied there, which no CUDA graph could hold."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, dtype)
+    return torch.full((), value, dtype=dtype, device=like.device)
 
 
 def grid_of(bits: object, inputs: Tensor, bounds: Bounds) -> Grid | None:

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastlip import attacks
 from fastlip.attacks._quantize import Grid, grid_of
@@ -132,6 +133,23 @@ def test_a_bound_between_levels_is_kept_to():
     x0, hi = torch.tensor([[0.0]]), 0.995 / 255
     found = Grid(0.0, 1.0, 255).rounded(x0 + 0.1, x0, eps=1.0, norm="linf", bounds=(0.0, torch.tensor([[hi]])))
     assert (found <= hi).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_rounding_copies_no_number_to_the_device(norm):
+    """A copy from the host makes a GPU wait and cannot be part of a CUDA graph."""
+
+    class Copies(TorchFunctionMode):
+        names = ()
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.names += (getattr(function, "__name__", ""),)
+            return function(*args, **(kwargs or {}))
+
+    x0 = torch.zeros(2, 3)
+    with Copies() as copies:
+        Grid(0.0, 1.0, 255).rounded(x0 + 0.1, x0, eps=0.05, norm=norm, bounds=(0.0, 1.0))
+    assert not {"as_tensor", "tensor", "item", "tolist", "__bool__"} & set(copies.names)
 
 
 def test_errors(problem):
