@@ -148,7 +148,7 @@ def min_norm(
             adversarial, found = _pull_back(loop, found, originals, part)
             success = adversarial & nearest.isfinite()
             search.update(rows, success, found, distance(found, originals, norm), tolerance)
-            search.go_on_below()
+            search.go_on_below(rows)
         for _ in range(search_steps if method != "fmn" else 0):
             rows = search.rows()
             if len(rows) == 0:
@@ -185,9 +185,12 @@ class _Search:
         """Positions of the images whose bracket is still open, [K] int64."""
         return rows_where(self.open)
 
-    def go_on_below(self) -> None:
-        """Search below what another method found, whose failures at smaller radii say nothing about PGD."""
-        self.open |= self.high.isfinite() & (self.high > 0)
+    def go_on_below(
+        self,
+        rows: Tensor,  # [K] int64
+    ) -> None:
+        """Search below what another method found for ``rows``, whose failures say nothing about PGD."""
+        self.open[rows] = self.high[rows] > 0
         self.low.zero_()
 
     def begin(

@@ -175,7 +175,7 @@ def test_what_is_found_holds_in_any_batch(cnn_problem, norm, method):
     torch.testing.assert_close(length, found.distance)
 
 
-@pytest.mark.parametrize("method", ["search", "fmn"])
+@pytest.mark.parametrize("method", ["search", "fmn", "both"])
 def test_how_far_the_search_got(cnn_problem, method):
     model, inputs, labels = cnn_problem
     found = attacks.min_norm(model, inputs, labels, method=method, eps_max=1e-3)
