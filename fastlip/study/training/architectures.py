@@ -62,13 +62,22 @@ def check_networks(settings: Settings, arms: Sequence[str], classes: int) -> lis
     """Build the networks of ``arms``, each once, and return what is to be warned of, a line for each.
 
     Raises:
-        StudyError: one of them cannot be built, its parts cannot be found, or it has no certified Lipschitz bound.
+        StudyError: one of them cannot be built, its parts cannot be found or leave nothing for "partial" to freeze, or
+            it has no certified Lipschitz bound.
     """
     found = []
     first = {_architecture(settings, arm): arm for arm in reversed(arms)}
     for spec, arm in first.items():
         network = build(settings, arm, classes, 0)
-        parts(settings, arm, network)
+        tail = parts(settings, arm, network).tail
+        if "partial" in settings.arms and spec == settings.model:
+            last = {id(p) for name in tail for p in network.get_submodule(name).parameters()}
+            if all(id(p) in last for p in network.parameters()):
+                raise StudyError(
+                    f"--set arms: partial would train all of {spec}, which has no stage before the last; name stages "
+                    "with --set stages=..., or leave it out",
+                    status=2,
+                )
         try:
             require_rules(network, image_shape(settings))
         except ValueError as error:
