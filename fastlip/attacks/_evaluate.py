@@ -205,8 +205,9 @@ def evaluate(
         progress: True shows a bar for each attack on standard error (needs tqdm); a function is called with the images
             done, the images in all and the attack's name.
         state: a file that keeps the results after each attack, and once a minute while one runs. Where it exists the
-            evaluation goes on from there; it is refused where it belongs to other images, attacks, settings or, by the
-            decisions on the images themselves, to another model.
+            evaluation goes on from there; it is refused where it belongs to other images, attacks (by their names and
+            the options of a ``functools.partial``), settings or, by its weights and its decisions on the images
+            themselves, to another model.
 
     Raises:
         ValueError: a value or shape is wrong, inputs leave the bounds, or an attack returned something else.
@@ -248,6 +249,7 @@ def evaluate(
             every_attack,
             *map(_described, attacks.items()),
         ),
+        judge.model,
     )
     few = run.batches(torch.arange(len(inputs)))[:1]
     run.judge_clean()
@@ -510,14 +512,12 @@ _STATE = (
 )  # fmt: skip
 
 
-def _described(entry: tuple[str, Attack]) -> str:
-    """An attack in words that are the same in another process."""
+def _described(entry: tuple[str, Attack]) -> tuple[Any, ...]:
+    """What tells an attack from others, in another process too: its names, and the options of a partial."""
     name, attack = entry
     function = attack.func if isinstance(attack, partial) else attack
     options = attack.keywords if isinstance(attack, partial) else {}
-    return (
-        f"{name} {getattr(function, '__qualname__', type(function).__qualname__)} {sorted(map(repr, options.items()))}"
-    )
+    return name, getattr(function, "__qualname__", type(function).__qualname__), options
 
 
 def _is_more_than_its_model(network: Network) -> bool:

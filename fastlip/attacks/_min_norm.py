@@ -46,11 +46,15 @@ class MinNormResult:
         adversarial: misclassified images, [B, ...] like the inputs.
         distance: length of the perturbation in the norm of the search, [B] float64; for noise it is sigma.
         found: whether a perturbation was found, [B] bool.
+        searched: largest radius (for noise, sigma) at which the search found nothing, [B] float64, 0 where it never
+            failed. Where nothing was found this is how far the search got; a smaller perturbation may have escaped it.
+            All attacks here give it; None in results of others that do not.
     """
 
     adversarial: Tensor
     distance: Tensor
     found: Tensor
+    searched: Tensor | None = None
 
 
 def min_norm(
@@ -144,7 +148,7 @@ def min_norm(
             adversarial, found = _pull_back(loop, found, originals, part)
             success = adversarial & nearest.isfinite()
             search.update(rows, success, found, distance(found, originals, norm), tolerance)
-            search.go_on_below()
+            search.go_on_below(rows)
         for _ in range(search_steps if method != "fmn" else 0):
             rows = search.rows()
             if len(rows) == 0:
@@ -155,7 +159,9 @@ def min_norm(
             search.update(rows, success, found, distance(found, originals, norm), tolerance)
         _make_firm(loop, search, batch)
     loop.warn_of_not_finite("min_norm")
-    return MinNormResult(adversarial=search.best, distance=search.high, found=search.high.isfinite())
+    return MinNormResult(
+        adversarial=search.best, distance=search.high, found=search.high.isfinite(), searched=search.low
+    )
 
 
 class _Search:
@@ -179,9 +185,12 @@ class _Search:
         """Positions of the images whose bracket is still open, [K] int64."""
         return rows_where(self.open)
 
-    def go_on_below(self) -> None:
-        """Search below what another method found, whose failures at smaller radii say nothing about PGD."""
-        self.open |= self.high.isfinite() & (self.high > 0)
+    def go_on_below(
+        self,
+        rows: Tensor,  # [K] int64
+    ) -> None:
+        """Search below what another method found for ``rows``, whose failures say nothing about PGD."""
+        self.open[rows] = self.high[rows] > 0
         self.low.zero_()
 
     def begin(
@@ -284,6 +293,7 @@ def _make_firm(loop: AttackLoop, search: _Search, batch: Batch) -> None:
         if stretch > _MOST_STRETCH:
             break
         stretch *= 2
+    search.low[rows] = search.high[rows]
     search.best[rows], search.high[rows] = search.inputs[rows], torch.inf
 
 

@@ -128,4 +128,4 @@ def min_sigma(
             high = torch.where(adversarial, middle, high)
             low = torch.where(adversarial | ~adversarial_along.any(0), low, middle)
             adversarial_along = torch.where(adversarial, now, adversarial_along)
-    return MinNormResult(adversarial=best, distance=smallest, found=smallest.isfinite())
+    return MinNormResult(adversarial=best, distance=smallest, found=smallest.isfinite(), searched=low)

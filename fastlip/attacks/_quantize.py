@@ -13,6 +13,8 @@ from fastlip.ops import Bounds, Norm, PerSample
 _MOST_BITS = 16
 #: How far from a level, in levels, a number may lie by rounding.
 _NEAR = 1e-2
+#: Rounding error of a radius, relative to it: a level that lies further beyond the ball is outside.
+_SLACK = 1e-6
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,31 @@ class Grid:
         """
         origin = self._levels(x0).round()
         moved = self._levels(x) - origin
-        lo, hi = (self._levels(torch.as_tensor(b, dtype=x.dtype, device=x.device)) - origin for b in bounds)
+        box = [_filled(b, x.dtype, x) for b in bounds]
+        lo, hi = (self._levels(b) - origin for b in box)
         size, sign = moved.abs(), moved.sign()
         near = (size + _NEAR).floor()
-        part = (size - near).clamp_min(0)
-        radius = torch.as_tensor(eps, dtype=torch.float64, device=x.device) * (self.steps / (self.high - self.low))
+        part = size - near
+        radius = _filled(eps, torch.float64, x) * (self.steps / (self.high - self.low))
         radius = per_sample(radius.expand(len(x)), x)
+        radius = radius * (1 + _SLACK)
         if norm == "linf":
-            level = torch.minimum(near + (part >= 0.5), (radius + _NEAR).floor())
+            level = torch.minimum(near + (part >= 0.5), radius.floor())
         else:
-            level = near + self._beyond(near, part, radius, norm)
+            # Where the ball has no room for what is taken for rounding, nothing is.
+            power = 2 if norm == "l2" else 1
+            length = near.flatten(1).pow(power).sum(1)
+            near = torch.where(per_sample(length > radius.flatten() ** power, x), size.floor(), near)
+            level = near + self._beyond(near, size - near, radius, norm)
         level = torch.minimum(torch.maximum(sign * level, (lo - _NEAR).ceil()), (hi + _NEAR).floor())
         value = ((origin + level).to(x.dtype) / self.steps) * (self.high - self.low) + self.low
-        return torch.where(level == 0, x0.to(x.dtype), value)
+        return torch.where(level == 0, x0.to(x.dtype), torch.minimum(torch.maximum(value, box[0]), box[1]))
 
     def _beyond(self, near: Tensor, part: Tensor, radius: Tensor, norm: Norm) -> Tensor:
         """Which elements go one level further, [B, ...] bool: those of largest ``part`` that the ball has room for."""
         cost = 2 * near + 1 if norm == "l2" else torch.ones_like(near)
         power = 2 if norm == "l2" else 1
-        room = (radius.flatten(1) * (1 + 1e-9)) ** power - near.flatten(1).pow(power).sum(1, keepdim=True)
+        room = radius.flatten(1) ** power - near.flatten(1).pow(power).sum(1, keepdim=True)
         order = part.flatten(1).argsort(dim=1, descending=True, stable=True)
         taken = cost.flatten(1).gather(1, order).cumsum(1) <= room
         taken &= part.flatten(1).gather(1, order) > _NEAR
@@ -67,6 +75,13 @@ class Grid:
     def _levels(self, x: Tensor) -> Tensor:
         """``x`` in levels, float64."""
         return (x.double() - self.low) * (self.steps / (self.high - self.low))
+
+
+def _filled(value: PerSample, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """``value`` as a tensor on the device of ``like``; numbers are not copied there, which no CUDA graph could hold."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, dtype)
+    return torch.full((), value, dtype=dtype, device=like.device)
 
 
 def grid_of(bits: object, inputs: Tensor, bounds: Bounds) -> Grid | None:

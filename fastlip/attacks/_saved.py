@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlip._files import replacing
 
@@ -21,15 +21,18 @@ class SavedState:
 
     Args:
         path: the file; nothing is kept if None.
-        settings: what makes another evaluation: tensors, and values with a repr.
+        settings: what makes another evaluation: tensors, values with a repr, and tuples and dicts of them.
+        model: what is evaluated. The weights of a module make another evaluation, too; those of a function are unknown.
 
     Raises:
         ValueError: the file belongs to another evaluation, or is none of ours.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, settings: tuple[Any, ...]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, settings: tuple[Any, ...], model: object) -> None:
         self.path = None if path is None else Path(path)
         self.fingerprint = "" if path is None else _fingerprint(settings)
+        weights = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+        self.weights = "" if path is None else _fingerprint(weights)
         self.saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
@@ -44,6 +47,8 @@ class SavedState:
             raise ValueError(f"state is not the state of an evaluation: {self.path}")
         if content["fingerprint"] != self.fingerprint:
             raise ValueError(f"state belongs to other images, attacks or settings: {self.path}")
+        if content.get("weights") != self.weights:
+            raise ValueError(f"state belongs to another model, which has other weights: {self.path}")
         state: dict[str, Any] = content["state"]
         return state
 
@@ -52,7 +57,7 @@ class SavedState:
         if self.path is None or not (now or time.monotonic() - self.saved > _EVERY):
             return
         with replacing(self.path) as temporary:
-            torch.save({"fingerprint": self.fingerprint, "state": state()}, temporary)
+            torch.save({"fingerprint": self.fingerprint, "weights": self.weights, "state": state()}, temporary)
         self.saved = time.monotonic()
 
 
@@ -62,6 +67,10 @@ def _fingerprint(settings: tuple[Any, ...]) -> str:
         if isinstance(value, Tensor):
             digest.update(repr((value.dtype, tuple(value.shape))).encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(value, tuple | list):
+            digest.update(_fingerprint(tuple(value)).encode())
+        elif isinstance(value, dict):
+            digest.update(_fingerprint(tuple(sorted(value.items()))).encode())
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()

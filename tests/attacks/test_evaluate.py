@@ -349,3 +349,27 @@ def test_a_data_frame(cnn_problem, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="needs pandas"):
         found.to_dataframe()
+
+
+def test_a_state_is_that_of_one_model_and_of_every_value_of_its_options(cnn_problem, tmp_path):
+    model, inputs, labels = cnn_problem
+    suite = {"noise": partial(tensor_noise, size=torch.zeros(2000))}
+    options = {"norm": "linf", "eps": 0.06, "state": tmp_path / "state", "check": False}
+    attacks.evaluate(model, inputs, labels, suite, **options)
+    # A long tensor's repr leaves out what is in its middle.
+    other = torch.zeros(2000)
+    other[1000] = 1.0
+    with pytest.raises(ValueError, match="state belongs to other images, attacks"):
+        attacks.evaluate(model, inputs, labels, {"noise": partial(tensor_noise, size=other)}, **options)
+    with torch.no_grad():
+        model[-1].weight.mul_(1.001)
+    with pytest.raises(ValueError, match="state belongs to another model, which has other weights"):
+        attacks.evaluate(model, inputs, labels, suite, **options)
+    options["state"] = tmp_path / "functions"
+    attacks.evaluate(lambda x: model(x), inputs, labels, suite, **options, device="cpu")
+    with pytest.raises(ValueError, match="it decides differently"):
+        attacks.evaluate(lambda x: -model(x), inputs, labels, suite, **options, device="cpu")
+
+
+def tensor_noise(model, inputs, labels, size):
+    return inputs

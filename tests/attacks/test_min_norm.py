@@ -173,3 +173,18 @@ def test_what_is_found_holds_in_any_batch(cnn_problem, norm, method):
         assert (again != labels).all()
     length = torch.linalg.vector_norm((found.adversarial - inputs).double().flatten(1), ORDER[norm], dim=1)
     torch.testing.assert_close(length, found.distance)
+
+
+@pytest.mark.parametrize("method", ["search", "fmn", "both"])
+def test_how_far_the_search_got(cnn_problem, method):
+    model, inputs, labels = cnn_problem
+    found = attacks.min_norm(model, inputs, labels, method=method, eps_max=1e-3)
+    assert not found.found.any()
+    assert found.searched.tolist() == [0.0 if method == "fmn" else 1e-3] * len(inputs)
+    found = attacks.min_norm(model, inputs, labels, method=method)
+    assert found.found.all()
+    assert (found.searched <= found.distance).all()
+    noisy = attacks.min_sigma(model, inputs, labels, directions=1, sigma_max=0.01, levels=2)
+    assert (~noisy.found).any()
+    assert (noisy.searched[~noisy.found] == 0.01).all()
+    assert (noisy.searched[noisy.found] < noisy.distance[noisy.found]).all()

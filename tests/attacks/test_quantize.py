@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastlip import attacks
 from fastlip.attacks._quantize import Grid, grid_of
@@ -114,6 +115,41 @@ def test_rounding_stays_in_ball_and_box_and_changes_nothing_twice(norm):
     assert torch.equal(once, in_a_file(once))
     assert torch.equal(grid.rounded(once, x0, eps=eps, norm=norm, bounds=(0.0, 1.0)), once)
     assert ((once - x).abs() <= 1 / 255 + 1e-6).all()
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.0039), ("linf", 0.0235), ("l2", 0.0039), ("l1", 0.0039)])
+def test_a_level_just_beyond_the_ball_is_outside(norm, eps):
+    """0.0039 is less than 1/255, and 0.0235 than 6/255, by less than a hundredth of a level."""
+    x0 = torch.tensor([[100.0, 7.0, 30.0]]) / 255
+    x = x0 + eps * torch.tensor([[1.0, 0.0, -1.0 if norm == "linf" else 0.0]])
+    found = Grid(0.0, 1.0, 255).rounded(x, x0, eps=eps, norm=norm, bounds=(0.0, 1.0))
+    assert (lengths(found, x0, norm) <= eps * (1 + 1e-5)).all()
+    exact = round(eps * 255) / 255
+    found = Grid(0.0, 1.0, 255).rounded(x, x0, eps=exact, norm=norm, bounds=(0.0, 1.0))
+    assert (found != x0).any()
+
+
+def test_a_bound_between_levels_is_kept_to():
+    x0, hi = torch.tensor([[0.0]]), 0.995 / 255
+    found = Grid(0.0, 1.0, 255).rounded(x0 + 0.1, x0, eps=1.0, norm="linf", bounds=(0.0, torch.tensor([[hi]])))
+    assert (found <= hi).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_rounding_copies_no_number_to_the_device(norm):
+    """A copy from the host makes a GPU wait and cannot be part of a CUDA graph."""
+
+    class Copies(TorchFunctionMode):
+        names = ()
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.names += (getattr(function, "__name__", ""),)
+            return function(*args, **(kwargs or {}))
+
+    x0 = torch.zeros(2, 3)
+    with Copies() as copies:
+        Grid(0.0, 1.0, 255).rounded(x0 + 0.1, x0, eps=0.05, norm=norm, bounds=(0.0, 1.0))
+    assert not {"as_tensor", "tensor", "item", "tolist", "__bool__"} & set(copies.names)
 
 
 def test_errors(problem):

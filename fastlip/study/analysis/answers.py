@@ -54,7 +54,8 @@ def who(models: Sequence[Model]) -> str:
 def fraction(ratio: float) -> str:
     """A ratio in words, as in "a thirtieth of", "half of" or "1.2 times"."""
     parts = round(1 / ratio) if ratio > 0 else 0
-    if ratio > 2 / 3 or parts == 0:
+    # "Half of" is no word for 0.66, and "a third of" none for 0.4.
+    if parts < 2 or abs(parts * ratio - 1) > 0.1:
         return f"{ratio:.2g} times"
     if parts == 2:
         return "half of"

@@ -119,13 +119,13 @@ def smallest(stored: StoredModel, kind: Any) -> Smallest:
     arrays, rules = stored.images(f"smallest-{kind}"), stored.rules
     distortion = arrays["distortion"][stored.right]
     found = np.isfinite(distortion)
-    ceiling = float(arrays["ceiling"].max())
+    ceiling = arrays["ceiling"][stored.right]
     return Smallest(
         attack=kind,
         found=proportion(found, rules.confidence),
         median=median(distortion, rules.confidence),
         mean=mean(distortion[found], rules.confidence, rules.resamples),
-        ceiling=ceiling,
+        ceiling=float(arrays["ceiling"].max()),
         mean_with_ceiling=mean(np.where(found, distortion, ceiling), rules.confidence, rules.resamples),
         stretch=_stretch(stored, arrays["stretch"][stored.right][found]),
         depth=_depth(arrays, stored.right & arrays["found"]),

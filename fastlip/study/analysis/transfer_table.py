@@ -6,21 +6,28 @@ from fastlip.study.analysis.statistics import proportion
 from fastlip.study.settings.settings import Settings
 from fastlip.study.settings.training import TRANSFER
 from fastlip.study.storage.array_files import read_measured, read_transfer
-from fastlip.study.storage.run_directory import RunDirectory
+from fastlip.study.storage.files import damaged
+from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
 from fastlip.study.storage.schema import Transfer
 
 
 def transfer_table(run: RunDirectory) -> list[Transfer]:
-    """Every pair of models of one seed, a model with itself included, at every norm; empty where none was measured."""
+    """Every pair of models of one seed, a model with itself included, at every norm; empty where none was measured.
+
+    Raises:
+        StudyError: a file is missing, damaged or of another run.
+    """
     s = run.settings
     if not s.transfer.l2:
         return []
     arms = {model.name: model.arm for model in run.models}
     right = {name: _right(run, name) for name in arms}
     found = []
-    for target in arms:
+    for model in run.models:
+        target = model.name
         arrays = read_transfer(run.images(target, "transfer"))
         label = arrays["label"]
+        _require_own(run, model, arrays, min(s.transfer.images, len(right[target])))
         for i, source in enumerate(arrays["source"].tolist()):
             both = (right[source] & right[target])[: len(label)]
             for j, strength in enumerate(arrays["strength"].tolist()):
@@ -53,6 +60,15 @@ def trained_on_disjoint_images(settings: Settings, a: str, b: str) -> bool:
 
 #: Sources and targets of which no two share an image.
 _SEPARATE = {"generated", "imagenet", "cifar10", "cifar100", "svhn"}
+
+
+def _require_own(run: RunDirectory, model: TrainedModel, arrays: dict[str, np.ndarray], images: int) -> None:
+    """Raise where a file is not about the models, norms and images of this run."""
+    path = run.images(model.name, "transfer")
+    if arrays["source"].tolist() != [other.name for other in run.models if other.seed == model.seed]:
+        raise damaged(path, "its sources are not the models of this run")
+    if arrays["strength"].tolist() != list(run.settings.transfer.l2) or len(arrays["label"]) != images:
+        raise damaged(path, "its norms or images are not those of this run")
 
 
 def _right(run: RunDirectory, name: str) -> np.ndarray:

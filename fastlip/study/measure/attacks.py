@@ -76,11 +76,12 @@ def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, p
     """Measurements of the smallest L2 perturbations that PGD finds.
 
     "distortion" is inf where it finds none, "found" [N] says where it does, and "ceiling" [N] is the largest distortion
-    in reach: 1, because the search ends at the diameter of the box.
+    that it tried where it found none, and the largest there is, 1, elsewhere.
     """
+    searched = []
 
     def search(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
-        return min_norm(
+        found = min_norm(
             model,
             x,
             y,
@@ -89,10 +90,17 @@ def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, p
             search_steps=settings.smallest.searches,
             loss=settings.pgd.loss,
             fast=True,
-        ).adversarial
+        )
+        assert found.searched is not None
+        # Distortion is the L2 norm over the square root of the number of pixel values.
+        searched.append((found.searched / x[0].numel() ** 0.5).clamp_max(1.0).cpu())
+        return found.adversarial
 
     arrays = perturbed(model, images, search, 0, progress, keep=KEPT)
-    return _censored(arrays, np.ones(len(arrays.get("id", ()))))
+    if not arrays:
+        return arrays
+    tried = torch.cat(searched).numpy()
+    return _censored(arrays, np.where(arrays["prediction"] == arrays["label"], tried, 1.0))
 
 
 def smallest_gaussian(model: nn.Module, images: Images, settings: Settings, seed: int, progress: Progress) -> Arrays:

@@ -7,6 +7,7 @@ from fastlip.study.measure.images import Progress
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.stage import Stage
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
+from fastlip.study.training.architectures import description
 
 
 def checkpoint_stages(run: RunDirectory, inputs: Inputs) -> list[Stage]:
@@ -24,5 +25,6 @@ def _import(run: RunDirectory, inputs: Inputs, model: TrainedModel, progress: Pr
     images = inputs.target_attacked
     path = run.checkpoint(model.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, network, {"images": images.name, "classes": str(len(images.classes)), "input": words})
+    made_for = {"images": images.name, "classes": str(len(images.classes)), "input": words}
+    save_checkpoint(path, network, made_for | description(run.settings, model.arm))
     return f"{run.settings.architecture_of(model.arm)}, {words}"

@@ -1,6 +1,6 @@
 """The stages that measure trained models: on images, their norms, their spectra."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -15,7 +15,7 @@ from fastlip.study.pipeline.networks import Networks
 from fastlip.study.pipeline.stage import Stage, derived_seed
 from fastlip.study.settings.attacks import Ball
 from fastlip.study.storage.array_files import read_measured, read_transfer_images
-from fastlip.study.storage.files import write_arrays, write_json
+from fastlip.study.storage.files import damaged, write_arrays, write_json
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel, gaussian_name, pgd_name, strong_name
 from fastlip.study.training.process_group import ProcessGroup
 
@@ -167,10 +167,7 @@ class _Measuring:
     def transfer(self, model: TrainedModel, progress: Progress) -> str:
         """What a model makes of the adversarial images of all models of its seed, and of noise of the same norm."""
         s = self.run.settings
-        made = {
-            other.name: read_transfer_images(self.run.images(other.name, "transfer-images"), len(s.transfer.l2))
-            for other in self.of_one_seed(model)
-        }
+        made = _TransferImages(self.run, [other.name for other in self.of_one_seed(model)], self._transferred)
         seed = derived_seed(model.seed, "transfer-images")
         arrays = transfer.judged(self.networks.trained(model), self._transferred, made, s.transfer.l2, seed, progress)
         write_arrays(self.run.images(model.name, "transfer"), arrays)
@@ -217,6 +214,29 @@ class _Measuring:
         chosen = self.attacked.shard(0, 1).first(s.images)
         files, names = self.inputs.corrupted_files, self.inputs.corruption_names
         return corruptions.corrupted(network, chosen, s.severities, files, names, seed, progress)
+
+
+class _TransferImages(Mapping[str, Arrays]):
+    """The adversarial images of models by name, read as they are asked for: those of all would fill the memory."""
+
+    def __init__(self, run: RunDirectory, names: list[str], images: Images) -> None:
+        self.run = run
+        self.names = names
+        self.images = images
+
+    def __getitem__(self, name: str) -> Arrays:
+        path = self.run.images(name, "transfer-images")
+        found = read_transfer_images(path, len(self.run.settings.transfer.l2))
+        shape = found["perturbed"].shape[2:]
+        if not np.array_equal(found["label"], self.images.labels.cpu()) or shape != self.images.pixels.shape[1:]:
+            raise damaged(path, "its images are not those of this run")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _in_words(arrays: Arrays) -> str:

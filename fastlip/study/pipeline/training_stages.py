@@ -16,7 +16,7 @@ from fastlip.study.pipeline.stage import Stage, derived_seed
 from fastlip.study.settings.training import Schedule
 from fastlip.study.storage.files import write_json
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
-from fastlip.study.training.architectures import SOURCE, build, parts
+from fastlip.study.training.architectures import SOURCE, build, description, parts
 from fastlip.study.training.process_group import ProcessGroup
 from fastlip.study.training.train import train
 
@@ -56,7 +56,7 @@ class _Training:
     def pretrain(self, name: str, seed: int, progress: Progress) -> str:
         s, images = self.run.settings, self.inputs.source_train
         network = build(s, SOURCE, len(images.classes), derived_seed(seed, "source weights"))
-        return self._train(name, network, parts(s, SOURCE, network).head, images, s.pretrain, seed, progress)
+        return self._train(name, SOURCE, network, parts(s, SOURCE, network).head, images, s.pretrain, seed, progress)
 
     def train(self, model: TrainedModel, progress: Progress) -> str:
         network, images = self._untrained(model)
@@ -69,15 +69,18 @@ class _Training:
         def keep(epoch: int) -> None:
             snapshot = TrainedModel(model.arm, model.seed, epoch)
             if snapshot in self.run.snapshots:
-                self._save(snapshot.name, network, images)
+                self._save(snapshot.name, model.arm, network, images)
 
-        return self._train(model.name, network, found.head, images, schedule, model.seed, progress, trained, keep)
+        return self._train(
+            model.name, model.arm, network, found.head, images, schedule, model.seed, progress, trained, keep
+        )
 
     def probe(self, model: TrainedModel, progress: Progress) -> str:
         """Train the head alone, the first half of LP-FT (Kumar et al. 2022)."""
         network, images = self._untrained(model)
         head, schedule = self.networks.parts(model, network).head, self.run.settings.finetune
-        return self._train(_probe_name(model), network, head, images, schedule, model.seed, progress, [head])
+        name = _probe_name(model)
+        return self._train(name, model.arm, network, head, images, schedule, model.seed, progress, [head])
 
     def _untrained(self, model: TrainedModel) -> tuple[nn.Sequential, ImageSet]:
         """The network that an arm starts from, and its training images."""
@@ -87,6 +90,7 @@ class _Training:
     def _train(
         self,
         name: str,
+        arm: str,
         network: nn.Module,
         head: str,
         images: ImageSet,
@@ -114,7 +118,7 @@ class _Training:
             compiled=machine.compiled,
         )
         if self.group.leads:
-            self._save(name, network, images)
+            self._save(name, arm, network, images)
             write_json(
                 self.run.training(name),
                 {
@@ -130,10 +134,11 @@ class _Training:
             state.unlink(missing_ok=True)
         return f"loss {history.loss[-1]:.3f}, accuracy {history.accuracy[-1]:.1%} on augmented training images"
 
-    def _save(self, name: str, network: nn.Module, images: ImageSet) -> None:
+    def _save(self, name: str, arm: str, network: nn.Module, images: ImageSet) -> None:
         path = self.run.checkpoint(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, network, {"images": images.name, "classes": str(len(images.classes))})
+        made_for = {"images": images.name, "classes": str(len(images.classes))}
+        save_checkpoint(path, network, made_for | description(self.run.settings, arm))
 
 
 def _probe_name(model: TrainedModel) -> str:

@@ -101,7 +101,13 @@ def power(log10: float) -> str:
 
 
 def confidence(value: float) -> str:
-    return "1" if value == 1.0 else f"1 − {1 - value:.0e}"
+    """The confidence by the probability of error, which is rounded up, as in "1 − 2e-07"."""
+    if value == 1.0:
+        return "1"
+    risk = 1 - value
+    digit = 10.0 ** math.floor(math.log10(risk))
+    # 1 - value has a rounding error, which must not become a whole digit.
+    return f"1 − {math.ceil(risk / digit - 1e-6) * digit:.0e}"
 
 
 def ball_name(norm: str, eps: float) -> str:

@@ -75,7 +75,10 @@ def check_schedule(schedule: Schedule, name: str) -> None:
     kept = schedule.snapshots
     need(len(set(kept)) == len(kept), f"{name}.snapshots", "name each epoch once")
     need(all(0 < e < schedule.epochs for e in kept), f"{name}.snapshots", f"epochs from 1 to {name}.epochs - 1")
-    need(not kept or name != "pretrain", f"{name}.snapshots", "the source is not measured; leave it empty")
+    measured = name in ("scratch", "finetune")
+    need(
+        not kept or measured, f"{name}.snapshots", "those of the arms scratch and finetune are measured; leave it empty"
+    )
 
 
 def check_evaluation(evaluation: EvaluationSettings) -> None:

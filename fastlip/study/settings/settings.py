@@ -17,6 +17,9 @@ from fastlip.study.settings.measurements import (
 from fastlip.study.settings.rules import Rules
 from fastlip.study.settings.training import REFERENCES, TRANSFER, Role, Schedule
 
+#: How far "matched" may be from as many images as the source and the fine-tuning together see, relative to them.
+_MATCHED = 0.1
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -119,6 +122,12 @@ class Settings:
         need(not self.checkpoints or self.seeds == 1, "seeds", "checkpoints are measured once: leave it at 1")
         checks.check_images(self.dataset, self.source, self.image_size)
         normalization.statistics(self.normalize, self.dataset)
+        need(
+            not self.normalize or bool(self.checkpoints), "normalize", "is for checkpoints that are measured; leave it"
+        )
+        named = self.stages or self.head
+        fits = not self.models or self.model in self.models
+        need(not named or fits, "head", "stages and head are of one network: name one --model for all checkpoints")
         checks.check_model(self.stem, self.scale, self.weights, self.source)
         need((self.dataset == "generated") == (self.source == "generated"), "source", "generated images go together")
         need(self.seeds > 0 and self.seed >= 0, "seeds", "seeds must be at least 1 and seed at least 0")
@@ -126,6 +135,11 @@ class Settings:
         need(self.save_seconds >= 0, "save_seconds", "must be at least 0")
         for name in ("pretrain", "scratch", "finetune", "reference"):
             checks.check_schedule(getattr(self, name), name)
+            need(getattr(self, name).crop < self.image_size, f"{name}.crop", "must be below image_size")
+        if "matched" in self.arms and self.pretrains:
+            epochs = self._seen / self.scratch.images
+            near = abs(self.schedule("matched").epochs / epochs - 1) <= _MATCHED
+            need(near, "arms", f"matched would take {epochs:.2g} epochs of scratch.images; make that a whole number")
         checks.check_evaluation(self.evaluation)
         need(0 <= self.examples <= self.evaluation.images, "examples", "0 to evaluation.images")
         checks.check_attacks(self.gaussian, self.pgd, self.strong, self.smallest)
@@ -141,11 +155,15 @@ class Settings:
     def schedule(self, arm: str) -> Schedule:
         """How ``arm`` is trained."""
         if arm == "matched":
-            seen = self.pretrain.images * self.pretrain.epochs + self.finetune.images * self.finetune.epochs
-            return replace(self.scratch, epochs=max(1, round(seen / self.scratch.images)), snapshots=())
+            return replace(self.scratch, epochs=max(1, round(self._seen / self.scratch.images)), snapshots=())
         if arm in REFERENCES:
             return self.reference
         return self.finetune if arm in TRANSFER else self.scratch
+
+    @property
+    def _seen(self) -> int:
+        """Training images that the source and the fine-tuning see together."""
+        return self.pretrain.images * self.pretrain.epochs + self.finetune.images * self.finetune.epochs
 
     def training_images(self, arm: str) -> range:
         """Which images of the target ``arm`` is trained on: their places in an order that all arms share."""

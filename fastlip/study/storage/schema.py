@@ -72,8 +72,8 @@ class AttackSummary(TypedDict):
 class Smallest(TypedDict):
     """Distortion of the smallest perturbation found that changes the decision, over images classified correctly.
 
-    Images for which none was found count as infinite in the median, are left out of ``mean``, and count as ``ceiling``,
-    the largest distortion that the search tries, in ``mean_with_ceiling``.
+    Images for which none was found count as infinite in the median, are left out of ``mean``, and count in
+    ``mean_with_ceiling`` as the largest distortion that the search tries on them. ``ceiling`` is the largest of these.
     """
 
     attack: Literal["gaussian", "pgd"]

@@ -20,18 +20,18 @@ def build(settings: Settings, arm: str, classes: int, seed: int) -> nn.Sequentia
         StudyError: there is no such network, or the stem, the scale or the image size does not fit it.
     """
     spec = _architecture(settings, arm)
-    own = not spec.startswith("fastlip:")  # the small references take images as they are
+    stem, scale = _stem_and_scale(settings, spec)
     try:
-        return build_model(
-            spec,
-            classes,
-            image_size=settings.image_size,
-            stem=settings.stem if own else "imagenet",
-            scale=settings.scale if own else 1,
-            seed=seed,
-        )
+        return build_model(spec, classes, image_size=settings.image_size, stem=stem, scale=scale, seed=seed)
     except (ValueError, ImportError) as error:
         raise StudyError(f"--model {spec}: {first_line(error)}", status=2) from None
+
+
+def description(settings: Settings, arm: str) -> dict[str, str]:
+    """What a checkpoint says about its network, whose weights alone do not tell its stem and its scale."""
+    spec = _architecture(settings, arm)
+    stem, scale = _stem_and_scale(settings, spec)
+    return {"model": spec, "stem": stem, "scale": str(scale)}
 
 
 def parts(settings: Settings, arm: str, network: nn.Module) -> Anatomy:
@@ -62,13 +62,22 @@ def check_networks(settings: Settings, arms: Sequence[str], classes: int) -> lis
     """Build the networks of ``arms``, each once, and return what is to be warned of, a line for each.
 
     Raises:
-        StudyError: one of them cannot be built, its parts cannot be found, or it has no certified Lipschitz bound.
+        StudyError: one of them cannot be built, its parts cannot be found or leave nothing for "partial" to freeze, or
+            it has no certified Lipschitz bound.
     """
     found = []
     first = {_architecture(settings, arm): arm for arm in reversed(arms)}
     for spec, arm in first.items():
         network = build(settings, arm, classes, 0)
-        parts(settings, arm, network)
+        tail = parts(settings, arm, network).tail
+        if "partial" in settings.arms and spec == settings.model:
+            last = {id(p) for name in tail for p in network.get_submodule(name).parameters()}
+            if all(id(p) in last for p in network.parameters()):
+                raise StudyError(
+                    f"--set arms: partial would train all of {spec}, which has no stage before the last; name stages "
+                    "with --set stages=..., or leave it out",
+                    status=2,
+                )
         try:
             require_rules(network, image_shape(settings))
         except ValueError as error:
@@ -89,3 +98,8 @@ def check_networks(settings: Settings, arms: Sequence[str], classes: int) -> lis
 
 def _architecture(settings: Settings, arm: str) -> str:
     return settings.model if arm == SOURCE else settings.architecture_of(arm)
+
+
+def _stem_and_scale(settings: Settings, spec: str) -> tuple[str, int]:
+    """The small references take images as they are."""
+    return ("imagenet", 1) if spec.startswith("fastlip:") else (settings.stem, settings.scale)

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlip._text import printable
 from fastlip.models import load_checkpoint
 from fastlip.study.errors import StudyError, first_line
 from fastlip.study.settings import normalization
 from fastlip.study.settings.settings import Settings
-from fastlip.study.training.architectures import build
+from fastlip.study.training.architectures import build, description
 
 #: What DataParallel, torch.compile and the study's own normalisation put before the names of weights.
 _WRAPPERS = ("module.", "_orig_mod.", "network.")
@@ -26,7 +27,8 @@ def given_network(settings: Settings, name: str, path: Path, classes: int) -> tu
     """The network of one of the run's checkpoints, on the CPU, with the weights of the file at ``path``.
 
     The file holds the state dict of the network alone, or of the study's own models, whose normalisation is then
-    taken. Prefixes of DataParallel and ``torch.compile`` are removed from its names.
+    taken. Prefixes of DataParallel and ``torch.compile`` are removed from its names. A checkpoint that the study wrote
+    says which stem and scale its network has, which are not to be read off the weights.
 
     Args:
         settings: of the run.
@@ -42,10 +44,19 @@ def given_network(settings: Settings, name: str, path: Path, classes: int) -> tu
     """
     model = settings.architecture_of(name)
     where = f"--checkpoint {name}={path}"
+    state, said = _read(path, where)
+    wanted_of = description(settings, name)
+    for setting in ("stem", "scale") if said.get("model") == model else ():
+        if said.get(setting, wanted_of[setting]) != wanted_of[setting]:
+            raise StudyError(
+                f"{where} was trained with {setting}={printable(said[setting])} and is to be measured with "
+                f"{setting}={wanted_of[setting]}: give --set {setting}={printable(said[setting])}",
+                status=2,
+            )
     network = build(settings, name, classes, 0)
     bare = network.get_submodule("network")
     wanted = bare.state_dict()
-    given, own = _unwrapped(read_state_dict(path, where), wanted)
+    given, own = _unwrapped(state, wanted)
     wrong = _difference(given, wanted, classes)
     if wrong:
         raise StudyError(f"{where}: {wrong} (--model {model})", status=2)
@@ -75,11 +86,16 @@ def read_state_dict(path: Path, where: str) -> dict[str, Tensor]:
     Raises:
         StudyError: it cannot be read, or holds none or several.
     """
+    return _read(path, where)[0]
+
+
+def _read(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same, and what a safetensors file says beside it."""
     if not path.is_file():
         raise StudyError(f"{where} is not a file", status=2)
     try:
         if path.suffix == ".safetensors":
-            return load_checkpoint(path)[0]
+            return load_checkpoint(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise StudyError(
@@ -87,14 +103,14 @@ def read_state_dict(path: Path, where: str) -> dict[str, Tensor]:
             status=2,
         ) from None
     if _is_state_dict(found):
-        return dict(found)
+        return dict(found), {}
     inner = {k: v for k, v in found.items() if _is_state_dict(v)} if isinstance(found, dict) else {}
     if not inner:
         raise StudyError(f"{where} holds no state dict", status=2)
     if len(inner) > 1:
         names = ", ".join(map(str, inner))
         raise StudyError(f"{where} holds several state dicts ({names}); save the one to take on its own", status=2)
-    return dict(next(iter(inner.values())))
+    return dict(next(iter(inner.values()))), {}
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fastlip.study.analysis.summaries import gaussian_of_same_norm
+from fastlip.study.analysis.summaries import gaussian_of_same_norm, smallest
 from fastlip.study.settings.rules import Rules
 
 
@@ -23,3 +23,19 @@ def test_noise_counts_where_there_is_a_smallest_perturbation_to_be_as_long_as():
     )
     found = gaussian_of_same_norm(stored)
     assert (found["k"], found["n"]) == (1, 2)
+
+
+def test_an_image_without_a_perturbation_counts_with_its_own_ceiling():
+    """What is hidden lies above it; above another image's ceiling it need not lie."""
+    arrays = {
+        "distortion": np.array([0.1, np.inf, np.inf, 0.0]),
+        "ceiling": np.array([0.5, 0.4, 0.6, 0.9]),
+        "stretch": np.ones(4),
+        "found": np.array([True, False, False, True]),
+    }
+    right = np.array([True, True, True, False])
+    stored = SimpleNamespace(right=right, rules=Rules(), images=lambda name: arrays)
+    found = smallest(stored, "gaussian")
+    assert found["mean_with_ceiling"]["value"] == np.mean([0.1, 0.4, 0.6])
+    assert found["mean"]["value"] == 0.1
+    assert found["ceiling"] == 0.9

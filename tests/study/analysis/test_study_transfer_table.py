@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from fastlip.study.analysis.transfer_table import trained_on_disjoint_images, transfer_table
+from fastlip.study.errors import StudyError
 from fastlip.study.pipeline import start_or_resume
 from fastlip.study.settings import overrides
 from fastlip.study.settings.training import ARMS, REFERENCES, TRANSFER
-from fastlip.study.storage.files import write_arrays
+from fastlip.study.storage.files import read_arrays, write_arrays
 
 LABEL = np.arange(8) % 2
 SMALL = ["arms=softmax,scratch,disjoint", "seeds=2", "transfer.images=6", "transfer.l2=0.5,1"]
@@ -74,6 +75,23 @@ def test_pairs_with_the_disjoint_arm_are_marked(run):
     for row in transfer_table(run):
         arms = {row["source"].partition("-")[0], row["target"].partition("-")[0]}
         assert row["disjoint"] == (len(arms) == 2 and "disjoint" in arms)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": np.array(["softmax-s0", "scratch-s0", "finetune-s0"])},
+        {"strength": np.array([0.5, 2.0])},
+        {name: None for name in ("label", "prediction", "noise_prediction")},
+    ],
+)
+def test_a_file_of_another_run_is_refused(run, change):
+    path = run.images("scratch-s0", "transfer")
+    arrays = read_arrays(path)
+    changed = {name: arrays[name][..., :5] if value is None else value for name, value in change.items()}
+    write_arrays(path, arrays | changed)
+    with pytest.raises(StudyError, match=r"transfer\.npz is damaged \(its .* not th.* of this run"):
+        transfer_table(run)
 
 
 def test_nothing_is_read_where_nothing_was_measured(micro, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastlip.attacks import min_norm
 from fastlip.data import ImageSet
 from fastlip.study.measure import attacks
 from fastlip.study.measure.images import Images
@@ -97,9 +98,26 @@ def test_the_ceiling_of_gaussian_noise_is_the_strongest_that_is_tried(linear):
     np.testing.assert_allclose(again["ceiling"], found["ceiling"], rtol=1e-6)
 
 
-def test_the_search_by_pgd_ends_at_the_diameter_of_the_box(linear):
+class Steep(nn.Module):
+    """A slope so steep at every image that the search begins with tiny radii, and a plain beside it."""
+
+    def forward(self, x):
+        return (x - 127 / 255).flatten(1).mean(1, keepdim=True).clamp(-1e-6, 1e-6) * 100
+
+
+def test_the_ceiling_of_the_search_by_pgd_is_the_largest_distortion_that_it_tried(linear):
     found = attacks.smallest_adversarial(linear, images(linear), SETTINGS, nothing)
     assert found["ceiling"].tolist() == [1.0] * 12
+    given = images(linear)
+    given.pixels, given.labels = torch.full((12, 3, 8, 8), 127, dtype=torch.uint8), torch.zeros(12, dtype=torch.int64)
+    few = overrides.override(SETTINGS, ["smallest.searches=3"])
+    model = nn.Sequential(Steep(), nn.Linear(1, 2)).eval().requires_grad_(False)
+    model[1].load_state_dict({"weight": torch.tensor([[0.0], [1.0]]), "bias": torch.tensor([0.0, -1e-3])})
+    found = attacks.smallest_adversarial(model, given, few, nothing)
+    assert not found["found"].any()
+    first = min_norm(model, given.at(slice(None)), given.labels, search_steps=1).searched.numpy()
+    np.testing.assert_allclose(found["ceiling"], 16 * first / np.sqrt(192), rtol=1e-5)
+    assert (found["ceiling"] < 0.1).all()
 
 
 def test_nothing_found_is_infinite(linear):

@@ -1,6 +1,7 @@
 """Transfer between linear models, where what an adversarial image of one is to the other is known in closed form."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ import torch
 from torch import nn
 
 from fastlip.data import ImageSet
+from fastlip.study.errors import StudyError
 from fastlip.study.measure import transfer
 from fastlip.study.measure.images import Images, merged
+from fastlip.study.pipeline.measurement_stages import _TransferImages
 from fastlip.study.settings import overrides, presets
+from fastlip.study.storage.files import write_arrays
 
 NORMS = (0.05, 0.1)
 SETTINGS = overrides.override(presets.preset("demo"), ["pgd.steps=20", "transfer.l2=0.05,0.1"])
@@ -143,3 +147,18 @@ def test_what_the_source_misclassifies_is_left_as_it_is(pair):
     assert (made["l2"][:3] == 0).all()
     assert (made["l2"][3:] > 0).all()
     np.testing.assert_array_equal(made["perturbed"][:3, 0], given.at(slice(3)).numpy())
+
+
+def test_the_images_of_one_model_at_a_time_are_read_and_those_of_another_run_refused(pair, made, tmp_path):
+    run = SimpleNamespace(settings=SETTINGS, images=lambda name, what: tmp_path / f"{name}-{what}.npz")
+    given = images(pair[0])
+    stored = _TransferImages(run, ["a", "b", "c"], given)
+    assert list(stored) == ["a", "b", "c"]
+    assert len(stored) == 3
+    write_arrays(run.images("a", "transfer-images"), made)  # those of "b" and "c" are not looked at yet
+    np.testing.assert_array_equal(stored["a"]["perturbed"], made["perturbed"])
+    write_arrays(run.images("b", "transfer-images"), {name: values[:-1] for name, values in made.items()})
+    write_arrays(run.images("c", "transfer-images"), made | {"perturbed": made["perturbed"][..., :4]})
+    for name in "bc":
+        with pytest.raises(StudyError, match=f"{name}-transfer-images.npz is damaged .*not those of this run"):
+            _ = stored[name]

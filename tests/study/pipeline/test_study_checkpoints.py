@@ -22,6 +22,7 @@ from fastlip.study.settings import presets
 from fastlip.study.settings.input_paths import InputPaths
 from fastlip.study.storage.json_files import read_results
 from fastlip.study.storage.run_directory import RunDirectory
+from fastlip.study.training.architectures import build, description
 from fastlip.study.training.given_checkpoints import given_network
 
 SPEC = "torchvision:resnet18"
@@ -101,6 +102,19 @@ def test_a_checkpoint_of_the_study_has_its_own_normalisation(tmp_path):
     given(tmp_path / "a.safetensors", normalize="0.1,0.2,0.3/0.4,0.5,0.6")
     with pytest.raises(StudyError, match="another normalisation than --normalize"):
         given(tmp_path / "a.safetensors", normalize="imagenet")
+
+
+def test_a_checkpoint_of_the_study_keeps_its_stem_and_scale(tmp_path):
+    """Their weights fit every stem and scale; another network would be measured in the place of the trained one."""
+    trained = settings(stem="stride-2", scale=2)
+    save_checkpoint(tmp_path / "a.safetensors", build(trained, "tuned", CLASSES, 0), description(trained, "tuned"))
+    given(tmp_path / "a.safetensors", stem="stride-2", scale=2)
+    for changes, message in (
+        ({"scale": 2}, "trained with stem=stride-2 and is to be measured with stem=imagenet: give --set stem=stride-2"),
+        ({"stem": "stride-2"}, "give --set scale=2"),
+    ):
+        with pytest.raises(StudyError, match=message):
+            given(tmp_path / "a.safetensors", **changes)
 
 
 def without(state, name):
@@ -301,7 +315,8 @@ def test_files_and_normalisation_are_among_the_fingerprints(measured, files):
     assert inputs["tuned"] == f"sha256 {digest}, input normalised by imagenet"
     assert inputs["scratch"].endswith(", input normalised as the checkpoint says")
     weights, meta = load_checkpoint(measured.checkpoint("scratch"))
-    assert meta == {"images": "photos", "classes": "3", "input": "input normalised as the checkpoint says"}
+    made_for = {"images": "photos", "classes": "3", "input": "input normalised as the checkpoint says"}
+    assert meta == made_for | {"model": "fastlip:convnet", "stem": "imagenet", "scale": "1"}
     assert all(torch.equal(value, weights[name]) for name, value in load_checkpoint(files["scratch"])[0].items())
 
 

@@ -11,7 +11,7 @@ from fastlip.study.analysis.statistics import proportion
 from fastlip.study.report.attack_tables import corrupted_table, transfer_table
 from fastlip.study.report.depth_figures import operator
 from fastlip.study.report.difference_table import MEASURES, difference_table
-from fastlip.study.report.number_format import distortion, factor, interval, number, percent, power
+from fastlip.study.report.number_format import confidence, distortion, factor, interval, number, percent, power
 from fastlip.study.report.spectra_figures import profile_figure, weight_figure
 from fastlip.study.report.summary_tables import arm_table, seed_by_seed_table, seed_table
 from fastlip.study.report.tables import Table
@@ -22,6 +22,14 @@ from fastlip.study.storage.schema import Estimate
 def test_a_bound_is_rounded_upwards_and_by_less_than_two_percent(log10):
     shown = math.log10(float(power(log10)))
     assert 0 <= shown - log10 + 1e-12 < math.log10(1.02)
+
+
+@pytest.mark.parametrize(
+    ("risk", "shown"), [(1.43e-7, "2e-07"), (1e-6, "1e-06"), (5e-7, "5e-07"), (9.5e-7, "1e-06"), (0.05, "5e-02")]
+)
+def test_no_more_confidence_is_shown_than_there_is(risk, shown):
+    assert confidence(1 - risk) == f"1 − {shown}"
+    assert confidence(1.0) == "1"
 
 
 @pytest.mark.parametrize(

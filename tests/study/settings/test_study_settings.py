@@ -49,6 +49,10 @@ def test_override_changes_one_setting_and_its_type():
         ("rules.compared_linf_255=3", "rules.compared_linf_255"),
         ("scratch.flip=perhaps", "expected bool"),
         ("gaussian.sigmas=0.1,0.1", "gaussian.sigmas"),
+        ("normalize=none", "normalize: is for checkpoints"),
+        ("reference.snapshots=1", "reference.snapshots: those of the arms scratch and finetune"),
+        ("pretrain.snapshots=1", "pretrain.snapshots"),
+        ("scratch.crop=32", "scratch.crop: must be below image_size"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_it(assignment, message):
@@ -56,6 +60,22 @@ def test_a_wrong_override_is_one_line_that_names_it(assignment, message):
         overrides.override(presets.preset("demo"), [assignment])
     assert caught.value.status == 2
     assert "\n" not in str(caught.value)
+
+
+def test_matched_is_close_to_the_compute_that_it_is_called_after():
+    quick = presets.preset("quick")
+    arms = dataclasses.replace(quick, source="cifar100", arms=("scratch", "matched", "finetune"))
+    assert arms.schedule("matched").epochs == 4
+    with pytest.raises(StudyError, match=r"matched would take 3\.4 epochs of scratch\.images"):
+        overrides.override(arms, ["pretrain.images=11000"])
+    assert overrides.override(quick, ["pretrain.images=11000"]).schedule("scratch") == quick.scratch
+
+
+def test_parts_are_named_of_a_network_that_the_run_has():
+    own = {"arms": (), "checkpoints": ("a", "b"), "models": ("timm:resnet18", "torchvision:resnet18")}
+    with pytest.raises(StudyError, match="stages and head are of one network"):
+        dataclasses.replace(presets.preset("quick"), **own, head="fc")
+    dataclasses.replace(presets.preset("quick"), **own, model="timm:resnet18", head="fc")
 
 
 def test_an_unknown_preset_names_the_known_ones():

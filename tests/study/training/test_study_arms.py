@@ -18,8 +18,8 @@ from fastlip.study.storage.run_directory import TrainedModel
 
 
 @pytest.fixture(scope="module")
-def weights(micro, tmp_path_factory):
-    """Checkpoints of all arms by name."""
+def checkpoints(micro, tmp_path_factory):
+    """Checkpoints of all arms by name, with what they say about themselves."""
     settings = overrides.override(micro, ["arms=" + ",".join(ARMS)])
     inputs = Inputs(settings, InputPaths())
     run = start_or_resume.open_or_create(
@@ -29,7 +29,23 @@ def weights(micro, tmp_path_factory):
         if "training" in stage.name:
             stage.run(lambda done, total, note: None)
             assert stage.done
-    return {path.stem: load_checkpoint(path)[0] for path in run.path.glob("checkpoints/*.safetensors")}
+    return {path.stem: load_checkpoint(path) for path in run.path.glob("checkpoints/*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def weights(checkpoints):
+    return {name: state for name, (state, _) in checkpoints.items()}
+
+
+def test_every_checkpoint_says_of_which_network_it_is(checkpoints, micro):
+    own = {"model": micro.model, "stem": micro.stem, "scale": str(micro.scale)}
+    for name, (_, said) in checkpoints.items():
+        arm = name.partition("-")[0]
+        small = {"model": f"fastlip:{arm}", "stem": "imagenet", "scale": "1"}
+        expected = small if arm in ("softmax", "mlp", "convnet") else own
+        if arm == "resnet18":
+            expected = own | {"model": "torchvision:resnet18"}
+        assert said.items() >= expected.items(), name
 
 
 def changed(one, other):

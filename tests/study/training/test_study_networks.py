@@ -114,3 +114,12 @@ def test_a_checkpoint_of_timms_network_is_a_source(tmp_path):
     save_checkpoint(path, own)
     inputs = Inputs(replace(chosen, source="checkpoint"), InputPaths(source_checkpoint=path))
     require_fit(inputs.source_weights(), chosen, str(path))
+
+
+def test_partial_must_leave_something_as_the_source_has_it():
+    chosen = settings("model=torchvision:resnet18", "stem=stride-1", "arms=scratch,partial")
+    assert check_networks(chosen, chosen.arms, 6) == []
+    whole = overrides.override(chosen, ["stages=conv1"])
+    with pytest.raises(StudyError, match="partial would train all of torchvision:resnet18"):
+        check_networks(whole, whole.arms, 6)
+    check_networks(replace(whole, arms=("scratch", "linear")), ("scratch", "linear"), 6)

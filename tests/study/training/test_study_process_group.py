@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastlip.models import load_checkpoint
+from fastlip.study.errors import StudyError
 from fastlip.study.measure.images import merged
 from fastlip.study.storage.files import read_arrays, read_json
 from fastlip.study.training.batch_norm import synchronised
@@ -151,3 +153,38 @@ def test_every_operation_of_a_single_process_is_a_no_op():
     assert group.gather(3) == [3]
     assert group.sum_(x) is x
     assert group.device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    ("kind", "shape", "options"),
+    [
+        (nn.BatchNorm1d, (8, 5), {}),
+        (nn.BatchNorm1d, (8, 5, 3), {"affine": False}),
+        (nn.BatchNorm2d, (8, 5, 3, 3), {}),
+        (nn.BatchNorm3d, (4, 5, 2, 3, 3), {"track_running_stats": False}),
+    ],
+)
+def test_every_batchnorm_is_shared_on_a_cpu(tmp_path, kind, shape, options, momentum):
+    generator = torch.Generator().manual_seed(0)
+    own, other = (nn.Sequential(kind(5, momentum=momentum, **options)) for _ in range(2))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        shared = synchronised(other, torch.device("cpu"))
+        assert not isinstance(shared[0], kind)
+        for _ in range(2):
+            x = torch.randn(shape, generator=generator)
+            torch.testing.assert_close(shared(x), own(x))
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(other.state_dict(), own.state_dict())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_batchnorm_that_does_more_is_refused(device):
+    class WithActivation(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    with pytest.raises(StudyError, match=r"0 is a BatchNorm of its own kind \(WithActivation\)"):
+        synchronised(nn.Sequential(WithActivation(3)), torch.device(device))

@@ -67,6 +67,28 @@ def test_resuming_ends_in_the_same_weights_bit_for_bit(tmp_path, stop_at, schedu
         assert torch.equal(a, b), name
 
 
+def test_what_a_network_draws_depends_on_the_seed_alone(tmp_path):
+    """Neither on what else the process has drawn, nor on interruptions."""
+
+    def dropping():
+        return nn.Sequential(*tiny()[:-1], nn.Dropout(0.5), tiny()[-1])
+
+    whole, parts, other = dropping(), dropping(), dropping()
+    before = torch.get_rng_state()
+    run(whole, tmp_path / "a.pt")
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng():
+        torch.rand(7)
+        with pytest.raises(KeyboardInterrupt):
+            run(parts, tmp_path / "b.pt", stop_at=3)
+        torch.rand(5)
+        parts = dropping()
+        run(parts, tmp_path / "b.pt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
+    run(other, tmp_path / "c.pt", seed=6)
+    assert not torch.equal(whole[-1].weight, other[-1].weight)
+
+
 def copied(model):
     return {k: v.detach().double().clone() for k, v in model.state_dict().items() if v.is_floating_point()}
 
