@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastlip.study.report import html_report
 from fastlip.study.report.example_images import examples
-from fastlip.study.storage.files import read_arrays, read_json, write_arrays, write_json
+from fastlip.study.storage.files import read_arrays, write_arrays, write_json
 from fastlip.study.storage.run_directory import RunDirectory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "study"
@@ -29,7 +29,8 @@ def keep(run: RunDirectory, folder: Path) -> None:
     for path in (run.results, run.timings):
         shutil.copy(path, folder)
     kept = RunDirectory(folder)
-    shown = examples(run, read_json(run.results)["classes"])
+    results = run.read_results()
+    shown = examples(run, results)
     for rows in (8, 16, 32, 64):
         for model in run.models:
             for name in ("clean-attacked", "smallest-pgd", "smallest-gaussian"):
@@ -37,7 +38,7 @@ def keep(run: RunDirectory, folder: Path) -> None:
                 cut = {"image": arrays["image"][:rows]} if model.seed == run.settings.seed else {}
                 arrays.pop("image")
                 write_arrays(kept.images(model.name, name), arrays | cut)
-        if examples(kept, read_json(run.results)["classes"]) == shown:
+        if examples(kept, results) == shown:
             break
     html_report.write(kept)
     shutil.rmtree(kept.figures)  # the report contains them with their data
