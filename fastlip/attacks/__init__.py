@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from fastlip.attacks._apgd import apgd
 from fastlip.attacks._counts import PassCounts, count_forward_backward
 from fastlip.attacks._diagnose import AttackWarning, diagnose
-from fastlip.attacks._evaluate import EvaluationResult, evaluate
+from fastlip.attacks._evaluate import evaluate
+from fastlip.attacks._evaluation_result import EvaluationResult
 from fastlip.attacks._loop import Iteration
 from fastlip.attacks._min_norm import MinNormResult, min_norm
 from fastlip.attacks._min_sigma import min_sigma

@@ -1,12 +1,10 @@
 """The worst case of each image over a suite of attacks."""
 
-import importlib
 import inspect
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,6 +30,7 @@ from fastlip.attacks._batch import differs_between_images, rows_where, take
 from fastlip.attacks._counts import PassCounts, can_be_counted, count_forward_backward
 from fastlip.attacks._diagnose import AttackWarning, diagnose
 from fastlip.attacks._distance import distance
+from fastlip.attacks._evaluation_result import MISCLASSIFIED, ROBUST, EvaluationResult
 from fastlip.attacks._min_norm import MinNormResult
 from fastlip.attacks._model import Model, Network, NotDifferentiable, eval_mode
 from fastlip.attacks._precision import Precision
@@ -41,101 +40,6 @@ from fastlip.attacks._quantize import Grid, grid_of
 from fastlip.attacks._saved import SavedState
 from fastlip.attacks._suite import Attack, is_black_box, suite
 from fastlip.ops import Bounds, Norm, PerSample
-
-#: Values of :attr:`EvaluationResult.first_success` for images on which no attack succeeded.
-ROBUST, MISCLASSIFIED = -1, -2
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """What a suite of attacks achieved on each of N images.
-
-    Attributes:
-        attacks: names of the attacks in the order in which they ran.
-        clean: whether the image itself is classified correctly, [N] bool.
-        robust: whether it is, and remains so under every attack, [N] bool.
-        first_success: position in ``attacks`` of the first attack that succeeded on the image, [N] int64; -1 where the
-            image is robust, -2 where it was misclassified to begin with.
-        success: which attacks succeeded on which images, [A, N] bool. Attacks after the first success did not try the
-            image (unless ``every_attack``).
-        adversarial: the adversarial image of the first success, else the image itself, [N, ...], on the CPU.
-        counts: images that each attack sent through the model; empty where the model is no module, or TorchScript.
-        seconds: time that each attack took.
-        warnings: reasons why the result may overestimate the robustness.
-    """
-
-    attacks: tuple[str, ...]
-    clean: Tensor
-    robust: Tensor
-    first_success: Tensor
-    success: Tensor
-    adversarial: Tensor
-    counts: dict[str, PassCounts] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def passes(self) -> dict[str, PassCounts]:
-        """The former name of :attr:`counts`."""
-        _warn_of_renaming("passes", "counts")
-        return self.counts
-
-    @property
-    def fell_to(self) -> Tensor:
-        """The former name of :attr:`first_success`."""
-        _warn_of_renaming("fell_to", "first_success")
-        return self.first_success
-
-    @property
-    def clean_accuracy(self) -> float:
-        """Share of images that are classified correctly; NaN without images."""
-        return self.clean.double().mean().item()
-
-    @property
-    def robust_accuracy(self) -> float:
-        """Share of images that are classified correctly under every attack; NaN without images."""
-        return self.robust.double().mean().item()
-
-    def accuracy_after(self, attack: str) -> float:
-        """Share of images that are robust to ``attack`` and to all attacks before it.
-
-        Raises:
-            ValueError: no attack has that name.
-        """
-        if attack not in self.attacks:
-            raise ValueError(f"attack must be one of {', '.join(self.attacks)}, got {shown(attack)}")
-        last = self.attacks.index(attack)
-        adversarial = self.success[: last + 1].any(0)
-        return (self.clean & ~adversarial).double().mean().item()
-
-    def to_dataframe(self) -> Any:
-        """A ``pandas.DataFrame`` with a row for each image; needs pandas.
-
-        ``clean`` and ``robust`` are bools, ``first_success`` is the attack that succeeded first (None where none did),
-        and each attack has a column ``success: NAME``.
-
-        Raises:
-            ImportError: pandas is missing.
-        """
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError:
-            raise ImportError("to_dataframe needs pandas: pip install pandas") from None
-        first = [self.attacks[i] if i >= 0 else None for i in self.first_success.tolist()]
-        columns = {"clean": self.clean.numpy(), "robust": self.robust.numpy(), "first_success": first}
-        columns |= {f"success: {name}": row.numpy() for name, row in zip(self.attacks, self.success, strict=True)}
-        return pandas.DataFrame(columns)
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.clean)} images, clean accuracy {self.clean_accuracy:.2%}"]
-        for name in self.attacks:
-            line = f"after {name:<12} {self.accuracy_after(name):.2%}  {self.seconds[name]:.1f} s"
-            if name in self.counts:
-                counts = self.counts[name]
-                line += f", {counts.forward} forward and {counts.backward} backward passes"
-            lines.append(line)
-        lines.append(f"robust accuracy {self.robust_accuracy:.2%}")
-        return "\n".join(lines + [f"warning: {w}" for w in self.warnings])
 
 
 def evaluate(
@@ -638,7 +542,3 @@ def _of_all(values: Any, what: str, inputs: Tensor) -> Tensor:
     if values.shape != inputs.shape[:1]:
         raise ValueError(f"{what} must be of shape [{len(inputs)}], got {list(values.shape)}")
     return values.long()
-
-
-def _warn_of_renaming(old: str, new: str) -> None:
-    warnings.warn(f"EvaluationResult.{old} is now {new}", DeprecationWarning, stacklevel=3)

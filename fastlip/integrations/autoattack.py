@@ -150,7 +150,7 @@ class AutoAttack:
     def _suite(self, version: str) -> dict[str, Attack]:
         if self.norm not in _NORMS:
             raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {self.norm!r}")
-        return suite(version, norm=_NORMS[self.norm], eps=self.epsilon, bounds=self.bounds)  # type: ignore[arg-type]
+        return suite(version, norm=_NORMS[self.norm], eps=self.epsilon, bounds=self.bounds)  # type: ignore[arg-type]  # suite checks it
 
     def _make(self) -> dict[str, Attack]:
         """The attacks to run, with the settings that their objects were given."""

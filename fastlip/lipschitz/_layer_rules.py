@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,16 +110,16 @@ def _resize(
 ) -> Tensor:
     """What an Upsample does along one axis, [n, 1, m]."""
     mode = {"bilinear": "linear", "trilinear": "linear"}.get(module.mode, module.mode)
-    both = {
+    both: dict[str, Any] = {
         "mode": mode,
         "align_corners": module.align_corners,
         "recompute_scale_factor": module.recompute_scale_factor,
     }
     if mode != "bicubic":
-        return F.interpolate(x, size, scale, **both)  # type: ignore[arg-type]
+        return F.interpolate(x, size, scale, **both)
     # Torch has it for two axes alone; along one of size 1 it changes nothing.
     sizes, scales = None if size is None else (size, 1), None if scale is None else (scale, 1.0)
-    return F.interpolate(x[..., None], sizes, scales, **both)[..., 0]  # type: ignore[arg-type]
+    return F.interpolate(x[..., None], sizes, scales, **both)[..., 0]
 
 
 @rule(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)

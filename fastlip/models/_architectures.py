@@ -160,7 +160,7 @@ def _torchvision(name: str, num_classes: int, shape: tuple[int, int, int], weigh
         for module in network.modules():
             last = {"Bottleneck": "bn3", "BasicBlock": "bn2"}.get(type(module).__name__)
             if isinstance(network, models.ResNet) and last is not None:
-                nn.init.zeros_(module.get_submodule(last).weight)  # type: ignore[arg-type]
+                nn.init.zeros_(module.get_submodule(last).get_parameter("weight"))
     return network
 
 

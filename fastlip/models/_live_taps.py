@@ -72,7 +72,7 @@ def _reached(
 
 def _with_gradient(conv: nn.Module, x: Tensor) -> Tensor:
     """Taps that the output of a convolution with a forward of its own depends on, where no pixel is zero."""
-    weight = conv.weight.detach().clone().requires_grad_()  # type: ignore[operator]
+    weight = conv.get_parameter("weight").detach().clone().requires_grad_()
     pixels = 1.0 + torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     output = torch.func.functional_call(conv, {"weight": weight}, (pixels,))
     (slope,) = torch.autograd.grad(output.sum(), weight)

@@ -61,7 +61,7 @@ def _initialised(network: nn.Sequential) -> nn.Sequential:
             assert module.bias is not None
             nn.init.zeros_(module.bias)
     # Small first logits: the head is followed by no ReLU.
-    nn.init.normal_(network.get_submodule("head").weight, std=0.01)  # type: ignore[arg-type]
+    nn.init.normal_(network.get_submodule("head").get_parameter("weight"), std=0.01)
     return network
 
 

@@ -75,14 +75,13 @@ def _padded(call: Call) -> nn.Module:
     (top, bottom), (left, right) = ends
     symmetric = top == bottom and left == right
     padding = (top, left) if symmetric else 0
+    two_axes: dict[str, Any] = {"kernel_size": conv.kernel_size, "stride": conv.stride, "dilation": conv.dilation}
     plain = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        conv.stride,  # type: ignore[arg-type]
-        padding,
-        conv.dilation,  # type: ignore[arg-type]
-        conv.groups,
+        **two_axes,
+        padding=padding,
+        groups=conv.groups,
         bias=conv.bias is not None,
         device=torch.device("meta"),
     )

@@ -3,15 +3,14 @@
 import difflib
 import importlib
 import re
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastlip._downloads import patience
 from fastlip._text import printable
 from fastlip.models._architectures import Spec, bare_network, parse, torchvision_names
 from fastlip.models._extra import timm, torchvision_models
@@ -87,7 +86,7 @@ def imagenet_weights(
     size = (3, image_size, image_size)
     classes = found.num_classes if spec.family == "timm" else len(found.meta["categories"])
     try:
-        with _patience(timeout):
+        with patience(timeout):
             # torchvision checks the hash: a download cut short must not become a cache entry.
             return dict(bare_network(spec, classes, size, found).state_dict())
     except (ImportError, ValueError):
@@ -223,14 +222,3 @@ def _in_timms_names(state_dict: Mapping[str, Tensor], network: nn.Module) -> Map
         }
         found[f"{blocks[at]}.{inside.get(layer, layer)}.{rest}"] = value
     return found
-
-
-@contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    """Set the default timeout of sockets to ``seconds`` within the block."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

@@ -96,8 +96,9 @@ def test_images_are_enlarged_inside_the_model():
     model(x)
     expected = nn.functional.interpolate(model.normalize(x), scale_factor=4, mode="bilinear")
     torch.testing.assert_close(seen[0], expected)
-    inner = fastlip.lipschitz_bound(model.network, (3, 32, 32)).upper
-    bound = fastlip.lipschitz_bound(model, (3, 8, 8)).upper
+    # Exact norms: upper sides from random starts differ from call to call.
+    inner = fastlip.lipschitz_bound(model.network, (3, 32, 32), method="svd").upper
+    bound = fastlip.lipschitz_bound(model, (3, 8, 8), method="svd").upper
     assert 0.5 < bound / (4 * inner / 0.224) <= 1 + 1e-6
     assert fastlip.local_lipschitz(model, x).max().item() <= bound
 

@@ -3,13 +3,13 @@
 import hashlib
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from fastlip._downloads import patience
 from fastlip.data import (
     ImageSet,
     cifar10,
@@ -89,7 +89,7 @@ class GivenImages:
                 except FileNotFoundError:
                     if not download:
                         raise FileNotFoundError(f"no {self._named.title} in {self._folder}") from None
-                    with unless_new(self._folder), _patience(10.0):
+                    with unless_new(self._folder), patience(10.0):
                         self._named.read(self._folder, train=part != "test", download=True)
 
     @property
@@ -158,17 +158,6 @@ def unless_new(folder: Path) -> Iterator[None]:
         if new:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-@contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    """Set the default timeout of sockets to ``seconds`` within the block."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 @contextmanager

@@ -41,8 +41,14 @@ def distortion(estimate: Estimate) -> str:
 
 def factor(estimate: Estimate) -> str:
     """The factor whose natural logarithm ``estimate`` is, as in "× 1.23 [1.10, 1.38] (n = 96)"."""
-    times = estimate | {side: _exp(estimate[side]) for side in ("value", "low", "high")}
-    text = interval(times)  # type: ignore[arg-type]
+    times = Estimate(
+        n=estimate["n"],
+        value=_exp(estimate["value"]),
+        low=_exp(estimate["low"]),
+        high=_exp(estimate["high"]),
+        confidence=estimate["confidence"],
+    )
+    text = interval(times)
     return text if estimate["value"] is None else f"× {text}"
 
 
