@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._graph import BATCH, Step, Traced
+from fastlip.lipschitz._graph import BATCH, Traced
+from fastlip.lipschitz._steps import Step
 from fastlip.lipschitz._trace import location, module_name
 from fastlip.norms._models.agreement import probe_inputs
 from fastlip.norms._models.closeness import agree, rounding_of

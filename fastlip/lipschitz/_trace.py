@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._registry import find_rule, missing_rule
+from fastlip.lipschitz._registry import is_leaf, missing_rule
 from fastlip.norms._models.inputs import Refused
 from fastlip.norms._models.restore import as_found, version_of
 
@@ -58,7 +58,7 @@ class _Tracer(fx.Tracer):
             raise
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return find_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -114,7 +114,7 @@ def trace_graph(model: nn.Module) -> fx.GraphModule:
     graph_module = fx.GraphModule(root, graph)
     for node in graph.find_nodes(op="call_module"):
         module = graph_module.get_submodule(str(node.target))
-        if find_rule(module) is None:
+        if not is_leaf(module):
             raise missing_rule(type(module).__name__, module_name(node, graph_module))
     return graph_module
 
