@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastlip.norms import NormInterval, Operator
 from fastlip.norms._operators.modules import keeps_forward
+from fastlip.norms._operators.registry import find_operator
 
 if TYPE_CHECKING:
     from fastlip.lipschitz._calls import Call
@@ -127,11 +128,14 @@ def rule(*kinds: type[nn.Module] | Callable[..., Tensor]) -> Callable[[Rule], Ru
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """The rule of the nearest class that a module derives from; None without one, or if ``forward`` is overridden."""
-    for cls in type(module).__mro__:
-        if cls in _RULES:
-            return _RULES[cls] if keeps_forward(module, cls) else None
-    return None
+    """The rule of the nearest class that a module derives from; None without one, or if ``forward`` is overridden.
+
+    Without one its rule is the operator that is registered by :func:`fastlip.norms.layer_operator`.
+    """
+    cls = next((cls for cls in type(module).__mro__ if cls in _RULES), None)
+    if cls is not None and keeps_forward(module, cls):
+        return _RULES[cls]
+    return find_operator(module)
 
 
 def find_function_rule(target: Any) -> Rule | None:
