@@ -196,7 +196,9 @@ def require_rules(
     Args:
         model: as for :func:`lipschitz_bound`.
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
-        bounds, around, radius: the set of inputs, as for :func:`lipschitz_bound`.
+        bounds: a box of inputs, as for :func:`lipschitz_bound`.
+        around: one input, as there.
+        radius: the L2 distance from it, as there.
 
     Raises:
         TypeError: the model is not a module.

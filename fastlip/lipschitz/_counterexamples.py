@@ -57,10 +57,8 @@ def _exceeds(moved: float, distance: float, log10_bound: float, slack: float) ->
     return math.log10(moved) - math.log10(distance) > log10_bound + slack
 
 
-def refute(
-    model: nn.Module, input_shape: Sequence[int], traced: Traced, domain: Domain, log10_upper: float
-) -> None:
-    """Search the domain for two inputs that the model, which must be in eval mode, moves further apart than the bound allows.
+def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, domain: Domain, log10_upper: float) -> None:
+    """Search a domain for two inputs that the model, in eval mode, moves further apart than the bound allows.
 
     The search takes random directions, and those of a power iteration on the Jacobian, at several points, in small and
     large steps.
@@ -91,9 +89,7 @@ def refute(
         )
 
 
-def _search(
-    model: nn.Module, x: Tensor, domain: Domain, rounds: int, log10_upper: float
-) -> tuple[float, float] | None:
+def _search(model: nn.Module, x: Tensor, domain: Domain, rounds: int, log10_upper: float) -> tuple[float, float] | None:
     """Distances of the outputs and of the inputs of a pair that refutes the bound; None if none is found."""
     native, noise = x.dtype != torch.float64, noise_of(x)
     slack = _SLACK_NATIVE if native else _SLACK

@@ -87,12 +87,12 @@ def _checked(result: Any, of: str, output_shape: tuple[int, ...], maps: tuple[ty
     ranged = result if isinstance(result, Ranged) else Ranged(result)
     factor, values = ranged.factor, ranged.values
     interval = None if values is None else _following(values, output_shape, of)
-    if callable(factor) and not isinstance(factor, (float, int, NormInterval, *maps)):
-        return Stated(Steepness(factor, of), interval)
     if isinstance(factor, (int, float)):
         if not 0.0 <= factor < math.inf:
             raise ValueError(f"the rule of {of} returned {factor}, not a finite bound >= 0")
         return Stated(factor, interval)
+    if callable(factor) and not isinstance(factor, (NormInterval, Operator, Diagonal)):
+        return Stated(Steepness(factor, of), interval)
     if not isinstance(factor, (NormInterval, *maps)):
         kinds = "a float, NormInterval, Operator, Diagonal or Ranged" if maps else "a float, NormInterval or Ranged"
         raise ValueError(f"the rule of {of} returned {type(factor).__name__}, not {kinds}")
@@ -104,7 +104,8 @@ def _following(values: Any, output_shape: tuple[int, ...], of: str) -> Callable[
     if callable(values):
         return lambda *args, **kwargs: values(_first(args, kwargs))
     try:
-        box = Interval.box(*values, output_shape)
+        lower, upper = values
+        box = Interval.box(lower, upper, output_shape)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the rule of {of} returned values that are no bounds of its output: {error}") from None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fastlip.lipschitz._combinations import Combination, Weighted, weighted_sum
 from fastlip.lipschitz._domain import Domain, row, stacked
@@ -110,9 +110,8 @@ class _Follow:
             return None
         total, known = self._total(step), None
         if step in self._wanted:
-            exact = step.interval is not None
-            known = step.interval(*args, **kwargs) if exact else self._by_constant(step, args, kwargs)
-            known = self._keep(step, known, total)
+            bounds = self._by_constant(step, args, kwargs) if step.interval is None else step.interval(*args, **kwargs)
+            known = self._keep(step, bounds, total)
         for source in set(step.inputs):
             self._uses[source] -= 1
             if not self._uses[source]:
@@ -158,10 +157,11 @@ class _Follow:
         """Bounds from the value at the middle and the constant: no value is further away than that times the radius."""
         source = self._intervals[step.inputs[0]]
         unbounded = Interval.unbounded(step.shape, 2, source.lower.device)
-        if len(step.inputs) != 1 or isinstance(step.factor, Combination):
+        if len(step.inputs) != 1:
             return unbounded
         centre, radius = source.centre_and_radius()
-        constant = exp10(self._logs[step])
+        local = step in self._sizes
+        constant = exp10(self._sizes[step].weights[0] if local else self._logs[step])
 
         def middle(value: Any) -> Any:
             if isinstance(value, Interval):
@@ -177,6 +177,8 @@ class _Follow:
         flat = torch.linalg.vector_norm
         margin = _ROUNDING * (value.flatten(1).abs().amax(1) + constant * flat(centre.flatten(1), dim=1))
         distance = constant * flat(radius.flatten(1), dim=1) * (1.0 + _ROUNDING) + margin
+        if local:  # the middle of the bounds need not be a value that the constant speaks of; the centre's is
+            distance[0] = math.inf
         return Interval(value, value).widened(distance.nan_to_num(nan=math.inf))
 
     def _keep(self, step: Step, known: Interval, total: float) -> Interval:

@@ -182,9 +182,9 @@ class Unknown(nn.Module):
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
-        (nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), (4,), r"no Lipschitz rule for LayerNorm \(at 1\).*lipschitz\.rule"),
-        (Gate(), (4,), r"no Lipschitz rule for mul of several traced tensors"),
-        (Square(), (4,), r"no Lipschitz rule for a product of a traced tensor with itself"),
+        (nn.Sequential(nn.ReLU(), nn.Bilinear(4, 4, 4)), (4,), "Bilinear"),
+        (Gate(), (4,), r"mul \(mul\) has no global Lipschitz constant.*bounds=\(lower, upper\), or around= and radius="),
+        (Square(), (4,), r"mul \(mul\) has no global Lipschitz constant.*bounds="),
         (Chunks(), (4,), "no Lipschitz rule for the function chunk"),
         (Overwritten(), (4,), r"in-place operation overwrote it.*inplace=False"),
         (Mixer(), (3, 4), "mixes the batch axis"),
