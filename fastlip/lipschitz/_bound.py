@@ -9,12 +9,14 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from fastlip.lipschitz._combinations import Combination, Sum
 from fastlip.lipschitz._counterexamples import refute, require_bounded
-from fastlip.lipschitz._graph import Step, fold_scales, origin_of, topological_order, trace
-from fastlip.lipschitz._log_arithmetic import add, exp10, half, log10, multiply
+from fastlip.lipschitz._graph import fold_scales, trace
+from fastlip.lipschitz._log_arithmetic import exp10, log10, multiply
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._replay import replay
-from fastlip.lipschitz._residual import SUMS, Block, block_factor, block_operators, find_block
+from fastlip.lipschitz._residual import Block, block_factor, block_operators, find_block
+from fastlip.lipschitz._steps import Step, origin_of, topological_order
 from fastlip.norms import NormInterval, NormOptions, Operator, diagonal_norm, operator_norms
 from fastlip.norms._models.eval_mode import eval_mode, require_eval
 from fastlip.norms._models.inputs import checked_shape
@@ -187,7 +189,7 @@ def _bound(last: Step, options: ResolvedOptions, tight_residuals: bool) -> tuple
     # it is known which operators need random vectors.
     share = replace(options, confidence=1.0 - (1.0 - options.confidence) / 2.0) if blocks else options
     norms = _norms(steps, share)
-    logs = {step: log10(_constant(step, norms)) for step in steps if not isinstance(step.factor, str)}
+    logs = {step: log10(_constant(step, norms)) for step in steps if not isinstance(step.factor, Combination)}
     plain = _compose(steps, logs, {})
     # These norms are added to other terms, so that less accuracy suffices.
     tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * options.rtol))
@@ -238,7 +240,7 @@ def _constant(step: Step, norms: dict[Step, NormInterval]) -> float:
 
 def _blocks(steps: list[Step]) -> list[Block]:
     order = {step: at for at, step in enumerate(steps)}
-    found = (find_block(step, origin_of(step, order)) for step in steps if step.factor in SUMS)
+    found = (find_block(step, origin_of(step, order)) for step in steps if isinstance(step.factor, Sum))
     return [block for block in found if block is not None]
 
 
@@ -267,13 +269,11 @@ def _compose(steps: list[Step], logs: dict[Step, float], tighter: dict[Step, tup
     """log10 of the bound from the model's input to each step."""
     totals: dict[Step, float] = {}
     for step in steps:
-        if step.factor in SUMS:
-            totals[step] = add(totals[source] for source in step.inputs)
+        if isinstance(step.factor, Combination):
+            totals[step] = step.factor.constant([totals[source] for source in step.inputs], ())
             if step in tighter:
                 origin, factor = tighter[step]
                 totals[step] = min(totals[step], multiply(totals[origin], factor))
-        elif step.factor == "concatenation":
-            totals[step] = half(add(multiply(totals[source], totals[source]) for source in step.inputs))
         else:
             totals[step] = multiply(logs[step], totals[step.inputs[0]]) if step.inputs else 0.0
     return totals
@@ -310,13 +310,13 @@ class _PartTree:
         parts: list[Part] = []
         while step is not stop and step.inputs and step not in self._shown:
             self._shown.add(step)
-            if isinstance(step.factor, str):
+            if isinstance(step.factor, Combination):
                 origin = origin_of(step, self._order)
                 inner = step.inputs if depth < _DEEPEST else []
                 branches = tuple(tuple(self.parts(source, origin, depth + 1)) for source in inner)
                 total = self._totals[step]
                 log = total - self._totals[origin] if math.isfinite(total) else total
-                parts.append(Part(step.name, step.factor, log, None, branches))
+                parts.append(Part(step.name, step.factor.name, log, None, branches))
                 step = origin
             else:
                 log = self._logs[step]

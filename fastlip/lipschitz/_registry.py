@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from fastlip.norms import NormInterval, Operator
 from fastlip.norms._operators.modules import keeps_forward
+
+if TYPE_CHECKING:
+    from fastlip.lipschitz._calls import Call
+    from fastlip.lipschitz._steps import Step
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,47 @@ Rule = Callable[[Any, tuple[int, ...]], Factor]
 
 _RULES: dict[type[nn.Module], Rule] = {}
 _FUNCTION_RULES: dict[Any, Rule] = {}
+
+#: Makes the step of a call, or one for each tensor in the tuple that it returns; None if the call is not of its kind.
+Builder = Callable[["Call"], "Step | Sequence[Step | None] | None"]
+
+_BUILDERS: dict[Any, list[Builder]] = {}
+_FIXED: set[Any] = set()
+
+
+def builds(*targets: Any, fixed: bool = False) -> Callable[[Builder], Builder]:
+    """Register what makes the steps of functions, tensor methods (by name) or modules (by class, for subclasses too).
+
+    It is for what :func:`rule` cannot say: several inputs, or more than one constant. Several builders of one target
+    are asked in turn. With ``fixed`` a rule that a user registers for the function does not come before them.
+    """
+
+    def register(builder: Builder) -> Builder:
+        for target in targets:
+            _BUILDERS.setdefault(target, []).append(builder)
+        if fixed:
+            _FIXED.update(targets)
+        return builder
+
+    return register
+
+
+def module_builders(module: nn.Module) -> list[Builder]:
+    """The builders of the nearest class that a module derives from; none if its ``forward`` is overridden."""
+    for cls in type(module).__mro__:
+        if cls in _BUILDERS:
+            return _BUILDERS[cls] if keeps_forward(module, cls) else []
+    return []
+
+
+def function_builders(target: Any) -> tuple[list[Builder], bool]:
+    """The builders of a function or of a method's name, and whether they come before a rule that a user registers."""
+    return _BUILDERS.get(target, []), target in _FIXED
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is bounded as a whole, so that its forward is not traced."""
+    return find_rule(module) is not None or bool(module_builders(module))
 
 
 def rule(*kinds: type[nn.Module] | Callable[..., Tensor]) -> Callable[[Rule], Rule]:
