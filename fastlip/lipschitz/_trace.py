@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._registry import find_rule, missing_rule
+from fastlip.lipschitz._registry import is_leaf, missing_rule
 from fastlip.norms._models.inputs import Refused
 from fastlip.norms._models.restore import as_found, version_of
 
@@ -58,14 +58,17 @@ class _Tracer(fx.Tracer):
             raise
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return find_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
 
 class Values(fx.Interpreter):
-    """Runs the graph once; keeps shape, dtype and device of tensors that depend on the input, and all other values."""
+    """Runs the graph once; keeps shape, dtype and device of tensors that depend on the input, and all other values.
+
+    ``bundles`` are the tuples of tensors among those that depend on it.
+    """
 
     def __init__(self, graph_module: fx.GraphModule, varying: set[fx.Node]) -> None:
         super().__init__(graph_module)
@@ -73,6 +76,7 @@ class Values(fx.Interpreter):
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.dtypes: dict[fx.Node, torch.dtype] = {}
         self.devices: dict[fx.Node, torch.device] = {}
+        self.bundles: dict[fx.Node, tuple[Any, ...]] = {}
         self.constants: dict[fx.Node, Any] = {}
         self._varying = varying
         self._versions: dict[fx.Node, int] = {}
@@ -89,6 +93,8 @@ class Values(fx.Interpreter):
             self._versions[n] = version_of(value)
         if isinstance(value, Tensor) and n in self._varying:
             self.shapes[n], self.dtypes[n], self.devices[n] = tuple(value.shape), value.dtype, value.device
+        elif n in self._varying and isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+            self.bundles[n] = tuple(value)
         elif n.op != "output":
             self.constants[n] = value
         return value
@@ -114,7 +120,7 @@ def trace_graph(model: nn.Module) -> fx.GraphModule:
     graph_module = fx.GraphModule(root, graph)
     for node in graph.find_nodes(op="call_module"):
         module = graph_module.get_submodule(str(node.target))
-        if find_rule(module) is None:
+        if not is_leaf(module):
             raise missing_rule(type(module).__name__, module_name(node, graph_module))
     return graph_module
 
