@@ -12,11 +12,10 @@ process: images that each leaves robust, wall and CPU seconds, and the images th
 of either counts as fooled if the model decides wrongly on it and it lies in the box and, but for rounding, in the ball.
 ``strength_suite_images.csv`` has a row for each image.
 
-"norms": the smallest perturbation of each correctly classified image under each method with at most so many forward
-and so many backward passes for an image (``--calls``), as counted; methods whose number of steps does not divide them get
-the most that fit. Judged alike for all: found are images of the box that the model misclassifies, by their distance in
-float64; ``lost`` of them are classified correctly when each is given to the model alone. Quantisation is off (adv-lib's
-DDN has it on by default). ``strength_norm_images.csv`` has a row for each image and a column for each method.
+"norms": the smallest perturbation of each correctly classified image under each method with so many forward and so
+many backward passes for an image (``--calls``) or a few less, as counted. Judged alike for all: found are images of
+the box that the model misclassifies, by their distance in float64; ``lost`` of them are classified correctly when each
+is given to the model alone. Quantisation is off (adv-lib's DDN has it on by default). ``strength_norm_images.csv`` has a row for each image and a column for each method.
 """
 
 import argparse
@@ -122,7 +121,8 @@ def suites(args: argparse.Namespace) -> None:
             row |= {"wall_s": spent[name][0], "cpu_s": spent[name][1]}
             row |= {"x_wall": spent[name][0] / spent["AutoAttack"][0], "x_cpu": spent[name][1] / spent["AutoAttack"][1]}
             row |= {"fooled_alone": int(only.sum()), "missed": int(missed.sum())}
-            row |= {"which_missed": " ".join(map(str, missed.nonzero().flatten().tolist())), "seconds_each": parts[name]}
+            row |= {"which_missed": " ".join(map(str, missed.nonzero().flatten().tolist()))}
+            row |= {"seconds_each": parts[name]}
             out.add(row)
             print(row, flush=True)
         for i in range(len(images)):
@@ -137,7 +137,7 @@ def suites(args: argparse.Namespace) -> None:
 
 
 def ours(norm: Norm, calls: int) -> dict[str, Method]:
-    """fastlip's methods within ``calls`` forward and backward passes."""
+    """Our methods within ``calls`` forward and backward passes."""
 
     def run(**options: Any) -> Method:
         return lambda model, x, y: attacks.min_norm(model, x, y, norm=norm, **options).adversarial
