@@ -13,9 +13,10 @@ of either counts as fooled if the model decides wrongly on it and it lies in the
 ``strength_suite_images.csv`` has a row for each image.
 
 "norms": the smallest perturbation of each correctly classified image under each method with so many forward and so
-many backward passes for an image (``--calls``) or a few less, as counted. Judged alike for all: found are images of
-the box that the model misclassifies, by their distance in float64; ``lost`` of them are classified correctly when each
-is given to the model alone. Quantisation is off (adv-lib's DDN has it on by default). ``strength_norm_images.csv`` has a row for each image and a column for each method.
+many backward passes for an image (``--calls``) or a few less, as counted. Judged alike for all: found are images of the
+box that the model misclassifies, by their distance in float64; ``lost`` of them are classified correctly when each is
+given to the model alone. Quantisation is off (adv-lib's DDN has it on by default). ``strength_norm_images.csv`` has a
+row for each image and a column for each method.
 """
 
 import argparse
