@@ -56,9 +56,12 @@ def fmn(
     radius = torch.minimum(first, limit)
     for step in range(steps + 1):
         image, logits, judgement = loop.forward(replace(batch, eps=radius), x, gradient=step < steps)
-        adversarial = judgement.adversarial
-        if not loop.network.exact:
-            adversarial = loop.asked(batch, image.detach(), adversarial, adversarial)
+        # Of values on a grid none may lie just beyond one that decides too closely, so that only firm decisions count.
+        if loop.network.exact:
+            adversarial = loop.decision(batch, logits.detach(), firm=True)
+        else:
+            wrong = judgement.adversarial
+            adversarial = loop.asked(batch, image.detach(), wrong, wrong, firm=True)
         length = distance(image.detach(), batch.x0.to(image.dtype), loop.norm)
         better = adversarial & (length < nearest) & (length <= limit * (1 + _SLACK))
         best = torch.where(per_sample(better, x), image.detach(), best)

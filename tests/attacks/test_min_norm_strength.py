@@ -60,3 +60,16 @@ def test_targets_are_reached_against_a_near_class(linear_problem):
     targets = (labels + 2) % 4
     found = attacks.min_norm(model, inputs, labels, targets=targets, method="fmn", bounds=(-5.0, 5.0))
     assert (model(found.adversarial).argmax(1) == targets).all()
+
+
+def test_a_decision_that_is_too_close_does_not_hide_the_next_level():
+    """Level 10 decides by less than the rounding of logits, and a perturbation that is a little longer is the same."""
+
+    class Close(nn.Module):
+        def forward(self, x):
+            margin = 255 * x[:, 0] - 10 + 1e-3
+            return torch.stack([torch.full_like(margin, 100.0), 100 + margin], 1)
+
+    inputs, labels = torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)
+    found = attacks.min_norm(Close(), inputs, labels, norm="linf", method="fmn", quantize=8)
+    torch.testing.assert_close(found.distance * 255, torch.full((3,), 11.0, dtype=torch.float64))
