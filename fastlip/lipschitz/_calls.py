@@ -25,7 +25,7 @@ class Call:
         sources: the steps of the traced tensors among the arguments, each once, also inside lists.
         shape: shape of one output sample.
         steps: the steps of all nodes before this one.
-        values: the run from which shapes and constants come, with a batch of two samples.
+        values: the run from which shapes and constants come.
     """
 
     node: fx.Node
@@ -56,7 +56,7 @@ class Call:
 
     def sample_shape(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of one sample of a traced tensor."""
-        return self.values.shapes[node][1:]
+        return self.values.sample_shape(node)
 
 
 def module_call(
@@ -77,7 +77,7 @@ def _call(node: fx.Node, target: Any, name: str, where: str, steps: dict[fx.Node
     args: Any = fx.node.map_arg(node.args, lambda n: values.constants.get(n, n))
     kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: values.constants.get(n, n))
     sources = [steps[source] for source in node.all_input_nodes if source in steps]
-    return Call(node, target, name, where, args, kwargs, sources, values.shapes[node][1:], steps, values)
+    return Call(node, target, name, where, args, kwargs, sources, values.sample_shape(node), steps, values)
 
 
 def as_function(target: Any) -> Callable[..., Tensor]:

@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fastlip.lipschitz._calls import Call, as_function, function_call, module_call
+from fastlip.lipschitz._export import export_graph
 from fastlip.lipschitz._factors import function_factor
 from fastlip.lipschitz._module_steps import layer_operator, module_step, takes_scale
 from fastlip.lipschitz._registry import (
     Diagonal,
     FunctionCall,
+    MissingRule,
     find_function_rule,
     function_builders,
     missing_function_rule,
@@ -21,25 +22,26 @@ from fastlip.lipschitz._registry import (
 )
 from fastlip.lipschitz._rules.functional import step_by_module
 from fastlip.lipschitz._steps import Step, topological_order
-from fastlip.lipschitz._trace import Values, trace_graph, varying_nodes
-from fastlip.norms._models.inputs import random_inputs, runs_on
-
-#: Two samples reveal operations that mix the batch axis into others.
-BATCH = 2
+from fastlip.lipschitz._trace import Untraceable, Values, run_model, trace_graph
+from fastlip.norms._models.inputs import Refused, random_inputs, runs_on
 
 
 @dataclass(frozen=True)
 class Traced:
     """A traced model: its graph, the steps of the nodes that depend on the input, and the last of them.
 
-    ``constants`` are the values that all other nodes had in the run from which the steps were made.
+    ``values`` are those of the run from which the steps were made, on as many samples as the graph takes at once.
     """
 
     graph_module: fx.GraphModule
     steps: dict[fx.Node, Step]
     last: Step
-    constants: dict[fx.Node, Any]
-    varying: set[fx.Node]
+    values: Values
+
+    @property
+    def batch(self) -> int:
+        """The number of samples that the graph takes at once."""
+        return self.values.batch
 
     def modules(self) -> list[nn.Module]:
         """The modules that the graph calls, and their submodules."""
@@ -50,36 +52,65 @@ class Traced:
 def trace(model: nn.Module, input_shape: Sequence[int]) -> Traced:
     """The graph of a model in eval mode, with a step for each node that depends on the input.
 
+    It is traced by torch.fx, or by torch.export where torch.fx cannot trace it or gives calls without a rule.
+
     Raises:
         ValueError: the model cannot be traced or run, or a step has no rule; the message names it.
     """
+    x = random_inputs(model, input_shape, 2)
     with torch.no_grad():
-        graph_module = trace_graph(model)
-        varying = varying_nodes(graph_module.graph)
-        values = Values(graph_module, varying)
-        x = random_inputs(model, input_shape, BATCH)
-        with runs_on(model, input_shape):
-            values.run(x)
-        return _build(graph_module, values, varying)
+        try:
+            traced = _traced(model, x[:1])
+        except (Refused, torch.OutOfMemoryError):
+            raise
+        except ValueError as error:
+            try:
+                run_model(model, x[:1])
+            except Exception:  # a model may raise anything on a size that it was not made for
+                with runs_on(model, input_shape):
+                    run_model(model, x)
+                return _traced(model, x)
+            raise error
+        # Some models drop the batch axis of a single sample, and may then mistake another axis for it.
+        return traced if traced.last.alone else _traced(model, x)
 
 
-def _build(graph_module: fx.GraphModule, values: Values, varying: set[fx.Node]) -> Traced:
+def _traced(model: nn.Module, x: Tensor) -> Traced:
+    """:func:`trace` for batches of the size of x, [B, ...]."""
+    try:
+        return _build(*trace_graph(model, x))
+    except (Untraceable, MissingRule, Refused) as error:
+        first = error
+    try:
+        return _build(*export_graph(model, x))
+    except MissingRule as error:
+        raise (error if isinstance(first, Untraceable) else first) from None
+    except Untraceable as error:
+        if not isinstance(first, Untraceable):
+            raise first from None
+        raise ValueError(
+            f"{first}; {error}; register a rule for the module, or write its forward without what depends on data"
+        ) from first
+
+
+def _build(graph_module: fx.GraphModule, values: Values) -> Traced:
     steps: dict[fx.Node, Step] = {}
     for node in graph_module.graph.nodes:
         if node.op == "output":
             result = node.args[0]
             if not isinstance(result, fx.Node) or result not in steps:
                 raise ValueError("the model must return one tensor that depends on its input")
-            return Traced(graph_module, steps, steps[result], values.constants, varying)
+            return Traced(graph_module, steps, steps[result], values)
         if node not in values.shapes:
             continue
         shape = values.shapes[node]
-        if shape[:1] != (BATCH,):
-            raise ValueError(f"{node.format_node()} mixes the batch axis into others, which no Lipschitz rule covers")
         if node.op == "placeholder":
             steps[node] = Step(node.name, "input", [], 1.0, shape[1:])
             continue
+        if not values.alone(node) and values.batch > 1:
+            raise ValueError(f"{node.format_node()} mixes the batch axis into others, which no Lipschitz rule covers")
         step = _step(node, steps, graph_module, values)
+        step.alone = values.alone(node)
         for source in dict.fromkeys(step.inputs):
             source.users.append(step)
         steps[node] = step
@@ -117,7 +148,7 @@ def _step_by_rule(call: Call) -> Step | None:
     if rule is None or not call.on_one:
         return None
     asked = FunctionCall(tuple(call.args[1:]), dict(call.kwargs))
-    factor = function_factor(rule, asked, call.name, call.where, call.sources[0].shape)
+    factor = function_factor(rule, asked, call.name, call.where, call.sources[0].entry_shape)
     return Step(call.where, call.name, call.sources, factor, call.shape, apply=as_function(call.target))
 
 

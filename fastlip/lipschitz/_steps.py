@@ -19,7 +19,8 @@ class Step:
         kind: class of the module, or name of the function.
         inputs: the steps whose outputs it reads.
         factor: factor of the Lipschitz constant of its only input, or how those of several inputs combine.
-        shape: shape of one output sample.
+        shape: shape of one output sample: the batch's axis is left out where it is alone in front.
+        alone: whether it is; otherwise ``shape`` has all axes of the output for a batch of one, in the graph's order.
         module: the module called, or one that does the same as the function; None if values are only moved.
         apply: what the rule bounds, as a function of the node's arguments: out of place, without hooks, and with the
             operator, factors or constants from which the bound is computed.
@@ -36,6 +37,7 @@ class Step:
     inputs: list["Step"]
     factor: Factor | Combination
     shape: tuple[int, ...]
+    alone: bool = True
     module: nn.Module | None = None
     apply: Callable[..., Tensor] = operator.pos
     users: list["Step"] = field(default_factory=list)
@@ -44,6 +46,11 @@ class Step:
     ahead: bool = False
     exact: bool = True
     moved: Tensor | None = None
+
+    @property
+    def entry_shape(self) -> tuple[int, ...]:
+        """Shape of one entry along the first axis, which a layer that takes batches takes for a sample."""
+        return self.shape if self.alone or len(self.shape) == 1 else self.shape[1:]
 
 
 def topological_order(last: Step) -> list[Step]:
