@@ -1,12 +1,13 @@
 """The steps of a traced model."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._calls import Call, as_function, function_call, module_call
+from fastlip.lipschitz._calls import Call, Made, as_function, function_call, module_call
 from fastlip.lipschitz._export import export_graph
 from fastlip.lipschitz._factors import function_factor
 from fastlip.lipschitz._module_steps import layer_operator, module_step, takes_scale
@@ -22,19 +23,23 @@ from fastlip.lipschitz._registry import (
 )
 from fastlip.lipschitz._rules.functional import step_by_module
 from fastlip.lipschitz._steps import Step, topological_order
-from fastlip.lipschitz._trace import Untraceable, Values, run_model, trace_graph
+from fastlip.lipschitz._trace import Untraceable, Values, location, run_model, trace_graph
 from fastlip.norms._models.inputs import Refused, random_inputs, runs_on
+from fastlip.norms._models.tracing import Described
 
 
 @dataclass(frozen=True)
 class Traced:
     """A traced model: its graph, the steps of the nodes that depend on the input, and the last of them.
 
-    ``values`` are those of the run from which the steps were made, on as many samples as the graph takes at once.
+    ``bundles`` are the steps of nodes that are tuples of tensors, in which other things than tensors are None; a node
+    that takes an element has the element's step. ``values`` are those of the run from which the steps were made, on as
+    many samples as the graph takes at once.
     """
 
     graph_module: fx.GraphModule
     steps: dict[fx.Node, Step]
+    bundles: dict[fx.Node, tuple[Step | None, ...]]
     last: Step
     values: Values
 
@@ -94,52 +99,92 @@ def _traced(model: nn.Module, x: Tensor) -> Traced:
 
 
 def _build(graph_module: fx.GraphModule, values: Values) -> Traced:
-    steps: dict[fx.Node, Step] = {}
+    made = Made({}, {})
     for node in graph_module.graph.nodes:
         if node.op == "output":
             result = node.args[0]
-            if not isinstance(result, fx.Node) or result not in steps:
+            if not isinstance(result, fx.Node) or result not in made.steps:
                 raise ValueError("the model must return one tensor that depends on its input")
-            return Traced(graph_module, steps, steps[result], values)
-        if node not in values.shapes:
+            return Traced(graph_module, made.steps, made.bundles, made.steps[result], values)
+        if node in values.others:
+            raise missing_rule(f"{values.others[node]!r}, which depends on the numbers in the input", location(node))
+        if node not in values.shapes and node not in values.bundles:
             continue
-        shape = values.shapes[node]
+        if values.batch > 1:
+            _require_batch_first(node, values)
         if node.op == "placeholder":
-            steps[node] = Step(node.name, "input", [], 1.0, shape[1:])
-            continue
-        if not values.alone(node) and values.batch > 1:
-            raise ValueError(f"{node.format_node()} mixes the batch axis into others, which no Lipschitz rule covers")
-        step = _step(node, steps, graph_module, values)
-        step.alone = values.alone(node)
-        for source in dict.fromkeys(step.inputs):
-            source.users.append(step)
-        steps[node] = step
+            made.steps[node] = Step(node.name, "input", [], 1.0, values.shapes[node][1:])
+        elif node.target is operator.getitem and node.args[0] in made.bundles:
+            _take_parts(node, made)
+        else:
+            _add(node, _step(node, graph_module, made, values), made, values)
     raise AssertionError("a traced graph ends in an output")
 
 
-def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModule, values: Values) -> Step:
-    """The step of a node: by the first builder of its target that takes it, or by a rule."""
+def _require_batch_first(node: fx.Node, values: Values) -> None:
+    """Raise ValueError if a tensor that a node gives has no row for each sample."""
+    parts = [part.shape for part in values.bundles.get(node, ()) if isinstance(part, Described)]
+    if not all(values.alone(shape) for shape in parts or [values.shapes[node]]):
+        raise ValueError(f"{node.format_node()} mixes the batch axis into others, which no Lipschitz rule covers")
+
+
+def _take_parts(node: fx.Node, made: Made) -> None:
+    """An element of a tuple, or a slice of it, is made of the same steps."""
+    bundle, index = made.bundles[node.args[0]], node.args[1]  # type: ignore[index]
+    taken = bundle[index]  # type: ignore[index]
+    if isinstance(taken, tuple):
+        made.bundles[node] = taken
+    elif taken is not None:
+        made.steps[node] = taken
+
+
+def _add(node: fx.Node, result: Step | Sequence[Step | None], made: Made, values: Values) -> None:
+    if isinstance(result, Step):
+        made.steps[node] = result
+        steps, shapes = [result], [values.shapes[node]]
+    else:
+        made.bundles[node] = steps = tuple(result)
+        shapes = [part.shape if isinstance(part, Described) else () for part in values.bundles[node]]
+    for step, shape in zip(steps, shapes, strict=True):
+        if step is None:
+            continue
+        step.alone = values.alone(shape)
+        for source in dict.fromkeys(step.inputs):
+            source.users.append(step)
+
+
+def _step(node: fx.Node, graph_module: fx.GraphModule, made: Made, values: Values) -> Step | Sequence[Step | None]:
+    """The step of a node, or those of a tuple's parts: by the first builder of its target that takes it, or by a rule.
+
+    Raises:
+        ValueError: nothing makes one; the message names the module or function.
+    """
     if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        call = module_call(node, module, graph_module, steps, values)
-        by_module = (builder(call) for builder in module_builders(module))
-        return next((step for step in by_module if step is not None), None) or module_step(call)
-    call = function_call(node, steps, values)
-    if not call.sources:
-        # Its inputs are lists or numbers, whose dependence on the input is not tracked.
-        source = getattr(node.all_input_nodes[0], "name", "")
-        raise missing_rule(f"{call.name} of something other than a traced tensor ({source})", call.where)
-    ours, fixed = function_builders(call.target)
-    for builder in (*ours, _step_by_rule) if fixed else (_step_by_rule, *ours):
-        step = builder(call)
-        if step is not None:
-            return step
+        call = module_call(node, graph_module, made, values)
+        builders = [*module_builders(call.target), module_step]
+    else:
+        call = function_call(node, made, values)
+        if not call.sources:
+            # Its inputs are lists or numbers, whose dependence on the input is not tracked.
+            source = getattr(node.all_input_nodes[0], "name", "")
+            raise missing_rule(f"{call.name} of something other than a traced tensor ({source})", call.where)
+        ours, fixed = function_builders(call.target)
+        builders = [*([*ours, _step_by_rule] if fixed else [_step_by_rule, *ours]), _step_by_module]
+    for builder in builders:
+        made_of = builder(call)
+        if made_of is None:
+            continue
+        if isinstance(made_of, Step) == (node in values.shapes):
+            return made_of
+        raise missing_rule(f"{call.name} with these outputs", call.where)
+    raise missing_function_rule(call.target, call.where)
+
+
+def _step_by_module(call: Call) -> Step | None:
+    """The step of a function by the rule of a module that does the same."""
     if not call.on_one:
         raise missing_rule(f"{call.name} of several traced tensors, or with the input in another place", call.where)
-    step = step_by_module(call)
-    if step is None:
-        raise missing_function_rule(call.target, call.where)
-    return step
+    return step_by_module(call)
 
 
 def _step_by_rule(call: Call) -> Step | None:

@@ -28,7 +28,8 @@ def module_step(call: Call) -> Step:
     if len(sources) != 1:
         raise missing_rule(f"{type(module).__name__} with {len(sources)} inputs", name)
     factor = module_factor(module, name, sources[0].entry_shape, call.source_dtype)
-    step = Step(name, call.name, sources, factor, call.shape, call.values.alone(call.node), module)
+    step = Step(name, call.name, sources, factor, call.shape, module)
+    step.alone = call.values.alone(call.values.shapes[call.node])
     if find_rule(module) is weighted:
         if len(call.args) + len(call.kwargs) > 1:
             step.factor = layer_operator(step)  # a transposed convolution with an explicit output size

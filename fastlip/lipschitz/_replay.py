@@ -95,10 +95,10 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
     """
     for step in traced.steps.values():
         step.moved = None
-    replayed = _Replay(traced, x)
     # The model may depend on whether gradients are enabled.
-    runs = [_recorded(model, part, traced, i == 1) for i, part in enumerate(x.split(traced.batch))]
-    alone = replayed.follow(runs)
+    runs = [_recorded(model, part, traced, differentiable=i == 1) for i, part in enumerate(x.split(traced.batch))]
+    replayed = _Replay(traced, runs)
+    alone = replayed.follow()
     together = run_model(model, x)
     alike = [(together, alone)]
     size = size_of(model, traced)
@@ -107,8 +107,7 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
         like = torch.cat([x, x])[: len(MAGNITUDES)]
         other = like * like.new_tensor(MAGNITUDES).view(-1, *(1,) * (x.dim() - 1))
         other = torch.cat([other, *[other[:1]] * (-len(other) % traced.batch)])
-        runs = [_recorded(model, part, traced, False) for part in other.split(traced.batch)]
-        alone = _Replay(traced, x).follow(runs)
+        alone = _Replay(traced, [_recorded(model, part, traced) for part in other.split(traced.batch)]).follow()
         alike.append((run_model(model, other, after=x), alone))
     if size <= _TINY:
         with as_found(model):  # in one block, as some models count their calls
@@ -156,16 +155,16 @@ class _Recorded:
 
     input: Tensor
     result: Tensor
-    outputs: dict[int, deque[Tensor | None]]
+    outputs: dict[int, deque[Any]]
 
 
-def _recorded(model: nn.Module, x: Tensor, traced: Traced, differentiable: bool) -> _Recorded:
-    """A run of the model on x; with ``differentiable`` gradients are enabled."""
-    outputs: dict[int, deque[Tensor | None]] = defaultdict(deque)
+def _recorded(model: nn.Module, x: Tensor, traced: Traced, *, differentiable: bool = False) -> _Recorded:
+    """A run of the model on x; with ``differentiable`` gradients are enabled, on which the model may depend."""
+    outputs: dict[int, deque[Any]] = defaultdict(deque)
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
         # A later operation may overwrite it.
-        outputs[id(module)].append(output.detach().clone() if isinstance(output, Tensor) else None)
+        outputs[id(module)].append(_clones(output))
 
     called = {str(node.target) for node in traced.graph_module.graph.find_nodes(op="call_module")}
     modules = {id(m): m for m in (traced.graph_module.get_submodule(target) for target in called)}
@@ -181,104 +180,137 @@ def _recorded(model: nn.Module, x: Tensor, traced: Traced, differentiable: bool)
     return _Recorded(x, result.detach(), outputs)
 
 
+def _clones(output: Any) -> Any:
+    """Copies of a tensor, or of those in a tuple; None for anything else."""
+    if isinstance(output, (tuple, list)):
+        return tuple(_clones(part) for part in output)
+    return output.detach().clone() if isinstance(output, Tensor) else None
+
+
 class _Replay:
     """Computes each step as its rule assumes, and compares it with the recorded output of the model's module.
 
-    Several runs are followed in step. Where graph and model agree, the replay goes on with the model's value, so that
-    rounding does not accumulate.
+    Several runs are followed side by side. Where graph and model agree, the replay goes on with the model's value, so
+    that rounding does not accumulate.
     """
 
-    def __init__(self, traced: Traced, x: Tensor) -> None:
-        self.rounding = _ROUNDING if x.dtype == torch.float64 else _GROWTH * rounding_of(x)
+    def __init__(self, traced: Traced, runs: Sequence[_Recorded]) -> None:
+        dtype = runs[0].input.dtype
+        self.rounding = _ROUNDING if dtype == torch.float64 else _GROWTH * rounding_of(runs[0].input)
         self._traced = traced
-        self._wide = x.dtype == torch.float64
+        self._runs = runs
+        self._dtype = dtype
+        self._values: dict[fx.Node, list[Any]] = {}
         self._agreed = "the input"
         self._tried: set[fx.Node] = set()
 
-    def follow(self, runs: Sequence[_Recorded]) -> Tensor:
+    def follow(self) -> Tensor:
         """Replay all runs and compare with the model's results, which are returned in one batch.
 
         Raises:
             ValueError: they differ.
         """
         graph = self._traced.graph_module.graph
-        env: dict[fx.Node, list[Any]] = {}
         last = {source: node for node in graph.nodes for source in node.all_input_nodes}
         for node in graph.nodes:
             if node.op == "output":
+                results = self._values[node.args[0]]
                 break
-            env[node] = self._values(node, env, runs)
+            values = [self._value(node, i) for i in range(len(self._runs))]
+            self._values[node] = values
+            if node in self._traced.steps:
+                _set_moved(self._traced.steps[node], values)
             for source in node.all_input_nodes:
-                if last[source] is node and source is not self._result:
-                    del env[source]
+                if last[source] is node:
+                    del self._values[source]
         for node in graph.find_nodes(op="call_module"):
-            if any(run.outputs.get(id(self._module(node))) for run in runs):
-                raise _otherwise(f"{module_name(node, self._traced.graph_module)} runs more often")
-        for value, run in zip(env[self._result], runs, strict=True):
+            if any(run.outputs.get(id(self._module(node))) for run in self._runs):
+                raise _otherwise(f"{self._name(node)} runs more often")
+        for value, run in zip(results, self._runs, strict=True):
             if not agree(value, run.result, self.rounding):
                 raise _otherwise(f"they agree up to {self._agreed}, and then differ by {_share(value, run.result)}")
-        return torch.cat([run.result for run in runs])
+        return torch.cat([run.result for run in self._runs])
 
-    @property
-    def _result(self) -> fx.Node:
-        (output,) = self._traced.graph_module.graph.find_nodes(op="output")
-        return output.args[0]  # type: ignore[return-value]
-
-    def _module(self, node: fx.Node) -> nn.Module:
-        return self._traced.graph_module.get_submodule(str(node.target))
-
-    def _values(self, node: fx.Node, env: dict[fx.Node, list[Any]], runs: Sequence[_Recorded]) -> list[Any]:
-        """What a node gives in each run."""
-        if node.op == "placeholder":
-            values = [run.input.clone() for run in runs]
-        elif node.op == "get_attr":
-            constant = operator.attrgetter(str(node.target))(self._traced.graph_module)
-            if self._wide and isinstance(constant, Tensor) and constant.is_floating_point():
-                constant = constant.double()
-            return [constant] * len(runs)
-        else:
-            step = self._traced.steps.get(node)
-            function = as_function(node.target) if step is None else step.apply
-            values = []
-            for i in range(len(runs)):
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n, i=i: env[n][i])
-                values.append(function(*args, **kwargs))
-        step = self._traced.steps.get(node)
+    def _value(self, n: fx.Node, i: int) -> Any:
+        """What a node gives in the i-th run."""
+        if n.op == "placeholder":
+            return self._runs[i].input.clone()
+        if n.op == "get_attr":
+            value = operator.attrgetter(str(n.target))(self._traced.graph_module)
+            # Constants were computed in the model's own dtype.
+            own = isinstance(value, Tensor) and value.is_floating_point() and self._dtype == torch.float64
+            return value.double() if own else value
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda source: self._values[source][i])
+        bundle = self._traced.bundles.get(n)
+        if n.target is operator.getitem and n.args[0] in self._traced.bundles:
+            return args[0][args[1]]
+        if bundle is not None:
+            return self._bundle(n, bundle, args, kwargs, i)
+        step = self._traced.steps.get(n)
         if step is None:
-            return values
-        for i, run in enumerate(runs):
-            if tuple(values[i].shape) != self._traced.values.shapes[node]:
-                raise _otherwise(
-                    f"{step.name} ({step.kind}) gives shape {list(values[i].shape)} in place of "
-                    f"{list(self._traced.values.shapes[node])}"
-                )
-            if node.op == "call_module":
-                values[i] = self._compared(node, step, values[i], run, env)
-        if len(runs) > 1 and step.moved is None:
-            # If outputs are much larger than their difference, it may consist of rounding alone.
-            apart = torch.linalg.vector_norm((values[0] - values[1]).double())
-            size = torch.hypot(*(torch.linalg.vector_norm(value) for value in values[:2]))
-            step.moved = (apart - noise_of(values[0]) * size).clamp_min(0.0)
-        return values
-
-    def _compared(self, n: fx.Node, step: Step, value: Tensor, run: _Recorded, env: dict[fx.Node, list[Any]]) -> Tensor:
-        """The recorded output of the model's module, if it agrees with ``value``; otherwise raises ValueError."""
+            return as_function(n.target)(*args, **kwargs)
+        value = step.apply(*args, **kwargs)
+        self._require_shape(step, value)
+        if n.op != "call_module":
+            return value
+        seen = self._recorded_output(n, i)
+        self._require_agreement(step, value, seen)
         module = self._module(n)
-        queue = run.outputs.get(id(module))
+        if n not in self._tried and is_hooked(module) and not n.kwargs and len(n.args) == 1:
+            self._tried.add(n)
+            _try_hooked(module, step, args[0], self.rounding)
+        return seen
+
+    def _bundle(self, n: fx.Node, bundle: tuple[Step | None, ...], args: Any, kwargs: Any, i: int) -> tuple[Any, ...]:
+        """The parts of a tuple, compared with the recorded ones if a module returns it."""
+        value = tuple(None if step is None else step.apply(*args, **kwargs) for step in bundle)
+        for step, part in zip(bundle, value, strict=True):
+            if step is not None and part is not None:
+                self._require_shape(step, part)
+        if n.op != "call_module":
+            return value
+        seen = self._recorded_output(n, i)
+        if not isinstance(seen, tuple) or len(seen) != len(value):
+            raise _otherwise(f"{self._name(n)} does not return {len(value)} values")
+        for step, part, other in zip(bundle, value, seen, strict=True):
+            if step is not None and part is not None:
+                self._require_agreement(step, part, other)
+        return seen
+
+    def _require_shape(self, step: Step, value: Tensor) -> None:
+        expected = (self._traced.batch, *step.shape) if step.alone else step.shape
+        if tuple(value.shape) != expected:
+            raise _otherwise(f"{step.name} ({step.kind}) gives shape {list(value.shape)}, not {list(expected)}")
+
+    def _recorded_output(self, n: fx.Node, i: int) -> Any:
+        queue = self._runs[i].outputs.get(id(self._module(n)))
         if not queue:
-            raise _otherwise(f"{step.name} runs less often")
-        seen = queue.popleft()
-        if seen is None:
+            raise _otherwise(f"{self._name(n)} runs less often")
+        return queue.popleft()
+
+    def _require_agreement(self, step: Step, value: Tensor, seen: Any) -> None:
+        if not isinstance(seen, Tensor):
             raise _otherwise(f"{step.name} returns no tensor")
         if not agree(value, seen, self.rounding):
             where = f"{step.name} ({step.kind})"
             differ = f"by {_share(value, seen)}" if value.shape == seen.shape else "in shape"
             raise _otherwise(f"they agree up to {self._agreed}, and differ {differ} at {where}")
-        if n not in self._tried and is_hooked(module) and not n.kwargs and len(n.args) == 1:
-            self._tried.add(n)
-            _try_hooked(module, step, env[n.all_input_nodes[0]][0], self.rounding)
         self._agreed = step.name
-        return seen
+
+    def _module(self, n: fx.Node) -> nn.Module:
+        return self._traced.graph_module.get_submodule(str(n.target))
+
+    def _name(self, n: fx.Node) -> str:
+        return module_name(n, self._traced.graph_module)
+
+
+def _set_moved(step: Step, values: Sequence[Tensor]) -> None:
+    """Set how far the outputs of the first two runs are apart at least."""
+    if len(values) > 1 and step.moved is None:
+        # If outputs are much larger than their difference, it may consist of rounding alone.
+        apart = torch.linalg.vector_norm((values[0] - values[1]).double())
+        size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in values[:2]]))
+        step.moved = (apart - noise_of(values[0]) * size).clamp_min(0.0)
 
 
 def _try_hooked(module: nn.Module, step: Step, x: Tensor, rounding: float) -> None:

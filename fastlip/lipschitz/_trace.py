@@ -48,7 +48,8 @@ class Values:
         shapes: shapes of the tensors that depend on the input, with all axes.
         dtypes: their dtypes.
         devices: their devices.
-        tuples: for tuples that depend on the input the descriptions of their elements, nested as they are.
+        bundles: the tuples that depend on the input, of descriptions in place of tensors, nested as they are.
+        others: what else depends on it, such as numbers.
         constants: all other values.
         batch: the number of samples in the input.
     """
@@ -58,17 +59,22 @@ class Values:
         self.shapes: dict[fx.Node, tuple[int, ...]] = {node: value.shape for node, value in tensors.items()}
         self.dtypes: dict[fx.Node, torch.dtype] = {node: value.dtype for node, value in tensors.items()}
         self.devices: dict[fx.Node, torch.device] = {node: value.device for node, value in tensors.items()}
-        self.tuples: dict[fx.Node, Any] = {node: v for node, v in described.items() if node not in tensors}
+        self.bundles = {node: value for node, value in described.items() if isinstance(value, tuple)}
+        self.others = {node: value for node, value in described.items() if not isinstance(value, (Described, tuple))}
         self.constants = constants
         self.batch = batch
 
-    def alone(self, node: fx.Node) -> bool:
-        """Whether the first axis of a tensor that depends on the input can be the batch's."""
-        return self.shapes[node][:1] == (self.batch,)
+    def alone(self, shape: tuple[int, ...]) -> bool:
+        """Whether the first axis of a tensor of this shape can be the batch's."""
+        return shape[:1] == (self.batch,)
+
+    def without_batch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape without its first axis if that can be the batch's."""
+        return shape[1:] if self.alone(shape) else shape
 
     def sample_shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Shape of a tensor that depends on the input, without the first axis if that can be the batch's."""
-        return self.shapes[node][1:] if self.alone(node) else self.shapes[node]
+        """Shape of a tensor that depends on the input, without the batch axis."""
+        return self.without_batch(self.shapes[node])
 
 
 class Untraceable(ValueError):

@@ -290,7 +290,7 @@ def _replaced(value: Any, i: int) -> Any:
 
 
 def described(value: Any) -> Any:
-    """A description of a tensor, or a tuple of them for a tuple or list of tensors, nested as they are."""
+    """A value with descriptions in place of tensors, also in tuples and lists, which become tuples."""
     if isinstance(value, Tensor):
         return Described(tuple(value.shape), value.dtype, value.device)
-    return tuple(described(inner) for inner in value)
+    return tuple(described(inner) for inner in value) if isinstance(value, (tuple, list)) else value
