@@ -139,6 +139,7 @@ def _take_parts(node: fx.Node, made: Made) -> None:
 
 
 def _add(node: fx.Node, result: Step | Sequence[Step | None], made: Made, values: Values) -> None:
+    steps: Sequence[Step | None]
     if isinstance(result, Step):
         made.steps[node] = result
         steps, shapes = [result], [values.shapes[node]]

@@ -240,7 +240,8 @@ class _Replay:
             # Constants were computed in the model's own dtype.
             own = isinstance(value, Tensor) and value.is_floating_point() and self._dtype == torch.float64
             return value.double() if own else value
-        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda source: self._values[source][i])
+        given: Any = fx.node.map_arg((n.args, n.kwargs), lambda source: self._values[source][i])
+        args, kwargs = given
         bundle = self._traced.bundles.get(n)
         if n.target is operator.getitem and n.args[0] in self._traced.bundles:
             return args[0][args[1]]

@@ -50,8 +50,8 @@ class Proxy(fx.Proxy):
         self.values = values
         self.versions = tuple(version_of(t) for t in _tensors(values))
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]  # passes for a tensor in isinstance
+    def __class__(self) -> type:
         return Tensor if isinstance(self.values[0], Tensor) else type(self.values[0])
 
     def __getattr__(self, k: str) -> Any:
@@ -63,7 +63,7 @@ class Proxy(fx.Proxy):
         if k == "shape":
             return self.tracer.sizes(self)
         if isinstance(self.values[0], tuple) and isinstance(found[0], Tensor):  # a field of a named tuple
-            return self[next(i for i, value in enumerate(self.values[0]) if value is found[0])]
+            return self.part(next(i for i, value in enumerate(self.values[0]) if value is found[0]))
         if k == "T":
             return self.permute(*range(self.dim())[::-1])
         if k in ("mT", "mH"):
@@ -77,7 +77,11 @@ class Proxy(fx.Proxy):
         return found[0]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self))])
+        return iter([self.part(i) for i in range(len(self))])
+
+    def part(self, i: int) -> Any:
+        """The i-th element of a tuple, or entry along a tensor's first axis."""
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, i), {})
 
     def __len__(self) -> int:
         return cast("int", self.tracer.agreed(self, [len(value) for value in self.values], "length"))
