@@ -71,6 +71,16 @@ class Call:
         """The device of the first traced tensor."""
         return next(self.values.devices[n] for n in self.node.all_input_nodes if n in self.steps)
 
+    @property
+    def rank(self) -> int:
+        """Number of axes of the output, that of the batch among them."""
+        return len(self.values.shapes[self.node])
+
+    @property
+    def alone(self) -> bool:
+        """Whether the output's first axis can be the batch's."""
+        return self.values.alone(self.values.shapes[self.node])
+
     def sample_shape(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of one sample of a traced tensor."""
         return self.values.sample_shape(node)

@@ -48,6 +48,10 @@ class Traced:
         """The number of samples that the graph takes at once."""
         return self.values.batch
 
+    def takes_part(self, node: fx.Node) -> bool:
+        """Whether a node takes an element of a tuple, or a part of one."""
+        return node.target is operator.getitem and node.args[0] in self.bundles
+
     def modules(self) -> list[nn.Module]:
         """The modules that the graph calls, and their submodules."""
         called = {str(node.target) for node in self.graph_module.graph.find_nodes(op="call_module")}
@@ -194,8 +198,10 @@ def _step_by_rule(call: Call) -> Step | None:
     if rule is None or not call.on_one:
         return None
     asked = FunctionCall(tuple(call.args[1:]), dict(call.kwargs))
-    factor = function_factor(rule, asked, call.name, call.where, call.sources[0].entry_shape)
-    return Step(call.where, call.name, call.sources, factor, call.shape, apply=as_function(call.target))
+    shape = call.shape
+    stated = function_factor(rule, asked, call.name, call.where, call.sources[0].entry_shape, shape)
+    apply = as_function(call.target)
+    return Step(call.where, call.name, call.sources, stated.factor, shape, apply=apply, interval=stated.interval)
 
 
 def fold_scales(last: Step) -> None:

@@ -27,9 +27,10 @@ def module_step(call: Call) -> Step:
     module, name, sources = call.target, call.where, call.sources
     if len(sources) != 1:
         raise missing_rule(f"{type(module).__name__} with {len(sources)} inputs", name)
-    factor = module_factor(module, name, sources[0].entry_shape, call.source_dtype)
-    step = Step(name, call.name, sources, factor, call.shape, module)
-    step.alone = call.values.alone(call.values.shapes[call.node])
+    stated = module_factor(module, name, sources[0].entry_shape, call.shape, call.source_dtype)
+    factor = stated.factor
+    step = Step(name, call.name, sources, factor, call.shape, module, interval=stated.interval)
+    step.alone = call.alone
     if find_rule(module) is weighted:
         if len(call.args) + len(call.kwargs) > 1:
             step.factor = layer_operator(step)  # a transposed convolution with an explicit output size

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlip.lipschitz._calls import as_function
+from fastlip.lipschitz._domain import Domain
 from fastlip.lipschitz._graph import Traced
 from fastlip.lipschitz._steps import Step
 from fastlip.lipschitz._trace import module_name, run_model
@@ -48,16 +49,16 @@ _NOISE = 1e-9
 _NOISE_NATIVE = 1e-3
 
 
-def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced) -> None:
+def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced, domain: Domain) -> None:
     """Compare the graph with the model, which must be in eval mode, on random inputs, alone and in batches.
 
-    Sets ``moved`` of each step.
+    Sets ``moved`` of each step, from two inputs of the domain.
 
     Raises:
         ValueError: they differ; the message names the first step that differs.
     """
     with torch.no_grad(), runs_on(model, input_shape):
-        x = random_inputs(model, input_shape, 2 * traced.batch, seed=1)
+        x = domain.sample(random_inputs(model, input_shape, 2 * traced.batch, seed=1), seed=1)
         try:
             with in_float64(model, x) as wide:
                 result = _compare(model, wide, traced)
@@ -243,7 +244,7 @@ class _Replay:
         given: Any = fx.node.map_arg((n.args, n.kwargs), lambda source: self._values[source][i])
         args, kwargs = given
         bundle = self._traced.bundles.get(n)
-        if n.target is operator.getitem and n.args[0] in self._traced.bundles:
+        if self._traced.takes_part(n):
             return args[0][args[1]]
         if bundle is not None:
             return self._bundle(n, bundle, args, kwargs, i)

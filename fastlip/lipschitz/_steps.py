@@ -57,6 +57,20 @@ class Step:
         return self.shape if self.alone or len(self.shape) == 1 else self.shape[1:]
 
 
+def in_graph(
+    t: Tensor,  # [1, *shape]
+    step: Step,
+    batch: int,
+) -> Tensor:
+    """One sample of a step's output as the tensor of the graph, which takes ``batch`` samples at once: equal ones."""
+    return t.expand(batch, *t.shape[1:]) if step.alone else t[0]
+
+
+def in_sample(t: Tensor, step: Step) -> Tensor:
+    """The first sample in a tensor of the graph, [1, *shape]."""
+    return t[:1] if step.alone else t[None]
+
+
 def topological_order(last: Step) -> list[Step]:
     """All steps on which ``last`` depends, and itself, each after its inputs."""
     order: list[Step] = []

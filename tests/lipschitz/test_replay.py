@@ -182,7 +182,7 @@ REFUSED = {
     "hook on an activation": (lambda: hooked(1, False), (3,), r"at 1 \(ReLU\)"),
     "forward of a layer replaced": (patched_layer, (3,), r"no Lipschitz rule for Linear \(at 0\)"),
     "_conv_forward": (lambda: nn.Sequential(ScaledConv(1, 1, 1)), (1, 4, 4), "no Lipschitz rule"),
-    "data": (Largest, (3,), "no Lipschitz rule for|which depends on the numbers in the input"),
+    "data": (Largest, (3,), "no Lipschitz rule for|which depends on the numbers in the input|mixes the batch"),
     "data in a branch": (lambda: OnTensors(lambda x: bool(x.abs().max() > 20)), (3,), "which depends on data, decides"),
     "large values": (lambda: OnTensors(lambda x: type(x) is Tensor and bool(x.abs().max() > 20)), (3,), "at layer"),
     "no gradient wanted": (lambda: OnTensors(lambda x: torch.is_grad_enabled()), (3,), "at layer"),

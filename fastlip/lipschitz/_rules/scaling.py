@@ -44,7 +44,7 @@ def _scaling(constant: Any, power: int, call: Call) -> Factor:
     channels = shape[0]
     # [C, 1, ..., 1] or [1, C, 1, ..., 1], the usual shapes of means and standard deviations.
     if (
-        call.values.alone(call.values.shapes[call.node])
+        call.alone
         and value.numel() == channels > 1
         and value.dim() >= len(shape)
         and value.shape[-len(shape)] == channels
