@@ -65,7 +65,7 @@ def test_the_constant_is_the_norm_of_the_matrix_and_values_lie_within_bounds(nam
     centre, away = torch.rand(2, *SHAPE, dtype=torch.float64), torch.rand(2, *SHAPE, dtype=torch.float64)
     within = Interval(centre - away, centre + away)
     args, kwargs = torch.fx.node.map_arg(
-        (node.args, node.kwargs), lambda n: within if n in traced.steps else traced.constants[n]
+        (node.args, node.kwargs), lambda n: within if n in traced.steps else traced.values.constants[n]
     )
     known = traced.last.interval(*args, **kwargs)
     for value in (model(within.lower), model(within.upper), model(centre)):

@@ -58,15 +58,21 @@ def _layer(call: Call, module: nn.Module, weight: Tensor, bias: Tensor | None, *
     if bias is not None:
         module.bias = nn.Parameter(bias.detach(), requires_grad=False)
     try:
-        factor = module_operator(module, call.sources[0].shape)
+        factor = module_operator(module, call.sources[0].entry_shape)
     except ValueError as error:
         raise ValueError(f"{call.where}: {error}") from None
 
     def apply(x: Tensor, *_: Any, **__: Any) -> Tensor:
         return apply_operator(factor, x, bias, transposed=transposed)
 
+    source = call.sources[0]
+
     def interval(x: Interval, *_: Any, **__: Any) -> Interval:
-        return arithmetic.through_operator(factor, x, bias, transposed=transposed)
+        if source.alone or not factor.kernel:
+            return arithmetic.through_operator(factor, x, bias, transposed=transposed)
+        entries = Interval(x.lower.flatten(0, 1), x.upper.flatten(0, 1))
+        y = arithmetic.through_operator(factor, entries, bias, transposed=transposed)
+        return Interval(y.lower.unflatten(0, (x.batch, -1)), y.upper.unflatten(0, (x.batch, -1)))
 
     sources = call.sources
     return Step(call.where, call.name, sources, factor, call.shape, module, apply=apply, interval=interval)
@@ -90,6 +96,8 @@ def _batch_norm(call: Call) -> Step:
     given = {"training": False, "eps": 1e-5} | _constants(call, names)
     if given["training"] or given.get("running_mean") is None or given.get("running_var") is None:
         raise ValueError(f"{call.where}: {call.name} uses the statistics of its batch, which no Lipschitz rule covers")
+    if not call.alone:
+        raise missing_rule(f"{call.name} of a tensor whose first axis is not the batch's", call.where)
     module = nn.BatchNorm1d(len(given["running_var"]), eps=given["eps"], affine=False).eval()
     module.running_mean, module.running_var = given["running_mean"], given["running_var"]
     for name in ("weight", "bias"):

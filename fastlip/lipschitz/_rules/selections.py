@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._intervals import EPS, Interval
 from fastlip.lipschitz._registry import builds, missing_rule
-from fastlip.lipschitz._steps import Step
+from fastlip.lipschitz._steps import Step, in_graph, in_sample
 
 #: Added to each index, so that no constant that a function fills in passes for one.
 _MARK = 0.28125
@@ -87,11 +87,17 @@ def _step(call: Call, function: Callable[..., Tensor], shape: tuple[int, ...]) -
     times, filled = _most_used(seen, indices.numel())
     factor = times**0.5 * (1.0 + EPS)
 
-    def interval(x: Interval, *args: Any, **kwargs: Any) -> Interval:
-        lower, upper = (function(end, *args, **kwargs) for end in (x.lower, x.upper))
-        return Interval(lower, upper, None if filled else x.norm * (factor * (1.0 + 4.0 * EPS)))
+    source, batch = call.steps[node], call.values.batch
 
-    return Step(call.where, call.name, call.sources, factor, shape, apply=function, interval=interval)
+    def interval(x: Interval, *args: Any, **kwargs: Any) -> Interval:
+        def rows(end: Tensor) -> Tensor:
+            made = (function(in_graph(row[None], source, batch), *args, **kwargs) for row in end)
+            return torch.cat([in_sample(t, step) for t in made])
+
+        return Interval(rows(x.lower), rows(x.upper), None if filled else x.norm * (factor * (1.0 + 4.0 * EPS)))
+
+    step = Step(call.where, call.name, call.sources, factor, shape, apply=function, interval=interval)
+    return step
 
 
 def _indices(call: Call, node: fx.Node) -> Tensor:
