@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from fastlip.lipschitz._graph import Step
+from fastlip.lipschitz._combinations import Difference, Sum
+from fastlip.lipschitz._steps import Step
 from fastlip.norms import Composed, NormInterval, Operator, simplify, trim
 
-SUMS = ("sum", "difference")
 _KEEP = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _MONOTONE = (nn.CELU, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Softsign)
 # Largest entries between which products of weights fit float32: composed operators are not normalised.
@@ -46,14 +46,14 @@ class Block:
 
 def find_block(step: Step, origin: Step) -> Block | None:
     """The residual block that ends in ``step``; None if it is not of a kind that is bounded here."""
-    if step.factor not in SUMS or len(step.inputs) != 2:
+    if not isinstance(step.factor, Sum) or len(step.inputs) != 2:
         return None
     ends = [_strip(source, origin) for source in step.inputs]
     for skip, branch in (ends, ends[::-1]):
         if skip is origin:
             layers = _layers(branch, origin)
             if layers is not None and len(layers) in (2, 3):
-                return Block(step, origin, layers, None, 1.0 if step.factor == "sum" else -1.0)
+                return Block(step, origin, layers, None, -1.0 if isinstance(step.factor, Difference) else 1.0)
         elif _is_layer(skip) and _strip(skip.inputs[0], origin) is origin and _is_layer(branch):
             matrices = [simplify(op) for op in (skip.factor, branch.factor) if isinstance(op, Operator)]
             if all(not m.kernel and m.groups == 1 and _ordinary(m.weight) for m in matrices) and skip is not branch:

@@ -23,7 +23,7 @@ from fastlip.norms._interval import confidence_text, width_text
 from fastlip.norms._layer_norms import layer_norms
 from fastlip.norms._options import METHODS
 from fastlip.norms._report.page import report_html
-from fastlip.norms._report.report import NormReport
+from fastlip.norms._report.report import NormReport, listed_names
 
 # Most characters of an error, and most names that one lists.
 _LONGEST, _NAMED = 500, 3
@@ -56,7 +56,7 @@ def norms(
     csv: Annotated[Path | None, typer.Option(help="Write CSV; - for standard output.", metavar="OUT")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page to read; - for standard output.")] = None,
 ) -> None:
-    """Operator norms of every convolution and linear layer of MODEL, with certified upper sides."""
+    """Operator norms of every linear map with weights in MODEL, with certified upper sides, and what is left out."""
     try:
         _check_options(classes, rtol, confidence, seed)
         sizes = _parse_shape(shape)
@@ -82,6 +82,8 @@ def norms(
     else:
         console = Console()
         console.print(_table(shown, wide=console.width >= 100))
+        for reason, names in shown.reasons.items():
+            console.print(Text(f"Left out: {listed_names(names)}: {reason}."))
 
 
 def _compute(
@@ -259,6 +261,7 @@ def _shown(report: NormReport) -> NormReport:
         report,
         intervals={printable(name): interval for name, interval in report.items()},
         descriptions={printable(name): printable(text) for name, text in report.descriptions.items()},
+        left_out={printable(name): printable(reason) for name, reason in report.left_out.items()},
     )
     if len(shown) != len(report):
         raise ValueError("two layers have names that differ in how control characters are written; rename one")
@@ -287,7 +290,7 @@ def _table(report: NormReport, wide: bool) -> Table:
         )
     low, high = report.log10_product_lower, report.log10_product_upper
     table.caption = (
-        f"Product of {len(report)} layers: 10^{low:.3f} to 10^{high:.3f}. "
+        f"Product of {report.total()}: 10^{low:.3f} to 10^{high:.3f}. "
         f"Joint confidence {confidence_text(report.confidence)}."
     )
     table.caption_justify = "left"

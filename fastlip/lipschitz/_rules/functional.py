@@ -1,30 +1,16 @@
-"""Functions and tensor methods in a traced graph, and the modules that do the same."""
+"""Functions and tensor methods that do what a module with a rule does."""
 
-import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-#: Functions that keep all values, in their order.
-MOVE_IN_ORDER = (
-    torch.flatten,
-    torch.reshape,
-    torch.squeeze,
-    torch.unsqueeze,
-    torch.clone,
-    "flatten",
-    "reshape",
-    "view",
-    "squeeze",
-    "unsqueeze",
-    "contiguous",
-    "clone",
-)
-#: Functions that only move values, each to one place.
-MOVE = (*MOVE_IN_ORDER, torch.permute, torch.transpose, "permute", "transpose")
+from fastlip.lipschitz._calls import Call
+from fastlip.lipschitz._factors import module_factor
+from fastlip.lipschitz._registry import missing_rule
+from fastlip.lipschitz._steps import Step
 
 _ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
     "relu": lambda inplace=False: nn.ReLU(),
@@ -105,22 +91,31 @@ def _table() -> dict[Any, Callable[..., nn.Module]]:
 
 _MODULES = _table()
 
-ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-SUBTRACT = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
-MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-DIVIDE = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
-CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
-MEAN = (torch.mean, "mean")
 
+def step_by_module(call: Call) -> Step | None:
+    """The step of a function that does what a module with a rule does, or None if there is no such module.
 
-def as_function(target: Any) -> Callable[..., Any]:
-    """A traced target as a function of its arguments; a target that is a string names a tensor method."""
-    if not isinstance(target, str):
-        return cast("Callable[..., Any]", target)
-    return lambda x, *args, **kwargs: getattr(x, target)(*args, **kwargs)
-
-
-def as_module(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module | None:
-    """The module that does the same as ``target(x, *args, **kwargs)``, or None if there is none."""
-    build = _MODULES.get(target)
-    return None if build is None else build(*args, **kwargs)
+    Raises:
+        ValueError: the module has no bound, or the function has other arguments than are known here.
+    """
+    build = _MODULES.get(call.target)
+    if build is None:
+        return None
+    try:
+        module = build(*call.args[1:], **call.kwargs)
+    except (AssertionError, RuntimeError, TypeError):
+        raise missing_rule(f"{call.name} with these arguments", call.where) from None
+    except ValueError as error:
+        raise ValueError(f"{call.where}: {error}") from None
+    stated = module_factor(module, call.where, call.sources[0].entry_shape, call.shape, call.source_dtype)
+    forward = module.forward
+    return Step(
+        call.where,
+        call.name,
+        call.sources,
+        stated.factor,
+        call.shape,
+        module,
+        apply=lambda x, *_, **__: forward(x),
+        interval=stated.interval,
+    )

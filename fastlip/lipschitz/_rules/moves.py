@@ -1,0 +1,37 @@
+"""Functions that only move values."""
+
+import torch
+from torch import nn
+
+from fastlip.lipschitz._calls import Call, as_function
+from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz._steps import Step
+
+#: Functions that keep all values, in their order.
+_IN_ORDER = (
+    torch.flatten,
+    torch.reshape,
+    torch.squeeze,
+    torch.unsqueeze,
+    torch.clone,
+    "flatten",
+    "reshape",
+    "view",
+    "squeeze",
+    "unsqueeze",
+    "contiguous",
+    "clone",
+)
+#: Functions that only move values, each to one place.
+_MOVES = (*_IN_ORDER, torch.permute, torch.transpose, "permute", "transpose")
+
+
+@builds(*_MOVES, fixed=True)
+def _move(call: Call) -> Step | None:
+    if not call.on_one:
+        return None
+    if call.values.dtypes[call.node] != call.source_dtype:
+        raise missing_rule(f"{call.name} to another dtype", call.where)
+    same = call.shape == call.sources[0].shape and call.target in _IN_ORDER
+    module = nn.Identity() if same else None
+    return Step(call.where, call.name, call.sources, 1.0, call.shape, module=module, apply=as_function(call.target))
