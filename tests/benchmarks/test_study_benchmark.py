@@ -84,7 +84,7 @@ def test_what_was_left_out_is_missing_from_the_prediction(tmp_path, capsys, monk
         predicted = {r["kind"]: r["missing"] for r in csv.DictReader(f) if r["what"] == "prediction"}
     assert predicted["training"] == "training:softmax training:scratch training:linear"
     assert predicted["evaluation"].split()[:3] == ["clean", "clean-attacked", "gaussian"]
-    assert len(predicted["whole"].split()) == 3 + 16 + 3
+    assert len(predicted["whole"].split()) == 3 + 16 + 4
 
 
 def test_kinds_of_measurements():
