@@ -206,6 +206,21 @@ def test_a_transformer_is_seen_where_torch_has_one_function_for_all_of_it() -> N
     assert all("deviation" in reason for reason in report.left_out.values())
 
 
+def test_a_mask_of_attention_is_added_and_a_learnt_query_is_not() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.table = nn.Parameter(torch.randn(1, 2, 4)), nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.scaled_dot_product_attention(x, x, x, self.table[:1])
+            return F.scaled_dot_product_attention(self.query.expand(len(x), -1, -1), x, x, attn_mask=self.table)
+
+    report = layer_norms(Pool(), (3, 4))
+    assert list(report.left_out) == ["query"]
+    assert "scaled_dot_product_attention" in report.left_out["query"]
+
+
 def test_windows_of_a_swin_transformer() -> None:
     swin = pytest.importorskip("torchvision.models.swin_transformer")
     model = swin.SwinTransformer([2, 2], 8, [2], [2], [2, 2], num_classes=3)
