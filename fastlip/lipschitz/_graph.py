@@ -45,6 +45,10 @@ class Traced:
     constants: dict[fx.Node, Any]
     varying: set[fx.Node]
 
+    def takes_part(self, node: fx.Node) -> bool:
+        """Whether a node takes an element of a tuple, or a part of one."""
+        return node.target is operator.getitem and node.args[0] in self.bundles
+
     def modules(self) -> list[nn.Module]:
         """The modules that the graph calls, and their submodules."""
         called = {str(node.target) for node in self.graph_module.graph.find_nodes(op="call_module")}
@@ -155,8 +159,10 @@ def _step_by_rule(call: Call) -> Step | None:
     if rule is None or not call.on_one:
         return None
     asked = FunctionCall(tuple(call.args[1:]), dict(call.kwargs))
-    factor = function_factor(rule, asked, call.name, call.where, call.sources[0].shape)
-    return Step(call.where, call.name, call.sources, factor, call.shape, apply=as_function(call.target))
+    shape = call.shape
+    stated = function_factor(rule, asked, call.name, call.where, call.sources[0].shape, shape)
+    apply = as_function(call.target)
+    return Step(call.where, call.name, call.sources, stated.factor, shape, apply=apply, interval=stated.interval)
 
 
 def fold_scales(last: Step) -> None:

@@ -27,8 +27,9 @@ def module_step(call: Call) -> Step:
     module, name, sources = call.target, call.where, call.sources
     if len(sources) != 1:
         raise missing_rule(f"{type(module).__name__} with {len(sources)} inputs", name)
-    factor = module_factor(module, name, sources[0].shape, call.source_dtype)
-    step = Step(name, call.name, sources, factor, call.shape, module)
+    stated = module_factor(module, name, sources[0].shape, call.shape, call.source_dtype)
+    factor = stated.factor
+    step = Step(name, call.name, sources, factor, call.shape, module, interval=stated.interval)
     if find_rule(module) is weighted:
         if len(call.args) + len(call.kwargs) > 1:
             step.factor = layer_operator(step)  # a transposed convolution with an explicit output size

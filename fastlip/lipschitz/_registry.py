@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fastlip.lipschitz._intervals import Interval
 from fastlip.norms import NormInterval, Operator
 from fastlip.norms._operators.modules import keeps_forward
 
@@ -30,6 +31,22 @@ class Diagonal:
 Factor = float | NormInterval | Operator | Diagonal
 
 
+@dataclass(frozen=True, eq=False)
+class Ranged:
+    """A factor with how large values are: what a rule returns if one depends on, or says something of, the other.
+
+    Attributes:
+        factor: as a rule returns it; or a function that takes bounds of the input's values, with a single domain
+            (B = 1), and returns an upper bound on the constant there, inf if there is none.
+        values: the least and the largest value of the output, numbers or tensors that broadcast to one sample of it;
+            or a function from bounds of the input's values, for several domains, to bounds of the output's. None if
+            nothing is known of them but what the factor says.
+    """
+
+    factor: Factor | Callable[[Interval], float]
+    values: tuple[float | Tensor, float | Tensor] | Callable[[Interval], Interval] | None = None
+
+
 @dataclass(frozen=True)
 class FunctionCall:
     """A call of a function on an input that a rule is asked about.
@@ -43,7 +60,7 @@ class FunctionCall:
     kwargs: dict[str, Any]
 
 
-Rule = Callable[[Any, tuple[int, ...]], Factor]
+Rule = Callable[[Any, tuple[int, ...]], Factor | Ranged]
 
 _RULES: dict[type[nn.Module], Rule] = {}
 _FUNCTION_RULES: dict[Any, Rule] = {}

@@ -5,7 +5,6 @@ something other than their traced graph are refused.
 """
 
 import math
-import operator
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fastlip.lipschitz._domain import Domain
 from fastlip.lipschitz._graph import BATCH, Traced
 from fastlip.lipschitz._steps import Step
 from fastlip.lipschitz._trace import location, module_name
@@ -44,16 +44,16 @@ _NOISE = 1e-9
 _NOISE_NATIVE = 1e-3
 
 
-def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced) -> None:
+def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced, domain: Domain) -> None:
     """Compare the graph with the model, which must be in eval mode, on random inputs in batches of two sizes.
 
-    Sets ``moved`` of each step.
+    Sets ``moved`` of each step, from two inputs of the domain.
 
     Raises:
         ValueError: they differ; the message names the first step that differs.
     """
     with torch.no_grad(), runs_on(model, input_shape):
-        x = random_inputs(model, input_shape, BATCH, seed=1)
+        x = domain.sample(random_inputs(model, input_shape, BATCH, seed=1), seed=1)
         try:
             with in_float64(model, x) as wide:
                 result = _compare(model, wide, traced)
@@ -229,7 +229,7 @@ class _Replay(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         bundle = self._traced.bundles.get(n)
-        if (n not in self._traced.steps and bundle is None) or n.op == "placeholder" or self._takes_part(n):
+        if (n not in self._traced.steps and bundle is None) or n.op == "placeholder" or self._traced.takes_part(n):
             value = super().run_node(n)
             if n.op != "placeholder" and bundle is None and n not in self._traced.steps:
                 self._require_constant(n, value)
@@ -245,10 +245,6 @@ class _Replay(fx.Interpreter):
         if n in self._traced.steps:
             self._set_moved(self._traced.steps[n], value)
         return value
-
-    def _takes_part(self, n: fx.Node) -> bool:
-        """Whether a node takes an element of a tuple, or a part of one."""
-        return n.target is operator.getitem and n.args[0] in self._traced.bundles
 
     def _run_bundle(self, n: fx.Node, bundle: tuple[Step | None, ...]) -> tuple[Any, ...]:
         """The parts of a tuple, compared with the recorded ones if a module returns it."""

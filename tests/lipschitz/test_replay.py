@@ -185,7 +185,7 @@ REFUSED = {
     "hook on an activation": (lambda: hooked(1, False), (3,), r"at 1 \(ReLU\)"),
     "forward of a layer replaced": (patched_layer, (3,), r"no Lipschitz rule for Linear \(at 0\)"),
     "_conv_forward": (lambda: nn.Sequential(ScaledConv(1, 1, 1)), (1, 4, 4), "no Lipschitz rule"),
-    "data": (Largest, (3,), "no Lipschitz rule for|depends on the numbers in the input"),
+    "data": (Largest, (3,), "mixes the batch axis into others"),
     "large values": (lambda: OnTensors(lambda x: torch.is_tensor(x) and bool(x.abs().max() > 20)), (3,), "at layer"),
     "no gradient wanted": (lambda: OnTensors(lambda x: torch.is_grad_enabled()), (3,), "at layer"),
     "second call": (lambda: Counting(lambda calls: calls > 1), (3,), "on what ran before"),
