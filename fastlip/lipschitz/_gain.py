@@ -3,13 +3,12 @@
 Such a matrix is the Jacobian of a network whose activations have slopes m + d, |d| <= delta: J, T, S and C belong to
 the network with the slopes m, and D = diag(d). With multipliers lambda > 0 and the scaled matrices
 M = [T; delta sqrt(lambda) S] / sqrt(lambda) and X = [J; delta sqrt(lambda) C], its norm is at most gamma wherever
-||[M, X / gamma]|| <= 1 (the scaled small-gain theorem). Over all multipliers that is the neuron-wise LipSDP (M. Fazlyab,
-A. Robey, H. Hassani, M. Morari and G. Pappas, "Efficient and accurate estimation of Lipschitz constants for deep neural
-networks", NeurIPS 2019) of the units that D leaves open, with their slopes on the domain. Every choice is a bound; a
-descent over their logarithms looks for a good one, and a Cholesky factorisation certifies the last one.
+||[M, X / gamma]|| <= 1 (the scaled small-gain theorem). Over all multipliers that is the neuron-wise LipSDP (M.
+Fazlyab, A. Robey, H. Hassani, M. Morari and G. Pappas, "Efficient and accurate estimation of Lipschitz constants for
+deep neural networks", NeurIPS 2019) of the units that D leaves open, with their slopes on the domain. Every choice is a
+bound; a descent over their logarithms looks for a good one, and a Cholesky factorisation certifies the last one.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +22,12 @@ _STEP, _FIRST, _SECOND = 0.25, 0.8, 0.95
 _BUDGET, _MOST_STEPS = 6e8, 40
 #: By how much a bound is raised until it is certified.
 _RAISES = (1e-9, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
+#: Largest logarithm of a multiplier, and the largest difference of two.
+_FARTHEST, _SPREAD = 300.0, 40.0
 #: What a bound is at least.
 _TINIEST = 1e-200
-#: Steps of the iteration for the largest eigenvalue.
-_RITZ_STEPS = 16
+#: Side up to which the eigenvalue solver is the fastest way to the largest eigenvalue, and steps of the iteration.
+_SMALL, _RITZ_STEPS = 48, 16
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class OpenUnits:
         delta: half-widths of the slopes, [B, N]; 0 for units that only fill the batch.
         reach: upper bounds on the norms of the units' gradients, [B, N]; only the choice of multipliers rests on them.
         blocks: the units of each activation, none of which reads another's of its own block.
-        outer_error: bound on the Frobenius norm of the error of [J, T], [B].
-        inner_error: bound on the norm of the error of each row of [C, S], [B, N].
+        outer_error: bounds on the L2 norms of the errors of the columns of [J, T], [B, d + N].
+        inner_error: of those of [C, S] in each block, [B, blocks, d + N].
     """
 
     outer: Tensor
@@ -86,7 +87,7 @@ class _Problem:
         """The factors of rows, [B, m + N], and of columns, [B, N]."""
         root = (0.5 * log).exp()
         ones = log.new_ones(len(log), self.m)
-        return torch.cat([ones, self.units.delta * root], 1), 1.0 / root
+        return torch.cat([ones, self.units.delta * root], 1), torch.where(self.open, 1.0 / root, 0.0)
 
     def _matrices(self, log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """M, M M^T and X X^T (in units of ``unit`` squared)."""
@@ -111,10 +112,15 @@ class _Problem:
         return gamma, torch.where(fails[:, None] | ~slope.isfinite(), 0.0, slope)
 
     def _largest(self, factor: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Ritz value and vector of P^-1 K P^-T, close to the largest eigenvalue: Lanczos from the last such vector.
+        """The largest eigenvalue of P^-1 K P^-T and its vector; of large matrices by Lanczos from the last such vector.
 
         No bound rests on it.
         """
+        if self.size <= _SMALL:
+            half = torch.linalg.solve_triangular(factor, gram, upper=False)
+            inner = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+            values, vectors = torch.linalg.eigh((0.5 * (inner + inner.mT)).nan_to_num(0.0, 0.0, 0.0))
+            return values[:, -1], vectors[:, :, -1]
         v = self.vector
         basis, images = [], []
         for _ in range(min(_RITZ_STEPS, self.size)):
@@ -145,8 +151,12 @@ class _Problem:
         paths = torch.linalg.solve_triangular(inverse, tau[..., None], upper=True)[..., 0]
         outer = torch.linalg.vector_norm(units.outer, dim=(1, 2)).clamp_min(1e-300)
         best_log, best = torch.zeros_like(tau), torch.full_like(outer, INF)
-        for log in (self._layerwise(), *_guesses(tau, paths, units, outer)):
-            log = torch.where(self.open & log.isfinite(), log, 0.0).clamp(-200.0, 200.0)
+        for log in (self._layerwise(), *_guesses(tau, paths, units, outer)) if tau.shape[1] else (tau,):
+            log = torch.where(self.open & log.isfinite(), log, -INF)
+            # Units that reach no output would get multipliers by which rounding errors are divided.
+            if tau.shape[1]:
+                least = log.amax(1, keepdim=True).clamp(-_FARTHEST, _FARTHEST) - _SPREAD
+                log = torch.where(self.open, torch.maximum(log, least), 0.0).clamp_max(_FARTHEST)
             gamma, _ = self.evaluate(log)
             better = gamma < best
             best_log = torch.where(better[:, None], log, best_log)
@@ -225,20 +235,23 @@ class _Problem:
         units, n = self.units, self.size
         m, square, gram = self._matrices(log)
         by_row, by_column = self._scales(log)
-        inner = torch.linalg.vector_norm(by_row[:, self.m :] * units.inner_error, dim=1)
-        error = (units.outer_error + inner) * (1.0 + 1e-6)
-        widest = by_column.amax(1) if by_column.shape[1] else torch.zeros_like(gamma)
+        rows = [by_row[:, self.m + block.start : self.m + block.stop].amax(1) for block in units.blocks]
+        weights = torch.stack([torch.ones_like(gamma), *rows], 1)
+        error = weights[:, :, None] * torch.cat([units.outer_error[:, None], units.inner_error], 1)
+        error = torch.linalg.vector_norm(error, dim=1) * (1.0 + 1e-6)
+        d = units.right.shape[2]
+        outer_error = torch.linalg.vector_norm(error[:, :d], dim=1)
+        inner_error = torch.linalg.vector_norm(error[:, d:] * by_column, dim=1)
         length = units.right.shape[2] + m.shape[2] + n + 20
         identity = torch.eye(n, dtype=log.dtype, device=log.device)
         bound = torch.full_like(gamma, INF)
         for raise_by in _RAISES:
-            tried = gamma * (1.0 + raise_by) + 4.0 * error + _TINIEST
+            tried = gamma * (1.0 + raise_by) + 4.0 * outer_error + _TINIEST
             relative = (self.unit / tried).square()
             total = square + relative[:, None, None] * gram
             trace = total.diagonal(dim1=1, dim2=2).sum(1)
             rounding = 4.0 * EPS * (length * trace + n * (n + 2.0))
-            # ||[dM, dX / gamma]||, of errors that scaled columns multiply at most by the widest of them.
-            lost = error * torch.maximum(widest, 1.0 / tried)
+            lost = torch.hypot(inner_error, outer_error / tried) * (1.0 + 1e-6)  # ||[dM, dX / gamma]||
             room = (1.0 - lost).clamp_min(0.0).square() - rounding
             _, info = torch.linalg.cholesky_ex(room[:, None, None] * identity - total)
             proved = (info == 0) & (room > 0.0) & total.flatten(1).isfinite().all(1) & tried.isfinite()

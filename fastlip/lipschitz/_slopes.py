@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlip.lipschitz._intervals import Interval
+from fastlip.lipschitz._intervals import EPS, Interval
 
 #: Bound on the error of a slope that autograd computes in float64, and how near a point of least or largest slope an
 #: interval counts as reaching it.
@@ -21,11 +21,13 @@ def slope_bounds(module: nn.Module, x: Interval) -> tuple[Tensor, Tensor] | None
     """
     for cls in type(module).__mro__:
         if cls is nn.PReLU:
-            weight: Tensor = module.weight.detach().double()  # type: ignore[union-attr, operator]
+            weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
             by_channel = weight.view(-1, *(1,) * (len(x.shape) - 1)) if weight.numel() > 1 else weight
             return _piecewise(*_leaky(by_channel), x)
         if cls in _PIECEWISE:
-            return _piecewise(*_PIECEWISE[cls](module), x)
+            low, high = _piecewise(*_PIECEWISE[cls](module), x)
+            # A sixth is not a number of float64.
+            return (low - EPS, high + EPS) if cls is nn.Hardsigmoid else (low, high)
         if cls in _SMOOTH:
             return _smooth(module, _SMOOTH[cls](module), x)
     return None
@@ -35,11 +37,12 @@ def _piecewise(breaks: Sequence[float], slopes: Sequence[float | Tensor], x: Int
     """Of a piecewise linear function with one more slope than breaks."""
     low, high = torch.full_like(x.lower, torch.inf), torch.full_like(x.lower, -torch.inf)
     for i, slope in enumerate(slopes):
+        side = torch.as_tensor(slope, dtype=torch.float64).to(low.device)
         begin = breaks[i - 1] if i else -torch.inf
         end = breaks[i] if i < len(breaks) else torch.inf
         touches = (x.upper >= begin) & (x.lower <= end)
-        low = torch.where(touches, torch.minimum(low, torch.as_tensor(slope).to(low)), low)
-        high = torch.where(touches, torch.maximum(high, torch.as_tensor(slope).to(high)), high)
+        low = torch.where(touches, torch.minimum(low, side), low)
+        high = torch.where(touches, torch.maximum(high, side), high)
     return low, high
 
 
