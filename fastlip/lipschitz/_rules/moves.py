@@ -34,4 +34,4 @@ def _move(call: Call) -> Step | None:
         raise missing_rule(f"{call.name} to another dtype", call.where)
     same = call.shape == call.sources[0].shape and call.target in _IN_ORDER
     module = nn.Identity() if same else None
-    return Step(call.where, call.name, call.sources, 1.0, call.shape, module, apply=as_function(call.target))
+    return Step(call.where, call.name, call.sources, 1.0, call.shape, module=module, apply=as_function(call.target))
