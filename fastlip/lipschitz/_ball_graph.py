@@ -264,7 +264,9 @@ class _Pass(fx.Interpreter):
     def _linear(self, n: fx.Node, step: Step, source: _State, value: Interval) -> _State:
         assert isinstance(step.factor, (int, float))
         self._require_room(source.columns.shape[1], step.shape)
-        columns = torch.func.vmap(lambda t: self._apply(n, step, t), in_dims=1, out_dims=1)(source.columns)
+        # In memory as the model's own tensors are, which some views rely on.
+        given = source.columns.transpose(0, 1).contiguous()
+        columns = torch.func.vmap(lambda t: self._apply(n, step, t), out_dims=1)(given)
         centre = self._apply(n, step, source.centre)
         # The coefficients are all of one sign, or there is one in each row, so that the norm is that of their
         # magnitudes; an element is a sum of at most as many products as there are.
