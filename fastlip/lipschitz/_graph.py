@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlip.lipschitz._calls import Call, Made, as_function, function_call, module_call
+from fastlip.lipschitz._expansions import expand
 from fastlip.lipschitz._factors import function_factor
 from fastlip.lipschitz._module_steps import layer_operator, module_step, takes_scale
 from fastlip.lipschitz._registry import (
@@ -67,6 +68,10 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> Traced:
         values = Values(graph_module, varying)
         x = random_inputs(model, input_shape, BATCH)
         with runs_on(model, input_shape):
+            values.run(x)
+        if expand(graph_module, values):
+            varying = varying_nodes(graph_module.graph)
+            values = Values(graph_module, varying)
             values.run(x)
         return _build(graph_module, values, varying)
 

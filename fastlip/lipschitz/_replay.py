@@ -231,6 +231,8 @@ class _Replay(fx.Interpreter):
         bundle = self._traced.bundles.get(n)
         if (n not in self._traced.steps and bundle is None) or n.op == "placeholder" or self._traced.takes_part(n):
             value = super().run_node(n)
+            if n.op == "call_module" and self._outputs.get(id(self.fetch_attr(str(n.target)))):
+                self._recorded_output(n)  # of a module that computes a constant
             if n.op != "placeholder" and bundle is None and n not in self._traced.steps:
                 self._require_constant(n, value)
         elif bundle is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fastlip.lipschitz._expansions import expandable
 from fastlip.lipschitz._registry import is_leaf, missing_rule
 from fastlip.norms._models.inputs import Refused
 from fastlip.norms._models.restore import as_found, version_of
@@ -58,7 +59,7 @@ class _Tracer(fx.Tracer):
             raise
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m) or expandable(m) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -120,7 +121,7 @@ def trace_graph(model: nn.Module) -> fx.GraphModule:
     graph_module = fx.GraphModule(root, graph)
     for node in graph.find_nodes(op="call_module"):
         module = graph_module.get_submodule(str(node.target))
-        if not is_leaf(module):
+        if not is_leaf(module) and not expandable(module):
             raise missing_rule(type(module).__name__, module_name(node, graph_module))
     return graph_module
 
