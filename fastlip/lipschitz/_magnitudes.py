@@ -13,7 +13,7 @@ from fastlip.lipschitz._domain import Domain, row, stacked
 from fastlip.lipschitz._graph import Traced
 from fastlip.lipschitz._intervals import Interval, upper_norm
 from fastlip.lipschitz._log_arithmetic import exp10, log10, multiply
-from fastlip.lipschitz._steps import Step, topological_order
+from fastlip.lipschitz._steps import Step, in_graph, in_sample, topological_order
 from fastlip.norms import NormInterval, Operator
 
 #: Rounding error of a step's values in float64, relative to them and to what its constant makes of its input.
@@ -105,7 +105,7 @@ class _Follow:
         kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
         if bundle is not None:
             return tuple(None if part is None else self._step(part, args, kwargs) for part in bundle)
-        return self._traced.constants.get(node) if step is None else self._step(step, args, kwargs)
+        return self._traced.values.constants.get(node) if step is None else self._step(step, args, kwargs)
 
     def _step(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval | None:
         """Bounds of a step's values; None if nobody asks for them."""
@@ -167,20 +167,23 @@ class _Follow:
             return unbounded
         centre, radius = source.centre_and_radius()
         local = step in self._sizes
-        constant = (
-            exp10(self._sizes[step].weights[0] if local else self._log(step)) if self._logs is not None else _SOME
-        )
+        log = self._sizes[step].weights[0] if local else self._log(step)
+        constant = _SOME if self._logs is None else exp10(log)
 
-        def middle(value: Any) -> Any:
+        def middle(value: Any, at: int) -> Any:
             if isinstance(value, Interval):
-                return centre
-            return tuple(map(middle, value)) if isinstance(value, (tuple, list)) else value
+                return in_graph(centre[at : at + 1], step.inputs[0], self._traced.batch)
+            return tuple(middle(v, at) for v in value) if isinstance(value, (tuple, list)) else value
 
         try:
-            value = step.apply(*middle(args), **{name: middle(v) for name, v in kwargs.items()}).double()
+            rows = [
+                step.apply(*middle(args, at), **{name: middle(v, at) for name, v in kwargs.items()}).double()
+                for at in range(2)
+            ]
         except (RuntimeError, TypeError, ValueError):  # it may support one dtype only
             return unbounded
-        if not bool(value.isfinite().all()):
+        value = torch.cat([in_sample(row, step) for row in rows])
+        if value.shape[1:] != step.shape or not bool(value.isfinite().all()):
             return unbounded
         flat = torch.linalg.vector_norm
         margin = _ROUNDING * (value.flatten(1).abs().amax(1) + constant * flat(centre.flatten(1), dim=1))
@@ -198,11 +201,13 @@ class _Follow:
         if not bool(source.norm.isfinite().any()):
             return known
 
+        zeros = in_graph(torch.zeros_like(source.lower[:1]), step.inputs[0], self._traced.batch)
+
         def nothing(value: Any) -> Any:
-            return torch.zeros_like(value.lower) if isinstance(value, Interval) else value
+            return zeros if isinstance(value, Interval) else value
 
         offset = step.apply(*map(nothing, args), **{name: nothing(v) for name, v in kwargs.items()}).double()
-        norm = exp10(self._logs[step]) * source.norm + upper_norm(offset.abs())
+        norm = exp10(self._logs[step]) * source.norm + upper_norm(in_sample(offset, step).abs())
         return Interval(known.lower, known.upper, torch.minimum(known.norm, norm * (1.0 + _ROUNDING)))
 
     def _keep(self, step: Step, known: Interval, total: float) -> Interval:

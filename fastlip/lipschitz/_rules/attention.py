@@ -12,15 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._broadcast import spectral_norm
 from fastlip.lipschitz._calls import Call
 from fastlip.lipschitz._combinations import Weighted
-from fastlip.lipschitz._expansions import Site, expands
 from fastlip.lipschitz._intervals import Interval
-from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz._registry import builds, missing_rule, traced_as
 from fastlip.lipschitz._rules.products import averaged, rows_apart
 from fastlip.lipschitz._steps import Step
 
@@ -118,131 +117,76 @@ def _added(mask: Tensor | None, causal: bool, queries: int, keys: int) -> Tensor
         mask = torch.ones(queries, keys, dtype=torch.bool).tril()
     if mask is None:
         return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device).masked_fill(~mask, -math.inf)
-    return mask.detach().double()
+    return (_hidden(mask) if mask.dtype == torch.bool else mask.detach()).double()
 
 
-@expands(nn.MultiheadAttention)
-def _multihead(site: Site) -> Any:
-    module = site.module
-    assert isinstance(module, nn.MultiheadAttention)
-    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
-    given = dict(zip(names, site.args, strict=False)) | site.kwargs
-    extras = module.bias_k is not None or module.add_zero_attn or given.get("key_padding_mask") is not None
-    if extras or given.get("is_causal") or not module.batch_first or (module.training and module.dropout > 0.0):
-        return None
-    query, key, value = (given[name] for name in names[:3])
-    if len(site.sample_shape(query)) != 2:
-        return None
-    d, heads = module.embed_dim, module.num_heads
-    bias: Any = site.parameter("in_proj_bias") if module.in_proj_bias is not None else None
-    joint: Any = site.parameter("in_proj_weight") if module.in_proj_weight is not None else None
-    projected = []
-    for i, (x, name) in enumerate(zip((query, key, value), ("q", "k", "v"), strict=True)):
-        own = slice(i * d, (i + 1) * d)
-        weight = site.parameter(f"{name}_proj_weight") if joint is None else joint[own]
-        y = F.linear(x, weight, None if bias is None else bias[own])
-        projected.append(y.reshape(x.size(0), -1, heads, d // heads).transpose(1, 2))
-    q, k, v = projected
-    mask: Any = given.get("attn_mask")
-    if mask is not None:
-        held = site.values.constants.get(mask.node) if isinstance(mask, fx.Proxy) else None
-        if not isinstance(held, Tensor) or held.dim() != 2:
-            return None
-        # This module masks what is true, scaled_dot_product_attention what is false.
-        mask = torch.logical_not(mask) if held.dtype == torch.bool else mask
-    if given.get("need_weights", True):
-        scores = (q * (d // heads) ** -0.5) @ k.transpose(-2, -1)
-        if mask is not None:
-            return None
-        shares = torch.softmax(scores, -1)
-        out, weights = shares @ v, shares.mean(1) if given.get("average_attn_weights", True) else shares
-    else:
-        out, weights = F.scaled_dot_product_attention(q, k, v, mask), None
-    joined = out.transpose(1, 2).reshape(query.size(0), -1, d)
-    last = None if module.out_proj.bias is None else site.parameter("out_proj.bias")
-    return F.linear(joined, site.parameter("out_proj.weight"), last), weights
+def _hidden(mask: Tensor) -> Tensor:
+    """-inf where a mask is false, and 0 where it is true."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
 
 
-def to_windows(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-    """Windows of a map that is padded with zeros to whole windows and shifted cyclically.
+@traced_as(F.multi_head_attention_forward)
+def multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    *,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What ``torch.nn.functional.multi_head_attention_forward`` does, [tokens, B, embed_dim], in terms that have rules.
 
-    Args:
-        x: [B, H, W, C].
-        window: height and width of a window.
-        shift: by how much the map is shifted up and left.
-
-    Returns:
-        [B, windows, pixels of a window, C].
+    Raises:
+        NotImplementedError: it has arguments for which there is no rule.
     """
-    height, width = window
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % width, 0, -x.shape[1] % height)).roll((-shift[0], -shift[1]), (1, 2))
-    b, rows, columns, c = x.shape
-    x = x.view(b, rows // height, height, columns // width, width, c).transpose(2, 3)
-    return x.reshape(b, -1, height * width, c)
-
-
-def from_windows(x: Tensor, size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-    """The map of which :func:`to_windows` made windows, of a size without its padding, [B, H, W, C]."""
-    height, width = window
-    rows, columns = -(-size[0] // height), -(-size[1] // width)
-    x = x.reshape(len(x), rows, columns, height, width, -1).transpose(2, 3)
-    x = x.reshape(len(x), rows * height, columns * width, -1).roll(shift, (1, 2))
-    return x[:, : size[0], : size[1]].contiguous()
-
-
-@builds(to_windows, from_windows)
-def _windows(call: Call) -> Step:
-    """Each value moves to one place, or is left out with the padding."""
-    interval = arithmetic.moved(call.target)
-    return Step(call.where, call.name, call.sources, 1.0, call.shape, apply=call.target, interval=interval)
-
-
-@expands("torchvision.models.swin_transformer.shifted_window_attention")
-def _shifted_windows(site: Site) -> Any:
-    names = (
-        "input", "qkv_weight", "proj_weight", "relative_position_bias", "window_size", "num_heads", "shift_size",
-        "attention_dropout", "dropout", "qkv_bias", "proj_bias", "logit_scale", "training",
-    )  # fmt: skip
-    given = dict(zip(names, site.args, strict=False)) | site.kwargs
-    if given.get("training", True) and (given.get("attention_dropout", 0.0) or given.get("dropout", 0.0)):
-        return None
-    x, heads = given["input"], given["num_heads"]
-    rows, columns, channels = site.sample_shape(x)
-    window = (int(given["window_size"][0]), int(given["window_size"][1]))
-    padded = (rows + -rows % window[0], columns + -columns % window[1])
-    # A window as large as the map needs no shift.
-    shift = tuple(0 if w >= n else int(s) for w, n, s in zip(window, padded, given["shift_size"], strict=True))
-    inside = site.call(to_windows, x, window, shift)
-    weight, bias, scale = given["qkv_weight"], given.get("qkv_bias"), given.get("logit_scale")
+    others = (bias_k, bias_v, key_padding_mask, static_k, static_v)
+    masks = attn_mask is not None and attn_mask.dim() != 2
+    if any(other is not None for other in others) or add_zero_attn or masks or query.dim() != 3:
+        raise NotImplementedError
+    if training and dropout_p > 0.0:
+        raise NotImplementedError
+    d = embed_dim // heads
+    joint = None if use_separate_proj_weight else in_proj_weight
+    apart = (q_proj_weight, k_proj_weight, v_proj_weight)
     projected = []
-    for i in range(3):
-        part = slice(i * channels, (i + 1) * channels)
-        # The second version has no offset for the keys.
-        offset = None if bias is None or (i == 1 and scale is not None) else bias[part]
-        y = F.linear(inside, weight[part], offset)
-        projected.append(y.reshape(x.size(0), y.size(1), y.size(2), heads, channels // heads).transpose(2, 3))
+    for i, x in enumerate((query, key, value)):
+        own = slice(i * embed_dim, (i + 1) * embed_dim)
+        weight = apart[i] if joint is None else joint[own]
+        assert weight is not None
+        y = F.linear(x, weight, None if in_proj_bias is None else in_proj_bias[own])
+        projected.append(y.reshape(len(x), -1, heads, d).permute(1, 2, 0, 3))
     q, k, v = projected
-    factor = None
-    if scale is not None:
-        q = F.normalize(q, dim=-1) * torch.clamp(scale, max=math.log(100.0)).exp()
-        k, factor = F.normalize(k, dim=-1), 1.0
-    mask = given["relative_position_bias"]
-    if any(shift):
-        mask = mask + site.constant(_window_mask(padded, window, shift))
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=factor)
-    joined = out.transpose(2, 3).reshape(x.size(0), y.size(1), y.size(2), channels)
-    result = F.linear(joined, given["proj_weight"], given.get("proj_bias"))
-    return site.call(from_windows, result, (rows, columns), window, shift)
-
-
-def _window_mask(size: tuple[int, int], window: tuple[int, int], shift: Sequence[int]) -> Tensor:
-    """-100 between pixels of a window that a cyclic shift brought together from opposite edges, [windows, 1, n, n]."""
-    regions = torch.zeros(1, *size, 1)
-    edges = [((0, n - w), (n - w, n - s), (n - s, n)) for n, w, s in zip(size, window, shift, strict=True)]
-    for i, (top, bottom) in enumerate(edges[0]):
-        for j, (left, right) in enumerate(edges[1]):
-            regions[:, top:bottom, left:right] = 3 * i + j
-    of = to_windows(regions, window, (0, 0))[0, :, :, 0]
-    return torch.where(of[:, None] != of[:, :, None], -100.0, 0.0)[:, None]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # This function leaves out what is true, scaled_dot_product_attention what is false.
+        attn_mask = torch.logical_not(attn_mask)
+    weights = None
+    if need_weights:
+        scores = (q * d**-0.5) @ k.transpose(-2, -1)
+        if attn_mask is not None:
+            scores = scores + (_hidden(attn_mask) if attn_mask.dtype == torch.bool else attn_mask)
+        shares = scores.softmax(-1)
+        out, weights = shares @ v, shares.mean(1) if average_attn_weights else shares
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask)
+    joined = out.permute(2, 0, 1, 3).reshape(len(query), -1, embed_dim)
+    return F.linear(joined, out_proj_weight, out_proj_bias), weights

@@ -9,6 +9,7 @@ from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._calls import Call
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz._rowwise import by_entries
 from fastlip.lipschitz._steps import Step
 from fastlip.norms import module_operator
 from fastlip.norms._models.layer_output import apply_operator
@@ -24,12 +25,13 @@ def _linear(call: Call) -> Step | None:
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    operator = module_operator(layer, call.sources[0].shape)
+    operator = module_operator(layer, call.sources[0].entry_shape)
 
     def apply(x: Tensor, *_: Any, **__: Any) -> Tensor:
         return apply_operator(operator, x, layer.bias)
 
-    def interval(x: Interval, *_: Any, **__: Any) -> Interval:
+    def interval(x: Interval) -> Interval:
         return arithmetic.through_operator(operator, x, layer.bias)
 
-    return Step(call.where, call.name, call.sources, operator, call.shape, layer, apply=apply, interval=interval)
+    bounds = by_entries(call, interval)
+    return Step(call.where, call.name, call.sources, operator, call.shape, layer, apply=apply, interval=bounds)

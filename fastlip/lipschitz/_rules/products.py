@@ -15,6 +15,7 @@ from fastlip.lipschitz._calls import Call
 from fastlip.lipschitz._combinations import Weighted
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds
+from fastlip.lipschitz._rowwise import aligned
 from fastlip.lipschitz._rules.activations import CONSTANTS
 from fastlip.lipschitz._steps import Step
 
@@ -120,7 +121,7 @@ def _product(call: Call) -> Step | None:
         return Interval(result.lower.clamp_min(0.0), result.upper, result.norm) if a is b else result
 
     factor = Product(shapes, call.shape)
-    return Step(call.where, call.name, inputs, factor, call.shape, apply=operator.mul, interval=interval)
+    return Step(call.where, call.name, inputs, factor, call.shape, apply=operator.mul, interval=aligned(call, interval))
 
 
 @builds(*_DIVIDE, fixed=True)
@@ -130,7 +131,7 @@ def _quotient(call: Call) -> Step | None:
     shapes = call.sample_shape(call.args[0]), call.sample_shape(call.args[1])
     inputs = [call.steps[a] for a in call.args]
     factor = Quotient(shapes, call.shape)
-    apply, interval = operator.truediv, arithmetic.divide
+    apply, interval = operator.truediv, aligned(call, arithmetic.divide)
     return Step(call.where, call.name, inputs, factor, call.shape, apply=apply, interval=interval)
 
 

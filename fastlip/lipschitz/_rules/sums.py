@@ -12,6 +12,7 @@ from fastlip.lipschitz._calls import Call, with_constants
 from fastlip.lipschitz._combinations import BroadcastSum, Combination, Concatenation, Difference, Sum
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import Factor, builds, missing_rule
+from fastlip.lipschitz._rowwise import aligned, by_ends, constant_sample
 from fastlip.lipschitz._steps import Step
 
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -36,7 +37,7 @@ def _sum(call: Call) -> Step:
         factor = Sum() if added else Difference()
 
     def interval(*args: Any) -> Interval:
-        a, b = args
+        a, b = (constant_sample(call, a) for a in args)
         if isinstance(a, Interval) and isinstance(b, Interval):
             return arithmetic.add(a, b) if added else arithmetic.subtract(a, b)
         if isinstance(a, Interval):
@@ -44,11 +45,15 @@ def _sum(call: Call) -> Step:
         return arithmetic.shift(b if added else arithmetic.negative(b), a)
 
     apply = with_constants(by, call.args)
-    return Step(call.where, call.name, inputs, factor, call.shape, apply=apply, interval=interval)
+    return Step(call.where, call.name, inputs, factor, call.shape, apply=apply, interval=aligned(call, interval))
 
 
 @builds(torch.cat, torch.concat, torch.concatenate, fixed=True)
 def _concatenation(call: Call) -> Step:
     tensors = call.args[0] if call.args else call.kwargs["tensors"]
-    inputs = [call.steps[a] for a in tensors if isinstance(a, fx.Node)]
-    return Step(call.where, call.name, inputs, Concatenation(), call.shape, apply=torch.cat)
+    if isinstance(tensors, fx.Node):
+        inputs = [part for part in call.bundles[tensors] if part is not None]
+    else:
+        inputs = [call.steps[a] for a in tensors if isinstance(a, fx.Node)]
+    interval = by_ends(call, torch.cat)
+    return Step(call.where, call.name, inputs, Concatenation(), call.shape, apply=torch.cat, interval=interval)
