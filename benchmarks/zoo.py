@@ -54,17 +54,25 @@ _SMALL = 8 << 20
 def missing_rules(model: nn.Module, shape: tuple[int, ...]) -> list[str]:
     """Everything in a network without a rule, each once: its trace goes on where a step has none."""
     found: dict[str, None] = {}
-    original = _graph._step
+    step_of, check = _graph._step, _graph._require_batch_first
 
-    def step(node: Any, steps: Any, graph_module: Any, values: Any) -> Step:
+    def step(node: Any, graph_module: Any, made: Any, values: Any) -> Any:
         try:
-            return original(node, steps, graph_module, values)
+            return step_of(node, graph_module, made, values)
         except ValueError as error:
             found[what_is_missing(str(error))] = None
-            sources = [steps[source] for source in node.all_input_nodes if source in steps]
-            return Step(node.name, "missing", sources[:1], 1.0, values.shapes[node][1:])
+            sources = [made.steps[source] for source in node.all_input_nodes if source in made.steps][:1]
+            shapes = [values.shapes[node]] if node in values.shapes else [part.shape for part in values.bundles[node]]
+            steps = [Step(node.name, "missing", sources, 1.0, tuple(shape[1:])) for shape in shapes]
+            return steps[0] if node in values.shapes else steps
 
-    _graph._step = step
+    def batch_first(node: Any, values: Any) -> None:
+        try:
+            check(node, values)
+        except ValueError as error:
+            found[what_is_missing(str(error))] = None
+
+    _graph._step, _graph._require_batch_first = step, batch_first
     try:
         require_rules(model, shape)
     except Exception as error:
@@ -72,7 +80,7 @@ def missing_rules(model: nn.Module, shape: tuple[int, ...]) -> list[str]:
         if not found:
             found[what_is_missing(str(error))] = None
     finally:
-        _graph._step = original
+        _graph._step, _graph._require_batch_first = step_of, check
     return list(found)
 
 
