@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fastlip.lipschitz._domain import Domain
 from fastlip.lipschitz._graph import Traced
 from fastlip.lipschitz._local import unit
-from fastlip.lipschitz._replay import MAGNITUDES, SMALL, in_float64, noise_of, run_model, size_of
+from fastlip.lipschitz._replay import MAGNITUDES, SMALL, in_float64, noise_of, size_of
 from fastlip.lipschitz._steps import Step
+from fastlip.lipschitz._trace import run_model
 from fastlip.norms._models.inputs import Refused, random_inputs, runs_on
 from fastlip.norms._models.restore import as_found
 

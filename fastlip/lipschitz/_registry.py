@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -103,6 +104,39 @@ def function_builders(target: Any) -> tuple[list[Builder], bool]:
     return _BUILDERS.get(target, []), target in _FIXED
 
 
+#: What functions are traced as, in place of a call of them.
+_TRACED_AS: dict[Any, Callable[..., Any]] = {}
+#: Modules of torch that are traced into, unlike others without a rule.
+_TRACED_INTO = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
+
+def traced_as(function: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function to trace in place of calls of ``function``, where it does not raise NotImplementedError."""
+
+    def register(other: Callable[..., Any]) -> Callable[..., Any]:
+        _TRACED_AS[function] = other
+        return other
+
+    return register
+
+
+def body_of(target: Any) -> Callable[..., Any] | None:
+    """What to trace in place of a call; None for calls that are steps of the graph.
+
+    Python functions of others than torch that :func:`torch.fx.wrap` would hide are traced into.
+    """
+    if target in _TRACED_AS:
+        return _TRACED_AS[target]
+    hidden = isinstance(target, FunctionType) and not f"{target.__module__}.".startswith(("torch.", "math."))
+    known = find_function_rule(target) is not None or bool(function_builders(target)[0])
+    return target if hidden and not known else None
+
+
+def is_traced_into(module: nn.Module) -> bool:
+    """Whether a module of torch is traced into, where torch.fx would not."""
+    return any(isinstance(module, kind) and keeps_forward(module, kind) for kind in _TRACED_INTO)
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is bounded as a whole, so that its forward is not traced."""
     return find_rule(module) is not None or bool(module_builders(module))
@@ -160,21 +194,25 @@ def find_function_rule(target: Any) -> Rule | None:
     return _FUNCTION_RULES.get(getattr(Tensor, target, None) if isinstance(target, str) else target)
 
 
-def missing_rule(what: str, name: str) -> ValueError:
+class MissingRule(ValueError):
+    """Something in a graph has no rule; the same model traced in another way may have one for all that is in it."""
+
+
+def missing_rule(what: str, name: str) -> MissingRule:
     """The error for a module that has no rule, or for an operation that can only have one as part of a module."""
-    return ValueError(
+    return MissingRule(
         f"no Lipschitz rule for {what} (at {name}); register one with @fastlip.lipschitz.rule(TheModule), "
         "a function (module, input_shape) -> upper bound on its L2 Lipschitz constant, for the module that does it: "
         "a module of its own with one input, if there is none"
     )
 
 
-def missing_function_rule(target: Any, name: str) -> ValueError:
+def missing_function_rule(target: Any, name: str) -> MissingRule:
     """The error for a function or tensor method without a rule."""
     function = getattr(Tensor, target, target) if isinstance(target, str) else target
     owner = "torch.Tensor" if isinstance(target, str) else getattr(function, "__module__", None) or "torch"
     shown = getattr(function, "__name__", str(function))
-    return ValueError(
+    return MissingRule(
         f"no Lipschitz rule for the function {shown} (at {name}); register one with "
         f"@fastlip.lipschitz.rule({owner.replace('torch._C._nn', 'torch.nn.functional')}.{shown}), a function "
         "(call, input_shape) -> upper bound on its L2 Lipschitz constant, call.args being what follows the input"

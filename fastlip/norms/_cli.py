@@ -51,6 +51,7 @@ def norms(
     confidence: Annotated[float, typer.Option(help="Joint over all layers.")] = 1.0 - 1e-6,
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "auto",
     fold: Annotated[bool, typer.Option(help="Whether BatchNorm is folded into the layer before it.")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a model of which a weight is left out.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the random starts; the operating system's by default.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write JSON; - for standard output.", metavar="OUT")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write CSV; - for standard output.", metavar="OUT")] = None,
@@ -63,7 +64,7 @@ def norms(
         network = _load_model(model, classes)
         if checkpoint is not None:
             _load_into(network, _load_state(checkpoint), checkpoint, model)
-        report = _compute(network, sizes, rtol, confidence, method, fold, seed)
+        report = _compute(network, sizes, rtol, confidence, method, fold, strict, seed)
         # JSON escapes control characters in names by itself, and so keeps the names.
         shown = _shown(report)
         page = printable(f"{model} on {shape}")
@@ -93,6 +94,7 @@ def _compute(
     confidence: float,
     method: str,
     fold: bool,
+    strict: bool,
     seed: int | None,
 ) -> NormReport:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -108,6 +110,7 @@ def _compute(
             network,
             shape,
             fold_batchnorm=fold,
+            strict=strict,
             rtol=rtol,
             confidence=confidence,
             method=method,

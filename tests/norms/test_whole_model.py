@@ -103,12 +103,14 @@ def _random_map(rng: random.Random, form: str) -> tuple[nn.Module, tuple[int, ..
             return Holder(lambda x, w: F.conv2d(F.pad(x, sides, mode), w, None, s, 0, 1, g), w=kernel), image
         case "F.conv_transpose2d":
             settings = {"stride": s + 1, "padding": 1, "output_padding": s - 1, "groups": g, "dilation": d}
-            return Holder(lambda x, w: F.conv_transpose2d(x, w, None, **settings), w=kernel), image
+            return Holder(lambda x, w: F.conv_transpose2d(x, w, None, **settings), w=kernel), (2 * c, 3, 4)
         case "a layer's weight":
             layer = nn.Conv2d(2 * c, a, 3, padding=2)
             return nn.Sequential(layer, Holder(lambda x: x)), image
         case "factors":
             return Holder(lambda x, w: x * w, w=torch.randn(b, 1)), (b, n)
+        case "factors and terms":
+            return Holder(lambda x, w, v: torch.addcmul(v, w, x), w=torch.randn(b), v=torch.randn(b)), (n, b)
         case "divisors":
             return Holder(lambda x, w: x / w, w=torch.randn(b)), (n, b)
         case "Linear":
@@ -122,7 +124,7 @@ def _random_map(rng: random.Random, form: str) -> tuple[nn.Module, tuple[int, ..
 FORMS = [
     *("F.linear", "matmul", "matmul from the left", "addmm", "einsum", "einsum of many axes", "rows", "of two"),
     *("F.conv2d", "F.conv1d same", "pad", "crop", "pad with values", "F.conv_transpose2d", "a layer's weight"),
-    *("factors", "divisors", "Linear", "Same", "Standardised"),
+    *("factors", "factors and terms", "divisors", "Linear", "Same", "Standardised"),
 ]
 
 
@@ -206,6 +208,21 @@ def test_a_transformer_is_seen_where_torch_has_one_function_for_all_of_it() -> N
     assert all("deviation" in reason for reason in report.left_out.values())
 
 
+def test_a_mask_of_attention_is_added_and_a_learnt_query_is_not() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.table = nn.Parameter(torch.randn(1, 2, 4)), nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.scaled_dot_product_attention(x, x, x, self.table[:1])
+            return F.scaled_dot_product_attention(self.query.expand(len(x), -1, -1), x, x, attn_mask=self.table)
+
+    report = layer_norms(Pool(), (3, 4))
+    assert list(report.left_out) == ["query"]
+    assert "scaled_dot_product_attention" in report.left_out["query"]
+
+
 def test_windows_of_a_swin_transformer() -> None:
     swin = pytest.importorskip("torchvision.models.swin_transformer")
     model = swin.SwinTransformer([2, 2], 8, [2], [2], [2, 2], num_classes=3)
@@ -270,6 +287,16 @@ LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
         ["inner"],
         "in matmul",
     ),
+    "torch.func": (
+        lambda: Holder(lambda x, inner: torch.vmap(lambda row: row @ inner)(x), inner=torch.randn(4, 4)),
+        ["inner"],
+        "transform of torch.func",
+    ),
+    "of a list": (
+        lambda: _Wrapped(nn.ParameterList([torch.randn(4, 4)]), lambda m, x: x * m[0].amax().item()),
+        ["inner.0"],
+        "no use of it",
+    ),
     "BatchNorm of the batch": (
         lambda: _Wrapped(nn.BatchNorm1d(3, track_running_stats=False)),
         ["inner.weight"],
@@ -311,6 +338,62 @@ def test_what_is_left_out_is_said_with_the_reason(case: str) -> None:
         layer_norms(model, (3, 4), strict=True)
 
 
+class PlusShift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table(torch.arange(x.shape[1]))
+
+
+class Wide(nn.Module):
+    """Attention with a residual connection, factors and a normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm, self.gamma = nn.LayerNorm(4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.gamma * self.attn(y, y, y)[0]
+
+
+#: Blocks from [3, 4] to [3, 4], the layers that a report has of them, and the weights that it leaves out.
+BLOCKS: list[tuple[Callable[[], nn.Module], list[str], list[str]]] = [
+    (lambda: nn.Linear(4, 4), [""], []),
+    (lambda: PlainLinear(4, 4), [""], []),
+    (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), [""], []),
+    (lambda: nn.Conv1d(3, 3, 3, padding=1), [""], []),
+    (lambda: nn.BatchNorm1d(3), [""], []),
+    (lambda: Holder(F.linear, weight=torch.randn(4, 4)), [".weight"], []),
+    (lambda: Holder(lambda x, w: w @ x, w=torch.randn(3, 3)), [".w"], []),
+    (lambda: Holder(lambda x, w: F.conv1d(F.pad(x, (1, 1)), w), w=torch.randn(3, 3, 3)), [".w"], []),
+    (PlusShift, [], []),
+    (lambda: Recurrent(nn.GRU), [], [".inner.weight_ih_l0", ".inner.weight_hh_l0"]),
+    (Wide, [*(f".attn.in_proj_weight[{p}]" for p in "qkv"), ".attn.out_proj", ".gamma"], [".norm.weight"]),
+    (lambda: _Wrapped(nn.Bilinear(4, 4, 4), lambda m, x: m(x, x)), [], [".inner.weight"]),
+    (lambda: Gated(4, 4), [], [".weight"]),
+    (lambda: _doubled(nn.Linear(4, 4)), [], [".weight"]),
+    (lambda: _Wrapped(nn.Linear(4, 4), lambda m, x: x.sin()), [], [".inner.weight"]),
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_weight_of_random_models_is_listed_or_left_out(seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    picked = rng.choices(BLOCKS, k=6)
+    blocks = [build() for build, *_ in picked]
+    model = nn.Sequential(*(module for block in blocks for module in (block, nn.Tanh())))
+    report = layer_norms(model, (3, 4), method="svd")
+    assert list(report) == [f"{2 * i}{name}" for i, (_, listed, _) in enumerate(picked) for name in listed]
+    assert sorted(report.left_out) == sorted(f"{2 * i}{name}" for i, (*_, left) in enumerate(picked) for name in left)
+    for name, interval in report.items():
+        assert interval.converged, name
+
+
 def test_a_report_that_leaves_nothing_out_says_nothing() -> None:
     report = layer_norms(nn.Sequential(nn.Linear(4, 4)), (4,))
     assert "left out" not in str(report) + report_html(report, "net")
@@ -341,6 +424,11 @@ class Clipped(nn.Linear):
         return F.linear(x.clamp(-20, 20), self.weight, self.bias)
 
 
+class Flattening(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.flatten(1), self.weight)
+
+
 class Gated(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) * F.linear(x, self.weight).sigmoid()
@@ -355,6 +443,7 @@ def _hooked() -> nn.Module:
 ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "does more": (lambda: Doubled(3, 3, 1), "Doubled does not apply the map"),
     "does more with other inputs": (lambda: Clipped(4, 4), "Clipped does not apply the map"),
+    "another shape": (lambda: Flattening(48, 2), "takes another shape than its input's"),
     "two maps": (lambda: Gated(4, 4), "2 linear maps of weights are seen"),
     "no map": (lambda: _forward_of(nn.Linear(4, 4), lambda x: x), "no linear map of a weight is seen"),
     "hook": (_hooked, "Linear does not apply the map"),
@@ -363,8 +452,12 @@ ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 def _forward_of(module: nn.Module, forward: Callable[[Tensor], object]) -> nn.Module:
-    module.forward = forward
+    module.forward = forward  # type: ignore[method-assign]  # as users do
     return module
+
+
+def _doubled(layer: nn.Linear) -> nn.Module:
+    return _forward_of(layer, lambda x: 2 * F.linear(x, layer.weight))
 
 
 @pytest.mark.parametrize("case", ODD)
@@ -430,8 +523,15 @@ class Unclear(nn.BatchNorm2d):
     """By a function that is not understood, and so nothing is folded."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bchw,c->bchw", x, self.weight * (self.running_var + self.eps).rsqrt())
+
+
+class InOne(nn.BatchNorm2d):
+    """A product and a sum by one function."""
+
+    def forward(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return torch.addcmul(self.bias.view(-1, 1, 1), x, scale.view(-1, 1, 1))
+        return torch.addcmul((self.bias - scale * self.running_mean).view(-1, 1, 1), x, scale.view(-1, 1, 1))
 
 
 def _normalised(kind: str) -> tuple[nn.Sequential, list[Tensor]]:
@@ -441,7 +541,7 @@ def _normalised(kind: str) -> tuple[nn.Sequential, list[Tensor]]:
     nn.init.normal_(plain.weight)
     nn.init.uniform_(plain.running_var, 0.2, 2.0)
     plain.running_mean.normal_()
-    classes = {"activated": Activated, "other eps": OtherEps, "squared": Squared, "unclear": Unclear}
+    classes = {"activated": Activated, "other eps": OtherEps, "squared": Squared, "unclear": Unclear, "in one": InOne}
     if kind == "frozen":
         norm: nn.Module = Frozen(plain)
     elif kind == "torchvision":
@@ -454,7 +554,7 @@ def _normalised(kind: str) -> tuple[nn.Sequential, list[Tensor]]:
     return nn.Sequential(nn.Conv2d(2, 3, 3), norm).eval(), [scale**2 if kind == "squared" else scale]
 
 
-@pytest.mark.parametrize("kind", ["frozen", "torchvision", "activated", "other eps", "squared"])
+@pytest.mark.parametrize("kind", ["frozen", "torchvision", "activated", "other eps", "squared", "in one"])
 def test_batchnorms_of_other_classes_are_folded_by_what_they_compute(kind: str) -> None:
     model, (scale,) = _normalised(kind)
     report = layer_norms(model, (2, 5, 5), method="svd", strict=True)
@@ -472,8 +572,8 @@ def test_a_batchnorm_that_is_not_understood_is_not_folded() -> None:
     report = layer_norms(model, (2, 5, 5), method="svd")
     assert list(report) == ["0"]
     assert report["0"].upper == pytest.approx(fastlip.conv_norm(model[0].weight, 5, method="svd").upper, rel=1e-6)
-    assert "addcmul" in report.left_out["1.weight"]
-    assert "addcmul" in report.left_out["1.running_var"]
+    assert "einsum" in report.left_out["1.weight"]
+    assert "einsum" in report.left_out["1.running_var"]
 
 
 class Mixer(nn.Module):

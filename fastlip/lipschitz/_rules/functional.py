@@ -10,6 +10,7 @@ from torch import nn
 from fastlip.lipschitz._calls import Call
 from fastlip.lipschitz._factors import module_factor
 from fastlip.lipschitz._registry import missing_rule
+from fastlip.lipschitz._rowwise import module_interval_of
 from fastlip.lipschitz._steps import Step
 
 _ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
@@ -107,7 +108,7 @@ def step_by_module(call: Call) -> Step | None:
         raise missing_rule(f"{call.name} with these arguments", call.where) from None
     except ValueError as error:
         raise ValueError(f"{call.where}: {error}") from None
-    stated = module_factor(module, call.where, call.sources[0].shape, call.shape, call.source_dtype)
+    stated = module_factor(module, call.where, call.sources[0].entry_shape, call.shape, call.source_dtype)
     forward = module.forward
     return Step(
         call.where,
@@ -117,5 +118,5 @@ def step_by_module(call: Call) -> Step | None:
         call.shape,
         module,
         apply=lambda x, *_, **__: forward(x),
-        interval=stated.interval,
+        interval=stated.interval or module_interval_of(module, call),
     )

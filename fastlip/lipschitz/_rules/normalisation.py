@@ -224,6 +224,8 @@ def _functional_rms_norm(call: Call) -> Step | None:
 
 def _group_norm_step(call: Call, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Step:
     shape = call.sources[0].shape
+    if not call.alone:
+        raise missing_rule(f"{call.name} of a tensor whose first axis is not the batch's", call.where)
     channels, rest = shape[0], shape[1:]
 
     def split(t: Tensor) -> Tensor:
@@ -266,8 +268,8 @@ def _instance_norm(call: Call) -> Step | None:
 
 
 def _softmax_step(call: Call, dim: int | None, *, log: bool) -> Step:
-    rank = len(call.shape) + 1
-    if dim is None or dim % rank == 0:
+    rank = call.rank
+    if dim is None or (dim % rank == 0 and call.alone):
         raise missing_rule(f"{call.name} along the batch axis, or one that torch chooses", call.where)
     axis = dim % rank - rank
     count = call.shape[axis]
@@ -328,8 +330,8 @@ class Direction(Weighted):
 @builds(F.normalize)
 def _direction(call: Call) -> Step | None:
     given = _arguments(call, ("input", "p", "dim", "eps", "out"), p=2.0, dim=1, eps=1e-12)
-    rank = len(call.shape) + 1
-    if given["p"] != 2.0 or not isinstance(given["dim"], int) or given["dim"] % rank == 0:
+    rank = call.rank
+    if given["p"] != 2.0 or not isinstance(given["dim"], int) or (given["dim"] % rank == 0 and call.alone):
         raise missing_rule(f"{call.name} with these arguments", call.where)
     axis, eps = given["dim"] % rank - rank, float(given["eps"])
     groups = _rows([axis])
@@ -361,10 +363,11 @@ def _norm(call: Call) -> Step | None:
     given = _arguments(call, ("input", order, "dim", "keepdim", "out", "dtype"), dim=None, keepdim=False)
     dims = given["dim"]
     axes = [dims] if isinstance(dims, int) else list(dims or ())
-    rank = len(call.sources[0].shape) + 1
+    rank = len(call.sources[0].shape) + call.sources[0].alone
     matrix = call.name != "vector_norm" and len(axes) == 2 and given.get(order) not in (None, "fro")
     ordinary = given.get(order, 2) in (None, 2, 2.0, "fro") and not matrix
-    if not ordinary or not axes or any(axis % rank == 0 for axis in axes) or given.get("dtype") is not None:
+    over_batch = call.sources[0].alone and any(axis % rank == 0 for axis in axes)
+    if not ordinary or not axes or over_batch or given.get("dtype") is not None:
         raise missing_rule(f"{call.name} with these arguments", call.where)
     axes = [axis % rank - rank for axis in axes]
     keep = bool(given["keepdim"])

@@ -61,8 +61,11 @@ def disagreements(uses: Sequence[Use]) -> dict[str, str]:
         for x, output in seen:
             try:
                 said = use.said(x)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (TypeError, ValueError) as error:  # there is no such map
                 found[use.name] = str(error)
+                break
+            except RuntimeError:
+                found[use.name] = _disagreement(use, "that map takes another shape than its input's")
                 break
             if not isinstance(output, Tensor) or output.shape != said.shape:
                 found[use.name] = _disagreement(use, "its output has another shape")
@@ -96,5 +99,5 @@ def _disagreement(use: Use, how: str) -> str:
     return (
         f"{'the function' if use.module is None else type(use.module).__name__} does not apply the map that its weight "
         f"and settings describe ({how}): a hook, a forward that does more or that changes it for the call and puts it "
-        "back, or other weights in its place can do that"
+        "back, or other weights in its place can do that; fastlip.norms.layer_operator takes the map of such a layer"
     )

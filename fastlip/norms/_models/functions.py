@@ -5,13 +5,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastlip.norms._models.held import Factors, HeldTensors
+from fastlip.norms._models.held import Factors, HeldTensors, storage_address
 from fastlip.norms._models.linear_calls import LinearCall, LinearMap, Pad, linear_call
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._operators.batchnorm import NO_STATISTICS, batchnorm_factors
@@ -31,6 +30,7 @@ _DIVIDES = frozenset(("div", "truediv", "itruediv", "idiv", "divide", "true_divi
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 _BATCHNORM = inspect.signature(F.batch_norm)
 _PAD = inspect.signature(F.pad)
+
 
 _DEVIATION = "{} divides by a deviation of its input, so that it has no factor that holds for every input"
 _STEPS = "{} applies it at each step of a sequence, between gates"
@@ -88,9 +88,9 @@ class WatchedFunctions(TorchFunctionMode):
         self._held, self._listener = held, listener
         self._made_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._pads: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        # Storages that were made of the model's tensors, before something that depends on the input was written there;
-        # they are kept, so that no other gets the address.
-        self._written: dict[int, Any] = {}
+        # By address, storages that were made of the model's tensors before something that depends on the input was
+        # written there. A tensor of each is kept, so that no other storage gets the address.
+        self._written: dict[int, Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -117,14 +117,14 @@ class WatchedFunctions(TorchFunctionMode):
             y = self._call(func, name, args, kwargs, held)
         for t in _written(func, args, kwargs):
             if self.made_of(t) is not None:
-                self._written[_storage(t).data_ptr()] = _storage(t)
+                self._written[storage_address(t)] = t
         if func is F.pad and isinstance(y, Tensor):
             self._pads[y] = Pad(**_PAD.bind(*args, **kwargs).arguments), version_of(y)
         return y
 
     def made_of(self, t: Tensor) -> frozenset[int] | None:
         """The model's tensors that a tensor is computed from, or None where it may depend on the input."""
-        if self._written and _storage(t).data_ptr() in self._written:
+        if self._written and storage_address(t) in self._written:
             return None
         if t in self._held:
             return frozenset((id(t),))
@@ -141,6 +141,11 @@ class WatchedFunctions(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.batch_norm:
             return self._batchnorm(func, args, kwargs, held)
+        if func is F.scaled_dot_product_attention:  # the mask is added to the products of queries and keys
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            added = frozenset[int]().union(*(self.made_of(t) or () for t in _tensors(mask)))
+            self._listener.adds(added)
+            held -= added
         scaled = self._scaled(name, args, kwargs)
         before = self._listener.output_of(scaled[0]) if scaled else None
         y = func(*args, **kwargs)
@@ -152,8 +157,11 @@ class WatchedFunctions(TorchFunctionMode):
             self._listener.adds(held - weights)
         elif scaled and y.shape == scaled[0].shape:
             x, factor = scaled
-            factors = Factors(self._held.source(held, factor, flat=True), name in _DIVIDES, factor.shape)
-            self._listener.scales(x, y, before, held, factors, self._held.has_variance(held))
+            tensors = self.made_of(factor)
+            assert tensors is not None
+            factors = Factors(self._held.source(tensors, factor, flat=True), name in _DIVIDES, factor.shape)
+            self._listener.scales(x, y, before, tensors, factors, self._held.has_variance(tensors))
+            self._listener.adds(held - tensors)
         elif name in _ADDS:
             self._listener.adds(held)
         else:
@@ -175,12 +183,17 @@ class WatchedFunctions(TorchFunctionMode):
 
     def _scaled(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
         """The tensor that is multiplied or divided, and the factors made of the model's tensors alone."""
-        if kwargs or len(args) != 2 or not all(isinstance(t, Tensor) and t.is_floating_point() for t in args):
+        names = _MULTIPLIES | _DIVIDES
+        if name == "addcmul" and len(args) == 3:  # the first is added
+            args, names = args[1:], frozenset((name,))
+        if kwargs or name not in names or len(args) != 2:
             return None
         first, second = args
-        if self._is_weight(second) and name in _MULTIPLIES | _DIVIDES:
+        if not all(isinstance(t, Tensor) and t.is_floating_point() for t in args):
+            return None
+        if self._is_weight(second) and self.made_of(first) is None:
             return first, second
-        return (second, first) if self._is_weight(first) and name in _MULTIPLIES else None
+        return (second, first) if self._is_weight(first) and name not in _DIVIDES else None
 
     def _batchnorm(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], held: frozenset[int]) -> Any:
         bound = _BATCHNORM.bind(*args, **kwargs)
@@ -246,7 +259,3 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     name = getattr(func, "__name__", "")
     in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     return [*_tensors(kwargs.get("out")), *(_tensors(args[:1]) if in_place else ())]
-
-
-def _storage(t: Tensor) -> torch.UntypedStorage:
-    return t.untyped_storage()

@@ -218,3 +218,8 @@ def _address(t: Tensor) -> int:
         return t.data_ptr()
     except RuntimeError:
         return 0
+
+
+def storage_address(t: Tensor) -> int:
+    """The address of what a tensor is a view of; 0 as :func:`_address`."""
+    return t.untyped_storage().data_ptr() if _address(t) else 0

@@ -29,7 +29,7 @@ def module_operator(
 
     Args:
         module: the module; its weight may be parametrised, of any floating dtype and on any device.
-        input_shape: shape of one input without the batch axis, [Cin, *spatial] or, for Linear, [..., features].
+        input_shape: shape of one input without the batch axis, ``[Cin, *spatial]`` or, for Linear, [..., features].
         output_scale: factors for the output channels, such as those of a folded BatchNorm.
         input_scale: factors for the input channels, such as those of a folded input normalisation.
         output_size: spatial size of a transposed convolution's output; by default the one that its settings imply.
