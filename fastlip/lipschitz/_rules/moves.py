@@ -32,6 +32,7 @@ def _move(call: Call) -> Step | None:
         return None
     if call.values.dtypes[call.node] != call.source_dtype:
         raise missing_rule(f"{call.name} to another dtype", call.where)
-    same = call.shape == call.sources[0].shape and call.target in _IN_ORDER
-    module = nn.Identity() if same else None
-    return Step(call.where, call.name, call.sources, 1.0, call.shape, module, apply=as_function(call.target))
+    same = call.target in _IN_ORDER
+    module = nn.Identity() if same and call.shape == call.sources[0].shape else None
+    apply = as_function(call.target)
+    return Step(call.where, call.name, call.sources, 1.0, call.shape, module, apply=apply, same=same)

@@ -24,7 +24,8 @@ def _sum(call: Call) -> Step:
     several: Combination
     several, by = (Sum(), operator.add) if call.target in _ADD else (Difference(), operator.sub)
     factor = several if len(inputs) > 1 else 1.0
-    return Step(call.where, call.name, inputs, factor, call.shape, apply=with_constants(by, call.args))
+    same = len(inputs) == 1 and call.target in _ADD
+    return Step(call.where, call.name, inputs, factor, call.shape, apply=with_constants(by, call.args), same=same)
 
 
 @builds(torch.cat, torch.concat, torch.concatenate, fixed=True)
