@@ -5,10 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fastlip.lipschitz._steps import Step
 from fastlip.lipschitz._trace import Values, location, module_name
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """The steps made so far, of the nodes that are tensors and of those that are tuples of tensors."""
+
+    steps: dict[fx.Node, Step]
+    bundles: dict[fx.Node, tuple[Step | None, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +31,9 @@ class Call:
         args: the positional arguments: nodes where they depend on the input, otherwise values.
         kwargs: the keyword arguments, likewise.
         sources: the steps of the traced tensors among the arguments, each once, also inside lists.
-        shape: shape of one output sample.
-        steps: the steps of all nodes before this one.
+        shape: shape of one output sample; empty if the call returns a tuple.
+        steps: the steps of all nodes before this one that are tensors.
+        bundles: the steps of all nodes before this one that are tuples of tensors.
         values: the run from which shapes and constants come, with a batch of two samples.
     """
 
@@ -37,7 +46,14 @@ class Call:
     sources: list[Step]
     shape: tuple[int, ...]
     steps: dict[fx.Node, Step]
+    bundles: dict[fx.Node, tuple[Step | None, ...]]
     values: Values
+
+    @property
+    def part_shapes(self) -> list[tuple[int, ...] | None]:
+        """Shape of one sample of each tensor in the tuple that the call returns, None for what is no tensor."""
+        parts = self.values.bundles.get(self.node, ())
+        return [tuple(part.shape[1:]) if isinstance(part, Tensor) else None for part in parts]
 
     @property
     def on_one(self) -> bool:
@@ -59,25 +75,26 @@ class Call:
         return self.values.shapes[node][1:]
 
 
-def module_call(
-    node: fx.Node, module: nn.Module, graph_module: fx.GraphModule, steps: dict[fx.Node, Step], values: Values
-) -> Call:
+def module_call(node: fx.Node, graph_module: fx.GraphModule, made: Made, values: Values) -> Call:
     """The call of a module in a graph."""
-    return _call(node, module, type(module).__name__, module_name(node, graph_module), steps, values)
+    module = graph_module.get_submodule(str(node.target))
+    return _call(node, module, type(module).__name__, module_name(node, graph_module), made, values)
 
 
-def function_call(node: fx.Node, steps: dict[fx.Node, Step], values: Values) -> Call:
+def function_call(node: fx.Node, made: Made, values: Values) -> Call:
     """The call of a function or tensor method in a graph."""
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return _call(node, target, name, location(node), steps, values)
+    return _call(node, target, name, location(node), made, values)
 
 
-def _call(node: fx.Node, target: Any, name: str, where: str, steps: dict[fx.Node, Step], values: Values) -> Call:
+def _call(node: fx.Node, target: Any, name: str, where: str, made: Made, values: Values) -> Call:
     args: Any = fx.node.map_arg(node.args, lambda n: values.constants.get(n, n))
     kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: values.constants.get(n, n))
-    sources = [steps[source] for source in node.all_input_nodes if source in steps]
-    return Call(node, target, name, where, args, kwargs, sources, values.shapes[node][1:], steps, values)
+    parts = (made.steps.get(n) or part for n in node.all_input_nodes for part in made.bundles.get(n, (None,)))
+    sources = list(dict.fromkeys(part for part in parts if part is not None))
+    shape = values.shapes.get(node, ())[1:]
+    return Call(node, target, name, where, args, kwargs, sources, shape, made.steps, made.bundles, values)
 
 
 def as_function(target: Any) -> Callable[..., Tensor]:

@@ -1,5 +1,6 @@
 """The steps of a traced model."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._calls import Call, as_function, function_call, module_call
+from fastlip.lipschitz._calls import Call, Made, as_function, function_call, module_call
 from fastlip.lipschitz._factors import function_factor
 from fastlip.lipschitz._module_steps import layer_operator, module_step, takes_scale
 from fastlip.lipschitz._registry import (
@@ -32,11 +33,14 @@ BATCH = 2
 class Traced:
     """A traced model: its graph, the steps of the nodes that depend on the input, and the last of them.
 
-    ``constants`` are the values that all other nodes had in the run from which the steps were made.
+    ``bundles`` are the steps of nodes that are tuples of tensors, in which other things than tensors are None; a node
+    that takes an element has the element's step. ``constants`` are the values that all other nodes had in the run from
+    which the steps were made.
     """
 
     graph_module: fx.GraphModule
     steps: dict[fx.Node, Step]
+    bundles: dict[fx.Node, tuple[Step | None, ...]]
     last: Step
     constants: dict[fx.Node, Any]
     varying: set[fx.Node]
@@ -64,51 +68,85 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> Traced:
 
 
 def _build(graph_module: fx.GraphModule, values: Values, varying: set[fx.Node]) -> Traced:
-    steps: dict[fx.Node, Step] = {}
+    made = Made({}, {})
     for node in graph_module.graph.nodes:
         if node.op == "output":
             result = node.args[0]
-            if not isinstance(result, fx.Node) or result not in steps:
+            if not isinstance(result, fx.Node) or result not in made.steps:
                 raise ValueError("the model must return one tensor that depends on its input")
-            return Traced(graph_module, steps, steps[result], values.constants, varying)
-        if node not in values.shapes:
+            last = made.steps[result]
+            return Traced(graph_module, made.steps, made.bundles, last, values.constants, varying)
+        if node not in values.shapes and node not in values.bundles:
             continue
-        shape = values.shapes[node]
-        if shape[:1] != (BATCH,):
-            raise ValueError(f"{node.format_node()} mixes the batch axis into others, which no Lipschitz rule covers")
+        _require_batch_first(node, values)
         if node.op == "placeholder":
-            steps[node] = Step(node.name, "input", [], 1.0, shape[1:])
-            continue
-        step = _step(node, steps, graph_module, values)
-        for source in dict.fromkeys(step.inputs):
-            source.users.append(step)
-        steps[node] = step
+            made.steps[node] = Step(node.name, "input", [], 1.0, values.shapes[node][1:])
+        elif node.target is operator.getitem and node.args[0] in made.bundles:
+            _take_parts(node, made)
+        else:
+            _add(node, _step(node, graph_module, made, values), made)
     raise AssertionError("a traced graph ends in an output")
 
 
-def _step(node: fx.Node, steps: dict[fx.Node, Step], graph_module: fx.GraphModule, values: Values) -> Step:
-    """The step of a node: by the first builder of its target that takes it, or by a rule."""
+def _require_batch_first(node: fx.Node, values: Values) -> None:
+    """Raise ValueError if a tensor that a node gives has no row for each sample."""
+    parts = [tuple(part.shape) for part in values.bundles.get(node, ()) if isinstance(part, Tensor)]
+    if any(shape[:1] != (BATCH,) for shape in parts or [values.shapes[node]]):
+        raise ValueError(f"{node.format_node()} mixes the batch axis into others, which no Lipschitz rule covers")
+
+
+def _take_parts(node: fx.Node, made: Made) -> None:
+    """An element of a tuple, or a slice of it, is made of the same steps."""
+    bundle, index = made.bundles[node.args[0]], node.args[1]  # type: ignore[index]
+    taken = bundle[index]  # type: ignore[index]
+    if isinstance(taken, tuple):
+        made.bundles[node] = taken
+    elif taken is not None:
+        made.steps[node] = taken
+
+
+def _add(node: fx.Node, result: Step | Sequence[Step | None], made: Made) -> None:
+    if isinstance(result, Step):
+        made.steps[node] = result
+    else:
+        made.bundles[node] = tuple(result)
+    for step in [result] if isinstance(result, Step) else result:
+        for source in dict.fromkeys(step.inputs if step is not None else ()):
+            source.users.append(step)  # type: ignore[arg-type]
+
+
+def _step(node: fx.Node, graph_module: fx.GraphModule, made: Made, values: Values) -> Step | Sequence[Step | None]:
+    """The step of a node, or those of a tuple's parts: by the first builder of its target that takes it, or by a rule.
+
+    Raises:
+        ValueError: nothing makes one; the message names the module or function.
+    """
     if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        call = module_call(node, module, graph_module, steps, values)
-        by_module = (builder(call) for builder in module_builders(module))
-        return next((step for step in by_module if step is not None), None) or module_step(call)
-    call = function_call(node, steps, values)
-    if not call.sources:
-        # Its inputs are lists or numbers, whose dependence on the input is not tracked.
-        source = getattr(node.all_input_nodes[0], "name", "")
-        raise missing_rule(f"{call.name} of something other than a traced tensor ({source})", call.where)
-    ours, fixed = function_builders(call.target)
-    for builder in (*ours, _step_by_rule) if fixed else (_step_by_rule, *ours):
-        step = builder(call)
-        if step is not None:
-            return step
+        call = module_call(node, graph_module, made, values)
+        builders = [*module_builders(call.target), module_step]
+    else:
+        call = function_call(node, made, values)
+        if not call.sources:
+            # Its inputs are lists or numbers, whose dependence on the input is not tracked.
+            source = getattr(node.all_input_nodes[0], "name", "")
+            raise missing_rule(f"{call.name} of something other than a traced tensor ({source})", call.where)
+        ours, fixed = function_builders(call.target)
+        builders = [*([*ours, _step_by_rule] if fixed else [_step_by_rule, *ours]), _step_by_module]
+    for builder in builders:
+        made_of = builder(call)
+        if made_of is None:
+            continue
+        if isinstance(made_of, Step) == (node in values.shapes):
+            return made_of
+        raise missing_rule(f"{call.name} with these outputs", call.where)
+    raise missing_function_rule(call.target, call.where)
+
+
+def _step_by_module(call: Call) -> Step | None:
+    """The step of a function by the rule of a module that does the same."""
     if not call.on_one:
         raise missing_rule(f"{call.name} of several traced tensors, or with the input in another place", call.where)
-    step = step_by_module(call)
-    if step is None:
-        raise missing_function_rule(call.target, call.where)
-    return step
+    return step_by_module(call)
 
 
 def _step_by_rule(call: Call) -> Step | None:

@@ -48,8 +48,8 @@ Rule = Callable[[Any, tuple[int, ...]], Factor]
 _RULES: dict[type[nn.Module], Rule] = {}
 _FUNCTION_RULES: dict[Any, Rule] = {}
 
-#: Makes the step of a call, or returns None if the call is not of its kind.
-Builder = Callable[["Call"], "Step | None"]
+#: Makes the step of a call, or one for each tensor in the tuple that it returns; None if the call is not of its kind.
+Builder = Callable[["Call"], "Step | Sequence[Step | None] | None"]
 
 _BUILDERS: dict[Any, list[Builder]] = {}
 _FIXED: set[Any] = set()

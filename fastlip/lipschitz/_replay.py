@@ -5,6 +5,7 @@ something other than their traced graph are refused.
 """
 
 import math
+import operator
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -162,16 +163,16 @@ def run_model(model: nn.Module, x: Tensor, after: Tensor | None = None) -> Any:
 
 def _recorded(
     model: nn.Module, x: Tensor, traced: Traced, *, differentiable: bool = False
-) -> tuple[Tensor, dict[int, deque[Tensor | None]]]:
+) -> tuple[Tensor, dict[int, deque[Any]]]:
     """The model's output, and the outputs of the modules that its graph calls, in order.
 
     With ``differentiable`` gradients are enabled, on which the model may depend.
     """
-    outputs: dict[int, deque[Tensor | None]] = defaultdict(deque)
+    outputs: dict[int, deque[Any]] = defaultdict(deque)
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
         # A later operation may overwrite it.
-        outputs[id(module)].append(output.detach().clone() if isinstance(output, Tensor) else None)
+        outputs[id(module)].append(_clones(output))
 
     called = {str(node.target) for node in traced.graph_module.graph.find_nodes(op="call_module")}
     modules = {id(m): m for m in (traced.graph_module.get_submodule(target) for target in called)}
@@ -187,13 +188,20 @@ def _recorded(
     return result.detach(), outputs
 
 
+def _clones(output: Any) -> Any:
+    """Copies of a tensor, or of those in a tuple; None for anything else."""
+    if isinstance(output, (tuple, list)):
+        return tuple(_clones(part) for part in output)
+    return output.detach().clone() if isinstance(output, Tensor) else None
+
+
 class _Replay(fx.Interpreter):
     """Computes each step as its rule assumes, and compares it with the recorded output of the model's module.
 
     Where the two agree, the replay goes on with the model's value, so that rounding does not accumulate.
     """
 
-    def __init__(self, traced: Traced, outputs: dict[int, deque[Tensor | None]]) -> None:
+    def __init__(self, traced: Traced, outputs: dict[int, deque[Any]]) -> None:
         super().__init__(traced.graph_module)
         self.extra_traceback = False
         self.rounding = _ROUNDING
@@ -220,47 +228,82 @@ class _Replay(fx.Interpreter):
             raise _otherwise(f"they agree up to {self._agreed}, and then differ by {_share(value, result)}")
 
     def run_node(self, n: fx.Node) -> Any:
-        step = self._traced.steps.get(n)
-        if step is None:
+        bundle = self._traced.bundles.get(n)
+        if (n not in self._traced.steps and bundle is None) or n.op == "placeholder" or self._takes_part(n):
             value = super().run_node(n)
-            self._require_constant(n, value)
-            return value
-        if n.op == "placeholder":
-            value = super().run_node(n)
+            if n.op != "placeholder" and bundle is None and n not in self._traced.steps:
+                self._require_constant(n, value)
+        elif bundle is not None:
+            value = self._run_bundle(n, bundle)
         else:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
+            step = self._traced.steps[n]
             value = step.apply(*args, **kwargs)
+            self._require_shape(step, value)
+            if n.op == "call_module":
+                value = self._compared(n, step, value)
+        if n in self._traced.steps:
+            self._set_moved(self._traced.steps[n], value)
+        return value
+
+    def _takes_part(self, n: fx.Node) -> bool:
+        """Whether a node takes an element of a tuple, or a part of one."""
+        return n.target is operator.getitem and n.args[0] in self._traced.bundles
+
+    def _run_bundle(self, n: fx.Node, bundle: tuple[Step | None, ...]) -> tuple[Any, ...]:
+        """The parts of a tuple, compared with the recorded ones if a module returns it."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        value = tuple(None if step is None else step.apply(*args, **kwargs) for step in bundle)
+        for step, part in zip(bundle, value, strict=True):
+            if step is not None and part is not None:
+                self._require_shape(step, part)
+        if n.op != "call_module":
+            return value
+        seen = self._recorded_output(n)
+        if not isinstance(seen, tuple) or len(seen) != len(value):
+            raise _otherwise(f"{self._name(n)} does not return {len(value)} values")
+        for step, part, other in zip(bundle, value, seen, strict=True):
+            if step is not None and part is not None:
+                self._require_agreement(step, part, other)
+        return seen
+
+    def _require_shape(self, step: Step, value: Tensor) -> None:
         if tuple(value.shape) != (self._batch, *step.shape):
             raise Refused(
                 f"{step.name} ({step.kind}) gives shape {list(value.shape)} for {self._batch} samples where one has "
                 f"{list(step.shape)}: it mixes the batch axis into others, which no Lipschitz rule covers"
             )
-        if n.op == "call_module":
-            value = self._compared(n, step, value)
+
+    def _set_moved(self, step: Step, value: Tensor) -> None:
         if self._batch == BATCH and step.moved is None:
             # If outputs are much larger than their difference, it may consist of rounding alone.
             apart, size = torch.linalg.vector_norm((value[0] - value[1]).double()), torch.linalg.vector_norm(value)
             step.moved = (apart - noise_of(value) * size).clamp_min(0.0)
-        return value
 
-    def _compared(self, n: fx.Node, step: Step, value: Tensor) -> Tensor:
+    def _compared(self, n: fx.Node, step: Step, value: Tensor) -> Any:
         """The recorded output of the model's module, if it agrees with ``value``; otherwise raises ValueError."""
+        seen = self._recorded_output(n)
+        self._require_agreement(step, value, seen)
+        module = self.fetch_attr(str(n.target))
+        if n not in self._tried and is_hooked(module) and not n.kwargs and len(n.args) == 1:
+            self._tried.add(n)
+            _try_hooked(module, step, self.env[n.all_input_nodes[0]], self.rounding)
+        return seen
+
+    def _recorded_output(self, n: fx.Node) -> Any:
         queue = self._outputs.get(id(self.fetch_attr(str(n.target))))
         if not queue:
-            raise _otherwise(f"{step.name} runs less often")
-        seen = queue.popleft()
-        if seen is None:
+            raise _otherwise(f"{self._name(n)} runs less often")
+        return queue.popleft()
+
+    def _require_agreement(self, step: Step, value: Tensor, seen: Any) -> None:
+        if not isinstance(seen, Tensor):
             raise _otherwise(f"{step.name} returns no tensor")
         if not agree(value, seen, self.rounding):
             where = f"{step.name} ({step.kind})"
             differ = f"by {_share(value, seen)}" if value.shape == seen.shape else "in shape"
             raise _otherwise(f"they agree up to {self._agreed}, and differ {differ} at {where}")
-        module = self.fetch_attr(str(n.target))
-        if n not in self._tried and is_hooked(module) and not n.kwargs and len(n.args) == 1:
-            self._tried.add(n)
-            _try_hooked(module, step, self.env[n.all_input_nodes[0]], self.rounding)
         self._agreed = step.name
-        return seen
 
     def _require_constant(self, n: fx.Node, value: Any) -> None:
         """Raise ValueError if a value that should not depend on the input's numbers does."""

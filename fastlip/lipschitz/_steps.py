@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from fastlip.lipschitz._combinations import Combination
+from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import Factor
 
 
@@ -23,6 +24,8 @@ class Step:
         module: the module called, or one that does the same as the function; None if values are only moved.
         apply: what the rule bounds, as a function of the node's arguments: out of place, without hooks, and with the
             operator, factors or constants from which the bound is computed.
+        interval: bounds of the output's values, as a function of the node's arguments with an interval in place of
+            each tensor that depends on the input; None if nothing is known of them.
         users: the steps that read its output.
         folded: whether ``factor`` was multiplied into a neighbouring step and is 1 now.
         scaled: whether a neighbour's factors were multiplied into this step.
@@ -39,6 +42,7 @@ class Step:
     shape: tuple[int, ...]
     module: nn.Module | None = None
     apply: Callable[..., Tensor] = operator.pos
+    interval: Callable[..., Interval] | None = None
     users: list["Step"] = field(default_factory=list)
     folded: bool = False
     scaled: bool = False

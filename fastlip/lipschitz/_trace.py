@@ -65,7 +65,10 @@ class _Tracer(fx.Tracer):
 
 
 class Values(fx.Interpreter):
-    """Runs the graph once; keeps shape, dtype and device of tensors that depend on the input, and all other values."""
+    """Runs the graph once; keeps shape, dtype and device of tensors that depend on the input, and all other values.
+
+    ``bundles`` are the tuples of tensors among those that depend on it.
+    """
 
     def __init__(self, graph_module: fx.GraphModule, varying: set[fx.Node]) -> None:
         super().__init__(graph_module)
@@ -73,6 +76,7 @@ class Values(fx.Interpreter):
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.dtypes: dict[fx.Node, torch.dtype] = {}
         self.devices: dict[fx.Node, torch.device] = {}
+        self.bundles: dict[fx.Node, tuple[Any, ...]] = {}
         self.constants: dict[fx.Node, Any] = {}
         self._varying = varying
         self._versions: dict[fx.Node, int] = {}
@@ -89,6 +93,8 @@ class Values(fx.Interpreter):
             self._versions[n] = version_of(value)
         if isinstance(value, Tensor) and n in self._varying:
             self.shapes[n], self.dtypes[n], self.devices[n] = tuple(value.shape), value.dtype, value.device
+        elif n in self._varying and isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+            self.bundles[n] = tuple(value)
         elif n.op != "output":
             self.constants[n] = value
         return value

@@ -40,16 +40,16 @@ def application_error(op: AnyOperator) -> float:
     by the norms of the others.
     """
     if isinstance(op, Operator):
-        return 1.01 * (_reduction_length(op) + 2) * _UNIT * op.absolute_bound
+        return 1.01 * (reduction_length(op) + 2) * _UNIT * op.absolute_bound
     product = math.prod(op.norms)
     relative = sum(
-        (_reduction_length(part) + 2) * part.absolute_bound / norm if norm > 0.0 else 0.0
+        (reduction_length(part) + 2) * part.absolute_bound / norm if norm > 0.0 else 0.0
         for part, norm in zip(op.parts, op.norms, strict=True)
     )
     return 1.02 * _UNIT * (abs(op.scale) * product * relative + 4.0 * op.magnitude)
 
 
-def _reduction_length(op: Operator) -> int:
+def reduction_length(op: Operator) -> int:
     """Number of products in the longest sum of A or A^T, borders folded back included."""
     taps = math.prod(op.kernel)
     widest = max(op.weight.shape[0] // op.groups, op.weight.shape[1])
