@@ -190,9 +190,8 @@ def _reduced(network: SlopeNetwork) -> SlopeNetwork:
     rows = sum(len(m.matrix) for _, m in first) + (len(output[0].matrix) if 0 in output else 0)
     if rows < size:
         tall = [m for _, m in first] + ([output[0]] if 0 in output else [])
-        parts = iter(
-            _factor(torch.cat([m.matrix for m in tall]), _joint_error(tall)).split([len(m.matrix) for m in tall])
-        )
+        factor = _factor(torch.cat([m.matrix for m in tall]), _joint_error(tall))
+        parts = iter(factor.split([len(m.matrix) for m in tall]))
         for i, _ in first:
             old = layers[i]
             layers[i] = Activation({**old.maps, 0: Map(next(parts), 0.0)}, old.low, old.high)
@@ -245,6 +244,7 @@ class _Stage(NamedTuple):
 class _Plan(NamedTuple):
     """The stages of all activations, and the output's maps over the front that they leave, [m, front]."""
 
+    input_size: int
     stages: list[_Stage]
     front: tuple[int, ...]
     output: Tensor
@@ -264,7 +264,7 @@ def _plan(network: SlopeNetwork) -> _Plan:
     front: tuple[int, ...] = (0,)
     stages = []
     for i, activation in enumerate(network.activations, start=1):
-        order = tuple(sorted(front, key=lambda j: ends[j] > i))  # noqa: B023
+        order = tuple(sorted(front, key=lambda j: ends[j] > i))
         places = None
         if order != front:
             starts = dict(zip(front, torch.tensor([0] + [sizes[j] for j in front]).cumsum(0).tolist(), strict=False))
@@ -274,7 +274,7 @@ def _plan(network: SlopeNetwork) -> _Plan:
         stages.append(_Stage(places, order, maps, dead, activation.middle, activation.product))
         front = (*(j for j in order if ends[j] > i), i)
     rows = len(next(iter(network.output.values())).matrix)
-    return _Plan(stages, front, _beside(network.output, front, sizes, rows))
+    return _Plan(network.input_size, stages, front, _beside(network.output, front, sizes, rows))
 
 
 def _beside(maps: Mapping[int, Map], front: Sequence[int], sizes: Sequence[int], rows: int) -> Tensor:
@@ -282,55 +282,111 @@ def _beside(maps: Mapping[int, Map], front: Sequence[int], sizes: Sequence[int],
     return torch.cat([maps[j].matrix if j in maps else like.new_zeros(rows, sizes[j]) for j in front], dim=1)
 
 
-def _eliminate(stage: _Stage, front: Tensor, maps: Tensor, own: float = 1.0) -> Tensor | None:
-    """The front's matrix after an activation joined it with the scaled ``maps`` and ``own`` times the identity.
+class _Eliminated(NamedTuple):
+    """A front after an activation joined it and what it was the last to need has left it.
+
+    Attributes:
+        front: the matrix that is left.
+        factor: Cholesky factor of the part that left; None if nothing did.
+        rows: the inverse of ``factor`` times the coupling of that part with what is left, [left, front].
+    """
+
+    front: Tensor
+    factor: Tensor | None
+    rows: Tensor | None
+
+
+def _ordered(stage: _Stage, front: Tensor) -> Tensor:
+    return front if stage.order is None else front[stage.order][:, stage.order]
+
+
+def _eliminate(stage: _Stage, front: Tensor, maps: Tensor, own: float = 1.0) -> _Eliminated | None:
+    """The front after an activation joined it with the scaled ``maps`` and ``own`` times the identity.
 
     None where it is not positive definite.
     """
-    if stage.order is not None:
-        front = front[stage.order][:, stage.order]
+    front = _ordered(stage, front)
     if stage.product != 0.0:
-        front = front + stage.product * (maps.mT @ maps)
-    coupling, dead = -stage.middle * maps, stage.dead
-    identity = torch.eye(len(maps), dtype=front.dtype, device=front.device) * own
+        front = torch.addmm(front, maps.mT, maps, alpha=stage.product)
+    coupling, dead = maps * -stage.middle, stage.dead
+    joined = torch.diag(front.new_full((len(maps),), own))
     if dead < len(front):
-        kept = front[dead:, dead:]
-        joined = torch.cat([torch.cat([kept, coupling[:, dead:].mT], 1), torch.cat([coupling[:, dead:], identity], 1)])
+        beside = coupling[:, dead:]
+        joined = torch.cat([torch.cat([front[dead:, dead:], beside.mT], 1), torch.cat([beside, joined], 1)])
         coupling = torch.cat([front[dead:, :dead], coupling[:, :dead]])
-    else:
-        joined = identity
     if not dead:
-        return joined
+        return _Eliminated(joined, None, None)
     factor, info = torch.linalg.cholesky_ex(front[:dead, :dead])
     if int(info):
         return None
     rows = torch.linalg.solve_triangular(factor, coupling.mT, upper=False)
-    return joined - rows.mT @ rows
+    return _Eliminated(joined.addmm_(rows.mT, rows, alpha=-1.0), factor, rows)
 
 
-def _output_gram(front: Tensor, output: Tensor) -> Tensor | None:
+def _pulled_back(stage: _Stage, maps: Tensor, found: _Eliminated, adjoint: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of a number by the front and by the maps given to :func:`_eliminate`, from that by its result."""
+    own = len(maps)
+    kept, dead = len(adjoint) - own, stage.dead
+    to_front = adjoint.new_zeros(dead + kept, dead + kept)
+    to_front[dead:, dead:] = adjoint[:kept, :kept]
+    to_maps = adjoint.new_zeros(own, dead + kept)
+    to_maps[:, dead:] = adjoint[kept:, :kept] * (-2.0 * stage.middle)
+    if found.factor is not None:
+        solved = torch.linalg.solve_triangular(found.factor.mT, found.rows, upper=True)  # [dead, kept + own]
+        turned = solved @ adjoint
+        to_front[:dead, :dead] = turned @ solved.mT
+        to_front[:dead, dead:] = -turned[:, :kept]
+        to_front[dead:, :dead] = -turned[:, :kept].mT
+        to_maps[:, :dead] = turned[:, kept:].mT * (2.0 * stage.middle)
+    if stage.product != 0.0:
+        to_maps = torch.addmm(to_maps, maps, to_front, alpha=2.0 * stage.product)
+    if stage.order is not None:
+        unordered = torch.empty_like(to_front)
+        unordered[stage.order[:, None], stage.order] = to_front
+        to_front = unordered
+    return to_front, to_maps
+
+
+def _output_gram(front: Tensor, output: Tensor) -> _Eliminated | None:
     """Y M^-1 Y^T for the front's matrix M; None where that is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(front)
     if int(info):
         return None
     rows = torch.linalg.solve_triangular(factor, output.mT, upper=False)
-    return rows.mT @ rows
+    return _Eliminated(rows.mT @ rows, factor, rows)
 
 
 def _columns(roots: Sequence[Tensor], front: Sequence[int]) -> Tensor:
     return roots[front[0]] if len(front) == 1 else torch.cat([roots[j] for j in front])
 
 
-def _gram(plan: _Plan, roots: Sequence[Tensor]) -> Tensor | None:
-    """The matrix whose largest eigenvalue is the least rho for these roots of multipliers, one tensor a variable."""
-    front = torch.eye(len(roots[0]), dtype=roots[0].dtype, device=roots[0].device)
-    for i, stage in enumerate(plan.stages, start=1):
-        scaled = roots[i][:, None] * stage.maps / _columns(roots, stage.front)
-        found = _eliminate(stage, front, scaled)
-        if found is None:
+def _scaled(plan: _Plan, roots: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The maps of all activations and of the output, in variables multiplied by their roots.
+
+    Each entry is the result of two operations.
+    """
+    maps = [
+        own[:, None] * stage.maps / _columns(roots, stage.front)
+        for own, stage in zip(roots[1:], plan.stages, strict=True)
+    ]
+    return maps, plan.output / _columns(roots, plan.front)
+
+
+def _eliminated(plan: _Plan, maps: Sequence[Tensor], output: Tensor, own: float = 1.0) -> list[_Eliminated] | None:
+    """The fronts after each activation, and the output's matrix; F is diminished by 1 - ``own`` times the identity.
+
+    That matrix's largest eigenvalue, over ``own``, is the least rho for these maps. None where there is none.
+    """
+    front = torch.diag(output.new_full((plan.input_size,), own))
+    found = []
+    for stage, scaled in zip(plan.stages, maps, strict=True):
+        eliminated = _eliminate(stage, front, scaled, own)
+        if eliminated is None:
             return None
-        front = found
-    return _output_gram(front, plan.output / _columns(roots, plan.front))
+        front = eliminated.front
+        found.append(eliminated)
+    last = _output_gram(front, output)
+    return None if last is None else [*found, last]
 
 
 def _closed_form(network: SlopeNetwork) -> list[Tensor] | None:
@@ -344,12 +400,11 @@ def _closed_form(network: SlopeNetwork) -> list[Tensor] | None:
     roots = [like.new_ones(network.input_size)]
     front = torch.eye(network.input_size, dtype=like.dtype, device=like.device)
     for stage, activation in zip(plan.stages, activations, strict=True):
-        ordered = front if stage.order is None else front[stage.order][:, stage.order]
         maps = stage.maps / _columns(roots, stage.front)
-        allowed = _output_gram(ordered, maps)
+        allowed = _output_gram(_ordered(stage, front), maps)
         if allowed is None:
             return None
-        largest = max(largest_eigenvalue(allowed[None], 1e-6)[1], 1e-200)
+        largest = max(largest_eigenvalue(allowed.front[None], 1e-6)[1], 1e-200)
         # Without a middle the least multiplier is the limit where the matrix is singular.
         radius, middle = activation.radius, max(abs(activation.middle), _NARROWEST * activation.radius)
         root = 1.0 / math.sqrt(largest * radius * (radius + middle))
@@ -357,7 +412,7 @@ def _closed_form(network: SlopeNetwork) -> list[Tensor] | None:
         found = _eliminate(stage, front, root * maps)
         if found is None:
             return None
-        front = found
+        front = found.front
     return roots
 
 
@@ -412,61 +467,71 @@ def _quasi_newton(gradient: Tensor, steps: Sequence[tuple[Tensor, Tensor]]) -> T
 
 
 def _slope(plan: _Plan, ones: Tensor, sizes: list[int], point: Tensor, order: int) -> tuple[float, Tensor] | None:
-    """log of the norm of ``order`` (a power of 2) of the output's matrix, and its gradient in the logarithms of roots.
+    """Logarithm of the output matrix's norm of ``order``, a power of 2, and its gradient in the logarithms of roots.
 
     None where there is no bound.
     """
-    with torch.enable_grad():
-        leaf = point.detach().requires_grad_()
-        gram = _gram(plan, [ones, *leaf.exp().split(sizes)])
-        if gram is None:
-            return None
-        log = torch.zeros((), dtype=gram.dtype, device=gram.device)
-        power = 1
-        while True:
-            trace = gram.diagonal().sum()
-            log = log + trace.log() / power
-            if power == order:
-                break
-            gram = gram / trace
-            gram, power = gram @ gram, 2 * power
-        (gradient,) = torch.autograd.grad(log, leaf)
-    if not (math.isfinite(log.item()) and bool(torch.isfinite(gradient).all())):
+    maps, output = _scaled(plan, [ones, *point.exp().split(sizes)])
+    found = _eliminated(plan, maps, output)
+    if found is None:
         return None
-    return log.item(), gradient
+    last = found[-1]
+    value, weights = _log_norm(last.front, order)
+    assert last.factor is not None
+    assert last.rows is not None
+    solved = torch.linalg.solve_triangular(last.factor.mT, last.rows, upper=True)  # [front, m]
+    turned = solved @ weights
+    adjoint = -(turned @ solved.mT)
+    gradients = [torch.zeros_like(ones), *(point.new_zeros(n) for n in sizes)]
+
+    def subtract(columns: Tensor, front: Sequence[int]) -> None:
+        for j, part in zip(front, columns.split([len(gradients[j]) for j in front]), strict=True):
+            gradients[j] -= part
+
+    subtract(2.0 * (turned * output.mT).sum(1), plan.front)
+    for i in range(len(maps), 0, -1):
+        stage, scaled = plan.stages[i - 1], maps[i - 1]
+        adjoint, to_maps = _pulled_back(stage, scaled, found[i - 1], adjoint)
+        to_maps = to_maps * scaled
+        gradients[i] += to_maps.sum(1)
+        subtract(to_maps.sum(0), stage.front)
+    gradient = torch.cat(gradients[1:])
+    return (value, gradient) if math.isfinite(value) and bool(torch.isfinite(gradient).all()) else None
+
+
+def _log_norm(gram: Tensor, order: int) -> tuple[float, Tensor]:
+    """Logarithm of the norm of ``order``, a power of 2, of a positive semidefinite matrix; and its derivative."""
+    trace = gram.trace()
+    log, derivative, power = trace.log(), torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / trace, 1
+    while power < order:
+        # The derivative of tr G^p is p G^(p - 1), which is the product of G, G^2, G^4, ..., G^(p / 2).
+        gram = gram / trace
+        derivative = derivative @ gram
+        gram, power = gram @ gram, 2 * power
+        trace = gram.trace()
+        log, derivative = log + trace.log() / power, derivative / trace
+    return log.item(), derivative
 
 
 def _certified(network: SlopeNetwork, roots: list[Tensor]) -> float:
     """A rho for which these multipliers prove the bound, rounding included; inf where they prove none."""
     plan = _plan(network)
-    rough = _gram(plan, roots)
-    if rough is None:
-        return math.inf
-    guess = largest_eigenvalue(rough[None], 1e-9)[1]
+    maps, output = _scaled(plan, roots)
+    rough = _eliminated(plan, maps, output)
+    guess = math.nan if rough is None else largest_eigenvalue(rough[-1].front[None], 1e-9)[1]
     if not 1e-280 < guess < 1e280:
-        return 0.0 if not plan.output.any() else math.inf
-    # Rows and columns are scaled in two operations, so that each entry has an error of at most 1.5 _EPS of itself.
-    maps = [
-        r[:, None] * stage.maps / _columns(roots, stage.front) for r, stage in zip(roots[1:], plan.stages, strict=True)
-    ]
-    output = plan.output / (_columns(roots, plan.front) * math.sqrt(guess))
-    shift = _shift(network, roots, plan, maps, output, guess)
-    if not shift < 0.1:
         return math.inf
-    front = (1.0 - shift) * torch.eye(network.input_size, dtype=output.dtype, device=output.device)
-    for stage, scaled in zip(plan.stages, maps, strict=True):
-        found = _eliminate(stage, front, scaled, 1.0 - shift)
-        if found is None:
-            return math.inf
-        front = found
-    gram = _output_gram(front, output)
-    if gram is None:
+    output = output / math.sqrt(guess)
+    shift = _shift(network, roots, maps, output, guess)
+    found = _eliminated(plan, maps, output, 1.0 - shift) if shift < 0.1 else None
+    if found is None:
         return math.inf
+    gram = found[-1].front
     largest = largest_eigenvalue(gram[None], 1e-9)[1] / (1.0 - shift)
     for excess in (1e-10, 1e-8, 1e-6, 1e-4, 1e-2):
         # The output joins the front as the last variable, scaled by the root of rho.
         factor = largest * (1.0 + excess)
-        last = -gram / factor
+        last = gram / -factor
         last.diagonal().add_(1.0 - shift)
         if factor >= 0.5 and int(torch.linalg.cholesky_ex(last).info) == 0:
             return factor * guess * (1.0 + 4.0 * _EPS)
@@ -476,7 +541,6 @@ def _certified(network: SlopeNetwork, roots: list[Tensor]) -> float:
 def _shift(
     network: SlopeNetwork,
     roots: Sequence[Tensor],
-    plan: _Plan,
     maps: Sequence[Tensor],
     output: Tensor,
     rho: float,
@@ -488,21 +552,16 @@ def _shift(
     and is taken several times, as triangular solvers may multiply by inverses of diagonal blocks.
     """
     sizes = [*network.sizes, len(output)]
-    norms = [torch.linalg.vector_norm(m).item() for m in maps]
-    # 2 output: rho may be up to half of the guess.
-    ending = 2.0 * torch.linalg.vector_norm(output).item()
-    trace = sum(sizes) + sum(abs(a.product) * n**2 for a, n in zip(network.activations, norms, strict=True))
-    terms = sum(sizes) * 2 + 16
-    rounding = (
-        8.0
-        * terms
-        * _EPS
-        * (trace + sum(a.middle**2 * n + n for a, n in zip(network.activations, norms, strict=True)) + ending)
-    )
+    # Twice the output: rho may be up to half of the guess.
+    trace, entries = float(sum(sizes)), 2.0 * torch.linalg.vector_norm(output).item()
     given = 2.0 * _given(network.output, roots, 1.0) / math.sqrt(rho)
-    for activation, own, norm in zip(network.activations, roots[1:], norms, strict=True):
+    for activation, own, scaled in zip(network.activations, roots[1:], maps, strict=True):
+        norm, middle, product = torch.linalg.vector_norm(scaled).item(), abs(activation.middle), abs(activation.product)
         error = _given(activation.maps, roots, own.max().item())
-        given += abs(activation.middle) * error + abs(activation.product) * error * (2.0 * norm + error)
+        trace += product * norm**2
+        entries += middle * norm
+        given += middle * error + product * error * (2.0 * norm + error)
+    rounding = 8.0 * (2 * sum(sizes) + 16) * _EPS * (trace + entries)
     return rounding + given * (1.0 + 1e-9)
 
 

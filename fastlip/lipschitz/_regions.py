@@ -71,7 +71,7 @@ def find_regions(steps: Sequence[Step], sums: bool) -> list[Region]:
             starts[step] = start
         else:
             starts[step] = origin if _fits(origin, inside) else step
-    regions = []
+    regions: list[Region] = []
     for step in steps:
         start = starts[step]
         if start is not step and (not step.users or any(starts[user] is not start for user in step.users)):
