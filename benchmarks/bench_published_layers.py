@@ -495,7 +495,7 @@ def certified(layer: nn.Module, case: Case, found: Stretch) -> dict[str, Any]:
     note = ""
     if isinstance(plain, nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d):
         try:
-            report = fastlip.layer_norms(plain, case.shape, generator=generator, rtol=1e-3)
+            report = fastlip.layer_norms(plain, case.shape, generator=generator, rtol=1e-3, strict=True)
             (interval,) = report.values()
             return {"lower": interval.lower, "upper": interval.upper, "method": f"layer_norms, {interval.method}"} | {
                 "note": ""

@@ -23,6 +23,7 @@ import argparse
 import math
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -46,10 +47,11 @@ from fastlip.study.pipeline.stage import Stage
 from fastlip.study.pipeline.stages import stages
 from fastlip.study.settings import overrides, presets
 from fastlip.study.settings.input_paths import InputPaths
+from fastlip.study.settings.machine import this_machine
 from fastlip.study.settings.settings import Settings
-from fastlip.study.settings.training import Schedule
+from fastlip.study.settings.training import REFERENCES, Schedule
 from fastlip.study.storage.run_directory import RunDirectory, TrainedModel
-from fastlip.study.training.architectures import build
+from fastlip.study.training.architectures import SOURCE, build
 
 #: What of the strong suite's and of smoothing's work is measured.
 PART = 10
@@ -169,12 +171,8 @@ def plain(
 class Shaped(Inputs):
     """Inputs of the study in the shape of CIFAR-10's: ten classes, of which generated images have six."""
 
-    def target_train(self, n: int) -> ImageSet:
-        return self._all_training.subset(torch.arange(n) % len(self._all_training))
-
-    @cached_property
-    def _all_training(self) -> ImageSet:
-        return _ten(super().target_train(max(self.settings.scratch.images, self.settings.finetune.images)))
+    def target_train(self, arm: str) -> ImageSet:
+        return _ten(super().target_train(arm))
 
     @cached_property
     def target_clean(self) -> ImageSet:
@@ -219,6 +217,7 @@ def fewer(full: Settings, images: int, attacked: int, data: bool) -> Settings:
         source="checkpoint" if data else "generated",
         scratch=cut(full.scratch),
         finetune=cut(full.finetune),
+        reference=cut(full.reference),
         evaluation=evaluation,
         smoothing=smoothing,
         strong=strong,
@@ -233,7 +232,7 @@ def kind_of(measurement: str) -> str:
 
 def arm_of(model: TrainedModel) -> str:
     """The arm that trains as this one does: the same network and the same parts of it."""
-    return "scratch" if model.arm in ("finetune", "lpft") else model.arm
+    return model.arm if model.arm in (*REFERENCES, "linear", "partial") else "scratch"
 
 
 class Bench:
@@ -246,7 +245,7 @@ class Bench:
         data = os.environ.get("FASTLIP_DATA")
         self.settings = fewer(self.full, args.images, args.attacked, bool(data))
         self.weights = folder / "source.safetensors"
-        save_checkpoint(self.weights, build(self.settings.architecture, 12, self.settings.stem, 0))
+        save_checkpoint(self.weights, build(self.settings, SOURCE, 12, 0))
         paths = InputPaths(Path(data), self.weights, download=False) if data else InputPaths(download=False)
         self.inputs = Shaped(self.settings, paths)
         self.folder = folder
@@ -258,12 +257,22 @@ class Bench:
         self.predicted: dict[str, dict[str, Any]] = {}
 
     def run(self, compiled: bool, save_seconds: float = 1e9) -> RunDirectory:
-        settings = replace(self.settings, compile="on" if compiled else "off", save_seconds=save_seconds)
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        found = start_or_resume.open_or_create(folder, settings, self.inputs.fingerprints(), "bench_study.py")
-        found.checkpoint("source").parent.mkdir(parents=True)
-        found.checkpoint("source").write_bytes(self.weights.read_bytes())
+        shutil.copytree(self.begun, folder, dirs_exist_ok=True)
+        found = RunDirectory(folder)
+        found.settings = replace(self.settings, compile="on" if compiled else "off", save_seconds=save_seconds)
+        found.machine = this_machine(found.settings)
+        for source in found.sources:
+            found.checkpoint(source).parent.mkdir(exist_ok=True)
+            found.checkpoint(source).write_bytes(self.weights.read_bytes())
         return found
+
+    @cached_property
+    def begun(self) -> Path:
+        """A run that has only begun: its power note, some seconds of simulations, is made once."""
+        folder = self.folder / "begun"
+        start_or_resume.open_or_create(folder, self.settings, self.inputs.fingerprints(), "bench_study.py")
+        return folder
 
     def stages(self, run: RunDirectory) -> dict[str, Stage]:
         return {stage.name: stage for stage in stages(run, self.inputs)}
@@ -292,8 +301,8 @@ class Bench:
     def plain(self, compiled: bool) -> None:
         """Watch a plain loop train the first arm's network."""
         s, run = self.settings, self.run(compiled)
-        images = self.inputs.target_train(s.scratch.images)
-        model = build(s.architecture, len(images.classes), s.stem, 0).to(self.device)
+        images = self.inputs.target_train("scratch")
+        model = build(s, "scratch", len(images.classes), 0).to(self.device)
         precision = getattr(torch, run.machine.precision)
         clock = Clock(self.device, self.seconds, self.warm)
         self.watch(clock, lambda: plain(model, images.images, images.labels, s.scratch, precision, compiled, clock))
@@ -330,13 +339,22 @@ class Bench:
     def evaluated(self) -> dict[str, Stage]:
         """Stages of a run whose networks exist and classify every attacked image correctly."""
         assert self.trained is not None, "no network was trained"
-        run, images = self.run(compiled=False), self.inputs.target_attacked
+        s, run, images = self.settings, self.run(compiled=False), self.inputs.target_attacked
         with torch.no_grad():
             parts = [self.trained(x.to(self.device).float().div(255)).argmax(1) for x in images.images.split(500)]
         self.inputs.relabel(torch.cat(parts).cpu())
-        for model in self.representatives(run):
-            save_checkpoint(run.checkpoint(model.name), self.trained)
-        return self.stages(run)
+        for model in [*run.models, *run.snapshots]:
+            if model.seed != s.seed:
+                continue
+            run.checkpoint(model.name).parent.mkdir(parents=True, exist_ok=True)
+            other = model.arm in REFERENCES  # of which transfer alone is measured
+            network = build(s, model.arm, len(images.classes), 0) if other else self.trained
+            save_checkpoint(run.checkpoint(model.name), network)
+        found = self.stages(run)
+        for model in run.models if s.transfer.l2 else ():
+            if model.seed == s.seed and model != next(self.representatives(run)):
+                found[f"{model.name}: transfer images"].run(lambda *progress: None)
+        return found
 
     def representatives(self, run: RunDirectory) -> Iterator[TrainedModel]:
         """The model at the end of its training, and one on its way."""
@@ -345,7 +363,7 @@ class Bench:
 
     def measurements(self) -> list[tuple[str, str]]:
         """Each kind with the name of its first stage; the kinds that take most of the preset's time come first."""
-        run, found = RunDirectory(next(iter(self.folder.glob("*/config.json"))).parent), {}
+        run, found = RunDirectory(self.begun), {}
         for model in self.representatives(run):
             for name in self.stages(run):
                 head, _, measurement = name.partition(": ")
@@ -377,8 +395,10 @@ class Bench:
             n, whole = s.evaluation.snapshot_images, full.evaluation.snapshot_images
         elif part == "clean":
             n, whole = s.evaluation.clean_images, full.evaluation.clean_images
-        elif part in ("jacobian", "smoothing", "corruptions", "feature spectra"):
+        elif part in ("jacobian", "smoothing", "corruptions", "feature spectra", "transfer images", "transfer"):
             wanted = {
+                "transfer images": full.transfer.images,
+                "transfer": full.transfer.images,
                 "jacobian": full.lipschitz.jacobian_images,
                 "smoothing": full.smoothing.images,
                 "corruptions": full.corruptions.images,
@@ -420,10 +440,10 @@ class Bench:
 
     def predict(self) -> None:
         """Replace the prediction of the preset's time by one from all that was measured so far."""
-        run = RunDirectory(next(iter(self.folder.glob("*/config.json"))).parent)
+        run = RunDirectory(self.begun)
         parts = {"training": self.predict_training(run), "evaluation": self.predict_evaluation(run)}
         whole = {"stage_s": sum(p["stage_s"] for p in parts.values())}
-        whole["missing"] = " ".join(filter(None, (p["missing"] for p in parts.values())))
+        whole["missing"] = " ".join(dict.fromkeys(" ".join(p["missing"] for p in parts.values()).split()))
         for kind, part in (parts | {"whole": whole}).items():
             row = {"what": "prediction", "kind": kind, "how": self.full.preset, **part}
             row["hours"] = row["stage_s"] / 3600
@@ -454,21 +474,34 @@ class Bench:
 
     def predict_evaluation(self, run: RunDirectory) -> dict[str, Any]:
         seconds, missing = 0.0, []
-        for kind, count in self.evaluation_stages(run).items():
-            if kind in self.stage_s:
-                seconds += count * self.stage_s[kind]
-            else:
+        for (kind, reference), count in self.evaluation_stages(run).items():
+            if kind not in self.stage_s:
                 missing.append(kind.replace(" ", "-"))
-        return {"stage_s": seconds, "missing": " ".join(missing)}
+            elif reference and (reference, False) not in self.step_ms:
+                missing.append(f"training:{reference}")
+            else:
+                seconds += count * self.stage_s[kind] * self.relative_cost(reference)
+        return {"stage_s": seconds, "missing": " ".join(dict.fromkeys(missing))}
 
-    def evaluation_stages(self, run: RunDirectory) -> Counter[str]:
-        """Number of stages of each kind in the preset."""
-        whose = {m.name: "" for m in run.models} | {m.name: "snapshot " for m in run.snapshots}
-        found: Counter[str] = Counter()
+    def relative_cost(self, reference: str) -> float:
+        """What an image costs in training on a small reference, relative to the large network; without a name 1."""
+        if not reference:
+            return 1.0
+        s = self.settings
+        images = {arm: min(s.schedule(arm).batch_size, s.schedule(arm).images) for arm in ("scratch", reference)}
+        steps = {arm: self.step_ms[arm, False] for arm in images}
+        return (steps[reference] / images[reference]) / (steps["scratch"] / images["scratch"])
+
+    def evaluation_stages(self, run: RunDirectory) -> Counter[tuple[str, str]]:
+        """Number of stages of each kind in the preset, by the small reference that is measured, or none."""
+        whose = {m.name: ("", m.arm if m.arm in REFERENCES else "") for m in run.models}
+        whose |= {m.name: ("snapshot ", "") for m in run.snapshots}
+        found: Counter[tuple[str, str]] = Counter()
         for name in self.stages(run):
             model, _, measurement = name.partition(": ")
             if model in whose and not measurement.startswith("training"):
-                found[whose[model] + kind_of(measurement)] += 1
+                prefix, reference = whose[model]
+                found[prefix + kind_of(measurement), reference] += 1
         return found
 
 
@@ -501,7 +534,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for kind, name in names[2:]:
             session.attempt(kind, lambda kind=kind, name=name: bench.measure(kind, name))
         heads = {"linear", "lpft"} & set(bench.full.arms)
-        for arm in ("reference", "linear", "partial"):
+        for arm in (*REFERENCES, "linear", "partial"):
             if arm in bench.full.arms or (arm == "linear" and heads):
                 session.attempt(arm, lambda arm=arm: bench.train(arm, False))
         session.attempt("saving", lambda: bench.train("scratch", False, save=True))

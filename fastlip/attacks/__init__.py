@@ -10,7 +10,8 @@ the last iterate of every image. With ``targets`` only the target's decision is 
 as its target already comes back unchanged, and one that is misclassified as another class is attacked like any other.
 
 A number may be Python's, NumPy's or a tensor without axes. A radius or a step size may also be a tensor [B] with one
-for each image, and a bound any tensor that broadcasts to ``inputs``. Anything else, and any value out of range, is
+for each image, and a bound any tensor that broadcasts to ``inputs`` (:func:`feature_box` makes those of a mask or of a
+radius for each feature). Anything else, and any value out of range, is
 refused with a TypeError or ValueError that names the argument.
 """
 
@@ -22,6 +23,7 @@ from fastlip.attacks._counts import PassCounts, count_forward_backward
 from fastlip.attacks._diagnose import AttackWarning, diagnose
 from fastlip.attacks._evaluate import evaluate
 from fastlip.attacks._evaluation_result import EvaluationResult
+from fastlip.attacks._feature_box import feature_box
 from fastlip.attacks._loop import Iteration
 from fastlip.attacks._min_norm import MinNormResult, min_norm
 from fastlip.attacks._min_sigma import min_sigma
@@ -48,6 +50,7 @@ __all__ = [
     "count_forward_backward",
     "diagnose",
     "evaluate",
+    "feature_box",
     "fgsm",
     "gaussian_noise",
     "min_norm",

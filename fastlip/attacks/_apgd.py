@@ -20,6 +20,7 @@ from fastlip.attacks._arguments import (
     share,
 )
 from fastlip.attacks._batch import Batch, Iterates, new_batch, per_sample
+from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._loop import AttackLoop, Callback, Keep, start_points
 from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._own_loss import AnyLoss
@@ -45,6 +46,7 @@ def apgd(
     steps: int = 100,
     step_size: PerSample | None = None,
     loss: AnyLoss = "dlr",
+    criterion: Criterion | None = None,
     target_classes: int = 0,
     random_start: bool = True,
     restarts: int = 1,
@@ -84,6 +86,7 @@ def apgd(
         loss: "dlr", "margin" or "ce", as in :func:`pgd`; with ``target_classes`` the difference of two logits, over a
             spread of the largest four for "dlr" (Croce and Hein 2020, equation 7), or the class's cross-entropy; or a
             function of one's own, which gets the classes aimed at, and is decreased.
+        criterion: as in :func:`pgd`.
         target_classes: how many wrong classes to aim at in turn; 0 aims at none in particular. At most C - 1 are used.
         random_start: begin at a uniform point of the ball; else at ``start``.
         restarts: number of runs (for each class aimed at); an image takes part in the next one only while it is robust.
@@ -120,6 +123,7 @@ def apgd(
     step_size = 0.0 if step_size is None else length(step_size, "step_size", inputs)
     momentum, rho = share(momentum, "momentum"), share(rho, "rho")
     target_classes = count(target_classes, "target_classes")
+    check_criterion(criterion)
     grid = grid_of(quantize, inputs, bounds)
     check_callback(callback)
     if target_classes and targets is not None:
@@ -130,8 +134,9 @@ def apgd(
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids, active=active)
         loop = AttackLoop(
-            network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop, grid=grid, callback=callback
-        )
+            network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop, grid=grid, callback=callback,
+            criterion=criterion,
+        )  # fmt: skip
         phases = _phases(steps, larger_eps)
         from_inputs = not random_start and start is None and len(phases) == 1
         run = _Run(loop, phases, ApgdStep(norm, momentum, rho), published=published, from_inputs=from_inputs)

@@ -26,7 +26,8 @@ class EvaluationResult:
             image is robust, -2 where it was misclassified to begin with.
         success: which attacks succeeded on which images, [A, N] bool. Attacks after the first success did not try the
             image (unless ``every_attack``).
-        adversarial: the adversarial image of the first success, else the image itself, [N, ...], on the CPU.
+        adversarial: the adversarial image of the first success, else the image itself, [N, ...], on the CPU; None where
+            the images came in batches, which ``collect`` hands over instead.
         counts: images that each attack sent through the model; empty where the model is no module, or TorchScript.
         seconds: time that each attack took.
         warnings: reasons why the result may overestimate the robustness.
@@ -37,7 +38,7 @@ class EvaluationResult:
     robust: Tensor
     first_success: Tensor
     success: Tensor
-    adversarial: Tensor
+    adversarial: Tensor | None
     counts: dict[str, PassCounts] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastlip import ops
 from fastlip.attacks._arguments import check_classes
 from fastlip.attacks._batch import Batch, Iterates, fewer, per_sample, rows_where, take, wide_dtype
+from fastlip.attacks._criterion import Criterion, fooled, holds_within
 from fastlip.attacks._graphs import Graph
 from fastlip.attacks._model import Network, input_gradient
 from fastlip.attacks._own_loss import AnyLoss, judged_by
@@ -86,10 +87,11 @@ class AttackLoop:
         early_stop: bool = True,
         grid: Grid | None = None,
         callback: Callback | None = None,
+        criterion: Criterion | None = None,
     ) -> None:
         self.network = network
         self.norm = norm
-        self.loss = loss
+        self.loss, self.criterion = loss, criterion
         self.keep = keep
         self.early_stop = early_stop
         self.grid, self.callback, self.runs = grid, callback, -1
@@ -176,8 +178,8 @@ class AttackLoop:
             check_classes(logits, labels=batch.labels, targets=batch.targets)
             self.classes_checked = True
         rounding = 0.0 if self.network.exact else self.network.rounding
-        if not isinstance(self.loss, str):
-            return image, logits, judged_by(self.loss, logits, batch, rounding, record)
+        if self.criterion is not None or not isinstance(self.loss, str):
+            return image, logits, judged_by(self.loss, self.criterion, logits, batch, rounding, record)
         judgement = ops.judge(
             logits, batch.labels, targets=batch.targets, toward=batch.toward, loss=self.loss, rounding=rounding,
             record=record,
@@ -236,7 +238,7 @@ class AttackLoop:
         """An iteration that is replayed, with ``now`` moved into its memory; None where it has to be carried out."""
         if self.network.graphs is None or not self.classes_checked or self.callback is not None:
             return None
-        settings = (self.norm, self.loss, self.dtype, self.grid, step)
+        settings = (self.norm, self.loss, self.criterion, self.dtype, self.grid, step)
         return self.network.graphs.place(settings, lambda it: self.iterate(it, step, counted=False), now, steps_left)
 
     def asked(
@@ -266,11 +268,13 @@ class AttackLoop:
         """
         with torch.no_grad():
             logits = self.network.judge(image)
+        rounding = _BATCH_ROUNDING[self.dtype] * logits.abs().masked_fill(logits.isinf(), 0).amax(1)
+        if self.criterion is not None:
+            wrong = fooled(self.criterion, logits, batch.labels)
+            # Two logits that err by half of it each are apart as the margin is.
+            return wrong & holds_within(self.criterion, logits, batch.labels, wrong, rounding / 2) if firm else wrong
         judgement = ops.judge(logits, batch.labels, targets=batch.targets, loss="margin")
-        if not firm:
-            return judgement.adversarial
-        largest = logits.abs().masked_fill(logits.isinf(), 0).amax(1)
-        return judgement.adversarial & (judgement.loss > _BATCH_ROUNDING[self.dtype] * largest)
+        return judgement.adversarial & (judgement.loss > rounding) if firm else judgement.adversarial
 
     def without_misclassified(self, batch: Batch) -> Batch:
         """The images that are classified correctly, or not yet as their targets, before anything is done to them."""

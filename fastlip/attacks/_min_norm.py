@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastlip.attacks._arguments import check_call, check_choice, clipped_to, count, number, radius, share
 from fastlip.attacks._batch import Batch, new_batch, per_sample, rows_where, take
+from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._distance import distance, largest_radius, slope
 from fastlip.attacks._fmn import fmn
 from fastlip.attacks._loop import AttackLoop, start_points
@@ -70,6 +71,7 @@ def min_norm(
     eps_max: PerSample | None = None,
     tolerance: float = 0.02,
     loss: AnyLoss = "dlr",
+    criterion: Criterion | None = None,
     bounds: Bounds = (0.0, 1.0),
     sparsity: float = 0.99,
     targets: Tensor | None = None,  # [B] int64
@@ -103,6 +105,7 @@ def min_norm(
         eps_max: largest radius of interest, float or [B]; the box's diameter if None.
         tolerance: relative width at which a bracket is closed.
         loss: as in :func:`pgd`.
+        criterion: as in :func:`pgd`.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
         sparsity: as in :func:`pgd`.
         targets: classes to reach, [B] int64.
@@ -128,6 +131,7 @@ def min_norm(
     tolerance = number(tolerance, "tolerance")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    check_criterion(criterion)
     grid = grid_of(quantize, inputs, bounds)
     if eps_max is None:
         limit = largest_radius(inputs, norm, bounds)
@@ -137,7 +141,7 @@ def min_norm(
     limit = limit.clamp_max(_LARGEST_RADIUS)
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=0.0, step_size=0.0, bounds=bounds, ids=None)
-        loop = AttackLoop(network, inputs, norm=norm, loss="margin", grid=grid)
+        loop = AttackLoop(network, inputs, norm=norm, loss="margin", grid=grid, criterion=criterion)
         search = _Search(inputs, limit, active)
         estimate, wrong = _first_radius(loop, batch)
         search.begin(estimate, wrong)
@@ -230,7 +234,7 @@ def _first_radius(loop: AttackLoop, batch: Batch) -> tuple[Tensor, Tensor]:
     image, logits, judgement = loop.forward(batch, batch.x0)
     grad = loop.backward(image, logits, judgement)
     loop.not_finite[batch.rows] |= ~grad.flatten(1).isfinite().all(1)
-    estimate = -judgement.loss.double() / slope(grad, loop.norm)
+    estimate = judgement.loss.double().abs() / slope(grad, loop.norm)
     wrong = judgement.adversarial
     if not loop.network.exact:
         wrong = loop.asked(batch, batch.x0, wrong, wrong | judgement.doubtful)
@@ -247,7 +251,9 @@ def _found_within(
     sparsity: float,
 ) -> Tensor:
     """What :func:`pgd` finds from ``start`` within ``eps`` of images that are classified correctly; [K, ...]."""
-    inner = AttackLoop(loop.network, originals, norm=loop.norm, loss=loop.loss, grid=loop.grid)
+    inner = AttackLoop(
+        loop.network, originals, norm=loop.norm, loss=loop.loss, grid=loop.grid, criterion=loop.criterion
+    )
     rows = torch.arange(len(batch), device=batch.x0.device)
     ball = replace(batch, eps=eps, step_size=default_step(eps, steps), rows=rows)
     x = start_points(ball, loop.norm, random_start=False, start=start, generator=None)

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from fastlip import ops
 from fastlip.attacks._arguments import (
     check_classes,
     check_generator,
@@ -17,6 +16,7 @@ from fastlip.attacks._arguments import (
     number,
 )
 from fastlip.attacks._batch import new_batch, rows_where, take
+from fastlip.attacks._criterion import Criterion, check_criterion, fooled
 from fastlip.attacks._min_norm import MinNormResult
 from fastlip.attacks._model import Model, eval_mode, logits_of
 from fastlip.attacks._noise import add_noise, standard_normal
@@ -34,6 +34,7 @@ def min_sigma(
     sigma_min: float = 2.0**-8,
     levels: int = 11,
     halvings: int = 5,
+    criterion: Criterion | None = None,
     bounds: Bounds = (0.0, 1.0),
     active: Tensor | None = None,  # [B] bool
     ids: Tensor | None = None,  # [B] int64
@@ -54,6 +55,7 @@ def min_sigma(
         sigma_min: smallest sigma of the grid.
         levels: number of sigmas in the grid.
         halvings: number of (geometric) bisections of the interval found.
+        criterion: as in :func:`pgd`.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
         active: [B] bool; False leaves an image out, which then comes back unchanged and not found, at distance inf.
         ids: [B] int64 sample ids; 0 .. B-1 if None.
@@ -73,6 +75,7 @@ def min_sigma(
         check_vector(active, "active", inputs, torch.bool)
     ids = None if ids is None else checked_integers(ids, "ids", inputs)
     check_generator(generator)
+    check_criterion(criterion)
     directions, levels = count(directions, "directions", 1), count(levels, "levels", 2)
     halvings = count(halvings, "halvings")
     sigma_min, sigma_max = number(sigma_min, "sigma_min"), number(sigma_max, "sigma_max")
@@ -100,7 +103,7 @@ def min_sigma(
             noisy = noisy.to(inputs.dtype)
             logits = logits_of(network, noisy)
             check_classes(logits, labels=chosen.labels)
-            adversarial = ops.judge(logits, chosen.labels).adversarial
+            adversarial = fooled(criterion, logits, chosen.labels)
             better = adversarial & (sigma[rows] < smallest[rows])
             best[rows[better]] = noisy[better]
             smallest[rows[better]] = sigma[rows[better]]

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastlip import ops
 from fastlip.attacks._arguments import check_call, check_callback, check_choice, check_settings, length, radius, share
 from fastlip.attacks._batch import Iterates, new_batch
+from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._loop import AttackLoop, Callback, Keep, start_points, unblocked_gradient
 from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._own_loss import AnyLoss
@@ -27,6 +28,7 @@ def pgd(
     steps: int = 20,
     step_size: PerSample | None = None,
     loss: AnyLoss = "dlr",
+    criterion: Criterion | None = None,
     random_start: bool = True,
     restarts: int = 1,
     keep: Keep = "best",
@@ -67,6 +69,9 @@ def pgd(
             takes both. Or a function of one's own, which maps logits [B, C] and classes [B] to the losses to be
             increased, [B] (``torch.nn.CrossEntropyLoss(reduction="none")``); with ``targets`` it gets these, and is
             decreased.
+        criterion: what counts as success: a function that maps logits [B, C] and labels [B] to whether the model is
+            fooled, [B] bool. It decides in the place of a wrong decision (or the target's); ``loss`` is climbed all the
+            same. An image that it is true of to begin with comes back unchanged.
         random_start: begin at a uniform point of the ball; else at ``start``.
         restarts: number of runs; an image takes part in the next one only while it is robust. More than one run needs
             ``random_start``.
@@ -100,6 +105,7 @@ def pgd(
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip
     steps, restarts = check_settings(steps, restarts, keep, early_stop, random_start, start, inputs)
+    check_criterion(criterion)
     grid = grid_of(quantize, inputs, bounds)
     check_callback(callback)
     finite = "where random_start is True or step_size is None" if random_start or step_size is None else ""
@@ -109,8 +115,9 @@ def pgd(
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=step_size, bounds=bounds, ids=ids, active=active)
         loop = AttackLoop(
-            network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop, grid=grid, callback=callback
-        )
+            network, inputs, norm=norm, loss=loss, keep=keep, early_stop=early_stop, grid=grid, callback=callback,
+            criterion=criterion,
+        )  # fmt: skip
         from_inputs = not random_start and start is None
         if keep == "best" and not from_inputs:
             batch = loop.without_misclassified(batch)
@@ -132,6 +139,7 @@ def fgsm(
     norm: Norm = "linf",
     eps: PerSample,
     loss: AnyLoss = "dlr",
+    criterion: Criterion | None = None,
     keep: Keep = "best",
     bounds: Bounds = (0.0, 1.0),
     sparsity: float = 0.99,
@@ -147,12 +155,13 @@ def fgsm(
         precision=precision,
     )  # fmt: skip
     check_choice(keep, "keep", ("best", "last"))
+    check_criterion(criterion)
     grid = grid_of(quantize, inputs, bounds)
     eps = radius(eps, "eps", inputs, finite="as the length of a step")
     step = PgdStep(norm, share(sparsity, "sparsity"))
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=eps, bounds=bounds, ids=None, active=active)
-        loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, grid=grid)
+        loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, grid=grid, criterion=criterion)
         if len(batch) > 0:
             loop.run(batch, batch.x0.clone(), 1, step, from_inputs=True)
     loop.warn_of_not_finite("fgsm")

@@ -6,7 +6,8 @@ from typing import Any
 
 from fastlip.attacks._arguments import flag
 
-#: Called with the images done, the images in all and the name of the attack; the first call for an attack has 0 done.
+#: Called with the images done, the images in all (-1 where that is unknown) and the name of the attack. The first call
+#: for an attack has 0 done, or as many as need it no more.
 Progress = Callable[[int, int, str], None]
 
 
@@ -36,11 +37,13 @@ class _Bar:
 
     def __init__(self, tqdm: Any) -> None:
         self.tqdm = tqdm
-        self.line: Any = None
+        self.lines: dict[str, Any] = {}
 
     def __call__(self, done: int, total: int, name: str) -> None:
-        if done == 0:
-            self.line = self.tqdm(total=total, desc=name, unit="image", file=sys.stderr)
-        self.line.update(done - self.line.n)
-        if done >= total:
-            self.line.close()
+        line = self.lines.get(name)
+        if line is None:
+            known = total if total >= 0 else None
+            line = self.lines[name] = self.tqdm(total=known, desc=name, unit="image", file=sys.stderr)
+        line.update(done - line.n)
+        if 0 <= total <= done:
+            line.close()

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastlip import ops
 from fastlip.attacks._arguments import check_call, count, number, radius
 from fastlip.attacks._batch import Batch, new_batch, per_sample, take
+from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._distance import ORDER
 from fastlip.attacks._loop import AttackLoop, BestTracker
 from fastlip.attacks._model import Model, eval_mode
@@ -36,6 +37,7 @@ def square(
     queries: int = 5000,
     share: float = 0.8,
     loss: AnyLoss = "margin",
+    criterion: Criterion | None = None,
     restarts: int = 1,
     bounds: Bounds = (0.0, 1.0),
     targets: Tensor | None = None,  # [B] int64
@@ -62,6 +64,7 @@ def square(
         queries: forward passes of each restart.
         share: the share of the pixels that the first squares cover.
         loss: "margin", "dlr", "ce" or a function, as in :func:`pgd`; an iterate is accepted where it increases.
+        criterion: as in :func:`pgd`.
         restarts: number of runs; an image takes part in the next one only while it is robust.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
         targets: classes to reach, [B] int64; only this decision is then a success.
@@ -84,11 +87,12 @@ def square(
     share = number(share, "share")
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
+    check_criterion(criterion)
     grid = grid_of(quantize, inputs, bounds)
     eps = radius(eps, "eps", inputs, finite="for square, whose first steps reach the surface of the ball")
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network, torch.no_grad():
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=0.0, bounds=bounds, ids=ids, active=active)
-        loop = AttackLoop(network, inputs, norm=norm, loss=loss, grid=grid)
+        loop = AttackLoop(network, inputs, norm=norm, loss=loss, grid=grid, criterion=criterion)
         batch = loop.without_misclassified(batch)
         for _ in range(restarts):
             if len(batch) == 0:

@@ -179,7 +179,7 @@ class AutoAttack:
         The file ``state_path`` keeps what there is so far, from which a later run goes on.
         """
         self.evaluation = self._evaluate(x_orig, y_orig, bs, self.attacks, state_path)
-        adversarial = self.evaluation.adversarial.to(x_orig.device)
+        adversarial = _images(self.evaluation, x_orig)
         if not return_labels:
             return adversarial
         return adversarial, self._decisions(adversarial, bs)
@@ -194,7 +194,7 @@ class AutoAttack:
         """The results of each attack by itself on all images."""
         out = {}
         for name, attack in self.attacks.items():
-            found = self._evaluate(x_orig, y_orig, bs, {name: attack}).adversarial.to(x_orig.device)
+            found = _images(self._evaluate(x_orig, y_orig, bs, {name: attack}), x_orig)
             out[name] = (found, self._decisions(found, bs)) if return_labels else found
         return out
 
@@ -238,6 +238,13 @@ class AutoAttack:
             return self.device
         parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else iter(())
         return next((p.device for p in parameters), x.device)
+
+
+def _images(found: EvaluationResult, x: Tensor) -> Tensor:
+    """The adversarial images of an evaluation of ``x``, on its device."""
+    if found.adversarial is None:
+        raise TypeError("x_orig must be a tensor with labels y_orig; fastlip.attacks.evaluate takes a loader")
+    return found.adversarial.to(x.device)
 
 
 class _Tuned(Settings):

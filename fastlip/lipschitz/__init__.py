@@ -6,17 +6,22 @@ Jacobian's norm at single points, which is a lower bound.
 """
 
 from fastlip.lipschitz._bound import LipschitzBound, Part, lipschitz_bound, require_rules
+from fastlip.lipschitz._domain import Domain
+from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._local import local_lipschitz
-from fastlip.lipschitz._registry import Diagonal, FunctionCall, rule
+from fastlip.lipschitz._registry import Diagonal, FunctionCall, Ranged, rule
 from fastlip.lipschitz._rules import load_rules
 
 load_rules()
 
 __all__ = [
     "Diagonal",
+    "Domain",
     "FunctionCall",
+    "Interval",
     "LipschitzBound",
     "Part",
+    "Ranged",
     "lipschitz_bound",
     "local_lipschitz",
     "require_rules",

@@ -7,20 +7,22 @@ from functools import reduce
 from typing import Any, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastlip.lipschitz._combinations import Combination, Sum
+from fastlip.lipschitz._combinations import Combination, Sum, Weighted, weighted_sum
 from fastlip.lipschitz._counterexamples import refute, require_bounded
-from fastlip.lipschitz._graph import fold_scales, trace
+from fastlip.lipschitz._domain import Domain, domain_of
+from fastlip.lipschitz._graph import Traced, fold_scales, trace
 from fastlip.lipschitz._log_arithmetic import exp10, log10, multiply
+from fastlip.lipschitz._magnitudes import Sizes, sizes_on
 from fastlip.lipschitz._regions import bound_regions, find_regions
 from fastlip.lipschitz._registry import Diagonal
-from fastlip.lipschitz._replay import replay
+from fastlip.lipschitz._replay import in_float64, replay
 from fastlip.lipschitz._residual import Block, block_factor, block_operators, find_block
 from fastlip.lipschitz._steps import Step, origin_of, topological_order
 from fastlip.norms import NormInterval, NormOptions, Operator, diagonal_norm, operator_norms
 from fastlip.norms._models.eval_mode import eval_mode, require_eval
-from fastlip.norms._models.inputs import checked_shape
+from fastlip.norms._models.inputs import checked_shape, example_input
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
 
@@ -39,8 +41,10 @@ class Part:
         kind: class of the module, or name of the function.
         log10_factor: log10 of the factor that this part contributes.
         norm: interval of the layer's norm, for layers with weights.
-        branches: for a sum, a difference or a concatenation, the parts of each branch since their common origin; for a
-            "joint bound" of several steps, their own parts, whose product is larger.
+        branches: for what combines several tensors, the parts of each branch since their common origin; for a "joint
+            bound" of several steps, their own parts, whose product is larger.
+        sizes: where the factor depends on how large the inputs are: the largest magnitude of an element of each, on the
+            bound's domain.
     """
 
     name: str
@@ -48,12 +52,15 @@ class Part:
     log10_factor: float
     norm: NormInterval | None = None
     branches: tuple[tuple["Part", ...], ...] = ()
+    sizes: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The part as plain Python values."""
         result: dict[str, Any] = {"name": self.name, "kind": self.kind, "log10_factor": self.log10_factor}
         if self.norm is not None:
             result |= {"lower": self.norm.lower, "upper": self.norm.upper, "confidence": self.norm.confidence}
+        if self.sizes:
+            result["sizes"] = list(self.sizes)
         if self.branches:
             result["branches"] = [[part.to_dict() for part in branch] for branch in self.branches]
         return result
@@ -73,6 +80,7 @@ class LipschitzBound:
             distance of two rows of the last layer if that is linear, otherwise sqrt(2) times the bound.
         log10_plain: log10 of the bound with skip + branch for every residual block.
         seed: seed of the random start vectors, None if none were drawn.
+        domain: the set of inputs between which the bound holds.
     """
 
     log10_upper: float
@@ -82,6 +90,7 @@ class LipschitzBound:
     log10_margin: float
     log10_plain: float
     seed: int | None
+    domain: Domain
 
     @property
     def upper(self) -> float:
@@ -98,12 +107,14 @@ class LipschitzBound:
             "log10_margin": self.log10_margin,
             "log10_plain": self.log10_plain,
             "seed": self.seed,
+            "domain": self.domain.to_dict(),
             "parts": [part.to_dict() for part in self.parts],
         }
 
     def __str__(self) -> str:
         chance = "certain" if self.confidence == 1.0 else f"confidence 1 - {1.0 - self.confidence:.2g}"
-        head = f"L2 Lipschitz constant at most {_show(self.log10_upper)} ({chance})"
+        where = f", {self.domain}" if self.domain.restricted else ""
+        head = f"L2 Lipschitz constant{where} at most {_show(self.log10_upper)} ({chance})"
         tail = f"skip + branch {_show(self.log10_plain)}; plain product of layer norms {_show(self.log10_product)}"
         return "\n".join([head, *_lines(self.parts, 1), tail])
 
@@ -112,6 +123,9 @@ def lipschitz_bound(
     model: nn.Module,
     input_shape: Sequence[int],
     *,
+    bounds: tuple[float | Tensor, float | Tensor] | None = None,
+    around: Tensor | None = None,
+    radius: float | None = None,
     tight_residuals: bool = True,
     tight_chains: bool = True,
     check: bool = True,
@@ -136,6 +150,12 @@ def lipschitz_bound(
         model: a module that torch.fx can trace, from one tensor to one tensor, also inside DataParallel or as
             ``torch.compile`` returns it; it is not changed.
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
+        bounds: a box of inputs, (lower, upper), within which the bound holds: numbers, one for each channel, or tensors
+            that broadcast to ``input_shape``; either may be infinite. Squeeze-and-excitation, other gates and attention
+            without a normalisation before it have a bound on bounded sets of inputs only.
+        around: one input, of shape ``input_shape``; with ``radius`` the bound holds between the inputs within this L2
+            distance, and within ``bounds`` if these are given too.
+        radius: the distance.
         tight_residuals: whether residual blocks get their tighter constant, which costs up to three more norms per
             block and half of 1 - ``confidence``. Has an effect only if ``method`` is "auto", "lanczos" or "power".
         tight_chains: whether small networks, and small parts of others, are bounded as a whole, by multipliers for the
@@ -152,44 +172,71 @@ def lipschitz_bound(
     """
     chosen = chosen_options("lipschitz_bound", options, keywords)
     bare, shape = bare_model(model), checked_shape(input_shape)
+    domain = domain_of(shape, bounds, around, radius)
     resolved = chosen.resolved(bare.parameters())
     training = bare.training
     with eval_mode(bare):
         traced = trace(bare, shape)
         require_eval(bare, training, traced.modules())
         if check:
-            replay(bare, shape, traced)
+            replay(bare, shape, traced, domain)
         fold_scales(traced.last)
-        bound, totals, ends = _bound(traced.last, resolved, tight_residuals, tight_chains)
+        bound, totals, ends = _bound(bare, traced, domain, resolved, tight_residuals, tight_chains)
         if check:
             require_bounded(topological_order(traced.last), totals, ends)
-            refute(bare, shape, traced, bound.log10_upper)
+            refute(bare, shape, traced, domain, bound.log10_upper)
     return bound
 
 
-def require_rules(model: nn.Module, input_shape: Sequence[int]) -> None:
+def require_rules(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    bounds: tuple[float | Tensor, float | Tensor] | None = None,
+    around: Tensor | None = None,
+    radius: float | None = None,
+) -> None:
     """Raise where :func:`lipschitz_bound` has no bound for a part of a network, without computing any norm.
 
     Args:
         model: as for :func:`lipschitz_bound`.
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
+        bounds: a box of inputs, as for :func:`lipschitz_bound`.
+        around: one input, as there.
+        radius: the L2 distance from it, as there.
 
     Raises:
         TypeError: the model is not a module.
         ValueError: as for :func:`lipschitz_bound`; a bound that norms alone show to be wrong is not noticed here.
     """
     bare, shape = bare_model(model), checked_shape(input_shape)
+    domain = domain_of(shape, bounds, around, radius)
     training = bare.training
     with eval_mode(bare):
         traced = trace(bare, shape)
         require_eval(bare, training, traced.modules())
-        replay(bare, shape, traced)
+        replay(bare, shape, traced, domain)
+        # Whether anything is unbounded does not depend on how large the norms are.
+        _sizes(bare, traced, dict.fromkeys(topological_order(traced.last), 0.0), domain)
+
+
+def _sizes(model: nn.Module, traced: Traced, logs: dict[Step, float], domain: Domain) -> dict[Step, Sizes]:
+    """How large the inputs of steps are whose constants depend on it, computed in float64."""
+    like = example_input(model, domain.centre.shape)
+    with torch.no_grad(), in_float64(model, like):
+        return sizes_on(traced, logs, domain, like.device)
 
 
 def _bound(
-    last: Step, options: ResolvedOptions, tight_residuals: bool, tight_chains: bool
+    model: nn.Module,
+    traced: Traced,
+    domain: Domain,
+    options: ResolvedOptions,
+    tight_residuals: bool,
+    tight_chains: bool,
 ) -> tuple[LipschitzBound, dict[Step, float], set[Step]]:
     """The bound, log10 of the bound from the model's input to each step, and the steps that end in a tighter part."""
+    last = traced.last
     steps = topological_order(last)
     blocks = _blocks(steps) if tight_residuals and options.method in ("auto", "lanczos", "power") else []
     # Layers and blocks have start vectors of their own, and each family gets half of the probability of failure, before
@@ -197,11 +244,12 @@ def _bound(
     share = replace(options, confidence=1.0 - (1.0 - options.confidence) / 2.0) if blocks else options
     norms = _norms(steps, share)
     logs = {step: log10(_constant(step, norms)) for step in steps if not isinstance(step.factor, Combination)}
-    plain, _ = _compose(steps, logs)
+    sizes = _sizes(model, traced, logs, domain)
+    plain, _ = _compose(steps, logs, sizes)
     # These norms are added to other terms, so that less accuracy suffices.
     tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * options.rtol))
     regions = bound_regions(find_regions(steps, tight_residuals)) if tight_chains else {}
-    totals, origins = _compose(steps, logs, tighter, regions)
+    totals, origins = _compose(steps, logs, sizes, tighter, regions)
     given = [n.confidence for n in norms.values() if n.confidence < 1.0] + chances
     drawn = bool(chances) or any(isinstance(s.factor, Operator) and norms[s].confidence < 1.0 for s in norms)
     # Operators share 1 - confidence; each interval that a rule returns adds its own probability of failure.
@@ -210,11 +258,12 @@ def _bound(
     bound = LipschitzBound(
         totals[last],
         max(0.0, (options.confidence if drawn else 1.0) - own) if given else 1.0,
-        tuple(_PartTree(steps, totals, logs, norms, origins).parts(last, None)),
+        tuple(_PartTree(steps, totals, logs, norms, sizes, origins).parts(last, None)),
         reduce(multiply, (logs[s] for s in layers), 0.0),
         _margin(last, totals),
         plain[last],
         options.generator.initial_seed() if drawn else None,
+        domain,
     )
     return bound, totals, set(origins)
 
@@ -277,7 +326,7 @@ _Tighter = dict[Step, tuple[Step, float]]
 
 
 def _compose(
-    steps: list[Step], logs: dict[Step, float], *tighter: _Tighter
+    steps: list[Step], logs: dict[Step, float], sizes: dict[Step, Sizes], *tighter: _Tighter
 ) -> tuple[dict[Step, float], dict[Step, Step]]:
     """log10 of the bound from the model's input to each step; and the origins of the tighter parts that made it less.
 
@@ -287,7 +336,9 @@ def _compose(
     origins: dict[Step, Step] = {}
     for step in steps:
         if isinstance(step.factor, Combination):
-            totals[step] = step.factor.constant([totals[source] for source in step.inputs], ())
+            inputs = [totals[source] for source in step.inputs]
+            weighted = isinstance(step.factor, Weighted)
+            totals[step] = weighted_sum(inputs, sizes[step].weights) if weighted else step.factor.constant(inputs, ())
         else:
             totals[step] = multiply(logs[step], totals[step.inputs[0]]) if step.inputs else 0.0
         for origin, log in (part[step] for part in tighter if step in part):
@@ -318,11 +369,12 @@ class _PartTree:
         totals: dict[Step, float],
         logs: dict[Step, float],
         norms: dict[Step, NormInterval],
+        sizes: dict[Step, Sizes],
         origins: dict[Step, Step],
     ) -> None:
         self._origins = dict(origins)
         self._order = {step: at for at, step in enumerate(steps)}
-        self._totals, self._logs, self._norms = totals, logs, norms
+        self._totals, self._logs, self._norms, self._sizes = totals, logs, norms, sizes
         self._shown: set[Step] = set()
 
     def parts(self, step: Step, stop: Step | None, depth: int = 0) -> list[Part]:
@@ -338,11 +390,13 @@ class _PartTree:
             self._shown.add(step)
             if isinstance(step.factor, Combination):
                 origin = origin_of(step, self._order)
-                inner = step.inputs if depth < _DEEPEST else []
+                inner = step.inputs if depth < _DEEPEST and len(step.inputs) > 1 else []
                 branches = tuple(tuple(self.parts(source, origin, depth + 1)) for source in inner)
                 total = self._totals[step]
                 log = total - self._totals[origin] if math.isfinite(total) else total
-                parts.append(Part(step.name, step.factor.name, log, None, branches))
+                largest = self._sizes[step].largest if step in self._sizes else ()
+                kind = step.factor.name if len(step.inputs) > 1 else step.kind
+                parts.append(Part(step.name, kind, log, None, branches, largest))
                 step = origin
             else:
                 log = self._logs[step]
@@ -361,7 +415,8 @@ class _PartTree:
 
 def _lines(parts: tuple[Part, ...], depth: int) -> Iterator[str]:
     for part in parts:
-        yield f"{'  ' * depth}× {_show(part.log10_factor)}  {part.name} ({part.kind})"
+        of = f"; inputs at most {' and '.join(f'{size:.4g}' for size in part.sizes)}" if part.sizes else ""
+        yield f"{'  ' * depth}× {_show(part.log10_factor)}  {part.name} ({part.kind}{of})"
         for branch in part.branches:
             yield f"{'  ' * (depth + 1)}branch {_show(sum(p.log10_factor for p in branch))}"
             yield from _lines(branch, depth + 2)

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from fastlip.lipschitz._steps import Step
 from fastlip.lipschitz._trace import Values, location, module_name
+from fastlip.norms._models.tracing import Described
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Call:
         shape: shape of one output sample; empty if the call returns a tuple.
         steps: the steps of all nodes before this one that are tensors.
         bundles: the steps of all nodes before this one that are tuples of tensors.
-        values: the run from which shapes and constants come, with a batch of two samples.
+        values: the run from which shapes and constants come.
     """
 
     node: fx.Node
@@ -53,7 +54,7 @@ class Call:
     def part_shapes(self) -> list[tuple[int, ...] | None]:
         """Shape of one sample of each tensor in the tuple that the call returns, None for what is no tensor."""
         parts = self.values.bundles.get(self.node, ())
-        return [tuple(part.shape[1:]) if isinstance(part, Tensor) else None for part in parts]
+        return [self.values.without_batch(part.shape) if isinstance(part, Described) else None for part in parts]
 
     @property
     def on_one(self) -> bool:
@@ -70,9 +71,19 @@ class Call:
         """The device of the first traced tensor."""
         return next(self.values.devices[n] for n in self.node.all_input_nodes if n in self.steps)
 
+    @property
+    def rank(self) -> int:
+        """Number of axes of the output, that of the batch among them."""
+        return len(self.values.shapes[self.node])
+
+    @property
+    def alone(self) -> bool:
+        """Whether the output's first axis can be the batch's."""
+        return self.values.alone(self.values.shapes[self.node])
+
     def sample_shape(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of one sample of a traced tensor."""
-        return self.values.shapes[node][1:]
+        return self.values.sample_shape(node)
 
 
 def module_call(node: fx.Node, graph_module: fx.GraphModule, made: Made, values: Values) -> Call:
@@ -93,7 +104,7 @@ def _call(node: fx.Node, target: Any, name: str, where: str, made: Made, values:
     kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: values.constants.get(n, n))
     parts = (made.steps.get(n) or part for n in node.all_input_nodes for part in made.bundles.get(n, (None,)))
     sources = list(dict.fromkeys(part for part in parts if part is not None))
-    shape = values.shapes.get(node, ())[1:]
+    shape = values.sample_shape(node) if node in values.shapes else ()
     return Call(node, target, name, where, args, kwargs, sources, shape, made.steps, made.bundles, values)
 
 

@@ -1,11 +1,12 @@
-"""How the constant of a step with several inputs follows from the constants of these."""
+"""How the constant of a step follows from the constants of its inputs, and from how large these are."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from fastlip.lipschitz._log_arithmetic import add, half, multiply
+from fastlip.lipschitz._intervals import Interval
+from fastlip.lipschitz._log_arithmetic import add, half, log10, multiply
 
 
 class Combination(ABC):
@@ -18,12 +19,12 @@ class Combination(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def constant(self, logs: Sequence[float], magnitudes: Sequence[Any]) -> float:
+    def constant(self, logs: Sequence[float], magnitudes: Sequence[Interval]) -> float:
         """log10 of the constant from the model's input to the step, rounded upwards.
 
         Args:
             logs: log10 of the constants from the model's input to each of the step's inputs.
-            magnitudes: how large these inputs can be.
+            magnitudes: bounds of the values of these inputs, B = 1; empty unless the combination is :class:`Weighted`.
         """
 
 
@@ -33,7 +34,7 @@ class Sum(Combination):
 
     name: ClassVar[str] = "sum"
 
-    def constant(self, logs: Sequence[float], magnitudes: Sequence[Any]) -> float:
+    def constant(self, logs: Sequence[float], magnitudes: Sequence[Interval]) -> float:
         return add(logs)
 
 
@@ -50,5 +51,21 @@ class Concatenation(Combination):
 
     name: ClassVar[str] = "concatenation"
 
-    def constant(self, logs: Sequence[float], magnitudes: Sequence[Any]) -> float:
+    def constant(self, logs: Sequence[float], magnitudes: Sequence[Interval]) -> float:
         return half(add(multiply(log, log) for log in logs))
+
+
+class Weighted(Combination):
+    """A sum of the inputs' constants, each times a weight that depends on how large the inputs are."""
+
+    @abstractmethod
+    def weights(self, magnitudes: Sequence[Interval]) -> Sequence[float]:
+        """The weight of each input, rounded upwards; inf where there is none for values as large as these."""
+
+    def constant(self, logs: Sequence[float], magnitudes: Sequence[Interval]) -> float:
+        return weighted_sum(logs, [log10(weight) for weight in self.weights(magnitudes)])
+
+
+def weighted_sum(logs: Sequence[float], weights: Sequence[float]) -> float:
+    """log10 of the sum of constants, each times its weight, from log10 of both."""
+    return add(multiply(log, weight) for log, weight in zip(logs, weights, strict=True))

@@ -10,10 +10,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from fastlip.lipschitz._domain import Domain
 from fastlip.lipschitz._graph import Traced
 from fastlip.lipschitz._local import unit
-from fastlip.lipschitz._replay import MAGNITUDES, SMALL, in_float64, noise_of, run_model, size_of
+from fastlip.lipschitz._replay import MAGNITUDES, SMALL, in_float64, noise_of, size_of
 from fastlip.lipschitz._steps import Step
+from fastlip.lipschitz._trace import run_model
 from fastlip.norms._models.inputs import Refused, random_inputs, runs_on
 from fastlip.norms._models.restore import as_found
 
@@ -59,8 +61,8 @@ def _exceeds(moved: float, distance: float, log10_bound: float, slack: float) ->
     return math.log10(moved) - math.log10(distance) > log10_bound + slack
 
 
-def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, log10_upper: float) -> None:
-    """Search for two inputs that the model, which must be in eval mode, moves further apart than the bound allows.
+def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, domain: Domain, log10_upper: float) -> None:
+    """Search a domain for two inputs that the model, in eval mode, moves further apart than the bound allows.
 
     The search takes random directions, and those of a power iteration on the Jacobian, at several points, in small and
     large steps.
@@ -73,15 +75,16 @@ def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, log10_u
     x = random_inputs(model, input_shape, points, seed=2)
     for index, magnitude in enumerate(MAGNITUDES[: points - 1], start=1):
         x[-index] *= magnitude
+    x = domain.sample(x, seed=5)
     with runs_on(model, input_shape):
         found = None
         try:
             with in_float64(model, x) if size <= SMALL else nullcontext(x) as chosen:
-                found = _search(model, chosen, rounds, log10_upper)
+                found = _search(model, chosen, domain, rounds, log10_upper)
         except torch.OutOfMemoryError:
             raise
         except Exception:
-            found = _search(model, x, rounds, log10_upper)
+            found = _search(model, x, domain, rounds, log10_upper)
     if found is not None:
         moved, distance = found
         raise _refuted(
@@ -90,7 +93,7 @@ def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, log10_u
         )
 
 
-def _search(model: nn.Module, x: Tensor, rounds: int, log10_upper: float) -> tuple[float, float] | None:
+def _search(model: nn.Module, x: Tensor, domain: Domain, rounds: int, log10_upper: float) -> tuple[float, float] | None:
     """Distances of the outputs and of the inputs of a pair that refutes the bound; None if none is found."""
     native, noise = x.dtype != torch.float64, noise_of(x)
     slack = _SLACK_NATIVE if native else _SLACK
@@ -105,7 +108,7 @@ def _search(model: nn.Module, x: Tensor, rounds: int, log10_upper: float) -> tup
         # In the first and the last round also far enough to cross kinks and thresholds.
         sizes = (*steps, 1e-1, 10.0) if round_ == rounds or (round_ == 0 and len(x) > 1) else steps
         for size in sizes:
-            there = (x + size * length * v).detach()
+            there = domain.project((x + size * length * v).detach())
             with torch.no_grad():
                 moved = (run_model(model, there).detach() - here).flatten(1).double()
             apart = torch.linalg.vector_norm((there - x).flatten(1).double(), dim=1)

@@ -3,17 +3,18 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fastlip.lipschitz._calls import Call, Made, as_function, function_call, module_call
+from fastlip.lipschitz._export import export_graph
 from fastlip.lipschitz._factors import function_factor
 from fastlip.lipschitz._module_steps import layer_operator, module_step, takes_scale
 from fastlip.lipschitz._registry import (
     Diagonal,
     FunctionCall,
+    MissingRule,
     find_function_rule,
     function_builders,
     missing_function_rule,
@@ -22,11 +23,9 @@ from fastlip.lipschitz._registry import (
 )
 from fastlip.lipschitz._rules.functional import step_by_module
 from fastlip.lipschitz._steps import Step, topological_order
-from fastlip.lipschitz._trace import Values, trace_graph, varying_nodes
-from fastlip.norms._models.inputs import random_inputs, runs_on
-
-#: Two samples reveal operations that mix the batch axis into others.
-BATCH = 2
+from fastlip.lipschitz._trace import Untraceable, Values, location, run_model, trace_graph
+from fastlip.norms._models.inputs import Refused, random_inputs, runs_on
+from fastlip.norms._models.tracing import Described
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,24 @@ class Traced:
     """A traced model: its graph, the steps of the nodes that depend on the input, and the last of them.
 
     ``bundles`` are the steps of nodes that are tuples of tensors, in which other things than tensors are None; a node
-    that takes an element has the element's step. ``constants`` are the values that all other nodes had in the run from
-    which the steps were made.
+    that takes an element has the element's step. ``values`` are those of the run from which the steps were made, on as
+    many samples as the graph takes at once.
     """
 
     graph_module: fx.GraphModule
     steps: dict[fx.Node, Step]
     bundles: dict[fx.Node, tuple[Step | None, ...]]
     last: Step
-    constants: dict[fx.Node, Any]
-    varying: set[fx.Node]
+    values: Values
+
+    @property
+    def batch(self) -> int:
+        """The number of samples that the graph takes at once."""
+        return self.values.batch
+
+    def takes_part(self, node: fx.Node) -> bool:
+        """Whether a node takes an element of a tuple, or a part of one."""
+        return node.target is operator.getitem and node.args[0] in self.bundles
 
     def modules(self) -> list[nn.Module]:
         """The modules that the graph calls, and their submodules."""
@@ -54,44 +61,74 @@ class Traced:
 def trace(model: nn.Module, input_shape: Sequence[int]) -> Traced:
     """The graph of a model in eval mode, with a step for each node that depends on the input.
 
+    It is traced by torch.fx, or by torch.export where torch.fx cannot trace it or gives calls without a rule.
+
     Raises:
         ValueError: the model cannot be traced or run, or a step has no rule; the message names it.
     """
+    x = random_inputs(model, input_shape, 2)
     with torch.no_grad():
-        graph_module = trace_graph(model)
-        varying = varying_nodes(graph_module.graph)
-        values = Values(graph_module, varying)
-        x = random_inputs(model, input_shape, BATCH)
-        with runs_on(model, input_shape):
-            values.run(x)
-        return _build(graph_module, values, varying)
+        try:
+            traced = _traced(model, x[:1])
+        except (Refused, torch.OutOfMemoryError):
+            raise
+        except ValueError as error:
+            try:
+                run_model(model, x[:1])
+            except Exception:  # a model may raise anything on a size that it was not made for
+                with runs_on(model, input_shape):
+                    run_model(model, x)
+                return _traced(model, x)
+            raise error
+        # Some models drop the batch axis of a single sample, and may then mistake another axis for it.
+        return traced if traced.last.alone else _traced(model, x)
 
 
-def _build(graph_module: fx.GraphModule, values: Values, varying: set[fx.Node]) -> Traced:
+def _traced(model: nn.Module, x: Tensor) -> Traced:
+    """:func:`trace` for batches of the size of x, [B, ...]."""
+    try:
+        return _build(*trace_graph(model, x))
+    except (Untraceable, MissingRule, Refused) as error:
+        first = error
+    try:
+        return _build(*export_graph(model, x))
+    except MissingRule as error:
+        raise (error if isinstance(first, Untraceable) else first) from None
+    except Untraceable as error:
+        if not isinstance(first, Untraceable):
+            raise first from None
+        raise ValueError(
+            f"{first}; {error}; register a rule for the module, or write its forward without what depends on data"
+        ) from first
+
+
+def _build(graph_module: fx.GraphModule, values: Values) -> Traced:
     made = Made({}, {})
     for node in graph_module.graph.nodes:
         if node.op == "output":
             result = node.args[0]
             if not isinstance(result, fx.Node) or result not in made.steps:
                 raise ValueError("the model must return one tensor that depends on its input")
-            last = made.steps[result]
-            return Traced(graph_module, made.steps, made.bundles, last, values.constants, varying)
+            return Traced(graph_module, made.steps, made.bundles, made.steps[result], values)
+        if node in values.others:
+            raise missing_rule(f"{values.others[node]!r}, which depends on the numbers in the input", location(node))
         if node not in values.shapes and node not in values.bundles:
             continue
-        _require_batch_first(node, values)
+        if values.batch > 1:
+            _require_batch_first(node, values)
         if node.op == "placeholder":
             made.steps[node] = Step(node.name, "input", [], 1.0, values.shapes[node][1:])
         elif node.target is operator.getitem and node.args[0] in made.bundles:
             _take_parts(node, made)
         else:
-            _add(node, _step(node, graph_module, made, values), made)
+            _add(node, _step(node, graph_module, made, values), made, values)
     raise AssertionError("a traced graph ends in an output")
 
 
 def _require_batch_first(node: fx.Node, values: Values) -> None:
     """Raise ValueError if a tensor that a node gives has no row for each sample."""
-    parts = [tuple(part.shape) for part in values.bundles.get(node, ()) if isinstance(part, Tensor)]
-    if any(shape[:1] != (BATCH,) for shape in parts or [values.shapes[node]]):
+    parts = [part.shape for part in values.bundles.get(node, ()) if isinstance(part, Described)]
+    if not all(values.alone(shape) for shape in parts or [values.shapes[node]]):
         raise ValueError(f"{node.format_node()} mixes the batch axis into others, which no Lipschitz rule covers")
 
 
@@ -105,14 +142,20 @@ def _take_parts(node: fx.Node, made: Made) -> None:
         made.steps[node] = taken
 
 
-def _add(node: fx.Node, result: Step | Sequence[Step | None], made: Made) -> None:
+def _add(node: fx.Node, result: Step | Sequence[Step | None], made: Made, values: Values) -> None:
+    steps: Sequence[Step | None]
     if isinstance(result, Step):
         made.steps[node] = result
+        steps, shapes = [result], [values.shapes[node]]
     else:
-        made.bundles[node] = tuple(result)
-    for step in [result] if isinstance(result, Step) else result:
-        for source in dict.fromkeys(step.inputs if step is not None else ()):
-            source.users.append(step)  # type: ignore[arg-type]
+        made.bundles[node] = steps = tuple(result)
+        shapes = [part.shape if isinstance(part, Described) else () for part in values.bundles[node]]
+    for step, shape in zip(steps, shapes, strict=True):
+        if step is None:
+            continue
+        step.alone = values.alone(shape)
+        for source in dict.fromkeys(step.inputs):
+            source.users.append(step)
 
 
 def _step(node: fx.Node, graph_module: fx.GraphModule, made: Made, values: Values) -> Step | Sequence[Step | None]:
@@ -155,8 +198,10 @@ def _step_by_rule(call: Call) -> Step | None:
     if rule is None or not call.on_one:
         return None
     asked = FunctionCall(tuple(call.args[1:]), dict(call.kwargs))
-    factor = function_factor(rule, asked, call.name, call.where, call.sources[0].shape)
-    return Step(call.where, call.name, call.sources, factor, call.shape, apply=as_function(call.target))
+    shape = call.shape
+    stated = function_factor(rule, asked, call.name, call.where, call.sources[0].entry_shape, shape)
+    apply = as_function(call.target)
+    return Step(call.where, call.name, call.sources, stated.factor, shape, apply=apply, interval=stated.interval)
 
 
 def fold_scales(last: Step) -> None:

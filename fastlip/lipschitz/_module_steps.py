@@ -27,8 +27,10 @@ def module_step(call: Call) -> Step:
     module, name, sources = call.target, call.where, call.sources
     if len(sources) != 1:
         raise missing_rule(f"{type(module).__name__} with {len(sources)} inputs", name)
-    factor = module_factor(module, name, sources[0].shape, call.source_dtype)
-    step = Step(name, call.name, sources, factor, call.shape, module)
+    stated = module_factor(module, name, sources[0].entry_shape, call.shape, call.source_dtype)
+    factor = stated.factor
+    step = Step(name, call.name, sources, factor, call.shape, module, interval=stated.interval)
+    step.alone = call.alone
     if find_rule(module) is weighted:
         if len(call.args) + len(call.kwargs) > 1:
             step.factor = layer_operator(step)  # a transposed convolution with an explicit output size
@@ -40,7 +42,7 @@ def module_step(call: Call) -> Step:
     step.apply = _forward(module)
     if isinstance(factor, (Operator, Diagonal)):
         linear = _linear_map(step.apply, factor)
-        x = torch.rand(2, *sources[0].shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        x = torch.rand(2, *sources[0].entry_shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
         x = x.to(call.source_device, call.source_dtype)
         if _is_map(linear, step.apply, x):
             step.apply = linear
@@ -74,6 +76,8 @@ def _weighted_map(module: nn.Module, factor: Factor | Combination) -> Callable[.
 
     def apply(*args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else kwargs["input"]
+        if x.dim() == len(factor.input_shape):  # without a batch axis
+            return apply_operator(factor, x[None], module.bias, transposed=transposed)[0]  # type: ignore[arg-type]
         return apply_operator(factor, x, module.bias, transposed=transposed)  # type: ignore[arg-type]
 
     return apply
@@ -111,7 +115,7 @@ def _linear_map(forward: Callable[..., Tensor], factor: Operator | Diagonal) -> 
 def layer_operator(step: Step, **scales: Any) -> Operator:
     """The linear map of a layer with torch's own rule, for the shapes of its step, and with scaled channels."""
     assert step.module is not None
-    return module_operator(step.module, step.inputs[0].shape, output_size=step.shape[1:], **scales)
+    return module_operator(step.module, step.inputs[0].entry_shape, output_size=step.entry_shape[1:], **scales)
 
 
 def takes_scale(step: Step) -> bool:

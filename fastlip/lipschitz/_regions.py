@@ -141,10 +141,12 @@ def _fits(origin: Step, steps: Sequence[Step]) -> bool:
 
 
 def _is_covered(step: Step) -> bool:
+    if not all(part.alone for part in (step, *step.inputs)):
+        return False
     factor, shapes = step.factor, [source.shape for source in step.inputs]
-    if isinstance(factor, Sum):
+    if type(factor) in (Sum, Difference):
         return all(shape == step.shape for shape in shapes)
-    if isinstance(factor, Concatenation):  # along the first axis
+    if type(factor) is Concatenation:  # along the first axis
         return step.shape[0] == sum(shape[0] for shape in shapes) and all(s[1:] == step.shape[1:] for s in shapes)
     if isinstance(factor, Combination):
         return False

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fastlip.lipschitz._intervals import Interval
 from fastlip.norms import NormInterval, Operator
 from fastlip.norms._operators.modules import keeps_forward
+from fastlip.norms._operators.registry import find_operator
 
 if TYPE_CHECKING:
     from fastlip.lipschitz._calls import Call
@@ -30,6 +32,22 @@ class Diagonal:
 Factor = float | NormInterval | Operator | Diagonal
 
 
+@dataclass(frozen=True, eq=False)
+class Ranged:
+    """A factor with how large values are: what a rule returns if one depends on, or says something of, the other.
+
+    Attributes:
+        factor: as a rule returns it; or a function that takes bounds of the input's values, with a single domain
+            (B = 1), and returns an upper bound on the constant there, inf if there is none.
+        values: the least and the largest value of the output, numbers or tensors that broadcast to one sample of it;
+            or a function from bounds of the input's values, for several domains, to bounds of the output's. None if
+            nothing is known of them but what the factor says.
+    """
+
+    factor: Factor | Callable[[Interval], float]
+    values: tuple[float | Tensor, float | Tensor] | Callable[[Interval], Interval] | None = None
+
+
 @dataclass(frozen=True)
 class FunctionCall:
     """A call of a function on an input that a rule is asked about.
@@ -43,7 +61,7 @@ class FunctionCall:
     kwargs: dict[str, Any]
 
 
-Rule = Callable[[Any, tuple[int, ...]], Factor]
+Rule = Callable[[Any, tuple[int, ...]], Factor | Ranged]
 
 _RULES: dict[type[nn.Module], Rule] = {}
 _FUNCTION_RULES: dict[Any, Rule] = {}
@@ -127,11 +145,14 @@ def rule(*kinds: type[nn.Module] | Callable[..., Tensor]) -> Callable[[Rule], Ru
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """The rule of the nearest class that a module derives from; None without one, or if ``forward`` is overridden."""
-    for cls in type(module).__mro__:
-        if cls in _RULES:
-            return _RULES[cls] if keeps_forward(module, cls) else None
-    return None
+    """The rule of the nearest class that a module derives from; None without one, or if ``forward`` is overridden.
+
+    Without one its rule is the operator that is registered by :func:`fastlip.norms.layer_operator`.
+    """
+    cls = next((cls for cls in type(module).__mro__ if cls in _RULES), None)
+    if cls is not None and keeps_forward(module, cls):
+        return _RULES[cls]
+    return find_operator(module)
 
 
 def find_function_rule(target: Any) -> Rule | None:
@@ -139,21 +160,25 @@ def find_function_rule(target: Any) -> Rule | None:
     return _FUNCTION_RULES.get(getattr(Tensor, target, None) if isinstance(target, str) else target)
 
 
-def missing_rule(what: str, name: str) -> ValueError:
+class MissingRule(ValueError):
+    """Something in a graph has no rule; the same model traced in another way may have one for all that is in it."""
+
+
+def missing_rule(what: str, name: str) -> MissingRule:
     """The error for a module that has no rule, or for an operation that can only have one as part of a module."""
-    return ValueError(
+    return MissingRule(
         f"no Lipschitz rule for {what} (at {name}); register one with @fastlip.lipschitz.rule(TheModule), "
         "a function (module, input_shape) -> upper bound on its L2 Lipschitz constant, for the module that does it: "
         "a module of its own with one input, if there is none"
     )
 
 
-def missing_function_rule(target: Any, name: str) -> ValueError:
+def missing_function_rule(target: Any, name: str) -> MissingRule:
     """The error for a function or tensor method without a rule."""
     function = getattr(Tensor, target, target) if isinstance(target, str) else target
     owner = "torch.Tensor" if isinstance(target, str) else getattr(function, "__module__", None) or "torch"
     shown = getattr(function, "__name__", str(function))
-    return ValueError(
+    return MissingRule(
         f"no Lipschitz rule for the function {shown} (at {name}); register one with "
         f"@fastlip.lipschitz.rule({owner.replace('torch._C._nn', 'torch.nn.functional')}.{shown}), a function "
         "(call, input_shape) -> upper bound on its L2 Lipschitz constant, call.args being what follows the input"

@@ -1,7 +1,8 @@
 """Comparison of the traced graph with the model, because a bound of the graph must be a bound of the model.
 
-Each step is computed as its rule assumes and compared with the model. This proves nothing, but most models that do
-something other than their traced graph are refused.
+Each step is computed as its rule assumes and compared with the model, for one sample at a time; and what the model
+makes of a sample in batches of several sizes must be what it makes of it alone. This proves nothing, but most models
+that do something other than their traced graph are refused.
 """
 
 import math
@@ -9,18 +10,22 @@ import operator
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._graph import BATCH, Traced
+from fastlip.lipschitz._calls import as_function
+from fastlip.lipschitz._domain import Domain
+from fastlip.lipschitz._graph import Traced
 from fastlip.lipschitz._steps import Step
-from fastlip.lipschitz._trace import location, module_name
+from fastlip.lipschitz._trace import module_name, run_model
 from fastlip.norms._models.agreement import probe_inputs
 from fastlip.norms._models.closeness import agree, rounding_of
 from fastlip.norms._models.hooks import is_hooked
 from fastlip.norms._models.inputs import Refused, random_inputs, runs_on
+from fastlip.norms._models.outputs import tensor_in
 from fastlip.norms._models.restore import MOST_COPIED, as_found, version_of
 
 #: Largest difference of two ways to compute a step in float64, relative to its largest output: one of them may use
@@ -44,16 +49,16 @@ _NOISE = 1e-9
 _NOISE_NATIVE = 1e-3
 
 
-def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced) -> None:
-    """Compare the graph with the model, which must be in eval mode, on random inputs in batches of two sizes.
+def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced, domain: Domain) -> None:
+    """Compare the graph with the model, which must be in eval mode, on random inputs, alone and in batches.
 
-    Sets ``moved`` of each step.
+    Sets ``moved`` of each step, from two inputs of the domain.
 
     Raises:
         ValueError: they differ; the message names the first step that differs.
     """
     with torch.no_grad(), runs_on(model, input_shape):
-        x = random_inputs(model, input_shape, BATCH, seed=1)
+        x = domain.sample(random_inputs(model, input_shape, 2 * traced.batch, seed=1), seed=1)
         try:
             with in_float64(model, x) as wide:
                 result = _compare(model, wide, traced)
@@ -84,40 +89,32 @@ def _require_one_function_in(x: Tensor, native: Any, wide: Tensor) -> None:
 
 
 def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
-    """Compare graph and model on x and on parts of it; returns the model's output.
+    """Compare graph and model on x, two batches of the graph's size; returns the model's output for both together.
 
     Raises:
         ValueError: they differ.
     """
     for step in traced.steps.values():
         step.moved = None
-    together, outputs = _recorded(model, x, traced)
-    _Replay(traced, outputs).follow(x, together)
-    other = x[:1]
-    try:
-        result, outputs = _recorded(model, other, traced, differentiable=True)
-    except (IndexError, RuntimeError, ValueError):
-        result = together[0]
-    if result.shape != (1, *together.shape[1:]):
-        # Some models drop the batch axis of a single sample. The bound does not cover that; compare three samples.
-        other = torch.cat([x[:1], x[1:].flip(-1), x[1:]])
-        result, outputs = _recorded(model, other, traced, differentiable=True)
-    replayed = _Replay(traced, outputs)
-    replayed.follow(other, result)
+    # The model may depend on whether gradients are enabled.
+    runs = [_recorded(model, part, traced, differentiable=i == 1) for i, part in enumerate(x.split(traced.batch))]
+    replayed = _Replay(traced, runs)
+    alone = replayed.follow()
+    together = run_model(model, x)
+    alike = [(together, alone)]
     size = size_of(model, traced)
-    alike = [(result[:1], together[:1])]
     if size <= SMALL:
         alike.append((run_model(model, x, after=x.flip(0)), together))
         like = torch.cat([x, x])[: len(MAGNITUDES)]
         other = like * like.new_tensor(MAGNITUDES).view(-1, *(1,) * (x.dim() - 1))
-        result, outputs = _recorded(model, other, traced)
-        _Replay(traced, outputs).follow(other, result)
-        alike.append((run_model(model, other, after=x), result))
+        other = torch.cat([other, *[other[:1]] * (-len(other) % traced.batch)])
+        alone = _Replay(traced, [_recorded(model, part, traced) for part in other.split(traced.batch)]).follow()
+        alike.append((run_model(model, other, after=x), alone))
     if size <= _TINY:
         with as_found(model):  # in one block, as some models count their calls
-            batches = (torch.cat([x[:1], x[1:].expand(n - 1, *x.shape[1:])]) for n in _SIZES)
-            alike += [(model(batch)[:1], together[:1]) for batch in batches]
-    if not all(agree(seen, first, replayed.rounding) for seen, first in alike):
+            batches = (torch.cat([x[:1], x[1:2].expand(n - 1, *x.shape[1:])]) for n in _SIZES)
+            alike += [(tensor_in(model(batch))[:1], together[:1]) for batch in batches]
+    if not all(isinstance(seen, Tensor) and agree(seen, first, replayed.rounding) for seen, first in alike):
         raise Refused(
             f"what {type(model).__name__} makes of one input depends on the others in its batch, on what ran before or "
             "on whether gradients are wanted, which no Lipschitz rule covers"
@@ -153,21 +150,17 @@ def in_float64(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
             tensor.data = data
 
 
-def run_model(model: nn.Module, x: Tensor, after: Tensor | None = None) -> Any:
-    """The output of the model on a copy of x, at once or after a run on other inputs; restores the model's state."""
-    with as_found(model):
-        if after is not None:
-            model(after.clone())
-        return model(x.clone())
+@dataclass(frozen=True)
+class _Recorded:
+    """One run of the model: its input, its output, and the outputs of the modules that its graph calls, in order."""
+
+    input: Tensor
+    result: Tensor
+    outputs: dict[int, deque[Any]]
 
 
-def _recorded(
-    model: nn.Module, x: Tensor, traced: Traced, *, differentiable: bool = False
-) -> tuple[Tensor, dict[int, deque[Any]]]:
-    """The model's output, and the outputs of the modules that its graph calls, in order.
-
-    With ``differentiable`` gradients are enabled, on which the model may depend.
-    """
+def _recorded(model: nn.Module, x: Tensor, traced: Traced, *, differentiable: bool = False) -> _Recorded:
+    """A run of the model on x; with ``differentiable`` gradients are enabled, on which the model may depend."""
     outputs: dict[int, deque[Any]] = defaultdict(deque)
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -185,7 +178,7 @@ def _recorded(
             handle.remove()
     if not isinstance(result, Tensor):
         raise Refused(f"{type(model).__name__} returns {type(result).__name__}, where its traced graph has a tensor")
-    return result.detach(), outputs
+    return _Recorded(x, result.detach(), outputs)
 
 
 def _clones(output: Any) -> Any:
@@ -195,71 +188,90 @@ def _clones(output: Any) -> Any:
     return output.detach().clone() if isinstance(output, Tensor) else None
 
 
-class _Replay(fx.Interpreter):
+class _Replay:
     """Computes each step as its rule assumes, and compares it with the recorded output of the model's module.
 
-    Where the two agree, the replay goes on with the model's value, so that rounding does not accumulate.
+    Several runs are followed side by side. Where graph and model agree, the replay goes on with the model's value, so
+    that rounding does not accumulate.
     """
 
-    def __init__(self, traced: Traced, outputs: dict[int, deque[Any]]) -> None:
-        super().__init__(traced.graph_module)
-        self.extra_traceback = False
-        self.rounding = _ROUNDING
+    def __init__(self, traced: Traced, runs: Sequence[_Recorded]) -> None:
+        dtype = runs[0].input.dtype
+        self.rounding = _ROUNDING if dtype == torch.float64 else _GROWTH * rounding_of(runs[0].input)
         self._traced = traced
-        self._outputs = outputs
-        self._batch = 0
+        self._runs = runs
+        self._dtype = dtype
+        self._values: dict[fx.Node, list[Any]] = {}
         self._agreed = "the input"
         self._tried: set[fx.Node] = set()
 
-    def follow(self, x: Tensor, result: Tensor) -> None:
-        """Replay on x and compare with the model's result.
+    def follow(self) -> Tensor:
+        """Replay all runs and compare with the model's results, which are returned in one batch.
 
         Raises:
             ValueError: they differ.
         """
-        self._batch = len(x)
-        if x.dtype != torch.float64:
-            self.rounding = _GROWTH * rounding_of(x)
-        value = self.run(x.clone())
-        for node in self._traced.graph_module.graph.find_nodes(op="call_module"):
-            if self._outputs.get(id(self.fetch_attr(str(node.target)))):
+        graph = self._traced.graph_module.graph
+        last = {source: node for node in graph.nodes for source in node.all_input_nodes}
+        for node in graph.nodes:
+            if node.op == "output":
+                results = self._values[node.args[0]]
+                break
+            values = [self._value(node, i) for i in range(len(self._runs))]
+            self._values[node] = values
+            if node in self._traced.steps:
+                _set_moved(self._traced.steps[node], values)
+            for source in node.all_input_nodes:
+                if last[source] is node:
+                    del self._values[source]
+        for node in graph.find_nodes(op="call_module"):
+            if any(run.outputs.get(id(self._module(node))) for run in self._runs):
                 raise _otherwise(f"{self._name(node)} runs more often")
-        if not agree(value, result, self.rounding):
-            raise _otherwise(f"they agree up to {self._agreed}, and then differ by {_share(value, result)}")
+        for value, run in zip(results, self._runs, strict=True):
+            if not agree(value, run.result, self.rounding):
+                raise _otherwise(f"they agree up to {self._agreed}, and then differ by {_share(value, run.result)}")
+        return torch.cat([run.result for run in self._runs])
 
-    def run_node(self, n: fx.Node) -> Any:
+    def _value(self, n: fx.Node, i: int) -> Any:
+        """What a node gives in the i-th run."""
+        if n.op == "placeholder":
+            return self._runs[i].input.clone()
+        if n.op == "get_attr":
+            value = operator.attrgetter(str(n.target))(self._traced.graph_module)
+            # Constants were computed in the model's own dtype.
+            own = isinstance(value, Tensor) and value.is_floating_point() and self._dtype == torch.float64
+            return value.double() if own else value
+        given: Any = fx.node.map_arg((n.args, n.kwargs), lambda source: self._values[source][i])
+        args, kwargs = given
         bundle = self._traced.bundles.get(n)
-        if (n not in self._traced.steps and bundle is None) or n.op == "placeholder" or self._takes_part(n):
-            value = super().run_node(n)
-            if n.op != "placeholder" and bundle is None and n not in self._traced.steps:
-                self._require_constant(n, value)
-        elif bundle is not None:
-            value = self._run_bundle(n, bundle)
-        else:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            step = self._traced.steps[n]
-            value = step.apply(*args, **kwargs)
-            self._require_shape(step, value)
-            if n.op == "call_module":
-                value = self._compared(n, step, value)
-        if n in self._traced.steps:
-            self._set_moved(self._traced.steps[n], value)
-        return value
+        if self._traced.takes_part(n):
+            return args[0][args[1]]
+        if bundle is not None:
+            return self._bundle(n, bundle, args, kwargs, i)
+        step = self._traced.steps.get(n)
+        if step is None:
+            return as_function(n.target)(*args, **kwargs)
+        value = step.apply(*args, **kwargs)
+        self._require_shape(step, value)
+        if n.op != "call_module":
+            return value
+        seen = self._recorded_output(n, i)
+        self._require_agreement(step, value, seen)
+        module = self._module(n)
+        if n not in self._tried and is_hooked(module) and not n.kwargs and len(n.args) == 1:
+            self._tried.add(n)
+            _try_hooked(module, step, args[0], self.rounding)
+        return seen
 
-    def _takes_part(self, n: fx.Node) -> bool:
-        """Whether a node takes an element of a tuple, or a part of one."""
-        return n.target is operator.getitem and n.args[0] in self._traced.bundles
-
-    def _run_bundle(self, n: fx.Node, bundle: tuple[Step | None, ...]) -> tuple[Any, ...]:
+    def _bundle(self, n: fx.Node, bundle: tuple[Step | None, ...], args: Any, kwargs: Any, i: int) -> tuple[Any, ...]:
         """The parts of a tuple, compared with the recorded ones if a module returns it."""
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
         value = tuple(None if step is None else step.apply(*args, **kwargs) for step in bundle)
         for step, part in zip(bundle, value, strict=True):
             if step is not None and part is not None:
                 self._require_shape(step, part)
         if n.op != "call_module":
             return value
-        seen = self._recorded_output(n)
+        seen = self._recorded_output(n, i)
         if not isinstance(seen, tuple) or len(seen) != len(value):
             raise _otherwise(f"{self._name(n)} does not return {len(value)} values")
         for step, part, other in zip(bundle, value, seen, strict=True):
@@ -268,30 +280,12 @@ class _Replay(fx.Interpreter):
         return seen
 
     def _require_shape(self, step: Step, value: Tensor) -> None:
-        if tuple(value.shape) != (self._batch, *step.shape):
-            raise Refused(
-                f"{step.name} ({step.kind}) gives shape {list(value.shape)} for {self._batch} samples where one has "
-                f"{list(step.shape)}: it mixes the batch axis into others, which no Lipschitz rule covers"
-            )
+        expected = (self._traced.batch, *step.shape) if step.alone else step.shape
+        if tuple(value.shape) != expected:
+            raise _otherwise(f"{step.name} ({step.kind}) gives shape {list(value.shape)}, not {list(expected)}")
 
-    def _set_moved(self, step: Step, value: Tensor) -> None:
-        if self._batch == BATCH and step.moved is None:
-            # If outputs are much larger than their difference, it may consist of rounding alone.
-            apart, size = torch.linalg.vector_norm((value[0] - value[1]).double()), torch.linalg.vector_norm(value)
-            step.moved = (apart - noise_of(value) * size).clamp_min(0.0)
-
-    def _compared(self, n: fx.Node, step: Step, value: Tensor) -> Any:
-        """The recorded output of the model's module, if it agrees with ``value``; otherwise raises ValueError."""
-        seen = self._recorded_output(n)
-        self._require_agreement(step, value, seen)
-        module = self.fetch_attr(str(n.target))
-        if n not in self._tried and is_hooked(module) and not n.kwargs and len(n.args) == 1:
-            self._tried.add(n)
-            _try_hooked(module, step, self.env[n.all_input_nodes[0]], self.rounding)
-        return seen
-
-    def _recorded_output(self, n: fx.Node) -> Any:
-        queue = self._outputs.get(id(self.fetch_attr(str(n.target))))
+    def _recorded_output(self, n: fx.Node, i: int) -> Any:
+        queue = self._runs[i].outputs.get(id(self._module(n)))
         if not queue:
             raise _otherwise(f"{self._name(n)} runs less often")
         return queue.popleft()
@@ -305,18 +299,20 @@ class _Replay(fx.Interpreter):
             raise _otherwise(f"they agree up to {self._agreed}, and differ {differ} at {where}")
         self._agreed = step.name
 
-    def _require_constant(self, n: fx.Node, value: Any) -> None:
-        """Raise ValueError if a value that should not depend on the input's numbers does."""
-        if self._batch != BATCH or n not in self._traced.varying or n.op == "output":
-            return
-        if not _equal(value, self._traced.constants.get(n)):
-            raise Refused(
-                f"{location(n)} depends on the numbers in the input and is no tensor of the batch, which no Lipschitz "
-                "rule covers"
-            )
+    def _module(self, n: fx.Node) -> nn.Module:
+        return self._traced.graph_module.get_submodule(str(n.target))
 
     def _name(self, n: fx.Node) -> str:
         return module_name(n, self._traced.graph_module)
+
+
+def _set_moved(step: Step, values: Sequence[Tensor]) -> None:
+    """Set how far the outputs of the first two runs are apart at least."""
+    if len(values) > 1 and step.moved is None:
+        # If outputs are much larger than their difference, it may consist of rounding alone.
+        apart = torch.linalg.vector_norm((values[0] - values[1]).double())
+        size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in values[:2]]))
+        step.moved = (apart - noise_of(values[0]) * size).clamp_min(0.0)
 
 
 def _try_hooked(module: nn.Module, step: Step, x: Tensor, rounding: float) -> None:
@@ -364,16 +360,6 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = tuple(value.values())
     return [t for inner in value for t in _tensors(inner)] if isinstance(value, (tuple, list)) else []
-
-
-def _equal(now: Any, then: Any) -> bool:
-    if isinstance(now, Tensor) and isinstance(then, Tensor):
-        return now.shape == then.shape and bool(torch.isclose(now.double(), then.double(), 1e-5, equal_nan=True).all())
-    if isinstance(now, (bool, int, float)) and isinstance(then, (bool, int, float)):
-        return now == then or math.isclose(now, then, rel_tol=1e-5) or (math.isnan(now) and math.isnan(then))
-    if isinstance(now, (tuple, list)) and isinstance(then, (tuple, list)):
-        return len(now) == len(then) and all(map(_equal, now, then))
-    return True  # dtypes, devices and the like
 
 
 def _share(said: Tensor, seen: Tensor) -> str:

@@ -20,7 +20,8 @@ class Step:
         kind: class of the module, or name of the function.
         inputs: the steps whose outputs it reads.
         factor: factor of the Lipschitz constant of its only input, or how those of several inputs combine.
-        shape: shape of one output sample.
+        shape: shape of one output sample: the batch's axis is left out where it is alone in front.
+        alone: whether it is; otherwise ``shape`` has all axes of the output for a batch of one, in the graph's order.
         module: the module called, or one that does the same as the function; None if values are only moved.
         apply: what the rule bounds, as a function of the node's arguments: out of place, without hooks, and with the
             operator, factors or constants from which the bound is computed.
@@ -43,6 +44,7 @@ class Step:
     module: nn.Module | None = None
     apply: Callable[..., Tensor] = operator.pos
     interval: Callable[..., Interval] | None = None
+    alone: bool = True
     users: list["Step"] = field(default_factory=list)
     folded: bool = False
     scaled: bool = False
@@ -50,6 +52,25 @@ class Step:
     exact: bool = True
     same: bool = False
     moved: Tensor | None = None
+
+    @property
+    def entry_shape(self) -> tuple[int, ...]:
+        """Shape of one entry along the first axis, which a layer that takes batches takes for a sample."""
+        return self.shape if self.alone or len(self.shape) == 1 else self.shape[1:]
+
+
+def in_graph(
+    t: Tensor,  # [1, *shape]
+    step: Step,
+    batch: int,
+) -> Tensor:
+    """One sample of a step's output as the tensor of the graph, which takes ``batch`` samples at once: equal ones."""
+    return t.expand(batch, *t.shape[1:]) if step.alone else t[0]
+
+
+def in_sample(t: Tensor, step: Step) -> Tensor:
+    """The first sample in a tensor of the graph, [1, *shape]."""
+    return t[:1] if step.alone else t[None]
 
 
 def topological_order(last: Step) -> list[Step]:

@@ -1,7 +1,11 @@
-"""The graph of a model by torch.fx, and one run of that graph."""
+"""The graph of a model, and one run of that graph.
 
-import operator
-from collections.abc import Callable
+The graph is that of a batch of one sample, or of two where the model does not run on one. Each of its steps is a
+function of the whole batch, wherever a tensor has the batch axis: alone in front, behind others (queries, keys and
+values), or folded into others (windows, heads). That the samples of larger batches do not depend on one another is
+checked on the model.
+"""
+
 from typing import Any
 
 import torch
@@ -9,13 +13,15 @@ from torch import Tensor, fx, nn
 
 from fastlip.lipschitz._registry import is_leaf, missing_rule
 from fastlip.norms._models.inputs import Refused
-from fastlip.norms._models.restore import as_found, version_of
+from fastlip.norms._models.outputs import tensor_in
+from fastlip.norms._models.restore import as_found
+from fastlip.norms._models.tracing import Described, Tracer
 
 #: Name of the model inside the module that is traced; it is removed from the names of layers.
 _MODEL = "model"
 
 
-class _Root(nn.Module):
+class Root(nn.Module):
     """Calls the model, so that its hooks, ``__call__`` and ``forward`` are traced like those of its submodules."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -24,105 +30,102 @@ class _Root(nn.Module):
         self.training = model.training
 
     def forward(self, x: Tensor) -> Any:
-        return self.model(x)
+        return tensor_in(self.model(x))
 
 
-class _Proxy(fx.Proxy):
-    """Records augmented assignments as in place, unlike fx, because they also change other references to the tensor."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+def run_model(model: nn.Module, x: Tensor, after: Tensor | None = None) -> Any:
+    """The output of the model on a copy of x, at once or after a run on other inputs; restores the model's state."""
+    with as_found(model):
+        if after is not None:
+            model(after.clone())
+        return tensor_in(model(x.clone()))
 
 
-class _Tracer(fx.Tracer):
-    """Treats modules with a rule as leaves, like torch's own, and records which module could not be traced."""
+class Values:
+    """What the nodes of a graph gave in the run along which it was traced.
 
-    failed = ""
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or self.path_of_module(m)
-            raise
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-
-class Values(fx.Interpreter):
-    """Runs the graph once; keeps shape, dtype and device of tensors that depend on the input, and all other values.
-
-    ``bundles`` are the tuples of tensors among those that depend on it.
+    Attributes:
+        shapes: shapes of the tensors that depend on the input, with all axes.
+        dtypes: their dtypes.
+        devices: their devices.
+        bundles: the tuples that depend on the input, of descriptions in place of tensors, nested as they are.
+        others: what else depends on it, such as numbers.
+        constants: all other values.
+        batch: the number of samples in the input.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, varying: set[fx.Node]) -> None:
-        super().__init__(graph_module)
-        self.extra_traceback = False
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.dtypes: dict[fx.Node, torch.dtype] = {}
-        self.devices: dict[fx.Node, torch.device] = {}
-        self.bundles: dict[fx.Node, tuple[Any, ...]] = {}
-        self.constants: dict[fx.Node, Any] = {}
-        self._varying = varying
-        self._versions: dict[fx.Node, int] = {}
+    def __init__(self, described: dict[fx.Node, Any], constants: dict[fx.Node, Any], batch: int) -> None:
+        tensors = {node: value for node, value in described.items() if isinstance(value, Described)}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {node: value.shape for node, value in tensors.items()}
+        self.dtypes: dict[fx.Node, torch.dtype] = {node: value.dtype for node, value in tensors.items()}
+        self.devices: dict[fx.Node, torch.device] = {node: value.device for node, value in tensors.items()}
+        self.bundles = {node: value for node, value in described.items() if isinstance(value, tuple)}
+        self.others = {node: value for node, value in described.items() if not isinstance(value, (Described, tuple))}
+        self.constants = constants
+        self.batch = batch
 
-    def run_node(self, n: fx.Node) -> Any:
-        for source in n.all_input_nodes:
-            if source in self._versions and version_of(self.env[source]) != self._versions[source]:
-                raise Refused(
-                    f"{location(source)} is used by {location(n)} after an in-place operation overwrote it, "
-                    "so that the traced graph is not what runs; use inplace=False there"
-                )
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self._versions[n] = version_of(value)
-        if isinstance(value, Tensor) and n in self._varying:
-            self.shapes[n], self.dtypes[n], self.devices[n] = tuple(value.shape), value.dtype, value.device
-        elif n in self._varying and isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
-            self.bundles[n] = tuple(value)
-        elif n.op != "output":
-            self.constants[n] = value
-        return value
+    def alone(self, shape: tuple[int, ...]) -> bool:
+        """Whether the first axis of a tensor of this shape can be the batch's."""
+        return shape[:1] == (self.batch,)
+
+    def without_batch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape without its first axis if that can be the batch's."""
+        return shape[1:] if self.alone(shape) else shape
+
+    def sample_shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of a tensor that depends on the input, without the batch axis."""
+        return self.without_batch(self.shapes[node])
 
 
-def trace_graph(model: nn.Module) -> fx.GraphModule:
-    """The graph of a model in eval mode.
+class Untraceable(ValueError):
+    """A model of which a way of tracing makes no graph."""
+
+
+class _Tracer(Tracer):
+    """Treats modules with a rule as leaves, like torch's own."""
+
+    def location(self, node: fx.Node) -> str:
+        return location(node)
+
+
+def trace_graph(
+    model: nn.Module,
+    x: Tensor,  # [B, ...]
+) -> tuple[fx.GraphModule, Values]:
+    """The graph of a model in eval mode for batches of the size of x, by torch.fx.
 
     Raises:
-        ValueError: the model cannot be traced, or a module has no rule; the message names it.
+        Untraceable: it cannot be traced.
+        Refused: a tensor is used after an in-place operation overwrote it.
+        MissingRule: a module has no rule; the message names it.
     """
-    tracer, root = _Tracer(), _Root(model)
+    tracer, root = _Tracer([x], is_leaf), Root(model)
     try:
         with as_found(model):  # a forward that stores a feature map stores a proxy now
             graph = tracer.trace(root)
+    except Refused:
+        raise
     except Exception as error:
         failed = shown(tracer.failed)
         what = f"{type(model.get_submodule(failed)).__name__} (at {failed})" if failed else type(model).__name__
-        raise ValueError(
-            f"{what} cannot be traced by torch.fx ({error}); register a rule for the module, "
-            "or write its forward without what depends on data"
-        ) from error
+        raise Untraceable(f"{what} cannot be traced by torch.fx ({error or type(error).__name__})") from error
+    if any(module._forward_pre_hooks for module in model.modules()):
+        model(x.clone())  # weights that they compute are what rules have to see
+    _drop_unused(graph)
     graph_module = fx.GraphModule(root, graph)
     for node in graph.find_nodes(op="call_module"):
         module = graph_module.get_submodule(str(node.target))
         if not is_leaf(module):
             raise missing_rule(type(module).__name__, module_name(node, graph_module))
-    return graph_module
+    varying = varying_nodes(graph)
+    return graph_module, Values({n: v for n, v in tracer.described.items() if n in varying}, tracer.constants, len(x))
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Erase calls of functions whose results nothing reads."""
+    for node in reversed(graph.nodes):
+        if node.op in ("call_function", "call_method", "get_attr") and not node.users:
+            graph.erase_node(node)
 
 
 def varying_nodes(graph: fx.Graph) -> set[fx.Node]:

@@ -19,7 +19,7 @@ def live_taps(model: nn.Module, image_shape: Sequence[int]) -> dict[str, Tensor]
         image_shape: [C, H, W] of one image.
 
     Returns:
-        For each convolution that runs, by name, booleans [*kernel]; true where a tap is live in any of its calls.
+        For each convolution that runs, by name, booleans ``[*kernel]``; true where a tap is live in any of its calls.
     """
     found: dict[str, Tensor] = {}
     ran, _ = calls(model, image_shape)

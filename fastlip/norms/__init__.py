@@ -2,6 +2,7 @@
 
 - :func:`conv_norm`: one convolution.
 - :func:`layer_norms`: every layer of a model, or of many checkpoints, at one joint confidence.
+- :func:`layer_operator`: registers the linear map of a user's own class of layers.
 - :func:`spectral_norm_value` and :func:`constrain_norm`: the norm to differentiate, and to keep below a bound.
 - :class:`Operator`, :class:`Composed`, :func:`conv_operator`, :func:`module_operator`, :func:`simplify`,
   :func:`trim` and :func:`operator_norms`: the same for operators that are put together by hand.
@@ -20,6 +21,7 @@ from fastlip.norms._operators.batchnorm import batchnorm_scale, diagonal_norm
 from fastlip.norms._operators.composed import Composed
 from fastlip.norms._operators.modules import module_operator
 from fastlip.norms._operators.operator import Operator, conv_operator
+from fastlip.norms._operators.registry import layer_operator
 from fastlip.norms._operators.trim import simplify, trim
 from fastlip.norms._options import NormOptions, memory_for
 from fastlip.norms._report.report import NormReport
@@ -37,6 +39,7 @@ __all__ = [
     "conv_operator",
     "diagonal_norm",
     "layer_norms",
+    "layer_operator",
     "memory_for",
     "module_operator",
     "operator_norms",

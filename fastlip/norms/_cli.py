@@ -23,7 +23,7 @@ from fastlip.norms._interval import confidence_text, width_text
 from fastlip.norms._layer_norms import layer_norms
 from fastlip.norms._options import METHODS
 from fastlip.norms._report.page import report_html
-from fastlip.norms._report.report import NormReport
+from fastlip.norms._report.report import NormReport, listed_names
 
 # Most characters of an error, and most names that one lists.
 _LONGEST, _NAMED = 500, 3
@@ -51,19 +51,20 @@ def norms(
     confidence: Annotated[float, typer.Option(help="Joint over all layers.")] = 1.0 - 1e-6,
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "auto",
     fold: Annotated[bool, typer.Option(help="Whether BatchNorm is folded into the layer before it.")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a model of which a weight is left out.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the random starts; the operating system's by default.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write JSON; - for standard output.", metavar="OUT")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write CSV; - for standard output.", metavar="OUT")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page to read; - for standard output.")] = None,
 ) -> None:
-    """Operator norms of every convolution and linear layer of MODEL, with certified upper sides."""
+    """Operator norms of every linear map with weights in MODEL, with certified upper sides, and what is left out."""
     try:
         _check_options(classes, rtol, confidence, seed)
         sizes = _parse_shape(shape)
         network = _load_model(model, classes)
         if checkpoint is not None:
             _load_into(network, _load_state(checkpoint), checkpoint, model)
-        report = _compute(network, sizes, rtol, confidence, method, fold, seed)
+        report = _compute(network, sizes, rtol, confidence, method, fold, strict, seed)
         # JSON escapes control characters in names by itself, and so keeps the names.
         shown = _shown(report)
         page = printable(f"{model} on {shape}")
@@ -82,6 +83,8 @@ def norms(
     else:
         console = Console()
         console.print(_table(shown, wide=console.width >= 100))
+        for reason, names in shown.reasons.items():
+            console.print(Text(f"Left out: {listed_names(names)}: {reason}."))
 
 
 def _compute(
@@ -91,6 +94,7 @@ def _compute(
     confidence: float,
     method: str,
     fold: bool,
+    strict: bool,
     seed: int | None,
 ) -> NormReport:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -106,6 +110,7 @@ def _compute(
             network,
             shape,
             fold_batchnorm=fold,
+            strict=strict,
             rtol=rtol,
             confidence=confidence,
             method=method,
@@ -259,6 +264,7 @@ def _shown(report: NormReport) -> NormReport:
         report,
         intervals={printable(name): interval for name, interval in report.items()},
         descriptions={printable(name): printable(text) for name, text in report.descriptions.items()},
+        left_out={printable(name): printable(reason) for name, reason in report.left_out.items()},
     )
     if len(shown) != len(report):
         raise ValueError("two layers have names that differ in how control characters are written; rename one")
@@ -287,7 +293,7 @@ def _table(report: NormReport, wide: bool) -> Table:
         )
     low, high = report.log10_product_lower, report.log10_product_upper
     table.caption = (
-        f"Product of {len(report)} layers: 10^{low:.3f} to 10^{high:.3f}. "
+        f"Product of {report.total()}: 10^{low:.3f} to 10^{high:.3f}. "
         f"Joint confidence {confidence_text(report.confidence)}."
     )
     table.caption_justify = "left"

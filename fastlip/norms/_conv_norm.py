@@ -38,7 +38,7 @@ def conv_norm(
     Dixon 1983 for "power").
 
     Args:
-        weight: kernel, [Cout, Cin / groups, *kernel] with 1 to 3 kernel axes, floating point.
+        weight: kernel, ``[Cout, Cin / groups, *kernel]`` with 1 to 3 kernel axes, floating point.
         input_size: spatial size of the input, one number or one per axis.
         stride: as in torch.
         padding: as in torch; numbers, "same" or "valid".

@@ -46,8 +46,8 @@ def krylov_bound(
         off_diagonal: b_1 ... b_k, [C, k], not negative; the last one couples to v_{k+1}.
         last: norm of v_{k+1}, [C].
         residual: upper bound on ||F||, [C].
-        start_overlap: lower bound on |<q, v_1>| for the eigenvector q of sigma_1^2, [C]; where it is not positive, the
-            result is inf.
+        start_overlap: lower bound on ``|<q, v_1>|`` for the eigenvector q of sigma_1^2, [C]; where it is not positive,
+            the result is inf.
         tolerance: relative width of the bracket around the root; its upper end is returned, so the bound holds with any
             tolerance.
 

@@ -22,7 +22,7 @@ def pack_weights(
     Packing all of them in one call pays on a GPU, where one launch of the CUDA library packs up to 64.
 
     Args:
-        weights: [Cout, Cin / groups, *kernel] each, of any floating dtype and on one device.
+        weights: ``[Cout, Cin / groups, *kernel]`` each, of any floating dtype and on one device.
         groups: number of groups of each convolution.
         adjoint: whether the weights are for the plan of A^T.
         dtype: of the result, torch.float32 or torch.float64.

@@ -330,8 +330,9 @@ def test_a_loader_and_the_standard_suite(cnn_problem, monkeypatch):
         (([inputs],), "inputs must be batches"), ((loader, labels), "inputs must be a floating-point tensor"),
         ((inputs, labels), "attacks must be a mapping"),
     ):  # fmt: skip
+        given = {} if "mapping" in message else {"attacks": suite}
         with pytest.raises((TypeError, ValueError), match=message):
-            attacks.evaluate(model, *wrong)
+            attacks.evaluate(model, *wrong, **given)
 
 
 def test_a_data_frame(cnn_problem, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastlip import attacks
-from fastlip.attacks import _evaluate
+from fastlip.attacks import _suite_run
 
 EPS = 0.03
 BALL = {"norm": "linf", "eps": EPS}
@@ -229,7 +229,7 @@ def test_rounding_goes_towards_the_image(dtype, norm):
     generator = torch.Generator().manual_seed(0)
     x = torch.cat([torch.randn(500, 9, generator=generator), torch.zeros(100, 9)]).to(dtype)
     found = x.double() + 10 ** (-8 * torch.rand(600, 9, generator=generator)) * torch.randn(600, 9, generator=generator)
-    kept = _evaluate._rounded(found, x)
+    kept = _suite_run._rounded(found, x)
     assert kept.dtype == dtype
     before, after = (t.double() - x.double() for t in (found, kept))
     assert (after.abs() <= before.abs()).all()
@@ -241,7 +241,7 @@ def test_rounding_goes_towards_the_image(dtype, norm):
         .ge(before.abs())
         .all()
     )
-    assert _evaluate._rounded(kept, x) is kept
+    assert _suite_run._rounded(kept, x) is kept
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,29 @@ def test_a_module_may_be_named(run: Callable[..., Result], tmp_path: Path) -> No
     assert done.exit_code == 0, done.stderr
 
 
+def test_what_is_left_out_is_shown_and_may_be_refused(run: Callable[..., Result], tmp_path: Path) -> None:
+    name = "[red]" + ESCAPES
+    with open(tmp_path / "tiny_net.py", "a") as file:
+        file.write(f"odd = nn.Sequential(nn.Linear(3, 2))\nodd.add_module({name!r}, nn.LayerNorm(2))\n")
+    done = run("tiny_net:odd", "--input", "3")
+    assert done.exit_code == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "Product of 1 layers, without 1 weight left out" in text
+    assert "Left out: [red]" in text
+    assert "layer_norm divides by a deviation of its input" in text
+    assert harmless(done.stdout)
+    assert [
+        row["name"] for row in json.loads(run("tiny_net:odd", "--input", "3", "--json", "-").stdout)["left_out"]
+    ] == [f"{name}.weight"]
+    page = run("tiny_net:odd", "--input", "3", "--html", "-").stdout
+    assert "Left out: layer_norm divides" in page
+    assert harmless(page)
+    refused = run("tiny_net:odd", "--input", "3", "--strict")
+    assert refused.exit_code == 2
+    assert "would be left out: layer_norm divides" in refused.stderr
+    assert harmless(refused.stderr)
+
+
 def test_module_runs_as_a_program() -> None:
     command = [sys.executable, "-m", "fastlip.norms", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlip.lipschitz._registry import rule
 
-_CONSTANTS: dict[type[nn.Module], float] = {
+CONSTANTS: dict[type[nn.Module], float] = {
     nn.GELU: 1.1290,
     nn.Hardsigmoid: 0.16667,
     nn.Hardswish: 1.5,
@@ -46,9 +46,9 @@ _CONSTANTS: dict[type[nn.Module], float] = {
 }
 
 
-@rule(*_CONSTANTS)
+@rule(*CONSTANTS)
 def _constant(module: nn.Module, input_shape: tuple[int, ...]) -> float:
-    return next(_CONSTANTS[cls] for cls in type(module).__mro__ if cls in _CONSTANTS)
+    return next(CONSTANTS[cls] for cls in type(module).__mro__ if cls in CONSTANTS)
 
 
 @rule(nn.CELU)

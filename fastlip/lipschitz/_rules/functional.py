@@ -107,6 +107,15 @@ def step_by_module(call: Call) -> Step | None:
         raise missing_rule(f"{call.name} with these arguments", call.where) from None
     except ValueError as error:
         raise ValueError(f"{call.where}: {error}") from None
-    factor = module_factor(module, call.where, call.sources[0].shape, call.source_dtype)
+    stated = module_factor(module, call.where, call.sources[0].entry_shape, call.shape, call.source_dtype)
     forward = module.forward
-    return Step(call.where, call.name, call.sources, factor, call.shape, module, apply=lambda x, *_, **__: forward(x))
+    return Step(
+        call.where,
+        call.name,
+        call.sources,
+        stated.factor,
+        call.shape,
+        module,
+        apply=lambda x, *_, **__: forward(x),
+        interval=stated.interval,
+    )

@@ -35,4 +35,4 @@ def _move(call: Call) -> Step | None:
     same = call.target in _IN_ORDER
     module = nn.Identity() if same and call.shape == call.sources[0].shape else None
     apply = as_function(call.target)
-    return Step(call.where, call.name, call.sources, 1.0, call.shape, module, apply=apply, same=same)
+    return Step(call.where, call.name, call.sources, 1.0, call.shape, module=module, apply=apply, same=same)

@@ -43,6 +43,11 @@ def _scaling(constant: Any, power: int, call: Call) -> Factor:
         raise missing_rule("a factor that broadcasts the input or is not finite", call.where)
     channels = shape[0]
     # [C, 1, ..., 1] or [1, C, 1, ..., 1], the usual shapes of means and standard deviations.
-    if value.numel() == channels > 1 and value.dim() >= len(shape) and value.shape[-len(shape)] == channels:
+    if (
+        call.alone
+        and value.numel() == channels > 1
+        and value.dim() >= len(shape)
+        and value.shape[-len(shape)] == channels
+    ):
         return Diagonal(value.flatten().cpu())
     return value.abs().max().item() * (1.0 + 1e-15)

@@ -1,43 +1,51 @@
 """The layers that models use, in order, as operators.
 
-One model of each structure runs, its layers' outputs are compared with the maps whose norms will be reported, and the
-weights of every model are put into those maps.
+One model of each structure runs, what its layers and functions did is compared with the maps whose norms will be
+reported, and the weights of every model are put into those maps.
 """
 
-from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import ExitStack
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from fastlip.norms._models.agreement import require_agreement
+from fastlip.norms._models.agreement import disagreements
 from fastlip.norms._models.eval_mode import eval_mode, require_eval
+from fastlip.norms._models.held import HeldTensors, Source
 from fastlip.norms._models.inputs import example_input, random_inputs, runs_on
-from fastlip.norms._models.layer import Layer, LayerTemplate
-from fastlip.norms._models.recording import Recording, record_layers
+from fastlip.norms._models.layer import LayerTemplate, ModelLayers
+from fastlip.norms._models.recording import LayerCall, Recording, record_layers
 from fastlip.norms._models.structure import modules_of, structure
 from fastlip.norms._models.weights import fill_templates
-from fastlip.norms._operators.batchnorm import BATCHNORMS, NO_STATISTICS
-from fastlip.norms._operators.modules import TRANSPOSED, describe_module, keeps_forward, module_operator
+from fastlip.norms._operators.modules import TRANSPOSED, module_operator
+from fastlip.norms._operators.operator import Operator
+from fastlip.norms._operators.registry import find_operator, registered_operator
+
+#: Why a weight is left out of which no use was seen; the first is no fault of the report's.
+DID_NOT_RUN = "its module did not run"
+_UNSEEN = "no use of it was seen in the run, as inside TorchScript or functions that are not torch's"
+_BATCH = (
+    "it is used otherwise in a batch of two inputs than in one of one, or with another weight for another input, so "
+    "that it has no norm for itself; check=False takes it as it is for one input"
+)
 
 
 def collect_layers(
     models: Sequence[nn.Module], input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool, running: ExitStack
-) -> list[list[Layer]]:
+) -> list[ModelLayers]:
     """The layers of each model that run, in order; nothing is read from the device of their weights.
 
     Of models of one structure only the first runs. The models that run are in eval mode until ``running`` ends, and
     the weights that their forwards compute or write are until then what they were in the run.
 
     Raises:
-        ValueError: a model does not run, what it does depends on the batch or the mode, or a layer applies another map
-            than its weight says.
+        ValueError: a model does not run, or what it does depends on the mode.
     """
-    templates: list[list[LayerTemplate]] = []
-    known: dict[Hashable, list[LayerTemplate]] = {}
+    every: list[_Found] = []
+    known: dict[Hashable, _Found] = {}
     for model in models:
         key, training = structure(model), model.training
         if key is None or key not in known:
@@ -48,23 +56,25 @@ def collect_layers(
                 # A BatchNorm that takes the batch's statistics may be why the model does not run.
                 require_eval(model, training, model.modules())
                 raise
-            templates.append(found.templates)
+            every.append(found)
             if key is not None and found.shared:
-                known[key] = found.templates
+                known[key] = found
         else:
-            templates.append(known[key])
+            every.append(known[key])
         held = modules_of(model)
-        require_eval(model, training, [held[t.batchnorm] for t in templates[-1] if t.batchnorm is not None])
-    return fill_templates(templates, [modules_of(model) for model in models])
+        require_eval(model, training, [held[t.batchnorm] for t in every[-1].templates if t.batchnorm is not None])
+    filled = fill_templates([found.templates for found in every], [modules_of(model) for model in models])
+    return [ModelLayers(layers, found.left_out) for layers, found in zip(filled, every, strict=True)]
 
 
 class _Found(NamedTuple):
-    """The layers of one model, and whether they are those of all models of its structure.
+    """The layers of one model, what they leave out, and whether that is so in all models of its structure.
 
-    They are where each layer ran with the weight that it holds, as no one else's could serve another model.
+    It is where each layer ran with the weight that it holds, as no one else's could serve another model.
     """
 
     templates: list[LayerTemplate]
+    left_out: dict[str, str]
     shared: bool
 
 
@@ -72,72 +82,126 @@ def _run_for_layers(
     model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool, several: bool
 ) -> _Found:
     """Run the model, which is in eval mode, and describe the layers it uses; ``several`` models may share them."""
-    ran = _record(model, input_shape, fold_batchnorm, check, several)
-    modules = dict(model.named_modules())
-    shown = {name: name or type(model).__name__ for name in modules}
+    held = HeldTensors(model)
+    ran, wrong = _record(model, held, input_shape, fold_batchnorm, check, several)
+    wrong |= disagreements(ran.uses)
+    operators: list[tuple[LayerCall, Operator | None]] = []
     for call in ran.calls:
-        user = call.batchnorm or (call.name if isinstance(modules[call.name], BATCHNORMS) else None)
-        if user is not None:
-            _require_batchnorm(modules[user], shown[user], shown[call.name])
-    index = {id(module): i for i, module in enumerate(modules_of(model))}
+        try:
+            operators.append((call, _operator_of(call)))
+        except (TypeError, ValueError) as error:
+            wrong.setdefault(call.name, str(error))
     repeats: Counter[str] = Counter()
     found: list[LayerTemplate] = []
-    for call in ran.calls:
-        repeats[call.name] += 1
-        name = shown[call.name] + (f"#{repeats[call.name]}" if repeats[call.name] > 1 else "")
-        module = modules[call.name]
-        description, place = describe_module(module, call.input_shape), index[id(module)]
-        if isinstance(module, BATCHNORMS):
-            found.append(LayerTemplate(name, description, place, None, place))
+    covered: set[int] = set()
+    computed = False
+    for call, operator in operators:
+        if call.name in wrong:
             continue
-        if call.batchnorm is not None:
-            description += " + BN"
-        try:
-            size = call.output_shape[1:] if isinstance(module, TRANSPOSED) else None
-            operator = module_operator(module, call.input_shape, output_size=size, finite=False)
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from None
-        geometry = operator.with_weight(operator.weight.new_empty(operator.weight.shape, device="meta"))
-        follower = None if call.batchnorm is None else index[id(modules[call.batchnorm])]
-        found.append(LayerTemplate(name, description, place, geometry, follower, isinstance(module, TRANSPOSED)))
-    if check:
-        require_agreement(ran.uses)
-    return _Found(found, ran.own_weights)
+        covered |= call.covers
+        repeats[call.name] += 1
+        name = call.name + (f"#{repeats[call.name]}" if repeats[call.name] > 1 else "")
+        place = None if call.batchnorm is None else held.place(call.batchnorm)
+        folded = operator is not None and (place is not None or call.factors is not None)
+        transposed = isinstance(call.module, TRANSPOSED) if call.map is None else call.map.transposed
+        geometry = operator and operator.with_weight(operator.weight.new_empty(operator.weight.shape, device="meta"))
+        description = call.description + (" + BN" if folded else "")
+        weight = Source(computed=operator.weight) if operator is not None and call.weight is None else call.weight
+        computed |= bool(call.computed) or weight is not call.weight
+        found.append(LayerTemplate(name, description, weight, geometry, place, call.factors, transposed))
+    for call in ran.calls:
+        if call.name in wrong:
+            for tensor in call.covers - covered:
+                ran.left_out.setdefault(tensor, wrong[call.name])
+    return _Found(found, _left_out(model, held, ran, covered), ran.own_weights and not computed and not wrong)
+
+
+def _operator_of(call: LayerCall) -> Operator | None:
+    """The linear map of a call, None for factors alone.
+
+    Raises:
+        TypeError: what is registered for the layer is no operator.
+        ValueError: there is no such map for the layer.
+    """
+    if call.map is not None:
+        return call.map.operator
+    if call.module is None:
+        return None
+    if find_operator(call.module) is not None:
+        return registered_operator(call.module, call.input_shape)
+    size = call.output_shape[1:] if isinstance(call.module, TRANSPOSED) else None
+    return module_operator(call.module, call.input_shape, output_size=size, finite=False)
+
+
+def _left_out(model: nn.Module, held: HeldTensors, ran: Recording, covered: set[int]) -> dict[str, str]:
+    """The weights of which a part of the use is in no layer, by name, with the reason."""
+    found: dict[str, str] = {}
+    for tensor, name in held.parameters.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, (nn.ParameterList, nn.ParameterDict)):  # which have no forward
+            owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+        if not held.multiplies(tensor):
+            continue
+        if tensor in ran.left_out:
+            found[name] = ran.left_out[tensor]
+        elif tensor not in covered | ran.added:
+            found[name] = _UNSEEN if id(owner) in ran.ran else DID_NOT_RUN
+    for tensor, reason in ran.left_out.items():
+        if tensor not in held.parameters and held.multiplies(tensor):
+            found[held.name(tensor)] = reason
+    return found
 
 
 def _record(
-    model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool, several: bool
-) -> Recording:
+    model: nn.Module, held: HeldTensors, input_shape: tuple[int, ...], fold_batchnorm: bool, check: bool, several: bool
+) -> tuple[Recording, dict[str, str]]:
     """Run the model, which is in eval mode, and record its layers, each call of one kind once.
 
-    With ``check`` it runs on random inputs, in batches of two sizes, and what layers made of one input is kept.
+    With ``check`` it runs on random inputs, in batches of two sizes, and what layers made of one input is kept. Also
+    returns the layers that did not do the same in both, with the reason.
 
     Raises:
-        ValueError: the model does not run, or what it does depends on the batch.
+        ValueError: the model does not run.
     """
     x = random_inputs(model, input_shape, 2) if check else example_input(model, input_shape)
     with torch.no_grad(), runs_on(model, input_shape):
-        first = record_layers(model, x, fold_batchnorm=fold_batchnorm, watch=several)
+        # In the batch another input comes first than alone: weights may be computed from the first.
+        first = record_layers(model, held, x.flip(0), fold_batchnorm=fold_batchnorm, watch=several)
+        first.calls = _distinct(first.calls)
         if not check:
-            return Recording(list(dict.fromkeys(first.calls)), [], first.own_weights)
-        alone = record_layers(model, x[:1], fold_batchnorm=fold_batchnorm, keep=True)
-    if alone.calls != first.calls:
-        pairs = zip_longest(alone.calls, first.calls)
-        name = next((one or other).name for one, other in pairs if one != other)
-        raise ValueError(
-            f"layer {name or type(model).__name__} is used otherwise in a batch of two inputs than in one of one, so "
-            "that it has no norm for itself; check=False takes it as it is for one input"
-        )
-    return Recording(list(dict.fromkeys(alone.calls)), alone.uses, first.own_weights)
+            return first, {}
+        alone = record_layers(model, held, x[:1], fold_batchnorm=fold_batchnorm, keep=True)
+    alone.calls, alone.own_weights = _distinct(alone.calls), first.own_weights
+    one, two = _by_name(alone.calls), _by_name(first.calls)
+    differ = {name for name in one | two if not _are_same(one[name], two[name])}
+    alone.calls += [call for call in first.calls if call.name not in one]
+    alone.left_out |= first.left_out
+    return alone, dict.fromkeys(differ, _BATCH)
 
 
-def _require_batchnorm(module: nn.Module, name: str, layer: str) -> None:
-    """Raise ValueError unless a BatchNorm multiplies by its factors."""
-    kind = next(cls for cls in BATCHNORMS if isinstance(module, cls))
-    if not keeps_forward(module, kind):
-        raise ValueError(
-            f"layer {name}: {type(module).__name__} has another forward than {kind.__name__}, and may do something "
-            "else than multiply by its factors"
-        )
-    if module.running_var is None:
-        raise ValueError(f"layer {layer}: {NO_STATISTICS}")
+def _distinct(calls: Iterable[LayerCall]) -> list[LayerCall]:
+    """Each call of one kind once."""
+    found: dict[Hashable, list[LayerCall]] = defaultdict(list)
+    kept = []
+    for call in calls:
+        alike = found[call.key]
+        if not any(_is_same(call, other) for other in alike):
+            alike.append(call)
+            kept.append(call)
+    return kept
+
+
+def _by_name(calls: Iterable[LayerCall]) -> dict[str, list[LayerCall]]:
+    found: dict[str, list[LayerCall]] = defaultdict(list)
+    for call in calls:
+        found[call.name].append(call)
+    return found
+
+
+def _are_same(ones: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
+    return len(ones) == len(others) and all(map(_is_same, ones, others))
+
+
+def _is_same(one: LayerCall, other: LayerCall) -> bool:
+    """Whether two calls are of one map with one weight."""
+    return one.key == other.key and all(map(torch.equal, one.computed, other.computed))

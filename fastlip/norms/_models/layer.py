@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastlip.norms._models.held import Factors, Source
 from fastlip.norms._operators.operator import Operator
 
 
@@ -14,8 +15,8 @@ class Layer:
     Attributes:
         name: qualified name, followed by a number from the second shape on that the layer ran on.
         description: short description for the report.
-        operator: the layer's linear map; None for a BatchNorm alone.
-        scale: factors [C] of the BatchNorm that is folded into the layer, or that the layer is.
+        operator: the layer's linear map; None for factors alone.
+        scale: factors [C] of the BatchNorm that is folded into the layer, or factors that the layer is.
     """
 
     name: str
@@ -31,15 +32,25 @@ class LayerTemplate:
     Attributes:
         name: as in :class:`Layer`.
         description: as in :class:`Layer`.
-        module: the module that holds the weight.
-        geometry: the linear map, with a weight that holds no numbers; None for a BatchNorm alone.
+        weight: where the weight comes from; None for factors alone.
+        geometry: the linear map, with a weight that holds no numbers; None for factors alone.
         batchnorm: the BatchNorm that is folded into the layer, or that the layer is.
+        factors: the factors that are folded into the layer, or that the layer is, where that is no such module.
         transposed: whether the map is the adjoint, so that output channels are the weight's second axis.
     """
 
     name: str
     description: str
-    module: int
+    weight: Source | None
     geometry: Operator | None
     batchnorm: int | None
+    factors: Factors | None = None
     transposed: bool = False
+
+
+@dataclass(frozen=True)
+class ModelLayers:
+    """The layers of a model that ran, in order, and the weights that none of them accounts for, with the reason."""
+
+    layers: list[Layer]
+    left_out: dict[str, str]

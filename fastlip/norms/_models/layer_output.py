@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastlip.norms._operators.batchnorm import BATCHNORMS, batchnorm_scales
 from fastlip.norms._operators.modules import TRANSPOSED, module_operator
 from fastlip.norms._operators.operator import Operator
+from fastlip.norms._operators.registry import find_operator, registered_operator
 from fastlip.norms._operators.torch_operator import TorchOperator
 
 
@@ -40,6 +41,8 @@ def layer_output(module: nn.Module, x: Tensor, output_shape: Sequence[int], *, m
     Raises:
         ValueError: there is no such map, see :func:`module_operator`.
     """
+    if find_operator(module) is not None:
+        return _registered_output(module, x, output_shape, magnitudes)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(module, BATCHNORMS):
         ones = (1,) * (x.dim() - 2)
@@ -53,3 +56,15 @@ def layer_output(module: nn.Module, x: Tensor, output_shape: Sequence[int], *, m
     size = output_shape[2:] if transposed else None
     operator = module_operator(module, x.shape[1:], output_size=size, finite=False)
     return apply_operator(operator, x, module.bias, transposed=transposed, magnitudes=magnitudes)  # type: ignore[arg-type]
+
+
+def _registered_output(module: nn.Module, x: Tensor, output_shape: Sequence[int], magnitudes: bool) -> Tensor:
+    """By the operator that is registered for the layer, and by what the layer makes of zeros."""
+    operator = registered_operator(module, x.shape[1:])
+    with torch.no_grad():
+        offset = module(torch.zeros_like(x[:1]))
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not operator.kernel and x.shape[-1:] != operator.input_shape:
+        x = x.flatten(1)
+    y = apply_operator(operator, x, magnitudes=magnitudes)
+    return y.reshape(output_shape) + (offset.abs() if magnitudes else offset)

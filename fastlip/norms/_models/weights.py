@@ -27,7 +27,7 @@ def fill_templates(templates: Sequence[list[LayerTemplate]], modules: Sequence[l
     for own, held in zip(templates, modules, strict=True):
         layers = []
         for template in own:
-            scale = None if template.batchnorm is None else scales[id(held[template.batchnorm])]
+            scale = _scale(template, held, scales)
             operator = None if template.geometry is None else template.geometry.with_weight(next(weights))
             layers.append(Layer(template.name, template.description, operator, scale))
         found.append(layers)
@@ -44,9 +44,10 @@ def _weights(
         for template in own:
             if template.geometry is None:
                 continue
-            weight: Tensor = held[template.module].weight.detach()  # type: ignore[operator]
-            if template.batchnorm is not None:
-                scale = scales[id(held[template.batchnorm])]
+            assert template.weight is not None
+            weight = template.weight.of(held)
+            scale = _scale(template, held, scales)
+            if scale is not None:
                 if _launches_cost(weight.device):
                     alike[id(template), weight.dtype, weight.device].append((len(found), scale, template))
                 else:
@@ -58,6 +59,13 @@ def _weights(
         for i, part in zip(places, together.chunk(len(group)), strict=True):
             found[i] = part
     return iter(found)
+
+
+def _scale(template: LayerTemplate, held: Sequence[nn.Module], scales: dict[int, Tensor]) -> Tensor | None:
+    """The factors of a layer, if it has some: those of a BatchNorm, or others."""
+    if template.batchnorm is not None:
+        return scales[id(held[template.batchnorm])]
+    return None if template.factors is None else template.factors.of(held)
 
 
 def _folded(weight: Tensor, scale: Tensor, template: LayerTemplate, count: int = 1) -> Tensor:

@@ -28,9 +28,9 @@ def batchnorm_scale(module: nn.Module) -> Tensor:
 
 
 def require_finite_scale(scale: Tensor) -> None:
-    """Raise ValueError if a BatchNorm's factors are not finite."""
+    """Raise ValueError if a BatchNorm's factors, or others, are not finite."""
     if not torch.isfinite(scale).all():
-        raise ValueError("BatchNorm's factors gamma / sqrt(var + eps) are NaN or infinite")
+        raise ValueError("BatchNorm's factors gamma / sqrt(var + eps), or others, are NaN or infinite")
 
 
 def batchnorm_scales(modules: Sequence[nn.Module]) -> list[Tensor]:
@@ -51,6 +51,16 @@ def batchnorm_scales(modules: Sequence[nn.Module]) -> list[Tensor]:
         scale *= torch.cat(gammas)
         scales |= zip(indices, scale.split(sizes), strict=True)
     return [scales[index] for index in range(len(modules))]
+
+
+def batchnorm_factors(
+    variance: Tensor,  # [C]
+    weight: Tensor | None,  # [C]
+    eps: float,
+) -> Tensor:
+    """Factors gamma / sqrt(var + eps), [C] float64."""
+    scale = (variance.detach().double() + eps).rsqrt_()
+    return scale if weight is None else scale * weight.detach()
 
 
 def diagonal_norms(scales: Sequence[Tensor]) -> list[float]:

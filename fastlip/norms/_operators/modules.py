@@ -29,7 +29,7 @@ def module_operator(
 
     Args:
         module: the module; its weight may be parametrised, of any floating dtype and on any device.
-        input_shape: shape of one input without the batch axis, [Cin, *spatial] or, for Linear, [..., features].
+        input_shape: shape of one input without the batch axis, ``[Cin, *spatial]`` or, for Linear, [..., features].
         output_scale: factors for the output channels, such as those of a folded BatchNorm.
         input_scale: factors for the input channels, such as those of a folded input normalisation.
         output_size: spatial size of a transposed convolution's output; by default the one that its settings imply.
@@ -67,12 +67,26 @@ def module_operator(
             size, module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding, strict=True
         )
         output_size = tuple((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, s, p, d, k, extra in axes)
-    op = conv_operator(weight, output_size, padding=module.padding, **geometry)
-    if op.output_size == size:
+    return adjoint_of_transposed(weight, size, output_size, padding=module.padding, **geometry)
+
+
+def adjoint_of_transposed(
+    weight: Tensor, input_size: Sequence[int], output_size: Sequence[int], **geometry: Any
+) -> Operator:
+    """The convolution whose adjoint a transposed convolution is.
+
+    Args:
+        weight: [Cin, Cout / groups, *kernel].
+        input_size: spatial size of the transposed convolution's input.
+        output_size: spatial size of its output.
+        geometry: padding, as numbers, and what else :func:`conv_operator` takes.
+    """
+    op = conv_operator(weight, output_size, **geometry)
+    if op.output_size == tuple(input_size):
         return op
     # An output padding of a stride or more adds positions that the adjoint must not reach: it takes them from the
     # padding at the far end.
-    ends = zip(size, op.input_size, op.stride, op.extent, op.padding, strict=True)
+    ends = zip(input_size, op.input_size, op.stride, op.extent, op.padding, strict=True)
     return replace(op, padding=tuple((p, (n - 1) * s + e - m - p) for n, m, s, e, (p, _) in ends))
 
 
@@ -104,10 +118,25 @@ def describe_module(module: nn.Module, input_shape: Sequence[int]) -> str:
     if isinstance(module, nn.Linear):
         return f"{name} {module.in_features}→{module.out_features}"
     if isinstance(module, (*CONVS, *TRANSPOSED)):
-        parts = [name, f"{module.in_channels}→{module.out_channels}", "×".join(map(str, module.kernel_size))]
-        if math.prod(module.stride) > 1:
-            parts.append("/" + "×".join(map(str, module.stride)))
-        if module.groups > 1:
-            parts.append(f"{module.groups} groups")
-        return " ".join([*parts, "on", "×".join(map(str, input_shape[1:]))])
+        return describe_conv(
+            name, module.in_channels, module.out_channels, module.kernel_size, module.stride, module.groups, input_shape
+        )
     return f"{name} {input_shape[0]}"
+
+
+def describe_conv(
+    name: str,
+    inputs: int,
+    outputs: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    groups: int,
+    input_shape: Sequence[int],
+) -> str:
+    """A short description of a convolution of this name; ``input_shape`` is [Cin, *spatial]."""
+    parts = [name, f"{inputs}→{outputs}", "×".join(map(str, kernel))]
+    if math.prod(stride) > 1:
+        parts.append("/" + "×".join(map(str, stride)))
+    if groups > 1:
+        parts.append(f"{groups} groups")
+    return " ".join([*parts, "on", "×".join(map(str, input_shape[1:]))])

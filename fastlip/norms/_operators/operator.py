@@ -25,7 +25,7 @@ class Operator:
     """A convolution on inputs of one size, without its bias; without spatial axes it is a matrix.
 
     Attributes:
-        weight: [Cout, Cin / groups, *kernel], finite, of any floating dtype.
+        weight: ``[Cout, Cin / groups, *kernel]``, finite, of any floating dtype.
         input_size: spatial size of the input, one number per axis.
         stride: one number per axis.
         dilation: one number per axis.
@@ -63,12 +63,12 @@ class Operator:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """[Cin, *input_size]."""
+        """``[Cin, *input_size]``."""
         return (self.weight.shape[1] * self.groups, *self.input_size)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """[Cout, *output_size]."""
+        """``[Cout, *output_size]``."""
         return (self.weight.shape[0], *self.output_size)
 
     @cached_property
@@ -78,10 +78,10 @@ class Operator:
 
     @cached_property
     def absolute_bound(self) -> float:
-        """An upper bound on || |A| ||, the norm of the operator with the absolute values of its entries.
+        """An upper bound on ``|| |A| ||``, the norm of the operator with the absolute values of its entries.
 
         Each tap is a matrix between channels times a map between pixels, whose norm is 1, or more where a padding mode
-        repeats pixels. So || |A| || is at most the sum of the taps' Frobenius norms. It scales the rounding terms.
+        repeats pixels. So ``|| |A| ||`` is at most the sum of the taps' Frobenius norms. It scales the rounding terms.
         """
         copies = 1
         if self.padding_mode != "zeros":

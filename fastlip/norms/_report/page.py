@@ -7,7 +7,7 @@ from fastlip.norms._report.report import NormReport
 
 
 def report_html(report: NormReport, title: str) -> str:
-    """The page: what the report says in one line, then a row per layer with a bar for its upper side.
+    """The page: what the report says in one line, a row per layer with a bar for its upper side, and what is left out.
 
     Args:
         report: the norms.

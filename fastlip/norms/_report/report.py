@@ -5,11 +5,15 @@ import importlib
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastlip.norms._interval import NormInterval, confidence_text, width_text
+
+#: Most weights of one reason that text names; ``left_out`` has all.
+_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,15 @@ class NormReport(Mapping[str, NormInterval]):
         descriptions: layer name to a short description of the layer.
         confidence: probability that all upper sides hold at once; 1.0 when all are deterministic.
         seed: seed of the random starts, None if nothing was drawn.
+        left_out: the weights of the model that no layer of the report accounts for, each with the reason; the products
+            are without them.
     """
 
     intervals: dict[str, NormInterval]
     descriptions: dict[str, str]
     confidence: float
     seed: int | None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> NormInterval:
         return self.intervals[name]
@@ -39,7 +46,7 @@ class NormReport(Mapping[str, NormInterval]):
 
     @property
     def log10_product_upper(self) -> float:
-        """log10 of the product of the upper sides: a bound for the layers in sequence, without skips and pooling."""
+        """log10 of the product of the upper sides: a bound for these layers in sequence, without skips and pooling."""
         return sum(_log10(interval.upper) for interval in self.values())
 
     @property
@@ -55,6 +62,7 @@ class NormReport(Mapping[str, NormInterval]):
             "log10_product_lower": self.log10_product_lower,
             "log10_product_upper": self.log10_product_upper,
             "layers": self._rows(),
+            "left_out": [{"name": name, "reason": reason} for name, reason in self.left_out.items()],
         }
 
     def to_json(self) -> str:
@@ -62,7 +70,7 @@ class NormReport(Mapping[str, NormInterval]):
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def to_csv(self) -> str:
-        """One line per layer, with a header."""
+        """One line per layer, with a header; weights that are left out have none."""
         out = io.StringIO()
         rows = self._rows()
         fields = rows[0] if rows else ("name",)
@@ -72,12 +80,27 @@ class NormReport(Mapping[str, NormInterval]):
         return out.getvalue()
 
     def to_pandas(self) -> Any:
-        """A ``pandas.DataFrame`` indexed by layer name; needs pandas."""
+        """A ``pandas.DataFrame`` indexed by layer name, ``left_out`` in its ``attrs``; needs pandas."""
         try:
             pandas = importlib.import_module("pandas")
         except ImportError:
             raise ImportError("to_pandas needs pandas: pip install pandas") from None
-        return pandas.DataFrame(self._rows()).set_index("name")
+        frame = pandas.DataFrame(self._rows()).set_index("name")
+        frame.attrs["left_out"] = dict(self.left_out)
+        return frame
+
+    @property
+    def reasons(self) -> dict[str, list[str]]:
+        """The weights that are left out, by the reason."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for name, reason in self.left_out.items():
+            found[reason].append(name)
+        return dict(found)
+
+    def total(self) -> str:
+        """What the products are products of, such as "53 layers" or "53 layers, without 2 weights left out"."""
+        without = f", without {len(self.left_out)} weight{'s' * (len(self.left_out) > 1)} left out"
+        return f"{len(self)} layers" + (without if self.left_out else "")
 
     def _rows(self) -> list[dict[str, Any]]:
         return [
@@ -109,10 +132,16 @@ class NormReport(Mapping[str, NormInterval]):
         ]
         rule = "-" * max(map(len, aligned))
         low, high = self.log10_product_lower, self.log10_product_upper
-        total = f"product of {len(self)} layers: 10^{low:.3f} to 10^{high:.3f}"
+        total = f"product of {self.total()}: 10^{low:.3f} to 10^{high:.3f}"
+        missing = [f"left out: {listed_names(names)}: {reason}" for reason, names in self.reasons.items()]
         return "\n".join(
-            [aligned[0], rule, *aligned[1:], rule, f"{total}, confidence {confidence_text(self.confidence)}"]
+            [aligned[0], rule, *aligned[1:], rule, f"{total}, confidence {confidence_text(self.confidence)}", *missing]
         )
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """The first names of many, and how many more there are."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _log10(x: float) -> float:

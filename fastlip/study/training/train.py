@@ -12,29 +12,20 @@ batches of 64: 141 images/s in float32, 196 in bfloat16.
 """
 
 import contextlib
-import hashlib
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.training import Schedule
-from fastlip.study.storage.files import write_bytes
 from fastlip.study.training.process_group import ProcessGroup
+from fastlip.study.training.unfinished import Average, History, UnfinishedTraining
 
 SINGLE_PROCESS = ProcessGroup()
-
-#: The file of an unfinished training run begins with this and the SHA-256 of all that follows, in hexadecimal digits.
-_HEAD = b"fastlip.study, unfinished training, sha256 "
-_BODY = len(_HEAD) + 64
 
 #: Steps between two checks that the loss is finite; at each of them the host waits for the GPU.
 _CHECK_EVERY = 50
@@ -44,14 +35,6 @@ _APART = 1 << 61
 
 #: What cutout puts in the place of pixels; uint8.
 _GREY = 128
-
-
-@dataclass
-class History:
-    """Mean loss and accuracy of each finished epoch over its augmented training images."""
-
-    loss: list[float]
-    accuracy: list[float]
 
 
 def train(
@@ -120,10 +103,9 @@ def train(
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, peaks, total_steps=steps, pct_start=warmup, cycle_momentum=False
     )
-    history = History([], [])
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, correct images of this epoch
-    average = _Average(model, schedule.averaging) if schedule.averaging else None
-    done = _restore(state_path, model, optimiser, scheduler, average, history, totals, steps)
+    average = Average(model, schedule.averaging) if schedule.averaging else None
+    run = UnfinishedTraining(model, optimiser, scheduler, average)
+    run.restore(state_path, steps)
 
     # SGD leaves parameters without a gradient alone, weight decay included.
     model.eval().requires_grad_(False)
@@ -135,8 +117,8 @@ def train(
         graphs = device.type == "cuda" and group.size == 1
         network = torch.compile(network, mode="reduce-overhead" if graphs else "default")
     saved = time.monotonic()
-    while done < steps:
-        epoch, first = divmod(done, per_epoch)
+    while run.done < steps:
+        epoch, first = divmod(run.done, per_epoch)
         generator = torch.Generator().manual_seed((seed + epoch) % 2**63)
         order = torch.randperm(len(images), generator=generator)
         shifts = torch.randint(-schedule.crop, schedule.crop + 1, (2, len(images)), generator=generator)
@@ -152,7 +134,7 @@ def train(
                 x = _cut_out(x, holes[:, batch], schedule.cutout)
             y = labels[batch]
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
-            with _drawing(device, seed + _APART + done * group.size + group.rank), autocast:
+            with _drawing(device, seed + _APART + run.done * group.size + group.rank), autocast:
                 logits = network(x.float().div_(255).contiguous(memory_format=torch.channels_last))
             loss = cross_entropy(logits.float(), y, label_smoothing=schedule.label_smoothing)
             optimiser.zero_grad(set_to_none=True)
@@ -160,28 +142,28 @@ def train(
             optimiser.step()
             scheduler.step()
             if average is not None:
-                average.update(done)
-            done += 1
+                average.update(run.done)
+            run.done += 1
             summed = torch.stack([loss.detach().double() * len(batch), (logits.argmax(1) == y).sum().double()])
-            totals += group.sum_(summed)
-            if done % _CHECK_EVERY == 0 or done == steps or step + 1 == per_epoch:
-                _require_finite(totals, done)
+            run.totals += group.sum_(summed)
+            if run.done % _CHECK_EVERY == 0 or run.done == steps or step + 1 == per_epoch:
+                _require_finite(run.totals, run.done)
             if step + 1 == per_epoch:
-                mean_loss, accuracy = (totals / (per_epoch * size)).tolist()
-                history.loss.append(mean_loss)
-                history.accuracy.append(accuracy)
-                totals.zero_()
+                mean_loss, accuracy = (run.totals / (per_epoch * size)).tolist()
+                run.history.loss.append(mean_loss)
+                run.history.accuracy.append(accuracy)
+                run.totals.zero_()
                 if keep is not None and group.leads and epoch + 1 in schedule.snapshots:
                     with average.in_place() if average is not None else contextlib.nullcontext():
                         keep(epoch + 1)
-            progress(done, steps, f"epoch {epoch + 1}/{schedule.epochs}, batch {step + 1}/{per_epoch}")
-            if group.leads and done < steps and time.monotonic() - saved >= save_seconds:
-                _save(state_path, model, optimiser, scheduler, average, history, totals, done)
+            progress(run.done, steps, f"epoch {epoch + 1}/{schedule.epochs}, batch {step + 1}/{per_epoch}")
+            if group.leads and run.done < steps and time.monotonic() - saved >= save_seconds:
+                run.save(state_path)
                 saved = time.monotonic()
     if average is not None:
         average.take_place()
     model.eval()
-    return history
+    return run.history
 
 
 @contextlib.contextmanager
@@ -195,40 +177,6 @@ def _drawing(device: torch.device, seed: int) -> Iterator[None]:
         if device.type == "cuda":
             torch.cuda.default_generators[device.index or 0].manual_seed(seed % 2**63)
         yield
-
-
-class _Average:
-    """The exponential moving average of a model's weights and BatchNorm statistics (Polyak and Juditsky 1992).
-
-    A step with t steps before it has a decay of at most t / (t + 9), so that no short training keeps its first weights.
-    The statistics are averaged like the weights: those of the last weights alone would not belong to the average.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.own = {k: v.detach() for k, v in model.state_dict().items() if v.is_floating_point()}
-        self.averaged = {k: v.clone() for k, v in self.own.items()}
-
-    def update(self, t: int) -> None:
-        """Take in the weights of the step with ``t`` steps before it."""
-        update = get_ema_multi_avg_fn(min(self.decay, t / (9 + t)))
-        update(list(self.averaged.values()), list(self.own.values()), t)
-
-    def take_place(self) -> None:
-        """Make the average the model's weights."""
-        for name, value in self.own.items():
-            value.copy_(self.averaged[name])
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model with the average for its weights, within the block."""
-        before = {k: v.clone() for k, v in self.own.items()}
-        self.take_place()
-        try:
-            yield
-        finally:
-            for name, value in self.own.items():
-                value.copy_(before[name])
 
 
 def _augment(x: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
@@ -259,78 +207,3 @@ def _mirrored(index: Tensor, size: int) -> Tensor:
 def _require_finite(totals: Tensor, done: int) -> None:
     if not bool(totals.isfinite().all()):
         raise StudyError(f"the training loss is not finite by step {done}; lower max_lr or set precision=float32")
-
-
-def _save(
-    path: Path,
-    model: nn.Module,
-    optimiser: Any,
-    scheduler: Any,
-    average: _Average | None,
-    history: History,
-    totals: Tensor,
-    done: int,
-) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "rate": scheduler.state_dict(),
-        "loss": history.loss,
-        "accuracy": history.accuracy,
-        "totals": totals,
-        "done": done,
-        "average": average.averaged if average is not None else {},
-    }
-    # Serialised in memory first, so that a full disk is an OSError and not an error of torch's own writer.
-    buffer = io.BytesIO(_HEAD + bytes(64))
-    buffer.seek(_BODY)
-    torch.save(state, buffer)
-    # torch's reader does not check the CRC-32 sums in its archive.
-    buffer.getbuffer()[len(_HEAD) : _BODY] = _digest(buffer.getbuffer()[_BODY:])
-    write_bytes(path, buffer.getbuffer())
-
-
-def _restore(
-    path: Path,
-    model: nn.Module,
-    optimiser: Any,
-    scheduler: Any,
-    average: _Average | None,
-    history: History,
-    totals: Tensor,
-    steps: int,
-) -> int:
-    """Load the saved state into the arguments; the number of ``steps`` already done."""
-    if not path.exists():
-        return 0
-    try:
-        data = memoryview(path.read_bytes())
-        if data[: len(_HEAD)] == _HEAD:
-            if data[len(_HEAD) : _BODY] != _digest(data[_BODY:]):
-                raise ValueError("it is not what its SHA-256 was taken of")
-            data = data[_BODY:]
-        # Files of earlier versions have no digest and begin with torch's archive.
-        state = torch.load(io.BytesIO(data), map_location=totals.device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        scheduler.load_state_dict(state["rate"])
-        history.loss[:], history.accuracy[:] = state["loss"], state["accuracy"]
-        totals.copy_(state["totals"])
-        if average is not None:
-            for name, value in average.averaged.items():
-                value.copy_(state["average"][name])
-        done = int(state["done"])
-        if not 0 <= done <= steps or len(history.loss) != len(history.accuracy):
-            raise ValueError(f"step {done} of {steps}")
-    except PermissionError:
-        raise
-    except Exception as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise StudyError(
-            f"{path} is damaged ({reason}); delete it and run the same command again to train this model from its start"
-        ) from None
-    return done
-
-
-def _digest(data: memoryview) -> bytes:
-    return hashlib.sha256(data).hexdigest().encode()

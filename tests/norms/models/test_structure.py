@@ -162,8 +162,11 @@ def test_a_model_whose_layers_borrow_weights_speaks_for_no_other():
     first, second = Average(), Average()
     second.average.mul_(100.0)
     assert fastlip.layer_norms(first, (3,))["layer"].upper > 0.0
-    with pytest.raises(ValueError, match="layer layer does not apply the map"):
-        fastlip.layer_norms([first, second], (3,))
+    own, others = fastlip.layer_norms([first, second], (3,))
+    assert list(own) == ["layer"]
+    assert not others
+    assert "Linear does not apply the map" in others.left_out["average"]
+    assert "no use of it was seen" in others.left_out["layer.weight"]
 
 
 def test_a_shape_that_is_wrong_is_so_after_one_that_is_right():

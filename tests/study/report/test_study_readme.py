@@ -1,4 +1,4 @@
-"""The README's headline table and figures are those of the committed results."""
+"""The documentation's table and figures of the study, and the README's, are those of the committed results."""
 
 import json
 import subprocess
@@ -15,15 +15,17 @@ def test_the_headline_table_follows_from_the_committed_results():
 
 
 def test_the_figures_beside_it_follow_from_the_committed_results():
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join((ROOT / "docs" / "study-results.md").read_text().split())
     results = json.loads((ROOT / "benchmarks" / "results" / "study" / "quick" / "results.json").read_text())
 
     def short(value: float) -> str:
         return f"{value:.3f}".removeprefix("0")
 
+    readme = " ".join((ROOT / "README.md").read_text().split())
     large = [m for m in results["models"] if m["role"] != "reference"]
     for ratio in (m["ratio_median"] for m in large):
         assert f"{short(ratio['value'])} [{short(ratio['low'])}, {short(ratio['high'])}], n = {ratio['n']}" in text
+        assert f"{short(ratio['value'])} [{short(ratio['low'])}, {short(ratio['high'])}], n = {ratio['n']}" in readme
     for row in results["transfer"]:
         if (
             row["strength"] == 1.0

@@ -1,0 +1,46 @@
+"""The documentation's build: `sphinx-build -W docs docs/_build`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import results_tables
+
+import fastlip
+
+project = "fastlip"
+author = "The fastlip developers"
+copyright = author
+version = release = fastlip.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.intersphinx",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"fastlip {version}"
+templates_path: list[str] = []
+
+myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+# Without a network the links into other projects stay plain text.
+intersphinx_mapping: dict[str, tuple[str, None]] = {}
+
+results_tables.write(Path(__file__).parent / "_build" / "tables")

@@ -1,0 +1,102 @@
+"""The benchmarks' tables as Markdown, from the committed CSV files."""
+
+import csv
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+Row = dict[str, str]
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of one committed CSV file."""
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, its first column aligned to the left and all others to the right."""
+    names = list(head)
+    lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def by_machine(rows: list[Row], table: Callable[[list[Row]], str]) -> str:
+    """One table for each machine, instruction set and number of threads, under a line that names them."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in ("device", "isa", "threads", "torch", "fastlip")), []).append(row)
+    parts = []
+    for (device, isa, threads, torch, fastlip), chosen in groups.items():
+        core = "one thread" if threads == "1" else f"{threads} threads"
+        parts.append(f"**{device}, {isa}, {core}**, torch {torch}, fastlip {fastlip}\n\n{table(chosen)}")
+    return "\n".join(parts)
+
+
+def number(text: str) -> str:
+    """A number of three digits; an empty field is a dash."""
+    if not text:
+        return "–"
+    value = float(text)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _pgd_step(rows: list[Row]) -> str:
+    shapes = sorted({r["shape"] for r in rows}, key=lambda s: -int(s.split("x")[0]))
+    kinds = list(dict.fromkeys((r["norm"], r["what"]) for r in rows))
+    found = {(r["shape"], r["norm"], r["what"]): r for r in rows}
+    body = []
+    for norm, what in kinds:
+        line = [f"{norm}: {what}"]
+        for shape in shapes:
+            row = found.get((shape, norm, what))
+            line += [number(row["ms"]), number(row["x_floor"])] if row else ["–", "–"]
+        body.append(line)
+    head = ["", *(title for shape in shapes for title in (f"{shape}, ms", "× floor"))]
+    return markdown(head, body)
+
+
+def _layer_norms(rows: list[Row]) -> str:
+    body = [
+        (
+            f"{r['stem']} stem, {r['weights']} weights: {r['method']}, {r['setting']}",
+            number(r["ms"]),
+            number(r["x_torch_power"]),
+            f"{100 * float(r['width']):.2g}%" if r["width"] else "one-sided",
+            f"{100 * float(r['gap']):.2g}%" if r["gap"] else "–",
+        )
+        for r in rows
+        if r["stem"] in ("cifar", "imagenet")
+    ]
+    return markdown(("", "ms", "× torch power", "widest interval", "worst gap"), body)
+
+
+def _attacks(rows: list[Row]) -> str:
+    body = [
+        (
+            f"{r['attack']}, {r['regime']}: {r['what']}",
+            number(r["ms"]),
+            number(r["x_fastest_peer"]),
+            f"{100 * float(r['robust_accuracy']):.0f}%",
+        )
+        for r in rows
+    ]
+    head = ("", "ms", "speed against the fastest peer", "robust accuracy")
+    return markdown(head, body)
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "pgd_step_cpu": _pgd_step,
+    "layer_norms_cpu": _layer_norms,
+    "attacks_cpu": _attacks,
+}
+
+
+def write(folder: Path) -> None:
+    """Write each table to a file of its name in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in TABLES.items():
+        (folder / f"{name}.md").write_text(by_machine(rows_of(name), table))
+    for name in ("projections", "published_layers"):
+        (folder / f"{name}.md").write_text((RESULTS / f"{name}.md").read_text())

@@ -1,0 +1,115 @@
+"""Functions that copy, move or drop elements, or fill in constants: indexing, splitting, repeating, padding and others.
+
+Each element of the output is one of the input, or a constant. The norm of such a map is the root of how often the most
+used element appears, which is counted on a tensor of indices.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fastlip.lipschitz._calls import Call, as_function
+from fastlip.lipschitz._intervals import EPS, Interval
+from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz._steps import Step, in_graph, in_sample
+
+#: Added to each index, so that no constant that a function fills in passes for one.
+_MARK = 0.28125
+
+_ONE: tuple[Any, ...] = (
+    *(operator.getitem, torch.select, torch.narrow, torch.index_select, "select", "narrow", "index_select"),
+    *(torch.Tensor.expand, torch.Tensor.expand_as, "expand", torch.broadcast_to, "broadcast_to"),
+    *(torch.Tensor.repeat, "repeat", torch.tile, "tile", torch.repeat_interleave, "repeat_interleave"),
+    *(torch.roll, "roll", torch.flip, "flip", torch.fliplr, torch.flipud, torch.rot90, "rot90"),
+    *(torch.unflatten, "unflatten", torch.ravel, "ravel", torch.movedim, "movedim", torch.moveaxis, "moveaxis"),
+    *(torch.swapaxes, "swapaxes", torch.swapdims, "swapdims", torch.t, "t", torch.atleast_2d, "view_as", "reshape_as"),
+    *(torch.diagonal, "diagonal", torch.tril, "tril", torch.triu, "triu", "unfold", F.unfold),
+    *(F.pad, torch.constant_pad_nd, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, torch.channel_shuffle),
+    *(torch.masked_fill, "masked_fill", torch.gather, "gather"),
+)
+_SEVERAL: tuple[Any, ...] = (
+    *(torch.split, "split", torch.split_with_sizes, "split_with_sizes", torch.chunk, "chunk", "tensor_split"),
+    *(torch.tensor_split, torch.unbind, "unbind", torch.unsafe_chunk, torch.unsafe_split),
+)
+_PADS = (
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+    *(nn.Unfold,),
+)
+
+
+@builds(*_ONE)
+def _selection(call: Call) -> Step | None:
+    if not call.on_one:
+        return None
+    return _step(call, as_function(call.target), call.shape)
+
+
+@builds(*_SEVERAL)
+def _selections(call: Call) -> list[Step | None] | None:
+    if not call.on_one:
+        return None
+    function = as_function(call.target)
+
+    def part(index: int) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: function(*args, **kwargs)[index]
+
+    return [None if s is None else _step(call, part(index), s) for index, s in enumerate(call.part_shapes)]
+
+
+@builds(*_PADS)
+def _padding(call: Call) -> Step | None:
+    if len(call.sources) != 1:
+        return None
+    module = call.target
+    return _step(call, lambda x: type(module).forward(module, x), call.shape)
+
+
+def _step(call: Call, function: Callable[..., Tensor], shape: tuple[int, ...]) -> Step:
+    """The step of a function that selects elements of its first argument.
+
+    Args:
+        call: the call.
+        function: what it does, as a function of the node's arguments.
+        shape: shape of one sample of the output.
+    """
+    node = next(n for n in call.node.all_input_nodes if n in call.steps)
+    if call.args and any(isinstance(a, fx.Node) for a in (*call.args[1:], *call.kwargs.values())):
+        raise missing_rule(f"{call.name} by what depends on the input", call.where)
+    indices = _indices(call, node)
+    seen = function(indices, *call.args[1:], **call.kwargs)
+    times, filled = _most_used(seen, indices.numel())
+    factor = times**0.5 * (1.0 + EPS)
+
+    source, batch = call.steps[node], call.values.batch
+
+    def interval(x: Interval, *args: Any, **kwargs: Any) -> Interval:
+        def rows(end: Tensor) -> Tensor:
+            made = (function(in_graph(row[None], source, batch), *args, **kwargs) for row in end)
+            return torch.cat([in_sample(t, step) for t in made])
+
+        return Interval(rows(x.lower), rows(x.upper), None if filled else x.norm * (factor * (1.0 + 4.0 * EPS)))
+
+    step = Step(call.where, call.name, call.sources, factor, shape, apply=function, interval=interval)
+    return step
+
+
+def _indices(call: Call, node: fx.Node) -> Tensor:
+    """A tensor like the one of a node in the graph's run, each element of which holds its own number."""
+    shape = call.values.shapes[node]
+    return torch.arange(math.prod(shape), dtype=torch.float64, device=call.source_device).view(shape) + _MARK
+
+
+def _most_used(seen: Tensor, count: int) -> tuple[int, bool]:
+    """How often the most used of so many indices appears, and whether anything else does."""
+    index = seen.double().flatten() - _MARK
+    whole = (index == index.round()) & (index >= 0.0) & (index < count)
+    if not bool(whole.any()):
+        return 0, bool(index.numel())
+    return int(torch.bincount(index[whole].long()).max()), not bool(whole.all())
