@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastlip.lipschitz._intervals import EPS, INF, TINY, Interval, down, up, upper_norm
 from fastlip.norms import Operator
+from fastlip.norms._operators.modules import keeps_forward
 from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._solvers.float64_rounding import reduction_length
 
@@ -320,6 +321,12 @@ def through_function(
     return Interval(lower.clamp(*limits), upper.clamp(*limits))
 
 
+def has_interval(module: nn.Module) -> bool:
+    """Whether :func:`module_interval` knows the module's class, and the module keeps its ``forward``."""
+    kind = next((cls for cls in type(module).__mro__ if cls in _MODULES), None)
+    return kind is not None and keeps_forward(module, kind)
+
+
 def module_interval(module: nn.Module, x: Interval) -> Interval | None:
     """What a module without weights does to an interval, and PReLU; None if that is not known.
 
@@ -351,9 +358,13 @@ def _softplus(module: nn.Module, x: Interval) -> Interval:
     if not beta > 0.0:
         return Interval.unbounded(x.shape, x.batch, x.lower.device)
     y = through_function(x, _forward(module), limits=(0.0, INF))
-    # Above its threshold torch leaves out log(1 + exp(-beta x)) / beta, so that the function falls there.
-    jump = math.log1p(math.exp(-float(module.threshold))) / beta * (1.0 + _FEW)
+    jump = softplus_jump(module)
     return Interval(y.lower - jump, y.upper + jump)
+
+
+def softplus_jump(module: nn.Softplus) -> float:
+    """By how much a Softplus falls at its threshold: above it torch leaves out log(1 + exp(-beta x)) / beta."""
+    return math.log1p(math.exp(-float(module.threshold))) / abs(float(module.beta)) * (1.0 + _FEW)
 
 
 def _elu(alpha: Callable[[Any], float]) -> Callable[[nn.Module, Interval], Interval]:

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from fastlip.lipschitz._combinations import Combination, Concatenation, Difference, Sum
 from fastlip.lipschitz._multipliers import Activation, Map, SlopeNetwork, log10_bound, multiplications
 from fastlip.lipschitz._registry import Diagonal
-from fastlip.lipschitz._slopes import slopes_of
+from fastlip.lipschitz._slopes import slope_range
 from fastlip.lipschitz._steps import Step, origin_of
 from fastlip.norms import Operator
 from fastlip.norms._models.layer_output import apply_operator
@@ -154,11 +154,15 @@ def _is_covered(step: Step) -> bool:
 
 
 def _is_same(step: Step) -> bool:
-    return step.folded or step.same or type(step.module) in _SAME
+    return (
+        step.folded
+        or (step.same and math.prod(step.shape) == math.prod(step.inputs[0].shape))
+        or type(step.module) in _SAME
+    )
 
 
 def _slopes(step: Step) -> tuple[float, float] | None:
-    return None if step.folded or not isinstance(step.factor, (int, float)) else slopes_of(step.module)
+    return None if step.folded or not isinstance(step.factor, (int, float)) else slope_range(step.module)
 
 
 def _is_map(step: Step) -> bool:

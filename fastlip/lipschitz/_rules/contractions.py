@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -99,7 +99,7 @@ def _einsum(call: Call) -> Step | None:
     constants = {at: t.detach() for at, t in enumerate(operands) if not isinstance(t, fx.Node)}
     summed = [math.sqrt(axes.summed(at)) * (1.0 + EPS) for at in range(2)]
 
-    def apply(_: str, *given: object) -> Tensor:
+    def apply(_: str, *given: Any) -> Tensor:
         now = list(given[0]) if len(given) == 1 and isinstance(given[0], (list, tuple)) else list(given)
         for at, constant in constants.items():
             now[at] = constant.to(next(t for i, t in enumerate(now) if i not in constants))
@@ -115,7 +115,7 @@ def _einsum(call: Call) -> Step | None:
         slack = EPS * (axes.summed(at) + 8) * torch.maximum(low.abs(), high.abs()).nan_to_num(0.0, 0.0, 0.0)
         return Interval(low - slack, high + slack) if axes.summed(at) > 1 else Interval(low, high)
 
-    def interval(_: str, *given: object) -> Interval:
+    def interval(_: str, *given: Any) -> Interval:
         now = list(given[0]) if len(given) == 1 and isinstance(given[0], (list, tuple)) else list(given)
         both = []
         for at in range(2):

@@ -5,6 +5,7 @@ from torch import nn
 
 from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz._rowwise import by_ends, same_norm
 from fastlip.lipschitz._steps import Step
 
 #: Functions that keep all values, in their order.
@@ -35,4 +36,5 @@ def _move(call: Call) -> Step | None:
     same = call.target in _IN_ORDER
     module = nn.Identity() if same and call.shape == call.sources[0].shape else None
     apply = as_function(call.target)
-    return Step(call.where, call.name, call.sources, 1.0, call.shape, module=module, apply=apply, same=same)
+    interval = by_ends(call, apply, norm=same_norm)
+    return Step(call.where, call.name, call.sources, 1.0, call.shape, module, apply, interval, same=same)
