@@ -2,7 +2,6 @@
 
     FASTLIP_DATA=DIR python benchmarks/bench_strength.py suites plain.safetensors robust.safetensors
     FASTLIP_DATA=DIR python benchmarks/bench_strength.py norms plain.safetensors robust.safetensors
-    python benchmarks/strength_table.py > benchmarks/results/strength.md
 
 The networks are those of ``train_cnn.py``, the images the first ones of CIFAR-10's test set. Needs ``pyautoattack`` and
 ``adv-lib``.
@@ -13,10 +12,10 @@ of either counts as fooled if the model decides wrongly on it and it lies in the
 ``strength_suite_images.csv`` has a row for each image.
 
 "norms": the smallest perturbation of each correctly classified image under each method with so many forward and so
-many backward passes for an image (``--calls``) or a few less, as counted. Judged alike for all: found are images of the
-box that the model misclassifies, by their distance in float64; ``lost`` of them are classified correctly when each is
-given to the model alone. Quantisation is off (adv-lib's DDN has it on by default). ``strength_norm_images.csv`` has a
-row for each image and a column for each method.
+many backward passes for an image (``--calls``), a few more or less, as counted. Judged alike for all: found are images
+of the box that the model misclassifies, by their distance in float64; ``lost`` of them are classified correctly when
+each is given to the model alone. Quantisation is off (adv-lib's DDN has it on by default). ``strength_norm_images.csv``
+has a row for each image and a column for each method.
 """
 
 import argparse
