@@ -5,6 +5,7 @@ from torch import nn
 
 from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz._rowwise import by_ends, same_norm
 from fastlip.lipschitz._steps import Step
 
 #: Functions that keep all values, in their order.
@@ -34,4 +35,6 @@ def _move(call: Call) -> Step | None:
         raise missing_rule(f"{call.name} to another dtype", call.where)
     same = call.shape == call.sources[0].shape and call.target in _IN_ORDER
     module = nn.Identity() if same else None
-    return Step(call.where, call.name, call.sources, 1.0, call.shape, module=module, apply=as_function(call.target))
+    apply = as_function(call.target)
+    interval = by_ends(call, apply, norm=same_norm)
+    return Step(call.where, call.name, call.sources, 1.0, call.shape, module, apply=apply, interval=interval)

@@ -6,6 +6,7 @@ import torch
 
 from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._registry import builds
+from fastlip.lipschitz._rowwise import by_ends
 from fastlip.lipschitz._steps import Step
 
 
@@ -16,4 +17,6 @@ def _mean(call: Call) -> Step | None:
     # The mean of m values changes by at most 1/sqrt(m) times the norm of their change.
     ratio = math.prod(call.sources[0].shape) / max(math.prod(call.shape), 1)
     factor = ratio**-0.5 * (1.0 + 1e-15)
-    return Step(call.where, call.name, call.sources, factor, call.shape, apply=as_function(call.target))
+    apply, count = as_function(call.target), math.ceil(ratio)
+    interval = by_ends(call, apply, terms=max(count, 2))
+    return Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=interval)
