@@ -103,6 +103,11 @@ def function_builders(target: Any) -> tuple[list[Builder], bool]:
     return _BUILDERS.get(target, []), target in _FIXED
 
 
+def has_rule(function: Any) -> bool:
+    """Whether a function is bounded as a whole."""
+    return function in _BUILDERS or find_function_rule(function) is not None
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is bounded as a whole, so that its forward is not traced."""
     return find_rule(module) is not None or bool(module_builders(module))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._registry import is_leaf, missing_rule
+from fastlip.lipschitz._registry import has_rule, is_leaf, missing_rule
 from fastlip.norms._models.inputs import Refused
 from fastlip.norms._models.outputs import tensor_in
 from fastlip.norms._models.restore import as_found
@@ -99,7 +99,7 @@ def trace_graph(
         Refused: a tensor is used after an in-place operation overwrote it.
         MissingRule: a module has no rule; the message names it.
     """
-    tracer, root = _Tracer([x], is_leaf), Root(model)
+    tracer, root = _Tracer([x], is_leaf, lambda function: not has_rule(function)), Root(model)
     try:
         with as_found(model):  # a forward that stores a feature map stores a proxy now
             graph = tracer.trace(root)

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -119,7 +120,8 @@ class Tracer(fx.Tracer):
 
     Args:
         examples: inputs, [B, ...] each.
-        leaf: which modules are called as they are; those of ``torch.nn`` by default.
+        leaf: which modules are called as they are, besides those of ``torch.nn``.
+        inline: which functions that ``torch.fx.wrap`` keeps whole are traced into; none by default.
 
     Attributes:
         described: for each node what :func:`described` says of its value for the first example.
@@ -127,13 +129,19 @@ class Tracer(fx.Tracer):
         failed: the qualified name of the innermost module whose forward could not be traced.
     """
 
-    def __init__(self, examples: Sequence[Tensor], leaf: Callable[[nn.Module], bool] | None = None) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Tensor],
+        leaf: Callable[[nn.Module], bool] | None = None,
+        inline: Callable[[Any], bool] | None = None,
+    ) -> None:
         super().__init__()
         self.examples = tuple(examples)
         self.described: dict[fx.Node, Any] = {}
         self.constants: dict[fx.Node, Tensor] = {}
         self.failed = ""
         self._leaf = leaf
+        self._inline = inline
         self._running = False
         self._forward: Callable[..., Any] | None = None
 
@@ -185,6 +193,10 @@ class Tracer(fx.Tracer):
             kind, target = "call_function", _OPERATORS[target]
         if kind == "call_method" and target == "size" and not kwargs and len(args) == 1:
             return self.sizes(args[0])
+        if kind == "call_function" and self._inline is not None and _is_wrapped(target) and self._inline(target):
+            return target(*args, **kwargs)
+        if target is not operator.getitem:
+            args, kwargs = _spread(args), _spread(kwargs)
         arguments = _flat((args, kwargs))
         written = [(t, version_of(t)) for t in arguments if type(t) is not Proxy and isinstance(t, Tensor)]
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -253,6 +265,11 @@ class Tracer(fx.Tracer):
         return tuple(results)
 
 
+def _is_wrapped(function: Any) -> bool:
+    """Whether a function is one in Python that torch's own dispatch would not have recorded."""
+    return isinstance(function, FunctionType) and function.__module__.split(".")[0] != "torch"
+
+
 def _function(kind: str, target: Any) -> Callable[..., Any]:
     if kind == "call_function":
         return cast("Callable[..., Any]", target)
@@ -270,6 +287,15 @@ def _flat(value: Any, empty: tuple[Any, ...] = ()) -> list[Any]:
     if not isinstance(value, (tuple, list)):
         return [value]
     return [item for inner in value for item in _flat(inner)] or list(empty)
+
+
+def _spread(value: Any) -> Any:
+    """``value`` with the parts of tuples in place of proxies of tuples."""
+    if type(value) is Proxy:
+        return tuple(value) if isinstance(value.values[0], (tuple, list)) else value
+    if isinstance(value, dict):
+        return {k: _spread(v) for k, v in value.items()}
+    return type(value)(map(_spread, value)) if type(value) in (tuple, list) else value
 
 
 def _tensors(values: Any) -> list[Tensor]:
