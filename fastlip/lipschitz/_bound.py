@@ -212,10 +212,10 @@ def require_rules(
         require_eval(bare, training, traced.modules())
         replay(bare, shape, traced, domain)
         # Whether anything is unbounded does not depend on how large the norms are.
-        _sizes(bare, traced, dict.fromkeys(topological_order(traced.last), 0.0), domain)
+        _sizes(bare, traced, None, domain)
 
 
-def _sizes(model: nn.Module, traced: Traced, logs: dict[Step, float], domain: Domain) -> dict[Step, Sizes]:
+def _sizes(model: nn.Module, traced: Traced, logs: dict[Step, float] | None, domain: Domain) -> dict[Step, Sizes]:
     """How large the inputs of steps are whose constants depend on it, computed in float64."""
     like = example_input(model, domain.centre.shape)
     with torch.no_grad(), in_float64(model, like):

@@ -13,7 +13,7 @@ from fastlip.lipschitz._broadcast import copies
 from fastlip.lipschitz._calls import Call
 from fastlip.lipschitz._intervals import EPS, Interval
 from fastlip.lipschitz._registry import builds
-from fastlip.lipschitz._samples import on_samples
+from fastlip.lipschitz._rowwise import on_samples
 from fastlip.lipschitz._steps import Step
 
 

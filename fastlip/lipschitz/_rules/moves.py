@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds, missing_rule
-from fastlip.lipschitz._samples import increasing, on_samples
+from fastlip.lipschitz._rowwise import by_ends
 from fastlip.lipschitz._steps import Step
 
 
@@ -57,7 +57,7 @@ def _moved(call: Call, function: Callable[[Tensor], Tensor], *, in_order: bool) 
     def apply(x: Tensor, *_: Any, **__: Any) -> Tensor:
         return function(x)
 
-    interval = increasing(on_samples(function, source, call.alone, call.values.batch), 1.0)
+    interval = by_ends(call, apply, norm=lambda *norms: norms[0])
     return Step(call.where, call.name, [source], 1.0, call.shape, module=module, apply=apply, interval=interval)
 
 

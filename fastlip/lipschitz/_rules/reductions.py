@@ -9,9 +9,9 @@ from torch import Tensor, fx
 
 from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._calls import Call, as_function
-from fastlip.lipschitz._intervals import EPS, Interval
+from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds, missing_rule
-from fastlip.lipschitz._samples import increasing, on_samples
+from fastlip.lipschitz._rowwise import by_ends
 from fastlip.lipschitz._steps import Step
 
 
@@ -22,13 +22,14 @@ def _sum(call: Call) -> Step | None:
         return None
     terms = math.prod(call.sources[0].shape) / max(math.prod(call.shape), 1)
     factor = terms ** (-0.5 if call.name == "mean" else 0.5) * (1.0 + 1e-15) if terms else 0.0
-    on = _on_samples(call)
+    apply, count = _apply(call), math.ceil(terms)
+    means = by_ends(call, lambda x, *_, **__: apply(x) / (1 if call.name == "mean" else count), terms=max(count, 2))
 
-    def interval(x: Interval, *_: Any, **__: Any) -> Interval:
-        y = arithmetic.monotone_linear(on, x, math.ceil(terms))
-        return Interval(y.lower, y.upper, x.norm * (factor * (1.0 + 4.0 * EPS)))
+    def interval(*args: Any, **kwargs: Any) -> Interval:
+        y = means(*args, **kwargs)
+        return y if call.name == "mean" else arithmetic.scale(y, float(count))
 
-    return Step(call.where, call.name, call.sources, factor, call.shape, apply=_apply(call), interval=interval)
+    return Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=interval)
 
 
 @builds(torch.amax, torch.amin, "amax", "amin")
@@ -36,8 +37,9 @@ def _extreme(call: Call) -> Step | None:
     """No extreme of a group moves further than the one of its values that moves most."""
     if not _is_plain(call):
         return None
-    interval = increasing(_on_samples(call))
-    return Step(call.where, call.name, call.sources, 1.0, call.shape, apply=_apply(call), interval=interval)
+    apply = _apply(call)
+    interval = by_ends(call, apply)
+    return Step(call.where, call.name, call.sources, 1.0, call.shape, apply=apply, interval=interval)
 
 
 @builds(torch.max, torch.min, torch.sort, torch.topk, "max", "min", "sort", "topk")
@@ -47,15 +49,14 @@ def _sorted(call: Call) -> Step | tuple[Step | None, ...] | None:
         return None
     if call.node in call.values.shapes:  # the extreme of all values
         return _extreme(call)
-    function, shape = _function(call), call.values.bundles[call.node][0].shape
-    on = on_samples(lambda x: function(x)[0], call.sources[0], call.values.alone(shape), call.values.batch)
+    function, shape = _function(call), call.part_shapes[0]
+    assert shape is not None
 
     def apply(x: Tensor, *_: Any, **__: Any) -> Tensor:
         values: Tensor = function(x)[0]
         return values
 
-    sample = call.values.without_batch(shape)
-    return Step(call.where, call.name, call.sources, 1.0, sample, apply=apply, interval=increasing(on)), None
+    return Step(call.where, call.name, call.sources, 1.0, shape, apply=apply), None
 
 
 @builds(torch.logsumexp, "logsumexp")
@@ -90,7 +91,3 @@ def _function(call: Call) -> Callable[[Tensor], Any]:
 def _apply(call: Call) -> Callable[..., Tensor]:
     function = _function(call)
     return lambda x, *_, **__: function(x)
-
-
-def _on_samples(call: Call) -> Callable[[Tensor], Tensor]:
-    return on_samples(_function(call), call.sources[0], call.alone, call.values.batch)

@@ -11,7 +11,7 @@ from fastlip.lipschitz._broadcast import largest_slice
 from fastlip.lipschitz._calls import Call, with_constants
 from fastlip.lipschitz._intervals import EPS, Interval
 from fastlip.lipschitz._registry import Diagonal, Factor, builds, missing_rule
-from fastlip.lipschitz._samples import aligned
+from fastlip.lipschitz._rowwise import aligned, constant_sample
 from fastlip.lipschitz._steps import Step
 
 
@@ -40,17 +40,14 @@ def _scaled(call: Call, constant: Any, power: int) -> Step:
         raise missing_rule(f"a factor that is {type(constant).__name__}", call.where) from None
     if not torch.isfinite(value).all():
         raise missing_rule("a factor that is not finite", call.where)
-    rank = call.rank
 
-    def interval(*args: Any) -> Interval:
-        x = next(a for a in args if isinstance(a, Interval))
-        wide = Interval(*(aligned(end, call.sources[0], rank) for end in (x.lower, x.upper)))
-        y = arithmetic.scale(wide, value, 4.0 * EPS)
-        return Interval(*(end.reshape(x.batch, *call.shape) for end in (y.lower, y.upper)))
+    def interval(a: Any, b: Any) -> Interval:
+        x = a if isinstance(a, Interval) else b
+        return arithmetic.scale(x, constant_sample(call, value), 4.0 * EPS)
 
     apply = with_constants(operator.mul if power == 1 else operator.truediv, call.args)
     factor = _factor(value, call)
-    return Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=interval)
+    return Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=aligned(call, interval))
 
 
 def _factor(value: Tensor, call: Call) -> Factor:

@@ -3,7 +3,6 @@
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -121,7 +120,6 @@ class Tracer(fx.Tracer):
     Args:
         examples: inputs, [B, ...] each.
         leaf: which modules are called as they are, besides those of ``torch.nn``.
-        inline: which functions that ``torch.fx.wrap`` keeps whole are traced into; none by default.
 
     Attributes:
         described: for each node what :func:`described` says of its value for the first example.
@@ -129,19 +127,13 @@ class Tracer(fx.Tracer):
         failed: the qualified name of the innermost module whose forward could not be traced.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Tensor],
-        leaf: Callable[[nn.Module], bool] | None = None,
-        inline: Callable[[Any], bool] | None = None,
-    ) -> None:
+    def __init__(self, examples: Sequence[Tensor], leaf: Callable[[nn.Module], bool] | None = None) -> None:
         super().__init__()
         self.examples = tuple(examples)
         self.described: dict[fx.Node, Any] = {}
         self.constants: dict[fx.Node, Tensor] = {}
         self.failed = ""
         self._leaf = leaf
-        self._inline = inline
         self._running = False
         self._forward: Callable[..., Any] | None = None
 
@@ -193,8 +185,6 @@ class Tracer(fx.Tracer):
             kind, target = "call_function", _OPERATORS[target]
         if kind == "call_method" and target == "size" and not kwargs and len(args) == 1:
             return self.sizes(args[0])
-        if kind == "call_function" and self._inline is not None and _is_wrapped(target) and self._inline(target):
-            return target(*args, **kwargs)
         if target is not operator.getitem:
             args, kwargs = _spread(args), _spread(kwargs)
         arguments = _flat((args, kwargs))
@@ -263,11 +253,6 @@ class Tracer(fx.Tracer):
         finally:
             self._running = running
         return tuple(results)
-
-
-def _is_wrapped(function: Any) -> bool:
-    """Whether a function is one in Python that torch's own dispatch would not have recorded."""
-    return isinstance(function, FunctionType) and function.__module__.split(".")[0] != "torch"
 
 
 def _function(kind: str, target: Any) -> Callable[..., Any]:
