@@ -285,6 +285,16 @@ LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
         ["inner"],
         "in matmul",
     ),
+    "torch.func": (
+        lambda: Holder(lambda x, inner: torch.vmap(lambda row: row @ inner)(x), inner=torch.randn(4, 4)),
+        ["inner"],
+        "transform of torch.func",
+    ),
+    "of a list": (
+        lambda: _Wrapped(nn.ParameterList([torch.randn(4, 4)]), lambda m, x: x * m[0].amax().item()),
+        ["inner.0"],
+        "no use of it",
+    ),
     "BatchNorm of the batch": (
         lambda: _Wrapped(nn.BatchNorm1d(3, track_running_stats=False)),
         ["inner.weight"],
@@ -412,6 +422,11 @@ class Clipped(nn.Linear):
         return F.linear(x.clamp(-20, 20), self.weight, self.bias)
 
 
+class Flattening(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.flatten(1), self.weight)
+
+
 class Gated(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) * F.linear(x, self.weight).sigmoid()
@@ -426,6 +441,7 @@ def _hooked() -> nn.Module:
 ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "does more": (lambda: Doubled(3, 3, 1), "Doubled does not apply the map"),
     "does more with other inputs": (lambda: Clipped(4, 4), "Clipped does not apply the map"),
+    "another shape": (lambda: Flattening(48, 2), "takes another shape than its input's"),
     "two maps": (lambda: Gated(4, 4), "2 linear maps of weights are seen"),
     "no map": (lambda: _forward_of(nn.Linear(4, 4), lambda x: x), "no linear map of a weight is seen"),
     "hook": (_hooked, "Linear does not apply the map"),

@@ -61,8 +61,11 @@ def disagreements(uses: Sequence[Use]) -> dict[str, str]:
         for x, output in seen:
             try:
                 said = use.said(x)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (TypeError, ValueError) as error:  # there is no such map
                 found[use.name] = str(error)
+                break
+            except RuntimeError:
+                found[use.name] = _disagreement(use, "that map takes another shape than its input's")
                 break
             if not isinstance(output, Tensor) or output.shape != said.shape:
                 found[use.name] = _disagreement(use, "its output has another shape")

@@ -137,13 +137,15 @@ def _left_out(model: nn.Module, held: HeldTensors, ran: Recording, covered: set[
     """The weights of which a part of the use is in no layer, by name, with the reason."""
     found: dict[str, str] = {}
     for tensor, name in held.parameters.items():
-        owner = name.rpartition(".")[0]
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, (nn.ParameterList, nn.ParameterDict)):  # which have no forward
+            owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
         if not held.multiplies(tensor):
             continue
         if tensor in ran.left_out:
             found[name] = ran.left_out[tensor]
         elif tensor not in covered | ran.added:
-            found[name] = _UNSEEN if id(model.get_submodule(owner)) in ran.ran else DID_NOT_RUN
+            found[name] = _UNSEEN if id(owner) in ran.ran else DID_NOT_RUN
     for tensor, reason in ran.left_out.items():
         if tensor not in held.parameters and held.multiplies(tensor):
             found[held.name(tensor)] = reason

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlip.norms._models.agreement import Use
 from fastlip.norms._models.functions import WatchedFunctions
-from fastlip.norms._models.held import Factors, HeldTensors, Source
+from fastlip.norms._models.held import Factors, HeldTensors, Source, storage_address
 from fastlip.norms._models.linear_calls import LinearCall, LinearMap
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._operators.batchnorm import BATCHNORMS, NO_STATISTICS
@@ -110,7 +110,7 @@ def record_layers(
             if kind is not None:
                 handles.append(module.register_forward_pre_hook(partial(recorder.begin, kind)))
                 handles.append(module.register_forward_hook(recorder.end, with_kwargs=True))
-            elif module._parameters:
+            else:
                 handles.append(module.register_forward_pre_hook(recorder.runs))
         with WatchedFunctions(held, recorder):
             model(x.clone())
@@ -224,6 +224,9 @@ class _Recorder:
         """A linear map was applied, whose weight is computed from these tensors."""
         if self._running:
             self._running[-1].maps.append((call, tensors))
+            return
+        if call.x.numel() and not storage_address(call.x):
+            self.leaves_out(tensors, f"{call.map.name} is called on a tensor of a transform of torch.func")
             return
         source = self._held.source(tensors, call.map.operator.weight)
         if source.rows is not None and not label:
