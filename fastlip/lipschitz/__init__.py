@@ -5,6 +5,7 @@ whether all have one, and :func:`rule` adds rules for new modules and functions.
 Jacobian's norm at single points, which is a lower bound.
 """
 
+from fastlip.lipschitz._balls import BallBounds, local_lipschitz_bounds
 from fastlip.lipschitz._bound import LipschitzBound, Part, lipschitz_bound, require_rules
 from fastlip.lipschitz._domain import Domain
 from fastlip.lipschitz._intervals import Interval
@@ -15,6 +16,7 @@ from fastlip.lipschitz._rules import load_rules
 load_rules()
 
 __all__ = [
+    "BallBounds",
     "Diagonal",
     "Domain",
     "FunctionCall",
@@ -24,6 +26,7 @@ __all__ = [
     "Ranged",
     "lipschitz_bound",
     "local_lipschitz",
+    "local_lipschitz_bounds",
     "require_rules",
     "rule",
 ]

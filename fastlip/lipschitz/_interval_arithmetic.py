@@ -358,9 +358,13 @@ def _softplus(module: nn.Module, x: Interval) -> Interval:
     if not beta > 0.0:
         return Interval.unbounded(x.shape, x.batch, x.lower.device)
     y = through_function(x, _forward(module), limits=(0.0, INF))
-    # Above its threshold torch leaves out log(1 + exp(-beta x)) / beta, so that the function falls there.
-    jump = math.log1p(math.exp(-float(module.threshold))) / beta * (1.0 + _FEW)
+    jump = softplus_jump(module)
     return Interval(y.lower - jump, y.upper + jump)
+
+
+def softplus_jump(module: nn.Softplus) -> float:
+    """By how much a Softplus falls at its threshold: above it torch leaves out log(1 + exp(-beta x)) / beta."""
+    return math.log1p(math.exp(-float(module.threshold))) / abs(float(module.beta)) * (1.0 + _FEW)
 
 
 def _elu(alpha: Callable[[Any], float]) -> Callable[[nn.Module, Interval], Interval]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._intervals import Interval
+from fastlip.lipschitz._slopes import slope_bounds
 from fastlip.norms import conv_operator, module_operator
 from fastlip.norms._operators.dense import dense_matrix
 
@@ -366,3 +367,15 @@ def test_moves_take_the_interval_where_it_is_among_the_arguments():
     assert torch.equal(y.lower, x.lower.permute(0, 2, 1))
     assert torch.equal(y.upper, x.upper.permute(0, 2, 1))
     assert torch.equal(y.norm, x.norm)
+
+
+@pytest.mark.parametrize(("module", "exact"), ACTIVATIONS, ids=lambda a: repr(a) if isinstance(a, nn.Module) else "")
+def test_slopes_of_points_against_mpmath(module, exact):
+    points = torch.tensor(
+        [[-90.0, -7.3, -3.7, -2.9, -1.41, -0.7, -0.1, 0.1, 0.6, 1.49, 2.4, 3.9, 7.1, 30.0, 1e3]]
+    ).double()
+    low, high = slope_bounds(module, Interval(points, points))
+    for point, a, b in zip(points[0].tolist(), low[0].tolist(), high[0].tolist(), strict=True):
+        slope = mpmath.diff(exact, mpmath.mpf(point))
+        assert a <= slope + mpmath.mpf(10) ** -30
+        assert slope <= b + mpmath.mpf(10) ** -30

@@ -1,0 +1,291 @@
+"""Local constants on balls: the upper side is above every gradient and stretch found inside, and close to them."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlip.lipschitz import _ball_graph, lipschitz_bound, local_lipschitz_bounds
+from fastlip.lipschitz._gain import OpenUnits, largest_norm
+from fastlip.lipschitz._intervals import Interval
+from fastlip.lipschitz._slopes import slope_bounds
+
+
+def mlp(activation: nn.Module, *widths: int) -> nn.Sequential:
+    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), copy.deepcopy(activation))]
+    return nn.Sequential(*layers[:-1])
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.down, self.head = nn.Conv2d(4, 6, 1, stride=2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem((x - 0.4) / 0.5)
+        x = x + self.second(F.relu(self.norms[1](self.first(F.relu(self.norms[0](x))))))
+        x = F.gelu(self.down(F.relu(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(6, 4)
+        self.c = nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(x.size(0), -1)
+        a, b = torch.tanh(self.a(x)), F.leaky_relu(0.7 - self.b(x), 0.2)
+        return self.c(torch.cat([a, b], 1)) - 2.0 * a[:, :3] if False else self.c(torch.cat([a, b], dim=1))
+
+
+def weights(net: nn.Module, gain: float, seed: int) -> nn.Module:
+    g = torch.Generator().manual_seed(seed)
+    net = net.double().eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(0.3 * torch.randn(module.num_features, generator=g))
+            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=g))
+    with torch.no_grad():
+        for p in net.parameters():
+            size = gain / math.sqrt(p[0].numel()) if p.dim() > 1 else 0.3
+            p.copy_(size * torch.randn(p.shape, generator=g, dtype=torch.float64) + (p.dim() < 2) * 0.1)
+    return net
+
+
+NETS = {
+    "relu": (lambda: mlp(nn.ReLU(), 8, 12, 12, 4), (8,)),
+    "tanh": (lambda: mlp(nn.Tanh(), 6, 8, 8, 8, 3), (6,)),
+    "gelu": (lambda: mlp(nn.GELU(), 5, 7, 7, 2), (5,)),
+    "softplus": (lambda: mlp(nn.Softplus(threshold=40.0), 5, 7, 7, 2), (5,)),
+    "prelu": (lambda: mlp(nn.PReLU(), 6, 8, 8, 2), (6,)),
+    "relu6": (lambda: mlp(nn.ReLU6(), 6, 8, 8, 2), (6,)),
+    "hardswish": (lambda: mlp(nn.Hardswish(), 6, 8, 8, 2), (6,)),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, 2, 1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(4, 3, 2, 2),
+            nn.ELU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(12, 3),
+        ),
+        (2, 4, 4),
+    ),
+    "max-pool": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 6), nn.SiLU(), nn.Linear(6, 2)
+        ),
+        (2, 6, 6),
+    ),
+    "residual": (Residual, (2, 4, 4)),
+    "branches": (Branches, (2, 3)),
+}
+
+
+def balls(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.rand((3, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def jacobians(net: nn.Module, x: Tensor) -> Tensor:
+    """Jacobians of single samples, [B, outputs, inputs]."""
+    together = torch.autograd.functional.jacobian(lambda t: net(t).flatten(1).sum(0), x.detach())
+    return together.flatten(2).transpose(0, 1)
+
+
+def largest_found(net: nn.Module, x: Tensor, radius: float, norm: str, seed: int = 0) -> Tensor:
+    """Largest Jacobian norm at points of the ball, moved along the worst direction, and stretches."""
+    g = torch.Generator().manual_seed(seed)
+    best = torch.zeros(len(x), dtype=torch.float64)
+
+    def project(t: Tensor) -> Tensor:
+        away = t - x
+        if norm == "linf":
+            return x + away.clamp(-radius, radius)
+        size = away.flatten(1).norm(dim=1).view(-1, *(1,) * (x.dim() - 1))
+        return x + away * (radius / size.clamp_min(1e-30)).clamp_max(1.0)
+
+    with torch.no_grad():
+        for _ in range(3):
+            point = project(x + 2.0 * radius * torch.randn(x.shape, generator=g, dtype=torch.float64))
+            for _ in range(4):
+                _, values, right = torch.linalg.svd(jacobians(net, point), full_matrices=False)
+                best = torch.maximum(best, values[:, 0])
+                other = project(point + radius * right[:, 0].view_as(x))
+                distance = (other - point).flatten(1).norm(dim=1)
+                stretch = (net(other) - net(point)).flatten(1).norm(dim=1) / distance.clamp_min(1e-30)
+                best = torch.maximum(best, torch.where(distance > 1e-6, stretch, 0.0))
+                point = other
+    return best
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_upper_sides_are_above_what_is_found_in_the_ball(name):
+    build, shape = NETS[name]
+    net, x = weights(build(), 2.0, 0), balls(shape)
+    for radius, norm in ((0.05, "l2"), (0.5, "l2"), (0.05, "linf"), (20.0, "l2")):
+        found = largest_found(net, x, radius, norm)
+        bounds = local_lipschitz_bounds(net, x, radius, norm=norm, points=1, check=radius == 20.0)
+        assert (bounds.upper >= found * (1.0 - 1e-9)).all(), (radius, norm)
+        assert (bounds.upper >= bounds.lower * (1.0 - 1e-9)).all()
+        assert bounds.upper.isfinite().all()
+        assert bounds.confidence == 1.0
+
+
+def test_a_wrong_mask_gives_a_bound_that_is_refuted(monkeypatch):
+    """Units held to be on one side of their kink all over the ball, because they are at its centre."""
+
+    def wrong(module: nn.Module, x: Interval) -> tuple[Tensor, Tensor]:
+        positive = (0.5 * (x.lower + x.upper) > 0.0).double()
+        return positive, positive
+
+    net, x = weights(mlp(nn.ReLU(), 8, 12, 12, 4), 1.0, 0), balls((8,))
+    found = largest_found(net, x, 0.5, "l2")
+    assert (local_lipschitz_bounds(net, x, 0.5).upper >= found).all()
+    monkeypatch.setattr(_ball_graph, "slope_bounds", wrong)
+    assert (local_lipschitz_bounds(net, x, 0.5).upper < found).any()
+
+
+def test_both_sides_meet_at_a_point_and_stay_within_the_global_bound():
+    net, x = weights(mlp(nn.ReLU(), 8, 12, 12, 4), 1.5, 3), balls((8,))
+    point = local_lipschitz_bounds(net, x, 0.0, points=1)
+    exact = torch.linalg.matrix_norm(jacobians(net, x), 2)
+    assert torch.allclose(point.upper, exact, rtol=1e-6)
+    assert torch.allclose(point.lower, exact, rtol=1e-2)
+    plain = lipschitz_bound(net, (8,)).upper
+    last = torch.zeros(3, dtype=torch.float64)
+    for radius in (0.01, 0.1, 1.0, 100.0):
+        upper = local_lipschitz_bounds(net, x, radius, points=1).upper
+        assert (upper >= last * (1.0 - 1e-2)).all()
+        assert (upper <= plain * (1.0 + 1e-9)).all()
+        last = upper
+
+
+def test_a_radius_for_each_sample_and_points_within_it():
+    net, x = weights(mlp(nn.Tanh(), 6, 8, 3), 2.0, 1).float(), balls((6,)).float()
+    radius = torch.tensor([0.0, 0.1, 1.0])
+    for norm in ("l2", "linf"):
+        bounds = local_lipschitz_bounds(net, x, radius, norm=norm, generator=torch.Generator().manual_seed(0))
+        away = (bounds.points - x).double()
+        size = away.norm(dim=1) if norm == "l2" else away.abs().amax(1)
+        assert (size <= radius * (1.0 + 1e-5) + 1e-7).all()
+        at = jacobians(net.double(), bounds.points.double())
+        net.float()
+        assert (torch.linalg.matrix_norm(at, 2) >= bounds.lower * (1.0 - 1e-4)).all()
+        one = [local_lipschitz_bounds(net, t[None], r.item(), norm=norm).upper for t, r in zip(x, radius, strict=True)]
+        assert torch.allclose(torch.cat(one), bounds.upper, rtol=0.05)
+
+
+def test_networks_that_are_too_large_get_the_global_bound(monkeypatch):
+    net, x = weights(mlp(nn.ReLU(), 8, 12, 4), 1.0, 0), balls((8,))
+    monkeypatch.setattr("fastlip.lipschitz._balls._MOST_ELEMENTS", 40)
+    bounds = local_lipschitz_bounds(net, x, 0.1)
+    assert (bounds.upper == lipschitz_bound(net, (8,)).upper).all()
+    monkeypatch.setattr("fastlip.lipschitz._balls._MOST_ELEMENTS", 8 * 20)  # one sample at a time
+    assert (local_lipschitz_bounds(net, x, 1e-3).upper < bounds.upper).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"radius": -1.0}, "radius"),
+        ({"radius": math.nan}, "radius"),
+        ({"radius": torch.ones(2)}, "radius"),
+        ({"radius": 0.1, "norm": "l1"}, "norm"),
+        ({"radius": 0.1, "points": 0}, "points"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        local_lipschitz_bounds(mlp(nn.ReLU(), 4, 4, 2), torch.rand(3, 4), **arguments)
+
+
+def units(seed: int, scale: float = 1.0, error: float = 0.0) -> OpenUnits:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    between = draw(2, 5, 5).tril(-1)
+    between[:, 1:3, 1:3] = 0.0
+    between[:, 3:, 3:] = 0.0
+    delta = torch.rand(2, 5, generator=g, dtype=torch.float64)
+    delta[1, 2] = 0.0
+    return OpenUnits(
+        scale * draw(2, 3, 4), draw(2, 3, 5), between, scale * draw(2, 5, 4), delta, scale * torch.ones(2, 5) * 3.0,
+        [slice(0, 1), slice(1, 3), slice(3, 5)], torch.full((2, 9), error), torch.full((2, 3, 9), error),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1.0, 1e100])
+def test_the_gain_covers_every_choice_of_slopes(scale):
+    for seed in range(10):
+        u = units(seed, scale)
+        bound = largest_norm(u)
+        worst = torch.zeros(2, dtype=torch.float64)
+        for signs in itertools.product((-1.0, 1.0), repeat=5):
+            d = torch.diag_embed(u.delta * torch.tensor(signs, dtype=torch.float64))
+            inner = torch.linalg.solve(torch.eye(5, dtype=torch.float64) - u.between @ d, u.right)
+            worst = torch.maximum(worst, torch.linalg.matrix_norm(u.outer + u.left @ d @ inner, 2))
+        assert (bound >= worst).all()
+        assert (bound <= 2.0 * worst).all()
+
+
+def test_the_gain_grows_with_the_errors_of_its_matrices():
+    exact, blurred, lost = (largest_norm(units(0, error=e)) for e in (0.0, 1e-3, 1e3))
+    assert (blurred > exact * (1.0 + 1e-4)).all()
+    assert (blurred < exact * 1.1).all()
+    assert lost.isinf().all() or (lost > 1e3).all()
+
+
+SLOPES = [
+    nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.2), nn.LeakyReLU(-0.5), nn.Hardtanh(-0.5, 0.7), nn.Hardsigmoid(),
+    nn.Softshrink(), nn.Sigmoid(), nn.Tanh(), nn.Softsign(), nn.Tanhshrink(), nn.LogSigmoid(), nn.Softplus(),
+    nn.Softplus(3.0, 40.0), nn.ELU(), nn.ELU(2.0), nn.ELU(-0.5), nn.CELU(0.5), nn.SELU(), nn.GELU(), nn.GELU("tanh"),
+    nn.SiLU(), nn.Mish(), nn.Hardswish(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", SLOPES, ids=repr)
+def test_slopes_stay_within_their_bounds(module):
+    grid = torch.linspace(-7.03, 6.97, 141, dtype=torch.float64)
+    values = torch.func.vmap(torch.func.grad(lambda t: module(t)))(grid)
+    secants = module(grid).diff() / grid.diff()
+    for a, b in itertools.combinations(range(0, 141, 5), 2):
+        low, high = slope_bounds(module, Interval(grid[a].view(1, 1), grid[b].view(1, 1)))
+        inside = torch.cat([values[a : b + 1], secants[a:b]])
+        assert low.item() <= inside.min() + 1e-8
+        assert inside.max() - 1e-8 <= high.item()  # autograd takes 1 / 6 in float32
+        # The bounds are attained, up to the grid.
+        assert low.item() >= inside.min() - 0.1
+        assert high.item() <= inside.max() + 0.1
+    low, high = slope_bounds(module, Interval.unbounded((1,)))
+    assert low.item() - 1e-8 <= values.min()
+    assert values.max() <= high.item() + 1e-8
+    far = Interval(torch.tensor([[1e6, -1e300]]), torch.tensor([[1e300, -1e6]]))
+    low, high = slope_bounds(module, far)
+    assert (high - low <= 2e-9).all() or isinstance(module, nn.ELU | nn.SELU)
+    touching = slope_bounds(nn.ReLU(), Interval(torch.zeros(1, 1), torch.ones(1, 1)))
+    assert (touching[0].item(), touching[1].item()) == (0.0, 1.0)
+
+
+def test_slopes_of_prelu_by_channel():
+    module = nn.PReLU(2).double()
+    module.weight.data = torch.tensor([0.25, -3.0], dtype=torch.float64)
+    x = Interval(torch.tensor([[[-1.0, 1.0], [-1.0, -2.0]]]), torch.tensor([[[1.0, 2.0], [1.0, -1.0]]]))
+    low, high = slope_bounds(module, x)
+    assert low.tolist() == [[[0.25, 1.0], [-3.0, -3.0]]]
+    assert high.tolist() == [[[1.0, 1.0], [1.0, -3.0]]]
+
+
+def test_modules_without_known_slopes_have_none():
+    assert slope_bounds(nn.MaxPool2d(2), Interval.box(0.0, 1.0, (1, 4, 4))) is None
