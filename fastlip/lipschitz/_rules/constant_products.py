@@ -35,8 +35,8 @@ def _matmul(call: Call) -> Step | None:
         return lambda t: t @ matrix.to(t) if at == 0 else matrix.to(t) @ t
 
     def interval(*args: Any) -> Interval:
-        maps = (on_samples(by(m), source, call.alone, call.values.batch) for m in (held, held.abs()))
-        return arithmetic.linear(*maps, args[at], terms)
+        product, sums = (on_samples(by(m), source, call.alone, call.values.batch) for m in (held, held.abs()))
+        return arithmetic.linear(product, sums, args[at], terms)
 
     def apply(*args: Tensor) -> Tensor:
         return by(held)(args[at])
