@@ -58,7 +58,7 @@ def _moved(call: Call, function: Callable[[Tensor], Tensor], *, in_order: bool) 
         return function(x)
 
     interval = by_ends(call, apply, norm=lambda *norms: norms[0])
-    return Step(call.where, call.name, [source], 1.0, call.shape, module=module, apply=apply, interval=interval)
+    return Step(call.where, call.name, [source], 1.0, call.shape, module, apply, interval, same=in_order)
 
 
 @builds("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda", fixed=True)
@@ -75,4 +75,4 @@ def _converted(call: Call) -> Step:
         return x
 
     sources, same = call.sources[:1], nn.Identity()
-    return Step(call.where, call.name, sources, 1.0, call.shape, same, apply=apply, interval=interval)
+    return Step(call.where, call.name, sources, 1.0, call.shape, same, apply, interval, same=True)

@@ -1,7 +1,7 @@
 """Reductions of a tensor to fewer values, and sorting."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def _extreme(call: Call) -> Step | None:
 
 
 @builds(torch.max, torch.min, torch.sort, torch.topk, "max", "min", "sort", "topk")
-def _sorted(call: Call) -> Step | tuple[Step | None, ...] | None:
+def _sorted(call: Call) -> Step | Sequence[Step | None] | None:
     """Values in order are no further apart than before (the rearrangement inequality); extremes are among them."""
     if not _is_plain(call):
         return None
