@@ -113,7 +113,11 @@ def _run_for_layers(
         if call.name in wrong:
             for tensor in call.covers - covered:
                 ran.left_out.setdefault(tensor, wrong[call.name])
-    return _Found(found, _left_out(model, held, ran, covered), ran.own_weights and not computed and not wrong)
+    left_out = _left_out(model, held, ran, covered)
+    for call in ran.calls:  # a layer whose weight is none of the model's tensors
+        if call.name in wrong and not any(map(held.multiplies, call.covers)):
+            left_out[call.name] = wrong[call.name]
+    return _Found(found, left_out, ran.own_weights and not computed and not wrong)
 
 
 def _operator_of(call: LayerCall) -> Operator | None:
@@ -204,4 +208,5 @@ def _are_same(ones: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
 
 def _is_same(one: LayerCall, other: LayerCall) -> bool:
     """Whether two calls are of one map with one weight."""
-    return one.key == other.key and all(map(torch.equal, one.computed, other.computed))
+    both = one.computed, other.computed
+    return one.key == other.key and len(both[0]) == len(both[1]) and all(map(torch.equal, *both))
