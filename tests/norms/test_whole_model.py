@@ -512,6 +512,23 @@ def test_a_layer_whose_weight_is_made_from_the_input_has_no_norm(way: str) -> No
     assert report.left_out["layer" if way == "attribute" else "layer.weight"]
 
 
+def test_a_weight_that_is_normalised_again_in_each_run_is_the_same_but_for_rounding() -> None:
+    class Normalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(50, 40)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.fc.weight.data = F.normalize(self.fc.weight, dim=1)
+            return self.fc(x)
+
+    torch.manual_seed(0)
+    model = Normalising()
+    report = layer_norms(model, (50,), strict=True)
+    upper = torch.linalg.matrix_norm(F.normalize(model.fc.weight, dim=1).double(), 2).item()
+    assert report["fc"].upper == pytest.approx(upper, rel=1e-5)
+
+
 def _as_one_image(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.reshape(1, 1, -1, x.shape[-1])).reshape(x.shape)
 

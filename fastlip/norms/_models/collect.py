@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastlip.norms._models.agreement import disagreements
+from fastlip.norms._models.closeness import agree
 from fastlip.norms._models.eval_mode import eval_mode, require_eval
 from fastlip.norms._models.held import HeldTensors, Source
 from fastlip.norms._models.inputs import example_input, random_inputs, runs_on
@@ -24,6 +25,8 @@ from fastlip.norms._operators.modules import TRANSPOSED, module_operator
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._operators.registry import find_operator, registered_operator
 
+#: Units of rounding by which a weight may differ that is computed again, as where a forward normalises it each time.
+_FEW = 64
 #: Why a weight is left out of which no use was seen; the first is no fault of the report's.
 DID_NOT_RUN = "its module did not run"
 _UNSEEN = "no use of it was seen in the run, as inside TorchScript or functions that are not torch's"
@@ -177,7 +180,7 @@ def _record(
         alone = record_layers(model, held, x[:1], fold_batchnorm=fold_batchnorm, keep=True)
     alone.calls, alone.own_weights = _distinct(alone.calls), first.own_weights
     one, two = _by_name(alone.calls), _by_name(first.calls)
-    differ = {name for name in one | two if not _are_same(one[name], two[name])}
+    differ = {name for name in one | two if not _are_alike(one[name], two[name])}
     alone.calls += [call for call in first.calls if call.name not in one]
     alone.left_out |= first.left_out
     return alone, dict.fromkeys(differ, _BATCH)
@@ -202,8 +205,17 @@ def _by_name(calls: Iterable[LayerCall]) -> dict[str, list[LayerCall]]:
     return found
 
 
-def _are_same(ones: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
-    return len(ones) == len(others) and all(map(_is_same, ones, others))
+def _are_alike(ones: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
+    """Whether the calls of one layer in two runs are the same, but for rounding of weights that were computed."""
+    return len(ones) == len(others) and all(map(_is_alike, ones, others))
+
+
+def _is_alike(one: LayerCall, other: LayerCall) -> bool:
+    return (
+        one.key == other.key
+        and len(one.computed) == len(other.computed)
+        and all(agree(w, v, _FEW * torch.finfo(w.dtype).eps) for w, v in zip(one.computed, other.computed, strict=True))
+    )
 
 
 def _is_same(one: LayerCall, other: LayerCall) -> bool:
