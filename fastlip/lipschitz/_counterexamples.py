@@ -4,7 +4,7 @@ Finding none proves nothing, but a bound that a wrong rule made too small is oft
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import nullcontext
 
 import torch
@@ -28,8 +28,10 @@ _SLACK = 1e-6
 _SLACK_NATIVE = 1e-2
 
 
-def require_bounded(steps: Sequence[Step], totals: dict[Step, float]) -> None:
+def require_bounded(steps: Sequence[Step], totals: dict[Step, float], ends: Set[Step] = frozenset()) -> None:
     """Check that no step, and no sequence of steps from the input, moves two samples of the replay apart too far.
+
+    The constant from the input to one of ``ends`` is not that of the step before times its own.
 
     Raises:
         ValueError: at some step they are further apart than the bound allows; the message names it.
@@ -41,7 +43,8 @@ def require_bounded(steps: Sequence[Step], totals: dict[Step, float]) -> None:
     distance = dict(zip(compared, moved, strict=True))
     for step in compared:
         for source in {steps[0], *step.inputs[:1]}:
-            if source not in distance or (len(step.inputs) != 1 and source is not steps[0]):
+            own = len(step.inputs) == 1 and step not in ends
+            if source not in distance or not (own or source is steps[0]):
                 continue
             allowed = totals[step] - totals[source]
             if _exceeds(distance[step], distance[source], allowed, _SLACK_NATIVE):

@@ -33,8 +33,8 @@ def _move(call: Call) -> Step | None:
         return None
     if call.values.dtypes[call.node] != call.source_dtype:
         raise missing_rule(f"{call.name} to another dtype", call.where)
-    same = call.shape == call.sources[0].shape and call.target in _IN_ORDER
-    module = nn.Identity() if same else None
+    same = call.target in _IN_ORDER
+    module = nn.Identity() if same and call.shape == call.sources[0].shape else None
     apply = as_function(call.target)
     interval = by_ends(call, apply, norm=same_norm)
-    return Step(call.where, call.name, call.sources, 1.0, call.shape, module, apply=apply, interval=interval)
+    return Step(call.where, call.name, call.sources, 1.0, call.shape, module, apply, interval, same=same)

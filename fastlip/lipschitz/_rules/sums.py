@@ -45,7 +45,10 @@ def _sum(call: Call) -> Step:
         return arithmetic.shift(b if added else arithmetic.negative(b), a)
 
     apply = with_constants(by, call.args)
-    return Step(call.where, call.name, inputs, factor, call.shape, apply=apply, interval=aligned(call, interval))
+    same = added and factor == 1.0
+    return Step(
+        call.where, call.name, inputs, factor, call.shape, apply=apply, interval=aligned(call, interval), same=same
+    )
 
 
 @builds(torch.cat, torch.concat, torch.concatenate, fixed=True)
