@@ -74,7 +74,8 @@ def find_regions(steps: Sequence[Step], sums: bool) -> list[Region]:
     regions: list[Region] = []
     for step in steps:
         start = starts[step]
-        if start is not step and (not step.users or any(starts[user] is not start for user in step.users)):
+        users = [starts[user] for user in step.users if user in starts]  # others do not lead to the output
+        if start is not step and (not users or any(user is not start for user in users)):
             found = _trimmed(start, step, order)
             if found is not None and found.end not in (region.end for region in regions):
                 regions.append(found)
