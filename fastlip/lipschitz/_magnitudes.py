@@ -223,8 +223,8 @@ class _Follow:
         if least < lower - slack or largest > upper + slack:
             raise Refused(
                 f"{step.name} ({step.kind}) has values from {least:.4g} to {largest:.4g} on this domain, outside of "
-                f"the bounds from {lower:.4g} to {upper:.4g}. If it has a rule of its own, that is wrong; otherwise please "
-                "report this model to fastlip's developers"
+                f"the bounds from {lower:.4g} to {upper:.4g}. If it has a rule of its own, that is wrong; otherwise "
+                "please report this model to fastlip's developers"
             )
 
     def _keep(self, step: Step, known: Interval, total: float) -> Interval:
