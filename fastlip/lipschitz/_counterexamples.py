@@ -23,6 +23,8 @@ from fastlip.norms._models.restore import as_found
 _EFFORT = ((1 << 18, 8, 8), (1 << 22, 4, 3), (math.inf, 1, 1))
 #: log10 of a stretch over the bound below which the search ends.
 _FAR_BELOW = -3.0
+#: Methods that may round what is in float64, so that small steps show their rounding.
+_CONVERSIONS = ("to", "float", "half", "bfloat16", "type", "type_as")
 #: Error of log10 of a stretch by rounding, in float64 and in other dtypes.
 _SLACK = 1e-6
 _SLACK_NATIVE = 1e-2
@@ -79,7 +81,8 @@ def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, domain:
     with runs_on(model, input_shape):
         found = None
         try:
-            with in_float64(model, x) if size <= SMALL else nullcontext(x) as chosen:
+            narrow = size > SMALL or any(step.kind in _CONVERSIONS for step in traced.steps.values())
+            with nullcontext(x) if narrow else in_float64(model, x) as chosen:
                 found = _search(model, chosen, domain, rounds, log10_upper)
         except torch.OutOfMemoryError:
             raise
