@@ -81,7 +81,9 @@ def networks(data: Path | None) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         nn.Linear(256, 10),
     )
     layers = [
-        layer for _ in range(4) for layer in (Residual(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)), nn.ReLU())
+        layer
+        for _ in range(4)
+        for layer in (Residual(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)), nn.ReLU())
     ]
     maps = [
         layer
