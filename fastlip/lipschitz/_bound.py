@@ -15,6 +15,7 @@ from fastlip.lipschitz._domain import Domain, domain_of
 from fastlip.lipschitz._graph import Traced, fold_scales, trace
 from fastlip.lipschitz._log_arithmetic import exp10, log10, multiply
 from fastlip.lipschitz._magnitudes import Sizes, sizes_on
+from fastlip.lipschitz._regions import bound_regions, find_regions
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._replay import in_float64, replay
 from fastlip.lipschitz._residual import Block, block_factor, block_operators, find_block
@@ -27,6 +28,8 @@ from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
 
 #: Relative width of auxiliary norms, in units of that of the layers' norms.
 _AUXILIARY = 4.0
+#: Most pairs of rows whose distance is computed directly.
+_PAIRS = 1 << 12
 #: Depth of nested branches up to which a bound shows its parts.
 _DEEPEST = 100
 
@@ -40,7 +43,8 @@ class Part:
         kind: class of the module, or name of the function.
         log10_factor: log10 of the factor that this part contributes.
         norm: interval of the layer's norm, for layers with weights.
-        branches: for what combines several tensors, the parts of each branch since their common origin.
+        branches: for what combines several tensors, the parts of each branch since their common origin; for a "joint
+            bound" of several steps, their own parts, whose product is larger.
         sizes: where the factor depends on how large the inputs are: the largest magnitude of an element of each, on the
             bound's domain.
     """
@@ -125,6 +129,7 @@ def lipschitz_bound(
     around: Tensor | None = None,
     radius: float | None = None,
     tight_residuals: bool = True,
+    tight_chains: bool = True,
     check: bool = True,
     options: NormOptions | None = None,
     **keywords: Unpack[NormKeywords],
@@ -155,6 +160,8 @@ def lipschitz_bound(
         radius: the distance.
         tight_residuals: whether residual blocks get their tighter constant, which costs up to three more norms per
             block and half of 1 - ``confidence``. Has an effect only if ``method`` is "auto", "lanczos" or "power".
+        tight_chains: whether small networks, and small parts of others, are bounded as a whole, by multipliers for the
+            slopes of their activations (LipSDP); such a bound is certain. Parts with sums need ``tight_residuals``.
         check: whether to compare the traced graph with the model, and to look for a counter-example.
         options: how to compute the layers' norms; ``options.confidence`` is the probability that the bound holds, and
             ``options.progress`` counts layers first and then the operators of residual blocks.
@@ -176,9 +183,9 @@ def lipschitz_bound(
         if check:
             replay(bare, shape, traced, domain)
         fold_scales(traced.last)
-        bound, totals = _bound(bare, traced, domain, resolved, tight_residuals)
+        bound, totals, ends = _bound(bare, traced, domain, resolved, tight_residuals, tight_chains)
         if check:
-            require_bounded(topological_order(traced.last), totals)
+            require_bounded(topological_order(traced.last), totals, ends)
             refute(bare, shape, traced, domain, bound.log10_upper)
     return bound
 
@@ -223,9 +230,14 @@ def _sizes(model: nn.Module, traced: Traced, logs: dict[Step, float] | None, dom
 
 
 def _bound(
-    model: nn.Module, traced: Traced, domain: Domain, options: ResolvedOptions, tight_residuals: bool
-) -> tuple[LipschitzBound, dict[Step, float]]:
-    """The bound, and log10 of the bound from the model's input to each step."""
+    model: nn.Module,
+    traced: Traced,
+    domain: Domain,
+    options: ResolvedOptions,
+    tight_residuals: bool,
+    tight_chains: bool,
+) -> tuple[LipschitzBound, dict[Step, float], set[Step]]:
+    """The bound, log10 of the bound from the model's input to each step, and the steps that end in a tighter part."""
     last = traced.last
     steps = topological_order(last)
     blocks = _blocks(steps) if tight_residuals and options.method in ("auto", "lanczos", "power") else []
@@ -235,10 +247,11 @@ def _bound(
     norms = _norms(steps, share)
     logs = {step: log10(_constant(step, norms)) for step in steps if not isinstance(step.factor, Combination)}
     sizes = _sizes(model, traced, logs, domain)
-    plain = _compose(steps, logs, sizes, {})
+    plain, _ = _compose(steps, logs, sizes)
     # These norms are added to other terms, so that less accuracy suffices.
     tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * options.rtol))
-    totals = _compose(steps, logs, sizes, tighter)
+    regions = bound_regions(find_regions(steps, tight_residuals)) if tight_chains else {}
+    totals, origins = _compose(steps, logs, sizes, tighter, regions)
     given = [n.confidence for n in norms.values() if n.confidence < 1.0] + chances
     drawn = bool(chances) or any(isinstance(s.factor, Operator) and norms[s].confidence < 1.0 for s in norms)
     # Operators share 1 - confidence; each interval that a rule returns adds its own probability of failure.
@@ -247,14 +260,14 @@ def _bound(
     bound = LipschitzBound(
         totals[last],
         max(0.0, (options.confidence if drawn else 1.0) - own) if given else 1.0,
-        tuple(_PartTree(steps, totals, logs, norms, sizes).parts(last, None)),
+        tuple(_PartTree(steps, totals, logs, norms, sizes, origins).parts(last, None)),
         reduce(multiply, (logs[s] for s in layers), 0.0),
         _margin(last, totals),
         plain[last],
         options.generator.initial_seed() if drawn else None,
         domain,
     )
-    return bound, totals
+    return bound, totals, set(origins)
 
 
 def _norms(steps: list[Step], options: ResolvedOptions) -> dict[Step, NormInterval]:
@@ -300,7 +313,7 @@ def _tighten(
     ]
     finite = [i for i, block in enumerate(blocks) if math.isfinite(plain[block.total]) and math.isfinite(before[i])]
     requests = {i: block_operators(blocks[i], norms, before[i]) for i in finite}
-    intervals = iter(operator_norms([op for ops in requests.values() for op in ops], options))
+    intervals = iter(operator_norms([needed.operator for ops in requests.values() for needed in ops], options))
     tighter: dict[Step, tuple[Step, float]] = {}
     chances: list[float] = []
     for i, ops in requests.items():
@@ -311,25 +324,30 @@ def _tighten(
     return tighter, chances
 
 
+_Tighter = dict[Step, tuple[Step, float]]
+
+
 def _compose(
-    steps: list[Step],
-    logs: dict[Step, float],
-    sizes: dict[Step, Sizes],
-    tighter: dict[Step, tuple[Step, float]],
-) -> dict[Step, float]:
-    """log10 of the bound from the model's input to each step."""
+    steps: list[Step], logs: dict[Step, float], sizes: dict[Step, Sizes], *tighter: _Tighter
+) -> tuple[dict[Step, float], dict[Step, Step]]:
+    """log10 of the bound from the model's input to each step; and the origins of the tighter parts that made it less.
+
+    Each of ``tighter`` has the origin and log10 of the constant of the part that ends in a step.
+    """
     totals: dict[Step, float] = {}
+    origins: dict[Step, Step] = {}
     for step in steps:
         if isinstance(step.factor, Combination):
             inputs = [totals[source] for source in step.inputs]
             weighted = isinstance(step.factor, Weighted)
             totals[step] = weighted_sum(inputs, sizes[step].weights) if weighted else step.factor.constant(inputs, ())
-            if step in tighter:
-                origin, factor = tighter[step]
-                totals[step] = min(totals[step], multiply(totals[origin], factor))
         else:
             totals[step] = multiply(logs[step], totals[step.inputs[0]]) if step.inputs else 0.0
-    return totals
+        for origin, log in (part[step] for part in tighter if step in part):
+            total = multiply(totals[origin], log)
+            if total < totals[step]:
+                totals[step], origins[step] = total, origin
+    return totals, origins
 
 
 def _margin(last: Step, totals: dict[Step, float]) -> float:
@@ -338,10 +356,21 @@ def _margin(last: Step, totals: dict[Step, float]) -> float:
     is_matrix = isinstance(last.module, nn.Linear) and last.exact and len(last.shape) == 1
     if is_matrix and isinstance(last.factor, Operator):
         rows = last.factor.weight.double()
-        # The expanded square would suffer from cancellation.
-        distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").max().item()
+        distance = _largest_distance(rows)
         bound = min(bound, multiply(totals[last.inputs[0]], log10(distance * (1.0 + 1e-12))))
     return bound
+
+
+def _largest_distance(rows: Tensor) -> float:
+    """Largest distance of two rows of a matrix [n, m] float64, rounded upwards."""
+    squares = rows.square().sum(1)
+    products = rows @ rows.mT
+    expanded = squares[:, None] + squares - 2.0 * products
+    # The expanded square suffers from cancellation: all pairs that may be the farthest are computed once more.
+    slack = 4.0 * (rows.shape[1] + 4) * torch.finfo(torch.float64).eps * squares.max()
+    near = (expanded >= expanded.max() - 2.0 * slack).triu().nonzero()[:_PAIRS]
+    exact = torch.linalg.vector_norm(rows[near[:, 0]] - rows[near[:, 1]], dim=1).max().item()
+    return exact if len(near) < _PAIRS else math.sqrt(max((expanded.max() + slack).item(), 0.0))
 
 
 class _PartTree:
@@ -354,7 +383,9 @@ class _PartTree:
         logs: dict[Step, float],
         norms: dict[Step, NormInterval],
         sizes: dict[Step, Sizes],
+        origins: dict[Step, Step],
     ) -> None:
+        self._origins = dict(origins)
         self._order = {step: at for at, step in enumerate(steps)}
         self._totals, self._logs, self._norms, self._sizes = totals, logs, norms, sizes
         self._shown: set[Step] = set()
@@ -363,6 +394,12 @@ class _PartTree:
         """The parts after ``stop`` up to ``step``; branches nested too deeply are left out."""
         parts: list[Part] = []
         while step is not stop and step.inputs and step not in self._shown:
+            first = self._origins.pop(step, None)
+            if first is not None and self._is_joint(step, first, stop):
+                inside = (tuple(self.parts(step, first, depth + 1)),) if depth < _DEEPEST else ()
+                parts.append(Part(step.name, "joint bound", self._totals[step] - self._totals[first], None, inside))
+                step = first
+                continue
             self._shown.add(step)
             if isinstance(step.factor, Combination):
                 origin = origin_of(step, self._order)
@@ -381,6 +418,12 @@ class _PartTree:
                     parts.append(Part(step.name, kind, log, self._norms.get(step)))
                 step = step.inputs[0]
         return parts[::-1]
+
+    def _is_joint(self, step: Step, first: Step, stop: Step | None) -> bool:
+        """Whether steps after ``first`` up to ``step`` are shown as one factor, unlike a residual block's sum."""
+        if not math.isfinite(self._totals[step]) or (stop is not None and self._order[first] < self._order[stop]):
+            return False
+        return not (isinstance(step.factor, Combination) and origin_of(step, self._order) is first)
 
 
 def _lines(parts: tuple[Part, ...], depth: int) -> Iterator[str]:
