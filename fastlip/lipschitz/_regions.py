@@ -74,7 +74,8 @@ def find_regions(steps: Sequence[Step], sums: bool) -> list[Region]:
     regions: list[Region] = []
     for step in steps:
         start = starts[step]
-        if start is not step and (not step.users or any(starts[user] is not start for user in step.users)):
+        users = [starts[user] for user in step.users if user in starts]  # others do not lead to the output
+        if start is not step and (not users or any(user is not start for user in users)):
             found = _trimmed(start, step, order)
             if found is not None and found.end not in (region.end for region in regions):
                 regions.append(found)
@@ -147,6 +148,8 @@ def _is_covered(step: Step) -> bool:
     if type(factor) in (Sum, Difference):
         return all(shape == step.shape for shape in shapes)
     if type(factor) is Concatenation:  # along the first axis
+        if not step.shape or any(len(shape) != len(step.shape) for shape in shapes):
+            return False
         return step.shape[0] == sum(shape[0] for shape in shapes) and all(s[1:] == step.shape[1:] for s in shapes)
     if isinstance(factor, Combination):
         return False

@@ -51,6 +51,25 @@ def by_ends(
     return interval
 
 
+def on_samples(
+    function: Callable[[Tensor], Tensor], source: Step, alone: bool, batch: int
+) -> Callable[[Tensor], Tensor]:
+    """A function of one tensor of the graph, as one of samples, [D, *shape] to [D, *other shape].
+
+    Args:
+        function: the function.
+        source: the step whose output it takes.
+        alone: whether the batch's axis is alone in front of what it gives.
+        batch: the number of samples that the graph takes at once.
+    """
+
+    def on(t: Tensor) -> Tensor:
+        rows = [function(in_graph(t[i : i + 1], source, batch)) for i in range(len(t))]
+        return torch.cat([row[:1] if alone else row[None] for row in rows])
+
+    return on
+
+
 def same_norm(*norms: Tensor) -> Tensor:
     """The norm of what moves or drops values."""
     return joint_norm(*norms) if len(norms) > 1 else norms[0]

@@ -125,6 +125,8 @@ def trace_graph(
         raise Untraceable(f"{what} cannot be traced by torch.fx ({error or type(error).__name__})") from error
     if any(module._forward_pre_hooks for module in model.modules()):
         model(x.clone())  # weights that they compute are what rules have to see
+    for node in graph.nodes:  # what a function that was traced into returned must not pass for a call of it
+        node.meta.pop("is_wrapped", None)
     _drop_unused(graph)
     graph_module = fx.GraphModule(root, graph)
     for node in graph.find_nodes(op="call_module"):

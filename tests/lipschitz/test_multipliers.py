@@ -307,6 +307,23 @@ def test_regions_end_where_slopes_are_unknown_or_matrices_too_large() -> None:
     assert names(nn.Sequential(*wide, nn.ReLU(), nn.Linear(8, 3)), (3, 9, 9)) == [("1", "6")]
 
 
+class Unused(nn.Module):
+    """Computes a sum that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        x = x + y
+        return self.two(F.relu(y))
+
+
+def test_what_does_not_lead_to_the_output_is_passed_over() -> None:
+    assert names(Unused(), (3,)) == [("x", "two")]
+
+
 class Moves(nn.Module):
     def __init__(self, move: str) -> None:
         super().__init__()

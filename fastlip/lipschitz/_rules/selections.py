@@ -7,15 +7,18 @@ used element appears, which is counted on a tensor of indices.
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fastlip.lipschitz._broadcast import copies
 from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._intervals import EPS, Interval
 from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz._rowwise import on_samples
 from fastlip.lipschitz._steps import Step, in_graph, in_sample
 
 #: Added to each index, so that no constant that a function fills in passes for one.
@@ -23,11 +26,9 @@ _MARK = 0.28125
 
 _ONE: tuple[Any, ...] = (
     *(operator.getitem, torch.select, torch.narrow, torch.index_select, "select", "narrow", "index_select"),
-    *(torch.Tensor.expand, torch.Tensor.expand_as, "expand", torch.broadcast_to, "broadcast_to"),
+    *(torch.Tensor.expand, "expand", torch.broadcast_to, "broadcast_to"),
     *(torch.Tensor.repeat, "repeat", torch.tile, "tile", torch.repeat_interleave, "repeat_interleave"),
     *(torch.roll, "roll", torch.flip, "flip", torch.fliplr, torch.flipud, torch.rot90, "rot90"),
-    *(torch.unflatten, "unflatten", torch.ravel, "ravel", torch.movedim, "movedim", torch.moveaxis, "moveaxis"),
-    *(torch.swapaxes, "swapaxes", torch.swapdims, "swapdims", torch.t, "t", torch.atleast_2d, "view_as", "reshape_as"),
     *(torch.diagonal, "diagonal", torch.tril, "tril", torch.triu, "triu", "unfold", F.unfold),
     *(F.pad, torch.constant_pad_nd, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, torch.channel_shuffle),
     *(torch.masked_fill, "masked_fill", torch.gather, "gather"),
@@ -49,6 +50,34 @@ def _selection(call: Call) -> Step | None:
     if not call.on_one:
         return None
     return _step(call, as_function(call.target), call.shape)
+
+
+@builds("expand_as")
+def _expanded(call: Call) -> Step:
+    """The shape of another tensor, which is known, whether that depends on the input or not."""
+    shape = call.values.shapes[call.node]
+    return _step(replace(call, args=call.args[:1], sources=call.sources[:1]), lambda x, *_: x.expand(shape), call.shape)
+
+
+@builds("copy_")
+def _overwritten(call: Call) -> Step | None:
+    """What is copied, in the shape of what it overwrites, of which nothing is left."""
+    if len(call.args) < 2 or not isinstance(call.args[1], fx.Node) or call.args[1] not in call.steps:
+        return None
+    shape, dtype = call.values.shapes[call.node], call.values.dtypes[call.args[1]]
+    if call.values.dtypes[call.node] != dtype:
+        raise missing_rule(f"{call.name} to another dtype", call.where)
+    source = call.steps[call.args[1]]
+    factor = copies(source.shape, call.shape)
+    on = on_samples(lambda x: x.expand(shape), source, call.alone, call.values.batch)
+
+    def apply(_: Tensor, x: Tensor, *__: Any, **___: Any) -> Tensor:
+        return x.expand(shape)
+
+    def interval(_: Any, x: Interval, *__: Any, **___: Any) -> Interval:
+        return Interval(on(x.lower), on(x.upper), x.norm * (factor * (1.0 + 4.0 * EPS)))
+
+    return Step(call.where, call.name, [source], factor, call.shape, apply=apply, interval=interval)
 
 
 @builds(*_SEVERAL)
@@ -85,8 +114,7 @@ def _step(call: Call, function: Callable[..., Tensor], shape: tuple[int, ...]) -
     indices = _indices(call, node)
     seen = function(indices, *call.args[1:], **call.kwargs)
     times, filled = _most_used(seen, indices.numel())
-    factor = times**0.5 * (1.0 + EPS)
-
+    factor = times**0.5 * (1.0 + EPS * (times > 1))
     source, batch = call.steps[node], call.values.batch
 
     def interval(x: Interval, *args: Any, **kwargs: Any) -> Interval:

@@ -8,7 +8,7 @@ from torch import fx
 
 from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._broadcast import copies
-from fastlip.lipschitz._calls import Call, with_constants
+from fastlip.lipschitz._calls import Call, as_function, with_constants
 from fastlip.lipschitz._combinations import BroadcastSum, Combination, Concatenation, Difference, Sum
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import Factor, builds, missing_rule
@@ -51,12 +51,25 @@ def _sum(call: Call) -> Step:
     )
 
 
-@builds(torch.cat, torch.concat, torch.concatenate, fixed=True)
+@builds(torch.slice_scatter, torch.select_scatter, fixed=True)
+def _overwritten(call: Call) -> Step | None:
+    """One tensor with another in place of a part of it: no two elements of the output are the same of an input."""
+    nodes = [a for a in call.args[:2] if isinstance(a, fx.Node)]
+    if len(call.args) < 2 or len(nodes) != len(call.sources):
+        return None
+    apply = as_function(call.target)
+    factor: Factor | Combination = Concatenation() if len(nodes) > 1 else 1.0
+    inputs = [call.steps[node] for node in nodes]
+    return Step(call.where, call.name, inputs, factor, call.shape, apply=apply, interval=by_ends(call, apply))
+
+
+@builds(torch.stack, torch.cat, torch.concat, torch.concatenate, fixed=True)
 def _concatenation(call: Call) -> Step:
     tensors = call.args[0] if call.args else call.kwargs["tensors"]
     if isinstance(tensors, fx.Node):
         inputs = [part for part in call.bundles[tensors] if part is not None]
     else:
         inputs = [call.steps[a] for a in tensors if isinstance(a, fx.Node)]
-    interval = by_ends(call, torch.cat)
-    return Step(call.where, call.name, inputs, Concatenation(), call.shape, apply=torch.cat, interval=interval)
+    apply = as_function(call.target)
+    interval = by_ends(call, apply)
+    return Step(call.where, call.name, inputs, Concatenation(), call.shape, apply=apply, interval=interval)
