@@ -19,7 +19,6 @@ largest ||f(x) - f(y)|| / ||x - y|| found in [0, 1]: in float64 (``found_in``) f
 
 import argparse
 import csv
-import inspect
 import math
 import multiprocessing
 import resource
@@ -47,6 +46,7 @@ COLUMNS = (
     "mode", "family", "name", "size", "weights", "verdict", "reason", "missing", "log10_upper", "domain", "confidence",
     "log10_stretch", "found_in", "seconds", "peak_mib", "version", "commit",
 )  # fmt: skip
+BOX = (0.0, 1.0)
 #: Networks of up to so many weights are searched for stretches in float64.
 _SMALL = 8 << 20
 
@@ -74,7 +74,7 @@ def missing_rules(model: nn.Module, shape: tuple[int, ...]) -> list[str]:
 
     _graph._step, _graph._require_batch_first = step, batch_first
     try:
-        require_rules(model, shape)
+        require_rules(model, shape, bounds=BOX)
     except Exception as error:
         # Once a step was replaced, later errors may only follow from that.
         if not found:
@@ -89,6 +89,11 @@ def what_is_missing(message: str) -> str:
     for start, end in (("no Lipschitz rule for the function ", " (at "), ("no Lipschitz rule for ", " (at ")):
         if start in message:
             return message.partition(start)[2].partition(end)[0]
+    for phrase in ("has no global Lipschitz constant", "has no Lipschitz constant on this domain"):
+        if phrase in message:
+            return f"{message.partition(phrase)[0].rpartition(' (')[2].rstrip(') ')} {phrase}"
+    if "nothing is known of how large" in message:
+        return "size of " + message.partition(") gets there")[0].rpartition("(")[2]
     if "cannot be traced" in message:
         return "tracing: " + message.partition("(")[2].partition("); register")[0].partition("(")[2][:80]
     if "mixes the batch axis" in message:
@@ -140,16 +145,13 @@ def measured(entry: Entry, mode: str) -> dict[str, Any]:
     except Exception as error:
         return row | {"verdict": "does not run", "reason": f"{type(error).__name__}: {error}"[:300]}
     begun = time.perf_counter()
-    domain: dict[str, Any] = {}
-    if "bounds" in inspect.signature(fastlip.lipschitz_bound).parameters:
-        domain = {"bounds": (0.0, 1.0)}
     try:
         if mode == "rules":
-            require_rules(model, shape)
+            require_rules(model, shape, bounds=BOX)
         else:
-            bound = fastlip.lipschitz_bound(model, shape, **domain)
+            bound = fastlip.lipschitz_bound(model, shape, bounds=BOX)
             row |= {"log10_upper": bound.log10_upper, "confidence": bound.confidence}
-            row["domain"] = getattr(bound, "domain", None) or "everywhere"
+            row["domain"] = str(bound.domain)
     except ValueError as error:
         row |= {"verdict": "refused", "reason": str(error)[:300], "seconds": time.perf_counter() - begun}
         if mode == "rules":

@@ -1,7 +1,9 @@
 """The documentation's build: `sphinx-build -W docs docs/_build`."""
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -44,3 +46,16 @@ napoleon_use_ivar = True
 intersphinx_mapping: dict[str, tuple[str, None]] = {}
 
 results_tables.write(Path(__file__).parent / "_build" / "tables")
+
+
+def _plain(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text: the star of [B, *shape] is no emphasis, and the bars of |x| no substitution."""
+    for at, line in enumerate(lines):
+        parts = re.split(r"(``.*?``)", line)
+        parts[::2] = [re.sub(r"(?<!\*)(\*(?!\*)|\|)", r"\\\1", part) for part in parts[::2]]
+        lines[at] = "".join(parts)
+
+
+def setup(app: Any) -> None:
+    """Before napoleon, which makes markup of its own."""
+    app.connect("autodoc-process-docstring", _plain, priority=400)

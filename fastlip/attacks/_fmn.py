@@ -12,11 +12,13 @@ from fastlip.attacks._distance import distance, slope
 from fastlip.attacks._loop import AttackLoop, unblocked_gradient
 
 #: Shares by which a ball shrinks or grows in the first and in the last step.
-_GAMMA = (0.05, 0.001)
+_GAMMA = (0.1, 0.001)
 #: Share of the steps that take the steepest direction, and their length over the ball's radius, first and last.
-_STEEPEST, _STEP = 0.25, (2.0, 0.01)
+_STEEPEST, _STEP = 0.1, (2.0, 0.01)
 #: Length of the other steps, along the gradient, over that of the perturbation in L2, first and last.
 _ALONG = (4.0, 0.01)
+#: Temperature of the smooth margin over the spread of the logits, first and last.
+_TEMPERATURE = (0.25, 0.05)
 #: Rounding error of a projection, relative to the radius.
 _SLACK = 1e-6
 #: Factor by which a ball grows until its image has been adversarial for the first time.
@@ -34,11 +36,12 @@ def fmn(
     """The nearest misclassified iterates, [K, ...] in the inputs' dtype, and their distances, [K] float64 (inf: none).
 
     The radius shrinks by gamma at a misclassified iterate and grows by gamma at any other, and gamma falls along half a
-    cosine as published. Departures from the paper: projections onto ball and box are exact; the first quarter of the
+    cosine as published. Departures from the paper: projections onto ball and box are exact; the first tenth of the
     steps takes the norm's own steepest direction, which gets far, and the others follow the gradient, which converges
     where the steepest direction of "linf" and "l1" only alternates its signs; the length of a step is relative to the
-    ball and the perturbation, so that nothing depends on the scale of the inputs; and any loss can be followed, because
-    the linearised margin gives the first radius only.
+    ball and the perturbation, so that nothing depends on the scale of the inputs; a margin (the losses "margin" and
+    "dlr") is followed in a smooth form, because its own gradient leads to the class that is nearest at first and jumps
+    between classes later; and any loss can be followed, because the linearised margin gives the first radius only.
 
     Args:
         loop: the network, the norm and the loss.
@@ -53,15 +56,21 @@ def fmn(
     radius = torch.minimum(first, limit)
     for step in range(steps + 1):
         image, logits, judgement = loop.forward(replace(batch, eps=radius), x, gradient=step < steps)
-        adversarial = judgement.adversarial
-        if not loop.network.exact:
-            adversarial = loop.asked(batch, image.detach(), adversarial, adversarial)
+        # Of values on a grid none may lie just beyond one that decides too closely, so that only firm decisions count.
+        if loop.network.exact:
+            adversarial = loop.decision(batch, logits.detach(), firm=True)
+        else:
+            wrong = judgement.adversarial
+            adversarial = loop.asked(batch, image.detach(), wrong, wrong, firm=True)
         length = distance(image.detach(), batch.x0.to(image.dtype), loop.norm)
         better = adversarial & (length < nearest) & (length <= limit * (1 + _SLACK))
         best = torch.where(per_sample(better, x), image.detach(), best)
         nearest = torch.where(better, length, nearest)
         if step == steps:
             break
+        if loop.loss in ("margin", "dlr"):
+            uphill = _smooth_margin_gradient(logits.detach(), batch, _annealed(_TEMPERATURE, step, steps))
+            judgement = judgement._replace(grad=uphill)
         grad = loop.backward(image, logits, judgement)
         loop.not_finite[batch.rows] |= ~grad.flatten(1).isfinite().all(1)
         gamma = _annealed(_GAMMA, step, steps)
@@ -82,6 +91,29 @@ def fmn(
             moved = x + per_sample(share, x) * grad.nan_to_num(0, 0, 0)
             x = ops.project_(moved.to(x.dtype), batch.x0, eps=radius, norm=loop.norm, bounds=batch.bounds)
     return best, nearest
+
+
+def _smooth_margin_gradient(
+    logits: Tensor,  # [B, C]
+    batch: Batch,
+    temperature: float,
+) -> Tensor:
+    """Gradient of T log sum exp(z_c / T) - z_y over the classes c other than y with respect to the logits z, [B, C].
+
+    T is ``temperature`` times the standard deviation of an image's logits; where it is 0 this is the margin. With
+    targets y is the target and the sign is the opposite.
+    """
+    own = (batch.labels if batch.targets is None else batch.targets)[:, None]
+    z = logits.double()
+    excluded = z == -torch.inf
+    classes = (~excluded).sum(1, keepdim=True)
+    middle = z.masked_fill(excluded, 0).sum(1, keepdim=True) / classes
+    spread = ((z - middle).masked_fill(excluded, 0).square().sum(1, keepdim=True) / classes).sqrt()
+    others = z.scatter(1, own, -torch.inf)
+    others = others - others.amax(1, keepdim=True)
+    weights = (others / (temperature * spread).clamp_min(torch.finfo(z.dtype).tiny)).softmax(1)
+    grad = weights.scatter(1, own, -1.0).to(logits.dtype)
+    return grad if batch.targets is None else -grad
 
 
 def _annealed(ends: tuple[float, float], step: int, steps: int) -> float:

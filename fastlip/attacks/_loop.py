@@ -247,13 +247,15 @@ class AttackLoop:
         x: Tensor,  # [K, ...]
         adversarial: Tensor,  # [K] bool
         where: Tensor,  # [K] bool
+        *,
+        firm: bool = False,
     ) -> Tensor:
         """``adversarial`` [K] bool with the model's own decision on the iterates at which ``where`` is true."""
         rows = rows_where(where)
         if len(rows) == 0:
             return adversarial
         part = batch.take(rows)
-        return adversarial.index_put((rows,), self.own_decision(part, self.image(part, take(x, rows))))
+        return adversarial.index_put((rows,), self.own_decision(part, self.image(part, take(x, rows)), firm=firm))
 
     def own_decision(
         self,
@@ -262,12 +264,22 @@ class AttackLoop:
         *,
         firm: bool = False,
     ) -> Tensor:
-        """Which images are adversarial by the model's own decision, [K] bool; with ``firm``, in any batch.
+        """Which images are adversarial by the model's own decision, [K] bool; with ``firm``, in any batch."""
+        with torch.no_grad():
+            logits = self.network.judge(image)
+        return self.decision(batch, logits, firm=firm)
+
+    def decision(
+        self,
+        batch: Batch,
+        logits: Tensor,  # [K, C], the model's own
+        *,
+        firm: bool = False,
+    ) -> Tensor:
+        """Which logits decide adversarially, [K] bool; with ``firm``, those of the same images in any batch.
 
         Rounding differs between batches: a firm decision has a margin above it.
         """
-        with torch.no_grad():
-            logits = self.network.judge(image)
         rounding = _BATCH_ROUNDING[self.dtype] * logits.abs().masked_fill(logits.isinf(), 0).amax(1)
         if self.criterion is not None:
             wrong = fooled(self.criterion, logits, batch.labels)

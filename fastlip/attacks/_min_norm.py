@@ -104,7 +104,7 @@ def min_norm(
         fmn_steps: gradient steps of FMN.
         eps_max: largest radius of interest, float or [B]; the box's diameter if None.
         tolerance: relative width at which a bracket is closed.
-        loss: as in :func:`pgd`.
+        loss: as in :func:`pgd`; FMN follows "dlr" and "margin" alike, in a smooth form.
         criterion: as in :func:`pgd`.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
         sparsity: as in :func:`pgd`.

@@ -42,8 +42,10 @@ class FastlipPGD(_Base):
     Args:
         estimator: classifier with loss gradients.
         norm: np.inf, 2 or 1.
-        eps: radius of the ball, one number or one for each sample, [B].
-        eps_step: length of a step, like ``eps``.
+        eps: radius of the ball, one number or one for each sample, [B]. With ``norm=np.inf`` also one for each feature,
+            an array of two axes or more that broadcasts to the samples.
+        eps_step: length of a step, like ``eps``. Of one for each feature the largest is taken for all of a sample's
+            features, which only their own radii hold back.
         max_iter: number of steps.
         targeted: whether ``y`` are classes to reach.
         num_random_init: number of random starts; 0 starts at the input.
@@ -144,7 +146,7 @@ class FastlipPGD(_Base):
         Args:
             x: samples, [B, ...], within the estimator's ``clip_values``.
             y: classes, [B], or one-hot, [B, C].
-            kwargs: ``mask``, an array that broadcasts to ``x``: elements at which it is 0 are left as they are.
+            kwargs: ``mask``, an array that broadcasts to ``x``: features at which it is 0 are left as they are.
 
         Raises:
             ValueError: a value is wrong, or there is another keyword.
@@ -164,20 +166,40 @@ class FastlipPGD(_Base):
         high: Any
         low, high = self.estimator.clip_values if self.estimator.clip_values is not None else (-np.inf, np.inf)
         x = _inside(x, low, high)
-        if mask is not None:
-            kept = np.broadcast_to(np.asarray(mask) == 0, x.shape)
-            low, high = (np.where(kept, x, np.asarray(limit, x.dtype)) for limit in (low, high))
+        eps, eps_step = self.eps, self.eps_step
+        boxed = mask is not None or np.ndim(eps) > 1
+        if boxed:
+            low, high = self._box(x, eps, mask, low, high)
+        eps, eps_step = _largest(eps, x), _largest(eps_step, x)
         # ART draws from NumPy's global state, so that a script which seeds it is repeatable.
         seed = int(np.random.randint(2**31)) if self.seed is None else self.seed  # noqa: NPY002
         run: Callable[..., np.ndarray] = self._torch if self._is_pgd_s() else self._numpy
         out = np.empty_like(x)
         for first in range(0, len(x), self.batch_size):
             rows = slice(first, min(first + self.batch_size, len(x)))
-            eps, step = (_of_rows(v, rows) for v in (self.eps, self.eps_step))
-            limits = (low, high) if mask is None else (low[rows], high[rows])
+            radius, step = (_of_rows(v, rows) for v in (eps, eps_step))
+            limits = (low[rows], high[rows]) if boxed else (low, high)
             bounds = tuple(v if np.ndim(v) == 0 else np.asarray(v) for v in limits)
-            out[rows] = run(x[rows], classes[rows], np.arange(rows.start, rows.stop), eps, step, bounds, seed)
+            out[rows] = run(x[rows], classes[rows], np.arange(rows.start, rows.stop), radius, step, bounds, seed)
         return out
+
+    def _box(self, x: np.ndarray, eps: Any, mask: Any, low: Any, high: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The part of the box that mask and radii of features leave to each sample."""
+        radii = np.full(x.shape, np.inf)
+        if np.ndim(eps) > 1:
+            if _NORMS[str(self.norm)] != "linf":
+                raise ValueError("eps must be one number or one for each sample where norm is not np.inf")
+            radii = np.array(_broadcast(eps, x, "eps"), np.float64)
+        if mask is not None:
+            radii[_broadcast(mask, x, "mask") == 0] = 0.0
+        exact = x.astype(np.float64)
+        limits = []
+        for far in (exact - radii, exact + radii):
+            near = far.astype(x.dtype)
+            # One number back where rounding went beyond the radius.
+            near = np.where(np.abs(near - exact) > radii, np.nextafter(near, x), near)
+            limits.append(near)
+        return np.maximum(limits[0], low).astype(x.dtype), np.minimum(limits[1], high).astype(x.dtype)
 
     def _torch(
         self, x: np.ndarray, classes: np.ndarray, ids: np.ndarray, eps: Any, step: Any, bounds: Any, seed: int
@@ -275,6 +297,20 @@ def _options() -> list[str]:
     from fastlip import attacks
 
     return list(keywords_of(attacks.pgd))
+
+
+def _broadcast(values: Any, x: np.ndarray, name: str) -> np.ndarray:
+    try:
+        return np.broadcast_to(np.asarray(values), x.shape)
+    except ValueError:
+        raise ValueError(f"{name} must broadcast to x's shape {x.shape}, got {np.shape(values)}") from None
+
+
+def _largest(value: Any, x: np.ndarray) -> Any:
+    """A number, or one for each sample; the largest of those of its features."""
+    if np.ndim(value) < 2:
+        return value
+    return _broadcast(value, x, "eps_step").reshape(len(x), -1).max(1, initial=0)
 
 
 def _of_rows(value: Any, rows: slice) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastlip.attacks import Attack, EvaluationResult, Precision, evaluate, suite
+from fastlip.attacks._source import BoundsOf
 from fastlip.integrations._decisions import decisions
 from fastlip.integrations._names import named
 from fastlip.integrations._settings import Settings, keywords_of
@@ -62,7 +63,7 @@ class AutoAttack:
         version: "standard", "rand" or "custom". In "rand" gradients are those of the mean over 20 passes.
         device: the device on which batches are attacked; that of the model if None.
         log_path: a file to which results are appended.
-        bounds: limits of valid images.
+        bounds: limits of valid images, as in :func:`fastlip.attacks.evaluate`.
         fast: as in :func:`fastlip.attacks.pgd`.
         precision: as in :func:`fastlip.attacks.pgd`.
         draws: passes that judge an image together, as in :func:`fastlip.attacks.evaluate`.
@@ -93,7 +94,7 @@ class AutoAttack:
         version: str = "standard",
         device: torch.device | str | None = None,
         log_path: str | os.PathLike[str] | None = None,
-        bounds: Bounds = (0.0, 1.0),
+        bounds: Bounds | BoundsOf = (0.0, 1.0),
         fast: bool = False,
         precision: Precision = None,
         draws: int = 1,
@@ -150,7 +151,8 @@ class AutoAttack:
     def _suite(self, version: str) -> dict[str, Attack]:
         if self.norm not in _NORMS:
             raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {self.norm!r}")
-        return suite(version, norm=_NORMS[self.norm], eps=self.epsilon, bounds=self.bounds)  # type: ignore[arg-type]  # suite checks it
+        bounds = (-torch.inf, torch.inf) if callable(self.bounds) else self.bounds  # evaluate has the narrower ones
+        return suite(version, norm=_NORMS[self.norm], eps=self.epsilon, bounds=bounds)  # type: ignore[arg-type]  # suite checks it
 
     def _make(self) -> dict[str, Attack]:
         """The attacks to run, with the settings that their objects were given."""

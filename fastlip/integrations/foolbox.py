@@ -8,7 +8,9 @@ An existing script changes its import::
 
 Images and model are PyTorch's (``foolbox.PyTorchModel``). Unlike foolbox's own, the attacks stop on an image once it
 is misclassified, compute no gradients of weights, run the network in eval mode, and project exactly onto ball and box.
-Settings may be changed between calls (``attack.steps = 100``); to set what an attack does not have is an error.
+Settings may be changed between calls (``attack.steps = 100``); to set what an attack does not have is an error. All
+attacks take a ``mask`` and a ``radius`` for each feature (:func:`fastlip.attacks.feature_box`), and a ``criterion``
+(logits, labels) -> bool [B] that they look for; what foolbox returns as success is by its own.
 """
 
 import inspect
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlip import attacks
+from fastlip.integrations._features import FEATURES, with_box
 from fastlip.integrations._names import named
 from fastlip.integrations._preprocessed import Preprocessed
 from fastlip.integrations._require import require
@@ -46,7 +49,7 @@ class FixedEpsilon(Settings, _Fixed):
         self._begin(options)
 
     def _takes(self) -> Mapping[str, Any]:
-        return keywords_of(self.attack)
+        return {**keywords_of(self.attack), **dict.fromkeys(FEATURES)}
 
     def _names(self) -> dict[str, str]:
         """Foolbox's names for the attack's arguments."""
@@ -64,7 +67,8 @@ class FixedEpsilon(Settings, _Fixed):
         # Copies, because an attack may write into its arguments and foolbox judges by them.
         images, call = images.clone(), {k: v.clone() if isinstance(v, Tensor) else v for k, v in call.items()}
         with named(self._names()):
-            found = self.attack(_network(model), images, **call, norm=self.norm, eps=epsilon, **self.at(epsilon))
+            options = with_box(call | self.at(epsilon), images)
+            found = self.attack(_network(model), images, **options, norm=self.norm, eps=epsilon)
         return restore(found)
 
     def at(self, epsilon: float) -> dict[str, Any]:
@@ -171,7 +175,7 @@ class MinNorm(Settings, _Minimal):
         self._begin(options)
 
     def _takes(self) -> Mapping[str, Any]:
-        return keywords_of(attacks.min_norm)
+        return {**keywords_of(attacks.min_norm), **dict.fromkeys(FEATURES)}
 
     @property
     def distance(self) -> Any:
@@ -182,7 +186,8 @@ class MinNorm(Settings, _Minimal):
         """Return the nearest misclassified inputs found."""
         _no_more(kwargs)
         images, restore, call = _torch_call(model, inputs, criterion)
-        return restore(attacks.min_norm(_network(model), images, **call, norm=self.norm, **self.options).adversarial)
+        options = with_box(call | self.options, images)
+        return restore(attacks.min_norm(_network(model), images, **options, norm=self.norm).adversarial)
 
 
 def _no_more(kwargs: dict[str, Any]) -> None:
@@ -229,5 +234,8 @@ def _torch_call(model: Any, inputs: Any, criterion: Any) -> tuple[Tensor, Callab
     elif isinstance(criterion, (Tensor, eagerpy.Tensor)):
         call["labels"] = criterion.raw if isinstance(criterion, eagerpy.Tensor) else criterion
     else:
-        raise ValueError(f"criterion must be a (targeted) misclassification, got {criterion!r}")
+        raise ValueError(
+            f"criterion must be a (targeted) misclassification, got {criterion!r}; a function (logits, labels) -> bool "
+            "is the attack's option criterion"
+        )
     return images, (lambda x: eagerpy.astensor(x) if isinstance(inputs, eagerpy.Tensor) else x), call

@@ -16,19 +16,20 @@ def model_info(
     *,
     dataset: str,
     eps: float,
-    link: str | None = None,
-    name: str | None = None,
-    authors: str | None = None,
+    link: str = "",
+    name: str = "",
+    authors: str = "",
     additional_data: bool | None = None,
     number_forward_passes: int | None = 1,
-    venue: str | None = None,
-    architecture: str | None = None,
+    venue: str = "",
+    architecture: str = "",
     footnote: str | None = None,
 ) -> dict[str, Any]:
     """The entry of RobustBench's ``model_info``: accuracies are percentages with two digits, as strings.
 
     ``autoattack_acc`` is the robust accuracy of ``evaluation``, whose attacks resemble AutoAttack's but are not the
-    same; the footnote says so unless another one is given.
+    same; the footnote says so unless another one is given. What is not given is empty: RobustBench's readers take
+    strings, and an empty ``venue`` for unpublished.
     """
     said = f"worst case over {', '.join(evaluation.attacks)} of fastlip on {len(evaluation.clean)} images"
     return {
@@ -53,6 +54,8 @@ def write_model_info(
 ) -> Path:
     """Write :func:`model_info` to ``folder/dataset/Linf/model.json``, where RobustBench reads it; return the path.
 
+    ``folder`` is RobustBench's ``model_info``; ``name`` is that of the model unless it is given.
+
     Raises:
         ValueError: the norm is unknown.
         OSError: the file cannot be written.
@@ -61,7 +64,7 @@ def write_model_info(
         raise ValueError(f"norm must be one of {', '.join(_THREATS)}, got {norm!r}")
     path = Path(folder) / dataset / _THREATS[norm] / f"{model}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(model_info(evaluation, dataset=dataset, **info), indent=2)
+    text = json.dumps(model_info(evaluation, dataset=dataset, **{"name": model} | info), indent=2)
     with replacing(path) as temporary:
         temporary.write_text(text)
     return path

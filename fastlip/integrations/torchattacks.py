@@ -9,7 +9,8 @@ An existing script changes its import::
 Unlike torchattacks' own, the attacks stop on an image once it is misclassified (``keep="last"`` returns the last
 iterate instead), leave frozen BatchNorm layers frozen, accept channels_last, and project exactly in L2. Settings may be
 changed between calls (``attack.eps = 4 / 255``), and ``eps`` and ``alpha`` may be tensors with a value for each image;
-to set what an attack does not have is an error.
+to set what an attack does not have is an error. All attacks take a ``mask`` and a ``radius`` for each feature
+(:func:`fastlip.attacks.feature_box`).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +20,10 @@ import torch
 from torch import Tensor
 
 from fastlip import attacks
+from fastlip.attacks._criterion import fooled
+from fastlip.attacks._model import eval_mode
 from fastlip.integrations._decisions import decisions
+from fastlip.integrations._features import FEATURES, with_box
 from fastlip.integrations._names import named
 from fastlip.integrations._preprocessed import Preprocessed
 from fastlip.integrations._require import require
@@ -58,7 +62,7 @@ class FastlipAttack(Settings, _Base):
         self._begin(options)
 
     def _takes(self) -> Mapping[str, Any]:
-        return keywords_of(self.function)
+        return {**keywords_of(self.function), **dict.fromkeys(FEATURES)}
 
     def _set_option(self, name: str, value: Any) -> None:
         known = name == "norm" and isinstance(value, str) and value in _NORMS
@@ -72,7 +76,7 @@ class FastlipAttack(Settings, _Base):
         """Return adversarial images, [B, C, H, W]."""
         inputs = inputs.detach().clone().to(self.device)
         labels = labels.detach().clone().to(self.device)
-        options = {name: _per_image(value, inputs) for name, value in self.options.items()}
+        options = with_box({name: _per_image(value, inputs) for name, value in self.options.items()}, inputs)
         if self.targeted:
             options["targets"] = self.get_target_label(inputs, labels)
         if self.seed is not None:
@@ -85,9 +89,17 @@ class FastlipAttack(Settings, _Base):
             found = self.function(network, inputs, labels, **options)
         if not self._successes_alone:
             return found
-        decided = decisions(network, found)
-        success = decided == options["targets"] if self.targeted else decided != labels
+        success = self._success(network, found, labels, options)
         return torch.where(success.reshape(-1, *[1] * (found.dim() - 1)), found, inputs)
+
+    def _success(self, network: Any, found: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+        """Whether the attack has succeeded, [B] bool."""
+        if (criterion := options.get("criterion")) is not None:
+            judge = attacks.prepare(network, found, fast=False)
+            with eval_mode(judge), torch.no_grad():
+                return fooled(criterion, judge.judge(found), labels)
+        decided = decisions(network, found)
+        return decided == options["targets"] if self.targeted else decided != labels
 
     def _network(self) -> torch.nn.Module:
         """The model, behind the normalisation that was set for it."""

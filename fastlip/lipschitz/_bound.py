@@ -15,6 +15,7 @@ from fastlip.lipschitz._domain import Domain, domain_of
 from fastlip.lipschitz._graph import Traced, fold_scales, trace
 from fastlip.lipschitz._log_arithmetic import exp10, log10, multiply
 from fastlip.lipschitz._magnitudes import Sizes, sizes_on
+from fastlip.lipschitz._regions import bound_regions, find_regions
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._replay import in_float64, replay
 from fastlip.lipschitz._residual import Block, block_factor, block_operators, find_block
@@ -40,7 +41,8 @@ class Part:
         kind: class of the module, or name of the function.
         log10_factor: log10 of the factor that this part contributes.
         norm: interval of the layer's norm, for layers with weights.
-        branches: for what combines several tensors, the parts of each branch since their common origin.
+        branches: for what combines several tensors, the parts of each branch since their common origin; for a "joint
+            bound" of several steps, their own parts, whose product is larger.
         sizes: where the factor depends on how large the inputs are: the largest magnitude of an element of each, on the
             bound's domain.
     """
@@ -125,6 +127,7 @@ def lipschitz_bound(
     around: Tensor | None = None,
     radius: float | None = None,
     tight_residuals: bool = True,
+    tight_chains: bool = True,
     check: bool = True,
     options: NormOptions | None = None,
     **keywords: Unpack[NormKeywords],
@@ -155,6 +158,8 @@ def lipschitz_bound(
         radius: the distance.
         tight_residuals: whether residual blocks get their tighter constant, which costs up to three more norms per
             block and half of 1 - ``confidence``. Has an effect only if ``method`` is "auto", "lanczos" or "power".
+        tight_chains: whether small networks, and small parts of others, are bounded as a whole, by multipliers for the
+            slopes of their activations (LipSDP); such a bound is certain. Parts with sums need ``tight_residuals``.
         check: whether to compare the traced graph with the model, and to look for a counter-example.
         options: how to compute the layers' norms; ``options.confidence`` is the probability that the bound holds, and
             ``options.progress`` counts layers first and then the operators of residual blocks.
@@ -176,9 +181,9 @@ def lipschitz_bound(
         if check:
             replay(bare, shape, traced, domain)
         fold_scales(traced.last)
-        bound, totals = _bound(bare, traced, domain, resolved, tight_residuals)
+        bound, totals, ends = _bound(bare, traced, domain, resolved, tight_residuals, tight_chains)
         if check:
-            require_bounded(topological_order(traced.last), totals)
+            require_bounded(topological_order(traced.last), totals, ends)
             refute(bare, shape, traced, domain, bound.log10_upper)
     return bound
 
@@ -212,10 +217,10 @@ def require_rules(
         require_eval(bare, training, traced.modules())
         replay(bare, shape, traced, domain)
         # Whether anything is unbounded does not depend on how large the norms are.
-        _sizes(bare, traced, dict.fromkeys(topological_order(traced.last), 0.0), domain)
+        _sizes(bare, traced, None, domain)
 
 
-def _sizes(model: nn.Module, traced: Traced, logs: dict[Step, float], domain: Domain) -> dict[Step, Sizes]:
+def _sizes(model: nn.Module, traced: Traced, logs: dict[Step, float] | None, domain: Domain) -> dict[Step, Sizes]:
     """How large the inputs of steps are whose constants depend on it, computed in float64."""
     like = example_input(model, domain.centre.shape)
     with torch.no_grad(), in_float64(model, like):
@@ -223,9 +228,14 @@ def _sizes(model: nn.Module, traced: Traced, logs: dict[Step, float], domain: Do
 
 
 def _bound(
-    model: nn.Module, traced: Traced, domain: Domain, options: ResolvedOptions, tight_residuals: bool
-) -> tuple[LipschitzBound, dict[Step, float]]:
-    """The bound, and log10 of the bound from the model's input to each step."""
+    model: nn.Module,
+    traced: Traced,
+    domain: Domain,
+    options: ResolvedOptions,
+    tight_residuals: bool,
+    tight_chains: bool,
+) -> tuple[LipschitzBound, dict[Step, float], set[Step]]:
+    """The bound, log10 of the bound from the model's input to each step, and the steps that end in a tighter part."""
     last = traced.last
     steps = topological_order(last)
     blocks = _blocks(steps) if tight_residuals and options.method in ("auto", "lanczos", "power") else []
@@ -235,10 +245,11 @@ def _bound(
     norms = _norms(steps, share)
     logs = {step: log10(_constant(step, norms)) for step in steps if not isinstance(step.factor, Combination)}
     sizes = _sizes(model, traced, logs, domain)
-    plain = _compose(steps, logs, sizes, {})
+    plain, _ = _compose(steps, logs, sizes)
     # These norms are added to other terms, so that less accuracy suffices.
     tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * options.rtol))
-    totals = _compose(steps, logs, sizes, tighter)
+    regions = bound_regions(find_regions(steps, tight_residuals)) if tight_chains else {}
+    totals, origins = _compose(steps, logs, sizes, tighter, regions)
     given = [n.confidence for n in norms.values() if n.confidence < 1.0] + chances
     drawn = bool(chances) or any(isinstance(s.factor, Operator) and norms[s].confidence < 1.0 for s in norms)
     # Operators share 1 - confidence; each interval that a rule returns adds its own probability of failure.
@@ -247,14 +258,14 @@ def _bound(
     bound = LipschitzBound(
         totals[last],
         max(0.0, (options.confidence if drawn else 1.0) - own) if given else 1.0,
-        tuple(_PartTree(steps, totals, logs, norms, sizes).parts(last, None)),
+        tuple(_PartTree(steps, totals, logs, norms, sizes, origins).parts(last, None)),
         reduce(multiply, (logs[s] for s in layers), 0.0),
         _margin(last, totals),
         plain[last],
         options.generator.initial_seed() if drawn else None,
         domain,
     )
-    return bound, totals
+    return bound, totals, set(origins)
 
 
 def _norms(steps: list[Step], options: ResolvedOptions) -> dict[Step, NormInterval]:
@@ -311,25 +322,30 @@ def _tighten(
     return tighter, chances
 
 
+_Tighter = dict[Step, tuple[Step, float]]
+
+
 def _compose(
-    steps: list[Step],
-    logs: dict[Step, float],
-    sizes: dict[Step, Sizes],
-    tighter: dict[Step, tuple[Step, float]],
-) -> dict[Step, float]:
-    """log10 of the bound from the model's input to each step."""
+    steps: list[Step], logs: dict[Step, float], sizes: dict[Step, Sizes], *tighter: _Tighter
+) -> tuple[dict[Step, float], dict[Step, Step]]:
+    """log10 of the bound from the model's input to each step; and the origins of the tighter parts that made it less.
+
+    Each of ``tighter`` has the origin and log10 of the constant of the part that ends in a step.
+    """
     totals: dict[Step, float] = {}
+    origins: dict[Step, Step] = {}
     for step in steps:
         if isinstance(step.factor, Combination):
             inputs = [totals[source] for source in step.inputs]
             weighted = isinstance(step.factor, Weighted)
             totals[step] = weighted_sum(inputs, sizes[step].weights) if weighted else step.factor.constant(inputs, ())
-            if step in tighter:
-                origin, factor = tighter[step]
-                totals[step] = min(totals[step], multiply(totals[origin], factor))
         else:
             totals[step] = multiply(logs[step], totals[step.inputs[0]]) if step.inputs else 0.0
-    return totals
+        for origin, log in (part[step] for part in tighter if step in part):
+            total = multiply(totals[origin], log)
+            if total < totals[step]:
+                totals[step], origins[step] = total, origin
+    return totals, origins
 
 
 def _margin(last: Step, totals: dict[Step, float]) -> float:
@@ -354,7 +370,9 @@ class _PartTree:
         logs: dict[Step, float],
         norms: dict[Step, NormInterval],
         sizes: dict[Step, Sizes],
+        origins: dict[Step, Step],
     ) -> None:
+        self._origins = dict(origins)
         self._order = {step: at for at, step in enumerate(steps)}
         self._totals, self._logs, self._norms, self._sizes = totals, logs, norms, sizes
         self._shown: set[Step] = set()
@@ -363,6 +381,12 @@ class _PartTree:
         """The parts after ``stop`` up to ``step``; branches nested too deeply are left out."""
         parts: list[Part] = []
         while step is not stop and step.inputs and step not in self._shown:
+            first = self._origins.pop(step, None)
+            if first is not None and self._is_joint(step, first, stop):
+                inside = (tuple(self.parts(step, first, depth + 1)),) if depth < _DEEPEST else ()
+                parts.append(Part(step.name, "joint bound", self._totals[step] - self._totals[first], None, inside))
+                step = first
+                continue
             self._shown.add(step)
             if isinstance(step.factor, Combination):
                 origin = origin_of(step, self._order)
@@ -381,6 +405,12 @@ class _PartTree:
                     parts.append(Part(step.name, kind, log, self._norms.get(step)))
                 step = step.inputs[0]
         return parts[::-1]
+
+    def _is_joint(self, step: Step, first: Step, stop: Step | None) -> bool:
+        """Whether steps after ``first`` up to ``step`` are shown as one factor, unlike a residual block's sum."""
+        if not math.isfinite(self._totals[step]) or (stop is not None and self._order[first] < self._order[stop]):
+            return False
+        return not (isinstance(step.factor, Combination) and origin_of(step, self._order) is first)
 
 
 def _lines(parts: tuple[Part, ...], depth: int) -> Iterator[str]:

@@ -11,7 +11,8 @@ from fastlip.lipschitz._intervals import EPS, TINY
 
 def copies(shape: Sequence[int], output_shape: Sequence[int]) -> float:
     """Norm of the map that broadcasts samples of one shape to another: the root of the copies of each element."""
-    return math.sqrt(math.prod(output_shape) / max(math.prod(shape), 1)) * (1.0 + EPS)
+    count = math.prod(output_shape) / max(math.prod(shape), 1)
+    return math.sqrt(count) * (1.0 + EPS) if count != 1.0 else 1.0
 
 
 def largest_slice(

@@ -46,6 +46,21 @@ class Difference(Sum):
 
 
 @dataclass(frozen=True)
+class BroadcastSum(Combination):
+    """A sum or difference with broadcasting: each constant counts times the root of the copies of an element.
+
+    Attributes:
+        repeated: that root for each input.
+    """
+
+    name: ClassVar[str] = "sum"
+    repeated: tuple[float, ...]
+
+    def constant(self, logs: Sequence[float], magnitudes: Sequence[Interval]) -> float:
+        return weighted_sum(logs, [log10(times) for times in self.repeated])
+
+
+@dataclass(frozen=True)
 class Concatenation(Combination):
     """Inputs side by side: the root of the sum of the constants' squares."""
 

@@ -4,7 +4,7 @@ Finding none proves nothing, but a bound that a wrong rule made too small is oft
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import nullcontext
 
 import torch
@@ -23,13 +23,17 @@ from fastlip.norms._models.restore import as_found
 _EFFORT = ((1 << 18, 8, 8), (1 << 22, 4, 3), (math.inf, 1, 1))
 #: log10 of a stretch over the bound below which the search ends.
 _FAR_BELOW = -3.0
+#: Methods that may round what is in float64, so that small steps show their rounding.
+_CONVERSIONS = ("to", "float", "half", "bfloat16", "type", "type_as")
 #: Error of log10 of a stretch by rounding, in float64 and in other dtypes.
 _SLACK = 1e-6
 _SLACK_NATIVE = 1e-2
 
 
-def require_bounded(steps: Sequence[Step], totals: dict[Step, float]) -> None:
+def require_bounded(steps: Sequence[Step], totals: dict[Step, float], ends: Set[Step] = frozenset()) -> None:
     """Check that no step, and no sequence of steps from the input, moves two samples of the replay apart too far.
+
+    The constant from the input to one of ``ends`` is not that of the step before times its own.
 
     Raises:
         ValueError: at some step they are further apart than the bound allows; the message names it.
@@ -41,7 +45,8 @@ def require_bounded(steps: Sequence[Step], totals: dict[Step, float]) -> None:
     distance = dict(zip(compared, moved, strict=True))
     for step in compared:
         for source in {steps[0], *step.inputs[:1]}:
-            if source not in distance or (len(step.inputs) != 1 and source is not steps[0]):
+            own = len(step.inputs) == 1 and step not in ends
+            if source not in distance or not (own or source is steps[0]):
                 continue
             allowed = totals[step] - totals[source]
             if _exceeds(distance[step], distance[source], allowed, _SLACK_NATIVE):
@@ -76,7 +81,8 @@ def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, domain:
     with runs_on(model, input_shape):
         found = None
         try:
-            with in_float64(model, x) if size <= SMALL else nullcontext(x) as chosen:
+            narrow = size > SMALL or any(step.kind in _CONVERSIONS for step in traced.steps.values())
+            with nullcontext(x) if narrow else in_float64(model, x) as chosen:
                 found = _search(model, chosen, domain, rounds, log10_upper)
         except torch.OutOfMemoryError:
             raise

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastlip.lipschitz._intervals import EPS, INF, TINY, Interval, down, up, upper_norm
 from fastlip.norms import Operator
+from fastlip.norms._operators.modules import keeps_forward
 from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._solvers.float64_rounding import reduction_length
 
@@ -318,6 +319,12 @@ def through_function(
         crosses = (x.lower <= least_at + near) & (x.upper >= least_at - near)
         lower = torch.where(crosses, least, lower)
     return Interval(lower.clamp(*limits), upper.clamp(*limits))
+
+
+def has_interval(module: nn.Module) -> bool:
+    """Whether :func:`module_interval` knows the module's class, and the module keeps its ``forward``."""
+    kind = next((cls for cls in type(module).__mro__ if cls in _MODULES), None)
+    return kind is not None and keeps_forward(module, kind)
 
 
 def module_interval(module: nn.Module, x: Interval) -> Interval | None:

@@ -11,12 +11,15 @@ from torch import fx
 from fastlip.lipschitz._combinations import Combination, Weighted, weighted_sum
 from fastlip.lipschitz._domain import Domain, row, stacked
 from fastlip.lipschitz._graph import Traced
-from fastlip.lipschitz._intervals import Interval
+from fastlip.lipschitz._intervals import Interval, upper_norm
 from fastlip.lipschitz._log_arithmetic import exp10, log10, multiply
 from fastlip.lipschitz._steps import Step, in_graph, in_sample, topological_order
+from fastlip.norms import NormInterval, Operator
 
 #: Rounding error of a step's values in float64, relative to them and to what its constant makes of its input.
 _ROUNDING = 1e-9
+#: Stands for finite numbers that are not known.
+_SOME = 1e300
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,7 @@ class Sizes:
     largest: tuple[float, ...]
 
 
-def sizes_on(traced: Traced, logs: dict[Step, float], domain: Domain, device: torch.device) -> dict[Step, Sizes]:
+def sizes_on(traced: Traced, logs: dict[Step, float] | None, domain: Domain, device: torch.device) -> dict[Step, Sizes]:
     """How large the inputs of all steps are whose constants depend on it.
 
     Interval arithmetic follows the graph, for the domain and for its centre alone; and no tensor is further from its
@@ -40,7 +43,7 @@ def sizes_on(traced: Traced, logs: dict[Step, float], domain: Domain, device: to
 
     Args:
         traced: the graph.
-        logs: log10 of the constants of steps with one.
+        logs: log10 of the constants of steps with one; None to find out only whether all steps have a constant.
         domain: the set of inputs.
         device: where to compute.
 
@@ -65,7 +68,7 @@ class _Follow:
     """One pass through the graph with intervals of two rows: the domain, and its centre alone."""
 
     def __init__(
-        self, traced: Traced, logs: dict[Step, float], domain: Domain, wanted: set[Step], needing: set[Step]
+        self, traced: Traced, logs: dict[Step, float] | None, domain: Domain, wanted: set[Step], needing: set[Step]
     ) -> None:
         self._traced, self._logs, self._domain = traced, logs, domain
         self._wanted, self._asked = wanted, wanted | needing
@@ -111,7 +114,7 @@ class _Follow:
         total, known = self._total(step), None
         if step in self._wanted:
             bounds = self._by_constant(step, args, kwargs) if step.interval is None else step.interval(*args, **kwargs)
-            known = self._keep(step, bounds, total)
+            known = self._keep(step, self._by_norm(step, bounds, args, kwargs), total)
         for source in set(step.inputs):
             self._uses[source] -= 1
             if not self._uses[source]:
@@ -136,7 +139,10 @@ class _Follow:
             return total
         if isinstance(step.factor, Combination):
             return step.factor.constant(totals, ())
-        return multiply(self._logs[step], totals[0])
+        return multiply(self._log(step), totals[0])
+
+    def _log(self, step: Step) -> float:
+        return 0.0 if self._logs is None else self._logs[step]
 
     def _why_not(self, step: Step) -> str:
         where = f"{step.name} ({step.kind})"
@@ -157,11 +163,12 @@ class _Follow:
         """Bounds from the value at the middle and the constant: no value is further away than that times the radius."""
         source = self._intervals[step.inputs[0]]
         unbounded = Interval.unbounded(step.shape, 2, source.lower.device)
-        if len(step.inputs) != 1:
+        if len(step.inputs) != 1 or step.folded or step.scaled:
             return unbounded
         centre, radius = source.centre_and_radius()
         local = step in self._sizes
-        constant = exp10(self._sizes[step].weights[0] if local else self._logs[step])
+        log = self._sizes[step].weights[0] if local else self._log(step)
+        constant = _SOME if self._logs is None else exp10(log)
 
         def middle(value: Any, at: int) -> Any:
             if isinstance(value, Interval):
@@ -185,10 +192,28 @@ class _Follow:
             distance[0] = math.inf
         return Interval(value, value).widened(distance.nan_to_num(nan=math.inf))
 
+    def _by_norm(self, step: Step, known: Interval, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
+        """What is known of a step, whose norm is at most its constant times the input's, and that of its value at 0."""
+        layer = isinstance(step.factor, (Operator, NormInterval)) and step.exact
+        if not layer or step.folded or step.scaled or self._logs is None:
+            return known
+        source = self._intervals[step.inputs[0]]
+        if not bool(source.norm.isfinite().any()):
+            return known
+
+        zeros = in_graph(torch.zeros_like(source.lower[:1]), step.inputs[0], self._traced.batch)
+
+        def nothing(value: Any) -> Any:
+            return zeros if isinstance(value, Interval) else value
+
+        offset = step.apply(*map(nothing, args), **{name: nothing(v) for name, v in kwargs.items()}).double()
+        norm = exp10(self._logs[step]) * source.norm + upper_norm(in_sample(offset, step).abs())
+        return Interval(known.lower, known.upper, torch.minimum(known.norm, norm * (1.0 + _ROUNDING)))
+
     def _keep(self, step: Step, known: Interval, total: float) -> Interval:
         """Store what is known of a step, sharpened by its distance from the value at the centre."""
-        if self._reach < math.inf:
-            moved = exp10(multiply(total, self._reach))
+        if self._reach < math.inf and not step.ahead:
+            moved = _SOME if self._logs is None else exp10(multiply(total, self._reach))
             if moved < math.inf:
                 point = row(known, 1)
                 known = stacked([row(known, 0).intersection(point.widened(moved)), point])

@@ -6,16 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._calls import Call, copied
 from fastlip.lipschitz._combinations import Combination
 from fastlip.lipschitz._factors import module_factor
+from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import Diagonal, Factor, find_rule, missing_rule
+from fastlip.lipschitz._rowwise import by_entries, module_interval_of
 from fastlip.lipschitz._rules.layers import batchnorm, weighted
 from fastlip.lipschitz._steps import Step
 from fastlip.norms import Operator, module_operator
 from fastlip.norms._models.closeness import agree, rounding_of
 from fastlip.norms._models.layer_output import apply_operator
 from fastlip.norms._operators.modules import TRANSPOSED
+
+#: Relative error of a BatchNorm's factors.
+_ROUNDING = 1e-14
 
 
 def module_step(call: Call) -> Step:
@@ -35,11 +41,15 @@ def module_step(call: Call) -> Step:
         if len(call.args) + len(call.kwargs) > 1:
             step.factor = layer_operator(step)  # a transposed convolution with an explicit output size
         step.apply = _weighted_map(module, step.factor)
+        step.interval = by_entries(call, _weighted_interval(module, step.factor))
         return step
     if isinstance(factor, Diagonal) and find_rule(module) is batchnorm:
         step.apply = _batchnorm_map(module, factor)
+        step.interval = by_entries(call, _batchnorm_interval(module, factor))
         return step
     step.apply = _forward(module)
+    if step.interval is None:
+        step.interval = module_interval_of(module, call)
     if isinstance(factor, (Operator, Diagonal)):
         linear = _linear_map(step.apply, factor)
         x = torch.rand(2, *sources[0].entry_shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -95,6 +105,26 @@ def _batchnorm_map(module: nn.Module, factor: Diagonal) -> Callable[..., Tensor]
         return torch.addcmul(shift.to(x).view(ones), x, factor.scale.to(x).view(ones))
 
     return apply
+
+
+def _weighted_interval(module: nn.Module, factor: Factor | Combination) -> Callable[[Interval], Interval]:
+    assert isinstance(factor, Operator)
+    bias: Any = module.bias
+    transposed = isinstance(module, TRANSPOSED)
+    return lambda x: arithmetic.through_operator(factor, x, bias, transposed=transposed)
+
+
+def _batchnorm_interval(module: nn.Module, factor: Diagonal) -> Callable[[Interval], Interval]:
+    mean: Any = module.running_mean
+    offset: Any = module.bias
+
+    def interval(x: Interval) -> Interval:
+        ones = (-1, *(1,) * (len(x.shape) - 1))
+        centred = arithmetic.shift(x, -mean.detach().double().view(ones))
+        y = arithmetic.scale(centred, factor.scale.view(ones).to(x.lower), _ROUNDING)
+        return y if offset is None else arithmetic.shift(y, offset.detach().double().view(ones))
+
+    return interval
 
 
 def _linear_map(forward: Callable[..., Tensor], factor: Operator | Diagonal) -> Callable[..., Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -101,6 +102,39 @@ def module_builders(module: nn.Module) -> list[Builder]:
 def function_builders(target: Any) -> tuple[list[Builder], bool]:
     """The builders of a function or of a method's name, and whether they come before a rule that a user registers."""
     return _BUILDERS.get(target, []), target in _FIXED
+
+
+#: What functions are traced as, in place of a call of them.
+_TRACED_AS: dict[Any, Callable[..., Any]] = {}
+#: Modules of torch that are traced into, unlike others without a rule.
+_TRACED_INTO = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
+
+def traced_as(function: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function to trace in place of calls of ``function``, where it does not raise NotImplementedError."""
+
+    def register(other: Callable[..., Any]) -> Callable[..., Any]:
+        _TRACED_AS[function] = other
+        return other
+
+    return register
+
+
+def body_of(target: Any) -> Callable[..., Any] | None:
+    """What to trace in place of a call; None for calls that are steps of the graph.
+
+    Python functions of others than torch that :func:`torch.fx.wrap` would hide are traced into.
+    """
+    if target in _TRACED_AS:
+        return _TRACED_AS[target]
+    hidden = isinstance(target, FunctionType) and not f"{target.__module__}.".startswith(("torch.", "math."))
+    known = find_function_rule(target) is not None or bool(function_builders(target)[0])
+    return target if hidden and not known else None
+
+
+def is_traced_into(module: nn.Module) -> bool:
+    """Whether a module of torch is traced into, where torch.fx would not."""
+    return any(isinstance(module, kind) and keeps_forward(module, kind) for kind in _TRACED_INTO)
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -33,6 +33,18 @@ def slope_bounds(module: nn.Module, x: Interval) -> tuple[Tensor, Tensor] | None
     return None
 
 
+def slope_range(module: nn.Module | None) -> tuple[float, float] | None:
+    """Least and largest slope of an elementwise activation anywhere, or None if they are not known.
+
+    Only of torch's own classes: a subclass with a rule of its own may do something else.
+    """
+    if module is None or type(module) not in {*_PIECEWISE, *_SMOOTH, nn.PReLU}:
+        return None
+    found = slope_bounds(module, Interval.unbounded((1,)))
+    assert found is not None
+    return found[0].min().item(), found[1].max().item()
+
+
 def _piecewise(breaks: Sequence[float], slopes: Sequence[float | Tensor], x: Interval) -> tuple[Tensor, Tensor]:
     """Of a piecewise linear function with one more slope than breaks."""
     low, high = torch.full_like(x.lower, torch.inf), torch.full_like(x.lower, -torch.inf)

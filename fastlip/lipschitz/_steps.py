@@ -32,6 +32,7 @@ class Step:
         scaled: whether a neighbour's factors were multiplied into this step.
         ahead: whether the constant up to this step misses the factors of a neighbour, or contains them too early.
         exact: whether a linear ``factor`` is the map itself, and not only a map of at least its norm.
+        same: whether the output is the input's values in their order, moved by a constant.
         moved: lower bound on the distance of the outputs of two samples, 0-d; None before the replay.
     """
 
@@ -49,6 +50,7 @@ class Step:
     scaled: bool = False
     ahead: bool = False
     exact: bool = True
+    same: bool = False
     moved: Tensor | None = None
 
     @property

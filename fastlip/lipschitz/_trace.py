@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._registry import is_leaf, missing_rule
+from fastlip.lipschitz._registry import body_of, is_leaf, is_traced_into, missing_rule
 from fastlip.norms._models.inputs import Refused
 from fastlip.norms._models.outputs import tensor_in
 from fastlip.norms._models.restore import as_found
@@ -82,7 +82,21 @@ class Untraceable(ValueError):
 
 
 class _Tracer(Tracer):
-    """Treats modules with a rule as leaves, like torch's own."""
+    """Treats modules with a rule as leaves, like most of torch's own, and traces into functions without one."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) and (is_leaf(m) or not is_traced_into(m))
+
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *others: Any, **settings: Any
+    ) -> Any:
+        body = body_of(target) if kind == "call_function" else None
+        if body is not None:
+            try:
+                return body(*args, **kwargs)
+            except NotImplementedError:
+                pass
+        return super().create_proxy(kind, target, args, kwargs, *others, **settings)
 
     def location(self, node: fx.Node) -> str:
         return location(node)
@@ -111,6 +125,8 @@ def trace_graph(
         raise Untraceable(f"{what} cannot be traced by torch.fx ({error or type(error).__name__})") from error
     if any(module._forward_pre_hooks for module in model.modules()):
         model(x.clone())  # weights that they compute are what rules have to see
+    for node in graph.nodes:  # what a function that was traced into returned must not pass for a call of it
+        node.meta.pop("is_wrapped", None)
     _drop_unused(graph)
     graph_module = fx.GraphModule(root, graph)
     for node in graph.find_nodes(op="call_module"):

@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import json
+import typing
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -203,7 +205,7 @@ def test_robustbench_json(trained, tmp_path):
     info = json.loads(path.read_text())
     assert float(info["autoattack_acc"]) == pytest.approx(100 * found.robust_accuracy, abs=0.005)
     assert info["clean_acc"] == "100.00"
-    assert info == model_info(found, dataset="cifar10", eps=0.065, architecture="CNN")
+    assert info == model_info(found, dataset="cifar10", eps=0.065, architecture="CNN", name="Ours2026")
     with pytest.raises(ValueError, match="norm must be"):
         write_model_info(tmp_path, "x", "l0", found, dataset="cifar10", eps=1.0)
 
@@ -219,6 +221,45 @@ def test_keys_are_robustbench_s(trained):
     model, inputs, labels = trained
     found = attacks.evaluate(model, inputs, labels, {})
     assert set(model_info(found, dataset="cifar10", eps=0.1)) <= fields
+
+
+def robustbench_s(folder):
+    """RobustBench's readers as they are installed, without the import of its model zoo, which needs more packages."""
+    enums = {}
+    exec(compile((folder / "model_zoo" / "enums.py").read_text(), "enums.py", "exec"), enums)
+    scope = {"json": json, "Path": Path, "Union": typing.Union, "Optional": typing.Optional, "warnings": warnings}
+    scope |= {name: enums[name] for name in ("BenchmarkDataset", "ThreatModel")}
+    wanted = {"ACC_FIELDS", "list_available_models", "get_key", "get_leaderboard_latex"}
+    for node in ast.parse((folder / "utils.py").read_text()).body:
+        named = {node.name} if hasattr(node, "name") else {t.id for t in getattr(node, "targets", [])}
+        if named & wanted:
+            exec(compile(ast.Module([node], []), "utils.py", "exec"), scope)
+    return scope
+
+
+@pytest.mark.parametrize("given", [{}, {"architecture": "ResNet-18", "venue": "ICML 2026", "link": "https://x.org"}])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_robustbench_reads_the_json(trained, tmp_path, monkeypatch, capsys, given, norm):
+    spec = importlib.util.find_spec("robustbench")
+    if spec is None:
+        pytest.skip("robustbench is not installed")
+    readers = robustbench_s(Path(spec.submodule_search_locations[0]))
+    model, inputs, labels = trained
+    ball = {"norm": norm, "eps": {"linf": 0.065, "l2": 1.0}[norm]}
+    suite = {"pgd": partial(attacks.pgd, steps=3, **ball)}
+    found = attacks.evaluate(model, [(inputs, labels)], attacks=suite, **ball)
+    write_model_info(tmp_path / "model_info", "Ours2026", norm, found, dataset="cifar10", eps=ball["eps"], **given)
+    monkeypatch.chdir(tmp_path)
+    threat = readers["ThreatModel"]({"linf": "Linf", "l2": "L2"}[norm])
+    readers["all_models"] = {readers["BenchmarkDataset"]("cifar10"): {threat: {"Ours2026": None}}}
+    readers["list_available_models"]("cifar10", threat)
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert "**Ours2026**" in row
+    assert f"{found.robust_accuracy:.2%}" in row
+    assert given.get("venue", "Unpublished") in row
+    latex = readers["get_leaderboard_latex"]("cifar10", threat)
+    assert f"{100 * found.robust_accuracy:.2f}" in latex
+    assert given.get("architecture", "").replace("ResNet", "RN") in latex
 
 
 def test_a_missing_package_is_named():

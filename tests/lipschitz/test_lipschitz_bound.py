@@ -189,7 +189,8 @@ def test_batchnorm_of_a_shared_convolution_output_is_not_folded() -> None:
     model = randomise(Shared())
     conv = torch.linalg.matrix_norm(model.conv.weight.double().flatten(1), 2).item()
     scale = (model.bn.weight / (model.bn.running_var + model.bn.eps).sqrt()).abs().max().item()
-    assert lipschitz_bound(model, (2, 3, 3)).upper == pytest.approx(conv * (1 + scale), rel=1e-6)
+    bound = lipschitz_bound(model, (2, 3, 3), tight_chains=False)
+    assert bound.upper == pytest.approx(conv * (1 + scale), rel=1e-6)
 
 
 def test_sums_and_concatenations() -> None:
@@ -202,7 +203,7 @@ def test_sums_and_concatenations() -> None:
 
 def test_parts_add_up_and_show_the_branches() -> None:
     model, shape = networks()["resnet"]
-    bound = lipschitz_bound(randomise(model), shape, confidence=0.99)
+    bound = lipschitz_bound(randomise(model), shape, confidence=0.99, tight_chains=False)
     assert sum(part.log10_factor for part in bound.parts) == pytest.approx(bound.log10_upper)
     sums = [part for part in bound.parts if part.kind == "sum"]
     assert len(sums) == 2
@@ -224,7 +225,7 @@ def test_margin_is_the_largest_distance_of_two_rows() -> None:
     first = torch.linalg.matrix_norm(model[0].weight.double(), 2).item()
     rows = last.weight.double()
     distance = max((a - b).norm().item() for a in rows for b in rows)
-    bound = lipschitz_bound(model, (6,))
+    bound = lipschitz_bound(model, (6,), tight_chains=False)
     assert 10**bound.log10_margin == pytest.approx(
         min(distance, math.sqrt(2) * 10 ** bound.parts[1].log10_factor) * first
     )

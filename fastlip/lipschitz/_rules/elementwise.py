@@ -16,6 +16,7 @@ from fastlip.lipschitz._combinations import Combination, Weighted
 from fastlip.lipschitz._intervals import EPS, INF, Interval
 from fastlip.lipschitz._log_arithmetic import add, half, log10, multiply
 from fastlip.lipschitz._registry import builds
+from fastlip.lipschitz._rowwise import aligned, constant_sample
 from fastlip.lipschitz._steps import Step
 
 
@@ -221,7 +222,7 @@ def _choice(call: Call) -> Step | None:
 
     def interval(*args: Any) -> Interval:
         ends = [
-            by(*(getattr(a, name) if isinstance(a, Interval) else a.double() for a in args))
+            by(*(getattr(a, name) if isinstance(a, Interval) else constant_sample(call, a).double() for a in args))
             for name in ("lower", "upper")
         ]
         return Interval(*ends)
@@ -230,4 +231,4 @@ def _choice(call: Call) -> Step | None:
     repeated = tuple(copies(call.sample_shape(node), call.shape) for node in nodes)
     # With one traced tensor the other is constant.
     factor = Choice(repeated) if len(nodes) == 2 else repeated[0]
-    return Step(call.where, call.name, inputs, factor, call.shape, apply=by, interval=interval)
+    return Step(call.where, call.name, inputs, factor, call.shape, apply=by, interval=aligned(call, interval))

@@ -10,6 +10,7 @@ from torch import nn
 from fastlip.lipschitz._calls import Call
 from fastlip.lipschitz._factors import module_factor
 from fastlip.lipschitz._registry import missing_rule
+from fastlip.lipschitz._rowwise import module_interval_of
 from fastlip.lipschitz._steps import Step
 
 _ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
@@ -117,5 +118,5 @@ def step_by_module(call: Call) -> Step | None:
         call.shape,
         module,
         apply=lambda x, *_, **__: forward(x),
-        interval=stated.interval,
+        interval=stated.interval or module_interval_of(module, call),
     )

@@ -15,6 +15,7 @@ from fastlip.lipschitz._calls import Call
 from fastlip.lipschitz._combinations import Weighted
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds
+from fastlip.lipschitz._rowwise import aligned
 from fastlip.lipschitz._rules.activations import CONSTANTS
 from fastlip.lipschitz._steps import Step
 
@@ -22,6 +23,12 @@ _MULTIPLY = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul
 _DIVIDE = (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div", "div_", "divide")
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _MATMUL = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__")
+
+
+#: Rounding of a few products of numbers.
+_ROUNDING = 1e-14
+#: The largest sum of a softmax, with rounding.
+_ONE = 1.0 + 1e-12
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class MatrixProduct(Weighted):
 
     Attributes:
         repeated: how often each matrix of A, and of B, is used.
-        stochastic: whether the rows of A are >= 0 and sum up to at most 1, as those of a softmax.
+        stochastic: whether the rows of A are >= 0 and sum up to 1, as those of a softmax.
     """
 
     name: ClassVar[str] = "matrix product"
@@ -87,10 +94,14 @@ class MatrixProduct(Weighted):
 
     def weights(self, magnitudes: Sequence[Interval]) -> Sequence[float]:
         a, b = magnitudes
-        rows = 1.0 + 1e-12 if self.stochastic else math.inf
+        if self.stochastic:
+            return [
+                rows_apart(b) * self.repeated[0],
+                spectral_norm(a.magnitude()[0], math.inf, _ONE) * self.repeated[1],
+            ]
         return [
             spectral_norm(b.magnitude()[0], b.norm.item()) * self.repeated[0],
-            spectral_norm(a.magnitude()[0], a.norm.item(), rows) * self.repeated[1],
+            spectral_norm(a.magnitude()[0], a.norm.item()) * self.repeated[1],
         ]
 
 
@@ -110,7 +121,7 @@ def _product(call: Call) -> Step | None:
         return Interval(result.lower.clamp_min(0.0), result.upper, result.norm) if a is b else result
 
     factor = Product(shapes, call.shape)
-    return Step(call.where, call.name, inputs, factor, call.shape, apply=operator.mul, interval=interval)
+    return Step(call.where, call.name, inputs, factor, call.shape, apply=operator.mul, interval=aligned(call, interval))
 
 
 @builds(*_DIVIDE, fixed=True)
@@ -120,7 +131,7 @@ def _quotient(call: Call) -> Step | None:
     shapes = call.sample_shape(call.args[0]), call.sample_shape(call.args[1])
     inputs = [call.steps[a] for a in call.args]
     factor = Quotient(shapes, call.shape)
-    apply, interval = operator.truediv, arithmetic.divide
+    apply, interval = operator.truediv, aligned(call, arithmetic.divide)
     return Step(call.where, call.name, inputs, factor, call.shape, apply=apply, interval=interval)
 
 
@@ -133,9 +144,33 @@ def _matrix_product(call: Call) -> Step | None:
         return None
     repeated = tuple(math.sqrt(math.prod(call.shape[:-2]) / max(math.prod(s[:-2]), 1)) * (1.0 + 1e-15) for s in (a, b))
     inputs = [call.steps[node] for node in call.args]
-    factor = MatrixProduct((repeated[0], repeated[1]), is_stochastic(inputs[0]))
-    apply, interval = torch.matmul, arithmetic.matmul
+    stochastic = is_stochastic(inputs[0])
+    factor = MatrixProduct((repeated[0], repeated[1]), stochastic)
+    apply, interval = torch.matmul, averaged if stochastic else arithmetic.matmul
     return Step(call.where, call.name, inputs, factor, call.shape, apply=apply, interval=interval)
+
+
+def rows_apart(x: Interval) -> float:
+    """Upper bound on the spectral norm of matrices, the last two axes, less one vector that is taken off all rows."""
+    magnitude = x.magnitude()[0]
+    whole = spectral_norm(magnitude, x.norm.item())
+    if not magnitude.numel() or not math.isfinite(whole):
+        return whole
+    lower, upper = x.lower[0], x.upper[0]
+    common = 0.5 * lower.amin(-2, keepdim=True) + 0.5 * upper.amax(-2, keepdim=True)
+    apart = torch.maximum(upper - common, common - lower).clamp_min(0.0) * _ONE
+    return least([whole, spectral_norm(apart, math.inf)])
+
+
+def averaged(shares: Interval, x: Interval) -> Interval:
+    """Bounds of averages of the rows of x with shares that sum up to 1: no average lies outside of its elements."""
+    product = arithmetic.matmul(shares, x)
+    shape = product.lower.shape
+    # Shares that are rounded sum up to 1 but for rounding.
+    slack = _ROUNDING * x.magnitude().amax(-2, keepdim=True)
+    lower = (x.lower.amin(-2, keepdim=True) - slack).expand(shape)
+    upper = (x.upper.amax(-2, keepdim=True) + slack).expand(shape)
+    return product.intersection(Interval(lower, upper))
 
 
 def is_stochastic(step: Step) -> bool:
@@ -182,8 +217,6 @@ def _gated_by_itself(call: Call, x: fx.Node, gate: fx.Node) -> Step | None:
     return Step(call.where, call.name, [call.steps[x]], factor, call.shape, apply=apply, interval=interval)
 
 
-#: Rounding of a few products of numbers.
-_ROUNDING = 1e-14
 #: By what a gate's argument is multiplied to get that of the activation: GELU's erf takes x / sqrt(2).
 _ARGUMENTS: dict[type[nn.Module], float] = {nn.SiLU: 1.0, nn.Hardswish: 1.0, nn.Mish: 1.0, nn.GELU: math.sqrt(2.0)}
 

@@ -7,6 +7,7 @@ used element appears, which is counted on a tensor of indices.
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +24,9 @@ _MARK = 0.28125
 
 _ONE: tuple[Any, ...] = (
     *(operator.getitem, torch.select, torch.narrow, torch.index_select, "select", "narrow", "index_select"),
-    *(torch.Tensor.expand, torch.Tensor.expand_as, "expand", torch.broadcast_to, "broadcast_to"),
+    *(torch.Tensor.expand, "expand", torch.broadcast_to, "broadcast_to"),
     *(torch.Tensor.repeat, "repeat", torch.tile, "tile", torch.repeat_interleave, "repeat_interleave"),
     *(torch.roll, "roll", torch.flip, "flip", torch.fliplr, torch.flipud, torch.rot90, "rot90"),
-    *(torch.unflatten, "unflatten", torch.ravel, "ravel", torch.movedim, "movedim", torch.moveaxis, "moveaxis"),
-    *(torch.swapaxes, "swapaxes", torch.swapdims, "swapdims", torch.t, "t", torch.atleast_2d, "view_as", "reshape_as"),
     *(torch.diagonal, "diagonal", torch.tril, "tril", torch.triu, "triu", "unfold", F.unfold),
     *(F.pad, torch.constant_pad_nd, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, torch.channel_shuffle),
     *(torch.masked_fill, "masked_fill", torch.gather, "gather"),
@@ -49,6 +48,13 @@ def _selection(call: Call) -> Step | None:
     if not call.on_one:
         return None
     return _step(call, as_function(call.target), call.shape)
+
+
+@builds("expand_as")
+def _expanded(call: Call) -> Step:
+    """The shape of another tensor, which is known, whether that depends on the input or not."""
+    shape = call.values.shapes[call.node]
+    return _step(replace(call, args=call.args[:1], sources=call.sources[:1]), lambda x, *_: x.expand(shape), call.shape)
 
 
 @builds(*_SEVERAL)
@@ -85,8 +91,7 @@ def _step(call: Call, function: Callable[..., Tensor], shape: tuple[int, ...]) -
     indices = _indices(call, node)
     seen = function(indices, *call.args[1:], **call.kwargs)
     times, filled = _most_used(seen, indices.numel())
-    factor = times**0.5 * (1.0 + EPS)
-
+    factor = times**0.5 * (1.0 + EPS * (times > 1))
     source, batch = call.steps[node], call.values.batch
 
     def interval(x: Interval, *args: Any, **kwargs: Any) -> Interval:

@@ -1,13 +1,18 @@
 """Sums, differences and concatenations."""
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
-from fastlip.lipschitz._calls import Call, with_constants
-from fastlip.lipschitz._combinations import Combination, Concatenation, Difference, Sum
-from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz import _interval_arithmetic as arithmetic
+from fastlip.lipschitz._broadcast import copies
+from fastlip.lipschitz._calls import Call, as_function, with_constants
+from fastlip.lipschitz._combinations import BroadcastSum, Combination, Concatenation, Difference, Sum
+from fastlip.lipschitz._intervals import Interval
+from fastlip.lipschitz._registry import Factor, builds, missing_rule
+from fastlip.lipschitz._rowwise import aligned, by_ends, constant_sample
 from fastlip.lipschitz._steps import Step
 
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -17,18 +22,42 @@ _SUBTRACT = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
 @builds(*_ADD, *_SUBTRACT, fixed=True)
 def _sum(call: Call) -> Step:
     operands = [a for a in call.args if isinstance(a, fx.Node)]
-    if call.kwargs or len(call.args) != 2 or any(call.sample_shape(a) != call.shape for a in operands):
-        raise missing_rule(f"{call.name} with broadcasting or alpha", call.where)
-    # x + x counts x twice; adding a constant changes no distance.
+    if call.kwargs or len(call.args) != 2:
+        raise missing_rule(f"{call.name} with alpha", call.where)
     inputs = [call.steps[a] for a in operands]
-    several: Combination
-    several, by = (Sum(), operator.add) if call.target in _ADD else (Difference(), operator.sub)
-    factor = several if len(inputs) > 1 else 1.0
-    return Step(call.where, call.name, inputs, factor, call.shape, apply=with_constants(by, call.args))
+    added = call.target in _ADD
+    by = operator.add if added else operator.sub
+    repeated = tuple(copies(call.sample_shape(a), call.shape) for a in operands)
+    factor: Factor | Combination
+    if len(operands) == 1:
+        factor = repeated[0]  # adding a constant changes no distance
+    elif repeated != (1.0, 1.0):
+        factor = BroadcastSum(repeated)
+    else:  # x + x counts x twice
+        factor = Sum() if added else Difference()
+
+    def interval(*args: Any) -> Interval:
+        a, b = (constant_sample(call, a) for a in args)
+        if isinstance(a, Interval) and isinstance(b, Interval):
+            return arithmetic.add(a, b) if added else arithmetic.subtract(a, b)
+        if isinstance(a, Interval):
+            return arithmetic.shift(a, b if added else -b)
+        return arithmetic.shift(b if added else arithmetic.negative(b), a)
+
+    apply = with_constants(by, call.args)
+    same = added and factor == 1.0
+    return Step(
+        call.where, call.name, inputs, factor, call.shape, apply=apply, interval=aligned(call, interval), same=same
+    )
 
 
-@builds(torch.cat, torch.concat, torch.concatenate, fixed=True)
+@builds(torch.stack, torch.cat, torch.concat, torch.concatenate, fixed=True)
 def _concatenation(call: Call) -> Step:
     tensors = call.args[0] if call.args else call.kwargs["tensors"]
-    inputs = [call.steps[a] for a in tensors if isinstance(a, fx.Node)]
-    return Step(call.where, call.name, inputs, Concatenation(), call.shape, apply=torch.cat)
+    if isinstance(tensors, fx.Node):
+        inputs = [part for part in call.bundles[tensors] if part is not None]
+    else:
+        inputs = [call.steps[a] for a in tensors if isinstance(a, fx.Node)]
+    apply = as_function(call.target)
+    interval = by_ends(call, apply)
+    return Step(call.where, call.name, inputs, Concatenation(), call.shape, apply=apply, interval=interval)

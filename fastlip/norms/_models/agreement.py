@@ -99,5 +99,5 @@ def _disagreement(use: Use, how: str) -> str:
     return (
         f"{'the function' if use.module is None else type(use.module).__name__} does not apply the map that its weight "
         f"and settings describe ({how}): a hook, a forward that does more or that changes it for the call and puts it "
-        "back, or other weights in its place can do that"
+        "back, or other weights in its place can do that; fastlip.norms.layer_operator takes the map of such a layer"
     )

@@ -157,8 +157,11 @@ class WatchedFunctions(TorchFunctionMode):
             self._listener.adds(held - weights)
         elif scaled and y.shape == scaled[0].shape:
             x, factor = scaled
-            factors = Factors(self._held.source(held, factor, flat=True), name in _DIVIDES, factor.shape)
-            self._listener.scales(x, y, before, held, factors, self._held.has_variance(held))
+            tensors = self.made_of(factor)
+            assert tensors is not None
+            factors = Factors(self._held.source(tensors, factor, flat=True), name in _DIVIDES, factor.shape)
+            self._listener.scales(x, y, before, tensors, factors, self._held.has_variance(tensors))
+            self._listener.adds(held - tensors)
         elif name in _ADDS:
             self._listener.adds(held)
         else:
@@ -180,12 +183,17 @@ class WatchedFunctions(TorchFunctionMode):
 
     def _scaled(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
         """The tensor that is multiplied or divided, and the factors made of the model's tensors alone."""
-        if kwargs or len(args) != 2 or not all(isinstance(t, Tensor) and t.is_floating_point() for t in args):
+        names = _MULTIPLIES | _DIVIDES
+        if name == "addcmul" and len(args) == 3:  # the first is added
+            args, names = args[1:], frozenset((name,))
+        if kwargs or name not in names or len(args) != 2:
             return None
         first, second = args
-        if self._is_weight(second) and name in _MULTIPLIES | _DIVIDES:
+        if not all(isinstance(t, Tensor) and t.is_floating_point() for t in args):
+            return None
+        if self._is_weight(second) and self.made_of(first) is None:
             return first, second
-        return (second, first) if self._is_weight(first) and name in _MULTIPLIES else None
+        return (second, first) if self._is_weight(first) and name not in _DIVIDES else None
 
     def _batchnorm(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], held: frozenset[int]) -> Any:
         bound = _BATCHNORM.bind(*args, **kwargs)

@@ -18,6 +18,7 @@ from fastlip.norms._operators.modules import CONVS, TRANSPOSED, describe_module,
 from fastlip.norms._operators.registry import find_operator
 
 _WEIGHTED = (*CONVS, *TRANSPOSED, nn.Linear)
+_ADVICE = "; fastlip.norms.layer_operator takes the map of such a layer"
 
 
 @dataclass(eq=False)
@@ -197,7 +198,9 @@ class _Recorder:
         kind = next(cls for cls in _WEIGHTED if isinstance(module, cls)).__name__
         if len(frame.maps) != 1:
             seen = f"{len(frame.maps)} linear maps of weights are" if frame.maps else "no linear map of a weight is"
-            self.leaves_out(covers, f"{type(module).__name__} has another forward than {kind}, in which {seen} seen")
+            self.leaves_out(
+                covers, f"{type(module).__name__} has another forward than {kind}, in which {seen} seen{_ADVICE}"
+            )
             return
         ((call, tensors),) = frame.maps
         if self._keep:

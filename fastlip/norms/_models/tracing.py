@@ -119,7 +119,7 @@ class Tracer(fx.Tracer):
 
     Args:
         examples: inputs, [B, ...] each.
-        leaf: which modules are called as they are; those of ``torch.nn`` by default.
+        leaf: which modules are called as they are, besides those of ``torch.nn``.
 
     Attributes:
         described: for each node what :func:`described` says of its value for the first example.
@@ -185,6 +185,8 @@ class Tracer(fx.Tracer):
             kind, target = "call_function", _OPERATORS[target]
         if kind == "call_method" and target == "size" and not kwargs and len(args) == 1:
             return self.sizes(args[0])
+        if target is not operator.getitem:
+            args, kwargs = _spread(args), _spread(kwargs)
         arguments = _flat((args, kwargs))
         written = [(t, version_of(t)) for t in arguments if type(t) is not Proxy and isinstance(t, Tensor)]
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -270,6 +272,15 @@ def _flat(value: Any, empty: tuple[Any, ...] = ()) -> list[Any]:
     if not isinstance(value, (tuple, list)):
         return [value]
     return [item for inner in value for item in _flat(inner)] or list(empty)
+
+
+def _spread(value: Any) -> Any:
+    """``value`` with the parts of tuples in place of proxies of tuples."""
+    if type(value) is Proxy:
+        return tuple(value) if isinstance(value.values[0], (tuple, list)) else value
+    if isinstance(value, dict):
+        return {k: _spread(v) for k, v in value.items()}
+    return type(value)(map(_spread, value)) if type(value) in (tuple, list) else value
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -27,12 +27,12 @@ def rounding_terms(ops: Sequence[AnyOperator], sizes: Indices) -> RoundingTerms:
     dimensions = sizes + np.array([math.prod(op.output_shape) for op in ops])
     return RoundingTerms(
         4.0 * _UNIT * (dimensions + 4),
-        np.array([_application_error(op) for op in ops]),
+        np.array([application_error(op) for op in ops]),
         np.array([magnitude(op) for op in ops]),
     )
 
 
-def _application_error(op: AnyOperator) -> float:
+def application_error(op: AnyOperator) -> float:
     """Bound on ||fl(A x) - A x|| / ||x|| in float64, for A or its adjoint.
 
     A sum of L products has an error of at most 1.01 L u times the sum of their magnitudes (Higham 2002, section 3.1),

@@ -1,0 +1,263 @@
+"""How strong the attacks are: evaluate's standard suite beside AutoAttack, and min_norm beside adversarial-library.
+
+    FASTLIP_DATA=DIR python benchmarks/bench_strength.py suites plain.safetensors robust.safetensors
+    FASTLIP_DATA=DIR python benchmarks/bench_strength.py norms plain.safetensors robust.safetensors
+    python benchmarks/bench_strength.py table > benchmarks/results/strength.md
+
+The networks are those of ``train_cnn.py``, the images the first ones of CIFAR-10's test set. Needs ``pyautoattack`` and
+``adv-lib``.
+
+"suites": AutoAttack's standard version and ``fastlip.attacks.evaluate`` on the same images, one after the other in one
+process: images that each leaves robust, wall and CPU seconds, and the images that only one of the two fools. An image
+of either counts as fooled if the model decides wrongly on it and it lies in the box and, but for rounding, in the ball.
+``strength_suite_images.csv`` has a row for each image.
+
+"norms": the smallest perturbation of each correctly classified image under each method with so many forward and so
+many backward passes for an image (``--calls``) or a few less, as counted. Judged alike for all: found are images of the
+box that the model misclassifies, by their distance in float64; ``lost`` of them are classified correctly when each is
+given to the model alone. Quantisation is off (adv-lib's DDN has it on by default). ``strength_norm_images.csv`` has a
+row for each image and a column for each method.
+"""
+
+import argparse
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from _timing import Results, Session, environment
+from torch import Tensor, nn
+from train_cnn import test_images, trained_cnn
+
+from fastlip import attacks
+from fastlip.attacks import count_forward_backward
+from fastlip.ops import Norm
+
+RESULTS = Path(__file__).parent / "results"
+ORDER: dict[Norm, float] = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+#: Norms and radii of the suites.
+THREATS: list[tuple[Norm, float]] = [
+    ("linf", 1 / 255), ("linf", 2 / 255), ("linf", 4 / 255), ("l2", 0.25), ("l1", 6.0),
+]  # fmt: skip
+#: What fastlip's own ways have of evaluate's options.
+SUITES: dict[str, dict[str, Any]] = {"fastlip": {}, "fastlip, fast": {"fast": True}}
+#: Radius above which adv-lib's minimal APGD does not look, twice that where it begins; above all norms found.
+LARGEST: dict[Norm, float] = {"linf": 0.25, "l2": 4.0, "l1": 64.0}
+Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def name_of(norm: Norm, eps: float) -> str:
+    """A threat in words."""
+    return f"Linf {eps * 255:g}/255" if norm == "linf" else f"{norm.upper()} {eps:g}"
+
+
+def lengths(x: Tensor, x0: Tensor, norm: Norm) -> Tensor:
+    """Lengths of perturbations, [B] float64."""
+    return torch.linalg.vector_norm((x.double() - x0.double()).flatten(1), ORDER[norm], dim=1)
+
+
+@torch.no_grad()
+def decisions(model: nn.Module, images: Tensor, size: int = 250) -> Tensor:
+    """The model's classes, [N] int64, in batches of one size."""
+    return torch.cat([model(part).argmax(1) for part in images.split(size)])
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What ``run`` returns, its wall seconds and its CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    out = run()
+    return out, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def auto_attack(model: nn.Module, norm: Norm, eps: float, images: Tensor, labels: Tensor) -> Tensor:
+    """AutoAttack's standard version, [N, ...]."""
+    from pyautoattack import AutoAttack
+
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    attack = AutoAttack(model, norm=norm.capitalize(), eps=eps, version="standard", seed=0, device="cpu")
+    return attack.run_standard_evaluation(images, labels, batch_size=250)[0]
+
+
+def robust_of(model: nn.Module, x: Tensor, images: Tensor, labels: Tensor, norm: Norm, eps: float) -> Tensor:
+    """Whether each image stands what an attack made of it, [N] bool."""
+    # Rounding: of each element of x in float32, and of the projections of AutoAttack, which are sums in float32.
+    allowed = eps * (1 + 1e-5) + (2.0**-24 if norm == "linf" else 0.0)
+    inside = (lengths(x, images, norm) <= allowed) & ((x >= 0) & (x <= 1)).flatten(1).all(1)
+    return (decisions(model, images) == labels) & ~(inside & (decisions(model, x) != labels))
+
+
+def suites(args: argparse.Namespace) -> None:
+    images, labels = (t[: args.images] for t in test_images(os.environ["FASTLIP_DATA"]))
+    shared = environment("cpu") | {"pyautoattack": version("pyautoattack")}
+    out = Results(RESULTS / f"{args.name}_suites.csv", shared)
+    each = Results(RESULTS / f"{args.name}_suite_images.csv", digits=6)
+    session = Session(args.seconds)
+
+    def measure(path: Path, norm: Norm, eps: float) -> None:
+        model = trained_cnn(path)
+        clean = decisions(model, images) == labels
+        robust, spent = {}, {}
+        x, *spent["AutoAttack"] = timed(lambda: auto_attack(model, norm, eps, images, labels))
+        robust["AutoAttack"] = robust_of(model, x, images, labels, norm, eps)
+        parts: dict[str, str] = {"AutoAttack": ""}
+        for name, options in SUITES.items():
+            if name not in args.suites:
+                continue
+            report, *spent[name] = timed(
+                lambda o=options: attacks.evaluate(model, images, labels, norm=norm, eps=eps, check=False, **o)
+            )
+            robust[name] = robust_of(model, report.adversarial, images, labels, norm, eps)
+            parts[name] = " ".join(f"{attack}:{seconds:.1f}" for attack, seconds in report.seconds.items())
+        for name, stands in robust.items():
+            only, missed = (robust["AutoAttack"] & ~stands), (stands & ~robust["AutoAttack"])
+            row = {"network": path.stem, "norm": norm, "eps": eps, "what": name, "images": len(images)}
+            row |= {"clean": int(clean.sum()), "robust": int(stands.sum())}
+            row |= {"wall_s": spent[name][0], "cpu_s": spent[name][1]}
+            row |= {"x_wall": spent[name][0] / spent["AutoAttack"][0], "x_cpu": spent[name][1] / spent["AutoAttack"][1]}
+            row |= {"fooled_alone": int(only.sum()), "missed": int(missed.sum())}
+            row |= {"which_missed": " ".join(map(str, missed.nonzero().flatten().tolist()))}
+            row |= {"seconds_each": parts[name]}
+            out.add(row)
+            print(row, flush=True)
+        for i in range(len(images)):
+            row = {"network": path.stem, "norm": norm, "eps": eps, "image": i, "clean": int(clean[i])}
+            each.add(row | {name: int(stands[i]) for name, stands in robust.items()})
+
+    for path in args.checkpoint:
+        for norm, eps in THREATS:
+            if not args.threat or name_of(norm, eps) in args.threat:
+                session.attempt(f"{path.stem} {name_of(norm, eps)}", lambda p=path, n=norm, e=eps: measure(p, n, e))
+    session.close()
+
+
+def ours(norm: Norm, calls: int) -> dict[str, Method]:
+    """Our methods within ``calls`` forward and backward passes."""
+
+    def run(**options: Any) -> Method:
+        return lambda model, x, y: attacks.min_norm(model, x, y, norm=norm, **options).adversarial
+
+    # Of the passes, one is the estimate's, and some are those that pull back what was found and make it hold.
+    radii = max(calls // 35, 2)
+    return {
+        "fastlip fmn": run(method="fmn", fmn_steps=calls - 10),
+        "fastlip search": run(method="search", search_steps=radii, steps=calls // radii - 8, tolerance=0.001),
+    }
+
+
+def peers(norm: Norm, calls: int) -> dict[str, Method]:
+    """adversarial-library's methods within ``calls`` passes, with their own defaults but for the number of steps."""
+    from adv_lib.attacks import alma, ddn, fmn, pdgd, pdpgd
+    from adv_lib.attacks.auto_pgd import minimal_apgd
+
+    order = ORDER[norm]
+    # As many radii, classes and steps as the passes allow; a run of n steps has n + 1 passes and one more judges it.
+    radii, classes = (3, 3) if calls < 1000 else (9, 5)
+    steps = calls // (radii * classes) - 3
+    out: dict[str, Method] = {
+        "FMN": lambda m, x, y: fmn(m, x, y, norm=order, steps=calls),
+        "PDPGD": lambda m, x, y: pdpgd(m, x, y, norm=order, num_steps=calls),
+        "APGD-T, minimal": lambda m, x, y: minimal_apgd(
+            m, x, y, norm=order, max_eps=LARGEST[norm] / 2, binary_search_steps=radii, targeted_version=True,
+            n_iter=steps, num_targets=classes, use_large_reps=norm == "l1",
+        ),
+        "APGD, minimal": lambda m, x, y: minimal_apgd(
+            m, x, y, norm=order, max_eps=LARGEST[norm] / 2, binary_search_steps=max(calls // 100, 5),
+            n_iter=calls // max(calls // 100, 5) - 3, use_large_reps=norm == "l1",
+        ),
+    }  # fmt: skip
+    if norm == "l2":
+        out["DDN"] = lambda m, x, y: ddn(m, x, y, steps=calls, levels=None)
+        out["PDGD"] = lambda m, x, y: pdgd(m, x, y, num_steps=calls)
+    if norm != "linf":
+        out["ALMA"] = lambda m, x, y: alma(
+            m, x, y, num_steps=calls, distance=norm, init_lr_distance=0.25 if norm == "l2" else 0.5
+        )
+    return out
+
+
+def norms(args: argparse.Namespace) -> None:
+    images, labels = (t[: args.images] for t in test_images(os.environ["FASTLIP_DATA"]))
+    shared = environment("cpu") | {"adv_lib": version("adv-lib")}
+    out = Results(RESULTS / f"{args.name}_norms.csv", shared, digits=5)
+    each = Results(RESULTS / f"{args.name}_norm_images.csv", digits=5)
+    session = Session(args.seconds)
+
+    def measure(path: Path, norm: Norm, calls: int) -> None:
+        model = trained_cnn(path)
+        right = decisions(model, images) == labels
+        x, y = images[right], labels[right]
+        methods = ours(norm, calls) | ({} if args.no_peers else peers(norm, calls))
+        found: dict[str, Tensor] = {}
+        rows = []
+        for name, method in methods.items():
+            if args.method and name not in args.method:
+                continue
+            torch.manual_seed(0)
+
+            def attacked(method: Method = method) -> Tensor:
+                return torch.cat(
+                    [method(model, a, b) for a, b in zip(x.split(args.batch), y.split(args.batch), strict=True)]
+                )
+
+            with count_forward_backward(model) as passes:
+                adversarial, wall, cpu = timed(attacked)
+            adversarial = adversarial.detach()
+            wrong = (decisions(model, adversarial) != y) & ((adversarial >= 0) & (adversarial <= 1)).flatten(1).all(1)
+            found[name] = torch.where(wrong, lengths(adversarial, x, norm), torch.inf)
+            alone = decisions(model, adversarial, 1) != y
+            row = {"network": path.stem, "norm": norm, "calls": calls, "what": name, "images": len(x)}
+            row |= {"forward": passes.forward / len(x), "backward": passes.backward / len(x)}
+            row |= {"found": int(wrong.sum()), "lost": int((wrong & ~alone).sum())}
+            row |= {"median": found[name].median().item(), "mean": found[name][found[name].isfinite()].mean().item()}
+            rows.append(row | {"wall_s": wall, "cpu_s": cpu})
+        others = [n for n in found if not n.startswith("fastlip")]
+        least = min((found[n].median().item() for n in others), default=math.nan)
+        for row in rows:
+            mine = found[row["what"]]
+            rivals = [found[n] for n in others if n != row["what"]]
+            nearest = torch.stack(rivals).amin(0) if rivals else torch.full_like(mine, torch.nan)
+            row |= {"x_median": row["median"] / least, "wins": int((mine <= nearest).sum())}
+            row |= {"within_1%": int((mine <= 1.01 * nearest).sum())}
+            out.add(row)
+            print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        for i, at in enumerate(right.nonzero().flatten().tolist()):
+            row = {"network": path.stem, "norm": norm, "calls": calls, "image": at}
+            each.add(row | {name: lengths_found[i].item() for name, lengths_found in found.items()})
+
+    for path in args.checkpoint:
+        for norm in args.norm:
+            for calls in args.calls:
+                session.attempt(f"{path.stem} {norm} {calls}", lambda p=path, n=norm, c=calls: measure(p, n, c))
+    session.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["suites", "norms"])
+    parser.add_argument("checkpoint", type=Path, nargs="*", help="networks of train_cnn.py")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=256, help="images that an attack on norms gets at once")
+    parser.add_argument("--threat", nargs="*", help="such as 'Linf 1/255'; all if not given")
+    parser.add_argument("--suites", nargs="*", default=list(SUITES))
+    parser.add_argument("--norm", choices=list(ORDER), nargs="*", default=list(ORDER))
+    parser.add_argument("--calls", type=int, nargs="*", default=[100, 1000])
+    parser.add_argument("--method", nargs="*", help="methods by name; all if not given")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", default="strength", help="how the files of results begin")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so many seconds")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    {"suites": suites, "norms": norms}[args.part](args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

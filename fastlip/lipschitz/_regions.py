@@ -1,0 +1,265 @@
+"""Parts of a network that are bounded as a whole: layers, sums and activations with known slopes, in dense matrices."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from fastlip.lipschitz._combinations import Combination, Concatenation, Difference, Sum
+from fastlip.lipschitz._multipliers import Activation, Map, SlopeNetwork, log10_bound, multiplications
+from fastlip.lipschitz._registry import Diagonal
+from fastlip.lipschitz._slopes import slope_range
+from fastlip.lipschitz._steps import Step, origin_of
+from fastlip.norms import Operator
+from fastlip.norms._models.layer_output import apply_operator
+from fastlip.norms._solvers.float64_rounding import application_error
+
+_EPS = torch.finfo(torch.float64).eps
+_SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten)
+_AVERAGES = (
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+)
+#: Most elements of a matrix, and of a variable other than a region's input.
+_ENTRIES, _ELEMENTS = 1 << 24, 2048
+#: Multiplications that all regions of a network may take together: a second or two on one core.
+_WORK = 2e10
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Steps between two steps through the first of which all paths to the second lead.
+
+    Attributes:
+        origin: the step whose output is the region's input.
+        end: the last step.
+        steps: all steps after the origin up to the end, each after its inputs.
+    """
+
+    origin: Step
+    end: Step
+    steps: tuple[Step, ...]
+
+
+def find_regions(steps: Sequence[Step], sums: bool) -> list[Region]:
+    """The largest regions that can be bounded as a whole and may gain by it, given all steps in topological order.
+
+    Args:
+        steps: the network's steps.
+        sums: whether a region may contain sums, differences and concatenations.
+    """
+    order = {step: at for at, step in enumerate(steps)}
+    starts: dict[Step, Step] = {}
+    for step in steps:
+        if not step.inputs or not _is_covered(step) or (isinstance(step.factor, Combination) and not sums):
+            starts[step] = step
+            continue
+        origin = origin_of(step, order)
+        start = starts[origin]
+        inside = _between(origin, step, order)
+        if len(inside) > 1 and not all(_is_covered(s) for s in inside):
+            starts[step] = step
+        elif _fits(start, _between(start, step, order)):
+            starts[step] = start
+        else:
+            starts[step] = origin if _fits(origin, inside) else step
+    regions: list[Region] = []
+    for step in steps:
+        start = starts[step]
+        users = [starts[user] for user in step.users if user in starts]  # others do not lead to the output
+        if start is not step and (not users or any(user is not start for user in users)):
+            found = _trimmed(start, step, order)
+            if found is not None and found.end not in (region.end for region in regions):
+                regions.append(found)
+    return regions
+
+
+def bound_regions(regions: Sequence[Region]) -> dict[Step, tuple[Step, float]]:
+    """For the end of each region, its origin and log10 of its constant, where one could be certified."""
+    bounds = {}
+    share = _WORK / max(len(regions), 1)
+    for region in regions:
+        network = _network(region)
+        if network is None or multiplications(network) > share:
+            continue
+        log = log10_bound(network, share)
+        if log < math.inf:
+            bounds[region.end] = region.origin, log
+    return bounds
+
+
+def _between(origin: Step, end: Step, order: Mapping[Step, int]) -> list[Step]:
+    """The steps on paths from ``origin``, which is left out, to ``end``; each after its inputs."""
+    found, pending = {end}, [end]
+    while pending:
+        for source in pending.pop().inputs:
+            if source is not origin and source not in found:
+                found.add(source)
+                pending.append(source)
+    return sorted(found, key=order.__getitem__)
+
+
+def _trimmed(origin: Step, end: Step, order: Mapping[Step, int]) -> Region | None:
+    """The region without activations at its ends, where they gain nothing; None if nothing is left to gain."""
+    while end is not origin and not isinstance(end.factor, Combination) and not _is_map(end):
+        (end,) = end.inputs
+    if end is origin:
+        return None
+    steps = _between(origin, end, order)
+    while len([s for s in steps if origin in s.inputs]) == 1 and not _is_map(steps[0]) and len(steps[0].inputs) == 1:
+        origin, steps = steps[0], steps[1:]
+    layers = sum(map(_is_map, steps))
+    together = any(isinstance(step.factor, Combination) for step in steps)
+    active = any(_slopes(step) is not None for step in steps)
+    if not layers or not (together or (active and layers > 1)):
+        return None
+    return Region(origin, end, tuple(steps))
+
+
+def _fits(origin: Step, steps: Sequence[Step]) -> bool:
+    """Whether the region's matrices, and the work that they take, are small enough."""
+    size = math.prod(origin.shape)
+    work = float(min(size, _ELEMENTS)) ** 3
+    variables = size
+    for step in steps:
+        elements = math.prod(step.shape)
+        if _slopes(step) is not None:
+            if elements > _ELEMENTS:
+                return False
+            work += elements**3
+            variables = max(variables, elements)
+        if elements * variables > _ENTRIES:
+            return False
+    return work <= _WORK
+
+
+def _is_covered(step: Step) -> bool:
+    if not all(part.alone for part in (step, *step.inputs)):
+        return False
+    factor, shapes = step.factor, [source.shape for source in step.inputs]
+    if type(factor) in (Sum, Difference):
+        return all(shape == step.shape for shape in shapes)
+    if type(factor) is Concatenation:  # along the first axis
+        return step.shape[0] == sum(shape[0] for shape in shapes) and all(s[1:] == step.shape[1:] for s in shapes)
+    if isinstance(factor, Combination):
+        return False
+    return _is_same(step) or _is_map(step) or _slopes(step) is not None
+
+
+def _is_same(step: Step) -> bool:
+    return (
+        step.folded
+        or (step.same and math.prod(step.shape) == math.prod(step.inputs[0].shape))
+        or type(step.module) in _SAME
+    )
+
+
+def _slopes(step: Step) -> tuple[float, float] | None:
+    return None if step.folded or not isinstance(step.factor, (int, float)) else slope_range(step.module)
+
+
+def _is_map(step: Step) -> bool:
+    if type(step.module) in _AVERAGES and isinstance(step.factor, (int, float)):
+        return not step.folded
+    if isinstance(step.factor, Diagonal):
+        return step.exact
+    return (
+        isinstance(step.factor, Operator)
+        and step.exact
+        and not isinstance(step.module, _ConvTransposeNd)
+        and step.factor.input_shape == step.inputs[0].shape
+        and step.factor.output_shape == step.shape
+    )
+
+
+class _Row(NamedTuple):
+    """How a tensor depends on a variable: ``matrix`` transposed, [variable, elements], or None for the identity."""
+
+    matrix: Tensor | None
+    error: float
+
+
+_Rows = dict[int, _Row]
+
+
+def _network(region: Region) -> SlopeNetwork | None:
+    """The region in matrices; None if it is none."""
+    sizes = [math.prod(region.origin.shape)]
+    rows: dict[Step, _Rows] = {region.origin: {0: _Row(None, 0.0)}}
+    activations: list[Activation] = []
+    for step in region.steps:
+        given = [rows[source] for source in step.inputs]
+        slopes = _slopes(step)
+        if isinstance(step.factor, Combination):
+            rows[step] = _combined(step, given, sizes)
+        elif _is_same(step):
+            rows[step] = given[0]
+        elif slopes is None:
+            rows[step] = {j: _mapped(step, row, sizes[j]) for j, row in given[0].items()}
+        else:
+            activations.append(Activation(_maps(given[0], sizes), *slopes))
+            sizes.append(math.prod(step.shape))
+            rows[step] = {len(activations): _Row(None, 0.0)}
+    output = _maps(rows[region.end], sizes)
+    return SlopeNetwork(sizes[0], activations, output)
+
+
+def _maps(rows: _Rows, sizes: Sequence[int]) -> dict[int, Map]:
+    return {j: Map(_explicit(row, sizes[j]).matrix.mT, row.error) for j, row in rows.items()}
+
+
+def _explicit(row: _Row, size: int) -> Map:
+    return Map(torch.eye(size, dtype=torch.float64) if row.matrix is None else row.matrix, row.error)
+
+
+def _mapped(step: Step, row: _Row, size: int) -> _Row:
+    """What a linear step makes of a tensor that depends on a variable."""
+    before, error = _explicit(row, size)
+    length = torch.linalg.vector_norm(before).item() * (1.0 + 1e-9)
+    images = before.unflatten(1, step.inputs[0].shape)
+    factor = step.factor
+    if isinstance(factor, Operator):
+        on_cpu = factor.with_weight(factor.weight.cpu().double())
+        after = apply_operator(on_cpu, images)
+        own, norm = application_error(on_cpu), on_cpu.absolute_bound
+    elif isinstance(factor, Diagonal):
+        scale = factor.scale.cpu().double()
+        after = images * scale.view(-1, *(1,) * (images.dim() - 2))
+        norm = scale.abs().max().item()
+        own = _EPS * norm
+    else:
+        assert isinstance(factor, (int, float))
+        after = step.apply(images)
+        norm = float(factor)
+        own = _EPS * (math.prod(step.inputs[0].shape) + 2) * norm
+    return _Row(after.flatten(1), (norm * error + own * (length + error)) * (1.0 + 1e-9))
+
+
+def _combined(step: Step, given: Sequence[_Rows], sizes: Sequence[int]) -> _Rows:
+    """Sum, difference or concatenation (along the first axis of a sample)."""
+    variables = dict.fromkeys(j for rows in given for j in rows)
+    found: _Rows = {}
+    for j in variables:
+        present = [_explicit(rows[j], sizes[j]) if j in rows else None for rows in given]
+        error = sum(row.error for row in present if row is not None)
+        if isinstance(step.factor, Concatenation):
+            parts = [
+                row.matrix if row is not None else torch.zeros(sizes[j], math.prod(source.shape), dtype=torch.float64)
+                for row, source in zip(present, step.inputs, strict=True)
+            ]
+            matrix = torch.cat(parts, dim=1)
+        else:
+            signs = (1.0, -1.0) if isinstance(step.factor, Difference) else (1.0,) * len(present)
+            terms = [sign * row.matrix for sign, row in zip(signs, present, strict=True) if row is not None]
+            matrix = sum(terms[1:], terms[0])
+            error += _EPS * len(terms) * sum(torch.linalg.vector_norm(term).item() for term in terms)
+        found[j] = _Row(matrix, error)
+    return found
