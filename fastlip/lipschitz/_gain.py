@@ -19,7 +19,9 @@ from fastlip.lipschitz._intervals import EPS, INF
 #: Step of the descent over logarithms, and the decay of its two averages (D. Kingma and J. Ba, "Adam", ICLR 2015).
 _STEP, _FIRST, _SECOND = 0.4, 0.7, 0.9
 #: Multiply-adds that the descent may spend on a sample, and the most steps it takes.
-_BUDGET, _MOST_STEPS = 1.5e8, 12
+_BUDGET, _MOST_STEPS = 1.5e8, 48
+#: The descent ends once as many steps gain no sample more than this.
+_PATIENCE, _PROGRESS = 6, 0.01
 #: By how much a bound is raised until it is certified.
 _RAISES = (1e-9, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 #: Largest logarithm of a multiplier, and the largest difference of two.
@@ -205,7 +207,12 @@ class _Problem:
         step = torch.full_like(gamma, _STEP)
         first, second = torch.zeros_like(log), torch.zeros_like(log)
         _, slope = self.evaluate(log)
+        last = best
         for i in range(1, steps + 1):
+            if i % _PATIENCE == 0:
+                if bool((best >= last * (1.0 - _PROGRESS)).all()):
+                    break
+                last = best
             first = _FIRST * first + (1.0 - _FIRST) * slope
             second = _SECOND * second + (1.0 - _SECOND) * slope.square()
             move = first / (1.0 - _FIRST**i) / ((second / (1.0 - _SECOND**i)).sqrt() + 1e-12)
