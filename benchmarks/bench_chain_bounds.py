@@ -8,14 +8,16 @@ images with random labels where there is no data), one of tanh, 768-64x5-10, a n
 convolutional one on 3 x 16 x 16, and two residual ones. Rows:
 
 - stretch: largest Jacobian norm found by climbing from random points, a lower bound on the constant;
-- fastlip: ``lipschitz_bound``, all of its checks included; "plain" is the same with ``tight_chains=False``;
+- fastlip: ``lipschitz_bound``, all of its checks included; "composed" is the same with ``tight_chains=False``, and
+  "plain" with ``tight_residuals=False`` as well;
 - ECLipsE-Fast: eclipse-nn, on chains of layers; convolutions as dense matrices;
 - LipSDP: the semidefinite program with a multiplier for each unit, by cvxpy: Clarabel up to 220 units, otherwise SCS.
 
-``ratio`` is over the stretch, ``x_plain`` the seconds over those of ``tight_chains=False``.
+``ratio`` is over the stretch, ``x_plain`` the CPU seconds over those of the plain bound.
 """
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -48,7 +50,7 @@ class Residual(nn.Module):
 
 def perceptron(activation: Callable[[], nn.Module], *sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for n, m in zip(sizes, sizes[1:], strict=False):
+    for n, m in itertools.pairwise(sizes):
         layers += [nn.Linear(n, m), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -81,9 +83,7 @@ def networks(data: Path | None) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         nn.Linear(256, 10),
     )
     layers = [
-        layer
-        for _ in range(4)
-        for layer in (Residual(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)), nn.ReLU())
+        layer for _ in range(4) for layer in (Residual(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)), nn.ReLU())
     ]
     maps = [
         layer
@@ -106,30 +106,27 @@ def networks(data: Path | None) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     }
 
 
-def stretch(model: nn.Module, shape: tuple[int, ...], points: int = 200, rounds: int = 25) -> float:
-    """Largest Jacobian norm found: points move along the gradient of ||J v||, v along that of power iteration."""
+def stretch(model: nn.Module, shape: tuple[int, ...], points: int = 100, rounds: int = 120) -> float:
+    """Largest Jacobian norm found: points move at random where that lengthens J v, and v by power iteration."""
     model = model.double()
     x = 3.0 * torch.randn(points, *shape, dtype=torch.float64)
     x[::2] *= 0.1
     v = torch.randn_like(x)
-    best = 0.0
     ones = (-1, *(1,) * len(shape))
-    for round_ in range(rounds):
-        for _ in range(4):
-            v = v / v.flatten(1).norm(dim=1).view(ones)
-            _, tangent = torch.func.jvp(model, (x,), (v,))
-            _, pull = torch.func.vjp(model, x)
-            (v,) = pull(tangent)
-        best = max(best, v.flatten(1).norm(dim=1).max().sqrt().item())
+    sizes = 10.0 ** -torch.linspace(0.0, 2.0, points, dtype=torch.float64)
+    for _ in range(rounds):
         v = v / v.flatten(1).norm(dim=1).view(ones)
-        # Steps along the best direction change which units are active.
-        moved = x + torch.randn(points, dtype=torch.float64).view(ones) * v * x.flatten(1).norm(dim=1).view(ones)
-        noise = moved + 0.1 * torch.randn_like(x)
-        before, after = (torch.func.jvp(model, (p,), (v,))[1].norm(dim=1) for p in (x, noise))
-        x = torch.where((after > before).view(ones), noise, x)
+        length = (sizes[torch.randperm(points)] * x.flatten(1).norm(dim=1)).view(ones)
+        noise = torch.randn_like(x)
+        moved = x + length * noise / noise.flatten(1).norm(dim=1).view(ones)
+        before, after = (torch.func.jvp(model, (p,), (v,))[1].norm(dim=1) for p in (x, moved))
+        x = torch.where((after > before).view(ones), moved, x)
+        _, tangent = torch.func.jvp(model, (x,), (v,))
+        _, pull = torch.func.vjp(model, x)
+        (v,) = pull(tangent)
     found = fastlip.local_lipschitz(model, x, rtol=1e-6, max_steps=200).max().item()
     model.float()
-    return max(best, found) if best <= found * (1.0 + 1e-6) else found
+    return found
 
 
 def slope_network(model: nn.Module, shape: tuple[int, ...]) -> SlopeNetwork:
@@ -214,6 +211,7 @@ def measure(name: str, model: nn.Module, shape: tuple[int, ...], results: Result
 
     fastlip.lipschitz_bound(model, shape)
     add("plain", lambda: fastlip.lipschitz_bound(model, shape, tight_chains=False, tight_residuals=False).upper, 5)
+    add("composed", lambda: fastlip.lipschitz_bound(model, shape, tight_chains=False).upper, 5)
     add("fastlip", lambda: fastlip.lipschitz_bound(model, shape).upper, 5)
     network = slope_network(model, shape)
     weights = matrices(network)

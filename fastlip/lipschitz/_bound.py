@@ -28,6 +28,8 @@ from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
 
 #: Relative width of auxiliary norms, in units of that of the layers' norms.
 _AUXILIARY = 4.0
+#: Most pairs of rows whose distance is computed directly.
+_PAIRS = 1 << 12
 #: Depth of nested branches up to which a bound shows its parts.
 _DEEPEST = 100
 
@@ -113,7 +115,7 @@ class LipschitzBound:
 
     def __str__(self) -> str:
         chance = "certain" if self.confidence == 1.0 else f"confidence 1 - {1.0 - self.confidence:.2g}"
-        where = f", {self.domain}" if self.domain.restricted else ""
+        where = f" {self.domain}" if self.domain.restricted else ""
         head = f"L2 Lipschitz constant{where} at most {_show(self.log10_upper)} ({chance})"
         tail = f"skip + branch {_show(self.log10_plain)}; plain product of layer norms {_show(self.log10_product)}"
         return "\n".join([head, *_lines(self.parts, 1), tail])
@@ -311,7 +313,7 @@ def _tighten(
     ]
     finite = [i for i, block in enumerate(blocks) if math.isfinite(plain[block.total]) and math.isfinite(before[i])]
     requests = {i: block_operators(blocks[i], norms, before[i]) for i in finite}
-    intervals = iter(operator_norms([op for ops in requests.values() for op in ops], options))
+    intervals = iter(operator_norms([needed.operator for ops in requests.values() for needed in ops], options))
     tighter: dict[Step, tuple[Step, float]] = {}
     chances: list[float] = []
     for i, ops in requests.items():
@@ -354,10 +356,21 @@ def _margin(last: Step, totals: dict[Step, float]) -> float:
     is_matrix = isinstance(last.module, nn.Linear) and last.exact and len(last.shape) == 1
     if is_matrix and isinstance(last.factor, Operator):
         rows = last.factor.weight.double()
-        # The expanded square would suffer from cancellation.
-        distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").max().item()
+        distance = _largest_distance(rows)
         bound = min(bound, multiply(totals[last.inputs[0]], log10(distance * (1.0 + 1e-12))))
     return bound
+
+
+def _largest_distance(rows: Tensor) -> float:
+    """Largest distance of two rows of a matrix [n, m] float64, rounded upwards."""
+    squares = rows.square().sum(1)
+    products = rows @ rows.mT
+    expanded = squares[:, None] + squares - 2.0 * products
+    # The expanded square suffers from cancellation: all pairs that may be the farthest are computed once more.
+    slack = 4.0 * (rows.shape[1] + 4) * torch.finfo(torch.float64).eps * squares.max()
+    near = (expanded >= expanded.max() - 2.0 * slack).triu().nonzero()[:_PAIRS]
+    exact = torch.linalg.vector_norm(rows[near[:, 0]] - rows[near[:, 1]], dim=1).max().item()
+    return exact if len(near) < _PAIRS else math.sqrt(max((expanded.max() + slack).item(), 0.0))
 
 
 class _PartTree:
@@ -392,6 +405,7 @@ class _PartTree:
                 origin = origin_of(step, self._order)
                 inner = step.inputs if depth < _DEEPEST and len(step.inputs) > 1 else []
                 branches = tuple(tuple(self.parts(source, origin, depth + 1)) for source in inner)
+                branches = branches if any(branches) else ()
                 total = self._totals[step]
                 log = total - self._totals[origin] if math.isfinite(total) else total
                 largest = self._sizes[step].largest if step in self._sizes else ()

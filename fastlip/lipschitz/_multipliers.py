@@ -187,7 +187,7 @@ def _reduced(network: SlopeNetwork) -> SlopeNetwork:
     rows = sum(len(m.matrix) for _, m in first) + (len(output[0].matrix) if 0 in output else 0)
     if rows < size:
         tall = [m for _, m in first] + ([output[0]] if 0 in output else [])
-        factor = _factor(torch.cat([m.matrix for m in tall]), _joint_error(tall))
+        factor = covering_factor(torch.cat([m.matrix for m in tall]), _joint_error(tall))
         parts = iter(factor.split([len(m.matrix) for m in tall]))
         for i, _ in first:
             old = layers[i]
@@ -199,7 +199,7 @@ def _reduced(network: SlopeNetwork) -> SlopeNetwork:
     columns = [m.matrix.shape[1] for m in wide]
     if sum(columns) < len(wide[0].matrix):
         whole = torch.cat([m.matrix for m in wide], dim=1)
-        factor = _factor(whole.mT, _joint_error(wide)).mT
+        factor = covering_factor(whole.mT, _joint_error(wide)).mT
         output = {j: Map(m, 0.0) for j, m in zip(output, factor.split(columns, dim=1), strict=True)}
     return SlopeNetwork(size, layers, output)
 
@@ -208,7 +208,7 @@ def _joint_error(maps: Sequence[Map]) -> float:
     return math.sqrt(sum(m.error**2 for m in maps)) * (1.0 + _EPS * len(maps))
 
 
-def _factor(matrix: Tensor, error: float) -> Tensor:
+def covering_factor(matrix: Tensor, error: float) -> Tensor:
     """A triangular R with R R^T at least M M^T for all M within ``error`` of ``matrix`` [n, m]; [n, n]."""
     n, m = matrix.shape
     gram = matrix @ matrix.mT

@@ -9,13 +9,14 @@ Projection blocks: D x + C g(x) is [D, a C] applied to (x, g(x) / a), for every 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from fastlip.lipschitz._combinations import Difference, Sum
+from fastlip.lipschitz._multipliers import covering_factor
 from fastlip.lipschitz._steps import Step
 from fastlip.norms import Composed, NormInterval, Operator, simplify, trim
 
@@ -109,7 +110,26 @@ def _layers(step: Step, origin: Step) -> tuple[Step, ...] | None:
             return None
 
 
-def block_operators(block: Block, norms: dict[Step, NormInterval], before: float) -> list[Composed | Operator]:
+@dataclass(frozen=True, eq=False)
+class Auxiliary:
+    """An operator whose norm, or one that it is an upper bound of, :func:`block_factor` needs.
+
+    Attributes:
+        operator: the operator.
+        excess: by how much the norm needed may exceed the operator's.
+        least: a number that the norm needed may be as large as, whatever the operator's is.
+    """
+
+    operator: Composed | Operator
+    excess: float = 0.0
+    least: float = 0.0
+
+    def upper(self, interval: NormInterval) -> float:
+        """An upper bound on the norm needed, from the interval of the operator's."""
+        return max(interval.upper + self.excess, self.least) * (1.0 + 1e-15)
+
+
+def block_operators(block: Block, norms: dict[Step, NormInterval], before: float) -> list[Auxiliary]:
     """The auxiliary operators whose norms :func:`block_factor` expects, in its order.
 
     Args:
@@ -121,29 +141,29 @@ def block_operators(block: Block, norms: dict[Step, NormInterval], before: float
     bounds = tuple(norms[step].upper for step in block.layers)
     if block.projection is not None:
         d, c = simplify(_operator(block.projection)).weight.double(), simplify(ops[0]).weight.double()
-        return [Operator(torch.cat([d, _best_weight(d, c, before) * c], dim=1))]
+        return [Auxiliary(Operator(torch.cat([d, _best_weight(d, c, before) * c], dim=1)))]
     if len(ops) == 2:
-        return [Composed(ops, bounds, scale=0.5 * block.sign, identity=1.0)]
+        return [Auxiliary(Composed(ops, bounds, scale=0.5 * block.sign, identity=1.0))]
     return [
-        Composed(ops, bounds, scale=0.25 * block.sign, identity=1.0),
-        Composed(ops[1:], bounds[1:]),
-        Composed(ops[:2], bounds[:2]),
+        _beside_identity(ops, bounds, 0.25 * block.sign),
+        _later(ops[1:], bounds[1:]),
+        _earlier(ops[:2], bounds[:2]),
     ]
 
 
 def block_factor(
     block: Block,
-    operators: list[Composed | Operator],
+    operators: list[Auxiliary],
     norms: dict[Step, NormInterval],
     auxiliary: list[NormInterval],
     before: float,
 ) -> float:
     """Upper bound on the block's Lipschitz constant."""
     bounds = [norms[step].upper for step in block.layers]
-    uppers = [interval.upper for interval in auxiliary]
+    uppers = [needed.upper(interval) for needed, interval in zip(operators, auxiliary, strict=True)]
     if block.projection is not None:
         # The weight a is recovered from the operator that was bounded.
-        joint = operators[0]
+        joint = operators[0].operator
         assert isinstance(joint, Operator)
         c = simplify(_operator(block.layers[0])).weight.double()
         at = int(c.abs().argmax())
@@ -154,6 +174,64 @@ def block_factor(
     one, two, three = bounds
     linear, later, earlier = uppers
     return (linear + 0.25 * (later * one + three * earlier + three * two * one)) * (1.0 + 1e-14)
+
+
+def _pointwise(op: Operator) -> Tensor | None:
+    """The matrix that an operator applies at each pixel, [Cout, Cin] float64; None if it is none of that kind."""
+    simple = bool(op.kernel) and op.groups == 1 and {*op.kernel, *op.stride} == {1}
+    return op.weight.double().flatten(1) if simple and not any(map(any, op.padding)) else None
+
+
+def _later(ops: tuple[Operator, ...], bounds: tuple[float, ...]) -> Auxiliary:
+    """A pointwise map after another layer: R in its place, with R^T R at least its square, goes into that's weight."""
+    matrix = _pointwise(ops[1])
+    if matrix is None or ops[0].groups != 1 or len(matrix) < matrix.shape[1]:
+        return Auxiliary(Composed(ops, bounds))
+    factor = covering_factor(matrix.mT, 0.0).mT
+    return _merged(ops[0], torch.tensordot(factor, ops[0].weight.double(), dims=([1], [0])), factor)
+
+
+def _earlier(ops: tuple[Operator, ...], bounds: tuple[float, ...]) -> Auxiliary:
+    """A pointwise map before another layer, likewise."""
+    matrix = _pointwise(ops[0])
+    if matrix is None or ops[1].groups != 1 or len(matrix) > matrix.shape[1]:
+        return Auxiliary(Composed(ops, bounds))
+    factor = covering_factor(matrix, 0.0)
+    weight = torch.tensordot(ops[1].weight.double(), factor, dims=([1], [0])).movedim(-1, 1)
+    return _merged(ops[1], weight, factor)
+
+
+def _merged(layer: Operator, weight: Tensor, factor: Tensor) -> Auxiliary:
+    """The layer with ``weight``, its product with ``factor`` in float64, in place of its own."""
+    op = replace(layer, weight=_narrow(weight, layer))
+    terms = (len(factor) + 2) * torch.linalg.matrix_norm(factor).item() * layer.absolute_bound
+    rounding = torch.finfo(op.weight.dtype).eps * op.absolute_bound
+    return Auxiliary(op, 1.01 * (rounding + torch.finfo(torch.float64).eps * terms))
+
+
+def _beside_identity(ops: tuple[Operator, ...], bounds: tuple[float, ...], scale: float) -> Auxiliary:
+    """The identity beside three layers; on few of the channels only, if the others see nothing but the identity."""
+    first, last = _pointwise(ops[0]), _pointwise(ops[2])
+    if first is None or last is None or len(last) <= first.shape[0] + last.shape[1]:
+        return Auxiliary(Composed(ops, bounds, scale=scale, identity=1.0))
+    basis, _ = torch.linalg.qr(torch.cat([last, first.mT], dim=1))
+    into, out = first @ basis, basis.mT @ last
+    lost = (torch.linalg.matrix_norm(first - into @ basis.mT), torch.linalg.matrix_norm(last - basis @ out))
+    skew = torch.linalg.matrix_norm(basis.mT @ basis - torch.eye(basis.shape[1]).to(basis))
+    # Relative to the norms of first and last, whose upper bounds are known.
+    missing = lost[0].item() / bounds[0] + lost[1].item() / bounds[2] + 4.0 * skew.item() + 1e-10
+    narrow = [replace(ops[0], weight=_narrow(into, ops[0])), ops[1], replace(ops[2], weight=_narrow(out, ops[2]))]
+    for op, bound in ((narrow[0], bounds[0]), (narrow[2], bounds[2])):
+        missing += torch.finfo(op.weight.dtype).eps * op.frobenius / bound
+    wider = tuple(bound * (1.0 + missing) for bound in bounds)
+    excess = abs(scale) * math.prod(wider) * missing * (1.0 + missing)
+    return Auxiliary(Composed(tuple(narrow), wider, scale=scale, identity=1.0), excess, 1.0)
+
+
+def _narrow(weight: Tensor, like: Operator) -> Tensor:
+    """A weight in the dtype of another operator's, which has at least the digits of float32, and its kernel's axes."""
+    wide = torch.promote_types(like.weight.dtype, torch.float32)
+    return weight.reshape(*weight.shape[:2], *like.kernel).to(wide)
 
 
 def _operator(step: Step) -> Operator:

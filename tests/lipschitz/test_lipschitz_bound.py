@@ -233,6 +233,17 @@ def test_margin_is_the_largest_distance_of_two_rows() -> None:
     assert tail.log10_margin == pytest.approx(tail.log10_upper + math.log10(2) / 2)
 
 
+def test_margins_of_rows_that_nearly_agree_do_not_suffer_from_cancellation() -> None:
+    torch.manual_seed(5)
+    last = nn.Linear(40, 6).double()
+    with torch.no_grad():
+        last.weight.copy_(1e3 + 1e-6 * torch.randn(6, 40))
+    rows = last.weight
+    distance = max((a - b).norm().item() for a in rows for b in rows)
+    bound = lipschitz_bound(last, (40,), check=False)
+    assert distance <= 10**bound.log10_margin == pytest.approx(distance, rel=1e-9)
+
+
 class WideBlock(nn.Module):
     """Pre-activation block in the way of the usual WideResNet code, with shared activations and torch.add."""
 

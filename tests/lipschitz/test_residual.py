@@ -58,14 +58,15 @@ def observed(model: nn.Module, shape: tuple[int, ...]) -> float:
     return max(norm(torch.autograd.functional.jacobian(model, x[None]).reshape(-1, math.prod(shape))) for x in points)
 
 
-def test_identity_bottleneck_is_the_formula_and_holds() -> None:
+@pytest.mark.parametrize("channels", [4, 2, 12])
+def test_identity_bottleneck_is_the_formula_and_holds(channels: int) -> None:
     torch.manual_seed(0)
-    block = Bottleneck(4, 3, 4)
-    shape = (4, 5, 5)
+    block = Bottleneck(channels, 3, channels)
+    shape = (channels, 5, 5)
     one = matrix(nn.Sequential(block.conv1, block.bn1), shape)
     two = matrix(nn.Sequential(block.conv2, block.bn2), (3, 5, 5))
     three = matrix(nn.Sequential(block.conv3, block.bn3), (3, 5, 5))
-    linear = norm(torch.eye(100, dtype=torch.float64) + 0.25 * three @ two @ one)
+    linear = norm(torch.eye(25 * channels, dtype=torch.float64) + 0.25 * three @ two @ one)
     rest = norm(three @ two) * norm(one) + norm(three) * norm(two @ one) + norm(three) * norm(two) * norm(one)
     expected = linear + 0.25 * rest
     bound = lipschitz_bound(block, shape, rtol=1e-4, tight_chains=False)
@@ -73,6 +74,18 @@ def test_identity_bottleneck_is_the_formula_and_holds() -> None:
     assert bound.upper < 10**bound.log10_plain
     assert 10**bound.log10_plain == pytest.approx(1 + norm(one) * norm(two) * norm(three), rel=1e-3)
     assert observed(block, shape) <= bound.upper
+
+
+def test_channels_that_only_the_skip_connection_uses_count() -> None:
+    # The branch undoes the skip connection on one channel of eight where it is linear, and leaves the others alone.
+    block = Bottleneck(8, 1, 8)
+    block.bn1 = block.bn2 = block.bn3 = nn.Identity()
+    with torch.no_grad():
+        for conv, weight in ((block.conv1, 2.0), (block.conv2, 2.0), (block.conv3, -1.0)):
+            conv.weight.zero_()
+            conv.weight[0, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = weight
+    bound = lipschitz_bound(block, (8, 4, 4), tight_chains=False)
+    assert bound.upper == pytest.approx(1.0 + 0.25 * 3 * 4.0, rel=1e-3)
 
 
 def test_identity_basic_block_is_the_formula_and_holds() -> None:
