@@ -2,11 +2,13 @@
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.function import FunctionCtx
 from torch.fx.proxy import Attribute, TraceError
 
 from fastlip.norms._models.inputs import Refused
@@ -137,6 +139,10 @@ class Tracer(fx.Tracer):
         self._running = False
         self._forward: Callable[..., Any] | None = None
 
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _inside_autograd_functions():
+            return super().trace(root, concrete_args)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (self._leaf is not None and self._leaf(m)) or super().is_leaf_module(m, module_qualified_name)
 
@@ -252,6 +258,24 @@ class Tracer(fx.Tracer):
         finally:
             self._running = running
         return tuple(results)
+
+
+@contextmanager
+def _inside_autograd_functions() -> Iterator[None]:
+    """Trace the forward of functions with a backward of their own; torch takes a proxy there for a tensor and fails."""
+    found = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(type(a) is Proxy for a in _flat((args, kwargs))):
+            return found.__get__(None, cls)(*args, **kwargs)
+        sets_up = cls.setup_context is not torch.autograd.Function.setup_context
+        return cls.forward(*(() if sets_up else (FunctionCtx(),)), *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = found
 
 
 def _function(kind: str, target: Any) -> Callable[..., Any]:
