@@ -1,11 +1,12 @@
-"""Adversarial training: images a second of whole steps, beside torchattacks.
+"""Adversarial training: images a CPU second of whole steps, beside torchattacks.
 
     python benchmarks/bench_adversarial_training.py
 
 A step is PGD in Linf (7 steps, cross-entropy, random start) on a batch, while the model is in training mode, and the
 update of the weights on what it found. The networks are a ResNet-18 with a stem for 32x32, from torchvision, and one of
 three small layers, where the loop is a larger part; the images are noise. "plain" is the update alone, without attack.
-Ways take turns, each from the same weights; the rows are medians over ``--repeats`` turns of ``--steps`` steps.
+Ways take turns, each from the same weights; the rows are medians over ``--repeats`` turns of ``--steps`` steps. CPU
+seconds, which on one thread are seconds, do not count what else the machine does.
 
 fastlip's rows: ``keep="last"`` takes every step on every image, as torchattacks does; the default stops on an image
 once it is misclassified, as most are to begin with here, where labels are random: "falling" tells what that saves.
@@ -64,7 +65,7 @@ def ways(model: nn.Module) -> dict[str, Attack]:
 
 
 def seconds(make: Callable[[], nn.Module], way: str, batches: list[tuple[Tensor, Tensor]], state: dict) -> float:
-    """Time of a training step, the first one aside."""
+    """CPU seconds of a training step, the first one aside."""
     model = make()
     model.load_state_dict(state)
     model.train()
@@ -72,14 +73,14 @@ def seconds(make: Callable[[], nn.Module], way: str, batches: list[tuple[Tensor,
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     begin = 0.0
     for number, (images, labels) in enumerate(batches):
-        if number == 1:
-            begin = time.perf_counter()
+        if number == 1:  # the first has memory to get
+            begin = time.process_time()
         adversarial = attack(images, labels)
         assert model.training
         optimizer.zero_grad()
         functional.cross_entropy(model(adversarial), labels).backward()
         optimizer.step()
-    return (time.perf_counter() - begin) / (len(batches) - 1)
+    return (time.process_time() - begin) / (len(batches) - 1)
 
 
 def main() -> None:
@@ -113,7 +114,7 @@ def main() -> None:
         for way in names:
             median = statistics.median(measured[way])
             row = {
-                "network": name, "way": way, "batch": options.batch, "images_per_second": options.batch / median,
+                "network": name, "way": way, "batch": options.batch, "images_per_cpu_second": options.batch / median,
                 "least": options.batch / max(measured[way]), "most": options.batch / min(measured[way]),
                 "x_torchattacks": peer / median if names[0] == "torchattacks" else "",
             }  # fmt: skip

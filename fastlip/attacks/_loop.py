@@ -111,6 +111,7 @@ class AttackLoop:
         state: ops.APGDState | None = None,
         *,
         from_inputs: bool = False,
+        more: bool = True,
     ) -> Batch:
         """Take ``steps`` from ``x``, keep the best of all iterates, and return the images that are still robust.
 
@@ -123,6 +124,7 @@ class AttackLoop:
             from_inputs: whether ``x`` are the images themselves. The first iterate then tells which images are
                 misclassified, so that no forward pass has to precede the loop; except with ``keep="last"`` those images
                 go no further.
+            more: whether another run asks which images stand; else ``keep="last"`` does without the last forward pass.
         """
         self.runs += 1
         tracker = BestTracker(self, batch, x, state)
@@ -153,7 +155,10 @@ class AttackLoop:
                     break
                 tracker.drop(unfinished)
         else:
-            tracker.take_last(steps)
+            if more or steps == 0 or self.keep == "best" or self.callback is not None:
+                tracker.take_last(steps)
+            else:
+                tracker.now.best = tracker.now.x
         return tracker.finish()
 
     def forward(
@@ -432,9 +437,12 @@ class BestTracker:
         """Put the best iterates into the results of the call."""
         now, loop, rows = self.now, self.loop, self.now.batch.rows
         loop.not_finite[rows] = now.not_finite
-        if now.best is None or now.record is None:
+        if now.best is None:
             return
         found, at = loop.image(now.batch, now.best), rows
+        if now.record is None:  # the last iterates of all, about which nothing more is asked
+            loop.result[at] = found
+            return
         if (now.best.dtype != loop.dtype or loop.grid is not None) and loop.keep == "best":
             # An image of an earlier run stays as it was judged: it need not be its own projection.
             new = now.record.succeeded | (now.record.loss != loop.best_loss[rows])

@@ -1,10 +1,11 @@
 """The logits in what a model returns, in the forms that models have."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastlip.norms._models.outputs import tensor_in
 
 
 def logits_in(output: Any, size: int) -> Any:
@@ -13,14 +14,10 @@ def logits_in(output: Any, size: int) -> Any:
     They may be in a dict or an object as ``logits``, or come first in a tuple. One logit z for each image, [B] or
     [B, 1], is that of class 1 of two: it stands for (0, z), whose probabilities are those of the sigmoid.
     """
-    if isinstance(output, Tensor):  # before anything else, since most models are asked thousands of times
-        if output.dim() > 1 and output.shape[1] != 1:
-            return output
-    elif isinstance(output, Mapping):
-        output = output.get("logits", output)
-    else:
-        first = output[0] if isinstance(output, (tuple, list)) and len(output) > 0 else output
-        output = getattr(output, "logits", first)
+    if not isinstance(output, Tensor):
+        output = tensor_in(output)
+    elif output.dim() > 1 and output.shape[1] != 1:  # before anything else: most models are asked thousands of times
+        return output
     if not isinstance(output, Tensor) or output.shape not in ((size,), (size, 1)):
         return output
     one = output.reshape(size, 1)

@@ -121,12 +121,11 @@ def pgd(
         from_inputs = not random_start and start is None
         if keep == "best" and not from_inputs:
             batch = loop.without_misclassified(batch)
-        for _ in range(restarts):
+        for left in reversed(range(restarts)):
             if len(batch) == 0:
                 break
-            batch = loop.run(
-                batch, start_points(batch, norm, random_start, start, generator), steps, step, from_inputs=from_inputs
-            )
+            x = start_points(batch, norm, random_start, start, generator)
+            batch = loop.run(batch, x, steps, step, from_inputs=from_inputs, more=left > 0)
     loop.warn_of_not_finite("pgd")
     return loop.result
 
@@ -163,7 +162,7 @@ def fgsm(
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=eps, bounds=bounds, ids=None, active=active)
         loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, grid=grid, criterion=criterion)
         if len(batch) > 0:
-            loop.run(batch, batch.x0.clone(), 1, step, from_inputs=True)
+            loop.run(batch, batch.x0.clone(), 1, step, from_inputs=True, more=False)
     loop.warn_of_not_finite("fgsm")
     return loop.result
 

@@ -18,6 +18,7 @@ from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
 from fastlip.attacks._precision import Precision, least_seconds, precision_for
 from fastlip.attacks._rewrite import fold, fuse, lower
+from fastlip.norms._models.tracing import Tracer
 
 #: Largest difference of logits, relative to their spread, that counts as rounding.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 0.05, torch.bfloat16: 0.2}
@@ -237,7 +238,7 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
     """A traced copy with BatchNorm folded, in low precision where one is given, and fused on a CPU."""
     if not inputs.is_cuda and any(_padded_pointwise(m) for m in model.modules()):
         raise ValueError("PyTorch's channels_last kernels do not take every padded 1x1 convolution")
-    made = fx.symbolic_trace(_copied(model))
+    made = _traced(model, inputs)
     fold(made)
     if precision:
         lower(made, precision)
@@ -247,6 +248,16 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
     made.recompile()
     laid_out = _laid_out(made, inputs, model)
     return _FewSizes(laid_out) if precision and not inputs.is_cuda else laid_out
+
+
+def _traced(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
+    """A traced copy, which takes batches of all sizes but only the inputs' shape where its forward asks for that."""
+    try:
+        return fx.symbolic_trace(_copied(model))
+    except Exception:  # a forward may do anything with what stands for a tensor
+        other = inputs[:-1] if len(inputs) > 1 else torch.cat([inputs, inputs])
+        made = _copied(model)
+        return fx.GraphModule(made, Tracer([inputs, other]).trace(made))
 
 
 def _padded_pointwise(module: nn.Module) -> bool:

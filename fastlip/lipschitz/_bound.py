@@ -115,7 +115,7 @@ class LipschitzBound:
 
     def __str__(self) -> str:
         chance = "certain" if self.confidence == 1.0 else f"confidence 1 - {1.0 - self.confidence:.2g}"
-        where = f", {self.domain}" if self.domain.restricted else ""
+        where = f" {self.domain}" if self.domain.restricted else ""
         head = f"L2 Lipschitz constant{where} at most {_show(self.log10_upper)} ({chance})"
         tail = f"skip + branch {_show(self.log10_plain)}; plain product of layer norms {_show(self.log10_product)}"
         return "\n".join([head, *_lines(self.parts, 1), tail])
@@ -405,6 +405,7 @@ class _PartTree:
                 origin = origin_of(step, self._order)
                 inner = step.inputs if depth < _DEEPEST and len(step.inputs) > 1 else []
                 branches = tuple(tuple(self.parts(source, origin, depth + 1)) for source in inner)
+                branches = branches if any(branches) else ()
                 total = self._totals[step]
                 log = total - self._totals[origin] if math.isfinite(total) else total
                 largest = self._sizes[step].largest if step in self._sizes else ()

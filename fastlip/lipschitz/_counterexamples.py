@@ -98,15 +98,16 @@ def refute(model: nn.Module, input_shape: Sequence[int], traced: Traced, domain:
 
 def _search(model: nn.Module, x: Tensor, domain: Domain, rounds: int, log10_upper: float) -> tuple[float, float] | None:
     """Distances of the outputs and of the inputs of a pair that refutes the bound; None if none is found."""
-    native, noise = x.dtype != torch.float64, noise_of(x)
+    with torch.no_grad():
+        here = run_model(model, x).detach()
+    # A model may write what is in float64 into float32.
+    native, noise = {x.dtype, here.dtype} != {torch.float64}, max(noise_of(x), noise_of(here))
     slack = _SLACK_NATIVE if native else _SLACK
     generator = torch.Generator().manual_seed(3)
     v = unit(torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x)
     length = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(1.0).view(-1, *(1,) * (x.dim() - 1))
     steps = (1e-2,) if native else (1e-6,)
     best = -math.inf
-    with torch.no_grad():
-        here = run_model(model, x).detach()
     for round_ in range(rounds + 1):
         # In the first and the last round also far enough to cross kinks and thresholds.
         sizes = (*steps, 1e-1, 10.0) if round_ == rounds or (round_ == 0 and len(x) > 1) else steps

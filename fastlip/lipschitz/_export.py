@@ -34,22 +34,16 @@ def export_graph(
         with as_found(model):
             program = torch.export.export(root, (x,), strict=False)
             graph_module = _in_calls(program, root)
-            if any(_writes(node) for node in graph_module.graph.nodes):
-                try:
-                    return graph_module, _values(graph_module, x)
-                except Refused:  # what is overwritten has another name
-                    graph_module = _in_calls(program.run_decompositions({}), root)
+            try:
+                return graph_module, _values(graph_module, x)
+            except Refused:  # what is overwritten has another name
+                graph_module = _in_calls(program.run_decompositions({}), root)
             return graph_module, _values(graph_module, x)
     except Refused:
         raise
     except Exception as error:
         line = next(iter(f"{error}".strip().splitlines()), "") or type(error).__name__
         raise Untraceable(f"{type(model).__name__} cannot be exported by torch.export ({line})") from error
-
-
-def _writes(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__")
 
 
 class _Run(fx.Interpreter):
@@ -86,6 +80,12 @@ def _values(graph_module: fx.GraphModule, x: Tensor) -> Values:
     run = _Run(graph_module)
     with torch.no_grad():
         run.run(x.clone())
+    # Only now, because what nothing reads may have written into what something does.
+    graph_module.graph.eliminate_dead_code()
+    kept = set(graph_module.graph.nodes)
+    for values in (run.described, run.constants):
+        for node in values.keys() - kept:
+            del values[node]
     return Values(run.described, run.constants, len(x))
 
 
@@ -109,6 +109,8 @@ def _in_calls(program: torch.export.ExportedProgram, root: Root) -> fx.GraphModu
         elif node.op == "output":
             result = node.args[0][-1]
             graph.output(known[result] if isinstance(result, fx.Node) else result)
+        elif node.target is operator.getitem and _name(node.args[0]) in _FIRST and node.args[1] == 0:
+            known[node] = known[node.args[0]]
         elif node.op == "call_function" and not getattr(node.target, "__name__", "").startswith("_assert"):
             target, args, kwargs = _written(node)
             args, kwargs = fx.node.map_arg((args, kwargs), known.__getitem__)
@@ -119,8 +121,6 @@ def _in_calls(program: torch.export.ExportedProgram, root: Root) -> fx.GraphModu
             known[node].meta["calls"] = [(key, path) for key, (path, _) in stack]
     graph_module = fx.GraphModule(root, graph)
     _group(graph_module, root)
-    graph_module.graph.eliminate_dead_code()
-    graph_module.recompile()
     return graph_module
 
 
@@ -150,13 +150,18 @@ def _group(graph_module: fx.GraphModule, root: Root) -> None:
             graph_module.graph.erase_node(node)
 
 
+def _name(node: Any) -> str:
+    """The name of an operator of torch that a node calls; empty for other nodes."""
+    target = node.target if isinstance(node, fx.Node) else None
+    return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else ""
+
+
 def _written(node: fx.Node) -> _Written:
     """An exported call as one would write it in Python."""
     target, kwargs = node.target, dict(node.kwargs)
     if not isinstance(target, torch._ops.OpOverload):
         return target, node.args, kwargs
-    name = target._schema.name.split("::")[-1]
-    args = tuple(node.args)
+    name, args = _name(node), tuple(node.args)
     if name in _REWRITTEN:
         rest = target._schema.arguments[len(args) :]
         given = [*args, *(kwargs.get(a.name, a.default_value) for a in rest)]
@@ -218,6 +223,9 @@ def _padded(mode: str) -> Callable[..., _Written]:
     return lambda x, pad: (F.pad, (x, pad, mode), {})
 
 
+#: Operators of whose results only the first is wanted, and written.
+_FIRST = ("_native_batch_norm_legit_no_training", "native_layer_norm", "native_group_norm")
+
 #: From an operator's arguments, all of them, to the call.
 _REWRITTEN: dict[str, Callable[..., _Written]] = {
     "batch_norm": lambda x, w, b, mean, var, training, momentum, eps, _: (
@@ -225,6 +233,13 @@ _REWRITTEN: dict[str, Callable[..., _Written]] = {
         (x, mean, var, w, b, training, momentum, eps),
         {},
     ),
+    "_native_batch_norm_legit_no_training": lambda x, w, b, mean, var, momentum, eps: (
+        F.batch_norm,
+        (x, mean, var, w, b, False, momentum, eps),
+        {},
+    ),
+    "native_layer_norm": lambda x, shape, w, b, eps: (F.layer_norm, (x, shape, w, b, eps), {}),
+    "native_group_norm": lambda x, w, b, n, c, size, groups, eps: (F.group_norm, (x, groups, w, b, eps), {}),
     "layer_norm": lambda x, shape, w, b, eps, _: (F.layer_norm, (x, shape, w, b, eps), {}),
     "group_norm": lambda x, groups, w, b, eps, _: (F.group_norm, (x, groups, w, b, eps), {}),
     "rms_norm": lambda x, shape, w, eps: (F.rms_norm, (x, shape, w, eps), {}),
@@ -251,6 +266,7 @@ _REWRITTEN: dict[str, Callable[..., _Written]] = {
     "dropout": lambda x, p, training: (F.dropout, (x, p, training), {}),
     "feature_dropout": lambda x, p, training: (F.dropout2d, (x, p, training), {}),
     "convolution": _convolution,
+    "copy": lambda x, source, _: (torch.broadcast_to, (source, tuple(x.meta["val"].shape)), {}),
     "alias": lambda x: ("contiguous", (x,), {}),
     "lift_fresh_copy": lambda x: ("clone", (x,), {}),
     "detach_": lambda x: ("detach", (x,), {}),

@@ -272,7 +272,7 @@ def normalised(
         n = scale(n, weight)
     if bias is not None:
         offset = bias.detach().double()
-        n, norm = shift(n, offset), norm + upper_norm(offset.expand(1, *x.shape))
+        n, norm = shift(n, offset), norm + upper_norm(offset.abs().expand(1, *x.shape))
     return Interval(n.lower, n.upper, up(norm))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlip.norms._models.eval_mode import eval_mode
+from fastlip.norms._models.outputs import tensor_in
 from fastlip.norms._models.wrappers import bare_model
 
 #: Computes J v and J^T u of a model at samples.
@@ -112,7 +113,7 @@ def _innermost(model: nn.Module, x: Tensor, v: Tensor) -> str:
 def _reverse_products(model: nn.Module, x: Tensor, v: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Like :func:`_jacobian_products`; ``scale`` J v as the derivative of <J^T u, scale v> in u."""
     point = x.detach().requires_grad_()
-    out = model(point)
+    out = tensor_in(model(point))
     if not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
         raise ValueError("model must return one tensor with a row per sample")
     u = torch.ones_like(out).requires_grad_()
@@ -128,7 +129,7 @@ def _reverse_products(model: nn.Module, x: Tensor, v: Tensor, scale: float = 1.0
 def _jacobian_products(model: nn.Module, x: Tensor, v: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """``scale`` times J v by forward mode and J^T u by reverse mode, u = J v / ||J v||, as J^T (J v) can underflow."""
     point = x.detach().requires_grad_()
-    jvp: Any = torch.func.jvp(model, (point,), (scale * v,))
+    jvp: Any = torch.func.jvp(lambda t: tensor_in(model(t)), (point,), (scale * v,))
     out, tangent = jvp
     if not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
         raise ValueError("model must return one tensor with a row per sample")

@@ -146,6 +146,8 @@ def _is_covered(step: Step) -> bool:
     if type(factor) in (Sum, Difference):
         return all(shape == step.shape for shape in shapes)
     if type(factor) is Concatenation:  # along the first axis
+        if not step.shape or any(len(shape) != len(step.shape) for shape in shapes):
+            return False
         return step.shape[0] == sum(shape[0] for shape in shapes) and all(s[1:] == step.shape[1:] for s in shapes)
     if isinstance(factor, Combination):
         return False

@@ -169,7 +169,7 @@ def test_only_standing_images_go_on(cnn_problem):
     assert counting.images < 0.5 * 21 * 32
     counting.images = 0
     attacks.pgd(counting, inputs, labels, eps=0.3, steps=20, random_start=False, keep="last")
-    assert counting.images == 21 * 32
+    assert counting.images == 20 * 32, "nobody asks about the last iterates"
 
 
 def test_looking_less_often_changes_nothing(linear_problem, monkeypatch):
@@ -395,3 +395,16 @@ def test_results_in_16_bits_stay_as_they_were_judged(dtype, norm, monkeypatch):
     standing = loop.run(batch, batch.x0.clone(), 5, PgdStep(norm, 0.9))
     assert len(standing) == len(batch) > 0
     assert torch.equal(loop.result, found)
+
+
+def test_a_further_run_goes_on_with_those_that_stand_after_the_last_step(cnn_problem):
+    model, inputs, labels = cnn_problem
+    call = {"eps": 0.05, "steps": 4, "keep": "last"}
+    once = attacks.pgd(model, inputs, labels, **call, generator=gen())
+    fell = model(once).argmax(1) != labels
+    assert 0 < fell.sum() < 32
+    counting = Counting(model)
+    twice = attacks.pgd(counting, inputs, labels, **call, restarts=2, generator=gen())
+    assert torch.equal(twice[fell], once[fell])
+    assert (twice[~fell] != once[~fell]).flatten(1).any(1).all()
+    assert counting.images == 5 * 32 + 4 * int((~fell).sum())

@@ -165,11 +165,6 @@ class TwiceCalled(nn.Linear):
         return 100.0 * super().__call__(x)
 
 
-class ScaledNorm(nn.BatchNorm1d):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2.0 * super().forward(x)
-
-
 REFUSED = {
     "type": (lambda: OnTensors(lambda x: type(x) is Tensor), (3,), "agree up to the input, and differ by"),
     "view of bits": (lambda: Reinterpreted(), (3,), "no Lipschitz rule for view to another dtype"),
@@ -268,9 +263,9 @@ def test_hooks_on_all_modules_are_part_of_the_model(register: Callable[..., obje
     model = nn.Sequential(scaled(), nn.Tanh(), scaled())
     handle = register(lambda module, args, *output: 3.0 * output[0] if output else (3.0 * args[0],))
     try:
-        for call in (lambda: lipschitz_bound(model, (3,)), lambda: fastlip.layer_norms(model, (3,))):
-            with pytest.raises(ValueError, match=r"does something else than its traced graph|does not apply the map"):
-                call()
+        with pytest.raises(ValueError, match="does something else than its traced graph"):
+            lipschitz_bound(model, (3,))
+        assert fastlip.layer_norms(model, (3,)).left_out.keys() == {"0.weight", "2.weight"}
     finally:
         handle.remove()
     handle = register(lambda *_: None)
@@ -292,7 +287,7 @@ def test_weights_made_by_pre_hooks_are_those_of_now() -> None:
     with torch.no_grad():
         model.eval()[0].weight_g.mul_(4.0)
     kept = model[0].weight
-    bound, report = lipschitz_bound(model, (4,)), fastlip.layer_norms(model, (4,), method="svd")
+    bound, report = lipschitz_bound(model, (4,), tight_chains=False), fastlip.layer_norms(model, (4,), method="svd")
     assert model[0].weight is kept
     model(torch.randn(2, 4))
     true = [torch.linalg.matrix_norm(model[i].weight.detach().double(), 2).item() for i in (0, 2, 4)]
@@ -300,24 +295,22 @@ def test_weights_made_by_pre_hooks_are_those_of_now() -> None:
     assert bound.upper == pytest.approx(math.prod(true), rel=1e-5)
 
 
-def test_layer_norms_refuses_layers_that_do_something_else() -> None:
+def test_layer_norms_leaves_out_layers_that_do_something_else() -> None:
     for build, shape in (
         (Borrowed, (3,)),
         (Swapped, (3,)),
         (lambda: hooked(0, False), (3,)),
         (lambda: hooked(2, True), (3,)),
     ):
-        with pytest.raises(ValueError, match="does not apply the map that its weight and settings describe"):
-            fastlip.layer_norms(build(), shape)
+        reasons = fastlip.layer_norms(build(), shape).left_out.values()
+        assert any("does not apply the map that its weight and settings describe" in why for why in reasons)
         assert fastlip.layer_norms(build(), shape, check=False)
-    model = nn.Sequential(nn.Linear(4, 4), ScaledNorm(4)).eval()
-    with pytest.raises(ValueError, match="layer 1: ScaledNorm has another forward than BatchNorm1d"):
-        fastlip.layer_norms(model, (4,))
-    with pytest.raises(ValueError, match="layer 0: Scaled"):
-        fastlip.layer_norms(nn.Sequential(ScaledConv(1, 1, 1)), (1, 4, 4))
+    model = nn.Sequential(ScaledConv(1, 1, 1))
+    weight = abs(model[0].weight.item())
+    assert fastlip.layer_norms(model, (1, 4, 4))["0"].upper == pytest.approx(100.0 * weight, rel=1e-5)
 
 
-def test_layer_norms_refuses_layers_whose_use_depends_on_the_batch() -> None:
+def test_layer_norms_leaves_out_layers_whose_use_depends_on_the_batch() -> None:
     class Folded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -326,8 +319,7 @@ def test_layer_norms_refuses_layers_whose_use_depends_on_the_batch() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x.reshape(1, 1, -1)).view_as(x)
 
-    with pytest.raises(ValueError, match="layer layer is used otherwise in a batch of two inputs"):
-        fastlip.layer_norms(Folded(), (8,))
+    assert "used otherwise in a batch of two inputs" in fastlip.layer_norms(Folded(), (8,)).left_out["layer.weight"]
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.Dropout(0.9)], ids=["BatchNorm", "Dropout"])

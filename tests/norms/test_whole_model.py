@@ -481,6 +481,54 @@ def test_a_layer_that_the_batch_changes_does_not_stop_the_report_of_the_others()
     assert list(layer_norms(model, (1, 4, 4), check=False)) == ["0", "1.inner"]
 
 
+class Hyper(nn.Module):
+    """Makes its layer's weight from its input."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.make, self.layer, self.way = nn.Linear(4, 16), nn.Linear(4, 4), way
+        if way == "attribute":
+            del self.layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.make(x)[0].view(4, 4)
+        match self.way:
+            case "attribute":
+                self.layer.weight = weight
+            case "data":
+                self.layer.weight.data = weight
+            case "values":
+                self.layer.weight.copy_(weight)
+            case _:
+                return torch.func.functional_call(self.layer, {"weight": weight}, (x,))
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("way", ["attribute", "data", "values", "call"])
+def test_a_layer_whose_weight_is_made_from_the_input_has_no_norm(way: str) -> None:
+    torch.manual_seed(0)
+    report = layer_norms(Hyper(way), (4,))
+    assert list(report) == ["make"]
+    assert report.left_out["layer" if way == "attribute" else "layer.weight"]
+
+
+def test_a_weight_that_is_normalised_again_in_each_run_is_the_same_but_for_rounding() -> None:
+    class Normalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(50, 40)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.fc.weight.data = F.normalize(self.fc.weight, dim=1)
+            return self.fc(x)
+
+    torch.manual_seed(0)
+    model = Normalising()
+    report = layer_norms(model, (50,), strict=True)
+    upper = torch.linalg.matrix_norm(F.normalize(model.fc.weight, dim=1).double(), 2).item()
+    assert report["fc"].upper == pytest.approx(upper, rel=1e-5)
+
+
 def _as_one_image(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.reshape(1, 1, -1, x.shape[-1])).reshape(x.shape)
 

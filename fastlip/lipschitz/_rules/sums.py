@@ -51,6 +51,18 @@ def _sum(call: Call) -> Step:
     )
 
 
+@builds(torch.slice_scatter, torch.select_scatter, fixed=True)
+def _overwritten(call: Call) -> Step | None:
+    """One tensor with another in place of a part of it: no two elements of the output are the same of an input."""
+    nodes = [a for a in call.args[:2] if isinstance(a, fx.Node)]
+    if len(call.args) < 2 or len(nodes) != len(call.sources):
+        return None
+    apply = as_function(call.target)
+    factor: Factor | Combination = Concatenation() if len(nodes) > 1 else 1.0
+    inputs = [call.steps[node] for node in nodes]
+    return Step(call.where, call.name, inputs, factor, call.shape, apply=apply, interval=by_ends(call, apply))
+
+
 @builds(torch.stack, torch.cat, torch.concat, torch.concatenate, fixed=True)
 def _concatenation(call: Call) -> Step:
     tensors = call.args[0] if call.args else call.kwargs["tensors"]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastlip.norms._models.agreement import disagreements
+from fastlip.norms._models.closeness import agree
 from fastlip.norms._models.eval_mode import eval_mode, require_eval
 from fastlip.norms._models.held import HeldTensors, Source
 from fastlip.norms._models.inputs import example_input, random_inputs, runs_on
@@ -24,6 +25,8 @@ from fastlip.norms._operators.modules import TRANSPOSED, module_operator
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._operators.registry import find_operator, registered_operator
 
+#: Units of rounding by which a weight may differ that is computed again, as where a forward normalises it each time.
+_FEW = 64
 #: Why a weight is left out of which no use was seen; the first is no fault of the report's.
 DID_NOT_RUN = "its module did not run"
 _UNSEEN = "no use of it was seen in the run, as inside TorchScript or functions that are not torch's"
@@ -113,7 +116,11 @@ def _run_for_layers(
         if call.name in wrong:
             for tensor in call.covers - covered:
                 ran.left_out.setdefault(tensor, wrong[call.name])
-    return _Found(found, _left_out(model, held, ran, covered), ran.own_weights and not computed and not wrong)
+    left_out = _left_out(model, held, ran, covered)
+    for call in ran.calls:  # a layer whose weight is none of the model's tensors
+        if call.name in wrong and not any(map(held.multiplies, call.covers)):
+            left_out[call.name] = wrong[call.name]
+    return _Found(found, left_out, ran.own_weights and not computed and not wrong)
 
 
 def _operator_of(call: LayerCall) -> Operator | None:
@@ -173,7 +180,7 @@ def _record(
         alone = record_layers(model, held, x[:1], fold_batchnorm=fold_batchnorm, keep=True)
     alone.calls, alone.own_weights = _distinct(alone.calls), first.own_weights
     one, two = _by_name(alone.calls), _by_name(first.calls)
-    differ = {name for name in one | two if not _are_same(one[name], two[name])}
+    differ = {name for name in one | two if not _are_alike(one[name], two[name])}
     alone.calls += [call for call in first.calls if call.name not in one]
     alone.left_out |= first.left_out
     return alone, dict.fromkeys(differ, _BATCH)
@@ -198,10 +205,20 @@ def _by_name(calls: Iterable[LayerCall]) -> dict[str, list[LayerCall]]:
     return found
 
 
-def _are_same(ones: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
-    return len(ones) == len(others) and all(map(_is_same, ones, others))
+def _are_alike(ones: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
+    """Whether the calls of one layer in two runs are the same, but for rounding of weights that were computed."""
+    return len(ones) == len(others) and all(map(_is_alike, ones, others))
+
+
+def _is_alike(one: LayerCall, other: LayerCall) -> bool:
+    return (
+        one.key == other.key
+        and len(one.computed) == len(other.computed)
+        and all(agree(w, v, _FEW * torch.finfo(w.dtype).eps) for w, v in zip(one.computed, other.computed, strict=True))
+    )
 
 
 def _is_same(one: LayerCall, other: LayerCall) -> bool:
     """Whether two calls are of one map with one weight."""
-    return one.key == other.key and all(map(torch.equal, one.computed, other.computed))
+    both = one.computed, other.computed
+    return one.key == other.key and len(both[0]) == len(both[1]) and all(map(torch.equal, *both))

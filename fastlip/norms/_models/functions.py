@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastlip.norms._models.held import Factors, HeldTensors, storage_address
-from fastlip.norms._models.linear_calls import LinearCall, LinearMap, Pad, linear_call
+from fastlip.norms._models.linear_calls import TAKE_A_WEIGHT, LinearCall, LinearMap, Pad, linear_call
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._operators.batchnorm import NO_STATISTICS, batchnorm_factors
 from fastlip.norms._operators.operator import Operator
@@ -51,6 +51,9 @@ class Listener(Protocol):
 
     def silent(self) -> bool:
         """Whether a layer is running that speaks for all that it does."""
+
+    def has_weight(self, weight: Tensor) -> None:
+        """The layer that runs has a weight that may be another in the next run."""
 
     def output_of(self, x: Tensor) -> Any:
         """The call of a layer that returned this very tensor, unchanged since, or None."""
@@ -107,6 +110,8 @@ class WatchedFunctions(TorchFunctionMode):
                     self._made_of[t] = held
             return y
         if not held or self._listener.silent():
+            if func in TAKE_A_WEIGHT:
+                self._see_weight(args[1] if len(args) > 1 else kwargs["weight"])
             y = func(*args, **kwargs)
         elif name in _OF_THE_FIRST:
             y = func(*args, **kwargs)
@@ -133,6 +138,12 @@ class WatchedFunctions(TorchFunctionMode):
 
     def _is_weight(self, t: object) -> bool:
         return isinstance(t, Tensor) and bool(self.made_of(t))
+
+    def _see_weight(self, weight: Tensor) -> None:
+        """Say which weight a layer has, unless it is computed from the model's tensors as they were before the run."""
+        made_of = self.made_of(weight)
+        if made_of is None or not all(map(self._held.is_unchanged, made_of)):
+            self._listener.has_weight(weight)
 
     def _call(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], held: frozenset[int]) -> Any:
         """Call a function of the model's input and of some of the model's tensors, and say what it did."""

@@ -121,6 +121,11 @@ class HeldTensors:
         """Qualified name of a tensor, from its identity."""
         return self._held[tensor].name
 
+    def is_unchanged(self, tensor: int) -> bool:
+        """Whether a tensor has its data where they were, and was not written into."""
+        held = self._held[tensor]
+        return _address(held.tensor) == held.address and version_of(held.tensor) == held.version
+
     def multiplies(self, tensor: int) -> bool:
         """Whether a tensor may be a weight: it holds real numbers, and is no bias or running mean by its name."""
         held = self._held[tensor]

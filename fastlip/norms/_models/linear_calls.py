@@ -211,7 +211,7 @@ def _second(parse: Callable[..., LinearCall | None], **settings: Any) -> Parser:
     return parsed
 
 
-_PARSERS: dict[Any, Parser] = {
+_WITH_WEIGHT: dict[Any, Parser] = {
     F.linear: _second(_linear),
     torch.conv1d: _second(_conv, axes=1),
     torch.conv2d: _second(_conv, axes=2),
@@ -219,6 +219,11 @@ _PARSERS: dict[Any, Parser] = {
     torch.conv_transpose1d: _second(_conv, axes=1, transposed=True),
     torch.conv_transpose2d: _second(_conv, axes=2, transposed=True),
     torch.conv_transpose3d: _second(_conv, axes=3, transposed=True),
+}
+#: Functions of an input and a weight, in this order.
+TAKE_A_WEIGHT = frozenset(_WITH_WEIGHT)
+_PARSERS: dict[Any, Parser] = {
+    **_WITH_WEIGHT,
     torch.matmul: _product,
     Tensor.matmul: _product,
     Tensor.__matmul__: _product,

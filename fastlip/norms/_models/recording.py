@@ -36,6 +36,7 @@ class LayerCall:
         weight: where the map's weight comes from.
         batchnorm: the BatchNorm that takes the output, or that the layer is.
         factors: the factors that multiply the output, or that the layer is.
+        used: the weights that the layer ran with, where they are not those that the model held before.
         channels: number of the output's channels.
         channels_last: whether they are on the last axis, and not on the second.
         output: the tensor that was returned, while the model runs, and its version.
@@ -51,6 +52,7 @@ class LayerCall:
     weight: Source | None = None
     batchnorm: nn.Module | None = None
     factors: Factors | None = None
+    used: list[Tensor] = field(default_factory=list)
     channels: int = 0
     channels_last: bool = False
     output: tuple[Tensor, int] | None = None
@@ -67,9 +69,9 @@ class LayerCall:
 
     @property
     def computed(self) -> list[Tensor]:
-        """The numbers that the run computed."""
+        """The numbers that the run computed, or may have."""
         sources = (self.weight, None if self.factors is None else self.factors.source)
-        return [s.computed for s in sources if s is not None and s.computed is not None]
+        return [*self.used, *(s.computed for s in sources if s is not None and s.computed is not None)]
 
 
 @dataclass
@@ -134,11 +136,12 @@ def _kind_of(module: nn.Module) -> str | None:
 
 @dataclass
 class _Frame:
-    """A layer that is running, and the linear maps that were seen in it."""
+    """A layer that is running, the linear maps that were seen in it, and its weights if they may change."""
 
     module: nn.Module
     kind: str
     maps: list[tuple[LinearCall, frozenset[int]]] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
 
 
 class _Recorder:
@@ -190,7 +193,7 @@ class _Recorder:
         shapes = ((x.shape[-1],), (output.shape[-1],)) if linear else (tuple(x.shape[1:]), tuple(output.shape[1:]))
         description = type(module).__name__ if frame.kind == "registered" else describe_module(module, shapes[0])
         weight = Source(self._held.place(module), "weight") if frame.kind == "layer" else None
-        call = LayerCall(name, description, covers, *shapes, module=module, weight=weight)
+        call = LayerCall(name, description, covers, *shapes, module=module, weight=weight, used=frame.weights)
         self._add(call, output, linear)
 
     def _end_own(self, frame: _Frame, name: str, covers: frozenset[int], x: Tensor, output: Tensor) -> None:
@@ -216,6 +219,11 @@ class _Recorder:
         return any(frame.kind == "registered" for frame in self._running) or (
             bool(self._running) and self._running[-1].kind != "own"
         )
+
+    def has_weight(self, weight: Tensor) -> None:
+        """The layer that runs has a weight that may be another in the next run."""
+        if self._running:
+            self._running[-1].weights.append(weight.detach().clone())
 
     def output_of(self, x: Tensor) -> LayerCall | None:
         """The call that returned this very tensor, unchanged since: an in-place ReLU would write it."""
