@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlip.lipschitz._intervals import EPS, INF, TINY, Interval, down, up, upper_norm
+from fastlip.lipschitz._intervals import EPS, INF, TINY, Interval, as_rows, down, up, upper_norm
 from fastlip.norms import Operator
 from fastlip.norms._operators.modules import keeps_forward
 from fastlip.norms._operators.torch_operator import TorchOperator
@@ -155,7 +155,7 @@ def multiply(a: Interval, b: Interval) -> Interval:
     norm = None
     if a.shape == b.shape:
         norm = torch.minimum(
-            _product(a.magnitude().flatten(1).amax(1), b.norm), _product(a.norm, b.magnitude().flatten(1).amax(1))
+            _product(as_rows(a.magnitude()).amax(1), b.norm), _product(a.norm, as_rows(b.magnitude()).amax(1))
         )
         norm = norm * (1.0 + 4.0 * EPS) + TINY
     return Interval(_below(lower, TINY), _above(upper, TINY), norm)

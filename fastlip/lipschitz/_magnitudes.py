@@ -11,7 +11,7 @@ from torch import fx
 from fastlip.lipschitz._combinations import Combination, Weighted, weighted_sum
 from fastlip.lipschitz._domain import Domain, row, stacked
 from fastlip.lipschitz._graph import Traced
-from fastlip.lipschitz._intervals import Interval, upper_norm
+from fastlip.lipschitz._intervals import Interval, as_rows, upper_norm
 from fastlip.lipschitz._log_arithmetic import exp10, log10, multiply
 from fastlip.lipschitz._steps import Step, in_graph, in_sample, topological_order
 from fastlip.norms import NormInterval, Operator
@@ -189,8 +189,8 @@ class _Follow:
         if value.shape[1:] != step.shape or not bool(value.isfinite().all()):
             return unbounded
         flat = torch.linalg.vector_norm
-        margin = _ROUNDING * (value.flatten(1).abs().amax(1) + constant * flat(centre.flatten(1), dim=1))
-        distance = constant * flat(radius.flatten(1), dim=1) * (1.0 + _ROUNDING) + margin
+        margin = _ROUNDING * (as_rows(value).abs().amax(1) + constant * flat(as_rows(centre), dim=1))
+        distance = constant * flat(as_rows(radius), dim=1) * (1.0 + _ROUNDING) + margin
         if local:  # the middle of the bounds need not be a value that the constant speaks of; the centre's is
             distance[0] = math.inf
         return Interval(value, value).widened(distance.nan_to_num(nan=math.inf))
