@@ -2,7 +2,6 @@
 
     FASTLIP_DATA=DIR python benchmarks/bench_strength.py suites plain.safetensors robust.safetensors
     FASTLIP_DATA=DIR python benchmarks/bench_strength.py norms plain.safetensors robust.safetensors
-    python benchmarks/bench_strength.py table > benchmarks/results/strength.md
 
 The networks are those of ``train_cnn.py``, the images the first ones of CIFAR-10's test set. Needs ``pyautoattack`` and
 ``adv-lib``.
@@ -13,10 +12,10 @@ of either counts as fooled if the model decides wrongly on it and it lies in the
 ``strength_suite_images.csv`` has a row for each image.
 
 "norms": the smallest perturbation of each correctly classified image under each method with so many forward and so
-many backward passes for an image (``--calls``) or a few less, as counted. Judged alike for all: found are images of the
-box that the model misclassifies, by their distance in float64; ``lost`` of them are classified correctly when each is
-given to the model alone. Quantisation is off (adv-lib's DDN has it on by default). ``strength_norm_images.csv`` has a
-row for each image and a column for each method.
+many backward passes for an image (``--calls``), a few more or less, as counted. Judged alike for all: found are images
+of the box that the model misclassifies, by their distance in float64; ``lost`` of them are classified correctly when
+each is given to the model alone. Quantisation is off (adv-lib's DDN has it on by default). ``strength_norm_images.csv``
+has a row for each image and a column for each method.
 """
 
 import argparse
@@ -48,8 +47,8 @@ THREATS: list[tuple[Norm, float]] = [
 ]  # fmt: skip
 #: What fastlip's own ways have of evaluate's options.
 SUITES: dict[str, dict[str, Any]] = {"fastlip": {}, "fastlip, fast": {"fast": True}}
-#: Radius above which adv-lib's minimal APGD does not look, twice that where it begins; above all norms found.
-LARGEST: dict[Norm, float] = {"linf": 0.25, "l2": 4.0, "l1": 64.0}
+#: Radius at which adv-lib's minimal APGD begins, half of the largest that it tries; above nearly all norms found.
+FIRST: dict[Norm, float] = {"linf": 8 / 255, "l2": 1.0, "l1": 12.0}
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -156,25 +155,29 @@ def peers(norm: Norm, calls: int) -> dict[str, Method]:
     from adv_lib.attacks import alma, ddn, fmn, pdgd, pdpgd
     from adv_lib.attacks.auto_pgd import minimal_apgd
 
-    order = ORDER[norm]
-    # As many radii, classes and steps as the passes allow; a run of n steps has n + 1 passes and one more judges it.
-    radii, classes = (3, 3) if calls < 1000 else (9, 5)
-    steps = calls // (radii * classes) - 3
+    order, few = ORDER[norm], calls < 1000
+    # As many radii and steps as the passes allow; a run of n steps has n + 1 passes and one more judges it. A hundred
+    # passes are too few for several classes.
+    radii, classes = 9, 5
     out: dict[str, Method] = {
         "FMN": lambda m, x, y: fmn(m, x, y, norm=order, steps=calls),
-        "PDPGD": lambda m, x, y: pdpgd(m, x, y, norm=order, num_steps=calls),
-        "APGD-T, minimal": lambda m, x, y: minimal_apgd(
-            m, x, y, norm=order, max_eps=LARGEST[norm] / 2, binary_search_steps=radii, targeted_version=True,
-            n_iter=steps, num_targets=classes, use_large_reps=norm == "l1",
+        # Its first rate is made for more steps: in a hundred it would not come back from where that leads.
+        "PDPGD": lambda m, x, y: pdpgd(
+            m, x, y, norm=order, num_steps=calls, primal_lr=0.01 if few and norm != "l1" else 0.1
         ),
         "APGD, minimal": lambda m, x, y: minimal_apgd(
-            m, x, y, norm=order, max_eps=LARGEST[norm] / 2, binary_search_steps=max(calls // 100, 5),
-            n_iter=calls // max(calls // 100, 5) - 3, use_large_reps=norm == "l1",
+            m, x, y, norm=order, max_eps=FIRST[norm], binary_search_steps=5 if few else 10,
+            n_iter=calls // (5 if few else 10) - 3, use_large_reps=norm == "l1",
         ),
     }  # fmt: skip
+    if not few:
+        out["APGD-T, minimal"] = lambda m, x, y: minimal_apgd(
+            m, x, y, norm=order, max_eps=FIRST[norm], binary_search_steps=radii, targeted_version=True,
+            n_iter=calls // (radii * classes) - 3, num_targets=classes, use_large_reps=norm == "l1",
+        )  # fmt: skip
     if norm == "l2":
         out["DDN"] = lambda m, x, y: ddn(m, x, y, steps=calls, levels=None)
-        out["PDGD"] = lambda m, x, y: pdgd(m, x, y, num_steps=calls)
+        out["PDGD"] = lambda m, x, y: pdgd(m, x, y, num_steps=calls, primal_lr=0.01 if few else 0.1)
     if norm != "linf":
         out["ALMA"] = lambda m, x, y: alma(
             m, x, y, num_steps=calls, distance=norm, init_lr_distance=0.25 if norm == "l2" else 0.5

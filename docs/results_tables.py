@@ -86,10 +86,55 @@ def _attacks(rows: list[Row]) -> str:
     return markdown(head, body)
 
 
+def _strength_suites(rows: list[Row]) -> str:
+    body = []
+    for r in rows:
+        eps = float(r["eps"])
+        ball = f"Linf {eps * 255:.3g}/255" if r["norm"] == "linf" else f"{r['norm'].upper()} {eps:g}"
+        body.append(
+            (
+                f"{r['network']}, {ball}: {r['what']}",
+                r["images"],
+                r["clean"],
+                r["robust"],
+                r["missed"],
+                r["fooled_alone"],
+                number(r["cpu_s"]),
+                number(r["x_cpu"]),
+                number(r["x_wall"]),
+            )
+        )
+    head = (
+        "", "images", "correct", "robust", "only AutoAttack fools", "only this fools", "CPU s", "× AutoAttack's",
+        "wall, × AutoAttack's",
+    )  # fmt: skip
+    return markdown(head, body)
+
+
+def _strength_norms(rows: list[Row]) -> str:
+    order = {(r["network"], r["norm"], r["calls"]): i for i, r in reversed(list(enumerate(rows)))}
+    ranked = sorted(rows, key=lambda r: (order[r["network"], r["norm"], r["calls"]], float(r["median"])))
+    body = [
+        (
+            f"{r['network']}, {r['norm']}, {r['calls']} calls: {r['what']}",
+            r["median"],
+            r["mean"],
+            f"{float(r['x_median']):.3f}",
+            f"{r['wins']} of {r['images']}",
+            f"{r['found']}",
+            number(r["cpu_s"]),
+        )
+        for r in ranked
+    ]
+    return markdown(("", "median", "mean", "median × best peer's", "least of all", "found", "CPU s"), body)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "pgd_step_cpu": _pgd_step,
     "layer_norms_cpu": _layer_norms,
     "attacks_cpu": _attacks,
+    "strength_suites": _strength_suites,
+    "strength_norms": _strength_norms,
 }
 
 

@@ -115,7 +115,7 @@ class LipschitzBound:
 
     def __str__(self) -> str:
         chance = "certain" if self.confidence == 1.0 else f"confidence 1 - {1.0 - self.confidence:.2g}"
-        where = f", {self.domain}" if self.domain.restricted else ""
+        where = f" {self.domain}" if self.domain.restricted else ""
         head = f"L2 Lipschitz constant{where} at most {_show(self.log10_upper)} ({chance})"
         tail = f"skip + branch {_show(self.log10_plain)}; plain product of layer norms {_show(self.log10_product)}"
         return "\n".join([head, *_lines(self.parts, 1), tail])
@@ -139,8 +139,10 @@ def lipschitz_bound(
     Layers with weights contribute the upper side of their norm, with BatchNorm and input normalisation multiplied in
     beforehand. Activations and pooling contribute constants of their own. A sum contributes the sum of its branches, a
     concatenation the root of their sum of squares. Residual blocks of layers with monotone activations between them
-    get a tighter constant than skip + branch (after Fazlyab et al. 2023). The result is a product of worst cases: it is
-    sound, and usually far above what any input attains.
+    get a tighter constant than skip + branch (after Fazlyab et al. 2023). A product of two tensors contributes the
+    constant of each times how large the other gets, by interval arithmetic over the set of inputs and by its distance
+    from the value at that set's centre; softmax attention likewise, and LayerNorm bounds what it gives. The result is
+    a product of worst cases: it is sound, and usually far above what any input attains.
 
     The bound describes the traced graph. To make sure that the model does the same, each step of the graph is computed
     as its rule assumes, on random inputs in batches of two sizes, and compared with the model, including its hooks. No
@@ -405,6 +407,7 @@ class _PartTree:
                 origin = origin_of(step, self._order)
                 inner = step.inputs if depth < _DEEPEST and len(step.inputs) > 1 else []
                 branches = tuple(tuple(self.parts(source, origin, depth + 1)) for source in inner)
+                branches = branches if any(branches) else ()
                 total = self._totals[step]
                 log = total - self._totals[origin] if math.isfinite(total) else total
                 largest = self._sizes[step].largest if step in self._sizes else ()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastlip.lipschitz._domain import Domain
 from fastlip.lipschitz._graph import Traced
+from fastlip.lipschitz._intervals import as_rows
 from fastlip.lipschitz._local import unit
 from fastlip.lipschitz._replay import MAGNITUDES, SMALL, in_float64, noise_of, size_of
 from fastlip.lipschitz._steps import Step
@@ -105,7 +106,7 @@ def _search(model: nn.Module, x: Tensor, domain: Domain, rounds: int, log10_uppe
     slack = _SLACK_NATIVE if native else _SLACK
     generator = torch.Generator().manual_seed(3)
     v = unit(torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x)
-    length = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(1.0).view(-1, *(1,) * (x.dim() - 1))
+    length = torch.linalg.vector_norm(as_rows(x), dim=1).clamp_min(1.0).view(-1, *(1,) * (x.dim() - 1))
     steps = (1e-2,) if native else (1e-6,)
     best = -math.inf
     for round_ in range(rounds + 1):
@@ -114,9 +115,9 @@ def _search(model: nn.Module, x: Tensor, domain: Domain, rounds: int, log10_uppe
         for size in sizes:
             there = domain.project((x + size * length * v).detach())
             with torch.no_grad():
-                moved = (run_model(model, there).detach() - here).flatten(1).double()
-            apart = torch.linalg.vector_norm((there - x).flatten(1).double(), dim=1)
-            rounded = noise * torch.linalg.vector_norm(here.flatten(1).double(), dim=1)
+                moved = as_rows(run_model(model, there).detach() - here).double()
+            apart = torch.linalg.vector_norm(as_rows(there - x).double(), dim=1)
+            rounded = noise * torch.linalg.vector_norm(as_rows(here).double(), dim=1)
             ends = torch.linalg.vector_norm(moved, dim=1)
             for end, start, lost in torch.stack([ends, apart, rounded], 1).tolist():
                 if _exceeds(end - lost, start, log10_upper, slack):

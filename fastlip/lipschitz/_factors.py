@@ -32,7 +32,7 @@ class Steepness(Weighted):
         where: the step, for errors.
     """
 
-    name: ClassVar[str] = "slope"
+    name: ClassVar[str] = "rule"
     largest_slope: Callable[[Interval], float]
     where: str
 

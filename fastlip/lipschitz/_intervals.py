@@ -130,6 +130,11 @@ class Interval:
         return Interval(lower, upper, torch.minimum(self.norm, other.norm))
 
 
+def as_rows(t: Tensor) -> Tensor:
+    """Samples as rows, [B, *shape] to [B, n]; the shape of one may be empty."""
+    return t.flatten(1) if t.dim() > 1 else t[:, None]
+
+
 def up(t: Tensor) -> Tensor:
     """The next number above each element, so that one correctly rounded operation before it is covered."""
     return torch.nextafter(t, torch.full_like(t, INF))
@@ -142,7 +147,7 @@ def down(t: Tensor) -> Tensor:
 
 def upper_norm(magnitude: Tensor) -> Tensor:
     """Upper bounds on the L2 norms of samples from the magnitudes of their elements, [B, *shape] to [B]."""
-    flat = magnitude.flatten(1)
+    flat = as_rows(magnitude)
     if not flat.shape[1]:
         return flat.new_zeros(len(flat))
     largest = flat.amax(1)

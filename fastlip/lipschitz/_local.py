@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastlip.lipschitz._intervals import as_rows
 from fastlip.norms._models.eval_mode import eval_mode
 from fastlip.norms._models.outputs import tensor_in
 from fastlip.norms._models.wrappers import bare_model
@@ -141,14 +142,14 @@ def _jacobian_products(model: nn.Module, x: Tensor, v: Tensor, scale: float = 1.
 
 def _check_products(model: nn.Module, x: Tensor, v: Tensor, tangent: Tensor, back: Tensor, products: _Products) -> None:
     """Raise ValueError where the products are not finite, or where <v, J^T u> is not ||J v|| as for every matrix J."""
-    finite = tangent.flatten(1).isfinite().all(1) & back.flatten(1).isfinite().all(1)
+    finite = as_rows(tangent).isfinite().all(1) & as_rows(back).isfinite().all(1)
     if not bool(finite.all()):
         raise ValueError(
             f"the model's derivatives are not finite at {_named(~finite)}: it is not differentiable there, or they "
             "overflow; move these inputs a little, or use a wider dtype"
         )
     length = _norms(tangent)
-    gap = ((v.double() * back.double()).flatten(1).sum(1) - length).abs()
+    gap = (as_rows(v.double() * back.double()).sum(1) - length).abs()
     # Rounding is relative to the largest singular value of a layer, and v need not be near its singular vector, so that
     # gaps of hundreds of eps are ordinary, and depth adds to them. Derivatives that differ at a kink differ in their
     # first digits. The fourth root of eps is 1e-4 in float64 and 2e-2 in float32.
@@ -184,7 +185,7 @@ def _named(which: Tensor) -> str:
 
 def _norms(t: Tensor) -> Tensor:
     """Norm of each sample, [B] float64."""
-    return torch.linalg.vector_norm(t.flatten(1).double(), dim=1)
+    return torch.linalg.vector_norm(as_rows(t).double(), dim=1)
 
 
 @contextmanager
@@ -201,5 +202,5 @@ def _plain_attention() -> Iterator[None]:
 
 def unit(v: Tensor) -> Tensor:
     """Samples scaled to norm 1; zeros stay zeros."""
-    norm = torch.linalg.vector_norm(v.flatten(1), dim=1)
+    norm = torch.linalg.vector_norm(as_rows(v), dim=1)
     return v / torch.where(norm > 0.0, norm, 1.0).reshape(-1, *(1,) * (v.dim() - 1))

@@ -11,13 +11,16 @@ from torch import fx
 from fastlip.lipschitz._combinations import Combination, Weighted, weighted_sum
 from fastlip.lipschitz._domain import Domain, row, stacked
 from fastlip.lipschitz._graph import Traced
-from fastlip.lipschitz._intervals import Interval, upper_norm
+from fastlip.lipschitz._intervals import Interval, as_rows, upper_norm
 from fastlip.lipschitz._log_arithmetic import exp10, log10, multiply
 from fastlip.lipschitz._steps import Step, in_graph, in_sample, topological_order
 from fastlip.norms import NormInterval, Operator
+from fastlip.norms._models.inputs import Refused
 
 #: Rounding error of a step's values in float64, relative to them and to what its constant makes of its input.
 _ROUNDING = 1e-9
+#: Rounding of the replay's values, which may be those of the model's own dtype, relative to the largest.
+_SLACK = 1e-2
 #: Stands for finite numbers that are not known.
 _SOME = 1e300
 
@@ -186,8 +189,8 @@ class _Follow:
         if value.shape[1:] != step.shape or not bool(value.isfinite().all()):
             return unbounded
         flat = torch.linalg.vector_norm
-        margin = _ROUNDING * (value.flatten(1).abs().amax(1) + constant * flat(centre.flatten(1), dim=1))
-        distance = constant * flat(radius.flatten(1), dim=1) * (1.0 + _ROUNDING) + margin
+        margin = _ROUNDING * (as_rows(value).abs().amax(1) + constant * flat(as_rows(centre), dim=1))
+        distance = constant * flat(as_rows(radius), dim=1) * (1.0 + _ROUNDING) + margin
         if local:  # the middle of the bounds need not be a value that the constant speaks of; the centre's is
             distance[0] = math.inf
         return Interval(value, value).widened(distance.nan_to_num(nan=math.inf))
@@ -210,6 +213,20 @@ class _Follow:
         norm = exp10(self._logs[step]) * source.norm + upper_norm(in_sample(offset, step).abs())
         return Interval(known.lower, known.upper, torch.minimum(known.norm, norm * (1.0 + _ROUNDING)))
 
+    def _require_seen(self, step: Step, known: Interval) -> None:
+        """Raise Refused if the replay gave values outside of the bounds, by more than rounding."""
+        if step.seen is None or not known.lower.numel():
+            return
+        lower, upper = known.lower[0].min().item(), known.upper[0].max().item()
+        least, largest = step.seen.tolist()
+        slack = _SLACK * max(abs(least), abs(largest))
+        if least < lower - slack or largest > upper + slack:
+            raise Refused(
+                f"{step.name} ({step.kind}) has values from {least:.4g} to {largest:.4g} on this domain, outside of "
+                f"the bounds from {lower:.4g} to {upper:.4g}. If it has a rule of its own, that is wrong; otherwise "
+                "please report this model to fastlip's developers"
+            )
+
     def _keep(self, step: Step, known: Interval, total: float) -> Interval:
         """Store what is known of a step, sharpened by its distance from the value at the centre."""
         if self._reach < math.inf and not step.ahead:
@@ -217,6 +234,7 @@ class _Follow:
             if moved < math.inf:
                 point = row(known, 1)
                 known = stacked([row(known, 0).intersection(point.widened(moved)), point])
+        self._require_seen(step, known)
         self._totals[step], self._intervals[step] = total, known
         if not bool(row(known, 0).norm.isfinite()):
             earlier = [self._unknown[source] for source in step.inputs if source in self._unknown]

@@ -52,7 +52,7 @@ _NOISE_NATIVE = 1e-3
 def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced, domain: Domain) -> None:
     """Compare the graph with the model, which must be in eval mode, on random inputs, alone and in batches.
 
-    Sets ``moved`` of each step, from two inputs of the domain.
+    Sets ``moved`` and ``seen`` of each step, from two inputs of the domain.
 
     Raises:
         ValueError: they differ; the message names the first step that differs.
@@ -95,7 +95,7 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
         ValueError: they differ.
     """
     for step in traced.steps.values():
-        step.moved = None
+        step.moved = step.seen = None
     # The model may depend on whether gradients are enabled.
     runs = [_recorded(model, part, traced, differentiable=i == 1) for i, part in enumerate(x.split(traced.batch))]
     replayed = _Replay(traced, runs)
@@ -307,12 +307,14 @@ class _Replay:
 
 
 def _set_moved(step: Step, values: Sequence[Tensor]) -> None:
-    """Set how far the outputs of the first two runs are apart at least."""
+    """Set how far the outputs of the first two runs are apart at least, and between which numbers they lie."""
     if len(values) > 1 and step.moved is None:
         # If outputs are much larger than their difference, it may consist of rounding alone.
         apart = torch.linalg.vector_norm((values[0] - values[1]).double())
         size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in values[:2]]))
         step.moved = (apart - noise_of(values[0]) * size).clamp_min(0.0)
+        if values[0].numel():
+            step.seen = torch.stack(torch.aminmax(torch.stack(list(values[:2])))).double()
 
 
 def _try_hooked(module: nn.Module, step: Step, x: Tensor, rounding: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._calls import Call
-from fastlip.lipschitz._intervals import EPS, TINY, Interval, down, up, upper_norm
+from fastlip.lipschitz._intervals import EPS, TINY, Interval, as_rows, down, up, upper_norm
 from fastlip.lipschitz._steps import Step, in_graph
 
 
@@ -43,7 +43,7 @@ def by_ends(
 
         lower, upper = end("lower"), end("upper")
         if terms > 1:
-            largest = torch.stack([x.magnitude().flatten(1).amax(1).expand(rows) for x in given]).amax(0)
+            largest = torch.stack([as_rows(x.magnitude()).amax(1).expand(rows) for x in given]).amax(0)
             margin = 1.01 * (terms + 4) * EPS * largest.view(-1, *(1,) * (lower.dim() - 1)) + terms * TINY
             lower, upper = down(lower - margin), up(upper + margin)
         return Interval(lower, upper, None if norm is None else norm(*(x.norm.expand(rows) for x in given)))

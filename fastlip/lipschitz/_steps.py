@@ -34,6 +34,7 @@ class Step:
         exact: whether a linear ``factor`` is the map itself, and not only a map of at least its norm.
         same: whether the output is the input's values in their order, moved by a constant.
         moved: lower bound on the distance of the outputs of two samples, 0-d; None before the replay.
+        seen: the least and the largest element of these outputs, [2]; None before the replay, or without elements.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Step:
     exact: bool = True
     same: bool = False
     moved: Tensor | None = None
+    seen: Tensor | None = None
 
     @property
     def entry_shape(self) -> tuple[int, ...]:

@@ -350,3 +350,48 @@ def test_a_copy_that_fails_says_nothing(capfd):
     with pytest.raises(RuntimeError):
         made(inputs)
     assert capfd.readouterr().err == ""
+
+
+class Checking(nn.Module):
+    """Asks for the shape of its input in every way, as image models of Hugging Face and timm do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x):
+        batch, channels, height, width = x.shape
+        if channels != self.conv.in_channels or len(x.shape) != 4 or height % 2:
+            raise ValueError("three channels are needed")
+        y = torch.relu(self.norm(self.conv(nn.functional.pad(x, [0, width % 2, 0, 0]))))
+        windows = y.flatten(2).transpose(1, 2).reshape(batch * 2, -1, 4)
+        tokens = torch.cat([self.token.expand(batch * 2, -1, -1), windows], 1).mean(1)
+        return {"logits": self.head(tokens.view(x.size(0), 2, 4).sum(1))}
+
+
+def test_models_that_ask_for_shapes_have_a_copy_for_batches_of_all_sizes():
+    torch.manual_seed(0)
+    model = Checking().eval()
+    images = torch.rand(6, 3, 8, 8)
+    network = attacks.prepare(model, images)
+    assert network.faster is not None
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in network.faster.model.modules())  # folded
+    for size in (1, 2, 3, 5, 6):
+        made = network.faster(images[:size])["logits"]
+        assert torch.allclose(made, model(images[:size])["logits"], atol=1e-5)
+
+
+def test_a_copy_that_holds_the_size_of_a_batch_is_not_to_be_had():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 10)
+
+        def forward(self, x):
+            if x.shape[1] != 3:
+                raise ValueError("three channels are needed")
+            return self.head(self.conv(x).flatten(1)) * (2.0 if len(x) > 3 else 1.0)
+
+    assert attacks.prepare(Scaled().eval(), torch.rand(6, 3, 8, 8)).faster is None

@@ -30,6 +30,7 @@ CASES = {
     "var of the last axes": lambda x: x.var((-1, -2)),
     "std_mean": lambda x: torch.std_mean(x, (2, 3))[0],
     "var_mean": lambda x: torch.var_mean(x, dim=1, keepdim=True, correction=0)[0],
+    "norm of two axes": lambda x: torch.linalg.vector_norm(x, 2, (2, 3), True),
     "mean": lambda x: torch.var_mean(x, dim=1, keepdim=True)[1],
 }
 

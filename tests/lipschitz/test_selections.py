@@ -111,3 +111,19 @@ def test_what_depends_on_the_input_does_not_select():
 
     with pytest.raises(ValueError, match="no Lipschitz rule for"):
         lipschitz_bound(Applied(function), SHAPE)
+
+
+class Overwrites(nn.Module):
+    """Gives all of a product other values, so that the product itself does not count."""
+
+    def forward(self, x):
+        scores = 100.0 * x
+        scores[:, :, 0:] = 3.0 * x + scores.mean((1, 2, 3), keepdim=True)
+        return scores
+
+
+def test_what_is_overwritten_is_not_what_counts():
+    model = Overwrites()
+    norm = torch.linalg.matrix_norm(matrix(lambda x: model(x.clone())), 2).item()
+    bound = lipschitz_bound(model, SHAPE).upper
+    assert norm <= bound * (1.0 + 1e-12)

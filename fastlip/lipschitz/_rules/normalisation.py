@@ -364,7 +364,7 @@ def _norm(call: Call) -> Step | None:
     dims = given["dim"]
     axes = [dims] if isinstance(dims, int) else list(dims or ())
     rank = len(call.sources[0].shape) + call.sources[0].alone
-    matrix = call.name != "vector_norm" and len(axes) == 2 and given.get(order) not in (None, "fro")
+    matrix = call.name == "linalg_norm" and len(axes) == 2 and given.get(order) not in (None, "fro")
     ordinary = given.get(order, 2) in (None, 2, 2.0, "fro") and not matrix
     over_batch = call.sources[0].alone and any(axis % rank == 0 for axis in axes)
     if not ordinary or not axes or over_batch or given.get("dtype") is not None:

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fastlip.lipschitz._broadcast import copies
 from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._intervals import EPS, Interval
 from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz._rowwise import on_samples
 from fastlip.lipschitz._steps import Step, in_graph, in_sample
 
 #: Added to each index, so that no constant that a function fills in passes for one.
@@ -55,6 +57,27 @@ def _expanded(call: Call) -> Step:
     """The shape of another tensor, which is known, whether that depends on the input or not."""
     shape = call.values.shapes[call.node]
     return _step(replace(call, args=call.args[:1], sources=call.sources[:1]), lambda x, *_: x.expand(shape), call.shape)
+
+
+@builds("copy_")
+def _overwritten(call: Call) -> Step | None:
+    """What is copied, in the shape of what it overwrites, of which nothing is left."""
+    if len(call.args) < 2 or not isinstance(call.args[1], fx.Node) or call.args[1] not in call.steps:
+        return None
+    shape, dtype = call.values.shapes[call.node], call.values.dtypes[call.args[1]]
+    if call.values.dtypes[call.node] != dtype:
+        raise missing_rule(f"{call.name} to another dtype", call.where)
+    source = call.steps[call.args[1]]
+    factor = copies(source.shape, call.shape)
+    on = on_samples(lambda x: x.expand(shape), source, call.alone, call.values.batch)
+
+    def apply(_: Tensor, x: Tensor, *__: Any, **___: Any) -> Tensor:
+        return x.expand(shape)
+
+    def interval(_: Any, x: Interval, *__: Any, **___: Any) -> Interval:
+        return Interval(on(x.lower), on(x.upper), x.norm * (factor * (1.0 + 4.0 * EPS)))
+
+    return Step(call.where, call.name, [source], factor, call.shape, apply=apply, interval=interval)
 
 
 @builds(*_SEVERAL)

@@ -2,11 +2,13 @@
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.function import FunctionCtx
 from torch.fx.proxy import Attribute, TraceError
 
 from fastlip.norms._models.inputs import Refused
@@ -47,23 +49,23 @@ class Proxy(fx.Proxy):
 
     def __init__(self, node: fx.Node, tracer: "Tracer", values: tuple[Any, ...]) -> None:
         super().__init__(node, tracer)
-        self.values = values
-        self.versions = tuple(version_of(t) for t in _tensors(values))
+        self.of_examples = values
+        self.versions_then = tuple(version_of(t) for t in _tensors(values))
 
     @property  # type: ignore[misc]  # passes for a tensor in isinstance
     def __class__(self) -> type:
-        return Tensor if isinstance(self.values[0], Tensor) else type(self.values[0])
+        return Tensor if isinstance(self.of_examples[0], Tensor) else type(self.of_examples[0])
 
     def __getattr__(self, k: str) -> Any:
-        if k in ("values", "versions", "node", "tracer"):  # not set yet
+        if k in ("of_examples", "versions_then", "node", "tracer"):  # not set yet
             raise AttributeError(k)
-        found = [getattr(value, k) for value in self.values]
+        found = [getattr(value, k) for value in self.of_examples]
         if callable(found[0]):
             return Attribute(self, k)
         if k == "shape":
             return self.tracer.sizes(self)
-        if isinstance(self.values[0], tuple) and isinstance(found[0], Tensor):  # a field of a named tuple
-            return self.part(next(i for i, value in enumerate(self.values[0]) if value is found[0]))
+        if isinstance(self.of_examples[0], tuple) and isinstance(found[0], Tensor):  # a field of a named tuple
+            return self.part(next(i for i, value in enumerate(self.of_examples[0]) if value is found[0]))
         if k == "T":
             return self.permute(*range(self.dim())[::-1])
         if k in ("mT", "mH"):
@@ -84,19 +86,19 @@ class Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operator.getitem, (self, i), {})
 
     def __len__(self) -> int:
-        return cast("int", self.tracer.agreed(self, [len(value) for value in self.values], "length"))
+        return cast("int", self.tracer.agreed(self, [len(value) for value in self.of_examples], "length"))
 
     def __bool__(self) -> bool:
-        return bool(self.tracer.agreed(self, self.values, "truth"))
+        return bool(self.tracer.agreed(self, self.of_examples, "truth"))
 
     def __index__(self) -> int:
-        return operator.index(self.tracer.agreed(self, self.values, "value"))
+        return operator.index(self.tracer.agreed(self, self.of_examples, "value"))
 
     def __int__(self) -> int:
-        return int(self.tracer.agreed(self, self.values, "value"))
+        return int(self.tracer.agreed(self, self.of_examples, "value"))
 
     def __float__(self) -> float:
-        return float(self.tracer.agreed(self, self.values, "value"))
+        return float(self.tracer.agreed(self, self.of_examples, "value"))
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -137,6 +139,10 @@ class Tracer(fx.Tracer):
         self._running = False
         self._forward: Callable[..., Any] | None = None
 
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _inside_autograd_functions():
+            return super().trace(root, concrete_args)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (self._leaf is not None and self._leaf(m)) or super().is_leaf_module(m, module_qualified_name)
 
@@ -161,7 +167,7 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is Proxy:
-            if a.versions != tuple(version_of(t) for t in _tensors(a.values)):
+            if a.versions_then != tuple(version_of(t) for t in _tensors(a.of_examples)):
                 raise Refused(
                     f"{self.location(a.node)} is used after an in-place operation overwrote it, so that the traced "
                     "graph is not what runs; use inplace=False there"
@@ -215,7 +221,7 @@ class Tracer(fx.Tracer):
 
     def sizes(self, proxy: Proxy) -> Any:
         """The shape of a tensor; sizes that are not the same for all examples are numbers of the graph."""
-        shapes = [value.shape for value in proxy.values]
+        shapes = [value.shape for value in proxy.of_examples]
         if all(shape == shapes[0] for shape in shapes):
             return shapes[0]
         return tuple(self.create_proxy("call_method", "size", (proxy, axis), {}) for axis in range(len(shapes[0])))
@@ -236,8 +242,7 @@ class Tracer(fx.Tracer):
         if kind == "placeholder":
             return self.examples
         if kind == "get_attr":
-            value = operator.attrgetter(target)(self.root)
-            return (value,) * len(self.examples)
+            return self._on_values(lambda: operator.attrgetter(target)(self.root), (), {})
         if kind == "call_module":
             assert self._forward is not None
             return self._on_values(self._forward, args, kwargs)
@@ -253,6 +258,24 @@ class Tracer(fx.Tracer):
         finally:
             self._running = running
         return tuple(results)
+
+
+@contextmanager
+def _inside_autograd_functions() -> Iterator[None]:
+    """Trace the forward of functions with a backward of their own; torch takes a proxy there for a tensor and fails."""
+    found = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(type(a) is Proxy for a in _flat((args, kwargs))):
+            return found.__get__(None, cls)(*args, **kwargs)
+        sets_up = cls.setup_context is not torch.autograd.Function.setup_context
+        return cls.forward(*(() if sets_up else (FunctionCtx(),)), *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = found
 
 
 def _function(kind: str, target: Any) -> Callable[..., Any]:
@@ -277,7 +300,7 @@ def _flat(value: Any, empty: tuple[Any, ...] = ()) -> list[Any]:
 def _spread(value: Any) -> Any:
     """``value`` with the parts of tuples in place of proxies of tuples."""
     if type(value) is Proxy:
-        return tuple(value) if isinstance(value.values[0], (tuple, list)) else value
+        return tuple(value) if isinstance(value.of_examples[0], (tuple, list)) else value
     if isinstance(value, dict):
         return {k: _spread(v) for k, v in value.items()}
     return type(value)(map(_spread, value)) if type(value) in (tuple, list) else value
@@ -288,13 +311,13 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _holds_tensor(argument: Any) -> bool:
-    return type(argument) is Proxy and bool(_tensors(argument.values))
+    return type(argument) is Proxy and bool(_tensors(argument.of_examples))
 
 
 def _replaced(value: Any, i: int) -> Any:
     """``value`` with the i-th example's values in place of proxies."""
     if type(value) is Proxy:
-        return value.values[i]
+        return value.of_examples[i]
     if isinstance(value, slice):
         return slice(*(_replaced(v, i) for v in (value.start, value.stop, value.step)))
     if isinstance(value, dict):
