@@ -139,8 +139,10 @@ def lipschitz_bound(
     Layers with weights contribute the upper side of their norm, with BatchNorm and input normalisation multiplied in
     beforehand. Activations and pooling contribute constants of their own. A sum contributes the sum of its branches, a
     concatenation the root of their sum of squares. Residual blocks of layers with monotone activations between them
-    get a tighter constant than skip + branch (after Fazlyab et al. 2023). The result is a product of worst cases: it is
-    sound, and usually far above what any input attains.
+    get a tighter constant than skip + branch (after Fazlyab et al. 2023). A product of two tensors contributes the
+    constant of each times how large the other gets, by interval arithmetic over the set of inputs and by its distance
+    from the value at that set's centre; softmax attention likewise, and LayerNorm bounds what it gives. The result is
+    a product of worst cases: it is sound, and usually far above what any input attains.
 
     The bound describes the graph of one sample, by torch.fx along a run that knows all shapes, or by torch.export where
     that gives none or one with parts that have no rule. To make sure that the model does the same, each step of the
