@@ -34,23 +34,30 @@ from fastlip.norms._operators.batchnorm import BATCHNORMS
 from fastlip.norms._operators.modules import TRANSPOSED
 from fastlip.norms._solvers.float64_rounding import reduction_length
 
+#: Functions that only move values.
+_MOVES = (
+    *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.clone, torch.permute, torch.transpose),
+    *("flatten", "reshape", "view", "squeeze", "unsqueeze", "contiguous", "clone", "permute", "transpose"),
+    *(torch.roll, "roll", torch.flip, "flip", torch.movedim, "movedim", torch.swapaxes, "swapaxes"),
+)
 _MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 #: Functions that are linear in their first argument, or in the only one that is a traced tensor.
 _LINEAR = (
-    *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.clone, torch.permute, torch.transpose),
-    *("flatten", "reshape", "view", "squeeze", "unsqueeze", "contiguous", "clone", "permute", "transpose"),
-    *(torch.mean, "mean", torch.sum, "sum", torch.roll, "roll", torch.flip, "flip", torch.neg, "neg", operator.neg),
-    *(operator.truediv, operator.itruediv, torch.div, "div", "div_", torch.movedim, "movedim"),
-    *(torch.swapaxes, "swapaxes", "narrow", torch.narrow),
+    *_MOVES,
+    *(torch.mean, "mean", torch.sum, "sum", torch.neg, "neg", operator.neg, "narrow", torch.narrow),
+    *(operator.truediv, operator.itruediv, torch.div, "div", "div_"),
     *_MULTIPLY,
 )
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SUBTRACT = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
-#: Modules that are linear, without an offset.
-_LINEAR_MODULES = (
+#: Modules that only move values, and those that are linear without an offset.
+_MOVING_MODULES = (
     *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
-    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+)
+_LINEAR_MODULES = (
+    *_MOVING_MODULES,
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
 )
 #: Relative error of a few operations.
@@ -79,6 +86,12 @@ class Balls:
         """Bounds of each ball."""
         make = Interval.l2_ball if self.norm == "l2" else Interval.linf_ball
         return make(self.x, self.radius)
+
+    def l2_radius(self) -> Tensor:
+        """Largest L2 distance of a point of each ball from its centre, [B]."""
+        if self.norm == "l2":
+            return self.radius
+        return up(self.radius * (math.sqrt(math.prod(self.x.shape[1:])) * (1.0 + EPS)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +208,7 @@ class _Pass(fx.Interpreter):
             value = Interval.unbounded(step.shape, len(self._balls.x), self._balls.x.device)
         sources = [a for a in n.all_input_nodes if a in self._states]
         first = self._states[sources[0]]
-        if len(sources) == 1 and isinstance(step.factor, Operator) and _is_layer(step):
+        if len(sources) == 1 and isinstance(step.factor, Operator) and is_layer(step):
             return self._through_layer(step, step.factor, first, value)
         if len(sources) == 1 and isinstance(step.factor, Diagonal) and step.exact:
             return self._scaled(n, step, step.factor.scale, first, value)
@@ -480,9 +493,14 @@ class _Pass(fx.Interpreter):
         )
 
 
-def _is_layer(step: Step) -> bool:
+def is_layer(step: Step) -> bool:
     """Whether a step is a layer with weights that its operator describes exactly."""
     return step.module is not None and find_rule(step.module) is weighted and step.exact
+
+
+def moves_only(n: fx.Node, step: Step) -> bool:
+    """Whether a step only moves values."""
+    return type(step.module) in _MOVING_MODULES if n.op == "call_module" else n.target in _MOVES
 
 
 def _values(module: nn.Module, t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Local Lipschitz constants on balls of inputs, bounded from both sides."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import torch
@@ -11,15 +11,18 @@ from fastlip.lipschitz._bound import lipschitz_bound
 from fastlip.lipschitz._domain import domain_of
 from fastlip.lipschitz._graph import Traced, trace
 from fastlip.lipschitz._local import local_lipschitz, unit
+from fastlip.lipschitz._masked_products import masked_products
 from fastlip.lipschitz._replay import in_float64, replay
 from fastlip.norms import NormOptions
 from fastlip.norms._models.eval_mode import eval_mode, require_eval
 from fastlip.norms._models.wrappers import bare_model
-from fastlip.norms._options import NormKeywords, chosen_options
+from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
 
 #: Elements of the largest tensor of columns, and samples that are bounded together.
 _MOST_ELEMENTS, _MOST_SAMPLES = 1 << 25, 32
 _NORMS = ("l2", "linf")
+#: Ratio of the two sides from which on it is worth asking for the bound that holds everywhere.
+_FAR = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,9 @@ def local_lipschitz_bounds(
     that is certified against rounding. As for Jacobians bounded elementwise (Z. Shi, Y. Wang, H. Zhang, J. Z. Kolter
     and C.-J. Hsieh, "Efficiently computing local Lipschitz constants of neural networks via bound propagation",
     NeurIPS 2022), this takes a matrix of as many columns as the input has elements, and those open units. Networks that
-    are too large for it, or branch around steps other than affine ones and activations, get :func:`lipschitz_bound`.
+    are too large for it, or branch around steps other than affine ones and activations, get the least of
+    :func:`lipschitz_bound` and of the same composition with masked layers: in front of a layer, each unit counts with
+    its largest slope on the ball, so that inactive ones drop out.
 
     Lower sides: :func:`local_lipschitz` at the sample and at other points of the ball.
 
@@ -76,7 +81,7 @@ def local_lipschitz_bounds(
         norm: norm of the balls, "l2" or "linf". The constants are those of the L2 norm in either case.
         points: points of each ball, the sample included, at which the Jacobian's norm is computed.
         check: whether to compare the traced graph with the model.
-        options: how to compute norms for :func:`lipschitz_bound`, where that is needed; its ``generator`` also draws
+        options: how to compute norms, where that is needed; its ``generator`` also draws
             the points.
         keywords: fields of :class:`fastlip.norms.NormOptions`, in place of ``options``.
 
@@ -94,13 +99,8 @@ def local_lipschitz_bounds(
     radii = _radii(radius, x)
     chosen = chosen_options("local_lipschitz_bounds", options, keywords)
     lower, where = _attained(bare, x, radii, norm, points, chosen.resolved(bare.parameters()).generator)
-    confidence = 1.0
-    upper = _upper_sides(bare, Balls(x.detach().double(), radii, norm), check)
-    missing = upper.isnan()
-    if bool(missing.any()):
-        bound = lipschitz_bound(bare, x.shape[1:], check=check, options=chosen)
-        upper = torch.where(missing, bound.upper, upper)
-        confidence = bound.confidence
+    balls = Balls(x.detach().double(), radii, norm)
+    upper, confidence = _upper_sides(bare, balls, check, chosen, lower)
     return BallBounds(lower, upper, where, radii, norm, confidence)
 
 
@@ -113,28 +113,83 @@ def _radii(radius: float | Tensor, x: Tensor) -> Tensor:
     return given.expand(len(x)) if given.dim() else given[None].expand(len(x))
 
 
-def _upper_sides(model: nn.Module, balls: Balls, check: bool) -> Tensor:
-    """Upper bounds from the graph of Jacobians, [B]; NaN where this way does not work."""
+def _upper_sides(
+    model: nn.Module, balls: Balls, check: bool, options: NormOptions, lower: Tensor
+) -> tuple[Tensor, float]:
+    """Upper bounds, [B], and the confidence that all of them hold."""
     shape, training = balls.x.shape[1:], model.training
-    upper = torch.full_like(balls.radius, torch.nan)
     with eval_mode(model):
         traced = trace(model, shape)
         require_eval(model, training, traced.modules())
         if check:
             replay(model, shape, traced, domain_of(shape, None, None, None))
         with torch.no_grad(), in_float64(model, balls.x):
-            at, size = 0, _MOST_SAMPLES
-            while at < len(upper):
-                some = slice(at, at + size)
-                found = _some(traced, Balls(balls.x[some], balls.radius[some], balls.norm))
-                if found is not None:
-                    upper[some] = found
-                    at += size
-                elif size > 1:
-                    size //= 2
-                else:
-                    break
+            upper = _by_jacobians(traced, balls)
+            missing = upper.isnan()
+            if not bool(missing.any()):
+                # With most units open nothing is local any more, and the whole network has more time.
+                far = upper > _FAR * lower
+                return _capped(model, shape, upper, far, options) if bool(far.any()) else (upper, 1.0)
+            # The least of two bounds holds if both do.
+            halved = replace(options, confidence=1.0 - (1.0 - options.confidence) / 2.0)
+            rest = Balls(balls.x[missing], balls.radius[missing], balls.norm)
+            upper[missing], chance = _by_masks(traced, rest, halved.resolved(model.parameters()))
+    composed, other = _by_composition(model, rest, check, halved)
+    upper[missing] = torch.minimum(upper[missing], composed)
+    return upper, max(0.0, 1.0 - (1.0 - chance) - (1.0 - other))
+
+
+def _capped(
+    model: nn.Module, shape: torch.Size, upper: Tensor, far: Tensor, options: NormOptions
+) -> tuple[Tensor, float]:
+    """The least of upper bounds and of the one that holds everywhere, if there is one."""
+    try:
+        everywhere = lipschitz_bound(model, shape, check=False, options=options)
+    except ValueError:
+        return upper, 1.0
+    return torch.where(far, upper.clamp_max(everywhere.upper), upper), everywhere.confidence
+
+
+def _by_jacobians(traced: Traced, balls: Balls) -> Tensor:
+    """Upper bounds from columns of Jacobians, [B]; NaN where they do not fit."""
+    upper = torch.full_like(balls.radius, torch.nan)
+    at, size = 0, _MOST_SAMPLES
+    while at < len(upper):
+        some = slice(at, at + size)
+        found = _some(traced, Balls(balls.x[some], balls.radius[some], balls.norm))
+        if found is not None:
+            upper[some] = found
+            at += size
+        elif size > 1:
+            size //= 2
+        else:
+            break
     return upper
+
+
+def _by_masks(traced: Traced, balls: Balls, options: ResolvedOptions) -> tuple[Tensor, float]:
+    """Upper bounds from masked layers, [B], and their confidence; inf where masks are not enough."""
+    try:
+        return masked_products(traced, balls, options)
+    except TooLargeError:
+        return torch.full_like(balls.radius, torch.inf), 1.0
+
+
+def _by_composition(model: nn.Module, balls: Balls, check: bool, options: NormOptions) -> tuple[Tensor, float]:
+    """:func:`lipschitz_bound`, on each ball by itself where there is no bound everywhere; and its confidence."""
+    shape = balls.x.shape[1:]
+    try:
+        everywhere = lipschitz_bound(model, shape, check=check, options=options)
+        return torch.full_like(balls.radius, everywhere.upper), everywhere.confidence
+    except ValueError:
+        each = replace(options, confidence=1.0 - (1.0 - options.confidence) / len(balls.x))
+        reach = balls.l2_radius().tolist()
+        bounds = [
+            lipschitz_bound(model, shape, around=x, radius=r, check=check, options=each)
+            for x, r in zip(balls.x, reach, strict=True)
+        ]
+        upper = torch.tensor([bound.upper for bound in bounds], dtype=torch.float64, device=balls.x.device)
+        return upper, 1.0 - sum(1.0 - bound.confidence for bound in bounds)
 
 
 def _some(traced: Traced, balls: Balls) -> Tensor | None:

@@ -17,17 +17,22 @@ from torch import Tensor
 from fastlip.lipschitz._intervals import EPS, INF
 
 #: Step of the descent over logarithms, and the decay of its two averages (D. Kingma and J. Ba, "Adam", ICLR 2015).
-_STEP, _FIRST, _SECOND = 0.25, 0.8, 0.95
+_STEP, _FIRST, _SECOND = 0.4, 0.7, 0.9
 #: Multiply-adds that the descent may spend on a sample, and the most steps it takes.
-_BUDGET, _MOST_STEPS = 6e8, 40
+_BUDGET, _MOST_STEPS = 1.5e8, 48
+#: The descent ends once as many steps gain no sample more than this.
+_PATIENCE, _PROGRESS = 6, 0.01
 #: By how much a bound is raised until it is certified.
 _RAISES = (1e-9, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 #: Largest logarithm of a multiplier, and the largest difference of two.
 _FARTHEST, _SPREAD = 300.0, 40.0
 #: What a bound is at least.
 _TINIEST = 1e-200
-#: Side up to which the eigenvalue solver is the fastest way to the largest eigenvalue, and steps of the iteration.
-_SMALL, _RITZ_STEPS = 48, 16
+#: Number of open units up to which units have guesses of their own.
+_FEW_UNITS = 256
+#: Side up to which the eigenvalue solver is the fastest way to the largest eigenvalue; steps of the iteration during
+#: the descent and after it.
+_SMALL, _RITZ_STEPS, _LAST_STEPS = 48, 8, 30
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,7 @@ def largest_norm(units: OpenUnits) -> Tensor:
     """Upper bounds on the norms of the Jacobians, [B]; inf where none is found."""
     problem = _Problem(units)
     log, gamma = problem.start()
-    log, gamma = problem.descend(log, gamma)
-    return problem.certified(log, gamma)
+    return problem.certified(problem.descend(log, gamma))
 
 
 class _Problem:
@@ -81,7 +85,7 @@ class _Problem:
         self.open = units.delta > 0.0
         draws = torch.randn(self.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
         self.other = (draws / torch.linalg.vector_norm(draws)).expand(len(x), -1)
-        self.vector = self.other
+        self.vector, self.steps = self.other, _RITZ_STEPS
 
     def _scales(self, log: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of rows, [B, m + N], and of columns, [B, N]."""
@@ -121,16 +125,14 @@ class _Problem:
             inner = torch.linalg.solve_triangular(factor, half.mT, upper=False)
             values, vectors = torch.linalg.eigh((0.5 * (inner + inner.mT)).nan_to_num(0.0, 0.0, 0.0))
             return values[:, -1], vectors[:, :, -1]
-        v = self.vector
-        basis, images = [], []
-        for _ in range(min(_RITZ_STEPS, self.size)):
+        v, basis, images = self.vector, [], []
+        for _ in range(min(self.steps, self.size)):
             basis.append(v)
             w = gram @ torch.linalg.solve_triangular(factor.mT, v[..., None], upper=True)
             w = torch.linalg.solve_triangular(factor, w, upper=False)[..., 0]
             images.append(w)
             rows = torch.stack(basis, 1)
-            for _ in range(2):
-                w = w - (rows.mT @ (rows @ w[..., None]))[..., 0]
+            w = w - (rows.mT @ (rows @ w[..., None]))[..., 0]
             v = w / torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-300)
         projected = rows @ torch.stack(images, 2)
         values, vectors = torch.linalg.eigh(0.5 * (projected + projected.mT))
@@ -151,7 +153,7 @@ class _Problem:
         paths = torch.linalg.solve_triangular(inverse, tau[..., None], upper=True)[..., 0]
         outer = torch.linalg.vector_norm(units.outer, dim=(1, 2)).clamp_min(1e-300)
         best_log, best = torch.zeros_like(tau), torch.full_like(outer, INF)
-        for log in (self._layerwise(), *_guesses(tau, paths, units, outer)) if tau.shape[1] else (tau,):
+        for log in (self._layerwise(), *_guesses(paths, units, outer)) if tau.shape[1] else (tau,):
             log = torch.where(self.open & log.isfinite(), log, -INF)
             # Units that reach no output would get multipliers by which rounding errors are divided.
             if tau.shape[1]:
@@ -197,15 +199,20 @@ class _Problem:
         top = torch.linalg.eigvalsh(p[:, :m, :m].nan_to_num(0.0, 0.0, 0.0))[:, -1].clamp_min(1e-300)
         return log + top.log()[:, None]
 
-    def descend(self, log: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """Multipliers, and what they give, after a descent that never accepts a worse one."""
+    def descend(self, log: Tensor, gamma: Tensor) -> Tensor:
+        """Logarithms of multipliers after a descent that never accepts worse ones."""
         cost = 6.0 * self.size**3
         steps = int(min(_MOST_STEPS, _BUDGET / cost)) if bool(self.open.any()) else 0
         best_log, best = log, gamma
         step = torch.full_like(gamma, _STEP)
         first, second = torch.zeros_like(log), torch.zeros_like(log)
         _, slope = self.evaluate(log)
+        last = best
         for i in range(1, steps + 1):
+            if i % _PATIENCE == 0:
+                if bool((best >= last * (1.0 - _PROGRESS)).all()):
+                    break
+                last = best
             first = _FIRST * first + (1.0 - _FIRST) * slope
             second = _SECOND * second + (1.0 - _SECOND) * slope.square()
             move = first / (1.0 - _FIRST**i) / ((second / (1.0 - _SECOND**i)).sqrt() + 1e-12)
@@ -223,9 +230,9 @@ class _Problem:
                 slope = torch.where(bad[:, None], self.evaluate(log)[1], slope)
             elif i > steps // 2:
                 step = step * 0.9
-        return best_log, best
+        return best_log
 
-    def certified(self, log: Tensor, gamma: Tensor) -> Tensor:
+    def certified(self, log: Tensor) -> Tensor:
         """The least of a few raised values that a Cholesky factorisation proves, [B]; inf if it proves none.
 
         It succeeds for a matrix that rounding may have changed by the sums' errors (Higham 2002, section 3.5) and by
@@ -233,6 +240,8 @@ class _Problem:
         lessen the norm that [M, X / gamma] may have.
         """
         units, n = self.units, self.size
+        self.steps = _LAST_STEPS
+        gamma, _ = self.evaluate(log)
         m, square, gram = self._matrices(log)
         by_row, by_column = self._scales(log)
         rows = [by_row[:, self.m + block.start : self.m + block.stop].amax(1) for block in units.blocks]
@@ -261,11 +270,9 @@ class _Problem:
         return bound
 
 
-def _guesses(tau: Tensor, paths: Tensor, units: OpenUnits, outer: Tensor) -> list[Tensor]:
+def _guesses(paths: Tensor, units: OpenUnits, outer: Tensor) -> list[Tensor]:
     """Logarithms of multipliers that would be best for one unit alone, if the norm were so and so large."""
-    reach = units.reach.clamp_min(1e-300)
-    logs = []
-    for size in (1.0, 2.0, 5.0, 20.0, 100.0, 1e4):
-        for through in (tau, paths):
-            logs.append((through.clamp_min(1e-300) / reach / units.delta * size * outer[:, None]).log())
-    return logs
+    if paths.shape[1] > _FEW_UNITS:  # the guess for whole blocks is better then
+        return []
+    best_for_one = paths.clamp_min(1e-300) / units.reach.clamp_min(1e-300) / units.delta * outer[:, None]
+    return [(best_for_one * size).log() for size in (1.0, 3.0, 20.0)]

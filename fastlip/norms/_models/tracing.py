@@ -262,7 +262,7 @@ class Tracer(fx.Tracer):
 
 @contextmanager
 def _inside_autograd_functions() -> Iterator[None]:
-    """Trace the forward of functions with a backward of their own, where torch takes a proxy for a tensor and crashes."""
+    """Trace the forward of functions with a backward of their own; torch takes a proxy there for a tensor and fails."""
     found = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,219 @@
+"""Products of masked norms over balls of inputs, for networks too large for :mod:`fastlip.lipschitz._ball_graph`.
+
+Where interval arithmetic knows the slopes of an activation to be at most K on a ball, elementwise, the layer behind it
+contributes ||A diag(K)|| in place of ||A||: for ReLU, units that stay inactive drop their columns (Y. Huang, H. Zhang,
+Y. Shi, J. Z. Kolter and A. Anandkumar, "Training certifiably robust neural networks with efficient local Lipschitz
+bounds", NeurIPS 2021). The masks of all balls are applied together, as diagonal parts of composed operators.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastlip.lipschitz._ball_graph import Balls, TooLargeError, is_layer, moves_only
+from fastlip.lipschitz._combinations import Concatenation, Sum
+from fastlip.lipschitz._domain import stacked
+from fastlip.lipschitz._graph import Traced
+from fastlip.lipschitz._intervals import Interval, up
+from fastlip.lipschitz._registry import Diagonal
+from fastlip.lipschitz._slopes import slope_bounds
+from fastlip.lipschitz._steps import Step
+from fastlip.norms import Composed, NormInterval, Operator, diagonal_norm, operator_norms
+from fastlip.norms._operators.modules import TRANSPOSED
+from fastlip.norms._options import ResolvedOptions
+
+#: Least relative width of masked norms: there are as many as samples.
+_RTOL = 0.05
+#: Bytes of the copies of a layer's weights that are iterated at once.
+_COPIES = 1 << 28
+#: Largest entries between which products of weights fit float32: composed operators are not normalised.
+_ORDINARY = (1e-6, 1e6)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What is known of a step's output on each ball.
+
+    Attributes:
+        value: bounds of its values on the balls and, in the second half of the rows, at their centres.
+        total: bounds on the constants from the model's input, [B], before ``mask``.
+        mask: what the Jacobian's rows are multiplied by at most since, [B, *shape]; None for 1.
+    """
+
+    value: Interval
+    total: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def constant(self) -> Tensor:
+        """Bounds on the constants from the model's input, [B]."""
+        if self.mask is None:
+            return self.total
+        return up(self.total * self.mask.flatten(1).amax(1))
+
+
+def masked_products(traced: Traced, balls: Balls, options: ResolvedOptions) -> tuple[Tensor, float]:
+    """Upper bounds on the Lipschitz constants on the balls, [B] float64, and the confidence that all of them hold.
+
+    Args:
+        traced: the graph of a model in float64, in eval mode, without folded scales.
+        balls: the balls.
+        options: how to compute norms.
+
+    Raises:
+        TooLargeError: a step's constant depends on more than one mask.
+    """
+    return _Pass(traced, balls, options).run_balls()
+
+
+class _Pass(fx.Interpreter):
+    """One pass through the graph; the environment holds tensors of the right shapes for nodes that ask for these."""
+
+    def __init__(self, traced: Traced, balls: Balls, options: ResolvedOptions) -> None:
+        super().__init__(traced.graph_module, garbage_collect_values=False)
+        self.extra_traceback = False
+        if traced.bundles:
+            raise TooLargeError("a step that is a tuple")
+        self._traced, self._balls = traced, balls
+        layers = sum(isinstance(step.factor, Operator) for step in traced.steps.values())
+        # Each layer has start vectors of its own, and an equal share of the probability of failure for all samples.
+        self._share = (1.0 - options.confidence) / max(layers, 1)
+        self._options = replace(options, rtol=max(options.rtol, _RTOL), progress=None)
+        self._failure = 0.0
+        self._states: dict[fx.Node, _State] = {}
+        self._scaled: set[Step] = set()
+
+    def run_balls(self) -> tuple[Tensor, float]:
+        self.run(self._balls.x)
+        node = next(n for n, step in self._traced.steps.items() if step is self._traced.last)
+        return self._states[node].constant, max(0.0, 1.0 - self._failure)
+
+    def run_node(self, n: fx.Node) -> Any:
+        step = self._traced.steps.get(n)
+        if step is None:
+            return super().run_node(n)
+        x = self._balls.x
+        if not step.inputs:
+            value = stacked([self._balls.interval(), Interval(x, x)])
+            self._states[n] = _State(value, torch.ones_like(self._balls.radius))
+        else:
+            args, kwargs = self._arguments(n, lambda state: state.value)
+            known = step.interval(*args, **kwargs) if step.interval is not None else None
+            if known is None or tuple(known.lower.shape) != (2 * len(x), *step.shape):
+                known = Interval.unbounded(step.shape, 2 * len(x), x.device)
+            self._states[n] = self._sharpened(step, self._state(n, step, known))
+        # Twice as many rows as samples: the balls and their centres.
+        return x.new_zeros(()).expand(2 * len(x), *step.shape)
+
+    def _arguments(self, n: fx.Node, given: Any) -> tuple[Any, Any]:
+        def argument(a: fx.Node) -> Any:
+            return given(self._states[a]) if a in self._states else self.env[a]
+
+        return fx.node.map_arg(n.args, argument), fx.node.map_arg(n.kwargs, argument)
+
+    def _sharpened(self, step: Step, state: _State) -> _State:
+        """No value is further from that at the centre than the constant times the radius."""
+        if step in self._scaled:  # its constant contains the factors of the next step
+            return state
+        count = len(self._balls.x)
+        ball, centre = (
+            Interval(state.value.lower[rows], state.value.upper[rows], state.value.norm[rows])
+            for rows in (slice(count), slice(count, None))
+        )
+        moved = up(state.constant * self._balls.l2_radius()).nan_to_num(nan=math.inf)
+        return replace(state, value=stacked([ball.intersection(centre.widened(moved)), centre]))
+
+    def _state(self, n: fx.Node, step: Step, value: Interval) -> _State:
+        sources = [self._states[a] for a in n.all_input_nodes if a in self._states]
+        first, factor = sources[0], step.factor
+        if isinstance(factor, Sum) and all(source.shape == step.shape for source in step.inputs):
+            # An operand may appear twice, as in x + x.
+            terms = [self._states[a].constant for a in n.args if a in self._states]  # type: ignore[index]
+            return _State(value, up(torch.stack(terms).sum(0) * (1.0 + 1e-14)))
+        if isinstance(factor, Concatenation):
+            constants = {self._traced.steps[a]: state.constant for a, state in self._states.items()}
+            several = torch.stack([constants[source] for source in step.inputs])
+            return _State(value, up(torch.linalg.vector_norm(several, dim=0) * (1.0 + 1e-14)))
+        if len(sources) != 1 or not isinstance(factor, (int, float, NormInterval, Operator, Diagonal)):
+            raise TooLargeError(f"{step.name} depends on more than one mask")
+        if isinstance(factor, Operator):
+            return self._through_layer(step, factor, first, value)
+        if isinstance(factor, NormInterval):
+            self._failure += 1.0 - factor.confidence
+            return _State(value, up(first.constant * factor.upper))
+        if isinstance(factor, Diagonal):
+            if step.inputs[0] in self._scaled:
+                return _State(value, first.total)
+            if not step.exact:
+                return _State(value, up(first.constant * diagonal_norm(factor.scale)))
+            return _State(value, first.total, self._masked(step, first, _by_channel(factor, step).abs()))
+        if moves_only(n, step):
+            if first.mask is None:
+                return _State(value, first.total)
+            # The environment's sizes are those of twice as many rows.
+            args, kwargs = self._arguments(n, lambda state: torch.cat([first.mask, first.mask]))
+            return _State(value, first.total, step.apply(*args, **kwargs)[: len(first.mask)])
+        if step.module is not None:
+            count = len(self._balls.x)
+            known = Interval(first.value.lower[:count], first.value.upper[:count])
+            slopes = slope_bounds(step.module, known)
+            if slopes is not None:
+                return _State(value, first.total, self._masked(step, first, torch.maximum(-slopes[0], slopes[1])))
+        return _State(value, up(first.constant * float(factor)))
+
+    def _masked(self, step: Step, source: _State, mask: Tensor) -> Tensor:
+        mask = up(mask.expand(len(self._balls.x), *step.shape))
+        return mask if source.mask is None else up(mask * source.mask)
+
+    def _through_layer(self, step: Step, layer: Operator, source: _State, value: Interval) -> _State:
+        after = step.users[0] if len(step.users) == 1 else None
+        scale = None
+        if after is not None and isinstance(after.factor, Diagonal) and after.exact and is_layer(step):
+            scale = _by_channel(after.factor, after)
+            self._scaled.add(step)
+        plain = is_layer(step) and not isinstance(step.module, TRANSPOSED)
+        fits = plain and layer.input_shape == step.inputs[0].shape and layer.output_shape == step.shape
+        ordinary = _ORDINARY[0] <= layer.weight.detach().abs().max().item() <= _ORDINARY[1]
+        if not fits or not ordinary or source.mask is None:
+            return _State(value, up(source.constant * self._norm(step, layer, scale)))
+        # Scaled to 1, as composed operators are not normalised.
+        size = source.mask.flatten(1).amax(1).clamp_min(1e-300)
+        masks = source.mask / size.view(-1, *(1,) * (source.mask.dim() - 1))
+        ends = () if scale is None else (_diagonal(scale.expand(step.shape)),)
+        outer = 1.0 if scale is None else scale.abs().amax().item()
+        at_once = max(1, _COPIES // (12 * layer.weight.numel() + 1))
+        norms = []
+        for some in masks.split(at_once):
+            ops = [
+                Composed((_diagonal(mask), layer, *ends), (1.0, layer.absolute_bound, *((outer,) if ends else ())))
+                for mask in some
+            ]
+            norms += self._bounded(ops, self._share * len(some) / len(masks))
+        norm = torch.tensor(norms, dtype=torch.float64, device=size.device)
+        # Rounding the masks to 1 changes them by a unit.
+        return _State(value, up(source.total * size * norm * (1.0 + 1e-14)))
+
+    def _norm(self, step: Step, layer: Operator, scale: Tensor | None) -> float:
+        """The norm of a layer without a mask."""
+        outer = 1.0 if scale is None else scale.abs().amax().item()
+        return self._bounded([layer], self._share)[0] * outer * (1.0 + 1e-14)
+
+    def _bounded(self, ops: list[Any], failure: float) -> list[float]:
+        found = operator_norms(ops, replace(self._options, confidence=1.0 - failure))
+        if any(interval.confidence < 1.0 for interval in found):
+            self._failure += failure
+        return [interval.upper for interval in found]
+
+
+def _by_channel(factor: Diagonal, step: Step) -> Tensor:
+    """Factors against [*shape] of the step."""
+    return factor.scale.double().view(-1, *(1,) * (len(step.shape) - 1))
+
+
+def _diagonal(mask: Tensor) -> Operator:
+    """A mask [C, *size] as an operator on vectors as they lie in memory, pixels before channels."""
+    flat = mask.flatten(1).mT.reshape(-1, 1) if mask.dim() > 1 else mask.reshape(-1, 1)
+    return Operator(flat.contiguous(), groups=len(flat))
