@@ -184,7 +184,37 @@ def matmul(a: Interval, b: Interval) -> Interval:
     norm = None
     if a.shape[:-2] == b.shape[:-2]:
         norm = _product(a.norm, b.norm) * (1.0 + 4.0 * EPS) + TINY
-    return Interval(torch.where(lost, -INF, lower), torch.where(lost, INF, upper), norm)
+    lower, upper = torch.where(lost, -INF, lower), torch.where(lost, INF, upper)
+    for signed, positive, turn in ((a, b, False), (b, a, True)):
+        if bool((positive.lower >= 0.0).all() & signed.norm.isfinite().all() & positive.norm.isfinite().all()):
+            low, high = _times_positive(signed, positive, turn)
+            lower, upper = torch.maximum(lower, low), torch.minimum(upper, high)
+    return Interval(lower, upper, norm)
+
+
+def _times_positive(x: Interval, positive: Interval, turned: bool) -> tuple[Tensor, Tensor]:
+    """Bounds of x @ positive, or of positive @ x if ``turned``, with elements >= 0: each takes the end of its sign.
+
+    Unlike those by centre and radius, a sum of products >= 0 is bounded by 0 from below.
+    """
+
+    def times(t: Tensor, end: Tensor) -> Tensor:
+        return end @ t if turned else t @ end
+
+    count = x.lower.shape[-2 if turned else -1]
+    relative = 1.01 * (count + 4) * EPS
+    ends = []
+    for end, with_plus, with_minus, sign in (
+        (x.lower, positive.lower, positive.upper, -1.0),
+        (x.upper, positive.upper, positive.lower, 1.0),
+    ):
+        plus, minus = times(end.clamp_min(0.0), with_plus), times(end.clamp_max(0.0), with_minus)
+        moved = plus + minus + sign * (relative * (plus - minus) + 4.0 * count * TINY)
+        # Without products of the other sign the sum cannot cross 0.
+        none = times((end < 0.0).double() if sign < 0.0 else (end > 0.0).double(), torch.ones_like(with_plus)) == 0.0
+        crossed = moved.clamp_min(0.0) if sign < 0.0 else moved.clamp_max(0.0)
+        ends.append(torch.where(none, crossed, moved))
+    return ends[0], ends[1]
 
 
 def concatenate(parts: Sequence[Interval], dim: int) -> Interval:

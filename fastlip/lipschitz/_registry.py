@@ -150,15 +150,22 @@ def rule(*kinds: type[nn.Module] | Callable[..., Tensor]) -> Callable[[Rule], Ru
     theirs.
 
     The decorated function takes the module, in eval mode, or a :class:`FunctionCall` with the other arguments, and the
-    shape of one input without its batch axis. It returns
-    an upper bound on the module's L2 Lipschitz constant as a float or a :class:`fastlip.norms.NormInterval`, or the
-    linear map itself, as a :class:`fastlip.norms.Operator` (whose norm is computed with those of the layers, at one
-    joint confidence) or as a :class:`Diagonal` of factors per channel. It raises ValueError if no bound exists.
+    shape of one input without its batch axis. It returns an upper bound on the module's L2 Lipschitz constant as a
+    float or a :class:`fastlip.norms.NormInterval`, or the linear map itself, as a :class:`fastlip.norms.Operator`
+    (whose norm is computed with those of the layers, at one joint confidence) or as a :class:`Diagonal` of factors per
+    channel; or a :class:`Ranged` of one of these with how large the values are, which bounds of products need, or with
+    a constant that depends on how large the input is. It raises ValueError if no bound exists.
 
     Example:
         >>> @fastlip.lipschitz.rule(MyActivation)
         ... def _(module, input_shape):
         ...     return 1.0
+        >>> @fastlip.lipschitz.rule(MyGate)  # with values between 0 and 1
+        ... def _(module, input_shape):
+        ...     return fastlip.lipschitz.Ranged(0.25, values=(0.0, 1.0))
+        >>> @fastlip.lipschitz.rule(MySquare)  # whose slope is 2 x
+        ... def _(module, input_shape):
+        ...     return fastlip.lipschitz.Ranged(lambda x: 2.0 * x.magnitude().max().item())
 
     Raises:
         TypeError: a kind is neither a module class nor a function.

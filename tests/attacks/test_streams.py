@@ -125,7 +125,7 @@ def test_a_bar_counts_all_images_of_a_loader(cnn_problem, capsys):
     assert capsys.readouterr().err.count("32/32") >= 3
 
 
-@pytest.mark.parametrize("after", [("pgd", 3), ("apgd", 14), ("square", 32)])
+@pytest.mark.parametrize("after", [("apgd", 14), ("square", 32)])
 def test_it_goes_on_with_a_loader_made_again(cnn_problem, tmp_path, no_wait, after):
     model, inputs, labels = cnn_problem
     options = {"attacks": SUITE, **BALL, "batch_size": 2, "state": tmp_path / "state"}
@@ -245,8 +245,9 @@ def test_attacks_that_are_left_out_of_a_stream(cnn_problem):
     labels = labels.clone()
     labels[:16] = (labels[:16] + 1) % 10
     suite = {"pgd": SUITE["pgd"], "square": partial(attacks.square, eps=0.2, queries=30)}
-    with pytest.warns(attacks.AttackWarning, match="pgd was left out"):
+    with pytest.warns(attacks.AttackWarning) as caught:
         found = attacks.evaluate(lambda x: model(x).detach(), loader(inputs, labels, 4), attacks=suite, batch_size=4)
+    assert any("pgd was left out" in str(w.message) for w in caught)
     assert found.attacks == ("square",)
     assert found.success.shape == (1, 32)
     assert (found.first_success[found.success[0]] == 0).all()

@@ -379,3 +379,26 @@ def test_slopes_of_points_against_mpmath(module, exact):
         slope = mpmath.diff(exact, mpmath.mpf(point))
         assert a <= slope + mpmath.mpf(10) ** -30
         assert slope <= b + mpmath.mpf(10) ** -30
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_with_matrices_of_positive_elements_keep_their_sign(turned):
+    generator = torch.Generator().manual_seed(5)
+
+    def drawn(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    positive = Interval(drawn(1, 3, 4, 4), 1.0 + drawn(1, 3, 4, 4))
+    low = drawn(1, 3, 4, 4) - 0.5
+    low[..., 0, :], low[..., 0] = 0.0, 0.0
+    other = Interval(low, low.abs() + drawn(1, 3, 4, 4))
+    pair = (positive, other) if turned else (other, positive)
+    known = arithmetic.matmul(*pair)
+    row = known.lower[..., 0] if turned else known.lower[..., 0, :]
+    assert bool((row >= 0.0).all())
+    for _ in range(50):
+        a, b = (x.lower + (x.upper - x.lower) * drawn(*x.lower.shape).round() for x in pair)
+        assert bool((known.lower <= a @ b).all() and (a @ b <= known.upper).all())
+    zero = Interval(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2))
+    nothing = arithmetic.matmul(zero, Interval(torch.ones(1, 2, 2), torch.ones(1, 2, 2)))
+    assert bool((nothing.lower == 0.0).all() and (nothing.upper == 0.0).all())

@@ -337,6 +337,12 @@ def _uniform(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(rows, rows * 0.0 + key, rows * 0.0 + value, scale=1.0)
 
 
+def _keys(x: Tensor) -> Tensor:
+    """Attention of one query over two opposite keys."""
+    query, value = torch.tensor([[2.0]]).to(x), torch.tensor([[3.0], [-3.0]]).to(x)
+    return F.scaled_dot_product_attention(0.0 * x + query, torch.cat([x, -x], 1), 0.0 * x + value, scale=1.0)
+
+
 TIGHT: dict[str, tuple[nn.Module, Shape, dict[str, Any], float]] = {
     "square": (Fn(lambda x: x * x), (2,), {"bounds": (-1.0, 3.0)}, 6.0),
     # One factor in nine places.
@@ -355,6 +361,13 @@ TIGHT: dict[str, tuple[nn.Module, Shape, dict[str, Any], float]] = {
     "exponential": (Fn(torch.exp), (1,), {"bounds": (0.0, 2.0)}, math.exp(2.0)),
     "logarithm": (Fn(torch.log), (1,), {"bounds": (0.25, 2.0)}, 4.0),
     "maximum": (Fn(lambda x: torch.maximum(x, 0.5 * x)), (1,), {}, 1.0),
+    "sum with broadcasting": (Fn(lambda x: x[:, :1] + x), (2,), {}, 2.2882456),
+    "key": (Fn(_keys), (1, 1), {"bounds": (-0.01, 0.01)}, 6.0),
+    "values": (Fn(lambda x: F.scaled_dot_product_attention(0.0 * x, 0.0 * x, x)), (3, 2), {"bounds": (0.0, 1.0)}, 1.0),
+    "one value for all": (
+        Fn(lambda x: F.scaled_dot_product_attention(0.0 * x, 0.0 * x, x, torch.tensor([[True, False, False]] * 3))),
+        (3, 2), {"bounds": (0.0, 1.0)}, math.sqrt(3.0),
+    ),
     "query": (Fn(_uniform), (1, 1), {"bounds": (-0.01, 0.01)}, 6.0 * math.sqrt(2.0)),
 }  # fmt: skip
 

@@ -74,5 +74,12 @@ def _converted(call: Call) -> Step:
     def interval(x: Interval, *_: Any, **__: Any) -> Interval:
         return x
 
+    def fixed(x: Tensor, *_: Any, **__: Any) -> Interval:
+        sample = x.detach().double()
+        sample = sample[:1] if call.alone else sample[None]
+        return Interval(sample, sample.expand(2, *sample.shape[1:]))
+
+    if not isinstance(call.args[0], fx.Node):  # a constant, of which the input only says the dtype
+        return Step(call.where, call.name, call.sources, 0.0, call.shape, apply=apply, interval=fixed)
     sources, same = call.sources[:1], nn.Identity()
     return Step(call.where, call.name, sources, 1.0, call.shape, same, apply, interval, same=True)
