@@ -35,8 +35,8 @@ _EPS = torch.finfo(torch.float64).eps
 _ORDERS = ((4, 0.3), (16, 0.3), (64, 0.4))
 #: Steps that the descent remembers, its longest step in log s, and the relative decrease at which it ends.
 _MEMORY, _LONGEST, _SETTLED = 12, 1.0, 1e-4
-#: Most evaluations of the search, and multiplications that it may take.
-_EVALUATIONS, _WORK = 80, 2e10
+#: Most evaluations of the search, and multiplications that it may take: a second on one core.
+_EVALUATIONS, WORK = 80, 1.2e10
 #: Least half-width of the slopes, relative to the largest: an activation without any would be a linear map.
 _NARROWEST = 1e-3
 #: Largest exponent of a power of 2 by which variables are scaled.
@@ -103,15 +103,17 @@ def multiplications(network: SlopeNetwork) -> float:
     """About how many multiplications one evaluation takes."""
     sizes = network.sizes
     ends = _last_uses(network)
-    front, total = [0], 0.0
-    for i, activation in enumerate(network.activations, start=1):
+    front, total, skipped = [0], 0.0, 0
+    if _starts_from_gram(network):
+        front, skipped = [1], 1
+    for i, activation in enumerate(network.activations[skipped:], start=1 + skipped):
         size = sum(sizes[j] for j in front)
         total += size**3 / 6.0 + size * activation.size * (size + activation.size) / 2.0
         front = [j for j in (*front, i) if ends[j] > i]
     return total
 
 
-def log10_bound(network: SlopeNetwork, work: float = _WORK) -> float:
+def log10_bound(network: SlopeNetwork, work: float = WORK) -> float:
     """log10 of an upper bound on the L2 Lipschitz constant, rounded upwards; inf where none could be certified.
 
     Args:
@@ -182,6 +184,8 @@ def _reduced(network: SlopeNetwork) -> SlopeNetwork:
 
     If R R^T is at least Z Z^T, each change z = Z v is R q for some q that is no longer than v, and so R may replace Z.
     """
+    if _starts_from_gram(network):
+        return _with_narrow_output(network)
     first = [(i, activation.maps[0]) for i, activation in enumerate(network.activations) if 0 in activation.maps]
     size, layers, output = network.input_size, list(network.activations), dict(network.output)
     rows = sum(len(m.matrix) for _, m in first) + (len(output[0].matrix) if 0 in output else 0)
@@ -195,13 +199,24 @@ def _reduced(network: SlopeNetwork) -> SlopeNetwork:
         if 0 in output:
             output[0] = Map(next(parts), 0.0)
         size = rows
+    return _with_narrow_output(SlopeNetwork(size, layers, output))
+
+
+def _starts_from_gram(network: SlopeNetwork) -> bool:
+    """Whether the input is read by the first activation alone, so that Z Z^T takes the place of its map Z."""
+    readers = [i for i, maps in enumerate((*(a.maps for a in network.activations), network.output)) if 0 in maps]
+    return readers == [0] and bool(network.activations) and network.activations[0].product == 0.0
+
+
+def _with_narrow_output(network: SlopeNetwork) -> SlopeNetwork:
+    output = dict(network.output)
     wide = list(output.values())
     columns = [m.matrix.shape[1] for m in wide]
     if sum(columns) < len(wide[0].matrix):
         whole = torch.cat([m.matrix for m in wide], dim=1)
         factor = covering_factor(whole.mT, _joint_error(wide)).mT
         output = {j: Map(m, 0.0) for j, m in zip(output, factor.split(columns, dim=1), strict=True)}
-    return SlopeNetwork(size, layers, output)
+    return SlopeNetwork(network.input_size, network.activations, output)
 
 
 def _joint_error(maps: Sequence[Map]) -> float:
@@ -210,12 +225,17 @@ def _joint_error(maps: Sequence[Map]) -> float:
 
 def covering_factor(matrix: Tensor, error: float) -> Tensor:
     """A triangular R with R R^T at least M M^T for all M within ``error`` of ``matrix`` [n, m]; [n, n]."""
+    return torch.linalg.cholesky(_covering_gram(matrix, error))
+
+
+def _covering_gram(matrix: Tensor, error: float) -> Tensor:
+    """A matrix that is at least M M^T for all M within ``error`` of ``matrix`` [n, m], by more than rounding."""
     n, m = matrix.shape
     gram = matrix @ matrix.mT
     trace = gram.diagonal().sum().item()
     size = math.sqrt(trace)
     gram.diagonal().add_(8.0 * (n + m + 16) * _EPS * trace + 2.0 * error * (2.0 * size + error) + 1e-290)
-    return torch.linalg.cholesky(gram)
+    return gram
 
 
 class _Stage(NamedTuple):
@@ -224,7 +244,8 @@ class _Stage(NamedTuple):
     Attributes:
         order: places that the front's elements are taken from first; None to leave them.
         front: variables of the front, in that order.
-        maps: the activation's maps beside each other, [n, front].
+        maps: the activation's maps beside each other, [n, front]; of the first activation their Gram matrix [n, n], if
+            the front is empty.
         dead: number of leading elements of the front that are eliminated.
         middle: of the slopes.
         product: of the bounds on the slopes.
@@ -239,7 +260,10 @@ class _Stage(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """The stages of all activations, and the output's maps over the front that they leave, [m, front]."""
+    """The stages of all activations, and the output's maps over the front that they leave, [m, front].
+
+    ``input_size`` is 0 if the first activation's stage stands for the input as well.
+    """
 
     input_size: int
     stages: list[_Stage]
@@ -260,7 +284,10 @@ def _plan(network: SlopeNetwork) -> _Plan:
     sizes, ends = network.sizes, _last_uses(network)
     front: tuple[int, ...] = (0,)
     stages = []
-    for i, activation in enumerate(network.activations, start=1):
+    if _starts_from_gram(network):
+        first, front = network.activations[0], (1,)
+        stages.append(_Stage(None, (), _covering_gram(*first.maps[0]), 0, first.middle, 0.0))
+    for i, activation in enumerate(network.activations[len(stages) :], start=1 + len(stages)):
         order = tuple(sorted(front, key=lambda j: ends[j] > i))
         places = None
         if order != front:
@@ -271,7 +298,12 @@ def _plan(network: SlopeNetwork) -> _Plan:
         stages.append(_Stage(places, order, maps, dead, activation.middle, activation.product))
         front = (*(j for j in order if ends[j] > i), i)
     rows = len(next(iter(network.output.values())).matrix)
-    return _Plan(network.input_size, stages, front, _beside(network.output, front, sizes, rows))
+    return _Plan(
+        0 if stages and not stages[0].front else network.input_size,
+        stages,
+        front,
+        _beside(network.output, front, sizes, rows),
+    )
 
 
 def _beside(maps: Mapping[int, Map], front: Sequence[int], sizes: Sequence[int], rows: int) -> Tensor:
@@ -302,6 +334,8 @@ def _eliminate(stage: _Stage, front: Tensor, maps: Tensor, own: float = 1.0) -> 
 
     None where it is not positive definite.
     """
+    if not stage.front:
+        return _Eliminated(torch.diag(front.new_full((len(maps),), own)) - maps * (stage.middle**2 / own), None, None)
     front = _ordered(stage, front)
     if stage.product != 0.0:
         front = torch.addmm(front, maps.mT, maps, alpha=stage.product)
@@ -322,6 +356,8 @@ def _eliminate(stage: _Stage, front: Tensor, maps: Tensor, own: float = 1.0) -> 
 
 def _pulled_back(stage: _Stage, maps: Tensor, found: _Eliminated, adjoint: Tensor) -> tuple[Tensor, Tensor]:
     """The derivatives of a number by the front and by the maps given to :func:`_eliminate`, from that by its result."""
+    if not stage.front:
+        return adjoint, adjoint * -(stage.middle**2)
     own = len(maps)
     kept, dead = len(adjoint) - own, stage.dead
     to_front = adjoint.new_zeros(dead + kept, dead + kept)
@@ -363,7 +399,7 @@ def _scaled(plan: _Plan, roots: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]
     Each entry is the result of two operations.
     """
     maps = [
-        own[:, None] * stage.maps / _columns(roots, stage.front)
+        own[:, None] * stage.maps / _columns(roots, stage.front) if stage.front else own[:, None] * stage.maps * own
         for own, stage in zip(roots[1:], plan.stages, strict=True)
     ]
     return maps, plan.output / _columns(roots, plan.front)
@@ -395,10 +431,10 @@ def _closed_form(network: SlopeNetwork) -> list[Tensor] | None:
     plan, activations = _plan(network), network.activations
     like = plan.output
     roots = [like.new_ones(network.input_size)]
-    front = torch.eye(network.input_size, dtype=like.dtype, device=like.device)
+    front = torch.eye(plan.input_size, dtype=like.dtype, device=like.device)
     for stage, activation in zip(plan.stages, activations, strict=True):
-        maps = stage.maps / _columns(roots, stage.front)
-        allowed = _output_gram(_ordered(stage, front), maps)
+        maps = stage.maps / _columns(roots, stage.front) if stage.front else stage.maps
+        allowed = _output_gram(_ordered(stage, front), maps) if stage.front else _Eliminated(maps, None, None)
         if allowed is None:
             return None
         largest = max(largest_eigenvalue(allowed.front[None], 1e-6)[1], 1e-200)
@@ -406,7 +442,7 @@ def _closed_form(network: SlopeNetwork) -> list[Tensor] | None:
         radius, middle = activation.radius, max(abs(activation.middle), _NARROWEST * activation.radius)
         root = 1.0 / math.sqrt(largest * radius * (radius + middle))
         roots.append(like.new_full((activation.size,), root))
-        found = _eliminate(stage, front, root * maps)
+        found = _eliminate(stage, front, root * maps if stage.front else root**2 * maps)
         if found is None:
             return None
         front = found.front
@@ -498,7 +534,10 @@ def _slope(plan: _Plan, ones: Tensor, sizes: list[int], point: Tensor, order: in
         adjoint, to_maps = _pulled_back(stage, scaled, found[i - 1], adjoint)
         to_maps = to_maps * scaled
         gradients[i] += to_maps.sum(1)
-        subtract(to_maps.sum(0), stage.front)
+        if stage.front:
+            subtract(to_maps.sum(0), stage.front)
+        else:
+            gradients[i] += to_maps.sum(0)
     gradient = torch.cat(gradients[1:])
     return (value, gradient) if math.isfinite(value) and bool(torch.isfinite(gradient).all()) else None
 
@@ -558,7 +597,11 @@ def _shift(
     # Twice the output: rho may be up to half of the guess.
     trace, entries = float(sum(sizes)), 2.0 * torch.linalg.vector_norm(output).item()
     given = 2.0 * _given(network.output, roots, 1.0) / math.sqrt(rho)
-    for activation, own, scaled in zip(network.activations, roots[1:], maps, strict=True):
+    layers = list(zip(network.activations, roots[1:], maps, strict=True))
+    if _starts_from_gram(network):  # which contains the errors of the map
+        first, _, scaled = layers.pop(0)
+        entries += 2.0 * first.middle**2 * torch.linalg.vector_norm(scaled).item()
+    for activation, own, scaled in layers:
         norm, middle, product = torch.linalg.vector_norm(scaled).item(), abs(activation.middle), abs(activation.product)
         error = _given(activation.maps, roots, own.max().item())
         trace += product * norm**2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from fastlip.lipschitz._combinations import Combination, Concatenation, Difference, Sum
-from fastlip.lipschitz._multipliers import Activation, Map, SlopeNetwork, log10_bound, multiplications
+from fastlip.lipschitz._multipliers import WORK, Activation, Map, SlopeNetwork, log10_bound, multiplications
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._slopes import slope_range
 from fastlip.lipschitz._steps import Step, origin_of
@@ -30,8 +30,6 @@ _AVERAGES = (
 )
 #: Most elements of a matrix, and of a variable other than a region's input.
 _ENTRIES, _ELEMENTS = 1 << 24, 2048
-#: Multiplications that all regions of a network may take together: a second or two on one core.
-_WORK = 2e10
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +83,7 @@ def find_regions(steps: Sequence[Step], sums: bool) -> list[Region]:
 def bound_regions(regions: Sequence[Region]) -> dict[Step, tuple[Step, float]]:
     """For the end of each region, its origin and log10 of its constant, where one could be certified."""
     bounds = {}
-    share = _WORK / max(len(regions), 1)
+    share = WORK / max(len(regions), 1)
     for region in regions:
         network = _network(region)
         if network is None or multiplications(network) > share:
@@ -138,7 +136,7 @@ def _fits(origin: Step, steps: Sequence[Step]) -> bool:
             variables = max(variables, elements)
         if elements * variables > _ENTRIES:
             return False
-    return work <= _WORK
+    return work <= WORK
 
 
 def _is_covered(step: Step) -> bool:

@@ -42,7 +42,9 @@ def slope_range(module: nn.Module | None) -> tuple[float, float] | None:
         return None
     found = slope_bounds(module, Interval.unbounded((1,)))
     assert found is not None
-    return found[0].min().item(), found[1].max().item()
+    low, high = found[0].min().item(), found[1].max().item()
+    grows = type(module) in _GROWING or (type(module) is nn.ELU and module.alpha >= 0.0)
+    return (max(low, 0.0) if grows else low), high
 
 
 def _piecewise(breaks: Sequence[float], slopes: Sequence[float | Tensor], x: Interval) -> tuple[Tensor, Tensor]:
@@ -98,6 +100,8 @@ _PIECEWISE: dict[type[nn.Module], Callable[[Any], tuple[list[float], list[Any]]]
     nn.Softshrink: lambda m: ([-float(m.lambd), float(m.lambd)], [1.0, 0.0, 1.0]),
 }
 
+#: Smooth functions that never decrease, whatever the error of a computed slope.
+_GROWING = (nn.CELU, nn.LogSigmoid, nn.SELU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink)
 #: The turns of each slope; a test derives them.
 _SMOOTH: dict[type[nn.Module], Callable[[Any], list[_Turn]]] = {
     nn.Sigmoid: lambda m: [_Turn(0.0, 0.25)],
