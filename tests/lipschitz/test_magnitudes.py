@@ -606,14 +606,14 @@ def test_the_least_variance_is_below_that_of_all_points() -> None:
 
 
 class Scaled(nn.Module):
-    """A linear map with a rule of its own, which runs in one dtype only."""
+    """A linear map with a rule of its own, which runs in the dtype of its weight alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, torch.ones(2))
+        return F.linear(x, self.weight) + 1.0
 
 
 @pytest.mark.usefixtures("own_rules")
