@@ -304,7 +304,14 @@ def test_regions_end_where_slopes_are_unknown_or_matrices_too_large() -> None:
     wide = nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 4, 9), *classifier[:1], nn.Linear(4, 8)
     )
-    assert names(nn.Sequential(*wide, nn.ReLU(), nn.Linear(8, 3)), (3, 9, 9)) == [("1", "6")]
+    assert names(nn.Sequential(*wide, nn.ReLU(), nn.Linear(8, 3)), (3, 9, 9)) == [("3", "6")]
+
+
+def test_no_identity_of_a_large_input_is_formed() -> None:
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert names(pooled, (8, 16, 16)) == [("x", "4")]
+    # From the large input itself it would have 8192 rows and columns; behind the pool there are 8.
+    assert names(pooled, (8, 32, 32)) == [("1", "4")]
 
 
 class Unused(nn.Module):
