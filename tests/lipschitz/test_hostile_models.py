@@ -1,10 +1,14 @@
-"""Models made to get a bound that is none: results that nothing reads, overridden activations, constants that look traced."""
+"""Models made to get a bound that is none: results that nothing reads, overridden activations, odd constants."""
+
+import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastlip.lipschitz import _balls, lipschitz_bound, local_lipschitz_bounds, rule
+from fastlip.lipschitz._replay import _set_moved
+from fastlip.lipschitz._steps import Step
 
 
 def stretch(model: nn.Module, x: Tensor) -> float:
@@ -117,5 +121,20 @@ class Autocast(nn.Module):
 
 
 def test_a_layer_that_rounds_under_autocast_is_refused():
-    with pytest.raises(ValueError, match="layer: Linear rounds to torch.bfloat16"):
+    with pytest.raises(ValueError, match="layer: Linear rounds to"):
         lipschitz_bound(Autocast(), (4,))
+
+
+@pytest.mark.parametrize(("offset", "least"), [(0.0, 3.0), (1e10, 0.0)])
+def test_distances_in_a_replay_are_known_but_for_the_rounding_of_what_differs(offset, least):
+    first = torch.tensor([[offset, -1e9]], dtype=torch.float64)
+    step = Step("mask", "masked_fill", [], 1.0, (2,))
+    _set_moved(step, [first, first + torch.tensor([3.0, 0.0])])
+    lower, upper = step.moved.tolist()
+    assert lower == pytest.approx(least, rel=1e-6)
+    assert upper >= 3.0 + 1e-9 * offset
+
+
+def test_products_of_one_number_for_each_sample():
+    model = Applied(lambda x: (x[:, 0] * x[:, 1])[:, None])
+    assert math.sqrt(2.0) <= lipschitz_bound(model, (2,), bounds=(-1.0, 1.0)).upper <= 2.0 * (1.0 + 1e-9)
