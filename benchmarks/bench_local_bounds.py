@@ -16,7 +16,9 @@ trained for a few epochs, and the first one random as well. ``DIRECTORY`` is a c
 ``upper`` is the mean over the images; ``over_lower`` the geometric mean of upper / lower, where lower is the largest
 Jacobian norm that fastlip found in the ball; ``x_fastlip`` the geometric mean of this method's bound over fastlip's on
 the same images; ``tighter`` the share of images on which it is below fastlip's; ``cpu_s_100`` CPU seconds per 100
-images. Where auto_LiRPA is given the first of the images only, ``images`` says how many.
+images. Where auto_LiRPA is given the first of the images only, ``images`` says how many. An ``over_lower`` below
+1 is no bound: auto_LiRPA's CROWN values of the CNN, put together output by output as here, fall below Jacobian norms
+that were found in the ball, and must not be compared.
 """
 
 import argparse

@@ -195,7 +195,8 @@ def in_process(entry: Entry, mode: str, seconds: float, memory: float) -> dict[s
         try:
             row = receive.recv()
         except EOFError:
-            row = {"verdict": "limit", "reason": "the process was ended, probably for its memory"}
+            child.join()
+            row = {"verdict": "limit", "reason": f"the process ended with status {child.exitcode}"}
     child.kill()
     child.join()
     return row
@@ -247,15 +248,21 @@ def summary(rows: list[dict[str, str]]) -> str:
         row = row or rule
         if row is None:
             continue
-        said = row["verdict"] if row["mode"] == "bound" else f"rules only: {row['verdict']}"
-        note = "" if said == "accepted" else f"{said}: {(row['missing'] or row['reason'])[:120]}".replace("|", "\\|")
+        said = [] if row["mode"] == "bound" else ["rules only"]
+        if row["verdict"] != "accepted":
+            said += [row["verdict"], (row["missing"] or row["reason"])[:120].replace("|", "\\|")]
+        note = ": ".join(said)
         million = f"{int(row['weights']) / 1e6:.1f}" if row["weights"] else ""
         cells = (
             entry.family, entry.name, f"{entry.size}", million, row["log10_upper"], row["domain"],
-            row["log10_stretch"], row["seconds"], row["peak_mib"], note,
+            row["log10_stretch"], _short(row["seconds"]), _short(row["peak_mib"]), note,
         )  # fmt: skip
         head.append(f"| {' | '.join(cells)} |")
     return "\n".join(head) + "\n"
+
+
+def _short(number: str) -> str:
+    return f"{float(number):.3g}" if number and float(number) < 1e3 else number.partition(".")[0]
 
 
 def commit() -> str:

@@ -1,5 +1,6 @@
 """What every test sees: one thread, the devices at hand, and a small trained network; and how to run a few of each."""
 
+import os
 from itertools import combinations
 
 import pytest
@@ -17,6 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="of every parametrised test, run only so many cases that all combinations of values of any N of its "
         "parameters are there",
     )
+
+
+def pytest_configure() -> None:
+    """Keep pytest's own variable from the pytest that a test may run."""
+    os.environ.pop("PYTEST_ADDOPTS", None)
 
 
 @pytest.hookimpl(trylast=True)  # of what -m and -k have left

@@ -43,10 +43,11 @@ def prepare(
 ) -> Network:
     """The model together with a faster copy of it, which any attack takes in place of the model.
 
-    With ``fast`` the copy is traced; BatchNorm is folded into convolutions, nothing is computed for the gradients of
-    weights, and images are stored channels last. On a CPU, convolutions are fused with the sums and ReLUs that follow,
-    in both passes. In float32, if fastlip was compiled, their weights are packed once for each pass, which takes as
-    much memory as the model's weights a second time. On a GPU, CUDA graphs are replayed.
+    With ``fast`` the copy is traced, for inputs of this shape where the model's forward asks for shapes; BatchNorm is
+    folded into convolutions, nothing is computed for the gradients of weights, and images are stored channels last. On
+    a CPU, convolutions are fused with the sums and ReLUs that follow, in both passes. In float32, if fastlip was
+    compiled, their weights are packed once for each pass, which takes as much memory as the model's weights a second
+    time. On a GPU, CUDA graphs are replayed.
 
     ``precision`` makes the copy compute all but its first layer in low precision. A low precision that this machine
     computes more slowly than float32 (bfloat16 on a CPU without AVX512-BF16 or AMX, for example) is not used: a warning

@@ -144,15 +144,17 @@ def lipschitz_bound(
     from the value at that set's centre; softmax attention likewise, and LayerNorm bounds what it gives. The result is
     a product of worst cases: it is sound, and usually far above what any input attains.
 
-    The bound describes the traced graph. To make sure that the model does the same, each step of the graph is computed
-    as its rule assumes, on random inputs in batches of two sizes, and compared with the model, including its hooks. No
-    two of these inputs, or of those that a short search for a counter-example tries, may be further apart at any step
-    than the bound allows. If the root module is in training mode, the bound is that of eval mode; otherwise every
-    module keeps its mode.
+    The bound describes the graph of one sample, by torch.fx along a run that knows all shapes, or by torch.export where
+    that gives none or one with parts that have no rule. To make sure that the model does the same, each step of the
+    graph is computed as its rule assumes, on random inputs one at a time, and compared with the model, including its
+    hooks; and what the model makes of these inputs in batches must be what it makes of each alone. No two of them, or
+    of those that a short search for a counter-example tries, may be further apart at any step than the bound allows. If
+    the root module is in training mode, the bound is that of eval mode; otherwise every module keeps its mode.
 
     Args:
-        model: a module that torch.fx can trace, from one tensor to one tensor, also inside DataParallel or as
-            ``torch.compile`` returns it; it is not changed.
+        model: a module that torch.fx can trace or torch.export export, also inside DataParallel or as ``torch.compile``
+            returns it, from one tensor to one tensor, a tuple that begins with it, or a dict or an object that holds it
+            as ``logits``; it is not changed.
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
         bounds: a box of inputs, (lower, upper), within which the bound holds: numbers, one for each channel, or tensors
             that broadcast to ``input_shape``; either may be infinite. Squeeze-and-excitation, other gates and attention

@@ -23,13 +23,13 @@ _BUDGET, _MOST_STEPS = 1.5e8, 48
 #: The descent ends once as many steps gain no sample more than this.
 _PATIENCE, _PROGRESS = 6, 0.01
 #: By how much a bound is raised until it is certified.
-_RAISES = (1e-9, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
+_RAISES = (1e-8, 1e-5, 1e-3, 1e-2, 0.1, 1.0)
 #: Largest logarithm of a multiplier, and the largest difference of two.
 _FARTHEST, _SPREAD = 300.0, 40.0
 #: What a bound is at least.
 _TINIEST = 1e-200
 #: Number of open units up to which units have guesses of their own.
-_FEW_UNITS = 256
+_FEW_UNITS = 192
 #: Side up to which the eigenvalue solver is the fastest way to the largest eigenvalue; steps of the iteration during
 #: the descent and after it.
 _SMALL, _RITZ_STEPS, _LAST_STEPS = 48, 8, 30
@@ -65,8 +65,7 @@ class OpenUnits:
 def largest_norm(units: OpenUnits) -> Tensor:
     """Upper bounds on the norms of the Jacobians, [B]; inf where none is found."""
     problem = _Problem(units)
-    log, gamma = problem.start()
-    return problem.certified(problem.descend(log, gamma))
+    return problem.certified(problem.descend(problem.start()))
 
 
 class _Problem:
@@ -101,8 +100,10 @@ class _Problem:
 
     def evaluate(self, log: Tensor) -> tuple[Tensor, Tensor]:
         """The least gamma of multipliers, [B], inf where there is none, and the gradient of its square's logarithm."""
-        m, square, gram = self._matrices(log)
-        identity = torch.eye(self.size, dtype=log.dtype, device=log.device)
+        return self._evaluate(*self._matrices(log))
+
+    def _evaluate(self, m: Tensor, square: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+        identity = torch.eye(self.size, dtype=m.dtype, device=m.device)
         factor, info = torch.linalg.cholesky_ex(identity - square)
         fails = (info != 0) | ~square.flatten(1).isfinite().all(1)
         factor = torch.where(fails[:, None, None], identity, factor)
@@ -143,8 +144,8 @@ class _Problem:
         self.vector = mixed / torch.linalg.vector_norm(mixed, dim=1, keepdim=True)
         return values[:, -1], top
 
-    def start(self) -> tuple[Tensor, Tensor]:
-        """The best of a few guesses."""
+    def start(self) -> Tensor:
+        """Logarithms of the best multipliers of a few guesses."""
         units = self.units
         weights = (units.delta[..., None] * units.between.abs()).mT
         tau = torch.linalg.vector_norm(units.left, dim=1)
@@ -152,18 +153,18 @@ class _Problem:
         inverse = torch.eye(tau.shape[1], dtype=tau.dtype, device=tau.device) - weights
         paths = torch.linalg.solve_triangular(inverse, tau[..., None], upper=True)[..., 0]
         outer = torch.linalg.vector_norm(units.outer, dim=(1, 2)).clamp_min(1e-300)
-        best_log, best = torch.zeros_like(tau), torch.full_like(outer, INF)
-        for log in (self._layerwise(), *_guesses(paths, units, outer)) if tau.shape[1] else (tau,):
+        if not tau.shape[1]:
+            return tau
+        guesses = []
+        for log in (self._layerwise(), *_guesses(paths, units, outer)):
             log = torch.where(self.open & log.isfinite(), log, -INF)
             # Units that reach no output would get multipliers by which rounding errors are divided.
-            if tau.shape[1]:
-                least = log.amax(1, keepdim=True).clamp(-_FARTHEST, _FARTHEST) - _SPREAD
-                log = torch.where(self.open, torch.maximum(log, least), 0.0).clamp_max(_FARTHEST)
-            gamma, _ = self.evaluate(log)
-            better = gamma < best
-            best_log = torch.where(better[:, None], log, best_log)
-            best = torch.where(better, gamma, best)
-        return best_log, best
+            least = log.amax(1, keepdim=True).clamp(-_FARTHEST, _FARTHEST) - _SPREAD
+            guesses.append(torch.where(self.open, torch.maximum(log, least), 0.0).clamp_max(_FARTHEST))
+        if len(guesses) == 1:
+            return guesses[0]
+        gammas = torch.stack([self.evaluate(log)[0] for log in guesses])
+        return torch.stack(guesses)[gammas.argmin(0), torch.arange(len(tau), device=tau.device)]
 
     def _layerwise(self) -> Tensor:
         """Logarithms of one multiplier for each block, in closed form; they are always feasible.
@@ -199,14 +200,15 @@ class _Problem:
         top = torch.linalg.eigvalsh(p[:, :m, :m].nan_to_num(0.0, 0.0, 0.0))[:, -1].clamp_min(1e-300)
         return log + top.log()[:, None]
 
-    def descend(self, log: Tensor, gamma: Tensor) -> Tensor:
+    def descend(self, log: Tensor) -> Tensor:
         """Logarithms of multipliers after a descent that never accepts worse ones."""
         cost = 6.0 * self.size**3
         steps = int(min(_MOST_STEPS, _BUDGET / cost)) if bool(self.open.any()) else 0
-        best_log, best = log, gamma
-        step = torch.full_like(gamma, _STEP)
+        if not steps:
+            return log
+        best, slope = self.evaluate(log)
+        best_log, step = log, torch.full_like(best, _STEP)
         first, second = torch.zeros_like(log), torch.zeros_like(log)
-        _, slope = self.evaluate(log)
         last = best
         for i in range(1, steps + 1):
             if i % _PATIENCE == 0:
@@ -241,8 +243,8 @@ class _Problem:
         """
         units, n = self.units, self.size
         self.steps = _LAST_STEPS
-        gamma, _ = self.evaluate(log)
         m, square, gram = self._matrices(log)
+        gamma, _ = self._evaluate(m, square, gram)
         by_row, by_column = self._scales(log)
         rows = [by_row[:, self.m + block.start : self.m + block.stop].amax(1) for block in units.blocks]
         weights = torch.stack([torch.ones_like(gamma), *rows], 1)

@@ -147,7 +147,7 @@ def _take_parts(node: fx.Node, made: Made) -> None:
 
 
 def _require_no_rounding(node: fx.Node, step: Step, values: Values) -> None:
-    """Raise ValueError where a step of torch's own, under autocast, rounds to a dtype that lacks values of its input's."""
+    """Raise ValueError where a step of torch's own rounds to a dtype that lacks some values, as under autocast."""
     after = values.dtypes.get(node, torch.float64)
     own = step.module is None or type(step.module).__module__.startswith("torch.")
     before = [values.dtypes[source] for source in node.all_input_nodes if source in values.dtypes]

@@ -37,7 +37,8 @@ def local_lipschitz(
     backward pass, which is linear in the vector that it multiplies; there is nothing to compare then.
 
     Args:
-        model: a module, run in eval mode, each of whose outputs depends on one sample only; it is not changed.
+        model: a module, run in eval mode, each of whose outputs depends on one sample only; it is not changed. What it
+            returns may hold the output as ``logits``, or first in a tuple.
         x: samples, [B, ...], in the model's dtype and on its device.
         rtol: relative growth per step below which a sample has converged.
         max_steps: largest number of steps.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fastlip.lipschitz._combinations import Combination, Weighted, weighted_sum
 from fastlip.lipschitz._domain import Domain, row, stacked
@@ -19,6 +19,8 @@ from fastlip.norms._models.inputs import Refused
 
 #: Rounding error of a step's values in float64, relative to them and to what its constant makes of its input.
 _ROUNDING = 1e-9
+#: The same in float32.
+_ROUNDING_FLOAT32 = 1e-3
 #: Rounding of the replay's values, which may be those of the model's own dtype, relative to the largest.
 _SLACK = 1e-2
 #: Stands for finite numbers that are not known.
@@ -173,23 +175,27 @@ class _Follow:
         log = self._sizes[step].weights[0] if local else self._log(step)
         constant = _SOME if self._logs is None else exp10(log)
 
-        def middle(value: Any, at: int) -> Any:
+        def middle(value: Any, at: int, dtype: torch.dtype) -> Any:
             if isinstance(value, Interval):
-                return in_graph(centre[at : at + 1], step.inputs[0], self._traced.batch)
-            return tuple(middle(v, at) for v in value) if isinstance(value, (tuple, list)) else value
+                return in_graph(centre[at : at + 1], step.inputs[0], self._traced.batch).to(dtype)
+            return tuple(middle(v, at, dtype) for v in value) if isinstance(value, (tuple, list)) else value
+
+        def computed(dtype: torch.dtype) -> list[Tensor]:
+            given = [(middle(args, at, dtype), {k: middle(v, at, dtype) for k, v in kwargs.items()}) for at in range(2)]
+            return [step.apply(*positional, **named).double() for positional, named in given]
 
         try:
-            rows = [
-                step.apply(*middle(args, at), **{name: middle(v, at) for name, v in kwargs.items()}).double()
-                for at in range(2)
-            ]
+            rows, rounding = computed(torch.float64), _ROUNDING
         except (RuntimeError, TypeError, ValueError):  # it may support one dtype only
-            return unbounded
+            try:
+                rows, rounding = computed(torch.float32), _ROUNDING_FLOAT32
+            except (RuntimeError, TypeError, ValueError):
+                return unbounded
         value = torch.cat([in_sample(row, step) for row in rows])
         if value.shape[1:] != step.shape or not bool(value.isfinite().all()):
             return unbounded
         flat = torch.linalg.vector_norm
-        margin = _ROUNDING * (as_rows(value).abs().amax(1) + constant * flat(as_rows(centre), dim=1))
+        margin = rounding * (as_rows(value).abs().amax(1) + constant * flat(as_rows(centre), dim=1))
         distance = constant * flat(as_rows(radius), dim=1) * (1.0 + _ROUNDING) + margin
         if local:  # the middle of the bounds need not be a value that the constant speaks of; the centre's is
             distance[0] = math.inf
@@ -209,7 +215,10 @@ class _Follow:
         def nothing(value: Any) -> Any:
             return zeros if isinstance(value, Interval) else value
 
-        offset = step.apply(*map(nothing, args), **{name: nothing(v) for name, v in kwargs.items()}).double()
+        try:
+            offset = step.apply(*map(nothing, args), **{name: nothing(v) for name, v in kwargs.items()}).double()
+        except (RuntimeError, TypeError, ValueError):  # it may support one dtype only
+            return known
         norm = exp10(self._logs[step]) * source.norm + upper_norm(in_sample(offset, step).abs())
         return Interval(known.lower, known.upper, torch.minimum(known.norm, norm * (1.0 + _ROUNDING)))
 

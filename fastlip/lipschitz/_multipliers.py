@@ -130,7 +130,9 @@ def log10_bound(network: SlopeNetwork, work: float = WORK) -> float:
         return math.inf
     # Forward and backward an evaluation takes about four times the multiplications of the factorisation.
     evaluations = min(_EVALUATIONS, int(work / (4.0 * multiplications(reduced) + 1.0)))
-    best = _certified(reduced, _descend(reduced, start, evaluations) if evaluations else start)
+    # Without activations there is nothing to search for.
+    searched = _descend(reduced, start, evaluations) if evaluations and len(start) > 1 else start
+    best = _certified(reduced, searched)
     if not math.isfinite(best):
         return math.inf
     # The logarithm of 2 and its product each have an error of half a unit.

@@ -1,6 +1,7 @@
 """Parts of a network that are bounded as a whole: layers, sums and activations with known slopes, in dense matrices."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -125,6 +126,8 @@ def _trimmed(origin: Step, end: Step, order: Mapping[Step, int]) -> Region | Non
 def _fits(origin: Step, steps: Sequence[Step]) -> bool:
     """Whether the region's matrices, and the work that they take, are small enough."""
     size = math.prod(origin.shape)
+    if size * size > _ENTRIES:  # the first map is applied to the identity
+        return False
     work = float(min(size, _ELEMENTS)) ** 3
     variables = size
     for step in steps:
@@ -195,8 +198,13 @@ def _network(region: Region) -> SlopeNetwork | None:
     sizes = [math.prod(region.origin.shape)]
     rows: dict[Step, _Rows] = {region.origin: {0: _Row(None, 0.0)}}
     activations: list[Activation] = []
+    left = Counter(source for step in region.steps for source in step.inputs)
     for step in region.steps:
         given = [rows[source] for source in step.inputs]
+        for source in step.inputs:
+            left[source] -= 1
+            if not left[source]:
+                del rows[source]
         slopes = _slopes(step)
         if isinstance(step.factor, Combination):
             rows[step] = _combined(step, given, sizes)

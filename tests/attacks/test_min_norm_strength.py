@@ -73,3 +73,22 @@ def test_a_decision_that_is_too_close_does_not_hide_the_next_level():
     inputs, labels = torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)
     found = attacks.min_norm(Close(), inputs, labels, norm="linf", method="fmn", quantize=8)
     torch.testing.assert_close(found.distance * 255, torch.full((3,), 11.0, dtype=torch.float64))
+
+
+class TwoWays(nn.Module):
+    """Class 2 has the larger logit at the image, but its boundary lies three times as far away as that of class 1."""
+
+    def forward(self, x):
+        near = 6 * x[:, 1] - 3.0
+        far = x[:, 0] - 1.5
+        return torch.stack([torch.zeros_like(near), near, far], 1)
+
+
+@pytest.mark.parametrize(("steps", "length"), [(199, 1.5), (400, 0.5), (1001, 0.5)])
+def test_many_steps_are_shared_among_runs_that_end_at_different_classes(steps, length):
+    inputs, labels = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+    model = TwoWays()
+    with attacks.count_forward_backward(model) as passes:
+        found = attacks.min_norm(model, inputs, labels, method="fmn", fmn_steps=steps, bounds=(-2.0, 2.0))
+    assert passes.backward == len(inputs) * (steps + 1)
+    torch.testing.assert_close(found.distance, torch.full((2,), length, dtype=torch.float64), rtol=2e-3, atol=0)

@@ -15,6 +15,7 @@ from fastlip.lipschitz._domain import domain_of
 from fastlip.lipschitz._graph import trace
 from fastlip.lipschitz._rules.normalisation import least_variance
 from fastlip.lipschitz._steps import in_graph, in_sample
+from fastlip.norms import Operator
 
 Shape = tuple[int, ...]
 
@@ -602,3 +603,23 @@ def test_the_least_variance_is_below_that_of_all_points() -> None:
                     variance = candidates.var(1, correction=0) if centred else candidates.square().mean(1)
                     assert least <= variance.min().item() + 1e-12
                 assert least >= (1 - 1e-6) * variance.min().item() - 1e-2
+
+
+class Scaled(nn.Module):
+    """A linear map with a rule of its own, which runs in the dtype of its weight alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + 1.0
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_a_model_that_is_too_large_for_a_copy_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule(Scaled)(lambda module, shape: Operator(module.weight.detach()))
+    model = Fn(lambda x, a: a(x) * torch.sigmoid(a(x)) + x, Scaled())
+    wide = lipschitz_bound(model, (2,), bounds=(0, 1)).upper
+    monkeypatch.setattr("fastlip.lipschitz._replay.MOST_COPIED", 1)
+    assert lipschitz_bound(model, (2,), bounds=(0, 1)).upper >= wide * (1 - 1e-6)

@@ -304,7 +304,14 @@ def test_regions_end_where_slopes_are_unknown_or_matrices_too_large() -> None:
     wide = nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 4, 9), *classifier[:1], nn.Linear(4, 8)
     )
-    assert names(nn.Sequential(*wide, nn.ReLU(), nn.Linear(8, 3)), (3, 9, 9)) == [("1", "6")]
+    assert names(nn.Sequential(*wide, nn.ReLU(), nn.Linear(8, 3)), (3, 9, 9)) == [("3", "6")]
+
+
+def test_no_identity_of_a_large_input_is_formed() -> None:
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert names(pooled, (8, 16, 16)) == [("x", "4")]
+    # From the large input itself it would have 8192 rows and columns; behind the pool there are 8.
+    assert names(pooled, (8, 32, 32)) == [("1", "4")]
 
 
 class Unused(nn.Module):
@@ -375,3 +382,26 @@ def test_slopes_follow_parameters_and_only_of_torchs_own_classes() -> None:
     with torch.no_grad():
         prelu.weight.copy_(torch.tensor([-0.5, 2.0]))
     assert slope_range(prelu) == (-0.5, 2.0)
+
+
+def test_multipliers_on_the_edge_of_what_a_factorisation_accepts_prove_nothing() -> None:
+    one, two = torch.eye(2).double(), torch.tensor([[1.0, 0.0], [0.3, 0.7]]).double()
+    network = chain([one, two, torch.tensor([[1.0, 0.0]]).double()])
+    plan = multipliers._plan(network)
+
+    def roots(last: float) -> list[Tensor]:
+        return [torch.ones(2).double(), torch.ones(2).double(), torch.tensor([1.0, last], dtype=torch.float64)]
+
+    low, high = 1.0, 100.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if multipliers._rho(plan, roots(middle)) < math.inf else (low, middle)
+    assert multipliers._rho(plan, roots(low)) < math.inf
+    assert multipliers._certified(network, roots(low)) == math.inf
+    assert multipliers._certified(network, roots(0.99 * low)) < math.inf
+
+
+def test_an_error_of_the_last_map_is_paid_for_where_the_bound_is_attained() -> None:
+    one = torch.ones(1, 1, dtype=torch.float64)
+    vague = SlopeNetwork(1, [Activation({0: Map(one, 0.0)}, 0.0, 1.0)], {1: Map(one, 1e-3)})
+    assert 1.001 <= 10 ** log10_bound(vague) <= 1.01

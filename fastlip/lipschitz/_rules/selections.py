@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._broadcast import copies
 from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._intervals import EPS, Interval
-from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz._registry import axes_of, builds, missing_rule
 from fastlip.lipschitz._rowwise import fixed_values, on_samples
 from fastlip.lipschitz._steps import Step, in_graph, in_sample
 
@@ -100,6 +101,32 @@ def _padding(call: Call) -> Step | None:
         return None
     module = call.target
     return _step(call, lambda x: type(module).forward(module, x), call.shape)
+
+
+@builds(F.fold)
+def _overlapping_sum(call: Call) -> Step | None:
+    """The adjoint of :func:`torch.nn.functional.unfold`, which copies each element to the windows that contain it."""
+    names = ("input", "output_size", "kernel_size", "dilation", "padding", "stride")
+    given = dict(zip(names, call.args, strict=False)) | call.kwargs
+    if not call.on_one or not call.alone or any(isinstance(given.get(name), fx.Node) for name in names[1:]):
+        return None
+    size, kernel = axes_of(given["output_size"], 2), axes_of(given["kernel_size"], 2)
+    settings = {name: value for name, value in given.items() if name not in names[:2]}
+    indices = torch.arange(math.prod(size), dtype=torch.float64).view(1, 1, *size) + _MARK
+    times, _ = _most_used(F.unfold(indices, **settings), indices.numel())
+    factor = times**0.5 * (1.0 + EPS)
+
+    def function(x: Tensor) -> Tensor:
+        return F.fold(x, size, **settings)
+
+    def apply(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return function(x)
+
+    def interval(x: Interval, *_: Any, **__: Any) -> Interval:
+        y = arithmetic.monotone_linear(function, x, math.prod(kernel))
+        return Interval(y.lower, y.upper, x.norm * (factor * (1.0 + 4.0 * EPS)))
+
+    return Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=interval)
 
 
 def _step(call: Call, function: Callable[..., Tensor], shape: tuple[int, ...]) -> Step:
