@@ -129,12 +129,45 @@ def _strength_norms(rows: list[Row]) -> str:
     return markdown(("", "median", "mean", "median × best peer's", "least of all", "found", "CPU s"), body)
 
 
+def _chain_bounds(rows: list[Row]) -> str:
+    body = [
+        (
+            f"{r['network']}: {r['method']}",
+            r["value"],
+            number(r["ratio"]),
+            number(r["cpu_seconds"]),
+            number(r["x_plain"]),
+        )
+        for r in rows
+    ]
+    return markdown(("", "constant", "× largest stretch", "CPU s", "CPU time, × plain"), body)
+
+
+def _local_bounds(rows: list[Row]) -> str:
+    chosen = [r for r in rows if "cnn" not in r["network"].lower()]  # the peer's rows there are not to be compared
+    body = [
+        (
+            f"{r['network']}, {r['weights']}, {r['norm']} {r['radius']}: {r['method']}",
+            r["images"],
+            number(r["upper"]),
+            number(r["over_lower"]),
+            number(r["x_fastlip"]),
+            number(r["cpu_s_100"]),
+        )
+        for r in chosen
+    ]
+    head = ("", "images", "upper side", "× lower side", "× fastlip's", "CPU s for 100")
+    return markdown(head, body)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "pgd_step_cpu": _pgd_step,
     "layer_norms_cpu": _layer_norms,
     "attacks_cpu": _attacks,
     "strength_suites": _strength_suites,
     "strength_norms": _strength_norms,
+    "chain_bounds_cpu": _chain_bounds,
+    "local_bounds_cpu": _local_bounds,
 }
 
 
@@ -143,5 +176,5 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in TABLES.items():
         (folder / f"{name}.md").write_text(by_machine(rows_of(name), table))
-    for name in ("projections", "published_layers"):
+    for name in ("projections", "published_layers", "zoo"):
         (folder / f"{name}.md").write_text((RESULTS / f"{name}.md").read_text())

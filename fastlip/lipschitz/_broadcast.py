@@ -37,7 +37,7 @@ def largest_slice(
         return 0.0
     rank = len(output_shape)
     sizes = (*(1,) * (rank - len(shape)), *shape)
-    factors = magnitude.reshape(*(1,) * (rank - magnitude.dim()), *magnitude.shape)
+    factors = magnitude.reshape((1,) * (rank - magnitude.dim()) + magnitude.shape)
     # Over these axes an element of the sample is repeated; where the factor is too, its square counts as often.
     axes = [axis for axis in range(rank) if sizes[axis] == 1 < output_shape[axis]]
     repeated = math.prod(output_shape[axis] for axis in axes if factors.shape[axis] == 1)

@@ -49,11 +49,11 @@ def require_bounded(steps: Sequence[Step], totals: dict[Step, float], ends: Set[
             own = len(step.inputs) == 1 and step not in ends
             if source not in distance or not (own or source is steps[0]):
                 continue
-            allowed = totals[step] - totals[source]
-            if _exceeds(distance[step], distance[source], allowed, _SLACK_NATIVE):
+            allowed, (_, before), (after, _) = totals[step] - totals[source], distance[source], distance[step]
+            if _exceeds(after, before, allowed, _SLACK_NATIVE):
                 raise _refuted(
-                    f"from {source.name} to {step.name} ({step.kind}) two inputs {distance[source]:.4g} apart come out "
-                    f"{distance[step]:.4g} apart, where the bound allows 10^{allowed:.4f} times as much"
+                    f"from {source.name} to {step.name} ({step.kind}) two inputs {before:.4g} apart come out "
+                    f"{after:.4g} apart, where the bound allows 10^{allowed:.4f} times as much"
                 )
 
 

@@ -109,7 +109,11 @@ def _build(graph_module: fx.GraphModule, values: Values) -> Traced:
             result = node.args[0]
             if not isinstance(result, fx.Node) or result not in made.steps:
                 raise ValueError("the model must return one tensor that depends on its input")
-            return Traced(graph_module, made.steps, made.bundles, made.steps[result], values)
+            last = made.steps[result]
+            leading = set(topological_order(last))
+            for step in leading:  # a result that nothing reads is no reason to fold factors into what gives it
+                step.users = [user for user in step.users if user in leading]
+            return Traced(graph_module, made.steps, made.bundles, last, values)
         if node in values.others:
             raise missing_rule(f"{values.others[node]!r}, which depends on the numbers in the input", location(node))
         if node not in values.shapes and node not in values.bundles:
@@ -142,10 +146,20 @@ def _take_parts(node: fx.Node, made: Made) -> None:
         made.steps[node] = taken
 
 
+def _require_no_rounding(node: fx.Node, step: Step, values: Values) -> None:
+    """Raise ValueError where a step of torch's own rounds to a dtype that lacks some values, as under autocast."""
+    after = values.dtypes.get(node, torch.float64)
+    own = step.module is None or type(step.module).__module__.startswith("torch.")
+    before = [values.dtypes[source] for source in node.all_input_nodes if source in values.dtypes]
+    if own and after.is_floating_point and any(torch.promote_types(dtype, after) != after for dtype in before):
+        raise ValueError(f"{step.name}: {step.kind} rounds to {after}, and has no Lipschitz constant; avoid autocast")
+
+
 def _add(node: fx.Node, result: Step | Sequence[Step | None], made: Made, values: Values) -> None:
     steps: Sequence[Step | None]
     if isinstance(result, Step):
         made.steps[node] = result
+        _require_no_rounding(node, result, values)
         steps, shapes = [result], [values.shapes[node]]
     else:
         made.bundles[node] = steps = tuple(result)

@@ -358,14 +358,13 @@ def has_interval(module: nn.Module) -> bool:
 
 
 def module_interval(module: nn.Module, x: Interval) -> Interval | None:
-    """What a module without weights does to an interval, and PReLU; None if that is not known.
+    """What a module without weights does to an interval, and PReLU; None if that is not known, as :func:`has_interval`.
 
     Layers with weights and BatchNorm are left to :func:`through_operator` and :func:`scale`.
     """
-    for cls in type(module).__mro__:
-        if cls in _MODULES:
-            return _MODULES[cls](module, x)
-    return None
+    if not has_interval(module):
+        return None
+    return next(_MODULES[cls] for cls in type(module).__mro__ if cls in _MODULES)(module, x)
 
 
 def _forward(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -309,10 +309,13 @@ class _Replay:
 def _set_moved(step: Step, values: Sequence[Tensor]) -> None:
     """Set how far the outputs of the first two runs are apart at least, and between which numbers they lie."""
     if len(values) > 1 and step.moved is None:
-        # If outputs are much larger than their difference, it may consist of rounding alone.
-        apart = torch.linalg.vector_norm((values[0] - values[1]).double())
-        size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in values[:2]]))
-        step.moved = (apart - noise_of(values[0]) * size).clamp_min(0.0)
+        # If outputs are much larger than their difference, it may consist of rounding alone. Those elements
+        # that are equal, such as what a mask hides, have none.
+        difference = (values[0] - values[1]).double()
+        apart, differ = torch.linalg.vector_norm(difference), difference != 0.0
+        sizes = [torch.linalg.vector_norm(torch.where(differ, value, 0.0).double()) for value in values[:2]]
+        rounding = noise_of(values[0]) * torch.linalg.vector_norm(torch.stack(sizes))
+        step.moved = torch.stack([(apart - rounding).clamp_min(0.0), apart + rounding])
         if values[0].numel():
             step.seen = torch.stack(torch.aminmax(torch.stack(list(values[:2])))).double()
 

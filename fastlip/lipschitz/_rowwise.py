@@ -70,6 +70,20 @@ def on_samples(
     return on
 
 
+def fixed_values(call: Call, function: Callable[[Tensor], Tensor]) -> Step:
+    """The step of a function of a constant, its first argument, of which the input only says the shape or dtype."""
+
+    def apply(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return function(x)
+
+    def interval(x: Tensor, *args: Any, **kwargs: Any) -> Interval:
+        sample = function(x.detach().double())
+        sample = sample[:1] if call.alone else sample[None]
+        return Interval(sample, sample.expand(_intervals((args, kwargs))[0].batch, *sample.shape[1:]))
+
+    return Step(call.where, call.name, call.sources, 0.0, call.shape, apply=apply, interval=interval)
+
+
 def same_norm(*norms: Tensor) -> Tensor:
     """The norm of what moves or drops values."""
     return joint_norm(*norms) if len(norms) > 1 else norms[0]

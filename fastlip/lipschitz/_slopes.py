@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlip.lipschitz._intervals import EPS, Interval
+from fastlip.norms._operators.modules import keeps_forward
 
 #: Bound on the error of a slope that autograd computes in float64, and how near a point of least or largest slope an
 #: interval counts as reaching it.
@@ -19,18 +20,19 @@ def slope_bounds(module: nn.Module, x: Interval) -> tuple[Tensor, Tensor] | None
 
     At a kink that the interval touches, the slopes of both sides count.
     """
-    for cls in type(module).__mro__:
-        if cls is nn.PReLU:
-            weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
-            by_channel = weight.view(-1, *(1,) * (len(x.shape) - 1)) if weight.numel() > 1 else weight
-            return _piecewise(*_leaky(by_channel), x)
-        if cls in _PIECEWISE:
-            low, high = _piecewise(*_PIECEWISE[cls](module), x)
-            # A sixth is not a number of float64.
-            return (low - EPS, high + EPS) if cls is nn.Hardsigmoid else (low, high)
-        if cls in _SMOOTH:
-            return _smooth(module, _SMOOTH[cls](module), x)
-    return None
+    known = (nn.PReLU, *_PIECEWISE, *_SMOOTH)
+    cls = next((cls for cls in type(module).__mro__ if cls in known), None)
+    if cls is None or not keeps_forward(module, cls):  # a subclass with a rule of its own may do something else
+        return None
+    if cls is nn.PReLU:
+        weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
+        by_channel = weight.view(-1, *(1,) * (len(x.shape) - 1)) if weight.numel() > 1 else weight
+        return _piecewise(*_leaky(by_channel), x)
+    if cls in _SMOOTH:
+        return _smooth(module, _SMOOTH[cls](module), x)
+    low, high = _piecewise(*_PIECEWISE[cls](module), x)
+    # A sixth is not a number of float64.
+    return (low - EPS, high + EPS) if cls is nn.Hardsigmoid else (low, high)
 
 
 def slope_range(module: nn.Module | None) -> tuple[float, float] | None:

@@ -33,7 +33,7 @@ class Step:
         ahead: whether the constant up to this step misses the factors of a neighbour, or contains them too early.
         exact: whether a linear ``factor`` is the map itself, and not only a map of at least its norm.
         same: whether the output is the input's values in their order, moved by a constant.
-        moved: lower bound on the distance of the outputs of two samples, 0-d; None before the replay.
+        moved: lower and upper bound on the distance of the outputs of two samples, [2]; None before the replay.
         seen: the least and the largest element of these outputs, [2]; None before the replay, or without elements.
     """
 

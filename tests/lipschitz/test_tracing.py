@@ -1,5 +1,6 @@
 """How a model becomes a graph: forwards that ask for shapes, batch axes anywhere, torch.export, forms of outputs."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -214,3 +215,58 @@ def test_outputs_in_other_forms_hold_the_logits(wrap: Callable[[Tensor], Any]) -
 def test_other_outputs_are_refused() -> None:
     with pytest.raises(ValueError, match="must return one tensor"):
         lipschitz_bound(By(lambda model, x: {"features": x}), (4,))
+
+
+class _Written(nn.Module):
+    """Gives what depends on the input to code of torch's that is written in C and asks for tensors."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.shift, self.table = how, nn.Parameter(torch.ones(6)), torch.randn(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "data":
+            self.shift.data = x.mean(0).detach()
+        elif self.how == "grad":
+            torch.zeros(6).grad = x[0]
+        elif self.how == "index":
+            return self.table[x[:, 0].argsort()] + x
+        elif self.how == "parameter":
+            return nn.Parameter(x) + 1
+        elif self.how == "numbers":
+            return x + torch.tensor([x[0, 0], x[0, 1]])[:1]
+        return x + self.shift
+
+
+@pytest.mark.parametrize("how", ["data", "grad", "index", "parameter", "numbers"])
+def test_no_proxy_passes_for_a_tensor_in_c(how: str) -> None:
+    """Where C code takes one for a tensor, the process ends."""
+    with contextlib.suppress(ValueError):
+        assert lipschitz_bound(_Written(how), (6,)).upper >= 1.0
+    assert not isinstance(object(), Tensor)
+    assert isinstance.__self__.__name__ == "builtins"  # as it was
+
+
+class _Gathered(nn.Module):
+    """Writes its result into a buffer first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("out", torch.zeros(64, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.out[: x.size(0)]
+        y.copy_(self.fc(x))
+        y *= 3.0
+        return y.clone()
+
+
+def test_a_buffer_that_is_written_with_gradients_is_left_without_any() -> None:
+    model = _Gathered().eval()
+    with contextlib.suppress(ValueError):
+        bound = lipschitz_bound(model, (4,)).upper
+        assert bound >= 3.0 * torch.linalg.matrix_norm(model.fc.weight.double(), 2).item() * (1.0 - 1e-6)
+    assert model.out.is_leaf
+    assert not model.out.requires_grad
+    assert not model.out.any()

@@ -141,7 +141,7 @@ def _group(call: Call) -> _Group | None:
         raise missing_rule(f"{call.name} over the batch's axis", call.where)
     n = math.prod(shape[axis] for axis in axes)
     correction = given.get("correction", given.get("unbiased", True))
-    divisor = float(n - (1 if correction is None else int(correction)))
+    divisor = n - (1.0 if correction is None else float(correction))
     if not divisor > 0.0:
         raise ValueError(f"{call.where}: {call.name} of {n} values has no Lipschitz constant")
     return _Group(axes, bool(given.get("keepdim", False)), n, divisor)

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds, missing_rule
-from fastlip.lipschitz._rowwise import by_ends
+from fastlip.lipschitz._rowwise import by_ends, fixed_values
 from fastlip.lipschitz._steps import Step
 
 
@@ -45,6 +45,8 @@ def _move(call: Call) -> Step | None:
 def _like(call: Call) -> Step:
     """The shape of another tensor, which is known, whether that depends on the input or not."""
     shape = call.values.shapes[call.node]
+    if not isinstance(call.args[0], fx.Node):
+        return fixed_values(call, lambda x: x.reshape(shape))
     return _moved(call, lambda x: x.reshape(shape), in_order=True)
 
 
@@ -74,12 +76,7 @@ def _converted(call: Call) -> Step:
     def interval(x: Interval, *_: Any, **__: Any) -> Interval:
         return x
 
-    def fixed(x: Tensor, *_: Any, **__: Any) -> Interval:
-        sample = x.detach().double()
-        sample = sample[:1] if call.alone else sample[None]
-        return Interval(sample, sample.expand(2, *sample.shape[1:]))
-
-    if not isinstance(call.args[0], fx.Node):  # a constant, of which the input only says the dtype
-        return Step(call.where, call.name, call.sources, 0.0, call.shape, apply=apply, interval=fixed)
+    if not isinstance(call.args[0], fx.Node):
+        return fixed_values(call, apply)
     sources, same = call.sources[:1], nn.Identity()
     return Step(call.where, call.name, sources, 1.0, call.shape, same, apply, interval, same=True)

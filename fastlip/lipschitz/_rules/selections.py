@@ -19,7 +19,7 @@ from fastlip.lipschitz._broadcast import copies
 from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._intervals import EPS, Interval
 from fastlip.lipschitz._registry import axes_of, builds, missing_rule
-from fastlip.lipschitz._rowwise import on_samples
+from fastlip.lipschitz._rowwise import fixed_values, on_samples
 from fastlip.lipschitz._steps import Step, in_graph, in_sample
 
 #: Added to each index, so that no constant that a function fills in passes for one.
@@ -57,6 +57,8 @@ def _selection(call: Call) -> Step | None:
 def _expanded(call: Call) -> Step:
     """The shape of another tensor, which is known, whether that depends on the input or not."""
     shape = call.values.shapes[call.node]
+    if not isinstance(call.args[0], fx.Node):
+        return fixed_values(call, lambda x: x.expand(shape))
     return _step(replace(call, args=call.args[:1], sources=call.sources[:1]), lambda x, *_: x.expand(shape), call.shape)
 
 

@@ -1,5 +1,6 @@
 """Tracing by torch.fx along a run on examples, so that a forward can ask for shapes, types and lengths."""
 
+import builtins
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ class Described:
 
 
 class Proxy(fx.Proxy):
-    """Stands for a tensor, or a tuple of tensors, in a forward, and passes for a tensor there.
+    """Stands for a tensor, or a tuple of tensors, in a forward, and passes for one in its ``isinstance``.
 
     It knows its values for all examples. Where these agree on a number, a shape or a type, the forward is given that.
     Augmented assignments are recorded as in place, unlike fx, because they also change other references to the tensor.
@@ -51,10 +52,6 @@ class Proxy(fx.Proxy):
         super().__init__(node, tracer)
         self.of_examples = values
         self.versions_then = tuple(version_of(t) for t in _tensors(values))
-
-    @property  # type: ignore[misc]  # passes for a tensor in isinstance
-    def __class__(self) -> type:
-        return Tensor if isinstance(self.of_examples[0], Tensor) else type(self.of_examples[0])
 
     def __getattr__(self, k: str) -> Any:
         if k in ("of_examples", "versions_then", "node", "tracer"):  # not set yet
@@ -140,7 +137,7 @@ class Tracer(fx.Tracer):
         self._forward: Callable[..., Any] | None = None
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        with _inside_autograd_functions():
+        with _inside_autograd_functions(), _passing_for_tensors():
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -262,7 +259,7 @@ class Tracer(fx.Tracer):
 
 @contextmanager
 def _inside_autograd_functions() -> Iterator[None]:
-    """Trace the forward of functions with a backward of their own; torch takes a proxy there for a tensor and fails."""
+    """Trace the forward of functions with a backward of their own, which torch does not call with proxies."""
     found = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -276,6 +273,27 @@ def _inside_autograd_functions() -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = found
+
+
+@contextmanager
+def _passing_for_tensors() -> Iterator[None]:
+    """Let ``isinstance`` take proxies for what they stand for, in Python alone.
+
+    With ``__class__`` C code would take them for tensors as well, and read memory that is not there.
+    """
+    found = builtins.isinstance
+
+    def passes(value: Any, kinds: Any, /) -> bool:
+        if type(value) is not Proxy:
+            return found(value, kinds)
+        examples = vars(value).get("of_examples", ())
+        return found(value, kinds) or any(found(example, kinds) for example in examples[:1])
+
+    builtins.isinstance = passes
+    try:
+        yield
+    finally:
+        builtins.isinstance = found
 
 
 def _function(kind: str, target: Any) -> Callable[..., Any]:

@@ -1,0 +1,140 @@
+"""Models made to get a bound that is none: results that nothing reads, overridden activations, odd constants."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastlip.lipschitz import _balls, lipschitz_bound, local_lipschitz_bounds, rule
+from fastlip.lipschitz._replay import _set_moved
+from fastlip.lipschitz._steps import Step
+
+
+def stretch(model: nn.Module, x: Tensor) -> float:
+    """The largest norm of a Jacobian at some inputs."""
+    jacobians = [torch.autograd.functional.jacobian(lambda t: model(t[None])[0], row) for row in x]
+    return max(torch.linalg.matrix_norm(j.reshape(-1, x[0].numel()), 2).item() for j in jacobians)
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.5
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class UnreadLayer(nn.Module):
+    """A BatchNorm whose only reader is a layer that leads nowhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.unread = nn.BatchNorm1d(4), nn.Linear(4, 2)
+        nn.init.constant_(self.norm.weight, 50.0)
+
+    def forward(self, x):
+        y = self.norm(x)
+        self.unread(y)
+        return y
+
+
+class UnreadNorm(nn.Module):
+    """A last layer whose only reader is a BatchNorm that leads nowhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.unread = nn.Linear(4, 6), nn.Linear(6, 3), nn.BatchNorm1d(3)
+        nn.init.constant_(self.unread.weight, 0.01)
+
+    def forward(self, x):
+        y = self.last(torch.relu(self.first(x)))
+        self.unread(y)
+        return y
+
+
+def test_factors_are_not_folded_into_what_nothing_reads():
+    model = UnreadLayer().double().eval()
+    bound = lipschitz_bound(model, (4,), check=False)
+    assert stretch(model, inputs(1, 4)) <= bound.upper * (1.0 + 1e-12)
+    assert lipschitz_bound(model, (4,)).upper == bound.upper
+
+
+def test_masked_norms_are_not_scaled_by_what_nothing_reads(monkeypatch):
+    monkeypatch.setattr(_balls, "_MOST_ELEMENTS", 0)
+    torch.manual_seed(0)
+    bounds = local_lipschitz_bounds(UnreadNorm().double().eval(), inputs(3, 4), 0.01)
+    assert bool((bounds.lower <= bounds.upper).all())
+
+
+class Steeper(nn.ReLU):
+    def forward(self, x):
+        return 3.0 * x.relu()
+
+
+@pytest.mark.parametrize("most", [0, 1 << 20])
+def test_local_bounds_leave_an_activation_with_a_forward_of_its_own_to_its_rule(monkeypatch, most):
+    from fastlip.lipschitz import _registry
+
+    monkeypatch.setattr(_registry, "_RULES", dict(_registry._RULES))
+    monkeypatch.setattr(_balls, "_MOST_ELEMENTS", most)
+    rule(Steeper)(lambda module, shape: 3.0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), Steeper(), nn.Linear(6, 3)).double().eval()
+    bounds = local_lipschitz_bounds(model, inputs(3, 4), 0.01)
+    assert bool((bounds.lower <= bounds.upper).all())
+
+
+@pytest.mark.parametrize("correction", [0.5, 1.9])
+@pytest.mark.parametrize("name", ["std", "var"])
+def test_corrections_that_are_no_whole_numbers(name, correction):
+    model = Applied(lambda x: getattr(x, name)(1, correction=correction))
+    bound = lipschitz_bound(model, (3,), bounds=(-0.5, 0.5), check=False).upper
+    # The variance is steepest at the ends of the box.
+    x = torch.cat([inputs(4, 3), 0.5 * inputs(8, 3).sign()])
+    assert stretch(model, x[[bool(row.std() > 0.0) for row in x]]) <= bound * (1.0 + 1e-9)
+    assert lipschitz_bound(model, (3,), bounds=(-0.5, 0.5)).upper == bound
+
+
+@pytest.mark.parametrize("name", ["expand_as", "view_as", "reshape_as", "type_as"])
+def test_constants_in_the_shape_of_what_is_traced(name):
+    # Its elements are no larger than the norm of the input, which is no bound of its norm.
+    matrix = torch.full((1, 4, 4), 1.5)
+    model = Applied(lambda x: x @ getattr(matrix, name)(x))
+    bound = lipschitz_bound(model, (4, 4), bounds=(-0.5, 0.5), check=False).upper
+    assert 6.0 <= bound <= 6.0 * (1.0 + 1e-9)
+
+
+class Autocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layer(x)
+
+
+def test_a_layer_that_rounds_under_autocast_is_refused():
+    with pytest.raises(ValueError, match="layer: Linear rounds to"):
+        lipschitz_bound(Autocast(), (4,))
+
+
+@pytest.mark.parametrize(("offset", "least"), [(0.0, 3.0), (1e10, 0.0)])
+def test_distances_in_a_replay_are_known_but_for_the_rounding_of_what_differs(offset, least):
+    first = torch.tensor([[offset, -1e9]], dtype=torch.float64)
+    step = Step("mask", "masked_fill", [], 1.0, (2,))
+    _set_moved(step, [first, first + torch.tensor([3.0, 0.0])])
+    lower, upper = step.moved.tolist()
+    assert lower == pytest.approx(least, rel=1e-6)
+    assert upper >= 3.0 + 1e-9 * offset
+
+
+def test_products_of_one_number_for_each_sample():
+    model = Applied(lambda x: (x[:, 0] * x[:, 1])[:, None])
+    assert math.sqrt(2.0) <= lipschitz_bound(model, (2,), bounds=(-1.0, 1.0)).upper <= 2.0 * (1.0 + 1e-9)
