@@ -245,3 +245,28 @@ def test_no_proxy_passes_for_a_tensor_in_c(how: str) -> None:
         assert lipschitz_bound(_Written(how), (6,)).upper >= 1.0
     assert not isinstance(object(), Tensor)
     assert isinstance.__self__.__name__ == "builtins"  # as it was
+
+
+class _Gathered(nn.Module):
+    """Writes its result into a buffer first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("out", torch.zeros(64, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.out[: x.size(0)]
+        y.copy_(self.fc(x))
+        y *= 3.0
+        return y.clone()
+
+
+def test_a_buffer_that_is_written_with_gradients_is_left_without_any() -> None:
+    model = _Gathered().eval()
+    with contextlib.suppress(ValueError):
+        bound = lipschitz_bound(model, (4,)).upper
+        assert bound >= 3.0 * torch.linalg.matrix_norm(model.fc.weight.double(), 2).item() * (1.0 - 1e-6)
+    assert model.out.is_leaf
+    assert not model.out.requires_grad
+    assert not model.out.any()

@@ -97,6 +97,8 @@ class _Snapshot:
             if tensor.dtype != data.dtype or tensor.shape != data.shape or _address(tensor) != _address(data):
                 tensor.data = data
         for leaf, wanted in self._wanted:
+            if not leaf.is_leaf:  # it was written into while gradients were recorded
+                leaf.detach_()
             if leaf.requires_grad != wanted:
                 leaf.requires_grad_(wanted)
         for array, numbers in self._arrays.values():
