@@ -166,7 +166,8 @@ def lipschitz_bound(
             block and half of 1 - ``confidence``. Has an effect only if ``method`` is "auto", "lanczos" or "power".
         tight_chains: whether small networks, and small parts of others, are bounded as a whole, by multipliers for the
             slopes of their activations (LipSDP); such a bound is certain. Parts with sums need ``tight_residuals``.
-        check: whether to compare the traced graph with the model, and to look for a counter-example.
+        check: whether to compare the traced graph with the model, and to look for a counter-example. Without it the
+            bound is that of the graph: hooks on modules with a rule, for instance, are not seen.
         options: how to compute the layers' norms; ``options.confidence`` is the probability that the bound holds, and
             ``options.progress`` counts layers first and then the operators of residual blocks.
         keywords: fields of :class:`fastlip.norms.NormOptions`, in place of ``options``.

@@ -145,6 +145,7 @@ def _group(graph_module: fx.GraphModule, root: Root) -> None:
         with graph_module.graph.inserting_after(given[0]):
             call = graph_module.graph.call_module(targets[key], (taken.pop(),))
         call.meta = dict(given[0].meta)
+        varying.add(call)  # what the next module may take
         given[0].replace_all_uses_with(call)
         for node in reversed(nodes):
             graph_module.graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""The Python of the documentation's pages, as it stands there, and what the README says of itself."""
+"""The Python of the documentation's pages and of the README, as it stands there."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,9 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in [ROOT / "README.md", *PAGES] if BLOCK.search(p.read_text())], ids=lambda p: p.stem
+)
 def test_the_python_of_a_page_runs_in_order(page):
     scope = {}
     for block in BLOCK.findall(page.read_text()):

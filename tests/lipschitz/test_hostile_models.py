@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlip.lipschitz import _balls, lipschitz_bound, local_lipschitz_bounds, rule
+from fastlip.lipschitz._export import export_graph
 from fastlip.lipschitz._replay import _set_moved
 from fastlip.lipschitz._steps import Step
 
@@ -138,3 +139,13 @@ def test_distances_in_a_replay_are_known_but_for_the_rounding_of_what_differs(of
 def test_products_of_one_number_for_each_sample():
     model = Applied(lambda x: (x[:, 0] * x[:, 1])[:, None])
     assert math.sqrt(2.0) <= lipschitz_bound(model, (2,), bounds=(-1.0, 1.0)).upper <= 2.0 * (1.0 + 1e-9)
+
+
+def test_a_module_that_follows_its_own_output_is_exported_as_two_calls():
+    layer, norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+    graph_module, _ = export_graph(nn.Sequential(layer, layer, norm).eval(), torch.zeros(1, 4))
+    calls = graph_module.graph.find_nodes(op="call_module")
+    called = [graph_module.get_submodule(str(node.target)) for node in calls]
+    assert len(called) == 3
+    assert called[0] is called[1] is layer
+    assert called[2] is norm
