@@ -86,6 +86,8 @@ def bound_regions(regions: Sequence[Region]) -> dict[Step, tuple[Step, float]]:
     bounds = {}
     share = WORK / max(len(regions), 1)
     for region in regions:
+        if _work(region.origin, region.steps) > share:  # before any matrix is made
+            continue
         network = _network(region)
         if network is None or multiplications(network) > share:
             continue
@@ -128,18 +130,22 @@ def _fits(origin: Step, steps: Sequence[Step]) -> bool:
     size = math.prod(origin.shape)
     if size * size > _ENTRIES:  # the first map is applied to the identity
         return False
-    work = float(min(size, _ELEMENTS)) ** 3
     variables = size
     for step in steps:
         elements = math.prod(step.shape)
         if _slopes(step) is not None:
             if elements > _ELEMENTS:
                 return False
-            work += elements**3
             variables = max(variables, elements)
         if elements * variables > _ENTRIES:
             return False
-    return work <= WORK
+    return _work(origin, steps) <= WORK
+
+
+def _work(origin: Step, steps: Sequence[Step]) -> float:
+    """Multiplications that the factorisations of a region take at least."""
+    active = sum(math.prod(step.shape) ** 3 for step in steps if _slopes(step) is not None)
+    return float(min(math.prod(origin.shape), _ELEMENTS)) ** 3 + active
 
 
 def _is_covered(step: Step) -> bool:
