@@ -198,7 +198,9 @@ def test_a_network_without_a_certified_bound_is_refused_before_anything_is_writt
     monkeypatch.chdir(tmp_path)
     torch.save(build_model("gated_networks:network", CLASSES).get_submodule("network").state_dict(), "a.pth")
     arguments = ("--checkpoint", "a=a.pth", "--model", "gated_networks:network", "--preset", "demo", "--out", "run")
-    with pytest.raises(StudyError, match=r"gated_networks:network has no certified Lipschitz bound: .*no global") as caught:
+    with pytest.raises(
+        StudyError, match=r"gated_networks:network has no certified Lipschitz bound: .*no global"
+    ) as caught:
         command(monkeypatch, "measure", *arguments)
     assert caught.value.status == 2
     assert not Path("run").exists()
