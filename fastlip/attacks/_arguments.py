@@ -315,13 +315,18 @@ def _bound(bound: Any, inputs: Tensor) -> PerSample:
         raise TypeError(f"bounds must be floats or tensors of numbers, got {shown(bound)}")
     if bound.device != inputs.device:
         raise ValueError(f"bounds must be on inputs' device {inputs.device}, got {bound.device}")
+    check_broadcast(bound, inputs, "bounds")
+    return bound.detach()
+
+
+def check_broadcast(values: Tensor, inputs: Tensor, name: str) -> None:
+    """Raise ValueError unless ``values`` broadcast to the shape of ``inputs``."""
     try:
-        fits = torch.broadcast_shapes(bound.shape, inputs.shape) == inputs.shape
+        fits = torch.broadcast_shapes(values.shape, inputs.shape) == inputs.shape
     except RuntimeError:
         fits = False
     if not fits:
-        raise ValueError(f"bounds must broadcast to inputs' shape {list(inputs.shape)}, got {list(bound.shape)}")
-    return bound.detach()
+        raise ValueError(f"{name} must broadcast to inputs' shape {list(inputs.shape)}, got {list(values.shape)}")
 
 
 def _is_real(t: Tensor) -> bool:

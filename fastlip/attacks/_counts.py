@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -74,7 +74,7 @@ def count_forward_backward(model: nn.Module) -> Iterator[PassCounts]:
         _in_progress[:] = [e for e in _in_progress if e is not entry]
 
 
-def can_be_counted(model: Any) -> bool:
+def can_be_counted(model: Any) -> TypeGuard[nn.Module]:
     """Whether :func:`count_forward_backward` takes the model."""
     try:
         with count_forward_backward(model):

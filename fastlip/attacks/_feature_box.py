@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlip.attacks._arguments import checked_inputs, plain, shown
+from fastlip.attacks._arguments import check_broadcast, checked_inputs, plain, shown
 from fastlip.ops import Bounds
 
 
@@ -61,12 +61,7 @@ def _broadcast(values: Any, inputs: Tensor, name: str) -> Tensor:
     """``values`` on the device of ``inputs``, as far as they broadcast to them."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a tensor, got {shown(values)}")
-    try:
-        fits = torch.broadcast_shapes(values.shape, inputs.shape) == inputs.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"{name} must broadcast to inputs' shape {list(inputs.shape)}, got {list(values.shape)}")
+    check_broadcast(values, inputs, name)
     return values.detach().to(inputs.device)
 
 

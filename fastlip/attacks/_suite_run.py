@@ -1,8 +1,9 @@
 """The attacks of an evaluation on images that fit into memory together, and what they find on all images."""
 
+import contextlib
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -181,11 +182,11 @@ class SuiteRun:
         if self.todo is None:
             self.todo = rows_where(self.clean if self.rules.every_attack else self.robust)
         model, total = self.network.model, len(self.todo)
-        watched = can_be_counted(model)
+        watched = model if can_be_counted(model) else None
         show(0, total)
         for rows in self.batches(self.todo[self.done :]):
-            if watched:
-                with count_forward_backward(model) as counts:  # type: ignore[arg-type]  # it can be counted
+            if watched is not None:
+                with count_forward_backward(watched) as counts:
                     found = self._found_by(network, attack, rows)
                 so_far = self.counts.setdefault(name, PassCounts())
                 so_far.forward += counts.forward
@@ -198,15 +199,14 @@ class SuiteRun:
             save(False)
             show(self.done, total)
         self.seconds[name] = time.perf_counter() - begin
-        if watched:
+        if watched is not None:
             self.counts.setdefault(name, PassCounts())
 
     def _found_by(self, network: Network, attack: Attack, rows: Tensor) -> object:
         """The result of ``attack`` for ``rows``."""
-        try:
+        known: Container[str] = ()
+        with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
             known = inspect.signature(attack).parameters
-        except (TypeError, ValueError):
-            known = {}  # type: ignore[assignment]
         given = getattr(attack, "keywords", None)
         given = given if isinstance(given, dict) else {}
         rules = self.rules

@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from fastlip.lipschitz._combinations import Combination, Concatenation, Difference, Sum
 from fastlip.lipschitz._multipliers import WORK, Activation, Map, SlopeNetwork, log10_bound, multiplications
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._slopes import slope_range
-from fastlip.lipschitz._steps import Step, origin_of
+from fastlip.lipschitz._steps import Step, is_its_operator, origin_of
 from fastlip.norms import Operator
 from fastlip.norms._models.layer_output import apply_operator
 from fastlip.norms._solvers.float64_rounding import application_error
@@ -180,13 +179,7 @@ def _is_map(step: Step) -> bool:
         return not step.folded
     if isinstance(step.factor, Diagonal):
         return step.exact
-    return (
-        isinstance(step.factor, Operator)
-        and step.exact
-        and not isinstance(step.module, _ConvTransposeNd)
-        and step.factor.input_shape == step.inputs[0].shape
-        and step.factor.output_shape == step.shape
-    )
+    return is_its_operator(step)
 
 
 class _Row(NamedTuple):

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from fastlip.lipschitz._combinations import Difference, Sum
 from fastlip.lipschitz._multipliers import covering_factor
-from fastlip.lipschitz._steps import Step
+from fastlip.lipschitz._steps import Step, is_its_operator
 from fastlip.norms import Composed, NormInterval, Operator, simplify, trim
 
 _KEEP = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -55,7 +54,7 @@ def find_block(step: Step, origin: Step) -> Block | None:
             layers = _layers(branch, origin)
             if layers is not None and len(layers) in (2, 3):
                 return Block(step, origin, layers, None, -1.0 if isinstance(step.factor, Difference) else 1.0)
-        elif _is_layer(skip) and _strip(skip.inputs[0], origin) is origin and _is_layer(branch):
+        elif is_its_operator(skip) and _strip(skip.inputs[0], origin) is origin and is_its_operator(branch):
             matrices = [simplify(op) for op in (skip.factor, branch.factor) if isinstance(op, Operator)]
             if all(not m.kernel and m.groups == 1 and _ordinary(m.weight) for m in matrices) and skip is not branch:
                 return Block(step, origin, (branch,), skip)
@@ -67,16 +66,6 @@ def _strip(step: Step, origin: Step) -> Step:
     while step is not origin and step.inputs and (step.folded or type(step.module) in _KEEP):
         step = step.inputs[0]
     return step
-
-
-def _is_layer(step: Step) -> bool:
-    return (
-        isinstance(step.factor, Operator)
-        and step.exact
-        and not isinstance(step.module, _ConvTransposeNd)
-        and step.factor.input_shape == step.inputs[0].shape
-        and step.factor.output_shape == step.shape
-    )
 
 
 def _ordinary(weight: Tensor) -> bool:
@@ -97,7 +86,7 @@ def _layers(step: Step, origin: Step) -> tuple[Step, ...] | None:
     """The layers between two steps, with one activation between neighbours; None if there is anything else."""
     found: list[Step] = []
     while True:
-        if not _is_layer(step) or not isinstance(step.factor, Operator) or not _ordinary(step.factor.weight):
+        if not is_its_operator(step) or not isinstance(step.factor, Operator) or not _ordinary(step.factor.weight):
             return None
         found.append(step)
         step = _strip(step.inputs[0], origin)

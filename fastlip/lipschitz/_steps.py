@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from fastlip.lipschitz._combinations import Combination
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import Factor
+from fastlip.norms import Operator
+from fastlip.norms._operators.modules import TRANSPOSED
 
 
 @dataclass(eq=False)
@@ -59,6 +61,17 @@ class Step:
     def entry_shape(self) -> tuple[int, ...]:
         """Shape of one entry along the first axis, which a layer that takes batches takes for a sample."""
         return self.shape if self.alone or len(self.shape) == 1 else self.shape[1:]
+
+
+def is_its_operator(step: Step) -> bool:
+    """Whether a step is its operator, but for an offset; the operator of a transposed convolution is its adjoint."""
+    return (
+        isinstance(step.factor, Operator)
+        and step.exact
+        and not isinstance(step.module, TRANSPOSED)
+        and step.factor.input_shape == step.inputs[0].shape
+        and step.factor.output_shape == step.shape
+    )
 
 
 def in_graph(

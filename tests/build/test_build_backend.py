@@ -61,3 +61,4 @@ def test_what_is_not_another_environments_build_of_this_tree_is_left_alone(backe
 
 def test_a_first_build_has_nothing_to_keep(backend):
     backend._keep_objects(Path("build"))
+    assert not list(Path.cwd().iterdir())

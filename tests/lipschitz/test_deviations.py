@@ -4,22 +4,13 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from applied import Applied
 
 from fastlip.lipschitz import lipschitz_bound
 from fastlip.lipschitz._graph import trace
 from fastlip.lipschitz._intervals import Interval
 
 SHAPE = (3, 4, 5)
-
-
-class Applied(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 CASES = {

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from applied import Applied
 from torch import Tensor, nn
 
 from fastlip.lipschitz import _balls, lipschitz_bound, local_lipschitz_bounds, rule
@@ -20,15 +21,6 @@ def stretch(model: nn.Module, x: Tensor) -> float:
 
 def inputs(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.5
-
-
-class Applied(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 class UnreadLayer(nn.Module):

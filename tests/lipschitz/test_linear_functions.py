@@ -4,20 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from applied import Applied
+from torch import Tensor, fx
 
 from fastlip.lipschitz import lipschitz_bound
 from fastlip.lipschitz._graph import trace
 from fastlip.lipschitz._intervals import Interval
-
-
-class Applied(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

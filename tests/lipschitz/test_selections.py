@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from applied import Applied
 from torch import nn
 
 from fastlip.lipschitz import lipschitz_bound
@@ -11,15 +12,6 @@ from fastlip.lipschitz._intervals import Interval
 
 SHAPE = (4, 6, 5)
 INDEX = torch.tensor([2, 0, 2, 1, 2])
-
-
-class Applied(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 ONE = {
