@@ -33,3 +33,49 @@ def test_a_table_has_a_line_for_each_row(tables, tmp_path, name):
     assert rows
     for row in rows:
         assert any(line.startswith(f"| {row['network']}, ") and f": {row['what']} |" in line for line in lines)
+
+
+def test_what_the_readme_says_of_bounds_follows_from_the_rows(tables):
+    readme = " ".join((DOCS.parent / "README.md").read_text().split())
+    zoo = tables.rows_of("zoo")
+
+    def accepted(family: str) -> str:
+        verdicts = [r["verdict"] for r in zoo if (r["mode"], r["family"]) == ("rules", family)]
+        return f"{verdicts.count('accepted')} of {len(verdicts)}"
+
+    listed = sum(r["mode"] == "rules" and r["family"] == "torchvision" for r in zoo)
+    assert accepted("torchvision") == f"{listed} of {listed}"
+    assert f"{listed} of torchvision's {listed} classification models" in readme
+    assert f"{accepted('timm')} timm architectures" in readme
+    assert f"{accepted('robustbench')} RobustBench definitions" in readme
+    assert f"{accepted('transformers')} Hugging Face classifiers" in readme
+    bounds = [r for r in zoo if r["mode"] == "bound"]
+    assert f"of {len(bounds)} of these the bound itself was computed" in readme
+    assert all(float(r["log10_upper"]) > float(r["log10_stretch"]) for r in bounds)
+
+    value = {(r["network"], r["method"]): float(r["value"]) for r in tables.rows_of("chain_bounds_cpu") if r["value"]}
+    five = [network for network, method in value if method == "ECLipsE-Fast"]
+    ours = {
+        network: next(v for (n, m), v in value.items() if n == network and m.startswith("fastlip")) for network in five
+    }
+    gains = [value[network, "plain"] / ours[network] for network in five]
+    assert f"{min(gains):.1f} to {max(gains):.1f} times below the product of layer norms on five" in readme
+    assert len(five) == 5
+    assert all(value[network, "fastlip"] <= value[network, "ECLipsE-Fast"] for network in five)
+
+
+def test_what_the_readme_says_of_speed_follows_from_the_rows(tables):
+    readme = " ".join((DOCS.parent / "README.md").read_text().split())
+    pgd = [r for r in tables.rows_of("attacks_cpu") if r["attack"] == "pgd-20" and r["threads"] == "1"]
+
+    def between(what: str) -> list[str]:
+        speeds = [float(r["x_fastest_peer"]) for r in pgd if r["what"] == what]
+        return [f"{v:.2f}" for v in (min(speeds), max(speeds))]
+
+    slow, fast = between("fastlip"), between("fastlip, fast")
+    assert f"run in {slow[0]} to {slow[1]} of the fastest peer's speed" in readme
+    assert f"with `fast=True` in {fast[0]} to {fast[1]}" in readme
+    chosen = ("cifar", "random", "fastlip", "rtol 0.01")
+    rows = [r for r in tables.rows_of("layer_norms_cpu") if r["x_torch_power"]]
+    power = [float(r["x_torch_power"]) for r in rows if (r["stem"], r["weights"], r["method"], r["setting"]) == chosen]
+    assert any(f"take {v:.2f} of 100 steps of power iteration" in readme for v in power)

@@ -24,12 +24,14 @@ def layer_norms_and_bound(model: nn.Module, input_shape: tuple[int, int, int], e
     """
     generator = torch.Generator().manual_seed(seed)
     report = layer_norms(model, input_shape, confidence=1 - eta / 2, generator=generator)
+    # The normalisation of the input, which all networks share, is in the bound, but is no layer of the network.
+    layers = {name: interval for name, interval in report.items() if not name.startswith("normalize.")}
     bound = lipschitz_bound(model, input_shape, confidence=1 - eta / 2, generator=generator)
     return Lipschitz(
         log10_upper=_of_a_function(bound.log10_upper),
         log10_margin=bound.log10_margin,
         confidence=bound.confidence,
-        log10_layer_product=_above_zero(report.log10_product_upper),
+        log10_layer_product=_above_zero(sum(_log10(interval.upper) for interval in layers.values())),
         layers=[
             Layer(
                 name=name,
@@ -39,7 +41,7 @@ def layer_norms_and_bound(model: nn.Module, input_shape: tuple[int, int, int], e
                 confidence=interval.confidence,
                 method=interval.method,
             )
-            for name, interval in report.items()
+            for name, interval in layers.items()
         ],
     )
 
@@ -55,6 +57,10 @@ def network_bound(model: nn.Module, input_shape: tuple[int, int, int], eta: floa
         log10_layer_product=_above_zero(bound.log10_product),
         layers=[],
     )
+
+
+def _log10(x: float) -> float:
+    return math.log10(x) if x > 0.0 else -math.inf
 
 
 def _above_zero(log10: float) -> float | None:
