@@ -176,15 +176,13 @@ class _Problem:
         delta, outside, inside = units.delta[:, block], self.x[:, : self.read], self.x[:, self.read :]
         if self.gram is None:
             scaled = inside * delta[..., None]
-            scaled, across, p = scaled.mT @ scaled, outside, 0.0
+            multiplier, factor = _halved(scaled.mT @ scaled)
+            p = _gained(self.rows[..., block], multiplier, outside, factor)
         else:
-            scaled = delta[:, :, None] * self.gram[:, self.read :, self.read :] * delta[:, None]
-            across, p = self.gram[:, : self.read, self.read :] * delta[:, None], self.gram[:, : self.read, : self.read]
-        multiplier, factor = _halved(scaled)
-        if self.gram is not None:
-            across = across * multiplier.sqrt()[:, None, None]
+            multiplier, factor = _halved(delta[:, :, None] * self.gram[:, self.read :, self.read :] * delta[:, None])
+            across = self.gram[:, : self.read, self.read :] * (delta * multiplier.sqrt()[:, None])[:, None]
+            p = self.gram[:, : self.read, : self.read] + _gained(self.rows[..., block], multiplier, across, factor)
         log[:, block] = multiplier.log()[:, None]
-        p = p + _gained(self.rows[..., block], multiplier, across, factor)
         rows = self.rows
         for block in later:
             delta, width = units.delta[:, block], block.stop - block.start
