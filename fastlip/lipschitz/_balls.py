@@ -1,5 +1,6 @@
 """Local Lipschitz constants on balls of inputs, bounded from both sides."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Unpack
 
@@ -18,9 +19,11 @@ from fastlip.norms._models.eval_mode import eval_mode, require_eval
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
 
-#: Elements of the largest tensor of columns, and samples that are bounded together: with more of them the columns leave
-#: the cache, and cost page faults.
-_MOST_ELEMENTS, _MOST_SAMPLES = 1 << 25, 8
+#: Elements of the largest tensor of columns.
+_MOST_ELEMENTS = 1 << 25
+#: Elements of the columns of the inputs up to which samples are bounded together, as larger tensors leave the cache and
+#: cost page faults; and the most samples.
+_CACHED, _MOST_SAMPLES = 1 << 20, 16
 #: Elements of the points at which the Jacobians are looked at together, if one of each ball is not more already.
 _MOST_POINTS = 1 << 20
 _NORMS = ("l2", "linf")
@@ -159,7 +162,9 @@ def _capped(
 def _by_jacobians(traced: Traced, balls: Balls) -> Tensor:
     """Upper bounds from columns of Jacobians, [B]; NaN where they do not fit."""
     upper = torch.full_like(balls.radius, torch.nan)
-    at, size = 0, _MOST_SAMPLES
+    widest = max(math.prod(step.shape) for step in traced.steps.values())
+    columns = max(1, balls.x[0].numel() * widest)
+    at, size = 0, min(_MOST_SAMPLES, max(1, _CACHED // columns))
     while at < len(upper):
         some = slice(at, at + size)
         found = _some(traced, Balls(balls.x[some], balls.radius[some], balls.norm))

@@ -18,21 +18,22 @@ from fastlip.lipschitz._intervals import EPS, INF
 
 #: Step of the descent over logarithms, and the decay of its two averages (D. Kingma and J. Ba, "Adam", ICLR 2015).
 _STEP, _FIRST, _SECOND = 0.4, 0.7, 0.9
-#: Multiply-adds that the descent may spend on a sample, and the most steps it takes.
-_BUDGET, _MOST_STEPS = 2e7, 48
+#: Multiply-adds that the descent may spend on each block of a sample, and the most steps it takes.
+_BUDGET, _MOST_STEPS = 1e7, 48
 #: The descent ends once as many steps gain no sample more than this.
 _PATIENCE, _PROGRESS = 6, 0.01
 #: By how much a bound is raised until it is certified; the first ones are for values of the eigenvalue solver.
-_SMALL_RAISES, _RAISES = (1e-8, 1e-5), (1e-3, 1e-2, 0.1, 1.0)
+_SMALL_RAISES, _RAISES = (1e-8, 1e-5), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 #: Largest logarithm of a multiplier, and the largest difference of two.
 _FARTHEST, _SPREAD = 300.0, 40.0
 #: What a bound is at least.
 _TINIEST = 1e-200
-#: Number of open units up to which units have guesses of their own.
-_FEW_UNITS = 192
+#: Number of open units up to which units have guesses of their own, in two blocks and in more: with depth one
+#: multiplier for each block is a worse guess.
+_FEW_UNITS, _FEW_UNITS_DEEP = 96, 192
 #: Side up to which the eigenvalue solver is the fastest way to the largest eigenvalue; steps of the iteration during
 #: the descent and after it.
-_SMALL, _RITZ_STEPS, _LAST_STEPS = 48, 6, 24
+_SMALL, _RITZ_STEPS, _LAST_STEPS = 48, 6, 16
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,11 @@ class _Problem:
         No bound rests on it.
         """
         by_row, by_column = self._scales(log)
-        m, r = self._m(by_row, by_column), self.read
-        square = m @ m.mT
-        identity = _eye(square)
+        m = self._m(by_row, by_column)
+        return self._evaluate(by_row, m, m @ m.mT)
+
+    def _evaluate(self, by_row: Tensor, m: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        identity, r = _eye(square), self.read
         factor, info = torch.linalg.cholesky_ex(identity - square)
         fails = (info != 0) | ~square.flatten(1).isfinite().all(1)
         factor = torch.where(fails[:, None, None], identity, factor)
@@ -198,7 +201,7 @@ class _Problem:
     def descend(self, log: Tensor) -> Tensor:
         """Logarithms of multipliers after a descent that never accepts worse ones."""
         cost = 3.0 * self.read**2 * self.size + 32.0 * self.size * min(self.size, self.d)
-        steps = int(min(_MOST_STEPS, _BUDGET / cost)) if bool(self.open.any()) else 0
+        steps = int(min(_MOST_STEPS, len(self.units.blocks) * _BUDGET / cost)) if bool(self.open.any()) else 0
         if not steps:
             return log
         best, slope = self.evaluate(log)
@@ -236,10 +239,10 @@ class _Problem:
         """
         units = self.units
         self.steps = _LAST_STEPS
-        gamma, _ = self.evaluate(log)
         by_row, by_column = self._scales(log)
         m = self._m(by_row, by_column)
         square = m @ m.mT
+        gamma, _ = self._evaluate(by_row, m, square)
         by_unit = units.delta * (0.5 * log).exp()
         weights = torch.stack([torch.ones_like(gamma), *(by_unit[:, block].amax(1) for block in units.blocks)], 1)
         error = weights[:, :, None] * torch.cat([units.outer_error[:, None], units.inner_error], 1)
@@ -342,7 +345,7 @@ def _without(rows: Tensor, own: slice) -> Tensor:
 
 def _guesses(units: OpenUnits) -> list[Tensor]:
     """Logarithms of multipliers that would be best for one unit alone, if the norm were so and so large."""
-    if units.delta.shape[1] > _FEW_UNITS:  # the guess for whole blocks is better then
+    if units.delta.shape[1] > (_FEW_UNITS if len(units.blocks) <= 2 else _FEW_UNITS_DEEP):
         return []
     weights = (units.delta[..., None] * units.between.abs()).mT
     outer = torch.linalg.vector_norm(units.outer, dim=(1, 2)).clamp_min(1e-300)
