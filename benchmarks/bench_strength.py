@@ -233,11 +233,13 @@ def norms(args: argparse.Namespace) -> None:
                 each.add((each.find(key | {"image": number}) or {}) | key | {"image": number, name: length})
             out.add(row | {"wall_s": wall, "cpu_s": cpu})
             print(row, flush=True)
-        compare([r for r in out.rows if all(str(r[k]) == str(v) for k, v in key.items())], key)
-        out.rewrite()
+            compare(key)
+        for row in compare(key):
+            print({k: row[k] for k in ("network", "norm", "calls", "what", "median", "x_median", "wins")}, flush=True)
 
-    def compare(rows: list[dict[str, Any]], key: dict[str, Any]) -> None:
-        """Fill in how each method of one measurement compares with the best peer."""
+    def compare(key: dict[str, Any]) -> list[dict[str, Any]]:
+        """Fill in how each method of one measurement compares with the best peer so far; the methods' rows."""
+        rows = [r for r in out.rows if all(str(r[k]) == str(v) for k, v in key.items())]
         table = [r for r in each.rows if all(str(r[k]) == str(v) for k, v in key.items())]
         found = {r["what"]: torch.tensor([float(t[r["what"]]) for t in table], dtype=torch.float64) for r in rows}
         others = [name for name in found if not name.startswith("fastlip")]
@@ -247,7 +249,8 @@ def norms(args: argparse.Namespace) -> None:
             nearest = torch.stack(rivals).amin(0) if rivals else torch.full_like(mine, torch.nan)
             row |= {"x_median": float(row["median"]) / least, "wins": int((mine <= nearest).sum())}
             row |= {"within_1%": int((mine <= 1.01 * nearest).sum())}
-            print({k: row[k] for k in ("network", "norm", "calls", "what", "median", "x_median", "wins")}, flush=True)
+        out.rewrite()
+        return rows
 
     for path in args.checkpoint:
         for norm in args.norm:
