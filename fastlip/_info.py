@@ -40,7 +40,12 @@ class BuildInfo:
 
 
 def build_info() -> BuildInfo:
-    """Return versions, instruction set, CUDA toolkit and the backend in use for each device, and why."""
+    """Return versions, instruction set, CUDA toolkit and the backend in use for each device, and why.
+
+    Example:
+        >>> import fastlip
+        >>> print(fastlip.build_info())
+    """
     try:
         from fastlip import _native
     except ImportError:
