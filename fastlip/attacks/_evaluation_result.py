@@ -36,6 +36,18 @@ class EvaluationResult:
         counts: images that each attack sent through the model; empty where the model is no module, or TorchScript.
         seconds: time that each attack took.
         warnings: reasons why the result may overestimate the robustness.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> suite = attacks.suite("quick", norm="linf", eps=0.1)
+        >>> found = attacks.evaluate(model, images, labels, suite, norm="linf", eps=0.1)
+        >>> print(found.accuracy_after("pgd"), found.first_success)
+        >>> again = attacks.EvaluationResult.from_json(found.to_json())
     """
 
     attacks: tuple[str, ...]

@@ -102,6 +102,15 @@ class LipschitzBound:
         log10_plain: log10 of the bound with skip + branch for every residual block.
         seed: seed of the random start vectors, None if none were drawn.
         domain: the set of inputs between which the bound holds.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> bound = fastlip.lipschitz_bound(model, (6,))
+        >>> for part in bound.parts:
+        ...     print(part.name, part.log10_factor)
+        >>> again = fastlip.LipschitzBound.from_json(bound.to_json())
     """
 
     log10_upper: float

@@ -17,8 +17,8 @@ MODULES = [
 ADAPTERS = ["torchattacks", "foolbox", "art", "autoattack", "attackbench", "robustbench"]
 #: Classes that only functions make, and protocols of functions: their makers have the examples.
 MADE = {
-    "AttackWarning", "Iteration", "PassCounts", "EvaluationResult", "MinNormResult", "NormReport", "NormInterval",
-    "LipschitzBound", "BallBounds", "Domain", "FunctionCall", "Interval", "Part", "APGDState", "Backend", "Judgement",
+    "AttackWarning", "Iteration", "PassCounts", "MinNormResult", "NormInterval",
+    "BallBounds", "Domain", "FunctionCall", "Interval", "Part", "APGDState", "Backend", "Judgement",
     "ModelInput", "OperatorPlan", "CensoredMedian", "Rate", "Anatomy",
 }  # fmt: skip
 EXAMPLE = re.compile(r"^Example:\n\n?((?: {4}.*\n?|\n)+)", re.MULTILINE)

@@ -31,6 +31,14 @@ class NormReport(Mapping[str, NormInterval]):
         seed: seed of the random starts, None if nothing was drawn.
         left_out: the weights of the model that no layer of the report accounts for, each with the reason; there is no
             product then.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> report = fastlip.layer_norms(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), (6,))
+        >>> for name, interval in report.items():
+        ...     print(name, interval.upper)
+        >>> again = fastlip.NormReport.from_json(report.to_json())
     """
 
     intervals: dict[str, NormInterval]

@@ -36,7 +36,7 @@ def said(tmp_path, monkeypatch):
         stage = Stage("scratch", (tmp_path / "weights",), work)
         monkeypatch.setattr(execution, "stages", lambda *given: [stage])
         screen = io.StringIO()
-        console = Console(file=screen, force_terminal=terminal, width=200)
+        console = Console(file=screen, force_terminal=terminal, width=200, highlight=False, color_system=None)
         execution.execute(directory, None, ProcessGroup(), None, (), console)
         return screen.getvalue()
 
