@@ -44,7 +44,7 @@ def test_norms_are_taken_as_other_libraries_spell_them(case, spelled, norm):
         partial(attacks.pgd, eps=0.1, steps=2, random_start=False),
         partial(attacks.fgsm, eps=0.1),
         partial(attacks.apgd, eps=0.1, steps=2, random_start=False),
-        lambda *call, norm: attacks.min_norm(*call, norm=norm, search_steps=2).adversarial,
+        lambda *call, norm: attacks.min_norm(*call, norm=norm, method="search", search_steps=2).adversarial,
     ):
         assert torch.equal(attack(*case, norm=spelled), attack(*case, norm=norm))
     x, grad = case[1], torch.ones_like(case[1])
