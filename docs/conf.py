@@ -56,9 +56,9 @@ def _plain(app: Any, what: str, name: str, thing: Any, options: Any, lines: list
         lines[at] = "".join(parts)
 
 
-def _parsed(app: Any, what: str, name: str, thing: Any, options: Any, signature: str, returned: str) -> Any:
+def _parsed(app: Any, what: str, name: str, thing: Any, options: Any, signature: str | None, returned: str) -> Any:
     """A default that a dataclass makes has no notation, and Sphinx shows a signature that it cannot parse raw."""
-    return (signature or "").replace("<factory>", "..."), returned
+    return (signature.replace("<factory>", "..."), returned) if signature and "<factory>" in signature else None
 
 
 def setup(app: Any) -> None:
