@@ -152,7 +152,7 @@ def _local_bounds(rows: list[Row]) -> str:
             number(r["over_lower"]),
             number(r["x_fastlip"]),
             number(r["cpu_s_100"]),
-            number(r["x_cpu"]) if r["x_cpu"] else "",
+            number(r["x_cpu"]),
         )
         for r in rows
     ]
