@@ -9,7 +9,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from fastlip.lipschitz._combinations import Combination, Sum, Weighted, weighted_sum
+from fastlip.lipschitz._combinations import Combination, Sum
+from fastlip.lipschitz._composition import Tighter, joined_parts, step_total
 from fastlip.lipschitz._counterexamples import refute, require_bounded
 from fastlip.lipschitz._domain import Domain, domain_of
 from fastlip.lipschitz._graph import Traced, fold_scales, trace
@@ -258,7 +259,8 @@ def _bound(
     # These norms are added to other terms, so that less accuracy suffices.
     tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * options.rtol))
     regions = bound_regions(find_regions(steps, tight_residuals)) if tight_chains else {}
-    totals, origins = _compose(steps, logs, sizes, tighter, regions)
+    parts = joined_parts(steps, logs, sizes, tighter, regions)
+    totals, origins = _compose(steps, logs, sizes, tighter, regions, parts)
     given = [n.confidence for n in norms.values() if n.confidence < 1.0] + chances
     drawn = bool(chances) or any(isinstance(s.factor, Operator) and norms[s].confidence < 1.0 for s in norms)
     # Operators share 1 - confidence; each interval that a rule returns adds its own probability of failure.
@@ -312,7 +314,7 @@ def _blocks(steps: list[Step]) -> list[Block]:
 
 def _tighten(
     blocks: list[Block], plain: dict[Step, float], norms: dict[Step, NormInterval], options: ResolvedOptions
-) -> tuple[dict[Step, tuple[Step, float]], list[float]]:
+) -> tuple[Tighter, list[float]]:
     """Each block's sum with its origin and log10 of its tighter constant; and the confidences of the norms used."""
     # The difference of two logarithms, each rounded upwards, may be too small.
     before = [
@@ -321,7 +323,7 @@ def _tighten(
     finite = [i for i, block in enumerate(blocks) if math.isfinite(plain[block.total]) and math.isfinite(before[i])]
     requests = {i: block_operators(blocks[i], norms, before[i]) for i in finite}
     intervals = iter(operator_norms([needed.operator for ops in requests.values() for needed in ops], options))
-    tighter: dict[Step, tuple[Step, float]] = {}
+    tighter: Tighter = {}
     chances: list[float] = []
     for i, ops in requests.items():
         auxiliary = [next(intervals) for _ in ops]
@@ -331,11 +333,8 @@ def _tighten(
     return tighter, chances
 
 
-_Tighter = dict[Step, tuple[Step, float]]
-
-
 def _compose(
-    steps: list[Step], logs: dict[Step, float], sizes: dict[Step, Sizes], *tighter: _Tighter
+    steps: list[Step], logs: dict[Step, float], sizes: dict[Step, Sizes], *tighter: Tighter
 ) -> tuple[dict[Step, float], dict[Step, Step]]:
     """log10 of the bound from the model's input to each step; and the origins of the tighter parts that made it less.
 
@@ -344,12 +343,7 @@ def _compose(
     totals: dict[Step, float] = {}
     origins: dict[Step, Step] = {}
     for step in steps:
-        if isinstance(step.factor, Combination):
-            inputs = [totals[source] for source in step.inputs]
-            weighted = isinstance(step.factor, Weighted)
-            totals[step] = weighted_sum(inputs, sizes[step].weights) if weighted else step.factor.constant(inputs, ())
-        else:
-            totals[step] = multiply(logs[step], totals[step.inputs[0]]) if step.inputs else 0.0
+        totals[step] = step_total(step, totals, logs, sizes) if step.inputs else 0.0
         for origin, log in (part[step] for part in tighter if step in part):
             total = multiply(totals[origin], log)
             if total < totals[step]:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from fastlip.norms._operators.masked import Masked
 from fastlip.norms._operators.operator import Operator
 
 
@@ -40,14 +41,23 @@ class Composed:
         return abs(self.identity) + abs(self.scale) * math.prod(self.norms)
 
 
-AnyOperator = Operator | Composed
+AnyOperator = Operator | Composed | Masked
 
 
 def magnitude(op: AnyOperator) -> float:
     """An upper bound on the norm that costs almost nothing to compute; rounding terms are multiplied by it."""
-    return op.magnitude if isinstance(op, Composed) else op.absolute_bound
+    return op.absolute_bound if isinstance(op, Operator) else op.magnitude
 
 
 def weight_numel(op: AnyOperator) -> int:
-    """Number of weights."""
-    return sum(part.weight.numel() for part in op.parts) if isinstance(op, Composed) else op.weight.numel()
+    """Number of weights, of masks alone where a layer is shared."""
+    if isinstance(op, Masked):
+        return sum(mask.numel() for mask in (op.before, op.after) if mask is not None)
+    return sum(part.weight.numel() for part in parts(op))
+
+
+def parts(op: AnyOperator) -> tuple[Operator, ...]:
+    """The operators that it is made of."""
+    if isinstance(op, Masked):
+        return (op.layer,)
+    return op.parts if isinstance(op, Composed) else (op,)
