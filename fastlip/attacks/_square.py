@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_call, count, number, radius
+from fastlip.attacks._arguments import check_call, count, number, radius, warn_of_wide
 from fastlip.attacks._batch import Batch, new_batch, per_sample, take
 from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._distance import ORDER
@@ -84,8 +84,17 @@ def square(
     Raises:
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> adversarial = attacks.square(model, images, labels, eps=8 / 255, queries=100)
     """
-    inputs, labels, targets, ids, bounds = check_call(
+    inputs, labels, targets, ids, bounds, norm = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip
@@ -96,6 +105,7 @@ def square(
     check_criterion(criterion)
     grid = grid_of(quantize, inputs, bounds)
     eps = radius(eps, "eps", inputs, finite="for square, whose first steps reach the surface of the ball")
+    warn_of_wide(eps, norm, inputs, bounds)
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network, torch.no_grad():
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=0.0, bounds=bounds, ids=ids, active=active)
         loop = AttackLoop(network, inputs, norm=norm, loss=loss, grid=grid, criterion=criterion)
@@ -104,6 +114,7 @@ def square(
             if len(batch) == 0:
                 break
             batch = _run(loop, batch, queries, share, generator)
+    loop.warn("square", aimed=targets is not None or criterion is not None)
     return loop.result
 
 
