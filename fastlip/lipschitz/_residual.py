@@ -209,8 +209,8 @@ def _beside_identity(
 ) -> Auxiliary:
     """The identity beside three layers; on few of the channels only, if the others see nothing but the identity.
 
-    With C_1 = T D for a contraction D, as an orthonormal D beyond the channels that there are, the layers read D x alone;
-    what they give is L_1 = T^-1 C_1 C_3 of it, and of the rest only L_2^T L_2 = C_3^T C_3 - L_1^T L_1 counts.
+    With C_1 = T D for a contraction D, made orthonormal by more channels that are 0, the layers read D x alone. Of what
+    they give, D C_3 = T^-1 C_1 C_3 = L_1 returns there, and of the rest only L_2^T L_2 = C_3^T C_3 - L_1^T L_1 counts.
     """
     first, last = _pointwise(ops[0]), _pointwise(ops[2])
     if first is None or last is None or len(last) <= first.shape[0] + last.shape[1]:
@@ -249,7 +249,7 @@ def _beside_identity(
 
 
 def _remainder(last: Tensor, inside: Tensor, error: float) -> Tensor | None:
-    """R with R^T R at least last^T last - L^T L for all L within ``error`` of ``inside``; None where rounding forbids."""
+    """R with R^T R at least last^T last - L^T L for all L within ``error`` of ``inside``; None if rounding forbids."""
     gram = last.mT @ last - inside.mT @ inside
     trace = last.square().sum().item() + inside.square().sum().item()
     shift = 8.0 * (len(last) + len(gram) + 16) * _EPS * trace + 2.0 * error * (2.0 * math.sqrt(trace) + error) + 1e-290
@@ -263,9 +263,9 @@ def _stacked(
 ) -> tuple[Operator, float, float] | None:
     """The identity beside three layers as one convolution, where that is decomposed at once on a ring.
 
-    For t > 1, ||x + K x||^2 <= t^2 ||x||^2 for all x, with K reading D x alone, if ||P a||^2 + w^2 ||Q a||^2 <= t^2 ||a||^2
-    for all a, with P = 1 + s L_1 W T, Q = s L_2 W T and w^2 = t^2 / (t^2 - 1); this is the best choice of the part of x
-    that K does not read. As w falls with t, ||K + 1|| is at most the larger of t and the norm of (P, w Q) for any t > 1.
+    Let P = 1 + s L_1 W T and Q = s L_2 W T for the middle layer W. For t > 1 the norm is at most t if ||P a||^2 + w^2
+    ||Q a||^2 <= t^2 ||a||^2 for all a, with w^2 = t^2 / (t^2 - 1): the part of x that the layers do not read is then at
+    its worst. As w falls with t, the norm is at most the larger of t and the norm of (P, w Q), for any t > 1.
 
     Returns:
         The convolution (P, w Q), w and t; None where an iteration of the three layers is faster, or t is near 1.

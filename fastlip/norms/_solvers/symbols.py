@@ -1,19 +1,18 @@
 """Intervals of convolutions on large inputs, with certainty: by their symbol on a grid of frequencies.
 
 A convolution on an input of n pixels is part of a circular one on any ring that is long enough, and that is block
-diagonal: one block P(w), the symbol, for each frequency w = 2 pi f / M of a ring of M pixels. With stride s the s phases
-of the input become channels of a convolution without stride. P(w) P(w)^H is a trigonometric polynomial in w, whose few
-coefficients are sums of products of taps; so all of these matrices together cost little more than one. That every one
-of them is below t is shown by a Cholesky factorisation, as in :mod:`fastlip.norms._solvers.deterministic`.
+diagonal: one block P(w), the symbol, for each frequency w = 2 pi f / M of a ring of M pixels. With stride s the s
+phases of the input become channels of a convolution without stride. P(w) P(w)^H is a trigonometric polynomial in w,
+whose few coefficients are sums of products of taps; so all of these matrices together cost little more than one. That
+every one of them is below t is shown by a Cholesky factorisation, as in :mod:`fastlip.norms._solvers.deterministic`.
 
-Fewer frequencies than a ring has do too. Let q(w) = Re(c u^H P(w) v) with |c| = 1 attain its maximum 1 at w*. Up to a
-factor of modulus 1 it is a trigonometric polynomial of degree d = (k - 1) / 2 in one variable, so q(w) >= cos(d (w - w*))
-up to a distance of pi / d (M. Riesz; H. Ehlich and K. Zeller, "Schwankung von Polynomen zwischen Gitterpunkten",
-Math. Z. 86, 1964), and a grid of M > 2 d frequencies has one within pi / M. So the largest norm of all is at most that on
-the grid divided by cos(pi d / M), for each axis.
+Fewer frequencies than a ring has do too. Let q(w) = Re(c u^H P(w) v) with |c| = 1 attain its maximum 1 at w*. In each
+variable it is, up to a factor of modulus 1, a trigonometric polynomial of degree d = (k - 1) / 2, so that
+q(w) >= cos(d (w - w*)) up to a distance of pi / d (H. Ehlich and K. Zeller, "Schwankung von Polynomen zwischen
+Gitterpunkten", Math. Z. 86, 1964), and a grid of M > 2 d frequencies has one within pi / M. So the largest norm of all
+is at most that on the grid divided by cos(pi d / M), for each axis.
 
-The lower side is attained by a wave of the frequency found, faded out towards the borders, after a few steps of the power
-iteration.
+The lower side is attained by a wave of the frequency found, faded out towards the borders and then refined.
 """
 
 import math
@@ -107,7 +106,7 @@ def symbol_interval(op: Operator, options: NormOptions) -> NormInterval | None:
     rows, columns = _sides(op)
     phases = _phases(op, taps, columns < rows)
     square, wave = _largest(phases, grid, options.rtol)
-    # The coefficients' own rounding: each is a sum of so many products, and their magnitudes add up to at most the square.
+    # The coefficients are sums of so many products, whose magnitudes add up to at most the square in the end.
     square += 2.0 * _EPS * (reduction_length(op) + 16) * op.absolute_bound**2
     upper = math.sqrt(square) * looseness * (1.0 + 1e-14)
     lower, steps = _attained(op, wave, upper / (1.0 + options.rtol))
@@ -301,27 +300,30 @@ def _attained(op: Operator, wave: _Wave, wanted: float) -> tuple[float, int]:
 
 
 def _refined(op: Operator, v: Tensor, wanted: float) -> tuple[Tensor, int]:
-    """About the vector that A stretches the most, of a Krylov space of A^T A and v, [1, *shape] float32; and its steps."""
+    """About the vector with the largest stretch of a Krylov space of A^T A and v, [1, *shape] float32; and steps."""
     narrow = TorchOperator(op, op.weight.float())
     basis: list[Tensor] = []
     images: list[Tensor] = []
-    best = torch.zeros(0)
     for step in range(1, _MOST_REFINED + 1):
+        before = torch.linalg.vector_norm(v)
         for _ in range(2 if basis else 0):
             rows = torch.cat(basis).flatten(1)
             v = v - (rows.mT @ (rows @ v.flatten())).view_as(v)
         length = torch.linalg.vector_norm(v)
-        if not length > 1e-20:
+        if not length > max(1e-4 * before, 1e-20):  # what is left is rounding, and need not be orthogonal
             break
         basis.append(v / length)
         images.append(narrow.forward(basis[-1]))
         v = narrow.adjoint(images[-1])
-        if step % _REFINED == 0:
-            rows = torch.cat(images).flatten(1)
-            squares, vectors = torch.linalg.eigh(rows @ rows.mT)
-            best = vectors[:, -1]
-            if squares[-1].item() > (1.0001 * wanted) ** 2:
-                break
-    if not len(best):
-        return v, len(basis)
-    return (best @ torch.cat(basis[: len(best)]).flatten(1)).view_as(v), len(basis)
+        if step % _REFINED == 0 and _ritz(images)[0] > (1.0001 * wanted) ** 2:
+            break
+    if not basis:
+        return v, 0
+    return (_ritz(images)[1] @ torch.cat(basis).flatten(1)).view_as(v), len(basis)
+
+
+def _ritz(images: Sequence[Tensor]) -> tuple[float, Tensor]:
+    """The largest eigenvalue of the images' Gram matrix and its eigenvector."""
+    rows = torch.cat(list(images)).flatten(1)
+    squares, vectors = torch.linalg.eigh(rows @ rows.mT)
+    return squares[-1].item(), vectors[:, -1]
