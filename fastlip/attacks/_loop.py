@@ -179,17 +179,25 @@ class AttackLoop:
         image = self.image(batch, x).requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             logits = self.network.ascend(image, counted=counted)
+        return image, logits, self.judged(batch, logits, record)
+
+    def judged(
+        self,
+        batch: Batch,
+        logits: Tensor,  # [K, C]
+        record: ops.BestRecord | None = None,
+    ) -> Judgement:
+        """What is read off logits that are followed; it brings the ``record`` up to date."""
         if not self.classes_checked:
             check_classes(logits, labels=batch.labels, targets=batch.targets)
             self.classes_checked = True
         rounding = 0.0 if self.network.exact else self.network.rounding
         if self.criterion is not None or not isinstance(self.loss, str):
-            return image, logits, judged_by(self.loss, self.criterion, logits, batch, rounding, record)
-        judgement = ops.judge(
+            return judged_by(self.loss, self.criterion, logits, batch, rounding, record)
+        return ops.judge(
             logits, batch.labels, targets=batch.targets, toward=batch.toward, loss=self.loss, rounding=rounding,
             record=record,
         )  # fmt: skip
-        return image, logits, judgement
 
     def tell(self, step: int, now: Iterates, image: Tensor, judgement: Judgement) -> None:
         """Call the callback, which must not see a graph."""
@@ -303,11 +311,11 @@ class AttackLoop:
             wrong = self.asked(batch, batch.x0, wrong, wrong | judgement.doubtful)
         return batch.where(~wrong)
 
-    def warn_of_not_finite(self, name: str) -> None:
+    def warn_of_not_finite(self, name: str, stacklevel: int = 3) -> None:
         """Warn the caller of the attack ``name`` where elements of gradients were not finite."""
         if bool(self.not_finite.any()):
             message = f"{name} met gradients that are not finite; those elements counted as 0"
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=stacklevel)
 
 
 class BestTracker:

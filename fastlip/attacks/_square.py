@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,12 +19,16 @@ from fastlip.attacks._own_loss import AnyLoss
 from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
 from fastlip.attacks._quantize import grid_of
-from fastlip.ops import Bounds, Norm, PerSample
+from fastlip.ops import Bounds, Judgement, Norm, PerSample
 
 #: Iterations, of 10,000, at which the share of changed elements halves (section 4.1 of the paper).
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 #: The power with which a bump decays from its centre.
 _FALL_OFF = {"l2": 2.0, "l1": 4.0}
+#: Queries proposed together at most, and what a pass costs whatever its size, in images.
+_TOGETHER, _COST = 16, 8
+#: Queries over which the share of accepted proposals is averaged.
+_MEMORY = 50
 #: Tiles along an image's shorter side in the first iterate of "l2" and "l1".
 _TILES = 5
 
@@ -104,30 +110,124 @@ def square(
 def _run(loop: AttackLoop, batch: Batch, queries: int, share: float, generator: torch.Generator | None) -> Batch:
     """Query the model ``queries`` times and return the images that are still robust."""
     tracker = BestTracker(loop, batch, batch.x0)
-    x, accepted = batch.x0, torch.full(batch.rows.shape, -torch.inf, dtype=torch.float64, device=batch.x0.device)
-    for query, (height, width) in enumerate(_windows(batch.x0, queries, share)):
-        now = tracker.now
-        batch = now.batch
-        draws = _Draws(batch, generator)
-        if query == 0:
-            moved = _first(batch, loop.norm, draws)
-        elif loop.norm == "linf":
-            moved = _recoloured(batch, x, height, width, draws)
+    lowest = torch.full(batch.rows.shape, -torch.inf, dtype=torch.float64, device=batch.x0.device)
+    climb = _Climb(loop, tracker, batch.x0, lowest)
+    windows = list(_windows(batch.x0, queries, share))
+    query, rate = 0, 1.0
+    while query < queries:
+        together = _together(len(tracker.now), rate, loop.network.largest)
+        alike = 1
+        while alike < min(together, queries - query) and windows[query + alike] == windows[query]:
+            alike += 1
+        draws = [_Draws(tracker.now.batch, generator) for _ in range(alike)]
+        if alike == 1:
+            accepted = climb.query(windows[query], draws[0], first=query == 0)
         else:
-            moved = _shifted(batch, x, height, width, loop.norm, draws)
-        now.x = ops.project_(moved, batch.x0, eps=batch.eps, norm=loop.norm, bounds=batch.bounds)
-        _, _, judgement = loop.forward(batch, now.x, now.record, gradient=False)
-        tracker.save(judgement.better)
-        losses = judgement.loss.double()
-        x = torch.where(per_sample(losses > accepted, x), now.x, x)
-        accepted = torch.where(losses > accepted, losses, accepted)
-        unfinished = tracker.unfinished(query)
+            accepted = climb.query_together(windows[query], draws)
+        if loop.network.largest > len(tracker.now):  # else there is no room, and a GPU is not to wait
+            share = float(accepted.float().mean()) / alike
+            rate += min(alike / _MEMORY, 1.0) * (share - rate)
+        query += alike
+        unfinished = tracker.unfinished(query - 1 if alike == 1 else 0)
         if unfinished is not None:
             if len(unfinished) == 0:
                 break
             tracker.drop(unfinished)
-            x, accepted = take(x, unfinished), accepted[unfinished]
+            climb.keep(unfinished)
     return tracker.finish()
+
+
+def _together(images: int, rate: float, largest: int) -> int:
+    """How many queries of so many images to propose together, in a batch no larger than the largest so far.
+
+    Each saves what a pass costs whatever its size, and is proposed in vain where one before it is accepted, as happens
+    at the given ``rate``.
+    """
+    room = largest // max(images, 1)
+    if room < 2:
+        return 1
+    best = math.sqrt(2 * _COST / (max(images, 1) * max(rate, 1e-4)))
+    return max(min(round(best), room, _TOGETHER), 1)
+
+
+@dataclass
+class _Climb:
+    """The search's own iterate of each image, which is moved where that increases the loss."""
+
+    loop: AttackLoop
+    tracker: BestTracker
+    x: Tensor  # [K, ...]
+    loss: Tensor  # [K] float64
+
+    def keep(self, kept: Tensor) -> None:
+        """Go on with the images at positions ``kept``, [M] int64."""
+        self.x, self.loss = take(self.x, kept), self.loss[kept]
+
+    def query(self, window: tuple[int, int], draws: "_Draws", *, first: bool) -> Tensor:
+        """Propose one change of each image, and return where it was accepted, [K] bool."""
+        now = self.tracker.now
+        now.x = self._proposed(now.batch, self.x, window, draws, first=first)
+        return self._accept(self.loop.forward(now.batch, now.x, now.record, gradient=False)[2])
+
+    def query_together(self, window: tuple[int, int], draws: list["_Draws"]) -> Tensor:
+        """The same for several queries, all proposed before the first is judged; where one was accepted, [K] bool.
+
+        After a proposal that was accepted those that follow are proposed again, so that what is found is what queries
+        one after another find.
+        """
+        now, count = self.tracker.now, len(self.x)
+        images = torch.arange(count, device=self.x.device)
+        # Of each image the queries from this one on are to be tried.
+        begin = torch.zeros_like(images)
+        anywhere = torch.zeros_like(images, dtype=torch.bool)
+        logits: Tensor | None = None
+        queries = torch.arange(len(draws), device=self.x.device)[:, None]
+        while True:
+            which = (queries >= begin).nonzero()  # [M, 2], by query and image
+            if len(which) == 0:
+                return anywhere
+            rows = which[:, 1]
+            part = now.batch.take(rows)
+            of_rows = _Draws.joined(draws, which[:, 0], rows, part)
+            x = self._proposed(part, take(self.x, rows), window, of_rows, first=False)
+            _, found, judgement = self.loop.forward(part, x, gradient=False)
+            good = judgement.adversarial | (judgement.loss.double() > self.loss[rows])
+            # The first good proposal of each image; where there is none, its last one.
+            at = torch.full_like(begin, len(which)).scatter_reduce(
+                0, rows, torch.where(good, torch.arange(len(which), device=rows.device), len(which)), "amin"
+            )
+            accepted = at < len(which)
+            last = torch.zeros_like(begin).scatter_reduce(0, rows, torch.arange(len(which), device=rows.device), "amax")
+            at = torch.where(accepted, at, last)
+            tried = torch.zeros_like(anywhere).index_fill(0, rows, True)
+            logits = found[at] if logits is None else torch.where(tried[:, None], found[at], logits)
+            now.x = torch.where(per_sample(tried, self.x), x[at], now.x)
+            judgement = self.loop.judged(now.batch, logits, now.record)
+            anywhere |= self._accept(judgement) | accepted
+            # An adversarial image is done.
+            after = which[:, 0][at] + 1
+            begin = torch.where(tried & accepted & ~judgement.adversarial, after, len(draws))
+
+    def _accept(self, judgement: Judgement) -> Tensor:
+        """Save and follow the proposals that are better, and return which are followed, [K] bool."""
+        now = self.tracker.now
+        self.tracker.save(judgement.better)
+        losses = judgement.loss.double()
+        accepted = losses > self.loss
+        self.x = torch.where(per_sample(accepted, self.x), now.x, self.x)
+        self.loss = torch.where(accepted, losses, self.loss)
+        return accepted
+
+    def _proposed(self, batch: Batch, x: Tensor, window: tuple[int, int], draws: "_Draws", *, first: bool) -> Tensor:
+        """``x`` with a change, within ball and box, [K, ...]."""
+        norm = self.loop.norm
+        if first:
+            moved = _first(batch, norm, draws)
+        elif norm == "linf":
+            moved = _recoloured(batch, x, *window, draws)
+        else:
+            moved = _shifted(batch, x, *window, norm, draws)
+        return ops.project_(moved, batch.x0, eps=batch.eps, norm=norm, bounds=batch.bounds)
 
 
 def _windows(x0: Tensor, queries: int, share: float) -> Iterator[tuple[int, int]]:
@@ -165,6 +265,13 @@ class _Draws:
             centre, eps=1.0, bounds=(-math.inf, math.inf), ids=batch.ids, generator=generator
         )
         self.used = 0
+
+    @classmethod
+    def joined(cls, draws: list["_Draws"], queries: Tensor, images: Tensor, batch: Batch) -> "_Draws":
+        """The unused numbers of ``queries`` for ``images``, both [M] int64, whose batch is ``batch``."""
+        out = copy(draws[0])
+        out.batch, out.uniform = batch, torch.stack([d.uniform for d in draws])[queries, images]
+        return out
 
     def next(self, count: int) -> Tensor:
         """The next ``count`` numbers in [-1, 1) for each image, [K, count]."""

@@ -30,6 +30,8 @@ from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
 _AUXILIARY = 4.0
 #: Most pairs of rows whose distance is computed directly.
 _PAIRS = 1 << 12
+#: Largest exponent of two whose square is far from the ends of the range.
+_SQUARES = 400
 #: Depth of nested branches up to which a bound shows its parts.
 _DEEPEST = 100
 
@@ -367,7 +369,14 @@ def _margin(last: Step, totals: dict[Step, float]) -> float:
 
 
 def _largest_distance(rows: Tensor) -> float:
-    """Largest distance of two rows of a matrix [n, m] float64, rounded upwards."""
+    """Largest distance of two rows of a matrix [n, m] float64, rounded upwards; inf beyond the range."""
+    _, exponent = math.frexp(rows.abs().max().item() if rows.numel() else 0.0)
+    if abs(exponent) > _SQUARES:  # squares would leave the range: halved or doubled, which is exact
+        half = exponent // 2
+        rows = rows * 2.0**-half * 2.0 ** (half - exponent)
+        lost = math.sqrt(rows.shape[1]) * torch.finfo(torch.float64).tiny  # what underflows
+        distance = _largest_distance(rows) + lost if exponent > 0 else _largest_distance(rows)
+        return distance * 2.0**half * 2.0 ** (exponent - half)
     squares = rows.square().sum(1)
     products = rows @ rows.mT
     expanded = squares[:, None] + squares - 2.0 * products
