@@ -246,15 +246,14 @@ class BatchedCompositions:
                 continue
             own = self.vectors[i]
             rows = product[targets[i]].unflatten(0, (own.stop - own.start, -1))  # a view: finished in place
-            rows *= op.scale
+            length = None if x_square is None else x_square[own].sqrt()
+            share = rows.new_ones(len(rows)) if length is None else torch.where(length > 0, 1.0 / length, 0.0)
+            rows *= (op.scale * share).to(rows.dtype)[:, None]
             if op.identity:
-                rows += op.identity * x[sources[i]].view_as(rows)
-            if x_square is not None:
-                length = x_square[own].sqrt()
-                rows *= torch.where(length > 0, 1.0 / length, 0.0).to(rows.dtype)[:, None]
-                if previous is not None and previous_square is not None:
-                    other = previous_square[own].sqrt()
-                    shift = torch.where(other > 0, length / other, 0.0).to(rows.dtype)
-                    rows -= shift[:, None] * previous[targets[i]].view_as(rows)
+                rows.addcmul_(x[sources[i]].view_as(rows), (op.identity * share).to(rows.dtype)[:, None])
+            if length is not None and previous is not None and previous_square is not None:
+                other = previous_square[own].sqrt()
+                shift = torch.where(other > 0, length / other, 0.0).to(rows.dtype)
+                rows.addcmul_(previous[targets[i]].view_as(rows), shift[:, None], value=-1)
             square[own] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
         return product, square

@@ -37,16 +37,17 @@ _EPS = torch.finfo(torch.float64).eps
 _GRID_SHARE, _SEARCH_SHARE = 0.3, 0.03
 #: Steps after which it is asked whether the wave is close enough to the vector sought, the most of them, and products
 #: to find the largest block.
-_REFINED, _MOST_REFINED, _PRODUCTS = 6, 24, 8
+_REFINED, _MOST_REFINED, _PRODUCTS = 6, 48, 8
 #: Share of the width asked for that the rounding of float32 may cost, and the least side of blocks that gain by it.
 _ROUNDING_SHARE, _NARROW_SIDE = 0.4, 16
 #: Complex numbers of blocks that are in memory at once.
 _ENTRIES = 1 << 21
-#: Least pixels per axis: below, the ring's norm is above the operator's by more than the iteration's interval is wide.
-_LEAST_SIZE = 20
-#: Multiplications of an iteration's steps and of a factorisation that take the same time, and such of either that take
-#: as long as a call.
-_SLOWER, _CALL = 8.0, 1e7
+#: Least pixels per axis, and that many times the root of the width asked for: on smaller inputs the norm of the ring is
+#: above the operator's by more than an iteration's bound would be.
+_LEAST_SIZE, _LEAST_PER_WIDTH = 12, 2.0
+#: Multiplications of an iteration in the time of one of a factorisation, and of one of the coefficients' products; and
+#: those of a factorisation that take as long as a call.
+_SLOWER, _SLOWER_PRODUCT, _CALL = 8.0, 2.5, 1e7
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ def takes_symbol(op: Operator, options: NormOptions) -> bool:
 
 def _plan(op: Operator, options: NormOptions) -> _Plan | None:
     rings = ring_sizes(op) if op.kernel and op.weight.device.type == "cpu" else []
-    if not rings or min(op.input_size) < _LEAST_SIZE:
+    if not rings or min(op.input_size) < max(_LEAST_SIZE, _LEAST_PER_WIDTH / math.sqrt(options.rtol)):
         return None
     exact = tuple(m // s for m, s in zip(rings[0], op.stride, strict=True))
     taps = tuple(-(-e // s) for e, s in zip(op.extent, op.stride, strict=True))
@@ -132,8 +133,8 @@ def _pays(op: Operator, options: NormOptions, grid: Sequence[int], taps: Sequenc
     blocks = op.groups * math.prod(grid[:-1]) * (grid[-1] // 2 + 1)
     lags = 0.5 * math.prod(2 * k - 1 for k in taps)
     factorised = blocks * (side**3 + 30.0 * side**2 + 2.0 * lags * side**2 + 100.0)
-    products = lags * math.prod(taps) * op.weight.numel() * side
-    return _SLOWER * (factorised + products + _CALL) < iterated and products < iterated
+    products = 0.5 * math.prod(taps) * op.weight.numel() * side
+    return _SLOWER * (factorised + _CALL) + _SLOWER_PRODUCT * products < iterated
 
 
 def _phases(op: Operator, taps: Sequence[int], smaller_in: bool) -> _Phases:
