@@ -160,6 +160,28 @@ def _local_bounds(rows: list[Row]) -> str:
     return markdown(head, body)
 
 
+def _lipschitz(rows: list[Row]) -> str:
+    other = {(r["model"], r["size"]): r for r in rows if r["build"] == "other"}
+    body = []
+    for r in rows:
+        if r["build"] != "this":
+            continue
+        before = other.get((r["model"], r["size"]), {})
+        body.append(
+            (
+                f"{r['model']}, {r['size']}×{r['size']}, {r['domain']}",
+                f"{float(r['log10_upper']):.2f}" if r["log10_upper"] else r["note"],
+                number(r["cpu_seconds"]),
+                number(r["MiB"]),
+                number(r["model_MiB"]),
+                number(before.get("cpu_seconds", "")),
+                number(before.get("MiB", "")),
+            )
+        )
+    head = ("", "log10 bound", "CPU s", "MiB beside the model", "MiB with the model", "CPU s before", "MiB before")
+    return markdown(head, body)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "pgd_step_cpu": _pgd_step,
     "layer_norms_cpu": _layer_norms,
@@ -168,6 +190,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "strength_norms": _strength_norms,
     "chain_bounds_cpu": _chain_bounds,
     "local_bounds_cpu": _local_bounds,
+    "lipschitz_cpu": _lipschitz,
 }
 
 
