@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._operators.composed import AnyOperator, Composed
+from fastlip.norms._operators.composed import AnyOperator
 from fastlip.norms._operators.operator import Operator, compute_frobenius
 from fastlip.norms._operators.trim import as_applied, flatten
 from fastlip.norms._options import ResolvedOptions
@@ -37,7 +37,7 @@ def _intervals(ops: Sequence[AnyOperator], options: ResolvedOptions) -> Iterator
     applied = [as_applied(op) if isinstance(op, Operator) else op for op in ops]
     compute_frobenius(op for op in applied if isinstance(op, Operator))
     for index, op in enumerate(applied):
-        if isinstance(op, Composed):
+        if not isinstance(op, Operator):
             iterated[index], exponents[index] = op, 0
             continue
         if op.frobenius == 0.0:
