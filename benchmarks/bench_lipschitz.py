@@ -69,6 +69,7 @@ sys.path.append({benchmarks!r})
 import torch
 import _zoo_models
 import fastlip
+assert fastlip.__file__.startswith({root!r}), fastlip.__file__
 fastlip.lipschitz_bound
 torch.set_num_threads({threads})
 _zoo_models.prepare({family!r})
@@ -93,9 +94,12 @@ else:
 
 def measure(case: Case, root: Path, threads: int, limit: int) -> dict[str, Any]:
     """A row of one network, computed by the build under ``root`` in at most ``limit`` CPU seconds."""
-    code = _CODE.format(**case._asdict(), benchmarks=str(Path(__file__).parent), threads=threads, limit=limit)
+    code = _CODE.format(
+        **case._asdict(), root=str(root), benchmarks=str(Path(__file__).parent), threads=threads, limit=limit
+    )
     shared = os.environ | {"PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=shared, check=False)
+    # With -P the folder that this runs in does not come before the build.
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=shared, check=False)
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return {"note": f"no bound within {limit} CPU seconds"}
     if done.returncode:
