@@ -77,15 +77,15 @@ def test_a_peak_between_two_frequencies_of_a_coarse_grid(always: None) -> None:
     assert exact <= interval.upper
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_any_scale_and_an_empty_tap(scale: float) -> None:
+def test_any_scale_and_an_empty_tap() -> None:
     weight = drawn(32, 32, 3, 3).double()
     weight[:, :, 0] = 0.0
-    interval = conv_norm(weight * scale, 48, padding=1)
-    assert interval.method == "ring"
-    reference = conv_norm(weight, 48, padding=1, method="lanczos", generator=torch.Generator().manual_seed(0))
-    assert interval.lower <= reference.upper * scale
-    assert reference.lower * scale <= interval.upper
+    reference = conv_norm(weight, 40, padding=1, method="lanczos", generator=torch.Generator().manual_seed(0))
+    for scale in (1e-30, 1.0, 1e30):
+        interval = conv_norm(weight * scale, 40, padding=1)
+        assert interval.method == "ring"
+        assert interval.lower <= reference.upper * scale
+        assert reference.lower * scale <= interval.upper
 
 
 def test_what_takes_less_time_is_tried() -> None:
