@@ -62,6 +62,12 @@ def lengths(x: Tensor, x0: Tensor, norm: Norm) -> Tensor:
     return torch.linalg.vector_norm((x.double() - x0.double()).flatten(1), ORDER[norm], dim=1)
 
 
+def median(values: Tensor) -> float:
+    """The median of [N] numbers, between the two in the middle where N is even; torch's own is the lower one."""
+    ordered = values.double().sort().values
+    return ((ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2).item()
+
+
 @torch.no_grad()
 def decisions(model: nn.Module, images: Tensor, size: int = 250) -> Tensor:
     """The model's classes, [N] int64, in batches of one size."""
@@ -228,7 +234,7 @@ def norms(args: argparse.Namespace) -> None:
             row = key | {"what": name, "images": len(x)}
             row |= {"forward": passes.forward / len(x), "backward": passes.backward / len(x)}
             row |= {"found": int(wrong.sum()), "lost": int((wrong & ~alone).sum())}
-            row |= {"median": found.median().item(), "mean": found[found.isfinite()].mean().item()}
+            row |= {"median": median(found), "mean": found[found.isfinite()].mean().item()}
             for number, length in zip(numbers, found.tolist(), strict=True):
                 each.add((each.find(key | {"image": number}) or {}) | key | {"image": number, name: length})
             out.add(row | {"wall_s": wall, "cpu_s": cpu})
@@ -243,11 +249,11 @@ def norms(args: argparse.Namespace) -> None:
         table = [r for r in each.rows if all(str(r[k]) == str(v) for k, v in key.items())]
         found = {r["what"]: torch.tensor([float(t[r["what"]]) for t in table], dtype=torch.float64) for r in rows}
         others = [name for name in found if not name.startswith("fastlip")]
-        least = min((found[name].median().item() for name in others), default=math.nan)
+        least = min((median(found[name]) for name in others), default=math.nan)
         for row in rows:
             mine, rivals = found[row["what"]], [found[name] for name in others if name != row["what"]]
             nearest = torch.stack(rivals).amin(0) if rivals else torch.full_like(mine, torch.nan)
-            row |= {"x_median": float(row["median"]) / least, "wins": int((mine <= nearest).sum())}
+            row |= {"x_median": median(mine) / least, "wins": int((mine <= nearest).sum())}
             row |= {"within_1%": int((mine <= 1.01 * nearest).sum())}
         out.rewrite()
         return rows

@@ -129,6 +129,21 @@ def _strength_norms(rows: list[Row]) -> str:
     return markdown(("", "median", "mean", "median × best peer's", "least of all", "found", "CPU s"), body)
 
 
+def _attackbench(rows: list[Row]) -> str:
+    body = [
+        (
+            f"{r['network']}, {r['norm']}: {r['what']}",
+            f"{r['found']} of {r['images']}",
+            r["median"],
+            r["optimality"],
+            f"{float(r['forward']):.0f} + {float(r['backward']):.0f}",
+            number(r["cpu_s"]),
+        )
+        for r in rows
+    ]
+    return markdown(("", "found", "median", "optimality", "passes of an image", "CPU s"), body)
+
+
 def _chain_bounds(rows: list[Row]) -> str:
     body = [
         (
@@ -182,6 +197,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "attacks_cpu": _attacks,
     "strength_suites": _strength_suites,
     "strength_norms": _strength_norms,
+    "attackbench_cpu": _attackbench,
     "chain_bounds_cpu": _chain_bounds,
     "joined_parts_cpu": _joined_parts,
     "local_bounds_cpu": _local_bounds,

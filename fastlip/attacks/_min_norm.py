@@ -146,8 +146,18 @@ def min_norm(
     Raises:
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> smallest = attacks.min_norm(model, images, labels, norm="l2")
+        >>> print(smallest.distance, smallest.found)
     """
-    inputs, labels, targets, _, bounds = check_call(
+    inputs, labels, targets, _, bounds, norm = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, fast=fast,
         precision=precision,
     )  # fmt: skip
@@ -171,6 +181,7 @@ def min_norm(
         search = _Search(inputs, limit, active)
         estimate, wrong = _first_radius(loop, batch)
         search.begin(estimate, wrong)
+        loop.misclassified = int(wrong.sum())
         loop.loss = loss
         if method != "search" and len(rows := search.rows()) > 0:
             part, originals = batch.take(rows), take(search.inputs, rows)
@@ -188,7 +199,7 @@ def min_norm(
             success, found = _pull_back(loop, found, originals, part)
             search.update(rows, success, found, distance(found, originals, norm), tolerance)
         _make_firm(loop, search, batch)
-    loop.warn_of_not_finite("min_norm", stacklevel=4)
+    loop.warn("min_norm", aimed=targets is not None or criterion is not None, stacklevel=4)
     return MinNormResult(
         adversarial=search.best, distance=search.high, found=search.high.isfinite(), searched=search.low
     )

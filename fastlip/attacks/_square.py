@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_call, count, number, radius
+from fastlip.attacks._arguments import check_call, count, number, radius, warn_of_wide
 from fastlip.attacks._batch import Batch, new_batch, per_sample, take
 from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._distance import ORDER
@@ -25,10 +25,10 @@ from fastlip.ops import Bounds, Judgement, Norm, PerSample
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 #: The power with which a bump decays from its centre.
 _FALL_OFF = {"l2": 2.0, "l1": 4.0}
-#: Queries proposed together at most, and what a pass costs whatever its size, in images.
-_TOGETHER, _COST = 16, 8
-#: Queries over which the share of accepted proposals is averaged.
-_MEMORY = 50
+#: Queries of an image proposed together at most, and what a pass costs whatever its size, in images.
+_TOGETHER, _COST = 16, 25
+#: Queries after which all images wait for each other, and over which the share of accepted proposals is averaged.
+_SPAN, _MEMORY = 50, 50
 #: Tiles along an image's shorter side in the first iterate of "l2" and "l1".
 _TILES = 5
 
@@ -84,8 +84,17 @@ def square(
     Raises:
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> adversarial = attacks.square(model, images, labels, eps=8 / 255, queries=100)
     """
-    inputs, labels, targets, ids, bounds = check_call(
+    inputs, labels, targets, ids, bounds, norm = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip
@@ -96,6 +105,7 @@ def square(
     check_criterion(criterion)
     grid = grid_of(quantize, inputs, bounds)
     eps = radius(eps, "eps", inputs, finite="for square, whose first steps reach the surface of the ball")
+    warn_of_wide(eps, norm, inputs, bounds)
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network, torch.no_grad():
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=0.0, bounds=bounds, ids=ids, active=active)
         loop = AttackLoop(network, inputs, norm=norm, loss=loss, grid=grid, criterion=criterion)
@@ -104,6 +114,7 @@ def square(
             if len(batch) == 0:
                 break
             batch = _run(loop, batch, queries, share, generator)
+    loop.warn("square", aimed=targets is not None or criterion is not None)
     return loop.result
 
 
@@ -116,17 +127,16 @@ def _run(loop: AttackLoop, batch: Batch, queries: int, share: float, generator: 
     query, rate = 0, 1.0
     while query < queries:
         together = _together(len(tracker.now), rate, loop.network.largest)
-        alike = 1
-        while alike < min(together, queries - query) and windows[query + alike] == windows[query]:
+        alike, most = 1, min(_SPAN, queries - query) if together > 1 else 1
+        while alike < most and windows[query + alike] == windows[query]:
             alike += 1
         draws = [_Draws(tracker.now.batch, generator) for _ in range(alike)]
         if alike == 1:
             accepted = climb.query(windows[query], draws[0], first=query == 0)
         else:
-            accepted = climb.query_together(windows[query], draws)
+            accepted = climb.query_together(windows[query], draws, together)
         if loop.network.largest > len(tracker.now):  # else there is no room, and a GPU is not to wait
-            share = float(accepted.float().mean()) / alike
-            rate += min(alike / _MEMORY, 1.0) * (share - rate)
+            rate += min(alike / _MEMORY, 1.0) * (float(accepted.double().mean()) / alike - rate)
         query += alike
         unfinished = tracker.unfinished(query - 1 if alike == 1 else 0)
         if unfinished is not None:
@@ -164,49 +174,48 @@ class _Climb:
         self.x, self.loss = take(self.x, kept), self.loss[kept]
 
     def query(self, window: tuple[int, int], draws: "_Draws", *, first: bool) -> Tensor:
-        """Propose one change of each image, and return where it was accepted, [K] bool."""
+        """Propose one change of each image, and return how many were accepted, [K]."""
         now = self.tracker.now
         now.x = self._proposed(now.batch, self.x, window, draws, first=first)
         return self._accept(self.loop.forward(now.batch, now.x, now.record, gradient=False)[2])
 
-    def query_together(self, window: tuple[int, int], draws: list["_Draws"]) -> Tensor:
-        """The same for several queries, all proposed before the first is judged; where one was accepted, [K] bool.
+    def query_together(self, window: tuple[int, int], draws: list["_Draws"], together: int) -> Tensor:
+        """The same for many queries, of which each pass takes the next few of every image; how many were accepted, [K].
 
-        After a proposal that was accepted those that follow are proposed again, so that what is found is what queries
-        one after another find.
+        An image goes on after its first proposal that is accepted, so that what is found is what queries one after
+        another find.
         """
-        now, count = self.tracker.now, len(self.x)
-        images = torch.arange(count, device=self.x.device)
-        # Of each image the queries from this one on are to be tried.
-        begin = torch.zeros_like(images)
-        anywhere = torch.zeros_like(images, dtype=torch.bool)
+        now, record = self.tracker.now, self.tracker.now.record
+        uniform = torch.stack([d.uniform for d in draws])  # by query and image
+        ahead = torch.arange(together, device=self.x.device)[:, None]
+        # Of each image the query to go on with, and how many were accepted.
+        at = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
+        count = torch.zeros_like(at)
         logits: Tensor | None = None
-        queries = torch.arange(len(draws), device=self.x.device)[:, None]
-        while True:
-            which = (queries >= begin).nonzero()  # [M, 2], by query and image
-            if len(which) == 0:
-                return anywhere
+        while len(which := (at + ahead < len(draws)).nonzero()) > 0:
             rows = which[:, 1]
+            queries, order = at[rows] + which[:, 0], torch.arange(len(rows), device=rows.device)
             part = now.batch.take(rows)
-            of_rows = _Draws.joined(draws, which[:, 0], rows, part)
-            x = self._proposed(part, take(self.x, rows), window, of_rows, first=False)
+            x = self._proposed(part, take(self.x, rows), window, draws[0].replaced(uniform[queries, rows], part))
             _, found, judgement = self.loop.forward(part, x, gradient=False)
-            good = judgement.adversarial | (judgement.loss.double() > self.loss[rows])
+            good = judgement.loss.double() > self.loss[rows]
+            if record is not None:
+                known = record.succeeded if record.unconfirmed is None else record.succeeded | record.unconfirmed
+                good |= judgement.adversarial & ~known[rows]
             # The first good proposal of each image; where there is none, its last one.
-            at = torch.full_like(begin, len(which)).scatter_reduce(
-                0, rows, torch.where(good, torch.arange(len(which), device=rows.device), len(which)), "amin"
-            )
-            accepted = at < len(which)
-            last = torch.zeros_like(begin).scatter_reduce(0, rows, torch.arange(len(which), device=rows.device), "amax")
-            at = torch.where(accepted, at, last)
-            tried = torch.zeros_like(anywhere).index_fill(0, rows, True)
-            logits = found[at] if logits is None else torch.where(tried[:, None], found[at], logits)
-            now.x = torch.where(per_sample(tried, self.x), x[at], now.x)
-            judgement = self.loop.judged(now.batch, logits, now.record)
-            anywhere |= self._accept(judgement) | accepted
-            # An adversarial image is done.
-            after = which[:, 0][at] + 1
-            begin = torch.where(tried & accepted & ~judgement.adversarial, after, len(draws))
+            first = torch.full_like(at, len(rows)).scatter_reduce(0, rows, order.masked_fill(~good, len(rows)), "amin")
+            accepted = first < len(rows)
+            chosen = torch.where(accepted, first, torch.zeros_like(at).scatter_reduce(0, rows, order, "amax"))
+            tried = torch.zeros_like(accepted).index_fill(0, rows, True)
+            logits = found[chosen] if logits is None else torch.where(tried[:, None], found[chosen], logits)
+            now.x = torch.where(per_sample(tried, self.x), x[chosen], now.x)
+            judgement = self.loop.judged(now.batch, logits, record)
+            self._accept(judgement)
+            count += accepted
+            at = torch.where(tried, queries[chosen] + 1, at)
+            if self.loop.network.exact:  # else the model has yet to be asked
+                at.masked_fill_(accepted & judgement.adversarial, len(draws))
+        return count
 
     def _accept(self, judgement: Judgement) -> Tensor:
         """Save and follow the proposals that are better, and return which are followed, [K] bool."""
@@ -218,7 +227,9 @@ class _Climb:
         self.loss = torch.where(accepted, losses, self.loss)
         return accepted
 
-    def _proposed(self, batch: Batch, x: Tensor, window: tuple[int, int], draws: "_Draws", *, first: bool) -> Tensor:
+    def _proposed(
+        self, batch: Batch, x: Tensor, window: tuple[int, int], draws: "_Draws", *, first: bool = False
+    ) -> Tensor:
         """``x`` with a change, within ball and box, [K, ...]."""
         norm = self.loop.norm
         if first:
@@ -266,11 +277,10 @@ class _Draws:
         )
         self.used = 0
 
-    @classmethod
-    def joined(cls, draws: list["_Draws"], queries: Tensor, images: Tensor, batch: Batch) -> "_Draws":
-        """The unused numbers of ``queries`` for ``images``, both [M] int64, whose batch is ``batch``."""
-        out = copy(draws[0])
-        out.batch, out.uniform = batch, torch.stack([d.uniform for d in draws])[queries, images]
+    def replaced(self, uniform: Tensor, batch: Batch) -> "_Draws":
+        """The same with other numbers, of which none was used, for ``batch``."""
+        out = copy(self)
+        out.batch, out.uniform = batch, uniform
         return out
 
     def next(self, count: int) -> Tensor:

@@ -96,6 +96,14 @@ def local_lipschitz_bounds(
     Raises:
         TypeError: the model is not a module.
         ValueError: an argument is wrong; or as for :func:`lipschitz_bound` and :func:`local_lipschitz`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> local = fastlip.lipschitz.local_lipschitz_bounds(model, torch.rand(4, 6), radius=0.05)
+        >>> print(local.lower, local.upper)
     """
     if not x.is_floating_point() or x.dim() < 2:
         raise ValueError(f"x must be a floating-point batch [B, ...], got {x.dtype} of shape {list(x.shape)}")

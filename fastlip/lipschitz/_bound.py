@@ -1,14 +1,18 @@
 """A sound upper bound on the Lipschitz constant of a whole network."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import reduce
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from fastlip._figures import axes_or_new
+from fastlip._json import reading
+from fastlip._pages import fragment_if_possible, page
 from fastlip.lipschitz._combinations import Combination, Sum
 from fastlip.lipschitz._composition import Tighter, joined_parts, step_total
 from fastlip.lipschitz._counterexamples import refute, require_bounded
@@ -63,12 +67,25 @@ class Part:
         """The part as plain Python values."""
         result: dict[str, Any] = {"name": self.name, "kind": self.kind, "log10_factor": self.log10_factor}
         if self.norm is not None:
-            result |= {"lower": self.norm.lower, "upper": self.norm.upper, "confidence": self.norm.confidence}
+            result |= asdict(self.norm)
         if self.sizes:
             result["sizes"] = list(self.sizes)
         if self.branches:
             result["branches"] = [[part.to_dict() for part in branch] for branch in self.branches]
         return result
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Part":
+        """The part that :meth:`to_dict` gave."""
+        names = [f.name for f in fields(NormInterval)]
+        return cls(
+            data["name"],
+            data["kind"],
+            data["log10_factor"],
+            NormInterval(*(data[name] for name in names)) if "upper" in data else None,
+            tuple(tuple(map(cls.from_dict, branch)) for branch in data.get("branches", ())),
+            tuple(data.get("sizes", ())),
+        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,15 @@ class LipschitzBound:
         log10_plain: log10 of the bound with skip + branch for every residual block.
         seed: seed of the random start vectors, None if none were drawn.
         domain: the set of inputs between which the bound holds.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> bound = fastlip.lipschitz_bound(model, (6,))
+        >>> for part in bound.parts:
+        ...     print(part.name, part.log10_factor)
+        >>> again = fastlip.LipschitzBound.from_json(bound.to_json())
     """
 
     log10_upper: float
@@ -116,10 +142,69 @@ class LipschitzBound:
             "parts": [part.to_dict() for part in self.parts],
         }
 
+    def to_json(self) -> str:
+        """``to_dict``, with the whole domain, as indented JSON."""
+        return json.dumps(self.to_dict() | {"domain": self.domain.to_state()}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "LipschitzBound":
+        """The bound that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: ``text`` is no such bound.
+        """
+        with reading(cls):
+            data = json.loads(text)
+            names = [f.name for f in fields(cls)]
+            read: dict[str, Any] = {
+                "parts": tuple(map(Part.from_dict, data["parts"])),
+                "domain": Domain.from_state(data["domain"]),
+            }
+            return cls(**{name: read.get(name, data[name]) for name in names})
+
+    def to_html(self, title: str = "Upper Lipschitz constant") -> str:
+        """A self-contained page with this heading: the bound and a row for each of its parts.
+
+        Raises:
+            ImportError: Jinja2 is not installed.
+        """
+        return page("bound.html", title, **self._shown())
+
+    def _repr_html_(self) -> str | None:
+        return fragment_if_possible("bound.html", **self._shown())
+
+    def _shown(self) -> dict[str, Any]:
+        """The values of the template."""
+        rows = list(_rows(self.parts, 0))
+        longest = max((row["log10"] for row in rows if math.isfinite(row["log10"])), default=0.0)
+        for row in rows:
+            row["share"] = min(max(100.0 * row["log10"] / longest, 0.0), 100.0) if longest > 0.0 else 0.0
+        return {"bound": self, "rows": rows, "shown": _show, "chance": self._chance}
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw log10 of the factors from input to output, and return matplotlib's axes.
+
+        Args:
+            axes: where to draw; a new figure if None.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        axes = axes_or_new(axes, (7.0, 0.6 + 0.22 * max(len(self.parts), 3)))
+        places = range(len(self.parts))
+        axes.barh(places, [part.log10_factor for part in self.parts])
+        axes.set_yticks(places, [f"{part.name} ({part.kind})" for part in self.parts])
+        axes.invert_yaxis()
+        axes.set_xlabel("log10 of the factor")
+        return axes
+
+    @property
+    def _chance(self) -> str:
+        return "certain" if self.confidence == 1.0 else f"confidence 1 - {1.0 - self.confidence:.2g}"
+
     def __str__(self) -> str:
-        chance = "certain" if self.confidence == 1.0 else f"confidence 1 - {1.0 - self.confidence:.2g}"
         where = f" {self.domain}" if self.domain.restricted else ""
-        head = f"L2 Lipschitz constant{where} at most {_show(self.log10_upper)} ({chance})"
+        head = f"L2 Lipschitz constant{where} at most {_show(self.log10_upper)} ({self._chance})"
         tail = f"skip + branch {_show(self.log10_plain)}; plain product of layer norms {_show(self.log10_product)}"
         return "\n".join([head, *_lines(self.parts, 1), tail])
 
@@ -179,6 +264,15 @@ def lipschitz_bound(
         TypeError: the model is not a module.
         ValueError: an argument is wrong, the model cannot be traced or run, something in it has no rule or no bound, or
             the model does something other than its traced graph; the message says what.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> bound = fastlip.lipschitz_bound(model, (6,))
+        >>> print(bound.upper)
+        >>> near = fastlip.lipschitz_bound(model, (6,), around=torch.rand(6), radius=0.1)
     """
     chosen = chosen_options("lipschitz_bound", options, keywords)
     bare, shape = bare_model(model), checked_shape(input_shape)
@@ -218,6 +312,12 @@ def require_rules(
     Raises:
         TypeError: the model is not a module.
         ValueError: as for :func:`lipschitz_bound`; a bound that norms alone show to be wrong is not noticed here.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> fastlip.lipschitz.require_rules(model, (6,))  # raises where there is no bound
     """
     bare, shape = bare_model(model), checked_shape(input_shape)
     domain = domain_of(shape, bounds, around, radius)
@@ -433,6 +533,16 @@ class _PartTree:
         if not math.isfinite(self._totals[step]) or (stop is not None and self._order[first] < self._order[stop]):
             return False
         return not (isinstance(step.factor, Combination) and origin_of(step, self._order) is first)
+
+
+def _rows(parts: tuple[Part, ...], depth: int) -> Iterator[dict[str, Any]]:
+    """The lines of a table of parts: what each is, how deep it is nested, and log10 of its factor."""
+    for part in parts:
+        yield {"depth": depth, "name": part.name, "kind": part.kind, "log10": part.log10_factor}
+        for branch in part.branches:
+            total = sum(p.log10_factor for p in branch)
+            yield {"depth": depth + 1, "name": "branch", "kind": "", "log10": total}
+            yield from _rows(branch, depth + 2)
 
 
 def _lines(parts: tuple[Part, ...], depth: int) -> Iterator[str]:

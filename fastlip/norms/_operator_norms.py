@@ -26,6 +26,12 @@ def operator_norms(
         TypeError: ``ops`` are no operators, or an option is of the wrong type; the message names it.
         ValueError: an option is wrong, a weight holds NaN or infinite values, or the method does not apply to one of
             the operators.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> ops = [fastlip.norms.conv_operator(torch.randn(4, 3, 3, 3), size, padding=1) for size in (8, 16)]
+        >>> small, large = fastlip.norms.operator_norms(ops, rtol=0.05)
     """
     chosen = chosen_options("operator_norms", options, keywords)
     if not isinstance(ops, Sequence) or not all(isinstance(op, AnyOperator) for op in ops):

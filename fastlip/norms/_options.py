@@ -41,6 +41,12 @@ class NormOptions:
     Raises:
         TypeError: a field is of the wrong type; the message names it.
         ValueError: a field's value is out of range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> options = fastlip.NormOptions(rtol=1e-3, generator=torch.Generator().manual_seed(0))
+        >>> print(fastlip.conv_norm(torch.randn(4, 3, 3, 3), 8, options=options))
     """
 
     rtol: float = 1e-2
@@ -138,6 +144,11 @@ def memory_for(given: int | None, tensors: Iterable[Tensor]) -> int:
     """``given``, or the default for the device of these tensors: 2 GiB, on a GPU half of what is free there.
 
     A GPU gains from iterating as many operators at once as fit, since it launches and waits once for all of them.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> print(fastlip.norms.memory_for(None, [torch.zeros(1)]))
     """
     if given is not None:
         return given

@@ -170,7 +170,7 @@ def with_room(model, inputs, **options):
     ],
 )
 def test_queries_together_find_what_queries_in_turn_find(cnn_problem, norm, options):
-    """In fewer calls of the model, and at the price of few more images in them."""
+    """In fewer calls of the model, at the price of more images in all."""
     model, inputs, labels = cnn_problem
     inputs = 0.9 * inputs[:3]
     with torch.no_grad():
@@ -184,9 +184,9 @@ def test_queries_together_find_what_queries_in_turn_find(cnn_problem, norm, opti
         found[name] = attacks.square(network, inputs, labels, generator=gen(), **call)
         hook.remove()
     torch.testing.assert_close(found["together"], found["in turn"], rtol=0, atol=0)
-    assert len(sizes["together"]) < 0.8 * len(sizes["in turn"])
+    assert len(sizes["together"]) < 0.6 * len(sizes["in turn"])
     assert max(sizes["together"]) <= 64
-    assert sum(sizes["together"]) < 2 * sum(sizes["in turn"])
+    assert sum(sizes["together"]) < 2.5 * sum(sizes["in turn"])
 
 
 def test_queries_together_follow_a_copy_and_ask_the_model(cnn_problem):

@@ -25,7 +25,7 @@ def test_every_table_that_the_page_shows_is_made(tables, tmp_path):
         assert "\n| --- |" in (tmp_path / name).read_text().replace("|---|", "| --- |"), name
 
 
-@pytest.mark.parametrize("name", ["strength_suites", "strength_norms"])
+@pytest.mark.parametrize("name", ["strength_suites", "strength_norms", "attackbench_cpu"])
 def test_a_table_has_a_line_for_each_row(tables, tmp_path, name):
     tables.write(tmp_path)
     lines = (tmp_path / f"{name}.md").read_text().splitlines()

@@ -18,6 +18,13 @@ class Composed:
         norms: upper bounds on their norms, which only the rounding terms depend on.
         scale: factor of the product.
         identity: factor of the identity; 0 unless the product maps a space to itself.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> first, second = (fastlip.norms.Operator(torch.eye(4) / 2) for _ in range(2))
+        >>> both = fastlip.norms.Composed((first, second), norms=(0.5, 0.5), identity=1.0)
+        >>> print(fastlip.norms.operator_norms([both])[0])  # of the identity and a fourth of it
     """
 
     parts: tuple[Operator, ...]
