@@ -150,12 +150,28 @@ def _chain_bounds(rows: list[Row]) -> str:
             f"{r['network']}: {r['method']}",
             r["value"],
             number(r["ratio"]),
+            number(r["x_lipsdp"]),
             number(r["cpu_seconds"]),
             number(r["x_plain"]),
         )
         for r in rows
     ]
-    return markdown(("", "constant", "× largest stretch", "CPU s", "CPU time, × plain"), body)
+    head = ("", "constant", "× largest stretch", "× LipSDP, at least", "CPU s", "CPU time, × plain")
+    return markdown(head, body)
+
+
+def _joined_parts(rows: list[Row]) -> str:
+    body = [
+        (
+            f"{r['network']}, {r['size']} × {r['size']}",
+            r["joins"],
+            number(r["log10_independent"]),
+            number(r["log10_upper"]),
+            number(r["times_smaller"]),
+        )
+        for r in rows
+    ]
+    return markdown(("", "joins", "log10 bound, parts independent", "log10 bound", "times smaller"), body)
 
 
 def _local_bounds(rows: list[Row]) -> str:
@@ -183,6 +199,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "strength_norms": _strength_norms,
     "attackbench_cpu": _attackbench,
     "chain_bounds_cpu": _chain_bounds,
+    "joined_parts_cpu": _joined_parts,
     "local_bounds_cpu": _local_bounds,
 }
 

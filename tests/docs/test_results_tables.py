@@ -64,6 +64,25 @@ def test_what_the_readme_says_of_bounds_follows_from_the_rows(tables):
     assert all(value[network, "fastlip"] <= value[network, "ECLipsE-Fast"] for network in five)
 
 
+def test_bounds_of_small_networks_are_as_close_to_the_optimum_as_the_documentation_says(tables):
+    rows = tables.rows_of("chain_bounds_cpu")
+    ours = [r for r in rows if r["method"] == "fastlip"]
+    residual = [r for r in ours if r["network"].startswith("residual")]
+    assert len(ours) - len(residual) == 5
+    assert all(float(r["x_lipsdp"]) <= 1.05 and float(r["x_plain"]) <= 20.0 for r in ours)
+    # A trained convolutional one is further from its largest stretch, as the semidefinite program's optimum is.
+    assert sum(float(r["ratio"]) <= 4.0 for r in residual) >= 5
+    for solved in (r for r in rows if r["method"] == "LipSDP"):
+        assert float(solved["x_lipsdp"]) == pytest.approx(1.0, abs=2e-3)
+        assert solved["how"]
+
+
+def test_disjoint_parts_make_no_bound_larger(tables):
+    rows = tables.rows_of("joined_parts_cpu")
+    assert {r["network"].split("_")[0] for r in rows} >= {"shufflenet", "res2net50"}
+    assert all(float(r["log10_upper"]) < float(r["log10_independent"]) for r in rows)
+
+
 def test_what_the_readme_says_of_speed_follows_from_the_rows(tables):
     readme = " ".join((DOCS.parent / "README.md").read_text().split())
     pgd = [r for r in tables.rows_of("attacks_cpu") if r["attack"] == "pgd-20" and r["threads"] == "1"]

@@ -22,6 +22,13 @@ class Masked:
 
     Raises:
         ValueError: factors are not finite, or do not broadcast to their shape.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> layer = fastlip.norms.conv_operator(torch.randn(4, 3, 3, 3) / 5, 8, padding=1)
+        >>> active = (torch.rand(layer.output_shape) < 0.5).float()
+        >>> print(fastlip.norms.operator_norms([fastlip.norms.Masked(layer, after=active)])[0])
     """
 
     layer: Operator
