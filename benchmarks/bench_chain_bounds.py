@@ -205,7 +205,7 @@ def applied(maps: Mapping[int, Map], outputs: Sequence[Tensor]) -> Tensor:
     return sum((m.matrix @ outputs[j] for j, m in maps.items()), torch.zeros(()))
 
 
-def lipsdp_at_least(network: SlopeNetwork, columns: int = 16, iterations: int = 3000) -> tuple[float, str]:
+def lipsdp_at_least(network: SlopeNetwork, columns: int = 16, iterations: int = 1000) -> tuple[float, str]:
     """||Y V_l||_F of matrices V_0, ..., V_l that satisfy, row by row, all that LipSDP knows of the slopes.
 
     A bound by multipliers is at least that: with X = V V^T, tr(F X) >= 0 for the F of a proof, where the terms of the

@@ -20,7 +20,7 @@ import fastlip
 from fastlip.lipschitz import _bound
 from fastlip.lipschitz._composition import Tighter, joined_parts
 
-MODELS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "swin_t", "res2net50_26w_4s", "ghostnet_100")
+MODELS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "swin_t", "res2net50_26w_4s")
 
 
 def build(name: str) -> torch.nn.Module:

@@ -421,7 +421,7 @@ def _tighten(
         exp10(math.nextafter(plain[block.layers[-1].inputs[0]] - plain[block.origin], math.inf)) for block in blocks
     ]
     finite = [i for i, block in enumerate(blocks) if math.isfinite(plain[block.total]) and math.isfinite(before[i])]
-    requests = {i: block_operators(blocks[i], norms, before[i]) for i in finite}
+    requests = {i: block_operators(blocks[i], norms, before[i], options) for i in finite}
     intervals = iter(operator_norms([needed.operator for ops in requests.values() for needed in ops], options))
     tighter: Tighter = {}
     chances: list[float] = []

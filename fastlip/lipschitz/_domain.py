@@ -175,10 +175,11 @@ def _box(shape: Sequence[int], bounds: tuple[float | Tensor, float | Tensor] | N
 
 def stacked(rows: Sequence[Interval]) -> Interval:
     """The domains of several intervals as one batch."""
-    return Interval(*(torch.cat([getattr(row, name) for row in rows]) for name in ("lower", "upper", "norm")))
+    ends = (torch.cat([getattr(row, name) for row in rows]) for name in ("lower", "upper", "norm"))
+    return Interval.as_stored(*ends)
 
 
 def row(interval: Interval, index: int) -> Interval:
     """One domain of a batch, as a batch of one."""
     at = slice(index, index + 1)
-    return Interval(interval.lower[at], interval.upper[at], interval.norm[at])
+    return Interval.as_stored(interval.lower[at], interval.upper[at], interval.norm[at])

@@ -26,9 +26,10 @@ class NormOptions:
     Attributes:
         rtol: relative width ``upper / lower - 1`` at which an iteration stops; positive and finite.
         confidence: probability that all upper sides of one call hold, where they depend on random start vectors.
-        method: "auto" decomposes small operators and iterates the others. "lanczos" or "power" iterate in any case.
-            With certainty hold "svd" (the dense matrix), "cholesky" (a factorisation of its Gram matrix), "ring" (the
-            circular convolution that this one is part of) and "gram" (Gram iteration on that one; Delattre et al.
+        method: "auto" decomposes small operators, takes convolutions on large inputs as part of a circular one where
+            that takes less time and is narrow enough, and iterates the others. "lanczos" or "power" iterate in any
+            case. With certainty hold "svd" (the dense matrix), "cholesky" (a factorisation of its Gram matrix), "ring"
+            (the circular convolution that this one is part of) and "gram" (Gram iteration on that one; Delattre et al.
             2023). The last two are upper bounds of another operator, loose on small inputs.
         starts: independent random start vectors of an iteration; at least 4 are advisable in float32.
         max_steps: most steps of an iteration; if None 300 for "lanczos" and 2000 for "power".

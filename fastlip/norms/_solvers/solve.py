@@ -10,6 +10,7 @@ from fastlip.norms._options import ResolvedOptions
 from fastlip.norms._solvers.exact import exact_norm
 from fastlip.norms._solvers.iterated import iterated_norms
 from fastlip.norms._solvers.scaling import normalise, rescale
+from fastlip.norms._solvers.symbols import symbol_interval
 
 
 def solve(ops: Sequence[AnyOperator], options: ResolvedOptions) -> list[NormInterval]:
@@ -45,6 +46,8 @@ def _intervals(ops: Sequence[AnyOperator], options: ResolvedOptions) -> Iterator
         fewer_taps = op if options.method in ("svd", "lanczos", "power") else flatten(op)
         scaled, exponent = normalise(fewer_taps)
         interval = exact_norm(scaled, options)
+        if interval is None and options.method == "auto":
+            interval = symbol_interval(scaled, options)
         if interval is None:
             iterated[index], exponents[index] = scaled, exponent
         else:
