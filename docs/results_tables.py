@@ -175,7 +175,6 @@ def _joined_parts(rows: list[Row]) -> str:
 
 
 def _local_bounds(rows: list[Row]) -> str:
-    chosen = [r for r in rows if "cnn" not in r["network"].lower()]  # the peer's rows there are not to be compared
     body = [
         (
             f"{r['network']}, {r['weights']}, {r['norm']} {r['radius']}: {r['method']}",
@@ -184,10 +183,11 @@ def _local_bounds(rows: list[Row]) -> str:
             number(r["over_lower"]),
             number(r["x_fastlip"]),
             number(r["cpu_s_100"]),
+            number(r["x_cpu"]),
         )
-        for r in chosen
+        for r in rows
     ]
-    head = ("", "images", "upper side", "× lower side", "× fastlip's", "CPU s for 100")
+    head = ("", "images", "upper side", "× lower side", "× fastlip's", "CPU s for 100", "CPU, × both sides")
     return markdown(head, body)
 
 

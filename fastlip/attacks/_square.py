@@ -26,7 +26,7 @@ _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 #: The power with which a bump decays from its centre.
 _FALL_OFF = {"l2": 2.0, "l1": 4.0}
 #: Queries of an image proposed together at most, and what a pass costs whatever its size, in images.
-_TOGETHER, _COST = 16, 25
+_TOGETHER, _COST = 16, 15
 #: Queries after which all images wait for each other, and over which the share of accepted proposals is averaged.
 _SPAN, _MEMORY = 50, 50
 #: Tiles along an image's shorter side in the first iterate of "l2" and "l1".

@@ -7,8 +7,8 @@ from typing import Unpack, overload
 
 from torch import nn
 
-from fastlip.norms._interval import NormInterval
-from fastlip.norms._models.collect import DID_NOT_RUN, collect_layers
+from fastlip.norms._interval import DID_NOT_RUN, NormInterval
+from fastlip.norms._models.collect import collect_layers
 from fastlip.norms._models.inputs import checked_shape
 from fastlip.norms._models.weights import require_finite_layers
 from fastlip.norms._models.wrappers import bare_model

@@ -117,3 +117,14 @@ def test_what_the_readme_says_of_speed_follows_from_the_rows(tables):
     rows = [r for r in tables.rows_of("layer_norms_cpu") if r["x_torch_power"]]
     power = [float(r["x_torch_power"]) for r in rows if (r["stem"], r["weights"], r["method"], r["setting"]) == chosen]
     assert any(f"take {v:.2f} of 100 steps of power iteration" in readme for v in power)
+
+
+def test_local_constants_are_compared_on_the_same_images_and_are_bounds(tables):
+    rows = tables.rows_of("local_bounds_cpu")
+    assert len({r["network"] for r in rows if r["network"].startswith("cnn")}) >= 2
+    for row in rows:
+        # Below the lower side that was found in the ball it would be no bound, and compared in vain.
+        assert float(row["over_lower"]) >= 1.0, row
+        assert row["images"] == rows[0]["images"]
+        if row["method"].startswith("auto_LiRPA"):
+            assert float(row["x_fastlip"]) >= 1.0, row

@@ -14,7 +14,7 @@ from typing import Any
 from fastlip._figures import axes_or_new
 from fastlip._json import reading
 from fastlip._pages import fragment_if_possible, page
-from fastlip.norms._interval import NormInterval, confidence_text, width_text
+from fastlip.norms._interval import DID_NOT_RUN, NormInterval, confidence_text, width_text
 
 #: Most weights of one reason that text names; ``left_out`` has all.
 _NAMED = 6
@@ -30,7 +30,7 @@ class NormReport(Mapping[str, NormInterval]):
         confidence: probability that all upper sides hold at once; 1.0 when all are deterministic.
         seed: seed of the random starts, None if nothing was drawn.
         left_out: the weights of the model that no layer of the report accounts for, each with the reason; there is no
-            product then.
+            product unless they did not run.
 
     Example:
         >>> from torch import nn
@@ -60,14 +60,14 @@ class NormReport(Mapping[str, NormInterval]):
     def log10_product_upper(self) -> float | None:
         """log10 of the product of the upper sides: a bound for these layers in sequence, without skips and pooling.
 
-        None where weights are left out: the product of the others says nothing of the model.
+        None where weights that ran are left out: the product of the others says nothing of the model.
         """
-        return None if self.left_out else sum(_log10(interval.upper) for interval in self.values())
+        return None if self._unbounded else sum(_log10(interval.upper) for interval in self.values())
 
     @property
     def log10_product_lower(self) -> float | None:
         """log10 of the product of the lower sides, below which the product of the norms cannot be; None as above."""
-        return None if self.left_out else sum(_log10(interval.lower) for interval in self.values())
+        return None if self._unbounded else sum(_log10(interval.lower) for interval in self.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
@@ -176,12 +176,17 @@ class NormReport(Mapping[str, NormInterval]):
             found[reason].append(name)
         return dict(found)
 
+    @property
+    def _unbounded(self) -> int:
+        """How many weights are left out although the model uses them."""
+        return sum(reason != DID_NOT_RUN for reason in self.left_out.values())
+
     def product(self) -> str:
         """The product in words, or that there is none because weights are left out."""
         low, high = self.log10_product_lower, self.log10_product_upper
         layers = f"{len(self)} layer{'s' * (len(self) != 1)}"
         if low is None or high is None:
-            missing = f"{len(self.left_out)} weight{'s are' if len(self.left_out) > 1 else ' is'}"
+            missing = f"{self._unbounded} weight{'s are' if self._unbounded > 1 else ' is'}"
             return f"no product: {missing} left out beside these {layers}"
         return f"product of {layers}: 10^{low:.3f} to 10^{high:.3f}"
 
