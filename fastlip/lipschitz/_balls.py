@@ -18,6 +18,7 @@ from fastlip.norms import NormOptions
 from fastlip.norms._models.eval_mode import eval_mode, require_eval
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
+from fastlip.ops._checks import checked_norm
 
 #: Elements of the largest tensor of columns.
 _MOST_ELEMENTS = 1 << 25
@@ -59,7 +60,7 @@ def local_lipschitz_bounds(
     x: Tensor,  # [B, ...]
     radius: float | Tensor,
     *,
-    norm: str = "l2",
+    norm: str | float = "l2",
     points: int = 8,
     check: bool = True,
     options: NormOptions | None = None,
@@ -86,7 +87,8 @@ def local_lipschitz_bounds(
         model: as for :func:`lipschitz_bound`; it is not changed.
         x: samples, [B, ...], in the model's dtype and on its device.
         radius: of the balls: one, or one for each sample, [B].
-        norm: norm of the balls, "l2" or "linf". The constants are those of the L2 norm in either case.
+        norm: norm of the balls, "l2" or "linf", or as other libraries spell them. The constants are those of the L2 norm
+            in either case.
         points: points of each ball, the sample included, at which the Jacobian's norm is computed.
         check: whether to compare the traced graph with the model.
         options: how to compute norms, where that is needed; its ``generator`` also draws
@@ -107,7 +109,7 @@ def local_lipschitz_bounds(
     """
     if not x.is_floating_point() or x.dim() < 2:
         raise ValueError(f"x must be a floating-point batch [B, ...], got {x.dtype} of shape {list(x.shape)}")
-    if norm not in _NORMS:
+    if (norm := checked_norm(norm)) not in _NORMS:
         raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
     if points < 1:
         raise ValueError(f"points must be at least 1, got {points}")

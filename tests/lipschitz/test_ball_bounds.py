@@ -266,13 +266,22 @@ def test_products_of_traced_tensors_have_a_constant_on_each_ball():
         ({"radius": -1.0}, "radius"),
         ({"radius": math.nan}, "radius"),
         ({"radius": torch.ones(2)}, "radius"),
-        ({"radius": 0.1, "norm": "l1"}, "norm"),
+        ({"radius": 0.1, "norm": "l1"}, "norm must be one of l2, linf"),
+        ({"radius": 0.1, "norm": 3}, "norm"),
         ({"radius": 0.1, "points": 0}, "points"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         local_lipschitz_bounds(mlp(nn.ReLU(), 4, 4, 2), torch.rand(3, 4), **arguments)
+
+
+@pytest.mark.parametrize(("spelled", "norm"), [(2, "l2"), ("Linf", "linf"), (math.inf, "linf")])
+def test_norms_are_spelled_as_elsewhere(spelled, norm):
+    net, x = mlp(nn.ReLU(), 4, 4, 2), torch.rand(3, 4)
+    bounds = local_lipschitz_bounds(net, x, 0.1, norm=spelled, points=1)
+    assert bounds.norm == norm
+    assert torch.equal(bounds.upper, local_lipschitz_bounds(net, x, 0.1, norm=norm, points=1).upper)
 
 
 def units(seed: int, scale: float = 1.0, error: float = 0.0) -> OpenUnits:
