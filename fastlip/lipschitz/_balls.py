@@ -87,8 +87,8 @@ def local_lipschitz_bounds(
         model: as for :func:`lipschitz_bound`; it is not changed.
         x: samples, [B, ...], in the model's dtype and on its device.
         radius: of the balls: one, or one for each sample, [B].
-        norm: norm of the balls, "l2" or "linf", or as other libraries spell them. The constants are those of the L2 norm
-            in either case.
+        norm: norm of the balls, "l2" or "linf", or as other libraries spell them. The constants are those of the L2
+            norm in either case.
         points: points of each ball, the sample included, at which the Jacobian's norm is computed.
         check: whether to compare the traced graph with the model.
         options: how to compute norms, where that is needed; its ``generator`` also draws
