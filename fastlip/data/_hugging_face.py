@@ -145,6 +145,8 @@ def _splits(name: str) -> dict[str, Any]:
     """The splits of the data set by name."""
     library = hugging_face_datasets()
     folder = Path(name)
+    if name.startswith((".", "/", "~")) and not folder.is_dir():
+        raise FileNotFoundError(f"data set {name}: there is no such folder")
     try:
         with _quiet(library):
             if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):

@@ -38,7 +38,8 @@ def test_an_attack_without_images_has_a_line_too(capsys):
 
 def test_without_tqdm_one_line_says_what_to_install_and_nothing_else_changes(evaluate, capsys, monkeypatch):
     want = evaluate(batch_size=3)
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+    for module in ("tqdm", "tqdm.auto"):  # the second may have been imported by other tests
+        monkeypatch.setitem(sys.modules, module, None)
     found = evaluate(batch_size=3, progress=True)
     shown = capsys.readouterr()
     assert shown.out == ""

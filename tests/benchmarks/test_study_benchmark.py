@@ -37,8 +37,8 @@ def rows(tmp_path, capsys, monkeypatch):
 def test_a_preset_is_predicted_from_its_own_stages(rows, tmp_path):
     training = {(r["kind"], r["how"]): r for r in rows if r["what"] == "training"}
     study, plain = training["scratch", "study"], training["scratch", "plain"]
-    assert float(study["x_plain"]) == pytest.approx(float(plain["ms"]) / float(study["ms"]), rel=1e-3)
-    assert float(study["images_per_s"]) == pytest.approx(4e3 / float(study["ms"]), rel=1e-3)
+    assert float(study["x_plain"]) == pytest.approx(float(plain["ms"]) / float(study["ms"]), rel=2e-3)
+    assert float(study["images_per_s"]) == pytest.approx(4e3 / float(study["ms"]), rel=2e-3)
     assert (study["batch"], study["device_ms"], study["compiled"]) == ("4", "", "False")
 
     full = PRESETS["full"]

@@ -295,6 +295,9 @@ def test_a_broken_image_in_a_data_set(hub, tmp_path):
 def test_a_data_set_that_is_not_there_or_is_something_else(hub, tmp_path):
     with pytest.raises(OSError, match=r"data set nobody/nothing: .*nobody/nothing"):
         data.hugging_face("nobody/nothing")
+    for folder in ("./nowhere", "../nowhere", str(tmp_path / "nowhere"), "~/nowhere"):
+        with pytest.raises(OSError, match=r"nowhere: there is no such folder$"):
+            data.hugging_face(folder)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "a.parquet").write_bytes(b"something else")
     with pytest.raises((OSError, ValueError), match="data set"):
