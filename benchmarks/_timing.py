@@ -99,24 +99,49 @@ def environment(device: str) -> dict[str, str]:
 class Results:
     """A CSV file that holds every row as soon as it was measured, even if the process dies afterwards.
 
-    A file of that name goes at once, so that rows of two runs never mix. A row is put on the disk before the next is
-    measured; where it brings a column of its own, the whole file is written beside itself and takes its place.
+    A file of that name goes at once, so that rows of two runs never mix, unless columns are given (``keys``) by which a
+    row can take the place of an earlier one. A row is put on the disk before the next is measured; where it brings a
+    column of its own or takes a place, the whole file is written beside itself and takes the place of the other.
 
     Attributes:
-        rows: as added, numbers unrounded.
+        rows: as added, numbers unrounded; those of an earlier run as text.
     """
 
-    def __init__(self, path: Path, shared: dict[str, Any] | None = None, digits: int = 4) -> None:
-        """``shared``: columns of every row, last in the file. Numbers keep so many significant ``digits``."""
+    def __init__(
+        self, path: Path, shared: dict[str, Any] | None = None, digits: int = 4, keys: tuple[str, ...] = ()
+    ) -> None:
+        """``shared``: columns of every row, last in the file. Numbers keep so many significant ``digits``.
+
+        ``keys``: columns that name a measurement. An earlier run's rows stay until one of the same name is added.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
         self.path, self.rows = path, list[dict[str, Any]]()
-        self._shared, self._digits = shared or {}, digits
+        self._shared, self._digits, self._keys = shared or {}, digits, keys
         self._columns: list[str] = []
+        self._places: dict[tuple[str, ...], int] = {}
+        if keys and path.exists():
+            with path.open(newline="") as f:
+                self.rows = [dict.fromkeys(self._shared, "") | row for row in csv.DictReader(f)]
+            self._places = {self._name(row): i for i, row in enumerate(self.rows)}
+            self.rewrite()
+        else:
+            path.unlink(missing_ok=True)
+
+    def find(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The row that measures the same as ``row``, by the keys."""
+        place = self._places.get(self._name(row))
+        return None if place is None else self.rows[place]
 
     def add(self, row: dict[str, Any]) -> None:
+        """Write ``row``; where one measures the same, in its place."""
+        name = self._name(row)
+        if self._keys and name in self._places:
+            self.rows[self._places[name]] = row
+            self.rewrite()
+            return
+        self._places[name] = len(self.rows)
         self.rows.append(row)
-        if any(name not in self._columns and name not in self._shared for name in row):
+        if any(column not in self._columns and column not in self._shared for column in row):
             self.rewrite()
         else:
             with self.path.open("a", newline="") as f:
@@ -135,10 +160,15 @@ class Results:
     def _put(self, f: TextIO, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(f, fieldnames=[*self._columns, *self._shared], restval="")
         for row in rows:
-            full = self._shared | row
-            writer.writerow({k: f"{v:.{self._digits}g}" if isinstance(v, float) else v for k, v in full.items()})
+            writer.writerow({k: self._written(v) for k, v in (self._shared | row).items()})
         f.flush()
         os.fsync(f.fileno())
+
+    def _written(self, value: Any) -> Any:
+        return f"{value:.{self._digits}g}" if isinstance(value, float) else value
+
+    def _name(self, row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(self._written(row[key])) for key in self._keys)
 
 
 class Session:

@@ -6,7 +6,8 @@ A step is PGD in Linf (7 steps, cross-entropy, random start) on a batch, while t
 update of the weights on what it found. The networks are a ResNet-18 with a stem for 32x32, from torchvision, and one of
 three small layers, where the loop is a larger part; the images are noise. "plain" is the update alone, without attack.
 Ways take turns, each from the same weights; the rows are medians over ``--repeats`` turns of ``--steps`` steps. CPU
-seconds, which on one thread are seconds, do not count what else the machine does.
+seconds, which on one thread are seconds, do not count what else the machine does. A network's rows take the place of
+those of an earlier run.
 
 fastlip's rows: ``keep="last"`` takes every step on every image, as torchattacks does; the default stops on an image
 once it is misclassified, as most are to begin with here, where labels are random: "falling" tells what that saves.
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=out)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = Results(options.out, environment("cpu"))
+    results = Results(options.out, environment("cpu"), keys=("network", "way"))
     for name in options.network:
         torch.manual_seed(0)
         make = resnet if name == "resnet18" else small

@@ -3,8 +3,8 @@
     FASTLIP_DATA=DIR python benchmarks/bench_strength.py suites plain.safetensors robust.safetensors
     FASTLIP_DATA=DIR python benchmarks/bench_strength.py norms plain.safetensors robust.safetensors
 
-The networks are those of ``train_cnn.py``, the images the first ones of CIFAR-10's test set. Needs ``pyautoattack`` and
-``adv-lib``.
+The networks are those of ``train_cnn.py``, the images those of CIFAR-10's test set from ``--first`` on. Needs
+``pyautoattack`` and ``adv-lib``. What an earlier run has measured on as many images stays and is not measured again.
 
 "suites": AutoAttack's standard version and ``fastlip.attacks.evaluate`` on the same images, one after the other in one
 process: images that each leaves robust, wall and CPU seconds, and the images that only one of the two fools. An image
@@ -62,6 +62,12 @@ def lengths(x: Tensor, x0: Tensor, norm: Norm) -> Tensor:
     return torch.linalg.vector_norm((x.double() - x0.double()).flatten(1), ORDER[norm], dim=1)
 
 
+def median(values: Tensor) -> float:
+    """The median of [N] numbers, between the two in the middle where N is even; torch's own is the lower one."""
+    ordered = values.double().sort().values
+    return ((ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2).item()
+
+
 @torch.no_grad()
 def decisions(model: nn.Module, images: Tensor, size: int = 250) -> Tensor:
     """The model's classes, [N] int64, in batches of one size."""
@@ -93,47 +99,56 @@ def robust_of(model: nn.Module, x: Tensor, images: Tensor, labels: Tensor, norm:
 
 
 def suites(args: argparse.Namespace) -> None:
-    images, labels = (t[: args.images] for t in test_images(os.environ["FASTLIP_DATA"]))
+    images, labels = (t[args.first : args.first + args.images] for t in test_images(os.environ["FASTLIP_DATA"]))
     shared = environment("cpu") | {"pyautoattack": version("pyautoattack")}
-    out = Results(RESULTS / f"{args.name}_suites.csv", shared)
-    each = Results(RESULTS / f"{args.name}_suite_images.csv", digits=6)
+    out = Results(RESULTS / f"{args.name}_suites.csv", shared, keys=("network", "norm", "eps", "what"))
+    each = Results(RESULTS / f"{args.name}_suite_images.csv", digits=6, keys=("network", "norm", "eps", "image"))
     session = Session(args.seconds)
 
     def measure(path: Path, norm: Norm, eps: float) -> None:
-        model = trained_cnn(path)
+        model, key = trained_cnn(path), {"network": path.stem, "norm": norm, "eps": eps}
         clean = decisions(model, images) == labels
-        robust, spent = {}, {}
-        x, *spent["AutoAttack"] = timed(lambda: auto_attack(model, norm, eps, images, labels))
-        robust["AutoAttack"] = robust_of(model, x, images, labels, norm, eps)
-        parts: dict[str, str] = {"AutoAttack": ""}
-        for name, options in SUITES.items():
-            if name not in args.suites:
-                continue
-            report, *spent[name] = timed(
-                lambda o=options: attacks.evaluate(model, images, labels, norm=norm, eps=eps, check=False, **o)
-            )
-            robust[name] = robust_of(model, report.adversarial, images, labels, norm, eps)
-            parts[name] = " ".join(f"{attack}:{seconds:.1f}" for attack, seconds in report.seconds.items())
-        for name, stands in robust.items():
-            only, missed = (robust["AutoAttack"] & ~stands), (stands & ~robust["AutoAttack"])
-            row = {"network": path.stem, "norm": norm, "eps": eps, "what": name, "images": len(images)}
-            row |= {"clean": int(clean.sum()), "robust": int(stands.sum())}
-            row |= {"wall_s": spent[name][0], "cpu_s": spent[name][1]}
-            row |= {"x_wall": spent[name][0] / spent["AutoAttack"][0], "x_cpu": spent[name][1] / spent["AutoAttack"][1]}
-            row |= {"fooled_alone": int(only.sum()), "missed": int(missed.sum())}
-            row |= {"which_missed": " ".join(map(str, missed.nonzero().flatten().tolist()))}
-            row |= {"seconds_each": parts[name]}
-            out.add(row)
-            print(row, flush=True)
-        for i in range(len(images)):
-            row = {"network": path.stem, "norm": norm, "eps": eps, "image": i, "clean": int(clean[i])}
-            each.add(row | {name: int(stands[i]) for name, stands in robust.items()})
+        ids = range(args.first, args.first + args.images)
+        methods: dict[str, Callable[[], tuple[Tensor, str]]] = {
+            "AutoAttack": lambda: (auto_attack(model, norm, eps, images, labels), "")
+        }
+        for name in args.suites:
+            methods[name] = lambda o=SUITES[name]: evaluated(model, norm, eps, images, labels, o)  # type: ignore[misc]
+        # What is compared in time is measured in one run.
+        again = args.again or any(
+            (row := out.find(key | {"what": name})) is None or int(row["images"]) != len(images) for name in methods
+        )
+        stands: dict[str, Tensor] = {}
+        for name, method in methods.items() if again else ():
+            (x, parts), wall, cpu = timed(method)
+            stands[name] = robust_of(model, x, images, labels, norm, eps)
+            row = key | {"what": name, "images": len(images), "clean": int(clean.sum())}
+            row |= {"robust": int(stands[name].sum()), "wall_s": wall, "cpu_s": cpu}
+            peer = row if name == "AutoAttack" else out.find(key | {"what": "AutoAttack"})
+            assert peer is not None
+            row |= {"x_wall": wall / float(peer["wall_s"]), "x_cpu": cpu / float(peer["cpu_s"])}
+            missed = stands[name] & ~stands["AutoAttack"]
+            row |= {"fooled_alone": int((stands["AutoAttack"] & ~stands[name]).sum()), "missed": int(missed.sum())}
+            row |= {"which_missed": " ".join(str(ids[i]) for i in missed.nonzero().flatten().tolist())}
+            out.add(row | {"seconds_each": parts})
+            print(row, parts, flush=True)
+            for i, of_image in enumerate(clean.tolist()):
+                known = each.find(key | {"image": ids[i]}) or {}
+                each.add(known | key | {"image": ids[i], "clean": int(of_image), name: int(stands[name][i])})
 
     for path in args.checkpoint:
         for norm, eps in THREATS:
             if not args.threat or name_of(norm, eps) in args.threat:
                 session.attempt(f"{path.stem} {name_of(norm, eps)}", lambda p=path, n=norm, e=eps: measure(p, n, e))
     session.close()
+
+
+def evaluated(
+    model: nn.Module, norm: Norm, eps: float, images: Tensor, labels: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, str]:
+    """Images [N, ...] of the standard suite, and the seconds of its attacks in words."""
+    report = attacks.evaluate(model, images, labels, norm=norm, eps=eps, check=False, **options)
+    return report.adversarial, " ".join(f"{attack}:{seconds:.1f}" for attack, seconds in report.seconds.items())
 
 
 def ours(norm: Norm, calls: int) -> dict[str, Method]:
@@ -186,21 +201,22 @@ def peers(norm: Norm, calls: int) -> dict[str, Method]:
 
 
 def norms(args: argparse.Namespace) -> None:
-    images, labels = (t[: args.images] for t in test_images(os.environ["FASTLIP_DATA"]))
     shared = environment("cpu") | {"adv_lib": version("adv-lib")}
-    out = Results(RESULTS / f"{args.name}_norms.csv", shared, digits=5)
-    each = Results(RESULTS / f"{args.name}_norm_images.csv", digits=5)
+    out = Results(RESULTS / f"{args.name}_norms.csv", shared, 5, keys=("network", "norm", "calls", "what"))
+    each = Results(RESULTS / f"{args.name}_norm_images.csv", digits=6, keys=("network", "norm", "calls", "image"))
     session = Session(args.seconds)
 
     def measure(path: Path, norm: Norm, calls: int) -> None:
-        model = trained_cnn(path)
-        right = decisions(model, images) == labels
-        x, y = images[right], labels[right]
+        model, key = trained_cnn(path), {"network": path.stem, "norm": norm, "calls": calls}
+        images, labels = (t[args.first : args.first + 4 * args.images] for t in test_images(os.environ["FASTLIP_DATA"]))
+        ids = (decisions(model, images) == labels).nonzero().flatten()[: args.images]
+        x, y, numbers = images[ids], labels[ids], [args.first + i for i in ids.tolist()]
         methods = ours(norm, calls) | ({} if args.no_peers else peers(norm, calls))
-        found: dict[str, Tensor] = {}
-        rows = []
         for name, method in methods.items():
             if args.method and name not in args.method:
+                continue
+            known = out.find(key | {"what": name})
+            if known and int(known["images"]) == len(x) and not args.again:
                 continue
             torch.manual_seed(0)
 
@@ -213,26 +229,34 @@ def norms(args: argparse.Namespace) -> None:
                 adversarial, wall, cpu = timed(attacked)
             adversarial = adversarial.detach()
             wrong = (decisions(model, adversarial) != y) & ((adversarial >= 0) & (adversarial <= 1)).flatten(1).all(1)
-            found[name] = torch.where(wrong, lengths(adversarial, x, norm), torch.inf)
+            found = torch.where(wrong, lengths(adversarial, x, norm), torch.inf)
             alone = decisions(model, adversarial, 1) != y
-            row = {"network": path.stem, "norm": norm, "calls": calls, "what": name, "images": len(x)}
+            row = key | {"what": name, "images": len(x)}
             row |= {"forward": passes.forward / len(x), "backward": passes.backward / len(x)}
             row |= {"found": int(wrong.sum()), "lost": int((wrong & ~alone).sum())}
-            row |= {"median": found[name].median().item(), "mean": found[name][found[name].isfinite()].mean().item()}
-            rows.append(row | {"wall_s": wall, "cpu_s": cpu})
-        others = [n for n in found if not n.startswith("fastlip")]
-        least = min((found[n].median().item() for n in others), default=math.nan)
+            row |= {"median": median(found), "mean": found[found.isfinite()].mean().item()}
+            for number, length in zip(numbers, found.tolist(), strict=True):
+                each.add((each.find(key | {"image": number}) or {}) | key | {"image": number, name: length})
+            out.add(row | {"wall_s": wall, "cpu_s": cpu})
+            print(row, flush=True)
+            compare(key)
+        for row in compare(key):
+            print({k: row[k] for k in ("network", "norm", "calls", "what", "median", "x_median", "wins")}, flush=True)
+
+    def compare(key: dict[str, Any]) -> list[dict[str, Any]]:
+        """Fill in how each method of one measurement compares with the best peer so far; the methods' rows."""
+        rows = [r for r in out.rows if all(str(r[k]) == str(v) for k, v in key.items())]
+        table = [r for r in each.rows if all(str(r[k]) == str(v) for k, v in key.items())]
+        found = {r["what"]: torch.tensor([float(t[r["what"]]) for t in table], dtype=torch.float64) for r in rows}
+        others = [name for name in found if not name.startswith("fastlip")]
+        least = min((median(found[name]) for name in others), default=math.nan)
         for row in rows:
-            mine = found[row["what"]]
-            rivals = [found[n] for n in others if n != row["what"]]
+            mine, rivals = found[row["what"]], [found[name] for name in others if name != row["what"]]
             nearest = torch.stack(rivals).amin(0) if rivals else torch.full_like(mine, torch.nan)
-            row |= {"x_median": row["median"] / least, "wins": int((mine <= nearest).sum())}
+            row |= {"x_median": median(mine) / least, "wins": int((mine <= nearest).sum())}
             row |= {"within_1%": int((mine <= 1.01 * nearest).sum())}
-            out.add(row)
-            print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        for i, at in enumerate(right.nonzero().flatten().tolist()):
-            row = {"network": path.stem, "norm": norm, "calls": calls, "image": at}
-            each.add(row | {name: lengths_found[i].item() for name, lengths_found in found.items()})
+        out.rewrite()
+        return rows
 
     for path in args.checkpoint:
         for norm in args.norm:
@@ -245,7 +269,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["suites", "norms"])
     parser.add_argument("checkpoint", type=Path, nargs="*", help="networks of train_cnn.py")
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--images", type=int, default=256, help="how many; for norms, that are classified correctly")
+    parser.add_argument("--first", type=int, default=0, help="position of the first one among the test images")
+    parser.add_argument("--again", action="store_true", help="measure what an earlier run has measured, too")
     parser.add_argument("--batch", type=int, default=256, help="images that an attack on norms gets at once")
     parser.add_argument("--threat", nargs="*", help="such as 'Linf 1/255'; all if not given")
     parser.add_argument("--suites", nargs="*", default=list(SUITES))

@@ -56,6 +56,12 @@ def _plain(app: Any, what: str, name: str, thing: Any, options: Any, lines: list
         lines[at] = "".join(parts)
 
 
+def _parsed(app: Any, what: str, name: str, thing: Any, options: Any, signature: str | None, returned: str) -> Any:
+    """A default that a dataclass makes has no notation, and Sphinx shows a signature that it cannot parse raw."""
+    return (signature.replace("<factory>", "..."), returned) if signature and "<factory>" in signature else None
+
+
 def setup(app: Any) -> None:
     """Before napoleon, which makes markup of its own."""
     app.connect("autodoc-process-docstring", _plain, priority=400)
+    app.connect("autodoc-process-signature", _parsed)

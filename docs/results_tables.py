@@ -129,22 +129,52 @@ def _strength_norms(rows: list[Row]) -> str:
     return markdown(("", "median", "mean", "median × best peer's", "least of all", "found", "CPU s"), body)
 
 
+def _attackbench(rows: list[Row]) -> str:
+    body = [
+        (
+            f"{r['network']}, {r['norm']}: {r['what']}",
+            f"{r['found']} of {r['images']}",
+            r["median"],
+            r["optimality"],
+            f"{float(r['forward']):.0f} + {float(r['backward']):.0f}",
+            number(r["cpu_s"]),
+        )
+        for r in rows
+    ]
+    return markdown(("", "found", "median", "optimality", "passes of an image", "CPU s"), body)
+
+
 def _chain_bounds(rows: list[Row]) -> str:
     body = [
         (
             f"{r['network']}: {r['method']}",
             r["value"],
             number(r["ratio"]),
+            number(r["x_lipsdp"]),
             number(r["cpu_seconds"]),
             number(r["x_plain"]),
         )
         for r in rows
     ]
-    return markdown(("", "constant", "× largest stretch", "CPU s", "CPU time, × plain"), body)
+    head = ("", "constant", "× largest stretch", "× LipSDP, at least", "CPU s", "CPU time, × plain")
+    return markdown(head, body)
+
+
+def _joined_parts(rows: list[Row]) -> str:
+    body = [
+        (
+            f"{r['network']}, {r['size']} × {r['size']}",
+            r["joins"],
+            number(r["log10_independent"]),
+            number(r["log10_upper"]),
+            number(r["times_smaller"]),
+        )
+        for r in rows
+    ]
+    return markdown(("", "joins", "log10 bound, parts independent", "log10 bound", "times smaller"), body)
 
 
 def _local_bounds(rows: list[Row]) -> str:
-    chosen = [r for r in rows if "cnn" not in r["network"].lower()]  # the peer's rows there are not to be compared
     body = [
         (
             f"{r['network']}, {r['weights']}, {r['norm']} {r['radius']}: {r['method']}",
@@ -153,10 +183,33 @@ def _local_bounds(rows: list[Row]) -> str:
             number(r["over_lower"]),
             number(r["x_fastlip"]),
             number(r["cpu_s_100"]),
+            number(r["x_cpu"]),
         )
-        for r in chosen
+        for r in rows
     ]
-    head = ("", "images", "upper side", "× lower side", "× fastlip's", "CPU s for 100")
+    head = ("", "images", "upper side", "× lower side", "× fastlip's", "CPU s for 100", "CPU, × both sides")
+    return markdown(head, body)
+
+
+def _lipschitz(rows: list[Row]) -> str:
+    other = {(r["model"], r["size"]): r for r in rows if r["build"] == "other"}
+    body = []
+    for r in rows:
+        if r["build"] != "this":
+            continue
+        before = other.get((r["model"], r["size"]), {})
+        body.append(
+            (
+                f"{r['model']}, {r['size']}×{r['size']}, {r['domain']}",
+                f"{float(r['log10_upper']):.2f}" if r["log10_upper"] else r["note"],
+                number(r["cpu_seconds"]),
+                number(r["MiB"]),
+                number(r["model_MiB"]),
+                number(before.get("cpu_seconds", "")),
+                number(before.get("MiB", "")),
+            )
+        )
+    head = ("", "log10 bound", "CPU s", "MiB beside the model", "MiB with the model", "CPU s before", "MiB before")
     return markdown(head, body)
 
 
@@ -166,8 +219,11 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "attacks_cpu": _attacks,
     "strength_suites": _strength_suites,
     "strength_norms": _strength_norms,
+    "attackbench_cpu": _attackbench,
     "chain_bounds_cpu": _chain_bounds,
+    "joined_parts_cpu": _joined_parts,
     "local_bounds_cpu": _local_bounds,
+    "lipschitz_cpu": _lipschitz,
 }
 
 

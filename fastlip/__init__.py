@@ -5,6 +5,7 @@ Everything is imported on first use, so that ``fastlip._native`` (the fused step
 
 import importlib
 import pkgutil
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 # the installed package's folder joins the path, so that `python -m fastlip` there finds it.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-__version__ = _version("fastlip")
+try:
+    __version__ = _version("fastlip")
+except PackageNotFoundError:
+    # A source checkout: neither the compiled parts nor the version are there.
+    raise ImportError("fastlip is not installed: run `pip install .` in its source folder") from None
 
 if TYPE_CHECKING:
-    from fastlip import attacks, data, lipschitz, metrics, models, norms, ops
+    from fastlip import attacks, data, integrations, lipschitz, metrics, models, norms, ops, study
     from fastlip._info import build_info
     from fastlip.lipschitz import LipschitzBound, lipschitz_bound, local_lipschitz
     from fastlip.norms import NormInterval, NormOptions, NormReport, conv_norm, layer_norms
@@ -31,7 +36,7 @@ _EXPORTS = {
     "local_lipschitz": "fastlip.lipschitz",
     "LipschitzBound": "fastlip.lipschitz",
 }
-_MODULES = ("attacks", "data", "lipschitz", "metrics", "models", "norms", "ops")
+_MODULES = ("attacks", "data", "integrations", "lipschitz", "metrics", "models", "norms", "ops", "study")
 
 __all__ = [
     "LipschitzBound",
@@ -43,6 +48,7 @@ __all__ = [
     "build_info",
     "conv_norm",
     "data",
+    "integrations",
     "layer_norms",
     "lipschitz",
     "lipschitz_bound",
@@ -51,6 +57,7 @@ __all__ = [
     "models",
     "norms",
     "ops",
+    "study",
 ]
 
 

@@ -33,14 +33,19 @@ class BuildInfo:
             ("torch", f"{self.torch} (built against {compiled.get('torch_built_with', 'none')})"),
             *((f"{device} backend", f"{b.name}: {b.reason}") for device, b in self.backends.items()),
             ("CPU kernels", f"{self.cpu_isa} of {compiled['cpu_isas']}" if self.cpu_isa else "not built"),
-            ("CUDA library", cuda or "not built"),
+            ("CUDA library", cuda or "not built; with nvcc, FASTLIP_CUDA=ON pip install . builds it"),
             ("compiler", compiled.get("compiler", "none")),
         ]
         return "\n".join(f"{name:<13} {value}" for name, value in rows)
 
 
 def build_info() -> BuildInfo:
-    """Return versions, instruction set, CUDA toolkit and the backend in use for each device, and why."""
+    """Return versions, instruction set, CUDA toolkit and the backend in use for each device, and why.
+
+    Example:
+        >>> import fastlip
+        >>> print(fastlip.build_info())
+    """
     try:
         from fastlip import _native
     except ImportError:

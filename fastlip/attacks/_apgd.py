@@ -18,6 +18,7 @@ from fastlip.attacks._arguments import (
     length,
     radius,
     share,
+    warn_of_wide,
 )
 from fastlip.attacks._batch import Batch, Iterates, new_batch, per_sample
 from fastlip.attacks._criterion import Criterion, check_criterion
@@ -111,14 +112,24 @@ def apgd(
     Raises:
         ValueError: a value or shape is wrong, inputs leave the bounds, or the model's output is not differentiable.
         TypeError: a type or dtype is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> adversarial = attacks.apgd(model, images, labels, norm="l2", eps=0.5, steps=20)
     """
-    inputs, labels, targets, ids, bounds = check_call(
+    inputs, labels, targets, ids, bounds, norm = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip
     steps, restarts = check_settings(steps, restarts, keep, early_stop, random_start, start, inputs)
     finite = "where random_start is True, step_size is None or norm is 'l1'"
     eps = radius(eps, "eps", inputs, finite=finite if random_start or step_size is None or norm == "l1" else "")
+    warn_of_wide(eps, norm, inputs, bounds)
     published = step_size is None
     step_size = 0.0 if step_size is None else length(step_size, "step_size", inputs)
     momentum, rho = share(momentum, "momentum"), share(rho, "rho")
@@ -148,7 +159,7 @@ def apgd(
                     break
                 aimed = replace(batch, toward=None if toward is None else toward[batch.rows])
                 batch = run(aimed, start_points(run.first_ball(aimed), norm, random_start, start, generator))
-    loop.warn_of_not_finite("apgd")
+    loop.warn("apgd", aimed=targets is not None or criterion is not None)
     return loop.result
 
 

@@ -5,6 +5,7 @@ An attack checks its arguments before it does anything else: :func:`check_call` 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from fastlip import _arguments as shared
 from fastlip.ops import Bounds, Loss, Norm, PerSample
+from fastlip.ops._checks import checked_norm
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: Dtypes of labels, targets and ids.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: What to do where there are none: attacks have to know which decisions are right.
+LABELS_MISSING = "labels must be given; those of the model itself are model(inputs).argmax(1)"
 #: How far outside the bounds an input may lie by rounding, in units of its dtype's eps at the larger bound: undoing a
 #: normalisation, (x - mean) / std, errs by four roundings at most.
 _ROUNDING = 2.0
@@ -30,6 +34,7 @@ class Call(NamedTuple):
     targets: Tensor | None
     ids: Tensor | None
     bounds: Bounds
+    norm: Norm
 
 
 def check_call(
@@ -59,11 +64,11 @@ def check_call(
         check_vector(active, "active", inputs, torch.bool)
     ids = None if ids is None else checked_integers(ids, "ids", inputs)
     check_generator(generator)
-    check_norm(norm)
+    norm = checked_norm(norm)
     check_loss(loss)
     flag(fast, "fast")
     check_precision(precision)
-    return Call(inputs, labels, targets, ids, bounds)
+    return Call(inputs, labels, targets, ids, bounds, norm)
 
 
 def check_settings(
@@ -142,11 +147,6 @@ def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
 
 
-def check_norm(norm: Any) -> None:
-    """Raise where the norm is unknown."""
-    check_choice(norm, "norm", get_args(Norm))
-
-
 def check_loss(loss: Any) -> None:
     """Raise where the loss is neither known nor a function; a class is refused, since only its instances are."""
     if isinstance(loss, type) or not callable(loss):
@@ -212,6 +212,8 @@ def check_vector(t: Any, name: str, inputs: Tensor, dtype: torch.dtype | None = 
 
 def checked_integers(t: Any, name: str, inputs: Tensor) -> Tensor:
     """``t`` as int64, [B]; any integer type is taken."""
+    if t is None and name == "labels":
+        raise TypeError(LABELS_MISSING)
     if isinstance(t, Tensor) and t.dtype in INTEGERS and t.dtype != torch.int64:
         t = t.long()
     check_vector(t, name, inputs, torch.int64)
@@ -240,6 +242,21 @@ def radius(value: Any, name: str, inputs: Tensor, *, finite: str = "") -> PerSam
     if wrong:
         raise ValueError(f"{name} must be at least 0, got {wrong}")
     return radii
+
+
+def warn_of_wide(eps: PerSample, norm: Norm, inputs: Tensor, bounds: Bounds) -> None:
+    """Warn where a ball holds the whole box whatever its centre is, as 8 does in place of 8 / 255."""
+    lo, hi = bounds
+    if isinstance(eps, Tensor) or isinstance(lo, Tensor) or isinstance(hi, Tensor) or not len(inputs):
+        return
+    size = inputs[0].numel()
+    diameter = (hi - lo) * {"linf": 1.0, "l2": math.sqrt(size), "l1": size}[norm]
+    if diameter < eps < math.inf:
+        warnings.warn(
+            f"eps={eps:g} allows any image within bounds ({lo:g}, {hi:g}): radii are in the units of the inputs, for "
+            f"example 8 / 255",
+            stacklevel=3,
+        )
 
 
 def length(value: Any, name: str, inputs: Tensor) -> PerSample:

@@ -46,6 +46,17 @@ def count_forward_backward(model: nn.Module) -> Iterator[PassCounts]:
 
     Raises:
         TypeError: ``model`` is not a module, or is TorchScript, which cannot be watched.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> with attacks.count_forward_backward(model) as counts:
+        ...     adversarial = attacks.pgd(model, images, labels, eps=8 / 255, steps=5)
+        >>> print(counts.forward, counts.backward)
     """
     # The attacks call the module inside a DistributedDataParallel.
     watched = model.module if isinstance(model, DistributedDataParallel) else model

@@ -23,7 +23,7 @@ _INSIDE = 1 / 64
 
 
 class AttackWarning(UserWarning):
-    """The result of an evaluation may overestimate the robustness of the model."""
+    """The result of an evaluation may overestimate the robustness of the model, or say little of it."""
 
 
 def diagnose(
@@ -44,6 +44,16 @@ def diagnose(
     Raises:
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> for sentence in attacks.diagnose(model, images, labels):
+        ...     print(sentence)
     """
     check_model(model)
     inputs, bounds = checked_inputs(inputs, bounds)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlip.attacks._arguments import check_model, check_norm, check_precision, count, flag, number, shown
+from fastlip.attacks._arguments import check_model, check_precision, count, flag, number, shown
 from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._diagnose import AttackWarning, diagnose
 from fastlip.attacks._evaluation_result import EvaluationResult
+from fastlip.attacks._loop import FEW, misclassified_text
 from fastlip.attacks._model import Model, Network, unwrapped
 from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import prepare
@@ -22,6 +23,7 @@ from fastlip.attacks._source import BoundsOf, Source
 from fastlip.attacks._suite import Attack, suite
 from fastlip.attacks._suite_run import Rules, SuiteRun, Totals, check_same_decisions
 from fastlip.ops import Bounds, Norm
+from fastlip.ops._checks import checked_norm
 
 #: Called with positions [K] among all images and the adversarial images [K, ...].
 Collect = Callable[[Tensor, Tensor], object]
@@ -48,7 +50,7 @@ def evaluate(
     eot: int = 1,
     quantize: int | None = None,
     check: bool = True,
-    progress: bool | Progress = False,
+    progress: bool | Progress | type[Any] = False,
     state: str | os.PathLike[str] | None = None,
     collect: Collect | None = None,
 ) -> EvaluationResult:
@@ -99,8 +101,9 @@ def evaluate(
             within the ball (the box, if no ball is checked), and all is judged afterwards.
         check: look for signs of unreliable results (:func:`diagnose`, and a black-box attack that succeeds where
             gradient attacks failed) and warn of them.
-        progress: True shows a bar for each attack on standard error (needs tqdm); a function is called with the images
-            done, the images in all (-1 where that is unknown) and the attack's name.
+        progress: True shows a bar for each attack on standard error, or in a notebook (needs tqdm), as one of tqdm's
+            classes in its place does; a function is called with the images done, the images in all (-1 where that is
+            unknown) and the attack's name.
         state: a file that keeps the results after each attack, and once a minute while one runs. Where it exists the
             evaluation goes on from there; it is refused where it belongs to other images, attacks (by the names of
             functions and what they are given), settings or, by its weights and its decisions on the images themselves,
@@ -115,6 +118,17 @@ def evaluate(
 
     Returns:
         The result; of images that came in batches without the images themselves (see ``collect``).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> suite = attacks.suite("quick", norm="linf", eps=8 / 255)
+        >>> result = attacks.evaluate(model, images, labels, suite, norm="linf", eps=8 / 255)
+        >>> print(result.robust_accuracy)
     """
     check_model(model)
     batch_size, seed = count(batch_size, "batch_size", 1), count(seed, "seed", -(2**63))
@@ -125,6 +139,7 @@ def evaluate(
     check_precision(precision)
     check_criterion(criterion)
     draws, eot = count(draws, "draws", 1), count(eot, "eot", 1)
+    norm = None if norm is None else checked_norm(norm)
     eps = _checked_ball(norm, eps)
     show = progress_of(progress)
     if collect is not None and not callable(collect):
@@ -186,6 +201,9 @@ def evaluate(
             collect(torch.arange(rows.start, rows.stop), run.adversarial)
         saved.save(total.state, None, True)
         del run, images  # before the next ones are read
+    wrong = int((~total.clean()).sum())
+    if criterion is None and wrong > len(total) / 2 and len(total) >= FEW:
+        total.found.append(misclassified_text(wrong, len(total)))
     found = total.result()
     for sentence in found.warnings if check else []:
         warnings.warn(sentence, AttackWarning, stacklevel=2)
@@ -201,8 +219,6 @@ def _checked_ball(norm: Norm | None, eps: Any) -> float | None:
     """Raise where norm and radius make no ball; return the radius."""
     if (norm is None) != (eps is None):
         raise ValueError("give both norm and eps, or neither")
-    if norm is not None:
-        check_norm(norm)
     if isinstance(eps, Tensor) and eps.dim() > 0:
         raise TypeError("eps must be one float for all images")
     if eps is None:

@@ -1,12 +1,17 @@
 """What an evaluation found."""
 
 import importlib
+import json
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastlip._figures import axes_or_new
+from fastlip._json import reading
+from fastlip._pages import fragment_if_possible, page
 from fastlip.attacks._arguments import shown
 from fastlip.attacks._counts import PassCounts
 
@@ -31,6 +36,18 @@ class EvaluationResult:
         counts: images that each attack sent through the model; empty where the model is no module, or TorchScript.
         seconds: time that each attack took.
         warnings: reasons why the result may overestimate the robustness.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> suite = attacks.suite("quick", norm="linf", eps=0.1)
+        >>> found = attacks.evaluate(model, images, labels, suite, norm="linf", eps=0.1)
+        >>> print(found.accuracy_after("pgd"), found.first_success)
+        >>> again = attacks.EvaluationResult.from_json(found.to_json())
     """
 
     attacks: tuple[str, ...]
@@ -94,6 +111,86 @@ class EvaluationResult:
         columns = {"clean": self.clean.numpy(), "robust": self.robust.numpy(), "first_success": first}
         columns |= {f"success: {name}": row.numpy() for name, row in zip(self.attacks, self.success, strict=True)}
         return pandas.DataFrame(columns)
+
+    def to_json(self) -> str:
+        """All but the images as indented JSON, a number for each image."""
+        data = {
+            "attacks": list(self.attacks),
+            "clean": self.clean.int().tolist(),
+            "robust": self.robust.int().tolist(),
+            "first_success": self.first_success.tolist(),
+            "success": self.success.int().tolist(),
+            "counts": {name: [counts.forward, counts.backward] for name, counts in self.counts.items()},
+            "seconds": self.seconds,
+            "warnings": list(self.warnings),
+        }
+        return json.dumps(data, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "EvaluationResult":
+        """The result that :meth:`to_json` wrote, without the images.
+
+        Raises:
+            ValueError: ``text`` is no such result.
+        """
+        with reading(cls):
+            data = json.loads(text)
+            clean, robust = (torch.tensor(data[name], dtype=torch.bool) for name in ("clean", "robust"))
+            return cls(
+                tuple(data["attacks"]),
+                clean,
+                robust,
+                torch.tensor(data["first_success"], dtype=torch.int64),
+                torch.tensor(data["success"], dtype=torch.bool).reshape(len(data["attacks"]), len(clean)),
+                None,
+                {name: PassCounts(*pair) for name, pair in data["counts"].items()},
+                dict(data["seconds"]),
+                tuple(data["warnings"]),
+            )
+
+    def to_html(self, title: str = "Robust accuracy") -> str:
+        """A self-contained page with this heading: accuracies, and a row for each attack.
+
+        Raises:
+            ImportError: Jinja2 is not installed.
+        """
+        return page("evaluation.html", title, **self._shown())
+
+    def _repr_html_(self) -> str | None:
+        return fragment_if_possible("evaluation.html", **self._shown())
+
+    def _shown(self) -> dict[str, Any]:
+        """The values of the template."""
+        rows = []
+        for at, name in enumerate(self.attacks):
+            counts = self.counts.get(name)
+            rows.append(
+                {
+                    "attack": name,
+                    "accuracy": 100.0 * self.accuracy_after(name),
+                    "fell": int((self.first_success == at).sum()),
+                    "seconds": self.seconds[name],
+                    "forward": "" if counts is None else counts.forward,
+                    "backward": "" if counts is None else counts.backward,
+                }
+            )
+        return {"result": self, "rows": rows}
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the accuracy after each attack, and return matplotlib's axes.
+
+        Args:
+            axes: where to draw; a new figure if None.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        axes = axes_or_new(axes, (5.0, 3.0))
+        names = ["clean", *(f"after {name}" for name in self.attacks)]
+        axes.bar(names, [self.clean_accuracy, *map(self.accuracy_after, self.attacks)])
+        axes.set_ylabel("accuracy")
+        axes.set_ylim(0.0, 1.0)
+        return axes
 
     def __str__(self) -> str:
         lines = [f"{len(self.clean)} images, clean accuracy {self.clean_accuracy:.2%}"]

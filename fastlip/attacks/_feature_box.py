@@ -39,6 +39,17 @@ def feature_box(
     Raises:
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> mask = torch.tensor([True, False, False])[:, None, None]  # the first channel may change
+        >>> box = attacks.feature_box(images, mask=mask, radius=0.1)
+        >>> adversarial = attacks.pgd(model, images, labels, eps=0.1, bounds=box)
     """
     inputs, bounds = checked_inputs(inputs, bounds)
     radius = plain(radius)

@@ -31,6 +31,17 @@ _BATCH_ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-5, torch.float16: 2.0
 #: Images times steps that unconfirmed images may wait for, in all, before the model is asked about them.
 _PATIENCE = 12
 
+#: Fewer images may all be misclassified without a doubt about their labels.
+FEW = 4
+
+
+def misclassified_text(wrong: int, images: int) -> str:
+    """Say that most images are misclassified to begin with, and what the reason may be."""
+    return (
+        f"{wrong} of {images} images are misclassified to begin with, and are left as they are: are these labels and "
+        "preprocessing the model's?"
+    )
+
 
 @dataclass(frozen=True)
 class Iteration:
@@ -74,6 +85,7 @@ class AttackLoop:
         adversarial: whether they are adversarial, [N] bool; the model's own decision.
         not_finite: whether an element of an image's gradient was not finite, [N] bool.
         classes_checked: whether logits have shown that all labels and targets are classes.
+        misclassified: how many images the model classifies wrongly (with targets: as these) before anything is done.
     """
 
     def __init__(
@@ -101,6 +113,7 @@ class AttackLoop:
         self.adversarial = torch.zeros(inputs.shape[:1], dtype=torch.bool, device=inputs.device)
         self.not_finite = torch.zeros_like(self.adversarial)
         self.classes_checked = False
+        self.misclassified = 0
 
     def run(
         self,
@@ -151,6 +164,8 @@ class AttackLoop:
 
             # Go on with those that the model still classifies correctly.
             if unfinished is not None:
+                if at_inputs:
+                    self.misclassified += len(tracker.now) - len(unfinished)
                 if len(unfinished) == 0:
                     break
                 tracker.drop(unfinished)
@@ -179,17 +194,25 @@ class AttackLoop:
         image = self.image(batch, x).requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             logits = self.network.ascend(image, counted=counted)
+        return image, logits, self.judged(batch, logits, record)
+
+    def judged(
+        self,
+        batch: Batch,
+        logits: Tensor,  # [K, C]
+        record: ops.BestRecord | None = None,
+    ) -> Judgement:
+        """What is read off logits that are followed; it brings the ``record`` up to date."""
         if not self.classes_checked:
             check_classes(logits, labels=batch.labels, targets=batch.targets)
             self.classes_checked = True
         rounding = 0.0 if self.network.exact else self.network.rounding
         if self.criterion is not None or not isinstance(self.loss, str):
-            return image, logits, judged_by(self.loss, self.criterion, logits, batch, rounding, record)
-        judgement = ops.judge(
+            return judged_by(self.loss, self.criterion, logits, batch, rounding, record)
+        return ops.judge(
             logits, batch.labels, targets=batch.targets, toward=batch.toward, loss=self.loss, rounding=rounding,
             record=record,
         )  # fmt: skip
-        return image, logits, judgement
 
     def tell(self, step: int, now: Iterates, image: Tensor, judgement: Judgement) -> None:
         """Call the callback, which must not see a graph."""
@@ -301,13 +324,23 @@ class AttackLoop:
         wrong = judgement.adversarial
         if not self.network.exact:
             wrong = self.asked(batch, batch.x0, wrong, wrong | judgement.doubtful)
-        return batch.where(~wrong)
+        right = batch.where(~wrong)
+        self.misclassified = len(batch) - len(right)
+        return right
 
-    def warn_of_not_finite(self, name: str) -> None:
-        """Warn the caller of the attack ``name`` where elements of gradients were not finite."""
+    def warn(self, name: str, *, aimed: bool = False, stacklevel: int = 3) -> None:
+        """Warn the caller of the attack ``name`` of gradients that are not finite, and of labels that are not its.
+
+        Args:
+            name: of the attack.
+            aimed: whether something else than a wrong decision is wanted, which says nothing of the labels.
+            stacklevel: frames from here to the caller.
+        """
         if bool(self.not_finite.any()):
             message = f"{name} met gradients that are not finite; those elements counted as 0"
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=stacklevel)
+        if not aimed and self.misclassified > len(self.result) / 2 and len(self.result) >= FEW:
+            warnings.warn(f"{name}: {misclassified_text(self.misclassified, len(self.result))}", stacklevel=stacklevel)
 
 
 class BestTracker:

@@ -1,7 +1,10 @@
 """The smallest perturbation that changes a decision: FMN, and a search over eps around PGD."""
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import wraps
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +23,9 @@ from fastlip.attacks._prepare import network_of
 from fastlip.attacks._quantize import grid_of
 from fastlip.ops import Bounds, Norm, PerSample
 
-Method = Literal["search", "fmn", "both"]
+Method = Literal["fmn", "search", "both"]
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
 
 #: The smallest radius to begin with, for images whose margin is next to nothing.
 _LEAST_RADIUS = 1e-6
@@ -48,8 +53,8 @@ class MinNormResult:
         distance: length of the perturbation in the norm of the search, [B] float64; for noise it is sigma.
         found: whether a perturbation was found, [B] bool.
         searched: largest radius (for noise, sigma) at which the search found nothing, [B] float64, 0 where it never
-            failed. Where nothing was found this is how far the search got; a smaller perturbation may have escaped it.
-            All attacks here give it; None in results of others that do not.
+            failed and for "fmn", which searches no radii. Where nothing was found this is how far the search got; a
+            smaller perturbation may have escaped it. All attacks here give it; None in results of others that do not.
     """
 
     adversarial: Tensor
@@ -58,13 +63,32 @@ class MinNormResult:
     searched: Tensor | None = None
 
 
+def _searching_where_it_was(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Accept options of the search without a method, with a DeprecationWarning that is attributed to the caller."""
+
+    @wraps(function)
+    def accepting(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        given = [name for name in ("steps", "search_steps", "tolerance") if name in kwargs]
+        if given and "method" not in kwargs:
+            options = ", ".join(given)
+            warnings.warn(
+                f'min_norm\'s method is now "fmn" by default; give method="search" with {options}', DeprecationWarning,
+                stacklevel=2,
+            )  # fmt: skip
+            kwargs["method"] = "search"
+        return function(*args, **kwargs)
+
+    return accepting
+
+
+@_searching_where_it_was
 def min_norm(
     model: Model,
     inputs: Tensor,  # [B, ...]
     labels: Tensor,  # [B] int64
     *,
     norm: Norm = "l2",
-    method: Method = "search",
+    method: Method = "fmn",
     steps: int = 20,
     search_steps: int = 10,
     fmn_steps: int = 100,
@@ -82,13 +106,14 @@ def min_norm(
 ) -> MinNormResult:
     """Smallest perturbation in ``norm`` that changes the decision.
 
-    "search" brackets eps for each image. The first radius is twice the one at which the margin's linearisation crosses
-    zero. The radius is quadrupled while :func:`pgd` fails and bisected (geometrically) once it has succeeded. An
-    adversarial image is pulled back to the decision boundary along the segment to its input, and the search of the
-    next, smaller ball starts from there. Images whose bracket has closed take no further part. "fmn" is the Fast
-    Minimum-Norm attack (Pintor et al. 2021) with exact projections: one run in a ball that shrinks by a few per cent
-    where the iterate is misclassified and grows where it is not, whose result is then pulled back. "both" searches
-    below what FMN found. All methods are deterministic.
+    "fmn" is the Fast Minimum-Norm attack (Pintor et al. 2021) with exact projections: runs in a ball that shrinks by a
+    few per cent where the iterate is misclassified and grows where it is not, whose result is pulled back to the
+    decision boundary along the segment to the input. "search" brackets eps for each image. The first radius is twice
+    the one at which the margin's linearisation crosses zero. The radius is quadrupled while :func:`pgd` fails and
+    bisected (geometrically) once it has succeeded. An adversarial image is pulled back, too, and the search of the
+    next, smaller ball starts from there. Images whose bracket has closed take no further part. "search" finds longer
+    perturbations than "fmn" does in as many passes, and says at which radii it found none (``searched``). "both"
+    searches below what FMN found. All methods are deterministic.
 
     What is found is misclassified by more than the rounding by which logits differ between batches, so that it stays
     misclassified alone and in any batch.
@@ -98,12 +123,13 @@ def min_norm(
         inputs: images, [B, ...], within ``bounds``.
         labels: true classes, [B] int64.
         norm: "linf", "l2" or "l1".
-        method: "search", "fmn" or "both".
+        method: "fmn", "search" or "both". "search" was the default before, and it still is, with a DeprecationWarning,
+            where an option of the search (``steps``, ``search_steps``, ``tolerance``) is given without a method.
         steps: gradient steps of the search at each radius.
         search_steps: number of radii that the search tries for each image.
         fmn_steps: gradient steps of FMN.
         eps_max: largest radius of interest, float or [B]; the box's diameter if None.
-        tolerance: relative width at which a bracket is closed.
+        tolerance: relative width at which the search closes a bracket.
         loss: as in :func:`pgd`; FMN follows "dlr" and "margin" alike, in a smooth form.
         criterion: as in :func:`pgd`.
         bounds: lower and upper limit of valid inputs, floats or tensors that broadcast to ``inputs``.
@@ -120,12 +146,22 @@ def min_norm(
     Raises:
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> smallest = attacks.min_norm(model, images, labels, norm="l2")
+        >>> print(smallest.distance, smallest.found)
     """
-    inputs, labels, targets, _, bounds = check_call(
+    inputs, labels, targets, _, bounds, norm = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, fast=fast,
         precision=precision,
     )  # fmt: skip
-    check_choice(method, "method", ("search", "fmn", "both"))
+    check_choice(method, "method", ("fmn", "search", "both"))
     steps, sparsity = count(steps, "steps"), share(sparsity, "sparsity")
     search_steps, fmn_steps = count(search_steps, "search_steps", 1), count(fmn_steps, "fmn_steps", 1)
     tolerance = number(tolerance, "tolerance")
@@ -145,6 +181,7 @@ def min_norm(
         search = _Search(inputs, limit, active)
         estimate, wrong = _first_radius(loop, batch)
         search.begin(estimate, wrong)
+        loop.misclassified = int(wrong.sum())
         loop.loss = loss
         if method != "search" and len(rows := search.rows()) > 0:
             part, originals = batch.take(rows), take(search.inputs, rows)
@@ -162,7 +199,7 @@ def min_norm(
             success, found = _pull_back(loop, found, originals, part)
             search.update(rows, success, found, distance(found, originals, norm), tolerance)
         _make_firm(loop, search, batch)
-    loop.warn_of_not_finite("min_norm")
+    loop.warn("min_norm", aimed=targets is not None or criterion is not None, stacklevel=4)
     return MinNormResult(
         adversarial=search.best, distance=search.high, found=search.high.isfinite(), searched=search.low
     )

@@ -67,6 +67,16 @@ def min_sigma(
     Raises:
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> smallest = attacks.min_sigma(model, images, labels, generator=torch.Generator().manual_seed(0))
+        >>> print(smallest.distance)
     """
     check_model(model)
     inputs, bounds = checked_inputs(inputs, bounds)

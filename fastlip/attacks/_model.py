@@ -44,6 +44,16 @@ class Network:
 
     Raises:
         TypeError: a type is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> network = attacks.Network(model, draws=4, eot=2)  # or what prepare makes
+        >>> adversarial = attacks.pgd(network, images, labels, eps=8 / 255)
     """
 
     def __init__(
@@ -203,7 +213,11 @@ def logits_of(
 ) -> Tensor:
     """The model's logits [B, C] in float32 at least; what it returns may hold them as :func:`logits_in` says."""
     version = _version(inputs)
-    logits = logits_in(model(inputs), len(inputs))
+    try:
+        returned = model(inputs)
+    except AssertionError as error:  # as vision transformers check the size of images
+        raise ValueError(f"model does not run on inputs of shape {list(inputs.shape)}: {error}") from error
+    logits = logits_in(returned, len(inputs))
     if _version(inputs) != version:
         raise ValueError("model must not change its input in place: what is attacked would change with it")
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != inputs.shape[0]:

@@ -41,6 +41,12 @@ def gaussian_noise(
         ValueError: not exactly one of ``sigma`` and ``norm`` is given, a value or shape is wrong, or inputs leave the
             bounds.
         TypeError: a type or dtype is wrong.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import attacks
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> noisy = attacks.gaussian_noise(images, norm=0.5)
     """
     if (sigma is None) == (norm is None):
         raise ValueError("give either sigma or norm")

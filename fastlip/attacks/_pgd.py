@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_call, check_callback, check_choice, check_settings, length, radius, share
+from fastlip.attacks._arguments import (
+    check_call,
+    check_callback,
+    check_choice,
+    check_settings,
+    length,
+    radius,
+    share,
+    warn_of_wide,
+)
 from fastlip.attacks._batch import Iterates, new_batch
 from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._loop import AttackLoop, Callback, Keep, start_points, unblocked_gradient
@@ -99,8 +108,18 @@ def pgd(
     Raises:
         ValueError: a value or shape is wrong, inputs leave the bounds, or the model's output is not differentiable.
         TypeError: a type or dtype is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> adversarial = attacks.pgd(model, images, labels, norm="linf", eps=8 / 255)
+        >>> print(model(adversarial).argmax(1) != labels)
     """
-    inputs, labels, targets, ids, bounds = check_call(
+    inputs, labels, targets, ids, bounds, norm = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip
@@ -110,6 +129,7 @@ def pgd(
     check_callback(callback)
     finite = "where random_start is True or step_size is None" if random_start or step_size is None else ""
     eps = radius(eps, "eps", inputs, finite=finite)
+    warn_of_wide(eps, norm, inputs, bounds)
     step = PgdStep(norm, share(sparsity, "sparsity"))
     step_size = default_step(eps, steps) if step_size is None else length(step_size, "step_size", inputs)
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
@@ -126,7 +146,7 @@ def pgd(
                 break
             x = start_points(batch, norm, random_start, start, generator)
             batch = loop.run(batch, x, steps, step, from_inputs=from_inputs, more=left > 0)
-    loop.warn_of_not_finite("pgd")
+    loop.warn("pgd", aimed=targets is not None or criterion is not None)
     return loop.result
 
 
@@ -148,8 +168,18 @@ def fgsm(
     precision: Precision = None,
     quantize: int | None = None,
 ) -> Tensor:
-    """One step of length ``eps`` from ``inputs`` (Goodfellow et al. 2015); arguments and errors as in :func:`pgd`."""
-    inputs, labels, targets, _, bounds = check_call(
+    """One step of length ``eps`` from ``inputs`` (Goodfellow et al. 2015); arguments and errors as in :func:`pgd`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> adversarial = attacks.fgsm(model, images, labels, eps=8 / 255)
+    """
+    inputs, labels, targets, _, bounds, norm = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, fast=fast,
         precision=precision,
     )  # fmt: skip
@@ -157,13 +187,14 @@ def fgsm(
     check_criterion(criterion)
     grid = grid_of(quantize, inputs, bounds)
     eps = radius(eps, "eps", inputs, finite="as the length of a step")
+    warn_of_wide(eps, norm, inputs, bounds)
     step = PgdStep(norm, share(sparsity, "sparsity"))
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network:
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=eps, bounds=bounds, ids=None, active=active)
         loop = AttackLoop(network, inputs, norm=norm, loss=loss, keep=keep, grid=grid, criterion=criterion)
         if len(batch) > 0:
             loop.run(batch, batch.x0.clone(), 1, step, from_inputs=True, more=False)
-    loop.warn_of_not_finite("fgsm")
+    loop.warn("fgsm", aimed=targets is not None or criterion is not None)
     return loop.result
 
 

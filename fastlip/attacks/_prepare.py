@@ -80,6 +80,16 @@ def prepare(
     Raises:
         ValueError: the precision is another one, ``inputs`` have no batch dimension, or a number of passes is below 1.
         TypeError: ``model`` cannot be called, or ``inputs`` is not a tensor of floating-point numbers.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> network = attacks.prepare(model, images, fast=True)
+        >>> adversarial = attacks.pgd(network, images, labels, eps=8 / 255)
     """
     check_precision(precision)
     flag(fast, "fast")

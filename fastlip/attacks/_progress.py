@@ -11,8 +11,13 @@ from fastlip.attacks._arguments import flag
 Progress = Callable[[int, int, str], None]
 
 
-def progress_of(progress: bool | Progress) -> Progress:
-    """``progress`` itself where it is a function; else one that shows a bar on standard error, or nothing."""
+def progress_of(progress: bool | Progress | type[Any]) -> Progress:
+    """``progress`` itself where it is a function; else one that shows bars on standard error, or nothing.
+
+    A class of tqdm's (``tqdm.tqdm``, ``tqdm.notebook.tqdm``) makes the bars itself.
+    """
+    if isinstance(progress, type) and hasattr(progress, "update"):
+        return _Bar(progress)
     if callable(progress):
         return progress
     return _bar() if flag(progress, "progress") else _nothing
@@ -24,7 +29,7 @@ def _nothing(done: int, total: int, name: str) -> None:
 
 def _bar() -> Progress:
     try:
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
     except ImportError:
         # The evaluation does not depend on the bar, so that it goes on without one.
         print('fastlip: no progress is shown without tqdm: pip install "fastlip[progress]"', file=sys.stderr)
@@ -43,7 +48,7 @@ class _Bar:
         line = self.lines.get(name)
         if line is None:
             known = total if total >= 0 else None
-            line = self.lines[name] = self.tqdm(total=known, desc=name, unit="image", file=sys.stderr)
+            line = self.lines[name] = self.tqdm(total=known, desc=name, unit="image")
         line.update(done - line.n)
         if 0 <= total <= done:
             line.close()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastlip.attacks._arguments import INTEGERS, check_images, checked_inputs, shown
+from fastlip.attacks._arguments import INTEGERS, LABELS_MISSING, check_images, checked_inputs, shown
 from fastlip.attacks._quantize import grid_of
 from fastlip.attacks._saved import SavedState
 from fastlip.attacks._suite_run import Images
@@ -57,7 +57,7 @@ class Source:
         if not self.streams:
             check_images(inputs)
         elif isinstance(inputs, Tensor):
-            raise TypeError(f"labels must be given with {shown(inputs)}")
+            raise TypeError(LABELS_MISSING)
         elif isinstance(inputs, str) or not isinstance(inputs, Iterable):
             raise TypeError(f"inputs must be a tensor or batches, not {shown(inputs)}")
         self.inputs, self.labels = inputs, labels

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastlip import ops
-from fastlip.attacks._arguments import check_call, count, number, radius
+from fastlip.attacks._arguments import check_call, count, number, radius, warn_of_wide
 from fastlip.attacks._batch import Batch, new_batch, per_sample, take
 from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._distance import ORDER
@@ -17,12 +19,16 @@ from fastlip.attacks._own_loss import AnyLoss
 from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
 from fastlip.attacks._quantize import grid_of
-from fastlip.ops import Bounds, Norm, PerSample
+from fastlip.ops import Bounds, Judgement, Norm, PerSample
 
 #: Iterations, of 10,000, at which the share of changed elements halves (section 4.1 of the paper).
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 #: The power with which a bump decays from its centre.
 _FALL_OFF = {"l2": 2.0, "l1": 4.0}
+#: Queries of an image proposed together at most, and what a pass costs whatever its size, in images.
+_TOGETHER, _COST = 16, 15
+#: Queries after which all images wait for each other, and over which the share of accepted proposals is averaged.
+_SPAN, _MEMORY = 50, 50
 #: Tiles along an image's shorter side in the first iterate of "l2" and "l1".
 _TILES = 5
 
@@ -78,8 +84,17 @@ def square(
     Raises:
         ValueError: a value or shape is wrong, or inputs leave the bounds.
         TypeError: a type or dtype is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastlip import attacks
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> adversarial = attacks.square(model, images, labels, eps=8 / 255, queries=100)
     """
-    inputs, labels, targets, ids, bounds = check_call(
+    inputs, labels, targets, ids, bounds, norm = check_call(
         model, inputs, labels, targets, norm=norm, loss=loss, bounds=bounds, active=active, ids=ids,
         generator=generator, fast=fast, precision=precision,
     )  # fmt: skip
@@ -90,6 +105,7 @@ def square(
     check_criterion(criterion)
     grid = grid_of(quantize, inputs, bounds)
     eps = radius(eps, "eps", inputs, finite="for square, whose first steps reach the surface of the ball")
+    warn_of_wide(eps, norm, inputs, bounds)
     with eval_mode(network_of(model, inputs, fast=fast, precision=precision)) as network, torch.no_grad():
         batch = new_batch(inputs, labels, targets, eps=eps, step_size=0.0, bounds=bounds, ids=ids, active=active)
         loop = AttackLoop(network, inputs, norm=norm, loss=loss, grid=grid, criterion=criterion)
@@ -98,36 +114,131 @@ def square(
             if len(batch) == 0:
                 break
             batch = _run(loop, batch, queries, share, generator)
+    loop.warn("square", aimed=targets is not None or criterion is not None)
     return loop.result
 
 
 def _run(loop: AttackLoop, batch: Batch, queries: int, share: float, generator: torch.Generator | None) -> Batch:
     """Query the model ``queries`` times and return the images that are still robust."""
     tracker = BestTracker(loop, batch, batch.x0)
-    x, accepted = batch.x0, torch.full(batch.rows.shape, -torch.inf, dtype=torch.float64, device=batch.x0.device)
-    for query, (height, width) in enumerate(_windows(batch.x0, queries, share)):
-        now = tracker.now
-        batch = now.batch
-        draws = _Draws(batch, generator)
-        if query == 0:
-            moved = _first(batch, loop.norm, draws)
-        elif loop.norm == "linf":
-            moved = _recoloured(batch, x, height, width, draws)
+    lowest = torch.full(batch.rows.shape, -torch.inf, dtype=torch.float64, device=batch.x0.device)
+    climb = _Climb(loop, tracker, batch.x0, lowest)
+    windows = list(_windows(batch.x0, queries, share))
+    query, rate = 0, 1.0
+    while query < queries:
+        together = _together(len(tracker.now), rate, loop.network.largest)
+        alike, most = 1, min(_SPAN, queries - query) if together > 1 else 1
+        while alike < most and windows[query + alike] == windows[query]:
+            alike += 1
+        draws = [_Draws(tracker.now.batch, generator) for _ in range(alike)]
+        if alike == 1:
+            accepted = climb.query(windows[query], draws[0], first=query == 0)
         else:
-            moved = _shifted(batch, x, height, width, loop.norm, draws)
-        now.x = ops.project_(moved, batch.x0, eps=batch.eps, norm=loop.norm, bounds=batch.bounds)
-        _, _, judgement = loop.forward(batch, now.x, now.record, gradient=False)
-        tracker.save(judgement.better)
-        losses = judgement.loss.double()
-        x = torch.where(per_sample(losses > accepted, x), now.x, x)
-        accepted = torch.where(losses > accepted, losses, accepted)
-        unfinished = tracker.unfinished(query)
+            accepted = climb.query_together(windows[query], draws, together)
+        if loop.network.largest > len(tracker.now):  # else there is no room, and a GPU is not to wait
+            rate += min(alike / _MEMORY, 1.0) * (float(accepted.double().mean()) / alike - rate)
+        query += alike
+        unfinished = tracker.unfinished(query - 1 if alike == 1 else 0)
         if unfinished is not None:
             if len(unfinished) == 0:
                 break
             tracker.drop(unfinished)
-            x, accepted = take(x, unfinished), accepted[unfinished]
+            climb.keep(unfinished)
     return tracker.finish()
+
+
+def _together(images: int, rate: float, largest: int) -> int:
+    """How many queries of so many images to propose together, in a batch no larger than the largest so far.
+
+    Each saves what a pass costs whatever its size, and is proposed in vain where one before it is accepted, as happens
+    at the given ``rate``.
+    """
+    room = largest // max(images, 1)
+    if room < 2:
+        return 1
+    best = math.sqrt(2 * _COST / (max(images, 1) * max(rate, 1e-4)))
+    return max(min(round(best), room, _TOGETHER), 1)
+
+
+@dataclass
+class _Climb:
+    """The search's own iterate of each image, which is moved where that increases the loss."""
+
+    loop: AttackLoop
+    tracker: BestTracker
+    x: Tensor  # [K, ...]
+    loss: Tensor  # [K] float64
+
+    def keep(self, kept: Tensor) -> None:
+        """Go on with the images at positions ``kept``, [M] int64."""
+        self.x, self.loss = take(self.x, kept), self.loss[kept]
+
+    def query(self, window: tuple[int, int], draws: "_Draws", *, first: bool) -> Tensor:
+        """Propose one change of each image, and return how many were accepted, [K]."""
+        now = self.tracker.now
+        now.x = self._proposed(now.batch, self.x, window, draws, first=first)
+        return self._accept(self.loop.forward(now.batch, now.x, now.record, gradient=False)[2])
+
+    def query_together(self, window: tuple[int, int], draws: list["_Draws"], together: int) -> Tensor:
+        """The same for many queries, of which each pass takes the next few of every image; how many were accepted, [K].
+
+        An image goes on after its first proposal that is accepted, so that what is found is what queries one after
+        another find.
+        """
+        now, record = self.tracker.now, self.tracker.now.record
+        uniform = torch.stack([d.uniform for d in draws])  # by query and image
+        ahead = torch.arange(together, device=self.x.device)[:, None]
+        # Of each image the query to go on with, and how many were accepted.
+        at = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
+        count = torch.zeros_like(at)
+        logits: Tensor | None = None
+        while len(which := (at + ahead < len(draws)).nonzero()) > 0:
+            rows = which[:, 1]
+            queries, order = at[rows] + which[:, 0], torch.arange(len(rows), device=rows.device)
+            part = now.batch.take(rows)
+            x = self._proposed(part, take(self.x, rows), window, draws[0].replaced(uniform[queries, rows], part))
+            _, found, judgement = self.loop.forward(part, x, gradient=False)
+            good = judgement.loss.double() > self.loss[rows]
+            if record is not None:
+                known = record.succeeded if record.unconfirmed is None else record.succeeded | record.unconfirmed
+                good |= judgement.adversarial & ~known[rows]
+            # The first good proposal of each image; where there is none, its last one.
+            first = torch.full_like(at, len(rows)).scatter_reduce(0, rows, order.masked_fill(~good, len(rows)), "amin")
+            accepted = first < len(rows)
+            chosen = torch.where(accepted, first, torch.zeros_like(at).scatter_reduce(0, rows, order, "amax"))
+            tried = torch.zeros_like(accepted).index_fill(0, rows, True)
+            logits = found[chosen] if logits is None else torch.where(tried[:, None], found[chosen], logits)
+            now.x = torch.where(per_sample(tried, self.x), x[chosen], now.x)
+            judgement = self.loop.judged(now.batch, logits, record)
+            self._accept(judgement)
+            count += accepted
+            at = torch.where(tried, queries[chosen] + 1, at)
+            if self.loop.network.exact:  # else the model has yet to be asked
+                at.masked_fill_(accepted & judgement.adversarial, len(draws))
+        return count
+
+    def _accept(self, judgement: Judgement) -> Tensor:
+        """Save and follow the proposals that are better, and return which are followed, [K] bool."""
+        now = self.tracker.now
+        self.tracker.save(judgement.better)
+        losses = judgement.loss.double()
+        accepted = losses > self.loss
+        self.x = torch.where(per_sample(accepted, self.x), now.x, self.x)
+        self.loss = torch.where(accepted, losses, self.loss)
+        return accepted
+
+    def _proposed(
+        self, batch: Batch, x: Tensor, window: tuple[int, int], draws: "_Draws", *, first: bool = False
+    ) -> Tensor:
+        """``x`` with a change, within ball and box, [K, ...]."""
+        norm = self.loop.norm
+        if first:
+            moved = _first(batch, norm, draws)
+        elif norm == "linf":
+            moved = _recoloured(batch, x, *window, draws)
+        else:
+            moved = _shifted(batch, x, *window, norm, draws)
+        return ops.project_(moved, batch.x0, eps=batch.eps, norm=norm, bounds=batch.bounds)
 
 
 def _windows(x0: Tensor, queries: int, share: float) -> Iterator[tuple[int, int]]:
@@ -165,6 +276,12 @@ class _Draws:
             centre, eps=1.0, bounds=(-math.inf, math.inf), ids=batch.ids, generator=generator
         )
         self.used = 0
+
+    def replaced(self, uniform: Tensor, batch: Batch) -> "_Draws":
+        """The same with other numbers, of which none was used, for ``batch``."""
+        out = copy(self)
+        out.batch, out.uniform = batch, uniform
+        return out
 
     def next(self, count: int) -> Tensor:
         """The next ``count`` numbers in [-1, 1) for each image, [K, count]."""

@@ -7,11 +7,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastlip.attacks._apgd import apgd
-from fastlip.attacks._arguments import check_norm, number, shown
+from fastlip.attacks._arguments import number, shown
 from fastlip.attacks._min_norm import MinNormResult, min_norm
 from fastlip.attacks._pgd import pgd
 from fastlip.attacks._square import square
 from fastlip.ops import Bounds, Norm
+from fastlip.ops._checks import checked_norm
 
 #: Called as attack(model, inputs, labels, ...), with those of ``bounds``, ``ids`` and ``generator`` that it takes.
 Attack = Callable[..., Tensor | MinNormResult]
@@ -37,8 +38,13 @@ def suite(
     Raises:
         ValueError: the name or the norm is unknown, or the radius is below 0.
         TypeError: the radius is not a float.
+
+    Example:
+        >>> from fastlip import attacks
+        >>> suite = attacks.suite("standard", norm="linf", eps=8 / 255)
+        >>> print(list(suite))
     """
-    check_norm(norm)
+    norm = checked_norm(norm)
     eps = number(eps, "eps")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")

@@ -2,7 +2,7 @@
 
 from fastlip.data._cifar import cifar10, cifar100
 from fastlip.data._cifar_c import cifar10_c
-from fastlip.data._folder import folder_listing, image_folder
+from fastlip.data._folder import folder_listing, image_folder, write_folder
 from fastlip.data._generated import Split, Task, generated
 from fastlip.data._hugging_face import hugging_face, hugging_face_fingerprint
 from fastlip.data._image_set import ImageSet
@@ -23,4 +23,5 @@ __all__ = [
     "hugging_face_fingerprint",
     "image_folder",
     "svhn",
+    "write_folder",
 ]

@@ -23,6 +23,13 @@ def cifar10(root: str | os.PathLike[str], train: bool, download: bool = False) -
         ValueError: a file is damaged (its MD5 differs from the published one).
         OSError: the download failed.
         ImportError: torchvision is missing.
+
+    Example:
+        >>> import fastlip
+        >>> try:
+        ...     images = fastlip.data.cifar10("data", train=True)
+        ... except FileNotFoundError as error:
+        ...     print(error)  # which file is missing
     """
     return _read("CIFAR-10", torchvision_datasets().CIFAR10, root, train, download)
 
@@ -40,6 +47,13 @@ def cifar100(root: str | os.PathLike[str], train: bool, download: bool = False) 
         ValueError: a file is damaged (its MD5 differs from the published one).
         OSError: the download failed.
         ImportError: torchvision is missing.
+
+    Example:
+        >>> import fastlip
+        >>> try:
+        ...     images = fastlip.data.cifar100("data", train=True)
+        ... except FileNotFoundError as error:
+        ...     print(error)  # which file is missing
     """
     return _read("CIFAR-100", torchvision_datasets().CIFAR100, root, train, download)
 

@@ -24,6 +24,13 @@ def cifar10_c(root: str | os.PathLike[str], corruption: str, severity: int, clas
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file has another shape or type, or ``severity`` is out of range.
+
+    Example:
+        >>> import fastlip
+        >>> try:
+        ...     images = fastlip.data.cifar10_c("CIFAR-10-C", "fog", 3, ("airplane", "automobile"))
+        ... except FileNotFoundError as error:
+        ...     print(error)  # which file is missing
     """
     if not 1 <= severity <= 5:
         raise ValueError(f"severity must lie from 1 to 5, got {severity}")

@@ -34,6 +34,36 @@ class Listing(NamedTuple):
     name: str
 
 
+def write_folder(images: ImageSet, folder: str | os.PathLike[str]) -> None:
+    """Write images as lossless files ``FOLDER/CLASS/NUMBER.png``, as :func:`image_folder` and others read them.
+
+    Args:
+        images: what to write; numbers count the images of a class, in their order.
+        folder: made if it is missing.
+
+    Raises:
+        FileExistsError: there is something in ``folder``.
+        ImportError: Pillow is missing.
+
+    Example:
+        >>> import fastlip
+        >>> images = fastlip.data.generated("target", "test", 12)
+        >>> fastlip.data.write_folder(images, "shapes")
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ImportError('images are written by Pillow: pip install "fastlip[study]"') from None
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    if any(root.iterdir()):
+        raise FileExistsError(f"{root} is not empty")
+    for label, name in enumerate(images.classes):
+        (root / name).mkdir()
+        for number, pixels in enumerate(images.images[images.labels == label]):
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(root / name / f"{number:05d}.png")
+
+
 def image_folder(
     root: str | os.PathLike[str],
     size: int = 32,
@@ -61,6 +91,12 @@ def image_folder(
         ValueError: an image cannot be read, the classes for training and testing differ, or a class has too few images
             for ``n``.
         ImportError: torchvision is missing.
+
+    Example:
+        >>> import fastlip
+        >>> images = fastlip.data.generated("target", "test", 12)
+        >>> fastlip.data.write_folder(images, "shapes")
+        >>> print(len(fastlip.data.image_folder("shapes", size=16)))
     """
     found = folder_listing(root, split)
     rows = torch.arange(len(found.paths))
@@ -79,6 +115,12 @@ def folder_listing(root: str | os.PathLike[str], split: Literal["train", "test"]
         FileNotFoundError: there is no such folder, or a class has no images.
         ValueError: the classes for training and testing differ.
         ImportError: torchvision is missing.
+
+    Example:
+        >>> import fastlip
+        >>> images = fastlip.data.generated("target", "test", 12)
+        >>> fastlip.data.write_folder(images, "shapes")
+        >>> print(fastlip.data.folder_listing("shapes").paths[0])
     """
     root = Path(root)
     if not root.is_dir():

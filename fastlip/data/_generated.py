@@ -56,6 +56,12 @@ def generated(task: Task, split: Split, n: int, seed: int = 0) -> ImageSet:
 
     Raises:
         ValueError: a name is unknown or ``n`` is below 1.
+
+    Example:
+        >>> import fastlip
+        >>> images = fastlip.data.generated("target", "test", 12)
+        >>> for x, labels in images.batches(6):
+        ...     print(x.shape, labels)
     """
     if task not in _CLASSES:
         raise ValueError(f"task must be 'source' or 'target', got {task!r}")

@@ -62,6 +62,13 @@ def hugging_face(
         OSError: the data set is not cached and cannot be fetched, or there is no such folder.
         ValueError: it is of another form, an image cannot be read, or a class has too few images for ``n``.
         ImportError: ``datasets`` is missing or older than version 4, which would execute code.
+
+    Example:
+        >>> import fastlip
+        >>> try:
+        ...     images = fastlip.data.hugging_face("./photos", size=32)  # a folder, or a name on the Hub
+        ... except (ImportError, OSError) as error:
+        ...     print(error)
     """
     found = _table(name, split)
     chosen = torch.arange(len(found.labels))
@@ -83,6 +90,13 @@ def hugging_face_fingerprint(name: str) -> str:
         OSError: as :func:`hugging_face` does.
         ValueError: as :func:`hugging_face` does.
         ImportError: as :func:`hugging_face` does.
+
+    Example:
+        >>> import fastlip
+        >>> try:
+        ...     print(fastlip.data.hugging_face_fingerprint("./photos"))
+        ... except (ImportError, OSError) as error:
+        ...     print(error)
     """
     library = hugging_face_datasets()
     digest = hashlib.sha256()

@@ -17,6 +17,13 @@ class ImageSet:
         classes: names of the classes.
         name: what to call the set in a report.
         generated: whether the images were drawn by a program rather than taken of the world.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> pixels, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+        >>> images = fastlip.data.ImageSet(pixels, labels, ("cat", "dog"), "pets")
+        >>> print(len(images.balanced(2)))
     """
 
     images: Tensor

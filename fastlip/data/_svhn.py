@@ -22,6 +22,13 @@ def svhn(root: str | os.PathLike[str], train: bool, download: bool = False) -> I
         ValueError: the file is damaged (its MD5 differs from the published one).
         OSError: the download failed.
         ImportError: torchvision or SciPy, which reads the file, is missing.
+
+    Example:
+        >>> import fastlip
+        >>> try:
+        ...     images = fastlip.data.svhn("data", train=False)
+        ... except FileNotFoundError as error:
+        ...     print(error)  # which file is missing
     """
     dataset = torchvision_datasets().SVHN
     split = "train" if train else "test"

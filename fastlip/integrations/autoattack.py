@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastlip.attacks import Attack, EvaluationResult, Precision, evaluate, suite
+from fastlip.attacks._criterion import Criterion
 from fastlip.attacks._source import BoundsOf
 from fastlip.integrations._decisions import decisions
 from fastlip.integrations._names import named
@@ -67,6 +68,7 @@ class AutoAttack:
         fast: as in :func:`fastlip.attacks.pgd`.
         precision: as in :func:`fastlip.attacks.pgd`.
         draws: passes that judge an image together, as in :func:`fastlip.attacks.evaluate`.
+        criterion: what counts as success, as in :func:`fastlip.attacks.evaluate`; a wrong decision if None.
 
     Attributes:
         evaluation: the result of the last run.
@@ -80,7 +82,8 @@ class AutoAttack:
     #: What the attacks are made from, and what else may be set.
     _MAKING = frozenset({"norm", "epsilon", "bounds", "version", "attacks_to_run"})
     _SETTABLE = _MAKING | {
-        "model", "seed", "verbose", "device", "log_path", "fast", "precision", "draws", "evaluation", "attacks",
+        "model", "seed", "verbose", "device", "log_path", "fast", "precision", "draws", "criterion", "evaluation",
+        "attacks",
     }  # fmt: skip
 
     def __init__(
@@ -98,13 +101,14 @@ class AutoAttack:
         fast: bool = False,
         precision: Precision = None,
         draws: int = 1,
+        criterion: Criterion | None = None,
     ) -> None:
         if attacks_to_run and version != "custom":
             raise ValueError("attacks_to_run needs version='custom'")
         self.model = model
         self.norm, self.epsilon, self.bounds = norm, eps, bounds
         self.seed, self.verbose, self.device, self.log_path = seed, verbose, device, log_path
-        self.fast, self.precision, self.draws = fast, precision, draws
+        self.fast, self.precision, self.draws, self.criterion = fast, precision, draws, criterion
         self.evaluation: EvaluationResult | None = None
         self._objects = {name: _Tuned(self, *_OBJECTS[name]) for name in _OBJECTS}
         self._made: dict[str, Attack] | None = None
@@ -206,7 +210,14 @@ class AutoAttack:
         y_orig: Tensor,  # [N]
         bs: int = 250,
     ) -> float:
-        """Share of images classified correctly."""
+        """Share of images classified correctly, or on which the criterion is not fulfilled to begin with."""
+        if self.criterion is not None:
+            with named(_NAMES):
+                found = evaluate(
+                    self.model, x_orig, y_orig, {}, criterion=self.criterion, bounds=self.bounds, batch_size=bs,
+                    device=self.device, draws=self.draws, check=False,
+                )  # fmt: skip
+            return found.clean_accuracy
         return (self._decisions(x_orig, bs) == y_orig).double().mean().item()
 
     def _evaluate(
@@ -221,9 +232,9 @@ class AutoAttack:
         eot = max(self._objects[name].options["eot"] for name in ("apgd", "apgd_targeted"))
         with named(_NAMES):
             found = evaluate(
-                self.model, x, y, attacks, norm=_NORMS[self.norm], eps=self.epsilon, bounds=self.bounds, batch_size=bs,
-                seed=seed, device=self.device, fast=self.fast, precision=self.precision, draws=self.draws, eot=eot,
-                progress=self.verbose, state=state,
+                self.model, x, y, attacks, norm=_NORMS[self.norm], eps=self.epsilon, criterion=self.criterion,
+                bounds=self.bounds, batch_size=bs, seed=seed, device=self.device, fast=self.fast,
+                precision=self.precision, draws=self.draws, eot=eot, progress=self.verbose, state=state,
             )  # fmt: skip
         if self.verbose:
             print(found)

@@ -1,5 +1,6 @@
 """Local Lipschitz constants on balls of inputs, bounded from both sides."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Unpack
 
@@ -17,12 +18,20 @@ from fastlip.norms import NormOptions
 from fastlip.norms._models.eval_mode import eval_mode, require_eval
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
+from fastlip.ops._checks import checked_norm
 
-#: Elements of the largest tensor of columns, and samples that are bounded together.
-_MOST_ELEMENTS, _MOST_SAMPLES = 1 << 25, 32
+#: Elements of the largest tensor of columns.
+_MOST_ELEMENTS = 1 << 25
+#: Elements of the columns of the inputs up to which samples are bounded together, as larger tensors leave the cache and
+#: cost page faults; and the most samples.
+_CACHED, _MOST_SAMPLES = 1 << 20, 16
+#: Elements of the points at which the Jacobians are looked at together, if one of each ball is not more already.
+_MOST_POINTS = 1 << 20
 _NORMS = ("l2", "linf")
 #: Ratio of the two sides from which on it is worth asking for the bound that holds everywhere.
-_FAR = 3.0
+_FAR = 2.0
+#: Steps of the first look at a point's Jacobian, and the growth per step at which it ends.
+_FIRST_STEPS, _FIRST_RTOL = 12, 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +60,7 @@ def local_lipschitz_bounds(
     x: Tensor,  # [B, ...]
     radius: float | Tensor,
     *,
-    norm: str = "l2",
+    norm: str | float = "l2",
     points: int = 8,
     check: bool = True,
     options: NormOptions | None = None,
@@ -78,7 +87,8 @@ def local_lipschitz_bounds(
         model: as for :func:`lipschitz_bound`; it is not changed.
         x: samples, [B, ...], in the model's dtype and on its device.
         radius: of the balls: one, or one for each sample, [B].
-        norm: norm of the balls, "l2" or "linf". The constants are those of the L2 norm in either case.
+        norm: norm of the balls, "l2" or "linf", or as other libraries spell them. The constants are those of the L2
+            norm in either case.
         points: points of each ball, the sample included, at which the Jacobian's norm is computed.
         check: whether to compare the traced graph with the model.
         options: how to compute norms, where that is needed; its ``generator`` also draws
@@ -88,10 +98,18 @@ def local_lipschitz_bounds(
     Raises:
         TypeError: the model is not a module.
         ValueError: an argument is wrong; or as for :func:`lipschitz_bound` and :func:`local_lipschitz`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> local = fastlip.lipschitz.local_lipschitz_bounds(model, torch.rand(4, 6), radius=0.05)
+        >>> print(local.lower, local.upper)
     """
     if not x.is_floating_point() or x.dim() < 2:
         raise ValueError(f"x must be a floating-point batch [B, ...], got {x.dtype} of shape {list(x.shape)}")
-    if norm not in _NORMS:
+    if (norm := checked_norm(norm)) not in _NORMS:
         raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
     if points < 1:
         raise ValueError(f"points must be at least 1, got {points}")
@@ -127,8 +145,9 @@ def _upper_sides(
             upper = _by_jacobians(traced, balls)
             missing = upper.isnan()
             if not bool(missing.any()):
-                # With most units open nothing is local any more, and the whole network has more time.
-                far = upper > _FAR * lower
+                # With most units open nothing is local any more, and the whole network has more time. What holds
+                # everywhere is at least the largest lower side.
+                far = upper > _FAR * lower.max()
                 return _capped(model, shape, upper, far, options) if bool(far.any()) else (upper, 1.0)
             # The least of two bounds holds if both do.
             halved = replace(options, confidence=1.0 - (1.0 - options.confidence) / 2.0)
@@ -153,7 +172,9 @@ def _capped(
 def _by_jacobians(traced: Traced, balls: Balls) -> Tensor:
     """Upper bounds from columns of Jacobians, [B]; NaN where they do not fit."""
     upper = torch.full_like(balls.radius, torch.nan)
-    at, size = 0, _MOST_SAMPLES
+    widest = max(math.prod(step.shape) for step in traced.steps.values())
+    columns = max(1, balls.x[0].numel() * widest)
+    at, size = 0, min(_MOST_SAMPLES, max(1, _CACHED // columns))
     while at < len(upper):
         some = slice(at, at + size)
         found = _some(traced, Balls(balls.x[some], balls.radius[some], balls.norm))
@@ -203,16 +224,27 @@ def _attained(
     model: nn.Module, x: Tensor, radii: Tensor, norm: str, points: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """The largest Jacobian norm among points of each ball, [B], and where it is attained."""
-    best, where = local_lipschitz(model, x, generator=generator), x.detach().clone()
+
+    def norms(at: Tensor) -> Tensor:
+        return local_lipschitz(model, at, rtol=_FIRST_RTOL, max_steps=_FIRST_STEPS, generator=generator)
+
+    if points == 1:
+        return local_lipschitz(model, x, generator=generator), x.detach().clone()
+    best, where = norms(x), x.detach().clone()
     rows = radii.view(-1, *(1,) * (x.dim() - 1))
-    for i in range(1, points):
-        step = torch.randn(x.shape, dtype=torch.float64, generator=generator, device=generator.device).to(x.device)
-        step = step.sign() if norm == "linf" else unit(step)
+    at_once = max(1, _MOST_POINTS // max(x.numel(), 1))
+    for first in range(1, points, at_once):
+        some = torch.arange(first, min(first + at_once, points))
+        draws = torch.randn(len(some), *x.shape, dtype=torch.float64, generator=generator, device=generator.device).to(
+            x.device
+        )
+        step = draws.sign() if norm == "linf" else unit(draws.flatten(0, 1)).view_as(draws)
         # Half of the points are at the edge.
-        share = 1.0 if i % 2 else (i / points)
+        share = torch.where(some % 2 == 1, 1.0, some / points).to(step).view(-1, *(1,) * x.dim())
         moved = (x.detach().double() + share * (1.0 - 1e-6) * rows * step).to(x)
-        found = local_lipschitz(model, moved, generator=generator)
-        better = found > best
-        best = torch.where(better, found, best)
-        where = torch.where(better.view(rows.shape), moved, where)
-    return best, where
+        found = norms(moved.flatten(0, 1)).view(len(some), -1)
+        largest, which = found.max(0)
+        better = largest > best
+        best = torch.where(better, largest, best)
+        where = torch.where(better.view(rows.shape), moved[which, torch.arange(len(x))], where)
+    return torch.maximum(best, local_lipschitz(model, where, generator=generator)), where

@@ -1,15 +1,20 @@
 """A sound upper bound on the Lipschitz constant of a whole network."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import reduce
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from fastlip.lipschitz._combinations import Combination, Sum, Weighted, weighted_sum
+from fastlip._figures import axes_or_new
+from fastlip._json import reading
+from fastlip._pages import fragment_if_possible, page
+from fastlip.lipschitz._combinations import Combination, Sum
+from fastlip.lipschitz._composition import Tighter, joined_parts, step_total
 from fastlip.lipschitz._counterexamples import refute, require_bounded
 from fastlip.lipschitz._domain import Domain, domain_of
 from fastlip.lipschitz._graph import Traced, fold_scales, trace
@@ -30,6 +35,8 @@ from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
 _AUXILIARY = 4.0
 #: Most pairs of rows whose distance is computed directly.
 _PAIRS = 1 << 12
+#: Largest exponent of two whose square is far from the ends of the range.
+_SQUARES = 400
 #: Depth of nested branches up to which a bound shows its parts.
 _DEEPEST = 100
 
@@ -60,12 +67,25 @@ class Part:
         """The part as plain Python values."""
         result: dict[str, Any] = {"name": self.name, "kind": self.kind, "log10_factor": self.log10_factor}
         if self.norm is not None:
-            result |= {"lower": self.norm.lower, "upper": self.norm.upper, "confidence": self.norm.confidence}
+            result |= asdict(self.norm)
         if self.sizes:
             result["sizes"] = list(self.sizes)
         if self.branches:
             result["branches"] = [[part.to_dict() for part in branch] for branch in self.branches]
         return result
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Part":
+        """The part that :meth:`to_dict` gave."""
+        names = [f.name for f in fields(NormInterval)]
+        return cls(
+            data["name"],
+            data["kind"],
+            data["log10_factor"],
+            NormInterval(*(data[name] for name in names)) if "upper" in data else None,
+            tuple(tuple(map(cls.from_dict, branch)) for branch in data.get("branches", ())),
+            tuple(data.get("sizes", ())),
+        )
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,15 @@ class LipschitzBound:
         log10_plain: log10 of the bound with skip + branch for every residual block.
         seed: seed of the random start vectors, None if none were drawn.
         domain: the set of inputs between which the bound holds.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> bound = fastlip.lipschitz_bound(model, (6,))
+        >>> for part in bound.parts:
+        ...     print(part.name, part.log10_factor)
+        >>> again = fastlip.LipschitzBound.from_json(bound.to_json())
     """
 
     log10_upper: float
@@ -113,10 +142,69 @@ class LipschitzBound:
             "parts": [part.to_dict() for part in self.parts],
         }
 
+    def to_json(self) -> str:
+        """``to_dict``, with the whole domain, as indented JSON."""
+        return json.dumps(self.to_dict() | {"domain": self.domain.to_state()}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "LipschitzBound":
+        """The bound that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: ``text`` is no such bound.
+        """
+        with reading(cls):
+            data = json.loads(text)
+            names = [f.name for f in fields(cls)]
+            read: dict[str, Any] = {
+                "parts": tuple(map(Part.from_dict, data["parts"])),
+                "domain": Domain.from_state(data["domain"]),
+            }
+            return cls(**{name: read.get(name, data[name]) for name in names})
+
+    def to_html(self, title: str = "Upper Lipschitz constant") -> str:
+        """A self-contained page with this heading: the bound and a row for each of its parts.
+
+        Raises:
+            ImportError: Jinja2 is not installed.
+        """
+        return page("bound.html", title, **self._shown())
+
+    def _repr_html_(self) -> str | None:
+        return fragment_if_possible("bound.html", **self._shown())
+
+    def _shown(self) -> dict[str, Any]:
+        """The values of the template."""
+        rows = list(_rows(self.parts, 0))
+        longest = max((row["log10"] for row in rows if math.isfinite(row["log10"])), default=0.0)
+        for row in rows:
+            row["share"] = min(max(100.0 * row["log10"] / longest, 0.0), 100.0) if longest > 0.0 else 0.0
+        return {"bound": self, "rows": rows, "shown": _show, "chance": self._chance}
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw log10 of the factors from input to output, and return matplotlib's axes.
+
+        Args:
+            axes: where to draw; a new figure if None.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        axes = axes_or_new(axes, (7.0, 0.6 + 0.22 * max(len(self.parts), 3)))
+        places = range(len(self.parts))
+        axes.barh(places, [part.log10_factor for part in self.parts])
+        axes.set_yticks(places, [f"{part.name} ({part.kind})" for part in self.parts])
+        axes.invert_yaxis()
+        axes.set_xlabel("log10 of the factor")
+        return axes
+
+    @property
+    def _chance(self) -> str:
+        return "certain" if self.confidence == 1.0 else f"confidence 1 - {1.0 - self.confidence:.2g}"
+
     def __str__(self) -> str:
-        chance = "certain" if self.confidence == 1.0 else f"confidence 1 - {1.0 - self.confidence:.2g}"
         where = f" {self.domain}" if self.domain.restricted else ""
-        head = f"L2 Lipschitz constant{where} at most {_show(self.log10_upper)} ({chance})"
+        head = f"L2 Lipschitz constant{where} at most {_show(self.log10_upper)} ({self._chance})"
         tail = f"skip + branch {_show(self.log10_plain)}; plain product of layer norms {_show(self.log10_product)}"
         return "\n".join([head, *_lines(self.parts, 1), tail])
 
@@ -176,6 +264,15 @@ def lipschitz_bound(
         TypeError: the model is not a module.
         ValueError: an argument is wrong, the model cannot be traced or run, something in it has no rule or no bound, or
             the model does something other than its traced graph; the message says what.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> bound = fastlip.lipschitz_bound(model, (6,))
+        >>> print(bound.upper)
+        >>> near = fastlip.lipschitz_bound(model, (6,), around=torch.rand(6), radius=0.1)
     """
     chosen = chosen_options("lipschitz_bound", options, keywords)
     bare, shape = bare_model(model), checked_shape(input_shape)
@@ -215,6 +312,12 @@ def require_rules(
     Raises:
         TypeError: the model is not a module.
         ValueError: as for :func:`lipschitz_bound`; a bound that norms alone show to be wrong is not noticed here.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> fastlip.lipschitz.require_rules(model, (6,))  # raises where there is no bound
     """
     bare, shape = bare_model(model), checked_shape(input_shape)
     domain = domain_of(shape, bounds, around, radius)
@@ -256,7 +359,8 @@ def _bound(
     # These norms are added to other terms, so that less accuracy suffices.
     tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * options.rtol))
     regions = bound_regions(find_regions(steps, tight_residuals)) if tight_chains else {}
-    totals, origins = _compose(steps, logs, sizes, tighter, regions)
+    parts = joined_parts(steps, logs, sizes, tighter, regions)
+    totals, origins = _compose(steps, logs, sizes, tighter, regions, parts)
     given = [n.confidence for n in norms.values() if n.confidence < 1.0] + chances
     drawn = bool(chances) or any(isinstance(s.factor, Operator) and norms[s].confidence < 1.0 for s in norms)
     # Operators share 1 - confidence; each interval that a rule returns adds its own probability of failure.
@@ -310,16 +414,16 @@ def _blocks(steps: list[Step]) -> list[Block]:
 
 def _tighten(
     blocks: list[Block], plain: dict[Step, float], norms: dict[Step, NormInterval], options: ResolvedOptions
-) -> tuple[dict[Step, tuple[Step, float]], list[float]]:
+) -> tuple[Tighter, list[float]]:
     """Each block's sum with its origin and log10 of its tighter constant; and the confidences of the norms used."""
     # The difference of two logarithms, each rounded upwards, may be too small.
     before = [
         exp10(math.nextafter(plain[block.layers[-1].inputs[0]] - plain[block.origin], math.inf)) for block in blocks
     ]
     finite = [i for i, block in enumerate(blocks) if math.isfinite(plain[block.total]) and math.isfinite(before[i])]
-    requests = {i: block_operators(blocks[i], norms, before[i]) for i in finite}
+    requests = {i: block_operators(blocks[i], norms, before[i], options) for i in finite}
     intervals = iter(operator_norms([needed.operator for ops in requests.values() for needed in ops], options))
-    tighter: dict[Step, tuple[Step, float]] = {}
+    tighter: Tighter = {}
     chances: list[float] = []
     for i, ops in requests.items():
         auxiliary = [next(intervals) for _ in ops]
@@ -329,11 +433,8 @@ def _tighten(
     return tighter, chances
 
 
-_Tighter = dict[Step, tuple[Step, float]]
-
-
 def _compose(
-    steps: list[Step], logs: dict[Step, float], sizes: dict[Step, Sizes], *tighter: _Tighter
+    steps: list[Step], logs: dict[Step, float], sizes: dict[Step, Sizes], *tighter: Tighter
 ) -> tuple[dict[Step, float], dict[Step, Step]]:
     """log10 of the bound from the model's input to each step; and the origins of the tighter parts that made it less.
 
@@ -342,12 +443,7 @@ def _compose(
     totals: dict[Step, float] = {}
     origins: dict[Step, Step] = {}
     for step in steps:
-        if isinstance(step.factor, Combination):
-            inputs = [totals[source] for source in step.inputs]
-            weighted = isinstance(step.factor, Weighted)
-            totals[step] = weighted_sum(inputs, sizes[step].weights) if weighted else step.factor.constant(inputs, ())
-        else:
-            totals[step] = multiply(logs[step], totals[step.inputs[0]]) if step.inputs else 0.0
+        totals[step] = step_total(step, totals, logs, sizes) if step.inputs else 0.0
         for origin, log in (part[step] for part in tighter if step in part):
             total = multiply(totals[origin], log)
             if total < totals[step]:
@@ -367,7 +463,14 @@ def _margin(last: Step, totals: dict[Step, float]) -> float:
 
 
 def _largest_distance(rows: Tensor) -> float:
-    """Largest distance of two rows of a matrix [n, m] float64, rounded upwards."""
+    """Largest distance of two rows of a matrix [n, m] float64, rounded upwards; inf beyond the range."""
+    _, exponent = math.frexp(rows.abs().max().item() if rows.numel() else 0.0)
+    if abs(exponent) > _SQUARES:  # squares would leave the range: halved or doubled, which is exact
+        half = exponent // 2
+        rows = rows * 2.0**-half * 2.0 ** (half - exponent)
+        lost = math.sqrt(rows.shape[1]) * torch.finfo(torch.float64).tiny  # what underflows
+        distance = _largest_distance(rows) + lost if exponent > 0 else _largest_distance(rows)
+        return distance * 2.0**half * 2.0 ** (exponent - half)
     squares = rows.square().sum(1)
     products = rows @ rows.mT
     expanded = squares[:, None] + squares - 2.0 * products
@@ -430,6 +533,16 @@ class _PartTree:
         if not math.isfinite(self._totals[step]) or (stop is not None and self._order[first] < self._order[stop]):
             return False
         return not (isinstance(step.factor, Combination) and origin_of(step, self._order) is first)
+
+
+def _rows(parts: tuple[Part, ...], depth: int) -> Iterator[dict[str, Any]]:
+    """The lines of a table of parts: what each is, how deep it is nested, and log10 of its factor."""
+    for part in parts:
+        yield {"depth": depth, "name": part.name, "kind": part.kind, "log10": part.log10_factor}
+        for branch in part.branches:
+            total = sum(p.log10_factor for p in branch)
+            yield {"depth": depth + 1, "name": "branch", "kind": "", "log10": total}
+            yield from _rows(branch, depth + 2)
 
 
 def _lines(parts: tuple[Part, ...], depth: int) -> Iterator[str]:

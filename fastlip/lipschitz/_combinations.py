@@ -10,7 +10,7 @@ from fastlip.lipschitz._log_arithmetic import add, half, log10, multiply
 
 
 class Combination(ABC):
-    """What a step makes of the constants of its inputs.
+    """What a step makes of the constants of its inputs: of sums of two for each, at most the sum of both results.
 
     Attributes:
         name: what it is called in the parts of a bound.

@@ -93,6 +93,33 @@ class Domain:
             result |= {"lower": self.lower.min().item(), "upper": self.upper.max().item()}
         return result if self.radius is None else result | {"radius": self.radius}
 
+    def to_state(self) -> dict[str, Any]:
+        """The whole set as plain Python values: a number for a tensor of equal elements, else its elements in order."""
+
+        def numbers(t: Tensor) -> float | list[float]:
+            elements: list[float] = t.flatten().tolist()
+            return elements[0] if len(set(elements)) == 1 else elements
+
+        return {
+            "shape": list(self.centre.shape),
+            "lower": numbers(self.lower),
+            "upper": numbers(self.upper),
+            "centre": numbers(self.centre),
+            "reach": self.reach,
+            "radius": self.radius,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Domain":
+        """The set that :meth:`to_state` gave."""
+        shape = state["shape"]
+
+        def tensor(name: str) -> Tensor:
+            values = torch.tensor(state[name], dtype=torch.float64)
+            return (values if values.dim() == 0 else values.reshape(shape)).expand(shape).clone()
+
+        return cls(tensor("lower"), tensor("upper"), tensor("centre"), state["reach"], state["radius"])
+
     def __str__(self) -> str:
         if not self.restricted:
             return "everywhere"
@@ -148,10 +175,11 @@ def _box(shape: Sequence[int], bounds: tuple[float | Tensor, float | Tensor] | N
 
 def stacked(rows: Sequence[Interval]) -> Interval:
     """The domains of several intervals as one batch."""
-    return Interval(*(torch.cat([getattr(row, name) for row in rows]) for name in ("lower", "upper", "norm")))
+    ends = (torch.cat([getattr(row, name) for row in rows]) for name in ("lower", "upper", "norm"))
+    return Interval.as_stored(*ends)
 
 
 def row(interval: Interval, index: int) -> Interval:
     """One domain of a batch, as a batch of one."""
     at = slice(index, index + 1)
-    return Interval(interval.lower[at], interval.upper[at], interval.norm[at])
+    return Interval.as_stored(interval.lower[at], interval.upper[at], interval.norm[at])

@@ -1,12 +1,14 @@
 """The graph of a model by torch.export, in the terms of torch.fx: modules with a rule, functions and tensor methods."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
 
 from fastlip.lipschitz._registry import is_leaf
 from fastlip.lipschitz._trace import Root, Untraceable, Values, location, varying_nodes
@@ -31,7 +33,7 @@ def export_graph(
     """
     root = Root(model)
     try:
-        with as_found(model):
+        with as_found(model), _registration_hooks_as_found():
             program = torch.export.export(root, (x,), strict=False)
             graph_module = _in_calls(program, root)
             try:
@@ -44,6 +46,23 @@ def export_graph(
     except Exception as error:
         line = next(iter(f"{error}".strip().splitlines()), "") or type(error).__name__
         raise Untraceable(f"{type(model).__name__} cannot be exported by torch.export ({line})") from error
+
+
+@contextmanager
+def _registration_hooks_as_found() -> Iterator[None]:
+    """Remove the hooks for all modules that torch.export of torch 2.11 leaves behind where it fails."""
+    hooks = [
+        torch_module._global_buffer_registration_hooks,
+        torch_module._global_module_registration_hooks,
+        torch_module._global_parameter_registration_hooks,
+    ]
+    found = [set(of_one_kind) for of_one_kind in hooks]
+    try:
+        yield
+    finally:
+        for of_one_kind, kept in zip(hooks, found, strict=True):
+            for key in set(of_one_kind) - kept:
+                del of_one_kind[key]
 
 
 class _Run(fx.Interpreter):

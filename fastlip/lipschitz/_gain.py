@@ -18,21 +18,22 @@ from fastlip.lipschitz._intervals import EPS, INF
 
 #: Step of the descent over logarithms, and the decay of its two averages (D. Kingma and J. Ba, "Adam", ICLR 2015).
 _STEP, _FIRST, _SECOND = 0.4, 0.7, 0.9
-#: Multiply-adds that the descent may spend on a sample, and the most steps it takes.
-_BUDGET, _MOST_STEPS = 1.5e8, 48
+#: Multiply-adds that the descent may spend on each block of a sample, and the most steps it takes.
+_BUDGET, _MOST_STEPS = 1e7, 48
 #: The descent ends once as many steps gain no sample more than this.
 _PATIENCE, _PROGRESS = 6, 0.01
-#: By how much a bound is raised until it is certified.
-_RAISES = (1e-8, 1e-5, 1e-3, 1e-2, 0.1, 1.0)
+#: By how much a bound is raised until it is certified; the first ones are for values of the eigenvalue solver.
+_SMALL_RAISES, _RAISES = (1e-8, 1e-5), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 #: Largest logarithm of a multiplier, and the largest difference of two.
 _FARTHEST, _SPREAD = 300.0, 40.0
 #: What a bound is at least.
 _TINIEST = 1e-200
-#: Number of open units up to which units have guesses of their own.
-_FEW_UNITS = 192
+#: Number of open units up to which units have guesses of their own, in two blocks and in more: with depth one
+#: multiplier for each block is a worse guess.
+_FEW_UNITS, _FEW_UNITS_DEEP = 96, 192
 #: Side up to which the eigenvalue solver is the fastest way to the largest eigenvalue; steps of the iteration during
 #: the descent and after it.
-_SMALL, _RITZ_STEPS, _LAST_STEPS = 48, 8, 30
+_SMALL, _RITZ_STEPS, _LAST_STEPS = 48, 6, 16
 
 
 @dataclass(frozen=True)
@@ -69,94 +70,92 @@ def largest_norm(units: OpenUnits) -> Tensor:
 
 
 class _Problem:
-    """The scaled matrices of multipliers, and what follows from them."""
+    """The scaled matrices of multipliers, and what follows from them.
+
+    The units of the first block read none: their rows of M are 0. The rows of all matrices here are those of the
+    outputs, then of the later units, then of the first block's; M is kept without the last ones.
+    """
 
     def __init__(self, units: OpenUnits) -> None:
         self.units = units
-        self.m = units.outer.shape[1]
-        x = torch.cat([units.outer, units.right], 1)
-        self.size = x.shape[1]
+        first = units.blocks[0].stop if units.blocks else 0
+        self.m, self.first = units.outer.shape[1], first
+        x = torch.cat([units.outer, units.right[:, first:], units.right[:, :first]], 1)
+        self.size, self.d = x.shape[1:]
+        self.read = self.size - first  # rows of M
         # The products below would under- or overflow for Jacobians that are far from 1.
         self.unit = x.abs().amax((1, 2)).clamp(1e-150, 1e150)
-        x = x / self.unit[:, None, None]
-        self.gram = x @ x.mT
-        self.rows = torch.cat([units.left, units.between], 1)
+        self.x = x / self.unit[:, None, None]
+        # With more units in the first block than inputs, their products are those of their columns.
+        self.wide = first > self.d
+        self.gram = None if self.wide else self.x @ self.x.mT
+        self.rows = torch.cat([units.left, units.between[:, first:]], 1)
         self.open = units.delta > 0.0
-        draws = torch.randn(self.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
-        self.other = (draws / torch.linalg.vector_norm(draws)).expand(len(x), -1)
-        self.vector, self.steps = self.other, _RITZ_STEPS
+        self.vector, self.steps = _draw(min(self.size, self.d), x), _RITZ_STEPS
 
     def _scales(self, log: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of rows, [B, m + N], and of columns, [B, N]."""
         root = (0.5 * log).exp()
-        ones = log.new_ones(len(log), self.m)
-        return torch.cat([ones, self.units.delta * root], 1), torch.where(self.open, 1.0 / root, 0.0)
+        by_unit = self.units.delta * root
+        rows = [log.new_ones(len(log), self.m), by_unit[:, self.first :], by_unit[:, : self.first]]
+        return torch.cat(rows, 1), torch.where(self.open, 1.0 / root, 0.0)
 
-    def _matrices(self, log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """M, M M^T and X X^T (in units of ``unit`` squared)."""
-        by_row, by_column = self._scales(log)
-        m = self.rows * by_row[:, :, None] * by_column[:, None]
-        return m, m @ m.mT, self.gram * by_row[:, :, None] * by_row[:, None]
+    def _m(self, by_row: Tensor, by_column: Tensor) -> Tensor:
+        """M without the rows of the first block, [B, read, N]."""
+        return self.rows * by_row[:, : self.read, None] * by_column[:, None]
 
     def evaluate(self, log: Tensor) -> tuple[Tensor, Tensor]:
-        """The least gamma of multipliers, [B], inf where there is none, and the gradient of its square's logarithm."""
-        return self._evaluate(*self._matrices(log))
-
-    def _evaluate(self, m: Tensor, square: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-        identity = torch.eye(self.size, dtype=m.dtype, device=m.device)
-        factor, info = torch.linalg.cholesky_ex(identity - square)
-        fails = (info != 0) | ~square.flatten(1).isfinite().all(1)
-        factor = torch.where(fails[:, None, None], identity, factor)
-        gram = torch.where(fails[:, None, None], 0.0, gram)
-        top, vector = self._largest(factor, gram)
-        u = torch.linalg.solve_triangular(factor.mT, vector[..., None], upper=True)
-        weight = (u * (gram @ u)).sum((1, 2))
-        slope = u[:, self.m :, 0].square() - (m.mT @ u)[..., 0].square()
-        slope = slope / weight.clamp_min(1e-300)[:, None]
-        gamma = torch.where(fails, INF, top.clamp_min(0.0).sqrt() * self.unit)
-        return gamma, torch.where(fails[:, None] | ~slope.isfinite(), 0.0, slope)
-
-    def _largest(self, factor: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest eigenvalue of P^-1 K P^-T and its vector; of large matrices by Lanczos from the last such vector.
+        """The least gamma of multipliers, [B], inf where there is none, and the gradient of its square's logarithm.
 
         No bound rests on it.
         """
-        if self.size <= _SMALL:
-            half = torch.linalg.solve_triangular(factor, gram, upper=False)
-            inner = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-            values, vectors = torch.linalg.eigh((0.5 * (inner + inner.mT)).nan_to_num(0.0, 0.0, 0.0))
+        by_row, by_column = self._scales(log)
+        m = self._m(by_row, by_column)
+        return self._evaluate(by_row, m, m @ m.mT)
+
+    def _evaluate(self, by_row: Tensor, m: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        identity, r = _eye(square), self.read
+        factor, info = torch.linalg.cholesky_ex(identity - square)
+        fails = (info != 0) | ~square.flatten(1).isfinite().all(1)
+        factor = torch.where(fails[:, None, None], identity, factor)
+        inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+
+        def solved(t: Tensor) -> Tensor:
+            """P^-1 t for rows [B, m + N, ...], where P P^T = I - M M^T."""
+            return torch.cat([inverse @ t[:, :r], t[:, r:]], 1)
+
+        if self.gram is None or _SMALL < self.size >= self.d:
+            z = solved(self.x * by_row[..., None])
+            top, right = self._largest(z.mT @ z)
+            vector = (z @ right[..., None])[..., 0] / top.clamp_min(1e-300).sqrt()[:, None]
+        else:
+            half = solved(self.gram * by_row[:, :, None] * by_row[:, None])
+            top, vector = self._largest(solved(half.mT))
+        reads = (inverse.mT @ vector[:, :r, None])[..., 0]
+        own = torch.cat([vector[:, r:], reads[:, self.m :]], 1)
+        slope = own.square() - (m.mT @ reads[..., None])[..., 0].square()
+        slope = slope / top.clamp_min(1e-300)[:, None]
+        gamma = torch.where(fails, INF, top.clamp_min(0.0).sqrt() * self.unit)
+        return gamma, torch.where(fails[:, None] | ~slope.isfinite(), 0.0, slope)
+
+    def _largest(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest eigenvalues of symmetric matrices and their vectors; of large ones from the last such vectors."""
+        if matrices.shape[1] <= _SMALL:
+            values, vectors = torch.linalg.eigh((0.5 * (matrices + matrices.mT)).nan_to_num(0.0, 0.0, 0.0))
             return values[:, -1], vectors[:, :, -1]
-        v, basis, images = self.vector, [], []
-        for _ in range(min(self.steps, self.size)):
-            basis.append(v)
-            w = gram @ torch.linalg.solve_triangular(factor.mT, v[..., None], upper=True)
-            w = torch.linalg.solve_triangular(factor, w, upper=False)[..., 0]
-            images.append(w)
-            rows = torch.stack(basis, 1)
-            w = w - (rows.mT @ (rows @ w[..., None]))[..., 0]
-            v = w / torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-300)
-        projected = rows @ torch.stack(images, 2)
-        values, vectors = torch.linalg.eigh(0.5 * (projected + projected.mT))
-        top = (vectors[:, None, :, -1] @ rows)[:, 0]
-        top = top / torch.linalg.vector_norm(top, dim=1, keepdim=True).clamp_min(1e-300)
+        top, vector = _lanczos(matrices, self.vector, self.steps)
         # A little of another direction, in case that of the last multipliers is orthogonal to the next one's.
-        mixed = top + 1e-3 * self.other
+        mixed = vector + 1e-3 * _draw(vector.shape[1], self.x)
         self.vector = mixed / torch.linalg.vector_norm(mixed, dim=1, keepdim=True)
-        return values[:, -1], top
+        return top, vector
 
     def start(self) -> Tensor:
         """Logarithms of the best multipliers of a few guesses."""
         units = self.units
-        weights = (units.delta[..., None] * units.between.abs()).mT
-        tau = torch.linalg.vector_norm(units.left, dim=1)
-        # How much of a unit's output reaches the outputs: at most this, added up over all paths.
-        inverse = torch.eye(tau.shape[1], dtype=tau.dtype, device=tau.device) - weights
-        paths = torch.linalg.solve_triangular(inverse, tau[..., None], upper=True)[..., 0]
-        outer = torch.linalg.vector_norm(units.outer, dim=(1, 2)).clamp_min(1e-300)
-        if not tau.shape[1]:
-            return tau
+        if not units.delta.shape[1]:
+            return units.delta
         guesses = []
-        for log in (self._layerwise(), *_guesses(paths, units, outer)):
+        for log in (self._layerwise(), *_guesses(units)):
             log = torch.where(self.open & log.isfinite(), log, -INF)
             # Units that reach no output would get multipliers by which rounding errors are divided.
             least = log.amax(1, keepdim=True).clamp(-_FARTHEST, _FARTHEST) - _SPREAD
@@ -164,7 +163,7 @@ class _Problem:
         if len(guesses) == 1:
             return guesses[0]
         gammas = torch.stack([self.evaluate(log)[0] for log in guesses])
-        return torch.stack(guesses)[gammas.argmin(0), torch.arange(len(tau), device=tau.device)]
+        return torch.stack(guesses)[gammas.argmin(0), torch.arange(len(self.x), device=self.x.device)]
 
     def _layerwise(self) -> Tensor:
         """Logarithms of one multiplier for each block, in closed form; they are always feasible.
@@ -175,35 +174,34 @@ class _Problem:
         neural networks", NeurIPS 2024, for the units that are open.
         """
         units, m = self.units, self.m
-        p, log = self.gram.clone(), torch.zeros_like(units.delta)
-        for block in units.blocks:
-            own, later = slice(m + block.start, m + block.stop), slice(m + block.stop, None)
-            delta = units.delta[:, block]
-            scaled = delta[:, :, None] * p[:, own, own] * delta[:, None]
-            size = torch.linalg.eigvalsh(scaled.nan_to_num(0.0, 0.0, 0.0))[:, -1].clamp_min(1e-200)
-            multiplier = 0.5 / size
+        log = torch.zeros_like(units.delta)
+        block, *later = units.blocks
+        delta, outside, inside = units.delta[:, block], self.x[:, : self.read], self.x[:, self.read :]
+        if self.gram is None:
+            scaled = inside * delta[..., None]
+            multiplier, factor = _halved(scaled.mT @ scaled)
+            p = _gained(self.rows[..., block], multiplier, outside, factor)
+        else:
+            multiplier, factor = _halved(delta[:, :, None] * self.gram[:, self.read :, self.read :] * delta[:, None])
+            across = self.gram[:, : self.read, self.read :] * (delta * multiplier.sqrt()[:, None])[:, None]
+            p = self.gram[:, : self.read, : self.read] + _gained(self.rows[..., block], multiplier, across, factor)
+        log[:, block] = multiplier.log()[:, None]
+        rows = self.rows
+        for block in later:
+            delta, width = units.delta[:, block], block.stop - block.start
+            own = slice(m, m + width)
+            rows, rest = _without(rows, own), _without(p, own)
+            multiplier, factor = _halved(delta[:, :, None] * p[:, own, own] * delta[:, None])
+            across = rest[..., own] * (delta * multiplier.sqrt()[:, None])[:, None]
             log[:, block] = multiplier.log()[:, None]
-            inner = torch.eye(delta.shape[1], dtype=p.dtype, device=p.device) - multiplier[:, None, None] * scaled
-            factor, _ = torch.linalg.cholesky_ex(inner)
-            for rows in (slice(0, m), later):  # P of what was passed is not read again
-                reads = self.rows[:, rows, block] / multiplier.sqrt()[:, None, None]
-                across = p[:, rows, own] * (delta * multiplier.sqrt()[:, None])[:, None]
-                passed = torch.linalg.solve_triangular(factor, across.mT, upper=False)
-                both = torch.cat([reads, passed.mT], 2)
-                if rows.start == 0:
-                    outer = both
-                else:
-                    p[:, rows, rows] += both @ both.mT
-                    p[:, :m, rows] += outer @ both.mT
-                    p[:, rows, :m] = p[:, :m, rows].mT
-            p[:, :m, :m] += outer @ outer.mT
-        top = torch.linalg.eigvalsh(p[:, :m, :m].nan_to_num(0.0, 0.0, 0.0))[:, -1].clamp_min(1e-300)
+            p = _without(rest.mT, own) + _gained(rows[..., block], multiplier, across, factor)
+        top = torch.linalg.eigvalsh(p.nan_to_num(0.0, 0.0, 0.0))[:, -1].clamp_min(1e-300)
         return log + top.log()[:, None]
 
     def descend(self, log: Tensor) -> Tensor:
         """Logarithms of multipliers after a descent that never accepts worse ones."""
-        cost = 6.0 * self.size**3
-        steps = int(min(_MOST_STEPS, _BUDGET / cost)) if bool(self.open.any()) else 0
+        cost = 3.0 * self.read**2 * self.size + 32.0 * self.size * min(self.size, self.d)
+        steps = int(min(_MOST_STEPS, len(self.units.blocks) * _BUDGET / cost)) if bool(self.open.any()) else 0
         if not steps:
             return log
         best, slope = self.evaluate(log)
@@ -237,44 +235,122 @@ class _Problem:
     def certified(self, log: Tensor) -> Tensor:
         """The least of a few raised values that a Cholesky factorisation proves, [B]; inf if it proves none.
 
-        It succeeds for a matrix that rounding may have changed by the sums' errors (Higham 2002, section 3.5) and by
-        that of the factorisation, (n + 1) units of the trace (S. M. Rump, BIT 46, 2006); the errors of J, T, S and C
-        lessen the norm that [M, X / gamma] may have.
+        The errors of J, T, S and C lessen the norm that [M, X / gamma] may have.
         """
-        units, n = self.units, self.size
+        units = self.units
         self.steps = _LAST_STEPS
-        m, square, gram = self._matrices(log)
-        gamma, _ = self._evaluate(m, square, gram)
         by_row, by_column = self._scales(log)
-        rows = [by_row[:, self.m + block.start : self.m + block.stop].amax(1) for block in units.blocks]
-        weights = torch.stack([torch.ones_like(gamma), *rows], 1)
+        m = self._m(by_row, by_column)
+        square = m @ m.mT
+        gamma, _ = self._evaluate(by_row, m, square)
+        by_unit = units.delta * (0.5 * log).exp()
+        weights = torch.stack([torch.ones_like(gamma), *(by_unit[:, block].amax(1) for block in units.blocks)], 1)
         error = weights[:, :, None] * torch.cat([units.outer_error[:, None], units.inner_error], 1)
         error = torch.linalg.vector_norm(error, dim=1) * (1.0 + 1e-6)
-        d = units.right.shape[2]
-        outer_error = torch.linalg.vector_norm(error[:, :d], dim=1)
-        inner_error = torch.linalg.vector_norm(error[:, d:] * by_column, dim=1)
-        length = units.right.shape[2] + m.shape[2] + n + 20
-        identity = torch.eye(n, dtype=log.dtype, device=log.device)
+        outer_error = torch.linalg.vector_norm(error[:, : self.d], dim=1)
+        inner_error = torch.linalg.vector_norm(error[:, self.d :] * by_column, dim=1)
         bound = torch.full_like(gamma, INF)
-        for raise_by in _RAISES:
-            tried = gamma * (1.0 + raise_by) + 4.0 * outer_error + _TINIEST
-            relative = (self.unit / tried).square()
-            total = square + relative[:, None, None] * gram
-            trace = total.diagonal(dim1=1, dim2=2).sum(1)
-            rounding = 4.0 * EPS * (length * trace + n * (n + 2.0))
-            lost = torch.hypot(inner_error, outer_error / tried) * (1.0 + 1e-6)  # ||[dM, dX / gamma]||
-            room = (1.0 - lost).clamp_min(0.0).square() - rounding
-            _, info = torch.linalg.cholesky_ex(room[:, None, None] * identity - total)
-            proved = (info == 0) & (room > 0.0) & total.flatten(1).isfinite().all(1) & tried.isfinite()
-            bound = torch.where(proved & ~bound.isfinite(), tried, bound)
-            if bool(bound.isfinite().all()):
+        on = torch.arange(len(gamma), device=gamma.device)
+        for raise_by in (*_SMALL_RAISES, *_RAISES) if self.size <= _SMALL else _RAISES:
+            tried = gamma[on] * (1.0 + raise_by) + 4.0 * outer_error[on] + _TINIEST
+            lost = torch.hypot(inner_error[on], outer_error[on] / tried) * (1.0 + 1e-6)  # ||[dM, dX / gamma]||
+            x = self.x[on] * (by_row[on] * (self.unit[on] / tried)[:, None])[..., None]
+            proved = self._proved(square[on], x, lost) & tried.isfinite()
+            bound[on[proved]] = tried[proved]
+            on = on[~proved]
+            if not len(on):
                 break
         return bound
 
+    def _proved(self, square: Tensor, x: Tensor, lost: Tensor) -> Tensor:
+        """Whether ||[M, X]|| + lost <= 1 for M M^T and X, [B] bool, rounding included.
 
-def _guesses(paths: Tensor, units: OpenUnits, outer: Tensor) -> list[Tensor]:
+        With rho = (1 - lost)^2 and X = [X_0; X_1], X_1 of the first block, that is so if rho I - M M^T - X X^T is
+        positive definite, or, eliminating X_1 from [[rho I - M M^T, X], [X^T, I]], if the matrix
+        [[rho I - M_0 M_0^T, X_0], [X_0^T, I - X_1^T X_1 / rho]] is. A Cholesky factorisation succeeds for a matrix that
+        rounding may have changed by the sums' errors (Higham 2002, section 3.5) and by that of the factorisation,
+        (n + 1) units of the trace (S. M. Rump, BIT 46, 2006), which is at most n here.
+        """
+        rho, r = (1.0 - lost).clamp_min(0.0).square(), self.read
+        outside, inside = x[:, :r], x[:, r:]
+        if self.gram is None:
+            columns = inside / rho.sqrt().clamp_min(1e-150)[:, None, None]
+            inner = columns.mT @ columns
+            # An error of X_0 is at most one unit of its Frobenius norm, which is below 1 or its square.
+            moved = inner.diagonal(dim1=1, dim2=2).sum(1) + 1.0 + outside.square().sum((1, 2))
+            upper = torch.cat([rho[:, None, None] * _eye(square) - square, outside], 2)
+            matrix = torch.cat([upper, torch.cat([outside.mT, _eye(inner) - inner], 2)], 1)
+        else:
+            total = x @ x.mT
+            total[:, :r, :r] += square
+            moved = total.diagonal(dim1=1, dim2=2).sum(1)
+            matrix = rho[:, None, None] * _eye(total) - total
+        n = matrix.shape[1]
+        moved = moved + square.diagonal(dim1=1, dim2=2).sum(1)
+        rounding = 4.0 * EPS * ((self.d + self.size + self.first + 20) * moved + n * (n + 2.0))
+        matrix = matrix - rounding[:, None, None] * _eye(matrix)
+        _, info = torch.linalg.cholesky_ex(matrix)
+        return (info == 0) & (lost < 1.0) & matrix.flatten(1).isfinite().all(1)
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+def _draw(size: int, like: Tensor) -> Tensor:
+    """A fixed unit vector for each sample, [B, size]."""
+    draws = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+    return (draws / torch.linalg.vector_norm(draws)).expand(len(like), -1)
+
+
+def _lanczos(matrices: Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Largest Ritz values of symmetric matrices [B, n, n], n >= steps, and unit vectors, from unit vectors [B, n]."""
+    basis, images = [], []
+    for _ in range(steps):
+        basis.append(v)
+        w = (matrices @ v[..., None])[..., 0]
+        images.append(w)
+        rows = torch.stack(basis, 1)
+        w = w - (rows.mT @ (rows @ w[..., None]))[..., 0]
+        v = w / torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-300)
+    projected = (rows @ torch.stack(images, 2)).nan_to_num(0.0, 0.0, 0.0)
+    values, vectors = torch.linalg.eigh(0.5 * (projected + projected.mT))
+    top = (vectors[:, None, :, -1] @ rows)[:, 0]
+    return values[:, -1], top / torch.linalg.vector_norm(top, dim=1, keepdim=True).clamp_min(1e-300)
+
+
+def _halved(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """A multiplier t of about 1 / (2 ||A||) for positive semidefinite A, [B, n, n], and the factor of I - t A."""
+    scaled = scaled.nan_to_num(0.0, 0.0, 0.0)
+    if scaled.shape[1] <= _SMALL:
+        size = torch.linalg.eigvalsh(scaled)[:, -1]
+    else:
+        size, _ = _lanczos(scaled, _draw(scaled.shape[1], scaled), _RITZ_STEPS)
+    multiplier = 0.5 / size.clamp_min(1e-200)
+    factor, _ = torch.linalg.cholesky_ex(_eye(scaled) - multiplier[:, None, None] * scaled)
+    return multiplier, factor
+
+
+def _gained(reads: Tensor, multiplier: Tensor, across: Tensor, factor: Tensor) -> Tensor:
+    """What a block adds to P: T T^T / t for what reads its units, and A (L L^T)^-1 A^T for what shares its inputs."""
+    passed = torch.linalg.solve_triangular(factor, across.mT, upper=False)
+    both = torch.cat([reads / multiplier.sqrt()[:, None, None], passed.mT], 2)
+    return both @ both.mT
+
+
+def _without(rows: Tensor, own: slice) -> Tensor:
+    """All rows but some, of [B, rows, ...]."""
+    return torch.cat([rows[:, : own.start], rows[:, own.stop :]], 1)
+
+
+def _guesses(units: OpenUnits) -> list[Tensor]:
     """Logarithms of multipliers that would be best for one unit alone, if the norm were so and so large."""
-    if paths.shape[1] > _FEW_UNITS:  # the guess for whole blocks is better then
+    if units.delta.shape[1] > (_FEW_UNITS if len(units.blocks) <= 2 else _FEW_UNITS_DEEP):
         return []
+    weights = (units.delta[..., None] * units.between.abs()).mT
+    outer = torch.linalg.vector_norm(units.outer, dim=(1, 2)).clamp_min(1e-300)
+    tau = torch.linalg.vector_norm(units.left, dim=1)
+    # How much of a unit's output reaches the outputs: at most this, added up over all paths.
+    paths = torch.linalg.solve_triangular(_eye(weights) - weights, tau[..., None], upper=True)[..., 0]
     best_for_one = paths.clamp_min(1e-300) / units.reach.clamp_min(1e-300) / units.delta * outer[:, None]
     return [(best_for_one * size).log() for size in (1.0, 3.0, 20.0)]

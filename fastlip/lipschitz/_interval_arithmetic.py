@@ -21,6 +21,10 @@ from fastlip.norms._solvers.float64_rounding import reduction_length
 
 #: Relative error of a few operations, or of an elementary function of torch in float64.
 _FEW = 16.0 * EPS
+#: Relative radius up to which a domain is a point but for rounding.
+_POINT = 1e-9
+#: Above what a norm can lose by squares that vanish.
+_LOST = 1e-150
 
 
 def through_operator(
@@ -38,23 +42,45 @@ def through_operator(
         by_torch = TorchOperator(operator, w)
         return by_torch.adjoint(t) if transposed else by_torch.forward(t)
 
+    matrix = not operator.kernel and operator.groups == 1
+
+    # Scaled, so that no square that counts leaves the range of float64.
+    size = weight.abs().amax().clamp(TINY, 1e300) if weight.numel() else weight.new_ones(())
+    rounding = 1.0 + _FEW * reduction_length(operator)
+
+    def row_norms() -> Tensor:
+        if matrix:  # the same for all vectors along further axes
+            rows = torch.linalg.vector_norm(weight / size, dim=1)
+        else:
+            rows = apply((weight / size).square(), torch.ones_like(x.lower[:1])).sqrt()
+        return rows * size * rounding + _LOST * size + TINY
+
+    def magnitudes(t: Tensor) -> Tensor:
+        if not matrix or len(t) == 1:
+            return apply(weight.abs(), t)
+        # A domain that is a point has nothing but rounding here: rows' norms times that of t are enough for it.
+        largest = as_rows(x.magnitude()).amax(1)
+        point = (as_rows(t).amax(1) <= _POINT * largest) & largest.isfinite()
+        lengths = torch.linalg.vector_norm(t, dim=-1, keepdim=True) * rounding + _LOST
+        spread = lengths * row_norms()
+        if not bool(point.all()):
+            spread[~point] = apply(weight.abs(), t[~point])
+        return spread
+
     y = linear(
         lambda t: apply(weight, t),
-        lambda t: apply(weight.abs(), t),
+        magnitudes,
         x,
         reduction_length(operator),
         reached=lambda t: apply((weight != 0.0).double(), t) > 0.5,
     )
     if operator.padding_mode == "zeros" and bool((x.norm < INF).any()):
-        # Scaled, so that no square leaves the range of float64.
-        size = weight.abs().amax().clamp(TINY, 1e300)
-        ones = torch.ones_like(x.lower[:1])
-        rows = apply((weight / size).square(), ones).sqrt() * size * (1.0 + _FEW * reduction_length(operator)) + TINY
+        rows = row_norms()
+        rows = rows.expand(1, *y.shape) if matrix else rows
         reach = up(rows * x.norm.view(-1, *(1,) * (rows.dim() - 1)))
         y = Interval(torch.maximum(y.lower, -reach), torch.minimum(y.upper, reach))
     if bias is None:
         return y
-    matrix = not operator.kernel and operator.groups == 1
     return shift(y, bias if matrix else bias.view(-1, *(1,) * (y.lower.dim() - 2)))
 
 

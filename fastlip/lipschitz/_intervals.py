@@ -12,6 +12,8 @@ EPS = torch.finfo(torch.float64).eps
 #: Smallest normal number: an upper bound on what underflow changes, denormals flushed to 0 included.
 TINY = torch.finfo(torch.float64).tiny
 INF = float("inf")
+#: Largest elements between which the squares of a tensor's elements can be added up as they are.
+_LEAST, _MOST = 1e-100, 1e100
 
 
 class Interval:
@@ -37,18 +39,28 @@ class Interval:
             ValueError: a lower bound is above the upper one.
         """
         lower, upper = torch.broadcast_tensors(lower.detach().double(), upper.detach().double())
-        lower = torch.where(lower.isnan(), -INF, lower)
-        upper = torch.where(upper.isnan(), INF, upper)
+        ordered = bool((lower <= upper).all())
+        if not ordered:  # or one of them is NaN
+            lower = torch.where(lower.isnan(), -INF, lower)
+            upper = torch.where(upper.isnan(), INF, upper)
         if norm is not None:
             norm = norm.detach().double()
             norm = torch.where(norm.isnan(), INF, norm)
-            row = norm.view(-1, *(1,) * (lower.dim() - 1))
-            lower, upper = torch.maximum(lower, -row), torch.minimum(upper, row)
-        if bool((lower > upper).any()):
+            if bool((norm < INF).any()):
+                row = norm.view(-1, *(1,) * (lower.dim() - 1))
+                lower, upper, ordered = torch.maximum(lower, -row), torch.minimum(upper, row), False
+        if not ordered and not bool((lower <= upper).all()):
             raise ValueError("empty interval: a lower bound is above the upper one")
         own = upper_norm(torch.maximum(-lower, upper))
         self.lower, self.upper = lower, upper
         self.norm = own if norm is None else torch.minimum(own, norm)
+
+    @classmethod
+    def as_stored(cls, lower: Tensor, upper: Tensor, norm: Tensor) -> "Interval":
+        """Domains of intervals that there are already, with nothing to sharpen."""
+        new = object.__new__(cls)
+        new.lower, new.upper, new.norm = lower, upper, norm
+        return new
 
     @classmethod
     def unbounded(cls, shape: Sequence[int], batch: int = 1, device: torch.device | str | None = None) -> "Interval":
@@ -151,10 +163,12 @@ def upper_norm(magnitude: Tensor) -> Tensor:
     if not flat.shape[1]:
         return flat.new_zeros(len(flat))
     largest = flat.amax(1)
-    # Squares may leave the range of float64, unless the largest element is about 1.
     usable = (largest > 0.0) & largest.isfinite()
-    scale = torch.where(usable, largest, 1.0)
-    relative = torch.linalg.vector_norm(flat / scale[:, None], dim=1)
+    if bool(((largest > _LEAST) & (largest < _MOST) | ~usable).all()):
+        scale, relative = torch.ones_like(largest), torch.linalg.vector_norm(flat, dim=1)
+    else:  # squares may leave the range of float64, unless the largest element is about 1
+        scale = torch.where(usable, largest, 1.0)
+        relative = torch.linalg.vector_norm(flat / scale[:, None], dim=1)
     norm = relative * scale * (1.0 + EPS * (flat.shape[1] + 8)) + TINY
     return torch.where(usable, norm, largest)
 

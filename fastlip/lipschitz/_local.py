@@ -52,6 +52,13 @@ def local_lipschitz(
         ValueError: ``x`` is not a floating-point batch, the output is not one tensor with a row per sample, part of the
             model is TorchScript or has neither forward derivatives nor a backward pass that can be differentiated, or
             at some sample the derivatives are not finite or differ between the two modes.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> print(fastlip.local_lipschitz(model, torch.rand(4, 6)))
     """
     if not x.is_floating_point() or x.dim() < 2:
         raise ValueError(f"x must be a floating-point batch [B, ...], got {x.dtype} of shape {list(x.shape)}")
@@ -82,6 +89,8 @@ def _products_of(model: nn.Module, x: Tensor, v: Tensor) -> _Products:
     """How the products with the Jacobian are computed: by both modes, or by reverse mode alone."""
     try:
         _jacobian_products(model, x, v)
+    except AssertionError as error:  # as vision transformers check the size of images
+        raise ValueError(f"model does not run on x of shape {list(x.shape)}: {error}") from error
     except RuntimeError as error:  # of which NotImplementedError is one
         where = _innermost(model, x, v)
         try:

@@ -240,7 +240,8 @@ class _Follow:
         """Store what is known of a step, sharpened by its distance from the value at the centre."""
         if self._reach < math.inf and not step.ahead:
             moved = _SOME if self._logs is None else exp10(multiply(total, self._reach))
-            if moved < math.inf:
+            # Where nothing can be that far from the centre's value this says nothing.
+            if moved < 1.01 * known.norm.sum().item():
                 point = row(known, 1)
                 known = stacked([row(known, 0).intersection(point.widened(moved)), point])
         self._require_seen(step, known)

@@ -3,7 +3,7 @@
 Where interval arithmetic knows the slopes of an activation to be at most K on a ball, elementwise, the layer behind it
 contributes ||A diag(K)|| in place of ||A||: for ReLU, units that stay inactive drop their columns (Y. Huang, H. Zhang,
 Y. Shi, J. Z. Kolter and A. Anandkumar, "Training certifiably robust neural networks with efficient local Lipschitz
-bounds", NeurIPS 2021). The masks of all balls are applied together, as diagonal parts of composed operators.
+bounds", NeurIPS 2021). All balls are iterated together: each step applies the layer once, to the masked vectors of all.
 """
 
 import math
@@ -21,15 +21,13 @@ from fastlip.lipschitz._intervals import Interval, up
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._slopes import slope_bounds
 from fastlip.lipschitz._steps import Step
-from fastlip.norms import Composed, NormInterval, Operator, diagonal_norm, operator_norms
+from fastlip.norms import Masked, NormInterval, Operator, diagonal_norm, operator_norms
 from fastlip.norms._operators.modules import TRANSPOSED
 from fastlip.norms._options import ResolvedOptions
 
 #: Least relative width of masked norms: there are as many as samples.
 _RTOL = 0.05
-#: Bytes of the copies of a layer's weights that are iterated at once.
-_COPIES = 1 << 28
-#: Largest entries between which products of weights fit float32: composed operators are not normalised.
+#: Least and largest maximum of weights that are iterated as they are: masked operators are not normalised.
 _ORDINARY = (1e-6, 1e6)
 
 
@@ -174,29 +172,22 @@ class _Pass(fx.Interpreter):
         if after is not None and isinstance(after.factor, Diagonal) and after.exact and is_layer(step):
             scale = _by_channel(after.factor, after)
             self._scaled.add(step)
-        plain = is_layer(step) and not isinstance(step.module, TRANSPOSED)
-        fits = plain and layer.input_shape == step.inputs[0].shape and layer.output_shape == step.shape
+        transposed = isinstance(step.module, TRANSPOSED)
+        shapes = (layer.output_shape, layer.input_shape) if transposed else (layer.input_shape, layer.output_shape)
+        fits = is_layer(step) and shapes == (step.inputs[0].shape, step.shape)
         ordinary = _ORDINARY[0] <= layer.weight.detach().abs().max().item() <= _ORDINARY[1]
         if not fits or not ordinary or source.mask is None:
-            return _State(value, up(source.constant * self._norm(step, layer, scale)))
-        # Scaled to 1, as composed operators are not normalised.
+            return _State(value, up(source.constant * self._norm(layer, scale)))
+        # Scaled to 1, as masked operators are not normalised.
         size = source.mask.flatten(1).amax(1).clamp_min(1e-300)
         masks = source.mask / size.view(-1, *(1,) * (source.mask.dim() - 1))
-        ends = () if scale is None else (_diagonal(scale.expand(step.shape)),)
-        outer = 1.0 if scale is None else scale.abs().amax().item()
-        at_once = max(1, _COPIES // (12 * layer.weight.numel() + 1))
-        norms = []
-        for some in masks.split(at_once):
-            ops = [
-                Composed((_diagonal(mask), layer, *ends), (1.0, layer.absolute_bound, *((outer,) if ends else ())))
-                for mask in some
-            ]
-            norms += self._bounded(ops, self._share * len(some) / len(masks))
-        norm = torch.tensor(norms, dtype=torch.float64, device=size.device)
+        ends = None if scale is None else scale.expand(step.shape)
+        ops = [Masked(layer, ends, mask) if transposed else Masked(layer, mask, ends) for mask in masks]
+        norm = torch.tensor(self._bounded(ops, self._share), dtype=torch.float64, device=size.device)
         # Rounding the masks to 1 changes them by a unit.
         return _State(value, up(source.total * size * norm * (1.0 + 1e-14)))
 
-    def _norm(self, step: Step, layer: Operator, scale: Tensor | None) -> float:
+    def _norm(self, layer: Operator, scale: Tensor | None) -> float:
         """The norm of a layer without a mask."""
         outer = 1.0 if scale is None else scale.abs().amax().item()
         return self._bounded([layer], self._share)[0] * outer * (1.0 + 1e-14)
@@ -211,9 +202,3 @@ class _Pass(fx.Interpreter):
 def _by_channel(factor: Diagonal, step: Step) -> Tensor:
     """Factors against [*shape] of the step."""
     return factor.scale.double().view(-1, *(1,) * (len(step.shape) - 1))
-
-
-def _diagonal(mask: Tensor) -> Operator:
-    """A mask [C, *size] as an operator on vectors as they lie in memory, pixels before channels."""
-    flat = mask.flatten(1).mT.reshape(-1, 1) if mask.dim() > 1 else mask.reshape(-1, 1)
-    return Operator(flat.contiguous(), groups=len(flat))

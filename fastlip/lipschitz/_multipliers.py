@@ -10,10 +10,19 @@ element, and added up, this proves ||y|| <= sqrt(rho) ||v_0|| where the matrix F
 is positive definite (M. Fazlyab, A. Robey, H. Hassani, M. Morari and G. J. Pappas, "Efficient and accurate estimation
 of Lipschitz constants for deep neural networks", NeurIPS 2019). Here F is factorised one variable after the other, of
 which only those stay in the front that are still needed. In a chain of layers that is the recursion
-M_i = L_i - L_i W_i M_{i-1}^{-1} W_i^T L_i / 4 for slopes in [0, 1], from whose closed form the search starts (Y. Xu and
-S. Sivaranjani, "ECLipsE: Efficient compositional Lipschitz constant estimation for deep neural networks", NeurIPS
-2024); it descends on log lambda. Whatever it finds is a bound only because the factorisation of F, shifted by all
-rounding errors, runs to its end (S. M. Rump, "Verification of positive definiteness", BIT 46, 2006).
+M_i = L_i - L_i W_i M_{i-1}^{-1} W_i^T L_i / 4 for slopes in [0, 1], which has a closed form (Y. Xu and S. Sivaranjani,
+"ECLipsE: Efficient compositional Lipschitz constant estimation for deep neural networks", NeurIPS 2024).
+
+Better multipliers come from the worst case that they cannot exclude, the dual of the semidefinite program: the largest
+||Y V||_F over matrices V_j of a few columns each in place of the vectors v_j (S. Burer and R. D. C. Monteiro, "A
+nonlinear programming algorithm for solving semidefinite programs via low-rank factorization", Math. Program. 95, 2003),
+where ||V_0||_F = 1 and each row v of V_i lies in the ball around m z with the radius r ||z||, m and r being the middle
+and the radius of the slopes. At a worst case v - m z points where the objective grows, and with the derivative g of
+||Y V||_F^2 / 2 by v the multiplier is ||g|| / (r ||z|| rho). It is found by going there again and again; products of
+the maps with a few columns are all that this takes, which is little beside a factorisation of F. As no worst case is
+found exactly, multipliers between these and the best so far are tried. Whatever is found is a bound only because the
+factorisation of F, shifted by all rounding errors, runs to its end (S. M. Rump, "Verification of positive
+definiteness", BIT 46, 2006).
 
 Multiplied into the variables, roots s of the multipliers replace Z_ij by diag(s_i) Z_ij diag(1 / s_j) and lambda by 1.
 """
@@ -31,12 +40,17 @@ from fastlip.norms._solvers.eigenvalues import largest_eigenvalue
 
 #: Twice the unit roundoff of float64; with the factors below it errs on the safe side.
 _EPS = torch.finfo(torch.float64).eps
-#: Orders of the norm that replaces the largest eigenvalue while searching, and each one's share of the evaluations.
-_ORDERS = ((4, 0.3), (16, 0.3), (64, 0.4))
-#: Steps that the descent remembers, its longest step in log s, and the relative decrease at which it ends.
-_MEMORY, _LONGEST, _SETTLED = 12, 1.0, 1e-4
-#: Most evaluations of the search, and multiplications that it may take: a second on one core.
-_EVALUATIONS, WORK = 80, 1.2e10
+#: Columns of a worst case, iterations towards it between two trials of multipliers, and how many such rounds there are.
+_COLUMNS, _ITERATIONS, _ROUNDS = 8, 40, 6
+#: Parts of the way, in logarithms, from the best multipliers so far to those of the worst case: these one after the
+#: other as long as the bound falls, or others if the first gives no bound.
+_BEYOND, _BEFORE = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999), (0.75, 0.5, 0.25)
+#: The search ends within this of the worst case's value, relative.
+_CLOSE = 2e-3
+#: Farthest that roots go in a round, in logarithms.
+_APART = 8.0
+#: Most multiplications that the search may take: a second on one core.
+WORK = 1.2e10
 #: Least half-width of the slopes, relative to the largest: an activation without any would be a linear map.
 _NARROWEST = 1e-3
 #: Largest exponent of a power of 2 by which variables are scaled.
@@ -128,11 +142,8 @@ def log10_bound(network: SlopeNetwork, work: float = WORK) -> float:
     start = _closed_form(reduced)
     if start is None:
         return math.inf
-    # Forward and backward an evaluation takes about four times the multiplications of the factorisation.
-    evaluations = min(_EVALUATIONS, int(work / (4.0 * multiplications(reduced) + 1.0)))
     # Without activations there is nothing to search for.
-    searched = _descend(reduced, start, evaluations) if evaluations and len(start) > 1 else start
-    best = _certified(reduced, searched)
+    best = _certified(reduced, _searched(reduced, start, work) if len(start) > 1 else start)
     if not math.isfinite(best):
         return math.inf
     # The logarithm of 2 and its product each have an error of half a unit.
@@ -313,31 +324,17 @@ def _beside(maps: Mapping[int, Map], front: Sequence[int], sizes: Sequence[int],
     return torch.cat([maps[j].matrix if j in maps else like.new_zeros(rows, sizes[j]) for j in front], dim=1)
 
 
-class _Eliminated(NamedTuple):
-    """A front after an activation joined it and what it was the last to need has left it.
-
-    Attributes:
-        front: the matrix that is left.
-        factor: Cholesky factor of the part that left; None if nothing did.
-        rows: the inverse of ``factor`` times the coupling of that part with what is left, [left, front].
-    """
-
-    front: Tensor
-    factor: Tensor | None
-    rows: Tensor | None
-
-
 def _ordered(stage: _Stage, front: Tensor) -> Tensor:
     return front if stage.order is None else front[stage.order][:, stage.order]
 
 
-def _eliminate(stage: _Stage, front: Tensor, maps: Tensor, own: float = 1.0) -> _Eliminated | None:
+def _eliminate(stage: _Stage, front: Tensor, maps: Tensor, own: float = 1.0) -> Tensor | None:
     """The front after an activation joined it with the scaled ``maps`` and ``own`` times the identity.
 
-    None where it is not positive definite.
+    What it was the last to need has left. None where that part is not positive definite.
     """
     if not stage.front:
-        return _Eliminated(torch.diag(front.new_full((len(maps),), own)) - maps * (stage.middle**2 / own), None, None)
+        return torch.diag(front.new_full((len(maps),), own)) - maps * (stage.middle**2 / own)
     front = _ordered(stage, front)
     if stage.product != 0.0:
         front = torch.addmm(front, maps.mT, maps, alpha=stage.product)
@@ -348,47 +345,21 @@ def _eliminate(stage: _Stage, front: Tensor, maps: Tensor, own: float = 1.0) -> 
         joined = torch.cat([torch.cat([front[dead:, dead:], beside.mT], 1), torch.cat([beside, joined], 1)])
         coupling = torch.cat([front[dead:, :dead], coupling[:, :dead]])
     if not dead:
-        return _Eliminated(joined, None, None)
+        return joined
     factor, info = torch.linalg.cholesky_ex(front[:dead, :dead])
     if int(info):
         return None
     rows = torch.linalg.solve_triangular(factor, coupling.mT, upper=False)
-    return _Eliminated(joined.addmm_(rows.mT, rows, alpha=-1.0), factor, rows)
+    return joined.addmm_(rows.mT, rows, alpha=-1.0)
 
 
-def _pulled_back(stage: _Stage, maps: Tensor, found: _Eliminated, adjoint: Tensor) -> tuple[Tensor, Tensor]:
-    """The derivatives of a number by the front and by the maps given to :func:`_eliminate`, from that by its result."""
-    if not stage.front:
-        return adjoint, adjoint * -(stage.middle**2)
-    own = len(maps)
-    kept, dead = len(adjoint) - own, stage.dead
-    to_front = adjoint.new_zeros(dead + kept, dead + kept)
-    to_front[dead:, dead:] = adjoint[:kept, :kept]
-    to_maps = adjoint.new_zeros(own, dead + kept)
-    to_maps[:, dead:] = adjoint[kept:, :kept] * (-2.0 * stage.middle)
-    if found.factor is not None:
-        solved = torch.linalg.solve_triangular(found.factor.mT, found.rows, upper=True)  # [dead, kept + own]
-        turned = solved @ adjoint
-        to_front[:dead, :dead] = turned @ solved.mT
-        to_front[:dead, dead:] = -turned[:, :kept]
-        to_front[dead:, :dead] = -turned[:, :kept].mT
-        to_maps[:, :dead] = turned[:, kept:].mT * (2.0 * stage.middle)
-    if stage.product != 0.0:
-        to_maps = torch.addmm(to_maps, maps, to_front, alpha=2.0 * stage.product)
-    if stage.order is not None:
-        unordered = torch.empty_like(to_front)
-        unordered[stage.order[:, None], stage.order] = to_front
-        to_front = unordered
-    return to_front, to_maps
-
-
-def _output_gram(front: Tensor, output: Tensor) -> _Eliminated | None:
+def _output_gram(front: Tensor, output: Tensor) -> Tensor | None:
     """Y M^-1 Y^T for the front's matrix M; None where that is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(front)
     if int(info):
         return None
     rows = torch.linalg.solve_triangular(factor, output.mT, upper=False)
-    return _Eliminated(rows.mT @ rows, factor, rows)
+    return rows.mT @ rows
 
 
 def _columns(roots: Sequence[Tensor], front: Sequence[int]) -> Tensor:
@@ -407,21 +378,19 @@ def _scaled(plan: _Plan, roots: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]
     return maps, plan.output / _columns(roots, plan.front)
 
 
-def _eliminated(plan: _Plan, maps: Sequence[Tensor], output: Tensor, own: float = 1.0) -> list[_Eliminated] | None:
-    """The fronts after each activation, and the output's matrix; F is diminished by 1 - ``own`` times the identity.
+def _eliminated(plan: _Plan, maps: Sequence[Tensor], output: Tensor, own: float = 1.0) -> Tensor | None:
+    """The output's matrix after all variables were eliminated; F is diminished by 1 - ``own`` times the identity.
 
-    That matrix's largest eigenvalue, over ``own``, is the least rho for these maps. None where there is none.
+    Its largest eigenvalue, over ``own``, is the least rho for these maps. None where there is none.
     """
-    front = torch.diag(output.new_full((plan.input_size,), own))
-    found = []
+    front: Tensor | None = torch.diag(output.new_full((plan.input_size,), own))
     for stage, scaled in zip(plan.stages, maps, strict=True):
-        eliminated = _eliminate(stage, front, scaled, own)
-        if eliminated is None:
+        assert front is not None
+        front = _eliminate(stage, front, scaled, own)
+        if front is None:
             return None
-        front = eliminated.front
-        found.append(eliminated)
-    last = _output_gram(front, output)
-    return None if last is None else [*found, last]
+    assert front is not None
+    return _output_gram(front, output)
 
 
 def _closed_form(network: SlopeNetwork) -> list[Tensor] | None:
@@ -436,10 +405,10 @@ def _closed_form(network: SlopeNetwork) -> list[Tensor] | None:
     front = torch.eye(plan.input_size, dtype=like.dtype, device=like.device)
     for stage, activation in zip(plan.stages, activations, strict=True):
         maps = stage.maps / _columns(roots, stage.front) if stage.front else stage.maps
-        allowed = _output_gram(_ordered(stage, front), maps) if stage.front else _Eliminated(maps, None, None)
+        allowed = _output_gram(_ordered(stage, front), maps) if stage.front else maps
         if allowed is None:
             return None
-        largest = max(largest_eigenvalue(allowed.front[None], 1e-6)[1], 1e-200)
+        largest = max(largest_eigenvalue(allowed[None], 1e-6)[1], 1e-200)
         # Without a middle the least multiplier is the limit where the matrix is singular.
         radius, middle = activation.radius, max(abs(activation.middle), _NARROWEST * activation.radius)
         root = 1.0 / math.sqrt(largest * radius * (radius + middle))
@@ -447,115 +416,114 @@ def _closed_form(network: SlopeNetwork) -> list[Tensor] | None:
         found = _eliminate(stage, front, root * maps if stage.front else root**2 * maps)
         if found is None:
             return None
-        front = found.front
+        front = found
     return roots
 
 
-def _descend(network: SlopeNetwork, start: list[Tensor], evaluations: int) -> list[Tensor]:
-    """Roots of multipliers with a smaller bound, by L-BFGS on their logarithms.
-
-    The largest eigenvalue, which is not smooth, is replaced by norms of growing order.
-    """
-    plan, sizes = _plan(network), network.sizes[1:]
-    point = torch.cat(start[1:]).log()
-    ones = start[0]
-    for order, share in _ORDERS:
-        left = int(share * evaluations)
-        current = _slope(plan, ones, sizes, point, order)
-        steps: list[tuple[Tensor, Tensor]] = []
-        while left > 0 and current is not None:
-            value, gradient = current
-            direction = _quasi_newton(gradient, steps)
-            slope = torch.dot(gradient, direction).item()
-            length, following = 1.0, None
-            while left > 0:
-                left -= 1
-                following = _slope(plan, ones, sizes, point + length * direction, order)
-                if following is not None and following[0] <= value + 1e-4 * length * slope:
+def _searched(network: SlopeNetwork, start: list[Tensor], work: float) -> list[Tensor]:
+    """Roots of multipliers with a smaller bound than ``start``, from the worst case; ``start`` if none is found."""
+    plan = _plan(network)
+    trial = multiplications(network) + 1.0
+    worst = _WorstCase(network)
+    best, least = start, _rho(plan, start)
+    for _ in range(_ROUNDS):
+        for _ in range(_ITERATIONS):
+            worst.improve()
+        work -= _ITERATIONS * worst.multiplications
+        anchor, toward = best, worst.roots(best)
+        for shares in (_BEYOND, _BEFORE):
+            before = math.inf
+            for share in shares:
+                if work < trial:
+                    return best
+                work -= trial
+                tried = [torch.lerp(a.log(), b.log(), share).exp() for a, b in zip(anchor, toward, strict=True)]
+                rho = _rho(plan, tried)
+                if rho < least:
+                    best, least = tried, rho
+                if rho >= before:
                     break
-                length, following = 0.4 * length, None
-            if following is None:
+                before = rho
+            if before < math.inf:
                 break
-            moved, turned = length * direction, following[1] - gradient
-            if torch.dot(moved, turned) > 1e-12 * moved.norm() * turned.norm():
-                steps = [*steps[1 - _MEMORY :], (moved, turned)]
-            point, current = point + moved, following
-            if value - current[0] < _SETTLED:
-                break
-    found = [ones, *point.exp().split(sizes)]
-    return found if _rho(plan, found) < _rho(plan, start) else start
+        if least <= worst.value**2 * (1.0 + 2.0 * _CLOSE):
+            break
+    return best
+
+
+class _WorstCase:
+    """A growing ||Y V||_F over what the multipliers of a network cannot exclude; see the module's docstring.
+
+    Attributes:
+        value: ||Y V||_F of the last iterate; up to rounding no multipliers prove a smaller bound.
+        multiplications: about how many an iteration takes.
+    """
+
+    def __init__(self, network: SlopeNetwork) -> None:
+        self._network = network
+        generator = torch.Generator().manual_seed(0)  # no bound rests on it
+        like = next(iter(network.output.values())).matrix
+        columns = [torch.randn(n, _COLUMNS, generator=generator, dtype=like.dtype) for n in network.sizes]
+        #: V_0, and for each activation the directions of v - m z, rows of length 1.
+        self._points = [x.to(like.device) for x in columns]
+        self._multipliers: list[Tensor] = []
+        self.value = 0.0
+        maps = [m for maps in (*(a.maps for a in network.activations), network.output) for m in maps.values()]
+        self.multiplications = 2.0 * _COLUMNS * sum(m.matrix.numel() for m in maps)
+
+    def improve(self) -> None:
+        """Go to where the objective grows."""
+        activations, output = self._network.activations, self._network.output
+        outputs, arguments = [self._points[0] / torch.linalg.vector_norm(self._points[0]).clamp_min(1e-300)], []
+        directions = [_unit_rows(x) for x in self._points[1:]]
+        for activation, direction in zip(activations, directions, strict=True):
+            z = _applied(activation.maps, outputs)
+            arguments.append(z)
+            outputs.append(activation.middle * z + activation.radius * _lengths(z) * direction)
+        y = _applied(output, outputs)
+        self.value = torch.linalg.vector_norm(y).item()
+        slopes = [torch.zeros_like(v) for v in outputs]
+
+        def add(maps: Mapping[int, Map], by: Tensor) -> None:
+            for j, m in maps.items():
+                slopes[j].addmm_(m.matrix.mT, by)
+
+        add(output, y)
+        self._multipliers = []
+        for i in range(len(activations), 0, -1):
+            activation, slope, z, direction = activations[i - 1], slopes[i], arguments[i - 1], directions[i - 1]
+            along = (slope * direction).sum(1, keepdim=True)
+            add(activation.maps, activation.middle * slope + activation.radius * along * _unit_rows(z))
+            self._multipliers.insert(0, (_lengths(slope) / (activation.radius * _lengths(z)))[:, 0])
+        self._points = slopes
+
+    def roots(self, near: Sequence[Tensor]) -> list[Tensor]:
+        """Roots of the multipliers; those of ``near`` where a unit has none, and not too far from them elsewhere."""
+        rho = max(self.value**2, 1e-300)
+        found = [near[0]]
+        for given, multiplier in zip(near[1:], self._multipliers, strict=True):
+            ratio = (0.5 * (multiplier / rho).log() - given.log()).nan_to_num(0.0, _APART, -_APART)
+            found.append(given * ratio.clamp(-_APART, _APART).exp())
+        return found
+
+
+def _applied(maps: Mapping[int, Map], outputs: Sequence[Tensor]) -> Tensor:
+    first, *others = (m.matrix @ outputs[j] for j, m in maps.items())
+    return sum(others, first)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+
+
+def _unit_rows(rows: Tensor) -> Tensor:
+    return rows / _lengths(rows).clamp_min(1e-300)
 
 
 def _rho(plan: _Plan, roots: Sequence[Tensor]) -> float:
     """The least rho for these roots of multipliers, up to rounding; inf where there is none."""
     found = _eliminated(plan, *_scaled(plan, roots))
-    return math.inf if found is None else largest_eigenvalue(found[-1].front[None], 1e-9)[1]
-
-
-def _quasi_newton(gradient: Tensor, steps: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Minus the gradient times the inverse Hessian that the last steps and changes of the gradient suggest."""
-    direction = -gradient
-    if not steps:
-        return direction * (0.3 * _LONGEST / gradient.abs().max().clamp_min(1e-300))
-    weights = []
-    for moved, turned in reversed(steps):
-        weights.append(torch.dot(moved, direction) / torch.dot(moved, turned))
-        direction = direction - weights[-1] * turned
-    moved, turned = steps[-1]
-    direction = direction * (torch.dot(moved, turned) / torch.dot(turned, turned))
-    for (moved, turned), weight in zip(steps, reversed(weights), strict=True):
-        direction = direction + moved * (weight - torch.dot(turned, direction) / torch.dot(moved, turned))
-    return direction * (_LONGEST / direction.abs().max().clamp_min(_LONGEST))
-
-
-def _slope(plan: _Plan, ones: Tensor, sizes: list[int], point: Tensor, order: int) -> tuple[float, Tensor] | None:
-    """Logarithm of the output matrix's norm of ``order``, a power of 2, and its gradient in the logarithms of roots.
-
-    None where there is no bound.
-    """
-    maps, output = _scaled(plan, [ones, *point.exp().split(sizes)])
-    found = _eliminated(plan, maps, output)
-    if found is None:
-        return None
-    last = found[-1]
-    value, weights = _log_norm(last.front, order)
-    assert last.factor is not None
-    assert last.rows is not None
-    solved = torch.linalg.solve_triangular(last.factor.mT, last.rows, upper=True)  # [front, m]
-    turned = solved @ weights
-    adjoint = -(turned @ solved.mT)
-    gradients = [torch.zeros_like(ones), *(point.new_zeros(n) for n in sizes)]
-
-    def subtract(columns: Tensor, front: Sequence[int]) -> None:
-        for j, part in zip(front, columns.split([len(gradients[j]) for j in front]), strict=True):
-            gradients[j] -= part
-
-    subtract(2.0 * (turned * output.mT).sum(1), plan.front)
-    for i in range(len(maps), 0, -1):
-        stage, scaled = plan.stages[i - 1], maps[i - 1]
-        adjoint, to_maps = _pulled_back(stage, scaled, found[i - 1], adjoint)
-        to_maps = to_maps * scaled
-        gradients[i] += to_maps.sum(1)
-        if stage.front:
-            subtract(to_maps.sum(0), stage.front)
-        else:
-            gradients[i] += to_maps.sum(0)
-    gradient = torch.cat(gradients[1:])
-    return (value, gradient) if math.isfinite(value) and bool(torch.isfinite(gradient).all()) else None
-
-
-def _log_norm(gram: Tensor, order: int) -> tuple[float, Tensor]:
-    """Logarithm of the norm of ``order``, a power of 2, of a positive semidefinite matrix; and its derivative."""
-    trace = gram.trace()
-    log, derivative, power = trace.log(), torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / trace, 1
-    while power < order:
-        # The derivative of tr G^p is p G^(p - 1), which is the product of G, G^2, G^4, ..., G^(p / 2).
-        gram = gram / trace
-        derivative = derivative @ gram
-        gram, power = gram @ gram, 2 * power
-        trace = gram.trace()
-        log, derivative = log + trace.log() / power, derivative / trace
-    return log.item(), derivative
+    return math.inf if found is None else largest_eigenvalue(found[None], 1e-9)[1]
 
 
 def _certified(network: SlopeNetwork, roots: list[Tensor]) -> float:
@@ -567,10 +535,9 @@ def _certified(network: SlopeNetwork, roots: list[Tensor]) -> float:
         return math.inf
     output = output / math.sqrt(guess)
     shift = _shift(network, roots, maps, output, guess)
-    found = _eliminated(plan, maps, output, 1.0 - shift) if shift < 0.1 else None
-    if found is None:
+    gram = _eliminated(plan, maps, output, 1.0 - shift) if shift < 0.1 else None
+    if gram is None:
         return math.inf
-    gram = found[-1].front
     largest = largest_eigenvalue(gram[None], 1e-9)[1] / (1.0 - shift)
     for excess in (1e-10, 1e-8, 1e-6, 1e-4, 1e-2):
         # The output joins the front as the last variable, scaled by the root of rho.

@@ -13,7 +13,7 @@ from fastlip.lipschitz._combinations import Combination, Concatenation, Differen
 from fastlip.lipschitz._multipliers import WORK, Activation, Map, SlopeNetwork, log10_bound, multiplications
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._slopes import slope_range
-from fastlip.lipschitz._steps import Step, is_its_operator, origin_of
+from fastlip.lipschitz._steps import Step, between, is_its_operator, origin_of
 from fastlip.norms import Operator
 from fastlip.norms._models.layer_output import apply_operator
 from fastlip.norms._solvers.float64_rounding import application_error
@@ -62,10 +62,10 @@ def find_regions(steps: Sequence[Step], sums: bool) -> list[Region]:
             continue
         origin = origin_of(step, order)
         start = starts[origin]
-        inside = _between(origin, step, order)
+        inside = between(origin, step, order)
         if len(inside) > 1 and not all(_is_covered(s) for s in inside):
             starts[step] = step
-        elif _fits(start, _between(start, step, order)):
+        elif _fits(start, between(start, step, order)):
             starts[step] = start
         else:
             starts[step] = origin if _fits(origin, inside) else step
@@ -96,24 +96,13 @@ def bound_regions(regions: Sequence[Region]) -> dict[Step, tuple[Step, float]]:
     return bounds
 
 
-def _between(origin: Step, end: Step, order: Mapping[Step, int]) -> list[Step]:
-    """The steps on paths from ``origin``, which is left out, to ``end``; each after its inputs."""
-    found, pending = {end}, [end]
-    while pending:
-        for source in pending.pop().inputs:
-            if source is not origin and source not in found:
-                found.add(source)
-                pending.append(source)
-    return sorted(found, key=order.__getitem__)
-
-
 def _trimmed(origin: Step, end: Step, order: Mapping[Step, int]) -> Region | None:
     """The region without activations at its ends, where they gain nothing; None if nothing is left to gain."""
     while end is not origin and not isinstance(end.factor, Combination) and not _is_map(end):
         (end,) = end.inputs
     if end is origin:
         return None
-    steps = _between(origin, end, order)
+    steps = between(origin, end, order)
     while len([s for s in steps if origin in s.inputs]) == 1 and not _is_map(steps[0]) and len(steps[0].inputs) == 1:
         origin, steps = steps[0], steps[1:]
     layers = sum(map(_is_map, steps))

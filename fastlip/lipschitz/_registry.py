@@ -25,6 +25,18 @@ class Diagonal:
 
     Attributes:
         scale: factors, [C] float64.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import fastlip
+        >>> class Gain(nn.Module):
+        ...     def forward(self, x):
+        ...         return x * torch.tensor([1.0, 3.0])
+        >>> @fastlip.lipschitz.rule(Gain)
+        ... def _(module, input_shape):
+        ...     return fastlip.lipschitz.Diagonal(torch.tensor([1.0, 3.0], dtype=torch.float64))
+        >>> print(fastlip.lipschitz_bound(nn.Sequential(Gain(), nn.Linear(2, 2)).eval(), (2,)).upper)
     """
 
     scale: Tensor
@@ -43,6 +55,17 @@ class Ranged:
         values: the least and the largest value of the output, numbers or tensors that broadcast to one sample of it;
             or a function from bounds of the input's values, for several domains, to bounds of the output's. None if
             nothing is known of them but what the factor says.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> class Gate(nn.Module):
+        ...     def forward(self, x):
+        ...         return x.sigmoid()
+        >>> @fastlip.lipschitz.rule(Gate)
+        ... def _(module, input_shape):
+        ...     return fastlip.lipschitz.Ranged(0.25, values=(0.0, 1.0))
+        >>> print(fastlip.lipschitz_bound(nn.Sequential(nn.Linear(3, 2), Gate()).eval(), (3,)).upper)
     """
 
     factor: Factor | Callable[[Interval], float]
@@ -156,19 +179,26 @@ def rule(*kinds: type[nn.Module] | Callable[..., Tensor]) -> Callable[[Rule], Ru
     channel; or a :class:`Ranged` of one of these with how large the values are, which bounds of products need, or with
     a constant that depends on how large the input is. It raises ValueError if no bound exists.
 
-    Example:
-        >>> @fastlip.lipschitz.rule(MyActivation)
-        ... def _(module, input_shape):
-        ...     return 1.0
-        >>> @fastlip.lipschitz.rule(MyGate)  # with values between 0 and 1
-        ... def _(module, input_shape):
-        ...     return fastlip.lipschitz.Ranged(0.25, values=(0.0, 1.0))
-        >>> @fastlip.lipschitz.rule(MySquare)  # whose slope is 2 x
-        ... def _(module, input_shape):
-        ...     return fastlip.lipschitz.Ranged(lambda x: 2.0 * x.magnitude().max().item())
-
     Raises:
         TypeError: a kind is neither a module class nor a function.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> class Soft(nn.Module):
+        ...     def forward(self, x):
+        ...         return x / (1 + x.abs())
+        >>> @fastlip.lipschitz.rule(Soft)
+        ... def _(module, input_shape):
+        ...     return 1.0
+        >>> class Square(nn.Module):  # whose slope is 2 x
+        ...     def forward(self, x):
+        ...         return x * x
+        >>> @fastlip.lipschitz.rule(Square)
+        ... def _(module, input_shape):
+        ...     return fastlip.lipschitz.Ranged(lambda x: 2.0 * x.magnitude().max().item())
+        >>> model = nn.Sequential(nn.Linear(3, 3), Soft(), Square()).eval()
+        >>> print(fastlip.lipschitz_bound(model, (3,), bounds=(0, 1)).upper)
     """
     for kind in kinds:
         if not (issubclass(kind, nn.Module) if isinstance(kind, type) else callable(kind)):

@@ -63,7 +63,7 @@ def replay(model: nn.Module, input_shape: Sequence[int], traced: Traced, domain:
             with in_float64(model, x) as wide:
                 result = _compare(model, wide, traced)
             with torch.enable_grad():
-                native = run_model(model, x, after=x.flip(0))
+                native = run_model(model, x, after=x[traced.batch :])
             _require_one_function_in(x, native, result)
         except (Refused, torch.OutOfMemoryError):
             raise
@@ -317,7 +317,8 @@ def _set_moved(step: Step, values: Sequence[Tensor]) -> None:
         rounding = noise_of(values[0]) * torch.linalg.vector_norm(torch.stack(sizes))
         step.moved = torch.stack([(apart - rounding).clamp_min(0.0), apart + rounding])
         if values[0].numel():
-            step.seen = torch.stack(torch.aminmax(torch.stack(list(values[:2])))).double()
+            ends = [torch.stack(torch.aminmax(value)).double() for value in values[:2]]
+            step.seen = torch.stack([torch.minimum(*ends)[0], torch.maximum(*ends)[1]])
 
 
 def _try_hooked(module: nn.Module, step: Step, x: Tensor, rounding: float) -> None:

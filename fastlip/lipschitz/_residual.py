@@ -10,6 +10,7 @@ Projection blocks: D x + C g(x) is [D, a C] applied to (x, g(x) / a), for every 
 
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from fastlip.lipschitz._combinations import Difference, Sum
 from fastlip.lipschitz._multipliers import covering_factor
 from fastlip.lipschitz._steps import Step, is_its_operator
-from fastlip.norms import Composed, NormInterval, Operator, simplify, trim
+from fastlip.norms import Composed, NormInterval, NormOptions, Operator, simplify, trim
+from fastlip.norms._solvers.symbols import takes_symbol
 
+_EPS = torch.finfo(torch.float64).eps
 _KEEP = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _MONOTONE = (nn.CELU, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Softsign)
 # Largest entries between which products of weights fit float32: composed operators are not normalised.
@@ -118,13 +121,16 @@ class Auxiliary:
         return max(interval.upper + self.excess, self.least) * (1.0 + 1e-15)
 
 
-def block_operators(block: Block, norms: dict[Step, NormInterval], before: float) -> list[Auxiliary]:
+def block_operators(
+    block: Block, norms: dict[Step, NormInterval], before: float, options: NormOptions
+) -> list[Auxiliary]:
     """The auxiliary operators whose norms :func:`block_factor` expects, in its order.
 
     Args:
         block: the block.
         norms: intervals of its layers.
         before: for a projection block, the constant from the origin to the input of the branch's last layer.
+        options: how the operators' norms are going to be computed.
     """
     ops = tuple(trim(_operator(step)) for step in block.layers)
     bounds = tuple(norms[step].upper for step in block.layers)
@@ -134,7 +140,7 @@ def block_operators(block: Block, norms: dict[Step, NormInterval], before: float
     if len(ops) == 2:
         return [Auxiliary(Composed(ops, bounds, scale=0.5 * block.sign, identity=1.0))]
     return [
-        _beside_identity(ops, bounds, 0.25 * block.sign),
+        _beside_identity(ops, bounds, 0.25 * block.sign, options),
         _later(ops[1:], bounds[1:]),
         _earlier(ops[:2], bounds[:2]),
     ]
@@ -198,23 +204,99 @@ def _merged(layer: Operator, weight: Tensor, factor: Tensor) -> Auxiliary:
     return Auxiliary(op, 1.01 * (rounding + torch.finfo(torch.float64).eps * terms))
 
 
-def _beside_identity(ops: tuple[Operator, ...], bounds: tuple[float, ...], scale: float) -> Auxiliary:
-    """The identity beside three layers; on few of the channels only, if the others see nothing but the identity."""
+def _beside_identity(
+    ops: tuple[Operator, ...], bounds: tuple[float, ...], scale: float, options: NormOptions
+) -> Auxiliary:
+    """The identity beside three layers; on few of the channels only, if the others see nothing but the identity.
+
+    With C_1 = T D for a contraction D, made orthonormal by more channels that are 0, the layers read D x alone. Of what
+    they give, D C_3 = T^-1 C_1 C_3 = L_1 returns there, and of the rest only L_2^T L_2 = C_3^T C_3 - L_1^T L_1 counts.
+    """
     first, last = _pointwise(ops[0]), _pointwise(ops[2])
     if first is None or last is None or len(last) <= first.shape[0] + last.shape[1]:
         return Auxiliary(Composed(ops, bounds, scale=scale, identity=1.0))
-    basis, _ = torch.linalg.qr(torch.cat([last, first.mT], dim=1))
-    into, out = first @ basis, basis.mT @ last
-    lost = (torch.linalg.matrix_norm(first - into @ basis.mT), torch.linalg.matrix_norm(last - basis @ out))
-    skew = torch.linalg.matrix_norm(basis.mT @ basis - torch.eye(basis.shape[1]).to(basis))
+    into = covering_factor(first, 0.0)
+    both = first @ last
+    inside = torch.linalg.solve_triangular(into, both, upper=False)
+    inverse = torch.linalg.solve_triangular(into, torch.eye(len(into)).to(into), upper=False)
+    # The error of `inside`, by its residual: the products' and the inverse's own errors are covered twice.
+    size = torch.linalg.matrix_norm(first).item() * torch.linalg.matrix_norm(last).item()
+    residual = torch.linalg.matrix_norm(into @ inside - both).item() + 8.0 * _EPS * (len(last) + 16) * size
+    error = 2.0 * torch.linalg.matrix_norm(inverse).item() * residual
+    outside = _remainder(last, inside, error)
+    if outside is None or not error <= 1e-4 * bounds[2]:
+        return Auxiliary(Composed(ops, bounds, scale=scale, identity=1.0))
     # Relative to the norms of first and last, whose upper bounds are known.
-    missing = lost[0].item() / bounds[0] + lost[1].item() / bounds[2] + 4.0 * skew.item() + 1e-10
-    narrow = [replace(ops[0], weight=_narrow(into, ops[0])), ops[1], replace(ops[2], weight=_narrow(out, ops[2]))]
+    missing = error / bounds[2] + 1e-7
+    stacked = _stacked(ops[1], into, inside, outside, scale, options)
+    if stacked is not None:
+        operator, weight, least = stacked
+        # Of the outer part no more than this times its product counts; it is at least 1.
+        rounding = torch.finfo(operator.weight.dtype).eps * operator.absolute_bound
+        excess = weight * abs(scale) * math.prod(bounds) * missing * 4.0 + 1.01 * rounding
+        return Auxiliary(operator, excess, least)
+    nothing = torch.zeros_like(into)
+    narrow = [
+        replace(ops[0], weight=_narrow(torch.cat([into, nothing], dim=1), ops[0])),
+        ops[1],
+        replace(ops[2], weight=_narrow(torch.cat([inside, outside]), ops[2])),
+    ]
     for op, bound in ((narrow[0], bounds[0]), (narrow[2], bounds[2])):
         missing += torch.finfo(op.weight.dtype).eps * op.frobenius / bound
     wider = tuple(bound * (1.0 + missing) for bound in bounds)
     excess = abs(scale) * math.prod(wider) * missing * (1.0 + missing)
     return Auxiliary(Composed(tuple(narrow), wider, scale=scale, identity=1.0), excess, 1.0)
+
+
+def _remainder(last: Tensor, inside: Tensor, error: float) -> Tensor | None:
+    """R with R^T R at least last^T last - L^T L for all L within ``error`` of ``inside``; None if rounding forbids."""
+    gram = last.mT @ last - inside.mT @ inside
+    trace = last.square().sum().item() + inside.square().sum().item()
+    shift = 8.0 * (len(last) + len(gram) + 16) * _EPS * trace + 2.0 * error * (2.0 * math.sqrt(trace) + error) + 1e-290
+    gram.diagonal().add_(shift)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    return factor.mT if int(info) == 0 else None
+
+
+def _stacked(
+    middle: Operator, into: Tensor, inside: Tensor, outside: Tensor, scale: float, options: NormOptions
+) -> tuple[Operator, float, float] | None:
+    """The identity beside three layers as one convolution, where that is decomposed at once on a ring.
+
+    Let P = 1 + s L_1 W T and Q = s L_2 W T for the middle layer W. For t > 1 the norm is at most t if ||P a||^2 + w^2
+    ||Q a||^2 <= t^2 ||a||^2 for all a, with w^2 = t^2 / (t^2 - 1): the part of x that the layers do not read is then at
+    its worst. As w falls with t, the norm is at most the larger of t and the norm of (P, w Q), for any t > 1.
+
+    Returns:
+        The convolution (P, w Q), w and t; None where an iteration of the three layers is faster, or t is near 1.
+    """
+    if middle.groups != 1 or {*middle.stride} != {1} or middle.input_shape != middle.output_shape:
+        return None
+    rows = len(inside) + len(outside)
+    shape = replace(middle, weight=middle.weight.new_empty(rows, *middle.weight.shape[1:]))
+    if any(left != right or 2 * left + 1 != e for (left, right), e in zip(middle.padding, middle.extent, strict=True)):
+        return None  # the centre tap is not the identity's
+    if not takes_symbol(shape, options):
+        return None
+    before = torch.tensordot(middle.weight.double(), into, dims=([1], [0])).movedim(-1, 1)
+    weight = scale * torch.tensordot(torch.cat([inside, outside]), before, dims=([1], [0]))
+    centre = tuple(k // 2 for k in middle.kernel)
+    if any(k % 2 == 0 for k in middle.kernel):
+        return None
+    weight[(slice(0, len(inside)), slice(None), *centre)] += torch.eye(len(inside)).to(weight)
+    # Where the layers' product is largest for waves that are the same, or alternate, along each axis; less is safe too.
+    least = 0.0
+    for signs in product((1.0, -1.0), repeat=len(middle.kernel)):
+        symbol = weight
+        for sign, k in zip(signs, middle.kernel, strict=True):
+            symbol = (symbol.movedim(2, -1) * sign ** torch.arange(k).to(symbol)).sum(-1)
+        least = max(least, torch.linalg.eigvalsh(symbol.mT @ symbol)[-1].item())
+    least = 0.97 * math.sqrt(least)
+    if least < 1.2:
+        return None
+    factor = least / math.sqrt(least * least - 1.0) * (1.0 + 1e-12)
+    weight[len(inside) :] *= factor
+    return replace(middle, weight=_narrow(weight, middle)), factor, least
 
 
 def _narrow(weight: Tensor, like: Operator) -> Tensor:

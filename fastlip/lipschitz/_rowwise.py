@@ -3,6 +3,7 @@
 The domains of an interval are one after another given to the function, each in place of a sample.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,10 @@ def by_ends(
             largest = torch.stack([as_rows(x.magnitude()).amax(1).expand(rows) for x in given]).amax(0)
             margin = 1.01 * (terms + 4) * EPS * largest.view(-1, *(1,) * (lower.dim() - 1)) + terms * TINY
             lower, upper = down(lower - margin), up(upper + margin)
-        return Interval(lower, upper, None if norm is None else norm(*(x.norm.expand(rows) for x in given)))
+        size = None if norm is None else norm(*(x.norm.expand(rows) for x in given))
+        if size is not None and terms == 1 and lower.numel() == sum(rows * math.prod(x.shape) for x in given):
+            return Interval.as_stored(lower, upper, size)  # the same values elsewhere
+        return Interval(lower, upper, size)
 
     return interval
 

@@ -35,6 +35,8 @@ class Step:
         ahead: whether the constant up to this step misses the factors of a neighbour, or contains them too early.
         exact: whether a linear ``factor`` is the map itself, and not only a map of at least its norm.
         same: whether the output is the input's values in their order, moved by a constant.
+        selected: for what selects elements, on which elements of the input's tensor in the graph the output depends,
+            flat, bool; None if that is not known.
         moved: lower and upper bound on the distance of the outputs of two samples, [2]; None before the replay.
         seen: the least and the largest element of these outputs, [2]; None before the replay, or without elements.
     """
@@ -54,6 +56,7 @@ class Step:
     ahead: bool = False
     exact: bool = True
     same: bool = False
+    selected: Tensor | None = None
     moved: Tensor | None = None
     seen: Tensor | None = None
 
@@ -102,6 +105,17 @@ def topological_order(last: Step) -> list[Step]:
             stack.append((step, True))
             stack.extend((source, False) for source in step.inputs)
     return order
+
+
+def between(origin: Step, end: Step, order: Mapping[Step, int]) -> list[Step]:
+    """The steps on paths from ``origin``, which is left out, to ``end``; each after its inputs."""
+    found, pending = {end}, [end]
+    while pending:
+        for source in pending.pop().inputs:
+            if source is not origin and source not in found:
+                found.add(source)
+                pending.append(source)
+    return sorted(found, key=order.__getitem__)
 
 
 def origin_of(step: Step, order: Mapping[Step, int]) -> Step:

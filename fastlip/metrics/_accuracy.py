@@ -26,6 +26,15 @@ def accuracy(
 
     Raises:
         ValueError: ``labels`` does not have one entry for each image, or ``batch_size`` is below 1.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> images = torch.rand(2, 3, 2, 2)
+        >>> labels = model(images).argmax(1)
+        >>> print(fastlip.metrics.accuracy(model, images, labels).float().mean())
     """
     if labels.shape != inputs.shape[:1]:
         raise ValueError(f"labels must have shape [{inputs.shape[0]}], got {list(labels.shape)}")

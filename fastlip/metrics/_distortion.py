@@ -19,6 +19,13 @@ def average_distortion(
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> images = torch.rand(4, 3, 2, 2)
+        >>> perturbed = images + 0.01 * torch.randn_like(images)
+        >>> print(fastlip.metrics.average_distortion(perturbed, images).mean())
     """
     if perturbed.shape != inputs.shape or inputs.dim() < 2:
         raise ValueError(

@@ -21,6 +21,10 @@ def flat_boundary_ratio(dimensions: int, directions: int) -> float:
     Raises:
         ValueError: a number is below 1.
         ImportError: SciPy is missing.
+
+    Example:
+        >>> import fastlip
+        >>> print(fastlip.metrics.flat_boundary_ratio(dimensions=3072, directions=8))
     """
     if dimensions < 1 or directions < 1:
         raise ValueError(f"dimensions and directions must be at least 1, got {dimensions} and {directions}")

@@ -14,7 +14,12 @@ Statistic = Callable[..., NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its confidence interval."""
+    """An estimate and its confidence interval.
+
+    Example:
+        >>> import fastlip
+        >>> interval = fastlip.metrics.Interval(0.5, 0.25, 0.75)
+    """
 
     value: float
     low: float
@@ -53,6 +58,10 @@ def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> Rate:
     Raises:
         ValueError: a number is out of range.
         ImportError: SciPy is missing.
+
+    Example:
+        >>> import fastlip
+        >>> print(fastlip.metrics.clopper_pearson(45, 100))
     """
     _check_confidence(confidence)
     if int(n) != n or int(successes) != successes:
@@ -92,6 +101,10 @@ def paired_bootstrap(
     Raises:
         ValueError: the shapes differ, there are fewer than 2 pairs, or a number is out of range.
         ImportError: SciPy is missing.
+
+    Example:
+        >>> import fastlip
+        >>> print(fastlip.metrics.paired_bootstrap([1.0, 2.0, 3.0], [0.5, 1.5, 3.5], resamples=99))
     """
     _check_confidence(confidence)
     one, other = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
@@ -141,6 +154,10 @@ def censored_median(values: ArrayLike, confidence: float = 0.95) -> CensoredMedi
     Raises:
         ValueError: there are no values, one is a NaN, or ``confidence`` is out of range.
         ImportError: SciPy is missing.
+
+    Example:
+        >>> import fastlip
+        >>> print(fastlip.metrics.censored_median([1.0, 2.0, 3.0, 4.0, 5.0, float("inf")]))
     """
     _check_confidence(confidence)
     data = np.sort(np.asarray(values, dtype=np.float64).ravel())

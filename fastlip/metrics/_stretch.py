@@ -24,6 +24,15 @@ def observed_stretch(
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import fastlip
+        >>> images = torch.rand(4, 3, 2, 2)
+        >>> perturbed = images + 0.01 * torch.randn_like(images)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+        >>> print(fastlip.metrics.observed_stretch(model, perturbed, images))
     """
     _check(perturbed, inputs)
     with torch.no_grad():
@@ -51,6 +60,15 @@ def layer_stretch(
 
     Raises:
         ValueError: the shapes differ, or a layer is missing, was not called, or was called more than once.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import fastlip
+        >>> images = torch.rand(4, 3, 2, 2)
+        >>> perturbed = images + 0.01 * torch.randn_like(images)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        >>> print(fastlip.metrics.layer_stretch(model, perturbed, images, ["1", "3"]))
     """
     _check(perturbed, inputs)
     changed, original = layer_outputs(model, perturbed, layers), layer_outputs(model, inputs, layers)
@@ -75,6 +93,13 @@ def layer_outputs(
 
     Raises:
         ValueError: a layer is missing, was not called, was called more than once, or returned no tensor.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        >>> hidden = fastlip.metrics.layer_outputs(model, torch.rand(2, 12), ["1"])["1"]
     """
     outputs: dict[str, Tensor] = {}
 

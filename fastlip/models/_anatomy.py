@@ -47,6 +47,11 @@ def anatomy(model: nn.Module, image_shape: Sequence[int], stages: Sequence[str] 
 
     Raises:
         ValueError: a name is unknown or does not fit, or there is no module that gives the logits.
+
+    Example:
+        >>> import fastlip
+        >>> model = fastlip.models.build_model("fastlip:mlp", 10, image_size=8, mean=[0.5] * 3, std=[0.25] * 3)
+        >>> print(fastlip.models.anatomy(model, (3, 8, 8)).head)
     """
     return _Search(model, image_shape, head).result(stages)
 
@@ -278,5 +283,10 @@ class _Search:
 
 
 def short_name(name: str) -> str:
-    """A module's name as the network itself has it, without the leading "network."."""
+    """A module's name as the network itself has it, without the leading "network.".
+
+    Example:
+        >>> import fastlip
+        >>> print(fastlip.models.short_name("network.layer1.0"))  # layer1.0
+    """
     return name.removeprefix("network.")

@@ -71,6 +71,12 @@ def build_model(
         ValueError: a value is out of range, there is no such network, the stem or the image size does not fit it, or
             its output is not [B, num_classes]; one line that says what was expected.
         ImportError: torchvision, timm or the module is missing.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> model = fastlip.models.build_model("fastlip:mlp", 10, image_size=8, mean=[0.5] * 3, std=[0.25] * 3)
+        >>> print(model(torch.rand(2, 3, 8, 8)).shape)
     """
     parsed = parse(spec)
     if num_classes < 2:

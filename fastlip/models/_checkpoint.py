@@ -29,6 +29,11 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, meta: Mappin
         TypeError: ``meta`` holds something else than strings.
         ValueError: ``meta`` holds the key of the SHA-256.
         ImportError: safetensors is missing.
+
+    Example:
+        >>> import fastlip
+        >>> model = fastlip.models.build_model("fastlip:mlp", 10, image_size=8, mean=[0.5] * 3, std=[0.25] * 3)
+        >>> fastlip.models.save_checkpoint("model.safetensors", model, {"trained": "not at all"})
     """
     for key, value in (meta or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
@@ -58,6 +63,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         ValueError: the file is truncated, damaged (where it holds its SHA-256, as :func:`save_checkpoint` writes it, to
             the last bit), or of another format; a pickle is refused, never executed.
         ImportError: safetensors is missing.
+
+    Example:
+        >>> import fastlip
+        >>> model = fastlip.models.build_model("fastlip:mlp", 10, image_size=8, mean=[0.5] * 3, std=[0.25] * 3)
+        >>> fastlip.models.save_checkpoint("model.safetensors", model)
+        >>> weights, meta = fastlip.models.load_checkpoint("model.safetensors")
+        >>> model.load_state_dict(weights)
     """
     path = Path(path)
     library = safetensors()

@@ -20,6 +20,13 @@ def live_taps(model: nn.Module, image_shape: Sequence[int]) -> dict[str, Tensor]
 
     Returns:
         For each convolution that runs, by name, booleans ``[*kernel]``; true where a tap is live in any of its calls.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+        >>> live = fastlip.models.live_taps(model, (3, 1, 1))
+        >>> print(live["0"])  # around one pixel only the middle tap
     """
     found: dict[str, Tensor] = {}
     ran, _ = calls(model, image_shape)
@@ -38,7 +45,14 @@ def live_taps(model: nn.Module, image_shape: Sequence[int]) -> dict[str, Tensor]
 
 
 def dead_share(live: dict[str, Tensor], model: nn.Module) -> float:
-    """Share of all weights of the convolutions in ``live`` (:func:`live_taps`) that are of dead taps."""
+    """Share of all weights of the convolutions in ``live`` (:func:`live_taps`) that are of dead taps.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+        >>> print(fastlip.models.dead_share(fastlip.models.live_taps(model, (3, 1, 1)), model))  # 8 of 9
+    """
     total = dead = 0.0
     for name, taps in live.items():
         weights = model.get_submodule(name).weight

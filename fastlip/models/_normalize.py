@@ -15,6 +15,11 @@ class Normalize(nn.Module):
 
     Raises:
         ValueError: the lengths differ, or a std is not positive.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(fastlip.models.Normalize([0.5] * 3, [0.25] * 3), nn.Conv2d(3, 4, 3))
     """
 
     mean: Tensor  # [C, 1, 1]

@@ -20,6 +20,10 @@ def resnet50(
 
     The same as :func:`build_model` of "torchvision:resnet50", which says what the arguments, the result and the errors
     are. Its head is ``network.fc``.
+
+    Example:
+        >>> import fastlip
+        >>> model = fastlip.models.resnet50(10, stem="stride-1", seed=0)
     """
     return build_model("torchvision:resnet50", num_classes, stem=stem, mean=mean, std=std, seed=seed)
 
@@ -32,5 +36,10 @@ def resnet18(
     std: Sequence[float] = IMAGENET_STD,
     seed: int | None = None,
 ) -> nn.Sequential:
-    """ResNet-18, the small reference, as :func:`resnet50`."""
+    """ResNet-18, the small reference, as :func:`resnet50`.
+
+    Example:
+        >>> import fastlip
+        >>> model = fastlip.models.resnet18(10, stem="cifar", seed=0)
+    """
     return build_model("torchvision:resnet18", num_classes, stem=stem, mean=mean, std=std, seed=seed)

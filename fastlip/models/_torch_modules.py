@@ -22,7 +22,14 @@ class Expanded(nn.Sequential):
 
 
 def stored_name(model: nn.Module, name: str) -> str:
-    """The name of a submodule in the state dict of ``model``: its own, unless it is part of a layer of timm's."""
+    """The name of a submodule in the state dict of ``model``: its own, unless it is part of a layer of timm's.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> print(fastlip.models.stored_name(model, "0"))
+    """
     parent, _, child = name.rpartition(".")
     return parent if child == "layer" and isinstance(model.get_submodule(parent), Expanded) else name
 

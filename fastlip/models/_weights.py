@@ -28,6 +28,12 @@ def load_backbone(model: nn.Sequential, state_dict: Mapping[str, Tensor], head: 
 
     Raises:
         ValueError: keys are missing or unexpected, or shapes differ (another architecture or stem).
+
+    Example:
+        >>> import fastlip
+        >>> model = fastlip.models.build_model("fastlip:mlp", 10, image_size=8, mean=[0.5] * 3, std=[0.25] * 3)
+        >>> source = fastlip.models.build_model("fastlip:mlp", 100, image_size=8, mean=[0.5] * 3, std=[0.25] * 3)
+        >>> fastlip.models.load_backbone(model, source.state_dict())  # all but the head
     """
     network = model.get_submodule("network")
     apart = (head or _last_layer(network)).removeprefix("network.")
@@ -81,6 +87,12 @@ def imagenet_weights(
         ValueError: there are no such weights.
         OSError: they are not in the cache and cannot be downloaded.
         ImportError: the library is missing.
+
+    Example:
+        >>> import fastlip
+        >>> name, cached = fastlip.models.published_weights("torchvision:resnet18")
+        >>> if cached:  # otherwise they would be fetched here
+        ...     weights = fastlip.models.imagenet_weights(model="torchvision:resnet18")
     """
     found, spec = _published(model, weights)
     size = (3, image_size, image_size)
@@ -102,6 +114,10 @@ def published_weights(model: str, weights: str = "") -> tuple[str, bool]:
     Raises:
         ValueError: there are no such weights; the message gives the closest.
         ImportError: the library is missing.
+
+    Example:
+        >>> import fastlip
+        >>> name, cached = fastlip.models.published_weights("torchvision:resnet18")
     """
     found, spec = _published(model, weights)
     if spec.family == "torchvision":

@@ -4,8 +4,8 @@
 - :func:`layer_norms`: every layer of a model, or of many checkpoints, at one joint confidence.
 - :func:`layer_operator`: registers the linear map of a user's own class of layers.
 - :func:`spectral_norm_value` and :func:`constrain_norm`: the norm to differentiate, and to keep below a bound.
-- :class:`Operator`, :class:`Composed`, :func:`conv_operator`, :func:`module_operator`, :func:`simplify`,
-  :func:`trim` and :func:`operator_norms`: the same for operators that are put together by hand.
+- :class:`Operator`, :class:`Composed`, :class:`Masked`, :func:`conv_operator`, :func:`module_operator`,
+  :func:`simplify`, :func:`trim` and :func:`operator_norms`: the same for operators that are put together by hand.
 - :class:`NormOptions`: how all of them compute, as one object in place of keywords.
 """
 
@@ -19,6 +19,7 @@ from fastlip.norms._layer_norms import layer_norms
 from fastlip.norms._operator_norms import operator_norms
 from fastlip.norms._operators.batchnorm import batchnorm_scale, diagonal_norm
 from fastlip.norms._operators.composed import Composed
+from fastlip.norms._operators.masked import Masked
 from fastlip.norms._operators.modules import module_operator
 from fastlip.norms._operators.operator import Operator, conv_operator
 from fastlip.norms._operators.registry import layer_operator
@@ -29,6 +30,7 @@ from fastlip.norms._spectral_norm_value import spectral_norm_value
 
 __all__ = [
     "Composed",
+    "Masked",
     "NormInterval",
     "NormOptions",
     "NormReport",

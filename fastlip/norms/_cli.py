@@ -1,6 +1,7 @@
 """The command line of layer norms."""
 
 import importlib
+import importlib.util
 import math
 import re
 import sys
@@ -8,6 +9,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import torch
@@ -18,11 +20,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from fastlip._spoken import Spoken
 from fastlip._text import printable
 from fastlip.norms._interval import confidence_text, width_text
 from fastlip.norms._layer_norms import layer_norms
 from fastlip.norms._options import METHODS
-from fastlip.norms._report.page import report_html
 from fastlip.norms._report.report import NormReport, listed_names
 
 # Most characters of an error, and most names that one lists.
@@ -41,7 +43,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def norms(
-    model: Annotated[str, typer.Argument(help="A torchvision model such as resnet50, or package.module:function.")],
+    model: Annotated[
+        str, typer.Argument(help="A torchvision model such as resnet50, package.module:function or file.py:Class.")
+    ],
     shape: Annotated[str, typer.Option("--input", help="Shape of one input.", metavar="C,H,W")] = "3,224,224",
     checkpoint: Annotated[
         Path | None, typer.Option(help="State dict: safetensors, or a torch file, of which nothing is executed.")
@@ -67,8 +71,8 @@ def norms(
         report = _compute(network, sizes, rtol, confidence, method, fold, strict, seed)
         # JSON escapes control characters in names by itself, and so keeps the names.
         shown = _shown(report)
-        page = printable(f"{model} on {shape}")
-        exports = ((json, report.to_json), (csv, shown.to_csv), (html, lambda: report_html(shown, page)))
+        title = printable(f"Operator norms of {model} on {shape}")
+        exports = ((json, report.to_json), (csv, shown.to_csv), (html, lambda: shown.to_html(title)))
         to_stdout = [export() for path, export in exports if path is not None and str(path) == "-"]
         for path, export in exports:
             if path is not None and str(path) != "-":
@@ -102,9 +106,11 @@ def _compute(
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("norms", total=None)
+        spoken = Spoken(partial(print, file=sys.stderr, flush=True), silent=console.is_terminal)
 
         def step(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
+            spoken(f"operator norms: {done} of {total}")
 
         return layer_norms(
             network,
@@ -147,7 +153,7 @@ def _load_model(name: str, classes: int | None) -> nn.Module:
         if classes is not None:
             raise ValueError("--classes is for torchvision models; give MODEL a function that sets them")
         module, _, function = name.partition(":")
-        found = getattr(importlib.import_module(module), function, None)
+        found = getattr(_imported(module), function, None)
         network = found() if callable(found) and not isinstance(found, nn.Module) else found
         if not isinstance(network, nn.Module):
             got = type(network).__name__
@@ -160,11 +166,27 @@ def _load_model(name: str, classes: int | None) -> nn.Module:
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if name not in models.list_models(module=models):
         raise ValueError(
-            f"torchvision has no classification model {name!r}; give one of its names, or package.module:function"
+            f"torchvision has no classification model {name!r}; give one of its names, package.module:function or "
+            "file.py:Class"
         )
     network = models.get_model(name, weights=None, **options)
     assert isinstance(network, nn.Module)
     return network
+
+
+def _imported(module: str) -> ModuleType:
+    """A module by its name or, where it ends in .py, from its file, which may import what lies beside it."""
+    if not module.endswith(".py"):
+        return importlib.import_module(module)
+    path = Path(module).resolve()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"there is no file {module}")
+    sys.path.insert(0, str(path.parent))
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = found  # as classes of a module that pickles or inspects itself expect
+    spec.loader.exec_module(found)
+    return found
 
 
 def _load_state(path: Path) -> dict[str, Any]:
@@ -291,10 +313,7 @@ def _table(report: NormReport, wide: bool) -> Table:
             f"{late}{width_text(interval)}",
             method,
         )
-    low, high = report.log10_product_lower, report.log10_product_upper
-    table.caption = (
-        f"Product of {report.total()}: 10^{low:.3f} to 10^{high:.3f}. "
-        f"Joint confidence {confidence_text(report.confidence)}."
-    )
+    product = report.product()
+    table.caption = f"{product[0].upper()}{product[1:]}. Joint confidence {confidence_text(report.confidence)}."
     table.caption_justify = "left"
     return table

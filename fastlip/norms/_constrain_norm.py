@@ -53,6 +53,12 @@ def constrain_norm(
         TypeError: ``module`` is of another kind, its weight no floating-point tensor, or an argument of the wrong type;
             the message names it.
         ValueError: ``bound`` is not positive, or the size does not fit; the message names it.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> conv = fastlip.norms.constrain_norm(nn.Conv2d(3, 4, 3, padding=1), 8, bound=1.0)
+        >>> print(fastlip.conv_norm(conv.eval(), 8).upper)  # at most 1, but for rtol
     """
     bound = number(bound, "bound", "a positive number")
     if not 0.0 < bound < math.inf:

@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from typing import Unpack
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastlip._arguments import is_integer
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._operators.operator import conv_operator
+from fastlip.norms._operators.modules import CONVS, TRANSPOSED, module_operator
+from fastlip.norms._operators.operator import Operator, conv_operator
 from fastlip.norms._options import NormKeywords, NormOptions, chosen_options
 from fastlip.norms._solvers.solve import solve
 
 
 def conv_norm(
-    weight: Tensor,  # [Cout, Cin / groups, *kernel]
+    weight: Tensor | nn.Module,  # [Cout, Cin / groups, *kernel]
     input_size: int | Sequence[int],
     *,
     stride: int | Sequence[int] = 1,
@@ -38,7 +40,8 @@ def conv_norm(
     Dixon 1983 for "power").
 
     Args:
-        weight: kernel, ``[Cout, Cin / groups, *kernel]`` with 1 to 3 kernel axes, floating point.
+        weight: kernel, ``[Cout, Cin / groups, *kernel]`` with 1 to 3 kernel axes, floating point; or a convolution of
+            torch's, transposed or not, whose settings then count.
         input_size: spatial size of the input, one number or one per axis.
         stride: as in torch.
         padding: as in torch; numbers, "same" or "valid".
@@ -52,18 +55,44 @@ def conv_norm(
         The interval. ``converged`` is False where it is wider than ``rtol``; it holds all the same.
 
     Raises:
-        TypeError: ``weight`` is not a dense floating-point tensor, or another argument is of the wrong type; the
-            message names it.
+        TypeError: ``weight`` is neither a dense floating-point tensor nor a convolution, settings are given beside a
+            convolution, or another argument is of the wrong type; the message names it.
         ValueError: an argument is wrong, ``weight`` holds NaN or infinite values, or the method does not apply.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        >>> interval = fastlip.conv_norm(conv, 32)
+        >>> print(interval.lower, interval.upper)
+        >>> same = fastlip.conv_norm(conv.weight, 32, stride=2, padding=1)
     """
     chosen = chosen_options("conv_norm", options, keywords)
-    op = conv_operator(
-        weight,
-        input_size,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        padding_mode=padding_mode,
-    )
-    return solve([op], chosen.resolved([weight]))[0]
+    if isinstance(weight, nn.Module):
+        if (stride, padding, dilation, groups, padding_mode) != (1, 0, 1, 1, "zeros"):
+            raise TypeError("stride, padding, dilation, groups and padding_mode are those of the module")
+        op = _operator_of(weight, input_size)
+    else:
+        op = conv_operator(
+            weight,
+            input_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+        )
+    return solve([op], chosen.resolved([op.weight]))[0]
+
+
+def _operator_of(module: nn.Module, input_size: int | Sequence[int]) -> Operator:
+    """The map of a convolution on inputs of one spatial size.
+
+    Raises:
+        TypeError: ``module`` is no convolution.
+    """
+    if not isinstance(module, (*CONVS, *TRANSPOSED)):
+        got = type(module).__name__
+        raise TypeError(f"weight must be a floating-point tensor or a convolution, got {got}; see layer_norms")
+    size = (input_size,) * len(module.kernel_size) if is_integer(input_size) else tuple(input_size)  # type: ignore[arg-type]  # a sequence
+    return module_operator(module, (module.in_channels, *size))

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+#: Why a report leaves out a weight that the model does not use, which a product over its layers can do without.
+DID_NOT_RUN = "its module did not run"
+
 
 @dataclass(frozen=True)
 class NormInterval:

@@ -7,8 +7,8 @@ from typing import Unpack, overload
 
 from torch import nn
 
-from fastlip.norms._interval import NormInterval
-from fastlip.norms._models.collect import DID_NOT_RUN, collect_layers
+from fastlip.norms._interval import DID_NOT_RUN, NormInterval
+from fastlip.norms._models.collect import collect_layers
 from fastlip.norms._models.inputs import checked_shape
 from fastlip.norms._models.weights import require_finite_layers
 from fastlip.norms._models.wrappers import bare_model
@@ -87,6 +87,14 @@ def layer_norms(
         TypeError: a model is no module, or an argument is of the wrong type; the message names it.
         ValueError: an argument is wrong, a model does not run on such inputs, a layer's weight holds NaN or infinite
             values, or with ``strict`` a weight is left out; the message names it.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+        >>> report = fastlip.layer_norms(model, (3, 8, 8))
+        >>> print(report)
+        >>> print(report["0"].upper)
     """
     models = list(model) if isinstance(model, Iterable) and not isinstance(model, nn.Module) else [model]
     bare = [bare_model(m) for m in models]

@@ -26,9 +26,10 @@ class NormOptions:
     Attributes:
         rtol: relative width ``upper / lower - 1`` at which an iteration stops; positive and finite.
         confidence: probability that all upper sides of one call hold, where they depend on random start vectors.
-        method: "auto" decomposes small operators and iterates the others. "lanczos" or "power" iterate in any case.
-            With certainty hold "svd" (the dense matrix), "cholesky" (a factorisation of its Gram matrix), "ring" (the
-            circular convolution that this one is part of) and "gram" (Gram iteration on that one; Delattre et al.
+        method: "auto" decomposes small operators, takes convolutions on large inputs as part of a circular one where
+            that takes less time and is narrow enough, and iterates the others. "lanczos" or "power" iterate in any
+            case. With certainty hold "svd" (the dense matrix), "cholesky" (a factorisation of its Gram matrix), "ring"
+            (the circular convolution that this one is part of) and "gram" (Gram iteration on that one; Delattre et al.
             2023). The last two are upper bounds of another operator, loose on small inputs.
         starts: independent random start vectors of an iteration; at least 4 are advisable in float32.
         max_steps: most steps of an iteration; if None 300 for "lanczos" and 2000 for "power".
@@ -41,6 +42,12 @@ class NormOptions:
     Raises:
         TypeError: a field is of the wrong type; the message names it.
         ValueError: a field's value is out of range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> options = fastlip.NormOptions(rtol=1e-3, generator=torch.Generator().manual_seed(0))
+        >>> print(fastlip.conv_norm(torch.randn(4, 3, 3, 3), 8, options=options))
     """
 
     rtol: float = 1e-2
@@ -138,6 +145,11 @@ def memory_for(given: int | None, tensors: Iterable[Tensor]) -> int:
     """``given``, or the default for the device of these tensors: 2 GiB, on a GPU half of what is free there.
 
     A GPU gains from iterating as many operators at once as fit, since it launches and waits once for all of them.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> print(fastlip.norms.memory_for(None, [torch.zeros(1)]))
     """
     if given is not None:
         return given

@@ -60,6 +60,13 @@ def spectral_norm_value(
     Raises:
         TypeError: ``weight`` is not float32 or float64, or another argument is of the wrong type; the message names it.
         ValueError: an argument is wrong; the message names it.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+        >>> norm = fastlip.norms.spectral_norm_value(weight, 8, padding=1)
+        >>> norm.backward()
     """
     if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float64):
         given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__

@@ -72,6 +72,10 @@ def apgd_schedule(steps: int, norm: Norm = "linf") -> list[int]:
 
     Raises:
         ValueError: ``steps`` is negative or ``norm`` unknown.
+
+    Example:
+        >>> from fastlip import ops
+        >>> print(ops.apgd_schedule(100))  # at a checkpoint, the steps since the last one
     """
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
@@ -110,9 +114,16 @@ def apgd_state(
     Raises:
         ValueError: a shape or value is wrong; the message names the argument.
         TypeError: a dtype or type is wrong; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> x = torch.rand(2, 3, 8, 8)
+        >>> state = ops.apgd_state(x, steps=10, eps=8 / 255)
     """
     check_tensor(x, "x")
     radius, radii = checked_radius(eps, x)
+    norm = checked_norm(norm)
     schedule = torch.tensor(apgd_schedule(steps, norm), dtype=torch.int32, device=x.device)
     arithmetic = compute_dtype(x.dtype)
     if step_size is None:
@@ -205,6 +216,15 @@ def apgd_step_(
         ValueError: a shape, norm, layout or value is wrong; the message names the argument.
         TypeError: a dtype or type is wrong; the message names the argument.
         RuntimeError: ``x`` requires grad while gradients are enabled.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> x0 = torch.rand(2, 3, 8, 8)
+        >>> grad = torch.randn_like(x0)
+        >>> x = x0.clone()
+        >>> state = ops.apgd_state(x, steps=10, eps=8 / 255)
+        >>> ops.apgd_step_(x, grad, torch.zeros(2), x0, state, eps=8 / 255)
     """
     if not isinstance(state, APGDState):
         raise TypeError(f"state must be an APGDState, got {type(state).__name__}")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ PerSample = float | Tensor
 Bounds = tuple[PerSample, PerSample]
 
 NORMS = ("linf", "l2", "l1")
+_SPELLINGS: dict[str, Norm] = {"linf": "linf", "inf": "linf", "l2": "l2", "2": "l2", "l1": "l1", "1": "l1"}
+_ORDERS: dict[float, Norm] = {math.inf: "linf", 2.0: "l2", 1.0: "l1"}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -69,10 +71,17 @@ def begin_together(x: Tensor, other: Tensor) -> bool:
     return same and bool(x.storage_offset() == other.storage_offset())
 
 
-def checked_norm(norm: str) -> str:
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    return norm
+def checked_norm(norm: Any) -> Norm:
+    """``norm`` by its own name; other libraries' spellings ("Linf", "L2", 2, inf) are taken as well.
+
+    Raises:
+        ValueError: the norm is unknown.
+    """
+    if isinstance(norm, str) and norm.lower() in _SPELLINGS:
+        return _SPELLINGS[norm.lower()]
+    if isinstance(norm, (int, float)) and not isinstance(norm, bool) and float(norm) in _ORDERS:
+        return _ORDERS[float(norm)]
+    raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {str(norm)[:60]!r}")
 
 
 def per_sample(value: PerSample, x: Tensor, name: str) -> tuple[float, Tensor | None]:

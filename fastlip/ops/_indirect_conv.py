@@ -15,6 +15,11 @@ def packed_taps(
 
     Returns:
         [ceil(outputs / 16), taps * channels, 16].
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> weight = ops.packed_taps(torch.randn(2, 4, 5))  # 2 taps, from 4 channels to 5
     """
     padded = functional.pad(weight.flatten(0, 1), (0, -weight.shape[2] % _LANES))
     return padded.unflatten(1, (-1, _LANES)).transpose(0, 1).contiguous()
@@ -35,6 +40,13 @@ def meeting_pixels(
     Returns:
         [H' W', 1 + h w] int32: a target pixel and the source pixel that it meets at each tap, -1 for none. Pixels that
         meet the same taps are neighbours.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> rows = torch.tensor([[0]])  # one row, and a kernel of two columns on three pixels
+        >>> table = ops.meeting_pixels(rows, torch.tensor([[0, 1], [1, 2]]), width=3)
+        >>> print(table)
     """
     down, across = rows[:, None, :, None], columns[None, :, None, :]
     source = torch.where((down < 0) | (across < 0), -1, down * width + across).flatten(2).flatten(0, 1)
@@ -55,6 +67,14 @@ class IndirectConvs:
     positive: with a ReLU's output for a mask, the adjoint of the next layer gives the gradient before that ReLU.
 
     An image's result depends neither on the other images nor on the number of threads.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> rows = torch.tensor([[0]])  # one row, and a kernel of two columns on three pixels
+        >>> table = ops.meeting_pixels(rows, torch.tensor([[0, 1], [1, 2]]), width=3)
+        >>> weight, out = ops.packed_taps(torch.randn(2, 4, 5)), torch.empty(1, 2, 5)
+        >>> ops.IndirectConvs().add(out, torch.randn(1, 3, 4), weight, table, relu=True)
     """
 
     def __init__(self, most: int = 1) -> None:

@@ -39,6 +39,14 @@ class BestRecord:
 
     An adversarial iterate is better than one that is not, and a larger loss decides among two of a kind. With early
     stopping the first adversarial iterate stays the best.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> record = ops.BestRecord(torch.full((4,), -torch.inf, dtype=torch.float64), torch.zeros(4, dtype=torch.bool))
+        >>> labels = torch.tensor([0, 1, 2, 3])
+        >>> for _ in range(2):
+        ...     print(ops.judge(torch.randn(4, 10), labels, record=record).better)
     """
 
     loss: Tensor
@@ -98,6 +106,13 @@ def judge(
         ValueError: a shape or value is wrong; the message names the argument. Classes are not inspected (that would
             synchronise a GPU): the loss of one that does not exist is NaN.
         TypeError: a dtype or type is wrong; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> logits, labels = torch.randn(4, 10), torch.tensor([0, 1, 2, 3])
+        >>> judged = ops.judge(logits, labels, loss="margin")
+        >>> print(judged.loss, judged.adversarial)
     """
     if (
         checked_by_bindings(logits)

@@ -19,6 +19,12 @@ def top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tens
     Raises:
         ValueError: a shape or device is wrong; the message names the argument.
         TypeError: a dtype is wrong; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> diagonal, off_diagonal = torch.tensor([[2.0, 1.0]]).double(), torch.tensor([[0.5, 0.0]]).double()
+        >>> values, vectors = ops.top_eigenpairs(diagonal, off_diagonal)
     """
     _check_matrices(diagonal, off_diagonal)
     values, vectors = torch.ops.fastlip.top_eigenpairs(diagonal.contiguous(), off_diagonal.contiguous())
@@ -54,6 +60,13 @@ def krylov_bound(
     Raises:
         ValueError: a shape, device or value is wrong; the message names the argument.
         TypeError: a dtype is wrong; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> one = torch.ones(1, dtype=torch.float64)
+        >>> diagonal, off_diagonal = torch.tensor([[2.0, 1.0]]).double(), torch.tensor([[0.5, 0.1]]).double()
+        >>> print(ops.krylov_bound(diagonal, off_diagonal, one, 1e-12 * one, start_overlap=1e-3 * one))
     """
     _check_matrices(diagonal, off_diagonal)
     for name, numbers in {"last": last, "residual": residual, "start_overlap": start_overlap}.items():

@@ -63,6 +63,16 @@ def model_input(
     Raises:
         ValueError: a shape or value is wrong; the message names the argument.
         TypeError: a dtype or type is wrong; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> x0 = torch.rand(2, 3, 8, 8)
+        >>> grad = torch.randn_like(x0)
+        >>> read = ops.model_input(x0, mean=0.5, std=0.25, dtype=torch.bfloat16)
+        >>> x = x0.clone()
+        >>> ops.pgd_step_(x, grad.bfloat16(), x0, step_size=2 / 255, eps=8 / 255, model_input=read)
+        >>> print(read.values.dtype)
     """
     check_tensor(x, "x")
     if x.dtype != torch.float32:

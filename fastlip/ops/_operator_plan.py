@@ -71,6 +71,12 @@ class ConvGeometry:
         dilation: per axis.
         padding: (before, after) per axis; negative numbers crop.
         padding_mode: "zeros", "circular", "reflect" or "replicate".
+
+    Example:
+        >>> from fastlip import ops
+        >>> sizes = {"kernel": (3,), "input_size": (10,), "output_size": (8,)}
+        >>> geometry = ops.ConvGeometry(3, 8, **sizes, stride=(1,), dilation=(1,), padding=((0, 0),))
+        >>> print(geometry.input, geometry.output)
     """
 
     in_channels: int
@@ -164,6 +170,13 @@ def operator_plan(
 
     Raises:
         ValueError: ``vectors``, ``tile_columns`` or ``part_products`` is wrong.
+
+    Example:
+        >>> from fastlip import ops
+        >>> sizes = {"kernel": (3,), "input_size": (10,), "output_size": (8,)}
+        >>> geometry = ops.ConvGeometry(3, 8, **sizes, stride=(1,), dilation=(1,), padding=((0, 0),))
+        >>> plan = ops.operator_plan([geometry], [4])  # for four vectors
+        >>> print(plan.source_size, plan.target_size)
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"

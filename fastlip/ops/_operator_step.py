@@ -57,6 +57,16 @@ def operator_step_(
     Raises:
         ValueError: a shape, device, layout or ``matmul_precision`` is wrong; the message names the argument.
         TypeError: a dtype is wrong; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> sizes = {"kernel": (3,), "input_size": (10,), "output_size": (8,)}
+        >>> geometry = ops.ConvGeometry(3, 8, **sizes, stride=(1,), dilation=(1,), padding=((0, 0),))
+        >>> plan = ops.operator_plan([geometry], [4])
+        >>> weights = ops.pack_weights([torch.randn(8, 3, 3)], [1])
+        >>> out, square = torch.empty(plan.target_size), torch.empty(plan.vectors, dtype=torch.float64)
+        >>> ops.operator_step_(out, square, torch.randn(plan.source_size), weights, plan)
     """
     if out.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"out must be float32 or float64, got {out.dtype}")

@@ -30,6 +30,11 @@ def pack_weights(
     Raises:
         ValueError: a shape, a device or the number of ``groups`` is wrong.
         TypeError: a dtype or type is wrong.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> weights = ops.pack_weights([torch.randn(8, 3, 3)], [1])
     """
     if dtype not in _DTYPES:
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")

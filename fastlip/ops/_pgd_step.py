@@ -70,6 +70,14 @@ def pgd_step_(
         ValueError: a shape, norm, layout or value is wrong; the message names the argument.
         TypeError: a dtype or type is wrong; the message names the argument.
         RuntimeError: ``x`` requires grad while gradients are enabled.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> x0 = torch.rand(2, 3, 8, 8)
+        >>> grad = torch.randn_like(x0)
+        >>> x = ops.random_start(x0, eps=8 / 255)
+        >>> ops.pgd_step_(x, grad, x0, step_size=2 / 255, eps=8 / 255)
     """
     if as_given(x, grad, x0, model_input=model_input) and grad.stride() == x.stride():
         step, ball = number_as_given(step_size, x), ball_as_given(eps, norm, bounds, x)
@@ -123,6 +131,14 @@ def project_(
         ValueError: a shape, norm, layout or value is wrong; the message names the argument.
         TypeError: a dtype or type is wrong; the message names the argument.
         RuntimeError: ``x`` requires grad while gradients are enabled.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> x0 = torch.rand(2, 3, 8, 8)
+        >>> grad = torch.randn_like(x0)
+        >>> x = x0 + grad
+        >>> ops.project_(x, x0, eps=0.5, norm="l2")
     """
     if as_given(x, x0):
         ball = ball_as_given(eps, norm, bounds, x)
@@ -147,7 +163,15 @@ def pgd_step(
     sparsity: float = 0.99,
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:
-    """Out-of-place :func:`pgd_step_`: returns a new tensor in x's memory format."""
+    """Out-of-place :func:`pgd_step_`: returns a new tensor in x's memory format.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> x0 = torch.rand(2, 3, 8, 8)
+        >>> grad = torch.randn_like(x0)
+        >>> moved = ops.pgd_step(x0, grad, x0, step_size=0.1, eps=0.5, norm="l2")
+    """
     x = x.detach().clone()
     return pgd_step_(
         x, grad, x0, step_size=step_size, eps=eps, norm=norm, bounds=bounds, sparsity=sparsity, active=active
@@ -163,7 +187,15 @@ def project(
     bounds: Bounds = (0.0, 1.0),
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:
-    """Out-of-place :func:`project_`: returns a new tensor in x's memory format."""
+    """Out-of-place :func:`project_`: returns a new tensor in x's memory format.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> x0 = torch.rand(2, 3, 8, 8)
+        >>> grad = torch.randn_like(x0)
+        >>> projected = ops.project(x0 + grad, x0, eps=0.5, norm="l1")
+    """
     return project_(x.detach().clone(), x0, eps=eps, norm=norm, bounds=bounds, active=active)
 
 
@@ -194,6 +226,11 @@ def random_start(
     Raises:
         ValueError: a shape, norm, layout or value is wrong; the message names the argument.
         TypeError: a dtype or type is wrong; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> x = ops.random_start(torch.rand(2, 3, 8, 8), eps=8 / 255, generator=torch.Generator().manual_seed(0))
     """
     check_tensor(x0, "x0")
     if ids is None:

@@ -45,7 +45,7 @@ WRONG = {
     "targets": ["x", [0] * B, torch.zeros(B), torch.zeros(3, dtype=torch.int64), torch.full((B,), 9), ELSEWHERE.long()],
     "active": ["x", [True] * B, torch.ones(B), torch.ones(3, dtype=torch.bool)],
     "ids": ["x", [0] * B, torch.zeros(B), torch.zeros(3, dtype=torch.int64)],
-    "norm": [None, "x", 2, ["linf"], torch.inf],
+    "norm": [None, "x", 3, ["linf"], True],
     "eps": ["x", [0.1], True, 1j, -0.1, nan, torch.ones(3), torch.ones(B, dtype=torch.bool), torch.full((B,), nan),
             torch.full((B,), -1.0), np.full(B, 0.1), np.float32(-1), torch.tensor(nan), ELSEWHERE],
     "eps_max": ["x", [0.1], True, -0.1, nan, torch.ones(3), torch.full((B,), nan)],

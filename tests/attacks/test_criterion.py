@@ -44,7 +44,7 @@ def calls(**options):
         "apgd-t": lambda *m: attacks.apgd(*m, eps=EPS, steps=4, target_classes=2, generator=draws(), **options),
         "square": lambda *m: attacks.square(*m, eps=0.3, queries=40, generator=draws(), **options),
         "fmn": lambda *m: attacks.min_norm(*m, norm="linf", method="fmn", fmn_steps=20, **options).adversarial,
-        "search": lambda *m: attacks.min_norm(*m, steps=4, search_steps=5, **options).adversarial,
+        "search": lambda *m: attacks.min_norm(*m, method="search", steps=4, search_steps=5, **options).adversarial,
         "sigma": lambda *m: (
             attacks.min_sigma(
                 *m, directions=2, levels=4, generator=draws(), **{k: v for k, v in options.items() if k != "fast"}

@@ -76,7 +76,9 @@ CALLS = {
     "apgd": lambda *m, **o: attacks.apgd(*m, eps=EPS, steps=8, **o),
     "square": lambda *m, **o: attacks.square(*m, eps=EPS, queries=40, **o),
     "fmn": lambda *m, **o: attacks.min_norm(*m, norm="linf", method="fmn", fmn_steps=20, **o).adversarial,
-    "search": lambda *m, **o: attacks.min_norm(*m, norm="l2", steps=4, search_steps=5, **o).adversarial,
+    "search": lambda *m, **o: (
+        attacks.min_norm(*m, norm="l2", method="search", steps=4, search_steps=5, **o).adversarial
+    ),
     "l1": lambda *m, **o: attacks.pgd(*m, norm="l1", eps=5.0, steps=8, **o),
 }
 

@@ -21,7 +21,7 @@ def closed_form(model, inputs, labels, norm):
 @pytest.mark.parametrize("classes", [2, 4])
 def test_distance_of_a_linear_model(linear_problem, norm, classes):
     model, inputs, labels = linear_problem(classes=classes, batch=16)
-    found = attacks.min_norm(model, inputs, labels, norm=norm, bounds=(-5.0, 5.0), sparsity=SPARSITY)
+    found = attacks.min_norm(model, inputs, labels, norm=norm, method="search", bounds=(-5.0, 5.0), sparsity=SPARSITY)
     truth = closed_form(model, inputs, labels, norm)
     assert found.found.all()
     assert (found.distance >= truth * (1 - 1e-5)).all()
@@ -31,12 +31,13 @@ def test_distance_of_a_linear_model(linear_problem, norm, classes):
     torch.testing.assert_close(moved, found.distance)
 
 
+@pytest.mark.parametrize("method", ["fmn", "search"])
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_finds_every_image_of_a_network(cnn_problem, norm):
+def test_finds_every_image_of_a_network(cnn_problem, norm, method):
     model, inputs, labels = cnn_problem
     labels = labels.clone()
     labels[3] = (labels[3] + 1) % 10
-    found = attacks.min_norm(model, inputs, labels, norm=norm)
+    found = attacks.min_norm(model, inputs, labels, norm=norm, method=method)
     assert found.found.all()
     assert found.distance[3] == 0
     assert torch.equal(found.adversarial[3], inputs[3])
@@ -79,17 +80,17 @@ def test_targets_are_reached(linear_problem):
 
 def test_works_where_gradients_are_off_and_leaves_modes(cnn_problem):
     model, inputs, labels = cnn_problem
-    plain = attacks.min_norm(model, inputs, labels, search_steps=3)
+    plain = attacks.min_norm(model, inputs, labels, method="search", search_steps=3)
     model.train()
     with torch.inference_mode():
-        found = attacks.min_norm(model, inputs.clone(), labels.clone(), search_steps=3)
+        found = attacks.min_norm(model, inputs.clone(), labels.clone(), method="search", search_steps=3)
     assert torch.equal(plain.distance, found.distance)
     assert all(m.training for m in model.modules())
 
 
 def test_errors_name_the_argument(linear_problem):
     with pytest.raises(ValueError, match="search_steps"):
-        attacks.min_norm(*linear_problem(), search_steps=0)
+        attacks.min_norm(*linear_problem(), method="search", search_steps=0)
     with pytest.raises(ValueError, match="norm must be"):
         attacks.min_norm(*linear_problem(), norm="l0")
     with pytest.raises(ValueError, match="eps_max must have"):
@@ -145,7 +146,7 @@ def test_fmn_is_censored_at_eps_max(cnn_problem):
 )
 def test_errors_of_methods(linear_problem, change, message):
     with pytest.raises(ValueError, match=message):
-        attacks.min_norm(*linear_problem(), **change)
+        attacks.min_norm(*linear_problem(), **{"method": "search"} | change)
 
 
 @pytest.mark.parametrize("method", ["search", "fmn"])

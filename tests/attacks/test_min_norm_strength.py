@@ -92,3 +92,27 @@ def test_many_steps_are_shared_among_runs_that_end_at_different_classes(steps, l
         found = attacks.min_norm(model, inputs, labels, method="fmn", fmn_steps=steps, bounds=(-2.0, 2.0))
     assert passes.backward == len(inputs) * (steps + 1)
     torch.testing.assert_close(found.distance, torch.full((2,), length, dtype=torch.float64), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_default_is_the_strongest_method(cnn_problem, norm):
+    """In no more passes than the search has, whose perturbations are longer."""
+    model, inputs, labels = cnn_problem
+    with attacks.count_forward_backward(model) as passes:
+        found = attacks.min_norm(model, inputs, labels, norm=norm)
+    assert torch.equal(found.adversarial, attacks.min_norm(model, inputs, labels, norm=norm, method="fmn").adversarial)
+    with attacks.count_forward_backward(model) as more:
+        search = attacks.min_norm(model, inputs, labels, norm=norm, method="search")
+    assert passes.forward + passes.backward < more.forward + more.backward
+    assert found.distance.median() < search.distance.median()
+
+
+def test_a_warning_is_attributed_to_the_caller():
+    class Bent(nn.Module):
+        def forward(self, x):
+            return torch.cat([x.sqrt() - 0.5, 0 * x], 1)  # whose slope at 0 is infinite
+
+    inputs = torch.tensor([[0.0], [0.04]])
+    with pytest.warns(UserWarning, match="min_norm met gradients that are not finite") as caught:
+        attacks.min_norm(Bent(), inputs, torch.ones(2, dtype=torch.int64))
+    assert caught[0].filename == __file__

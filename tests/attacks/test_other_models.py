@@ -45,7 +45,9 @@ def calls(model, inputs, labels):
         "pgd": lambda: attacks.pgd(model, inputs, labels, eps=EPS, steps=6, generator=draws()),
         "apgd": lambda: attacks.apgd(model, inputs, labels, eps=EPS, steps=6, target_classes=2, generator=draws()),
         "square": lambda: attacks.square(model, inputs, labels, eps=0.2, queries=60, generator=draws()),
-        "min_norm": lambda: attacks.min_norm(model, inputs, labels, steps=4, search_steps=4).adversarial,
+        "min_norm": lambda: (
+            attacks.min_norm(model, inputs, labels, method="search", steps=4, search_steps=4).adversarial
+        ),
         "fast": lambda: attacks.pgd(model, inputs, labels, eps=EPS, steps=6, fast=True, generator=draws()),
         "evaluate": lambda: (
             attacks.evaluate(
@@ -278,7 +280,7 @@ def test_excluded_classes_change_no_figure(problem, loss):
     assert not network.exact
     for call in (
         lambda m: attacks.pgd(m, inputs, labels, eps=EPS, loss=loss, random_start=False),
-        lambda m: attacks.min_norm(m, inputs, labels, loss=loss, steps=4, search_steps=4).adversarial,
+        lambda m: attacks.min_norm(m, inputs, labels, method="search", loss=loss, steps=4, search_steps=4).adversarial,
     ):
         found, want = call(masked), call(sliced)
         assert not torch.equal(want, inputs)

@@ -22,7 +22,9 @@ def calls(loss):
         "fgsm": lambda *m, **o: attacks.fgsm(*m, eps=0.05, loss=loss, **o),
         "apgd": lambda *m, **o: attacks.apgd(*m, eps=0.05, steps=8, loss=loss, generator=draws(), **o),
         "square": lambda *m, **o: attacks.square(*m, eps=0.2, queries=40, loss=loss, generator=draws(), **o),
-        "min_norm": lambda *m, **o: attacks.min_norm(*m, steps=4, search_steps=4, loss=loss, **o).adversarial,
+        "min_norm": lambda *m, **o: (
+            attacks.min_norm(*m, method="search", steps=4, search_steps=4, loss=loss, **o).adversarial
+        ),
     }
 
 

@@ -167,7 +167,7 @@ def test_successes_are_those_of_the_model(cnn_problem):
     claims = attacks.Network(model, lambda x: -model(x))
     found = attacks.pgd(claims, inputs, labels, eps=0.01, steps=3, random_start=False)
     assert (model(found).argmax(1) == labels).all()
-    found = attacks.min_norm(claims, inputs, labels, search_steps=2, steps=2, eps_max=1e-4)
+    found = attacks.min_norm(claims, inputs, labels, method="search", search_steps=2, steps=2, eps_max=1e-4)
     assert not found.found.any()
 
 

@@ -53,3 +53,15 @@ def test_fastlip_itself_uses_the_new_names():
     assert former_names_in("from fastlip import attacks\nattacks.count_passes(model)") == {"count_passes"}
     for path in Path(fastlip.__file__).parent.rglob("*.py"):
         assert not former_names_in(path.read_text()), path
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, {"search_steps": 2}, {"steps": 4, "tolerance": 0.1}])
+def test_options_of_the_search_without_a_method_still_search(options):
+    model, inputs = nn.Linear(6, 5).requires_grad_(False), torch.rand(4, 6)
+    labels = model(inputs).argmax(1)
+    with pytest.warns(DeprecationWarning, match=f'give method="search" with {", ".join(options)}$') as caught:
+        found = attacks.min_norm(model, inputs, labels, **options)
+    assert caught[0].filename == __file__
+    want = attacks.min_norm(model, inputs, labels, method="search", **options)
+    assert torch.equal(found.adversarial, want.adversarial)
+    assert (found.searched > 0).any()  # which only a search says

@@ -152,3 +152,52 @@ def test_errors_name_the_argument(cnn_problem, change, message):
 def test_empty_batch(cnn_problem):
     model, inputs, labels = cnn_problem
     assert attacks.square(model, inputs[:0], labels[:0], eps=0.1).shape == (0, 3, 12, 12)
+
+
+def with_room(model, inputs, **options):
+    """The model as one that has had a batch of 64, so that few images are asked several queries at once."""
+    network = attacks.prepare(model, inputs, **{"fast": False} | options)
+    network.largest = 64
+    return network
+
+
+@pytest.mark.parametrize(
+    ("norm", "options"),
+    [
+        ("linf", {"loss": nn.CrossEntropyLoss(reduction="none"), "criterion": lambda z, y: z.argmax(1) != y}),
+        ("l2", {}),
+        ("l1", {"restarts": 2, "bounds": (torch.zeros(1, 3, 1, 1), torch.full((3, 1, 1), 0.99))}),
+    ],
+)
+def test_queries_together_find_what_queries_in_turn_find(cnn_problem, norm, options):
+    """In fewer calls of the model, at the price of more images in all."""
+    model, inputs, labels = cnn_problem
+    inputs = 0.9 * inputs[:3]
+    with torch.no_grad():
+        labels = model(inputs).argmax(1)
+    call = {"norm": norm, "eps": 0.6 * EPS[norm], "queries": 150, **options}
+    sizes = {}
+    found = {}
+    for name, network in (("in turn", model), ("together", with_room(model, inputs))):
+        sizes[name] = []
+        hook = model.register_forward_hook(lambda module, args, out, name=name: sizes[name].append(len(out)))
+        found[name] = attacks.square(network, inputs, labels, generator=gen(), **call)
+        hook.remove()
+    torch.testing.assert_close(found["together"], found["in turn"], rtol=0, atol=0)
+    assert len(sizes["together"]) < 0.6 * len(sizes["in turn"])
+    assert max(sizes["together"]) <= 64
+    assert sum(sizes["together"]) < 2.5 * sum(sizes["in turn"])
+
+
+def test_queries_together_follow_a_copy_and_ask_the_model(cnn_problem):
+    model, inputs, labels = cnn_problem
+    inputs = inputs[:4]
+    with torch.no_grad():
+        labels = model(inputs).argmax(1)
+    network = with_room(model, inputs, fast=True)
+    call = {"eps": EPS["linf"], "queries": 150}
+    found = attacks.square(network, inputs, labels, generator=gen(), **call)
+    plain = attacks.square(model, inputs, labels, generator=gen(), **call)
+    fell = model(plain).argmax(1) != labels
+    assert fell.any()
+    assert torch.equal(model(found).argmax(1) != labels, fell)

@@ -16,7 +16,7 @@ CALLS = {
     "fgsm": partial(attacks.fgsm, eps=0.05),
     "apgd": partial(attacks.apgd, eps=0.05, steps=4, target_classes=1),
     "square": partial(attacks.square, eps=0.05, queries=5),
-    "min_norm": partial(attacks.min_norm, steps=2, search_steps=2),
+    "min_norm": partial(attacks.min_norm, method="search", steps=2, search_steps=2),
     "criterion": partial(attacks.pgd, eps=0.05, steps=3, criterion=lambda z, y: z.argmax(1) != y),
     "evaluate": partial(attacks.evaluate, attacks={"pgd": partial(attacks.pgd, eps=0.05, steps=2)}),
     "stream": lambda model, x, y: attacks.evaluate(

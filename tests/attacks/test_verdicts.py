@@ -148,7 +148,7 @@ def test_each_image_has_its_own_bounds(problem, batch_size, given):
     weak = partial(attacks.pgd, eps=0.02, steps=3, random_start=False)
     strong = partial(attacks.apgd, eps=0.1, steps=5, random_start=False)
     square = partial(attacks.square, eps=0.1, queries=5)
-    nearest = partial(attacks.min_norm, norm="linf", eps_max=0.1, search_steps=3, steps=3)
+    nearest = partial(attacks.min_norm, norm="linf", method="search", eps_max=0.1, search_steps=3, steps=3)
     suite = {"weak": weak, "strong": strong, "square": square, "nearest": nearest}
     if given in ("to both", "to the attack alone"):
         suite = {k: partial(v, bounds=(lo, hi)) for k, v in suite.items()}

@@ -25,7 +25,7 @@ def test_every_table_that_the_page_shows_is_made(tables, tmp_path):
         assert "\n| --- |" in (tmp_path / name).read_text().replace("|---|", "| --- |"), name
 
 
-@pytest.mark.parametrize("name", ["strength_suites", "strength_norms"])
+@pytest.mark.parametrize("name", ["strength_suites", "strength_norms", "attackbench_cpu"])
 def test_a_table_has_a_line_for_each_row(tables, tmp_path, name):
     tables.write(tmp_path)
     lines = (tmp_path / f"{name}.md").read_text().splitlines()
@@ -33,6 +33,25 @@ def test_a_table_has_a_line_for_each_row(tables, tmp_path, name):
     assert rows
     for row in rows:
         assert any(line.startswith(f"| {row['network']}, ") and f": {row['what']} |" in line for line in lines)
+
+
+def test_bounds_of_networks_have_a_line_each_with_the_other_build_beside_it(tables):
+    machine = {"device": "a", "isa": "b", "threads": "1", "torch": "c", "fastlip": "d"}
+    named = {"size": "224", "domain": "everywhere", "note": ""}
+    numbers = {"log10_upper": "20.5", "cpu_seconds": "8.5", "MiB": "900", "model_MiB": "400"}
+    missing = dict.fromkeys(numbers, "")
+    rows = [
+        named | numbers | machine | {"model": "one", "build": "other", "cpu_seconds": "17", "MiB": "800"},
+        named | numbers | machine | {"model": "one", "build": "this"},
+        named | missing | machine | {"model": "two", "build": "other", "note": "refused: no rule"},
+        named | numbers | machine | {"model": "two", "build": "this"},
+        named | missing | machine | {"model": "three", "build": "this", "note": "no bound within 9 CPU seconds"},
+    ]
+    assert tables.TABLES["lipschitz_cpu"](rows).splitlines()[2:] == [
+        "| one, 224×224, everywhere | 20.50 | 8.5 | 900 | 400 | 17 | 800 |",
+        "| two, 224×224, everywhere | 20.50 | 8.5 | 900 | 400 | – | – |",
+        "| three, 224×224, everywhere | no bound within 9 CPU seconds | – | – | – | – | – |",
+    ]
 
 
 def test_what_the_readme_says_of_bounds_follows_from_the_rows(tables):
@@ -64,6 +83,25 @@ def test_what_the_readme_says_of_bounds_follows_from_the_rows(tables):
     assert all(value[network, "fastlip"] <= value[network, "ECLipsE-Fast"] for network in five)
 
 
+def test_bounds_of_small_networks_are_as_close_to_the_optimum_as_the_documentation_says(tables):
+    rows = tables.rows_of("chain_bounds_cpu")
+    ours = [r for r in rows if r["method"] == "fastlip"]
+    residual = [r for r in ours if r["network"].startswith("residual")]
+    assert len(ours) - len(residual) == 5
+    assert all(float(r["x_lipsdp"]) <= 1.05 and float(r["x_plain"]) <= 20.0 for r in ours)
+    # A trained convolutional one is further from its largest stretch, as the semidefinite program's optimum is.
+    assert sum(float(r["ratio"]) <= 4.0 for r in residual) >= 5
+    for solved in (r for r in rows if r["method"] == "LipSDP"):
+        assert float(solved["x_lipsdp"]) == pytest.approx(1.0, abs=2e-3)
+        assert solved["how"]
+
+
+def test_disjoint_parts_make_no_bound_larger(tables):
+    rows = tables.rows_of("joined_parts_cpu")
+    assert {r["network"].split("_")[0] for r in rows} >= {"shufflenet", "res2net50"}
+    assert all(float(r["log10_upper"]) < float(r["log10_independent"]) for r in rows)
+
+
 def test_what_the_readme_says_of_speed_follows_from_the_rows(tables):
     readme = " ".join((DOCS.parent / "README.md").read_text().split())
     pgd = [r for r in tables.rows_of("attacks_cpu") if r["attack"] == "pgd-20" and r["threads"] == "1"]
@@ -79,3 +117,14 @@ def test_what_the_readme_says_of_speed_follows_from_the_rows(tables):
     rows = [r for r in tables.rows_of("layer_norms_cpu") if r["x_torch_power"]]
     power = [float(r["x_torch_power"]) for r in rows if (r["stem"], r["weights"], r["method"], r["setting"]) == chosen]
     assert any(f"take {v:.2f} of 100 steps of power iteration" in readme for v in power)
+
+
+def test_local_constants_are_compared_on_the_same_images_and_are_bounds(tables):
+    rows = tables.rows_of("local_bounds_cpu")
+    assert len({r["network"] for r in rows if r["network"].startswith("cnn")}) >= 2
+    for row in rows:
+        # Below the lower side that was found in the ball it would be no bound, and compared in vain.
+        assert float(row["over_lower"]) >= 1.0, row
+        assert row["images"] == rows[0]["images"]
+        if row["method"].startswith("auto_LiRPA"):
+            assert float(row["x_fastlip"]) >= 1.0, row

@@ -48,7 +48,7 @@ def through_min_norm(model, inputs, labels, **options):
 
     from fastlip.integrations import foolbox as ours
 
-    attack = ours.MinNorm("linf", steps=3, search_steps=3, **options)
+    attack = ours.MinNorm("linf", method="search", steps=3, search_steps=3, **options)
     raw, _, _ = attack(foolbox.PyTorchModel(model, (0, 1)), inputs, labels, epsilons=None)
     return raw
 

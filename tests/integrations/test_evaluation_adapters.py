@@ -137,6 +137,31 @@ def test_a_function_a_log_and_a_state(trained, tmp_path):
     assert set(individual) == {"apgd-ce", "apgd-t"}
 
 
+def test_auto_attack_takes_a_criterion(trained):
+    model, inputs, labels = trained
+
+    def out_of_the_first_two(logits, classes):
+        return (logits.topk(2).indices != classes[:, None]).all(1)
+
+    adversary = small(model, version="custom", attacks_to_run=["apgd-ce", "fmn"], criterion=out_of_the_first_two)
+    adversary.fab.n_iter, adversary.epsilon = 5, 0.1
+    found = adversary.run_standard_evaluation(inputs, labels)
+    with torch.no_grad():
+        fell = out_of_the_first_two(model(found), labels)
+    assert torch.equal(~fell, adversary.evaluation.robust)
+    assert 0 < fell.sum() < len(labels)
+    other = (labels + 1) % 10
+    assert adversary.clean_accuracy(inputs, other, bs=10) == (
+        (~out_of_the_first_two(model(inputs), other)).double().mean().item()
+    )
+    adversary.criterion = None
+    assert adversary.clean_accuracy(inputs, other, bs=10) == (model(inputs).argmax(1) == other).double().mean().item()
+    adversary.run_standard_evaluation(inputs, labels)
+    assert (~adversary.evaluation.robust).sum() > fell.sum()  # for which a wrong decision alone does
+    with pytest.raises(TypeError, match="criterion must be a function"):
+        small(model, criterion=3).run_standard_evaluation(inputs, labels)
+
+
 def test_auto_attack_s_own_names_are_said(trained):
     model, inputs, labels = trained
     adversary = AutoAttack(model, eps=0.02, version="custom", attacks_to_run=["apgd-ce"], verbose=False)

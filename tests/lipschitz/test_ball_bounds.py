@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlip import ops
 from fastlip.lipschitz import _ball_graph, lipschitz_bound, local_lipschitz_bounds
-from fastlip.lipschitz._gain import OpenUnits, largest_norm
+from fastlip.lipschitz._gain import OpenUnits, _Problem, largest_norm
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._slopes import slope_bounds
+from fastlip.norms._solvers import batched_operator
 
 
 def mlp(activation: nn.Module, *widths: int) -> nn.Sequential:
@@ -63,6 +65,8 @@ def weights(net: nn.Module, gain: float, seed: int) -> nn.Module:
 
 NETS = {
     "relu": (lambda: mlp(nn.ReLU(), 8, 12, 12, 4), (8,)),
+    "wide": (lambda: mlp(nn.ReLU(), 5, 40, 20, 3), (5,)),
+    "large": (lambda: mlp(nn.ReLU(), 60, 30, 40, 3), (60,)),
     "tanh": (lambda: mlp(nn.Tanh(), 6, 8, 8, 8, 3), (6,)),
     "gelu": (lambda: mlp(nn.GELU(), 5, 7, 7, 2), (5,)),
     "softplus": (lambda: mlp(nn.Softplus(threshold=40.0), 5, 7, 7, 2), (5,)),
@@ -218,6 +222,25 @@ def test_networks_too_large_for_columns_get_masked_products(monkeypatch):
     assert 1.0 - 1e-6 <= masked.confidence < 1.0
 
 
+def test_masked_layers_are_read_once_for_all_samples(monkeypatch):
+    net, x = weights(NETS["convolutions"][0](), 1.0, 0), balls((2, 4, 4)).repeat(3, 1, 1, 1)
+    monkeypatch.setattr("fastlip.lipschitz._balls._MOST_ELEMENTS", 0)
+    monkeypatch.setattr("fastlip.lipschitz._balls._by_composition", nothing)
+    packed = []
+
+    def pack(given: list[Tensor], *args: object, **keywords: object) -> Tensor:
+        packed.extend(w.numel() for w in given)
+        return ops.pack_weights(given, *args, **keywords)
+
+    monkeypatch.setattr(batched_operator, "pack_weights", pack)
+    upper = local_lipschitz_bounds(net, x, 0.05, points=1, check=False).upper
+    once = sum(packed)
+    packed.clear()
+    single = local_lipschitz_bounds(net, x[:1], 0.05, points=1, check=False).upper
+    assert once == sum(packed) > 0
+    assert torch.allclose(upper[::3], single, rtol=0.05)
+
+
 class Gated(nn.Module):
     """Without a constant everywhere: a product of two traced tensors."""
 
@@ -243,13 +266,22 @@ def test_products_of_traced_tensors_have_a_constant_on_each_ball():
         ({"radius": -1.0}, "radius"),
         ({"radius": math.nan}, "radius"),
         ({"radius": torch.ones(2)}, "radius"),
-        ({"radius": 0.1, "norm": "l1"}, "norm"),
+        ({"radius": 0.1, "norm": "l1"}, "norm must be one of l2, linf"),
+        ({"radius": 0.1, "norm": 3}, "norm"),
         ({"radius": 0.1, "points": 0}, "points"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         local_lipschitz_bounds(mlp(nn.ReLU(), 4, 4, 2), torch.rand(3, 4), **arguments)
+
+
+@pytest.mark.parametrize(("spelled", "norm"), [(2, "l2"), ("Linf", "linf"), (math.inf, "linf")])
+def test_norms_are_spelled_as_elsewhere(spelled, norm):
+    net, x = mlp(nn.ReLU(), 4, 4, 2), torch.rand(3, 4)
+    bounds = local_lipschitz_bounds(net, x, 0.1, norm=spelled, points=1)
+    assert bounds.norm == norm
+    assert torch.equal(bounds.upper, local_lipschitz_bounds(net, x, 0.1, norm=norm, points=1).upper)
 
 
 def units(seed: int, scale: float = 1.0, error: float = 0.0) -> OpenUnits:
@@ -281,6 +313,59 @@ def test_the_gain_covers_every_choice_of_slopes(scale):
             worst = torch.maximum(worst, torch.linalg.matrix_norm(u.outer + u.left @ d @ inner, 2))
         assert (bound >= worst).all()
         assert (bound <= 2.0 * worst).all()
+
+
+def wide(seed: int, inputs: int, error: float = 0.0) -> OpenUnits:
+    """Four units in the first block, that read two inputs; further inputs do nothing."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    between = draw(2, 7, 7).tril(-1)
+    for own in (slice(0, 4), slice(4, 7)):
+        between[:, own, own] = 0.0
+    outer, right = (F.pad(draw(2, n, 2), (0, inputs - 2)) for n in (3, 7))
+    return OpenUnits(
+        outer, draw(2, 3, 7), between, right, torch.rand(2, 7, generator=g, dtype=torch.float64), torch.ones(2, 7),
+        [slice(0, 4), slice(4, 7)], torch.full((2, inputs + 7), error), torch.full((2, 2, inputs + 7), error),
+    )  # fmt: skip
+
+
+def test_the_gain_is_the_same_by_inputs_and_by_units():
+    for seed in range(5):
+        few, many = wide(seed, 2), wide(seed, 6)
+        assert (_Problem(few).gram is None, _Problem(many).gram is None) == (True, False)
+        bound = largest_norm(few)
+        assert torch.allclose(bound, largest_norm(many), rtol=1e-3)
+        worst = torch.zeros(2, dtype=torch.float64)
+        for signs in itertools.product((-1.0, 1.0), repeat=7):
+            d = torch.diag_embed(few.delta * torch.tensor(signs, dtype=torch.float64))
+            inner = torch.linalg.solve(torch.eye(7, dtype=torch.float64) - few.between @ d, few.right)
+            worst = torch.maximum(worst, torch.linalg.matrix_norm(few.outer + few.left @ d @ inner, 2))
+        assert (bound >= worst).all()
+        assert (bound <= 2.0 * worst).all()
+        assert (largest_norm(wide(seed, 2, error=1e-5)) > bound * (1.0 + 1e-7)).all()
+
+
+@pytest.mark.parametrize("inputs", [2, 6])
+def test_only_norms_below_1_are_proved(inputs):
+    problem = _Problem(wide(0, inputs))
+    by_row, by_column = problem._scales(problem.start())
+    for lost in (0.0, 0.3):
+        for share in (0.0, 0.9):
+            m = problem._m(by_row, by_column)
+            m = m * (share * (1.0 - lost) / torch.linalg.matrix_norm(m, 2))[:, None, None]
+            square, x = m @ m.mT, problem.x * by_row[..., None]
+            full = F.pad(square, (0, problem.first, 0, problem.first))
+            low, high = torch.zeros(2, 1, 1, dtype=torch.float64), torch.full((2, 1, 1), 1e3, dtype=torch.float64)
+            for _ in range(80):  # where the norm of [M, X] is 1 - lost
+                middle = 0.5 * (low + high)
+                norm = torch.linalg.matrix_norm(full + middle**2 * x @ x.mT, 2).sqrt()[:, None, None]
+                low, high = torch.where(norm < 1.0 - lost, middle, low), torch.where(norm < 1.0 - lost, high, middle)
+            losses = torch.full((2,), lost, dtype=torch.float64)
+            assert problem._proved(square, x * low * (1.0 - 1e-9), losses).all()
+            assert not problem._proved(square, x * high * (1.0 + 1e-9), losses).any()
 
 
 def test_the_gain_grows_with_the_errors_of_its_matrices():

@@ -12,7 +12,7 @@ from torch import nn
 from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._slopes import slope_bounds
-from fastlip.norms import conv_operator, module_operator
+from fastlip.norms import Operator, conv_operator, module_operator
 from fastlip.norms._operators.dense import dense_matrix
 
 INF = float("inf")
@@ -402,3 +402,28 @@ def test_products_with_matrices_of_positive_elements_keep_their_sign(turned):
     zero = Interval(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2))
     nothing = arithmetic.matmul(zero, Interval(torch.ones(1, 2, 2), torch.ones(1, 2, 2)))
     assert bool((nothing.lower == 0.0).all() and (nothing.upper == 0.0).all())
+
+
+def test_a_point_beside_a_box_through_a_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, centre = (torch.randn(*shape, generator=generator).double() for shape in ((5, 7), (1, 3, 7)))
+    weight[0] = 1e-200 * weight[0]
+    operator, point = Operator(weight), Interval(centre, centre)
+    box = Interval(centre - 0.5, centre + 0.5)
+    for other in (Interval(1e-250 * centre.abs() - 1e-300, 1e-250 * centre.abs()), point):
+        both = Interval(torch.cat([box.lower, other.lower]), torch.cat([box.upper, other.upper]))
+        found = arithmetic.through_operator(operator, both)
+        alone = arithmetic.through_operator(operator, box)
+        assert torch.equal(found.lower[:1], alone.lower)
+        assert torch.equal(found.upper[:1], alone.upper)
+        corners = torch.stack([other.lower[0], other.upper[0], 0.5 * (other.lower + other.upper)[0]])
+        for corner in corners:
+            exact = [
+                [sum(Fraction(w) * Fraction(t) for w, t in zip(row, column, strict=True)) for row in weight.tolist()]
+                for column in corner.tolist()
+            ]
+            for at, column in enumerate(exact):
+                for i, value in enumerate(column):
+                    assert Fraction(found.lower[1, at, i].item()) <= value <= Fraction(found.upper[1, at, i].item())
+    width = (found.upper - found.lower)[1]
+    assert bool((width <= 1e-12).all())

@@ -233,6 +233,18 @@ def test_margin_is_the_largest_distance_of_two_rows() -> None:
     assert tail.log10_margin == pytest.approx(tail.log10_upper + math.log10(2) / 2)
 
 
+@pytest.mark.parametrize("exponent", [-300, -200, 200, 307])
+def test_margins_of_rows_whose_squares_leave_the_range(exponent: int) -> None:
+    torch.manual_seed(6)
+    last = nn.Linear(5, 120).double()  # of more pairs than are computed twice
+    rows = last.weight.detach().clone()
+    with torch.no_grad():
+        last.weight.mul_(10.0**exponent)
+    distance = torch.cdist(rows, rows).max().item()
+    bound = lipschitz_bound(last, (5,), check=False)
+    assert math.log10(distance) - 1e-12 <= bound.log10_margin - exponent <= math.log10(distance) + 1e-6
+
+
 def test_margins_of_rows_that_nearly_agree_do_not_suffer_from_cancellation() -> None:
     torch.manual_seed(5)
     last = nn.Linear(40, 6).double()

@@ -134,7 +134,7 @@ def test_what_is_certified_is_positive_definite(kind: str, low: float, high: flo
     network = chain(random_weights(5, 4, 6, 3), low, high) if kind == "chain" else residual(3, 4, low, high, 3)
     start = multipliers._closed_form(network)
     assert start is not None
-    for roots in (start, multipliers._descend(network, start, 40)):
+    for roots in (start, multipliers._searched(network, start, 1e9)):
         rho = multipliers._certified(network, roots)
         least = torch.linalg.eigvalsh(dense_form(network, roots, rho))[0].item()
         assert least >= -1e-12
@@ -142,23 +142,30 @@ def test_what_is_certified_is_positive_definite(kind: str, low: float, high: flo
         assert torch.linalg.eigvalsh(dense_form(network, roots, rho * (1.0 - 1e-6)))[0].item() < 0.0
 
 
-def test_gradients_are_those_of_differences() -> None:
-    network = residual(3, 3, -0.2, 1.1, 4)
-    plan, sizes = multipliers._plan(network), network.sizes[1:]
-    start = multipliers._closed_form(network)
-    assert start is not None
-    point = torch.cat(start[1:]).log() + 0.01 * torch.arange(sum(sizes), dtype=torch.float64)
-    found = multipliers._slope(plan, start[0], sizes, point, 16)
-    assert found is not None
-    for i in range(len(point)):
-        ends = []
-        for move in (1e-5, -1e-5):
-            moved = point.clone()
-            moved[i] += move
-            end = multipliers._slope(plan, start[0], sizes, moved, 16)
-            assert end is not None
-            ends.append(end[0])
-        assert found[1][i].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-8)
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.2, 1.1), (0.3, 0.9), (-1.0, 1.0)])
+@pytest.mark.parametrize("kind", ["chain", "residual", "uneven"])
+def test_the_search_ends_at_the_optimum_of_the_semidefinite_program(kind: str, low: float, high: float) -> None:
+    weights = random_weights(9, 12, 7, 10, 5, seed=7)
+    if kind == "uneven":  # units of very different magnitudes
+        weights = [torch.logspace(-3, 1, len(w), dtype=torch.float64)[:, None] * w for w in weights]
+    network = residual(6, 8, low, high, 7) if kind == "residual" else chain(weights, low, high)
+    found = 10 ** log10_bound(network)
+    worst = multipliers._WorstCase(network)
+    for _ in range(300):
+        worst.improve()
+    # By duality no multipliers prove less than what the worst case attains.
+    assert worst.value * (1.0 - 1e-9) <= found <= 1.005 * worst.value
+    generator = torch.Generator().manual_seed(8)
+    for size in (0.0, 0.1, 1.0):
+        roots = [
+            r * (size * torch.randn(len(r), generator=generator).double()).exp() for r in worst.roots(ones(network))
+        ]
+        least = torch.linalg.eigvalsh(dense_form(network, roots, (1.0 - 1e-6) * worst.value**2))[0].item()
+        assert least < 0.0
+
+
+def ones(network: SlopeNetwork) -> list[Tensor]:
+    return [torch.ones(n, dtype=torch.float64) for n in network.sizes]
 
 
 @pytest.mark.parametrize("excess", [-1e-15, -1e-16, 0.0, 1e-16, 1e-15, 1e-9])

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlip.lipschitz import lipschitz_bound, rule
-from fastlip.norms import Composed, NormOptions, conv_operator, operator_norms
+from fastlip.lipschitz import _residual, lipschitz_bound, rule
+from fastlip.norms import Composed, NormOptions, Operator, conv_operator, operator_norms
+from fastlip.norms._solvers import symbols
 
 
 def matrix(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
@@ -254,3 +255,32 @@ def test_copies_and_reshapings_to_the_same_shape_keep_the_tighter_constant() -> 
     block = Copied(3)
     bound = lipschitz_bound(block, (3, 6, 6), tight_chains=False)
     assert bound.upper < 0.99 * 10**bound.log10_plain
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_identity_beside_three_layers_as_one_convolution(monkeypatch: pytest.MonkeyPatch, sign: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes, size = ((2, 8, 1, 1), (2, 2, 3, 3), (8, 2, 1, 1)), 20
+    weights = [torch.randn(*shape, generator=generator) for shape in shapes]
+    ops = tuple(conv_operator(w, size, padding=w.shape[-1] // 2) for w in weights)
+    bounds = tuple(interval.upper for interval in operator_norms(ops))
+    options = NormOptions(rtol=4e-2)
+    apart = _residual._beside_identity(ops, bounds, 0.25 * sign, options)
+    monkeypatch.setattr(symbols, "_pays", lambda *_: True)
+    joint = _residual._beside_identity(ops, bounds, 0.25 * sign, options)
+    assert isinstance(apart.operator, Composed)
+    assert isinstance(joint.operator, Operator)
+    uppers = [auxiliary.upper(operator_norms([auxiliary.operator], options)[0]) for auxiliary in (apart, joint)]
+
+    def layers(x: Tensor) -> Tensor:
+        for op in ops:
+            x = F.conv2d(x, op.weight.double(), padding=op.padding[0][0])
+        return x
+
+    def images(x: Tensor) -> Tensor:
+        return x + 0.25 * sign * layers(x)
+
+    v = torch.randn(1, 8, size, size, generator=generator, dtype=torch.float64)
+    for _ in range(100):
+        v, stretch = torch.func.vjp(images, v)[1](images(v / v.norm()))[0], images(v / v.norm()).norm().item()
+    assert all(stretch <= upper <= 1.06 * stretch for upper in uppers)

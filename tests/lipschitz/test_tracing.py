@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlip.lipschitz import lipschitz_bound, local_lipschitz
+from fastlip.lipschitz._export import export_graph
+from fastlip.lipschitz._trace import Untraceable
 
 
 class By(nn.Module):
@@ -191,6 +193,24 @@ def test_tracing_leaves_no_trace_in_the_process() -> None:
 class Output:
     logits: Tensor
     features: Tensor | None = None
+
+
+def test_a_failing_export_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of torch 2.11 does."""
+
+    def export(*args: Any, **kwargs: Any) -> None:
+        nn.modules.module.register_module_buffer_registration_hook(lambda module, name, buffer: None)
+        raise RuntimeError("no")
+
+    own = nn.modules.module.register_module_buffer_registration_hook(lambda module, name, buffer: None)
+    try:
+        before = dict(nn.modules.module._global_buffer_registration_hooks)
+        monkeypatch.setattr(torch.export, "export", export)
+        with pytest.raises(Untraceable):
+            export_graph(nn.Linear(2, 2), torch.zeros(1, 2))
+        assert dict(nn.modules.module._global_buffer_registration_hooks) == before
+    finally:
+        own.remove()
 
 
 @pytest.mark.parametrize(

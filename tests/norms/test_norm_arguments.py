@@ -158,7 +158,7 @@ def test_a_layer_of_complex_numbers_has_no_constraint() -> None:
 def test_operators_are_checked() -> None:
     op = Operator(torch.eye(3))
     for ops in (op, None, [None], [op, torch.eye(3)], "op"):
-        with pytest.raises(TypeError, match="ops must be a sequence of Operator and Composed"):
+        with pytest.raises(TypeError, match="ops must be a sequence of Operator, Composed and Masked"):
             operator_norms(ops, NormOptions())
     with pytest.raises(TypeError, match="options must be a NormOptions or None, got dict"):
         operator_norms([op], {"rtol": 0.1})  # type: ignore[arg-type]  # what is refused

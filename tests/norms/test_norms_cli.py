@@ -23,7 +23,6 @@ from typer.testing import CliRunner, Result
 
 from fastlip.norms import NormInterval, NormReport, layer_norms
 from fastlip.norms._cli import app
-from fastlip.norms._report.page import report_html
 
 
 def small_model() -> nn.Module:
@@ -130,7 +129,7 @@ def test_what_is_left_out_is_shown_and_may_be_refused(run: Callable[..., Result]
     done = run("tiny_net:odd", "--input", "3")
     assert done.exit_code == 0, done.stderr
     text = " ".join(done.stdout.split())
-    assert "Product of 1 layers, without 1 weight left out" in text
+    assert "No product: 1 weight is left out beside these 1 layer" in text
     assert "Left out: [red]" in text
     assert "layer_norm divides by a deviation of its input" in text
     assert harmless(done.stdout)
@@ -154,24 +153,24 @@ def test_module_runs_as_a_program() -> None:
 
 def test_page_escapes_names_and_is_self_contained() -> None:
     report = layer_norms(nn.Sequential(nn.Linear(3, 2)), (3,))
-    page = report_html(report, "a <b> & c")
+    page = report.to_html("a <b> & c")
     assert "a &lt;b&gt; &amp; c" in page
     assert "http" not in page
     assert f"{report['0'].upper:.5g}" in page
     hostile = replace(report, descriptions={"0": "<script>"})
-    assert "<script>" not in report_html(hostile, "</title><script>")
+    assert "<script>" not in hostile.to_html("</title><script>")
 
 
 def test_a_page_has_a_row_for_each_layer() -> None:
     zero, one = (NormInterval(x, x, 1.0, "svd", 0, True) for x in (0.0, 2.0))
     wide = NormInterval(1.0, math.inf, 1.0 - 1e-6, "lanczos", 7, False)
     report = NormReport({"a": zero, "b": one, "c": wide}, dict.fromkeys("abc", "Linear"), 1.0 - 1e-6, 5)
-    page = report_html(report, "net")
+    page = report.to_html("net")
     assert re.findall(r'width:([\d.]+)%"></div>', page) == ["0.0", "100.0", "100.0"]
     assert re.findall(r'<td class="n">(exact|inf%)</td>', page) == ["exact", "exact", "inf%"]
     assert "3 layers" in page
     assert "with confidence 1 - 1e-06 (seed of the random starts 5).</p>" in page
-    assert "seed" not in report_html(replace(report, seed=None), "net")
+    assert "seed" not in replace(report, seed=None).to_html("net")
 
 
 def test_a_page_needs_jinja(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import fastlip
 from fastlip.norms import NormReport, layer_norms, layer_operator
 from fastlip.norms._models import collect
-from fastlip.norms._report.page import report_html
 
 
 class Holder(nn.Module):
@@ -325,9 +324,11 @@ def test_what_is_left_out_is_said_with_the_reason(case: str) -> None:
     assert sorted(report.left_out) == sorted(names)
     assert all(reason in text for text in report.left_out.values())
     assert json.loads(report.to_json())["left_out"] == [{"name": n, "reason": r} for n, r in report.left_out.items()]
-    number = f"1 layers, without {len(names)} weight{'s' * (len(names) > 1)} left out"
-    assert f"product of {number}" in str(report)
-    for shown in (str(report), report_html(report, "net")):
+    number = f"o product: {len(names)} weight{'s are' if len(names) > 1 else ' is'} left out beside these 1 layer"
+    if case == "not run":
+        number = "roduct of 1 layer: "
+    assert (report.log10_product_lower is report.log10_product_upper is None) == (case != "not run")
+    for shown in (str(report), report.to_html("net")):
         assert all(name in shown for name in names)
         assert reason in shown
         assert number in shown
@@ -396,7 +397,7 @@ def test_every_weight_of_random_models_is_listed_or_left_out(seed: int) -> None:
 
 def test_a_report_that_leaves_nothing_out_says_nothing() -> None:
     report = layer_norms(nn.Sequential(nn.Linear(4, 4)), (4,))
-    assert "left out" not in str(report) + report_html(report, "net")
+    assert "left out" not in str(report) + report.to_html("net")
     assert report.to_dict()["left_out"] == []
 
 

@@ -42,6 +42,7 @@ def test_build_info():
     assert info.cpu_isa in info.compiled["cpu_isas"]
     assert json.loads(json.dumps(info.to_dict()))["backends"]["cpu"]["name"] == ops.backends["cpu"].name
     assert info.backends["cpu"].reason in str(info)
+    assert info.compiled["cuda_toolkit"] or "FASTLIP_CUDA=ON pip install . builds it" in str(info)
     printed = subprocess.run([sys.executable, "-m", "fastlip"], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == str(info)
 

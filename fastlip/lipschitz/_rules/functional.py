@@ -13,7 +13,7 @@ from fastlip.lipschitz._registry import missing_rule
 from fastlip.lipschitz._rowwise import module_interval_of
 from fastlip.lipschitz._steps import Step
 
-_ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
+_BY_NAME: dict[str, Callable[..., nn.Module]] = {
     "relu": lambda inplace=False: nn.ReLU(),
     "relu6": lambda inplace=False: nn.ReLU6(),
     "tanh": lambda: nn.Tanh(),
@@ -31,6 +31,7 @@ _ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
     "softplus": lambda beta=1.0, threshold=20.0: nn.Softplus(beta, threshold),
     "softsign": lambda: nn.Softsign(),
     "logsigmoid": lambda: nn.LogSigmoid(),
+    "local_response_norm": lambda size, alpha=1e-4, beta=0.75, k=1.0: nn.LocalResponseNorm(size, alpha, beta, k),
 }
 
 
@@ -71,7 +72,7 @@ def _interpolate(
 
 def _table() -> dict[Any, Callable[..., nn.Module]]:
     table: dict[Any, Callable[..., nn.Module]] = {}
-    for name, build in _ACTIVATIONS.items():
+    for name, build in _BY_NAME.items():
         for key in (name, f"{name}_"):
             table[key] = build
             for place in (F, torch):

@@ -113,8 +113,8 @@ def _overlapping_sum(call: Call) -> Step | None:
     size, kernel = axes_of(given["output_size"], 2), axes_of(given["kernel_size"], 2)
     settings = {name: value for name, value in given.items() if name not in names[:2]}
     indices = torch.arange(math.prod(size), dtype=torch.float64).view(1, 1, *size) + _MARK
-    times, _ = _most_used(F.unfold(indices, **settings), indices.numel())
-    factor = times**0.5 * (1.0 + EPS)
+    uses, _ = _uses(F.unfold(indices, **settings), indices.numel())
+    factor = int(uses.max()) ** 0.5 * (1.0 + EPS)
 
     def function(x: Tensor) -> Tensor:
         return F.fold(x, size, **settings)
@@ -142,7 +142,8 @@ def _step(call: Call, function: Callable[..., Tensor], shape: tuple[int, ...]) -
         raise missing_rule(f"{call.name} by what depends on the input", call.where)
     indices = _indices(call, node)
     seen = function(indices, *call.args[1:], **call.kwargs)
-    times, filled = _most_used(seen, indices.numel())
+    uses, filled = _uses(seen, indices.numel())
+    times = int(uses.max()) if uses.numel() else 0
     factor = times**0.5 * (1.0 + EPS * (times > 1))
     source, batch = call.steps[node], call.values.batch
 
@@ -153,7 +154,12 @@ def _step(call: Call, function: Callable[..., Tensor], shape: tuple[int, ...]) -
 
         return Interval(rows(x.lower), rows(x.upper), None if filled else x.norm * (factor * (1.0 + 4.0 * EPS)))
 
-    step = Step(call.where, call.name, call.sources, factor, shape, apply=function, interval=interval)
+    step = Step(
+        *(call.where, call.name, call.sources, factor, shape),
+        apply=function,
+        interval=interval,
+        selected=(uses > 0).cpu(),
+    )
     return step
 
 
@@ -163,10 +169,8 @@ def _indices(call: Call, node: fx.Node) -> Tensor:
     return torch.arange(math.prod(shape), dtype=torch.float64, device=call.source_device).view(shape) + _MARK
 
 
-def _most_used(seen: Tensor, count: int) -> tuple[int, bool]:
-    """How often the most used of so many indices appears, and whether anything else does."""
+def _uses(seen: Tensor, count: int) -> tuple[Tensor, bool]:
+    """How often each of so many indices appears, [count], and whether anything else does."""
     index = seen.double().flatten() - _MARK
     whole = (index == index.round()) & (index >= 0.0) & (index < count)
-    if not bool(whole.any()):
-        return 0, bool(index.numel())
-    return int(torch.bincount(index[whole].long()).max()), not bool(whole.all())
+    return torch.bincount(index[whole].long(), minlength=count), not bool(whole.all())

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastlip.norms._interval import DID_NOT_RUN
 from fastlip.norms._models.agreement import disagreements
 from fastlip.norms._models.closeness import agree
 from fastlip.norms._models.eval_mode import eval_mode, require_eval
@@ -27,8 +28,7 @@ from fastlip.norms._operators.registry import find_operator, registered_operator
 
 #: Units of rounding by which a weight may differ that is computed again, as where a forward normalises it each time.
 _FEW = 64
-#: Why a weight is left out of which no use was seen; the first is no fault of the report's.
-DID_NOT_RUN = "its module did not run"
+#: Why weights are left out beside ``DID_NOT_RUN``, which is no fault of the report's.
 _UNSEEN = "no use of it was seen in the run, as inside TorchScript or functions that are not torch's"
 _BATCH = (
     "it is used otherwise in a batch of two inputs than in one of one, or with another weight for another input, so "

@@ -15,8 +15,12 @@ def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
     """The shape as a tuple.
 
     Raises:
+        TypeError: ``input_shape`` is a tensor.
         ValueError: ``input_shape`` is not a sequence of positive integers.
     """
+    if isinstance(input_shape, Tensor):
+        shape_of_one = tuple(input_shape.shape[1:])
+        raise TypeError(f"input_shape must be the shape of one input, such as {shape_of_one}, not a tensor of inputs")
     shape = tuple(input_shape) if isinstance(input_shape, Iterable) else ()
     if not shape or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in shape):
         raise ValueError(f"input_shape must be positive integers without the batch axis, got {input_shape!r}")

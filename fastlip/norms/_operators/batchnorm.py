@@ -18,6 +18,11 @@ def batchnorm_scale(module: nn.Module) -> Tensor:
 
     Raises:
         ValueError: the module has no running statistics, or its factors are not finite.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> scale = fastlip.norms.batchnorm_scale(nn.BatchNorm2d(3).eval())
     """
     assert isinstance(module, _BatchNorm)
     if module.running_var is None:
@@ -71,5 +76,11 @@ def diagonal_norms(scales: Sequence[Tensor]) -> list[float]:
 
 
 def diagonal_norm(scale: Tensor) -> float:
-    """:func:`diagonal_norms` of one vector."""
+    """:func:`diagonal_norms` of one vector.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> print(fastlip.norms.diagonal_norm(torch.tensor([0.5, -2.0], dtype=torch.float64)))
+    """
     return diagonal_norms([scale])[0]

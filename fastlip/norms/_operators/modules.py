@@ -39,6 +39,12 @@ def module_operator(
         TypeError: there is no such map for this module.
         ValueError: the weight holds NaN or infinite values, the shape does not fit, or the module has another
             ``forward`` than its class in torch, so that it may apply another map than its weight's.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> op = fastlip.norms.module_operator(nn.ConvTranspose2d(3, 4, 2, stride=2), (3, 8, 8))
+        >>> print(fastlip.norms.operator_norms([op])[0])
     """
     if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
         raise TypeError(f"module must be a Conv, ConvTranspose or Linear, got {type(module).__name__}")

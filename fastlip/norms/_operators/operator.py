@@ -33,6 +33,12 @@ class Operator:
         groups: number of independent channel groups.
         padding_mode: "zeros", "circular", "reflect" or "replicate"; with "circular" the whole input is repeated, also
             where its other side is cropped.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> op = fastlip.norms.Operator(torch.randn(5, 7))  # a matrix; conv_operator makes those of convolutions
+        >>> print(fastlip.norms.operator_norms([op])[0])
     """
 
     weight: Tensor
@@ -116,6 +122,12 @@ def conv_operator(
     Raises:
         TypeError: ``weight`` is not a dense floating-point tensor, or ``groups`` is no integer.
         ValueError: an argument is wrong; the message names it.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> op = fastlip.norms.conv_operator(torch.randn(4, 3, 3, 3), 8, padding=1)
+        >>> print(op.input_shape, op.output_shape)
     """
     require_floating(weight)
     axes = weight.dim() - 2

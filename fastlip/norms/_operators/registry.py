@@ -21,13 +21,19 @@ def layer_operator(*kinds: type[nn.Module]) -> Callable[[OperatorOf], OperatorOf
     as one, whatever it holds, and compares the map with what the layer does; :func:`fastlip.lipschitz_bound` takes it
     where the class has no rule of its own.
 
-    Example:
-        >>> @fastlip.norms.layer_operator(MyConv)
-        ... def _(module, input_shape):
-        ...     return fastlip.norms.conv_operator(module.compute_kernel(), input_shape[1:], padding=1)
-
     Raises:
         TypeError: a kind is no module class.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> class Halved(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x) / 2
+        >>> @fastlip.norms.layer_operator(Halved)
+        ... def _(module, input_shape):
+        ...     return fastlip.norms.Operator(module.weight.detach() / 2)
+        >>> print(fastlip.layer_norms(nn.Sequential(Halved(3, 2)), (3,)))
     """
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):

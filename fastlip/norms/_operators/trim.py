@@ -14,6 +14,12 @@ def trim(op: Operator) -> Operator:
 
     Outer taps are cut off; those between others, which wide strides can leave idle, become 0. If no tap ever meets the
     input, the operator is 0, and so is the whole weight.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> op = fastlip.norms.conv_operator(torch.randn(4, 3, 3, 3), 1, padding=1)
+        >>> print(fastlip.norms.trim(op).kernel)  # around one pixel only the middle tap counts
     """
     if op.padding_mode != "zeros":
         return op
@@ -46,6 +52,12 @@ def simplify(op: Operator) -> Operator:
     If, with zero padding and after trimming, no two windows overlap and one of them lies inside the input, A A^T is
     block diagonal and its largest block is that of the flattened kernel. The same holds where there is only one window.
     The result is then the matrix of the flattened kernel, without spatial axes.
+
+    Example:
+        >>> import torch
+        >>> import fastlip
+        >>> op = fastlip.norms.conv_operator(torch.randn(4, 3, 2, 2), 8, stride=2)
+        >>> print(fastlip.norms.simplify(op).weight.shape)  # windows that do not overlap: a matrix
     """
     return flatten(trim(op))
 

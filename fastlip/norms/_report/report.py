@@ -8,9 +8,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
-from fastlip.norms._interval import NormInterval, confidence_text, width_text
+from fastlip._figures import axes_or_new
+from fastlip._json import reading
+from fastlip._pages import fragment_if_possible, page
+from fastlip.norms._interval import DID_NOT_RUN, NormInterval, confidence_text, width_text
 
 #: Most weights of one reason that text names; ``left_out`` has all.
 _NAMED = 6
@@ -25,8 +29,16 @@ class NormReport(Mapping[str, NormInterval]):
         descriptions: layer name to a short description of the layer.
         confidence: probability that all upper sides hold at once; 1.0 when all are deterministic.
         seed: seed of the random starts, None if nothing was drawn.
-        left_out: the weights of the model that no layer of the report accounts for, each with the reason; the products
-            are without them.
+        left_out: the weights of the model that no layer of the report accounts for, each with the reason; there is no
+            product unless they did not run.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> report = fastlip.layer_norms(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), (6,))
+        >>> for name, interval in report.items():
+        ...     print(name, interval.upper)
+        >>> again = fastlip.NormReport.from_json(report.to_json())
     """
 
     intervals: dict[str, NormInterval]
@@ -45,14 +57,17 @@ class NormReport(Mapping[str, NormInterval]):
         return len(self.intervals)
 
     @property
-    def log10_product_upper(self) -> float:
-        """log10 of the product of the upper sides: a bound for these layers in sequence, without skips and pooling."""
-        return sum(_log10(interval.upper) for interval in self.values())
+    def log10_product_upper(self) -> float | None:
+        """log10 of the product of the upper sides: a bound for these layers in sequence, without skips and pooling.
+
+        None where weights that ran are left out: the product of the others says nothing of the model.
+        """
+        return None if self._unbounded else sum(_log10(interval.upper) for interval in self.values())
 
     @property
-    def log10_product_lower(self) -> float:
-        """log10 of the product of the lower sides, below which the product of the norms cannot be."""
-        return sum(_log10(interval.lower) for interval in self.values())
+    def log10_product_lower(self) -> float | None:
+        """log10 of the product of the lower sides, below which the product of the norms cannot be; None as above."""
+        return None if self._unbounded else sum(_log10(interval.lower) for interval in self.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
@@ -68,6 +83,70 @@ class NormReport(Mapping[str, NormInterval]):
     def to_json(self) -> str:
         """``to_dict`` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "NormReport":
+        """The report that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: ``text`` is no such report.
+        """
+        with reading(cls):
+            data = json.loads(text)
+            rows = data["layers"]
+            fields = [f.name for f in dataclass_fields(NormInterval)]
+            return cls(
+                {row["name"]: NormInterval(*(row[name] for name in fields)) for row in rows},
+                {row["name"]: row["layer"] for row in rows},
+                data["confidence"],
+                data["seed"],
+                {left["name"]: left["reason"] for left in data["left_out"]},
+            )
+
+    def to_html(self, title: str = "Operator norms") -> str:
+        """A self-contained page with this heading: a row for each layer, and what is left out.
+
+        Raises:
+            ImportError: Jinja2 is not installed.
+        """
+        return page("norms.html", title, **self._shown())
+
+    def _repr_html_(self) -> str | None:
+        return fragment_if_possible("norms.html", **self._shown())
+
+    def _shown(self) -> dict[str, Any]:
+        """The values of the template."""
+        longest = max((i.upper for i in self.values() if 0.0 < i.upper < math.inf), default=1.0)
+        product = self.product()
+        return {
+            "report": self,
+            "product": f"{product[0].upper()}{product[1:]}",
+            "confidence": confidence_text(self.confidence),
+            "share": lambda interval: min(100.0 * interval.upper / longest, 100.0),
+            "width": width_text,
+        }
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the layers' intervals, in order of execution, and return matplotlib's axes.
+
+        Args:
+            axes: where to draw; a new figure if None.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        axes = axes_or_new(axes, (7.0, 0.6 + 0.22 * max(len(self), 3)))
+        places = range(len(self))
+        middles = [0.5 * (i.lower + i.upper) for i in self.values()]
+        errors = [
+            [m - i.lower for m, i in zip(middles, self.values(), strict=True)],
+            [i.upper - m for m, i in zip(middles, self.values(), strict=True)],
+        ]
+        axes.errorbar(middles, places, xerr=errors, fmt="|", capsize=3)
+        axes.set_yticks(places, list(self))
+        axes.invert_yaxis()
+        axes.set_xlabel("norm")
+        return axes
 
     def to_csv(self) -> str:
         """One line per layer, with a header; weights that are left out have none."""
@@ -97,10 +176,19 @@ class NormReport(Mapping[str, NormInterval]):
             found[reason].append(name)
         return dict(found)
 
-    def total(self) -> str:
-        """What the products are products of, such as "53 layers" or "53 layers, without 2 weights left out"."""
-        without = f", without {len(self.left_out)} weight{'s' * (len(self.left_out) > 1)} left out"
-        return f"{len(self)} layers" + (without if self.left_out else "")
+    @property
+    def _unbounded(self) -> int:
+        """How many weights are left out although the model uses them."""
+        return sum(reason != DID_NOT_RUN for reason in self.left_out.values())
+
+    def product(self) -> str:
+        """The product in words, or that there is none because weights are left out."""
+        low, high = self.log10_product_lower, self.log10_product_upper
+        layers = f"{len(self)} layer{'s' * (len(self) != 1)}"
+        if low is None or high is None:
+            missing = f"{self._unbounded} weight{'s are' if self._unbounded > 1 else ' is'}"
+            return f"no product: {missing} left out beside these {layers}"
+        return f"product of {layers}: 10^{low:.3f} to 10^{high:.3f}"
 
     def _rows(self) -> list[dict[str, Any]]:
         return [
@@ -131,11 +219,16 @@ class NormReport(Mapping[str, NormInterval]):
             for row in (head, *body)
         ]
         rule = "-" * max(map(len, aligned))
-        low, high = self.log10_product_lower, self.log10_product_upper
-        total = f"product of {self.total()}: 10^{low:.3f} to 10^{high:.3f}"
         missing = [f"left out: {listed_names(names)}: {reason}" for reason, names in self.reasons.items()]
         return "\n".join(
-            [aligned[0], rule, *aligned[1:], rule, f"{total}, confidence {confidence_text(self.confidence)}", *missing]
+            [
+                aligned[0],
+                rule,
+                *aligned[1:],
+                rule,
+                f"{self.product()}, confidence {confidence_text(self.confidence)}",
+                *missing,
+            ]
         )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlip.norms._operators.composed import AnyOperator, Composed
+from fastlip.norms._operators.masked import Masked
 from fastlip.norms._operators.operator import Operator
 from fastlip.ops import (
     MATMUL_PRECISIONS,
@@ -86,8 +87,11 @@ class BatchedOperator(Protocol):
 def batched_operator(ops: Sequence[AnyOperator], vectors: int, dtype: torch.dtype) -> BatchedOperator:
     """Operators on one device, each with as many vectors, in the arithmetic of ``dtype``.
 
-    Composed operators must all have the same number of parts.
+    Composed operators must all have the same number of parts, and masked ones the same layer.
     """
+    masked = [op for op in ops if isinstance(op, Masked)]
+    if masked:
+        return BatchedMasked(masked, vectors, dtype)
     composed = [op for op in ops if isinstance(op, Composed)]
     if composed:
         return BatchedCompositions(composed, vectors, dtype)
@@ -250,11 +254,91 @@ class BatchedCompositions:
             if op.identity:
                 rows += op.identity * x[sources[i]].view_as(rows)
             if x_square is not None:
-                length = x_square[own].sqrt()
-                rows *= torch.where(length > 0, 1.0 / length, 0.0).to(rows.dtype)[:, None]
-                if previous is not None and previous_square is not None:
-                    other = previous_square[own].sqrt()
-                    shift = torch.where(other > 0, length / other, 0.0).to(rows.dtype)
-                    rows -= shift[:, None] * previous[targets[i]].view_as(rows)
+                _recur(
+                    rows,
+                    x_square[own],
+                    None if previous is None else previous[targets[i]],
+                    None if previous_square is None else previous_square[own],
+                )
             square[own] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
         return product, square
+
+
+class BatchedMasked:
+    """Masks around one layer, which is applied to the vectors of all operators at once."""
+
+    def __init__(self, ops: Sequence[Masked], vectors: int, dtype: torch.dtype) -> None:
+        layer, count = ops[0].layer, len(ops)
+        if any(op.layer is not layer for op in ops):
+            raise ValueError("masked operators that are applied together must have one layer")
+        self._layer = BatchedConvolutions([layer], vectors * count, dtype)
+        self.dtype, self.device = dtype, self._layer.device
+        self.domain = _slices([vectors * prod(layer.input_shape)] * count)
+        self.range = _slices([vectors * prod(layer.output_shape)] * count)
+        self.vectors = _slices([vectors] * count)
+        self._before = self._factors([op.before for op in ops], layer.input_shape)
+        self._after = self._factors([op.after for op in ops], layer.output_shape)
+        self._unused = torch.zeros(vectors * count, dtype=torch.float64, device=self.device)
+
+    def _factors(self, masks: Sequence[Tensor | None], shape: tuple[int, ...]) -> Tensor | None:
+        """Factors of elements as vectors have them, [operators, 1, pixels * C]; None where all are 1."""
+        if all(mask is None for mask in masks):
+            return None
+        one = torch.ones(shape, dtype=torch.float64, device=self.device)
+        stacked = torch.stack([one if mask is None else mask.to(one).expand(shape) for mask in masks])
+        flat = stacked.flatten(2).mT.flatten(1) if len(shape) > 1 else stacked
+        return flat.to(self.dtype)[:, None]
+
+    def forward(
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        square: Tensor | None = None,
+        *,
+        active: Tensor | None = None,  # all are applied: they share the layer's products
+        **history: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, _ = self._layer.forward(self._times(x, self._before), out, self._unused)
+        return self._finish(y, square, self._after, **history)
+
+    def adjoint(
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        square: Tensor | None = None,
+        *,
+        active: Tensor | None = None,
+        **history: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, _ = self._layer.adjoint(self._times(x, self._after), out, self._unused)
+        return self._finish(y, square, self._before, **history)
+
+    def _times(self, x: Tensor, factors: Tensor | None) -> Tensor:
+        return x if factors is None else (x.view(len(self.vectors), -1, factors.shape[2]) * factors).view(-1)
+
+    def _finish(
+        self,
+        product: Tensor,
+        square: Tensor | None,
+        factors: Tensor | None,
+        x_square: Tensor | None = None,
+        previous: Tensor | None = None,
+        previous_square: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if factors is not None:
+            product.view(len(self.vectors), -1, factors.shape[2]).mul_(factors)
+        rows = product.view(len(self._unused), -1)
+        if x_square is not None:
+            _recur(rows, x_square, previous, previous_square)
+        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+        return product, squares if square is None else square.copy_(squares)
+
+
+def _recur(rows: Tensor, x_square: Tensor, previous: Tensor | None, previous_square: Tensor | None) -> None:
+    """A x / ||x|| - (||x|| / ||previous||) previous from A x, in place, for the vectors in the rows."""
+    length = x_square.sqrt()
+    rows *= torch.where(length > 0, 1.0 / length, 0.0).to(rows.dtype)[:, None]
+    if previous is not None and previous_square is not None:
+        other = previous_square.sqrt()
+        shift = torch.where(other > 0, length / other, 0.0).to(rows.dtype)
+        rows -= shift[:, None] * previous.view_as(rows)

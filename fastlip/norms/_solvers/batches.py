@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastlip.norms._operators.composed import AnyOperator, Composed, weight_numel
+from fastlip.norms._operators.composed import AnyOperator, Composed, parts, weight_numel
+from fastlip.norms._operators.masked import Masked
 from fastlip.norms._options import ResolvedOptions
 from fastlip.norms._solvers.iteration_config import IterationConfig, IterationResult
 from fastlip.norms._solvers.lanczos import lanczos_norms
@@ -63,7 +64,8 @@ def _batches(ops: Mapping[int, AnyOperator], options: ResolvedOptions) -> Iterat
 
 
 def _kind(op: AnyOperator) -> tuple[int, torch.device]:
-    """Equal for operators that can be iterated together: the number of parts, and the device."""
-    if isinstance(op, Composed):
-        return len(op.parts), op.parts[0].weight.device
-    return 0, op.weight.device
+    """Equal for operators that can be iterated together: the number of parts or the layer shared, and the device."""
+    device = parts(op)[0].weight.device
+    if isinstance(op, Masked):
+        return id(op.layer), device
+    return (len(op.parts) if isinstance(op, Composed) else 0), device

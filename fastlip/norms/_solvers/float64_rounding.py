@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastlip.norms._operators.composed import AnyOperator, magnitude
+from fastlip.norms._operators.masked import Masked
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers.certificate import Array
 from fastlip.norms._solvers.iteration_config import Indices
@@ -41,6 +42,8 @@ def application_error(op: AnyOperator) -> float:
     """
     if isinstance(op, Operator):
         return 1.01 * (reduction_length(op) + 2) * _UNIT * op.absolute_bound
+    if isinstance(op, Masked):
+        return 1.02 * (reduction_length(op.layer) + 6) * _UNIT * op.magnitude
     product = math.prod(op.norms)
     relative = sum(
         (reduction_length(part) + 2) * part.absolute_bound / norm if norm > 0.0 else 0.0

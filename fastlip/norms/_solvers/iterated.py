@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._operators.composed import AnyOperator, Composed
+from fastlip.norms._operators.composed import AnyOperator, magnitude
+from fastlip.norms._operators.masked import Masked
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._options import DETERMINISTIC, ResolvedOptions
 from fastlip.norms._solvers.batches import iterate_in_batches
@@ -35,6 +36,8 @@ def _probabilistic(ops: Mapping[int, AnyOperator], options: ResolvedOptions) -> 
     for key, found in iterate_in_batches(ops, eta, options):
         # Where the sides contradict each other the starts were unlucky ones, and nothing is known of the upper side.
         upper = found.upper if found.upper >= found.lower else math.inf
+        if isinstance(ops[key], Masked):  # its masks may leave nothing of the layer, of which no iteration learns
+            upper = min(upper, magnitude(ops[key]))
         interval = NormInterval(found.lower, upper, 1.0 - eta, method, found.steps, False)
         if options.method == "auto" and interval.width > options.rtol:
             interval = _intersected(ops[key], interval, options)
@@ -62,7 +65,7 @@ def _deterministic(ops: Mapping[int, AnyOperator], options: ResolvedOptions) -> 
     short = replace(options, method="lanczos", starts=1, rtol=max(options.rtol / 4.0, sys.float_info.min))
     for key, found in iterate_in_batches(ops, _SHORT_ETA, short):
         op = ops[key]
-        if isinstance(op, Composed):
+        if not isinstance(op, Operator):
             raise ValueError(f"method {options.method!r} takes single convolutions only; use 'auto'")
         upper = deterministic_upper(op, options.method, found.lower, options.rtol, options.max_memory)
         converged = upper <= found.lower * (1.0 + options.rtol)

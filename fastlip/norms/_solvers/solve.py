@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 from fastlip.norms._interval import NormInterval
-from fastlip.norms._operators.composed import AnyOperator, Composed
+from fastlip.norms._operators.composed import AnyOperator
 from fastlip.norms._operators.operator import Operator, compute_frobenius
 from fastlip.norms._operators.trim import as_applied, flatten
 from fastlip.norms._options import ResolvedOptions
 from fastlip.norms._solvers.exact import exact_norm
 from fastlip.norms._solvers.iterated import iterated_norms
 from fastlip.norms._solvers.scaling import normalise, rescale
+from fastlip.norms._solvers.symbols import symbol_interval
 
 
 def solve(ops: Sequence[AnyOperator], options: ResolvedOptions) -> list[NormInterval]:
@@ -36,7 +37,7 @@ def _intervals(ops: Sequence[AnyOperator], options: ResolvedOptions) -> Iterator
     applied = [as_applied(op) if isinstance(op, Operator) else op for op in ops]
     compute_frobenius(op for op in applied if isinstance(op, Operator))
     for index, op in enumerate(applied):
-        if isinstance(op, Composed):
+        if not isinstance(op, Operator):
             iterated[index], exponents[index] = op, 0
             continue
         if op.frobenius == 0.0:
@@ -45,6 +46,8 @@ def _intervals(ops: Sequence[AnyOperator], options: ResolvedOptions) -> Iterator
         fewer_taps = op if options.method in ("svd", "lanczos", "power") else flatten(op)
         scaled, exponent = normalise(fewer_taps)
         interval = exact_norm(scaled, options)
+        if interval is None and options.method == "auto":
+            interval = symbol_interval(scaled, options)
         if interval is None:
             iterated[index], exponents[index] = scaled, exponent
         else:

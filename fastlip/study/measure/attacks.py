@@ -86,6 +86,7 @@ def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, p
             x,
             y,
             norm="l2",
+            method="search",
             steps=settings.smallest.steps,
             search_steps=settings.smallest.searches,
             loss=settings.pgd.loss,

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from fastlip._spoken import Spoken
 from fastlip.study.pipeline.finished_outputs import require_sound
 from fastlip.study.pipeline.inputs import Inputs
 from fastlip.study.pipeline.next_stage import matching, next_stage
@@ -28,6 +29,7 @@ from fastlip.study.storage.locks import StageLocks
 from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import GENERATED
 from fastlip.study.training.process_group import ProcessGroup
+from fastlip.study.training.unfinished import RESUMING
 
 
 def execute(
@@ -73,6 +75,7 @@ def execute(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    spoken = Spoken(notify, silent=console.is_terminal)
     bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with numerics(directory.machine), bars:
         whole = bars.add_task("stages", total=len(all_stages), completed=finished, note="")
@@ -83,8 +86,14 @@ def execute(
             stage = all_stages[number]
             bar = bars.add_task(stage.name, total=None, note="")
 
-            def advance(done: int, total: int, note: str, bar: TaskID = bar) -> None:
+            def advance(done: int, total: int, note: str, bar: TaskID = bar, number: int = number) -> None:
                 bars.update(bar, completed=done, total=total, note=note)
+                title = f"[{number + 1}/{len(all_stages)}] {all_stages[number].name}"
+                if note == RESUMING:
+                    notify(f"{title}: resuming at step {done} of {total}")
+                    spoken.said()
+                else:
+                    spoken(f"{title}: {done} of {total}{f', {note}' if note else ''}")
 
             stage_began = time.monotonic()
             with directory.recorded(*stage.outputs) if group.leads else contextlib.nullcontext():
@@ -94,6 +103,7 @@ def execute(
             if group.leads:
                 directory.record_time(stage.name, seconds)
                 notify(f"[{number + 1}/{len(all_stages)}] {stage.name}: {words} ({seconds:.1f} s)")
+                spoken.said()
                 if stage_locks is not None:
                     stage_locks.release()
             bars.update(whole, completed=sum(stage.done for stage in all_stages))

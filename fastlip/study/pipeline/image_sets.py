@@ -20,7 +20,7 @@ from fastlip.data import (
     image_folder,
     svhn,
 )
-from fastlip.study.errors import StudyError
+from fastlip.study.errors import StudyError, first_line
 from fastlip.study.settings.input_paths import hugging_face_name
 
 #: Images for training or for testing; None for training images that no test images need be kept from.
@@ -89,8 +89,12 @@ class GivenImages:
                 except FileNotFoundError:
                     if not download:
                         raise FileNotFoundError(f"no {self._named.title} in {self._folder}") from None
-                    with unless_new(self._folder), patience(10.0):
-                        self._named.read(self._folder, train=part != "test", download=True)
+                    try:
+                        with unless_new(self._folder), patience(10.0):
+                            self._named.read(self._folder, train=part != "test", download=True)
+                    except OSError as error:
+                        missing = f"no {self._named.title} in {self._folder}, and it is not to be had"
+                        raise FileNotFoundError(f"{missing} ({first_line(error)})") from None
 
     @property
     def remedy(self) -> str | None:

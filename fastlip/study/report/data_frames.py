@@ -26,6 +26,13 @@ def frame(run: str | os.PathLike[str]) -> Any:
     Raises:
         StudyError: the file is missing or damaged, or was never written by the earlier version that the run is of.
         ImportError: pandas is missing.
+
+    Example:
+        >>> import fastlip
+        >>> try:
+        ...     table = fastlip.study.frame("runs/demo")  # a run directory
+        ... except fastlip.study.errors.StudyError as error:
+        ...     print(error)
     """
     path, config_file = Path(run) / "tables" / "results.csv", Path(run) / "config.json"
     config = read_json(config_file) if config_file.is_file() else None
@@ -57,6 +64,13 @@ def image_frame(run: str | os.PathLike[str]) -> Any:
     Raises:
         StudyError: there are no per-image files, or one is damaged.
         ImportError: pandas is missing.
+
+    Example:
+        >>> import fastlip
+        >>> try:
+        ...     table = fastlip.study.image_frame("runs/demo")  # a run directory
+        ... except fastlip.study.errors.StudyError as error:
+        ...     print(error)
     """
     pandas = _pandas()
     parts = []

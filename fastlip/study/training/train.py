@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.training import Schedule
 from fastlip.study.training.process_group import ProcessGroup
-from fastlip.study.training.unfinished import Average, History, UnfinishedTraining
+from fastlip.study.training.unfinished import RESUMING, Average, History, UnfinishedTraining
 
 SINGLE_PROCESS = ProcessGroup()
 
@@ -65,7 +65,8 @@ def train(
         precision: ``torch.bfloat16`` runs convolutions and matrix products in bfloat16 by autocast.
         state_path: where the unfinished run is saved; the caller removes it once the result is stored.
         save_seconds: time between two saves.
-        progress: called with the number of steps done, the number of all steps and a short note.
+        progress: called with the number of steps done, the number of all steps and a short note, which is
+            :data:`RESUMING` once where training goes on from a saved state.
         head: the module of ``model`` that gives the logits and has a learning rate of its own; the last ``nn.Linear``
             if None.
         parts: modules of ``model`` that are trained, all of it if None. The rest keeps its weights and BatchNorm
@@ -106,6 +107,8 @@ def train(
     average = Average(model, schedule.averaging) if schedule.averaging else None
     run = UnfinishedTraining(model, optimiser, scheduler, average)
     run.restore(state_path, steps)
+    if run.done:
+        progress(run.done, steps, RESUMING)
 
     # SGD leaves parameters without a gradient alone, weight decay included.
     model.eval().requires_grad_(False)

@@ -63,6 +63,10 @@ class Average:
                 value.copy_(before[name])
 
 
+#: Note of the progress that is told as training goes on from a saved state.
+RESUMING = "resuming"
+
+
 class UnfinishedTraining:
     """A training run that can be saved and restored.
 

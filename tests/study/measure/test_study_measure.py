@@ -115,7 +115,7 @@ def test_the_ceiling_of_the_search_by_pgd_is_the_largest_distortion_that_it_trie
     model[1].load_state_dict({"weight": torch.tensor([[0.0], [1.0]]), "bias": torch.tensor([0.0, -1e-3])})
     found = attacks.smallest_adversarial(model, given, few, nothing)
     assert not found["found"].any()
-    first = min_norm(model, given.at(slice(None)), given.labels, search_steps=1).searched.numpy()
+    first = min_norm(model, given.at(slice(None)), given.labels, method="search", search_steps=1).searched.numpy()
     np.testing.assert_allclose(found["ceiling"], 16 * first / np.sqrt(192), rtol=1e-5)
     assert (found["ceiling"] < 0.1).all()
 

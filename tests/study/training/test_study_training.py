@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.training import Schedule
 from fastlip.study.training.train import _augment, _cut_out, train
+from fastlip.study.training.unfinished import RESUMING
 
 SCHEDULE = Schedule(images=40, epochs=3, max_lr=0.1, batch_size=16)
 #: The same with all that a recipe may add.
@@ -32,9 +33,21 @@ def data():
 
 
 def run(
-    model, path, *, schedule=SCHEDULE, stop_at=None, precision=torch.float32, seed=5, compiled=False, see=None, **more
+    model,
+    path,
+    *,
+    schedule=SCHEDULE,
+    stop_at=None,
+    precision=torch.float32,
+    seed=5,
+    compiled=False,
+    see=None,
+    told=None,
+    **more,
 ):
     def progress(done, total, note):
+        if told is not None:
+            told.append((done, note))
         if see is not None:
             see(done)
         if done == stop_at:
@@ -65,6 +78,16 @@ def test_resuming_ends_in_the_same_weights_bit_for_bit(tmp_path, stop_at, schedu
     assert run(parts, tmp_path / "b.pt", schedule=schedule) == expected
     for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_training_that_goes_on_tells_from_which_step(tmp_path):
+    first, second = [], []
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(), tmp_path / "state.pt", stop_at=3, told=first)
+    run(tiny(), tmp_path / "state.pt", told=second)
+    assert first[0][0] == 1
+    assert second[:2] == [(2, RESUMING), first[2]]
+    assert RESUMING not in [note for _, note in first + second[1:]]
 
 
 def test_what_a_network_draws_depends_on_the_seed_alone(tmp_path):
