@@ -74,14 +74,19 @@ def _normal(tensor: Tensor, mean: float = 0.0, std: float = 1.0, *args: Any, **k
 
 @torch.no_grad()
 def _shake(model: nn.Module) -> None:
-    """Replace vectors that are constant at the start, so that no zero scale takes a branch out of the network.
+    """Replace what is constant at the start, so that no zero takes a branch, or the head, out of the network.
 
-    Scales of one become uniform in [0.8, 1.2], and zeros and tiny layer scales normal with deviation 0.1.
+    Vectors of ones become uniform in [0.8, 1.2], zeros and tiny layer scales normal with deviation 0.1; matrices and
+    kernels of zeros normal with deviation 0.02.
     """
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         vector = parameter.numel() == max(parameter.shape, default=1)
-        if not parameter.is_floating_point() or not vector or parameter.numel() < 2 or parameter.unique().numel() > 1:
+        if not parameter.is_floating_point():
+            continue
+        if not vector and not parameter.any():
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+        if not vector or parameter.numel() < 2 or parameter.unique().numel() > 1:
             continue
         if parameter.flatten()[0].abs() > 0.05:
             parameter.mul_(0.8 + 0.4 * torch.rand(parameter.shape, generator=generator))

@@ -5,16 +5,17 @@
     python benchmarks/zoo.py           # with bounds
 
 259 models in four families (_zoo_models.py says which), each with random weights from a fixed seed, in a process of its
-own with limits of time and memory. Inputs are small where the architecture allows it (``size``). Rows are put into
-results/zoo.csv as they are measured; what is there is not measured again, unless ``--again`` names its verdict. A
-library that is not installed is named and left out. At the end results/zoo.md is made anew from the whole file.
+own with limits of CPU time and memory. Inputs are small where the architecture allows it (``size``). Rows are put into
+results/zoo.csv as they are measured, small networks first where earlier rows say how large they are; what is there is
+not measured again, unless ``--again`` names its verdict. A library that is not installed is named and left out. At the
+end results/zoo.md is made anew from the whole file.
 
 Columns: ``mode`` is "rules" (:func:`fastlip.lipschitz.require_rules`) or "bound" (:func:`fastlip.lipschitz_bound`).
 ``verdict``: "accepted", "refused" (fastlip says why), "limit" (of time or memory), "does not run" (the library's own
 model) or "failed" (an error that is none of these). ``missing`` lists in mode "rules" everything in the network that
 has no rule, not only the first. ``log10_upper`` is the bound on inputs in ``domain``, ``log10_stretch`` that of the
 largest ||f(x) - f(y)|| / ||x - y|| found in [0, 1]: in float64 (``found_in``) for networks of up to 8 M weights.
-``seconds`` are those of the bound alone, ``peak_mib`` the largest memory of the process.
+``seconds`` are CPU seconds of the bound alone on one thread, ``peak_mib`` the largest memory of the process.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import csv
 import math
 import multiprocessing
 import resource
+import signal
 import subprocess
 import time
 import traceback
@@ -144,7 +146,7 @@ def measured(entry: Entry, mode: str) -> dict[str, Any]:
             logits(model(torch.rand(2, *shape)))
     except Exception as error:
         return row | {"verdict": "does not run", "reason": f"{type(error).__name__}: {error}"[:300]}
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         if mode == "rules":
             require_rules(model, shape, bounds=BOX)
@@ -153,11 +155,11 @@ def measured(entry: Entry, mode: str) -> dict[str, Any]:
             row |= {"log10_upper": bound.log10_upper, "confidence": bound.confidence}
             row["domain"] = str(bound.domain)
     except ValueError as error:
-        row |= {"verdict": "refused", "reason": str(error)[:300], "seconds": time.perf_counter() - begun}
+        row |= {"verdict": "refused", "reason": str(error)[:300], "seconds": time.process_time() - begun}
         if mode == "rules":
             row["missing"] = "; ".join(missing_rules(model, shape))
         return row
-    row |= {"verdict": "accepted", "seconds": time.perf_counter() - begun}
+    row |= {"verdict": "accepted", "seconds": time.process_time() - begun}
     if mode == "bound":
         small = row["weights"] <= _SMALL
         model = model.double() if small else model
@@ -166,10 +168,11 @@ def measured(entry: Entry, mode: str) -> dict[str, Any]:
     return row
 
 
-def _child(entry: Entry, mode: str, memory: float, pipe: Connection) -> None:
+def _child(entry: Entry, mode: str, seconds: float, memory: float, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
     try:
         row = measured(entry, mode)
     except MemoryError:
@@ -184,20 +187,18 @@ def _child(entry: Entry, mode: str, memory: float, pipe: Connection) -> None:
 
 
 def in_process(entry: Entry, mode: str, seconds: float, memory: float) -> dict[str, Any]:
-    """The row of one model, from a forked process that is ended after so many seconds."""
+    """The row of one model, from a forked process that ends after so many seconds of CPU time."""
     fork = multiprocessing.get_context("fork")
     receive, send = fork.Pipe(duplex=False)
-    child = fork.Process(target=_child, args=(entry, mode, memory, send))
+    child = fork.Process(target=_child, args=(entry, mode, seconds, memory, send))
     child.start()
     send.close()
-    row: dict[str, Any] = {"verdict": "limit", "reason": f"more than {seconds:g} s"}
-    if receive.poll(seconds):
-        try:
-            row = receive.recv()
-        except EOFError:
-            child.join()
-            row = {"verdict": "limit", "reason": f"the process ended with status {child.exitcode}"}
-    child.kill()
+    try:
+        row: dict[str, Any] = receive.recv()
+    except EOFError:
+        child.join()
+        cut = child.exitcode == -signal.SIGXCPU
+        row = {"verdict": "limit", "reason": f"more than {seconds:g} CPU-s" if cut else f"exit status {child.exitcode}"}
     child.join()
     return row
 
@@ -284,7 +285,7 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, nargs="*", default=FAMILIES)
     parser.add_argument("--name", nargs="*", help="only these models")
     parser.add_argument("--again", nargs="*", default=[], help="verdicts to measure again; 'all' for any")
-    parser.add_argument("--seconds", type=float, default=300.0, help="limit for one model")
+    parser.add_argument("--seconds", type=float, default=300.0, help="limit of CPU time for one model")
     parser.add_argument("--memory", type=float, default=8.0, help="limit for one model in GiB")
     parser.add_argument("--total", type=float, default=math.inf, help="begin no model after so many seconds")
     parser.add_argument("--most-weights", type=float, default=math.inf, help="leave out larger models of mode rules")
@@ -314,7 +315,8 @@ def main() -> None:
             print(f"{family}: left out, {missing} (pip install {family})", flush=True)
             continue
         version = __import__(family).__version__ if family != "robustbench" else _version(family)
-        for entry in (e for e in wanted if e.family == family):
+        own = [e for e in wanted if e.family == family]
+        for entry in sorted(own, key=lambda e: weights.get((e.family, e.name), 0.0)):
             key = (entry.family, entry.name)
             if key in done or time.perf_counter() - begun > args.total or weights.get(key, 0.0) > args.most_weights:
                 continue

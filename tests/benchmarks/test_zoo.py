@@ -47,13 +47,15 @@ def test_all_of_torchvision_is_in_it():
     assert {e.name for e in _zoo_models.entries() if e.family == "torchvision"} == set(models.list_models(models))
 
 
-def test_constant_scales_are_shaken():
-    model = nn.Sequential(nn.BatchNorm2d(8), nn.Linear(8, 8))
+def test_what_is_constant_is_shaken():
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.Linear(8, 8), nn.Linear(8, 3, bias=False))
     nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[2].weight)
     weight = model[1].weight.detach().clone()
     _zoo_models._shake(model)
     assert model[0].weight.unique().numel() == model[0].bias.unique().numel() == 8
     assert model[1].weight.equal(weight)
+    assert model[2].weight.all(), "a head of zeros"
 
 
 def test_a_bound_stands_beside_the_stretch(small):
