@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def suites(args: argparse.Namespace) -> None:
             "AutoAttack": lambda: (auto_attack(model, norm, eps, images, labels), "")
         }
         for name in args.suites:
-            methods[name] = lambda o=SUITES[name]: evaluated(model, norm, eps, images, labels, o)  # type: ignore[misc]
+            methods[name] = partial(evaluated, model, norm, eps, images, labels, SUITES[name])
         # What is compared in time is measured in one run.
         again = args.again or any(
             (row := out.find(key | {"what": name})) is None or int(row["images"]) != len(images) for name in methods

@@ -71,6 +71,7 @@ def joined_parts(
             for s in inside[:-1]:
                 if s not in totals:
                     totals[s] = step_total(s, totals, logs, sizes)
+                    # All ways to s lead through the origin of a tighter part, so that it serves all parts alike.
                     ends = (ends[s] for ends in (*tighter, found) if s in ends)
                     totals[s] = min([totals[s], *(multiply(totals[o], log) for o, log in ends if o in totals)])
             joins = type(step.factor) is Concatenation

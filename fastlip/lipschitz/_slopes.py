@@ -25,7 +25,8 @@ def slope_bounds(module: nn.Module, x: Interval) -> tuple[Tensor, Tensor] | None
     if cls is None or not keeps_forward(module, cls):  # a subclass with a rule of its own may do something else
         return None
     if cls is nn.PReLU:
-        weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
+        assert isinstance(module, nn.PReLU)
+        weight = module.weight.detach().double()
         by_channel = weight.view(-1, *(1,) * (len(x.shape) - 1)) if weight.numel() > 1 else weight
         return _piecewise(*_leaky(by_channel), x)
     if cls in _SMOOTH:

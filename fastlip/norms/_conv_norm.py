@@ -5,10 +5,9 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from fastlip._arguments import is_integer
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._operators.modules import CONVS, TRANSPOSED, module_operator
-from fastlip.norms._operators.operator import Operator, conv_operator
+from fastlip.norms._operators.operator import Operator, conv_operator, per_axis
 from fastlip.norms._options import NormKeywords, NormOptions, chosen_options
 from fastlip.norms._solvers.solve import solve
 
@@ -90,9 +89,10 @@ def _operator_of(module: nn.Module, input_size: int | Sequence[int]) -> Operator
 
     Raises:
         TypeError: ``module`` is no convolution.
+        ValueError: ``input_size`` is wrong.
     """
     if not isinstance(module, (*CONVS, *TRANSPOSED)):
         got = type(module).__name__
         raise TypeError(f"weight must be a floating-point tensor or a convolution, got {got}; see layer_norms")
-    size = (input_size,) * len(module.kernel_size) if is_integer(input_size) else tuple(input_size)  # type: ignore[arg-type]  # a sequence
+    size = per_axis(input_size, "input_size", len(module.kernel_size), 1)
     return module_operator(module, (module.in_channels, *size))

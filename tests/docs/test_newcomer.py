@@ -151,6 +151,9 @@ def test_conv_norm_takes_convolutions():
         fastlip.conv_norm(up, 4, padding=1)
     with pytest.raises(TypeError, match="a floating-point tensor or a convolution, got Linear; see layer_norms"):
         fastlip.conv_norm(nn.Linear(2, 2), 4)
+    for size in ((4, 4, 4), (4,), 0, "44"):
+        with pytest.raises(ValueError, match="input_size must be an integer >= 1 or 2 of them"):
+            fastlip.conv_norm(nn.Conv2d(2, 2, 3), size)
 
 
 def test_a_batch_in_place_of_a_shape_is_named(case):
