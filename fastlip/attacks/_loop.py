@@ -15,6 +15,7 @@ from fastlip import ops
 from fastlip.attacks._arguments import check_classes
 from fastlip.attacks._batch import Batch, Iterates, fewer, per_sample, rows_where, take, wide_dtype
 from fastlip.attacks._criterion import Criterion, fooled, holds_within
+from fastlip.attacks._diagnose import AttackWarning
 from fastlip.attacks._graphs import Graph
 from fastlip.attacks._model import Network, input_gradient
 from fastlip.attacks._own_loss import AnyLoss, judged_by
@@ -340,7 +341,8 @@ class AttackLoop:
             message = f"{name} met gradients that are not finite; those elements counted as 0"
             warnings.warn(message, stacklevel=stacklevel)
         if not aimed and self.misclassified > len(self.result) / 2 and len(self.result) >= FEW:
-            warnings.warn(f"{name}: {misclassified_text(self.misclassified, len(self.result))}", stacklevel=stacklevel)
+            message = f"{name}: {misclassified_text(self.misclassified, len(self.result))}"
+            warnings.warn(message, AttackWarning, stacklevel=stacklevel)
 
 
 class BestTracker:

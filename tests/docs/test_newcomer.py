@@ -80,7 +80,7 @@ def test_unknown_norms_are_refused(case, spelled):
 )
 def test_labels_that_are_not_the_models_are_told(case, attack):
     model, images, labels = case
-    with pytest.warns(UserWarning, match=r"[45] of 6 images are misclassified to begin with") as told:
+    with pytest.warns(attacks.AttackWarning, match=r"[45] of 6 images are misclassified to begin with") as told:
         attack(model, images, torch.where(torch.arange(6) < 4, (labels + 1) % 5, labels))
     assert told[0].filename == __file__
     with warnings.catch_warnings():

@@ -6,11 +6,15 @@ the network itself confirms every success, in float32.
 What a search does not find is censored at its ceiling, the largest distortion that it tries.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastlip.attacks import gaussian_noise, min_norm, min_sigma, pgd
+from fastlip.attacks import AttackWarning, gaussian_noise, min_norm, min_sigma, pgd
 from fastlip.metrics import average_distortion
 from fastlip.study.measure.images import KEPT, Arrays, Images, Progress
 from fastlip.study.measure.perturbed_images import perturbed
@@ -55,21 +59,30 @@ def pgd_attack(
 ) -> Tensor:
     """Images like ``x``, perturbed by the study's PGD in ``ball``; ``early_stop`` as in :func:`fastlip.attacks.pgd`."""
     norm, _, eps = ball
-    return pgd(
-        model,
-        x,
-        y,
-        norm=norm,
-        eps=eps,
-        steps=settings.pgd.steps,
-        step_size=settings.pgd.relative_step * eps / settings.pgd.steps,
-        loss=settings.pgd.loss,
-        restarts=settings.pgd.restarts,
-        early_stop=early_stop,
-        ids=ids,
-        generator=generator,
-        fast=True,
-    )
+    with _any_accuracy():
+        return pgd(
+            model,
+            x,
+            y,
+            norm=norm,
+            eps=eps,
+            steps=settings.pgd.steps,
+            step_size=settings.pgd.relative_step * eps / settings.pgd.steps,
+            loss=settings.pgd.loss,
+            restarts=settings.pgd.restarts,
+            early_stop=early_stop,
+            ids=ids,
+            generator=generator,
+            fast=True,
+        )
+
+
+@contextmanager
+def _any_accuracy() -> Iterator[None]:
+    """No warning that most images are misclassified: epochs are measured from the first on, with their accuracy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AttackWarning)
+        yield
 
 
 def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, progress: Progress) -> Arrays:
@@ -81,17 +94,18 @@ def smallest_adversarial(model: nn.Module, images: Images, settings: Settings, p
     searched = []
 
     def search(x: Tensor, y: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
-        found = min_norm(
-            model,
-            x,
-            y,
-            norm="l2",
-            method="search",
-            steps=settings.smallest.steps,
-            search_steps=settings.smallest.searches,
-            loss=settings.pgd.loss,
-            fast=True,
-        )
+        with _any_accuracy():
+            found = min_norm(
+                model,
+                x,
+                y,
+                norm="l2",
+                method="search",
+                steps=settings.smallest.steps,
+                search_steps=settings.smallest.searches,
+                loss=settings.pgd.loss,
+                fast=True,
+            )
         assert found.searched is not None
         # Distortion is the L2 norm over the square root of the number of pixel values.
         searched.append((found.searched / x[0].numel() ** 0.5).clamp_max(1.0).cpu())

@@ -48,6 +48,16 @@ def test_smallest_adversarial_distortion_is_the_distance_to_the_boundary(linear)
     np.testing.assert_allclose(found["stretch"][1:], stretch.item(), rtol=0.05)
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_early_epoch_that_misclassifies_most_images_is_measured_without_a_word(linear):
+    wrong = images(linear)
+    labels = 1 - wrong.labels
+    given = Images(ImageSet(wrong.pixels, labels, ("a", "b"), "test"), torch.device("cpu"), 12)
+    attacks.projected_gradient(linear, given, ("linf", 2.55, 0.01), SETTINGS, 7, nothing)
+    found = attacks.smallest_adversarial(linear, given, SETTINGS, nothing)
+    assert (found["distortion"] == 0).sum() == 11
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 12])
 def test_results_do_not_depend_on_the_batches(linear, batch_size):
     for run in (
