@@ -1,8 +1,15 @@
-"""What every test sees: one thread, the devices at hand, and a small trained network; and how to run a few of each."""
+"""What every test sees: one thread, random numbers of its own, the devices at hand, and a small trained network.
+
+And how to run a few of each test, or all of them on other random numbers.
+"""
 
 import os
+import random
+import zlib
+from collections.abc import Iterator
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="of every parametrised test, run only so many cases that all combinations of values of any N of its "
         "parameters are there",
+    )
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw the tests' random numbers anew; a test holds for any of them",
     )
 
 
@@ -53,6 +67,26 @@ def covering(cases: list[pytest.Item], together: int) -> list[pytest.Item]:
         left -= combinations_of(best)
         chosen.append(best)
     return chosen
+
+
+def _seed(config: pytest.Config, name: str) -> None:
+    """Seed what draws globally from a name, so that a test's numbers do not depend on the tests before it."""
+    seed = zlib.crc32(f"{config.getoption('seed')} {name}".encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  # peers draw from it
+    random.seed(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> Iterator[None]:
+    _seed(request.config, f"{fixturedef.baseid}::{fixturedef.argname} {request.param_index}")
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    _seed(item.config, item.nodeid)
+    return (yield)
 
 
 @pytest.fixture(autouse=True, scope="session")
