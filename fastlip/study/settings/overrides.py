@@ -14,11 +14,12 @@ FIXED = ("preset", "dataset", "source", "corrupted", "checkpoints", "models")
 
 
 def override(settings: Settings, assignments: list[str]) -> Settings:
-    """``settings`` with each "dotted.name=value" applied; lists are separated by commas.
+    """``settings`` with all "dotted.name=value" applied at once, the last for each name; lists are separated by commas.
 
     Raises:
         StudyError: a name is unknown or a value is of the wrong type; the message names the setting.
     """
+    texts: dict[str, str] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
@@ -29,16 +30,22 @@ def override(settings: Settings, assignments: list[str]) -> Settings:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise StudyError(f"--set {name}: no such setting; {hint}--help lists them", status=2)
-        settings = _replace(settings, name.split("."), text, name)
-    return settings
+        texts[name] = text
+    replaced: Settings = _replace(settings, texts, "")
+    return replaced
 
 
-def _replace(settings: Any, path: list[str], text: str, name: str) -> Any:
-    if len(path) > 1:
-        value = _replace(getattr(settings, path[0]), path[1:], text, name)
-    else:
-        value = _parse(typing.get_type_hints(type(settings))[path[0]], text, name)
-    return dataclasses.replace(settings, **{path[0]: value})
+def _replace(settings: Any, texts: dict[str, str], group: str) -> Any:
+    """A copy with the values of ``texts``, made at once: settings that do not fit each other are refused as a whole."""
+    own = {name.removeprefix(group).partition(".")[0]: name for name in texts if name.startswith(group)}
+    kinds = typing.get_type_hints(type(settings))
+    values = {
+        field: _parse(kinds[field], texts[name], name)
+        if name == group + field
+        else _replace(getattr(settings, field), texts, f"{group}{field}.")
+        for field, name in own.items()
+    }
+    return dataclasses.replace(settings, **values)
 
 
 def _parse(kind: Any, text: str, name: str) -> Any:

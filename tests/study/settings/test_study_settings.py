@@ -31,6 +31,16 @@ def test_override_changes_one_setting_and_its_type():
     assert settings.finetune == presets.preset("demo").finetune
 
 
+def test_settings_that_depend_on_each_other_come_in_any_order():
+    both = ["evaluation.clean_images=20", "evaluation.images=10"]
+    there, back = (overrides.override(presets.preset("demo"), given) for given in (both, both[::-1]))
+    assert there == back
+    assert (there.evaluation.clean_images, there.evaluation.images) == (20, 10)
+    assert overrides.override(presets.preset("demo"), ["seed=3", "evaluation.images=4", *both, "seed=5"]).seed == 5
+    with pytest.raises(StudyError, match=r"evaluation\.images: 1 to evaluation\.clean_images, 20"):
+        overrides.override(presets.preset("demo"), both[:1])
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
