@@ -36,6 +36,13 @@ def test_heavy_peers_are_apart():
     assert heavy <= names("peers") <= names("dev")
 
 
+def test_the_tour_explains_every_extra():
+    page = (ROOT / "docs" / "tour.md").read_text()
+    table = page[page.index("| Extra | For |") :].partition("\n\n")[0]
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(PROJECT["project"]["optional-dependencies"])
+
+
 @pytest.mark.parametrize(
     "library", ["libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so", "libcudart.so.13"]
 )
