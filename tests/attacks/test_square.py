@@ -4,6 +4,7 @@ from torch import nn
 
 from fastlip import attacks
 from fastlip.attacks import _square
+from fastlip.attacks._batch import put_rows_
 
 NORMS = ["linf", "l2", "l1"]
 EPS = {"linf": 0.15, "l2": 3.0, "l1": 50.0}
@@ -201,3 +202,35 @@ def test_queries_together_follow_a_copy_and_ask_the_model(cnn_problem):
     fell = model(plain).argmax(1) != labels
     assert fell.any()
     assert torch.equal(model(found).argmax(1) != labels, fell)
+
+
+def test_queries_that_are_drawn_at_once_share_a_window():
+    """And are 50 at most: one draw of the generator for them, whatever the batch."""
+    windows = [(8, 8)] + 9 * [(6, 6)] + 120 * [(4, 4)]
+    ends = [1]
+    while ends[-1] < len(windows):
+        ends.append(_square._end_of_span(windows, ends[-1]))
+    assert ends == [1, 10, 60, 110, 130]
+
+
+def test_advances_the_generator_by_one_for_all_that_is_drawn_at_once(cnn_problem):
+    model, inputs, labels = cnn_problem
+    generator, other = gen(), gen()
+    attacks.square(model, inputs, labels, eps=1e-4, queries=40, generator=generator)
+    windows = list(_square._windows(inputs, 40, 0.8))
+    query, draws = 0, 0
+    while query < 40:
+        query, draws = (_square._end_of_span(windows, query) if query else 1), draws + 1
+    assert draws < 15
+    for _ in range(draws):
+        torch.randint(2**63 - 1, (1,), generator=other)
+    assert torch.equal(generator.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("mask", [[False] * 3, [True] * 3, [True, False, True]])
+def test_rows_are_put_where_a_mask_is_true(mask):
+    target, source = torch.arange(6.0).reshape(3, 2), 10 + torch.arange(6.0).reshape(3, 2)
+    mask = torch.tensor(mask)
+    want = torch.where(mask[:, None], source, target)
+    put_rows_(target, source, mask)
+    assert torch.equal(target, want)
