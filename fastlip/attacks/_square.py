@@ -332,9 +332,9 @@ class _Moves:
             bumps = torch.stack([_bump(height, width, norm, image), _bump(width, height, norm, image).T])
         uniform = _drawn(batch, queries * (5 + channels), generator).reshape(len(batch), queries, -1).transpose(0, 1)
         room = torch.tensor([m - n + 1 for n, m in zip((height, width) * 2, sides * 2, strict=True)])
-        first = ((uniform[..., :4].double() + 1) / 2 * room.to(image.device)).long().unbind(-1)
-        turned = (uniform[..., 4] < 0).long()
-        return cls(bumps, (height, width), first[:2], first[2:], _signs(uniform[..., 5:]).to(image.dtype), turned)
+        top, left, *out = ((uniform[..., :4].double() + 1) / 2 * room.to(image.device)).long().unbind(-1)
+        signs, turned = _signs(uniform[..., 5:]).to(image.dtype), (uniform[..., 4] < 0).long()
+        return cls(bumps, (height, width), (top, left), (out[0], out[1]), signs, turned)
 
     def at(self, index: int | tuple[slice | Tensor, Tensor]) -> "_Moves":
         """Those of a query, of some images, or of pairs of a query and an image."""
