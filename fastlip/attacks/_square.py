@@ -198,7 +198,7 @@ class _Climb:
     def query(self, moves: "_Moves") -> Tensor:
         """Propose one change of each image, and return which were accepted, [K] bool."""
         everywhere = torch.arange(len(self.x), device=self.x.device)
-        return self.ask(self._proposed(self.tracker.now.batch, self.x, everywhere, moves))
+        return self.ask(self._proposed(self.tracker.now.batch, self.x.clone(), everywhere, moves))
 
     def ask(
         self,
@@ -221,16 +221,23 @@ class _Climb:
         at = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
         count = torch.zeros_like(at)
         logits: Tensor | None = None
+        whole: Batch | None = None  # as most passes need it
         while len(which := (at + ahead < len(moves)).nonzero()) > 0:
             rows = which[:, 1]
             queries, order = at[rows] + which[:, 0], torch.arange(len(rows), device=rows.device)
-            part = now.batch.take(rows)
+            if len(rows) < together * len(at):
+                part = now.batch.take(rows)
+            else:
+                part = whole = now.batch.take(rows) if whole is None else whole
             x = self._proposed(part, take(self.x, rows), rows, moves.at((queries, rows)))
             _, found, judgement = self.loop.forward(part, x, gradient=False)
             good = judgement.loss.double() > self.loss[rows]
             if record is not None:
                 known = record.succeeded if record.unconfirmed is None else record.succeeded | record.unconfirmed
                 good |= judgement.adversarial & ~known[rows]
+            if self.loop.network.exact and not bool(good.any()):  # else the record learns of doubts, too
+                at = (at + together).clamp_max(len(moves))
+                continue
             # The first good proposal of each image; where there is none, its last one.
             first = torch.full_like(at, len(rows)).scatter_reduce(0, rows, order.masked_fill(~good, len(rows)), "amin")
             accepted = first < len(rows)
@@ -259,7 +266,7 @@ class _Climb:
     def _proposed(
         self,
         batch: Batch,
-        x: Tensor,  # [M, ...]
+        x: Tensor,  # [M, ...], changed
         rows: Tensor,  # [M] int64, the positions of ``batch`` among the images of the climb
         moves: "_Moves",
     ) -> Tensor:
@@ -376,12 +383,12 @@ def _first(batch: Batch, norm: Norm, generator: torch.Generator | None) -> Tenso
 
 def _recoloured(
     ends: Tensor,  # [2, K, ...]
-    x: Tensor,  # [M, ...]
+    x: Tensor,  # [M, ...], changed
     rows: Tensor,  # [M] int64
     moves: _Moves,
 ) -> Tensor:
     """``x`` with a window in which each channel lies at the upper or the lower end of its interval, [M, ...]."""
-    image = _as_image(x).clone()
+    image = _as_image(x)
     channel = torch.arange(image.shape[1], device=image.device)[:, None, None]
     which = torch.arange(len(image), device=image.device)[:, None, None, None]
     window = moves.pixels(moves.into)
@@ -392,9 +399,9 @@ def _recoloured(
 
 
 def _shifted(batch: Batch, x: Tensor, norm: Norm, moves: _Moves) -> Tensor:
-    """``x`` with the perturbation of one window, and the slack of the ball, moved into another window."""
+    """``x``, which is changed, with the perturbation of one window, and the slack of the ball, moved into another."""
     centre = _as_image(batch.x0)
-    move = _as_image(x) - centre  # [K, C, H, W]
+    move = _as_image(x).sub_(centre)  # [K, C, H, W]
     order, radius = ORDER[norm], _radius(batch, 4)
     channels = move.shape[1]
     channel = torch.arange(channels, device=move.device)[:, None, None]
@@ -414,7 +421,7 @@ def _shifted(batch: Batch, x: Tensor, norm: Norm, moves: _Moves) -> Tensor:
     new = moves.bumps[moves.turned][:, None] * moves.signs[:, :, None, None] + old
     move[which, channel, out[0], out[1]] = 0.0
     move[which, channel, into[0], into[1]] = new / _window_length(new, norm) * there
-    return (centre + move).reshape(x.shape)
+    return move.add_(centre).reshape(x.shape)
 
 
 def _length(rows: Tensor, norm: Norm) -> Tensor:
