@@ -408,15 +408,14 @@ def _shifted(batch: Batch, x: Tensor, norm: Norm, moves: _Moves) -> Tensor:
     which = torch.arange(len(move), device=move.device)[:, None, None, None]
     into, out = moves.pixels(moves.into), moves.pixels(moves.out)
 
-    covered = torch.zeros(len(move), 1, *move.shape[2:], dtype=move.dtype, device=move.device)
-    covered[which, 0, into[0], into[1]] = 1.0
-    covered[which, 0, out[0], out[1]] = 1.0
-    powers = move.abs().pow(order)
-    left = (radius**order - powers.sum((1, 2, 3), keepdim=True)).clamp_min(0)
-    held = (powers * covered).sum((2, 3), keepdim=True)  # [K, C, 1, 1]
+    old, gone = (move[which, channel, rows, columns] for rows, columns in (into, out))  # [K, C, h, w]
+    # What the windows share counts once: rows and columns of the emptied one, counted from where the other begins.
+    down, right = (side - first[:, None, None, None] for side, first in zip(out, moves.into, strict=True))
+    shared = (down >= 0) & (down < moves.size[0]) & (right >= 0) & (right < moves.size[1])
+    held = _power(old, norm) + _power(gone.masked_fill(shared, 0.0), norm)  # [K, C, 1, 1]
+    left = (radius**order - _length(move.flatten(1), norm).reshape(-1, 1, 1, 1) ** order).clamp_min(0)
     there = (held + left / channels).pow(1 / order)
 
-    old = move[which, channel, into[0], into[1]]  # [K, C, h, w]
     old = old / _window_length(old, norm)
     new = moves.bumps[moves.turned][:, None] * moves.signs[:, :, None, None] + old
     move[which, channel, out[0], out[1]] = 0.0
@@ -426,6 +425,11 @@ def _shifted(batch: Batch, x: Tensor, norm: Norm, moves: _Moves) -> Tensor:
 
 def _length(rows: Tensor, norm: Norm) -> Tensor:
     return torch.linalg.vector_norm(rows, ORDER[norm], dim=1)
+
+
+def _power(window: Tensor, norm: Norm) -> Tensor:
+    """The sum of |z| ("l1") or z^2 ("l2") over each channel of [K, C, h, w], [K, C, 1, 1]."""
+    return (window.square() if norm == "l2" else window.abs()).sum((2, 3), keepdim=True)
 
 
 def _window_length(window: Tensor, norm: Norm) -> Tensor:
