@@ -13,6 +13,7 @@ from fastlip.study.analysis.answers import (
     differences,
     fraction,
     listed,
+    points,
     stated,
     who,
 )
@@ -147,11 +148,17 @@ def _spoken(
     margin = f"{rules.ratio_margin:g}"
     if not _deep(gain, rules):
         value, low = gain["estimate"]["value"], gain["estimate"]["low"]
-        points = "no number of" if value is None or low is None else f"{100 * value:.1f} (lower limit {100 * low:.1f})"
+        if value is None or low is None:
+            seen = "How much more accurate the network is than softmax regression is not known"
+        else:
+            limit = points(low, "above", "below")
+            seen = (
+                f"The network's clean accuracy is {points(value, 'above', 'below')} that of softmax regression, with a "
+                f"lower limit of {limit}"
+            )
         because = (
-            f"The network classifies {points} percentage points more images correctly than softmax regression, where a "
-            f"lower limit above {100 * rules.nonlinear_gain:g} is needed: it is not shown to be more than a linear "
-            "model, so nothing follows about deep networks."
+            f"{seen}, where a lower limit of more than {100 * rules.nonlinear_gain:g} points above is needed: it is "
+            "not shown to be more than a linear model, so nothing follows about deep networks."
         )
         return because, "A network that is more accurate than softmax regression."
     if found == 1:
