@@ -64,7 +64,8 @@ def answer(
 
 def _headline(of_arm: dict[str, list[Model]]) -> str:
     (large, *references) = of_arm.values()
-    said = [(who(same), _median(same)) for same in (large, *references)]
+    said = [(who(large), _median(large))]
+    said += [(ARMS_IN_WORDS[same[0]["arm"]], _median(same)) for same in references]
     (first, ratio), rest = said[0], [(name, value) for name, value in said[1:] if value]
     if not ratio:
         what = "noise of any strength" if ratio == 0 else "a perturbation"
@@ -151,10 +152,9 @@ def _spoken(
         if value is None or low is None:
             seen = "How much more accurate the network is than softmax regression is not known"
         else:
-            limit = points(low, "above", "below")
             seen = (
-                f"The network's clean accuracy is {points(value, 'above', 'below')} that of softmax regression, with a "
-                f"lower limit of {limit}"
+                f"The network's clean accuracy is {points(value, 'above', 'below')} that of softmax regression (lower "
+                f"limit: {points(low, 'above', 'below')})"
             )
         because = (
             f"{seen}, where a lower limit of more than {100 * rules.nonlinear_gain:g} points above is needed: it is "

@@ -91,15 +91,15 @@ def test_only_what_is_more_than_a_linear_model_speaks_about_deep_networks(gain, 
     [
         (
             -0.404,
-            "clean accuracy is 40.4 points below that of softmax regression, with a lower limit of 41.4 points below,",
+            "clean accuracy is 40.4 points below that of softmax regression (lower limit: 41.4 points below),",
         ),
         (
             0.004,
-            "clean accuracy is 0.4 points above that of softmax regression, with a lower limit of 0.6 points below,",
+            "clean accuracy is 0.4 points above that of softmax regression (lower limit: 0.6 points below),",
         ),
         (
             0.055,
-            "clean accuracy is 5.5 points above that of softmax regression, with a lower limit of 4.5 points above,",
+            "clean accuracy is 5.5 points above that of softmax regression (lower limit: 4.5 points above),",
         ),
         (None, "How much more accurate the network is than softmax regression is not known,"),
     ],
@@ -144,8 +144,8 @@ def test_the_headline_says_the_ratios_as_a_person_would():
     rows = [r for name in ("softmax", "mlp") for r in compared("scratch", name, "log ratio", [0.0])]
     answer = asked(models, rows + compared("scratch", "softmax", "clean accuracy", [0.2]))[0]
     assert answer["headline"] == (
-        "ResNet-50 (from scratch) is fooled by a thirtieth of the noise it withstands; softmax by a thirty-fourth of "
-        "it and mlp by half of it."
+        "ResNet-50 (from scratch) is fooled by a thirtieth of the noise it withstands; softmax regression by a "
+        "thirty-fourth of it and the two-layer perceptron by half of it."
     )
 
 
