@@ -137,8 +137,9 @@ class _Prepared(Network):
         self._fingerprint = present
 
     def _present_fingerprint(self) -> object:
-        followed = self.faster is not None and isinstance(self.model, nn.Module)
-        return _fingerprint(self.model) if followed else None
+        if self.faster is None or not isinstance(self.model, nn.Module):
+            return None
+        return _fingerprint(self.model)
 
 
 def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: Precision) -> Network:
