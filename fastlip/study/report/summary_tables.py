@@ -12,6 +12,7 @@ from fastlip.study.report.number_format import (
     attack_name,
     brackets,
     confidence,
+    count,
     distortion,
     interval,
     number,
@@ -36,7 +37,7 @@ def model_table(results: Results) -> Table:
     rows = [
         (
             title(m),
-            f"{m['parameters'] / 1e6:.3g} million",
+            count(m["parameters"]),
             percent(m["clean"]),
             distortion(m["smallest_pgd"]["median"]),
             distortion(m["smallest_gaussian"]["median"]),
