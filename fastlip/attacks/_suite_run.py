@@ -221,8 +221,10 @@ class SuiteRun:
             offered["quantize"] = rules.quantize
         if rules.criterion is not None and "criterion" in known and "criterion" not in given:
             offered["criterion"] = rules.criterion
+        # An attack that makes a copy of its own gets the model; others learn from the network how large batches may be.
         ours = "fast" in known and "precision" in known
-        model: Model = network if ours and _is_more_than_its_model(network) else network.model
+        copies = bool(given.get("fast")) or given.get("precision") is not None
+        model: Model = network if ours and (_is_more_than_its_model(network) or not copies) else network.model
         with eval_mode(self.network):
             return attack(model, *self.at(rows), **offered)
 
