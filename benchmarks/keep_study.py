@@ -1,8 +1,9 @@
-"""Keep a finished run of the study in the repository: ``python benchmarks/keep_study.py RUN``.
+"""Keep a finished run of the study in the repository: ``python benchmarks/keep_study.py RUN [NAME]``.
 
-Copies what the report is made of to ``benchmarks/results/study/PRESET``, without checkpoints, without the paths that
-the run was given, and with no more stored images than the report shows; then builds tables and report there. Where only
-tables or report have changed, ``python -m fastlip.study report benchmarks/results/study/PRESET`` is enough.
+Copies what the report is made of to ``benchmarks/results/study/NAME`` (that of the preset by default), without
+checkpoints, without the paths that the run was given, and with no more stored images than the report shows; then builds
+tables and report there. Where only tables or report have changed, ``python -m fastlip.study report
+benchmarks/results/study/NAME`` is enough.
 """
 
 import re
@@ -45,7 +46,7 @@ def keep(run: RunDirectory, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         raise SystemExit(__doc__)
     source = RunDirectory(Path(sys.argv[1]))
-    keep(source, RESULTS / source.settings.preset)
+    keep(source, RESULTS / (sys.argv[2] if len(sys.argv) == 3 else source.settings.preset))

@@ -156,6 +156,18 @@ def per_sample(
     return values.reshape(-1, *([1] * (like.dim() - 1)))
 
 
+def put_rows_(
+    target: Tensor,  # [B, ...], changed
+    source: Tensor,  # [B, ...]
+    mask: Tensor,  # [B] bool
+) -> None:
+    """Make those samples of ``target`` at which ``mask`` is true those of ``source``; few of them cost little."""
+    if target.device.type != "cpu":  # where to count them is to wait
+        target.copy_(torch.where(per_sample(mask, target), source, target))
+    elif len(rows := rows_where(mask)) > 0:
+        target[rows] = source[rows]
+
+
 def fewer(mask: Tensor) -> Tensor | None:
     """Positions of the true elements, [M] int64; None where all elements are true."""
     kept = rows_where(mask)

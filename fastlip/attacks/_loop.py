@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlip import ops
 from fastlip.attacks._arguments import check_classes
-from fastlip.attacks._batch import Batch, Iterates, fewer, per_sample, rows_where, take, wide_dtype
+from fastlip.attacks._batch import Batch, Iterates, fewer, put_rows_, rows_where, take, wide_dtype
 from fastlip.attacks._criterion import Criterion, fooled, holds_within
 from fastlip.attacks._diagnose import AttackWarning
 from fastlip.attacks._graphs import Graph
@@ -421,7 +421,7 @@ class BestTracker:
     ) -> None:
         """What a step does before it moves: take the iterate for the best where it is ``better``."""
         if self.now.best is not None:
-            self.now.best.copy_(torch.where(per_sample(better, self.now.x), self.now.x, self.now.best))
+            put_rows_(self.now.best, self.now.x, better)
 
     def confirm(
         self,

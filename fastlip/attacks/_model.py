@@ -73,14 +73,18 @@ class Network:
         if not isinstance(graphs, IterationGraphs | None):
             raise TypeError(f"graphs must be IterationGraphs or None, got {shown(graphs)}")
         self.model = model
-        self.faster = faster
         self.draws, self.eot = count(draws, "draws", 1), count(eot, "eot", 1)
-        # Averages of different draws differ by more than any rounding.
-        self.exact = faster is None and self.draws == self.eot == 1
-        self.rounding = number(rounding, "rounding") if self.draws == self.eot == 1 else math.inf
-        self.graphs = graphs
+        self.follow(faster, number(rounding, "rounding"), graphs)
         self.same_size = is_compiled(model) if same_size is None else flag(same_size, "same_size")
         self.largest = 0
+
+    def follow(self, faster: Model | None, rounding: float, graphs: IterationGraphs | None) -> None:
+        """Follow the gradients of another copy, or the model's own; arguments as for the class."""
+        self.faster, self.graphs = faster, graphs
+        # Averages of different draws differ by more than any rounding.
+        one_pass = self.draws == self.eot == 1
+        self.exact = faster is None and one_pass
+        self.rounding = rounding if one_pass else math.inf
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return self.model(inputs)

@@ -4,6 +4,7 @@ Successes are always confirmed on the model itself, so a copy can make an attack
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlip.attacks._arguments import check_images, check_model, check_precision, flag
+from fastlip.attacks._diagnose import AttackWarning
 from fastlip.attacks._graphs import IterationGraphs
 from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
@@ -60,8 +62,11 @@ def prepare(
     falls only where the average does.
 
     The copy is compared with the model on ``inputs``. Whatever cannot be done for a model, because it cannot be traced
-    or draws random numbers, is left out; in the last resort the model's own gradients are followed. Changes made to the
-    model afterwards do not reach the copy.
+    or draws random numbers, is left out; in the last resort the model's own gradients are followed.
+
+    An attack makes the copy anew where the model's parameters or buffers have changed since, by a step of training for
+    example, and warns of it once, because that takes time. Changes through ``.data`` that leave a tensor where it is
+    cannot be seen: the copy's gradients are then those of the former model.
 
     While one thread makes a copy, others must not run models: tracing changes how modules are called in the whole
     process. Copies are kept for as long as the model lives. A copy is used again if the model's tensors are still the
@@ -98,14 +103,49 @@ def prepare(
     if isinstance(model, Network):
         if draws == eot == 1 and same_size is None:
             return model
+        if isinstance(model, _Prepared):
+            return _Prepared(model.made, model.fast, model.precision, **averaged)
         return Network(model.model, model.faster, model.rounding, graphs=model.graphs, **averaged)
     check_images(inputs)
-    made = network_of(model, inputs, fast=fast, precision=precision)
-    return Network(made.model, made.faster, made.rounding, graphs=made.graphs, **averaged)
+    return _Prepared(network_of(model, inputs, fast=fast, precision=precision), fast, precision, **averaged)
+
+
+class _Prepared(Network):
+    """A network whose copy an attack makes anew where the model has changed since."""
+
+    def __init__(self, made: Network, fast: bool, precision: Precision, **averaged: Any) -> None:
+        super().__init__(made.model, made.faster, made.rounding, graphs=made.graphs, **averaged)
+        self.made, self.fast, self.precision = made, fast, precision
+        self._fingerprint = self._present_fingerprint()
+        self._warned = False
+
+    def renew(self, inputs: Tensor) -> None:
+        """Make the copy anew unless the model's tensors are those that it was made of."""
+        present = self._present_fingerprint()
+        if present == self._fingerprint or len(inputs) == 0:
+            return
+        if not self._warned:
+            warnings.warn(
+                "the model has changed since it was prepared, and is prepared again: attacks on a model in training "
+                "cost less without prepare and fast=True, which make a copy for each attack then",
+                AttackWarning,
+                stacklevel=4,
+            )
+            self._warned = True
+        self.made = network_of(self.model, inputs, fast=self.fast, precision=self.precision)
+        self.follow(self.made.faster, self.made.rounding, self.made.graphs)
+        self._fingerprint = present
+
+    def _present_fingerprint(self) -> object:
+        if self.faster is None or not isinstance(self.model, nn.Module):
+            return None
+        return _fingerprint(self.model)
 
 
 def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: Precision) -> Network:
-    """:func:`prepare` for an attack, which has checked the arguments; a network that was prepared before is kept."""
+    """:func:`prepare` for an attack, which has checked the arguments; what is prepared already is kept up to date."""
+    if isinstance(model, _Prepared):
+        model.renew(inputs)
     if isinstance(model, Network):
         return model
     model = unwrapped(model)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from fastlip import ops
 from fastlip.attacks._arguments import check_call, count, number, radius, warn_of_wide
-from fastlip.attacks._batch import Batch, new_batch, per_sample, take
+from fastlip.attacks._batch import Batch, new_batch, per_sample, put_rows_, take
 from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._distance import ORDER
 from fastlip.attacks._loop import AttackLoop, BestTracker
@@ -27,8 +26,9 @@ _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _FALL_OFF = {"l2": 2.0, "l1": 4.0}
 #: Queries of an image proposed together at most, and what a pass costs whatever its size, in images.
 _TOGETHER, _COST = 16, 15
-#: Queries after which all images wait for each other, and over which the share of accepted proposals is averaged.
-_SPAN, _MEMORY = 50, 50
+#: Queries that are drawn at once at most, after which all images wait for each other, and over which the share of
+#: accepted proposals is averaged.
+_SPAN = 50
 #: Tiles along an image's shorter side in the first iterate of "l2" and "l1".
 _TILES = 5
 
@@ -76,7 +76,7 @@ def square(
         targets: classes to reach, [B] int64; only this decision is then a success.
         active: [B] bool; False returns an image unchanged.
         ids: [B] int64 sample ids, which determine the random draws together with the generator; 0 .. B-1 if None.
-        generator: source of the draws, advanced by one for each query; the device's default generator if None.
+        generator: source of the draws, advanced by one for up to 50 queries; the device's default generator if None.
         fast: as in :func:`pgd`.
         precision: as in :func:`pgd`.
         quantize: as in :func:`pgd`.
@@ -120,31 +120,42 @@ def square(
 
 def _run(loop: AttackLoop, batch: Batch, queries: int, share: float, generator: torch.Generator | None) -> Batch:
     """Query the model ``queries`` times and return the images that are still robust."""
-    tracker = BestTracker(loop, batch, batch.x0)
-    lowest = torch.full(batch.rows.shape, -torch.inf, dtype=torch.float64, device=batch.x0.device)
-    climb = _Climb(loop, tracker, batch.x0, lowest)
+    climb = _Climb(loop, batch)
+    climb.ask(_first(batch, loop.norm, generator))
+    left = climb.drop_fallen(0)[1]
     windows = list(_windows(batch.x0, queries, share))
-    query, rate = 0, 1.0
-    while query < queries:
-        together = _together(len(tracker.now), rate, loop.network.largest)
-        alike, most = 1, min(_SPAN, queries - query) if together > 1 else 1
-        while alike < most and windows[query + alike] == windows[query]:
-            alike += 1
-        draws = [_Draws(tracker.now.batch, generator) for _ in range(alike)]
-        if alike == 1:
-            accepted = climb.query(windows[query], draws[0], first=query == 0)
+    query, rate = 1, 1.0
+    while query < queries and left:
+        now = climb.tracker.now
+        end = _end_of_span(windows, query)
+        moves = _Moves.drawn(now.batch, end - query, windows[query], loop.norm, generator)
+        # Without room for several queries nobody wants to know the rate, and a GPU is not to wait for it.
+        room = loop.network.largest > len(now)
+        together = _together(len(now), rate, loop.network.largest)
+        if together > 1:
+            accepted = float(climb.query_together(moves, together).double().mean())
+            left = climb.drop_fallen(0)[1]
         else:
-            accepted = climb.query_together(windows[query], draws, together)
-        if loop.network.largest > len(tracker.now):  # else there is no room, and a GPU is not to wait
-            rate += min(alike / _MEMORY, 1.0) * (float(accepted.double().mean()) / alike - rate)
-        query += alike
-        unfinished = tracker.unfinished(query - 1 if alike == 1 else 0)
-        if unfinished is not None:
-            if len(unfinished) == 0:
-                break
-            tracker.drop(unfinished)
-            climb.keep(unfinished)
-    return tracker.finish()
+            accepted = 0.0
+            for k in range(end - query):
+                followed = climb.query(moves.at(k))
+                accepted += float(followed.double().mean()) if room else 0.0
+                kept, left = climb.drop_fallen(query + k)
+                if not left:
+                    break
+                if kept is not None:
+                    moves = moves.at((slice(None), kept))
+        rate += (accepted - rate * (end - query)) / _SPAN
+        query = end
+    return climb.tracker.finish()
+
+
+def _end_of_span(windows: list[tuple[int, int]], query: int) -> int:
+    """The end of the queries from ``query`` on that are drawn at once: their windows have one size."""
+    end = query + 1
+    while end < min(query + _SPAN, len(windows)) and windows[end] == windows[query]:
+        end += 1
+    return end
 
 
 def _together(images: int, rate: float, largest: int) -> int:
@@ -160,48 +171,73 @@ def _together(images: int, rate: float, largest: int) -> int:
     return max(min(round(best), room, _TOGETHER), 1)
 
 
-@dataclass
 class _Climb:
     """The search's own iterate of each image, which is moved where that increases the loss."""
 
-    loop: AttackLoop
-    tracker: BestTracker
-    x: Tensor  # [K, ...]
-    loss: Tensor  # [K] float64
+    def __init__(self, loop: AttackLoop, batch: Batch) -> None:
+        self.loop = loop
+        self.tracker = BestTracker(loop, batch, batch.x0.clone())
+        self.x = batch.x0.clone()  # [K, ...]
+        self.loss = torch.full(batch.rows.shape, -torch.inf, dtype=torch.float64, device=batch.x0.device)  # [K]
+        # The lower and the upper end of each element's interval in ball and box, [2, K, ...].
+        self.ends: Tensor | None = None
+        if loop.norm == "linf":
+            radius = _radius(batch, batch.x0.dim())
+            self.ends = torch.stack([_projected(batch, batch.x0 + sign * radius, "linf") for sign in (-1, 1)])
 
-    def keep(self, kept: Tensor) -> None:
-        """Go on with the images at positions ``kept``, [M] int64."""
+    def drop_fallen(self, step: int) -> tuple[Tensor | None, bool]:
+        """Go on without the images that have fallen: the positions that are kept, None for all, and if there is one."""
+        kept = self.tracker.unfinished(step)
+        if kept is None or len(kept) == 0:
+            return kept, kept is None
+        self.tracker.drop(kept)
         self.x, self.loss = take(self.x, kept), self.loss[kept]
+        self.ends = None if self.ends is None else self.ends[:, kept]
+        return kept, True
 
-    def query(self, window: tuple[int, int], draws: "_Draws", *, first: bool) -> Tensor:
-        """Propose one change of each image, and return how many were accepted, [K]."""
+    def query(self, moves: "_Moves") -> Tensor:
+        """Propose one change of each image, and return which were accepted, [K] bool."""
+        everywhere = torch.arange(len(self.x), device=self.x.device)
+        return self.ask(self._proposed(self.tracker.now.batch, self.x.clone(), everywhere, moves))
+
+    def ask(
+        self,
+        x: Tensor,  # [K, ...]
+    ) -> Tensor:
+        """Follow the proposals ``x`` that are better, and return which are, [K] bool."""
         now = self.tracker.now
-        now.x = self._proposed(now.batch, self.x, window, draws, first=first)
-        return self._accept(self.loop.forward(now.batch, now.x, now.record, gradient=False)[2])
+        now.x = x
+        return self._accept(self.loop.forward(now.batch, x, now.record, gradient=False)[2])
 
-    def query_together(self, window: tuple[int, int], draws: list["_Draws"], together: int) -> Tensor:
+    def query_together(self, moves: "_Moves", together: int) -> Tensor:
         """The same for many queries, of which each pass takes the next few of every image; how many were accepted, [K].
 
         An image goes on after its first proposal that is accepted, so that what is found is what queries one after
         another find.
         """
         now, record = self.tracker.now, self.tracker.now.record
-        uniform = torch.stack([d.uniform for d in draws])  # by query and image
         ahead = torch.arange(together, device=self.x.device)[:, None]
         # Of each image the query to go on with, and how many were accepted.
         at = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
         count = torch.zeros_like(at)
         logits: Tensor | None = None
-        while len(which := (at + ahead < len(draws)).nonzero()) > 0:
+        whole: Batch | None = None  # as most passes need it
+        while len(which := (at + ahead < len(moves)).nonzero()) > 0:
             rows = which[:, 1]
             queries, order = at[rows] + which[:, 0], torch.arange(len(rows), device=rows.device)
-            part = now.batch.take(rows)
-            x = self._proposed(part, take(self.x, rows), window, draws[0].replaced(uniform[queries, rows], part))
+            if len(rows) < together * len(at):
+                part = now.batch.take(rows)
+            else:
+                part = whole = now.batch.take(rows) if whole is None else whole
+            x = self._proposed(part, take(self.x, rows), rows, moves.at((queries, rows)))
             _, found, judgement = self.loop.forward(part, x, gradient=False)
             good = judgement.loss.double() > self.loss[rows]
             if record is not None:
                 known = record.succeeded if record.unconfirmed is None else record.succeeded | record.unconfirmed
                 good |= judgement.adversarial & ~known[rows]
+            if self.loop.network.exact and not bool(good.any()):  # else the record learns of doubts, too
+                at = (at + together).clamp_max(len(moves))
+                continue
             # The first good proposal of each image; where there is none, its last one.
             first = torch.full_like(at, len(rows)).scatter_reduce(0, rows, order.masked_fill(~good, len(rows)), "amin")
             accepted = first < len(rows)
@@ -214,7 +250,7 @@ class _Climb:
             count += accepted
             at = torch.where(tried, queries[chosen] + 1, at)
             if self.loop.network.exact:  # else the model has yet to be asked
-                at.masked_fill_(accepted & judgement.adversarial, len(draws))
+                at.masked_fill_(accepted & judgement.adversarial, len(moves))
         return count
 
     def _accept(self, judgement: Judgement) -> Tensor:
@@ -223,22 +259,25 @@ class _Climb:
         self.tracker.save(judgement.better)
         losses = judgement.loss.double()
         accepted = losses > self.loss
-        self.x = torch.where(per_sample(accepted, self.x), now.x, self.x)
+        put_rows_(self.x, now.x, accepted)
         self.loss = torch.where(accepted, losses, self.loss)
         return accepted
 
     def _proposed(
-        self, batch: Batch, x: Tensor, window: tuple[int, int], draws: "_Draws", *, first: bool = False
+        self,
+        batch: Batch,
+        x: Tensor,  # [M, ...], changed
+        rows: Tensor,  # [M] int64, the positions of ``batch`` among the images of the climb
+        moves: "_Moves",
     ) -> Tensor:
-        """``x`` with a change, within ball and box, [K, ...]."""
-        norm = self.loop.norm
-        if first:
-            moved = _first(batch, norm, draws)
-        elif norm == "linf":
-            moved = _recoloured(batch, x, *window, draws)
-        else:
-            moved = _shifted(batch, x, *window, norm, draws)
-        return ops.project_(moved, batch.x0, eps=batch.eps, norm=norm, bounds=batch.bounds)
+        """``x`` with a change, within ball and box, [M, ...]."""
+        if self.ends is None:
+            return _projected(batch, _shifted(batch, x, self.loop.norm, moves), self.loop.norm)
+        return _recoloured(self.ends, x, rows, moves)
+
+
+def _projected(batch: Batch, x: Tensor, norm: Norm) -> Tensor:
+    return ops.project_(x, batch.x0, eps=batch.eps, norm=norm, bounds=batch.bounds)
 
 
 def _windows(x0: Tensor, queries: int, share: float) -> Iterator[tuple[int, int]]:
@@ -263,116 +302,139 @@ def _as_image(x: Tensor) -> Tensor:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-class _Draws:
-    """The random numbers of one query; those of an image do not depend on its batch."""
+def _drawn(batch: Batch, count: int, generator: torch.Generator | None) -> Tensor:
+    """So many numbers in [-1, 1) for each image, which do not depend on its batch, [K, count] float32."""
+    centre = torch.zeros(len(batch), count, dtype=torch.float32, device=batch.x0.device)
+    return ops.random_start(centre, eps=1.0, bounds=(-math.inf, math.inf), ids=batch.ids, generator=generator)
 
-    def __init__(self, batch: Batch, generator: torch.Generator | None) -> None:
-        self.batch = batch
+
+def _signs(drawn: Tensor) -> Tensor:
+    return torch.where(drawn < 0, -1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """What queries change, in windows of one size; or one query of each image, without the axis of queries."""
+
+    bumps: Tensor  # [2, h, w], upright and turned; empty ones in "linf"
+    size: tuple[int, int]  # h and w
+    into: tuple[Tensor, Tensor]  # [queries, K] int64, first row and column of the window
+    out: tuple[Tensor, Tensor]  # the same of the window that is emptied
+    signs: Tensor  # [queries, K, C], -1 or 1
+    turned: Tensor  # [queries, K] int64, the bump
+
+    def __len__(self) -> int:
+        return len(self.signs)
+
+    @classmethod
+    def drawn(
+        cls, batch: Batch, queries: int, window: tuple[int, int], norm: Norm, generator: torch.Generator | None
+    ) -> "_Moves":
+        """Moves of so many queries, as one draw of the generator gives them."""
         image = _as_image(batch.x0)
-        self.channels, self.height, self.width = image.shape[1:]
-        needed = 5 + self.channels * (max(self.width, _TILES**2) + 1)
-        centre = torch.zeros(len(batch), needed, dtype=torch.float32, device=image.device)
-        self.uniform = ops.random_start(
-            centre, eps=1.0, bounds=(-math.inf, math.inf), ids=batch.ids, generator=generator
-        )
-        self.used = 0
+        channels, *sides = image.shape[1:]
+        height, width = window if norm == "linf" else (min(max(n, 3), m) for n, m in zip(window, sides, strict=True))
+        bumps = image.new_empty(2, 0, 0)
+        if norm != "linf":
+            bumps = torch.stack([_bump(height, width, norm, image), _bump(width, height, norm, image).T])
+        uniform = _drawn(batch, queries * (5 + channels), generator).reshape(len(batch), queries, -1).transpose(0, 1)
+        room = torch.tensor([m - n + 1 for n, m in zip((height, width) * 2, sides * 2, strict=True)])
+        top, left, *out = ((uniform[..., :4].double() + 1) / 2 * room.to(image.device)).long().unbind(-1)
+        signs, turned = _signs(uniform[..., 5:]).to(image.dtype), (uniform[..., 4] < 0).long()
+        return cls(bumps, (height, width), (top, left), (out[0], out[1]), signs, turned)
 
-    def replaced(self, uniform: Tensor, batch: Batch) -> "_Draws":
-        """The same with other numbers, of which none was used, for ``batch``."""
-        out = copy(self)
-        out.batch, out.uniform = batch, uniform
-        return out
+    def at(self, index: int | tuple[slice | Tensor, Tensor]) -> "_Moves":
+        """Those of a query, of some images, or of pairs of a query and an image."""
+        into, out = ((rows[index], columns[index]) for rows, columns in (self.into, self.out))
+        return _Moves(self.bumps, self.size, into, out, self.signs[index], self.turned[index])
 
-    def next(self, count: int) -> Tensor:
-        """The next ``count`` numbers in [-1, 1) for each image, [K, count]."""
-        self.used += count
-        return self.uniform[:, self.used - count : self.used]
-
-    def signs(self, count: int) -> Tensor:
-        """The next ``count`` signs for each image, [K, count]."""
-        return torch.where(self.next(count) < 0, -1.0, 1.0).to(self.batch.x0.dtype)
-
-    def corner(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Rows [K, height, 1] and columns [K, 1, width] of a window."""
-        share = (self.next(2).double() + 1) / 2
-        top = (share[:, 0] * (self.height - height + 1)).long()
-        left = (share[:, 1] * (self.width - width + 1)).long()
-        down = torch.arange(height, device=share.device)[:, None]
-        right = torch.arange(width, device=share.device)[None]
-        return top[:, None, None] + down, left[:, None, None] + right
+    def pixels(self, first: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rows [K, 1, h, 1] and columns [K, 1, 1, w] of the windows that begin there, of one query of each image."""
+        down, right = (torch.arange(n, device=first[0].device) for n in self.size)
+        return first[0][:, None, None, None] + down[:, None], first[1][:, None, None, None] + right
 
 
-def _radius(batch: Batch) -> Tensor | float:
-    """The radius in a shape that multiplies [K, C, H, W]."""
+def _radius(batch: Batch, dim: int) -> Tensor | float:
+    """The radius in a shape that multiplies tensors of so many axes, the first of which is that of images."""
     eps = batch.eps
-    return eps.to(batch.x0.dtype).reshape(-1, 1, 1, 1) if isinstance(eps, Tensor) else eps
+    return eps.to(batch.x0.dtype).reshape(-1, *[1] * (dim - 1)) if isinstance(eps, Tensor) else eps
 
 
-def _first(batch: Batch, norm: Norm, draws: _Draws) -> Tensor:
-    """The first iterate: vertical stripes in "linf", tiles of bumps otherwise."""
+def _first(batch: Batch, norm: Norm, generator: torch.Generator | None) -> Tensor:
+    """The first iterate, [K, ...]: vertical stripes in "linf", tiles of bumps otherwise."""
     image = _as_image(batch.x0)
     count, channels, height, width = image.shape
     if norm == "linf":
-        move = draws.signs(channels * width).reshape(count, channels, 1, width).expand_as(image)
+        signs = _signs(_drawn(batch, channels * width, generator)).to(image.dtype)
+        move = signs.reshape(count, channels, 1, width).expand_as(image)
     else:
         move = torch.zeros(image.shape, dtype=image.dtype, device=image.device)
         rows, columns = min(_TILES, height), min(_TILES, width)
         tall, wide = height // rows, width // columns
-        signs = draws.signs(channels * rows * columns).reshape(count, channels, rows, columns)
+        signs = _signs(_drawn(batch, channels * rows * columns, generator)).to(image.dtype)
+        signs = signs.reshape(count, channels, rows, columns)
         tile = _bump(tall, wide, norm, image)
         tiled = torch.kron(torch.ones(rows, columns, dtype=tile.dtype, device=tile.device), tile)
         spread = signs.repeat_interleave(tall, 2).repeat_interleave(wide, 3)
         move[:, :, : rows * tall, : columns * wide] = spread * tiled
         move = move / _length(move.flatten(1), norm).reshape(-1, 1, 1, 1).clamp_min(1e-30)
-    return (image + _radius(batch) * move).reshape(batch.x0.shape)
+    return _projected(batch, (image + _radius(batch, 4) * move).reshape(batch.x0.shape), norm)
 
 
-def _recoloured(batch: Batch, x: Tensor, height: int, width: int, draws: _Draws) -> Tensor:
-    """``x`` with a window in which each channel lies at the upper or the lower end of its "linf" ball."""
-    image, centre = _as_image(x).clone(), _as_image(batch.x0)
-    rows, columns = draws.corner(height, width)
-    sign = draws.signs(image.shape[1])[:, None, None, :]
-    which = torch.arange(len(image), device=image.device)[:, None, None]
-    radius = _radius(batch)
-    image[which, :, rows, columns] = centre[which, :, rows, columns] + radius * sign
+def _recoloured(
+    ends: Tensor,  # [2, K, ...]
+    x: Tensor,  # [M, ...], changed
+    rows: Tensor,  # [M] int64
+    moves: _Moves,
+) -> Tensor:
+    """``x`` with a window in which each channel lies at the upper or the lower end of its interval, [M, ...]."""
+    image = _as_image(x)
+    channel = torch.arange(image.shape[1], device=image.device)[:, None, None]
+    which = torch.arange(len(image), device=image.device)[:, None, None, None]
+    window = moves.pixels(moves.into)
+    upper = (moves.signs > 0).long()[:, :, None, None]
+    both = ends.reshape(2, -1, *image.shape[1:])
+    image[which, channel, window[0], window[1]] = both[upper, rows[:, None, None, None], channel, window[0], window[1]]
     return image.reshape(x.shape)
 
 
-def _shifted(batch: Batch, x: Tensor, height: int, width: int, norm: Norm, draws: _Draws) -> Tensor:
-    """``x`` with the perturbation of one window, and the slack of the ball, moved into another window."""
-    height, width = (min(max(n, 3), most) for n, most in ((height, draws.height), (width, draws.width)))
+def _shifted(batch: Batch, x: Tensor, norm: Norm, moves: _Moves) -> Tensor:
+    """``x``, which is changed, with the perturbation of one window, and the slack of the ball, moved into another."""
     centre = _as_image(batch.x0)
-    move = _as_image(x) - centre  # [K, C, H, W]
-    order, radius = ORDER[norm], _radius(batch)
-    which = torch.arange(len(move), device=move.device)[:, None, None]
-    into, out = draws.corner(height, width), draws.corner(height, width)
+    move = _as_image(x).sub_(centre)  # [K, C, H, W]
+    order, radius = ORDER[norm], _radius(batch, 4)
     channels = move.shape[1]
+    channel = torch.arange(channels, device=move.device)[:, None, None]
+    which = torch.arange(len(move), device=move.device)[:, None, None, None]
+    into, out = moves.pixels(moves.into), moves.pixels(moves.out)
+
+    old, gone = (move[which, channel, rows, columns] for rows, columns in (into, out))  # [K, C, h, w]
+    # What the windows share counts once: rows and columns of the emptied one, counted from where the other begins.
+    down, right = (side - first[:, None, None, None] for side, first in zip(out, moves.into, strict=True))
+    shared = (down >= 0) & (down < moves.size[0]) & (right >= 0) & (right < moves.size[1])
+    held = _power(old, norm) + _power(gone.masked_fill(shared, 0.0), norm)  # [K, C, 1, 1]
     left = (radius**order - _length(move.flatten(1), norm).reshape(-1, 1, 1, 1) ** order).clamp_min(0)
+    there = (held + left / channels).pow(1 / order)
 
-    covered = torch.zeros(len(move), *move.shape[2:], dtype=torch.bool, device=move.device)
-    covered[which, into[0], into[1]] = True
-    covered[which, out[0], out[1]] = True
-    held = (move * covered[:, None]).abs().pow(order).sum((2, 3))  # [K, C]
-    there = (held + left.flatten(1) / channels).pow(1 / order)[:, None, None, :]
-
-    old = move[which, :, into[0], into[1]]  # [K, height, width, C]
     old = old / _window_length(old, norm)
-    bump = _bump(height, width, norm, move)
-    turned = _bump(width, height, norm, move).T
-    flip = draws.next(1)[:, :, None] < 0
-    new = torch.where(flip, turned, bump)[..., None] * draws.signs(channels)[:, None, None, :] + old
-    move[which, :, out[0], out[1]] = 0.0
-    move[which, :, into[0], into[1]] = new / _window_length(new, norm) * there
-    return (centre + move).reshape(x.shape)
+    new = moves.bumps[moves.turned][:, None] * moves.signs[:, :, None, None] + old
+    move[which, channel, out[0], out[1]] = 0.0
+    move[which, channel, into[0], into[1]] = new / _window_length(new, norm) * there
+    return move.add_(centre).reshape(x.shape)
 
 
 def _length(rows: Tensor, norm: Norm) -> Tensor:
     return torch.linalg.vector_norm(rows, ORDER[norm], dim=1)
 
 
+def _power(window: Tensor, norm: Norm) -> Tensor:
+    """The sum of |z| ("l1") or z^2 ("l2") over each channel of [K, C, h, w], [K, C, 1, 1]."""
+    return (window.square() if norm == "l2" else window.abs()).sum((2, 3), keepdim=True)
+
+
 def _window_length(window: Tensor, norm: Norm) -> Tensor:
-    """Length of each channel of [K, h, w, C], [K, 1, 1, C]; 1 for a window of zeros."""
-    length = torch.linalg.vector_norm(window, ORDER[norm], dim=(1, 2), keepdim=True)
+    """Length of each channel of [K, C, h, w], [K, C, 1, 1]; 1 for a window of zeros."""
+    length = torch.linalg.vector_norm(window, ORDER[norm], dim=(2, 3), keepdim=True)
     return torch.where(length > 0, length, 1)
 
 

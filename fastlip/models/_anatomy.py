@@ -23,12 +23,15 @@ class Anatomy:
         head: the module that gives the logits.
         tail: the outermost modules that run from the last stage on, among them the head, which "the last stage and the
             head" trains.
+        beside: further layers with an output per class that reach the logits on ways around the head, as in networks
+            that add the logits of two heads; most networks have none.
     """
 
     stages: list[str]
     points: list[str]
     head: str
     tail: list[str]
+    beside: list[str]
 
 
 def anatomy(model: nn.Module, image_shape: Sequence[int], stages: Sequence[str] = (), head: str = "") -> Anatomy:
@@ -71,7 +74,7 @@ class _Search:
         outputs = {
             id(call.output): call.output for call in ran if call.output is not None and call.output.requires_grad
         }
-        slopes = torch.autograd.grad(logits.sum(), list(outputs.values()), allow_unused=True)
+        slopes = torch.autograd.grad(logits.sum(), list(outputs.values()), allow_unused=True, retain_graph=True)
         self._feeding = {key for key, slope in zip(outputs, slopes, strict=True) if slope is not None}
         self._ran = {call.name: call for call in ran if call.times == 1}
         self._called = {call.name for call in ran}
@@ -87,7 +90,7 @@ class _Search:
         points = [point for name in stages for point in self._blocks_in(name)]
         tail = self._from(last)
         seen = [] if given else self._seen_by_head(stages)
-        return Anatomy([*stages, *seen], points, self.head, tail)
+        return Anatomy([*stages, *seen], points, self.head, tail, self._beside())
 
     def _given_head(self, name: str) -> str:
         call = self._resolved(name, "head")
@@ -116,18 +119,37 @@ class _Search:
 
     def _find_head(self, ran: list[Call]) -> str:
         """The last linear layer or 1x1 convolution that runs and has an output per class."""
-        classes = self._logits.shape[1]
         for call in reversed(ran):
-            module, wide = call.module, 0
-            if isinstance(module, nn.Linear):
-                wide = module.out_features
-            elif isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1}:
-                wide = module.out_channels
-            if wide == classes and call.times == 1 and self._feeds(call):
+            if self._gives_logits(call):
                 return call.name
         raise ValueError(
-            f"no linear layer or 1x1 convolution with {classes} outputs gives the logits; name it with head=NAME"
+            f"no linear layer or 1x1 convolution with {self._logits.shape[1]} outputs gives the logits; name it with "
+            "head=NAME"
         )
+
+    def _gives_logits(self, call: Call) -> bool:
+        """Whether a linear layer or 1x1 convolution has an output per class that the logits depend on."""
+        module, wide = call.module, 0
+        if isinstance(module, nn.Linear):
+            wide = module.out_features
+        elif isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1}:
+            wide = module.out_channels
+        return wide == self._logits.shape[1] and call.times == 1 and self._feeds(call)
+
+    def _beside(self) -> list[str]:
+        """The names of further layers like the head, neither in front of it nor behind it."""
+        head = self._ran[self.head]
+        likely = [call for call in self._order if call is not head and self._gives_logits(call)]
+        return [call.name for call in likely if not (self._depends(head, call) or self._depends(call, head))]
+
+    @staticmethod
+    def _depends(later: Call, earlier: Call) -> bool:
+        """Whether what a module returned depends on what another one did."""
+        ends = (later.output, earlier.output)
+        if any(end is None or not end.requires_grad for end in ends):
+            return False
+        of, to = (end for end in ends if end is not None)
+        return torch.autograd.grad(of.sum(), to, retain_graph=True, allow_unused=True)[0] is not None
 
     def _feeds(self, call: Call) -> bool:
         """Whether the logits depend on what a module returned."""

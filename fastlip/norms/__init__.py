@@ -3,7 +3,8 @@
 - :func:`conv_norm`: one convolution.
 - :func:`layer_norms`: every layer of a model, or of many checkpoints, at one joint confidence.
 - :func:`layer_operator`: registers the linear map of a user's own class of layers.
-- :func:`spectral_norm_value` and :func:`constrain_norm`: the norm to differentiate, and to keep below a bound.
+- :func:`spectral_norm_value`, :func:`constrain_norm`: one layer's norm to differentiate, and to keep below a bound.
+- :func:`constrain_norms`, :func:`unconstrain`, :func:`spectral_penalty`: all layers of a model in training.
 - :class:`Operator`, :class:`Composed`, :class:`Masked`, :func:`conv_operator`, :func:`module_operator`,
   :func:`simplify`, :func:`trim` and :func:`operator_norms`: the same for operators that are put together by hand.
 - :class:`NormOptions`: how all of them compute, as one object in place of keywords.
@@ -13,6 +14,7 @@ import warnings
 from typing import Any
 
 from fastlip.norms._constrain_norm import constrain_norm
+from fastlip.norms._constrain_norms import constrain_norms, unconstrain
 from fastlip.norms._conv_norm import conv_norm
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._layer_norms import layer_norms
@@ -27,6 +29,7 @@ from fastlip.norms._operators.trim import simplify, trim
 from fastlip.norms._options import NormOptions, memory_for
 from fastlip.norms._report.report import NormReport
 from fastlip.norms._spectral_norm_value import spectral_norm_value
+from fastlip.norms._spectral_penalty import SpectralPenalty, spectral_penalty
 
 __all__ = [
     "Composed",
@@ -35,8 +38,10 @@ __all__ = [
     "NormOptions",
     "NormReport",
     "Operator",
+    "SpectralPenalty",
     "batchnorm_scale",
     "constrain_norm",
+    "constrain_norms",
     "conv_norm",
     "conv_operator",
     "diagonal_norm",
@@ -47,7 +52,9 @@ __all__ = [
     "operator_norms",
     "simplify",
     "spectral_norm_value",
+    "spectral_penalty",
     "trim",
+    "unconstrain",
 ]
 
 

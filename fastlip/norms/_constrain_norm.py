@@ -60,9 +60,7 @@ def constrain_norm(
         >>> conv = fastlip.norms.constrain_norm(nn.Conv2d(3, 4, 3, padding=1), 8, bound=1.0)
         >>> print(fastlip.conv_norm(conv.eval(), 8).upper)  # at most 1, but for rtol
     """
-    bound = number(bound, "bound", "a positive number")
-    if not 0.0 < bound < math.inf:
-        raise ValueError(f"bound must be positive and finite, got {bound}")
+    bound = positive_bound(bound)
     iterations = integer(iterations, "iterations")
     chosen = chosen_options("constrain_norm", options, keywords)
     if not isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)):
@@ -74,24 +72,47 @@ def constrain_norm(
         raise ValueError(f"input_size must have {axes} axes for {type(module).__name__}, got {input_size!r}")
     sizes = per_axis(input_size, "input_size", axes, 1)
     op = module_operator(module, (0, *sizes))
-    constraint = _Constraint(op, weight, bound, iterations, chosen)
+    constraint = LayerConstraint(op, weight, bound, iterations, chosen)
     parametrize.register_parametrization(module, "weight", constraint)
     if axes:
-        module.register_forward_pre_hook(_SizeWatch(tuple(sizes)))
+        module.register_forward_pre_hook(SizeWatch(tuple(sizes)))
     return module
 
 
-class _SizeWatch:
-    """A hook that warns once of an input on whose size the bound does not hold."""
+def positive_bound(bound: float) -> float:
+    """The bound as a float.
 
-    def __init__(self, size: tuple[int, ...]) -> None:
-        self.size = size
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not positive and finite.
+    """
+    bound = number(bound, "bound", "a positive number")
+    if not 0.0 < bound < math.inf:
+        raise ValueError(f"bound must be positive and finite, got {bound}")
+    return bound
+
+
+class SizeWatch:
+    """A hook that warns once of an input on whose size the bound does not hold; a named layer refuses it in eval mode.
+
+    Raises:
+        ValueError: a named layer is in eval mode, and its input of another size.
+    """
+
+    def __init__(self, size: tuple[int, ...], name: str = "") -> None:
+        self.size, self.name = size, name
         self.warned = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.warned or not args or not isinstance(args[0], Tensor):
+        refuses = self.name and not module.training
+        if (self.warned and not refuses) or not args or not isinstance(args[0], Tensor):
             return
         size = tuple(args[0].shape[-len(self.size) :])
+        if size != self.size and refuses:
+            raise ValueError(
+                f"layer {self.name} is constrained on inputs of size {list(self.size)}, and its norm on {list(size)} "
+                "is not known to be below the bound"
+            )
         if size != self.size:
             self.warned = True
             warnings.warn(
@@ -101,7 +122,7 @@ class _SizeWatch:
             )
 
 
-class _Constraint(nn.Module):
+class LayerConstraint(nn.Module):
     """The parametrisation: the weight, scaled so that its norm stays below the bound."""
 
     v: Tensor  # [Cin, *input_size]
@@ -143,28 +164,43 @@ class _Constraint(nn.Module):
             copy = weight.detach().clone()
             op = self._geometry.with_weight(copy)
             require_finite(op)
-            # Scaling the weight rounds it, each element by at most one unit.
-            rounding = torch.finfo(weight.dtype).eps * op.absolute_bound
-            upper = solve([op], self.options.resolved([copy]))[0].upper + rounding
-            self._certified = (copy, max(upper, torch.finfo(weight.dtype).tiny))
-            self._top = None
+            (upper,) = certified_uppers([op], self.options)
+            self._certified, self._top = (copy, upper), None
         return self._certified[1]
 
-    @torch.no_grad()
     def _singular_vector(self, weight: Tensor) -> Tensor:
-        """The first singular vector of the certified weight, by power iteration until its norm stands still."""
+        """The first singular vector of the certified weight."""
         if self._top is None:
-            convolution = TorchOperator(self._geometry, weight.detach())
-            v, last = self.v[None], 0.0
-            for _ in range(_MOST_STEPS):
-                image = convolution.forward(v)
-                length = float(torch.linalg.vector_norm(image))
-                back = unit(convolution.adjoint(unit(image)))
-                if not (back.any() and back.isfinite().all()):
-                    break
-                v = back
-                if length <= last * (1 + _SETTLED):
-                    break
-                last = length
-            self._top = v[0].clone()
+            self._top = settled_vector(TorchOperator(self._geometry, weight.detach()), self.v)
         return self._top
+
+
+def certified_uppers(ops: Sequence[Operator], options: NormOptions) -> list[float]:
+    """Upper sides of norms that hold jointly, also after the weights are scaled by a number and rounded.
+
+    They are positive. The weights are finite.
+    """
+    intervals = solve(ops, options.resolved([op.weight for op in ops]))
+    uppers = []
+    for op, interval in zip(ops, intervals, strict=True):
+        limits = torch.finfo(op.weight.dtype)
+        # Scaling the weight rounds it, each element by at most one unit.
+        uppers.append(max(interval.upper + limits.eps * op.absolute_bound, limits.tiny))
+    return uppers
+
+
+@torch.no_grad()
+def settled_vector(convolution: TorchOperator, start: Tensor) -> Tensor:
+    """The first singular vector, [Cin, *input_size], by power iteration until its norm stands still."""
+    v, last = start[None], 0.0
+    for _ in range(_MOST_STEPS):
+        image = convolution.forward(v)
+        length = float(torch.linalg.vector_norm(image))
+        back = unit(convolution.adjoint(unit(image)))
+        if not (back.any() and back.isfinite().all()):
+            break
+        v = back
+        if length <= last * (1 + _SETTLED):
+            break
+        last = length
+    return v[0].clone()

@@ -85,15 +85,20 @@ def spectral_norm_value(
         groups=groups,
         padding_mode=padding_mode,
     )
+    vector = leading_vector(op, chosen.rtol, chosen.max_steps or _MOST_STEPS, chosen.generator)
+    return (weight * 0.0).sum() if vector is None else stretch(op, weight, vector.to(weight.dtype))
+
+
+def leading_vector(op: Operator, rtol: float, max_steps: int, generator: torch.Generator) -> Tensor | None:
+    """The first singular vector of an operator, [Cin, *input_size] float64, by a Lanczos iteration; None for 0."""
     trimmed = trim(op)
     largest = trimmed.weight.abs().max().double()
     if largest == 0:
-        return (weight * 0.0).sum()
-    steps = chosen.max_steps or _MOST_STEPS
-    config = IterationConfig(0.5, 1, chosen.rtol, steps, torch.float32, chosen.generator, keep_vectors=True)
-    found = lanczos_norms([trimmed.with_weight(trimmed.weight.double() / largest)], config)[0]
-    assert found.vector is not None
-    return stretch(op, weight, found.vector.to(weight.dtype))
+        return None
+    config = IterationConfig(0.5, 1, rtol, max_steps, torch.float32, generator, keep_vectors=True)
+    vector = lanczos_norms([trimmed.with_weight(trimmed.weight.double() / largest)], config)[0].vector
+    assert vector is not None
+    return vector.view(op.input_shape)
 
 
 def stretch(op: Operator, weight: Tensor, v: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import contextlib
 import sys
 from functools import partial
 
@@ -374,3 +375,37 @@ def test_a_state_is_that_of_one_model_and_of_every_value_of_its_options(cnn_prob
 
 def tensor_noise(model, inputs, labels, size):
     return inputs
+
+
+def test_a_black_box_attack_of_ours_learns_how_large_a_batch_may_be(cnn_problem):
+    """So that few standing images are asked several queries at once; one that makes its own copy gets the model."""
+    model, inputs, labels = cnn_problem
+    with torch.no_grad():
+        labels = model(inputs).argmax(1)
+    given, sizes = [], []
+
+    def first(network, x, y, *, fast=False, precision=None):
+        given.append(network)
+        if not fast:
+            return x
+        fell = attacks.pgd(model, x, y, eps=1.0, steps=20, step_size=0.2, random_start=False)
+        return torch.cat([x[:3], fell[3:]])
+
+    def square(network, x, y, *, fast=False, precision=None):
+        hook = model.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+        with contextlib.ExitStack() as stack:
+            stack.callback(hook.remove)
+            return attacks.square(network, x, y, eps=1e-3, queries=150, generator=torch.Generator().manual_seed(0))
+
+    first.black_box = square.black_box = True
+    copies = partial(first, fast=True)
+    copies.black_box = True
+    suite = {"plain": first, "copy": copies, "square": square}
+    report = attacks.evaluate(model, inputs, labels, suite, norm="linf", eps=1.0, check=False)
+    assert isinstance(given[0], attacks.Network)
+    assert given[0].model is model
+    assert given[1] is model
+    standing = int(report.robust.sum())
+    assert 0 < standing < len(inputs) / 4
+    assert max(sizes) > 2 * standing
+    assert len(sizes) < 120

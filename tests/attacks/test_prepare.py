@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -288,6 +289,41 @@ def test_copies_serve_again_while_the_model_is_the_same(residual):
     residual[0].weight.data.mul_(1.01)
     assert copy_of() is not second, "the logits"
     torch.testing.assert_close(copy_of()(inputs), residual(inputs), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("averaged", [{}, {"draws": 2}])
+@pytest.mark.parametrize("change", ["a step of training", "running statistics", "another tensor", "precision"])
+def test_a_network_follows_its_model_through_training(cnn_problem, change, averaged):
+    """A stale copy would make every later attack weaker, and the model look robust."""
+    model, inputs, labels = cnn_problem
+    options = {"precision": torch.bfloat16} if change == "precision" else {"fast": True}
+    network = attacks.prepare(model, inputs, **options, **averaged)
+    attacks.pgd(network, inputs, labels, generator=gen(), **CALL)
+    with torch.no_grad():
+        if change == "running statistics":
+            model[1].running_var.mul_(9.0)
+        elif change == "another tensor":
+            model[-1].weight.data = model[-1].weight.flip(0)
+        else:
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=gen()), alpha=float(p.std()))
+    labels = model(inputs).argmax(1)
+    with pytest.warns(attacks.AttackWarning, match="has changed since it was prepared") as caught:
+        found = attacks.pgd(network, inputs, labels, generator=gen(), **CALL)
+    assert caught[0].filename == __file__
+    anew = attacks.prepare(copy.deepcopy(model), inputs, **options, **averaged)
+    assert torch.equal(found, attacks.pgd(anew, inputs, labels, generator=gen(), **CALL))
+    assert (network.rounding, network.exact) == (anew.rounding, anew.exact)
+    followed = network.faster
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attacks.pgd(network, inputs, labels, generator=gen(), **CALL)
+        assert network.faster is followed
+        model[0].weight.data.mul_(1.0)  # which cannot be seen, and
+        with torch.no_grad():
+            model[0].weight.mul_(2.0)  # which can be, but was said before
+        attacks.pgd(network, inputs, labels, generator=gen(), **CALL)
+    assert network.faster is not followed
 
 
 def test_a_kept_copy_shares_nothing_with_the_model_and_dies_with_it():

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from fastlip import attacks
 from fastlip.attacks import _square
+from fastlip.attacks._batch import new_batch, put_rows_
 
 NORMS = ["linf", "l2", "l1"]
 EPS = {"linf": 0.15, "l2": 3.0, "l1": 50.0}
@@ -201,3 +204,61 @@ def test_queries_together_follow_a_copy_and_ask_the_model(cnn_problem):
     fell = model(plain).argmax(1) != labels
     assert fell.any()
     assert torch.equal(model(found).argmax(1) != labels, fell)
+
+
+def test_queries_that_are_drawn_at_once_share_a_window():
+    """And are 50 at most: one draw of the generator for them, whatever the batch."""
+    windows = [(8, 8)] + 9 * [(6, 6)] + 120 * [(4, 4)]
+    ends = [1]
+    while ends[-1] < len(windows):
+        ends.append(_square._end_of_span(windows, ends[-1]))
+    assert ends == [1, 10, 60, 110, 130]
+
+
+def test_advances_the_generator_by_one_for_all_that_is_drawn_at_once(cnn_problem):
+    model, inputs, labels = cnn_problem
+    generator, other = gen(), gen()
+    attacks.square(model, inputs, labels, eps=1e-4, queries=40, generator=generator)
+    windows = list(_square._windows(inputs, 40, 0.8))
+    query, draws = 0, 0
+    while query < 40:
+        query, draws = (_square._end_of_span(windows, query) if query else 1), draws + 1
+    assert draws < 15
+    for _ in range(draws):
+        torch.randint(2**63 - 1, (1,), generator=other)
+    assert torch.equal(generator.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("mask", [[False] * 3, [True] * 3, [True, False, True]])
+def test_rows_are_put_where_a_mask_is_true(mask):
+    target, source = torch.arange(6.0).reshape(3, 2), 10 + torch.arange(6.0).reshape(3, 2)
+    mask = torch.tensor(mask)
+    want = torch.where(mask[:, None], source, target)
+    put_rows_(target, source, mask)
+    assert torch.equal(target, want)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_a_window_gets_what_both_held_and_a_share_of_the_slack(norm):
+    """Whether the windows are apart, touch, overlap or are the same one; the other one is empty afterwards."""
+    order, eps, size = ORDER[norm], 40.0, (3, 4)
+    begins = torch.tensor([[0, 0, 5, 5], [2, 3, 4, 4], [4, 4, 2, 3], [1, 6, 3, 2], [3, 3, 3, 3]])
+    generator = gen()
+    x0 = torch.rand(len(begins), 2, 8, 10, generator=generator, dtype=torch.float64)
+    moved = x0 + torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    batch = new_batch(
+        x0, torch.zeros(len(x0), dtype=torch.int64), None, eps=eps, step_size=0.0, bounds=(-9.0, 9.0), ids=None
+    )
+    moves = _square._Moves.drawn(batch, 1, size, norm, generator).at(0)
+    moves = replace(moves, into=begins[:, :2].unbind(1), out=begins[:, 2:].unbind(1))
+    found = _square._shifted(batch, moved.clone(), norm, moves) - x0
+    for k, (top, left, row, column) in enumerate(begins.tolist()):
+        into, out = (torch.zeros(8, 10, dtype=torch.bool) for _ in range(2))
+        into[top : top + 3, left : left + 4] = True
+        out[row : row + 3, column : column + 4] = True
+        before = (moved - x0)[k].abs() ** order
+        slack = max(eps**order - before.sum(), 0)
+        want = (before[:, into | out].sum(1) + slack / 2) ** (1 / order)
+        torch.testing.assert_close(torch.linalg.vector_norm(found[k][:, into], order, dim=1), want)
+        assert (found[k][:, out & ~into].abs() < 1e-15).all()
+        torch.testing.assert_close(found[k][:, ~(into | out)], (moved - x0)[k][:, ~(into | out)])

@@ -19,7 +19,7 @@ ADAPTERS = ["torchattacks", "foolbox", "art", "autoattack", "attackbench", "robu
 MADE = {
     "AttackWarning", "Iteration", "PassCounts", "MinNormResult", "NormInterval",
     "BallBounds", "Domain", "FunctionCall", "Interval", "Part", "APGDState", "Backend", "Judgement",
-    "ModelInput", "OperatorPlan", "CensoredMedian", "Rate", "Anatomy",
+    "ModelInput", "OperatorPlan", "CensoredMedian", "Rate", "Anatomy", "SpectralPenalty",
 }  # fmt: skip
 EXAMPLE = re.compile(r"^Example:\n\n?((?: {4}.*\n?|\n)+)", re.MULTILINE)
 

@@ -133,6 +133,32 @@ def test_modules_that_are_no_stages():
         anatomy(Odd(), SHAPE, stages=["unused"])
 
 
+class TwoHeads(nn.Module):
+    """Logits that are added, beside layers of as many outputs in front of the head."""
+
+    def __init__(self, alike):
+        super().__init__()
+        self.conv, self.narrow, self.act = nn.Conv2d(3, 4, 3), nn.Linear(4, 10), nn.ReLU()
+        self.one, self.other = nn.Linear(10, 10), nn.Linear(10 if alike else 4, 10)
+
+    def forward(self, x):
+        x = self.act(self.conv(x)).mean((2, 3))
+        near = self.act(self.narrow(x))
+        return self.one(near) + self.other(near if self.other.in_features == 10 else x)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_heads_that_are_added_are_all_named(alike):
+    found = anatomy(TwoHeads(alike), SHAPE)
+    assert (found.head, found.beside) == ("other", ["one"] if alike else ["narrow", "one"])
+    assert anatomy(TwoHeads(alike), SHAPE, head="one").beside == ["other"]
+
+
+@pytest.mark.parametrize("spec", ["torchvision:resnet18", "fastlip:mlp", "torchvision:squeezenet1_1"])
+def test_one_head_has_none_beside_it(spec):
+    assert anatomy(build_model(spec, 10, seed=0), SHAPE).beside == []
+
+
 class NoHead(nn.Module):
     """Logits that no layer gives."""
 

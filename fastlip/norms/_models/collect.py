@@ -70,6 +70,17 @@ def collect_layers(
     return [ModelLayers(layers, found.left_out) for layers, found in zip(filled, every, strict=True)]
 
 
+def layers_that_run(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[list[LayerTemplate], dict[str, str]]:
+    """The layers of one model, without folding, and the weights that they leave out, with the reason.
+
+    Raises:
+        ValueError: the model does not run.
+    """
+    with eval_mode(model):
+        found = _run_for_layers(model, input_shape, False, True, False)
+    return found.templates, found.left_out
+
+
 class _Found(NamedTuple):
     """The layers of one model, what they leave out, and whether that is so in all models of its structure.
 

@@ -53,6 +53,20 @@ class TorchOperator:
         x = torch.convolution(y, self.weight, None, g.stride, self._pad, g.dilation, True, rest, g.groups)
         return x if self._native else self._fold(x)
 
+    def outer(self, y: Tensor, x: Tensor) -> Tensor:
+        """The gradient of <y, A x> in the weight, [Cout, Cin / groups, *kernel]; x and y as above, with b = 1."""
+        g = self.geometry
+        if not self._axes:
+            rows, columns = (t.view(g.groups, -1) for t in (y[0], x[0]))
+            return (rows[:, :, None] * columns[:, None]).flatten(0, 1)
+        if not self._native:
+            x = self._extend(x)
+        zeros, only = (0,) * self._axes, (False, True, False)
+        gradient: Tensor = torch.ops.aten.convolution_backward(
+            y, x, self.weight, None, g.stride, self._pad, g.dilation, False, zeros, g.groups, only
+        )[1]
+        return gradient
+
     def _extend(self, x: Tensor) -> Tensor:
         """The padding map."""
         g = self.geometry

@@ -80,6 +80,11 @@ _BELOW_TWENTY = (
 _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
+def points(difference: float, above: str, below: str) -> str:
+    """A difference of two proportions in words without a sign, as in "6.7 points more" and "40.4 points less"."""
+    return f"{100 * abs(difference):.1f} points {above if difference >= 0 else below}"
+
+
 def counted(n: int, what: str) -> str:
     """A number of things, as in "1 run" and "6 runs"."""
     return f"{n} {what}{'' if n == 1 else 's'}"

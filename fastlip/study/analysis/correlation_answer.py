@@ -55,6 +55,11 @@ def answer(points: list[Point], large: set[str], rules: Rules) -> Answer:
             f"With {counted(runs, 'run')} of an arm and distortions of {known}, this rule would find a correlation of "
             f"{rules.correlation:g} with a probability of {chance:.2f}; {rules.least_power:g} is needed."
         )
+        if runs < rules.min_runs:
+            because = (
+                f"An arm has {counted(runs, 'run')} where the rule needs {rules.min_runs}: snapshots of a run are no "
+                "runs, and their partial correlations are stated without a verdict."
+            )
         headline = f"These runs cannot say whether unstable networks are easier to fool: {seen}."
         change = "More seeds, and more attacked images where the reliability is low; the power note says how many."
         return Answer("undetermined", headline, because, change, tested)

@@ -240,7 +240,7 @@ def correlation_chances(rho: float, runs: int, reliability: float, rules: Rules)
 
 def chance_to_find(runs: int, reliability: float, rules: Rules) -> float:
     """Probability that the rule finds ``rules.correlation`` with so many runs in each arm."""
-    # Distortions without any reliability measure nothing, and of fewer than 4 runs any order is as good as another.
-    if runs < 4 or not reliability > 0:
+    # Snapshots of a run are no runs, and distortions without any reliability measure nothing.
+    if runs < rules.min_runs or not reliability > 0:
         return 0.0
     return correlation_chances(rules.correlation, runs, round(reliability, 2), rules)["supported"]

@@ -13,6 +13,7 @@ from fastlip.study.analysis.answers import (
     differences,
     fraction,
     listed,
+    points,
     stated,
     who,
 )
@@ -63,7 +64,8 @@ def answer(
 
 def _headline(of_arm: dict[str, list[Model]]) -> str:
     (large, *references) = of_arm.values()
-    said = [(who(same), _median(same)) for same in (large, *references)]
+    said = [(who(large), _median(large))]
+    said += [(ARMS_IN_WORDS[same[0]["arm"]], _median(same)) for same in references]
     (first, ratio), rest = said[0], [(name, value) for name, value in said[1:] if value]
     if not ratio:
         what = "noise of any strength" if ratio == 0 else "a perturbation"
@@ -147,11 +149,16 @@ def _spoken(
     margin = f"{rules.ratio_margin:g}"
     if not _deep(gain, rules):
         value, low = gain["estimate"]["value"], gain["estimate"]["low"]
-        points = "no number of" if value is None or low is None else f"{100 * value:.1f} (lower limit {100 * low:.1f})"
+        if value is None or low is None:
+            seen = "How much more accurate the network is than softmax regression is not known"
+        else:
+            seen = (
+                f"The network's clean accuracy is {points(value, 'above', 'below')} that of softmax regression (lower "
+                f"limit: {points(low, 'above', 'below')})"
+            )
         because = (
-            f"The network classifies {points} percentage points more images correctly than softmax regression, where a "
-            f"lower limit above {100 * rules.nonlinear_gain:g} is needed: it is not shown to be more than a linear "
-            "model, so nothing follows about deep networks."
+            f"{seen}, where a lower limit of more than {100 * rules.nonlinear_gain:g} points above is needed: it is "
+            "not shown to be more than a linear model, so nothing follows about deep networks."
         )
         return because, "A network that is more accurate than softmax regression."
     if found == 1:

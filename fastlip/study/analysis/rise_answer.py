@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from fastlip.study.analysis import decisions
-from fastlip.study.analysis.answers import ARMS_IN_WORDS, Answer, counted, differences, listed
+from fastlip.study.analysis.answers import ARMS_IN_WORDS, Answer, counted, differences, listed, points
 from fastlip.study.analysis.statistics import over_seeds, over_seeds_p
 from fastlip.study.settings.rules import Rules
 from fastlip.study.storage.schema import Comparison, Model, Statistic
@@ -87,8 +87,7 @@ def _headline(values: np.ndarray, baselines: list[str], seeds: int, rules: Rules
             continue
         said.append(
             f"{math.exp(distortion.mean()):.2f} times as much perturbation to fool as after {ARMS_IN_WORDS[baseline]}, "
-            f"and keeps {100 * abs(accuracy.mean()):.1f} points {'less' if accuracy.mean() < 0 else 'more'} of its "
-            "accuracy under attack"
+            f"and keeps {points(float(accuracy.mean()), 'more', 'less')} of its accuracy under attack"
         )
     if not said:
         return "The fine-tuned network cannot be compared with one from scratch."

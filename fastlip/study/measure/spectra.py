@@ -15,7 +15,7 @@ from fastlip.study.measure.network_parts import parts_of
 from fastlip.study.settings.attacks import Ball
 from fastlip.study.settings.settings import Settings
 
-#: What the feature maps of the head are called, which are the logits.
+#: What the model's output is called.
 LOGITS = "logits"
 CONDITIONS = ("clean", "gaussian", "pgd")
 
@@ -103,7 +103,8 @@ def features(model: nn.Module, images: Images, ball: Ball, settings: Settings, s
     """
     chosen = images.first(settings.features.images)
     parts = parts_of(model, images)
-    modules = {short_name(name): name for name in parts.stages} | {LOGITS: parts.head}
+    # The logits are what the model returns, which may be more than what its head does.
+    modules = {short_name(name): name for name in parts.stages} | {LOGITS: ""}
     spectra: dict[str, Spectrum] = {}
     growth: dict[str, list[Tensor]] = {condition: [] for condition in CONDITIONS[1:]}
     for rows in chosen.batches(progress):

@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 
 from fastlip.study.report.arms import Arm, arms_of, several_seeds
-from fastlip.study.report.drawing import Figure, Rows, band_in_words, curves, depth_shares, draw_figure, log_scale
+from fastlip.study.report.drawing import (
+    Figure,
+    Rows,
+    band_in_words,
+    curves,
+    depth_shares,
+    draw_figure,
+    log_scale,
+    unit_across,
+)
 from fastlip.study.storage.schema import Results
 
 _DEPTH = "depth, input to logits"
@@ -80,6 +89,7 @@ def stretch_figure(results: Results) -> Figure:
                 _along(axes, arm, values)
             axes.set_title(title)
             axes.set_xlabel(_DEPTH)
+            unit_across(axes)
         log_scale(panels[0, 0], "y")
         panels[0, 0].set_ylabel("mean stretch ‖φ(x′)−φ(x)‖ / ‖x′−x‖")
 
@@ -111,6 +121,7 @@ def growth_figure(results: Results) -> Figure:
                 _along(axes, arm, values)
             axes.set_title(title)
             axes.set_xlabel(_DEPTH)
+            unit_across(axes)
         log_scale(panels[0, 0], "y")
         panels[0, 0].set_ylabel("‖φ(x′)−φ(x)‖ / ‖φ(x)‖")
 

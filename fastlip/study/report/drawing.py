@@ -211,6 +211,11 @@ def shares_upward(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
+def unit_across(axes: Axes) -> None:
+    """Set few ticks, with short numbers, to a horizontal axis from 0 to 1: panels stand close to each other."""
+    axes.set_xticks([0.0, 0.5, 1.0], ["0", "0.5", "1"])
+
+
 def counts_across(axes: Axes) -> None:
     """Set the ticks of the horizontal axis to whole numbers."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -100,7 +100,7 @@ def stretch_at_features(several: Sequence[Smallest | AttackSummary]) -> str:
 def power(log10: float) -> str:
     """10^log10, rounded up in its last digit."""
     exponent = math.floor(log10)
-    if 0 <= exponent < 4:
+    if -3 <= exponent < 4:
         return f"{math.ceil(10**log10 * 10 ** (2 - exponent)) / 10 ** (2 - exponent):g}"
     mantissa = math.ceil(10 ** (log10 - exponent) * 100) / 100
     return f"{mantissa:.2f}e{exponent:+d}"
@@ -114,6 +114,11 @@ def confidence(value: float) -> str:
     digit = 10.0 ** math.floor(math.log10(risk))
     # 1 - value has a rounding error, which must not become a whole digit.
     return f"1 − {math.ceil(risk / digit - 1e-6) * digit:.0e}"
+
+
+def count(value: int) -> str:
+    """A number of things, as in "30,730" and "23.5 million"."""
+    return f"{value:,}" if value < 1_000_000 else f"{value / 1e6:.3g} million"
 
 
 def ball_name(norm: str, eps: float) -> str:

@@ -5,6 +5,7 @@ import textwrap
 from typing import Any
 
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from fastlip.study.report.arms import arm_name, arms_of
 from fastlip.study.report.difference_table import MEASURES, Group, grouped
@@ -66,6 +67,8 @@ def _difference_figure(results: Results, name: str, measures: tuple[str, ...], c
             axes.axvline(1 if groups[0].logarithmic else 0, color=INK, linewidth=1)
             if groups[0].logarithmic:
                 log_scale(axes, "x")
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(5))
             arms_downward(axes, [f"{arm_name(g.arm)} against {arm_name(g.against)}" for g in groups])
             axes.set_title(MEASURES[groups[0].measure])
 

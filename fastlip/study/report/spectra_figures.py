@@ -6,7 +6,16 @@ import numpy as np
 
 from fastlip.study.report.arms import arms_of
 from fastlip.study.report.depth_figures import operator
-from fastlip.study.report.drawing import Figure, Rows, band_in_words, curves, depth_shares, draw_figure, log_scale
+from fastlip.study.report.drawing import (
+    Figure,
+    Rows,
+    band_in_words,
+    curves,
+    depth_shares,
+    draw_figure,
+    log_scale,
+    unit_across,
+)
 from fastlip.study.storage.schema import Model, Results, WeightSpectrum
 
 
@@ -23,6 +32,7 @@ def rank_figure(results: Results) -> Figure:
                     curves(axes, arm, depth_shares(len(values[0])), values, marker=arm.marker, markersize=3)
             axes.set_title(title)
             axes.set_xlabel("depth, stem to logits")
+            unit_across(axes)
         panels[0, 0].set_ylim(bottom=0)
         panels[0, 0].set_ylabel("effective rank of the features")
         rows.extend(
@@ -93,6 +103,7 @@ def profile_figure(results: Results) -> Figure:
                 )
             axes.set_title(("first", "last")[end])
             axes.set_xlabel("rank, as a share of all")
+            unit_across(axes)
         panels[0, 0].set_ylim(0, 1.02)
         panels[0, 0].set_ylabel("singular value / largest")
 

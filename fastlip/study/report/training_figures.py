@@ -36,7 +36,7 @@ def training_figure(results: Results) -> Figure | None:
         shares_upward(axes)
         counts_across(axes)
         axes.set_xlabel("epoch")
-        axes.set_ylabel("accuracy, augmented training images")
+        axes.set_ylabel("training accuracy")
 
-    caption = f"Accuracy during training.{band_in_words(results)}"
+    caption = f"Accuracy on augmented training images by epoch.{band_in_words(results)}"
     return draw_figure(results, "training", caption, draw, rows, ("model", "epoch", "accuracy", "loss"))

@@ -18,7 +18,8 @@ class Rules:
         distortion_margin: question 3: smallest factor that counts as a rise of the smallest distortion.
         accuracy_margin: question 3: smallest difference that counts as a rise of the relative accuracy under PGD.
         min_seeds: smallest number of seeds for a statement about training.
-        min_runs: question 4: smallest number of training runs of an arm whose final models alone are correlated.
+        min_runs: question 4: smallest number of training runs of an arm whose final models alone are correlated; with
+            fewer no correlation can be found often enough for a verdict.
         correlation: question 4: true rank correlation that the study must be able to find, and that must be excluded
             for "contradicted".
         power: probability of a verdict for which the power note computes sample sizes.

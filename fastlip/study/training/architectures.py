@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from fastlip.lipschitz import require_rules
-from fastlip.models import Anatomy, anatomy, build_model, dead_share, live_taps
+from fastlip.models import Anatomy, anatomy, build_model, dead_share, live_taps, short_name
 from fastlip.study.errors import StudyError, first_line
 from fastlip.study.settings.settings import Settings
 
@@ -62,16 +62,23 @@ def check_networks(settings: Settings, arms: Sequence[str], classes: int) -> lis
     """Build the networks of ``arms``, each once, and return what is to be warned of, a line for each.
 
     Raises:
-        StudyError: one of them cannot be built, its parts cannot be found or leave nothing for "partial" to freeze, or
-            it has no certified Lipschitz bound.
+        StudyError: one of them cannot be built, its parts cannot be found or leave nothing for "partial" to freeze, an
+            arm that starts from a source has several heads, or there is no certified Lipschitz bound.
     """
     found = []
     first = {_architecture(settings, arm): arm for arm in reversed(arms)}
     for spec, arm in first.items():
         network = build(settings, arm, classes, 0)
-        tail = parts(settings, arm, network).tail
+        its = parts(settings, arm, network)
+        if settings.transfers and spec == settings.model and its.beside:
+            heads = ", ".join(map(short_name, (its.head, *its.beside)))
+            raise StudyError(
+                f"--model {spec}: its logits come from several heads ({heads}), and arms that start from a source "
+                "replace one; leave these arms out, or measure checkpoints of it",
+                status=2,
+            )
         if "partial" in settings.arms and spec == settings.model:
-            last = {id(p) for name in tail for p in network.get_submodule(name).parameters()}
+            last = {id(p) for name in its.tail for p in network.get_submodule(name).parameters()}
             if all(id(p) in last for p in network.parameters()):
                 raise StudyError(
                     f"--set arms: partial would train all of {spec}, which has no stage before the last; name stages "

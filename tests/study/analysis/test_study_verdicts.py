@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -85,6 +86,43 @@ def test_only_what_is_more_than_a_linear_model_speaks_about_deep_networks(gain, 
         assert ("linear model" in answer["headline"]) == (expected == "undetermined")
 
 
+@pytest.mark.parametrize(
+    ("gain", "seen"),
+    [
+        (
+            -0.404,
+            "clean accuracy is 40.4 points below that of softmax regression (lower limit: 41.4 points below),",
+        ),
+        (
+            0.004,
+            "clean accuracy is 0.4 points above that of softmax regression (lower limit: 0.6 points below),",
+        ),
+        (
+            0.055,
+            "clean accuracy is 5.5 points above that of softmax regression (lower limit: 4.5 points above),",
+        ),
+        (None, "How much more accurate the network is than softmax regression is not known,"),
+    ],
+)
+def test_a_gain_that_is_too_small_is_said_without_a_sign(gain, seen):
+    assert seen in ratios([0.0] * 4, gain)["because"]
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_no_sentence_holds_a_negative_number(sign):
+    """A reader of "-40.4 points more" has to do the sum; only correlations have signs."""
+    answers = [ratios([sign * 0.5] * 4, sign * gain) for gain in (0.3, 0.04)]
+    answers += [
+        rises(sign * a, sign * b, seeds=n, matched=(-a, -b)) for a, b in ((0.3, 0.2), (0.01, 0.004)) for n in (2, 5)
+    ]
+    for answer in answers:
+        assert not re.search(r"(?<!\w)[-\u2212]\d", " ".join((answer["headline"], answer["because"], answer["change"])))
+    words = ("more", "less") if sign > 0 else ("less", "more")
+    first, second = (rises(s * sign * 0.3, s * sign * 0.2)["headline"] for s in (1, -1))
+    assert f"keeps 20.0 points {words[0]} of its accuracy under attack" in first
+    assert f"keeps 20.0 points {words[1]} of its accuracy under attack" in second
+
+
 def test_without_softmax_regression_the_question_says_which_arms_to_add():
     answer = ratios([0.0], references=("resnet18",))
     assert answer["verdict"] == "undetermined"
@@ -106,8 +144,8 @@ def test_the_headline_says_the_ratios_as_a_person_would():
     rows = [r for name in ("softmax", "mlp") for r in compared("scratch", name, "log ratio", [0.0])]
     answer = asked(models, rows + compared("scratch", "softmax", "clean accuracy", [0.2]))[0]
     assert answer["headline"] == (
-        "ResNet-50 (from scratch) is fooled by a thirtieth of the noise it withstands; softmax by a thirty-fourth of "
-        "it and mlp by half of it."
+        "ResNet-50 (from scratch) is fooled by a thirtieth of the noise it withstands; softmax regression by a "
+        "thirty-fourth of it and the two-layer perceptron by half of it."
     )
 
 
@@ -305,8 +343,9 @@ def test_arms_are_never_pooled():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"runs": 5}, "5 runs"),
-        ({"runs": 1}, "1 run "),
+        ({"runs": 5}, "An arm has 5 runs where the rule needs 6"),
+        ({"runs": 1}, "An arm has 1 run where the rule needs 6"),
+        ({"runs": 6}, "With 6 runs of an arm and distortions of reliability 0.90"),
         ({"reliability": 0.2}, "reliability 0.20"),
         ({"reliability": None}, "unknown reliability"),
     ],

@@ -237,13 +237,53 @@ def test_a_correlation_is_found_as_often_as_the_power_note_says():
     assert within(found["contradicted"], 0.05)
 
 
-# The ends of 16 runs alone, and all their snapshots where more runs than these are wanted for that.
-@pytest.mark.parametrize("rules", [RULES, dataclasses.replace(RULES, min_runs=30, resamples=200)])
-def test_drift_without_relation_is_no_correlation(rules):
-    drifting = {"drift": 2.0, "epochs": (1, 2, 4, None)}
-    assert within(correlated(rules, 16, 0.0, **drifting)["supported"], 0.05)
+DRIFTING = {"drift": 2.0, "epochs": (1, 2, 4, None)}
+
+
+def test_drift_without_relation_is_no_correlation():
+    assert within(correlated(RULES, 16, 0.0, **DRIFTING)["supported"], 0.05)
     # What drifts can still be related.
-    assert correlated(rules, 16, 0.9, studies=20, **drifting)["supported"] > 10
+    assert correlated(RULES, 16, 0.9, studies=20, **DRIFTING)["supported"] > 10
+
+
+def partial_p_values(runs, rho, studies):
+    """The p-values of one partial correlation over the snapshots of too few runs, in simulated studies that drift."""
+    rules, rng = dataclasses.replace(RULES, min_runs=30, resamples=200), np.random.default_rng(0)
+    found = []
+    for _ in range(studies):
+        rows = trajectories(rng, runs, rho, **DRIFTING)
+        (tested, *_) = correlation_answer.answer(rows, {"scratch", "finetune"}, rules).statistics
+        assert "partial" in tested["name"]
+        found.append(tested["p"])
+    return np.array(found)
+
+
+def test_partial_correlations_of_too_few_runs_keep_their_level_under_drift():
+    assert within((partial_p_values(16, 0.0, STUDIES) <= 0.05).sum(), 0.05)
+    assert (partial_p_values(16, 0.9, 20) <= 0.05).sum() > 10
+
+
+# With fewer runs than the rule wants there is no verdict, however lax it is about its power, as the power note says.
+@pytest.mark.parametrize(
+    ("runs", "changes"), [(4, {}), (5, {}), (5, {"least_power": 0.001}), (8, {"least_power": 0.001, "min_runs": 10})]
+)
+def test_few_runs_are_answered_as_often_as_the_power_note_says(runs, changes):
+    rules = dataclasses.replace(RULES, resamples=200, **changes)
+    settings = dataclasses.replace(settings_of(runs, ("scratch", "finetune")), rules=rules)
+    found = correlated(rules, runs, 0.95, studies=40, epochs=(1, 2, None), reliability=0.98)
+    note = [row["probability"] for row in power.sample_sizes(settings) if row["question"] == 4]
+    assert (found, note) == ({"undetermined": 40}, [0.0, 0.0])
+
+
+# At least six runs are answered where little power is asked for, and as often as the note says.
+def test_a_lax_rule_is_answered_as_often_as_the_power_note_says():
+    rules = dataclasses.replace(RULES, least_power=0.001)
+    settings = dataclasses.replace(settings_of(8, ("scratch", "finetune")), rules=rules)
+    note = {row["expected"]: row for row in power.sample_sizes(settings) if row["question"] == 4}
+    reliability = float(note["supported"]["assumption"].split()[-1])
+    for expected, rho in (("supported", rules.correlation), ("contradicted", 0.0)):
+        found = correlated(rules, 8, rho, epochs=(1, None), reliability=reliability)
+        assert near(found[expected], note[expected]["probability"])
 
 
 def test_drift_alone_looks_like_a_correlation_to_who_pools_the_snapshots():

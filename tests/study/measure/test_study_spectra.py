@@ -132,6 +132,27 @@ def test_features_of_tokens_and_of_a_linear_model():
     assert spectra.features(model, images, BALL, settings, 3, nothing)["stage"].tolist() == ["logits"]
 
 
+class TwoHeads(nn.Module):
+    """Its logits are those of two heads together."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.other = nn.Linear(3 * 32 * 32, 5), nn.Linear(5, 6), nn.Linear(5, 6)
+
+    def forward(self, x):
+        x = self.body(x.flatten(1)).relu()
+        return (self.one(x) + self.other(x)) / 2
+
+
+def test_the_features_called_logits_are_what_the_model_returns():
+    model = TwoHeads().eval().requires_grad_(False)
+    images = Images(generated("target", "test", 12), torch.device("cpu"), 4)
+    logits = model(images.at(slice(0, 10))).double()
+    expected = torch.linalg.svdvals((logits - logits.mean(0)) / len(logits) ** 0.5).numpy()
+    found = spectra.features(model, images, BALL, SETTINGS, 3, nothing)
+    np.testing.assert_allclose(found["clean/logits"], expected, rtol=1e-4, atol=1e-7)
+
+
 def test_stretch_is_observed_at_the_stem_and_every_block(network):
     images = Images(generated("target", "test", 4), torch.device("cpu"), 4)
     assert len(parts_of(network, images).points) == 1 + 8

@@ -396,3 +396,16 @@ def test_the_readmes_command_for_training_names_what_there_is(tmp_path, monkeypa
     plan = [file.name for file in sorted((tmp_path / "run" / "plan").iterdir())]
     assert plan[:2] == ["1-source.txt", "2-training.txt"]
     assert "--model fastlip:convnet" in (tmp_path / "run" / "plan" / plan[0]).read_text()
+
+
+def test_the_readmes_command_for_disjoint_training_images(tmp_path, monkeypatch, micro_arguments):
+    for root, each in (("photos", 40), ("others", 16)):
+        photos(tmp_path / root, "train", each)
+        photos(tmp_path / root, "test", 8)
+    text = block("disjoint").replace("\\\n", "").replace("--data DATA", f"--target {tmp_path / 'photos'}")
+    text = text.replace("OTHERS", str(tmp_path / "others")).replace("RUN", str(tmp_path / "run"))
+    words = [*shlex.split(text)[3:], "--model", "fastlip:convnet"]
+    micro = [a for a in micro_arguments if a.startswith("--set=") and not a.startswith("--set=arms=")]
+    command(monkeypatch, "plan", *words, *micro)
+    training = (tmp_path / "run" / "plan" / "2-training.txt").read_text()
+    assert "--only 'disjoint-s0: training*'" in training

@@ -84,6 +84,32 @@ def test_named_parts_are_those_of_the_large_network_alone():
     assert parts(chosen, "mlp", build(chosen, "mlp", 4, 0)).stages == ["network.relu1", "network.relu2"]
 
 
+class TwoHeads(nn.Module):
+    """Adds the logits of two heads, as distilled transformers do."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+        self.head, self.head_dist = nn.Linear(4, num_classes), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        x = self.conv(x).relu().mean((2, 3))
+        return self.head(x) + self.head_dist(x)
+
+
+def test_several_heads_are_refused_where_a_source_gives_all_but_one(monkeypatch):
+    monkeypatch.setattr("fastlip.models.two_heads", TwoHeads, raising=False)
+    for arms, refused in (("scratch", False), ("scratch,finetune", True)):
+        chosen = settings("model=fastlip.models:two_heads", f"arms={arms}")
+        if not refused:
+            assert check_networks(chosen, chosen.arms, 6) == []
+            continue
+        with pytest.raises(StudyError, match=r"its logits come from several heads \(head_dist, head\)") as error:
+            check_networks(chosen, chosen.arms, 6)
+        assert error.value.status == 2
+        assert "\n" not in str(error.value)
+
+
 def test_weights_of_another_network_are_one_line():
     chosen = settings("model=torchvision:squeezenet1_1", "stem=stride-1")
     require_fit(dict(build_model("torchvision:squeezenet1_1", 1000).state_dict()), chosen, "here")

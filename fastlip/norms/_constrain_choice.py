@@ -1,0 +1,140 @@
+"""Which layers of a model can be constrained, and the linear maps that they are."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastlip.norms._interval import DID_NOT_RUN
+from fastlip.norms._models.collect import layers_that_run
+from fastlip.norms._models.inputs import checked_shape
+from fastlip.norms._models.layer import LayerTemplate
+from fastlip.norms._models.structure import modules_of
+from fastlip.norms._operators.modules import CONVS, TRANSPOSED
+from fastlip.norms._operators.operator import Operator, require_finite, require_floating
+from fastlip.norms._operators.trim import flatten, trim
+from fastlip.norms._spectral_norm_value import leading_vector, unit
+
+Layers = Collection[str] | Callable[[str, nn.Module], bool]
+
+_KINDS = (*CONVS, *TRANSPOSED, nn.Linear)
+#: Accuracy and most steps of the iteration that the first vectors come from.
+_START_RTOL, _START_STEPS = 1e-3, 100
+
+
+@dataclass(frozen=True)
+class ConstrainableLayer:
+    """A layer whose weight is its linear map's.
+
+    Attributes:
+        name: qualified name.
+        module: the layer.
+        geometry: the map, with a weight that holds no numbers; a matrix where windows do not overlap.
+        input_size: spatial size of the layer's input; of a transposed convolution that of the map's output.
+    """
+
+    name: str
+    module: nn.Module
+    geometry: Operator
+    input_size: tuple[int, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """The module's weight as it is now."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def leading_vector(self, generator: torch.Generator) -> Tensor:
+        """The first singular vector by a Lanczos iteration, in the weight's dtype, at least float32.
+
+        Raises:
+            ValueError: the weight holds NaN or infinite values; the message names the layer.
+        """
+        weight = self.weight
+        op = self.geometry.with_weight(weight.detach().reshape(self.geometry.weight.shape))
+        try:
+            require_finite(op)
+        except ValueError as error:
+            raise ValueError(f"layer {self.name}: {error}") from None
+        vector = leading_vector(op, _START_RTOL, _START_STEPS, generator)
+        if vector is None:
+            vector = torch.randn(op.input_shape, dtype=torch.float64, generator=generator)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return unit(vector).to(weight.device, dtype)
+
+
+def constrainable_layers(
+    model: nn.Module, input_shape: Collection[int], layers: Layers | None
+) -> list[ConstrainableLayer]:
+    """The layers that are chosen, in the order in which they run.
+
+    Raises:
+        TypeError: ``layers`` is of the wrong type, or a weight no floating-point tensor.
+        ValueError: a name is none of a layer's, the model does not run, or a layer cannot be constrained; the message
+            names it.
+    """
+    chosen = _chosen(model, layers)
+    templates, left_out = layers_that_run(model, checked_shape(tuple(input_shape)))
+    modules = modules_of(model)
+    uses: dict[nn.Module, list[LayerTemplate]] = {}
+    for template in templates:
+        if template.weight is not None:
+            uses.setdefault(modules[template.weight.module], []).append(template)
+    found = {}
+    for name, module in chosen.items():
+        own = [t for t in uses.get(module, []) if t.weight is not None and t.weight.attribute == "weight"]
+        reason = _obstacle(module, own, left_out.get(f"{name}.weight", left_out.get(name)))
+        if reason == DID_NOT_RUN:
+            if layers is not None and not callable(layers):
+                raise ValueError(f"layer {name} does not run on inputs of shape {list(input_shape)}")
+        elif reason is not None:
+            raise ValueError(f"layer {name} cannot be constrained: {reason}")
+        else:
+            found[module] = _layer(name, module, own[0])
+    return sorted(found.values(), key=lambda layer: list(uses).index(layer.module))
+
+
+def _chosen(model: nn.Module, layers: Layers | None) -> dict[str, nn.Module]:
+    every: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, _KINDS)}
+    if layers is None:
+        return every
+    if callable(layers):
+        return {name: module for name, module in every.items() if layers(name, module)}
+    if isinstance(layers, str) or not isinstance(layers, Collection):
+        raise TypeError(f"layers must be names, a function or None, got {layers!r:.80}")
+    for name in layers:
+        if name not in every:
+            raise ValueError(f"layers must be names of Conv, ConvTranspose or Linear modules, got {name!r}")
+    return {name: every[name] for name in every if name in layers}
+
+
+def _obstacle(module: nn.Module, uses: list[LayerTemplate], left_out: str | None) -> str | None:
+    """Why a layer cannot be constrained; None if it can."""
+    if parametrize.is_parametrized(module, "weight"):
+        return "its weight is parametrised already"
+    if left_out is not None:
+        return left_out
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is no parameter of its own"
+    if not uses:
+        return "its weight is used as another map than that of its class"
+    (first, *others) = uses
+    if others:
+        return "it is used on inputs of several sizes, or in several ways"
+    assert first.weight is not None
+    if first.weight.rows is not None or first.weight.transposed or first.weight.computed is not None:
+        return "its weight is not used as it is"
+    return None
+
+
+def _layer(name: str, module: nn.Module, template: LayerTemplate) -> ConstrainableLayer:
+    op = template.geometry
+    assert op is not None
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    require_floating(weight)
+    flat = flatten(op) if trim(op) is op else op
+    return ConstrainableLayer(name, module, flat, op.output_size if template.transposed else op.input_size)

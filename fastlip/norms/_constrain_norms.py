@@ -1,0 +1,180 @@
+"""All layers of a model kept below a bound together."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
+
+from fastlip._arguments import integer
+from fastlip.norms._constrain_choice import Layers, constrainable_layers
+from fastlip.norms._constrain_layer import NormConstraint, certify, track
+from fastlip.norms._constrain_norm import LayerConstraint, SizeWatch, positive_bound
+from fastlip.norms._models.wrappers import bare_model
+from fastlip.norms._options import NormKeywords, NormOptions, chosen_options
+
+
+def constrain_norms(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    bound: float = 1.0,
+    layers: Layers | None = None,
+    iterations: int = 1,
+    options: NormOptions | None = None,
+    **keywords: Unpack[NormKeywords],
+) -> nn.Module:
+    """Keep the norms of a model's Conv, ConvTranspose and Linear modules below ``bound``, on the inputs they have.
+
+    What :func:`constrain_norm` does for one layer, this does for all of them, in less time. Each layer's ``weight`` is
+    parametrised (``torch.nn.utils.parametrize``): it is scaled by min(1, bound / norm), with the gradient of that.
+
+    In training the norm is <u, A v> with the vectors u and v of warm power iteration, at first those of a Lanczos
+    iteration. It is computed for the weight as it is in each forward, and approached from below. The vectors' steps are
+    one operation for all layers, which runs when the model is called. On a GPU, and in compiled code, every layer takes
+    part each time. On a CPU a layer's vectors rest for up to eight forwards as long as steps hardly raise its norm, and
+    do not where it changes. A layer that is called without the model takes its own step each time.
+
+    In eval mode the weights are scaled by certified upper sides instead, computed for all layers together whenever a
+    weight has changed, so that the bound holds for all with ``confidence``. This runs outside of compiled code; use
+    :func:`unconstrain` where ``fullgraph`` is needed there.
+
+    The bound holds on inputs of the size that the layer had. On another size a layer warns once in training, and in
+    eval mode refuses its input by name. Layers that do not run on such an input, and weights that are not those of such
+    modules, stay as they are.
+
+    Args:
+        model: the model, changed in place and returned. In a data-parallel wrapper, or in what ``torch.compile`` made,
+            the model inside is changed.
+        input_shape: shape of one input without the batch axis, such as (3, 32, 32).
+        bound: positive upper bound for each norm.
+        layers: which to constrain: qualified names, or a function of the name and the module that is true for them; by
+            default all.
+        iterations: steps of power iteration that a layer's vectors take at a time.
+        options: how to compute the certified upper sides in eval mode.
+        keywords: fields of :class:`NormOptions`, in place of ``options``.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or a weight no floating-point tensor; the message names it.
+        ValueError: an argument is wrong, the model does not run on such inputs, or a layer that was chosen cannot be
+            constrained: it is used on several sizes or in several ways, does something else than its class says, its
+            weight is parametrised already, or it has no name in ``model``; the message names it.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+        >>> model = fastlip.norms.constrain_norms(model, (3, 8, 8), bound=1.0)
+        >>> print(fastlip.layer_norms(model.eval(), (3, 8, 8)))  # at most 1, but for rtol
+    """
+    bound, iterations = positive_bound(bound), integer(iterations, "iterations")
+    chosen = chosen_options("constrain_norms", options, keywords)
+    root = bare_model(model)
+    found = constrainable_layers(root, input_shape, layers)
+    generator = chosen.resolved([]).generator
+    vectors = [layer.leading_vector(generator) for layer in found]
+    for layer, vector in zip(found, vectors, strict=True):
+        constraint = NormConstraint(layer.name, layer.geometry, vector, bound, iterations, chosen)
+        constraint.train(layer.module.training)
+        # The check of what the parametrisation returns would take a step, or certify.
+        parametrize.register_parametrization(layer.module, "weight", constraint, unsafe=True)
+        if layer.input_size:
+            layer.module.register_forward_pre_hook(SizeWatch(layer.input_size, layer.name))
+    if found:
+        root.register_forward_pre_hook(prepare)
+        root.register_forward_hook(finish, always_call=True)
+    return model
+
+
+def unconstrain(model: nn.Module) -> nn.Module:
+    """Remove the constraints of :func:`constrain_norms` and :func:`constrain_norm`; the weights stay scaled.
+
+    They are scaled by certified upper sides, as in eval mode, so that the bound still holds for the weights as they are
+    left. Parameters stay the same objects, except that of a weight which layers share each gets one of its own.
+
+    Args:
+        model: the model, changed in place and returned.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a weight holds NaN or infinite values, or a layer's weight is parametrised once more since; the
+            message names it.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = fastlip.norms.constrain_norms(nn.Sequential(nn.Linear(4, 3)), (4,))
+        >>> model = fastlip.norms.unconstrain(model)
+        >>> print(type(model[0].weight))
+    """
+    root = bare_model(model)
+    certify(constrained_layers(root))
+    constrained: list[nn.Module] = []
+    seen: set[int] = set()
+    for module in root.modules():
+        if not parametrize.is_parametrized(module, "weight"):
+            continue
+        held = module.get_submodule("parametrizations.weight")
+        assert isinstance(held, ParametrizationList)
+        if not isinstance(held[0], NormConstraint | LayerConstraint):
+            continue
+        if id(held.original) in seen:
+            held.original = nn.Parameter(held.original.detach().clone(), held.original.requires_grad)
+        seen.add(id(held.original))
+        held.eval()
+        constrained.append(module)
+    for module in constrained:
+        # What deepcopy made shares the class, whose property for the weight is removed.
+        cls = type(module)
+        shared = ("__dict__", "__weakref__")
+        module.__class__ = type(cls.__name__, cls.__bases__, {k: v for k, v in vars(cls).items() if k not in shared})
+        parametrize.remove_parametrizations(module, "weight")
+    for module in root.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, SizeWatch) or hook is prepare or hook is finish:
+                    del hooks[key]
+    return model
+
+
+def constrained_layers(model: nn.Module) -> list[tuple[NormConstraint, Tensor]]:
+    """The constraints of all layers below a module, and the weights that they scale.
+
+    Raises:
+        ValueError: a weight is parametrised once more since, so that nothing is known of the norm; the message names
+            the layer.
+    """
+    found = []
+    for constraint, held in _constraints(model):
+        if len(held) > 1:
+            raise ValueError(f"layer {constraint.name}: its weight was parametrised once more, after its constraint")
+        found.append((constraint, held.original))
+    return found
+
+
+def _constraints(model: nn.Module) -> Iterator[tuple[NormConstraint, ParametrizationList]]:
+    for module in model.modules():
+        if isinstance(module, ParametrizationList) and isinstance(module[0], NormConstraint):
+            yield module[0], module
+
+
+def prepare(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before the model's forward: takes the steps that are due, and has those in eval mode certified at once."""
+    found = constrained_layers(model)
+    due = [(constraint, weight) for constraint, weight in found if constraint.training and constraint.due(weight)]
+    if due:
+        track(due)
+    fixed = [(constraint, weight) for constraint, weight in found if not constraint.training]
+    for constraint, _ in found:
+        constraint.tracking.prepared = constraint.training
+        constraint.tracking.together = [] if constraint.training else fixed
+
+
+def finish(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A hook after the model's forward, or its failure."""
+    for constraint, _ in _constraints(model):
+        constraint.tracking.prepared, constraint.tracking.together = False, []
+        if torch.compiler.is_compiling():
+            constraint.tracking.gradient = None  # what compiled code computes is for this forward alone

@@ -1,0 +1,86 @@
+"""A penalty on norms above a bound, for those who regularise instead of constraining."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastlip._arguments import integer
+from fastlip.norms._constrain_choice import ConstrainableLayer, Layers, constrainable_layers
+from fastlip.norms._constrain_factors import NormGradient, computable, encode, norm_gradients
+from fastlip.norms._constrain_norm import positive_bound
+from fastlip.norms._models.wrappers import bare_model
+from fastlip.norms._options import NormOptions
+
+
+class SpectralPenalty:
+    """The sum over layers of max(0, norm - bound)^2, with its gradient in the weights.
+
+    Made by :func:`spectral_penalty`. Each call takes steps of power iteration from the vectors of the last one. The
+    weights are read from the model.
+    """
+
+    def __init__(self, layers: Sequence[ConstrainableLayer], bound: float, iterations: int) -> None:
+        self._layers, self._bound, self._iterations = list(layers), bound, iterations
+        generator = NormOptions().resolved([]).generator
+        self._vectors = [layer.leading_vector(generator) for layer in layers]
+        self._encoded = [number for layer in layers for number in encode(layer.geometry)]
+
+    def norms(self) -> dict[str, Tensor]:
+        """The norm of each layer, by name: a scalar approached from below, with its gradient in the weight."""
+        weights = [layer.weight for layer in self._layers]
+        if not weights:
+            return {}
+        self._vectors = [v.to(w.device) for v, w in zip(self._vectors, weights, strict=True)]
+        with torch.no_grad():
+            detached = [weight.detach() for weight in weights]
+            found = norm_gradients(detached, self._vectors, self._encoded, self._iterations)
+        self._vectors = found[::3]
+        with torch.autocast(weights[0].device.type, enabled=False):
+            return {
+                layer.name: NormGradient(left, right).norm_of(computable(weight))
+                for layer, weight, left, right in zip(self._layers, weights, found[1::3], found[2::3], strict=True)
+            }
+
+    def __call__(self) -> Tensor:
+        """The penalty, a scalar."""
+        norms = list(self.norms().values())
+        if not norms:
+            return torch.zeros(())
+        terms = [(norm - self._bound).clamp_min(0.0).square().to(norms[0]) for norm in norms]
+        return torch.stack(terms).sum()
+
+
+def spectral_penalty(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    bound: float = 1.0,
+    layers: Layers | None = None,
+    iterations: int = 1,
+) -> SpectralPenalty:
+    """A function of no arguments that gives the sum over layers of max(0, norm - bound)^2, to add to a loss.
+
+    The norms are those of the convolutions as the model applies them, on inputs of ``input_shape``. They are tracked as
+    in :func:`constrain_norms`, from below, and certify nothing: use :func:`layer_norms` for that.
+
+    Args:
+        model: the model, which is left as it is.
+        input_shape: shape of one input without the batch axis, such as (3, 32, 32).
+        bound: norms up to this one cost nothing.
+        layers: as in :func:`constrain_norms`.
+        iterations: steps of power iteration in each call.
+
+    Raises:
+        TypeError: an argument is of the wrong type; the message names it.
+        ValueError: as :func:`constrain_norms`.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastlip
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+        >>> penalty = fastlip.norms.spectral_penalty(model, (3, 8, 8), bound=0.5)
+        >>> (0.01 * penalty()).backward()
+    """
+    bound, iterations = positive_bound(bound), integer(iterations, "iterations")
+    return SpectralPenalty(constrainable_layers(bare_model(model), input_shape, layers), bound, iterations)
