@@ -377,7 +377,7 @@ def tensor_noise(model, inputs, labels, size):
     return inputs
 
 
-def test_an_attack_of_ours_learns_how_large_a_batch_may_be(cnn_problem):
+def test_a_black_box_attack_of_ours_learns_how_large_a_batch_may_be(cnn_problem):
     """So that few standing images are asked several queries at once; one that makes its own copy gets the model."""
     model, inputs, labels = cnn_problem
     with torch.no_grad():
@@ -397,7 +397,10 @@ def test_an_attack_of_ours_learns_how_large_a_batch_may_be(cnn_problem):
             stack.callback(hook.remove)
             return attacks.square(network, x, y, eps=1e-3, queries=150, generator=torch.Generator().manual_seed(0))
 
-    suite = {"plain": first, "copy": partial(first, fast=True), "square": square}
+    first.black_box = square.black_box = True
+    copies = partial(first, fast=True)
+    copies.black_box = True
+    suite = {"plain": first, "copy": copies, "square": square}
     report = attacks.evaluate(model, inputs, labels, suite, norm="linf", eps=1.0, check=False)
     assert isinstance(given[0], attacks.Network)
     assert given[0].model is model
