@@ -87,7 +87,6 @@ def test_torchvision_model(run: Callable[..., Result]) -> None:
         (["tiny_net.py:missing"], "tiny_net.py has no 'missing'; it defines build"),
         (["tiny_net:nn"], "must be a torch module or a function that returns one, got module"),
         (["tiny_net:build", "--classes", "3"], "--classes is for models of torchvision and timm"),
-        (["timm:no_such_model"], "timm has no model 'no_such_model'"),
         (["no_such_model"], "torchvision has no classification model"),
         (["fcn_resnet50"], "torchvision has no classification model"),  # it would fetch its backbone's weights
         (["tiny_net:build", "--checkpoint", "absent.pt"], "absent.pt"),
@@ -163,6 +162,7 @@ def test_a_model_of_timm(run: Callable[..., Result], monkeypatch: pytest.MonkeyP
     done = run("timm:lcnet_035", "--classes", "5", "--input", "3,32,32", "--rtol", "0.9", "--csv", "-")
     assert done.exit_code == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("classifier,Linear 1280→5,")
+    assert run("timm:no_such_model").stderr == "error: timm has no model 'no_such_model'\n"
     monkeypatch.setitem(sys.modules, "timm", None)
     assert run("timm:lcnet_035").stderr == 'error: timm\'s models need timm: pip install "fastlip[timm]"\n'
 
