@@ -55,7 +55,7 @@ def test_settings_that_fit_each_other_are_taken_in_any_order():
         ("pgd.steps=0", "pgd"),
         ("smallest.levels=1", "smallest.levels"),
         ("arms=scratch,magic", "arms"),
-        ("evaluation.images=100000", "evaluation.images"),
+        ("evaluation.images=100000", r"evaluation\.images: 1 to evaluation\.clean_images, 240"),
         ("rules.compared_linf_255=3", "rules.compared_linf_255"),
         ("scratch.flip=perhaps", "expected bool"),
         ("gaussian.sigmas=0.1,0.1", "gaussian.sigmas"),
