@@ -7,8 +7,8 @@ ResNet-18 and ResNet-50 for 32x32 images (3x3 stem, no pooling), random batches,
 constrain are trained side by side, one step each in turn; times are CPU time of this process. ``added_ms`` is the mean
 over the steps of what a way takes longer than the network without a constraint in the same round. ``alone_ms`` is that
 of computing all weights and their gradients for given ones, without the network, which varies less. Both follow
-``warm`` steps, after which the vectors of ``constrain_norms`` rest for as long as they do in a run. ``memory_mb`` is the
-growth of the highest resident memory over the network's own, of a process that takes three steps.
+``warm`` steps, after which the vectors of ``constrain_norms`` rest for as long as they do in a run. ``memory_mb`` is
+the growth of the highest resident memory over the network's own, of a process that takes three steps.
 
 Torch's ``spectral_norm`` takes the norm of the reshaped kernel, which is not that of the convolution, and
 deel-torchlip's layers orthogonalise it in addition; where that is not installed it is left out.
