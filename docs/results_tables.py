@@ -86,14 +86,24 @@ def _attacks(rows: list[Row]) -> str:
     return markdown(head, body)
 
 
+def _ball(row: Row) -> str:
+    eps = float(row["eps"])
+    ball = f"Linf {eps * 255:.3g}/255" if row["norm"] == "linf" else f"{row['norm'].upper()} {eps:g}"
+    return f"{row['network']}, {ball}"
+
+
+def _beyond(rows: list[Row], key: str, most: float, name: Callable[[Row], str]) -> str:
+    """How many rows have at most so much, and which have more."""
+    more = [f"{name(r)} ({float(r[key]):.3f})" for r in rows if float(r[key]) > most]
+    return f"{len(rows) - len(more)} of {len(rows)}" + (f"; more: {', '.join(more)}" if more else "")
+
+
 def _strength_suites(rows: list[Row]) -> str:
     body = []
     for r in rows:
-        eps = float(r["eps"])
-        ball = f"Linf {eps * 255:.3g}/255" if r["norm"] == "linf" else f"{r['norm'].upper()} {eps:g}"
         body.append(
             (
-                f"{r['network']}, {ball}: {r['what']}",
+                f"{_ball(r)}: {r['what']}",
                 r["images"],
                 r["clean"],
                 r["robust"],
@@ -108,7 +118,15 @@ def _strength_suites(rows: list[Row]) -> str:
         "", "images", "correct", "robust", "only AutoAttack fools", "only this fools", "CPU s", "× AutoAttack's",
         "wall, × AutoAttack's",
     )  # fmt: skip
-    return markdown(head, body)
+    said = []
+    for way in dict.fromkeys(r["what"] for r in rows if r["what"] != "AutoAttack"):
+        ours = [r for r in rows if r["what"] == way]
+        images, missed = (sum(int(r[key]) for r in ours) for key in ("images", "missed"))
+        said.append(
+            f'"{way}": AutoAttack alone fools {missed} of {images} images; at most 0.5 of its CPU seconds in '
+            f"{_beyond(ours, 'x_cpu', 0.5, _ball)}.\n\n"
+        )
+    return "".join(said) + markdown(head, body)
 
 
 def _strength_norms(rows: list[Row]) -> str:
@@ -126,7 +144,10 @@ def _strength_norms(rows: list[Row]) -> str:
         )
         for r in ranked
     ]
-    return markdown(("", "median", "mean", "median × best peer's", "least of all", "found", "CPU s"), body)
+    ours = [r for r in rows if r["what"] == "fastlip fmn"]
+    within = _beyond(ours, "x_median", 1.01, lambda r: f"{r['network']}, {r['norm']}, {r['calls']} calls")
+    said = f'The median of "fastlip fmn" is at most 1.01 of the best peer\'s in {within}.\n\n'
+    return said + markdown(("", "median", "mean", "median × best peer's", "least of all", "found", "CPU s"), body)
 
 
 def _attackbench(rows: list[Row]) -> str:

@@ -221,10 +221,10 @@ class SuiteRun:
             offered["quantize"] = rules.quantize
         if rules.criterion is not None and "criterion" in known and "criterion" not in given:
             offered["criterion"] = rules.criterion
-        # An attack that makes a copy of its own gets the model; others learn from the network how large batches may be.
         ours = "fast" in known and "precision" in known
-        copies = bool(given.get("fast")) or given.get("precision") is not None
-        model: Model = network if ours and (_is_more_than_its_model(network) or not copies) else network.model
+        # From the network Square learns how large a batch may be, unless it makes a network of its own.
+        asks_much = is_black_box(attack) and not given.get("fast") and given.get("precision") is None
+        model: Model = network if ours and (_is_more_than_its_model(network) or asks_much) else network.model
         with eval_mode(self.network):
             return attack(model, *self.at(rows), **offered)
 

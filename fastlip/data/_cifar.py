@@ -60,7 +60,8 @@ def cifar100(root: str | os.PathLike[str], train: bool, download: bool = False) 
 
 def _read(name: str, dataset: Any, root: str | os.PathLike[str], train: bool, download: bool) -> ImageSet:
     folder = Path(root) / dataset.base_folder
-    fix = f"pass download=True (--download), or unpack {dataset.filename} there"
+    by_hand = f"unpack {dataset.filename} there"
+    fix = f"pass download=True (--download), or {by_hand}"
     needed = [file for file, _ in (*dataset.train_list, *dataset.test_list)] + [dataset.meta["filename"]]
     absent = [file for file in needed if not (folder / file).is_file()]
     if absent and not download:
@@ -68,9 +69,11 @@ def _read(name: str, dataset: Any, root: str | os.PathLike[str], train: bool, do
     try:
         # torchvision checks every file against its MD5 before it unpickles any.
         found = dataset(os.fspath(root), train=train, download=bool(absent))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if absent:
-            raise OSError(f"{name} could not be downloaded into {root}: {error}") from None
+            raise OSError(f"{name} could not be downloaded into {root} ({error}); {by_hand}") from None
+        if isinstance(error, OSError):
+            raise
         raise ValueError(f"{name}: a file in {folder} is damaged; delete that folder and {fix}") from None
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
     return ImageSet(images, torch.tensor(found.targets), tuple(found.classes), name)

@@ -34,14 +34,17 @@ def svhn(root: str | os.PathLike[str], train: bool, download: bool = False) -> I
     split = "train" if train else "test"
     file = Path(root) / dataset.split_list[split][1]
     absent = not file.is_file()
-    fix = f"pass download=True (--download), or put the published {file.name} there"
+    by_hand = f"put the published {file.name} there"
+    fix = f"pass download=True (--download), or {by_hand}"
     if absent and not download:
         raise FileNotFoundError(f"SVHN: {file} is missing; {fix}")
     try:
         found = dataset(os.fspath(root), split=split, download=absent)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if absent:
-            raise OSError(f"SVHN could not be downloaded into {root}: {error}") from None
+            raise OSError(f"SVHN could not be downloaded into {root} ({error}); {by_hand}") from None
+        if isinstance(error, OSError):
+            raise
         raise ValueError(f"SVHN: {file} is damaged; delete it and {fix}") from None
     except ModuleNotFoundError:
         raise ImportError('reading SVHN needs SciPy: pip install "fastlip[study]"') from None

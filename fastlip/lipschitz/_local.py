@@ -1,5 +1,6 @@
 """Jacobian norms at single inputs: lower bounds on a network's Lipschitz constant."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -66,7 +67,7 @@ def local_lipschitz(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    with eval_mode(model), torch.enable_grad(), _plain_attention():
+    with eval_mode(model), torch.enable_grad(), _plain_attention(), _quiet_forward_mode():
         x = x.detach().clone()  # autograd refuses tensors that were made in inference mode
         draws = torch.randn(x.shape, dtype=torch.float64, generator=generator, device=generator.device)
         v = unit(draws).to(x)
@@ -208,6 +209,14 @@ def _plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _quiet_forward_mode() -> Iterator[None]:
+    """Without the warning that torch's own rules of forward mode use ``torch.jit.script``, which it deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script`")
+        yield
 
 
 def unit(v: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ try:
     import rich  # noqa: F401
     import typer  # noqa: F401
 except ImportError:
-    raise SystemExit('python -m fastlip.norms needs typer and rich: pip install "fastlip[study]"') from None
+    raise SystemExit('error: python -m fastlip.norms needs typer and rich: pip install "fastlip[study]"') from None
 
 from fastlip.norms._cli import app
 

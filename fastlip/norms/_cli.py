@@ -44,13 +44,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def norms(
     model: Annotated[
-        str, typer.Argument(help="A torchvision model such as resnet50, package.module:function or file.py:Class.")
+        str,
+        typer.Argument(
+            help="A torchvision model such as resnet50, timm:NAME, package.module:function or file.py:Class."
+        ),
     ],
     shape: Annotated[str, typer.Option("--input", help="Shape of one input.", metavar="C,H,W")] = "3,224,224",
     checkpoint: Annotated[
         Path | None, typer.Option(help="State dict: safetensors, or a torch file, of which nothing is executed.")
     ] = None,
-    classes: Annotated[int | None, typer.Option(help="Number of classes of a torchvision model.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes of a model of torchvision or timm.")] = None,
     rtol: Annotated[float, typer.Option(help="Relative width of each interval.")] = 1e-2,
     confidence: Annotated[float, typer.Option(help="Joint over all layers.")] = 1.0 - 1e-6,
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "auto",
@@ -86,7 +89,11 @@ def norms(
         print(*to_stdout, sep="", end="")
     else:
         console = Console()
-        console.print(_table(shown, wide=console.width >= 100))
+        table = _table(shown, wide=True)
+        unlimited = console.options.update_width(_LONGEST)
+        if console.measure(table, options=unlimited).maximum > console.width:
+            table = _table(shown, wide=False)
+        console.print(table)
         for reason, names in shown.reasons.items():
             console.print(Text(f"Left out: {listed_names(names)}: {reason}."))
 
@@ -148,30 +155,54 @@ def _parse_shape(text: str) -> tuple[int, ...]:
 
 
 def _load_model(name: str, classes: int | None) -> nn.Module:
-    """A torchvision model without weights, or the model that a named function returns."""
-    if ":" in name:
+    """A model of torchvision or timm without weights, or the model that a named function returns."""
+    module, _, named = name.rpartition(":")
+    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if module == "timm":
+        network = _timm_model(named, options)
+    elif module in ("", "torchvision"):
+        network = _torchvision_model(named, options)
+    else:
         if classes is not None:
-            raise ValueError("--classes is for torchvision models; give MODEL a function that sets them")
-        module, _, function = name.partition(":")
-        found = getattr(_imported(module), function, None)
+            raise ValueError("--classes is for models of torchvision and timm; give MODEL a function that sets them")
+        holder = _imported(module)
+        if not hasattr(holder, named):
+            raise ValueError(f"{module} has no {named!r}; it defines {_defined(holder)}")
+        found = getattr(holder, named)
         network = found() if callable(found) and not isinstance(found, nn.Module) else found
-        if not isinstance(network, nn.Module):
-            got = type(network).__name__
-            raise ValueError(f"{name} must be a torch module or a function that returns one, got {got}")
-        return network
+    if not isinstance(network, nn.Module):
+        got = type(network).__name__
+        raise ValueError(f"{name} must be a torch module or a function that returns one, got {got}")
+    return network
+
+
+def _torchvision_model(name: str, options: dict[str, Any]) -> Any:
     try:
         models = importlib.import_module("torchvision.models")
     except ImportError:
         raise ImportError('named models need torchvision: pip install "fastlip[study]"') from None
-    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if name not in models.list_models(module=models):
         raise ValueError(
-            f"torchvision has no classification model {name!r}; give one of its names, package.module:function or "
-            "file.py:Class"
+            f"torchvision has no classification model {name!r}; give one of its names, timm:NAME, "
+            "package.module:function or file.py:Class"
         )
-    network = models.get_model(name, weights=None, **options)
-    assert isinstance(network, nn.Module)
-    return network
+    return models.get_model(name, weights=None, **options)
+
+
+def _timm_model(name: str, options: dict[str, Any]) -> Any:
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        raise ImportError('timm\'s models need timm: pip install "fastlip[timm]"') from None
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}")
+    return timm.create_model(name, **options)
+
+
+def _defined(module: ModuleType) -> str:
+    """The names of a module's own functions and classes, the first of them."""
+    own = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    return f"{', '.join(own[:_NAMED])}{' ...' if len(own) > _NAMED else ''}" or "no function and no class"
 
 
 def _imported(module: str) -> ModuleType:

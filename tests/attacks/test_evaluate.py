@@ -377,7 +377,7 @@ def tensor_noise(model, inputs, labels, size):
     return inputs
 
 
-def test_an_attack_of_ours_learns_how_large_a_batch_may_be(cnn_problem):
+def test_a_black_box_attack_of_ours_learns_how_large_a_batch_may_be(cnn_problem):
     """So that few standing images are asked several queries at once; one that makes its own copy gets the model."""
     model, inputs, labels = cnn_problem
     with torch.no_grad():
@@ -397,7 +397,10 @@ def test_an_attack_of_ours_learns_how_large_a_batch_may_be(cnn_problem):
             stack.callback(hook.remove)
             return attacks.square(network, x, y, eps=1e-3, queries=150, generator=torch.Generator().manual_seed(0))
 
-    suite = {"plain": first, "copy": partial(first, fast=True), "square": square}
+    first.black_box = square.black_box = True
+    copies = partial(first, fast=True)
+    copies.black_box = True
+    suite = {"plain": first, "copy": copies, "square": square}
     report = attacks.evaluate(model, inputs, labels, suite, norm="linf", eps=1.0, check=False)
     assert isinstance(given[0], attacks.Network)
     assert given[0].model is model
@@ -406,3 +409,17 @@ def test_an_attack_of_ours_learns_how_large_a_batch_may_be(cnn_problem):
     assert 0 < standing < len(inputs) / 4
     assert max(sizes) > 2 * standing
     assert len(sizes) < 120
+
+
+@pytest.mark.parametrize(
+    ("norm", "restarts", "classes", "steps", "fmn_steps"),
+    [("linf", 1, 9, 100, 100), ("l2", 1, 9, 100, 100), ("l1", 5, 5, 300, 400)],
+)
+def test_the_standard_suite_takes_the_steps_that_it_says(norm, restarts, classes, steps, fmn_steps):
+    """More of them in "l1": 100 leave images by chance that AutoAttack, or a run of 300, fools."""
+    given = {name: attack.keywords for name, attack in attacks.suite("standard", norm=norm, eps=0.5).items()}
+    assert given["apgd-ce"]["restarts"] == restarts
+    assert (given["apgd-t"]["target_classes"], given["apgd-t"]["steps"]) == (classes, steps)
+    assert given["fmn"]["fmn_steps"] == fmn_steps
+    assert all(attack["norm"] == norm for attack in given.values())
+    assert given["fmn"]["eps_max"] == given["square"]["eps"] == 0.5

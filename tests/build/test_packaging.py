@@ -36,6 +36,22 @@ def test_heavy_peers_are_apart():
     assert heavy <= names("peers") <= names("dev")
 
 
+def test_source_packages_have_what_readme_docs_and_tests_read():
+    excluded = PROJECT["tool"]["scikit-build"]["sdist"]["exclude"]
+    linked = re.findall(r"\]\(([\w./-]+)\)", (ROOT / "README.md").read_text())
+    assert "benchmarks/results/layer_norms_cpu.png" in linked
+    for path in (*linked, "benchmarks/results/study/quick/results.json", ".ci/matrix", "fastlip/_templates/norms.html"):
+        assert (ROOT / path).exists()
+        assert not any(f"{path}/".startswith(f"{folder}/") for folder in excluded), path
+
+
+def test_the_tour_explains_every_extra():
+    page = (ROOT / "docs" / "tour.md").read_text()
+    table = page[page.index("| Extra | For |") :].partition("\n\n")[0]
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(PROJECT["project"]["optional-dependencies"])
+
+
 @pytest.mark.parametrize(
     "library", ["libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so", "libcudart.so.13"]
 )

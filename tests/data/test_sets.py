@@ -6,6 +6,7 @@ import pickle
 import sys
 import types
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -322,3 +323,14 @@ def test_libraries_that_are_missing_or_execute_code(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", old)
     with pytest.raises(ImportError, match=r"datasets 3\.6\.0 executes the code"):
         data.hugging_face("pets")
+
+
+@pytest.mark.parametrize(("name", "file"), [("cifar100", "cifar-100-python.tar.gz"), ("svhn", "test_32x32.mat")])
+def test_a_download_that_fails_says_of_what_and_what_to_do(tmp_path, monkeypatch, name, file):
+    def unreachable(*args, **kwargs):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(OSError, match=rf"could not be downloaded into .*\(.*not known.*\); .*{file} there") as error:
+        getattr(data, name)(tmp_path, train=False, download=True)
+    assert "\n" not in str(error.value)

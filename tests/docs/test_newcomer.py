@@ -221,3 +221,13 @@ def test_a_model_may_be_named_by_its_file(tmp_path):
     command[3] = f"{tmp_path}/no_net.py:Net"
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, f"error: there is no file {tmp_path}/no_net.py\n")
+
+
+def test_torchs_own_deprecations_are_not_shown():
+    code = """
+import fastlip, torch
+fastlip.local_lipschitz(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.GELU()), torch.rand(2, 3))
+"""
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "torch.jit.script" not in done.stderr

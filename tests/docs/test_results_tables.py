@@ -128,3 +128,33 @@ def test_local_constants_are_compared_on_the_same_images_and_are_bounds(tables):
         assert row["images"] == rows[0]["images"]
         if row["method"].startswith("auto_LiRPA"):
             assert float(row["x_fastlip"]) >= 1.0, row
+
+
+def test_pages_say_where_attacks_miss_their_aims(tables):
+    machine = {"device": "a", "isa": "b", "threads": "1", "torch": "c", "fastlip": "d"}
+    suite = machine | {
+        "network": "n",
+        "norm": "linf",
+        "images": "64",
+        "clean": "60",
+        "robust": "9",
+        "fooled_alone": "0",
+    }
+    suite |= {"cpu_s": "9", "x_wall": "1", "what": "fastlip", "missed": "0"}
+    rows = [
+        suite | {"eps": "0.003922", "x_cpu": "0.48"},
+        suite | {"eps": "0.007843", "x_cpu": "0.512", "missed": "1"},
+        suite | {"eps": "0.007843", "x_cpu": "1", "what": "AutoAttack"},
+        suite | {"norm": "l2", "eps": "0.25", "x_cpu": "0.3", "what": "fastlip, fast"},
+    ]
+    said = tables.TABLES["strength_suites"](rows).splitlines()
+    assert said[0] == (
+        '"fastlip": AutoAttack alone fools 1 of 128 images; at most 0.5 of its CPU seconds in 1 of 2; more: '
+        "n, Linf 2/255 (0.512)."
+    )
+    assert said[2].endswith("alone fools 0 of 64 images; at most 0.5 of its CPU seconds in 1 of 1.")
+    norms = machine | {"network": "n", "norm": "l1", "median": "1", "mean": "1", "wins": "1", "images": "1"}
+    norms |= {"found": "1", "cpu_s": "1", "what": "fastlip fmn"}
+    rows = [norms | {"calls": "100", "x_median": "1.004"}, norms | {"calls": "1000", "x_median": "1.0212"}]
+    said = tables.TABLES["strength_norms"](rows).splitlines()[0]
+    assert said.endswith("at most 1.01 of the best peer's in 1 of 2; more: n, l1, 1000 calls (1.021).")

@@ -83,7 +83,11 @@ def test_torchvision_model(run: Callable[..., Result]) -> None:
     ("args", "message"),
     [
         (["tiny_net:build", "--input", "3,a"], "--input must be numbers"),
-        (["tiny_net:missing"], "must be a torch module or a function that returns one"),
+        (["tiny_net:missing"], "tiny_net has no 'missing'; it defines build"),
+        (["tiny_net.py:missing"], "tiny_net.py has no 'missing'; it defines build"),
+        (["tiny_net:nn"], "must be a torch module or a function that returns one, got module"),
+        (["tiny_net:build", "--classes", "3"], "--classes is for models of torchvision and timm"),
+        (["timm:no_such_model"], "timm has no model 'no_such_model'"),
         (["no_such_model"], "torchvision has no classification model"),
         (["fcn_resnet50"], "torchvision has no classification model"),  # it would fetch its backbone's weights
         (["tiny_net:build", "--checkpoint", "absent.pt"], "absent.pt"),
@@ -143,6 +147,47 @@ def test_what_is_left_out_is_shown_and_may_be_refused(run: Callable[..., Result]
     assert refused.exit_code == 2
     assert "would be left out: layer_norm divides" in refused.stderr
     assert harmless(refused.stderr)
+
+
+def test_models_of_libraries_may_be_named_as_in_the_study(run: Callable[..., Result]) -> None:
+    pytest.importorskip("torchvision")
+    tiny = ("--input", "3,64,64", "--rtol", "0.5", "--csv", "-")
+    plain, named = (run(f"{prefix}squeezenet1_1", "--classes", "2", *tiny) for prefix in ("", "torchvision:"))
+    names = [row.partition(",")[0] for row in plain.stdout.splitlines()]
+    assert plain.exit_code == 0, plain.stderr
+    assert [row.partition(",")[0] for row in named.stdout.splitlines()] == names
+
+
+def test_a_model_of_timm(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    done = run("timm:lcnet_035", "--classes", "5", "--input", "3,32,32", "--rtol", "0.9", "--csv", "-")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("classifier,Linear 1280→5,")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert run("timm:lcnet_035").stderr == 'error: timm\'s models need timm: pip install "fastlip[timm]"\n'
+
+
+@pytest.mark.parametrize("columns", [98, 101, 106, 130])
+def test_what_a_terminal_shows_is_whole(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    name = "a" * 52
+    with open(tmp_path / "tiny_net.py", "a") as file:
+        file.write("class Long(nn.Sequential):\n    def __init__(self):\n        super().__init__()\n")
+        file.write(f"        self.{name} = nn.Linear(3, 2)\n")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    header, row = (line.rstrip() for line in run("tiny_net:Long", "--input", "3").stdout.splitlines()[:2])
+    assert header.endswith("method")
+    assert (row.split()[0], row.split()[-3:]) == (name, ["exact", "closed", "form"])
+    assert ("Linear 3→2" in row) == (columns == 130)
+
+
+def test_a_product_with_a_layer_of_norm_0_is_0() -> None:
+    zero, unknown = NormInterval(0.0, 0.0, 1.0, "svd", 0, True), NormInterval(1.0, math.inf, 1.0, "power", 7, False)
+    below = NormInterval(0.0, 100.0, 1.0, "svd", 0, True)
+    for norms, words in (((zero, unknown), "0 to 0"), ((below,), "0 to 10^2.000"), ((unknown,), "10^0.000 to 10^inf")):
+        report = NormReport(dict(zip("ab", norms, strict=False)), dict.fromkeys("ab"[: len(norms)], ""), 1.0, None)
+        assert report.product().endswith(f": {words}")
 
 
 def test_module_runs_as_a_program() -> None:

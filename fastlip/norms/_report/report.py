@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from typing import Any
@@ -62,12 +62,12 @@ class NormReport(Mapping[str, NormInterval]):
 
         None where weights that ran are left out: the product of the others says nothing of the model.
         """
-        return None if self._unbounded else sum(_log10(interval.upper) for interval in self.values())
+        return None if self._unbounded else _log10_product(interval.upper for interval in self.values())
 
     @property
     def log10_product_lower(self) -> float | None:
         """log10 of the product of the lower sides, below which the product of the norms cannot be; None as above."""
-        return None if self._unbounded else sum(_log10(interval.lower) for interval in self.values())
+        return None if self._unbounded else _log10_product(interval.lower for interval in self.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
@@ -188,7 +188,8 @@ class NormReport(Mapping[str, NormInterval]):
         if low is None or high is None:
             missing = f"{self._unbounded} weight{'s are' if self._unbounded > 1 else ' is'}"
             return f"no product: {missing} left out beside these {layers}"
-        return f"product of {layers}: 10^{low:.3f} to 10^{high:.3f}"
+        sides = ("0" if power == -math.inf else f"10^{power:.3f}" for power in (low, high))
+        return f"product of {layers}: {' to '.join(sides)}"
 
     def _rows(self) -> list[dict[str, Any]]:
         return [
@@ -237,5 +238,7 @@ def listed_names(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
-def _log10(x: float) -> float:
-    return math.log10(x) if x > 0.0 else -math.inf
+def _log10_product(norms: Iterable[float]) -> float:
+    norms = list(norms)
+    # 0 times what has no finite upper side is 0: the norm itself is finite.
+    return sum(map(math.log10, norms)) if all(norms) else -math.inf

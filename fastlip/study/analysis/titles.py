@@ -42,9 +42,10 @@ _FAMILIES = {
 def network_title(architecture: str) -> str:
     """The network in words, as in "ResNet-50" for "torchvision:resnet50"; an unknown name stays as it is."""
     name = architecture.rpartition(":")[2]
+    own = name.removeprefix("tf_")  # timm's mark for weights that come from TensorFlow
     for family in sorted(_FAMILIES, key=len, reverse=True):
-        if name.startswith(family):
-            parts = name.removeprefix(family).strip("_").split("_")
+        if own.startswith(family):
+            parts = own.removeprefix(family).strip("_").split("_")
             rest = "-".join(part.upper() if len(part) < 3 else part.capitalize() for part in parts)
             return (_FAMILIES[family] + rest).removesuffix("-")
     return name

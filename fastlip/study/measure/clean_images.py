@@ -1,7 +1,5 @@
 """Measurements on clean images: decisions, margins, and norms of the Jacobian of the logits."""
 
-import warnings
-
 import torch
 from torch import nn
 
@@ -39,8 +37,6 @@ def jacobian(model: nn.Module, images: Images, settings: Settings, seed: int, pr
     for rows in chosen.batches(progress):
         generator = torch.Generator().manual_seed(seed)
         steps = settings.lipschitz.jacobian_steps
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own forward-mode rules still script
-            norm = local_lipschitz(model, chosen.at(rows), max_steps=steps, generator=generator)
+        norm = local_lipschitz(model, chosen.at(rows), max_steps=steps, generator=generator)
         parts.append({"id": chosen.ids[rows], "norm": norm})
     return concatenated(parts)

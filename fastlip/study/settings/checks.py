@@ -82,7 +82,8 @@ def check_schedule(schedule: Schedule, name: str) -> None:
 
 
 def check_evaluation(evaluation: EvaluationSettings) -> None:
-    need(0 < evaluation.images <= evaluation.clean_images, "evaluation.images", "1 to evaluation.clean_images")
+    most = evaluation.clean_images
+    need(0 < evaluation.images <= most, "evaluation.images", f"1 to evaluation.clean_images, {most}")
     need(evaluation.snapshot_images > 0, "evaluation.snapshot_images", "must be at least 1")
     need(evaluation.batch_size > 0, "evaluation.batch_size", "must be above 0")
 

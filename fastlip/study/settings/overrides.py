@@ -14,31 +14,38 @@ FIXED = ("preset", "dataset", "source", "corrupted", "checkpoints", "models")
 
 
 def override(settings: Settings, assignments: list[str]) -> Settings:
-    """``settings`` with each "dotted.name=value" applied; lists are separated by commas.
+    """``settings`` with all "dotted.name=value" applied at once, so that their order matters only for one name.
+
+    Values of lists are separated by commas.
 
     Raises:
-        StudyError: a name is unknown or a value is of the wrong type; the message names the setting.
+        StudyError: a name is unknown, a value is of the wrong type, or the settings do not fit each other; the message
+            names the setting.
     """
+    known = [name for name in dotted_names(settings) if name not in FIXED]
+    changes: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise StudyError(f"--set {assignment}: write it as NAME=VALUE, as in pgd.steps=20", status=2)
         name, text = name.strip(), text.strip()
-        known = [known for known in dotted_names(settings) if known not in FIXED]
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise StudyError(f"--set {name}: no such setting; {hint}--help lists them", status=2)
-        settings = _replace(settings, name.split("."), text, name)
-    return settings
+        (*groups, last) = name.split(".")
+        kind, inner = type(settings), changes
+        for group in groups:
+            kind, inner = typing.get_type_hints(kind)[group], inner.setdefault(group, {})
+        inner[last] = _parse(typing.get_type_hints(kind)[last], text, name)
+    changed: Settings = _replace(settings, changes)
+    return changed
 
 
-def _replace(settings: Any, path: list[str], text: str, name: str) -> Any:
-    if len(path) > 1:
-        value = _replace(getattr(settings, path[0]), path[1:], text, name)
-    else:
-        value = _parse(typing.get_type_hints(type(settings))[path[0]], text, name)
-    return dataclasses.replace(settings, **{path[0]: value})
+def _replace(settings: Any, changes: dict[str, Any]) -> Any:
+    """A dataclass with changed values, those of the dataclasses in it by name."""
+    values = {k: _replace(getattr(settings, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
+    return dataclasses.replace(settings, **values)
 
 
 def _parse(kind: Any, text: str, name: str) -> Any:

@@ -14,6 +14,8 @@ from fastlip.study.storage.run_directory import TrainedModel
         ("torchvision:resnext50_32x4d", "ResNeXt-50-32x4d"),
         ("torchvision:wide_resnet50_2", "Wide ResNet-50-2"),
         ("timm:efficientnet_lite0", "EfficientNet-Lite0"),
+        ("timm:tf_efficientnet_lite0", "EfficientNet-Lite0"),
+        ("timm:tf_unknown", "tf_unknown"),
         ("torchvision:vgg11_bn", "VGG-11-BN"),
         ("torchvision:alexnet", "AlexNet"),
         ("torchvision:mobilenet_v3_small", "MobileNet-V3-Small"),

@@ -1,9 +1,13 @@
 """The documentation's table and figures of the study, and the README's, are those of the committed results."""
 
+import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+
+from fastlip.study.report.number_format import number, power
 
 ROOT = Path(__file__).parents[3]
 
@@ -39,3 +43,40 @@ def test_the_figures_beside_it_follow_from_the_committed_results():
     for row in (row for row in config["power"] if row["question"] == 1):
         assert f"“{row['expected']}”" in text
         assert f" {row['probability']:.3g} ".replace(" 0.", " .") in text
+
+
+def test_the_figures_of_efficientnet_follow_from_the_committed_results():
+    text = " ".join((ROOT / "docs" / "study-results.md").read_text().split())
+    section = text.partition("## EfficientNet-Lite0")[2].partition("<!-- efficientnet_lite0 table -->")[0]
+    folder = ROOT / "benchmarks" / "results" / "study" / "efficientnet_lite0"
+    results = json.loads((folder / "results.json").read_text())
+    models = {m["arm"]: m for m in results["models"]}
+
+    def short(value: float) -> str:
+        return f"{value:.3f}".removeprefix("0")
+
+    for arm in ("scratch", "finetune"):
+        m = models[arm]
+        ratio = m["ratio_median"]
+        assert f"{short(ratio['value'])} [{short(ratio['low'])}, {short(ratio['high'])}] (n = {ratio['n']})" in section
+        assert power(m["lipschitz"]["log10_upper"]) in section
+        assert number(m["smallest_pgd"]["stretch"]["mean"]["value"]) in section
+    for arm in ("scratch", "finetune", "softmax"):
+        assert f"{models[arm]['clean']['value']:.1%}" in section
+    assert f"beside {short(models['softmax']['ratio_median']['value'])} for softmax regression" in section
+    (rise,) = (
+        c["difference"]
+        for c in results["comparisons"]
+        if (c["arm"], c["against"], c["measure"]) == ("finetune", "scratch", "log smallest distortion")
+    )
+    value, low, high = (f"{math.exp(rise[side]):.2f}" for side in ("value", "low", "high"))
+    assert f"On the {rise['n']} images that both classify, the fine-tuned network is fooled by {value} times" in section
+    assert f"[{low}, {high}]" in section
+    for row in results["transfer"]:
+        if row["strength"] == 1.0 and {row["source"], row["target"]} == {"scratch-s0", "finetune-s0"}:
+            assert f"{row['fooled']['k']} of {row['fooled']['n']}" in section
+    assert {v["verdict"] for v in results["verdicts"]} == {"undetermined"}
+    command = json.loads((folder / "config.json").read_text())["command"].split()
+    given = [f"--set {value}" for word, value in itertools.pairwise(command) if word == "--set"]
+    assert given
+    assert all(setting in section for setting in given)

@@ -31,6 +31,16 @@ def test_override_changes_one_setting_and_its_type():
     assert settings.finetune == presets.preset("demo").finetune
 
 
+def test_settings_that_fit_each_other_are_taken_in_any_order():
+    """Each of these alone is refused: a snapshot after the last epoch, and more attacked images than clean ones."""
+    together = ["scratch.epochs=1", "scratch.snapshots=", "evaluation.images=500", "evaluation.clean_images=600"]
+    quick = presets.preset("quick")
+    forward, backward = (overrides.override(quick, order) for order in (together[2:] + together[:2], together[::-1]))
+    assert forward == backward == overrides.override(quick, together)
+    assert (forward.scratch.epochs, forward.scratch.snapshots, forward.evaluation.images) == (1, (), 500)
+    assert overrides.override(quick, ["seed=1", "seed=2"]).seed == 2
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
@@ -45,7 +55,7 @@ def test_override_changes_one_setting_and_its_type():
         ("pgd.steps=0", "pgd"),
         ("smallest.levels=1", "smallest.levels"),
         ("arms=scratch,magic", "arms"),
-        ("evaluation.images=100000", "evaluation.images"),
+        ("evaluation.images=100000", r"evaluation\.images: 1 to evaluation\.clean_images, 240"),
         ("rules.compared_linf_255=3", "rules.compared_linf_255"),
         ("scratch.flip=perhaps", "expected bool"),
         ("gaussian.sigmas=0.1,0.1", "gaussian.sigmas"),
