@@ -16,7 +16,7 @@ from fastlip.norms._options import NormOptions
 #: On a CPU a layer's vectors rest between steps. The interval from one to the next is doubled, up to so many forwards,
 #: after so many steps in a row that raised the norm by less than a share of it; a step that raises it by more than the
 #: last share brings the interval back to 1, and is followed by others at once.
-_LONGEST, _IN_A_ROW, _STEADY, _MOVING = 4, 8, 3e-4, 1e-3
+_LONGEST, _IN_A_ROW, _STEADY, _MOVING = 8, 4, 3e-4, 1e-3
 #: Most steps that a layer's vectors take at once to catch up.
 _MOST_AT_ONCE = 10
 #: Change of a norm since the vectors' last step after which they take one in the next forward.
