@@ -195,6 +195,19 @@ def _joined_parts(rows: list[Row]) -> str:
     return markdown(("", "joins", "log10 bound, parts independent", "log10 bound", "times smaller"), body)
 
 
+def _constrain(rows: list[Row]) -> str:
+    body = [
+        (
+            f"{r['network']}, batch {r['batch']}: {r['what']}",
+            *(number(r[column]) for column in ("step_ms", "added_ms", "alone_ms", "alone_x_each", "alone_x_torch")),
+            number(r["memory_mb"]),
+        )
+        for r in rows
+    ]
+    head = ("", "step, ms", "added, ms", "weights alone, ms", "× layer by layer", "× torch", "memory added, MB")
+    return markdown(head, body)
+
+
 def _local_bounds(rows: list[Row]) -> str:
     body = [
         (
@@ -243,6 +256,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "attackbench_cpu": _attackbench,
     "chain_bounds_cpu": _chain_bounds,
     "joined_parts_cpu": _joined_parts,
+    "constrain_cpu": _constrain,
     "local_bounds_cpu": _local_bounds,
     "lipschitz_cpu": _lipschitz,
 }

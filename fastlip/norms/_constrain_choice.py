@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastlip.norms._constrain_factors import computing_dtype
 from fastlip.norms._interval import DID_NOT_RUN
 from fastlip.norms._models.collect import layers_that_run
 from fastlip.norms._models.inputs import checked_shape
@@ -47,8 +48,10 @@ class ConstrainableLayer:
         assert isinstance(weight, Tensor)
         return weight
 
-    def leading_vector(self, generator: torch.Generator) -> Tensor:
-        """The first singular vector by a Lanczos iteration, in the weight's dtype, at least float32.
+    def start_vectors(self, generator: torch.Generator) -> Tensor:
+        """The first singular vector by a Lanczos iteration, and one orthogonal to it, [2, Cin, *input_size].
+
+        They are in the weight's dtype, at least float32.
 
         Raises:
             ValueError: the weight holds NaN or infinite values; the message names the layer.
@@ -59,11 +62,11 @@ class ConstrainableLayer:
             require_finite(op)
         except ValueError as error:
             raise ValueError(f"layer {self.name}: {error}") from None
-        vector = leading_vector(op, _START_RTOL, _START_STEPS, generator)
-        if vector is None:
-            vector = torch.randn(op.input_shape, dtype=torch.float64, generator=generator)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return unit(vector).to(weight.device, dtype)
+        first, second = torch.randn(2, *op.input_shape, dtype=torch.float64, generator=generator)
+        leading = leading_vector(op, _START_RTOL, _START_STEPS, generator)
+        first = unit(first if leading is None else leading.cpu())
+        second = unit(second - (second * first).sum() * first)
+        return torch.stack([first, second]).to(weight.device, computing_dtype(weight))
 
 
 def constrainable_layers(

@@ -18,6 +18,9 @@ from fastlip.norms._operators.operator import PADDING_MODES, Operator
 from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._spectral_norm_value import unit
 
+#: Most outer products that G is kept as: of more the two factors take longer to multiply than G takes to read.
+_MOST_PRODUCTS = 4
+
 
 class NormGradient(NamedTuple):
     """The gradient G of a norm in the weight, [Cout, n]: ``left`` times ``right``, or ``left`` where that is empty.
@@ -37,15 +40,16 @@ class NormGradient(NamedTuple):
             return torch.dot(rows.flatten(), self.left.flatten())
         return (torch.mm(self.right, rows.mT) * self.left.mT).sum()
 
-    def subtract_from(self, gradient: Tensor, factor: Tensor | float) -> None:
-        """Subtract ``factor`` G from a contiguous gradient, in place."""
-        rows = gradient.view(len(self.left), -1)
+    def subtracted_from(self, gradient: Tensor, factor: Tensor | float) -> Tensor:
+        """The difference of a gradient and ``factor`` G, of the gradient's shape."""
+        rows = gradient.reshape(len(self.left), -1)
         if self.right.numel():
-            rows.addmm_(self.left * -factor, self.right)
+            found = torch.addmm(rows, self.left * -factor, self.right)
         elif isinstance(factor, float):
-            rows.sub_(self.left, alpha=factor)
+            found = torch.sub(rows, self.left, alpha=factor)
         else:
-            rows.sub_(self.left * factor)
+            found = rows - self.left * factor
+        return found.view(gradient.shape)
 
 
 def encode(op: Operator) -> tuple[int, ...]:
@@ -72,18 +76,20 @@ def _operators(weights: Sequence[Tensor], geometry: Sequence[int]) -> list[Opera
 def norm_gradients(
     weights: Sequence[Tensor], vectors: Sequence[Tensor], geometry: Sequence[int], iterations: int
 ) -> list[Tensor]:
-    """Steps of power iteration for all layers at once.
+    """Steps of power iteration for all layers at once, each with two vectors that are orthogonal to each other.
 
-    A weight of 16 bits is computed with in float32. A vector that a weight of zeros or of NaN would spoil stays.
+    The second vector stands by: where training makes another singular value the largest, a single vector would take
+    many steps to leave the former one. A weight of 16 bits is computed with in float32. Vectors that a weight of zeros
+    or of NaN would spoil stay.
 
     Args:
         weights: [Cout, Cin / groups, *kernel] each.
-        vectors: the layers' singular vectors so far, [Cin, *input_size] each, of length 1.
+        vectors: the layers' singular vectors so far, [2, Cin, *input_size] each, of length 1.
         geometry: numbers of :func:`encode`, one layer after the other.
         iterations: steps, at least 1.
 
     Returns:
-        For each layer the new vector, and ``left`` and ``right`` of its :class:`NormGradient`.
+        For each layer the new vectors, and ``left`` and ``right`` of its :class:`NormGradient`.
     """
     found: list[Tensor] = []
     with torch.autocast(weights[0].device.type, enabled=False):
@@ -113,26 +119,37 @@ def computable(weight: Tensor) -> Tensor:
     return weight.to(computing_dtype(weight))
 
 
-def _step(op: Operator, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The new vector, in the dtype of the old, and the gradient's two factors."""
+def _step(op: Operator, vectors: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The new vectors, in the dtype of the old, and the gradient's two factors."""
     convolution = TorchOperator(op, computable(op.weight))
-    v = vector.to(convolution.weight.dtype)[None]
+    v = vectors.to(convolution.weight.dtype)
     for _ in range(iterations):
-        u = unit(convolution.forward(v))
-        image = unit(convolution.adjoint(u))
-        v = torch.where(image.any() & image.isfinite().all(), image, v)
+        images = convolution.forward(v)
+        # The two are rotated so that the first is stretched most; over the largest entry no square leaves its range.
+        scaled = images.flatten(1) / images.abs().amax().clamp_min(torch.finfo(images.dtype).tiny)
+        first, second, product = scaled[0].square().sum(), scaled[1].square().sum(), (scaled[0] * scaled[1]).sum()
+        angle = 0.5 * torch.atan2(2.0 * product, first - second)
+        cos, sin = angle.cos(), angle.sin()
+        u = unit(cos * images[0] + sin * images[1])
+        back = convolution.adjoint(torch.stack([u, unit(cos * images[1] - sin * images[0])]))
+        one = unit(back[0])
+        other = unit(back[1])
+        other = unit(other - (other * one).sum() * one)
+        found = torch.stack([one, other])
+        usable = found.flatten(1).any(1) & found.flatten(1).isfinite().all(1)
+        v = torch.where(usable.view(-1, *(1,) * (v.dim() - 1)), found, v)
     u = torch.where(u.isfinite().all(), u, 0.0)
-    left, right = _outer(convolution, u, v)
-    return v[0].to(vector.dtype).clone(memory_format=torch.contiguous_format), left, right
+    left, right = _outer(convolution, u[None], v[:1])
+    return v.to(vectors.dtype).clone(memory_format=torch.contiguous_format), left, right
 
 
 def _positions(op: Operator) -> int:
-    """Number of outer products that G is kept as; 0 where it takes no more memory, or hardly more, as it is."""
+    """Number of outer products that G is kept as; 0 where it is kept as it is."""
     if op.groups > 1 or (op.kernel and not _unfolds(op)):
         return 0
     positions = math.prod(op.output_size)
     kept = positions * (len(op.weight) + math.prod(op.weight.shape[1:]))
-    return positions if 2 * kept <= op.weight.numel() else 0
+    return positions if positions <= _MOST_PRODUCTS and 2 * kept <= op.weight.numel() else 0
 
 
 def _unfolds(op: Operator) -> bool:

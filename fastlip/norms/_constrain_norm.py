@@ -160,7 +160,7 @@ class LayerConstraint(nn.Module):
         return weight / (norm / self.bound).clamp_min(1.0)
 
     def _upper(self, weight: Tensor) -> float:
-        if self._certified is None or not torch.equal(self._certified[0], weight.detach()):
+        if self._certified is None or not same_weight(self._certified[0], weight.detach()):
             copy = weight.detach().clone()
             op = self._geometry.with_weight(copy)
             require_finite(op)
@@ -173,6 +173,12 @@ class LayerConstraint(nn.Module):
         if self._top is None:
             self._top = settled_vector(TorchOperator(self._geometry, weight.detach()), self.v)
         return self._top
+
+
+def same_weight(certified: Tensor, weight: Tensor) -> bool:
+    """Whether a weight holds the numbers that were certified, in that dtype or in one where scaling rounds less."""
+    wider = torch.promote_types(certified.dtype, weight.dtype) == weight.dtype
+    return wider and certified.device == weight.device and torch.equal(certified.to(weight.dtype), weight)
 
 
 def certified_uppers(ops: Sequence[Operator], options: NormOptions) -> list[float]:

@@ -32,10 +32,11 @@ def constrain_norms(
     parametrised (``torch.nn.utils.parametrize``): it is scaled by min(1, bound / norm), with the gradient of that.
 
     In training the norm is <u, A v> with the vectors u and v of warm power iteration, at first those of a Lanczos
-    iteration. It is computed for the weight as it is in each forward, and approached from below. The vectors' steps are
+    iteration, beside which a second pair is iterated in case that its singular value overtakes. It is computed for the
+    weight as it is in each forward, and approached from below. The vectors' steps are
     one operation for all layers, which runs when the model is called. On a GPU, and in compiled code, every layer takes
     part each time. On a CPU a layer's vectors rest for up to eight forwards as long as steps hardly raise its norm, and
-    do not where it changes. A layer that is called without the model takes its own step each time.
+    take up to ten at once where they raise it. A layer that is called without the model takes its own step each time.
 
     In eval mode the weights are scaled by certified upper sides instead, computed for all layers together whenever a
     weight has changed, so that the bound holds for all with ``confidence``. This runs outside of compiled code; use
@@ -74,9 +75,9 @@ def constrain_norms(
     root = bare_model(model)
     found = constrainable_layers(root, input_shape, layers)
     generator = chosen.resolved([]).generator
-    vectors = [layer.leading_vector(generator) for layer in found]
-    for layer, vector in zip(found, vectors, strict=True):
-        constraint = NormConstraint(layer.name, layer.geometry, vector, bound, iterations, chosen)
+    starts = [layer.start_vectors(generator) for layer in found]
+    for layer, vectors in zip(found, starts, strict=True):
+        constraint = NormConstraint(layer.name, layer.geometry, vectors, bound, iterations, chosen)
         constraint.train(layer.module.training)
         # The check of what the parametrisation returns would take a step, or certify.
         parametrize.register_parametrization(layer.module, "weight", constraint, unsafe=True)

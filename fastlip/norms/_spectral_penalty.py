@@ -23,7 +23,7 @@ class SpectralPenalty:
     def __init__(self, layers: Sequence[ConstrainableLayer], bound: float, iterations: int) -> None:
         self._layers, self._bound, self._iterations = list(layers), bound, iterations
         generator = NormOptions().resolved([]).generator
-        self._vectors = [layer.leading_vector(generator) for layer in layers]
+        self._vectors = [layer.start_vectors(generator) for layer in layers]
         self._encoded = [number for layer in layers for number in encode(layer.geometry)]
 
     def norms(self) -> dict[str, Tensor]:

@@ -215,7 +215,7 @@ def test_the_gradient_of_a_constraint_is_that_of_what_it_computes(kind: str, tra
     layer = made[kind]().train(training)
     x = torch.randn(3, *{"linear": (6,), "conv": (2, 5, 5), "transposed": (2, 4, 4)}[kind], dtype=torch.float64)
     original = layer.parametrizations.weight.original
-    original.data.mul_(8.0)
+    original.data.abs_().mul_(8.0)  # positive, so that the first singular value lies apart from the others
     target = torch.randn_like(layer(x))
     loss = lambda: ((layer(x) - target) ** 2).sum()  # noqa: E731
     (grad,) = torch.autograd.grad(loss(), original)

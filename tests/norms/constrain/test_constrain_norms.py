@@ -331,7 +331,7 @@ def test_compiled_whole() -> None:
 
 def _reaches_the_norm(constraint: NormConstraint, weight: Tensor) -> bool:
     op = constraint.operator(weight.detach())
-    image = F.conv2d(constraint.v[None], op.weight, padding=1)
+    image = F.conv2d(constraint.v[:1], op.weight, padding=1)
     return image.norm().item() >= 0.98 * fastlip.norms.operator_norms([op])[0].lower
 
 

@@ -25,8 +25,8 @@ OPERATORS = {
 
 
 def start(op: Operator) -> Tensor:
-    v = torch.randn(op.input_shape, dtype=op.weight.dtype)
-    return v / v.norm()
+    v = torch.randn(2, *op.input_shape, dtype=op.weight.dtype)
+    return F.normalize(v.flatten(1)).view_as(v)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -38,11 +38,11 @@ def test_norm_vector_and_gradient(name: str) -> None:
     truth = operator_norms([op], rtol=1e-8, method="svd")[0].upper
     assert gradient.norm_of(op.weight).item() == pytest.approx(truth, rel=1e-7)
     weight = op.weight.clone().requires_grad_()
-    image = TorchOperator(op, weight).forward(v[None])
+    image = TorchOperator(op, weight).forward(v[:1])
     (expected,) = torch.autograd.grad((image * (image / image.norm()).detach()).sum(), weight)
-    zeros = torch.zeros_like(weight)
-    gradient.subtract_from(zeros, -1.0)
-    torch.testing.assert_close(zeros, expected, rtol=1e-6, atol=1e-7)
+    for factor in (-2.0, torch.tensor(-2.0)):
+        found = gradient.subtracted_from(torch.ones_like(weight), factor)
+        torch.testing.assert_close(found, 1.0 + 2.0 * expected, rtol=1e-6, atol=1e-7)
     assert bool(right.numel()) == (name in ("matrix", "unfolded, in factors"))
 
 
