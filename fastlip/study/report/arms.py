@@ -92,14 +92,15 @@ def arms_of(results: Results) -> list[Arm]:
         key = model["arm"]
         if key not in found:
             place = _ORDER.index(key) if key in _ORDER else next(i for i in free if i not in taken)
-            found[key] = Arm(key, arm_name(key), place)
+            found[key] = Arm(key, arm_name(results, key), place)
         found[key].models.append(model)
     return list(found.values())
 
 
-def arm_name(key: str) -> str:
-    """The name of an arm for readers; a checkpoint has its own."""
-    return _NAMES.get(key, printable(key))
+def arm_name(results: Results, key: str) -> str:
+    """The name of an arm for readers; a checkpoint has its own, even where it is that of an arm."""
+    given = any(m["arm"] == key and m["role"] == "checkpoint" for m in results["models"])
+    return printable(key) if given else _NAMES.get(key, printable(key))
 
 
 def title(model: Model) -> str:

@@ -46,7 +46,7 @@ def difference_table(results: Results) -> Table:
     """Paired differences: over seeds where there are several, then seed by seed."""
     rows: list[tuple[str, ...]] = []
     for group in grouped(results):
-        who = f"{arm_name(group.arm)} against {arm_name(group.against)}"
+        who = f"{arm_name(results, group.arm)} against {arm_name(results, group.against)}"
         text = factor if group.logarithmic else interval
         if group.overall is not None:
             rows.append((who, MEASURES[group.measure], "all", text(group.overall)))

@@ -109,6 +109,7 @@ def page(
     html = environment.get_template("report.html").render(
         r=results,
         generated=GENERATED,
+        given=all(model["role"] == "checkpoint" for model in results["models"]),
         tables={table.name: table for table in every_table},
         figures={figure.name: figure for figure in figures},
         accuracy=[figure for figure in figures if figure.name.startswith("accuracy-")],

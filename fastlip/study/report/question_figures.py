@@ -69,7 +69,8 @@ def _difference_figure(results: Results, name: str, measures: tuple[str, ...], c
                 log_scale(axes, "x")
             else:
                 axes.xaxis.set_major_locator(MaxNLocator(5))
-            arms_downward(axes, [f"{arm_name(g.arm)} against {arm_name(g.against)}" for g in groups])
+            pairs = [f"{arm_name(results, g.arm)} against {arm_name(results, g.against)}" for g in groups]
+            arms_downward(axes, pairs)
             axes.set_title(MEASURES[groups[0].measure])
 
     caption += " Arrows: no limit exists. Each seed with its interval over images" + (

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from fastlip.study.json_types import require
-from fastlip.study.report import depth_figures, drawing, robustness_figures, spectra_figures
+from fastlip.study.report import depth_figures, drawing, html_report, robustness_figures, spectra_figures
 from fastlip.study.report.arms import arms_of, title
 from fastlip.study.report.drawing import log_scale
 from fastlip.study.storage.schema import Results
@@ -49,6 +49,8 @@ def test_synthetic_results_are_results(world):
 
 def test_answers_come_first_then_images_and_the_distortion_figure(page):
     html, verdicts = page.html, page.results["verdicts"]
+    if page.results["models"][0]["role"] == "checkpoint":
+        pytest.skip("checkpoints are not asked the questions")
     headlines = [html.index(f'<h3 class="answer">{entities.escape(v["headline"])}') for v in verdicts]
     first_table, first_image = html.index("<table"), html.index("<img")
     figure = html.index(f'aria-label="{entities.escape(page.figures[0].caption)}"')
@@ -61,6 +63,21 @@ def test_answers_come_first_then_images_and_the_distortion_figure(page):
     answers_end = html.index("</section>\n\n<h2", headlines[-1])
     assert re.sub(r"<[^>]*>", " ", html[answers_end:first_image]).split()[:4] == ["What", "it", "looks", "like"]
     assert "<details" not in html[answers_end:first_image]
+
+
+def test_given_checkpoints_are_compared_and_not_asked_questions_about_arms(synthetic, render):
+    """A checkpoint may have the name of an arm, which it then keeps."""
+    made = synthetic(arms=("scratch", "mine & yours", "finetune"))
+    results = made.results()
+    for model in results["models"]:
+        model |= {"role": "checkpoint", "title": model["arm"]}
+    page = render(results, html_report.all_figures(results, made.distortions(results)))
+    assert "<h1>scratch, mine &amp; yours, finetune</h1>" in page
+    assert 'class="answer"' not in page
+    text = Reader(page).text
+    for words in ("Not asked", "from scratch", "re-training", "How much each question needs"):
+        assert words not in text, words
+    assert re.search("scratch against finetune|finetune against scratch", text)
 
 
 def test_nothing_is_fetched_and_nothing_is_executed(page):
@@ -156,7 +173,8 @@ def test_generated_images_are_named_before_anything_else(page, generated, render
     assert ("GENERATED IMAGES" in html) == generated
     if generated:
         assert html.index("GENERATED IMAGES</strong>") < html.index("<h1>")
-        assert "supported on generated images" in html
+        asked = page.results["models"][0]["role"] != "checkpoint"
+        assert ("supported on generated images" in html) == asked
 
 
 def test_the_style_sheet_has_the_backgrounds_that_colours_are_checked_on(page):
