@@ -208,6 +208,20 @@ def _constrain(rows: list[Row]) -> str:
     return markdown(head, body)
 
 
+def _constrain_tracking(rows: list[Row]) -> str:
+    body = []
+    for rate in dict.fromkeys(r["rate"] for r in rows):
+        run = [r for r in rows if r["rate"] == rate]
+        below = [1 - float(r["x_upper"]) for r in run if r["x_upper"]]
+        (certified,) = (r["upper"] for r in run if r["step"] == "certified")
+        within = sum(b <= 0.02 for b in below)
+        body.append(
+            (f"learning rate {rate}", f"{within} of {len(below)}", f"{100 * max(below):.1f}%", number(certified))
+        )
+    head = ("", "steps with every layer within 2%", "furthest below", "largest certified norm afterwards")
+    return markdown(head, body)
+
+
 def _local_bounds(rows: list[Row]) -> str:
     body = [
         (
@@ -257,6 +271,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "chain_bounds_cpu": _chain_bounds,
     "joined_parts_cpu": _joined_parts,
     "constrain_cpu": _constrain,
+    "constrain_tracking": _constrain_tracking,
     "local_bounds_cpu": _local_bounds,
     "lipschitz_cpu": _lipschitz,
 }

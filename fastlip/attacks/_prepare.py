@@ -104,7 +104,7 @@ def prepare(
         if draws == eot == 1 and same_size is None:
             return model
         if isinstance(model, _Prepared):
-            return _Prepared(model.made, model.fast, model.precision, **averaged)
+            return model.averaging(**averaged)
         return Network(model.model, model.faster, model.rounding, graphs=model.graphs, **averaged)
     check_images(inputs)
     return _Prepared(network_of(model, inputs, fast=fast, precision=precision), fast, precision, **averaged)
@@ -118,6 +118,12 @@ class _Prepared(Network):
         self.made, self.fast, self.precision = made, fast, precision
         self._fingerprint = self._present_fingerprint()
         self._warned = False
+
+    def averaging(self, **averaged: Any) -> "_Prepared":
+        """The same copy, of the same state of the model, with other numbers of passes."""
+        other = _Prepared(self.made, self.fast, self.precision, **averaged)
+        other._fingerprint = self._fingerprint
+        return other
 
     def renew(self, inputs: Tensor) -> None:
         """Make the copy anew unless the model's tensors are those that it was made of."""

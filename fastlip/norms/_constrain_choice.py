@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastlip.norms._constrain_factors import computing_dtype
 from fastlip.norms._interval import DID_NOT_RUN
 from fastlip.norms._models.collect import layers_that_run
 from fastlip.norms._models.inputs import checked_shape
 from fastlip.norms._models.layer import LayerTemplate
 from fastlip.norms._models.structure import modules_of
+from fastlip.norms._norm_gradients import computing_dtype
 from fastlip.norms._operators.modules import CONVS, TRANSPOSED
 from fastlip.norms._operators.operator import Operator, require_finite, require_floating
 from fastlip.norms._operators.trim import flatten, trim
@@ -62,7 +62,8 @@ class ConstrainableLayer:
             require_finite(op)
         except ValueError as error:
             raise ValueError(f"layer {self.name}: {error}") from None
-        first, second = torch.randn(2, *op.input_shape, dtype=torch.float64, generator=generator)
+        drawn = torch.randn(2, *op.input_shape, dtype=torch.float64, generator=generator, device=generator.device)
+        first, second = drawn.cpu()
         leading = leading_vector(op, _START_RTOL, _START_STEPS, generator)
         first = unit(first if leading is None else leading.cpu())
         second = unit(second - (second * first).sum() * first)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastlip.norms._constrain_factors import NormGradient, computable, computing_dtype, encode, norm_gradients
 from fastlip.norms._constrain_norm import certified_uppers, same_weight, settled_vector
+from fastlip.norms._norm_gradients import NormGradient, computable, computing_dtype, encode, norm_gradients
 from fastlip.norms._operators.operator import Operator, require_finite
 from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._options import NormOptions

@@ -33,10 +33,11 @@ def constrain_norms(
 
     In training the norm is <u, A v> with the vectors u and v of warm power iteration, at first those of a Lanczos
     iteration, beside which a second pair is iterated in case that its singular value overtakes. It is computed for the
-    weight as it is in each forward, and approached from below. The vectors' steps are
-    one operation for all layers, which runs when the model is called. On a GPU, and in compiled code, every layer takes
-    part each time. On a CPU a layer's vectors rest for up to eight forwards as long as steps hardly raise its norm, and
-    take up to ten at once where they raise it. A layer that is called without the model takes its own step each time.
+    weight as it is in each forward, and approached from below: while another singular value becomes the largest, the
+    weight's norm may exceed the bound by some percent. The vectors' steps are one operation for all layers, which runs
+    when the model is called. On a GPU, and in compiled code, every layer takes part each time. On a CPU a layer's
+    vectors rest for up to eight forwards as long as steps hardly raise its norm, and take up to ten at once where they
+    raise it. A layer that is called without the model takes its own step each time.
 
     In eval mode the weights are scaled by certified upper sides instead, computed for all layers together whenever a
     weight has changed, so that the bound holds for all with ``confidence``. This runs outside of compiled code; use

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from fastlip._arguments import integer
 from fastlip.norms._constrain_choice import ConstrainableLayer, Layers, constrainable_layers
-from fastlip.norms._constrain_factors import NormGradient, computable, encode, norm_gradients
 from fastlip.norms._constrain_norm import positive_bound
 from fastlip.norms._models.wrappers import bare_model
+from fastlip.norms._norm_gradients import NormGradient, computable, encode, norm_gradients
 from fastlip.norms._options import NormOptions
 
 

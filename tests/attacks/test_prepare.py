@@ -291,13 +291,15 @@ def test_copies_serve_again_while_the_model_is_the_same(residual):
     torch.testing.assert_close(copy_of()(inputs), residual(inputs), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("averaged", [{}, {"draws": 2}])
+@pytest.mark.parametrize("averaged", [{}, {"draws": 2}, {"draws": 2, "when": "afterwards"}])
 @pytest.mark.parametrize("change", ["a step of training", "running statistics", "another tensor", "precision"])
 def test_a_network_follows_its_model_through_training(cnn_problem, change, averaged):
     """A stale copy would make every later attack weaker, and the model look robust."""
     model, inputs, labels = cnn_problem
     options = {"precision": torch.bfloat16} if change == "precision" else {"fast": True}
-    network = attacks.prepare(model, inputs, **options, **averaged)
+    averaged = dict(averaged)
+    afterwards = averaged.pop("when", "") == "afterwards"
+    network = attacks.prepare(model, inputs, **options, **({} if afterwards else averaged))
     attacks.pgd(network, inputs, labels, generator=gen(), **CALL)
     with torch.no_grad():
         if change == "running statistics":
@@ -308,6 +310,8 @@ def test_a_network_follows_its_model_through_training(cnn_problem, change, avera
             for p in model.parameters():
                 p.add_(torch.randn(p.shape, generator=gen()), alpha=float(p.std()))
     labels = model(inputs).argmax(1)
+    if afterwards:  # what is stale must not pass for new by being averaged
+        network = attacks.prepare(network, inputs, **averaged)
     with pytest.warns(attacks.AttackWarning, match="has changed since it was prepared") as caught:
         found = attacks.pgd(network, inputs, labels, generator=gen(), **CALL)
     assert caught[0].filename == __file__
