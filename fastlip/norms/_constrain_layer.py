@@ -14,11 +14,11 @@ from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._options import NormOptions
 
 #: On a CPU a layer's vectors rest between steps. The interval from one to the next is doubled, up to so many forwards,
-#: after so many steps in a row that raised the norm by less than a share of it; a step that raises it by more than the
-#: last share brings the interval back to 1, and is followed by others at once.
-_LONGEST, _IN_A_ROW, _STEADY, _MOVING = 8, 4, 3e-4, 1e-3
-#: Most steps that a layer's vectors take at once to catch up.
-_MOST_AT_ONCE = 10
+#: after so many times in a row that the steps raised the norm by less than a share of it; where they raise it by more
+#: than the last share the interval is 1 again.
+_LONGEST, _IN_A_ROW, _STEADY, _MOVING = 16, 4, 3e-4, 1e-3
+#: Most steps, in multiples of ``iterations``, that are taken at once, and how often in one forward.
+_MOST_AT_ONCE, _MOST_TURNS = 4, 4
 #: Change of a norm since the vectors' last step after which they take one in the next forward.
 _CHANGE = 2e-3
 
@@ -37,9 +37,8 @@ class _Certificate:
             convolution = TorchOperator(constraint.geometry, constraint.operator(weight).weight)
             vector = settled_vector(convolution, constraint.v[0].to(weight.dtype))
             vectors = torch.stack([vector, constraint.v[1].to(weight.dtype)])
-            _, left, right = norm_gradients([weight], [vectors], constraint.encoded, 1)
-            found = NormGradient(left, right)
-            self._gradient = found, float(found.norm_of(weight))
+            _, norms, left, right = norm_gradients([weight], [vectors], constraint.encoded, 1)
+            self._gradient = NormGradient(left, right), float(norms[1])
         return self._gradient
 
 
@@ -48,11 +47,11 @@ class _Tracking:
 
     Attributes:
         gradient: of the norm in the weight; None until the first step.
+        found: the norm after the last step, a scalar.
         norm: the norm that the last forward in training found on a CPU.
-        stepped: the same of the forward in which the vectors took their last step.
-        wait: forwards until the vectors' next step.
+        rested: forwards since the last step.
         interval: forwards from one step to the next.
-        steady: number of steps in a row that hardly raised the norm.
+        steady: how many times in a row steps hardly raised the norm.
         prepared: whether the model's forward is running, and took the steps that are due, or certified the layer.
         together: layers in eval mode that the model's forward, which is running, certifies with this one.
         certificate: what eval mode goes by.
@@ -60,11 +59,21 @@ class _Tracking:
 
     def __init__(self) -> None:
         self.gradient: NormGradient | None = None
-        self.norm = self.stepped = 0.0
-        self.wait, self.interval, self.steady = 0, 1, 0
+        self.found: Tensor | None = None
+        self.norm = 0.0
+        self.rested, self.interval, self.steady = 0, 1, 0
         self.prepared = False
         self.together: list[tuple[NormConstraint, Tensor]] = []
         self.certificate: _Certificate | None = None
+
+    def set_interval(self, raised: float) -> None:
+        """Choose when the next step is due, after one that raised the norm by this share of it."""
+        self.rested = 0
+        self.steady = self.steady + 1 if raised < _STEADY else 0
+        if not raised < _MOVING:
+            self.interval = 1
+        elif self.steady == _IN_A_ROW:
+            self.interval, self.steady = min(_LONGEST, 2 * self.interval), 0
 
 
 class NormConstraint(nn.Module):
@@ -99,21 +108,20 @@ class NormConstraint(nn.Module):
             return weight if scale >= 1.0 else _CertifiedScale.apply(weight, self, tracking.certificate, scale)
         if not tracking.prepared:
             track([(self, weight)])
-        gradient = tracking.gradient
+        gradient, norm = tracking.gradient, tracking.found
         assert gradient is not None
-        with torch.autocast(weight.device.type, enabled=False):
-            norm = gradient.norm_of(computable(weight.detach()))
-            if _may_read(weight):
-                value = float(norm)
-                if tracking.wait == tracking.interval:  # right after a step
-                    tracking.stepped = value
-                if abs(value - tracking.stepped) > _CHANGE * value:
-                    tracking.wait = 0
-                tracking.norm = value
-                if value <= self.bound:
-                    return weight
-                return _Scale.apply(weight, *gradient, value, self.bound)
+        assert norm is not None
+        if not _may_read(weight):
             return _Scale.apply(weight, *gradient, norm, self.bound)
+        if tracking.rested:
+            with torch.autocast(weight.device.type, enabled=False):
+                found, norm = norm, gradient.norm_of(computable(weight.detach()))
+            if abs(norm - found) > _CHANGE * norm:
+                tracking.interval = 1
+        tracking.norm = float(norm)
+        if tracking.norm <= self.bound:
+            return weight
+        return _Scale.apply(weight, *gradient, tracking.norm, self.bound)
 
     def due(self, weight: Tensor) -> bool:
         """Whether the vectors take a step in this forward."""
@@ -122,8 +130,15 @@ class NormConstraint(nn.Module):
             return True
         if gradient.left.dtype != computing_dtype(weight):
             return True
-        self.tracking.wait -= 1
-        return self.tracking.wait <= 0
+        self.tracking.rested += 1
+        return self.tracking.rested >= self.tracking.interval
+
+    def steps(self, weight: Tensor, catch_up: bool) -> int:
+        """How many steps to take at once: on a CPU more for the forwards that the vectors rested, and to catch up."""
+        times = 1
+        if _may_read(weight):
+            times = _MOST_AT_ONCE if catch_up else min(max(self.tracking.rested, 1), _MOST_AT_ONCE)
+        return times * self.iterations
 
     def operator(self, weight: Tensor) -> Operator:
         """The layer's linear map with this weight."""
@@ -141,57 +156,38 @@ def _may_read(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def track(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
-    """Steps of power iteration for these layers in training, by one operation for all that are iterated alike.
+    """Krylov steps for these layers in training, by one operation for all that take as many.
 
     On a CPU layers whose norm has moved take more of them.
     """
     moving = [(constraint, weight.detach()) for constraint, weight in layers]
-    for _ in range(_MOST_AT_ONCE):
-        raised = _take_steps(moving)
+    for turn in range(_MOST_TURNS):
+        raised = _take_steps(moving, catch_up=turn > 0)
         moving = [pair for pair, share in zip(moving, raised, strict=True) if not share < _MOVING]
         if not moving:
             break
 
 
-def _take_steps(layers: Sequence[tuple[NormConstraint, Tensor]]) -> list[float]:
-    """Steps of power iteration; returns the shares by which they raised the norms, 0 where no number may be read."""
+def _take_steps(layers: Sequence[tuple[NormConstraint, Tensor]], catch_up: bool) -> list[float]:
+    """Krylov steps; returns the shares by which they raised the norms, 0 where no number may be read."""
     alike: dict[tuple[int, torch.device], list[int]] = {}
     for place, (constraint, weight) in enumerate(layers):
-        alike.setdefault((constraint.iterations, weight.device), []).append(place)
+        alike.setdefault((constraint.steps(weight, catch_up), weight.device), []).append(place)
     shares = [0.0] * len(layers)
-    for (iterations, _), places in alike.items():
+    for (steps, _), places in alike.items():
         weights, vectors = [layers[i][1] for i in places], [layers[i][0].v for i in places]
         encoded = [number for i in places for number in layers[i][0].encoded]
-        found = norm_gradients(weights, vectors, encoded, iterations)
+        found = norm_gradients(weights, vectors, encoded, steps)
         for n, (place, weight) in enumerate(zip(places, weights, strict=True)):
             constraint = layers[place][0]
-            new, left, right = found[3 * n : 3 * n + 3]
+            new, norms, left, right = found[4 * n : 4 * n + 4]
             constraint.v.copy_(new)
-            gradient, before = NormGradient(left, right), constraint.tracking.gradient
+            constraint.tracking.gradient, constraint.tracking.found = NormGradient(left, right), norms[1]
             if _may_read(weight):
-                shares[place] = _raised(computable(weight), before, gradient)
-                _set_interval(constraint.tracking, shares[place])
-            constraint.tracking.gradient = gradient
+                before, after = norms.tolist()
+                shares[place] = (after - before) / after if after > 0.0 else 0.0
+                constraint.tracking.set_interval(shares[place])
     return shares
-
-
-def _raised(weight: Tensor, before: NormGradient | None, after: NormGradient) -> float:
-    """The share by which a step raised the norm; 0 for the first one, whose vectors come from the certified solver."""
-    if before is None or before.left.shape != after.left.shape or before.left.dtype != after.left.dtype:
-        return 0.0
-    with torch.autocast("cpu", enabled=False):
-        old, new = float(before.norm_of(weight)), float(after.norm_of(weight))
-    return (new - old) / new if new > 0.0 else 0.0
-
-
-def _set_interval(tracking: _Tracking, raised: float) -> None:
-    """Choose when the next step is due."""
-    tracking.steady = tracking.steady + 1 if abs(raised) < _STEADY else 0
-    if not raised < _MOVING:
-        tracking.interval = 1
-    elif tracking.steady == _IN_A_ROW:
-        tracking.interval, tracking.steady = min(_LONGEST, 2 * tracking.interval), 0
-    tracking.wait = tracking.interval
 
 
 def certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
@@ -239,7 +235,7 @@ class _Scale(torch.autograd.Function):
             along = torch.dot(given.flatten(), computable(scaled).flatten()) / ctx.bound
             factor: Tensor | float = torch.where(norms[0] > ctx.bound, along, 0.0) if norms else float(along)
             scale = (ctx.bound / norms[0]).clamp(max=1.0) if norms else ctx.bound / ctx.norm
-            found = NormGradient(left, right).subtracted_from(given, factor).mul_(scale)
+            found = NormGradient(left, right).subtracted_from(given, factor, scale)
         return found.to(grad.dtype), None, None, None, None
 
 
@@ -263,5 +259,5 @@ class _CertifiedScale(torch.autograd.Function):
         given = computable(grad.contiguous())
         with torch.autocast(grad.device.type, enabled=False):
             along = torch.dot(given.flatten(), computable(scaled).flatten())
-            found = gradient.subtracted_from(given, float(along) / (norm * ctx.scale)).mul_(ctx.scale)
+            found = gradient.subtracted_from(given, float(along) / (norm * ctx.scale), ctx.scale)
         return found.to(grad.dtype), None, None, None

@@ -31,13 +31,13 @@ def constrain_norms(
     What :func:`constrain_norm` does for one layer, this does for all of them, in less time. Each layer's ``weight`` is
     parametrised (``torch.nn.utils.parametrize``): it is scaled by min(1, bound / norm), with the gradient of that.
 
-    In training the norm is <u, A v> with the vectors u and v of warm power iteration, at first those of a Lanczos
-    iteration, beside which a second pair is iterated in case that its singular value overtakes. It is computed for the
-    weight as it is in each forward, and approached from below: while another singular value becomes the largest, the
-    weight's norm may exceed the bound by some percent. The vectors' steps are one operation for all layers, which runs
-    when the model is called. On a GPU, and in compiled code, every layer takes part each time. On a CPU a layer's
-    vectors rest for up to eight forwards as long as steps hardly raise its norm, and take up to ten at once where they
-    raise it. A layer that is called without the model takes its own step each time.
+    In training the norm is <u, A v> with singular vectors u and v that follow the weight: a Krylov iteration with thick
+    restarts goes on from the last two right singular vectors, at first those of a certified solver. It is computed for
+    the weight as it is in each forward, and approached from below: while another singular value becomes the largest,
+    the weight's norm may exceed the bound by some percent. The steps are one operation for all layers, which runs when
+    the model is called. On a GPU, and in compiled code, every layer takes part each time. On a CPU a layer's vectors
+    rest for up to sixteen forwards as long as steps hardly raise its norm, and then take up to four steps at once. A
+    layer that is called without the model takes its own step each time.
 
     In eval mode the weights are scaled by certified upper sides instead, computed for all layers together whenever a
     weight has changed, so that the bound holds for all with ``confidence``. This runs outside of compiled code; use
@@ -54,7 +54,7 @@ def constrain_norms(
         bound: positive upper bound for each norm.
         layers: which to constrain: qualified names, or a function of the name and the module that is true for them; by
             default all.
-        iterations: steps of power iteration that a layer's vectors take at a time.
+        iterations: Krylov steps for each forward, each one product with the convolution and one with its adjoint.
         options: how to compute the certified upper sides in eval mode.
         keywords: fields of :class:`NormOptions`, in place of ``options``.
 
@@ -179,4 +179,5 @@ def finish(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     for constraint, _ in _constraints(model):
         constraint.tracking.prepared, constraint.tracking.together = False, []
         if torch.compiler.is_compiling():
-            constraint.tracking.gradient = None  # what compiled code computes is for this forward alone
+            # What compiled code computes is for this forward alone.
+            constraint.tracking.gradient = constraint.tracking.found = None

@@ -1,8 +1,8 @@
-"""The norms of many layers and their gradients, by one operation of power iteration for all of them.
+"""The norms of many layers and their gradients, by one operation of Krylov steps for all of them.
 
 With unit vectors u and v the norm is <u, A v>, which is linear in the weight: it is <G, W> for the gradient G, the
 outer product of u and v through the convolution. G is kept in place of u. Then the norm of a changed weight is one
-product, and a step of power iteration, which G comes from, need not be taken for every layer each time.
+product, and the steps, which G comes from, need not be taken for every layer each time.
 """
 
 import math
@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlip.norms._krylov_steps import krylov_steps
 from fastlip.norms._operators.operator import PADDING_MODES, Operator
 from fastlip.norms._operators.torch_operator import TorchOperator
-from fastlip.norms._spectral_norm_value import unit
 
 #: Most outer products that G is kept as: of more the two factors take longer to multiply than G takes to read.
-_MOST_PRODUCTS = 4
+_MOST_PRODUCTS = 16
 
 
 class NormGradient(NamedTuple):
@@ -38,17 +38,19 @@ class NormGradient(NamedTuple):
         rows = weight.reshape(len(self.left), -1)
         if not self.right.numel():
             return torch.dot(rows.flatten(), self.left.flatten())
-        return (torch.mm(self.right, rows.mT) * self.left.mT).sum()
+        return torch.dot(torch.mm(rows, self.right.mT).flatten(), self.left.flatten())
 
-    def subtracted_from(self, gradient: Tensor, factor: Tensor | float) -> Tensor:
-        """The difference of a gradient and ``factor`` G, of the gradient's shape."""
+    def subtracted_from(self, gradient: Tensor, factor: Tensor | float, scale: Tensor | float) -> Tensor:
+        """``scale`` times the difference of a gradient and ``factor`` G, of the gradient's shape."""
         rows = gradient.reshape(len(self.left), -1)
-        if self.right.numel():
-            found = torch.addmm(rows, self.left * -factor, self.right)
+        if self.right.numel() and isinstance(factor, float) and isinstance(scale, float):
+            found = torch.addmm(rows, self.left, self.right, beta=scale, alpha=-factor * scale)
+        elif self.right.numel():
+            found = torch.addmm(rows * scale, self.left * (-factor * scale), self.right)
         elif isinstance(factor, float):
-            found = torch.sub(rows, self.left, alpha=factor)
+            found = torch.sub(rows, self.left, alpha=factor).mul_(scale)
         else:
-            found = rows - self.left * factor
+            found = (rows - self.left * factor).mul_(scale)
         return found.view(gradient.shape)
 
 
@@ -74,37 +76,47 @@ def _operators(weights: Sequence[Tensor], geometry: Sequence[int]) -> list[Opera
 
 @torch.library.custom_op("fastlip::norm_gradients", mutates_args=())
 def norm_gradients(
-    weights: Sequence[Tensor], vectors: Sequence[Tensor], geometry: Sequence[int], iterations: int
+    weights: Sequence[Tensor], vectors: Sequence[Tensor], geometry: Sequence[int], steps: int
 ) -> list[Tensor]:
-    """Steps of power iteration for all layers at once, each with two vectors that are orthogonal to each other.
+    """Krylov steps for all layers at once.
 
-    The second vector stands by: where training makes another singular value the largest, a single vector would take
-    many steps to leave the former one. A weight of 16 bits is computed with in float32. Vectors that a weight of zeros
-    or of NaN would spoil stay.
+    A weight of 16 bits is computed with in float32. Vectors that a weight of zeros or of NaN would spoil stay.
 
     Args:
-        weights: [Cout, Cin / groups, *kernel] each.
-        vectors: the layers' singular vectors so far, [2, Cin, *input_size] each, of length 1.
+        weights: [Cout, Cin / groups, *kernel] each, on one device.
+        vectors: the layers' first two singular vectors so far, [2, Cin, *input_size] each, orthonormal.
         geometry: numbers of :func:`encode`, one layer after the other.
-        iterations: steps, at least 1.
+        steps: of :func:`krylov_steps`, at least 1.
 
     Returns:
-        For each layer the new vectors, and ``left`` and ``right`` of its :class:`NormGradient`.
+        For each layer the new vectors, the norm before and after the steps, [2], and ``left`` and ``right`` of the
+        :class:`NormGradient` after them.
     """
-    found: list[Tensor] = []
+    ops = [op.with_weight(computable(op.weight)) for op in _operators(weights, geometry)]
+    # On a CPU one layer after the other, whose weight stays in the cache; elsewhere all in one launch of each kind.
+    groups: dict[tuple[int, torch.dtype], list[int]] = {}
+    for place, op in enumerate(ops):
+        groups.setdefault((place if op.weight.device.type == "cpu" else 0, op.weight.dtype), []).append(place)
+    found: dict[int, list[Tensor]] = {}
     with torch.autocast(weights[0].device.type, enabled=False):
-        for op, vector in zip(_operators(weights, geometry), vectors, strict=True):
-            found += _step(op, vector, iterations)
-    return found
+        for places in groups.values():
+            some = [ops[place] for place in places]
+            result = krylov_steps(some, [vectors[place].to(some[0].weight.dtype) for place in places], steps)
+            for n, place in enumerate(places):
+                v, u, op = result.vectors[n], result.images[n], ops[place]
+                left, right = _outer(TorchOperator(op, op.weight), u, v[:1])
+                norms = torch.stack([result.before[n], result.norms[n]])
+                found[place] = [v.to(vectors[place].dtype), norms, left, right]
+    return [tensor for place in range(len(ops)) for tensor in found[place]]
 
 
 @norm_gradients.register_fake
-def _(weights: Sequence[Tensor], vectors: Sequence[Tensor], geometry: Sequence[int], iterations: int) -> list[Tensor]:
+def _(weights: Sequence[Tensor], vectors: Sequence[Tensor], geometry: Sequence[int], steps: int) -> list[Tensor]:
     found: list[Tensor] = []
     for op, vector in zip(_operators(weights, geometry), vectors, strict=True):
         rows, columns, positions = len(op.weight), math.prod(op.weight.shape[1:]), _positions(op)
         empty = partial(torch.empty, dtype=computing_dtype(op.weight), device=op.weight.device)
-        found.append(torch.empty(vector.shape, dtype=vector.dtype, device=vector.device))
+        found += [torch.empty(vector.shape, dtype=vector.dtype, device=vector.device), empty(2)]
         found += [empty(rows, positions), empty(positions, columns)] if positions else [empty(rows, columns), empty(0)]
     return found
 
@@ -117,30 +129,6 @@ def computing_dtype(weight: Tensor) -> torch.dtype:
 def computable(weight: Tensor) -> Tensor:
     """The weight in the dtype to compute with."""
     return weight.to(computing_dtype(weight))
-
-
-def _step(op: Operator, vectors: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The new vectors, in the dtype of the old, and the gradient's two factors."""
-    convolution = TorchOperator(op, computable(op.weight))
-    v = vectors.to(convolution.weight.dtype)
-    for _ in range(iterations):
-        images = convolution.forward(v)
-        # The two are rotated so that the first is stretched most; over the largest entry no square leaves its range.
-        scaled = images.flatten(1) / images.abs().amax().clamp_min(torch.finfo(images.dtype).tiny)
-        first, second, product = scaled[0].square().sum(), scaled[1].square().sum(), (scaled[0] * scaled[1]).sum()
-        angle = 0.5 * torch.atan2(2.0 * product, first - second)
-        cos, sin = angle.cos(), angle.sin()
-        u = unit(cos * images[0] + sin * images[1])
-        back = convolution.adjoint(torch.stack([u, unit(cos * images[1] - sin * images[0])]))
-        one = unit(back[0])
-        other = unit(back[1])
-        other = unit(other - (other * one).sum() * one)
-        found = torch.stack([one, other])
-        usable = found.flatten(1).any(1) & found.flatten(1).isfinite().all(1)
-        v = torch.where(usable.view(-1, *(1,) * (v.dim() - 1)), found, v)
-    u = torch.where(u.isfinite().all(), u, 0.0)
-    left, right = _outer(convolution, u[None], v[:1])
-    return v.to(vectors.dtype).clone(memory_format=torch.contiguous_format), left, right
 
 
 def _positions(op: Operator) -> int:
@@ -165,6 +153,6 @@ def _outer(convolution: TorchOperator, u: Tensor, v: Tensor) -> tuple[Tensor, Te
         pads = tuple(before for before, _ in op.padding)
         right = F.unfold(v, op.kernel, op.dilation, pads, op.stride)[0].mT if op.kernel else v
         if _positions(op):
-            return left.clone(memory_format=torch.contiguous_format), right.contiguous()
+            return left.contiguous(), right.clone(memory_format=torch.contiguous_format)
         return left @ right, v.new_empty(0)
     return convolution.outer(u, v).flatten(1), v.new_empty(0)

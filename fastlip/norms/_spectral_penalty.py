@@ -16,8 +16,8 @@ from fastlip.norms._options import NormOptions
 class SpectralPenalty:
     """The sum over layers of max(0, norm - bound)^2, with its gradient in the weights.
 
-    Made by :func:`spectral_penalty`. Each call takes steps of power iteration from the vectors of the last one. The
-    weights are read from the model.
+    Made by :func:`spectral_penalty`. Each call takes Krylov steps from the vectors of the last one. The weights are
+    read from the model.
     """
 
     def __init__(self, layers: Sequence[ConstrainableLayer], bound: float, iterations: int) -> None:
@@ -35,11 +35,11 @@ class SpectralPenalty:
         with torch.no_grad():
             detached = [weight.detach() for weight in weights]
             found = norm_gradients(detached, self._vectors, self._encoded, self._iterations)
-        self._vectors = found[::3]
+        self._vectors = found[::4]
         with torch.autocast(weights[0].device.type, enabled=False):
             return {
                 layer.name: NormGradient(left, right).norm_of(computable(weight))
-                for layer, weight, left, right in zip(self._layers, weights, found[1::3], found[2::3], strict=True)
+                for layer, weight, left, right in zip(self._layers, weights, found[2::4], found[3::4], strict=True)
             }
 
     def __call__(self) -> Tensor:
@@ -69,7 +69,7 @@ def spectral_penalty(
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
         bound: norms up to this one cost nothing.
         layers: as in :func:`constrain_norms`.
-        iterations: steps of power iteration in each call.
+        iterations: Krylov steps in each call.
 
     Raises:
         TypeError: an argument is of the wrong type; the message names it.

@@ -105,7 +105,7 @@ def test_the_gradient_is_that_of_what_is_computed(training: bool) -> None:
         with torch.no_grad():
             for step in (1e-5, -1e-5):
                 weight.add_(step * direction)
-                constraint.tracking.wait = 0
+                constraint.tracking.interval = 1
                 ends.append(F.cross_entropy(model(x), y).item())
                 weight.sub_(step * direction)
         slope, size = (ends[0] - ends[1]) / 2e-5, gradient.norm().item()
@@ -127,7 +127,7 @@ def test_a_run_equals_one_that_constrains_layer_by_layer() -> None:
         optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
         for _ in range(4):
             for constraint, _ in constrained_layers(model):
-                constraint.tracking.wait = 0
+                constraint.tracking.interval = 1
             optimiser.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimiser.step()
@@ -289,7 +289,7 @@ def test_autocast_does_not_coarsen_the_norm() -> None:
     model(x)
     expected = tracked(model)
     for constraint, _ in constrained_layers(model):
-        constraint.tracking.wait = 0
+        constraint.tracking.interval = 1
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(x).float().sum()
     loss.backward()

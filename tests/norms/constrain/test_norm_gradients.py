@@ -1,5 +1,7 @@
 """The operation that all layers' norms and gradients come from, and the penalty that is made of them."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,24 +27,26 @@ OPERATORS = {
 
 
 def start(op: Operator) -> Tensor:
-    v = torch.randn(2, *op.input_shape, dtype=op.weight.dtype)
-    return F.normalize(v.flatten(1)).view_as(v)
+    drawn = torch.randn(math.prod(op.input_shape), 2, dtype=op.weight.dtype)
+    return torch.linalg.qr(drawn)[0].mT.reshape(2, *op.input_shape)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_norm_vector_and_gradient(name: str) -> None:
     op = OPERATORS[name]
     op = op.with_weight(torch.rand_like(op.weight, dtype=torch.float64))  # whose first singular value lies apart
-    v, left, right = norm_gradients([op.weight], [start(op)], encode(op), 500)
+    v, norms, left, right = norm_gradients([op.weight], [start(op)], encode(op), 60)
     gradient = NormGradient(left, right)
     truth = operator_norms([op], rtol=1e-8, method="svd")[0].upper
     assert gradient.norm_of(op.weight).item() == pytest.approx(truth, rel=1e-7)
+    assert norms[1].item() == pytest.approx(truth, rel=1e-7)
+    assert norms[0] < norms[1]
     weight = op.weight.clone().requires_grad_()
     image = TorchOperator(op, weight).forward(v[:1])
     (expected,) = torch.autograd.grad((image * (image / image.norm()).detach()).sum(), weight)
-    for factor in (-2.0, torch.tensor(-2.0)):
-        found = gradient.subtracted_from(torch.ones_like(weight), factor)
-        torch.testing.assert_close(found, 1.0 + 2.0 * expected, rtol=1e-6, atol=1e-7)
+    for number in (float, torch.tensor):
+        found = gradient.subtracted_from(torch.ones_like(weight), number(-2.0), number(0.25))
+        torch.testing.assert_close(found, 0.25 * (1.0 + 2.0 * expected), rtol=1e-6, atol=1e-7)
     assert bool(right.numel()) == (name in ("matrix", "unfolded, in factors"))
 
 
@@ -52,7 +56,7 @@ def test_all_layers_at_once_are_each_by_itself() -> None:
     together = norm_gradients(weights, vectors, [number for op in ops for number in encode(op)], 2)
     for place, op in enumerate(ops):
         alone = norm_gradients([op.weight], [vectors[place]], encode(op), 2)
-        for one, other in zip(alone, together[3 * place : 3 * place + 3], strict=True):
+        for one, other in zip(alone, together[4 * place : 4 * place + 4], strict=True):
             assert torch.equal(one, other)
 
 
@@ -71,7 +75,7 @@ def test_registration(name: str, dtype: torch.dtype) -> None:
 def test_weights_without_a_norm_leave_the_vector(spoilt: float) -> None:
     op = OPERATORS["unfolded, whole"]
     v = start(op)
-    found, left, _ = norm_gradients([torch.full_like(op.weight, spoilt)], [v], encode(op), 2)
+    found, _, left, _ = norm_gradients([torch.full_like(op.weight, spoilt)], [v], encode(op), 2)
     assert torch.equal(found, v)
     assert left.isfinite().all()
 

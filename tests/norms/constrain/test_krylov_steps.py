@@ -1,0 +1,128 @@
+"""The steps that follow leading singular vectors through training."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_operators import random_case
+from torch import Tensor
+
+from fastlip.norms import Operator, conv_operator
+from fastlip.norms._krylov_steps import eigenvectors_by_squaring, krylov_steps, leading_eigenvectors
+from fastlip.norms._operators.torch_operator import TorchOperator
+
+
+def start(op: Operator) -> Tensor:
+    """Two random vectors, orthonormal."""
+    drawn = torch.randn(math.prod(op.input_shape), 2, dtype=torch.float64)
+    basis = torch.linalg.qr(drawn)[0] if len(drawn) > 1 else torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    return basis.mT.reshape(2, *op.input_shape).to(op.weight.dtype)
+
+
+def singular_values(op: Operator) -> Tensor:
+    identity = torch.eye(math.prod(op.input_shape), dtype=torch.float64).view(-1, *op.input_shape)
+    return torch.linalg.svdvals(TorchOperator(op, op.weight.double()).forward(identity).flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(40))
+def test_norms_and_vectors_of_random_operators(seed: int, dtype: torch.dtype) -> None:
+    op = random_case(seed).operator()
+    op = op.with_weight(op.weight.to(dtype))
+    truth = singular_values(op)
+    accuracy = 1e-4 if dtype == torch.float32 else 1e-7
+    found = krylov_steps([op], [start(op)], 40)
+    assert found.before[0] <= found.norms[0] * (1 + accuracy)
+    assert found.norms[0].item() == pytest.approx(truth[0].item(), rel=3e-3)
+    if not truth[0] > 0.0:
+        return
+    pair, image = found.vectors[0].flatten(1).double(), found.images[0].double()
+    products = pair @ pair.mT
+    assert products[0, 0].item() == pytest.approx(1.0, abs=accuracy)
+    assert products[0, 1].item() == pytest.approx(0.0, abs=accuracy)
+    if truth[1:2].sum() > 1e-3 * truth[0] and truth[0] > 1e-30:
+        assert products[1, 1].item() == pytest.approx(1.0, abs=accuracy)
+    # What is called the norm is the length of the vector's image, and so never above the norm itself.
+    applied = TorchOperator(op, op.weight.double()).forward(found.vectors[0][:1].double())
+    assert applied.norm().item() == pytest.approx(found.norms[0].item(), rel=accuracy)
+    torch.testing.assert_close(image, applied / applied.norm(), rtol=0, atol=accuracy)
+
+
+def test_operators_together_are_each_by_itself() -> None:
+    ops = [
+        conv_operator(torch.randn(4, 3, 3, 3), 6, padding=1),
+        Operator(torch.randn(5, 7)),
+        conv_operator(torch.randn(6, 1, 3, 3), 5, groups=6),
+        conv_operator(torch.zeros(4, 3, 3, 3), 6, padding=1),
+        conv_operator(torch.randn(4, 2, 2, 2), 5, padding="same", groups=2),
+    ]
+    vectors = [start(op) for op in ops]
+    together = krylov_steps(ops, vectors, 11)
+    for place, (op, pair) in enumerate(zip(ops, vectors, strict=True)):
+        alone = krylov_steps([op], [pair], 11)
+        torch.testing.assert_close(together.norms[place], alone.norms[0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(together.before[place], alone.before[0], rtol=1e-5, atol=0)
+        assert (together.images[place] * alone.images[0]).sum().abs() == pytest.approx(
+            0.0 if place == 3 else 1.0, abs=1e-3
+        )
+    assert torch.equal(together.vectors[3], vectors[3])
+    assert not together.norms[3]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 1e30])
+def test_weights_whose_squares_leave_the_range(size: float) -> None:
+    op = conv_operator(torch.rand(4, 3, 3, 3), 6, padding=1)
+    pair = start(op)
+    expected = krylov_steps([op], [pair], 6)
+    found = krylov_steps([op.with_weight(op.weight * size)], [pair], 6)
+    assert found.norms[0].item() == pytest.approx(expected.norms[0].item() * size, rel=1e-4)
+    torch.testing.assert_close(found.images[0], expected.images[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf])
+def test_weights_that_are_not_finite_leave_the_vectors(spoilt: float) -> None:
+    op = conv_operator(torch.rand(4, 3, 3, 3), 6, padding=1)
+    pair = start(op)
+    for weight in (torch.full_like(op.weight, spoilt), op.weight.index_fill(0, torch.tensor(1), spoilt)):
+        found = krylov_steps([op.with_weight(weight)], [pair], 3)
+        assert torch.equal(found.vectors[0], pair)
+        assert not found.images[0].any()
+        assert not found.norms[0].isfinite()
+
+
+def test_the_second_vector_takes_over_where_its_singular_value_becomes_the_largest() -> None:
+    u, v = (torch.linalg.qr(torch.randn(40, 40))[0] for _ in range(2))
+    values = torch.linspace(0.9, 0.1, 40)
+    values[:2] = torch.tensor([1.0, 0.95])
+    pair = v[:2]
+    for raised in torch.linspace(0.95, 1.2, 26):
+        values[1] = raised
+        found = krylov_steps([Operator(u * values @ v)], [pair], 1)
+        (pair,) = found.vectors
+        assert found.norms[0].item() == pytest.approx(max(1.0, raised.item()), rel=1e-4)
+    # Without it the step starts from a vector that has almost nothing of the new one.
+    alone = torch.stack([v[0], F.normalize(v[5] + 1e-6 * v[1], dim=0)])
+    assert krylov_steps([Operator(u * values @ v)], [alone], 1).norms[0] < 1.1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_eigenvectors_by_squaring(size: int) -> None:
+    for spread in (0.0, 0.1, 1.0, 10.0):
+        basis = torch.linalg.qr(torch.randn(20, size, size, dtype=torch.float64))[0]
+        values = torch.rand(20, size, dtype=torch.float64).mul(spread).exp() * 10.0 ** torch.randint(-6, 6, (20, 1))
+        matrices = basis * values[:, None] @ basis.mT
+        count = min(size, 2)
+        for found in (eigenvectors_by_squaring(matrices, count), leading_eigenvectors(matrices, count)):
+            products = found @ found.mT
+            torch.testing.assert_close(products, torch.eye(count, dtype=torch.float64).expand_as(products))
+            quotients = torch.einsum("bki,bij,bkj->bk", found, matrices, found)
+            expected = values.sort(1, descending=True).values[:, :count]
+            torch.testing.assert_close(quotients, expected, rtol=1e-4, atol=0)
+
+
+def test_eigenvectors_of_nothing() -> None:
+    matrices = torch.zeros(2, 3, 3, dtype=torch.float64)
+    matrices[1] = math.nan
+    for found in (eigenvectors_by_squaring(matrices[:1], 2), leading_eigenvectors(matrices, 2)):
+        assert not found.any()
