@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from fastlip.norms._interval import DID_NOT_RUN
@@ -13,7 +14,7 @@ from fastlip.norms._models.inputs import checked_shape
 from fastlip.norms._models.layer import LayerTemplate
 from fastlip.norms._models.structure import modules_of
 from fastlip.norms._norm_gradients import computing_dtype
-from fastlip.norms._operators.modules import CONVS, TRANSPOSED
+from fastlip.norms._operators.modules import CONVS, TRANSPOSED, scale_channels
 from fastlip.norms._operators.operator import Operator, require_finite, require_floating
 from fastlip.norms._operators.trim import flatten, trim
 from fastlip.norms._spectral_norm_value import leading_vector, unit
@@ -27,19 +28,23 @@ _START_RTOL, _START_STEPS = 1e-3, 100
 
 @dataclass(frozen=True)
 class ConstrainableLayer:
-    """A layer whose weight is its linear map's.
+    """A layer whose weight is its linear map's, perhaps with a BatchNorm behind it.
 
     Attributes:
         name: qualified name.
         module: the layer.
         geometry: the map, with a weight that holds no numbers; a matrix where windows do not overlap.
         input_size: spatial size of the layer's input; of a transposed convolution that of the map's output.
+        transposed: whether the map is the adjoint, so that output channels are the weight's second axis.
+        batchnorm: the BatchNorm that is folded into the layer.
     """
 
     name: str
     module: nn.Module
     geometry: Operator
     input_size: tuple[int, ...]
+    transposed: bool
+    batchnorm: _BatchNorm | None
 
     @property
     def weight(self) -> Tensor:
@@ -56,8 +61,12 @@ class ConstrainableLayer:
         Raises:
             ValueError: the weight holds NaN or infinite values; the message names the layer.
         """
-        weight = self.weight
-        op = self.geometry.with_weight(weight.detach().reshape(self.geometry.weight.shape))
+        weight = self.weight.detach()
+        if self.batchnorm is not None:
+            with torch.no_grad():
+                gamma = self.batchnorm.weight
+                weight = folded_weight(self.module, self.batchnorm, gamma, self.transposed, self.geometry.groups)
+        op = self.geometry.with_weight(weight.reshape(self.geometry.weight.shape))
         try:
             require_finite(op)
         except ValueError as error:
@@ -70,8 +79,36 @@ class ConstrainableLayer:
         return torch.stack([first, second]).to(weight.device, computing_dtype(weight))
 
 
+@torch.library.custom_op("fastlip::as_now", mutates_args=())
+def as_now(statistics: Tensor) -> Tensor:
+    """A copy that compiled code keeps for its backward pass.
+
+    It would recompute what comes from running statistics there, from statistics that the forward pass has moved
+    (torch 2.14, pytorch #197039), unless an operation that it does not know read them.
+    """
+    return statistics.clone()
+
+
+@as_now.register_fake
+def _(statistics: Tensor) -> Tensor:
+    return torch.empty_like(statistics)
+
+
+def folded_weight(layer: nn.Module, batchnorm: _BatchNorm, gamma: Tensor, transposed: bool, groups: int) -> Tensor:
+    """A layer's weight times gamma / sqrt(var + eps) along its output channels, in the dtype to compute with."""
+    weight, variance = layer.weight, batchnorm.running_var
+    assert isinstance(weight, Tensor)
+    assert isinstance(variance, Tensor)
+    dtype = computing_dtype(weight)
+    if torch.compiler.is_compiling():
+        variance = as_now(variance)
+    factors = gamma.to(dtype) * torch.rsqrt(variance.to(dtype) + batchnorm.eps)
+    first, second = (None, factors) if transposed else (factors, None)
+    return scale_channels(weight.to(dtype), first, second, groups)
+
+
 def constrainable_layers(
-    model: nn.Module, input_shape: Collection[int], layers: Layers | None
+    model: nn.Module, input_shape: Collection[int], layers: Layers | None, fold_batchnorm: bool = False
 ) -> list[ConstrainableLayer]:
     """The layers that are chosen, in the order in which they run.
 
@@ -81,7 +118,7 @@ def constrainable_layers(
             names it.
     """
     chosen = _chosen(model, layers)
-    templates, left_out = layers_that_run(model, checked_shape(tuple(input_shape)))
+    templates, left_out = layers_that_run(model, checked_shape(tuple(input_shape)), fold_batchnorm)
     modules = modules_of(model)
     uses: dict[nn.Module, list[LayerTemplate]] = {}
     for template in templates:
@@ -91,13 +128,16 @@ def constrainable_layers(
     for name, module in chosen.items():
         own = [t for t in uses.get(module, []) if t.weight is not None and t.weight.attribute == "weight"]
         reason = _obstacle(module, own, left_out.get(f"{name}.weight", left_out.get(name)))
+        folded = own[0].batchnorm if own else None
+        if reason is None and folded is not None:
+            reason = _batchnorm_obstacle(modules[folded], [t for t in templates if t.batchnorm == folded])
         if reason == DID_NOT_RUN:
             if layers is not None and not callable(layers):
                 raise ValueError(f"layer {name} does not run on inputs of shape {list(input_shape)}")
         elif reason is not None:
             raise ValueError(f"layer {name} cannot be constrained: {reason}")
         else:
-            found[module] = _layer(name, module, own[0])
+            found[module] = _layer(name, module, own[0], None if folded is None else modules[folded])
     return sorted(found.values(), key=lambda layer: list(uses).index(layer.module))
 
 
@@ -134,11 +174,22 @@ def _obstacle(module: nn.Module, uses: list[LayerTemplate], left_out: str | None
     return None
 
 
-def _layer(name: str, module: nn.Module, template: LayerTemplate) -> ConstrainableLayer:
+def _batchnorm_obstacle(module: nn.Module, uses: list[LayerTemplate]) -> str | None:
+    """Why a layer cannot be constrained with the BatchNorm behind it; None if it can."""
+    if parametrize.is_parametrized(module, "weight"):
+        return "the weight of the BatchNorm behind it is parametrised already"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "the BatchNorm behind it has no weight to scale (affine=False)"
+    return "the BatchNorm behind it is behind other layers too" if len(uses) > 1 else None
+
+
+def _layer(name: str, module: nn.Module, template: LayerTemplate, batchnorm: nn.Module | None) -> ConstrainableLayer:
     op = template.geometry
     assert op is not None
     weight = module.weight
     assert isinstance(weight, Tensor)
     require_floating(weight)
     flat = flatten(op) if trim(op) is op else op
-    return ConstrainableLayer(name, module, flat, op.output_size if template.transposed else op.input_size)
+    assert batchnorm is None or isinstance(batchnorm, _BatchNorm)
+    size = op.output_size if template.transposed else op.input_size
+    return ConstrainableLayer(name, module, flat, size, template.transposed, batchnorm)

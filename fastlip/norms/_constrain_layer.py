@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastlip.norms._constrain_choice import folded_weight
 from fastlip.norms._constrain_norm import certified_uppers, same_weight, settled_vector
 from fastlip.norms._norm_gradients import NormGradient, computable, computing_dtype, encode, norm_gradients
 from fastlip.norms._operators.operator import Operator, require_finite
@@ -77,7 +79,7 @@ class _Tracking:
 
 
 class NormConstraint(nn.Module):
-    """The weight, scaled so that its norm stays below the bound.
+    """The parametrisation: the weight, scaled so that its norm stays below the bound.
 
     Attributes:
         name: qualified name of the layer.
@@ -105,23 +107,39 @@ class NormConstraint(nn.Module):
                     constraint.tracking.prepared = True
             assert tracking.certificate is not None
             scale = self.bound / tracking.certificate.upper
-            return weight if scale >= 1.0 else _CertifiedScale.apply(weight, self, tracking.certificate, scale)
+            return weight if scale >= 1.0 else self.certified_scale(weight, tracking.certificate, scale)
         if not tracking.prepared:
             track([(self, weight)])
         gradient, norm = tracking.gradient, tracking.found
         assert gradient is not None
         assert norm is not None
         if not _may_read(weight):
-            return _Scale.apply(weight, *gradient, norm, self.bound)
+            return self.scale(weight, gradient, norm)
         if tracking.rested:
             with torch.autocast(weight.device.type, enabled=False):
-                found, norm = norm, gradient.norm_of(computable(weight.detach()))
+                found, norm = norm, gradient.norm_of(computable(self.applied(weight)))
             if abs(norm - found) > _CHANGE * norm:
                 tracking.interval = 1
         tracking.norm = float(norm)
         if tracking.norm <= self.bound:
             return weight
-        return _Scale.apply(weight, *gradient, tracking.norm, self.bound)
+        return self.scale(weight, gradient, tracking.norm)
+
+    def applied(self, weight: Tensor) -> Tensor:
+        """The weight of the linear map whose norm is bounded, detached."""
+        return weight.detach()
+
+    def rounding(self, op: Operator, weight: Tensor) -> float:
+        """By how much the map may exceed the one that was certified, beyond what scaling its weight adds."""
+        return 0.0
+
+    def scale(self, weight: Tensor, gradient: NormGradient, norm: Tensor | float) -> Tensor:
+        """The weight times min(1, bound / norm); a float is above the bound."""
+        return _Scale.apply(weight, *gradient, norm, self.bound)
+
+    def certified_scale(self, weight: Tensor, certificate: _Certificate, scale: float) -> Tensor:
+        """The weight times a certified number, with the gradient of bound / norm."""
+        return _CertifiedScale.apply(weight, self, certificate, scale)
 
     def due(self, weight: Tensor) -> bool:
         """Whether the vectors take a step in this forward."""
@@ -149,6 +167,52 @@ class NormConstraint(nn.Module):
         self.tracking = _Tracking()
 
 
+class FoldedConstraint(NormConstraint):
+    """The parametrisation of a BatchNorm's weight, scaled so that the norm of the layer before it, with it, is bounded.
+
+    In training mode a BatchNorm divides by the deviation of the batch, so that scaling the layer's own weight would
+    change nothing but the statistics.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        geometry: Operator,
+        vectors: Tensor,
+        bound: float,
+        iterations: int,
+        options: NormOptions,
+        layer: nn.Module,
+        batchnorm: _BatchNorm,
+        transposed: bool,
+    ) -> None:
+        super().__init__(name, geometry, vectors, bound, iterations, options)
+        # In a tuple the modules are none of this one's own.
+        self._folded, self._transposed = (layer, batchnorm), transposed
+
+    def applied(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._fold(weight)
+
+    def scale(self, weight: Tensor, gradient: NormGradient, norm: Tensor | float) -> Tensor:
+        own = _Norm.apply(self._fold(weight), *gradient, norm)
+        return weight * (self.bound / own).clamp(max=1.0).to(weight.dtype)
+
+    def certified_scale(self, weight: Tensor, certificate: _Certificate, scale: float) -> Tensor:
+        if not torch.is_grad_enabled():
+            return weight * scale
+        gradient, norm = certificate.gradient(self)
+        own = _Norm.apply(self._fold(weight), *gradient, norm)
+        return weight * (scale * (norm / own)).to(weight.dtype)  # norm / own is 1, with a gradient
+
+    def rounding(self, op: Operator, weight: Tensor) -> float:
+        # Three operations round the folded weight, and one the scaled factors.
+        return 4.0 * torch.finfo(weight.dtype).eps * op.absolute_bound
+
+    def _fold(self, weight: Tensor) -> Tensor:
+        return folded_weight(*self._folded, weight, self._transposed, self.geometry.groups)
+
+
 def _may_read(weight: Tensor) -> bool:
     """Whether a number of a tensor may be read: it stops neither a GPU nor a compiler."""
     return weight.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -160,7 +224,7 @@ def track(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
 
     On a CPU layers whose norm has moved take more of them.
     """
-    moving = [(constraint, weight.detach()) for constraint, weight in layers]
+    moving = [(constraint, constraint.applied(weight)) for constraint, weight in layers]
     for turn in range(_MOST_TURNS):
         raised = _take_steps(moving, catch_up=turn > 0)
         moving = [pair for pair, share in zip(moving, raised, strict=True) if not share < _MOVING]
@@ -196,9 +260,10 @@ def certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
     Raises:
         ValueError: a weight holds NaN or infinite values; the message names the layer.
     """
-    if all(_is_certified(constraint, weight.detach()) for constraint, weight in layers):
+    weights = [constraint.applied(weight) for constraint, weight in layers]
+    if all(_is_certified(constraint, weight) for (constraint, _), weight in zip(layers, weights, strict=True)):
         return
-    copies = [weight.detach().clone() for _, weight in layers]
+    copies = [weight.clone() for weight in weights]
     ops = [constraint.operator(copy) for (constraint, _), copy in zip(layers, copies, strict=True)]
     for (constraint, _), op in zip(layers, ops, strict=True):
         try:
@@ -206,8 +271,8 @@ def certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
         except ValueError as error:
             raise ValueError(f"layer {constraint.name}: {error}") from None
     uppers = certified_uppers(ops, layers[0][0].options)
-    for (constraint, _), copy, upper in zip(layers, copies, uppers, strict=True):
-        constraint.tracking.certificate = _Certificate(copy, upper)
+    for (constraint, weight), op, upper in zip(layers, ops, uppers, strict=True):
+        constraint.tracking.certificate = _Certificate(op.weight, upper + constraint.rounding(op, weight))
 
 
 def _is_certified(constraint: NormConstraint, weight: Tensor) -> bool:
@@ -237,6 +302,23 @@ class _Scale(torch.autograd.Function):
             scale = (ctx.bound / norms[0]).clamp(max=1.0) if norms else ctx.bound / ctx.norm
             found = NormGradient(left, right).subtracted_from(given, factor, scale)
         return found.to(grad.dtype), None, None, None, None
+
+
+class _Norm(torch.autograd.Function):
+    """A norm that is known, with its gradient G in the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor, norm: Tensor | float) -> Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.shape = weight.shape
+        return norm.to(weight.dtype, copy=True) if isinstance(norm, Tensor) else weight.new_tensor(norm)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right = ctx.saved_tensors
+        product = left @ right if right.numel() else left
+        return (grad * product).view(ctx.shape).to(grad.dtype), None, None, None
 
 
 class _CertifiedScale(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fastlip._arguments import integer
 from fastlip.norms._constrain_choice import Layers, constrainable_layers
-from fastlip.norms._constrain_layer import NormConstraint, certify, track
+from fastlip.norms._constrain_layer import FoldedConstraint, NormConstraint, certify, track
 from fastlip.norms._constrain_norm import LayerConstraint, SizeWatch, positive_bound
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormKeywords, NormOptions, chosen_options
@@ -22,6 +22,7 @@ def constrain_norms(
     *,
     bound: float = 1.0,
     layers: Layers | None = None,
+    fold_batchnorm: bool = False,
     iterations: int = 1,
     options: NormOptions | None = None,
     **keywords: Unpack[NormKeywords],
@@ -52,6 +53,10 @@ def constrain_norms(
             the model inside is changed.
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
         bound: positive upper bound for each norm.
+        fold_batchnorm: whether a layer is constrained together with the BatchNorm that takes its output, if there is
+            one: the norm is that of the layer with the BatchNorm's factors gamma / sqrt(var + eps), with the running
+            variance, and the BatchNorm's weight is scaled in place of the layer's. In training mode a BatchNorm undoes
+            any other scale of the layer. A BatchNorm that stands elsewhere stays as it is.
         layers: which to constrain: qualified names, or a function of the name and the module that is true for them; by
             default all.
         iterations: Krylov steps for each forward, each one product with the convolution and one with its adjoint.
@@ -74,14 +79,18 @@ def constrain_norms(
     bound, iterations = positive_bound(bound), integer(iterations, "iterations")
     chosen = chosen_options("constrain_norms", options, keywords)
     root = bare_model(model)
-    found = constrainable_layers(root, input_shape, layers)
+    found = constrainable_layers(root, input_shape, layers, fold_batchnorm)
     generator = chosen.resolved([]).generator
     starts = [layer.start_vectors(generator) for layer in found]
     for layer, vectors in zip(found, starts, strict=True):
-        constraint = NormConstraint(layer.name, layer.geometry, vectors, bound, iterations, chosen)
-        constraint.train(layer.module.training)
+        given = (layer.name, layer.geometry, vectors, bound, iterations, chosen)
+        module, constraint = layer.module, NormConstraint(*given)
+        if layer.batchnorm is not None:
+            module = layer.batchnorm
+            constraint = FoldedConstraint(*given, layer.module, module, layer.transposed)
+        constraint.train(module.training)
         # The check of what the parametrisation returns would take a step, or certify.
-        parametrize.register_parametrization(layer.module, "weight", constraint, unsafe=True)
+        parametrize.register_parametrization(module, "weight", constraint, unsafe=True)
         if layer.input_size:
             layer.module.register_forward_pre_hook(SizeWatch(layer.input_size, layer.name))
     if found:

@@ -20,6 +20,8 @@ from fastlip.norms._operators.torch_operator import TorchOperator
 
 #: Most outer products that G is kept as: of more the two factors take longer to multiply than G takes to read.
 _MOST_PRODUCTS = 16
+#: Number of a gradient's elements that are computed at once on a CPU.
+_BLOCK = 1 << 17
 
 
 class NormGradient(NamedTuple):
@@ -43,14 +45,17 @@ class NormGradient(NamedTuple):
     def subtracted_from(self, gradient: Tensor, factor: Tensor | float, scale: Tensor | float) -> Tensor:
         """``scale`` times the difference of a gradient and ``factor`` G, of the gradient's shape."""
         rows = gradient.reshape(len(self.left), -1)
-        if self.right.numel() and isinstance(factor, float) and isinstance(scale, float):
-            found = torch.addmm(rows, self.left, self.right, beta=scale, alpha=-factor * scale)
-        elif self.right.numel():
-            found = torch.addmm(rows * scale, self.left * (-factor * scale), self.right)
-        elif isinstance(factor, float):
-            found = torch.sub(rows, self.left, alpha=factor).mul_(scale)
-        else:
-            found = (rows - self.left * factor).mul_(scale)
+        if not (isinstance(factor, float) and isinstance(scale, float)):
+            product = self.left @ self.right if self.right.numel() else self.left
+            return (rows - factor * product).mul_(scale).view(gradient.shape)
+        found = torch.empty_like(rows)
+        count = max(1, _BLOCK // rows.shape[1])
+        for given, left, out in zip(rows.split(count), self.left.split(count), found.split(count), strict=True):
+            torch.mul(given, scale, out=out)  # so few numbers that the next line finds them in the cache
+            if self.right.numel():
+                out.addmm_(left, self.right, alpha=-factor * scale)
+            else:
+                out.add_(left, alpha=-factor * scale)
         return found.view(gradient.shape)
 
 

@@ -70,14 +70,16 @@ def collect_layers(
     return [ModelLayers(layers, found.left_out) for layers, found in zip(filled, every, strict=True)]
 
 
-def layers_that_run(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[list[LayerTemplate], dict[str, str]]:
-    """The layers of one model, without folding, and the weights that they leave out, with the reason.
+def layers_that_run(
+    model: nn.Module, input_shape: tuple[int, ...], fold_batchnorm: bool
+) -> tuple[list[LayerTemplate], dict[str, str]]:
+    """The layers of one model and the weights that they leave out, with the reason.
 
     Raises:
         ValueError: the model does not run.
     """
     with eval_mode(model):
-        found = _run_for_layers(model, input_shape, False, True, False)
+        found = _run_for_layers(model, input_shape, fold_batchnorm, True, False)
     return found.templates, found.left_out
 
 

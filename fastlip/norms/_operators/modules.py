@@ -98,12 +98,17 @@ def adjoint_of_transposed(
 
 def scaled(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:
     """Scale, in float64, a weight's first axis, and its second one, which holds the channels of one group."""
+    first, second = (None if t is None else t.to(weight.device, torch.float64) for t in (first, second))
+    return scale_channels(weight, first, second, groups)
+
+
+def scale_channels(weight: Tensor, first: Tensor | None, second: Tensor | None, groups: int) -> Tensor:
+    """:func:`scaled` in the dtype of the factors."""
     ones = (1,) * (weight.dim() - 2)
     if first is not None:
-        weight = weight * first.to(weight.device, torch.float64).view(-1, 1, *ones)
+        weight = weight * first.view(-1, 1, *ones)
     if second is not None:
-        factors = second.to(weight.device, torch.float64).view(groups, 1, -1, *ones)
-        weight = (weight.unflatten(0, (groups, -1)) * factors).flatten(0, 1)
+        weight = (weight.unflatten(0, (groups, -1)) * second.view(groups, 1, -1, *ones)).flatten(0, 1)
     return weight
 
 

@@ -112,7 +112,7 @@ def test_the_penalty_lowers_norms_in_training() -> None:
         model[0].weight.mul_(5.0)
     penalty = spectral_penalty(model, (6,), bound=0.8)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
-    for _ in range(200):
+    for _ in range(400):
         optimiser.zero_grad()
         penalty().backward()
         optimiser.step()
