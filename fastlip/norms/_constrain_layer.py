@@ -68,7 +68,7 @@ class _Tracking:
         self.together: list[tuple[NormConstraint, Tensor]] = []
         self.certificate: _Certificate | None = None
 
-    def set_interval(self, raised: float) -> None:
+    def set_interval(self, raised: float, place: int) -> None:
         """Choose when the next step is due, after one that raised the norm by this share of it."""
         self.rested = 0
         self.steady = self.steady + 1 if raised < _STEADY else 0
@@ -76,6 +76,7 @@ class _Tracking:
             self.interval = 1
         elif self.steady == _IN_A_ROW:
             self.interval, self.steady = min(_LONGEST, 2 * self.interval), 0
+            self.rested = place % self.interval  # so that not all layers of a model are due in the same forward
 
 
 class NormConstraint(nn.Module):
@@ -83,10 +84,12 @@ class NormConstraint(nn.Module):
 
     Attributes:
         name: qualified name of the layer.
+        place: the layer's place among those that are constrained.
         v: the first two singular vectors so far, [2, Cin, *input_size], or [2, Cin] of what is a matrix.
     """
 
     v: Tensor
+    place = 0
 
     def __init__(
         self, name: str, geometry: Operator, vectors: Tensor, bound: float, iterations: int, options: NormOptions
@@ -250,7 +253,7 @@ def _take_steps(layers: Sequence[tuple[NormConstraint, Tensor]], catch_up: bool)
             if _may_read(weight):
                 before, after = norms.tolist()
                 shares[place] = (after - before) / after if after > 0.0 else 0.0
-                constraint.tracking.set_interval(shares[place])
+                constraint.tracking.set_interval(shares[place], constraint.place)
     return shares
 
 

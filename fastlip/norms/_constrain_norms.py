@@ -82,12 +82,13 @@ def constrain_norms(
     found = constrainable_layers(root, input_shape, layers, fold_batchnorm)
     generator = chosen.resolved([]).generator
     starts = [layer.start_vectors(generator) for layer in found]
-    for layer, vectors in zip(found, starts, strict=True):
+    for place, (layer, vectors) in enumerate(zip(found, starts, strict=True)):
         given = (layer.name, layer.geometry, vectors, bound, iterations, chosen)
         module, constraint = layer.module, NormConstraint(*given)
         if layer.batchnorm is not None:
             module = layer.batchnorm
             constraint = FoldedConstraint(*given, layer.module, module, layer.transposed)
+        constraint.place = place
         constraint.train(module.training)
         # The check of what the parametrisation returns would take a step, or certify.
         parametrize.register_parametrization(module, "weight", constraint, unsafe=True)
