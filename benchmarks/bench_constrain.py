@@ -2,9 +2,11 @@
 
     pip install torchvision deel-torchlip
     python benchmarks/bench_constrain.py          # CSV under benchmarks/results, about fifteen minutes on one core
+    python benchmarks/bench_constrain.py --device cuda --batch 128
 
 ResNet-18 and ResNet-50 for 32x32 images (3x3 stem, no pooling), random batches, SGD with momentum. The ways to
-constrain are trained side by side, one step each in turn; times are CPU time of this process. ``added_ms`` is the mean
+constrain are trained side by side, one step each in turn; times are CPU time of this process, and on a GPU time until
+its work is done. ``added_ms`` is the mean
 over the steps of what a way takes longer than the network without a constraint in the same round. ``alone_ms`` is that
 of computing all weights and their gradients for given ones, without the network, which varies less. Both follow
 ``warm`` steps, after which the vectors of ``constrain_norms`` rest for as long as they do in a run. ``memory_mb`` is
@@ -104,35 +106,43 @@ WAYS: dict[str, Constrain] = {
 class Run:
     """A network in training, one step at a time."""
 
-    def __init__(self, model: nn.Module, batch: int) -> None:
-        self.model, self.batch = model.train(), batch
+    def __init__(self, model: nn.Module, batch: int, device: str) -> None:
+        self.model, self.batch, self.device = model.to(device).train(), batch, device
         self.optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         self.generator = torch.Generator().manual_seed(0)
 
     def step(self) -> float:
         """Take a step; returns milliseconds of CPU time."""
-        x = torch.rand(self.batch, *SHAPE, generator=self.generator)
-        y = torch.randint(10, (self.batch,), generator=self.generator)
-        begin = time.process_time()
+        x = torch.rand(self.batch, *SHAPE, generator=self.generator).to(self.device)
+        y = torch.randint(10, (self.batch,), generator=self.generator).to(self.device)
+        begin = self.now()
         self.optimiser.zero_grad()
         F.cross_entropy(self.model(x), y).backward()
         self.optimiser.step()
-        return (time.process_time() - begin) * 1e3
+        return (self.now() - begin) * 1e3
+
+    def now(self) -> float:
+        """Seconds on the clock that steps are timed by."""
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def weights(self) -> Callable[[], float]:
         """A function that computes all weights and the gradients of what they are made of, as the network would."""
         layers = [m for m in self.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        given = [1e-3 * torch.randn(layer.weight.shape, generator=self.generator) for layer in layers]
+        drawn = [1e-3 * torch.randn(layer.weight.shape, generator=self.generator) for layer in layers]
+        given = [grad.to(self.device) for grad in drawn]
 
         def compute() -> float:
-            begin = time.process_time()
+            begin = self.now()
             for hook in self.model._forward_pre_hooks.values():
                 hook(self.model, ())
             weights: list[Tensor] = [layer.weight for layer in layers]
             for hook in self.model._forward_hooks.values():
                 hook(self.model, (), None)
             torch.autograd.backward(weights, given)
-            spent = time.process_time() - begin
+            spent = self.now() - begin
             with torch.no_grad():  # so that weights change as they do in training
                 for parameter in self.model.parameters():
                     if parameter.grad is not None:
@@ -143,19 +153,19 @@ class Run:
         return compute
 
 
-def peak_memory(name: str, way: str, batch: int) -> float:
-    """Highest resident memory, in MB, of a process that takes three steps."""
-    command = [sys.executable, __file__, "--memory", way, "--networks", name, "--batch", str(batch)]
+def peak_memory(name: str, way: str, batch: int, device: str) -> float:
+    """Highest resident memory, or memory of the GPU, in MB, of a process that takes three steps."""
+    command = [sys.executable, __file__, "--memory", way, "--networks", name, "--batch", str(batch), "--device", device]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
 
-def measure(name: str, batch: int, rounds: int, warm: int, results: Results) -> None:
+def measure(name: str, batch: int, rounds: int, warm: int, device: str, results: Results) -> None:
     base = network(name)
     runs: dict[str, Run] = {}
     for way, constrain in WAYS.items():
         try:
-            runs[way] = Run(constrain(copy.deepcopy(base)), batch)
+            runs[way] = Run(constrain(copy.deepcopy(base)), batch, device)
         except ImportError as error:
             print(f"{way} is left out: {error}", file=sys.stderr)
     for way, run in runs.items():
@@ -171,7 +181,7 @@ def measure(name: str, batch: int, rounds: int, warm: int, results: Results) -> 
     for _ in range(rounds):
         for way, compute in alone.items():
             seconds[way].append(compute())
-    memory = {way: peak_memory(name, way, batch) for way in runs}
+    memory = {way: peak_memory(name, way, batch, device) for way in runs}
     added = {w: mean(a - b for a, b in zip(own, steps["nothing"], strict=False)) for w, own in steps.items()}
     for way in runs:
         row: dict[str, Any] = {"network": name, "batch": batch, "what": way, "step_ms": mean(steps[way])}
@@ -191,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--warm", type=int, default=30)
     parser.add_argument("--networks", nargs="*", default=NETWORKS)
@@ -199,16 +210,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory:
-        run = Run(WAYS[args.memory](network(args.networks[0])), args.batch)
+        run = Run(WAYS[args.memory](network(args.networks[0])), args.batch, args.device)
         for _ in range(3):
             run.step()
+        if args.device == "cuda":
+            print(torch.cuda.max_memory_allocated() / 2**20)
+            return
         # Unlike getrusage's number, this one begins anew with the program.
         status = Path("/proc/self/status").read_text()
         print(float(status.split("VmHWM:")[1].split()[0]) / 1024)
         return
-    results = Results(args.out / "constrain_cpu.csv", environment("cpu"), digits=4)
+    results = Results(args.out / f"constrain_{args.device}.csv", environment(args.device), digits=4)
     for name in args.networks:
-        measure(name, args.batch, args.rounds, args.warm, results)
+        measure(name, args.batch, args.rounds, args.warm, args.device, results)
 
 
 if __name__ == "__main__":

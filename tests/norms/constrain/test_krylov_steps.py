@@ -126,3 +126,28 @@ def test_eigenvectors_of_nothing() -> None:
     matrices[1] = math.nan
     for found in (eigenvectors_by_squaring(matrices[:1], 2), leading_eigenvectors(matrices, 2)):
         assert not found.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_holds_the_steps_of_all_operators() -> None:
+    ops = [
+        conv_operator(torch.randn(8, 3, 3, 3), 6, padding=1),
+        Operator(torch.randn(5, 7)),
+        conv_operator(torch.randn(6, 1, 3, 3), 5, groups=6),
+    ]
+    vectors = [start(op) for op in ops]
+    on_gpu = [op.with_weight(op.weight.cuda()) for op in ops]
+    given = [pair.cuda() for pair in vectors]
+    krylov_steps(on_gpu, given, 3)  # what is cached, tables among it, is made before
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = krylov_steps(on_gpu, given, 3)
+    for op, held in zip(ops, on_gpu, strict=True):
+        held.weight.copy_(op.weight.mul_(1.5))
+    graph.replay()
+    expected = krylov_steps(ops, vectors, 3)
+    torch.testing.assert_close(found.norms.cpu(), expected.norms, rtol=1e-4, atol=0)
+    for image, other in zip(found.images, expected.images, strict=True):
+        assert (image.cpu() * other).sum().abs().item() == pytest.approx(1.0, abs=1e-3)
