@@ -101,9 +101,9 @@ def seed_table(results: Results) -> Table:
         "mean over depth, at the feature maps; this is what differs between attacks, and what the deck's constants "
         "look like. Upper Lipschitz constant: certified L2 bound of the whole network, the same for both attacks. "
         f"{brackets(results)} {_OVER_SEEDS if several_seeds(results) else ''}{over_bounds(results)} The seed deck, "
-        "the slides whose claims this study puts to the test, states neither the scale of its distortions, nor what its "
-        "constants bound, nor its sample size: 96 is an inference, since both accuracies are whole numbers of 96 images, which 3,326 of the "
-        "sample sizes up to 10,000 would allow.",
+        "the slides whose claims this study puts to the test, states neither the scale of its distortions, nor what "
+        "its constants bound, nor its sample size: 96 is an inference, since both accuracies are whole numbers of 96 "
+        "images, which 3,326 of the sample sizes up to 10,000 would allow.",
         keys=2,
     )
 
