@@ -55,6 +55,8 @@ from fastlip.study.training.architectures import SOURCE, build
 
 #: What of the strong suite's and of smoothing's work is measured.
 PART = 10
+#: Arms whose steps take another time than those of scratch.
+_OTHERS = (*REFERENCES, "linear", "partial", "constrained")
 CLASSES = tuple(f"class {i}" for i in range(10))
 
 
@@ -231,8 +233,8 @@ def kind_of(measurement: str) -> str:
 
 
 def arm_of(model: TrainedModel) -> str:
-    """The arm that trains as this one does: the same network and the same parts of it."""
-    return model.arm if model.arm in (*REFERENCES, "linear", "partial") else "scratch"
+    """The arm that trains as this one does: the same network, the same parts of it, and as free."""
+    return model.arm if model.arm in _OTHERS else "scratch"
 
 
 class Bench:
@@ -534,7 +536,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for kind, name in names[2:]:
             session.attempt(kind, lambda kind=kind, name=name: bench.measure(kind, name))
         heads = {"linear", "lpft"} & set(bench.full.arms)
-        for arm in (*REFERENCES, "linear", "partial"):
+        for arm in _OTHERS:
             if arm in bench.full.arms or (arm == "linear" and heads):
                 session.attempt(arm, lambda arm=arm: bench.train(arm, False))
         session.attempt("saving", lambda: bench.train("scratch", False, save=True))

@@ -11,7 +11,7 @@ import torch
 from fastlip.study.settings.presets import PRESETS
 
 SMALL = [
-    "arms=softmax,scratch,lpft", "model=torchvision:resnet18", "reference.batch_size=8",
+    "arms=softmax,scratch,constrained,lpft", "model=torchvision:resnet18", "reference.batch_size=8",
     "scratch.batch_size=4", "scratch.snapshots=1", "finetune.batch_size=4", "finetune.snapshots=",
     "scale=1", "gaussian.sigmas=0.1",
     "pgd.linf_255=0.25,1", "pgd.l2=", "pgd.l1=1", "pgd.steps=1", "strong.linf_255=1",
@@ -46,7 +46,9 @@ def test_a_preset_is_predicted_from_its_own_stages(rows, tmp_path):
     save = float(training["scratch", "study, saving after every step"]["save_s"])
     seconds = 0.0
     softmax = training["softmax", "study"]
-    trained = [(full.scratch.epochs, 4, scratch), (full.finetune.epochs, 4, scratch), (full.finetune.epochs, 4, head)]
+    bounded = training["constrained", "study"]
+    trained = [(full.scratch.epochs, 4, arm) for arm in (scratch, bounded)]
+    trained += [(full.finetune.epochs, 4, scratch), (full.finetune.epochs, 4, head)]
     # From scratch, the second half of LP-FT, and its first.
     for epochs, size, arm in (*trained, (full.reference.epochs, 8, softmax)):
         spent = full.seeds * epochs * (50_000 // size) * float(arm["ms"]) / 1e3
@@ -60,9 +62,9 @@ def test_a_preset_is_predicted_from_its_own_stages(rows, tmp_path):
     once |= {"transfer images", "transfer"}
     snapshot = {"snapshot clean-attacked", "snapshot pgd", "snapshot smallest-pgd", "snapshot norms"}
     assert set(measured) == once | {"pgd"} | snapshot
-    # Two arms, and softmax regression at its share of their cost; snapshots of one arm.
+    # Three arms, and softmax regression at its share of their cost; snapshots of one arm.
     share = (float(training["softmax", "study"]["ms"]) / 8) / (float(scratch["ms"]) / 4)
-    whole = (2 + share) * full.seeds * (3 * measured["pgd"] + sum(measured[kind] for kind in once))
+    whole = (3 + share) * full.seeds * (3 * measured["pgd"] + sum(measured[kind] for kind in once))
     whole += full.seeds * sum(measured[kind] for kind in snapshot)
     assert float(predicted["evaluation"]["stage_s"]) == pytest.approx(whole, rel=0.01)
     assert float(predicted["whole"]["hours"]) == pytest.approx((seconds + whole) / 3600, rel=0.01)
@@ -78,13 +80,13 @@ def test_what_was_left_out_is_missing_from_the_prediction(tmp_path, capsys, monk
     options = [text for setting in SMALL for text in ("--set", setting)]
     sizes = ["--images", "24", "--attacked", "2", "--seconds", "0", "--warm", "1", "--device", "cpu"]
     monkeypatch.setattr(bench_study.Bench, "train", lambda *args, **options: 1 / 0)
-    with pytest.raises(SystemExit, match="failed: scratch; softmax; linear; saving"):
+    with pytest.raises(SystemExit, match="failed: scratch; softmax; linear; constrained; saving"):
         bench_study.main([*options, *sizes, "--out", str(tmp_path)])
     with (tmp_path / "study_cpu.csv").open(newline="") as f:
         predicted = {r["kind"]: r["missing"] for r in csv.DictReader(f) if r["what"] == "prediction"}
-    assert predicted["training"] == "training:softmax training:scratch training:linear"
+    assert predicted["training"] == "training:softmax training:scratch training:constrained training:linear"
     assert predicted["evaluation"].split()[:3] == ["clean", "clean-attacked", "gaussian"]
-    assert len(predicted["whole"].split()) == 3 + 16 + 4
+    assert len(predicted["whole"].split()) == 4 + 16 + 4
 
 
 def test_kinds_of_measurements():

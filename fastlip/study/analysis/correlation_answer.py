@@ -1,7 +1,7 @@
 """Question 4: whether "unstability" and distortion correlate."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,9 @@ from fastlip.study.storage.schema import Point, Statistic
 
 #: The two cases that the verdict is about.
 CASES = ("scratch", "finetune")
+
+#: The arm whose runs are trained to have different constants; it is stated and decides nothing.
+_BOUNDED = "constrained"
 
 _SIDES: dict[Literal["log10_constant", "log10_stretch"], str] = {
     "log10_constant": "certified constant over median margin",
@@ -36,10 +39,22 @@ class _Arm:
 
 def answer(points: list[Point], large: set[str], rules: Rules) -> Answer:
     """The answer; ``large`` are the arms of the large network."""
-    missing = [case for case in CASES if case not in large]
     arms = {arm: _arm([p for p in points if p["arm"] == arm], rules) for arm in sorted(large)}
     found = {arm: _correlated(a, rules) for arm, a in arms.items()}
     tested = [s for arm, a in arms.items() for s in _statistics(arm, a, found[arm], rules)]
+    given = _answer(arms, found, tested, rules)
+    if _BOUNDED in arms and arms[_BOUNDED].runs >= rules.min_runs:
+        given = replace(given, because=f"{given.because} {_beside(found[_BOUNDED][0], arms[_BOUNDED].runs)}")
+    return given
+
+
+def _answer(
+    arms: dict[str, _Arm],
+    found: dict[str, tuple[np.ndarray, np.ndarray]],
+    tested: list[Statistic],
+    rules: Rules,
+) -> Answer:
+    missing = [case for case in CASES if case not in arms]
     if missing:
         because = f"The run has no arm {listed(missing)}."
         headline = f"Not asked: {because[0].lower()}{because[1:]}"
@@ -84,6 +99,13 @@ def answer(points: list[Point], large: set[str], rules: Rules) -> Answer:
     headline = f"Whether unstable networks are easier to fool stays open: {seen}."
     because = f"The four correlations neither differ from 0 at {level} with one sign nor lie within ±{limit:.2f}."
     return Answer("undetermined", headline, because, "More runs would narrow the intervals.", tested)
+
+
+def _beside(rho: np.ndarray, runs: int) -> str:
+    """What the arm whose constants differ by training shows, which the verdict does not count."""
+    known = [f"{value:+.2f} ({side})" for value, side in zip(rho, _SIDES.values(), strict=True) if not np.isnan(value)]
+    seen = f"has the rank correlations {listed(known)}" if known else "has no rank correlation"
+    return f"Beside the verdict, the arm with bounded norms {seen} over {counted(runs, 'run')}."
 
 
 def _seen(rho: np.ndarray, runs: int) -> str:

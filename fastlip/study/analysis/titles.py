@@ -15,6 +15,7 @@ _TRAINING = {
     "scratch": "from scratch",
     "disjoint": "from scratch on disjoint images",
     "matched": "from scratch, compute-matched",
+    "constrained": "from scratch, norms ≤ {bound:g}",
     "finetune": "fine-tuned",
     "linear": "linear probe",
     "partial": "last stage fine-tuned",
@@ -58,5 +59,6 @@ def model_title(settings: Settings, model: TrainedModel) -> str:
     if model.arm in _REFERENCES:
         words = _REFERENCES[model.arm]
     else:
-        words = f"{network_title(settings.architecture_of(model.arm))}, {_TRAINING[model.arm]}"
+        training = _TRAINING[model.arm].format(bound=settings.norm_bound(model.arm, model.seed))
+        words = f"{network_title(settings.architecture_of(model.arm))}, {training}"
     return f"{words}, seed {model.seed}" if settings.seeds > 1 else words

@@ -59,6 +59,9 @@ def _answers(
         change = "Train the arms of the study; the comparisons list all pairs of these checkpoints."
         return [Answer("undetermined", "Not asked: this run measures checkpoints.", because, change)] * len(QUESTIONS)
     large = {m["arm"] for m in models if m["role"] != "reference"}
+    # Questions 1 to 3 are about networks as they are usually trained.
+    constrained = {m["name"] for m in models if m["arm"] == "constrained"}
+    transfer = [t for t in transfer if t["source"] not in constrained]
     return [
         ratio_answer.answer("scratch", models, comparisons, transfer, rules),
         ratio_answer.answer("finetune", models, comparisons, transfer, rules),

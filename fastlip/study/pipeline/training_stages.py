@@ -71,8 +71,9 @@ class _Training:
             if snapshot in self.run.snapshots:
                 self._save(snapshot.name, model.arm, network, images)
 
+        bound = self.run.settings.norm_bound(model.arm, model.seed)
         return self._train(
-            model.name, model.arm, network, found.head, images, schedule, model.seed, progress, trained, keep
+            model.name, model.arm, network, found.head, images, schedule, model.seed, progress, trained, keep, bound
         )
 
     def probe(self, model: TrainedModel, progress: Progress) -> str:
@@ -99,6 +100,7 @@ class _Training:
         progress: Progress,
         trained: list[str] | None = None,
         keep: Callable[[int], None] | None = None,
+        norm_bound: float | None = None,
     ) -> str:
         state, machine = self.run.training_state(name), self.run.machine
         history = train(
@@ -116,6 +118,7 @@ class _Training:
             keep=keep,
             group=self.group,
             compiled=machine.compiled,
+            norm_bound=norm_bound,
         )
         if self.group.leads:
             self._save(name, arm, network, images)

@@ -15,6 +15,7 @@ _NAMES = {
     "scratch": "from scratch",
     "disjoint": "scratch, disjoint images",
     "matched": "scratch, compute-matched",
+    "constrained": "scratch, norms bounded",
     "finetune": "fine-tuned",
     "linear": "linear probe",
     "partial": "last stage fine-tuned",
@@ -42,8 +43,10 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.3, 1.3)), (0, (6, 1.5, 1.
 
 _MARKERS = "osD^vPX"
 
-#: Places in the palette: scratch and fine-tuned networks are in most figures and have the first two.
-_ORDER = ("scratch", "finetune", *(arm for arm in ARMS if arm not in ("scratch", "finetune")))
+#: Places in the palette: scratch and fine-tuned networks are in most figures and have the first two; an arm that was
+#: added later has the last one, so that the others keep theirs.
+_FIRST, _LAST = ("scratch", "finetune"), ("constrained",)
+_ORDER = (*_FIRST, *(arm for arm in ARMS if arm not in _FIRST + _LAST), *_LAST)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,13 @@ def arm_name(results: Results, key: str) -> str:
 def title(model: Model) -> str:
     """The name of a model for readers."""
     return printable(model["title"])
+
+
+def over_bounds(results: Results) -> str:
+    """What is to be said beside means over seeds where the seeds of an arm differ in more than their draws."""
+    if sum(m["arm"] == "constrained" for m in results["models"]) < 2:
+        return ""
+    return f" The seeds of “{_NAMES['constrained']}” have different bounds, and its means are over these too."
 
 
 def several_seeds(results: Results) -> bool:

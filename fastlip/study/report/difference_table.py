@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastlip.study.analysis.statistics import over_seeds
-from fastlip.study.report.arms import arm_name
+from fastlip.study.report.arms import arm_name, over_bounds
 from fastlip.study.report.number_format import factor, interval, title_prefix
 from fastlip.study.report.tables import Table
 from fastlip.study.storage.schema import Comparison, Estimate, Results
@@ -59,7 +59,8 @@ def difference_table(results: Results) -> Table:
         "Distortions and ratios are compared image by image on the images that both models classify correctly: × 1.2 "
         "says that the first arm's are larger by a fifth. Intervals of one seed are over images, and say how two "
         "trained models differ. Of all seeds together: ratios and clean accuracy with each image once, with an "
-        "interval over images; the others as the mean over seeds, with Student's t interval.",
+        "interval over images; the others as the mean over seeds, with Student's t interval."
+        f"{over_bounds(results)}",
         keys=3,
     )
 

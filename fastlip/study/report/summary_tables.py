@@ -7,7 +7,7 @@ import numpy as np
 
 from fastlip._text import printable
 from fastlip.study.analysis.statistics import over_seeds
-from fastlip.study.report.arms import arms_of, several_seeds, title
+from fastlip.study.report.arms import arms_of, over_bounds, several_seeds, title
 from fastlip.study.report.number_format import (
     attack_name,
     brackets,
@@ -100,10 +100,10 @@ def seed_table(results: Results) -> Table:
         "Stretch: ‖φ(x′)−φ(x)‖/‖x′−x‖ under this attack, observed at the logits and, from the least to the largest "
         "mean over depth, at the feature maps; this is what differs between attacks, and what the deck's constants "
         "look like. Upper Lipschitz constant: certified L2 bound of the whole network, the same for both attacks. "
-        f"{brackets(results)} {_OVER_SEEDS if several_seeds(results) else ''} The seed deck, the slides whose claims "
-        "this study puts to the test, states neither the scale of its distortions, nor what its constants bound, nor "
-        "its sample size: 96 is an inference, since both accuracies are whole numbers of 96 images, which 3,326 of the "
-        "sample sizes up to 10,000 would allow.",
+        f"{brackets(results)} {_OVER_SEEDS if several_seeds(results) else ''}{over_bounds(results)} The seed deck, "
+        "the slides whose claims this study puts to the test, states neither the scale of its distortions, nor what "
+        "its constants bound, nor its sample size: 96 is an inference, since both accuracies are whole numbers of 96 "
+        "images, which 3,326 of the sample sizes up to 10,000 would allow.",
         keys=2,
     )
 
@@ -219,7 +219,8 @@ def arm_table(results: Results) -> Table:
         ("Measure", *(arm.name for arm in arms)),
         tuple(rows) if several_seeds(results) else (),
         f"Means over seeds with Student's t intervals at {100 * level:g}%; n counts seeds. Seeds share test images and "
-        "training images: intervals are over initial weights, order and augmentation.",
+        "training images: intervals are over initial weights, order and augmentation."
+        f"{over_bounds(results)}",
     )
 
 

@@ -81,6 +81,11 @@ def check_schedule(schedule: Schedule, name: str) -> None:
     )
 
 
+def check_norm_bounds(bounds: tuple[float, ...]) -> None:
+    need(bool(bounds) and all(0 < bound < math.inf for bound in bounds), "norm_bounds", "finite numbers above 0")
+    need(len(set(bounds)) == len(bounds), "norm_bounds", "name each bound once")
+
+
 def check_evaluation(evaluation: EvaluationSettings) -> None:
     most = evaluation.clean_images
     need(0 < evaluation.images <= most, "evaluation.images", f"1 to evaluation.clean_images, {most}")

@@ -81,7 +81,7 @@ PRESETS = {
         preset="seeds",
         source="cifar100",
         evaluation=EvaluationSettings(images=400, clean_images=2000, snapshot_images=20),
-        arms=("softmax", "scratch", "matched", "finetune"),
+        arms=("softmax", "scratch", "matched", "constrained", "finetune"),
         scratch=dataclasses.replace(_SHORT, epochs=3),
         finetune=dataclasses.replace(_SHORT, max_lr=0.05),
         sources="each",

@@ -9,6 +9,9 @@ from fastlip.study.errors import StudyError
 from fastlip.study.json_types import require
 from fastlip.study.settings.settings import Settings
 
+#: Settings that runs written before them lack. What they say is about arms that such a run has not.
+_LATER = {"norm_bounds"}
+
 
 def dotted_names(settings: Settings) -> dict[str, Any]:
     """The value of every setting by its dotted name."""
@@ -44,6 +47,8 @@ def from_json(plain: dict[str, Any]) -> Settings:
 def _build(kind: Any, plain: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(kind)
     require(plain, dict[str, Any], prefix.rstrip(".") or "settings")
+    later = {f.name: f.default for f in dataclasses.fields(kind) if prefix + f.name in _LATER}
+    plain = json.loads(json.dumps(later)) | plain
     if set(plain) != set(hints):
         names = sorted(prefix + name for name in set(plain) ^ set(hints))
         raise StudyError(f"the run was made by another version of fastlip: {names[:3]} differ")

@@ -36,6 +36,8 @@ class Settings:
             epochs as the source and the fine-tuning together saw images.
         reference: how the small references are trained.
         finetune: how the transfer arms are trained; "lpft" follows it twice, for the head and then for all weights.
+        norm_bounds: the bounds of the arm "constrained" on the operator norms of its layers, each with the BatchNorm
+            behind it; the seeds take them in turn, so that the constants of its runs differ.
         evaluation: test images.
         arms: any of :data:`~fastlip.study.settings.training.ARMS`; empty where ``checkpoints`` are measured.
         checkpoints: names of the checkpoints that are measured without training; empty where the study trains.
@@ -84,6 +86,7 @@ class Settings:
     reference: Schedule
     evaluation: EvaluationSettings
     corrupted: Literal["generated", "cifar10c"] = "generated"
+    norm_bounds: tuple[float, ...] = (1.5, 2.0, 1.25)
     arms: tuple[str, ...] = ("scratch", "finetune")
     checkpoints: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
@@ -136,6 +139,7 @@ class Settings:
         for name in ("pretrain", "scratch", "finetune", "reference"):
             checks.check_schedule(getattr(self, name), name)
             need(getattr(self, name).crop < self.image_size, f"{name}.crop", "must be below image_size")
+        checks.check_norm_bounds(self.norm_bounds)
         if "matched" in self.arms and self.pretrains:
             epochs = self._seen / self.scratch.images
             near = abs(self.schedule("matched").epochs / epochs - 1) <= _MATCHED
@@ -156,9 +160,15 @@ class Settings:
         """How ``arm`` is trained."""
         if arm == "matched":
             return replace(self.scratch, epochs=max(1, round(self._seen / self.scratch.images)), snapshots=())
+        if arm == "constrained":
+            return replace(self.scratch, snapshots=())
         if arm in REFERENCES:
             return self.reference
         return self.finetune if arm in TRANSFER else self.scratch
+
+    def norm_bound(self, arm: str, seed: int) -> float | None:
+        """Below which the norms of the layers are kept in the training of ``arm`` with ``seed``; None for no bound."""
+        return self.norm_bounds[(seed - self.seed) % len(self.norm_bounds)] if arm == "constrained" else None
 
     @property
     def _seen(self) -> int:

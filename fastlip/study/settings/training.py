@@ -11,9 +11,10 @@ Role = Literal["reference", "scratch", "transfer", "checkpoint"]
 #: a ConvNet as in 2013, and ResNet-18.
 REFERENCES = ("softmax", "mlp", "convnet", "resnet18")
 
-#: Arms of the large network with random initial weights: the usual training; the same on disjoint training images; and
-#: as many training images seen in all as the source and the fine-tuning together.
-SCRATCH = ("scratch", "disjoint", "matched")
+#: Arms of the large network with random initial weights: the usual training; the same on disjoint training images; as
+#: many training images seen in all as the source and the fine-tuning together; and the usual training with the norms of
+#: all layers kept below a bound.
+SCRATCH = ("scratch", "disjoint", "matched", "constrained")
 
 #: Arms that start from the source. In this order they train all weights; the head; the last stage and the head; first
 #: the head and then all weights.

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.training import Schedule
+from fastlip.study.training.norm_bound import NormBound
 from fastlip.study.training.process_group import ProcessGroup
 from fastlip.study.training.unfinished import RESUMING, Average, History, UnfinishedTraining
 
@@ -53,6 +54,7 @@ def train(
     keep: Callable[[int], None] | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
     compiled: bool = False,
+    norm_bound: float | None = None,
 ) -> History:
     """Train ``model`` in place on its own device, or continue the run saved at ``state_path``.
 
@@ -75,6 +77,8 @@ def train(
         group: the processes that train together; ``schedule.batch_size`` is that of all of them.
         compiled: whether ``torch.compile`` compiles the network; on a GPU its launches are replayed as CUDA graphs,
             unless several processes train together.
+        norm_bound: below which the norms of the layers are kept, each with the BatchNorm behind it
+            (:class:`~fastlip.study.training.norm_bound.NormBound`); the weights are left plain.
 
     Raises:
         StudyError: the loss is not finite, the saved state is damaged, or the batch cannot be split over the group.
@@ -82,6 +86,7 @@ def train(
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
     images, labels = images.to(device), labels.to(device)
+    constraint = None if norm_bound is None else NormBound(model, images.shape[1:], norm_bound, seed)
     # The head sums 2048 features: at the body's learning rate its first steps would overshoot by far.
     if head is None:
         *_, head = (m for m in model.modules() if isinstance(m, nn.Linear))
@@ -114,11 +119,12 @@ def train(
     model.eval().requires_grad_(False)
     for part in [model] if parts is None else parts:
         part.train().requires_grad_(True)
-    network: Callable[[Tensor], Tensor] = group.trainer(model)
+    trained = group.trainer(model)
+    network: Callable[[Tensor], Tensor] = trained
     if compiled:
         # Collectives between the compiled parts of a group's network are not for capture.
         graphs = device.type == "cuda" and group.size == 1
-        network = torch.compile(network, mode="reduce-overhead" if graphs else "default")
+        network = torch.compile(trained, mode="reduce-overhead" if graphs else "default")
     saved = time.monotonic()
     while run.done < steps:
         epoch, first = divmod(run.done, per_epoch)
@@ -136,6 +142,8 @@ def train(
             if schedule.cutout:
                 x = _cut_out(x, holes[:, batch], schedule.cutout)
             y = labels[batch]
+            if constraint is not None and device.type == "cpu" and not compiled:
+                constraint.restart(trained)
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
             with _drawing(device, seed + _APART + run.done * group.size + group.rank), autocast:
                 logits = network(x.float().div_(255).contiguous(memory_format=torch.channels_last))
@@ -143,6 +151,8 @@ def train(
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
+            if constraint is not None:
+                constraint.project()
             scheduler.step()
             if average is not None:
                 average.update(run.done)
@@ -166,6 +176,8 @@ def train(
     if average is not None:
         average.take_place()
     model.eval()
+    if constraint is not None:
+        constraint.remove()
     return run.history
 
 

@@ -30,6 +30,9 @@ def test_titles_name_network_training_and_seed(micro):
     settings = dataclasses.replace(micro, model="torchvision:resnet50", seeds=2)
     assert model_title(settings, TrainedModel("finetune", 1)) == "ResNet-50, fine-tuned, seed 1"
     assert model_title(settings, TrainedModel("softmax", 0)) == "softmax regression, seed 0"
+    bounded = dataclasses.replace(settings, norm_bounds=(2.0, 0.25))
+    titles = [model_title(bounded, TrainedModel("constrained", seed)) for seed in (0, 1)]
+    assert titles == [f"ResNet-50, from scratch, norms ≤ {b}, seed {s}" for s, b in enumerate(("2", "0.25"))]
     one = dataclasses.replace(settings, seeds=1)
     assert model_title(one, TrainedModel("scratch", 0)) == "ResNet-50, from scratch"
     assert model_title(one, TrainedModel("resnet18", 0)) == "ResNet-18"

@@ -387,6 +387,57 @@ def test_other_arms_are_stated_and_decide_nothing():
     assert any(s["name"].startswith("linear: rank") for s in answer["statistics"])
 
 
+@pytest.mark.parametrize("slope", [-1.0, 1.0])
+def test_bounded_norms_are_stated_beside_question_4_and_decide_nothing(slope):
+    rows = points(-1.0) + points(slope, arms=("constrained",))
+    without, answer = (asked(models, points=rows)[3] for models in (LARGE, [*LARGE, model("constrained")]))
+    assert answer["verdict"] == without["verdict"] == "supported"
+    assert answer["headline"] == without["headline"]
+    beside = answer["because"].removeprefix(without["because"])
+    sign = "-" if slope < 0 else "+"
+    numbers = re.findall(r"([+-])0\.\d\d \((.+?)\)", beside)
+    assert [s for s, _ in numbers] == [sign, sign]
+    assert [side for _, side in numbers] == [
+        "certified constant over median margin",
+        "largest observed stretch over median margin",
+    ]
+    assert "Beside the verdict" in beside
+    assert "over 16 runs" in beside
+
+
+def test_few_runs_with_bounded_norms_are_in_the_statistics_alone():
+    rows = points(-1.0) + points(-1.0, arms=("constrained",), runs=3)
+    answer = asked([*LARGE, model("constrained")], points=rows)[3]
+    assert "bounded" not in answer["because"]
+    assert any(s["name"].startswith("constrained: rank") for s in answer["statistics"])
+
+
+def test_bounded_norms_leave_questions_1_to_3_as_they_are():
+    """Among what is stated beside questions 1 and 2, too: perturbations made for such a network."""
+
+    def row(source, target, fooled):
+        share = {"n": 100, "k": fooled, "value": fooled / 100}
+        return {
+            "source": source,
+            "target": target,
+            "strength": 1.0,
+            "disjoint": False,
+            "fooled": share,
+            "noise": share,
+        }
+
+    arms = ("scratch", "finetune", "softmax")
+    models = [model(arm) for arm in arms[:2]] + [model("softmax", role="reference")]
+    names = {m["arm"]: m["name"] for m in models}
+    rows = [row(names[a], names[b], 30) for a in arms for b in arms]
+    bounded = model("constrained")
+    more = rows + [row(bounded["name"], name, 90) for name in names.values()]
+    more += [row(name, bounded["name"], 80) for name in names.values()]
+    without, answers = asked(models, transfer=rows), asked([*models, bounded], transfer=more)
+    assert any("fooled by perturbations" in s["name"] for s in without[0]["statistics"])
+    assert answers[:3] == without[:3]
+
+
 def test_checkpoints_are_not_asked_about():
     answers = asked([model("mine", role="checkpoint"), model("yours", role="checkpoint")])
     assert {a["verdict"] for a in answers} == {"undetermined"}

@@ -398,14 +398,15 @@ def test_the_readmes_command_for_training_names_what_there_is(tmp_path, monkeypa
     assert "--model fastlip:convnet" in (tmp_path / "run" / "plan" / plan[0]).read_text()
 
 
-def test_the_readmes_command_for_disjoint_training_images(tmp_path, monkeypatch, micro_arguments):
+@pytest.mark.parametrize(("name", "model"), [("disjoint", "disjoint-s0"), ("constrained", "constrained-s5")])
+def test_the_readmes_commands_for_arms_of_no_preset_of_one_seed(name, model, tmp_path, monkeypatch, micro_arguments):
     for root, each in (("photos", 40), ("others", 16)):
         photos(tmp_path / root, "train", each)
         photos(tmp_path / root, "test", 8)
-    text = block("disjoint").replace("\\\n", "").replace("--data DATA", f"--target {tmp_path / 'photos'}")
+    text = block(name).replace("\\\n", "").replace("--data DATA", f"--target {tmp_path / 'photos'}")
     text = text.replace("OTHERS", str(tmp_path / "others")).replace("RUN", str(tmp_path / "run"))
     words = [*shlex.split(text)[3:], "--model", "fastlip:convnet"]
     micro = [a for a in micro_arguments if a.startswith("--set=") and not a.startswith("--set=arms=")]
     command(monkeypatch, "plan", *words, *micro)
     training = (tmp_path / "run" / "plan" / "2-training.txt").read_text()
-    assert "--only 'disjoint-s0: training*'" in training
+    assert f"--only '{model}: training*'" in training

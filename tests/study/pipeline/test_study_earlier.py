@@ -4,6 +4,8 @@
 and report. Never make it anew: where this test fails, the code has changed what it reads.
 """
 
+import json
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 
 from fastlip.study import cli, frame, image_frame
 from fastlip.study.errors import StudyError
+from fastlip.study.pipeline.start_or_resume import require_resumable
+from fastlip.study.storage import digests
 
 
 @pytest.fixture
@@ -69,3 +73,20 @@ def test_its_numbers_load_where_they_were_written(earlier):
     (earlier / "tables" / "results.csv").write_text("model,n,value,low\nscratch-s0,5,0.5,\n")
     assert frame(earlier).iloc[0].tolist()[:3] == ["scratch-s0", 5.0, 0.5]
     assert set(image_frame(earlier).model) == {"scratch-s0", "scratch-s0-e1"}
+
+
+def test_a_run_from_before_there_were_bounds_on_norms_is_opened_and_resumed(finished, micro, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    shutil.copytree(finished.path, path)
+    config = json.loads((path / "config.json").read_text())
+    del config["settings"]["norm_bounds"]
+    (path / "config.json").write_text(json.dumps(config))
+    digests.record(path, [path / "config.json"])
+    require_resumable(path, micro, config["inputs"])
+    (path / "report.html").unlink()
+    monkeypatch.setattr(sys, "argv", ["fastlip.study", "report", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert (path / "report.html").exists()
+    assert json.loads((path / "config.json").read_text()) == config

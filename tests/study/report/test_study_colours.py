@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fastlip.study.report.arms import PALETTE, arms_of
+from fastlip.study.settings.training import ARMS
 
 #: What reds, greens and blues become for protanopes and deuteranopes, in linear RGB: Machado, Oliveira and Fernandes,
 #: "A physiologically-based model for simulation of color vision deficiency" (2009), severity 1.0.
@@ -97,7 +98,7 @@ def test_every_colour_stands_out_from_its_background():
 
 
 def test_no_two_arms_have_one_colour_and_one_line_style(synthetic):
-    trained = ("softmax", "mlp", "convnet", "resnet18", "scratch", "disjoint", "matched", "finetune", "linear", "lpft")
+    trained = ARMS
     for names in (trained, tuple(f"checkpoint {i}" for i in range(40)), ("scratch", "x", "y", "z")):
         arms = arms_of(synthetic(0, names).results())
         assert len({(arm.colour, str(arm.dashes)) for arm in arms}) == len(names)
@@ -109,3 +110,6 @@ def test_an_arm_keeps_its_colour_whatever_is_beside_it(synthetic):
     alone = arms_of(synthetic(0, ("finetune",)).results())[0]
     beside = arms_of(synthetic(0, ("softmax", "scratch", "finetune")).results())[2]
     assert (alone.colour, alone.dashes, alone.marker) == (beside.colour, beside.dashes, beside.marker)
+    # Reports of earlier runs are drawn as they were: an arm that is added takes no other arm's place.
+    earlier = ("scratch", "finetune", "softmax", "mlp", "convnet", "resnet18", "disjoint", "matched", "linear")
+    assert [arm.place for arm in arms_of(synthetic(0, earlier).results())] == list(range(len(earlier)))

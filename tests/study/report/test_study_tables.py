@@ -195,6 +195,17 @@ def test_differences_of_all_seeds_stand_above_those_of_each(synthetic):
     assert len(chosen) == 4
 
 
+@pytest.mark.parametrize("table", [arm_table, seed_table, difference_table])
+def test_means_over_seeds_with_different_bounds_are_called_so(synthetic, table):
+    arms = ("softmax", "scratch", "constrained", "finetune")
+    (one, three, usual) = (
+        table(synthetic(0, names, seeds=seeds).results()).notes
+        for names, seeds in ((arms, 1), (arms, 3), (arms[:2], 3))
+    )
+    said = "The seeds of “scratch, norms bounded” have different bounds, and its means are over these too."
+    assert [said in note for note in (one, three, usual)] == [False, True, False]
+
+
 def test_arms_are_summed_up_over_seeds(synthetic):
     results = synthetic(0, ("scratch", "finetune"), seeds=3).results()
     assert arm_table(synthetic().results()).rows == (), "one seed has no spread"

@@ -62,6 +62,14 @@ def test_settings_that_fit_each_other_are_taken_in_any_order():
         ("normalize=none", "normalize: is for checkpoints"),
         ("reference.snapshots=1", "reference.snapshots: those of the arms scratch and finetune"),
         ("pretrain.snapshots=1", "pretrain.snapshots"),
+        ("norm_bounds=", "norm_bounds: finite numbers above 0"),
+        ("norm_bounds=1,0", "norm_bounds: finite numbers above 0"),
+        ("norm_bounds=-1", "norm_bounds: finite numbers above 0"),
+        ("norm_bounds=inf", "norm_bounds: finite numbers above 0"),
+        ("norm_bounds=nan", "norm_bounds: finite numbers above 0"),
+        ("norm_bounds=one", "expected float"),
+        ("norm_bounds=2,1,2", "norm_bounds: name each bound once"),
+        ("norm_bound=2", r"norm_bound: no such setting; did you mean norm_bounds\?"),
         ("scratch.crop=32", "scratch.crop: must be below image_size"),
     ],
 )
@@ -81,6 +89,22 @@ def test_matched_is_close_to_the_compute_that_it_is_called_after():
     assert overrides.override(quick, ["pretrain.images=11000"]).schedule("scratch") == quick.scratch
 
 
+def test_the_seeds_take_the_bounds_on_norms_in_turn():
+    settings = overrides.override(presets.preset("seeds"), ["norm_bounds=2,1.5", "seed=7"])
+    assert [settings.norm_bound("constrained", seed) for seed in settings.all_seeds] == [2.0, 1.5] * 5
+    assert {settings.norm_bound(arm, 7) for arm in settings.arms if arm != "constrained"} == {None}
+    # It differs from scratch in the bound alone, and has no snapshots.
+    assert settings.schedule("constrained") == dataclasses.replace(settings.scratch, snapshots=())
+    assert settings.role_of("constrained") == "scratch"
+    assert settings.training_images("constrained") == settings.training_images("scratch")
+
+
+@pytest.mark.parametrize("name", ["demo", "quick", "overnight"])
+def test_presets_of_one_seed_do_without_bounded_norms(name):
+    assert "constrained" not in presets.preset(name).arms
+    assert {"constrained"} <= set(presets.preset("seeds").arms) & set(presets.preset("full").arms)
+
+
 def test_parts_are_named_of_a_network_that_the_run_has():
     own = {"arms": (), "checkpoints": ("a", "b"), "models": ("timm:resnet18", "torchvision:resnet18")}
     with pytest.raises(StudyError, match="stages and head are of one network"):
@@ -98,6 +122,14 @@ def test_settings_of_another_version_are_refused():
     del plain["pgd"]["loss"]
     with pytest.raises(StudyError, match="another version"):
         serialization.from_json(plain)
+
+
+def test_settings_from_before_there_were_bounds_on_norms_are_read():
+    settings = presets.preset("quick")
+    plain = serialization.to_json(settings)
+    del plain["norm_bounds"]
+    assert serialization.from_json(plain) == settings
+    assert "norm_bounds" not in plain
 
 
 def test_every_field_is_described():

@@ -297,6 +297,10 @@ def test_results_that_pass_are_shown_without_a_traceback(unrecorded, first, new,
     assert passed < len(list(places(results)))
 
 
+#: What runs of before have not.
+LATER = [("settings", "norm_bounds")]
+
+
 @pytest.mark.parametrize("name", ["config.json", "training/scratch-s0.json", "lipschitz/scratch-s0.json"])
 def test_every_field_of_the_other_files_of_another_type_is_refused(
     command, unrecorded, micro_arguments, monkeypatch, name
@@ -311,7 +315,11 @@ def test_every_field_of_the_other_files_of_another_type_is_refused(
         wrong = {"x": 1} if not isinstance(value_at(plain, at), dict) else [1]
         for new in (
             wrong,
-            *([...] if at and at[0] != "inputs" and at[0] != "versions" and isinstance(at[-1], str) else []),
+            *(
+                [...]
+                if at and at[0] not in ("inputs", "versions") and at not in LATER and isinstance(at[-1], str)
+                else []
+            ),
         ):
             path.write_text(json.dumps(changed(plain, at, new)))
             is_one_line(command("--out", unrecorded, *micro_arguments), str(path), "damaged")

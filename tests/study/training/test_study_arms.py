@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastlip import layer_norms, lipschitz_bound
 from fastlip.models import load_checkpoint
 from fastlip.study.errors import StudyError
 from fastlip.study.pipeline import start_or_resume
@@ -15,6 +16,8 @@ from fastlip.study.settings import overrides, presets
 from fastlip.study.settings.input_paths import InputPaths, resolve_source
 from fastlip.study.settings.training import ARMS
 from fastlip.study.storage.run_directory import TrainedModel
+from fastlip.study.training.architectures import build
+from fastlip.study.training.unfinished import RESUMING
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_partial_trains_the_last_stage_alone(weights):
     assert changed(weights["partial-s0"], weights["source"]) == {"layer4"}
 
 
-@pytest.mark.parametrize("name", ["finetune-s0", "lpft-s0", "scratch-s0"])
+@pytest.mark.parametrize("name", ["finetune-s0", "lpft-s0", "scratch-s0", "constrained-s0"])
 def test_the_others_train_every_stage(weights, name):
     assert changed(weights[name], weights["source"]) >= {"conv1", "layer1", "layer4"}
 
@@ -81,6 +84,43 @@ def test_lpft_goes_on_from_its_own_probe(weights):
     steps = [(weights["lpft-s0"][head] - weights[name][head]).norm() for name in ("lpft-s0-head", "finetune-s0")]
     assert not torch.equal(weights["lpft-s0"][head], weights["lpft-s0-head"][head])
     assert all(step > 0 for step in steps)
+
+
+def test_constrained_keeps_all_norms_below_its_bound_and_the_constant_below_that_of_scratch(micro, checkpoints):
+    shape, found = (3, micro.image_size, micro.image_size), {}
+    for arm in ("scratch", "constrained"):
+        network = build(micro, arm, 6, 0)
+        network.load_state_dict(checkpoints[f"{arm}-s0"][0])  # a plain one, under the names of any other arm
+        norms = layer_norms(network.eval(), shape)
+        uppers = [interval.upper for name, interval in norms.items() if not name.startswith("normalize.")]
+        found[arm] = max(uppers), lipschitz_bound(network, shape).log10_upper
+    bound = micro.norm_bound("constrained", 0)
+    assert found["constrained"][0] <= 1.01 * bound < found["scratch"][0]
+    assert found["constrained"][1] < found["scratch"][1] - 1
+
+
+def test_constrained_training_goes_on_where_it_was_interrupted(micro, checkpoints, tmp_path):
+    settings = overrides.override(micro, ["arms=constrained"])
+    inputs = Inputs(settings, InputPaths())
+    run = start_or_resume.open_or_create(tmp_path / "run", settings, inputs.fingerprints(), "test")
+
+    def stop(done, total, note):
+        if done == 2 and note != RESUMING:
+            raise KeyboardInterrupt
+
+    told = []
+    for progress in (stop, lambda done, total, note: told.append(note)):
+        (stage,) = (s for s in stages(run, inputs) if s.name == "constrained-s0: training")
+        if progress is stop:
+            with pytest.raises(KeyboardInterrupt):
+                stage.run(progress)
+            assert not stage.done
+        else:
+            stage.run(progress)
+    assert told[0] == RESUMING
+    again = load_checkpoint(run.checkpoint("constrained-s0"))[0]
+    for name, value in checkpoints["constrained-s0"][0].items():
+        assert torch.equal(again[name], value), name
 
 
 def test_full_has_all_arms_that_its_data_and_its_source_allow_and_three_seeds():

@@ -41,6 +41,7 @@ with process_group() as group:
         Schedule(images=40, epochs=3, max_lr=0.1, batch_size=16, snapshots=(2,)),
         seed=5, precision=torch.float32, state_path=out / "state.pt", save_seconds=0,
         progress=lambda *a: None, group=group, keep=kept.append, compiled="compiled" in sys.argv,
+        norm_bound=0.6 if "bounded" in sys.argv else None,
     )
     if group.leads:
         state = {k: v.tolist() for k, v in model.state_dict().items()}
@@ -75,8 +76,9 @@ def are_the_same(one, two):
         np.testing.assert_allclose(weights2[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_two_processes_train_the_same_network_as_one(tmp_path):
-    are_the_same(trained(tmp_path, 1), trained(tmp_path, 2))
+@pytest.mark.parametrize("how", [[], ["bounded"]], ids=["free", "bounded"])
+def test_two_processes_train_the_same_network_as_one(tmp_path, how):
+    are_the_same(trained(tmp_path, 1, *how), trained(tmp_path, 2, *how))
 
 
 @pytest.mark.slow
