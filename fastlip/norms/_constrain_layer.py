@@ -18,7 +18,7 @@ from fastlip.norms._options import NormOptions
 #: On a CPU a layer's vectors rest between steps. The interval from one to the next is doubled, up to so many forwards,
 #: after so many times in a row that the steps raised the norm by less than a share of it; where they raise it by more
 #: than the last share the interval is 1 again.
-_LONGEST, _IN_A_ROW, _STEADY, _MOVING = 16, 4, 3e-4, 1e-3
+_LONGEST, _IN_A_ROW, _STEADY, _MOVING = 16, 4, 6e-4, 1e-3
 #: Most steps, in multiples of ``iterations``, that are taken at once, and how often in one forward.
 _MOST_AT_ONCE, _MOST_TURNS = 4, 4
 #: Change of a norm since the vectors' last step after which they take one in the next forward.
