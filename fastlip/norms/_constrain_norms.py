@@ -67,7 +67,8 @@ def constrain_norms(
         TypeError: an argument is of the wrong type, or a weight no floating-point tensor; the message names it.
         ValueError: an argument is wrong, the model does not run on such inputs, or a layer that was chosen cannot be
             constrained: it is used on several sizes or in several ways, does something else than its class says, its
-            weight is parametrised already, or it has no name in ``model``; the message names it.
+            weight is parametrised already, or it has no name in ``model``; or the BatchNorm that is folded into it has
+            no weight, is behind other layers too, or is parametrised; the message names the layer.
 
     Example:
         >>> from torch import nn
