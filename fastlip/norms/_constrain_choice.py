@@ -129,6 +129,8 @@ def constrainable_layers(
         own = [t for t in uses.get(module, []) if t.weight is not None and t.weight.attribute == "weight"]
         reason = _obstacle(module, own, left_out.get(f"{name}.weight", left_out.get(name)))
         folded = own[0].batchnorm if own else None
+        if reason is None and own and own[0].factors is not None:
+            reason = "the batch norm behind it is not that of a BatchNorm module"
         if reason is None and folded is not None:
             reason = _batchnorm_obstacle(modules[folded], [t for t in templates if t.batchnorm == folded])
         if reason == DID_NOT_RUN:

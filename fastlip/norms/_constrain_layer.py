@@ -1,5 +1,6 @@
 """The parametrisation of one layer among many whose norms are kept below a bound together."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from fastlip.norms._constrain_choice import folded_weight
 from fastlip.norms._constrain_norm import certified_uppers, same_weight, settled_vector
@@ -21,15 +23,15 @@ from fastlip.norms._options import NormOptions
 _LONGEST, _IN_A_ROW, _STEADY, _MOVING = 16, 4, 6e-4, 1e-3
 #: Most steps, in multiples of ``iterations``, that are taken at once, and how often in one forward.
 _MOST_AT_ONCE, _MOST_TURNS = 4, 4
-#: Change of a norm since the vectors' last step after which they take one in the next forward.
-_CHANGE = 2e-3
+#: Change of a norm since the vectors' last step after which they take one in the next forward, and in this one.
+_CHANGE, _JUMP = 2e-3, 0.1
 
 
 class _Certificate:
-    """A weight [Cout, Cin / groups, *kernel], and the upper side of its norm."""
+    """A weight [Cout, Cin / groups, *kernel], and the upper side of its norm, which what is scaled rounds by eps."""
 
-    def __init__(self, weight: Tensor, upper: float) -> None:
-        self.weight, self.upper = weight, upper
+    def __init__(self, weight: Tensor, upper: float, eps: float) -> None:
+        self.weight, self.upper, self.eps = weight, upper, eps
         self._gradient: tuple[NormGradient, float] | None = None
 
     def gradient(self, constraint: "NormConstraint") -> tuple[NormGradient, float]:
@@ -39,7 +41,7 @@ class _Certificate:
             convolution = TorchOperator(constraint.geometry, constraint.operator(weight).weight)
             vector = settled_vector(convolution, constraint.v[0].to(weight.dtype))
             vectors = torch.stack([vector, constraint.v[1].to(weight.dtype)])
-            _, norms, left, right = norm_gradients([weight], [vectors], constraint.encoded, 1)
+            _, norms, left, right = norm_gradients([weight], [vectors], constraint.encoded, 4)
             self._gradient = NormGradient(left, right), float(norms[1])
         return self._gradient
 
@@ -67,6 +69,12 @@ class _Tracking:
         self.prepared = False
         self.together: list[tuple[NormConstraint, Tensor]] = []
         self.certificate: _Certificate | None = None
+
+    def last_step(self) -> tuple[NormGradient, Tensor]:
+        """The gradient of the norm, and the norm, after the last step."""
+        assert self.gradient is not None
+        assert self.found is not None
+        return self.gradient, self.found
 
     def set_interval(self, raised: float, place: int) -> None:
         """Choose when the next step is due, after one that raised the norm by this share of it."""
@@ -113,16 +121,18 @@ class NormConstraint(nn.Module):
             return weight if scale >= 1.0 else self.certified_scale(weight, tracking.certificate, scale)
         if not tracking.prepared:
             track([(self, weight)])
-        gradient, norm = tracking.gradient, tracking.found
-        assert gradient is not None
-        assert norm is not None
+        gradient, norm = tracking.last_step()
         if not _may_read(weight):
             return self.scale(weight, gradient, norm)
         if tracking.rested:
             with torch.autocast(weight.device.type, enabled=False):
                 found, norm = norm, gradient.norm_of(computable(self.applied(weight)))
-            if abs(norm - found) > _CHANGE * norm:
+            change = abs(norm - found)
+            if change > _CHANGE * norm:
                 tracking.interval = 1
+            if not change <= _JUMP * norm:  # this is no training, but another weight
+                track([(self, weight)])
+                gradient, norm = tracking.last_step()
         tracking.norm = float(norm)
         if tracking.norm <= self.bound:
             return weight
@@ -132,7 +142,7 @@ class NormConstraint(nn.Module):
         """The weight of the linear map whose norm is bounded, detached."""
         return weight.detach()
 
-    def rounding(self, op: Operator, weight: Tensor) -> float:
+    def rounding(self, op: Operator, upper: float, eps: float) -> float:
         """By how much the map may exceed the one that was certified, beyond what scaling its weight adds."""
         return 0.0
 
@@ -151,6 +161,8 @@ class NormConstraint(nn.Module):
             return True
         if gradient.left.dtype != computing_dtype(weight):
             return True
+        if gradient.left.is_inference() and not torch.is_inference_mode_enabled():
+            return True  # autograd could not save it
         self.tracking.rested += 1
         return self.tracking.rested >= self.tracking.interval
 
@@ -199,7 +211,8 @@ class FoldedConstraint(NormConstraint):
 
     def scale(self, weight: Tensor, gradient: NormGradient, norm: Tensor | float) -> Tensor:
         own = _Norm.apply(self._fold(weight), *gradient, norm)
-        return weight * (self.bound / own).clamp(max=1.0).to(weight.dtype)
+        # The backward pass of a number over the norm would square the norm's reciprocal, which may be out of range.
+        return weight * (self.bound / own.clamp_min(self.bound)).to(weight.dtype)
 
     def certified_scale(self, weight: Tensor, certificate: _Certificate, scale: float) -> Tensor:
         if not torch.is_grad_enabled():
@@ -208,11 +221,14 @@ class FoldedConstraint(NormConstraint):
         own = _Norm.apply(self._fold(weight), *gradient, norm)
         return weight * (scale * (norm / own)).to(weight.dtype)  # norm / own is 1, with a gradient
 
-    def rounding(self, op: Operator, weight: Tensor) -> float:
-        # Three operations round the folded weight, and one the scaled factors.
-        return 4.0 * torch.finfo(weight.dtype).eps * op.absolute_bound
+    def rounding(self, op: Operator, upper: float, eps: float) -> float:
+        # Operations that round the folded weight, and one or two that round the scaled factors, by channels.
+        return 4.0 * torch.finfo(op.weight.dtype).eps * op.absolute_bound + 2.0 * eps * upper
 
     def _fold(self, weight: Tensor) -> Tensor:
+        layer = self._folded[0]
+        if "weight" not in layer._parameters and not parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(f"layer {self.name}: its weight is no parameter any more, and may be out of date")
         return folded_weight(*self._folded, weight, self._transposed, self.geometry.groups)
 
 
@@ -253,7 +269,8 @@ def _take_steps(layers: Sequence[tuple[NormConstraint, Tensor]], catch_up: bool)
             if _may_read(weight):
                 before, after = norms.tolist()
                 shares[place] = (after - before) / after if after > 0.0 else 0.0
-                constraint.tracking.set_interval(shares[place], constraint.place)
+                # Of a norm of 0 nothing is known that could follow the weight.
+                constraint.tracking.set_interval(shares[place] if after > 0.0 else math.inf, constraint.place)
     return shares
 
 
@@ -264,7 +281,7 @@ def certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
         ValueError: a weight holds NaN or infinite values; the message names the layer.
     """
     weights = [constraint.applied(weight) for constraint, weight in layers]
-    if all(_is_certified(constraint, weight) for (constraint, _), weight in zip(layers, weights, strict=True)):
+    if all(_is_certified(*pair, applied) for pair, applied in zip(layers, weights, strict=True)):
         return
     copies = [weight.clone() for weight in weights]
     ops = [constraint.operator(copy) for (constraint, _), copy in zip(layers, copies, strict=True)]
@@ -275,12 +292,15 @@ def certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
             raise ValueError(f"layer {constraint.name}: {error}") from None
     uppers = certified_uppers(ops, layers[0][0].options)
     for (constraint, weight), op, upper in zip(layers, ops, uppers, strict=True):
-        constraint.tracking.certificate = _Certificate(op.weight, upper + constraint.rounding(op, weight))
+        eps = torch.finfo(weight.dtype).eps
+        constraint.tracking.certificate = _Certificate(op.weight, upper + constraint.rounding(op, upper, eps), eps)
 
 
-def _is_certified(constraint: NormConstraint, weight: Tensor) -> bool:
+def _is_certified(constraint: NormConstraint, weight: Tensor, applied: Tensor) -> bool:
     certificate = constraint.tracking.certificate
-    return certificate is not None and same_weight(certificate.weight, weight)
+    if certificate is None or torch.finfo(weight.dtype).eps > certificate.eps:
+        return False
+    return same_weight(certificate.weight, applied)
 
 
 class _Scale(torch.autograd.Function):

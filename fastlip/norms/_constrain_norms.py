@@ -5,6 +5,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -49,14 +50,15 @@ def constrain_norms(
     modules, stay as they are.
 
     Args:
-        model: the model, changed in place and returned. In a data-parallel wrapper, or in what ``torch.compile`` made,
-            the model inside is changed.
+        model: the model, changed in place and returned; in what ``torch.compile`` made, the model inside. Constrain it
+            before it is wrapped in ``DistributedDataParallel``.
         input_shape: shape of one input without the batch axis, such as (3, 32, 32).
         bound: positive upper bound for each norm.
         fold_batchnorm: whether a layer is constrained together with the BatchNorm that takes its output, if there is
             one: the norm is that of the layer with the BatchNorm's factors gamma / sqrt(var + eps), with the running
             variance, and the BatchNorm's weight is scaled in place of the layer's. In training mode a BatchNorm undoes
-            any other scale of the layer. A BatchNorm that stands elsewhere stays as it is.
+            any other scale of the layer. A BatchNorm that stands elsewhere stays as it is, and where a layer's output
+            goes elsewhere as well, it is bounded on the way through the BatchNorm alone.
         layers: which to constrain: qualified names, or a function of the name and the module that is true for them; by
             default all.
         iterations: Krylov steps for each forward, each one product with the convolution and one with its adjoint.
@@ -79,6 +81,8 @@ def constrain_norms(
     """
     bound, iterations = positive_bound(bound), integer(iterations, "iterations")
     chosen = chosen_options("constrain_norms", options, keywords)
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("model must be constrained before it is wrapped in DistributedDataParallel")
     root = bare_model(model)
     found = constrainable_layers(root, input_shape, layers, fold_batchnorm)
     generator = chosen.resolved([]).generator
@@ -125,7 +129,8 @@ def unconstrain(model: nn.Module) -> nn.Module:
     root = bare_model(model)
     certify(constrained_layers(root))
     constrained: list[nn.Module] = []
-    seen: set[int] = set()
+    plain = [module for module in root.modules() if not isinstance(module, ParametrizationList)]
+    seen = {id(parameter) for module in plain for parameter in module._parameters.values()}
     for module in root.modules():
         if not parametrize.is_parametrized(module, "weight"):
             continue

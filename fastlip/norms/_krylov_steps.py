@@ -20,6 +20,8 @@ from fastlip.norms._solvers.batched_operator import BatchedConvolutions, from_ro
 
 #: A residual shorter than this share of A^T A x is rounding, and extends nothing.
 _ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13}
+#: Length below which a second vector, of length 1 or of one element's size, is what rounding left of it.
+_LOST = 1e-4
 #: Most steps until the subspace is reduced to its two leading Ritz vectors.
 _MOST_STEPS = 8
 #: Rounds of three squarings in :func:`leading_eigenvectors`. Eigenvalues closer than 5e-5 of each other may stay mixed.
@@ -60,9 +62,7 @@ def krylov_steps(ops: Sequence[Operator], vectors: Sequence[Tensor], steps: int)
     images = torch.zeros(rows, target.total, dtype=dtype, device=device)
     for row in range(2):
         flat = domain.cat([_to_row(pair[row]) for pair in vectors])
-        if row:
-            flat = flat - domain.combine(domain.dots(basis[:1], flat), basis[:1])
-        basis[row] = domain.unit(flat)
+        basis[row] = domain.unit(flat if row == 0 else _second(domain, basis[:1], flat))
     squares = [operators.forward(basis[row], images[row])[1] for row in range(2)]
     # Products of images are of the scaled operator, since their squares would leave the range of their dtype.
     square = torch.maximum(*squares).clamp_min(torch.finfo(dtype).tiny ** 2)
@@ -103,6 +103,20 @@ def krylov_steps(ops: Sequence[Operator], vectors: Sequence[Tensor], steps: int)
         shown = from_rows(image[None, operators.range[place]], op.output_shape)
         units.append(torch.where(usable[place], shown, 0.0))
     return LeadingVectors(news, units, squares[0].sqrt().to(dtype), (lengths * square.sqrt()).to(dtype))
+
+
+def _second(domain: "_Segments", first: Tensor, second: Tensor) -> Tensor:
+    """The part of second vectors that is orthogonal to the first, [1, total]; where there is none, of a fixed one."""
+    places = torch.arange(domain.total, dtype=torch.float64, device=first.device)
+    found = second - domain.combine(domain.dots(first, second), first)
+    fixed = torch.sin(places.square() + 1.0).to(second.dtype)  # without a pattern that an operator could share
+    fixed = fixed - domain.combine(domain.dots(first, fixed), first)
+    lost = domain.dots(found[None], found)[:, 0] < _LOST**2
+    found = torch.where(domain.spread(lost.double()) > 0.0, fixed, found)
+    for _ in range(2):
+        found = found - domain.combine(domain.dots(first, found), first)
+    kept = domain.dots(found[None], found)[:, 0] > _LOST**2  # a vector of one element has no other beside it
+    return found * domain.spread(kept.double())
 
 
 def leading_eigenvectors(matrices: Tensor, count: int) -> Tensor:

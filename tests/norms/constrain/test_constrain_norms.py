@@ -436,3 +436,74 @@ def test_a_parametrisation_on_top_is_refused_by_name() -> None:
         model.eval()(torch.ones(1, 4))
     with pytest.raises(ValueError, match="layer 0: its weight was parametrised once more"):
         unconstrain(model)
+
+
+def applied_norm(model: nn.Sequential) -> float:
+    """Of a first layer that is linear, without a bias, in training mode."""
+    return torch.linalg.matrix_norm(model(torch.eye(model[0].in_features)), 2).item()
+
+
+@pytest.mark.parametrize("begin", [0.0, 1e-3, 3.0])
+def test_another_weight_is_followed_at_once(begin: float) -> None:
+    model = nn.Sequential(nn.Linear(6, 6, bias=False))
+    weight = model[0].weight
+    with torch.no_grad():
+        weight.mul_(begin)
+    constrain_norms(model, (6,))
+    for _ in range(64):
+        applied_norm(model)  # the vectors rest at last
+    for factor in (30.0, -30.0):
+        with torch.no_grad():
+            weight.copy_(factor * torch.randn(6, 6))
+            assert applied_norm(model) <= 1.05
+
+
+def test_a_vector_that_the_new_weight_takes_to_nothing() -> None:
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    weight = model[0].weight
+    with torch.no_grad():
+        weight.copy_(torch.tensor([[3.0, 0.0]]))
+    constrain_norms(model, (2,))
+    for _ in range(5):
+        model(torch.eye(2))
+    with torch.no_grad():
+        weight.copy_(torch.tensor([[0.0, 3.0]]))
+    assert applied_norm(model) == pytest.approx(1.0, rel=1e-3)
+    model.eval()(torch.eye(2)).sum().backward()
+    assert weight.grad is None or weight.grad.isfinite().all()
+
+
+def test_training_goes_on_after_inference_mode() -> None:
+    model = constrain_norms(small_network(), SHAPE)
+    x, y = images()
+    train(model, 30)
+    with torch.inference_mode():
+        for _ in range(20):
+            model(x)
+    F.cross_entropy(model(x), y).backward()
+
+
+def test_removal_leaves_a_tied_layer_as_it_is() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.second.weight = self.first.weight
+            nn.init.constant_(self.first.weight, 2.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    model = constrain_norms(Tied(), (4,), layers=["first"]).eval()
+    x = torch.rand(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(unconstrain(model)(x), model(x))
+        assert torch.equal(model.second.weight, torch.full((4, 4), 2.0))
+        assert model.first.weight.norm() <= 1.0
+
+
+def test_a_model_that_is_wrapped_already_is_refused() -> None:
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    with pytest.raises(ValueError, match="before it is wrapped in DistributedDataParallel"):
+        constrain_norms(wrapped, SHAPE)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import fastlip
 from fastlip.norms import constrain_norms, layer_norms, unconstrain
@@ -176,3 +176,58 @@ def test_what_cannot_be_folded_is_refused() -> None:
     with pytest.raises(ValueError, match="weight of the BatchNorm behind it is parametrised already"):
         constrain_norms(taken, SHAPE, fold_batchnorm=True)
     constrain_norms(without, SHAPE)  # alone the layer can be
+    functional = Functional()
+    with pytest.raises(ValueError, match=r"layer conv cannot be constrained: .* not that of a BatchNorm module"):
+        constrain_norms(functional, SHAPE, fold_batchnorm=True)
+    constrain_norms(functional, SHAPE)
+
+
+class Functional(nn.Module):
+    """A batch norm by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("variance", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(self.conv(x), self.mean, self.variance)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-20, 1.0])
+def test_gradients_are_finite_where_factors_vanish(factor: float) -> None:
+    """As where the last BatchNorm of a residual block starts from 0; compiled code reads no norm."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight.mul_(factor)
+    constrain_norms(model, (3,), fold_batchnorm=True)
+    twin = copy.deepcopy(model)
+    x = torch.randn(8, 3)
+    torch.compile(twin, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    model(x).square().sum().backward()
+    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, own.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_to_fewer_bits_is_certified_again(dtype: torch.dtype) -> None:
+    for _ in range(12):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1, eps=0.0))
+        with torch.no_grad():
+            model[0].weight.uniform_(1.0, 2.0)
+            model[1].weight.uniform_(2.0, 3.0)
+        model.to(dtype).float()  # weights that the cast below does not change
+        constrain_norms(model, (1,), fold_batchnorm=True).eval()
+        model(torch.ones(1, 1))
+        model.to(dtype)
+        model(torch.ones(1, 1, dtype=dtype))
+        norm = (model[0].weight.double() * model[1].weight.double() / model[1].running_var.double().sqrt()).item()
+        assert 0.96 <= norm <= 1.0
+
+
+def test_a_weight_that_hooks_compute_is_refused() -> None:
+    model = constrain_norms(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), (3,), fold_batchnorm=True)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match="layer 0: its weight is no parameter any more"):
+        model.eval()(torch.ones(2, 3))
