@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from fastlip.norms._folded_batchnorm import folded_weight
 from fastlip.norms._interval import DID_NOT_RUN
 from fastlip.norms._models.collect import layers_that_run
 from fastlip.norms._models.inputs import checked_shape
 from fastlip.norms._models.layer import LayerTemplate
 from fastlip.norms._models.structure import modules_of
 from fastlip.norms._norm_gradients import computing_dtype
-from fastlip.norms._operators.modules import CONVS, TRANSPOSED, scale_channels
+from fastlip.norms._operators.modules import CONVS, TRANSPOSED
 from fastlip.norms._operators.operator import Operator, require_finite, require_floating
 from fastlip.norms._operators.trim import flatten, trim
 from fastlip.norms._spectral_norm_value import leading_vector, unit
@@ -77,34 +78,6 @@ class ConstrainableLayer:
         first = unit(first if leading is None else leading.cpu())
         second = unit(second - (second * first).sum() * first)
         return torch.stack([first, second]).to(weight.device, computing_dtype(weight))
-
-
-@torch.library.custom_op("fastlip::as_now", mutates_args=())
-def as_now(statistics: Tensor) -> Tensor:
-    """A copy that compiled code keeps for its backward pass.
-
-    It would recompute what comes from running statistics there, from statistics that the forward pass has moved
-    (torch 2.14, pytorch #197039), unless an operation that it does not know read them.
-    """
-    return statistics.clone()
-
-
-@as_now.register_fake
-def _(statistics: Tensor) -> Tensor:
-    return torch.empty_like(statistics)
-
-
-def folded_weight(layer: nn.Module, batchnorm: _BatchNorm, gamma: Tensor, transposed: bool, groups: int) -> Tensor:
-    """A layer's weight times gamma / sqrt(var + eps) along its output channels, in the dtype to compute with."""
-    weight, variance = layer.weight, batchnorm.running_var
-    assert isinstance(weight, Tensor)
-    assert isinstance(variance, Tensor)
-    dtype = computing_dtype(weight)
-    if torch.compiler.is_compiling():
-        variance = as_now(variance)
-    factors = gamma.to(dtype) * torch.rsqrt(variance.to(dtype) + batchnorm.eps)
-    first, second = (None, factors) if transposed else (factors, None)
-    return scale_channels(weight.to(dtype), first, second, groups)
 
 
 def constrainable_layers(

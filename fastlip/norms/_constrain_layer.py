@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from fastlip.norms._constrain_choice import folded_weight
 from fastlip.norms._constrain_norm import certified_uppers, same_weight, settled_vector
+from fastlip.norms._folded_batchnorm import folded_weight
 from fastlip.norms._norm_gradients import NormGradient, computable, computing_dtype, encode, norm_gradients
 from fastlip.norms._operators.operator import Operator, require_finite
 from fastlip.norms._operators.torch_operator import TorchOperator

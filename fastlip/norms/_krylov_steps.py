@@ -107,12 +107,11 @@ def krylov_steps(ops: Sequence[Operator], vectors: Sequence[Tensor], steps: int)
 
 def _second(domain: "_Segments", first: Tensor, second: Tensor) -> Tensor:
     """The part of second vectors that is orthogonal to the first, [1, total]; where there is none, of a fixed one."""
-    places = torch.arange(domain.total, dtype=torch.float64, device=first.device)
     found = second - domain.combine(domain.dots(first, second), first)
-    fixed = torch.sin(places.square() + 1.0).to(second.dtype)  # without a pattern that an operator could share
-    fixed = fixed - domain.combine(domain.dots(first, fixed), first)
     lost = domain.dots(found[None], found)[:, 0] < _LOST**2
-    found = torch.where(domain.spread(lost.double()) > 0.0, fixed, found)
+    found = torch.where(
+        domain.spread(lost.double()) > 0.0, _fixed_direction(domain.total, second.dtype, second.device), found
+    )
     for _ in range(2):
         found = found - domain.combine(domain.dots(first, found), first)
     kept = domain.dots(found[None], found)[:, 0] > _LOST**2  # a vector of one element has no other beside it
@@ -197,6 +196,12 @@ def _tables(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
     """The lengths of segments, and which one each element is in."""
     lengths = torch.tensor(sizes, device=device)
     return lengths, torch.arange(len(sizes), device=device).repeat_interleave(lengths)
+
+
+@lru_cache(maxsize=64)
+def _fixed_direction(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers without a pattern that an operator could share, [size], the same in each run."""
+    return torch.sin(torch.arange(size, dtype=torch.float64, device=device).square() + 1.0).to(dtype)
 
 
 def _to_row(vector: Tensor) -> Tensor:
