@@ -34,8 +34,7 @@ def _train(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_every_rank_has_the_same_vectors(tmp_path: Path) -> None:
-    # A fork need not import torch again.
-    mp.start_processes(_train, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    mp.spawn(_train, (2, str(tmp_path)), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert any(name.endswith(".v") for name in one)
     assert sum(name.startswith("G ") for name in one) == 2
