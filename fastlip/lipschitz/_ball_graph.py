@@ -104,6 +104,8 @@ class _State:
         columns: the affine map's matrix, [B, n, *shape]: n elements of the input and open units.
         centre_error: bound on the L2 norm of the rounding error of ``centre``, [B].
         error: bounds on the L2 norms of those of ``columns``, [B, n].
+        last: the elements whose unit vectors the last columns are, [B, P]; their number for a column of zeros. None
+            where that is not known.
     """
 
     value: Interval
@@ -111,6 +113,7 @@ class _State:
     columns: Tensor
     centre_error: Tensor
     error: Tensor
+    last: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,9 +230,8 @@ class _Pass(fx.Interpreter):
 
     def _through_layer(self, step: Step, layer: Operator, source: _State, value: Interval) -> _State:
         transposed = isinstance(step.module, TRANSPOSED)
-        flat = source.columns.flatten(0, 1)
         self._require_room(source.columns.shape[1], step.shape)
-        columns = apply_operator(layer, flat, transposed=transposed).unflatten(0, source.columns.shape[:2])
+        columns = _columns_through(layer, source, transposed)
         bias: Tensor | None = getattr(step.module, "bias", None)
         centre = apply_operator(layer, source.centre, bias, transposed=transposed)
         relative = 1.01 * (reduction_length(layer) + 4) * EPS
@@ -436,7 +438,8 @@ class _Pass(fx.Interpreter):
         self._blocks.append(_Block(rows, own, noise, reach, source.error))
         units = rows.new_zeros(batch, count, flat.shape[1]).scatter_(2, order[..., None], chosen.double()[..., None])
         columns = torch.cat([_widened(state.columns, width), units.view(batch, count, *state.centre.shape[1:])], 1)
-        return replace(state, columns=columns, error=_widened(state.error, width + count))
+        last = torch.where(chosen, order, flat.shape[1])
+        return replace(state, columns=columns, error=_widened(state.error, width + count), last=last)
 
     # -- the rest -----------------------------------------------------------------------------------------------------
 
@@ -501,6 +504,23 @@ def is_layer(step: Step) -> bool:
 def moves_only(n: fx.Node, step: Step) -> bool:
     """Whether a step only moves values."""
     return type(step.module) in _MOVING_MODULES if n.op == "call_module" else n.target in _MOVES
+
+
+def _columns_through(layer: Operator, source: _State, transposed: bool) -> Tensor:
+    """A layer's output for the columns of its source, [B, n, *shape]."""
+    given, last = source.columns, source.last
+    if not given.stride(0):  # those of the input are the same in all samples
+        columns = apply_operator(layer, given[0], transposed=transposed)
+        return columns.expand(len(given), *columns.shape)
+    elements = math.prod(given.shape[2:])
+    if last is None or last.numel() <= elements:
+        return apply_operator(layer, given.flatten(0, 1), transposed=transposed).unflatten(0, given.shape[:2])
+    # Each unit vector is sent through the layer once.
+    dense = given[:, : given.shape[1] - last.shape[1]]
+    units = torch.eye(elements + 1, elements, dtype=given.dtype, device=given.device).view(-1, *given.shape[2:])
+    through = apply_operator(layer, torch.cat([dense.flatten(0, 1), units]), transposed=transposed)
+    own, of_units = through.split([dense.shape[0] * dense.shape[1], len(units)])
+    return torch.cat([own.unflatten(0, dense.shape[:2]), of_units[last]], 1)
 
 
 def _values(module: nn.Module, t: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def _upper_sides(
                 # With most units open nothing is local any more, and the whole network has more time. What holds
                 # everywhere is at least the largest lower side.
                 far = upper > _FAR * lower.max()
-                return _capped(model, shape, upper, far, options) if bool(far.any()) else (upper, 1.0)
+                return _capped(model, shape, upper, options) if bool(far.any()) else (upper, 1.0)
             # The least of two bounds holds if both do.
             halved = replace(options, confidence=1.0 - (1.0 - options.confidence) / 2.0)
             rest = Balls(balls.x[missing], balls.radius[missing], balls.norm)
@@ -158,15 +158,13 @@ def _upper_sides(
     return upper, max(0.0, 1.0 - (1.0 - chance) - (1.0 - other))
 
 
-def _capped(
-    model: nn.Module, shape: torch.Size, upper: Tensor, far: Tensor, options: NormOptions
-) -> tuple[Tensor, float]:
+def _capped(model: nn.Module, shape: torch.Size, upper: Tensor, options: NormOptions) -> tuple[Tensor, float]:
     """The least of upper bounds and of the one that holds everywhere, if there is one."""
     try:
         everywhere = lipschitz_bound(model, shape, check=False, options=options)
     except ValueError:
         return upper, 1.0
-    return torch.where(far, upper.clamp_max(everywhere.upper), upper), everywhere.confidence
+    return upper.clamp_max(everywhere.upper), everywhere.confidence
 
 
 def _by_jacobians(traced: Traced, balls: Balls) -> Tensor:

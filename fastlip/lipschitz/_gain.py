@@ -34,6 +34,9 @@ _FEW_UNITS, _FEW_UNITS_DEEP = 96, 192
 #: Side up to which the eigenvalue solver is the fastest way to the largest eigenvalue; steps of the iteration during
 #: the descent and after it.
 _SMALL, _RITZ_STEPS, _LAST_STEPS = 48, 6, 16
+#: Elements of the scaled matrices of samples that are bounded together: larger ones leave the cache, and cost page
+#: faults.
+_CACHED = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,50 @@ class OpenUnits:
 
 def largest_norm(units: OpenUnits) -> Tensor:
     """Upper bounds on the norms of the Jacobians, [B]; inf where none is found."""
-    problem = _Problem(units)
-    return problem.certified(problem.descend(problem.start()))
+    bound = units.delta.new_full((len(units.delta),), INF)
+    for some in _alike(units):
+        problem = _Problem(_taken(units, some))
+        bound[some] = problem.certified(problem.descend(problem.start()))
+    return bound
+
+
+def _alike(units: OpenUnits) -> list[Tensor]:
+    """Indices of samples to bound together: of about as many open units, and as many as fit into the cache."""
+    m, d = units.outer.shape[1:]
+    counts, order = (units.delta > 0.0).sum(1).sort(descending=True)
+    groups, first, given = [], 0, counts.tolist()
+    while first < len(given):
+        size = m + given[first]
+        last = first + max(1, _CACHED // (size * (size + d)))
+        groups.append(order[first:last])
+        first = last
+    return groups
+
+
+def _taken(units: OpenUnits, some: Tensor) -> OpenUnits:
+    """Some of the samples, without the units that none of these has open."""
+    delta, d = units.delta[some], units.outer.shape[2]
+    opened = (delta > 0.0).any(0)
+    chosen = opened.nonzero()[:, 0]
+    columns = torch.cat([torch.arange(d, device=some.device), d + chosen])
+    blocks, kept, start = [], [], 0
+    for i, block in enumerate(units.blocks):
+        if count := int(opened[block].sum()):
+            blocks.append(slice(start, start + count))
+            kept.append(i)
+            start += count
+    by_row, by_block = some[:, None], some[:, None, None]
+    return OpenUnits(
+        units.outer[some],
+        units.left.mT[by_row, chosen].mT,
+        units.between[by_block, chosen[:, None], chosen],
+        units.right[by_row, chosen],
+        delta[:, chosen],
+        units.reach[by_row, chosen],
+        blocks,
+        units.outer_error[by_row, columns],
+        units.inner_error[by_block, torch.tensor(kept, dtype=torch.long, device=some.device)[:, None], columns],
+    )
 
 
 class _Problem:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from fastlip import ops
 from fastlip.lipschitz import _ball_graph, lipschitz_bound, local_lipschitz_bounds
+from fastlip.lipschitz._ball_graph import _columns_through, _State
 from fastlip.lipschitz._gain import OpenUnits, _Problem, largest_norm
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._slopes import slope_bounds
+from fastlip.norms._operators.modules import module_operator
 from fastlip.norms._solvers import batched_operator
 
 
@@ -373,6 +376,69 @@ def test_the_gain_grows_with_the_errors_of_its_matrices():
     assert (blurred > exact * (1.0 + 1e-7)).all()
     assert (blurred < exact * 1.1).all()
     assert lost.isinf().all() or (lost > 1e3).all()
+
+
+def test_samples_are_bounded_alike_in_any_company(monkeypatch):
+    """Samples of many and of few open units, in groups of several and of one."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    blocks = [slice(0, 4), slice(4, 7), slice(7, 12)]
+    between = 0.3 * draw(6, 12, 12).tril(-1)
+    for own in blocks:
+        between[:, own, own] = 0.0
+    delta = torch.rand(6, 12, generator=g, dtype=torch.float64)
+    delta[1, 2:], delta[2], delta[3, 4:7], delta[4, :4] = 0.0, 0.0, 0.0, 0.0
+    nothing = torch.zeros(6, 17, dtype=torch.float64)
+    u = OpenUnits(
+        draw(6, 3, 5), draw(6, 3, 12), between, draw(6, 12, 5), delta, torch.ones(6, 12), blocks, nothing,
+        nothing[:, None].expand(-1, 3, -1),
+    )  # fmt: skip
+    worst = torch.zeros(6, dtype=torch.float64)
+    for signs in itertools.product((-1.0, 1.0), repeat=12):
+        d = torch.diag_embed(u.delta * torch.tensor(signs, dtype=torch.float64))
+        inner = torch.linalg.solve(torch.eye(12, dtype=torch.float64) - u.between @ d, u.right)
+        worst = torch.maximum(worst, torch.linalg.matrix_norm(u.outer + u.left @ d @ inner, 2))
+    together = largest_norm(u)
+    monkeypatch.setattr("fastlip.lipschitz._gain._CACHED", 0)
+    alone = largest_norm(u)
+    for bound in (together, alone):
+        assert (bound >= worst).all()
+        assert (bound <= 2.0 * worst).all()
+    assert together[2] == pytest.approx(torch.linalg.matrix_norm(u.outer[2], 2).item(), rel=1e-6)
+    assert torch.allclose(together, alone, rtol=0.1)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 5), lambda: nn.Conv1d(3, 2, 3, padding=1)])
+def test_unit_vectors_pass_a_layer_as_other_columns_do(make):
+    layer = make().double()
+    shape = (12,) if isinstance(layer, nn.Linear) else (3, 4)
+    operator = module_operator(layer, shape)
+    last = torch.tensor([[11, 0, 12, 5, 7, 3, 12], [1, 2, 3, 4, 12, 12, 12]])
+    units = F.one_hot(last, 13)[..., :12].double().view(2, 7, *shape)
+    columns = torch.cat([torch.randn(2, 3, *shape, dtype=torch.float64), units], 1)
+    zeros = torch.zeros(2, dtype=torch.float64)
+    state = _State(Interval.unbounded(shape, 2), columns[:, 0], columns, zeros, zeros[:, None].expand(-1, 10))
+    expected = F.linear(columns, layer.weight) if isinstance(layer, nn.Linear) else torch.stack(
+        [F.conv1d(c, layer.weight, padding=1) for c in columns]
+    )  # fmt: skip
+    for known in (None, last):
+        torch.testing.assert_close(_columns_through(operator, replace(state, last=known), False), expected)
+    same = columns[:1].expand(2, -1, *(-1 for _ in shape))
+    torch.testing.assert_close(
+        _columns_through(operator, replace(state, columns=same), False), expected[:1].expand_as(expected)
+    )
+
+
+def test_no_sample_is_above_the_bound_that_holds_everywhere_once_it_is_known():
+    torch.manual_seed(1)
+    net, x = mlp(nn.ReLU(), 8, 24, 24, 4), torch.rand(12, 8)
+    radius = torch.linspace(0.01, 8.0, 12)
+    bounds = local_lipschitz_bounds(net, x, radius, points=1)
+    everywhere = lipschitz_bound(net, (8,)).upper
+    assert (bounds.upper <= everywhere * (1.0 + 1e-6)).all()
 
 
 SLOPES = [
