@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastlip.attacks._arguments import check_images, check_model, check_precision, flag
 from fastlip.attacks._diagnose import AttackWarning
@@ -31,6 +32,8 @@ _COMPARED, _MARGIN, _LEAST = 4, 4.0, 1e-6
 _TIMED = 16
 #: The number of copies of a model that are kept, for different precisions or shapes of inputs.
 _MOST_KEPT = 3
+#: Multiply-adds in the convolutions of one image from which on fused ones save more than a copy costs.
+_LEAST_MULTIPLY_ADDS = 3e5
 
 
 def prepare(
@@ -49,7 +52,8 @@ def prepare(
     folded into convolutions, nothing is computed for the gradients of weights, and images are stored channels last. On
     a CPU, convolutions are fused with the sums and ReLUs that follow, in both passes. In float32, if fastlip was
     compiled, their weights are packed once for each pass, which takes as much memory as the model's weights a second
-    time. On a GPU, CUDA graphs are replayed.
+    time. A network with next to nothing in convolutions has nothing to gain there, and gets no copy. On a GPU, CUDA
+    graphs are replayed.
 
     ``precision`` makes the copy compute all but its first layer in low precision. A low precision that this machine
     computes more slowly than float32 (bfloat16 on a CPU without AVX512-BF16 or AMX, for example) is not used: a warning
@@ -198,7 +202,7 @@ class _Kept:
 
     def __init__(self, model: nn.Module) -> None:
         self.fingerprint = _fingerprint(model)
-        self.copies: dict[object, _Copy] = {}
+        self.copies: dict[object, _Copy | None] = {}  # None where there is none
 
 
 #: Copies hold no reference to the model, so that they are freed with it.
@@ -222,10 +226,11 @@ def _copy_of(
     if kept is None or kept.fingerprint != _fingerprint(model):
         kept = _kept[model] = _Kept(model)
     purpose = (fast, low, timed is None, inputs.shape[1:], inputs.dtype, inputs.device)
+    known = purpose in kept.copies
     made = kept.copies.pop(purpose, None)
-    if made is None or not _distance(logits_of(made.model, inputs), want) <= made.rounding:
+    if not known or (made and not _distance(logits_of(made.model, inputs), want) <= made.rounding):
         made = _faster(model, inputs, want, fast, low, timed)
-    if made is not None and not isinstance(made.model, _Autocast):  # which holds the model
+    if made is None or not isinstance(made.model, _Autocast):  # which holds the model
         kept.copies[purpose] = made
         if len(kept.copies) > _MOST_KEPT:
             del kept.copies[next(iter(kept.copies))]
@@ -297,6 +302,8 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
         raise ValueError("PyTorch's channels_last kernels do not take every padded 1x1 convolution")
     made = _traced(model, inputs)
     fold(made)
+    if not (inputs.is_cuda or precision) and _multiply_adds(made, inputs) < _LEAST_MULTIPLY_ADDS:
+        raise ValueError("too little in convolutions for a copy to be faster")
     if precision:
         lower(made, precision)
     if not inputs.is_cuda:
@@ -315,6 +322,14 @@ def _traced(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
         other = inputs[:-1] if len(inputs) > 1 else torch.cat([inputs, inputs])
         made = _copied(model)
         return fx.GraphModule(made, Tracer([inputs, other]).trace(made))
+
+
+def _multiply_adds(model: nn.Module, inputs: Tensor) -> float:
+    """Those of the convolutions in a forward pass of one image."""
+    with FlopCounterMode(display=False) as counter:
+        model(inputs)
+    flops = counter.get_flop_counts().get("Global", {})
+    return sum(count for operator, count in flops.items() if "convolution" in str(operator)) / (2.0 * len(inputs))
 
 
 def _padded_pointwise(module: nn.Module) -> bool:

@@ -14,6 +14,8 @@ from fastlip.attacks import _prepare, _rewrite
 from fastlip.models import resnet50
 
 CALL = {"eps": 0.065, "steps": 8, "loss": "ce"}
+#: As users have it; see conftest.py.
+LEAST = _prepare._LEAST_MULTIPLY_ADDS
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +246,49 @@ def test_models_without_a_faster_form_go_as_they_are(cnn_problem):
     assert attacks.prepare(lambda x: model(x), inputs, fast=True).exact
     assert not attacks.prepare(lambda x: model(x), inputs, precision=torch.bfloat16).exact
     assert not attacks.prepare(Untraceable(), inputs, precision=torch.bfloat16).exact
+
+
+@pytest.mark.parametrize(
+    ("body", "copied"),
+    [
+        (lambda: [nn.Flatten(), nn.Linear(768, 400), nn.ReLU(), nn.Linear(400, 10)], False),
+        (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 10)], False),
+        (lambda: [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12544, 10)], True),
+    ],
+)
+def test_networks_with_next_to_nothing_in_convolutions_have_no_copy(monkeypatch, body, copied):
+    model, inputs = nn.Sequential(*body()).eval(), torch.rand(4, 3, 16, 16)
+    monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", LEAST)
+    assert attacks.prepare(model, inputs, fast=True).exact == (not copied)
+    assert not attacks.prepare(model, inputs, fast=True, precision=torch.bfloat16).exact
+    monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", 0.0)
+    assert not attacks.prepare(copy.deepcopy(model), inputs, fast=True).exact
+
+
+def test_multiply_adds_are_those_of_one_image():
+    model = nn.Sequential(nn.Conv2d(4, 6, (3, 5), stride=2, groups=2), nn.Conv2d(6, 3, 1), nn.Flatten()).eval()
+    # Maps of 7x6 pixels, of 2x3x5 products each for 6 channels, and of 6 for 3.
+    expected = 7 * 6 * (6 * 2 * 15 + 3 * 6)
+    for images in (1, 3):
+        assert _prepare._multiply_adds(model, torch.rand(images, 4, 16, 16)) == expected
+
+
+def test_what_has_no_copy_is_looked_at_once(cnn_problem, monkeypatch):
+    model, inputs, _ = cnn_problem
+    tried = []
+
+    def untraceable(*_):
+        tried.append(1)
+        raise ValueError
+
+    monkeypatch.setattr(_prepare, "_traced", untraceable)
+    for _ in range(3):
+        assert attacks.prepare(model, inputs, fast=True).exact
+    assert len(tried) == 1
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    attacks.prepare(model, inputs, fast=True)
+    assert len(tried) == 2
 
 
 def test_counts_and_hooks_of_the_copy(cnn_problem):
