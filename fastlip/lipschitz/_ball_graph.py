@@ -27,7 +27,7 @@ from fastlip.lipschitz._intervals import EPS, INF, TINY, Interval, up
 from fastlip.lipschitz._registry import Diagonal, find_rule
 from fastlip.lipschitz._rules.layers import weighted
 from fastlip.lipschitz._slopes import slope_bounds
-from fastlip.lipschitz._steps import Step
+from fastlip.lipschitz._steps import Step, in_graph, in_sample
 from fastlip.norms import NormInterval, Operator, diagonal_norm
 from fastlip.norms._models.layer_output import apply_operator
 from fastlip.norms._operators.batchnorm import BATCHNORMS
@@ -279,9 +279,7 @@ class _Pass(fx.Interpreter):
     def _linear(self, n: fx.Node, step: Step, source: _State, value: Interval) -> _State:
         assert isinstance(step.factor, (int, float))
         self._require_room(source.columns.shape[1], step.shape)
-        # In memory as the model's own tensors are, which some views rely on.
-        given = source.columns.transpose(0, 1).contiguous()
-        columns = torch.func.vmap(lambda t: self._apply(n, step, t), out_dims=1)(given)
+        columns = self._apply(n, step, source.columns.flatten(0, 1)).unflatten(0, source.columns.shape[:2])
         centre = self._apply(n, step, source.centre)
         # The coefficients are all of one sign, or there is one in each row, so that the norm is that of their
         # magnitudes; an element is a sum of at most as many products as there are.
@@ -296,9 +294,14 @@ class _Pass(fx.Interpreter):
         )
 
     def _apply(self, n: fx.Node, step: Step, t: Tensor) -> Tensor:
-        """The step on a tensor in place of its only traced argument."""
-        args, kwargs = self._arguments(n, lambda state: t)
-        return step.apply(*args, **kwargs)
+        """The step on samples [R, *shape] in place of its only traced argument, as many at once as the graph takes."""
+        source, batch = step.inputs[0], self._traced.batch
+
+        def on_one(sample: Tensor) -> Tensor:
+            args, kwargs = self._arguments(n, lambda state: in_graph(sample[None], source, batch))
+            return in_sample(step.apply(*args, **kwargs), step)[0]
+
+        return torch.func.vmap(on_one)(t)
 
     def _arguments(self, n: fx.Node, given: Callable[[_State], Any]) -> tuple[Any, Any]:
         """A node's arguments, with something of the states in place of traced tensors."""

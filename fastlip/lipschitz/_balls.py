@@ -227,7 +227,7 @@ def _attained(
         return local_lipschitz(model, at, rtol=_FIRST_RTOL, max_steps=_FIRST_STEPS, generator=generator)
 
     if points == 1:
-        return local_lipschitz(model, x, generator=generator), x.detach().clone()
+        return _at(model, x, generator), x.detach().clone()
     best, where = norms(x), x.detach().clone()
     rows = radii.view(-1, *(1,) * (x.dim() - 1))
     at_once = max(1, _MOST_POINTS // max(x.numel(), 1))
@@ -245,4 +245,13 @@ def _attained(
         better = largest > best
         best = torch.where(better, largest, best)
         where = torch.where(better.view(rows.shape), moved[which, torch.arange(len(x))], where)
-    return torch.maximum(best, local_lipschitz(model, where, generator=generator)), where
+    return _at(model, where, generator), where
+
+
+def _at(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+    """The Jacobian's norm at samples, [B], in float64: rounding of a narrower dtype could lift it above upper sides."""
+    try:
+        with in_float64(model, x.detach()) as wide:
+            return local_lipschitz(model, wide, generator=generator)
+    except Exception:  # the model may support one dtype only
+        return local_lipschitz(model, x, generator=generator)

@@ -19,6 +19,7 @@ from fastlip.lipschitz._domain import stacked
 from fastlip.lipschitz._graph import Traced
 from fastlip.lipschitz._intervals import Interval, up
 from fastlip.lipschitz._registry import Diagonal
+from fastlip.lipschitz._rowwise import on_samples
 from fastlip.lipschitz._slopes import slope_bounds
 from fastlip.lipschitz._steps import Step
 from fastlip.norms import Masked, NormInterval, Operator, diagonal_norm, operator_norms
@@ -151,9 +152,8 @@ class _Pass(fx.Interpreter):
         if moves_only(n, step):
             if first.mask is None:
                 return _State(value, first.total)
-            # The environment's sizes are those of twice as many rows.
-            args, kwargs = self._arguments(n, lambda state: torch.cat([first.mask, first.mask]))
-            return _State(value, first.total, step.apply(*args, **kwargs)[: len(first.mask)])
+            moved = on_samples(step.apply, step.inputs[0], step.alone, self._traced.batch)
+            return _State(value, first.total, moved(first.mask))
         if step.module is not None:
             count = len(self._balls.x)
             known = Interval(first.value.lower[:count], first.value.upper[:count])

@@ -96,7 +96,7 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
     """
     for step in traced.steps.values():
         step.moved = step.seen = None
-    # The model may depend on whether gradients are enabled.
+    # The model may depend on whether gradients are wanted.
     runs = [_recorded(model, part, traced, differentiable=i == 1) for i, part in enumerate(x.split(traced.batch))]
     replayed = _Replay(traced, runs)
     alone = replayed.follow()
@@ -160,7 +160,10 @@ class _Recorded:
 
 
 def _recorded(model: nn.Module, x: Tensor, traced: Traced, *, differentiable: bool = False) -> _Recorded:
-    """A run of the model on x; with ``differentiable`` gradients are enabled, on which the model may depend."""
+    """A run of the model on x; with ``differentiable`` the gradient of x is wanted, on which the model may depend.
+
+    Where it does not run with gradients, there is nothing that it does with them.
+    """
     outputs: dict[int, deque[Any]] = defaultdict(deque)
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -172,7 +175,13 @@ def _recorded(model: nn.Module, x: Tensor, traced: Traced, *, differentiable: bo
     handles = [module.register_forward_hook(record) for module in modules.values()]
     try:
         with torch.set_grad_enabled(differentiable):
-            result = run_model(model, x)
+            result = run_model(model, x.detach().requires_grad_(differentiable))
+    except (Refused, torch.OutOfMemoryError):
+        raise
+    except Exception:  # some operations in place, for example
+        if not differentiable:
+            raise
+        return _recorded(model, x, traced)
     finally:
         for handle in handles:
             handle.remove()

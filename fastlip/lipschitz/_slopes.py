@@ -1,5 +1,6 @@
 """Bounds of an activation's slope where its argument lies in an interval."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,8 @@ def _smooth(module: nn.Module, turns: Sequence[_Turn], x: Interval) -> tuple[Ten
 
 
 def _slope(module: nn.Module, x: Tensor) -> Tensor:
+    module = copy.copy(module)
+    module.inplace = False  # type: ignore[assignment]  # in place not every slope can be computed
     # Beyond this the slopes are those at infinity, and computing them could overflow.
     with torch.enable_grad():
         x = x.detach().clamp(-1e100, 1e100).requires_grad_()

@@ -432,6 +432,54 @@ def test_unit_vectors_pass_a_layer_as_other_columns_do(make):
     )
 
 
+class Reshaping(nn.Module):
+    """Sizes of the batch stand in the forward, as most people write it."""
+
+    def __init__(self, reshape) -> None:
+        super().__init__()
+        self.conv, self.reshape, self.head = nn.Conv2d(2, 3, 3, padding=1), reshape, nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.reshape(F.relu(self.conv(x))))
+
+
+_RESHAPES = [
+    lambda x: x.view(x.size(0), -1),
+    lambda x: x.view(x.shape[0], 48),
+    lambda x: x.reshape(len(x), 48),
+    lambda x: torch.reshape(x, (x.size(0), 3, 16)).flatten(1),
+    # The bound that holds everywhere, with which masked products are compared, is larger with this one.
+    lambda x: x.transpose(1, 3).contiguous().view(x.size(0), 4, 4, 3).transpose(1, 3).reshape(x.size(0), -1),
+]
+
+
+@pytest.mark.parametrize(("reshape", "most"), [*((r, None) for r in _RESHAPES), *((r, 1) for r in _RESHAPES[:-1])])
+def test_sizes_of_the_batch_in_the_forward_make_no_difference(monkeypatch, reshape, most):
+    if most is not None:  # masked products in place of columns
+        monkeypatch.setattr("fastlip.lipschitz._balls._MOST_ELEMENTS", most)
+    torch.manual_seed(0)
+    model, x = Reshaping(reshape).eval(), torch.rand(5, 2, 4, 4)
+    plain = Reshaping(nn.Flatten()).eval()
+    plain.load_state_dict(model.state_dict())
+    found, expected = (
+        local_lipschitz_bounds(m, x, 0.1, points=1, generator=torch.Generator().manual_seed(0)).upper
+        for m in (model, plain)
+    )
+    assert torch.allclose(found, expected, rtol=1e-6)
+
+
+def test_rounding_of_float32_does_not_lift_lower_sides():
+    """The slope of a saturated SELU is a difference of two numbers that are equal in float32."""
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(2))
+        layer.bias.copy_(torch.tensor([-17.3, -17.9]))
+    model = nn.Sequential(layer, nn.SELU()).eval()
+    bounds = local_lipschitz_bounds(model, torch.rand(6, 2), 1e-3)
+    assert (bounds.lower <= bounds.upper).all()
+    assert (bounds.lower >= 0.99 * bounds.upper).all()
+
+
 def test_no_sample_is_above_the_bound_that_holds_everywhere_once_it_is_known():
     torch.manual_seed(1)
     net, x = mlp(nn.ReLU(), 8, 24, 24, 4), torch.rand(12, 8)

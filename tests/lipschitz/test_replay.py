@@ -179,6 +179,7 @@ REFUSED = {
     "data in a branch": (lambda: OnTensors(lambda x: bool(x.abs().max() > 20)), (3,), "which depends on data, decides"),
     "large values": (lambda: OnTensors(lambda x: type(x) is Tensor and bool(x.abs().max() > 20)), (3,), "at layer"),
     "no gradient wanted": (lambda: OnTensors(lambda x: torch.is_grad_enabled()), (3,), "at layer"),
+    "gradient of the input": (lambda: OnTensors(lambda x: type(x) is Tensor and x.requires_grad), (3,), "at layer"),
     "second call": (lambda: Counting(lambda calls: calls > 1), (3,), "on what ran before"),
     "twelfth call": (lambda: Counting(lambda calls: calls > 11), (3,), "on what ran before"),
     "every other call": (lambda: Counting(lambda calls: calls % 2 == 0), (3,), "on what ran before"),
@@ -197,6 +198,32 @@ def test_a_graph_that_is_not_what_runs_is_refused(case: str) -> None:
     build, shape, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         lipschitz_bound(build(), shape)
+
+
+def test_a_model_that_does_not_run_with_gradients_is_compared_without() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            if y.requires_grad:
+                raise RuntimeError("no derivative is implemented")
+            return F.relu(y)
+
+    assert lipschitz_bound(Overwrites(), (3,)).upper == pytest.approx(lipschitz_bound(scaled(), (3,)).upper)
+
+
+@pytest.mark.parametrize("alpha", [1.5, -1.5])
+def test_activations_in_place_have_the_bound_of_those_out_of_place(alpha: float) -> None:
+    """No gradient of ELU in place can be had from torch where its slope is negative."""
+    layer = scaled()
+    bounds = [
+        lipschitz_bound(nn.Sequential(layer, nn.ELU(alpha, inplace=inplace), scaled()), (3,)).upper
+        for inplace in (False, True)
+    ]
+    assert bounds[0] == bounds[1]
 
 
 def test_what_is_overwritten_where_nothing_shows_is_compared_before() -> None:
