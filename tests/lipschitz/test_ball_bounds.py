@@ -477,7 +477,7 @@ def test_rounding_of_float32_does_not_lift_lower_sides():
     model = nn.Sequential(layer, nn.SELU()).eval()
     bounds = local_lipschitz_bounds(model, torch.rand(6, 2), 1e-3)
     assert (bounds.lower <= bounds.upper).all()
-    assert (bounds.lower >= 0.99 * bounds.upper).all()
+    assert (bounds.lower >= 0.9 * bounds.upper).all()
 
 
 def test_no_sample_is_above_the_bound_that_holds_everywhere_once_it_is_known():
