@@ -24,6 +24,8 @@ _RADII = (1e-4, 0.03, 0.5)
 _POINTS, _STEPS = 24, 6
 #: Share of the radius by which neighbouring points differ, and what is taken for rounding.
 _NEAR, _ROUNDING = 1e-4, 1e-9
+#: By how much rounding may lift what is found, where large values inside of a network cancel.
+_UNCERTAIN = 1e-4
 
 
 @dataclass
@@ -49,8 +51,9 @@ class BallVerdict:
         """Whether an upper side is below a lower one, or below what was found."""
         if self.bounds is None:
             return False
-        upper = self.bounds.upper * (1.0 + 1e-6)
-        return bool((self.bounds.lower > upper).any() or (torch.tensor(self.found, dtype=torch.float64) > upper).any())
+        lower, upper = self.bounds.lower, self.bounds.upper
+        found = torch.tensor(self.found, dtype=torch.float64)
+        return bool((lower > upper * (1.0 + 1e-6)).any() or (found > upper * (1.0 + _UNCERTAIN)).any())
 
 
 def judge_balls(seed: int) -> BallVerdict:
