@@ -5,6 +5,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fastlip.study.settings.settings import Settings
 from fastlip.study.storage import digests, locks
 from fastlip.study.storage.files import damaged, write_json
 from fastlip.study.storage.run_directory import RESTORE, RunDirectory
+from fastlip.study.training.precision import precision_of_training
 
 _PACKAGES = ("fastlip", "torch", "torchvision", "numpy", "scipy", "safetensors", "matplotlib", "jinja2")
 
@@ -90,6 +92,7 @@ def open_or_create(path: Path, settings: Settings, fingerprints: dict[str, str],
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "config.json").exists():
         machine = this_machine(settings)
+        machine = replace(machine, precision=precision_of_training(settings, machine))
         write_json(
             path / "config.json",
             {

@@ -59,7 +59,8 @@ class Settings:
         seeds: number of consecutive seeds.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: "auto", "float32" or "bfloat16", of the matrix products in training; attacks and reported
-            predictions are in float32.
+            predictions are in float32. "auto" is bfloat16 where the machine's matrix products are faster in it; on a
+            CPU a network with grouped convolutions is timed.
         compile: whether training compiles the network: "auto" (on a GPU), "on" or "off".
         threads: CPU threads; 0 takes as many as are free: the cores that this process may use, within the limits of its
             affinity, its control groups and OMP_NUM_THREADS.
