@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from network_templates import HOSTILE_TEMPLATES, TEMPLATES
-from stretches import largest_stretch
+from stretches import largest_stretch, tensor_of
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -1794,7 +1794,7 @@ def stretch_of(network: Network, effort: int = 2) -> float | None:
             x = torch.linspace(-1.0, 1.0, 2 * math.prod(own.input_shape), dtype=dtype).reshape(2, *own.input_shape)
             with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):
                 with torch.random.fork_rng(devices=[]), torch.no_grad():
-                    outputs.append(own.model(x).double())
+                    outputs.append(tensor_of(own.model(x)).double())
                 if dtype == torch.float64:
                     found.append(largest_stretch(own.model, own.input_shape, own.seed, effort=effort))
                 elif len(outputs) < 2 or not torch.allclose(*outputs, rtol=1e-3, atol=1e-3):

@@ -21,11 +21,14 @@ class _Function:
         with torch.set_grad_enabled(self.gradients if gradients is None else gradients):
             # Copies, since some networks write into what they are given.
             if self.together:
-                return _tensor(self.model(points.clone())).flatten(1).to(torch.float64)
-            return torch.stack([_tensor(self.model(p.clone())).flatten().to(torch.float64) for p in points])
+                return tensor_of(self.model(points.clone())).flatten(1).to(torch.float64)
+            return torch.stack([tensor_of(self.model(p.clone())).flatten().to(torch.float64) for p in points])
 
 
-def _tensor(output: Any) -> Tensor:
+def tensor_of(output: Any) -> Tensor:
+    """What a network returns, or the first of several things."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
     if not isinstance(output, Tensor):
         raise TypeError(f"the network returned {type(output).__name__}")
     return output
@@ -186,7 +189,7 @@ def _search(model: nn.Module, shape: Shape, seed: int, dtype: torch.dtype, effor
     batches = []
     for size in (1, 2, 3, 4, 5, 7, 8, 16, 33, 64):
         with contextlib.suppress(RuntimeError, ValueError, IndexError):
-            first = _tensor(model(probe[:size].clone())).to(torch.float64)
+            first = tensor_of(model(probe[:size].clone())).to(torch.float64)
             batches.append(size)
     if first is None:
         raise RuntimeError("the network does not run on any batch")
@@ -229,7 +232,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _output(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return _tensor(model(x.clone())).clone()
+        return tensor_of(model(x.clone())).clone()
 
 
 def _repeats(model: nn.Module, x: Tensor, earlier: Tensor) -> bool:
@@ -240,10 +243,10 @@ def _repeats(model: nn.Module, x: Tensor, earlier: Tensor) -> bool:
 
 def _minds_gradients(model: nn.Module, x: Tensor) -> bool:
     with torch.no_grad():
-        without = _tensor(model(x.clone()))
+        without = tensor_of(model(x.clone()))
     try:
         with torch.enable_grad():
-            return not _same(without, _tensor(model(x.clone().requires_grad_() * 1.0)).detach())
+            return not _same(without, tensor_of(model(x.clone().requires_grad_() * 1.0)).detach())
     except RuntimeError:
         return False
 
