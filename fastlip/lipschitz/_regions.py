@@ -148,7 +148,11 @@ def _is_covered(step: Step) -> bool:
         return step.shape[0] == sum(shape[0] for shape in shapes) and all(s[1:] == step.shape[1:] for s in shapes)
     if isinstance(factor, Combination):
         return False
-    return _is_same(step) or _is_map(step) or _slopes(step) is not None
+    return _is_same(step) or _only_moves(step) or _is_map(step) or _slopes(step) is not None
+
+
+def _only_moves(step: Step) -> bool:
+    return step.places is not None and math.prod(step.shape) == math.prod(step.inputs[0].shape)
 
 
 def _is_same(step: Step) -> bool:
@@ -198,6 +202,9 @@ def _network(region: Region) -> SlopeNetwork | None:
             rows[step] = _combined(step, given, sizes)
         elif _is_same(step):
             rows[step] = given[0]
+        elif step.places is not None:
+            places = step.places()
+            rows[step] = {j: _Row(_explicit(row, sizes[j]).matrix[:, places], row.error) for j, row in given[0].items()}
         elif slopes is None:
             rows[step] = {j: _mapped(step, row, sizes[j]) for j, row in given[0].items()}
         else:

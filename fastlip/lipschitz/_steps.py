@@ -35,6 +35,8 @@ class Step:
         ahead: whether the constant up to this step misses the factors of a neighbour, or contains them too early.
         exact: whether a linear ``factor`` is the map itself, and not only a map of at least its norm.
         same: whether the output is the input's values in their order, moved by a constant.
+        places: for what only moves values, where in the input's sample they come from, flat, [elements] int64; None if
+            that is not known.
         selected: for what selects elements, on which elements of the input's tensor in the graph the output depends,
             flat, bool; None if that is not known.
         moved: lower and upper bound on the distance of the outputs of two samples, [2]; None before the replay.
@@ -56,6 +58,7 @@ class Step:
     ahead: bool = False
     exact: bool = True
     same: bool = False
+    places: Callable[[], Tensor] | None = None
     selected: Tensor | None = None
     moved: Tensor | None = None
     seen: Tensor | None = None

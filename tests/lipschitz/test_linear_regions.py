@@ -23,3 +23,38 @@ def test_a_difference_of_linear_maps_has_the_norm_of_its_matrix():
     bound = lipschitz_bound(model, (6,)).upper
     assert bound >= norm
     assert bound == pytest.approx(norm, rel=1e-6)
+
+
+class Moved(nn.Module):
+    """A linear network that subtracts from its input what it moved."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.first, self.move, self.last = nn.Conv2d(2, 2, 3, padding=1), move, nn.Linear(32, 5)
+
+    def forward(self, x):
+        return self.last(x.flatten(1) - self.move(self.first(x)).reshape(x.size(0), -1))
+
+
+MOVES = {
+    "permute": lambda x: x.permute(0, 2, 3, 1),
+    "transpose": lambda x: x.transpose(1, 3),
+    "transpose of a view": lambda x: x.view(x.size(0), 2, 16).transpose(-1, -2).contiguous(),
+    "movedim": lambda x: x.movedim(1, -1),
+    "swapaxes in place": lambda x: x.clone().swapaxes_(2, 3),
+    "twice": lambda x: torch.permute(x, (0, 3, 1, 2)).transpose(2, 3),
+    "in order": lambda x: x.unsqueeze(1).squeeze(1).flatten(2),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_moved_values_are_in_the_matrix(move):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = Moved(MOVES[move]).double().eval()
+        x = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
+        jacobian = torch.autograd.functional.jacobian(model, x).reshape(5, 32)
+        norm = torch.linalg.matrix_norm(jacobian, 2).item()
+        bound = lipschitz_bound(model, (2, 4, 4)).upper
+        assert bound >= norm * (1.0 - 1e-12)
+        assert bound == pytest.approx(norm, rel=1e-6)

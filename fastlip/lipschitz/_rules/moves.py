@@ -1,5 +1,6 @@
 """Functions that only move values, each to one place, or change the dtype in which they are stored."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds, missing_rule
 from fastlip.lipschitz._rowwise import by_ends, fixed_values
-from fastlip.lipschitz._steps import Step
+from fastlip.lipschitz._steps import Step, in_graph, in_sample
 
 
 def _named(*names: str) -> list[Any]:
@@ -59,8 +60,13 @@ def _moved(call: Call, function: Callable[[Tensor], Tensor], *, in_order: bool) 
     def apply(x: Tensor, *_: Any, **__: Any) -> Tensor:
         return function(x)
 
+    def places() -> Tensor:
+        numbers = torch.arange(math.prod(source.shape), dtype=torch.float64).view(1, *source.shape)
+        return in_sample(function(in_graph(numbers, source, call.values.batch)), step).flatten().long()
+
     interval = by_ends(call, apply, norm=lambda *norms: norms[0])
-    return Step(call.where, call.name, [source], 1.0, call.shape, module, apply, interval, same=in_order)
+    step = Step(call.where, call.name, [source], 1.0, call.shape, module, apply, interval, same=in_order, places=places)
+    return step
 
 
 @builds("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda", fixed=True)
