@@ -9,8 +9,9 @@ PGD-20 and APGD-20 in Linf with cross-entropy and a random start, on correctly c
 ResNet-50 with the ImageNet stem at 32x32; and by a convolutional network of three small layers on random images, with
 its own decisions as labels, where the loop is a larger part. Two radii: one at which nearly all images stay robust,
 where only the speed of a step counts, and one at which attacks succeed. The libraries take turns, so that a drift
-affects all alike. ``fast`` and ``precision`` are those of ``fastlip.attacks``; every success of theirs is confirmed in
-float32, and the copy that they follow, made in the first round and kept, is compared with the model in every call.
+affects all alike. "last iterate" is ``keep="last"``, which is what the peers' PGD returns; by default the best iterate
+is kept. ``fast`` and ``precision`` are those of ``fastlip.attacks``; every success of theirs is confirmed in float32,
+and the copy that they follow, made in the first round and kept, is compared with the model in every call.
 Robust accuracy is judged alike for all, by the float32 model.
 
 "compiled" is torchattacks' loop with model and update under torch.compile, the peer of ``prepare``; it is left out
@@ -57,6 +58,7 @@ NETWORKS = ("resnet50", "small")
 #: fastlip's ways, by the options of an attack.
 OURS: dict[str, dict[str, Any]] = {
     "fastlip": {},
+    "fastlip, last iterate": {"keep": "last"},
     "fastlip, fast": {"fast": True},
     "fastlip, fast, bfloat16": {"fast": True, "precision": torch.bfloat16},
 }
@@ -108,7 +110,8 @@ def fastlip_attack(model: nn.Module, kind: str, eps: float, device: str, options
 def candidates(model: nn.Module, kind: str, eps: float, device: str, steps: int = STEPS) -> dict[str, Attack]:
     """Each library's attack with the same norm, radius, steps, step size and loss."""
     out = peers(model, kind, eps, 2.5 * eps / STEPS, device, steps)
-    return out | {name: fastlip_attack(model, kind, eps, device, o, steps) for name, o in OURS.items()}
+    ours = {name: o for name, o in OURS.items() if kind == "pgd" or "keep" not in o}
+    return out | {name: fastlip_attack(model, kind, eps, device, o, steps) for name, o in ours.items()}
 
 
 def compiled(model: nn.Module, eps: float, step: float) -> Attack:
