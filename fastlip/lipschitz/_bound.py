@@ -35,6 +35,8 @@ from fastlip.norms._options import NormKeywords, ResolvedOptions, chosen_options
 _AUXILIARY = 4.0
 #: Most pairs of rows whose distance is computed directly.
 _PAIRS = 1 << 12
+#: Most distances of rows that are in memory at once.
+_DISTANCES = 1 << 22
 #: Largest exponent of two whose square is far from the ends of the range.
 _SQUARES = 400
 #: Depth of nested branches up to which a bound shows its parts.
@@ -472,13 +474,19 @@ def _largest_distance(rows: Tensor) -> float:
         distance = _largest_distance(rows) + lost if exponent > 0 else _largest_distance(rows)
         return distance * 2.0**half * 2.0 ** (exponent - half)
     squares = rows.square().sum(1)
-    products = rows @ rows.mT
-    expanded = squares[:, None] + squares - 2.0 * products
     # The expanded square suffers from cancellation: all pairs that may be the farthest are computed once more.
     slack = 4.0 * (rows.shape[1] + 4) * torch.finfo(torch.float64).eps * squares.max()
-    near = (expanded >= expanded.max() - 2.0 * slack).triu().nonzero()[:_PAIRS]
-    exact = torch.linalg.vector_norm(rows[near[:, 0]] - rows[near[:, 1]], dim=1).max().item()
-    return exact if len(near) < _PAIRS else math.sqrt(max((expanded.max() + slack).item(), 0.0))
+    first, found = 0, []
+    while first < len(rows):  # in blocks, as there may be many classes
+        last = first + max(1, _DISTANCES // (len(rows) - first))
+        expanded = squares[first:last, None] + squares[first:] - 2.0 * rows[first:last] @ rows[first:].mT
+        values, places = expanded.flatten().topk(min(_PAIRS, expanded.numel()))
+        found.append((values, first + places // expanded.shape[1], first + places % expanded.shape[1]))
+        first = last
+    values, one, other = (torch.cat(parts) for parts in zip(*found, strict=True))
+    near = (values >= values.max() - 2.0 * slack).nonzero()[:, 0]
+    exact = torch.linalg.vector_norm(rows[one[near]] - rows[other[near]], dim=1).max().item()
+    return exact if len(near) < _PAIRS else math.sqrt(max((values.max() + slack).item(), 0.0))
 
 
 class _PartTree:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastlip
 from fastlip.lipschitz import lipschitz_bound
+from fastlip.lipschitz._bound import _largest_distance
 
 
 def largest_stretch(model: nn.Module, shape: tuple[int, ...], points: int = 16, steps: int = 30) -> float:
@@ -231,6 +232,19 @@ def test_margin_is_the_largest_distance_of_two_rows() -> None:
     )
     tail = lipschitz_bound(nn.Sequential(model, nn.ReLU()), (6,))
     assert tail.log10_margin == pytest.approx(tail.log10_upper + math.log10(2) / 2)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 50, 1 << 22])
+def test_margins_of_many_classes_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr("fastlip.lipschitz._bound._DISTANCES", at_once)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        rows = torch.randn(1 + seed, 3, dtype=torch.float64)
+        distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").max().item()
+        assert _largest_distance(rows) == pytest.approx(distance, rel=1e-12)
+    alike = torch.ones(130, 3, dtype=torch.float64)  # more pairs than are computed twice
+    alike[77, 1] += 1e-3
+    assert 1e-3 <= _largest_distance(alike) * (1.0 + 1e-9) < 1e-3 + 1e-6
 
 
 @pytest.mark.parametrize("exponent", [-300, -200, 200, 307])
