@@ -1654,13 +1654,12 @@ def build(program: str, shape: Shape, traits: tuple[str, ...] = (), seed: int = 
 
 def _runs(network: Network) -> bool:
     """Whether it runs, on one sample, on two or on three, with finite values."""
-    network.model.eval()
     for size in (2, 1, 3):
         x = torch.rand(size, *network.input_shape)
         if any(p.dtype == torch.float64 for p in network.model.parameters()):
             x = x.double()
         try:
-            y = network.model(x)
+            y = network.model.eval()(x)
         except Exception:
             continue
         return not isinstance(y, Tensor) or (bool(torch.isfinite(y).all()) and y.abs().max() < 1e9)
