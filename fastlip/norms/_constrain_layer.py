@@ -205,6 +205,11 @@ class FoldedConstraint(NormConstraint):
         # In a tuple the modules are none of this one's own.
         self._folded, self._transposed = (layer, batchnorm), transposed
 
+    @property
+    def layer(self) -> nn.Module:
+        """The layer in front of the BatchNorm."""
+        return self._folded[0]
+
     def applied(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
             return self._fold(weight)
@@ -226,7 +231,7 @@ class FoldedConstraint(NormConstraint):
         return 4.0 * torch.finfo(op.weight.dtype).eps * op.absolute_bound + 2.0 * eps * upper
 
     def _fold(self, weight: Tensor) -> Tensor:
-        layer = self._folded[0]
+        layer = self.layer
         if "weight" not in layer._parameters and not parametrize.is_parametrized(layer, "weight"):
             raise ValueError(f"layer {self.name}: its weight is no parameter any more, and may be out of date")
         return folded_weight(*self._folded, weight, self._transposed, self.geometry.groups)

@@ -231,3 +231,18 @@ def test_a_weight_that_hooks_compute_is_refused() -> None:
     prune.l1_unstructured(model[0], "weight", 0.5)
     with pytest.raises(ValueError, match="layer 0: its weight is no parameter any more"):
         model.eval()(torch.ones(2, 3))
+
+
+def test_a_layer_that_was_replaced_is_refused() -> None:
+    model = constrain_norms(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), (3,), fold_batchnorm=True)
+    x, former = torch.rand(5, 3), model[0]
+    copied = copy.deepcopy(model)
+    model[0] = nn.Linear(3, 4)
+    for mode in (model.train(), model.eval()):
+        with pytest.raises(ValueError, match="layer 0: it was replaced after its constraint"):
+            mode(x)
+    with pytest.raises(ValueError, match="layer 0: it was replaced after its constraint"):
+        unconstrain(model)
+    model[0] = former
+    assert model(x).shape == copied.eval()(x).shape == (5, 4)
+    unconstrain(model)
