@@ -12,17 +12,26 @@ Shape = tuple[int, ...]
 
 
 class _Function:
-    """A network as a function of single points, [N, *shape] -> [N, m]; a point may be a whole batch."""
+    """A network as a function of single points, [N, *shape] -> [N, m]; a point may be a whole batch.
+
+    ``eps`` is that of its dtype, or of what it returned where that is coarser.
+    """
 
     def __init__(self, model: nn.Module, together: bool, dtype: torch.dtype, gradients: bool = False) -> None:
         self.model, self.together, self.dtype, self.gradients = model, together, dtype, gradients
+        self.eps = torch.finfo(dtype).eps
 
     def __call__(self, points: Tensor, gradients: bool | None = None) -> Tensor:
         with torch.set_grad_enabled(self.gradients if gradients is None else gradients):
             # Copies, since some networks write into what they are given.
             if self.together:
-                return tensor_of(self.model(points.clone())).flatten(1).to(torch.float64)
-            return torch.stack([tensor_of(self.model(p.clone())).flatten().to(torch.float64) for p in points])
+                return self._wide(tensor_of(self.model(points.clone()))).flatten(1)
+            return torch.stack([self._wide(tensor_of(self.model(p.clone()))).flatten() for p in points])
+
+    def _wide(self, output: Tensor) -> Tensor:
+        if output.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(output.dtype).eps)
+        return output.to(torch.float64)
 
 
 def tensor_of(output: Any) -> Tensor:
@@ -55,7 +64,7 @@ class _Search:
         fa, fb = self.function(a), self.function(b)
         moved, distance = (fa - fb).norm(dim=1), (a - b).to(torch.float64).flatten(1).norm(dim=1)
         size = fa.norm(dim=1) + fb.norm(dim=1)
-        rounding = 16 * torch.finfo(self.function.dtype).eps * size
+        rounding = 16 * self.function.eps * size
         seen = (distance > 0) & (moved > (1e-5 * size if visible else rounding))
         found = torch.where(seen, (moved - rounding) / distance, 0.0)
         found = torch.where(torch.isfinite(found), found, 0.0)
