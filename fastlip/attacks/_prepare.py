@@ -202,7 +202,8 @@ class _Kept:
 
     def __init__(self, model: nn.Module) -> None:
         self.fingerprint = _fingerprint(model)
-        self.copies: dict[object, _Copy | None] = {}  # None where there is none
+        self.copies: dict[object, _Copy] = {}
+        self.gains: dict[object, bool] = {}  # whether a copy for inputs like these would be faster
 
 
 #: Copies hold no reference to the model, so that they are freed with it.
@@ -226,11 +227,15 @@ def _copy_of(
     if kept is None or kept.fingerprint != _fingerprint(model):
         kept = _kept[model] = _Kept(model)
     purpose = (fast, low, timed is None, inputs.shape[1:], inputs.dtype, inputs.device)
-    known = purpose in kept.copies
+    if not low and not inputs.is_cuda:
+        if purpose not in kept.gains:
+            kept.gains[purpose] = _multiply_adds(model, inputs) >= _LEAST_MULTIPLY_ADDS
+        if not kept.gains[purpose]:
+            return None
     made = kept.copies.pop(purpose, None)
-    if not known or (made and not _distance(logits_of(made.model, inputs), want) <= made.rounding):
+    if made is None or not _distance(logits_of(made.model, inputs), want) <= made.rounding:
         made = _faster(model, inputs, want, fast, low, timed)
-    if made is None or not isinstance(made.model, _Autocast):  # which holds the model
+    if made is not None and not isinstance(made.model, _Autocast):  # which holds the model
         kept.copies[purpose] = made
         if len(kept.copies) > _MOST_KEPT:
             del kept.copies[next(iter(kept.copies))]
@@ -302,8 +307,6 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
         raise ValueError("PyTorch's channels_last kernels do not take every padded 1x1 convolution")
     made = _traced(model, inputs)
     fold(made)
-    if not (inputs.is_cuda or precision) and _multiply_adds(made, inputs) < _LEAST_MULTIPLY_ADDS:
-        raise ValueError("too little in convolutions for a copy to be faster")
     if precision:
         lower(made, precision)
     if not inputs.is_cuda:
@@ -325,9 +328,13 @@ def _traced(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
 
 
 def _multiply_adds(model: nn.Module, inputs: Tensor) -> float:
-    """Those of the convolutions in a forward pass of one image."""
-    with FlopCounterMode(display=False) as counter:
-        model(inputs)
+    """Those of the convolutions in a forward pass of one image; inf where they cannot be counted."""
+    try:
+        made = _copied(model)
+        with FlopCounterMode(display=False) as counter:
+            made(inputs)
+    except Exception:  # a model may raise anything under a mode that it was not written for
+        return torch.inf
     flops = counter.get_flop_counts().get("Global", {})
     return sum(count for operator, count in flops.items() if "convolution" in str(operator)) / (2.0 * len(inputs))
 

@@ -157,6 +157,7 @@ class _Pass(fx.Interpreter):
         self.extra_traceback = False
         if traced.bundles:
             raise TooLargeError("a step that is a tuple")
+        require_samples_alone(traced)
         self._traced, self._balls, self._most = traced, balls, most
         self._states: dict[fx.Node, _State] = {}
         #: What the constants of all that was passed before multiply to.
@@ -294,14 +295,8 @@ class _Pass(fx.Interpreter):
         )
 
     def _apply(self, n: fx.Node, step: Step, t: Tensor) -> Tensor:
-        """The step on samples [R, *shape] in place of its only traced argument, as many at once as the graph takes."""
-        source, batch = step.inputs[0], self._traced.batch
-
-        def on_one(sample: Tensor) -> Tensor:
-            args, kwargs = self._arguments(n, lambda state: in_graph(sample[None], source, batch))
-            return in_sample(step.apply(*args, **kwargs), step)[0]
-
-        return torch.func.vmap(on_one)(t)
+        """The step on samples [R, *shape] in place of its only traced argument."""
+        return on_each(step, t, lambda given: self._arguments(n, lambda state: given))
 
     def _arguments(self, n: fx.Node, given: Callable[[_State], Any]) -> tuple[Any, Any]:
         """A node's arguments, with something of the states in place of traced tensors."""
@@ -497,6 +492,25 @@ class _Pass(fx.Interpreter):
                 torch.stack([_widened(block.error, width) for block in some], 1) if some else nothing,
             )
         )
+
+
+def require_samples_alone(traced: Traced) -> None:
+    """Raise TooLargeError where the graph takes several samples at once, and may mix them on the way."""
+    if traced.batch > 1:
+        raise TooLargeError("a graph of several samples")
+
+
+def on_each(step: Step, t: Tensor, arguments: Callable[[Tensor], tuple[Any, Any]]) -> Tensor:
+    """A step of a graph of one sample on samples [R, *shape] of its only input, one at a time, [R, *other shape].
+
+    ``arguments`` are those of the step, with a tensor of the graph in place of the input.
+    """
+
+    def on_one(sample: Tensor) -> Tensor:
+        args, kwargs = arguments(in_graph(sample[None], step.inputs[0], 1))
+        return in_sample(step.apply(*args, **kwargs), step)[0]
+
+    return torch.func.vmap(on_one)(t)
 
 
 def is_layer(step: Step) -> bool:

@@ -116,6 +116,8 @@ def local_lipschitz_bounds(
     bare = bare_model(model)
     radii = _radii(radius, x)
     chosen = chosen_options("local_lipschitz_bounds", options, keywords)
+    if not len(x):
+        return BallBounds(radii, radii, x.detach().clone(), radii, norm, 1.0)
     lower, where = _attained(bare, x, radii, norm, points, chosen.resolved(bare.parameters()).generator)
     balls = Balls(x.detach().double(), radii, norm)
     upper, confidence = _upper_sides(bare, balls, check, chosen, lower)

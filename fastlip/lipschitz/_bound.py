@@ -480,6 +480,7 @@ def _largest_distance(rows: Tensor) -> float:
     while first < len(rows):  # in blocks, as there may be many classes
         last = first + max(1, _DISTANCES // (len(rows) - first))
         expanded = squares[first:last, None] + squares[first:] - 2.0 * rows[first:last] @ rows[first:].mT
+        expanded.masked_fill_(torch.ones_like(expanded, dtype=torch.bool).tril(-1), -math.inf)  # pairs seen before
         values, places = expanded.flatten().topk(min(_PAIRS, expanded.numel()))
         found.append((values, first + places // expanded.shape[1], first + places % expanded.shape[1]))
         first = last

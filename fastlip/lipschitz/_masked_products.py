@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastlip.lipschitz._ball_graph import Balls, TooLargeError, is_layer, moves_only
+from fastlip.lipschitz._ball_graph import (
+    Balls,
+    TooLargeError,
+    is_layer,
+    moves_only,
+    on_each,
+    require_samples_alone,
+)
 from fastlip.lipschitz._combinations import Concatenation, Sum
 from fastlip.lipschitz._domain import stacked
 from fastlip.lipschitz._graph import Traced
 from fastlip.lipschitz._intervals import Interval, up
 from fastlip.lipschitz._registry import Diagonal
-from fastlip.lipschitz._rowwise import on_samples
 from fastlip.lipschitz._slopes import slope_bounds
 from fastlip.lipschitz._steps import Step
 from fastlip.norms import Masked, NormInterval, Operator, diagonal_norm, operator_norms
@@ -76,6 +82,7 @@ class _Pass(fx.Interpreter):
         self.extra_traceback = False
         if traced.bundles:
             raise TooLargeError("a step that is a tuple")
+        require_samples_alone(traced)
         self._traced, self._balls = traced, balls
         layers = sum(isinstance(step.factor, Operator) for step in traced.steps.values())
         # Each layer has start vectors of its own, and an equal share of the probability of failure for all samples.
@@ -152,8 +159,8 @@ class _Pass(fx.Interpreter):
         if moves_only(n, step):
             if first.mask is None:
                 return _State(value, first.total)
-            moved = on_samples(step.apply, step.inputs[0], step.alone, self._traced.batch)
-            return _State(value, first.total, moved(first.mask))
+            moved = on_each(step, first.mask, lambda given: self._arguments(n, lambda state: given))
+            return _State(value, first.total, moved)
         if step.module is not None:
             count = len(self._balls.x)
             known = Interval(first.value.lower[:count], first.value.upper[:count])

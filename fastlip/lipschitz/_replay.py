@@ -100,6 +100,8 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
     runs = [_recorded(model, part, traced, differentiable=i == 1) for i, part in enumerate(x.split(traced.batch))]
     replayed = _Replay(traced, runs)
     alone = replayed.follow()
+    if traced.batch > 1:
+        _require_samples_apart(model, x, traced)
     together = run_model(model, x)
     alike = [(together, alone)]
     size = size_of(model, traced)
@@ -120,6 +122,14 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
             "on whether gradients are wanted, which no Lipschitz rule covers"
         )
     return together
+
+
+def _require_samples_apart(model: nn.Module, x: Tensor, traced: Traced) -> None:
+    """Raise Refused if a step of a graph of several samples has in the first one's row what comes of another."""
+    parts = (x[: traced.batch], torch.cat([x[:1], x[-traced.batch + 1 :]]))
+    mixed = _Replay(traced, [_recorded(model, part, traced) for part in parts])
+    mixed.apart = True
+    mixed.follow()
 
 
 def size_of(model: nn.Module, traced: Traced) -> int:
@@ -212,6 +222,8 @@ class _Replay:
         self._dtype = dtype
         self._values: dict[fx.Node, list[Any]] = {}
         self._agreed = "the input"
+        #: Whether the first sample is the same in all runs, and must be so in every step.
+        self.apart = False
         self._tried: set[fx.Node] = set()
 
     def follow(self) -> Tensor:
@@ -228,8 +240,12 @@ class _Replay:
                 break
             values = [self._value(node, i) for i in range(len(self._runs))]
             self._values[node] = values
-            if node in self._traced.steps:
-                _set_moved(self._traced.steps[node], values)
+            step = self._traced.steps.get(node)
+            if step is not None and self.apart:
+                if step.alone and not agree(values[0][:1], values[1][:1], self.rounding):
+                    raise Refused(f"{step.name} ({step.kind}) mixes the batch axis into others, which no rule covers")
+            elif step is not None:
+                _set_moved(step, values)
             for source in node.all_input_nodes:
                 if last[source] is node:
                     del self._values[source]

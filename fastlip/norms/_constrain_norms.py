@@ -161,19 +161,13 @@ def constrained_layers(model: nn.Module) -> list[tuple[NormConstraint, Tensor]]:
     """The constraints of all layers below a module, and the weights that they scale.
 
     Raises:
-        ValueError: a weight is parametrised once more since, or the layer before a constrained BatchNorm was replaced,
-            so that nothing is known of the norm; the message names the layer.
+        ValueError: a weight is parametrised once more since, so that nothing is known of the norm; the message names
+            the layer.
     """
     found = []
-    present = set() if torch.compiler.is_compiling() else set(model.modules())
     for constraint, held in _constraints(model):
         if len(held) > 1:
             raise ValueError(f"layer {constraint.name}: its weight was parametrised once more, after its constraint")
-        if present and isinstance(constraint, FoldedConstraint) and constraint.layer not in present:
-            raise ValueError(
-                f"layer {constraint.name}: it was replaced after its constraint, which reads the former one; put that "
-                "back, and constrain again after unconstrain"
-            )
         found.append((constraint, held.original))
     return found
 
@@ -185,8 +179,20 @@ def _constraints(model: nn.Module) -> Iterator[tuple[NormConstraint, Parametriza
 
 
 def prepare(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Before the model's forward: takes the steps that are due, and has those in eval mode certified at once."""
+    """Before the model's forward: takes the steps that are due, and has those in eval mode certified at once.
+
+    Raises:
+        ValueError: as for :func:`constrained_layers`; or the layer in front of a constrained BatchNorm was replaced.
+    """
     found = constrained_layers(model)
+    if not torch.compiler.is_compiling() and not getattr(model, "_is_replica", False):
+        present = set(model.modules())
+        for constraint, _ in found:
+            if isinstance(constraint, FoldedConstraint) and constraint.layer not in present:
+                raise ValueError(
+                    f"layer {constraint.name}: it was replaced after its constraint, which reads the former one; call "
+                    "unconstrain and constrain again"
+                )
     due = [(constraint, weight) for constraint, weight in found if constraint.training and constraint.due(weight)]
     if due:
         track(due)

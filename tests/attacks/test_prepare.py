@@ -273,22 +273,32 @@ def test_multiply_adds_are_those_of_one_image():
         assert _prepare._multiply_adds(model, torch.rand(images, 4, 16, 16)) == expected
 
 
-def test_what_has_no_copy_is_looked_at_once(cnn_problem, monkeypatch):
+def test_multiply_adds_are_counted_once_and_failures_do_not_last(cnn_problem, monkeypatch):
     model, inputs, _ = cnn_problem
-    tried = []
-
-    def untraceable(*_):
-        tried.append(1)
-        raise ValueError
-
-    monkeypatch.setattr(_prepare, "_traced", untraceable)
+    monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", 1e12)
+    counted = []
+    multiply_adds = _prepare._multiply_adds
+    monkeypatch.setattr(_prepare, "_multiply_adds", lambda *a: counted.append(multiply_adds(*a)) or counted[-1])
     for _ in range(3):
         assert attacks.prepare(model, inputs, fast=True).exact
-    assert len(tried) == 1
+    assert len(counted) == 1
+    assert 0 < counted[0] < 1e12
     with torch.no_grad():
         next(model.parameters()).add_(1e-3)
-    attacks.prepare(model, inputs, fast=True)
-    assert len(tried) == 2
+    monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", 0.0)
+    with monkeypatch.context() as failing:
+        failing.setattr(_prepare, "_traced", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+        assert attacks.prepare(model, inputs, fast=True).exact
+    assert not attacks.prepare(model, inputs, fast=True).exact
+    assert len(counted) == 2
+
+
+def test_what_cannot_be_counted_may_have_a_copy():
+    class Refuses(nn.Module):
+        def forward(self, x):
+            raise RuntimeError
+
+    assert _prepare._multiply_adds(Refuses(), torch.rand(2, 3)) == torch.inf
 
 
 def test_counts_and_hooks_of_the_copy(cnn_problem):

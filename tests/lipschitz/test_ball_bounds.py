@@ -468,6 +468,27 @@ def test_sizes_of_the_batch_in_the_forward_make_no_difference(monkeypatch, resha
     assert torch.allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("move", [lambda x: torch.roll(x, 1, 2), lambda x: x.flip(3), lambda x: x.transpose(2, 3)])
+def test_masks_move_with_the_values(monkeypatch, move):
+    class Moved(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return move(x)
+
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), Moved(), nn.Conv2d(4, 3, 2, stride=2), nn.Flatten()
+    model, x = nn.Sequential(*layers).eval(), torch.rand(4, 2, 4, 4)
+    monkeypatch.setattr("fastlip.lipschitz._balls._MOST_ELEMENTS", 1)
+    bounds = local_lipschitz_bounds(model, x, 0.05)
+    assert (bounds.lower <= bounds.upper).all()
+    assert (bounds.upper < 0.999 * lipschitz_bound(model, (2, 4, 4), tight_chains=False).upper).any()
+
+
+def test_an_empty_batch_has_no_bounds():
+    bounds = local_lipschitz_bounds(mlp(nn.ReLU(), 4, 4, 2), torch.rand(0, 4), 0.1)
+    assert bounds.upper.shape == bounds.lower.shape == (0,)
+    assert bounds.points.shape == (0, 4)
+
+
 def test_rounding_of_float32_does_not_lift_lower_sides():
     """The slope of a saturated SELU is a difference of two numbers that are equal in float32."""
     layer = nn.Linear(2, 2)

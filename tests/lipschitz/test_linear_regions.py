@@ -1,10 +1,12 @@
 """A part of a network without any activation is bounded as a whole by its matrix."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from fastlip.lipschitz import lipschitz_bound
+from fastlip.lipschitz import lipschitz_bound, local_lipschitz_bounds
 
 
 class Difference(nn.Module):
@@ -58,3 +60,34 @@ def test_moved_values_are_in_the_matrix(move):
         bound = lipschitz_bound(model, (2, 4, 4)).upper
         assert bound >= norm * (1.0 - 1e-12)
         assert bound == pytest.approx(norm, rel=1e-6)
+
+
+class AcrossSamples(nn.Module):
+    """The batch's axis is moved behind one of its size and back; without it the output is no batch of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv1d(2, 2, 1), nn.Linear(6, 1)
+        with torch.no_grad():
+            self.last.weight[:, :3] *= 0.01
+
+    def last_of_one(self, x):
+        return self.last(torch.relu(self.conv(x[None])).flatten(1))[0]
+
+    def forward(self, x):
+        y = torch.relu(self.conv(x).transpose(0, 1))
+        return self.last(y.transpose(0, 1).flatten(1)).squeeze()
+
+
+def test_what_moves_between_samples_is_refused_or_in_no_matrix():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = AcrossSamples().eval()
+        x = torch.randn(64, 2, 3, dtype=torch.float64)
+        rows = torch.func.vmap(torch.func.jacrev(copy.deepcopy(model).double().last_of_one))(x)
+        bound = lipschitz_bound(model, (2, 3), check=False).upper
+        assert bound >= rows.flatten(1).norm(dim=1).max().item()
+        upper = local_lipschitz_bounds(model, x.float(), 0.1, points=1, check=False).upper
+        assert (upper >= rows.flatten(1).norm(dim=1) * (1.0 - 1e-6)).all()
+        with pytest.raises(ValueError, match="mixes the batch axis into others"):
+            lipschitz_bound(model, (2, 3))

@@ -242,6 +242,9 @@ def test_margins_of_many_classes_are_computed_in_blocks(monkeypatch: pytest.Monk
         rows = torch.randn(1 + seed, 3, dtype=torch.float64)
         distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").max().item()
         assert _largest_distance(rows) == pytest.approx(distance, rel=1e-12)
+    far = torch.randn(80, 5, dtype=torch.float64) + 1e9  # all pairs are as far apart, up to rounding
+    distance = torch.cdist(far, far, compute_mode="donot_use_mm_for_euclid_dist").max().item()
+    assert _largest_distance(far) == pytest.approx(distance, rel=1e-12)
     alike = torch.ones(130, 3, dtype=torch.float64)  # more pairs than are computed twice
     alike[77, 1] += 1e-3
     assert 1e-3 <= _largest_distance(alike) * (1.0 + 1e-9) < 1e-3 + 1e-6

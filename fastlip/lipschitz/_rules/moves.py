@@ -62,10 +62,12 @@ def _moved(call: Call, function: Callable[[Tensor], Tensor], *, in_order: bool) 
 
     def places() -> Tensor:
         numbers = torch.arange(math.prod(source.shape), dtype=torch.float64).view(1, *source.shape)
-        return in_sample(function(in_graph(numbers, source, call.values.batch)), step).flatten().long()
+        return in_sample(function(in_graph(numbers, source, 1)), step).flatten().long()
 
     interval = by_ends(call, apply, norm=lambda *norms: norms[0])
-    step = Step(call.where, call.name, [source], 1.0, call.shape, module, apply, interval, same=in_order, places=places)
+    step = Step(call.where, call.name, [source], 1.0, call.shape, module, apply, interval, same=in_order)
+    if call.values.batch == 1:  # among several samples, values may move from one to another
+        step.places = places
     return step
 
 

@@ -241,8 +241,14 @@ def test_a_layer_that_was_replaced_is_refused() -> None:
     for mode in (model.train(), model.eval()):
         with pytest.raises(ValueError, match="layer 0: it was replaced after its constraint"):
             mode(x)
-    with pytest.raises(ValueError, match="layer 0: it was replaced after its constraint"):
-        unconstrain(model)
     model[0] = former
     assert model(x).shape == copied.eval()(x).shape == (5, 4)
-    unconstrain(model)
+    model[0] = nn.Linear(3, 4)
+    assert unconstrain(model)(x).shape == (5, 4)
+
+
+def test_a_part_alone_can_be_unconstrained() -> None:
+    tail = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())
+    constrain_norms(nn.Sequential(nn.Linear(3, 4), tail), (3,), fold_batchnorm=True)
+    unconstrain(tail)
+    assert not parametrize.is_parametrized(tail[0])
