@@ -52,8 +52,8 @@ def prepare(
     folded into convolutions, nothing is computed for the gradients of weights, and images are stored channels last. On
     a CPU, convolutions are fused with the sums and ReLUs that follow, in both passes. In float32, if fastlip was
     compiled, their weights are packed once for each pass, which takes as much memory as the model's weights a second
-    time. A network with next to nothing in convolutions has nothing to gain there, and gets no copy. On a GPU, CUDA
-    graphs are replayed.
+    time. Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have nothing to gain
+    there. On a GPU, CUDA graphs are replayed.
 
     ``precision`` makes the copy compute all but its first layer in low precision. A low precision that this machine
     computes more slowly than float32 (bfloat16 on a CPU without AVX512-BF16 or AMX, for example) is not used: a warning
@@ -111,7 +111,8 @@ def prepare(
             return model.averaging(**averaged)
         return Network(model.model, model.faster, model.rounding, graphs=model.graphs, **averaged)
     check_images(inputs)
-    return _Prepared(network_of(model, inputs, fast=fast, precision=precision), fast, precision, **averaged)
+    made = network_of(model, inputs, fast=fast, precision=precision, however_small=True)
+    return _Prepared(made, fast, precision, **averaged)
 
 
 class _Prepared(Network):
@@ -142,7 +143,7 @@ class _Prepared(Network):
                 stacklevel=4,
             )
             self._warned = True
-        self.made = network_of(self.model, inputs, fast=self.fast, precision=self.precision)
+        self.made = network_of(self.model, inputs, fast=self.fast, precision=self.precision, however_small=True)
         self.follow(self.made.faster, self.made.rounding, self.made.graphs)
         self._fingerprint = present
 
@@ -152,8 +153,14 @@ class _Prepared(Network):
         return _fingerprint(self.model)
 
 
-def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: Precision) -> Network:
-    """:func:`prepare` for an attack, which has checked the arguments; what is prepared already is kept up to date."""
+def network_of(
+    model: Model, inputs: Tensor, *, fast: bool, precision: Precision, however_small: bool = False
+) -> Network:
+    """:func:`prepare` for an attack, which has checked the arguments; what is prepared already is kept up to date.
+
+    Unless ``however_small``, a network with next to nothing in convolutions gets no copy in float32 on a CPU, because
+    it would gain nothing by it.
+    """
     if isinstance(model, _Prepared):
         model.renew(inputs)
     if isinstance(model, Network):
@@ -172,7 +179,8 @@ def network_of(model: Model, inputs: Tensor, *, fast: bool, precision: Precision
         with torch.inference_mode(False), torch.no_grad():
             few, want = _compared(inside, inputs.detach())
             timed = inputs[:_TIMED].detach().clone() if precision == "auto" and inputs.device.type == "cpu" else None
-            made = _copy_of(inside, few, want, fast, low, timed)
+            small = not (however_small or low or inputs.is_cuda) and _is_small(inside, few)
+            made = None if small else _copy_of(inside, few, want, fast, low, timed)
         return Network(model, made.model, made.rounding, graphs=made.graphs) if made else Network(model)
     finally:
         for module in training:
@@ -203,7 +211,7 @@ class _Kept:
     def __init__(self, model: nn.Module) -> None:
         self.fingerprint = _fingerprint(model)
         self.copies: dict[object, _Copy] = {}
-        self.gains: dict[object, bool] = {}  # whether a copy for inputs like these would be faster
+        self.small: dict[object, bool] = {}  # by the shape of inputs
 
 
 #: Copies hold no reference to the model, so that they are freed with it.
@@ -215,6 +223,21 @@ def _fingerprint(model: nn.Module) -> object:
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
+def _kept_of(model: nn.Module) -> _Kept:
+    kept = _kept.get(model)
+    if kept is None or kept.fingerprint != _fingerprint(model):
+        kept = _kept[model] = _Kept(model)
+    return kept
+
+
+def _is_small(model: nn.Module, inputs: Tensor) -> bool:
+    """Whether fused convolutions would save less than a copy costs."""
+    known = _kept_of(model).small
+    if inputs.shape[1:] not in known:
+        known[inputs.shape[1:]] = _multiply_adds(model, inputs) < _LEAST_MULTIPLY_ADDS
+    return known[inputs.shape[1:]]
+
+
 def _copy_of(
     model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, low: torch.dtype | None, timed: Tensor | None
 ) -> _Copy | None:
@@ -223,15 +246,8 @@ def _copy_of(
     That tensors are unchanged is not enough, because ``.data`` and submodules can be replaced unnoticed: logits are
     compared too.
     """
-    kept = _kept.get(model)
-    if kept is None or kept.fingerprint != _fingerprint(model):
-        kept = _kept[model] = _Kept(model)
+    kept = _kept_of(model)
     purpose = (fast, low, timed is None, inputs.shape[1:], inputs.dtype, inputs.device)
-    if not low and not inputs.is_cuda:
-        if purpose not in kept.gains:
-            kept.gains[purpose] = _multiply_adds(model, inputs) >= _LEAST_MULTIPLY_ADDS
-        if not kept.gains[purpose]:
-            return None
     made = kept.copies.pop(purpose, None)
     if made is None or not _distance(logits_of(made.model, inputs), want) <= made.rounding:
         made = _faster(model, inputs, want, fast, low, timed)

@@ -259,10 +259,12 @@ def test_models_without_a_faster_form_go_as_they_are(cnn_problem):
 def test_networks_with_next_to_nothing_in_convolutions_have_no_copy(monkeypatch, body, copied):
     model, inputs = nn.Sequential(*body()).eval(), torch.rand(4, 3, 16, 16)
     monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", LEAST)
-    assert attacks.prepare(model, inputs, fast=True).exact == (not copied)
-    assert not attacks.prepare(model, inputs, fast=True, precision=torch.bfloat16).exact
-    monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", 0.0)
-    assert not attacks.prepare(copy.deepcopy(model), inputs, fast=True).exact
+    assert _prepare.network_of(model, inputs, fast=True, precision=None).exact == (not copied)
+    # What was asked for is made.
+    assert not _prepare.network_of(model, inputs, fast=True, precision=torch.bfloat16).exact
+    network = attacks.prepare(model, inputs, fast=True)
+    assert not network.exact
+    assert _prepare.network_of(network, inputs, fast=True, precision=None) is network
 
 
 def test_multiply_adds_are_those_of_one_image():
@@ -279,8 +281,12 @@ def test_multiply_adds_are_counted_once_and_failures_do_not_last(cnn_problem, mo
     counted = []
     multiply_adds = _prepare._multiply_adds
     monkeypatch.setattr(_prepare, "_multiply_adds", lambda *a: counted.append(multiply_adds(*a)) or counted[-1])
+
+    def made():
+        return _prepare.network_of(model, inputs, fast=True, precision=None)
+
     for _ in range(3):
-        assert attacks.prepare(model, inputs, fast=True).exact
+        assert made().exact
     assert len(counted) == 1
     assert 0 < counted[0] < 1e12
     with torch.no_grad():
@@ -288,8 +294,8 @@ def test_multiply_adds_are_counted_once_and_failures_do_not_last(cnn_problem, mo
     monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", 0.0)
     with monkeypatch.context() as failing:
         failing.setattr(_prepare, "_traced", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
-        assert attacks.prepare(model, inputs, fast=True).exact
-    assert not attacks.prepare(model, inputs, fast=True).exact
+        assert made().exact
+    assert not made().exact
     assert len(counted) == 2
 
 
