@@ -79,7 +79,8 @@ def local_lipschitz_bounds(
     :func:`lipschitz_bound` and of the same composition with masked layers: in front of a layer, each unit counts with
     its largest slope on the ball, so that inactive ones drop out.
 
-    Lower sides: :func:`local_lipschitz` at the sample and at other points of the ball.
+    Lower sides: :func:`local_lipschitz` at the sample and at other points of the ball, in the end in float64 where the
+    model runs in it.
 
     For margins append the differences of outputs to the model, as a linear layer.
 

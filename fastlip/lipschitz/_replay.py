@@ -127,9 +127,7 @@ def _compare(model: nn.Module, x: Tensor, traced: Traced) -> Tensor:
 def _require_samples_apart(model: nn.Module, x: Tensor, traced: Traced) -> None:
     """Raise Refused if a step of a graph of several samples has in the first one's row what comes of another."""
     parts = (x[: traced.batch], torch.cat([x[:1], x[-traced.batch + 1 :]]))
-    mixed = _Replay(traced, [_recorded(model, part, traced) for part in parts])
-    mixed.apart = True
-    mixed.follow()
+    _Replay(traced, [_recorded(model, part, traced) for part in parts], apart=True).follow()
 
 
 def size_of(model: nn.Module, traced: Traced) -> int:
@@ -211,10 +209,11 @@ class _Replay:
     """Computes each step as its rule assumes, and compares it with the recorded output of the model's module.
 
     Several runs are followed side by side. Where graph and model agree, the replay goes on with the model's value, so
-    that rounding does not accumulate.
+    that rounding does not accumulate. With ``apart`` the first sample is the same in all runs, and must be so in every
+    step.
     """
 
-    def __init__(self, traced: Traced, runs: Sequence[_Recorded]) -> None:
+    def __init__(self, traced: Traced, runs: Sequence[_Recorded], *, apart: bool = False) -> None:
         dtype = runs[0].input.dtype
         self.rounding = _ROUNDING if dtype == torch.float64 else _GROWTH * rounding_of(runs[0].input)
         self._traced = traced
@@ -222,8 +221,7 @@ class _Replay:
         self._dtype = dtype
         self._values: dict[fx.Node, list[Any]] = {}
         self._agreed = "the input"
-        #: Whether the first sample is the same in all runs, and must be so in every step.
-        self.apart = False
+        self._apart = apart
         self._tried: set[fx.Node] = set()
 
     def follow(self) -> Tensor:
@@ -241,7 +239,7 @@ class _Replay:
             values = [self._value(node, i) for i in range(len(self._runs))]
             self._values[node] = values
             step = self._traced.steps.get(node)
-            if step is not None and self.apart:
+            if step is not None and self._apart:
                 if step.alone and not agree(values[0][:1], values[1][:1], self.rounding):
                     raise Refused(f"{step.name} ({step.kind}) mixes the batch axis into others, which no rule covers")
             elif step is not None:

@@ -85,7 +85,7 @@ def _smooth(module: nn.Module, turns: Sequence[_Turn], x: Interval) -> tuple[Ten
 
 def _slope(module: nn.Module, x: Tensor) -> Tensor:
     module = copy.copy(module)
-    module.inplace = False  # type: ignore[assignment]  # in place not every slope can be computed
+    vars(module)["inplace"] = False  # torch has no gradients in place where slopes are negative
     # Beyond this the slopes are those at infinity, and computing them could overflow.
     with torch.enable_grad():
         x = x.detach().clamp(-1e100, 1e100).requires_grad_()
