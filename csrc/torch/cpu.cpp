@@ -214,6 +214,27 @@ void indirect_convs_(std::vector<Tensor> out, std::vector<Tensor> x, std::vector
   for (const IndirectConv& conv : convs) run(conv);
 }
 
+Tensor scaled_weight_grad(const Tensor& grad, const Tensor& scaled, const Tensor& left, const Tensor& right,
+                          double norm, double bound) {
+  Tensor out = torch::stable::empty_like(grad);
+  ScaledWeightGrad problem = scaled_weight_grad_of(out, grad, scaled, left, right, norm, bound);
+  const int64_t count = grad.numel();
+  if (count == 0) return out;
+  const cpu::Kernels& table = kernels();
+  // Chunks of a fixed size, so that the sum does not depend on the threads.
+  std::vector<double> sums((count + kGrain - 1) / kGrain);
+  torch::stable::parallel_for(0, static_cast<int64_t>(sums.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      sums[i] = table.weight_product(problem, i * kGrain, std::min(count, (i + 1) * kGrain));
+  });
+  double product = 0;
+  for (const double sum : sums) product += sum;
+  problem.factor = -product / norm;
+  torch::stable::parallel_for(0, problem.rows, std::max<int64_t>(4, kGrain / problem.columns),
+                              [&](int64_t begin, int64_t end) { table.scaled_weight_grad(problem, begin, end); });
+  return out;
+}
+
 Tridiagonal tridiagonal_of(const Tensor& diagonal, const Tensor& off) {
   for (const Tensor* t : {&diagonal, &off}) {
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double && t->is_contiguous(),
@@ -275,6 +296,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("judge", TORCH_BOX(&judge));
   m.impl("pack_weights_", TORCH_BOX(&pack_weights_));
   m.impl("indirect_convs_", TORCH_BOX(&indirect_convs_));
+  m.impl("scaled_weight_grad", TORCH_BOX(&scaled_weight_grad));
   m.impl("top_eigenpairs", TORCH_BOX(&top_eigenpairs));
   m.impl("krylov_bound", TORCH_BOX(&krylov_bound));
 }

@@ -323,12 +323,9 @@ class _Scale(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled, left, right, *norms = ctx.saved_tensors
-        given = computable(grad.contiguous())
+        norm = norms[0] if norms else ctx.norm
         with torch.autocast(grad.device.type, enabled=False):
-            along = torch.dot(given.flatten(), computable(scaled).flatten()) / ctx.bound
-            factor: Tensor | float = torch.where(norms[0] > ctx.bound, along, 0.0) if norms else float(along)
-            scale = (ctx.bound / norms[0]).clamp(max=1.0) if norms else ctx.bound / ctx.norm
-            found = NormGradient(left, right).subtracted_from(given, factor, scale)
+            found = NormGradient(left, right).through_scale(computable(grad), computable(scaled), norm, ctx.bound)
         return found.to(grad.dtype), None, None, None, None
 
 
@@ -366,8 +363,6 @@ class _CertifiedScale(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scaled,) = ctx.saved_tensors
         gradient, norm = ctx.certificate.gradient(ctx.constraint)
-        given = computable(grad.contiguous())
         with torch.autocast(grad.device.type, enabled=False):
-            along = torch.dot(given.flatten(), computable(scaled).flatten())
-            found = gradient.subtracted_from(given, float(along) / (norm * ctx.scale), ctx.scale)
+            found = gradient.through_scale(computable(grad), computable(scaled), norm, norm * ctx.scale)
         return found.to(grad.dtype), None, None, None

@@ -11,17 +11,17 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastlip.norms._krylov_steps import krylov_steps
+from fastlip.norms._applied_operator import unfolds, windows
+from fastlip.norms._krylov_steps import LeadingVectors, krylov_steps
+from fastlip.norms._krylov_steps_together import krylov_steps_together
 from fastlip.norms._operators.operator import PADDING_MODES, Operator
 from fastlip.norms._operators.torch_operator import TorchOperator
+from fastlip.ops import scaled_weight_grad
 
 #: Most outer products that G is kept as: of more the two factors take longer to multiply than G takes to read.
 _MOST_PRODUCTS = 16
-#: Number of a gradient's elements that are computed at once on a CPU.
-_BLOCK = 1 << 17
 
 
 class NormGradient(NamedTuple):
@@ -42,21 +42,21 @@ class NormGradient(NamedTuple):
             return torch.dot(rows.flatten(), self.left.flatten())
         return torch.dot(torch.mm(rows, self.right.mT).flatten(), self.left.flatten())
 
-    def subtracted_from(self, gradient: Tensor, factor: Tensor | float, scale: Tensor | float) -> Tensor:
-        """``scale`` times the difference of a gradient and ``factor`` G, of the gradient's shape."""
-        rows = gradient.reshape(len(self.left), -1)
-        if not (isinstance(factor, float) and isinstance(scale, float)):
-            product = self.left @ self.right if self.right.numel() else self.left
-            return (rows - factor * product).mul_(scale).view(gradient.shape)
-        found = torch.empty_like(rows)
-        count = max(1, _BLOCK // rows.shape[1])
-        for given, left, out in zip(rows.split(count), self.left.split(count), found.split(count), strict=True):
-            torch.mul(given, scale, out=out)  # so few numbers that the next line finds them in the cache
-            if self.right.numel():
-                out.addmm_(left, self.right, alpha=-factor * scale)
-            else:
-                out.add_(left, alpha=-factor * scale)
-        return found.view(gradient.shape)
+    def through_scale(self, gradient: Tensor, scaled: Tensor, norm: Tensor | float, bound: float) -> Tensor:
+        """The gradient in a weight, from that in (bound / norm) weight, the norm being <G, weight>.
+
+        Args:
+            gradient: in the scaled weight, in the dtype of G.
+            scaled: the scaled weight, likewise.
+            norm: a number, or a scalar tensor that is not read, where (bound / norm) stands for 1 if it is more.
+            bound: of the norm.
+        """
+        if isinstance(norm, float):
+            return scaled_weight_grad(gradient, scaled, self.left, self.right, norm, bound)
+        along = torch.dot(gradient.flatten(), scaled.flatten()) / bound
+        product = self.left @ self.right if self.right.numel() else self.left
+        rest = gradient - torch.where(norm > bound, along, 0.0) * product.view(gradient.shape)
+        return rest.mul_((bound / norm).clamp(max=1.0))
 
 
 def encode(op: Operator) -> tuple[int, ...]:
@@ -91,28 +91,32 @@ def norm_gradients(
         weights: [Cout, Cin / groups, *kernel] each, on one device.
         vectors: the layers' first two singular vectors so far, [2, Cin, *input_size] each, orthonormal.
         geometry: numbers of :func:`encode`, one layer after the other.
-        steps: of :func:`krylov_steps`, at least 1.
+        steps: to take, at least 1.
 
     Returns:
         For each layer the new vectors, the norm before and after the steps, [2], and ``left`` and ``right`` of the
         :class:`NormGradient` after them.
     """
     ops = [op.with_weight(computable(op.weight)) for op in _operators(weights, geometry)]
-    # On a CPU one layer after the other, whose weight stays in the cache; elsewhere all in one launch of each kind.
-    groups: dict[tuple[int, torch.dtype], list[int]] = {}
-    for place, op in enumerate(ops):
-        groups.setdefault((place if op.weight.device.type == "cpu" else 0, op.weight.dtype), []).append(place)
-    found: dict[int, list[Tensor]] = {}
+    found: list[Tensor] = []
     with torch.autocast(weights[0].device.type, enabled=False):
-        for places in groups.values():
-            some = [ops[place] for place in places]
-            result = krylov_steps(some, [vectors[place].to(some[0].weight.dtype) for place in places], steps)
-            for n, place in enumerate(places):
-                v, u, op = result.vectors[n], result.images[n], ops[place]
-                left, right = _outer(TorchOperator(op, op.weight), u, v[:1])
-                norms = torch.stack([result.before[n], result.norms[n]])
-                found[place] = [v.to(vectors[place].dtype), norms, left, right]
-    return [tensor for place in range(len(ops)) for tensor in found[place]]
+        leading = _leading_vectors(ops, vectors, steps)
+        for op, given, (v, u, norms) in zip(ops, vectors, leading, strict=True):
+            found += [v.to(given.dtype), norms, *_outer(TorchOperator(op, op.weight), u, v[:1])]
+    return found
+
+
+def _leading_vectors(ops: Sequence[Operator], vectors: Sequence[Tensor], steps: int) -> list[LeadingVectors]:
+    """What the steps find for each layer: on a CPU one after the other, elsewhere all of one dtype at once."""
+    given = [pair.to(op.weight.dtype) for op, pair in zip(ops, vectors, strict=True)]
+    if ops[0].weight.device.type == "cpu":
+        return [krylov_steps(op, pair, steps) for op, pair in zip(ops, given, strict=True)]
+    found: dict[int, LeadingVectors] = {}
+    for dtype in {op.weight.dtype for op in ops}:
+        places = [place for place, op in enumerate(ops) if op.weight.dtype == dtype]
+        some = krylov_steps_together([ops[i] for i in places], [given[i] for i in places], steps)
+        found |= zip(places, some, strict=True)
+    return [found[place] for place in range(len(ops))]
 
 
 @norm_gradients.register_fake
@@ -138,25 +142,19 @@ def computable(weight: Tensor) -> Tensor:
 
 def _positions(op: Operator) -> int:
     """Number of outer products that G is kept as; 0 where it is kept as it is."""
-    if op.groups > 1 or (op.kernel and not _unfolds(op)):
+    if op.groups > 1 or (op.kernel and not unfolds(op)):
         return 0
     positions = math.prod(op.output_size)
     kept = positions * (len(op.weight) + math.prod(op.weight.shape[1:]))
     return positions if positions <= _MOST_PRODUCTS and 2 * kept <= op.weight.numel() else 0
 
 
-def _unfolds(op: Operator) -> bool:
-    """Whether torch's ``unfold`` lists the windows of the convolution."""
-    return len(op.kernel) == 2 and op.padding_mode == "zeros" and all(a == b >= 0 for a, b in op.padding)
-
-
 def _outer(convolution: TorchOperator, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of <u, A v> in the weight; u and v are [1, C, *size]."""
     op = convolution.geometry
-    if op.groups == 1 and (not op.kernel or _unfolds(op)):
+    if op.groups == 1 and (not op.kernel or unfolds(op)):
         left = u[0].reshape(len(u[0]), -1)
-        pads = tuple(before for before, _ in op.padding)
-        right = F.unfold(v, op.kernel, op.dilation, pads, op.stride)[0].mT if op.kernel else v
+        right = windows(op, v[0]).mT if op.kernel else v
         if _positions(op):
             return left.contiguous(), right.clone(memory_format=torch.contiguous_format)
         return left @ right, v.new_empty(0)

@@ -33,6 +33,7 @@ from fastlip.ops._operator_step import MATMUL_PRECISIONS, MatmulPrecision, opera
 from fastlip.ops._pack_weights import pack_weights
 from fastlip.ops._pgd_step import pgd_step, pgd_step_, project, project_, random_start
 from fastlip.ops._register import Backend, backends
+from fastlip.ops._scaled_weight_grad import scaled_weight_grad
 
 __all__ = [
     "MATMUL_PRECISIONS",
@@ -66,6 +67,7 @@ __all__ = [
     "project",
     "project_",
     "random_start",
+    "scaled_weight_grad",
     "top_eigenpairs",
 ]
 

@@ -33,6 +33,11 @@ def _judge(logits: Tensor, labels: Tensor, *others: object, **record: object) ->
     return logits.new_empty(logits.shape[0]), torch.empty_like(logits), *flags
 
 
+@torch.library.register_fake("fastlip::scaled_weight_grad")
+def _scaled_weight_grad(grad: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(grad)
+
+
 @torch.library.register_fake("fastlip::top_eigenpairs")
 def _top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
     return diagonal.new_empty(len(diagonal)), torch.empty_like(diagonal)

@@ -120,6 +120,14 @@ def _indirect_conv_(
     out.copy_(torch.where(mask <= 0, 0.0, total) if mask.numel() else total)
 
 
+def scaled_weight_grad(grad: Tensor, scaled: Tensor, left: Tensor, right: Tensor, norm: float, bound: float) -> Tensor:
+    """The two terms of the product rule, in float64."""
+    gradient = (left.double() @ right.double() if right.numel() else left.double()).view(grad.shape)
+    weight = scaled.double().view(grad.shape) * (norm / bound)
+    by_norm = -(grad.double() * weight).sum() * bound / norm**2
+    return (grad.double() * (bound / norm) + by_norm * gradient).to(grad.dtype)
+
+
 def top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
     """By torch's eigenvalue solver on dense matrices; eigenvectors have non-negative entries."""
     values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal))

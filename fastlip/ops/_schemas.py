@@ -118,6 +118,9 @@ HOST_SCHEMAS = {
         "Tensor![] out, Tensor[] x, Tensor[] weight, Tensor[] table, Tensor[] bias, Tensor[] other, Tensor[] mask, "
         "int[] relu"
     ),
+    "scaled_weight_grad": _schema(
+        "Tensor grad, Tensor scaled, Tensor left, Tensor right, float norm, float bound", returns="Tensor"
+    ),
     "top_eigenpairs": _schema("Tensor diagonal, Tensor off_diagonal", returns="(Tensor, Tensor)"),
     "krylov_bound": _schema(
         "Tensor diagonal, Tensor off_diagonal, Tensor last, Tensor residual, Tensor start_overlap, float tolerance",

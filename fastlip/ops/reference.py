@@ -15,6 +15,7 @@ from fastlip.ops._reference_operators import (
     krylov_bound,
     operator_step_,
     pack_weights_,
+    scaled_weight_grad,
     top_eigenpairs,
 )
 from fastlip.ops._schemas import Ball, Normalised, Saved, StepSize, takes_fields
@@ -32,6 +33,7 @@ __all__ = [
     "philox",
     "project_",
     "random_start",
+    "scaled_weight_grad",
     "top_eigenpairs",
 ]
 

@@ -44,9 +44,16 @@ def test_norm_vector_and_gradient(name: str) -> None:
     weight = op.weight.clone().requires_grad_()
     image = TorchOperator(op, weight).forward(v[:1])
     (expected,) = torch.autograd.grad((image * (image / image.norm()).detach()).sum(), weight)
-    for number in (float, torch.tensor):
-        found = gradient.subtracted_from(torch.ones_like(weight), number(-2.0), number(0.25))
-        torch.testing.assert_close(found, 0.25 * (1.0 + 2.0 * expected), rtol=1e-6, atol=1e-7)
+    given = torch.randn_like(weight)
+    for bound in (0.5 * truth, 2.0 * truth):
+        # The norm's gradient is held fixed, so that the norm is linear.
+        norm = (expected * weight).sum()
+        (wanted,) = torch.autograd.grad(weight * (bound / norm), weight, given)
+        scaled = (weight * (bound / truth)).detach()
+        found = gradient.through_scale(given, scaled, truth, bound)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+        unread = gradient.through_scale(given, scaled, torch.tensor(truth, dtype=torch.float64), bound)
+        torch.testing.assert_close(unread, wanted if bound < truth else given, rtol=1e-6, atol=1e-7)
     assert bool(right.numel()) == (name in ("matrix", "unfolded, in factors"))
 
 

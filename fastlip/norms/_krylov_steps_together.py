@@ -1,0 +1,162 @@
+"""The steps of :mod:`fastlip.norms._krylov_steps` for many operators at once, as a GPU takes them."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastlip.norms._krylov_steps import LOST, MOST_STEPS, ROUNDING, LeadingVectors, fixed_direction
+from fastlip.norms._operators.operator import Operator
+from fastlip.norms._solvers.batched_operator import BatchedConvolutions, from_rows
+
+#: Rounds of three squarings for an eigenvector. Eigenvalues closer than 5e-5 of each other may stay mixed.
+_ROUNDS = 4
+#: Share of the trace below which what other eigenvectors leave of a matrix is rounding.
+_NOTHING = 1e-13
+
+
+def krylov_steps_together(ops: Sequence[Operator], vectors: Sequence[Tensor], steps: int) -> list[LeadingVectors]:
+    """Take the same number of steps for all operators. Nothing is read on the host.
+
+    Args:
+        ops: operators with weights of one dtype, float32 or float64, on one device.
+        vectors: two vectors for each, [2, Cin, *input_size], in that dtype.
+        steps: how many to take, each one application of A and one of A^T.
+    """
+    dtype, device = ops[0].weight.dtype, ops[0].weight.device
+    operators = BatchedConvolutions(ops, 1, dtype)
+    domain, target = (_Segments(side, dtype, device) for side in (operators.domain, operators.range))
+    rows = 2 + min(steps, MOST_STEPS)
+    basis = torch.zeros(rows, domain.total, dtype=dtype, device=device)
+    images = torch.zeros(rows, target.total, dtype=dtype, device=device)
+    for row in range(2):
+        flat = torch.cat([_to_row(pair[row]) for pair in vectors])
+        basis[row] = domain.unit(flat if row == 0 else _second(domain, basis[:1], flat))
+    squares = [operators.forward(basis[row], images[row])[1] for row in range(2)]
+    # Products of images are of the scaled operator, since their squares would leave the range of their dtype.
+    square = torch.maximum(*squares).clamp_min(torch.finfo(dtype).tiny ** 2)
+    images[:2] *= target.spread(_inverse(square.sqrt()))
+    gram = torch.stack([target.dots(images[:2], images[row]) for row in range(2)], 1)
+    size = 2
+    for _ in range(steps):
+        if size == rows:
+            kept = eigenvectors_by_squaring(gram, 2)
+            basis[:2] = torch.stack([domain.combine(kept[:, row], basis) for row in range(2)])
+            images[:2] = torch.stack([target.combine(kept[:, row], images) for row in range(2)])
+            gram, size = kept @ gram @ kept.mT, 2
+        leading = eigenvectors_by_squaring(gram, 1)[:, 0]
+        value = torch.einsum("li,lij,lj->l", leading, gram, leading)
+        back, back_square = operators.adjoint(target.combine(leading, images[:size]), x_square=square)
+        residual = back - domain.combine(value[:, None] * leading, basis[:size])
+        for _ in range(2):  # where little is left the first time, much of it is rounding errors
+            residual = residual - domain.combine(domain.dots(basis[:size], residual), basis[:size])
+        length = domain.dots(residual[None], residual)[:, 0].sqrt()
+        enough = (length > ROUNDING[dtype] * back_square.sqrt()) & (length > math.sqrt(torch.finfo(dtype).tiny))
+        basis[size] = residual * domain.spread(torch.where(enough, _inverse(length), 0.0))
+        operators.forward(basis[size], images[size], x_square=square)
+        size += 1
+        products = target.dots(images[:size], images[size - 1])
+        gram = torch.cat([torch.cat([gram, products[:, None, :-1]], 1), products[:, :, None]], 2)
+    kept = eigenvectors_by_squaring(gram, 2)
+    basis, images = basis[:size], images[:size]
+    found = [domain.combine(kept[:, row], basis) for row in range(2)]
+    image = target.combine(kept[:, 0], images)
+    lengths = target.dots(image[None], image)[:, 0].sqrt()
+    image = image * target.spread(_inverse(lengths))
+    usable = (lengths > 0.0) & lengths.isfinite() & square.isfinite()
+    norms = torch.stack([squares[0].sqrt(), lengths * square.sqrt()], 1).to(dtype)
+    result = []
+    for place, (op, old) in enumerate(zip(ops, vectors, strict=True)):
+        own = operators.domain[place]
+        new = torch.stack([from_rows(row[None, own], op.input_shape)[0] for row in found])
+        shown = from_rows(image[None, operators.range[place]], op.output_shape)
+        new, shown = torch.where(usable[place], new, old), torch.where(usable[place], shown, 0.0)
+        result.append(LeadingVectors(new, shown, norms[place].clone()))
+    return result
+
+
+def _second(domain: "_Segments", first: Tensor, second: Tensor) -> Tensor:
+    """The part of second vectors that is orthogonal to the first, [1, total]; where there is none, of a fixed one."""
+    found = second - domain.combine(domain.dots(first, second), first)
+    lost = domain.dots(found[None], found)[:, 0] < LOST**2
+    found = torch.where(
+        domain.spread(lost.double()) > 0.0, fixed_direction(domain.total, second.dtype, second.device), found
+    )
+    for _ in range(2):
+        found = found - domain.combine(domain.dots(first, found), first)
+    kept = domain.dots(found[None], found)[:, 0] > LOST**2  # a vector of one element has no other beside it
+    return found * domain.spread(kept.double())
+
+
+def eigenvectors_by_squaring(matrices: Tensor, count: int) -> Tensor:
+    """The first unit eigenvectors of positive semidefinite matrices [b, n, n] float64, [b, count, n]; 0 for 0 or NaN.
+
+    LAPACK's like would wait for the result. A power of the matrix over its trace is the projection onto the first
+    eigenvector, or near multiple eigenvalues one onto their space, whose longest column is as good.
+    """
+    found: list[Tensor] = []
+    rest, least = matrices, _NOTHING * _trace(matrices)
+    for _ in range(count):
+        power = rest
+        for _ in range(_ROUNDS):
+            power = power * _inverse(_trace(power))[:, None, None]
+            power = torch.linalg.matrix_power(power, 8)
+        diagonal, place = power.diagonal(dim1=1, dim2=2).max(1)
+        column = power.gather(2, place[:, None, None].expand(-1, power.shape[1], 1))[:, :, 0]
+        for other in found:  # what is left of it where nothing else is
+            column = column - (column * other).sum(1, keepdim=True) * other
+        vector = column * _inverse(torch.linalg.vector_norm(column, dim=1))[:, None]
+        found.append(torch.where(((diagonal > 0.0) & (_trace(rest) > least))[:, None], vector, 0.0))
+        keep = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
+        keep = keep - found[-1][:, :, None] * found[-1][:, None, :]
+        rest = keep @ rest @ keep
+    return torch.stack(found, 1)
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=1, dim2=2).sum(1)
+
+
+class _Segments:
+    """Flat vectors of several operators, one after the other, and their products one by one."""
+
+    def __init__(self, places: Sequence[slice], dtype: torch.dtype, device: torch.device) -> None:
+        self.total, self._dtype = places[-1].stop, dtype
+        self._lengths, self._owners = _tables(tuple(place.stop - place.start for place in places), device)
+
+    def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
+        """Products of rows [m, total] with a vector [total], [operators, m] float64; the same in each run."""
+        products = (rows * vector).mT.contiguous()
+        return torch.segment_reduce(products, "sum", lengths=self._lengths, unsafe=True).double()
+
+    def combine(self, coefficients: Tensor, rows: Tensor) -> Tensor:
+        """Sums of rows [m, total] with coefficients [operators, m] float64."""
+        factors = coefficients.to(self._dtype)
+        return (factors.mT[:, self._owners] * rows).sum(0)
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """Numbers [operators] float64 as factors of all elements."""
+        factors = numbers.to(self._dtype)
+        return factors[self._owners]
+
+    def unit(self, vector: Tensor) -> Tensor:
+        return vector * self.spread(_inverse(self.dots(vector[None], vector)[:, 0].sqrt()))
+
+
+@lru_cache(maxsize=64)
+def _tables(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The lengths of segments, and which one each element is in."""
+    lengths = torch.tensor(sizes, device=device)
+    return lengths, torch.arange(len(sizes), device=device).repeat_interleave(lengths)
+
+
+def _inverse(numbers: Tensor) -> Tensor:
+    """1 over each number, and 0 for 0."""
+    return torch.where(numbers > 0.0, 1.0 / numbers, 0.0)
+
+
+def _to_row(vector: Tensor) -> Tensor:
+    """A vector [C, *size] as operators take it, flat, [pixels, C]."""
+    return vector.flatten(1).mT.reshape(-1) if vector.dim() > 1 else vector

@@ -1,0 +1,169 @@
+"""The gradient of a weight scaled to a bound, against autograd and the definition, on every instruction set."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastlip
+from fastlip import ops
+from fastlip.ops import reference
+
+needs_native = pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="checks of the compiled bindings")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def operands(rows, columns, rank, dtype, seed=0):
+    """A gradient, a scaled weight, and a gradient of the norm in factors, or whole for rank 0."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(rows, columns), (rows, columns), (rows, rank or columns), (rank, columns) if rank else (0,)]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+def assert_agrees(grad, scaled, left, right, norm, bound):
+    """The result is the definition's, up to the rounding of its terms and of the sum over all elements."""
+    got = torch.ops.fastlip.scaled_weight_grad(grad, scaled, left, right, norm, bound)
+    want = reference.scaled_weight_grad(grad, scaled, left, right, norm, bound)
+    eps, rank = torch.finfo(grad.dtype).eps, len(right)
+    gradient = left.abs() @ right.abs() if rank else left.abs()
+    of_sum = (grad * scaled).abs().sum() / norm * gradient.max()
+    atol = eps * (4 * (rank + 4) * want.abs().max() + of_sum).item()
+    torch.testing.assert_close(got, want, atol=atol, rtol=8 * eps)
+
+
+@DTYPES
+@pytest.mark.parametrize("rank", [0, 1, 2, 5, 16, 33])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (1, 3), (3, 1), (4, 16), (5, 17), (7, 64), (8, 131), (70, 33), (33, 1030)]
+)
+def test_the_definition(rows, columns, rank, dtype):
+    tensors = operands(rows, columns, rank, dtype)
+    assert_agrees(*tensors, 2.5, 1.0)
+    assert_agrees(*tensors, 0.3, 7.0)
+
+
+@DTYPES
+def test_the_sum_over_many_elements(dtype):
+    """Terms of one sign, and terms that cancel, over many chunks and a part of one."""
+    grad, scaled, left, right = operands(321, 1023, 2, dtype)
+    signs = torch.arange(grad.numel()).view_as(grad) % 2 * 2 - 1
+    assert_agrees(grad.abs(), scaled.abs(), left, right, 3.0, 1.0)
+    assert_agrees(1e4 * signs.to(dtype), scaled.abs(), left, right, 3.0, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_autograd_through_the_singular_value(seed):
+    torch.manual_seed(seed)
+    weight = torch.randn(6, 9, dtype=torch.float64, requires_grad=True)
+    given = torch.randn(6, 9, dtype=torch.float64)
+    scaled = weight * (0.7 / torch.linalg.matrix_norm(weight, 2))
+    (want,) = torch.autograd.grad(scaled, weight, given)
+    u, s, vh = torch.linalg.svd(weight.detach())
+    for left, right in ((u[:, :1], vh[:1]), (u[:, :1] @ vh[:1], None)):
+        got = ops.scaled_weight_grad(given, scaled, left, right, s[0].item(), 0.7)
+        torch.testing.assert_close(got, want)
+    # An axis more, and operands that are not contiguous.
+    parts = (t.mT.contiguous().mT for t in (given, scaled))
+    got = ops.scaled_weight_grad(*(t.unflatten(1, (3, 3)) for t in parts), u[:, :1], vh[:1], s[0].item(), 0.7)
+    torch.testing.assert_close(got, want.unflatten(1, (3, 3)))
+
+
+def test_threads_change_nothing():
+    grad, scaled, left, right = operands(300, 700, 3, torch.float32)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(ops.scaled_weight_grad(grad, scaled, left, right, 2.0, 1.0))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+def test_nothing_to_do(shape):
+    empty = torch.empty(shape)
+    assert ops.scaled_weight_grad(empty, empty, torch.empty(shape[0], shape[1]), None, 2.0, 1.0).shape == shape
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18])
+def test_products_that_leave_the_range_of_float32(size):
+    grad, scaled, left, right = operands(5, 20, 2, torch.float32)
+    got = ops.scaled_weight_grad(grad, scaled * size, left, right, 2.0 / size, size)
+    want = reference.scaled_weight_grad(grad, scaled * size, left, right, 2.0 / size, size)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 * want.abs().max().item())
+
+
+def test_nan_stays_in_sight():
+    grad, scaled, left, right = operands(5, 20, 2, torch.float32)
+    grad[1, 2] = math.nan
+    assert ops.scaled_weight_grad(grad, scaled, left, right, 2.0, 1.0).isnan().all()
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if isa not in fastlip.build_info().compiled["cpu_isas"].split(", "):
+        pytest.skip("not compiled")
+    code = f"import pytest, sys; sys.exit(pytest.main(['-q', '-k', 'definition or many', {__file__!r}]))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"FASTLIP_CPU_ISA": isa}, capture_output=True, text=True
+    )
+    if "is not supported by this CPU" in run.stdout + run.stderr:
+        pytest.skip("not supported by this CPU")
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_opcheck(rank):
+    arguments = operands(5, 20, rank, torch.float32)
+    torch.library.opcheck(torch.ops.fastlip.scaled_weight_grad.default, (*arguments, 2.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({0: torch.zeros(5, 20).half()}, TypeError, "grad must be float32 or float64"),
+        ({0: torch.tensor(1.0)}, ValueError, "scaled must have grad's shape"),
+        ({1: torch.zeros(5, 20).double()}, TypeError, "scaled must be in grad's dtype"),
+        ({1: torch.zeros(4, 20)}, ValueError, "scaled must have grad's shape"),
+        ({2: torch.zeros(4, 2)}, ValueError, r"left must be \[5, 2\]"),
+        ({2: torch.zeros(5, 3)}, ValueError, r"left must be \[5, 2\]"),
+        ({3: None}, ValueError, r"left must be \[5, 20\]"),
+        ({3: torch.zeros(2, 19)}, ValueError, r"right must be \[rank, 20\]"),
+        ({3: torch.zeros(2, 20, device="meta")}, ValueError, "right must be on the CPU"),
+    ],
+)
+def test_wrong_arguments(change, error, message):
+    arguments = [*operands(5, 20, 2, torch.float32), 2.0, 1.0]
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(error, match=message):
+        ops.scaled_weight_grad(*arguments)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(5, 20).half()}, "grad must be float32 or float64"),
+        ({0: torch.zeros(5, 40)[:, ::2]}, "grad must be contiguous"),
+        ({1: torch.zeros(5, 20).double()}, "scaled must be contiguous, in grad's dtype"),
+        ({1: torch.zeros(5, 21)}, "scaled must have grad's shape"),
+        ({2: torch.zeros(4, 2)}, "left must be"),
+        ({2: torch.zeros(5, 3)}, "right must be"),
+        ({3: torch.zeros(0)}, "left must be .rows, columns. without right"),
+        ({3: torch.zeros(2, 19)}, "right must be"),
+    ],
+)
+def test_direct_calls_are_checked(change, message):
+    arguments = [*operands(5, 20, 2, torch.float32), 2.0, 1.0]
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastlip.scaled_weight_grad(*arguments)
