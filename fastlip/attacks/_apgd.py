@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -240,10 +241,10 @@ class _Run:
             ball = replace(batch, eps=multiple * batch.eps)
             if phase:
                 x = ops.project_(x, ball.x0, eps=ball.eps, norm=self.loop.norm, bounds=ball.bounds)
-            state = self._new_state(ball, x, steps, continued=phase > 0)
+            new_state = partial(self._new_state, steps=steps, continued=phase > 0)
             if phase < len(self.phases) - 1:
-                x = self._explore(ball, x, state, steps)
-        return self.loop.run(batch, x, steps, self.step, state, from_inputs=self.from_inputs)
+                x = self._explore(ball, x, new_state(ball, x), steps)
+        return self.loop.run(batch, x, steps, self.step, new_state, from_inputs=self.from_inputs)
 
     def _explore(self, batch: Batch, x: Tensor, state: ops.APGDState, steps: int) -> Tensor:
         """The iterate of largest loss in a ball that is too large, in which successes do not count."""

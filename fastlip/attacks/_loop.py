@@ -23,6 +23,9 @@ from fastlip.attacks._quantize import Grid, rounded_images
 from fastlip.ops import Judgement, Norm
 
 Keep = Literal["best", "last"]
+#: When the model is asked about images that a faster copy calls adversarial: once some of them have come together, at
+#: each of them, or when all have left.
+Asks = Literal["gathered", "at once", "afterwards"]
 
 #: Steps between checks for adversarial images. A check is free on the CPU and a synchronisation on a GPU.
 _CHECK_EVERY = {"cpu": 1}
@@ -77,6 +80,12 @@ class Step(Protocol):
     def __hash__(self) -> int: ...
 
 
+class NewState(Protocol):
+    """Makes what a step remembers of each image, at the first iterates."""
+
+    def __call__(self, batch: Batch, x: Tensor) -> ops.APGDState: ...
+
+
 class AttackLoop:
     """The network, the settings and the results of one call, for the caller's whole batch.
 
@@ -122,26 +131,57 @@ class AttackLoop:
         x: Tensor,  # [K, ...], changed
         steps: int,
         step: Step,
-        state: ops.APGDState | None = None,
+        new_state: NewState | None = None,
         *,
         from_inputs: bool = False,
         more: bool = True,
     ) -> Batch:
         """Take ``steps`` from ``x``, keep the best of all iterates, and return the images that are still robust.
 
+        Where the gradients of a faster copy are followed on a CPU, images leave on the copy's word alone, and the model
+        is asked about all of them at the end, because a forward pass for few images costs nearly as much as one for
+        many. The images that it does not find adversarial take their run again, with the model asked at each iterate
+        that the copy calls adversarial.
+
         Args:
             batch: the images.
             x: the first iterates.
             steps: how many gradient steps to take.
             step: the step.
-            state: what the step remembers of each image.
+            new_state: makes what the step remembers of each image.
             from_inputs: whether ``x`` are the images themselves. The first iterate then tells which images are
                 misclassified, so that no forward pass has to precede the loop; except with ``keep="last"`` those images
                 go no further.
             more: whether another run asks which images stand; else ``keep="last"`` does without the last forward pass.
         """
         self.runs += 1
-        tracker = BestTracker(self, batch, x, state)
+        if not self._asks_afterwards(batch):
+            self._follow(batch, x, steps, step, new_state, from_inputs=from_inputs, more=more)
+        else:
+            left = self._follow(batch, x.clone(), steps, step, new_state, from_inputs=from_inputs, asks="afterwards")
+            if len(refuted := self._refuted(batch, left)) > 0:
+                self._follow(batch.take(refuted), take(x, refuted), steps, step, new_state, asks="at once")
+        return batch.where(~self.adversarial[batch.rows])
+
+    def _follow(
+        self,
+        batch: Batch,
+        x: Tensor,  # [K, ...], changed
+        steps: int,
+        step: Step,
+        new_state: NewState | None,
+        *,
+        from_inputs: bool = False,
+        more: bool = True,
+        asks: Asks = "gathered",
+    ) -> Tensor:
+        """Take one run and store its results; arguments as for :meth:`run`.
+
+        Returns:
+            Positions in the caller's batch of the images about which the model has to be asked afterwards, [L] int64.
+        """
+        state = None if new_state is None else new_state(batch, x)
+        tracker = BestTracker(self, batch, x, state, asks)
         del x, state  # they are the tracker's, and their memory goes as images fall
         for k in range(steps):
             at_inputs = from_inputs and k == 0 and self.keep == "best"
@@ -168,6 +208,7 @@ class AttackLoop:
                 if at_inputs:
                     self.misclassified += len(tracker.now) - len(unfinished)
                 if len(unfinished) == 0:
+                    tracker.trust()
                     break
                 tracker.drop(unfinished)
         else:
@@ -175,7 +216,32 @@ class AttackLoop:
                 tracker.take_last(steps)
             else:
                 tracker.now.best = tracker.now.x
-        return tracker.finish()
+        tracker.finish()
+        return torch.cat(tracker.trusted)
+
+    def _asks_afterwards(self, batch: Batch) -> bool:
+        network = self.network
+        return (
+            self.keep == "best"
+            and self.early_stop
+            and self.callback is None  # which hears of all iterates, once
+            and network.faster is not None
+            and network.draws == network.eot == 1
+            and batch.x0.device.type == "cpu"
+        )
+
+    def _refuted(
+        self,
+        batch: Batch,
+        rows: Tensor,  # [L] int64, in the caller's batch
+    ) -> Tensor:
+        """Ask the model about the results at ``rows``; positions in ``batch`` of those not adversarial, [M] int64."""
+        positions = rows_where(torch.isin(batch.rows, rows))
+        if len(positions) == 0:
+            return positions
+        part = batch.take(positions)
+        self.adversarial[part.rows] = found = self.own_decision(part, self.result[part.rows])
+        return positions[~found]
 
     def forward(
         self,
@@ -349,14 +415,23 @@ class BestTracker:
     """The best iterate so far of each image of one run, and which of them are adversarial.
 
     Where the gradients of a faster copy are followed, an image that the copy calls adversarial is unconfirmed until
-    the model has been asked. Unconfirmed images are gathered, because a forward pass for one image costs nearly as
-    much as one for several.
+    the model has been asked, as ``asks`` says. Unconfirmed images are gathered, because a forward pass for one image
+    costs nearly as much as one for several. Those to be asked about afterwards leave; ``trusted`` are their positions
+    in the caller's batch.
     """
 
-    def __init__(self, loop: AttackLoop, batch: Batch, x: Tensor, state: ops.APGDState | None = None) -> None:
+    def __init__(
+        self,
+        loop: AttackLoop,
+        batch: Batch,
+        x: Tensor,
+        state: ops.APGDState | None = None,
+        asks: Asks = "gathered",
+    ) -> None:
         rows = batch.rows
         self.loop = loop
         self.batch = batch
+        self.asks, self.trusted = asks, [rows[:0]]
         self.now = Iterates(batch, x, loop.not_finite[rows], state=state)
         self.graph: Graph | None = None
         self.replays = True
@@ -403,13 +478,16 @@ class BestTracker:
             return fewer(~record.succeeded)
         if not self.loop.early_stop or step % self.check_every:
             return None
+        if self.asks == "afterwards" and record.unconfirmed is not None:
+            return fewer(~record.unconfirmed)
         if record.unconfirmed is None:
             return fewer(~record.succeeded) if bool(record.succeeded.any()) else None
         succeeded, waiting = torch.stack((record.succeeded, record.unconfirmed)).sum(1).tolist()
         if succeeded == 0:
             return None
         self.waited += waiting
-        if waiting and self.waited >= min(_PATIENCE, len(self.now) - succeeded + waiting):
+        patience = min(_PATIENCE, len(self.now) - succeeded + waiting) if self.asks == "gathered" else 0
+        if waiting and self.waited >= patience:
             if judgement is not None:
                 self.save(judgement.better)
             self.confirm(record, record.unconfirmed)
@@ -444,9 +522,19 @@ class BestTracker:
         """Store the results and go on with the images at positions ``kept``."""
         if self.graph is not None and self.graph.fits(len(kept)):
             return  # the others change no more, and their rows cost little
+        self.trust()
         self.store()
         self.now.keep(kept)
         self.graph, self.replays = None, True
+
+    def trust(self) -> None:
+        """Take the copy's word for the images that it calls adversarial, which leave."""
+        record = self.now.record
+        if self.asks != "afterwards" or record is None or record.unconfirmed is None or record.doubtful is None:
+            return
+        self.trusted.append(self.now.batch.rows[record.unconfirmed])
+        record.doubtful &= ~record.unconfirmed
+        record.unconfirmed.zero_()
 
     def take_last(self, steps: int) -> None:
         """Judge the iterates after the last step, which get no gradient, and take those that are the best."""
