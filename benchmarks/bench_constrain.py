@@ -12,6 +12,7 @@ of computing all weights and their gradients for given ones, without the network
 ``warm`` steps, after which the vectors of ``constrain_norms`` rest for as long as they do in a run. ``memory_mb`` is
 the growth of the highest resident memory over the network's own, of a process that takes three steps.
 
+"scaled by a constant" is the floor of whatever scales weights: each is multiplied by a number, and its gradient too.
 Torch's ``spectral_norm`` takes the norm of the reshaped kernel, which is not that of the convolution, and
 deel-torchlip's layers orthogonalise it in addition; where that is not installed it is left out.
 """
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from _timing import Results, environment
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from fastlip.norms import constrain_norm, constrain_norms
 
@@ -72,6 +73,17 @@ def by_torch(model: nn.Module) -> nn.Module:
     return model
 
 
+class Times(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 0.5 * weight
+
+
+def by_a_constant(model: nn.Module) -> nn.Module:
+    for name in input_sizes(model):
+        parametrize.register_parametrization(model.get_submodule(name), "weight", Times())
+    return model
+
+
 def layer_by_layer(model: nn.Module) -> nn.Module:
     for name, size in input_sizes(model).items():
         constrain_norm(model.get_submodule(name), size)
@@ -96,6 +108,7 @@ def by_deel(model: nn.Module) -> nn.Module:
 
 WAYS: dict[str, Constrain] = {
     "nothing": lambda model: model,
+    "scaled by a constant": by_a_constant,
     "torch spectral_norm": by_torch,
     "constrain_norm, each layer": layer_by_layer,
     "constrain_norms": lambda model: constrain_norms(model, SHAPE),

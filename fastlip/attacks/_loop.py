@@ -155,12 +155,16 @@ class AttackLoop:
             more: whether another run asks which images stand; else ``keep="last"`` does without the last forward pass.
         """
         self.runs += 1
-        if not self._asks_afterwards(batch):
+        if not self._may_ask_afterwards(batch):
             self._follow(batch, x, steps, step, new_state, from_inputs=from_inputs, more=more)
         else:
             left = self._follow(batch, x.clone(), steps, step, new_state, from_inputs=from_inputs, asks="afterwards")
             if len(refuted := self._refuted(batch, left)) > 0:
                 self._follow(batch.take(refuted), take(x, refuted), steps, step, new_state, asks="at once")
+        return self.robust(batch)
+
+    def robust(self, batch: Batch) -> Batch:
+        """The images of a batch that no run of this call has made adversarial."""
         return batch.where(~self.adversarial[batch.rows])
 
     def _follow(
@@ -219,7 +223,7 @@ class AttackLoop:
         tracker.finish()
         return torch.cat(tracker.trusted)
 
-    def _asks_afterwards(self, batch: Batch) -> bool:
+    def _may_ask_afterwards(self, batch: Batch) -> bool:
         network = self.network
         return (
             self.keep == "best"
@@ -241,6 +245,7 @@ class AttackLoop:
             return positions
         part = batch.take(positions)
         self.adversarial[part.rows] = found = self.own_decision(part, self.result[part.rows])
+        self.best_loss[part.rows[~found]] = -torch.inf  # any iterate takes the place of one that was refuted
         return positions[~found]
 
     def forward(
@@ -430,7 +435,6 @@ class BestTracker:
     ) -> None:
         rows = batch.rows
         self.loop = loop
-        self.batch = batch
         self.asks, self.trusted = asks, [rows[:0]]
         self.now = Iterates(batch, x, loop.not_finite[rows], state=state)
         self.graph: Graph | None = None
@@ -530,8 +534,11 @@ class BestTracker:
     def trust(self) -> None:
         """Take the copy's word for the images that it calls adversarial, which leave."""
         record = self.now.record
-        if self.asks != "afterwards" or record is None or record.unconfirmed is None or record.doubtful is None:
+        if self.asks != "afterwards":
             return
+        assert record is not None  # as a copy is followed, and the best iterates are kept
+        assert record.unconfirmed is not None
+        assert record.doubtful is not None
         self.trusted.append(self.now.batch.rows[record.unconfirmed])
         record.doubtful &= ~record.unconfirmed
         record.unconfirmed.zero_()
@@ -548,13 +555,12 @@ class BestTracker:
         now.best, now.record = now.x, self._record(judgement.loss.double(), judgement.adversarial)
         now.record.doubtful = judgement.doubtful
 
-    def finish(self) -> Batch:
-        """Store the results, confirmed by the model, and return the images that are still robust."""
+    def finish(self) -> None:
+        """Store the results, confirmed by the model."""
         record = self.now.record
         if record is not None and record.unconfirmed is not None and record.doubtful is not None:
             self.confirm(record, record.unconfirmed | (record.doubtful & ~record.succeeded))
         self.store()
-        return self.batch.where(~self.loop.adversarial[self.batch.rows])
 
     def store(self) -> None:
         """Put the best iterates into the results of the call."""

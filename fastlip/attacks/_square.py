@@ -147,7 +147,8 @@ def _run(loop: AttackLoop, batch: Batch, queries: int, share: float, generator: 
                     moves = moves.at((slice(None), kept))
         rate += (accepted - rate * (end - query)) / _SPAN
         query = end
-    return climb.tracker.finish()
+    climb.tracker.finish()
+    return loop.robust(batch)
 
 
 def _end_of_span(windows: list[tuple[int, int]], query: int) -> int:

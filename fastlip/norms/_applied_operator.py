@@ -53,7 +53,12 @@ def unfolds(op: Operator) -> bool:
 
 
 def windows(op: Operator, x: Tensor) -> Tensor:
-    """What the weight [Cout, n] is multiplied by for x [Cin, *input_size], [n, positions], where :func:`unfolds` is."""
+    """What the weight [Cout, n] is multiplied by for x [Cin, *input_size], [n, positions].
+
+    Args:
+        op: a matrix, or a convolution that :func:`unfolds`.
+        x: a vector of its domain.
+    """
     if _is_pointwise(op):
         return x.reshape(len(x), -1)
     found: Tensor = F.unfold(x[None], op.kernel, op.dilation, _pads(op), op.stride)[0]

@@ -65,8 +65,7 @@ def krylov_steps(
     rows = 2 + min(steps, MOST_STEPS)
     basis = torch.empty(rows, math.prod(op.input_shape), dtype=dtype)
     images = torch.empty(rows, math.prod(op.output_shape), dtype=dtype)
-    first = operator.row(vectors[0])
-    torch.mul(first, 1.0 / _length(first), out=basis[0])
+    basis[0] = _unit(operator.row(vectors[0]))
     basis[1] = _second(basis[0], operator.row(vectors[1]))
     for row in range(2):
         operator.forward(basis[row], images[row], 1.0)
@@ -111,13 +110,16 @@ def krylov_steps(
 
 
 def _second(first: Tensor, second: Tensor) -> Tensor:
-    """The part of the second vector that is orthogonal to the first; where there is none, that of a fixed one."""
+    """The unit vector along the part of the second one that is orthogonal to the first.
+
+    Where nothing is left it is that of a fixed direction; for a single element, which has no other beside it, it is 0.
+    """
     found = second - torch.dot(first, second) * first
     if not _length(found) > LOST:
         found = fixed_direction(len(first), first.dtype, first.device)
     for _ in range(2):
         found = found - torch.dot(first, found) * first
-    return found if _length(found) > LOST else torch.zeros_like(found)  # one element alone has no other beside it
+    return _unit(found) if _length(found) > LOST else torch.zeros_like(found)
 
 
 def _leading_eigenvectors(matrix: _Array, count: int) -> _Array:
@@ -136,6 +138,11 @@ def _combined(coefficients: _Array, rows: Tensor) -> Tensor:
     """Sums of rows [m, total] with coefficients [m] or [k, m]."""
     factors = torch.from_numpy(np.ascontiguousarray(coefficients)).to(rows.dtype)
     return torch.mv(rows.mT, factors) if factors.dim() == 1 else torch.mm(factors, rows)
+
+
+def _unit(vector: Tensor) -> Tensor:
+    length = _length(vector)
+    return vector * (1.0 / length if length > 0.0 else 0.0)
 
 
 def _length(vector: Tensor) -> float:

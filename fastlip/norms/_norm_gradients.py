@@ -46,17 +46,23 @@ class NormGradient(NamedTuple):
         """The gradient in a weight, from that in (bound / norm) weight, the norm being <G, weight>.
 
         Args:
-            gradient: in the scaled weight, in the dtype of G.
+            gradient: in the scaled weight, in the dtype to compute with.
             scaled: the scaled weight, likewise.
-            norm: a number, or a scalar tensor that is not read, where (bound / norm) stands for 1 if it is more.
+            norm: a number above ``bound``, or a scalar tensor that is not read, for which (bound / norm) stands for 1
+                if it is more.
             bound: of the norm.
         """
+        left, right = self.left.to(gradient.dtype), self.right.to(gradient.dtype)
+        if isinstance(norm, float) and gradient.device.type == "cpu":
+            return scaled_weight_grad(gradient, scaled, left, right if right.numel() else None, norm, bound)
+        along: Tensor = torch.dot(gradient.flatten(), scaled.flatten()) / bound
+        scale: Tensor | float
         if isinstance(norm, float):
-            return scaled_weight_grad(gradient, scaled, self.left, self.right, norm, bound)
-        along = torch.dot(gradient.flatten(), scaled.flatten()) / bound
-        product = self.left @ self.right if self.right.numel() else self.left
-        rest = gradient - torch.where(norm > bound, along, 0.0) * product.view(gradient.shape)
-        return rest.mul_((bound / norm).clamp(max=1.0))
+            scale = bound / norm
+        else:
+            along, scale = torch.where(norm > bound, along, 0.0), (bound / norm).clamp(max=1.0)
+        product = left @ right if right.numel() else left
+        return (gradient - along * product.view(gradient.shape)).mul_(scale)
 
 
 def encode(op: Operator) -> tuple[int, ...]:

@@ -123,8 +123,7 @@ def _indirect_conv_(
 def scaled_weight_grad(grad: Tensor, scaled: Tensor, left: Tensor, right: Tensor, norm: float, bound: float) -> Tensor:
     """The two terms of the product rule, in float64."""
     gradient = (left.double() @ right.double() if right.numel() else left.double()).view(grad.shape)
-    weight = scaled.double().view(grad.shape) * (norm / bound)
-    by_norm = -(grad.double() * weight).sum() * bound / norm**2
+    by_norm = -(grad.double() * scaled.double().view(grad.shape)).sum() / norm
     return (grad.double() * (bound / norm) + by_norm * gradient).to(grad.dtype)
 
 

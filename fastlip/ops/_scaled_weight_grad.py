@@ -50,20 +50,23 @@ def scaled_weight_grad(
     """
     if grad.dtype not in _DTYPES:
         raise TypeError(f"grad must be float32 or float64, got {grad.dtype}")
-    right = grad.new_empty(0) if right is None else right
-    for name, tensor in {"grad": grad, "scaled": scaled, "left": left, "right": right}.items():
+    rows, columns = (len(grad), math.prod(grad.shape[1:])) if grad.dim() else (0, 0)
+    given = {"grad": grad, "scaled": scaled, "left": left} | ({} if right is None else {"right": right})
+    for name, tensor in given.items():
         if tensor.dtype != grad.dtype:
             raise TypeError(f"{name} must be in grad's dtype {grad.dtype}, got {tensor.dtype}")
         if tensor.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
     if not grad.dim() or scaled.shape != grad.shape:
         raise ValueError(f"scaled must have grad's shape, of at least one axis, got {list(scaled.shape)}")
-    rows, columns = len(grad), math.prod(grad.shape[1:])
-    wanted = (columns,) if not right.numel() else (right.shape[0],)
-    if left.shape != (rows, *wanted):
-        raise ValueError(f"left must be {[rows, *wanted]}, got {list(left.shape)}")
-    if right.numel() and right.shape[1:] != (columns,):
-        raise ValueError(f"right must be [rank, {columns}], got {list(right.shape)}")
+    if right is not None and (right.dim() != 2 or len(right) == 0 or right.shape[1] != columns):
+        raise ValueError(f"right must be [rank, {columns}] with a rank of at least 1, got {list(right.shape)}")
+    wanted = [rows, columns if right is None else len(right)]
+    if list(left.shape) != wanted:
+        raise ValueError(f"left must be {wanted}, got {list(left.shape)}")
+    if grad.numel() == 0:
+        return torch.empty_like(grad)
+    right = grad.new_empty(0) if right is None else right
     operands = (tensor.detach().contiguous() for tensor in (grad, scaled, left, right))
     found: Tensor = torch.ops.fastlip.scaled_weight_grad(*operands, norm, bound)
     return found

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlip import attacks
+from fastlip.attacks._loop import AttackLoop
 
 ATTACKS = pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
 SETTINGS = {"eps": 0.02, "steps": 12, "loss": "ce"}
@@ -36,7 +37,11 @@ def case(count: int = 40) -> tuple[Counted, Tensor, Tensor]:
 def copy_that_errs(model: Counted, by: float) -> attacks.Network:
     """The model's logits, shifted: some of what the copy calls adversarial is not, and the other way round."""
     shift = by * torch.linspace(-1.0, 1.0, 5)
-    return attacks.Network(model, faster=lambda x: model.net(x) + shift, rounding=0.0)
+    return attacks.Network(model, faster=lambda x: model.net(x) + shift.to(x.dtype), rounding=0.0)
+
+
+def out_of_top_2(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.topk(2, 1).indices != labels[:, None]).all(1)
 
 
 def seeded() -> dict[str, torch.Generator]:
@@ -114,15 +119,46 @@ def test_a_callback_hears_of_each_iterate_once(attack) -> None:
     assert len(heard) == len(set(heard))
 
 
-def test_a_copy_that_is_always_wrong_finds_what_the_model_confirms() -> None:
-    """It calls everything adversarial, the images themselves among it."""
-    model, x, y = case()
-    network = copy_that_errs(model, 50.0)
-    found = attacks.pgd(network, x, y, **SETTINGS, **seeded())
-    changed = (found != x).flatten(1).any(1)
-    assert changed.all()
-    result = attacks.pgd(network, x, y, random_start=False, **SETTINGS)
-    assert is_adversarial(model, result, y).sum() > 0
+@pytest.mark.parametrize("by", [0.05, 0.5, 50.0])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize(
+    ("attack", "options"),
+    [
+        (attacks.pgd, {}),
+        (attacks.pgd, {"random_start": False}),
+        (attacks.pgd, {"restarts": 2, "quantize": 8}),
+        (attacks.pgd, {"criterion": out_of_top_2}),
+        (attacks.apgd, {"restarts": 2}),
+        (attacks.apgd, {"larger_eps": True}),
+        (attacks.apgd, {"target_classes": 2, "loss": "dlr"}),
+        (attacks.fgsm, {}),
+    ],
+    ids=["pgd", "from inputs", "on a grid", "criterion", "apgd", "larger balls", "targets", "fgsm"],
+)
+def test_a_run_taken_again_is_one_with_the_model_asked_at_each_iterate(attack, options, norm, by, monkeypatch) -> None:
+    model, x, y = case(20)
+    x = (x * 255).round().double() / 255  # in float64, where the sizes of batches make no difference that counts
+    with torch.no_grad():
+        y = model.double()(x).argmax(1)
+    y[3] = (y[3] + 1) % 5
+    active = torch.arange(20) != 5
+    settings = {"norm": norm, "eps": {"linf": 0.02, "l2": 0.1, "l1": 1.0}[norm], "active": active} | options
+    if attack is not attacks.fgsm:
+        settings = {"steps": 12, "loss": "ce"} | settings
+    drawn = (lambda: {}) if attack is attacks.fgsm else seeded
+    network = copy_that_errs(model, by)
+    found = attack(network, x, y, **settings, **drawn())
+    monkeypatch.setattr(AttackLoop, "_may_ask_afterwards", lambda *_: False)
+    monkeypatch.setattr("fastlip.attacks._loop._PATIENCE", 0)
+    wanted = attack(network, x, y, **settings, **drawn())
+    assert torch.equal(found[5], x[5])
+    fooled = options.get("criterion", lambda logits, labels: logits.argmax(1) != labels)
+    with torch.no_grad():
+        adversarial, at_once = (fooled(model.net(images), y) for images in (found, wanted))
+    assert torch.equal(adversarial, at_once)
+    # On a grid what was refuted may be returned for an image that stays robust, in place of an earlier iterate.
+    same = adversarial if "quantize" in options else torch.ones_like(adversarial)
+    torch.testing.assert_close(found[same], wanted[same], rtol=0, atol=1e-9)
 
 
 def test_images_that_are_misclassified_to_begin_with_stay() -> None:

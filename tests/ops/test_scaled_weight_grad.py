@@ -88,7 +88,9 @@ def test_threads_change_nothing():
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
 def test_nothing_to_do(shape):
     empty = torch.empty(shape)
-    assert ops.scaled_weight_grad(empty, empty, torch.empty(shape[0], shape[1]), None, 2.0, 1.0).shape == shape
+    assert ops.scaled_weight_grad(empty, empty, torch.empty(shape), None, 2.0, 1.0).shape == shape
+    left, right = torch.empty(shape[0], 3), torch.empty(3, shape[1])
+    assert ops.scaled_weight_grad(empty, empty, left, right, 2.0, 1.0).shape == shape
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18])
@@ -136,6 +138,8 @@ def test_opcheck(rank):
         ({2: torch.zeros(5, 3)}, ValueError, r"left must be \[5, 2\]"),
         ({3: None}, ValueError, r"left must be \[5, 20\]"),
         ({3: torch.zeros(2, 19)}, ValueError, r"right must be \[rank, 20\]"),
+        ({3: torch.zeros(0, 20)}, ValueError, "with a rank of at least 1"),
+        ({3: torch.zeros(40)}, ValueError, r"right must be \[rank, 20\]"),
         ({3: torch.zeros(2, 20, device="meta")}, ValueError, "right must be on the CPU"),
     ],
 )

@@ -167,6 +167,38 @@ def test_weights_of_every_dtype(dtype: torch.dtype) -> None:
             assert interval.lower <= 1.0
 
 
+def test_a_wider_dtype_keeps_what_eval_mode_has_certified() -> None:
+    model = constrain_norms(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 40)), SHAPE)
+    with torch.no_grad():
+        for _, weight in constrained_layers(model):
+            weight.mul_(8.0)
+    x = torch.rand(2, *SHAPE)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        model.eval().to(dtype).zero_grad()
+        model(x.to(dtype)).square().sum().backward()
+        gradients.append([weight.grad for _, weight in constrained_layers(model)])
+    for narrow, wide in zip(*gradients, strict=True):
+        assert wide is not None
+        assert wide.dtype == torch.float64
+        torch.testing.assert_close(narrow, wide, rtol=1e-3, atol=1e-4 * wide.abs().max().item(), check_dtype=False)
+
+
+@pytest.mark.parametrize("shape", [(50, 1), (1, 50), (500, 1)])
+def test_matrices_of_rank_one_are_scaled_to_their_norm(shape: tuple[int, int]) -> None:
+    """They have no second singular vector."""
+    model = constrain_norms(nn.Sequential(nn.Linear(*shape)), shape[:1])
+    (layer,) = model
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(30.0)
+    for _ in range(40):
+        constraint, weight = constrained_layers(model)[0]
+        with torch.no_grad():
+            weight.add_(0.05 * weight.norm() * F.normalize(torch.randn(1, weight.numel())).view_as(weight))
+        model(torch.randn(8, shape[0])).sum().backward()
+        assert constraint.tracking.norm == pytest.approx(weight.norm().item(), rel=1e-2)
+
+
 def test_two_forwards_before_their_backwards() -> None:
     model = constrain_norms(small_network(), SHAPE)
     (x, _), (z, _) = images(), images()

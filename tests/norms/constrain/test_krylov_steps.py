@@ -62,6 +62,52 @@ def test_norms_and_vectors_of_random_operators(seed: int, dtype: torch.dtype, wa
     torch.testing.assert_close(image, applied / applied.norm(), rtol=0, atol=accuracy)
 
 
+@WAYS
+@pytest.mark.parametrize("steps", [1, 3, 20])
+@pytest.mark.parametrize(
+    "op",
+    [
+        Operator(torch.randn(50, 50, generator=torch.Generator().manual_seed(0))),
+        Operator(torch.randn(1, 50, generator=torch.Generator().manual_seed(1))),
+        Operator(torch.randn(50, 1, generator=torch.Generator().manual_seed(2))),
+        conv_operator(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(3)), 6, padding=1),
+        conv_operator(torch.randn(1, 64, 1, 1, generator=torch.Generator().manual_seed(4)), 1),
+    ],
+    ids=["matrix", "row", "column", "convolution", "row by a convolution"],
+)
+def test_starts_of_any_length_and_direction(op: Operator, steps: int, way: Way) -> None:
+    """The norm is approached from below, and vectors that are found have length 1, or the second one none."""
+    truth = singular_values(op)[0].item()
+    first = torch.nn.functional.normalize(torch.randn(1, *op.input_shape).flatten(1)).view(op.input_shape)
+    other = torch.nn.functional.normalize(torch.randn(1, *op.input_shape).flatten(1)).view(op.input_shape)
+    starts = [(first, first), (first, 0.0 * first), (first, 30.0 * other), (first, 0.1 * other), (first, -2.0 * first)]
+    for pair in [*starts, (0.0 * first, other), (5.0 * first, other)]:
+        found = way(op, torch.stack(pair), steps)
+        assert found.norms[1].item() <= truth * (1 + 1e-5)
+        if pair[0].any() or steps == 20:
+            assert found.norms[1].item() >= found.norms[0].item() / pair[0].norm().clamp_min(1.0).item() * (1 - 1e-5)
+            assert found.vectors[0].norm().item() == pytest.approx(1.0, abs=1e-4)
+        assert found.vectors[1].norm().item() <= 1.0 + 1e-4
+        if steps == 20:
+            assert found.norms[1].item() == pytest.approx(truth, rel=1e-3)
+
+
+@WAYS
+@pytest.mark.parametrize("shape", [(1, 50), (50, 1), (1, 500), (6, 6), (2, 1)])
+def test_weights_that_move_between_single_steps(shape: tuple[int, int], way: Way) -> None:
+    weight = torch.randn(shape)
+    pair = start(Operator(weight))
+    for _ in range(60):
+        weight = weight + 0.05 * weight.norm() * torch.nn.functional.normalize(torch.randn(shape).view(1, -1)).view(
+            shape
+        )
+        found = way(Operator(weight), pair, 1)
+        pair = found.vectors
+        truth = torch.linalg.matrix_norm(weight, 2).item()
+        assert 0.8 * truth < found.norms[1].item() <= truth * (1 + 1e-5)
+        assert pair[0].norm().item() == pytest.approx(1.0, abs=1e-4)
+
+
 def test_operators_together_are_each_by_itself() -> None:
     ops = [
         conv_operator(torch.randn(4, 3, 3, 3), 6, padding=1),

@@ -57,6 +57,17 @@ def test_norm_vector_and_gradient(name: str) -> None:
     assert bool(right.numel()) == (name in ("matrix", "unfolded, in factors"))
 
 
+def test_through_the_scale_on_another_device() -> None:
+    """Where no number is read, and the operation of the CPU is not to be had."""
+    grad = torch.empty(4, 3, 2, 2, device="meta")
+    for sizes in (((4, 12), (0,)), ((4, 2), (2, 12))):
+        gradient = NormGradient(*(torch.empty(size, device="meta") for size in sizes))
+        for norm in (2.0, torch.empty((), device="meta")):
+            found = gradient.through_scale(grad, grad, norm, 1.0)
+            assert found.device == grad.device
+            assert found.shape == grad.shape
+
+
 def test_all_layers_at_once_are_each_by_itself() -> None:
     ops = list(OPERATORS.values())
     weights, vectors = [op.weight for op in ops], [start(op) for op in ops]
