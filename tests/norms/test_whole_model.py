@@ -738,3 +738,46 @@ def test_a_rule_that_is_a_number_stops_no_report() -> None:
     fastlip.lipschitz.rule(Own)(lambda module, shape: 9.0)
     report: NormReport = layer_norms(nn.Sequential(Own(2, 2, 3)), (2, 5, 5), strict=True)
     assert list(report) == ["0"]
+
+
+class _Spectral(nn.Module):
+    """A filter in the frequency domain, as Fourier layers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.filter = nn.Parameter(torch.full((5,), 3.0 + 0.0j))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.fft.irfft(torch.fft.rfft(self.first(x)) * self.filter, n=8))
+
+
+class _ComplexLayer(nn.Module):
+    def __init__(self, layer: nn.Module, weight: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.layer, self.weight, self.last = layer, weight, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.to(torch.cfloat)
+        z = self.layer(z) if self.weight is None else z @ self.weight.T
+        return self.last(z.abs().flatten(2).mean(2) if z.dim() > 2 else z.abs())
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("model", "shape", "left"),
+    [
+        (_Spectral(), (8,), "filter"),
+        (_ComplexLayer(nn.Linear(8, 4, dtype=torch.cfloat)), (8,), "layer.weight"),
+        (_ComplexLayer(nn.Conv1d(2, 4, 3, dtype=torch.cfloat)), (2, 8), "layer.weight"),
+        (_ComplexLayer(nn.Identity(), nn.Parameter(torch.randn(4, 8, dtype=torch.cfloat))), (8,), "weight"),
+    ],
+    ids=["fourier", "linear", "conv", "product"],
+)
+def test_complex_weights_are_left_out_by_name(model: nn.Module, shape: tuple[int, ...], left: str, check: bool) -> None:
+    report = layer_norms(model.eval(), shape, check=check)
+    assert list(report.left_out) == [left]
+    assert "last" in report
+    assert report.log10_product_upper is None
+    with pytest.raises(ValueError, match=f"weight {left} would be left out"):
+        layer_norms(model, shape, strict=True, check=check)

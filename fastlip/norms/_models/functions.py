@@ -180,6 +180,8 @@ class WatchedFunctions(TorchFunctionMode):
         return y
 
     def _linear(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], y: Any) -> LinearCall | None:
+        if isinstance(y, Tensor) and y.is_complex():
+            return None  # a weight of complex numbers is left out by name
         try:
             call = linear_call(func, args, kwargs, y, self._is_weight)
         except (TypeError, ValueError):

@@ -127,9 +127,10 @@ class HeldTensors:
         return _address(held.tensor) == held.address and version_of(held.tensor) == held.version
 
     def multiplies(self, tensor: int) -> bool:
-        """Whether a tensor may be a weight: it holds real numbers, and is no bias or running mean by its name."""
+        """Whether a tensor may be a weight: it holds no integers, and is no bias or running mean by its name."""
         held = self._held[tensor]
-        return held.tensor.is_floating_point() and "bias" not in held.attribute and held.attribute != "running_mean"
+        numbers = held.tensor.is_floating_point() or held.tensor.is_complex()
+        return numbers and "bias" not in held.attribute and held.attribute != "running_mean"
 
     def has_variance(self, tensors: Collection[int]) -> bool:
         """Whether one of the tensors is a BatchNorm's running variance."""

@@ -178,6 +178,9 @@ class _Recorder:
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             self.leaves_out(covers, f"{type(module).__name__} takes or returns something else than one tensor")
             return
+        if output.is_complex():
+            self.leaves_out(covers, f"{type(module).__name__} computes with complex numbers, which have no norms here")
+            return
         if frame.kind == "own":
             self._end_own(frame, name, covers, x, output)
             return

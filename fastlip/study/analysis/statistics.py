@@ -94,13 +94,25 @@ def relative_difference(
     return Estimate(n=n, value=number(value), low=number(low), high=number(high), confidence=confidence)
 
 
-def over_seeds(differences: np.ndarray, confidence: float) -> Estimate:
-    """The mean of one difference per seed with Student's t interval, which a single seed does not have."""
+#: Values that accuracies, and distortions or ratios, can have.
+SHARE, NOT_NEGATIVE = (0.0, 1.0), (0.0, math.inf)
+
+
+def over_seeds(
+    differences: np.ndarray, confidence: float, possible: tuple[float, float] = (-math.inf, math.inf)
+) -> Estimate:
+    """The mean of one number per seed with Student's t interval, which a single seed does not have.
+
+    Args:
+        differences: the numbers, [S].
+        confidence: of the interval.
+        possible: what the numbers can be at all; the interval ends there.
+    """
     n = len(differences)
     value = number(differences.mean()) if n else None
     if n < 2:
         return Estimate(n=n, value=value, low=None, high=None, confidence=confidence)
-    low, high = student_limits(differences, confidence)
+    low, high = np.clip(student_limits(differences, confidence), *possible)
     return Estimate(n=n, value=value, low=number(float(low)), high=number(float(high)), confidence=confidence)
 
 

@@ -1,5 +1,6 @@
 """Comparison of runs, side by side: what differs comes first."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastlip._text import printable
-from fastlip.study.analysis.statistics import over_seeds
+from fastlip.study.analysis.statistics import NOT_NEGATIVE, SHARE, over_seeds
 from fastlip.study.errors import StudyError
 from fastlip.study.report.arms import arms_of
 from fastlip.study.report.number_format import interval
@@ -17,13 +18,17 @@ from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import Estimate, Model, Proportion, Results
 
 #: What is compared: the number of one model, and its scale for readers.
-_MEASURES: dict[str, tuple[Callable[[Model], Estimate | Proportion], float]] = {
-    "clean accuracy, %": (lambda m: m["clean"], 100.0),
-    "median smallest PGD distortion × 255": (lambda m: m["smallest_pgd"]["median"], 255.0),
-    "median smallest Gaussian distortion × 255": (lambda m: m["smallest_gaussian"]["median"], 255.0),
-    "median ratio PGD / Gaussian": (lambda m: m["ratio_median"], 1.0),
-    "mean accuracy under corruptions, %": (lambda m: m["corruptions"]["mean"], 100.0),
-    "log10 of the certified Lipschitz constant": (lambda m: _bare(m["lipschitz"]["log10_upper"]), 1.0),
+_MEASURES: dict[str, tuple[Callable[[Model], Estimate | Proportion], float, tuple[float, float]]] = {
+    "clean accuracy, %": (lambda m: m["clean"], 100.0, SHARE),
+    "median smallest PGD distortion × 255": (lambda m: m["smallest_pgd"]["median"], 255.0, NOT_NEGATIVE),
+    "median smallest Gaussian distortion × 255": (lambda m: m["smallest_gaussian"]["median"], 255.0, NOT_NEGATIVE),
+    "median ratio PGD / Gaussian": (lambda m: m["ratio_median"], 1.0, NOT_NEGATIVE),
+    "mean accuracy under corruptions, %": (lambda m: m["corruptions"]["mean"], 100.0, SHARE),
+    "log10 of the certified Lipschitz constant": (
+        lambda m: _bare(m["lipschitz"]["log10_upper"]),
+        1.0,
+        (-math.inf, math.inf),
+    ),
 }
 
 
@@ -97,8 +102,8 @@ def _arms(letters: tuple[str, ...], found: list[Results]) -> Table:
     arms = [{arm.key: arm for arm in arms_of(r)} for r in found]
     rows = []
     for key, name in dict.fromkeys((a.key, a.name) for run in arms for a in run.values()):
-        for measure, (of, scale) in _MEASURES.items():
-            numbers = [_over_runs(run[key].models, of) if key in run else None for run in arms]
+        for measure, (of, scale, possible) in _MEASURES.items():
+            numbers = [_over_runs(run[key].models, of, possible) if key in run else None for run in arms]
             cells = ["not in it" if e is None else interval(e, scale) for e in numbers]
             rows.append((name, measure, *cells, _apart([e for e in numbers if e is not None])))
     note = (
@@ -108,14 +113,16 @@ def _arms(letters: tuple[str, ...], found: list[Results]) -> Table:
     return Table("arms", "Arms", ("Arm", "Measure", *letters, "Differ"), _differing_first(rows), note, keys=2)
 
 
-def _over_runs(models: Sequence[Model], of: Callable[[Model], Estimate | Proportion]) -> Estimate:
+def _over_runs(
+    models: Sequence[Model], of: Callable[[Model], Estimate | Proportion], possible: tuple[float, float]
+) -> Estimate:
     estimates = [of(m) for m in models]
     if len(models) == 1:
         e = estimates[0]
         return Estimate(n=e["n"], value=e["value"], low=e["low"], high=e["high"], confidence=e["confidence"])
     found = [e["value"] for e in estimates if e["value"] is not None]
     complete = np.array(found if len(found) == len(models) else [], dtype=float)
-    return over_seeds(complete, models[0]["clean"]["confidence"])
+    return over_seeds(complete, models[0]["clean"]["confidence"], possible)
 
 
 def _bare(value: float) -> Estimate:

@@ -1,12 +1,13 @@
 """Tables of a whole run: the models, the table of the slide deck, means over seeds, and the power analysis."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 
 from fastlip._text import printable
-from fastlip.study.analysis.statistics import over_seeds
+from fastlip.study.analysis.statistics import NOT_NEGATIVE, SHARE, over_seeds
 from fastlip.study.report.arms import arms_of, over_bounds, several_seeds, title
 from fastlip.study.report.number_format import (
     attack_name,
@@ -29,6 +30,7 @@ from fastlip.study.storage.schema import Estimate, Model, Results, Smallest
 _DISTORTION = "√(Σ(x′−x)²/n) over an image's n pixel values, × 255"
 
 #: Of numbers from several models, which have another interval than those of one.
+_ANY = (-math.inf, math.inf)
 _OVER_SEEDS = "Where n counts seeds, a number is the mean over seeds with Student's t interval."
 
 
@@ -143,7 +145,7 @@ def _deck_shaped(who: str, models: Sequence[Model]) -> list[tuple[str, ...]]:
     else:
         logs = [m["lipschitz"]["log10_upper"] for m in models]
         upper = f"{power(min(logs))} to {power(max(logs))}"
-        clean = interval(_over(models, lambda m: m["clean"]["value"]), 100.0).replace(" [", "% [")
+        clean = interval(_over(models, lambda m: m["clean"]["value"], SHARE), 100.0).replace(" [", "% [")
     rows: list[tuple[str, ...]] = []
     for attack in ("Gaussian", "PGD"):
         several = [_searched(m, attack) for m in models]
@@ -180,36 +182,43 @@ def _found(several: Sequence[Smallest]) -> str:
     return f"{share(sum(s['found']['k'] for s in several) / n if n else None)}; {number(mean, 255.0)}"
 
 
-def _over(models: Sequence[Model], value: Callable[[Model], float | None]) -> Estimate:
+def _over(
+    models: Sequence[Model], value: Callable[[Model], float | None], possible: tuple[float, float] = NOT_NEGATIVE
+) -> Estimate:
     """The mean over seeds; it does not exist where a seed has no value, since the others would be a selection."""
     values = [value(model) for model in models]
     found = [v for v in values if v is not None]
     complete = np.array(found if len(found) == len(values) else [], dtype=float)
-    return over_seeds(complete, models[0]["clean"]["confidence"])
+    return over_seeds(complete, models[0]["clean"]["confidence"], possible)
 
 
 def arm_table(results: Results) -> Table:
     """Means over seeds, which statements about training need; it has no rows where there is one seed."""
     arms = arms_of(results)
 
-    def row(name: str, value: Callable[[Model], float | None], scale: float = 1.0) -> tuple[str, ...]:
-        return name, *(interval(_over(arm.models, value), scale) for arm in arms)
+    def row(
+        name: str,
+        value: Callable[[Model], float | None],
+        scale: float = 1.0,
+        possible: tuple[float, float] = NOT_NEGATIVE,
+    ) -> tuple[str, ...]:
+        return name, *(interval(_over(arm.models, value, possible), scale) for arm in arms)
 
     rows = [
-        row("clean accuracy, %", lambda m: m["clean"]["value"], 100.0),
+        row("clean accuracy, %", lambda m: m["clean"]["value"], 100.0, SHARE),
         row("median smallest PGD distortion × 255", lambda m: m["smallest_pgd"]["median"]["value"], 255.0),
         row("median smallest Gaussian distortion × 255", lambda m: m["smallest_gaussian"]["median"]["value"], 255.0),
         row("median ratio PGD / Gaussian", lambda m: m["ratio_median"]["value"]),
         row("ratio for a flat boundary", lambda m: m["flat_boundary"]["ratio"]),
         *(
-            row(f"accuracy, {attack_name(attack)}, %", partial(_accuracy_under, i), 100.0)
+            row(f"accuracy, {attack_name(attack)}, %", partial(_accuracy_under, i), 100.0, SHARE)
             for i, attack in enumerate(results["models"][0]["attacks"])
         ),
-        row("accuracy under corruptions, mean, %", lambda m: m["corruptions"]["mean"]["value"], 100.0),
+        row("accuracy under corruptions, mean, %", lambda m: m["corruptions"]["mean"]["value"], 100.0, SHARE),
         row("mean stretch at the logits, smallest PGD", lambda m: m["smallest_pgd"]["stretch"]["mean"]["value"]),
         row("mean stretch at the logits, smallest noise", lambda m: m["smallest_gaussian"]["stretch"]["mean"]["value"]),
         row("largest observed stretch", lambda m: m["largest_stretch"]),
-        row("log10 of the certified upper Lipschitz constant", lambda m: m["lipschitz"]["log10_upper"]),
+        row("log10 of the certified upper Lipschitz constant", lambda m: m["lipschitz"]["log10_upper"], possible=_ANY),
         row("mean norm of the Jacobian at images", lambda m: m["jacobian"]["mean"]["value"]),
     ]
     level = results["models"][0]["clean"]["confidence"]

@@ -76,6 +76,13 @@ def test_over_seeds_is_students_interval():
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
 
 
+def test_an_interval_ends_where_the_numbers_must():
+    shares = np.array([0.2, 0.05, 0.9])
+    free, within = over_seeds(shares, 0.95), over_seeds(shares, 0.95, (0.0, 1.0))
+    assert free["low"] < 0.0 < 1.0 < free["high"]
+    assert within == free | {"low": 0.0, "high": 1.0}
+
+
 def test_one_seed_has_no_interval():
     found = over_seeds(np.array([0.1]), 0.95)
     assert (found["n"], found["value"], found["low"], found["high"]) == (1, 0.1, None, None)
