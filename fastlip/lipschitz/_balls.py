@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastlip.lipschitz._ball_graph import Balls, TooLargeError, jacobian_norms
 from fastlip.lipschitz._bound import lipschitz_bound
+from fastlip.lipschitz._combinations import Weighted
 from fastlip.lipschitz._domain import domain_of
 from fastlip.lipschitz._graph import Traced, trace
 from fastlip.lipschitz._local import local_lipschitz, unit
@@ -30,6 +31,8 @@ _MOST_POINTS = 1 << 20
 _NORMS = ("l2", "linf")
 #: Ratio of the two sides from which on it is worth asking for the bound that holds everywhere.
 _FAR = 2.0
+#: Balls in a row whose own bounds are not that much smaller, after which no more of them are computed.
+_IN_VAIN = 4
 #: Steps of the first look at a point's Jacobian, and the growth per step at which it ends.
 _FIRST_STEPS, _FIRST_RTOL = 12, 1e-2
 
@@ -76,8 +79,8 @@ def local_lipschitz_bounds(
     and C.-J. Hsieh, "Efficiently computing local Lipschitz constants of neural networks via bound propagation",
     NeurIPS 2022), this takes a matrix of as many columns as the input has elements, and those open units. Networks that
     are too large for it, or branch around steps other than affine ones and activations, get the least of
-    :func:`lipschitz_bound` and of the same composition with masked layers: in front of a layer, each unit counts with
-    its largest slope on the ball, so that inactive ones drop out.
+    :func:`lipschitz_bound`, everywhere and on the ball, and of the same composition with masked layers: in front of a
+    layer, each unit counts with its largest slope on the ball, so that inactive ones drop out.
 
     Lower sides: :func:`local_lipschitz` at the sample and at other points of the ball, in the end in float64 where the
     model runs in it.
@@ -156,7 +159,7 @@ def _upper_sides(
             halved = replace(options, confidence=1.0 - (1.0 - options.confidence) / 2.0)
             rest = Balls(balls.x[missing], balls.radius[missing], balls.norm)
             upper[missing], chance = _by_masks(traced, rest, halved.resolved(model.parameters()))
-    composed, other = _by_composition(model, rest, check, halved)
+    composed, other = _by_composition(model, rest, check, halved, traced)
     upper[missing] = torch.minimum(upper[missing], composed)
     return upper, max(0.0, 1.0 - (1.0 - chance) - (1.0 - other))
 
@@ -197,21 +200,43 @@ def _by_masks(traced: Traced, balls: Balls, options: ResolvedOptions) -> tuple[T
         return torch.full_like(balls.radius, torch.inf), 1.0
 
 
-def _by_composition(model: nn.Module, balls: Balls, check: bool, options: NormOptions) -> tuple[Tensor, float]:
-    """:func:`lipschitz_bound`, on each ball by itself where there is no bound everywhere; and its confidence."""
-    shape = balls.x.shape[1:]
+def _by_composition(
+    model: nn.Module, balls: Balls, check: bool, options: NormOptions, traced: Traced
+) -> tuple[Tensor, float]:
+    """The least of :func:`lipschitz_bound` everywhere and on each ball by itself; and the confidence of all.
+
+    A ball has a smaller one where factors depend on how large values are, as those of attention and LayerNorm do. Where
+    that hardly helps for some balls in a row, larger ones keep what holds everywhere.
+    """
+    shape, upper = balls.x.shape[1:], torch.full_like(balls.radius, torch.inf)
+    varies = any(isinstance(step.factor, Weighted) for step in traced.steps.values())
+    each = replace(options, confidence=1.0 - (1.0 - options.confidence) / (len(balls.x) + 1))
+    everywhere, doubts = math.inf, 0.0
     try:
-        everywhere = lipschitz_bound(model, shape, check=check, options=options)
-        return torch.full_like(balls.radius, everywhere.upper), everywhere.confidence
+        bound = lipschitz_bound(model, shape, check=check, options=each if varies else options)
     except ValueError:
-        each = replace(options, confidence=1.0 - (1.0 - options.confidence) / len(balls.x))
-        reach = balls.l2_radius().tolist()
-        bounds = [
-            lipschitz_bound(model, shape, around=x, radius=r, check=check, options=each)
-            for x, r in zip(balls.x, reach, strict=True)
-        ]
-        upper = torch.tensor([bound.upper for bound in bounds], dtype=torch.float64, device=balls.x.device)
-        return upper, 1.0 - sum(1.0 - bound.confidence for bound in bounds)
+        refused = True
+    else:
+        refused, everywhere, doubts = False, bound.upper, 1.0 - bound.confidence
+        upper.fill_(everywhere)
+    if not (varies or refused):
+        return upper, 1.0 - doubts
+    reach, in_vain = balls.l2_radius(), 0
+    for place in reach.argsort().tolist():
+        try:
+            bound = lipschitz_bound(
+                model, shape, around=balls.x[place], radius=reach[place].item(), check=check, options=each
+            )
+        except ValueError:
+            if refused:
+                raise
+            break
+        upper[place] = min(everywhere, bound.upper)
+        doubts += 1.0 - bound.confidence
+        in_vain = in_vain + 1 if bound.upper > everywhere / _FAR else 0
+        if in_vain == _IN_VAIN:
+            break
+    return upper, 1.0 - doubts
 
 
 def _some(traced: Traced, balls: Balls) -> Tensor | None:

@@ -7,7 +7,7 @@ that do something other than their traced graph are refused.
 
 import math
 import operator
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -205,6 +205,39 @@ def _clones(output: Any) -> Any:
     return output.detach().clone() if isinstance(output, Tensor) else None
 
 
+def _without_constants(traced: Traced, runs: Sequence[_Recorded]) -> list[dict[int, deque[Any]]]:
+    """The recorded outputs of each run but for those of calls on constants, such as a first state of zeros.
+
+    Such a call is a constant of the graph, of which nothing but its result is left. Of a module that ran more often
+    than its graph calls it, as many outputs must be equal in all runs, whose inputs differ; else all are kept.
+    """
+    graph = traced.graph_module
+    calls = [n for n in graph.graph.find_nodes(op="call_module") if n in traced.steps or n in traced.bundles]
+    wanted = Counter(id(graph.get_submodule(str(n.target))) for n in calls)
+    kept = [{module: deque(queue) for module, queue in run.outputs.items()} for run in runs]
+    for module, count in wanted.items():
+        queues = [run.outputs.get(module, deque()) for run in runs]
+        if len(runs) < 2 or len({len(queue) for queue in queues}) != 1:
+            continue
+        constant = [_all_equal(several) for several in zip(*queues, strict=True)]
+        if constant.count(True) == len(constant) - count:
+            for outputs, queue in zip(kept, queues, strict=True):
+                outputs[module] = deque(out for out, alike in zip(queue, constant, strict=True) if not alike)
+    return kept
+
+
+def _all_equal(outputs: Sequence[Any]) -> bool:
+    """Whether the outputs of a call in several runs are one tensor's values, or one tuple's."""
+    first, *others = outputs
+    if isinstance(first, tuple):
+        return all(isinstance(other, tuple) and len(other) == len(first) for other in others) and all(
+            map(_all_equal, zip(first, *others, strict=True))
+        )
+    if not isinstance(first, Tensor):
+        return all(other is first for other in others)
+    return all(isinstance(other, Tensor) and torch.equal(first, other) for other in others)
+
+
 class _Replay:
     """Computes each step as its rule assumes, and compares it with the recorded output of the model's module.
 
@@ -218,6 +251,7 @@ class _Replay:
         self.rounding = _ROUNDING if dtype == torch.float64 else _GROWTH * rounding_of(runs[0].input)
         self._traced = traced
         self._runs = runs
+        self._outputs = _without_constants(traced, runs)
         self._dtype = dtype
         self._values: dict[fx.Node, list[Any]] = {}
         self._agreed = "the input"
@@ -248,7 +282,7 @@ class _Replay:
                 if last[source] is node:
                     del self._values[source]
         for node in graph.find_nodes(op="call_module"):
-            if any(run.outputs.get(id(self._module(node))) for run in self._runs):
+            if any(outputs.get(id(self._module(node))) for outputs in self._outputs):
                 raise _otherwise(f"{self._name(node)} runs more often")
         for value, run in zip(results, self._runs, strict=True):
             if not agree(value, run.result, self.rounding):
@@ -308,7 +342,7 @@ class _Replay:
             raise _otherwise(f"{step.name} ({step.kind}) gives shape {list(value.shape)}, not {list(expected)}")
 
     def _recorded_output(self, n: fx.Node, i: int) -> Any:
-        queue = self._runs[i].outputs.get(id(self._module(n)))
+        queue = self._outputs[i].get(id(self._module(n)))
         if not queue:
             raise _otherwise(f"{self._name(n)} runs less often")
         return queue.popleft()

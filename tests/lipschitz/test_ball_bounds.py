@@ -552,3 +552,32 @@ def test_slopes_of_prelu_by_channel():
 
 def test_modules_without_known_slopes_have_none():
     assert slope_bounds(nn.MaxPool2d(2), Interval.box(0.0, 1.0, (1, 4, 4))) is None
+
+
+class _Attending(nn.Module):
+    """A block whose factors depend on how large values are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.head((x + self.attention(y, y, y, need_weights=False)[0]).mean(1))
+
+
+def test_balls_of_networks_whose_factors_depend_on_values() -> None:
+    model, x = _Attending().eval(), torch.rand(4, 3, 4)
+    everywhere = lipschitz_bound(model, (3, 4)).upper
+    radii = torch.tensor([0.01, 0.05, 1e-3, 0.1])
+    found = local_lipschitz_bounds(model, x, radii)
+    alone = [lipschitz_bound(model, (3, 4), around=c, radius=r.item()) for c, r in zip(x, radii, strict=True)]
+    for upper, lower, bound in zip(found.upper.tolist(), found.lower.tolist(), alone, strict=True):
+        assert lower <= upper <= min(everywhere, bound.upper) * (1.0 + 1e-9)
+    assert found.upper.min() < everywhere / 10
+    assert found.confidence >= 1.0 - 1e-6
+    # On large balls nothing is gained, and what holds everywhere holds there.
+    assert local_lipschitz_bounds(model, x, 30.0).upper.tolist() == pytest.approx([everywhere] * 4)
+    # Linf balls count with the L2 ball around them.
+    assert (local_lipschitz_bounds(model, x, radii / 12**0.5, norm="linf").upper <= found.upper * (1.0 + 1e-6)).all()

@@ -7,7 +7,7 @@ import torch
 from applied import Applied
 from torch import Tensor, nn
 
-from fastlip.lipschitz import _balls, lipschitz_bound, local_lipschitz_bounds, rule
+from fastlip.lipschitz import _balls, lipschitz_bound, local_lipschitz, local_lipschitz_bounds, rule
 from fastlip.lipschitz._export import export_graph
 from fastlip.lipschitz._replay import _set_moved
 from fastlip.lipschitz._steps import Step
@@ -141,3 +141,61 @@ def test_a_module_that_follows_its_own_output_is_exported_as_two_calls():
     assert len(called) == 3
     assert called[0] is called[1] is layer
     assert called[2] is norm
+
+
+class _ZeroState(nn.Module):
+    """A recurrence whose first state is 0, so that a layer is called on a constant first."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 5), nn.Linear(5, 5, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.inner(x)
+        h = torch.zeros_like(u)
+        for _ in range(3):
+            h = torch.tanh(u + self.outer(h))
+        return h
+
+
+class _Baseline(nn.Module):
+    """The same layers on the input and on inputs that are held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+        self.register_buffer("held", torch.rand(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) @ self.layers(self.held).mT - self.layers(self.held).sum()
+
+
+class _ConstantAndMore(_ZeroState):
+    """Beside the call on a constant another one, on the input, that tracing does not see."""
+
+    def __init__(self, differentiable: bool) -> None:
+        super().__init__(True)
+        self.differentiable = differentiable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, torch.fx.Proxy) and (x.requires_grad or not self.differentiable):
+            self.outer(self.inner(x))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("model", [_ZeroState(True), _ZeroState(False), _Baseline()], ids=["bias", "none", "held"])
+def test_layers_that_are_also_called_on_constants(model: nn.Module) -> None:
+    x = torch.randn(200, 6, dtype=torch.float64)
+    model.double().eval()
+    bound = lipschitz_bound(model, (6,)).upper
+    found = local_lipschitz(model, x)
+    assert found.max().item() <= bound * (1.0 + 1e-9)
+    assert found.max().item() >= bound / 30.0
+    balls = local_lipschitz_bounds(model, x[:4], 0.1)
+    assert (balls.lower <= balls.upper * (1.0 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_other_calls_beside_those_on_constants_are_seen(differentiable: bool) -> None:
+    with pytest.raises(ValueError, match="does something else than its traced graph"):
+        lipschitz_bound(_ConstantAndMore(differentiable).eval(), (6,))
