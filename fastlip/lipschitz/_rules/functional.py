@@ -31,6 +31,7 @@ _BY_NAME: dict[str, Callable[..., nn.Module]] = {
     "softplus": lambda beta=1.0, threshold=20.0: nn.Softplus(beta, threshold),
     "softsign": lambda: nn.Softsign(),
     "logsigmoid": lambda: nn.LogSigmoid(),
+    "glu": lambda dim=-1: nn.GLU(dim),
     "local_response_norm": lambda size, alpha=1e-4, beta=0.75, k=1.0: nn.LocalResponseNorm(size, alpha, beta, k),
 }
 

@@ -64,6 +64,7 @@ def _overwritten(call: Call) -> Step | None:
 
 
 @builds(torch.stack, torch.cat, torch.concat, torch.concatenate, fixed=True)
+@builds(torch.hstack, torch.vstack, torch.dstack, torch.column_stack, fixed=True)
 def _concatenation(call: Call) -> Step:
     tensors = call.args[0] if call.args else call.kwargs["tensors"]
     if isinstance(tensors, fx.Node):
