@@ -116,7 +116,8 @@ def min_norm(
     searches below what FMN found. All methods are deterministic.
 
     What is found is misclassified by more than the rounding by which logits differ between batches, so that it stays
-    misclassified alone and in any batch.
+    misclassified alone and in any batch; unless the model's logits of an image depend on the other images, or on
+    chance, which :func:`diagnose` tells.
 
     Args:
         model: maps inputs to logits [B, C], or what :func:`prepare` made of one.
