@@ -21,8 +21,8 @@ of one more step on a linear model, whose own are among them.
 ``--old`` names the folder of another build (what PYTHONPATH would name): it attacks in a process of its own, in turn
 with the others, and ``x_old`` compares with its row of the same name.
 
-``--attack``, ``--regime`` and ``--network`` choose a part; the committed results are a run on one thread and one on
-two, put into one file (``--images 32 --repeats 2``).
+``--attack``, ``--regime`` and ``--network`` choose a part; the committed results are a run on one thread
+(``--images 32 --repeats 2``).
 
 The checkpoint holds a network of ``fastlip.models.resnet50``, as a study run writes; where the file is missing it is
 trained here on 20,000 images for 6 epochs, which takes 12 minutes on two cores.
