@@ -205,25 +205,23 @@ def _clones(output: Any) -> Any:
     return output.detach().clone() if isinstance(output, Tensor) else None
 
 
-def _without_constants(traced: Traced, runs: Sequence[_Recorded]) -> list[dict[int, deque[Any]]]:
-    """The recorded outputs of each run but for those of calls on constants, such as a first state of zeros.
+def _leave_out_constants(traced: Traced, runs: Sequence[_Recorded]) -> None:
+    """Drop the recorded outputs of calls on constants, such as a first state of zeros.
 
     Such a call is a constant of the graph, of which nothing but its result is left. Of a module that ran more often
     than its graph calls it, as many outputs must be equal in all runs, whose inputs differ; else all are kept.
     """
     graph = traced.graph_module
     calls = [n for n in graph.graph.find_nodes(op="call_module") if n in traced.steps or n in traced.bundles]
-    wanted = Counter(id(graph.get_submodule(str(n.target))) for n in calls)
-    kept = [{module: deque(queue) for module, queue in run.outputs.items()} for run in runs]
-    for module, count in wanted.items():
+    for module, count in Counter(id(graph.get_submodule(str(n.target))) for n in calls).items():
         queues = [run.outputs.get(module, deque()) for run in runs]
-        if len(runs) < 2 or len({len(queue) for queue in queues}) != 1:
+        more = len(queues[0]) - count
+        if len(runs) < 2 or more <= 0 or any(len(queue) != len(queues[0]) for queue in queues):
             continue
         constant = [_all_equal(several) for several in zip(*queues, strict=True)]
-        if constant.count(True) == len(constant) - count:
-            for outputs, queue in zip(kept, queues, strict=True):
-                outputs[module] = deque(out for out, alike in zip(queue, constant, strict=True) if not alike)
-    return kept
+        if constant.count(True) == more:
+            for run, queue in zip(runs, queues, strict=True):
+                run.outputs[module] = deque(out for out, alike in zip(queue, constant, strict=True) if not alike)
 
 
 def _all_equal(outputs: Sequence[Any]) -> bool:
@@ -249,9 +247,9 @@ class _Replay:
     def __init__(self, traced: Traced, runs: Sequence[_Recorded], *, apart: bool = False) -> None:
         dtype = runs[0].input.dtype
         self.rounding = _ROUNDING if dtype == torch.float64 else _GROWTH * rounding_of(runs[0].input)
+        _leave_out_constants(traced, runs)
         self._traced = traced
         self._runs = runs
-        self._outputs = _without_constants(traced, runs)
         self._dtype = dtype
         self._values: dict[fx.Node, list[Any]] = {}
         self._agreed = "the input"
@@ -282,7 +280,7 @@ class _Replay:
                 if last[source] is node:
                     del self._values[source]
         for node in graph.find_nodes(op="call_module"):
-            if any(outputs.get(id(self._module(node))) for outputs in self._outputs):
+            if any(run.outputs.get(id(self._module(node))) for run in self._runs):
                 raise _otherwise(f"{self._name(node)} runs more often")
         for value, run in zip(results, self._runs, strict=True):
             if not agree(value, run.result, self.rounding):
@@ -342,7 +340,7 @@ class _Replay:
             raise _otherwise(f"{step.name} ({step.kind}) gives shape {list(value.shape)}, not {list(expected)}")
 
     def _recorded_output(self, n: fx.Node, i: int) -> Any:
-        queue = self._outputs[i].get(id(self._module(n)))
+        queue = self._runs[i].outputs.get(id(self._module(n)))
         if not queue:
             raise _otherwise(f"{self._name(n)} runs less often")
         return queue.popleft()

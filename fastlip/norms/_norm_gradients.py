@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlip.norms._applied_operator import unfolds, windows
-from fastlip.norms._krylov_steps import LeadingVectors, krylov_steps
-from fastlip.norms._krylov_steps_together import krylov_steps_together
 from fastlip.norms._operators.operator import PADDING_MODES, Operator
 from fastlip.norms._operators.torch_operator import TorchOperator
+from fastlip.norms._solvers.applied_operator import unfolds, windows
+from fastlip.norms._solvers.krylov_steps import LeadingVectors, krylov_steps
+from fastlip.norms._solvers.krylov_steps_together import krylov_steps_together
 from fastlip.ops import scaled_weight_grad
 
 #: Most outer products that G is kept as: of more the two factors take longer to multiply than G takes to read.

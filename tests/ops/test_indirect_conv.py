@@ -1,14 +1,11 @@
 """Indirect convolutions against their definition, on every instruction set."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from instruction_sets import every_isa, run_with_isa
 
-import fastlip
 from fastlip import ops
 from fastlip.ops import reference
 
@@ -113,18 +110,9 @@ def test_an_image_depends_on_neither_its_batch_nor_the_threads():
         assert torch.equal(again, whole[:batch])
 
 
-@needs_native
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@every_isa
 def test_every_instruction_set(isa):
-    if isa not in fastlip.build_info().compiled["cpu_isas"].split(", "):
-        pytest.skip("not compiled")
-    code = f"import pytest, sys; sys.exit(pytest.main(['-q', '-k', 'definition', {__file__!r}]))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"FASTLIP_CPU_ISA": isa}, capture_output=True, text=True
-    )
-    if "is not supported by this CPU" in run.stdout + run.stderr:
-        pytest.skip("not supported by this CPU")
-    assert run.returncode == 0, run.stdout
+    run_with_isa(isa, __file__, "definition")
 
 
 def test_opcheck():

@@ -1,14 +1,11 @@
 """The gradient of a weight scaled to a bound, against autograd and the definition, on every instruction set."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from instruction_sets import every_isa, run_with_isa
 
-import fastlip
 from fastlip import ops
 from fastlip.ops import reference
 
@@ -107,18 +104,9 @@ def test_nan_stays_in_sight():
     assert ops.scaled_weight_grad(grad, scaled, left, right, 2.0, 1.0).isnan().all()
 
 
-@needs_native
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@every_isa
 def test_every_instruction_set(isa):
-    if isa not in fastlip.build_info().compiled["cpu_isas"].split(", "):
-        pytest.skip("not compiled")
-    code = f"import pytest, sys; sys.exit(pytest.main(['-q', '-k', 'definition or many', {__file__!r}]))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"FASTLIP_CPU_ISA": isa}, capture_output=True, text=True
-    )
-    if "is not supported by this CPU" in run.stdout + run.stderr:
-        pytest.skip("not supported by this CPU")
-    assert run.returncode == 0, run.stdout
+    run_with_isa(isa, __file__, "definition or many")
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -10,8 +10,6 @@ namespace {
 constexpr int kTogether = 4, kVectors = kVectorBytes == 64 ? 4 : 2;
 
 template <typename T>
-using Lanes __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias)) = T;
-template <typename T>
 inline constexpr int kWidth = kVectorBytes / sizeof(T);
 
 template <typename T>
@@ -30,16 +28,15 @@ void update(const ScaledWeightGrad& p, int64_t row, int64_t column, T scale, T f
   const T* const grad = static_cast<const T*>(p.grad) + at;
   const T* const left = static_cast<const T*>(p.left) + row * p.rank;
   const T* const right = static_cast<const T*>(p.right) + column;
-  Lanes<T> sum[R][V];
+  Vector<T> sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      sum[r][v] = *reinterpret_cast<const Lanes<T>*>(grad + r * p.columns + v * kWidth<T>) * scale;
+    for (int v = 0; v < V; ++v) sum[r][v] = load<Vector<T>>(grad + r * p.columns + v * kWidth<T>) * scale;
   for (int64_t k = 0; k < p.rank; ++k) {
-    Lanes<T> other[V];
+    Vector<T> other[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) other[v] = *reinterpret_cast<const Lanes<T>*>(right + k * p.columns + v * kWidth<T>);
+    for (int v = 0; v < V; ++v) other[v] = load<Vector<T>>(right + k * p.columns + v * kWidth<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const T own = factor * left[r * p.rank + k];
@@ -51,7 +48,7 @@ void update(const ScaledWeightGrad& p, int64_t row, int64_t column, T scale, T f
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) *reinterpret_cast<Lanes<T>*>(out + r * p.columns + v * kWidth<T>) = sum[r][v];
+    for (int v = 0; v < V; ++v) store(out + r * p.columns + v * kWidth<T>, sum[r][v]);
 }
 
 template <typename T, int R>

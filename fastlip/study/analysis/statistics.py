@@ -94,25 +94,23 @@ def relative_difference(
     return Estimate(n=n, value=number(value), low=number(low), high=number(high), confidence=confidence)
 
 
-#: Values that accuracies, and distortions or ratios, can have.
-SHARE, NOT_NEGATIVE = (0.0, 1.0), (0.0, math.inf)
+#: Values that logarithms and differences, distortions and ratios, and accuracies can have.
+ANY, NOT_NEGATIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)
 
 
-def over_seeds(
-    differences: np.ndarray, confidence: float, possible: tuple[float, float] = (-math.inf, math.inf)
-) -> Estimate:
+def over_seeds(numbers: np.ndarray, confidence: float, possible: tuple[float, float] = ANY) -> Estimate:
     """The mean of one number per seed with Student's t interval, which a single seed does not have.
 
     Args:
-        differences: the numbers, [S].
+        numbers: one for each seed, [S].
         confidence: of the interval.
         possible: what the numbers can be at all; the interval ends there.
     """
-    n = len(differences)
-    value = number(differences.mean()) if n else None
+    n = len(numbers)
+    value = number(numbers.mean()) if n else None
     if n < 2:
         return Estimate(n=n, value=value, low=None, high=None, confidence=confidence)
-    low, high = np.clip(student_limits(differences, confidence), *possible)
+    low, high = np.clip(student_limits(numbers, confidence), *possible)
     return Estimate(n=n, value=value, low=number(float(low)), high=number(float(high)), confidence=confidence)
 
 

@@ -1,6 +1,5 @@
 """Comparison of runs, side by side: what differs comes first."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastlip._text import printable
-from fastlip.study.analysis.statistics import NOT_NEGATIVE, SHARE, over_seeds
+from fastlip.study.analysis.statistics import ANY, NOT_NEGATIVE, SHARE, over_seeds
 from fastlip.study.errors import StudyError
 from fastlip.study.report.arms import arms_of
 from fastlip.study.report.number_format import interval
@@ -17,18 +16,14 @@ from fastlip.study.settings.serialization import dotted_names
 from fastlip.study.storage.run_directory import RunDirectory
 from fastlip.study.storage.schema import Estimate, Model, Proportion, Results
 
-#: What is compared: the number of one model, and its scale for readers.
+#: What is compared: the number of one model, its scale for readers, and what it can be at all.
 _MEASURES: dict[str, tuple[Callable[[Model], Estimate | Proportion], float, tuple[float, float]]] = {
     "clean accuracy, %": (lambda m: m["clean"], 100.0, SHARE),
     "median smallest PGD distortion × 255": (lambda m: m["smallest_pgd"]["median"], 255.0, NOT_NEGATIVE),
     "median smallest Gaussian distortion × 255": (lambda m: m["smallest_gaussian"]["median"], 255.0, NOT_NEGATIVE),
     "median ratio PGD / Gaussian": (lambda m: m["ratio_median"], 1.0, NOT_NEGATIVE),
     "mean accuracy under corruptions, %": (lambda m: m["corruptions"]["mean"], 100.0, SHARE),
-    "log10 of the certified Lipschitz constant": (
-        lambda m: _bare(m["lipschitz"]["log10_upper"]),
-        1.0,
-        (-math.inf, math.inf),
-    ),
+    "log10 of the certified Lipschitz constant": (lambda m: _bare(m["lipschitz"]["log10_upper"]), 1.0, ANY),
 }
 
 

@@ -1,13 +1,12 @@
 """Tables of a whole run: the models, the table of the slide deck, means over seeds, and the power analysis."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 
 from fastlip._text import printable
-from fastlip.study.analysis.statistics import NOT_NEGATIVE, SHARE, over_seeds
+from fastlip.study.analysis.statistics import ANY, NOT_NEGATIVE, SHARE, over_seeds
 from fastlip.study.report.arms import arms_of, over_bounds, several_seeds, title
 from fastlip.study.report.number_format import (
     attack_name,
@@ -30,7 +29,6 @@ from fastlip.study.storage.schema import Estimate, Model, Results, Smallest
 _DISTORTION = "√(Σ(x′−x)²/n) over an image's n pixel values, × 255"
 
 #: Of numbers from several models, which have another interval than those of one.
-_ANY = (-math.inf, math.inf)
 _OVER_SEEDS = "Where n counts seeds, a number is the mean over seeds with Student's t interval."
 
 
@@ -218,7 +216,7 @@ def arm_table(results: Results) -> Table:
         row("mean stretch at the logits, smallest PGD", lambda m: m["smallest_pgd"]["stretch"]["mean"]["value"]),
         row("mean stretch at the logits, smallest noise", lambda m: m["smallest_gaussian"]["stretch"]["mean"]["value"]),
         row("largest observed stretch", lambda m: m["largest_stretch"]),
-        row("log10 of the certified upper Lipschitz constant", lambda m: m["lipschitz"]["log10_upper"], possible=_ANY),
+        row("log10 of the certified upper Lipschitz constant", lambda m: m["lipschitz"]["log10_upper"], possible=ANY),
         row("mean norm of the Jacobian at images", lambda m: m["jacobian"]["mean"]["value"]),
     ]
     level = results["models"][0]["clean"]["confidence"]

@@ -7,7 +7,7 @@ Ritz vectors of the last subspace are what is kept: a Lanczos iteration with thi
 that the residuals are those of the weights as they are now.
 
 On a CPU one operator comes after the other, whose weight then stays in the cache, and all that is small is computed by
-NumPy, whose calls cost less than torch's. For a GPU see :mod:`fastlip.norms._krylov_steps_together`.
+NumPy, whose calls cost less than torch's. For a GPU see :mod:`fastlip.norms._solvers.krylov_steps_together`.
 """
 
 import math
@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastlip.norms._applied_operator import applied_operator
 from fastlip.norms._operators.operator import Operator
+from fastlip.norms._solvers.applied_operator import applied_operator
 
 #: A residual shorter than this share of A^T A x is rounding, and extends nothing.
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13}

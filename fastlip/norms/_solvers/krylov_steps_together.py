@@ -1,4 +1,4 @@
-"""The steps of :mod:`fastlip.norms._krylov_steps` for many operators at once, as a GPU takes them."""
+"""The steps of :mod:`fastlip.norms._solvers.krylov_steps` for many operators at once, as a GPU takes them."""
 
 import math
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastlip.norms._krylov_steps import LOST, MOST_STEPS, ROUNDING, LeadingVectors, fixed_direction
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers.batched_operator import BatchedConvolutions, from_rows
+from fastlip.norms._solvers.krylov_steps import LOST, MOST_STEPS, ROUNDING, LeadingVectors, fixed_direction
 
 #: Rounds of three squarings for an eigenvector. Eigenvalues closer than 5e-5 of each other may stay mixed.
 _ROUNDS = 4

@@ -7,8 +7,8 @@ import torch
 from random_operators import random_case
 
 from fastlip.norms import Operator, conv_operator
-from fastlip.norms._applied_operator import _PackedOperator, _UnfoldedOperator, applied_operator, unfolds
 from fastlip.norms._operators.torch_operator import TorchOperator
+from fastlip.norms._solvers.applied_operator import _PackedOperator, _UnfoldedOperator, applied_operator, unfolds
 
 
 def assert_is(op: Operator, way: type) -> None:
