@@ -6,6 +6,11 @@ the vectors start a small subspace, a step of which adds the residual of the lea
 Ritz vectors of the last subspace are what is kept: a Lanczos iteration with thick restarts (Wu and Simon 2000), except
 that the residuals are those of the weights as they are now.
 
+Where a weight stands still, or changes along its own singular vectors as under a penalty, the leading Ritz vector ends
+as a singular vector, perhaps not the first one, and its residual as rounding. Then the second one's is added. Once that
+is rounding as well, the second vector starts again from a fixed direction, so that what is orthogonal to the first is
+searched over and over for a larger singular value.
+
 On a CPU one operator comes after the other, whose weight then stays in the cache, and all that is small is computed by
 NumPy, whose calls cost less than torch's. For a GPU see :mod:`fastlip.norms._solvers.krylov_steps_together`.
 """
@@ -22,8 +27,8 @@ from torch import Tensor
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers.applied_operator import applied_operator
 
-#: A residual shorter than this share of A^T A x is rounding, and extends nothing.
-ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13}
+#: A residual is rounding if it is shorter than this share of A^T A x, for the leading Ritz vector x.
+SETTLED = {torch.float32: 1e-5, torch.float64: 1e-10}
 #: Length below which a second vector, of length 1 or of one element's size, is what rounding left of it.
 LOST = 1e-4
 #: Most steps until the subspace is reduced to its two leading Ritz vectors.
@@ -37,7 +42,8 @@ class LeadingVectors(NamedTuple):
 
     Attributes:
         vectors: the two leading right singular vectors, [2, Cin, *input_size], orthonormal; where there is no second
-            singular value, the second one may be shorter. As they were given where the weight is 0 or not finite.
+            singular value, the second one may be shorter. A fixed direction in place of the second one where both were
+            singular vectors already. As they were given where the weight is 0 or not finite.
         image: the unit vector along the first one's image, [1, Cout, *output_size], or 0.
         norms: the lengths of the images of the first vector that was given and of the one that was found, [2]. The
             second is the operator's norm, approached from below.
@@ -74,7 +80,7 @@ def krylov_steps(
     size = max(before, other, torch.finfo(dtype).tiny)
     images[:2] *= 1.0 / size
     gram = np.stack([_products(images[:2], images[row]) for row in range(2)])
-    count = 2
+    count, settled = 2, False
     for _ in range(steps):
         if not np.isfinite(gram).all():
             break
@@ -82,15 +88,20 @@ def krylov_steps(
             kept = _leading_eigenvectors(gram, 2)
             basis[:2], images[:2] = _combined(kept, basis), _combined(kept, images)
             gram, count = kept @ gram @ kept.T, 2
-        (leading,) = _leading_eigenvectors(gram, 1)
-        back = operator.adjoint(_combined(leading, images[:count]), 1.0 / size)
-        least = max(ROUNDING[dtype] * _length(back), math.sqrt(torch.finfo(dtype).tiny))
-        residual = back.sub_(_combined(leading @ gram @ leading * leading, basis[:count]))
-        former, length = math.inf, _length(residual)
-        while length > least and length < 0.5 * former:  # where little is left, much of it is rounding errors
+        least = math.sqrt(torch.finfo(dtype).tiny)
+        for ritz in _leading_eigenvectors(gram, 2):
+            back = operator.adjoint(_combined(ritz, images[:count]), 1.0 / size)
+            least = max(least, SETTLED[dtype] * _length(back))
+            residual = back.sub_(_combined(ritz @ gram @ ritz * ritz, basis[:count]))
             residual -= torch.mv(basis[:count].mT, torch.mv(basis[:count], residual))
-            former, length = length, _length(residual)
-        torch.mul(residual, 1.0 / length if length > least else 0.0, out=basis[count])
+            settled = _length(residual) <= least
+            if not settled:
+                break
+        if settled:
+            break
+        residual = _unit(residual)
+        # Where little was left, much of it was rounding errors.
+        basis[count] = _unit(residual - torch.mv(basis[:count].mT, torch.mv(basis[:count], residual)))
         operator.forward(basis[count], images[count], 1.0 / size)
         products = _products(images[: count + 1], images[count])
         gram = np.block([[gram, products[:-1, None]], [products]])
@@ -102,8 +113,11 @@ def krylov_steps(
     kept = _leading_eigenvectors(gram, 2)
     image = _combined(kept[0], images[:count])
     length = _length(image)
+    found = _combined(kept, basis[:count])
+    if settled:
+        found[1] = _second(found[0], torch.zeros_like(found[0]))
     return LeadingVectors(
-        operator.vectors(_combined(kept, basis[:count])),
+        operator.vectors(found),
         operator.image(image.mul_(1.0 / length)),
         op.weight.new_tensor([before, length * size]),
     )

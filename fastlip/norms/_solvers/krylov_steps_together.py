@@ -1,6 +1,5 @@
 """The steps of :mod:`fastlip.norms._solvers.krylov_steps` for many operators at once, as a GPU takes them."""
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers.batched_operator import BatchedConvolutions, from_rows
-from fastlip.norms._solvers.krylov_steps import LOST, MOST_STEPS, ROUNDING, LeadingVectors, fixed_direction
+from fastlip.norms._solvers.krylov_steps import LOST, MOST_STEPS, SETTLED, LeadingVectors, fixed_direction
 
 #: Rounds of three squarings for an eigenvector. Eigenvalues closer than 5e-5 of each other may stay mixed.
 _ROUNDS = 4
@@ -33,7 +32,7 @@ def krylov_steps_together(ops: Sequence[Operator], vectors: Sequence[Tensor], st
     images = torch.zeros(rows, target.total, dtype=dtype, device=device)
     for row in range(2):
         flat = torch.cat([_to_row(pair[row]) for pair in vectors])
-        basis[row] = domain.unit(flat if row == 0 else _second(domain, basis[:1], flat))
+        basis[row] = domain.unit(flat) if row == 0 else _second(domain, basis[:1], flat)
     squares = [operators.forward(basis[row], images[row])[1] for row in range(2)]
     # Products of images are of the scaled operator, since their squares would leave the range of their dtype.
     square = torch.maximum(*squares).clamp_min(torch.finfo(dtype).tiny ** 2)
@@ -46,15 +45,22 @@ def krylov_steps_together(ops: Sequence[Operator], vectors: Sequence[Tensor], st
             basis[:2] = torch.stack([domain.combine(kept[:, row], basis) for row in range(2)])
             images[:2] = torch.stack([target.combine(kept[:, row], images) for row in range(2)])
             gram, size = kept @ gram @ kept.mT, 2
-        leading = eigenvectors_by_squaring(gram, 1)[:, 0]
-        value = torch.einsum("li,lij,lj->l", leading, gram, leading)
-        back, back_square = operators.adjoint(target.combine(leading, images[:size]), x_square=square)
-        residual = back - domain.combine(value[:, None] * leading, basis[:size])
-        for _ in range(2):  # where little is left the first time, much of it is rounding errors
-            residual = residual - domain.combine(domain.dots(basis[:size], residual), basis[:size])
-        length = domain.dots(residual[None], residual)[:, 0].sqrt()
-        enough = (length > ROUNDING[dtype] * back_square.sqrt()) & (length > math.sqrt(torch.finfo(dtype).tiny))
-        basis[size] = residual * domain.spread(torch.where(enough, _inverse(length), 0.0))
+        residuals, lengths = [], []
+        least = torch.full_like(square, torch.finfo(dtype).tiny ** 0.5)
+        for ritz in eigenvectors_by_squaring(gram, 2).unbind(1):
+            back, back_square = operators.adjoint(target.combine(ritz, images[:size]), x_square=square)
+            least = torch.maximum(least, SETTLED[dtype] * back_square.sqrt())
+            value = torch.einsum("li,lij,lj->l", ritz, gram, ritz)
+            residual = back - domain.combine(value[:, None] * ritz, basis[:size])
+            residuals.append(residual - domain.combine(domain.dots(basis[:size], residual), basis[:size]))
+            lengths.append(domain.dots(residuals[-1][None], residuals[-1])[:, 0].sqrt())
+        first, second = (length > least for length in lengths)
+        settled = ~(first | second)
+        residual = torch.where(domain.spread(first.double()) > 0.0, *residuals)
+        residual = domain.unit(residual * domain.spread((~settled).double()))
+        # Where little was left, much of it was rounding errors.
+        residual = domain.unit(residual - domain.combine(domain.dots(basis[:size], residual), basis[:size]))
+        basis[size] = residual
         operators.forward(basis[size], images[size], x_square=square)
         size += 1
         products = target.dots(images[:size], images[size - 1])
@@ -62,6 +68,8 @@ def krylov_steps_together(ops: Sequence[Operator], vectors: Sequence[Tensor], st
     kept = eigenvectors_by_squaring(gram, 2)
     basis, images = basis[:size], images[:size]
     found = [domain.combine(kept[:, row], basis) for row in range(2)]
+    anew = _second(domain, found[0][None], torch.zeros_like(found[0]))
+    found[1] = torch.where(domain.spread(settled.double()) > 0.0, anew, found[1])
     image = target.combine(kept[:, 0], images)
     lengths = target.dots(image[None], image)[:, 0].sqrt()
     image = image * target.spread(_inverse(lengths))
@@ -78,7 +86,10 @@ def krylov_steps_together(ops: Sequence[Operator], vectors: Sequence[Tensor], st
 
 
 def _second(domain: "_Segments", first: Tensor, second: Tensor) -> Tensor:
-    """The part of second vectors that is orthogonal to the first, [1, total]; where there is none, of a fixed one."""
+    """Unit vectors along the part of the second ones that is orthogonal to the first, [1, total].
+
+    Where nothing is left they are those of a fixed direction, or 0 if a vector has one element.
+    """
     found = second - domain.combine(domain.dots(first, second), first)
     lost = domain.dots(found[None], found)[:, 0] < LOST**2
     found = torch.where(
@@ -87,7 +98,7 @@ def _second(domain: "_Segments", first: Tensor, second: Tensor) -> Tensor:
     for _ in range(2):
         found = found - domain.combine(domain.dots(first, found), first)
     kept = domain.dots(found[None], found)[:, 0] > LOST**2  # a vector of one element has no other beside it
-    return found * domain.spread(kept.double())
+    return domain.unit(found * domain.spread(kept.double()))
 
 
 def eigenvectors_by_squaring(matrices: Tensor, count: int) -> Tensor:

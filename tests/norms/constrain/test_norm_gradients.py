@@ -124,7 +124,10 @@ def test_the_penalty_and_its_gradient() -> None:
     assert spectral_penalty(model, (2, 4, 4), layers=[])().item() == 0.0
 
 
-def test_the_penalty_lowers_norms_in_training() -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_the_penalty_lowers_all_norms_in_training(seed: int) -> None:
+    """Nothing else moves the weights, which stand still whenever the norms that are found are within the bound."""
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
     with torch.no_grad():
         model[0].weight.mul_(5.0)
@@ -135,8 +138,7 @@ def test_the_penalty_lowers_norms_in_training() -> None:
         optimiser.zero_grad()
         penalty().backward()
         optimiser.step()
-    # Of a weight that stands still two singular vectors are followed, in some of a hundred cases not the first.
-    assert max(torch.linalg.matrix_norm(model[i].weight, 2).item() for i in (0, 2)) <= 1.3
+    assert max(torch.linalg.matrix_norm(model[i].weight, 2).item() for i in (0, 2)) <= 0.82
     assert before > 2.0
 
 
