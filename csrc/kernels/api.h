@@ -21,6 +21,12 @@ struct Value {
   int64_t stride;
 };
 
+// How many of a sample's elements an L1 step moves, ties apart, where it spares the share `sparsity` of them.
+inline int64_t kept_elements(int64_t size, double sparsity) {
+  const int64_t kept = size - static_cast<int64_t>(sparsity * static_cast<double>(size));
+  return kept > 0 || size == 0 ? kept : 1;
+}
+
 // Samples are dense blocks of `size` elements that all operands lay out alike.
 struct PgdStep {
   void* x;

@@ -138,13 +138,6 @@ inline const uint8_t* mask_of(const OptionalTensor& mask, const Tensor& x, const
   return static_cast<const uint8_t*>(data_of(*mask));
 }
 
-// How many elements an L1 step moves, ties apart: as kept_elements() in fastlip/ops/reference.py.
-inline int64_t kept_elements(int64_t size, double sparsity) {
-  STD_TORCH_CHECK(sparsity >= 0 && sparsity <= 1, "sparsity must lie in [0, 1]");
-  const int64_t spared = static_cast<int64_t>(std::floor(sparsity * static_cast<double>(size)));
-  return std::min(size, std::max<int64_t>(1, size - spared));
-}
-
 // The schema's groups of these names.
 struct Normalised {
   const OptionalTensor& model_input;
@@ -213,6 +206,7 @@ inline PgdStep pgd_step_of(Tensor& x, const Tensor* grad, const Tensor& x0, cons
   STD_TORCH_CHECK(std::isfinite(step_size.scalar), "step_size must be finite");
   STD_TORCH_CHECK(eps >= 0, "eps must be at least 0");
   STD_TORCH_CHECK(lo_tensor || hi_tensor || lo <= hi, "bounds must satisfy lower <= upper");
+  STD_TORCH_CHECK(sparsity >= 0 && sparsity <= 1, "sparsity must lie in [0, 1]");
   const int64_t size = sample_size(x);
   PgdStep step{x.mutable_data_ptr(),
                grad ? data_of(*grad) : nullptr,

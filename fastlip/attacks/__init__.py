@@ -18,6 +18,7 @@ refused with a TypeError or ValueError that names the argument.
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from fastlip._precision import Precision
 from fastlip.attacks._apgd import apgd
 from fastlip.attacks._counts import PassCounts, count_forward_backward
 from fastlip.attacks._diagnose import AttackWarning, diagnose
@@ -30,7 +31,6 @@ from fastlip.attacks._min_sigma import min_sigma
 from fastlip.attacks._model import Network
 from fastlip.attacks._noise import gaussian_noise
 from fastlip.attacks._pgd import fgsm, pgd
-from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import prepare
 from fastlip.attacks._square import square
 from fastlip.attacks._suite import Attack, suite

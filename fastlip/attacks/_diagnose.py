@@ -85,7 +85,7 @@ def diagnose(
         if drift > _RANDOM:
             found.append(
                 f"outputs change from call to call (by up to {drift:.2g} of their spread): judge over several calls "
-                "(draws) and average gradients over several (eot)"
+                "(draws) and differentiate the mean of several (eot)"
             )
         elif alone > _BATCH[x.dtype]:
             found.append(

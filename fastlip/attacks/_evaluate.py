@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlip._precision import Precision
 from fastlip.attacks._arguments import check_model, check_precision, count, flag, number, shown
 from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._diagnose import AttackWarning, diagnose
 from fastlip.attacks._evaluation_result import EvaluationResult
 from fastlip.attacks._loop import FEW, misclassified_text
 from fastlip.attacks._model import Model, Network, unwrapped
-from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import prepare
 from fastlip.attacks._progress import Progress, progress_of
 from fastlip.attacks._saved import SavedState
@@ -96,7 +96,7 @@ def evaluate(
         fast: follow the gradients of a copy made fast for evaluation (:func:`prepare`).
         precision: as in :func:`pgd`.
         draws: passes whose mean probabilities decide, for a model with random outputs, as in :func:`prepare`.
-        eot: passes whose mean gradients our attacks follow, as in :func:`prepare`.
+        eot: passes whose mean probabilities our attacks differentiate, as in :func:`prepare`.
         quantize: bits of a value, as in :func:`pgd`. Attacks that take it get it, what the others return is rounded
             within the ball (the box, if no ball is checked), and all is judged afterwards.
         check: look for signs of unreliable results (:func:`diagnose`, and a black-box attack that succeeds where

@@ -9,6 +9,7 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from fastlip._precision import Precision
 from fastlip.attacks._arguments import check_call, check_choice, clipped_to, count, number, radius, share
 from fastlip.attacks._batch import Batch, new_batch, per_sample, rows_where, take
 from fastlip.attacks._criterion import Criterion, check_criterion
@@ -18,7 +19,6 @@ from fastlip.attacks._loop import AttackLoop, start_points
 from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._own_loss import AnyLoss
 from fastlip.attacks._pgd import PgdStep, default_step
-from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
 from fastlip.attacks._quantize import grid_of
 from fastlip.ops import Bounds, Norm, PerSample

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
+from fastlip._precision import Precision
 from fastlip.attacks._arguments import (
     check_call,
     check_callback,
@@ -21,7 +22,6 @@ from fastlip.attacks._criterion import Criterion, check_criterion
 from fastlip.attacks._loop import AttackLoop, Callback, Keep, start_points, unblocked_gradient
 from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._own_loss import AnyLoss
-from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
 from fastlip.attacks._quantize import grid_of
 from fastlip.ops import Bounds, Judgement, Norm, PerSample

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastlip._precision import Precision, least_seconds, precision_for
 from fastlip.attacks._arguments import check_images, check_model, check_precision, flag
 from fastlip.attacks._diagnose import AttackWarning
 from fastlip.attacks._graphs import IterationGraphs
 from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
-from fastlip.attacks._precision import Precision, least_seconds, precision_for
 from fastlip.attacks._rewrite import fold, fuse, lower
 from fastlip.norms._models.tracing import Tracer
 
@@ -82,7 +82,7 @@ def prepare(
         fast: make the copy fast in eval mode.
         precision: torch.bfloat16 or torch.float16 for the copy, or "auto"; the model's own if None.
         draws: passes that judge an image together.
-        eot: passes whose mean gradients are followed; their activations are in memory at once.
+        eot: passes whose mean probabilities are differentiated; their activations are in memory at once.
         same_size: give the model batches of one size, by repeating an image as others fall. If None, do so for what
             ``torch.compile`` made and from the first smaller batch on that the model fails on.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlip import ops
+from fastlip._precision import Precision
 from fastlip.attacks._arguments import check_call, count, number, radius, warn_of_wide
 from fastlip.attacks._batch import Batch, new_batch, per_sample, put_rows_, take
 from fastlip.attacks._criterion import Criterion, check_criterion
@@ -15,7 +16,6 @@ from fastlip.attacks._distance import ORDER
 from fastlip.attacks._loop import AttackLoop, BestTracker
 from fastlip.attacks._model import Model, eval_mode
 from fastlip.attacks._own_loss import AnyLoss
-from fastlip.attacks._precision import Precision
 from fastlip.attacks._prepare import network_of
 from fastlip.attacks._quantize import grid_of
 from fastlip.ops import Bounds, Judgement, Norm, PerSample

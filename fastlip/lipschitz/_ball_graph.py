@@ -12,20 +12,21 @@ multiply.
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fastlip.lipschitz._ball_pass import BallPass, Balls, NotApplicable, is_layer
+from fastlip.lipschitz._broadcast import copies
 from fastlip.lipschitz._combinations import Combination
 from fastlip.lipschitz._gain import OpenUnits, largest_norm
 from fastlip.lipschitz._graph import Traced
 from fastlip.lipschitz._interval_arithmetic import module_interval, softplus_jump
 from fastlip.lipschitz._intervals import EPS, INF, TINY, Interval, up
-from fastlip.lipschitz._registry import Diagonal, find_rule
-from fastlip.lipschitz._rules.layers import weighted
+from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._slopes import slope_bounds
 from fastlip.lipschitz._steps import Step, in_graph, in_sample
 from fastlip.norms import NormInterval, Operator, diagonal_norm
@@ -34,64 +35,10 @@ from fastlip.norms._operators.batchnorm import BATCHNORMS
 from fastlip.norms._operators.modules import TRANSPOSED
 from fastlip.norms._solvers.float64_rounding import reduction_length
 
-#: Functions that only move values.
-_MOVES = (
-    *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.clone, torch.permute, torch.transpose),
-    *("flatten", "reshape", "view", "squeeze", "unsqueeze", "contiguous", "clone", "permute", "transpose"),
-    *(torch.roll, "roll", torch.flip, "flip", torch.movedim, "movedim", torch.swapaxes, "swapaxes"),
-)
-_MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-#: Functions that are linear in their first argument, or in the only one that is a traced tensor.
-_LINEAR = (
-    *_MOVES,
-    *(torch.mean, "mean", torch.sum, "sum", torch.neg, "neg", operator.neg, "narrow", torch.narrow),
-    *(operator.truediv, operator.itruediv, torch.div, "div", "div_"),
-    *_MULTIPLY,
-)
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SUBTRACT = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
-#: Modules that only move values, and those that are linear without an offset.
-_MOVING_MODULES = (
-    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-)
-_LINEAR_MODULES = (
-    *_MOVING_MODULES,
-    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-)
 #: Relative error of a few operations.
 _FEW = 16.0 * EPS
-
-
-class TooLargeError(Exception):
-    """The columns of a step do not fit, or a step in the middle of branches is neither affine nor an activation."""
-
-
-@dataclass(frozen=True, eq=False)
-class Balls:
-    """Balls around samples.
-
-    Attributes:
-        x: centres, [B, *shape] float64.
-        radius: [B] float64.
-        norm: "l2" or "linf".
-    """
-
-    x: Tensor
-    radius: Tensor
-    norm: str
-
-    def interval(self) -> Interval:
-        """Bounds of each ball."""
-        make = Interval.l2_ball if self.norm == "l2" else Interval.linf_ball
-        return make(self.x, self.radius)
-
-    def l2_radius(self) -> Tensor:
-        """Largest L2 distance of a point of each ball from its centre, [B]."""
-        if self.norm == "l2":
-            return self.radius
-        return up(self.radius * (math.sqrt(math.prod(self.x.shape[1:])) * (1.0 + EPS)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,30 +91,24 @@ def jacobian_norms(traced: Traced, balls: Balls, most: int) -> Tensor:
         most: largest number of elements that the columns of a step may have.
 
     Raises:
-        TooLargeError: this way does not work for this graph.
+        NotApplicable: this way does not work for this graph.
     """
     return _Pass(traced, balls, most).run_balls()
 
 
-class _Pass(fx.Interpreter):
-    """One pass through the graph; the environment holds tensors of the right shapes for nodes that ask for these."""
+class _Pass(BallPass[_State]):
+    """One pass through the graph."""
 
     def __init__(self, traced: Traced, balls: Balls, most: int) -> None:
-        super().__init__(traced.graph_module, garbage_collect_values=False)
-        self.extra_traceback = False
-        if traced.bundles:
-            raise TooLargeError("a step that is a tuple")
-        require_samples_alone(traced)
-        self._traced, self._balls, self._most = traced, balls, most
-        self._states: dict[fx.Node, _State] = {}
+        super().__init__(traced, balls, len(balls.x))
+        self._most = most
         #: What the constants of all that was passed before multiply to.
         self._before = torch.ones_like(balls.radius)
         self._begin(balls.x.flatten(1).shape[1])
 
     def run_balls(self) -> Tensor:
-        self.run(self._balls.x)
-        node = next(n for n, step in self._traced.steps.items() if step is self._traced.last)
-        return up(self._before * self._gain(self._states[node]))
+        last = self.run_to_last()
+        return up(self._before * self._gain(last))
 
     def _begin(self, inputs: int) -> None:
         """Forget all units, before a first state of as many inputs."""
@@ -175,22 +116,19 @@ class _Pass(fx.Interpreter):
         #: Half-widths of the inputs where they are bounds of each, [B, inputs]; None where they are the balls.
         self._widths: Tensor | None = None
 
-    def run_node(self, n: fx.Node) -> Any:
-        step = self._traced.steps.get(n)
-        if step is None:
-            return super().run_node(n)
-        if not step.inputs:
-            state = self._first(self._balls.x, self._balls.interval())
-        else:
-            state = self._state(n, step)
-            shape = (len(self._balls.x), *step.shape)
-            if tuple(state.centre.shape) != shape or tuple(state.value.lower.shape) != shape:
-                raise TooLargeError("a step that mixes the batch axis into others")
-        self._states[n] = state
-        for source in n.all_input_nodes:  # no longer needed
-            if source in self._states and all(user is n or user in self.env for user in source.users):
-                self._states[source] = replace(self._states[source], columns=state.columns[:, :0])
-        return self._balls.x.new_zeros(()).expand(len(self._balls.x), *step.shape)
+    def first(self) -> _State:
+        return self._first(self.balls.x, self.balls.interval())
+
+    def follow(self, n: fx.Node, step: Step, sources: Sequence[fx.Node]) -> _State:
+        state = self._followed(n, step, sources)
+        shape = (len(self.balls.x), *step.shape)
+        if tuple(state.centre.shape) != shape or tuple(state.value.lower.shape) != shape:
+            raise NotApplicable("a step that mixes the batch axis into others")
+        if n in self.traced.steps:
+            for source in sources:  # no longer needed
+                if all(user is n or user in self.env for user in source.users):
+                    self.states[source] = replace(self.states[source], columns=state.columns[:, :0])
+        return state
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -198,27 +136,26 @@ class _Pass(fx.Interpreter):
         count = x.flatten(1).shape[1]
         self._require_room(count, x.shape[1:])
         columns = torch.eye(count, dtype=torch.float64, device=x.device).view(1, count, *x.shape[1:])
-        zeros = torch.zeros_like(self._balls.radius)
+        zeros = torch.zeros_like(self.balls.radius)
         return _State(value, x, columns.expand(len(x), *columns.shape[1:]), zeros, zeros[:, None].expand(-1, count))
 
     def _require_room(self, columns: int, shape: tuple[int, ...]) -> None:
-        if columns * math.prod(shape) * len(self._balls.x) > self._most:
-            raise TooLargeError("more columns than fit")
+        if columns * math.prod(shape) * len(self.balls.x) > self._most:
+            raise NotApplicable("more columns than fit")
 
-    def _state(self, n: fx.Node, step: Step) -> _State:
-        args, kwargs = self._arguments(n, lambda state: state.value)
+    def _followed(self, n: fx.Node, step: Step, sources: Sequence[fx.Node]) -> _State:
+        args, kwargs = self.arguments(n, lambda state: state.value)
         value = step.interval(*args, **kwargs) if step.interval is not None else None
         if value is None:
-            value = Interval.unbounded(step.shape, len(self._balls.x), self._balls.x.device)
-        sources = [a for a in n.all_input_nodes if a in self._states]
-        first = self._states[sources[0]]
+            value = Interval.unbounded(step.shape, len(self.balls.x), self.balls.x.device)
+        first = self.states[sources[0]]
         if len(sources) == 1 and isinstance(step.factor, Operator) and is_layer(step):
             return self._through_layer(step, step.factor, first, value)
         if len(sources) == 1 and isinstance(step.factor, Diagonal) and step.exact:
             return self._scaled(n, step, step.factor.scale, first, value)
-        if len(sources) == 1 and self._is_linear(n, step):
+        if len(sources) == 1 and step.linear:
             return self._linear(n, step, first, value)
-        if n.target in (*_ADD, *_SUBTRACT) and not n.kwargs and all(s.shape == step.shape for s in step.inputs):
+        if n.target in (*_ADD, *_SUBTRACT) and not n.kwargs and all(s.alone for s in (step, *step.inputs)):
             return self._sum(n, step, value)
         if step.kind in ("cat", "concat", "concatenate") and n.kwargs.keys() <= {"dim"} and len(n.args) >= 1:
             return self._concatenated(n, step, value)
@@ -268,15 +205,6 @@ class _Pass(fx.Interpreter):
             up(size * (source.error + _FEW * _lengths(source.columns))),
         )
 
-    def _is_linear(self, n: fx.Node, step: Step) -> bool:
-        """Whether a step without weights is linear, and its factor a bound on its norm."""
-        if not isinstance(step.factor, (int, float)):
-            return False
-        if n.op == "call_module":
-            return type(step.module) in _LINEAR_MODULES
-        # Not a number divided by a tensor; a number times a tensor is the same either way.
-        return n.target in _LINEAR and (n.args[0] in self._states or n.target in _MULTIPLY)
-
     def _linear(self, n: fx.Node, step: Step, source: _State, value: Interval) -> _State:
         assert isinstance(step.factor, (int, float))
         self._require_room(source.columns.shape[1], step.shape)
@@ -295,24 +223,29 @@ class _Pass(fx.Interpreter):
         )
 
     def _apply(self, n: fx.Node, step: Step, t: Tensor) -> Tensor:
-        """The step on samples [R, *shape] in place of its only traced argument."""
-        return on_each(step, t, lambda given: self._arguments(n, lambda state: given))
+        """The step on samples [R, *shape] in place of its only traced argument, [R, *other shape]."""
+        if step.places is not None:
+            return t.flatten(1)[:, step.places().to(t.device)].view(-1, *step.shape)
 
-    def _arguments(self, n: fx.Node, given: Callable[[_State], Any]) -> tuple[Any, Any]:
-        """A node's arguments, with something of the states in place of traced tensors."""
+        def on_one(sample: Tensor) -> Tensor:
+            given = in_graph(sample[None], step.inputs[0], 1)
+            args, kwargs = self.arguments(n, lambda state: given)
+            return in_sample(step.apply(*args, **kwargs), step)[0]
 
-        def argument(a: fx.Node) -> Any:
-            return given(self._states[a]) if a in self._states else self.env[a]
-
-        return fx.node.map_arg(n.args, argument), fx.node.map_arg(n.kwargs, argument)
+        return torch.func.vmap(on_one)(t)
 
     def _sum(self, n: fx.Node, step: Step, value: Interval) -> _State:
-        """A sum or difference of traced tensors, or of one and a constant."""
+        """A sum or difference of traced tensors, or of one and a constant, broadcast to the shape of the output."""
         signs = (1.0, -1.0 if n.target in _SUBTRACT else 1.0)
-        terms = [(self._states[a], s) for a, s in zip(n.args, signs, strict=True) if a in self._states]  # type: ignore[index]
+        terms = [
+            (_broadcast(self.states[a], step.shape), s)  # type: ignore[index]
+            for a, s in zip(n.args, signs, strict=True)
+            if a in self.states
+        ]
         width = max(state.columns.shape[1] for state, _ in terms)
+        self._require_room(width, step.shape)
         columns = sum(sign * _widened(state.columns, width) for state, sign in terms)
-        args, _ = self._arguments(n, lambda state: state.centre)
+        args, _ = self.arguments(n, lambda state: _broadcast(state, step.shape).centre)
         centre = step.apply(*args)
         assert isinstance(columns, Tensor)
         sizes = [_frobenius(state.centre) for state, _ in terms]
@@ -329,9 +262,9 @@ class _Pass(fx.Interpreter):
         parts: Any = n.args[0]
         dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
         axis = dim % (len(step.shape) + 1) if isinstance(dim, int) else 0
-        if axis == 0 or not all(a in self._states for a in parts):
-            return self._anew(n, step, [a for a in n.all_input_nodes if a in self._states], value)
-        states = [self._states[a] for a in parts]
+        if axis == 0 or not all(a in self.states for a in parts):
+            return self._anew(n, step, [a for a in n.all_input_nodes if a in self.states], value)
+        states = [self.states[a] for a in parts]
         width = max(state.columns.shape[1] for state in states)
         return _State(
             value,
@@ -349,13 +282,13 @@ class _Pass(fx.Interpreter):
         rows = (-1, *(1,) * (columns.dim() - 2))
         if self._widths is not None:
             return torch.einsum("bn,bn...->b...", self._widths, inputs.abs()) * (1.0 + EPS * (self._inputs + 8)) + TINY
-        length = inputs.norm(dim=1) if self._balls.norm == "l2" else inputs.abs().sum(1)
-        return length * self._balls.radius.view(rows) * (1.0 + EPS * (self._inputs + 8)) + TINY
+        length = inputs.norm(dim=1) if self.balls.norm == "l2" else inputs.abs().sum(1)
+        return length * self.balls.radius.view(rows) * (1.0 + EPS * (self._inputs + 8)) + TINY
 
     def _noise(self, width: int) -> Tensor:
         """What each unit of the first ``width`` columns can add, [B, units]."""
         noise = [block.noise for block in self._blocks]
-        given = torch.cat(noise, 1) if noise else self._balls.x.new_zeros(len(self._balls.x), 0)
+        given = torch.cat(noise, 1) if noise else self.balls.x.new_zeros(len(self.balls.x), 0)
         return given[:, : width - self._inputs]
 
     def _sharpened(self, source: _State) -> Interval:
@@ -366,7 +299,7 @@ class _Pass(fx.Interpreter):
         if self._widths is not None:
             reach = torch.linalg.vector_norm(self._widths, dim=1)
         else:
-            reach = self._balls.radius * (1.0 if self._balls.norm == "l2" else math.sqrt(self._inputs))
+            reach = self.balls.radius * (1.0 if self.balls.norm == "l2" else math.sqrt(self._inputs))
         moved = reach * torch.linalg.vector_norm(source.error[:, : self._inputs], dim=1)
         lost = source.centre_error + (moved + (source.error[:, self._inputs :] * noise).sum(1)) * (1.0 + 1e-9)
         spread = spread + self._radii(source.columns) + lost.view(-1, *(1,) * (spread.dim() - 1))
@@ -441,16 +374,16 @@ class _Pass(fx.Interpreter):
 
     # -- the rest -----------------------------------------------------------------------------------------------------
 
-    def _anew(self, n: fx.Node, step: Step, sources: list[fx.Node], value: Interval) -> _State:
+    def _anew(self, n: fx.Node, step: Step, sources: Sequence[fx.Node], value: Interval) -> _State:
         """Multiply the constant of all before with the step's, and go on from what leaves it as a new input."""
         alive = [
             node
-            for node in self._states
+            for node in (*self.states, *self.bundles)
             if node not in sources and any(user not in self.env and user is not n for user in node.users)
         ]
         again = any(user is not n and user not in self.env for source in sources for user in source.users)
-        if len(sources) != 1 or alive or again or isinstance(step.factor, (Combination, str)):
-            raise TooLargeError(f"{step.name} is neither affine nor an activation")
+        if len(sources) != 1 or alive or again or n in self.traced.bundles or isinstance(step.factor, Combination):
+            raise NotApplicable(f"{step.name} is neither affine nor an activation")
         factor = step.factor
         if isinstance(factor, NormInterval):
             factor = factor.upper if factor.confidence == 1.0 else INF
@@ -458,7 +391,7 @@ class _Pass(fx.Interpreter):
             factor = factor.absolute_bound
         elif isinstance(factor, Diagonal):
             factor = diagonal_norm(factor.scale)
-        source = self._states[sources[0]]
+        source = self.states[sources[0]]
         self._before = up(up(self._before * self._gain(source)) * float(factor))
         centre, radius = value.centre_and_radius()
         self._begin(math.prod(step.shape))
@@ -494,35 +427,6 @@ class _Pass(fx.Interpreter):
         )
 
 
-def require_samples_alone(traced: Traced) -> None:
-    """Raise TooLargeError where the graph takes several samples at once, and may mix them on the way."""
-    if traced.batch > 1:
-        raise TooLargeError("a graph of several samples")
-
-
-def on_each(step: Step, t: Tensor, arguments: Callable[[Tensor], tuple[Any, Any]]) -> Tensor:
-    """A step of a graph of one sample on samples [R, *shape] of its only input, one at a time, [R, *other shape].
-
-    ``arguments`` are those of the step, with a tensor of the graph in place of the input.
-    """
-
-    def on_one(sample: Tensor) -> Tensor:
-        args, kwargs = arguments(in_graph(sample[None], step.inputs[0], 1))
-        return in_sample(step.apply(*args, **kwargs), step)[0]
-
-    return torch.func.vmap(on_one)(t)
-
-
-def is_layer(step: Step) -> bool:
-    """Whether a step is a layer with weights that its operator describes exactly."""
-    return step.module is not None and find_rule(step.module) is weighted and step.exact
-
-
-def moves_only(n: fx.Node, step: Step) -> bool:
-    """Whether a step only moves values."""
-    return type(step.module) in _MOVING_MODULES if n.op == "call_module" else n.target in _MOVES
-
-
 def _columns_through(layer: Operator, source: _State, transposed: bool) -> Tensor:
     """A layer's output for the columns of its source, [B, n, *shape]."""
     given, last = source.columns, source.last
@@ -538,6 +442,22 @@ def _columns_through(layer: Operator, source: _State, transposed: bool) -> Tenso
     through = apply_operator(layer, torch.cat([dense.flatten(0, 1), units]), transposed=transposed)
     own, of_units = through.split([dense.shape[0] * dense.shape[1], len(units)])
     return torch.cat([own.unflatten(0, dense.shape[:2]), of_units[last]], 1)
+
+
+def _broadcast(state: _State, shape: tuple[int, ...]) -> _State:
+    """The affine map to a larger shape of samples; bounds of the values stay those of the smaller one."""
+    own = state.centre.shape[1:]
+    if own == shape:
+        return state
+    ones, times = (1,) * (len(shape) - len(own)), copies(own, shape)
+    batch, count = state.columns.shape[:2]
+    return replace(
+        state,
+        centre=state.centre.reshape(batch, *ones, *own).expand(batch, *shape),
+        columns=state.columns.reshape(batch, count, *ones, *own).expand(batch, count, *shape),
+        centre_error=up(times * state.centre_error),
+        error=up(times * state.error),
+    )
 
 
 def _values(module: nn.Module, t: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from fastlip.lipschitz._ball_graph import Balls, TooLargeError, jacobian_norms
+from fastlip.lipschitz._ball_graph import jacobian_norms
+from fastlip.lipschitz._ball_pass import Balls, NotApplicable
 from fastlip.lipschitz._bound import lipschitz_bound
 from fastlip.lipschitz._combinations import Weighted
 from fastlip.lipschitz._domain import domain_of
@@ -196,7 +197,7 @@ def _by_masks(traced: Traced, balls: Balls, options: ResolvedOptions) -> tuple[T
     """Upper bounds from masked layers, [B], and their confidence; inf where masks are not enough."""
     try:
         return masked_products(traced, balls, options)
-    except TooLargeError:
+    except NotApplicable:
         return torch.full_like(balls.radius, torch.inf), 1.0
 
 
@@ -242,7 +243,7 @@ def _by_composition(
 def _some(traced: Traced, balls: Balls) -> Tensor | None:
     try:
         return jacobian_norms(traced, balls, _MOST_ELEMENTS)
-    except TooLargeError:
+    except NotApplicable:
         return None
 
 

@@ -26,6 +26,8 @@ _PATIENCE, _PROGRESS = 6, 0.01
 _SMALL_RAISES, _RAISES = (1e-8, 1e-5), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 #: Largest logarithm of a multiplier, and the largest difference of two.
 _FARTHEST, _SPREAD = 300.0, 40.0
+#: What the error of a column of T may become when it is divided by the root of its unit's multiplier.
+_MAGNIFIED = 1e-6
 #: What a bound is at least.
 _TINIEST = 1e-200
 #: Number of open units up to which units have guesses of their own, in two blocks and in more: with depth one
@@ -136,6 +138,12 @@ class _Problem:
         self.gram = None if self.wide else self.x @ self.x.mT
         self.rows = torch.cat([units.left, units.between[:, first:]], 1)
         self.open = units.delta > 0.0
+        # The least logarithms of multipliers: units that reach no output would best have -inf, by which the errors of
+        # their columns would be divided.
+        error = units.outer_error[:, self.d :]
+        reach_nothing = torch.linalg.vector_norm(self.rows, dim=1) <= 1e3 * error
+        least = torch.where(reach_nothing, 2.0 * (error / _MAGNIFIED).log(), -_FARTHEST)
+        self.least = least.clamp(-_FARTHEST, _FARTHEST)
         self.vector, self.steps = _draw(min(self.size, self.d), x), _RITZ_STEPS
 
     def _scales(self, log: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,8 +210,7 @@ class _Problem:
         guesses = []
         for log in (self._layerwise(), *_guesses(units)):
             log = torch.where(self.open & log.isfinite(), log, -INF)
-            # Units that reach no output would get multipliers by which rounding errors are divided.
-            least = log.amax(1, keepdim=True).clamp(-_FARTHEST, _FARTHEST) - _SPREAD
+            least = torch.maximum(self.least, log.amax(1, keepdim=True).clamp(-_FARTHEST, _FARTHEST) - _SPREAD)
             guesses.append(torch.where(self.open, torch.maximum(log, least), 0.0).clamp_max(_FARTHEST))
         if len(guesses) == 1:
             return guesses[0]
@@ -261,7 +268,7 @@ class _Problem:
             first = _FIRST * first + (1.0 - _FIRST) * slope
             second = _SECOND * second + (1.0 - _SECOND) * slope.square()
             move = first / (1.0 - _FIRST**i) / ((second / (1.0 - _SECOND**i)).sqrt() + 1e-12)
-            log = torch.where(self.open, log - step[:, None] * move, 0.0)
+            log = torch.where(self.open, torch.maximum(log - step[:, None] * move, self.least), 0.0)
             gamma, slope = self.evaluate(log)
             # From where there is no bound, or a much worse one, go back and on with half the step.
             bad = ~(gamma <= 1.2 * best)

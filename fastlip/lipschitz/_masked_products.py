@@ -7,20 +7,14 @@ bounds", NeurIPS 2021). All balls are iterated together: each step applies the l
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fastlip.lipschitz._ball_graph import (
-    Balls,
-    TooLargeError,
-    is_layer,
-    moves_only,
-    on_each,
-    require_samples_alone,
-)
+from fastlip.lipschitz._ball_pass import BallPass, Balls, NotApplicable, is_layer
 from fastlip.lipschitz._combinations import Concatenation, Sum
 from fastlip.lipschitz._domain import stacked
 from fastlip.lipschitz._graph import Traced
@@ -69,82 +63,63 @@ def masked_products(traced: Traced, balls: Balls, options: ResolvedOptions) -> t
         options: how to compute norms.
 
     Raises:
-        TooLargeError: a step's constant depends on more than one mask.
+        NotApplicable: a step's constant depends on more than one mask.
     """
     return _Pass(traced, balls, options).run_balls()
 
 
-class _Pass(fx.Interpreter):
-    """One pass through the graph; the environment holds tensors of the right shapes for nodes that ask for these."""
+class _Pass(BallPass[_State]):
+    """One pass through the graph, with twice as many rows as samples: for the balls and their centres."""
 
     def __init__(self, traced: Traced, balls: Balls, options: ResolvedOptions) -> None:
-        super().__init__(traced.graph_module, garbage_collect_values=False)
-        self.extra_traceback = False
-        if traced.bundles:
-            raise TooLargeError("a step that is a tuple")
-        require_samples_alone(traced)
-        self._traced, self._balls = traced, balls
+        super().__init__(traced, balls, 2 * len(balls.x))
         layers = sum(isinstance(step.factor, Operator) for step in traced.steps.values())
         # Each layer has start vectors of its own, and an equal share of the probability of failure for all samples.
         self._share = (1.0 - options.confidence) / max(layers, 1)
         self._options = replace(options, rtol=max(options.rtol, _RTOL), progress=None)
         self._failure = 0.0
-        self._states: dict[fx.Node, _State] = {}
         self._scaled: set[Step] = set()
 
     def run_balls(self) -> tuple[Tensor, float]:
-        self.run(self._balls.x)
-        node = next(n for n, step in self._traced.steps.items() if step is self._traced.last)
-        return self._states[node].constant, max(0.0, 1.0 - self._failure)
+        last = self.run_to_last()
+        return last.constant, max(0.0, 1.0 - self._failure)
 
-    def run_node(self, n: fx.Node) -> Any:
-        step = self._traced.steps.get(n)
-        if step is None:
-            return super().run_node(n)
-        x = self._balls.x
-        if not step.inputs:
-            value = stacked([self._balls.interval(), Interval(x, x)])
-            self._states[n] = _State(value, torch.ones_like(self._balls.radius))
-        else:
-            args, kwargs = self._arguments(n, lambda state: state.value)
-            known = step.interval(*args, **kwargs) if step.interval is not None else None
-            if known is None or tuple(known.lower.shape) != (2 * len(x), *step.shape):
-                known = Interval.unbounded(step.shape, 2 * len(x), x.device)
-            self._states[n] = self._sharpened(step, self._state(n, step, known))
-        # Twice as many rows as samples: the balls and their centres.
-        return x.new_zeros(()).expand(2 * len(x), *step.shape)
+    def first(self) -> _State:
+        x = self.balls.x
+        return _State(stacked([self.balls.interval(), Interval(x, x)]), torch.ones_like(self.balls.radius))
 
-    def _arguments(self, n: fx.Node, given: Any) -> tuple[Any, Any]:
-        def argument(a: fx.Node) -> Any:
-            return given(self._states[a]) if a in self._states else self.env[a]
-
-        return fx.node.map_arg(n.args, argument), fx.node.map_arg(n.kwargs, argument)
+    def follow(self, n: fx.Node, step: Step, sources: Sequence[fx.Node]) -> _State:
+        args, kwargs = self.arguments(n, lambda state: state.value)
+        known = step.interval(*args, **kwargs) if step.interval is not None else None
+        x = self.balls.x
+        if known is None or tuple(known.lower.shape) != (2 * len(x), *step.shape):
+            known = Interval.unbounded(step.shape, 2 * len(x), x.device)
+        return self._sharpened(step, self._followed(n, step, [self.states[a] for a in sources], known))
 
     def _sharpened(self, step: Step, state: _State) -> _State:
         """No value is further from that at the centre than the constant times the radius."""
         if step in self._scaled:  # its constant contains the factors of the next step
             return state
-        count = len(self._balls.x)
+        count = len(self.balls.x)
         ball, centre = (
             Interval(state.value.lower[rows], state.value.upper[rows], state.value.norm[rows])
             for rows in (slice(count), slice(count, None))
         )
-        moved = up(state.constant * self._balls.l2_radius()).nan_to_num(nan=math.inf)
+        moved = up(state.constant * self.balls.l2_radius()).nan_to_num(nan=math.inf)
         return replace(state, value=stacked([ball.intersection(centre.widened(moved)), centre]))
 
-    def _state(self, n: fx.Node, step: Step, value: Interval) -> _State:
-        sources = [self._states[a] for a in n.all_input_nodes if a in self._states]
+    def _followed(self, n: fx.Node, step: Step, sources: Sequence[_State], value: Interval) -> _State:
         first, factor = sources[0], step.factor
         if isinstance(factor, Sum) and all(source.shape == step.shape for source in step.inputs):
             # An operand may appear twice, as in x + x.
-            terms = [self._states[a].constant for a in n.args if a in self._states]  # type: ignore[index]
+            terms = [self.states[a].constant for a in n.args if a in self.states]  # type: ignore[index]
             return _State(value, up(torch.stack(terms).sum(0) * (1.0 + 1e-14)))
         if isinstance(factor, Concatenation):
-            constants = {self._traced.steps[a]: state.constant for a, state in self._states.items()}
+            constants = {self.traced.steps[a]: state.constant for a, state in self.states.items()}
             several = torch.stack([constants[source] for source in step.inputs])
             return _State(value, up(torch.linalg.vector_norm(several, dim=0) * (1.0 + 1e-14)))
         if len(sources) != 1 or not isinstance(factor, (int, float, NormInterval, Operator, Diagonal)):
-            raise TooLargeError(f"{step.name} depends on more than one mask")
+            raise NotApplicable(f"{step.name} depends on more than one mask")
         if isinstance(factor, Operator):
             return self._through_layer(step, factor, first, value)
         if isinstance(factor, NormInterval):
@@ -156,13 +131,13 @@ class _Pass(fx.Interpreter):
             if not step.exact:
                 return _State(value, up(first.constant * diagonal_norm(factor.scale)))
             return _State(value, first.total, self._masked(step, first, _by_channel(factor, step).abs()))
-        if moves_only(n, step):
+        if step.places is not None:
             if first.mask is None:
                 return _State(value, first.total)
-            moved = on_each(step, first.mask, lambda given: self._arguments(n, lambda state: given))
-            return _State(value, first.total, moved)
+            moved = first.mask.flatten(1)[:, step.places().to(first.mask.device)]
+            return _State(value, first.total, moved.view(-1, *step.shape))
         if step.module is not None:
-            count = len(self._balls.x)
+            count = len(self.balls.x)
             known = Interval(first.value.lower[:count], first.value.upper[:count])
             slopes = slope_bounds(step.module, known)
             if slopes is not None:
@@ -170,7 +145,7 @@ class _Pass(fx.Interpreter):
         return _State(value, up(first.constant * float(factor)))
 
     def _masked(self, step: Step, source: _State, mask: Tensor) -> Tensor:
-        mask = up(mask.expand(len(self._balls.x), *step.shape))
+        mask = up(mask.expand(len(self.balls.x), *step.shape))
         return mask if source.mask is None else up(mask * source.mask)
 
     def _through_layer(self, step: Step, layer: Operator, source: _State, value: Interval) -> _State:

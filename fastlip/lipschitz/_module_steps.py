@@ -14,6 +14,7 @@ from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import Diagonal, Factor, find_rule, missing_rule
 from fastlip.lipschitz._rowwise import by_entries, module_interval_of
 from fastlip.lipschitz._rules.layers import batchnorm, weighted
+from fastlip.lipschitz._rules.moving_modules import describe_linear_module
 from fastlip.lipschitz._steps import Step
 from fastlip.norms import Operator, module_operator
 from fastlip.norms._models.closeness import agree, rounding_of
@@ -48,6 +49,7 @@ def module_step(call: Call) -> Step:
         step.interval = by_entries(call, _batchnorm_interval(module, factor))
         return step
     step.apply = _forward(module)
+    describe_linear_module(step, call)
     if step.interval is None:
         step.interval = module_interval_of(module, call)
     if isinstance(factor, (Operator, Diagonal)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlip.lipschitz._combinations import Combination, Concatenation, Difference, Sum
 from fastlip.lipschitz._multipliers import WORK, Activation, Map, SlopeNetwork, log10_bound, multiplications
@@ -19,15 +19,6 @@ from fastlip.norms._models.layer_output import apply_operator
 from fastlip.norms._solvers.float64_rounding import application_error
 
 _EPS = torch.finfo(torch.float64).eps
-_SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten)
-_AVERAGES = (
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-)
 #: Most elements of a matrix, and of a variable other than a region's input.
 _ENTRIES, _ELEMENTS = 1 << 24, 2048
 
@@ -156,11 +147,7 @@ def _only_moves(step: Step) -> bool:
 
 
 def _is_same(step: Step) -> bool:
-    return (
-        step.folded
-        or (step.same and math.prod(step.shape) == math.prod(step.inputs[0].shape))
-        or type(step.module) in _SAME
-    )
+    return step.folded or (step.same and math.prod(step.shape) == math.prod(step.inputs[0].shape))
 
 
 def _slopes(step: Step) -> tuple[float, float] | None:
@@ -168,8 +155,8 @@ def _slopes(step: Step) -> tuple[float, float] | None:
 
 
 def _is_map(step: Step) -> bool:
-    if type(step.module) in _AVERAGES and isinstance(step.factor, (int, float)):
-        return not step.folded
+    if step.linear:  # a function may take more of its node's arguments
+        return step.module is not None and step.places is None and not _is_same(step)
     if isinstance(step.factor, Diagonal):
         return step.exact
     return is_its_operator(step)

@@ -88,6 +88,7 @@ class FunctionCall:
 Rule = Callable[[Any, tuple[int, ...]], Factor | Ranged]
 
 _RULES: dict[type[nn.Module], Rule] = {}
+_LINEAR: set[Rule] = set()
 _FUNCTION_RULES: dict[Any, Rule] = {}
 
 #: Makes the step of a call, or one for each tensor in the tuple that it returns; None if the call is not of its kind.
@@ -226,6 +227,17 @@ def find_rule(module: nn.Module) -> Rule | None:
     return find_operator(module)
 
 
+def linear(function: Rule) -> Rule:
+    """Register a rule as one of linear maps, which gives the norm with the magnitudes of their coefficients."""
+    _LINEAR.add(function)
+    return function
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module's rule was registered by :func:`linear`."""
+    return find_rule(module) in _LINEAR
+
+
 def find_function_rule(target: Any) -> Rule | None:
     """The rule of a traced function, or of the tensor method that a string names; None without one."""
     return _FUNCTION_RULES.get(getattr(Tensor, target, None) if isinstance(target, str) else target)
@@ -256,9 +268,7 @@ def missing_function_rule(target: Any, name: str) -> MissingRule:
     )
 
 
-def axes_of(value: int | Sequence[int] | None, axes: int, default: int = 1) -> tuple[int, ...]:
+def axes_of(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     """One integer per axis from torch's int-or-tuple arguments."""
-    if value is None:
-        value = default
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * axes if len(values) == 1 else values

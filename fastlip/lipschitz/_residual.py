@@ -22,7 +22,6 @@ from fastlip.norms import Composed, NormInterval, NormOptions, Operator, simplif
 from fastlip.norms._solvers.symbols import takes_symbol
 
 _EPS = torch.finfo(torch.float64).eps
-_KEEP = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _MONOTONE = (nn.CELU, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Softsign)
 # Largest entries between which products of weights fit float32: composed operators are not normalised.
 _ORDINARY = (1e-6, 1e6)
@@ -66,9 +65,14 @@ def find_block(step: Step, origin: Step) -> Block | None:
 
 def _strip(step: Step, origin: Step) -> Step:
     """The first step before ``step``, or itself, that changes its input."""
-    while step is not origin and step.inputs and (step.folded or type(step.module) in _KEEP):
+    while step is not origin and step.inputs and (step.folded or _keeps(step)):
         step = step.inputs[0]
     return step
+
+
+def _keeps(step: Step) -> bool:
+    """Whether all values stay where they are, but for a constant that is added."""
+    return step.same and step.shape == step.inputs[0].shape
 
 
 def _ordinary(weight: Tensor) -> bool:

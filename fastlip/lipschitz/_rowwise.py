@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._calls import Call
 from fastlip.lipschitz._intervals import EPS, TINY, Interval, as_rows, down, up, upper_norm
-from fastlip.lipschitz._steps import Step, in_graph
+from fastlip.lipschitz._steps import Step, first_sample, in_graph
 
 
 def by_ends(
@@ -39,7 +39,7 @@ def by_ends(
             for row in range(rows):
                 named = {key: _tensor(call, call.kwargs.get(key), value, name, row) for key, value in kwargs.items()}
                 positional = (_tensor(call, a, v, name, row) for a, v in zip(call.args, args, strict=True))
-                results.append(_first(call, function(*positional, **named)))
+                results.append(first_sample(function(*positional, **named), call.alone))
             return torch.cat(results)
 
         lower, upper = end("lower"), end("upper")
@@ -69,7 +69,7 @@ def on_samples(
 
     def on(t: Tensor) -> Tensor:
         rows = [function(in_graph(t[i : i + 1], source, batch)) for i in range(len(t))]
-        return torch.cat([row[:1] if alone else row[None] for row in rows])
+        return torch.cat([first_sample(row, alone) for row in rows])
 
     return on
 
@@ -81,16 +81,10 @@ def fixed_values(call: Call, function: Callable[[Tensor], Tensor]) -> Step:
         return function(x)
 
     def interval(x: Tensor, *args: Any, **kwargs: Any) -> Interval:
-        sample = function(x.detach().double())
-        sample = sample[:1] if call.alone else sample[None]
+        sample = first_sample(function(x.detach().double()), call.alone)
         return Interval(sample, sample.expand(_intervals((args, kwargs))[0].batch, *sample.shape[1:]))
 
     return Step(call.where, call.name, call.sources, 0.0, call.shape, apply=apply, interval=interval)
-
-
-def same_norm(*norms: Tensor) -> Tensor:
-    """The norm of what moves or drops values."""
-    return joint_norm(*norms) if len(norms) > 1 else norms[0]
 
 
 def joint_norm(*norms: Tensor) -> Tensor:
@@ -176,8 +170,3 @@ def _tensor(call: Call, argument: Any, value: Any, name: str, row: int) -> Any:
         parts = call.bundles[argument] if isinstance(argument, fx.Node) else argument
         return type(value)(_tensor(call, part, v, name, row) for part, v in zip(parts, value, strict=True))
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _first(call: Call, t: Tensor) -> Tensor:
-    """The first sample of a result, [1, *shape]."""
-    return t[:1] if call.alone else t[None]

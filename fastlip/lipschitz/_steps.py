@@ -35,8 +35,10 @@ class Step:
         ahead: whether the constant up to this step misses the factors of a neighbour, or contains them too early.
         exact: whether a linear ``factor`` is the map itself, and not only a map of at least its norm.
         same: whether the output is the input's values in their order, moved by a constant.
-        places: for what only moves values, where in the input's sample they come from, flat, [elements] int64; None if
-            that is not known.
+        places: for what only moves values, each to one place, where in the input's sample they come from, flat,
+            [elements] int64; None for all else, and where that is not known.
+        linear: whether it is a linear map of its only input, whose ``factor`` is a number that also bounds the norm of
+            the map with the magnitudes of its coefficients.
         selected: for what selects elements, on which elements of the input's tensor in the graph the output depends,
             flat, bool; None if that is not known.
         moved: lower and upper bound on the distance of the outputs of two samples, [2]; None before the replay.
@@ -58,6 +60,7 @@ class Step:
     ahead: bool = False
     exact: bool = True
     same: bool = False
+    linear: bool = False
     places: Callable[[], Tensor] | None = None
     selected: Tensor | None = None
     moved: Tensor | None = None
@@ -90,8 +93,13 @@ def in_graph(
 
 
 def in_sample(t: Tensor, step: Step) -> Tensor:
-    """The first sample in a tensor of the graph, [1, *shape]."""
-    return t[:1] if step.alone else t[None]
+    """The first sample in the tensor of the graph that is a step's output, [1, *shape]."""
+    return first_sample(t, step.alone)
+
+
+def first_sample(t: Tensor, alone: bool) -> Tensor:
+    """The first sample in a tensor of the graph, [1, *shape]; ``alone`` as in :class:`Step`."""
+    return t[:1] if alone else t[None]
 
 
 def topological_order(last: Step) -> list[Step]:

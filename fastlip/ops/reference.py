@@ -108,7 +108,7 @@ def _length(x: Tensor) -> Tensor:
 
 
 def _project_l2(d: Tensor, lower: Tensor, upper: Tensor, eps: Tensor) -> Tensor:
-    """clip(s d, lower, upper) with the largest s in (0, 1] that keeps the norm within eps (METHODS section 6).
+    """clip(s d, lower, upper) with the largest s in (0, 1] that keeps the norm within eps.
 
     The search is for t = s max |d| / eps in units of eps: s itself may be out of float64's range.
     """

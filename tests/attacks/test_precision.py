@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastlip import attacks
-from fastlip.attacks import _precision, _prepare
+from fastlip import _precision, attacks
+from fastlip.attacks import _prepare
 
 LOW = (torch.bfloat16, torch.float16)
 

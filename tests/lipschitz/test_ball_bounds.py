@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastlip import ops
 from fastlip.lipschitz import _ball_graph, lipschitz_bound, local_lipschitz_bounds
 from fastlip.lipschitz._ball_graph import _columns_through, _State
+from fastlip.lipschitz._ball_pass import Balls
 from fastlip.lipschitz._gain import OpenUnits, _Problem, largest_norm
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._slopes import slope_bounds
@@ -192,7 +193,7 @@ def test_a_radius_for_each_sample_and_points_within_it():
         assert torch.allclose(torch.cat(one), bounds.upper, rtol=0.05)
 
 
-def nothing(model: nn.Module, b: _ball_graph.Balls, *_: object) -> tuple[Tensor, float]:
+def nothing(model: nn.Module, b: Balls, *_: object) -> tuple[Tensor, float]:
     """In place of the bound that holds everywhere, of which the least is taken."""
     return torch.full_like(b.radius, torch.inf), 1.0
 

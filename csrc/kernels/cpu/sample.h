@@ -6,7 +6,7 @@
 // block's sums join one in double. So a term meets at most 1 rounding of its own and kRounds + 1 of additions. Terms
 // are not negative, so errors do not exceed 10 * 2^-24 = 6e-7 of a sum, whatever its length and magnitudes. Where
 // squares may leave the range of T, lengths have a unit of their own. Searches end with sums at or below eps (or
-// eps^2), which keeps lengths within the 1e-6 of eps that METHODS section 6 allows.
+// eps^2), which keeps lengths within 1e-6 of eps.
 //
 // Vectors are the compiler's own (vector_size), so the code is one for all instruction sets; the scalar tail runs the
 // same generic body. No standard library header: see scalar.h.
@@ -465,8 +465,8 @@ struct Displacements {
 // out <- x0 + clip(s d) for the largest s that keeps the square of its length within `budget`, given `full`, ||d||^2.
 // The search for s^2 starts at budget / slope.
 // N(s^2) = ||clip(x0 + s d) - x0||^2 is concave and piecewise linear in s^2, its slope the squared norm of the elements
-// still loose, so Newton from either side lands left of the root and then rises to it (METHODS section 6). The pass
-// that writes measures what it writes.
+// still loose, so Newton from either side lands left of the root and then rises to it. The pass that writes
+// measures what it writes.
 template <typename T, typename D>
 void l2_search(T* out, T* d, const T* x0, double budget, const D space, double full, double slope, int64_t n,
                const Ahead<T>* ahead) {

@@ -1,4 +1,4 @@
-"""Rules of activations, and of modules that only move or drop values.
+"""Rules of activations.
 
 Each constant is the largest magnitude of the function's slope, rounded upwards; a test derives them.
 """
@@ -27,22 +27,6 @@ CONSTANTS: dict[type[nn.Module], float] = {
     nn.Softsign: 1.0,
     nn.Tanh: 1.0,
     nn.Tanhshrink: 1.0,
-    # The following move or drop values; dropout does nothing in eval mode.
-    nn.AlphaDropout: 1.0,
-    nn.ChannelShuffle: 1.0,
-    nn.Dropout: 1.0,
-    nn.Dropout1d: 1.0,
-    nn.Dropout2d: 1.0,
-    nn.Dropout3d: 1.0,
-    nn.FeatureAlphaDropout: 1.0,
-    nn.Flatten: 1.0,
-    nn.Identity: 1.0,
-    nn.PixelShuffle: 1.0,
-    nn.PixelUnshuffle: 1.0,
-    nn.Unflatten: 1.0,
-    nn.ZeroPad1d: 1.0,
-    nn.ZeroPad2d: 1.0,
-    nn.ZeroPad3d: 1.0,
 }
 
 

@@ -13,7 +13,8 @@ from fastlip.lipschitz._calls import Call
 from fastlip.lipschitz._combinations import Weighted
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds, missing_rule
-from fastlip.lipschitz._steps import Step, in_graph
+from fastlip.lipschitz._rowwise import on_samples
+from fastlip.lipschitz._steps import Step, first_sample, in_graph
 
 #: Rounding of a few operations on numbers.
 _ROUNDING = 1e-14
@@ -78,12 +79,10 @@ def _with_mean(call: Call) -> tuple[Step, Step] | None:
     def mean(x: Tensor) -> Tensor:
         return x.mean(group.axes, group.keep)
 
-    def on_samples(t: Tensor) -> Tensor:
-        source, batch = call.sources[0], call.values.batch
-        return torch.cat([_sample(mean(in_graph(row[None], source, batch)), alone) for row in t])
+    means = on_samples(mean, call.sources[0], alone, call.values.batch)
 
     def interval(x: Interval, *_: Any, **__: Any) -> Interval:
-        return arithmetic.monotone_linear(on_samples, x, group.n)
+        return arithmetic.monotone_linear(means, x, group.n)
 
     factor = group.n**-0.5 * (1.0 + 1e-15)
     second = Step(
@@ -106,18 +105,13 @@ def _step(call: Call, group: _Group, square: bool, shape: tuple[int, ...], alone
         return group.ends(x, source, batch).upper.max().item()
 
     def interval(x: Interval, *_: Any, **__: Any) -> Interval:
-        upper = torch.cat([_sample(row, alone) for row in group.ends(x, source, batch).upper])
+        upper = torch.cat([first_sample(row, alone) for row in group.ends(x, source, batch).upper])
         if square:
             upper = upper.square() * (1.0 + _ROUNDING) + arithmetic.TINY
         return Interval(torch.zeros_like(upper), upper)
 
     factor = Variance(largest, constant) if square else constant
     return Step(call.where, call.name, call.sources, factor, shape, apply=apply, interval=interval)
-
-
-def _sample(t: Tensor, alone: bool) -> Tensor:
-    """The first sample in a tensor of the graph, [1, *shape]."""
-    return t[:1] if alone else t[None]
 
 
 def _group(call: Call) -> _Group | None:

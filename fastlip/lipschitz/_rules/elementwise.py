@@ -139,7 +139,9 @@ def _constant(call: Call) -> Step | None:
         return None
     factor, interval = _BY_CONSTANT[call.name.removesuffix("_")]
     apply = as_function(call.name.removesuffix("_"))
-    return Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=interval)
+    step = Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=interval)
+    step.linear = interval is _negative
+    return step
 
 
 @builds(*(target for name in _BY_SLOPE for target in _targets(name)))

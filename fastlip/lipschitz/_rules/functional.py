@@ -11,6 +11,7 @@ from fastlip.lipschitz._calls import Call
 from fastlip.lipschitz._factors import module_factor
 from fastlip.lipschitz._registry import missing_rule
 from fastlip.lipschitz._rowwise import module_interval_of
+from fastlip.lipschitz._rules.moving_modules import describe_linear_module
 from fastlip.lipschitz._steps import Step
 
 _BY_NAME: dict[str, Callable[..., nn.Module]] = {
@@ -112,7 +113,7 @@ def step_by_module(call: Call) -> Step | None:
         raise ValueError(f"{call.where}: {error}") from None
     stated = module_factor(module, call.where, call.sources[0].entry_shape, call.shape, call.source_dtype)
     forward = module.forward
-    return Step(
+    step = Step(
         call.where,
         call.name,
         call.sources,
@@ -122,3 +123,5 @@ def step_by_module(call: Call) -> Step | None:
         apply=lambda x, *_, **__: forward(x),
         interval=stated.interval or module_interval_of(module, call),
     )
+    describe_linear_module(step, call)
+    return step

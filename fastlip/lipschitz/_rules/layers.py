@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlip.lipschitz._registry import Diagonal, axes_of, rule
+from fastlip.lipschitz._registry import Diagonal, axes_of, linear, rule
 from fastlip.norms import Operator, batchnorm_scale, module_operator
 
 
@@ -33,6 +33,7 @@ def batchnorm(module: nn.Module, input_shape: tuple[int, ...]) -> Diagonal:
     return Diagonal(batchnorm_scale(module))
 
 
+@linear
 @rule(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 def _average_pool(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     """A product over the axes, because the average over a window is separable, including borders and divisors."""
@@ -57,6 +58,7 @@ def _average_pool(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     return factor
 
 
+@linear
 @rule(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 def _adaptive_average_pool(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     factor = 1.0

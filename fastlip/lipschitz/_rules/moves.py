@@ -1,6 +1,5 @@
 """Functions that only move values, each to one place, or change the dtype in which they are stored."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,8 @@ from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds, missing_rule
 from fastlip.lipschitz._rowwise import by_ends, fixed_values
-from fastlip.lipschitz._steps import Step, in_graph, in_sample
+from fastlip.lipschitz._rules.moving_modules import places_of
+from fastlip.lipschitz._steps import Step
 
 
 def _named(*names: str) -> list[Any]:
@@ -60,14 +60,9 @@ def _moved(call: Call, function: Callable[[Tensor], Tensor], *, in_order: bool) 
     def apply(x: Tensor, *_: Any, **__: Any) -> Tensor:
         return function(x)
 
-    def places() -> Tensor:
-        numbers = torch.arange(math.prod(source.shape), dtype=torch.float64).view(1, *source.shape)
-        return in_sample(function(in_graph(numbers, source, 1)), step).flatten().long()
-
     interval = by_ends(call, apply, norm=lambda *norms: norms[0])
-    step = Step(call.where, call.name, [source], 1.0, call.shape, module, apply, interval, same=in_order)
-    if call.values.batch == 1:  # among several samples, values may move from one to another
-        step.places = places
+    step = Step(call.where, call.name, [source], 1.0, call.shape, module, apply, interval, same=in_order, linear=True)
+    step.places = places_of(step, call)
     return step
 
 
@@ -87,4 +82,6 @@ def _converted(call: Call) -> Step:
     if not isinstance(call.args[0], fx.Node):
         return fixed_values(call, apply)
     sources, same = call.sources[:1], nn.Identity()
-    return Step(call.where, call.name, sources, 1.0, call.shape, same, apply, interval, same=True)
+    step = Step(call.where, call.name, sources, 1.0, call.shape, same, apply, interval, same=True, linear=True)
+    step.places = places_of(step, call)
+    return step

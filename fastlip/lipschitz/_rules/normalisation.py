@@ -118,7 +118,6 @@ def _normalised(
     *,
     centred: bool = True,
     split: Callable[[Tensor], Tensor] | None = None,
-    module: nn.Module | None = None,
 ) -> Step:
     """The step of a normalisation.
 
@@ -131,7 +130,6 @@ def _normalised(
         bias: the offsets, likewise.
         centred: whether the mean is taken off.
         split: brings [B, *shape] to a shape in which the groups are whole axes.
-        module: the module, for the step.
     """
     if not eps > 0.0:
         raise ValueError(f"{call.where}: {call.name} with eps {eps} has no Lipschitz constant")
@@ -151,8 +149,7 @@ def _normalised(
     def apply(x: Tensor, *_: Any, **__: Any) -> Tensor:
         return function(x)
 
-    sources = call.sources
-    return Step(call.where, call.name, sources, factor, call.shape, module, apply=apply, interval=interval)
+    return Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=interval)
 
 
 def _arguments(call: Call, names: Sequence[str], **defaults: Any) -> dict[str, Any]:

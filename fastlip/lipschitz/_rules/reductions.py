@@ -29,7 +29,9 @@ def _sum(call: Call) -> Step | None:
         y = means(*args, **kwargs)
         return y if call.name == "mean" else arithmetic.scale(y, float(count))
 
-    return Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=interval)
+    step = Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=interval)
+    step.linear = True
+    return step
 
 
 @builds(torch.amax, torch.amin, "amax", "amin")

@@ -47,7 +47,9 @@ def _scaled(call: Call, constant: Any, power: int) -> Step:
 
     apply = with_constants(operator.mul if power == 1 else operator.truediv, call.args)
     factor = _factor(value, call)
-    return Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=aligned(call, interval))
+    step = Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=aligned(call, interval))
+    step.linear = not isinstance(factor, Diagonal)
+    return step
 
 
 def _factor(value: Tensor, call: Call) -> Factor:

@@ -20,6 +20,7 @@ from fastlip.lipschitz._calls import Call, as_function
 from fastlip.lipschitz._intervals import EPS, Interval
 from fastlip.lipschitz._registry import axes_of, builds, missing_rule
 from fastlip.lipschitz._rowwise import fixed_values, on_samples
+from fastlip.lipschitz._rules.moving_modules import places_of
 from fastlip.lipschitz._steps import Step, in_graph, in_sample
 
 #: Added to each index, so that no constant that a function fills in passes for one.
@@ -159,7 +160,10 @@ def _step(call: Call, function: Callable[..., Tensor], shape: tuple[int, ...]) -
         apply=function,
         interval=interval,
         selected=(uses > 0).cpu(),
+        linear=not filled or not function(torch.zeros_like(indices), *call.args[1:], **call.kwargs).any(),
     )
+    if times <= 1 and not filled and seen.numel() == indices.numel():
+        step.places = places_of(step, call)
     return step
 
 

@@ -12,7 +12,7 @@ Step = Callable[[], None]
 Runner = Callable[[Step], None]
 
 #: Elements of all vectors of a half step above which launches hide behind the kernels: there a graph saves nothing, and
-#: copying the vectors out of its fixed memory would cost more. Computed from METHODS section 7, not measured.
+#: copying the vectors out of its fixed memory would cost more. Estimated, not measured.
 _HIDDEN = 1 << 24
 
 

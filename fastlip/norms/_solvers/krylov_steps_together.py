@@ -45,7 +45,7 @@ def krylov_steps_together(ops: Sequence[Operator], vectors: Sequence[Tensor], st
             basis[:2] = torch.stack([domain.combine(kept[:, row], basis) for row in range(2)])
             images[:2] = torch.stack([target.combine(kept[:, row], images) for row in range(2)])
             gram, size = kept @ gram @ kept.mT, 2
-        residuals, lengths = [], []
+        residuals, remaining = list[Tensor](), list[Tensor]()
         least = torch.full_like(square, torch.finfo(dtype).tiny ** 0.5)
         for ritz in eigenvectors_by_squaring(gram, 2).unbind(1):
             back, back_square = operators.adjoint(target.combine(ritz, images[:size]), x_square=square)
@@ -53,10 +53,10 @@ def krylov_steps_together(ops: Sequence[Operator], vectors: Sequence[Tensor], st
             value = torch.einsum("li,lij,lj->l", ritz, gram, ritz)
             residual = back - domain.combine(value[:, None] * ritz, basis[:size])
             residuals.append(residual - domain.combine(domain.dots(basis[:size], residual), basis[:size]))
-            lengths.append(domain.dots(residuals[-1][None], residuals[-1])[:, 0].sqrt())
-        first, second = (length > least for length in lengths)
-        settled = ~(first | second)
-        residual = torch.where(domain.spread(first.double()) > 0.0, *residuals)
+            remaining.append(domain.dots(residuals[-1][None], residuals[-1])[:, 0].sqrt())
+        settled = (remaining[0] <= least) & (remaining[1] <= least)
+        of_first = domain.spread((remaining[0] > least).double()) > 0.0
+        residual = torch.where(of_first, residuals[0], residuals[1])
         residual = domain.unit(residual * domain.spread((~settled).double()))
         # Where little was left, much of it was rounding errors.
         residual = domain.unit(residual - domain.combine(domain.dots(basis[:size], residual), basis[:size]))

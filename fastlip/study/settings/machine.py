@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from fastlip.attacks._precision import is_fast
+from fastlip._precision import is_fast
 from fastlip.study.errors import StudyError
 from fastlip.study.settings.settings import Settings
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fastlip.attacks._precision import least_seconds
+from fastlip._precision import least_seconds
 from fastlip.study.settings.machine import Machine
 from fastlip.study.settings.settings import Settings
 from fastlip.study.training import architectures
