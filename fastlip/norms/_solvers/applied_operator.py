@@ -16,22 +16,22 @@ _CHANNELS = 32
 
 
 class AppliedOperator(Protocol):
-    """An operator for flat vectors, whose order of elements is its own."""
+    """An operator for vectors by groups, [groups, n], whose order of elements within a group is its own."""
 
     def row(self, vector: Tensor) -> Tensor:
-        """A vector of the domain, [Cin, *input_size], as a flat one."""
+        """A vector of the domain, [Cin, *input_size], by groups."""
         ...
 
     def vectors(self, rows: Tensor) -> Tensor:
-        """Flat vectors of the domain, [b, n], as [b, Cin, *input_size], contiguous."""
+        """Vectors of the domain, [b, groups, n], as [b, Cin, *input_size], contiguous."""
         ...
 
     def image(self, row: Tensor) -> Tensor:
-        """A flat vector of the range, [m], as [1, Cout, *output_size], contiguous."""
+        """A vector of the range as [1, Cout, *output_size], contiguous."""
         ...
 
     def forward(self, x: Tensor, out: Tensor, scale: float) -> None:
-        """Put scale A x into ``out``."""
+        """Put scale A x into ``out``; both are contiguous."""
         ...
 
     def adjoint(self, y: Tensor, scale: float) -> Tensor:
@@ -75,17 +75,17 @@ def _pads(op: Operator) -> tuple[int, ...]:
 
 
 class _UnfoldedOperator:
-    """By matrix products with the weight as it is. Flat vectors are [C, pixels]."""
+    """By matrix products with the weight as it is. Vectors are [1, C * pixels]."""
 
     def __init__(self, op: Operator) -> None:
         self._op = op
         self._weight = op.weight.flatten(1)
 
     def row(self, vector: Tensor) -> Tensor:
-        return vector.reshape(-1)
+        return vector.reshape(1, -1)
 
     def vectors(self, rows: Tensor) -> Tensor:
-        return rows.view(-1, *self._op.input_shape)
+        return rows.reshape(-1, *self._op.input_shape)
 
     def image(self, row: Tensor) -> Tensor:
         return row.view(1, *self._op.output_shape)
@@ -100,28 +100,45 @@ class _UnfoldedOperator:
         columns = torch.mm(y.view(len(self._weight), -1).mT, self._weight).mT
         if not _is_pointwise(op):
             columns = F.fold(columns[None], op.input_size, op.kernel, op.dilation, _pads(op), op.stride)
-        return columns.reshape(-1).mul_(scale)
+        return columns.reshape(1, -1).mul_(scale)
 
 
 class _PackedOperator:
-    """By ``operator_step_``. Flat vectors are [pixels, C]."""
+    """By ``operator_step_``. Vectors are [groups, pixels * C / groups]."""
 
     def __init__(self, op: Operator) -> None:
         self._op = op
         self._packed = BatchedConvolutions([op], 1, op.weight.dtype)
 
     def row(self, vector: Tensor) -> Tensor:
-        return vector.flatten(1).mT.reshape(-1) if vector.dim() > 1 else vector
+        rows = vector.flatten(1).mT.reshape(-1) if vector.dim() > 1 else vector
+        return self._by_groups(rows, len(vector))
 
     def vectors(self, rows: Tensor) -> Tensor:
-        return from_rows(rows, self._op.input_shape).contiguous()
+        flat = torch.stack([self._flat(row, self._op.input_shape[0]) for row in rows])
+        return from_rows(flat, self._op.input_shape).contiguous()
 
     def image(self, row: Tensor) -> Tensor:
-        return from_rows(row[None], self._op.output_shape).contiguous()
+        return from_rows(self._flat(row, self._op.output_shape[0])[None], self._op.output_shape).contiguous()
 
     def forward(self, x: Tensor, out: Tensor, scale: float) -> None:
-        self._packed.forward(x, out)
-        out.mul_(scale)
+        if self._op.groups == 1:
+            self._packed.forward(x[0], out[0])
+            out.mul_(scale)
+        else:
+            y, _ = self._packed.forward(self._flat(x, self._op.input_shape[0]))
+            torch.mul(self._by_groups(y, self._op.output_shape[0]), scale, out=out)
 
     def adjoint(self, y: Tensor, scale: float) -> Tensor:
-        return self._packed.adjoint(y)[0].mul_(scale)
+        x, _ = self._packed.adjoint(self._flat(y, self._op.output_shape[0]))
+        return self._by_groups(x, self._op.input_shape[0]).mul_(scale)
+
+    def _by_groups(self, flat: Tensor, channels: int) -> Tensor:
+        """A flat vector [pixels * C] by groups."""
+        groups = self._op.groups
+        return flat.view(-1, groups, channels // groups).transpose(0, 1).reshape(groups, -1)
+
+    def _flat(self, x: Tensor, channels: int) -> Tensor:
+        """A vector by groups as a flat one, [pixels * C]."""
+        groups = self._op.groups
+        return x.reshape(groups, -1, channels // groups).transpose(0, 1).reshape(-1)

@@ -11,8 +11,12 @@ as a singular vector, perhaps not the first one, and its residual as rounding. T
 is rounding as well, the second vector starts again from a fixed direction, so that what is orthogonal to the first is
 searched over and over for a larger singular value.
 
+The groups of a grouped convolution share nothing, so that what follows one of them would never meet another's. Each is
+followed by two vectors of its own, and the largest norm is the operator's.
+
 On a CPU one operator comes after the other, whose weight then stays in the cache, and all that is small is computed by
-NumPy, whose calls cost less than torch's. For a GPU see :mod:`fastlip.norms._solvers.krylov_steps_together`.
+NumPy, whose calls cost less than torch's. For a GPU, and for grouped convolutions, see
+:mod:`fastlip.norms._solvers.krylov_steps_together`.
 """
 
 import math
@@ -25,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastlip.norms._operators.operator import Operator
-from fastlip.norms._solvers.applied_operator import applied_operator
+from fastlip.norms._solvers.applied_operator import AppliedOperator, applied_operator
 
 #: A residual is rounding if it is shorter than this share of A^T A x, for the leading Ritz vector x.
 SETTLED = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -41,12 +45,14 @@ class LeadingVectors(NamedTuple):
     """What the steps find.
 
     Attributes:
-        vectors: the two leading right singular vectors, [2, Cin, *input_size], orthonormal; where there is no second
-            singular value, the second one may be shorter. A fixed direction in place of the second one where both were
-            singular vectors already. As they were given where the weight is 0 or not finite.
-        image: the unit vector along the first one's image, [1, Cout, *output_size], or 0.
-        norms: the lengths of the images of the first vector that was given and of the one that was found, [2]. The
-            second is the operator's norm, approached from below.
+        vectors: for each group the two leading right singular vectors, together [2, Cin, *input_size]. They are
+            orthonormal; where there is no second singular value, the second one may be shorter, and where both were
+            singular vectors already, a fixed direction is in its place. As they were given where the weight is 0 or not
+            finite.
+        image: the unit vector along the image of the first one of the group whose norm is the largest, and 0 in others,
+            [1, Cout, *output_size]; or 0.
+        norms: the largest length of an image of the first vectors that were given, and of those that were found, [2].
+            The second is the operator's norm, approached from below.
     """
 
     vectors: Tensor
@@ -64,103 +70,149 @@ def krylov_steps(
     Args:
         op: operator with a weight in float32 or float64.
         vectors: the two vectors, in that dtype.
-        steps: how many to take, each one application of A and one of A^T.
+        steps: how many to take, each one application of A and one or two of A^T.
     """
     dtype = op.weight.dtype
     operator = applied_operator(op)
     rows = 2 + min(steps, MOST_STEPS)
-    basis = torch.empty(rows, math.prod(op.input_shape), dtype=dtype)
-    images = torch.empty(rows, math.prod(op.output_shape), dtype=dtype)
+    basis = torch.empty(rows, op.groups, math.prod(op.input_shape) // op.groups, dtype=dtype)
+    images = torch.empty(rows, op.groups, math.prod(op.output_shape) // op.groups, dtype=dtype)
     basis[0] = _unit(operator.row(vectors[0]))
     basis[1] = _second(basis[0], operator.row(vectors[1]))
     for row in range(2):
         operator.forward(basis[row], images[row], 1.0)
     # Products of images are of the scaled operator, since their squares would leave the range of their dtype.
-    before, other = (torch.linalg.vector_norm(row, dtype=torch.float64).item() for row in images[:2])
+    before, other = torch.linalg.vector_norm(images[:2], dim=2, dtype=torch.float64).amax(1).tolist()
     size = max(before, other, torch.finfo(dtype).tiny)
     images[:2] *= 1.0 / size
-    gram = np.stack([_products(images[:2], images[row]) for row in range(2)])
-    count, settled = 2, False
+    gram = np.stack([_products(images[:2], images[row]) for row in range(2)], 1)
+    if not gram.any():
+        return _nothing_found(op, vectors, before, 0.0 if math.isfinite(size) else math.nan)
+    if op.groups > 1:  # groups of zeros keep what they were given
+        gram[~gram.any((1, 2))] = np.diag([2e-300, 1e-300])
+    count, settled = 2, np.zeros(op.groups, bool)
     for _ in range(steps):
         if not np.isfinite(gram).all():
             break
         if count == rows:
             kept = _leading_eigenvectors(gram, 2)
             basis[:2], images[:2] = _combined(kept, basis), _combined(kept, images)
-            gram, count = kept @ gram @ kept.T, 2
-        least = math.sqrt(torch.finfo(dtype).tiny)
-        for ritz in _leading_eigenvectors(gram, 2):
-            back = operator.adjoint(_combined(ritz, images[:count]), 1.0 / size)
-            least = max(least, SETTLED[dtype] * _length(back))
-            residual = back.sub_(_combined(ritz @ gram @ ritz * ritz, basis[:count]))
-            residual -= torch.mv(basis[:count].mT, torch.mv(basis[:count], residual))
-            settled = _length(residual) <= least
-            if not settled:
-                break
-        if settled:
+            gram, count = kept @ gram @ kept.swapaxes(1, 2), 2
+        basis[count], settled = _expansion(operator, gram, basis[:count], images[:count], 1.0 / size)
+        if settled.all():
             break
-        residual = _unit(residual)
-        # Where little was left, much of it was rounding errors.
-        basis[count] = _unit(residual - torch.mv(basis[:count].mT, torch.mv(basis[:count], residual)))
         operator.forward(basis[count], images[count], 1.0 / size)
         products = _products(images[: count + 1], images[count])
-        gram = np.block([[gram, products[:-1, None]], [products]])
+        gram = np.concatenate([np.concatenate([gram, products[:, :-1, None]], 2), products[:, None]], 1)
         count += 1
-    finite = math.isfinite(size) and bool(np.isfinite(gram).all())
-    if not (finite and gram.any()):
-        norms = op.weight.new_tensor([before, 0.0 if finite else math.nan])
-        return LeadingVectors(vectors.clone(), torch.zeros(1, *op.output_shape, dtype=dtype), norms)
+    if not (math.isfinite(size) and np.isfinite(gram).all()):
+        return _nothing_found(op, vectors, before, math.nan)
     kept = _leading_eigenvectors(gram, 2)
-    image = _combined(kept[0], images[:count])
-    length = _length(image)
-    found = _combined(kept, basis[:count])
-    if settled:
-        found[1] = _second(found[0], torch.zeros_like(found[0]))
-    return LeadingVectors(
-        operator.vectors(found),
-        operator.image(image.mul_(1.0 / length)),
-        op.weight.new_tensor([before, length * size]),
-    )
+    found, image = _combined(kept, basis[:count]), _combined(kept[:, :1], images[:count])[0]
+    if settled.any():
+        anew = _second(found[0], torch.zeros_like(found[0]))
+        found[1] = torch.where(torch.from_numpy(settled)[:, None], anew, found[1])
+    lengths = _lengths(image)
+    largest = int(lengths.argmax())
+    shown = torch.zeros_like(image)
+    torch.mul(image[largest], 1.0 / lengths[largest], out=shown[largest])
+    norms = op.weight.new_tensor([before, lengths[largest] * size])
+    return LeadingVectors(operator.vectors(found), operator.image(shown), norms)
+
+
+def _nothing_found(op: Operator, vectors: Tensor, before: float, norm: float) -> LeadingVectors:
+    """Where the weight is 0 or not finite."""
+    image = torch.zeros(1, *op.output_shape, dtype=op.weight.dtype)
+    return LeadingVectors(vectors.clone(), image, op.weight.new_tensor([before, norm]))
+
+
+def _expansion(
+    operator: AppliedOperator, gram: _Array, basis: Tensor, images: Tensor, scale: float
+) -> tuple[Tensor, npt.NDArray[np.bool_]]:
+    """The vector to add to a basis [m, groups, n] with images under scale times the operator, and ``gram`` of these.
+
+    Returns:
+        In each group the unit vector along the residual of the leading Ritz vector, or of the second one where that is
+        rounding; and whether both are, [groups], so that the vector is 0.
+    """
+    limits = torch.finfo(basis.dtype)
+
+    def residual(ritz: _Array) -> tuple[Tensor, _Array]:
+        """It, and the length below which it is rounding."""
+        back = operator.adjoint(_combined(ritz[:, None], images)[0], scale)
+        return _orthogonal(back, basis), np.maximum(SETTLED[basis.dtype] * _lengths(back), math.sqrt(limits.tiny))
+
+    leading, second = _leading_eigenvectors(gram, 2).swapaxes(0, 1)
+    found, least = residual(leading)
+    settled = _lengths(found) <= least
+    if settled.any():
+        other, of_other = residual(second)
+        found = torch.where(torch.from_numpy(settled)[:, None], other, found)
+        settled &= _lengths(other) <= np.maximum(least, of_other)
+        found *= torch.from_numpy(~settled)[:, None]
+    # Where little was left, much of it was rounding errors.
+    return _unit(_orthogonal(_unit(found), basis)), settled
 
 
 def _second(first: Tensor, second: Tensor) -> Tensor:
-    """The unit vector along the part of the second one that is orthogonal to the first.
+    """The unit vectors along the part of the second ones that is orthogonal to the first, [groups, n].
 
     Where nothing is left it is that of a fixed direction; for a single element, which has no other beside it, it is 0.
     """
-    found = second - torch.dot(first, second) * first
-    if not _length(found) > LOST:
-        found = fixed_direction(len(first), first.dtype, first.device)
+    found = _orthogonal(second, first[None])
+    lost = ~(_lengths(found) > LOST)
+    if not lost.any():
+        return _unit(_orthogonal(found, first[None]))
+    direction = fixed_direction(first.shape[1], first.dtype, first.device)
+    found = torch.where(torch.from_numpy(lost)[:, None], direction, found)
     for _ in range(2):
-        found = found - torch.dot(first, found) * first
-    return _unit(found) if _length(found) > LOST else torch.zeros_like(found)
+        found = _orthogonal(found, first[None])
+    return torch.where(torch.from_numpy(_lengths(found) > LOST)[:, None], _unit(found), 0.0)
 
 
-def _leading_eigenvectors(matrix: _Array, count: int) -> _Array:
-    """The first unit eigenvectors of a symmetric matrix, [count, n]."""
-    found: _Array = np.linalg.eigh(matrix)[1][:, : -1 - count : -1].T
+def _leading_eigenvectors(matrices: _Array, count: int) -> _Array:
+    """The first unit eigenvectors of symmetric matrices [groups, n, n], [groups, count, n]."""
+    found: _Array = np.linalg.eigh(matrices)[1][:, :, : -1 - count : -1].swapaxes(1, 2)
     return found
 
 
 def _products(rows: Tensor, vector: Tensor) -> _Array:
-    """Products of rows [m, total] with a vector [total], [m]."""
-    found: _Array = torch.mv(rows, vector).double().numpy()
+    """Products of rows [m, groups, n] with a vector [groups, n], [groups, m]."""
+    if vector.size(0) == 1:  # in less time
+        found: _Array = torch.mv(rows[:, 0], vector[0])[None].double().numpy()
+    else:
+        found = torch.bmm(rows.transpose(0, 1), vector[:, :, None])[:, :, 0].double().numpy()
     return found
 
 
 def _combined(coefficients: _Array, rows: Tensor) -> Tensor:
-    """Sums of rows [m, total] with coefficients [m] or [k, m]."""
+    """Sums of rows [m, groups, n] with coefficients [groups, k, m], [k, groups, n]."""
     factors = torch.from_numpy(np.ascontiguousarray(coefficients)).to(rows.dtype)
-    return torch.mv(rows.mT, factors) if factors.dim() == 1 else torch.mm(factors, rows)
+    if factors.size(0) == 1:
+        return torch.mm(factors[0], rows[:, 0])[:, None]
+    return torch.bmm(factors, rows.transpose(0, 1)).transpose(0, 1)
+
+
+def _orthogonal(vector: Tensor, rows: Tensor) -> Tensor:
+    """The part of a vector [groups, n] that is orthogonal to orthonormal rows [m, groups, n]."""
+    if vector.size(0) == 1:
+        return torch.addmv(vector[0], rows[:, 0].mT, torch.mv(rows[:, 0], vector[0]), alpha=-1.0)[None]
+    by_group = rows.transpose(0, 1)
+    return torch.baddbmm(vector[:, :, None], by_group.mT, torch.bmm(by_group, vector[:, :, None]), alpha=-1.0)[:, :, 0]
 
 
 def _unit(vector: Tensor) -> Tensor:
-    length = _length(vector)
-    return vector * (1.0 / length if length > 0.0 else 0.0)
+    if vector.size(0) == 1:
+        length = torch.linalg.vector_norm(vector).item()
+        return vector * (1.0 / length if length > 0.0 else 0.0)
+    lengths = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
+    return vector * torch.where(lengths > 0.0, 1.0 / lengths, 0.0)
 
 
-def _length(vector: Tensor) -> float:
-    return torch.linalg.vector_norm(vector).item()
+def _lengths(vector: Tensor) -> _Array:
+    """Lengths of the rows of a vector [groups, n], [groups]."""
+    found: _Array = torch.linalg.vector_norm(vector, dim=1).double().numpy()
+    return found
 
 
 @lru_cache(maxsize=64)

@@ -16,11 +16,13 @@ def assert_is(op: Operator, way: type) -> None:
     pair = torch.randn(2, *op.input_shape, dtype=torch.float64)
     rows = torch.stack([applied.row(x) for x in pair.to(op.weight.dtype)])
     assert torch.equal(applied.vectors(rows), pair.to(op.weight.dtype))
+    by_group = pair.to(op.weight.dtype).reshape(2, op.groups, -1)
+    torch.testing.assert_close(rows.sum(2), by_group.sum(2))  # in an order of its own
     tolerance = {"rtol": 1e-4, "atol": 1e-4 * op.weight.abs().max().item()}
     if op.weight.dtype == torch.float64:
         tolerance = {key: value * 1e-8 for key, value in tolerance.items()}
     for x, row in zip(pair, rows, strict=True):
-        out = torch.full((math.prod(op.output_shape),), math.nan, dtype=op.weight.dtype)
+        out = torch.full((op.groups, math.prod(op.output_shape) // op.groups), math.nan, dtype=op.weight.dtype)
         applied.forward(row, out, 0.5)
         image = wanted.forward(x.to(op.weight.dtype)[None].double())
         torch.testing.assert_close(applied.image(out).double(), 0.5 * image, **tolerance)

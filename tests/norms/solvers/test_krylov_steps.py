@@ -50,16 +50,46 @@ def test_norms_and_vectors_of_random_operators(seed: int, dtype: torch.dtype, wa
     assert norm == pytest.approx(truth[0].item(), rel=3e-3)
     if not truth[0] > 0.0:
         return
-    pair, image = found.vectors.flatten(1).double(), found.image.double()
-    products = pair @ pair.mT
-    assert products[0, 0].item() == pytest.approx(1.0, abs=accuracy)
-    assert products[0, 1].item() == pytest.approx(0.0, abs=accuracy)
-    if truth[1:2].sum() > 1e-3 * truth[0] and truth[0] > 1e-30:
-        assert products[1, 1].item() == pytest.approx(1.0, abs=accuracy)
-    # What is called the norm is the length of the vector's image, and so never above the norm itself.
-    applied = TorchOperator(op, op.weight.double()).forward(found.vectors[:1].double())
-    assert applied.norm().item() == pytest.approx(norm, rel=accuracy)
-    torch.testing.assert_close(image, applied / applied.norm(), rtol=0, atol=accuracy)
+    # Each group has vectors of its own.
+    pair = found.vectors.reshape(2, op.groups, -1).double()
+    products = torch.einsum("igk,jgk->gij", pair, pair)
+    torch.testing.assert_close(products[:, 0, 0], torch.ones(op.groups).double(), rtol=0, atol=accuracy)
+    torch.testing.assert_close(products[:, 0, 1], torch.zeros(op.groups).double(), rtol=0, atol=accuracy)
+    if op.groups == 1 and truth[1:2].sum() > 1e-3 * truth[0] and truth[0] > 1e-30:
+        assert products[0, 1, 1].item() == pytest.approx(1.0, abs=accuracy)
+    # What is called the norm is the length of a vector's image, and so never above the norm itself.
+    applied = TorchOperator(op, op.weight.double()).forward(found.vectors[:1].double()).reshape(op.groups, -1)
+    lengths = applied.norm(dim=1)
+    assert lengths.max().item() == pytest.approx(norm, rel=accuracy)
+    image = found.image.reshape(op.groups, -1).double()
+    (largest,) = image.any(1).nonzero()[:, 0].tolist()
+    assert lengths[largest].item() == pytest.approx(norm, rel=accuracy)
+    torch.testing.assert_close(image[largest], applied[largest] / lengths[largest], rtol=0, atol=accuracy)
+
+
+@WAYS
+@pytest.mark.parametrize("shape", [(6, 1, 3, 3), (6, 2, 3, 3), (12, 4, 1, 1)])
+def test_every_group_is_followed_though_all_weights_move(shape: tuple[int, ...], way: Way) -> None:
+    """A vector in one group says nothing of another, which may grow beyond it at any time."""
+    groups = 6 if shape[1] < 4 else 3
+    weight, pair = torch.randn(shape), torch.zeros(2, groups * shape[1], 4, 4)
+    pair[:, : shape[1]] = torch.randn(2, shape[1], 4, 4)  # nothing of the other groups
+    for taken in range(40):
+        weight += 0.02 * torch.randn(shape)
+        weight[-shape[0] // groups :] *= 1.05
+        op = conv_operator(weight.clone(), 4, padding=shape[2] // 2, groups=groups)
+        found = way(op, pair, 1)
+        pair, truth = found.vectors, singular_values(op)[0].item()
+        assert found.norms[1].item() <= truth * (1 + 1e-5)
+        assert found.norms[1].item() > 0.95 * truth or taken < 10
+
+
+@WAYS
+def test_equal_groups_have_one_gradient(way: Way) -> None:
+    op = conv_operator(torch.randn(1, 1, 3, 3).repeat(4, 1, 1, 1), 4, padding=1, groups=4)
+    found = way(op, torch.randn(2, 1, 4, 4).repeat(1, 4, 1, 1), 8)
+    assert found.image.norm().item() == pytest.approx(1.0, abs=1e-5)
+    assert found.image[0].flatten(1).any(1).sum() == 1
 
 
 @WAYS
@@ -121,9 +151,9 @@ def test_operators_together_are_each_by_itself() -> None:
     together = krylov_steps_together(ops, vectors, 11)
     for place, (op, pair, found) in enumerate(zip(ops, vectors, together, strict=True)):
         for way in (krylov_steps, alone_of_many):
-            alone = way(op, pair, 11)
-            torch.testing.assert_close(found.norms, alone.norms, rtol=1e-5, atol=0)
-            assert (found.image * alone.image).sum().abs() == pytest.approx(0.0 if place == 3 else 1.0, abs=1e-3)
+            own = way(op, pair, 11)
+            torch.testing.assert_close(found.norms, own.norms, rtol=1e-5, atol=0)
+            assert (found.image * own.image).sum().abs() == pytest.approx(0.0 if place == 3 else 1.0, abs=1e-3)
     assert torch.equal(together[3].vectors, vectors[3])
     assert not together[3].norms.any()
 
@@ -167,8 +197,8 @@ def test_the_second_vector_takes_over_where_its_singular_value_becomes_the_large
         pair = found.vectors
         assert found.norms[1].item() == pytest.approx(torch.linalg.matrix_norm(weight, 2).item(), rel=1e-4)
     # Without it the step starts from a vector that has almost nothing of the new one.
-    alone = torch.stack([v[0], F.normalize(v[5] + 1e-6 * v[1], dim=0)])
-    assert way(Operator(u * values @ v), alone, 1).norms[1] < 1.1
+    without = torch.stack([v[0], F.normalize(v[5] + 1e-6 * v[1], dim=0)])
+    assert way(Operator(u * values @ v), without, 1).norms[1] < 1.1
 
 
 @WAYS
