@@ -20,7 +20,7 @@ from train_cnn import BATCH, augmented, small_cnn
 from fastlip import layer_norms
 from fastlip.data import cifar10
 from fastlip.norms import constrain_norms, operator_norms
-from fastlip.norms._constrain_norms import constrained_layers
+from fastlip.norms._constrain.whole_model import constrained_layers
 
 SHAPE = (3, 32, 32)
 

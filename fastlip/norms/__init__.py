@@ -13,8 +13,9 @@
 import warnings
 from typing import Any
 
-from fastlip.norms._constrain_norm import constrain_norm
-from fastlip.norms._constrain_norms import constrain_norms, unconstrain
+from fastlip.norms._constrain.one_layer import constrain_norm
+from fastlip.norms._constrain.penalty import SpectralPenalty, spectral_penalty
+from fastlip.norms._constrain.whole_model import constrain_norms, unconstrain
 from fastlip.norms._conv_norm import conv_norm
 from fastlip.norms._interval import NormInterval
 from fastlip.norms._layer_norms import layer_norms
@@ -29,7 +30,6 @@ from fastlip.norms._operators.trim import simplify, trim
 from fastlip.norms._options import NormOptions, memory_for
 from fastlip.norms._report.report import NormReport
 from fastlip.norms._spectral_norm_value import spectral_norm_value
-from fastlip.norms._spectral_penalty import SpectralPenalty, spectral_penalty
 
 __all__ = [
     "Composed",

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlip.norms import constrain_norms
-from fastlip.norms._constrain_norms import constrained_layers
+from fastlip.norms._constrain.whole_model import constrained_layers
 
 
 def train(rank: int, world: int, folder: str) -> None:

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations
 
 import fastlip
 from fastlip.norms import constrain_norm, constrain_norms, layer_norms, unconstrain
-from fastlip.norms._constrain_layer import NormConstraint
-from fastlip.norms._constrain_norms import constrained_layers
+from fastlip.norms._constrain.constraint import NormConstraint
+from fastlip.norms._constrain.whole_model import constrained_layers
 
 SHAPE = (3, 8, 8)
 

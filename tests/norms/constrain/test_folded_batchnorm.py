@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize, prune
 
 import fastlip
 from fastlip.norms import constrain_norms, layer_norms, unconstrain
-from fastlip.norms._constrain_layer import FoldedConstraint
-from fastlip.norms._constrain_norms import constrained_layers
+from fastlip.norms._constrain.constraint import FoldedConstraint
+from fastlip.norms._constrain.whole_model import constrained_layers
 
 SHAPE = (3, 8, 8)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlip.norms import Operator, conv_operator, operator_norms, spectral_penalty
-from fastlip.norms._norm_gradients import NormGradient, encode, norm_gradients
+from fastlip.norms._constrain.norm_gradients import NormGradient, encode, norm_gradients
 from fastlip.norms._operators.torch_operator import TorchOperator
 
 #: Geometries that take every way through the operation.

@@ -10,9 +10,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastlip._arguments import integer
-from fastlip.norms._constrain_choice import Layers, constrainable_layers
-from fastlip.norms._constrain_layer import FoldedConstraint, NormConstraint, certify, track
-from fastlip.norms._constrain_norm import LayerConstraint, SizeWatch, positive_bound
+from fastlip.norms._constrain.choice import Layers, constrainable_layers
+from fastlip.norms._constrain.constraint import FoldedConstraint, NormConstraint, certify, track
+from fastlip.norms._constrain.one_layer import SizeWatch, positive_bound
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormKeywords, NormOptions, chosen_options
 
@@ -34,16 +34,19 @@ def constrain_norms(
     parametrised (``torch.nn.utils.parametrize``): it is scaled by min(1, bound / norm), with the gradient of that.
 
     In training the norm is <u, A v> with singular vectors u and v that follow the weight: a Krylov iteration with thick
-    restarts goes on from the last two right singular vectors, at first those of a certified solver. It is computed for
-    the weight as it is in each forward, and approached from below: while another singular value becomes the largest,
-    the weight's norm may exceed the bound by some percent. The steps are one operation for all layers, which runs when
-    the model is called. On a GPU, and in compiled code, every layer takes part each time. On a CPU a layer's vectors
-    rest for up to sixteen forwards as long as steps hardly raise its norm, and then take up to four steps at once. A
-    layer that is called without the model takes its own step each time.
+    restarts goes on from the last two right singular vectors, at first those of a certified solver, and each group of a
+    grouped convolution has vectors of its own. The norm is computed for the weight as it is in each forward, and
+    approached from below: while another singular value becomes the largest, the weight's norm may exceed the bound by
+    some percent. The steps are one operation for all layers, which runs when the model is called. On a GPU, and in
+    compiled code, every layer takes part each time. On a CPU a layer's vectors rest for up to sixteen forwards as long
+    as steps hardly raise its norm, and then take up to four steps at once; what grows in other directions meanwhile is
+    seen with the next of them. A layer that is called without the model takes its own step each time. Second
+    derivatives in the weights are refused by torch.
 
     In eval mode the weights are scaled by certified upper sides instead, computed for all layers together whenever a
     weight has changed, so that the bound holds for all with ``confidence``. This runs outside of compiled code; use
-    :func:`unconstrain` where ``fullgraph`` is needed there.
+    :func:`unconstrain` before ``torch.compile`` with ``fullgraph``, ``torch.export`` and ``torch.jit.trace``, and to
+    vectorise over several models (``torch.func.stack_module_state``).
 
     The bound holds on inputs of the size that the layer had. On another size a layer warns once in training, and in
     eval mode refuses its input by name. Layers that do not run on such an input, and weights that are not those of such
@@ -86,7 +89,8 @@ def constrain_norms(
     root = bare_model(model)
     found = constrainable_layers(root, input_shape, layers, fold_batchnorm)
     generator = chosen.resolved([]).generator
-    starts = [layer.start_vectors(generator) for layer in found]
+    with torch.inference_mode(False):  # training changes the vectors
+        starts = [layer.start_vectors(generator).clone() for layer in found]
     for place, (layer, vectors) in enumerate(zip(found, starts, strict=True)):
         given = (layer.name, layer.geometry, vectors, bound, iterations, chosen)
         module, constraint = layer.module, NormConstraint(*given)
@@ -99,7 +103,7 @@ def constrain_norms(
         parametrize.register_parametrization(module, "weight", constraint, unsafe=True)
         if layer.input_size:
             layer.module.register_forward_pre_hook(SizeWatch(layer.input_size, layer.name))
-    if found:
+    if found and prepare not in root._forward_pre_hooks.values():
         root.register_forward_pre_hook(prepare)
         root.register_forward_hook(finish, always_call=True)
     return model
@@ -136,7 +140,7 @@ def unconstrain(model: nn.Module) -> nn.Module:
             continue
         held = module.get_submodule("parametrizations.weight")
         assert isinstance(held, ParametrizationList)
-        if not isinstance(held[0], NormConstraint | LayerConstraint):
+        if not isinstance(held[0], NormConstraint):
             continue
         if id(held.original) in seen:
             held.original = nn.Parameter(held.original.detach().clone(), held.original.requires_grad)
@@ -193,19 +197,25 @@ def prepare(model: nn.Module, args: tuple[Any, ...]) -> None:
                     f"layer {constraint.name}: it was replaced after its constraint, which reads the former one; call "
                     "unconstrain and constrain again"
                 )
-    due = [(constraint, weight) for constraint, weight in found if constraint.training and constraint.due(weight)]
+    fixed = [(constraint, weight) for constraint, weight in found if not constraint.training]
+    moving = [
+        (constraint, weight)
+        for constraint, weight in found
+        if constraint.training and not constraint.is_recomputed(weight)
+    ]
+    due = [(constraint, weight) for constraint, weight in moving if constraint.due(weight)]
     if due:
         track(due)
-    fixed = [(constraint, weight) for constraint, weight in found if not constraint.training]
     for constraint, _ in found:
-        constraint.tracking.prepared = constraint.training
-        constraint.tracking.together = [] if constraint.training else fixed
+        constraint.tracking.prepared, constraint.tracking.together = None, [] if constraint.training else fixed
+    for constraint, weight in moving:
+        constraint.tracking.prepared = constraint.state(weight)
 
 
 def finish(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """A hook after the model's forward, or its failure."""
     for constraint, _ in _constraints(model):
-        constraint.tracking.prepared, constraint.tracking.together = False, []
+        constraint.tracking.prepared, constraint.tracking.together = None, []
         if torch.compiler.is_compiling():
             # What compiled code computes is for this forward alone.
             constraint.tracking.gradient = constraint.tracking.found = None

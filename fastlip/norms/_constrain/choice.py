@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from fastlip.norms._folded_batchnorm import folded_weight
+from fastlip.norms._constrain.folded_batchnorm import folded_weight
+from fastlip.norms._constrain.norm_gradients import computing_dtype
 from fastlip.norms._interval import DID_NOT_RUN
 from fastlip.norms._models.collect import layers_that_run
 from fastlip.norms._models.inputs import checked_shape
 from fastlip.norms._models.layer import LayerTemplate
 from fastlip.norms._models.structure import modules_of
-from fastlip.norms._norm_gradients import computing_dtype
 from fastlip.norms._operators.modules import CONVS, TRANSPOSED
 from fastlip.norms._operators.operator import Operator, require_finite, require_floating
 from fastlip.norms._operators.trim import flatten, trim
@@ -110,7 +110,7 @@ def constrainable_layers(
             if layers is not None and not callable(layers):
                 raise ValueError(f"layer {name} does not run on inputs of shape {list(input_shape)}")
         elif reason is not None:
-            raise ValueError(f"layer {name} cannot be constrained: {reason}")
+            raise ValueError(f"layer {name} cannot be constrained: {reason}; ``layers`` may leave it out")
         else:
             found[module] = _layer(name, module, own[0], None if folded is None else modules[folded])
     return sorted(found.values(), key=lambda layer: list(uses).index(layer.module))
@@ -159,12 +159,23 @@ def _batchnorm_obstacle(module: nn.Module, uses: list[LayerTemplate]) -> str | N
 
 
 def _layer(name: str, module: nn.Module, template: LayerTemplate, batchnorm: nn.Module | None) -> ConstrainableLayer:
-    op = template.geometry
-    assert op is not None
+    assert template.geometry is not None
+    assert batchnorm is None or isinstance(batchnorm, _BatchNorm)
+    return one_layer(name, module, template.geometry, template.transposed, batchnorm)
+
+
+def one_layer(
+    name: str, module: nn.Module, op: Operator, transposed: bool, batchnorm: _BatchNorm | None = None
+) -> ConstrainableLayer:
+    """A layer whose map, or of a transposed convolution its adjoint, is an operator.
+
+    Raises:
+        TypeError: the weight is no floating-point tensor.
+    """
     weight = module.weight
     assert isinstance(weight, Tensor)
     require_floating(weight)
     flat = flatten(op) if trim(op) is op else op
-    assert batchnorm is None or isinstance(batchnorm, _BatchNorm)
-    size = op.output_size if template.transposed else op.input_size
-    return ConstrainableLayer(name, module, flat, size, template.transposed, batchnorm)
+    flat = flat.with_weight(torch.empty(flat.weight.shape, dtype=flat.weight.dtype, device="meta"))
+    size = op.output_size if transposed else op.input_size
+    return ConstrainableLayer(name, module, flat, size, transposed, batchnorm)

@@ -1,20 +1,22 @@
-"""The parametrisation of one layer among many whose norms are kept below a bound together."""
+"""The parametrisation of a layer whose norm is kept below a bound, and the steps and certificates that it goes by."""
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from fastlip.norms._constrain_norm import certified_uppers, same_weight, settled_vector
-from fastlip.norms._folded_batchnorm import folded_weight
-from fastlip.norms._norm_gradients import NormGradient, computable, computing_dtype, encode, norm_gradients
+from fastlip.norms._constrain.certificates import Certificate, certified_uppers
+from fastlip.norms._constrain.folded_batchnorm import folded_weight
+from fastlip.norms._constrain.norm_gradients import NormGradient, computable, computing_dtype, encode, norm_gradients
+from fastlip.norms._constrain.scaling import CertifiedScale, Norm, Scale
+from fastlip.norms._constrain.transforms import is_batched, outside_of_transforms, unwrapped
+from fastlip.norms._models.restore import version_of
 from fastlip.norms._operators.operator import Operator, require_finite
-from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._options import NormOptions
 
 #: On a CPU a layer's vectors rest between steps. The interval from one to the next is doubled, up to so many forwards,
@@ -27,36 +29,19 @@ _MOST_AT_ONCE, _MOST_TURNS = 4, 4
 _CHANGE, _JUMP = 2e-3, 0.1
 
 
-class _Certificate:
-    """A weight [Cout, Cin / groups, *kernel], and the upper side of its norm, which what is scaled rounds by eps."""
-
-    def __init__(self, weight: Tensor, upper: float, eps: float) -> None:
-        self.weight, self.upper, self.eps = weight, upper, eps
-        self._gradient: tuple[NormGradient, float] | None = None
-
-    def gradient(self, constraint: "NormConstraint") -> tuple[NormGradient, float]:
-        """The gradient of the weight's norm, and that norm, by power iteration until it stands still."""
-        if self._gradient is None:
-            weight = computable(self.weight)
-            convolution = TorchOperator(constraint.geometry, constraint.operator(weight).weight)
-            vector = settled_vector(convolution, constraint.v[0].to(weight.dtype))
-            vectors = torch.stack([vector, constraint.v[1].to(weight.dtype)])
-            _, norms, left, right = norm_gradients([weight], [vectors], constraint.encoded, 4)
-            self._gradient = NormGradient(left, right), float(norms[1])
-        return self._gradient
-
-
 class _Tracking:
-    """What a constraint remembers from one forward to the next, beside its vector.
+    """What a constraint remembers from one forward to the next, beside its vectors.
 
     Attributes:
         gradient: of the norm in the weight; None until the first step.
         found: the norm after the last step, a scalar.
-        norm: the norm that the last forward in training found on a CPU.
+        norm: the norm that the last forward in training went by.
+        used: the state of the layer in that forward, as :meth:`NormConstraint.state` gives it.
         rested: forwards since the last step.
         interval: forwards from one step to the next.
         steady: how many times in a row steps hardly raised the norm.
-        prepared: whether the model's forward is running, and took the steps that are due, or certified the layer.
+        prepared: the state of the layer for which the model's forward, which is running, took the steps that were due
+            or certified it. An interrupt may leave it behind.
         together: layers in eval mode that the model's forward, which is running, certifies with this one.
         certificate: what eval mode goes by.
     """
@@ -64,11 +49,12 @@ class _Tracking:
     def __init__(self) -> None:
         self.gradient: NormGradient | None = None
         self.found: Tensor | None = None
-        self.norm = 0.0
+        self.norm: Tensor | float = 0.0
+        self.used: object = None
         self.rested, self.interval, self.steady = 0, 1, 0
-        self.prepared = False
+        self.prepared: object = None
         self.together: list[tuple[NormConstraint, Tensor]] = []
-        self.certificate: _Certificate | None = None
+        self.certificate: Certificate | None = None
 
     def last_step(self) -> tuple[NormGradient, Tensor]:
         """The gradient of the norm, and the norm, after the last step."""
@@ -91,7 +77,7 @@ class NormConstraint(nn.Module):
     """The parametrisation: the weight, scaled so that its norm stays below the bound.
 
     Attributes:
-        name: qualified name of the layer.
+        name: qualified name of the layer, or its class where no model is known.
         place: the layer's place among those that are constrained.
         v: the first two singular vectors so far, [2, Cin, *input_size], or [2, Cin] of what is a matrix.
     """
@@ -109,38 +95,76 @@ class NormConstraint(nn.Module):
         self.register_buffer("v", vectors)
 
     def forward(self, weight: Tensor) -> Tensor:
-        tracking = self.tracking
-        if not self.training:
-            if not tracking.prepared:
-                # Not before the model's forward: what runs outside of layers passes for a part of the model.
-                certify(tracking.together or [(self, weight)])
-                for constraint, _ in tracking.together:
-                    constraint.tracking.prepared = True
-            assert tracking.certificate is not None
-            scale = self.bound / tracking.certificate.upper
-            return weight if scale >= 1.0 else self.certified_scale(weight, tracking.certificate, scale)
-        if not tracking.prepared:
+        if is_batched(weight):
+            raise ValueError(
+                f"layer {self.name} is constrained, and cannot take several weights at once; call unconstrain before"
+            )
+        return self._in_training(weight) if self.training else self._in_eval(weight)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What is assigned to the layer's weight is the weight to scale."""
+        return weight
+
+    def state(self, weight: Tensor) -> object:
+        """What tells whether the layer is in the same mode and has the same numbers as before."""
+        if torch.compiler.is_compiling():  # compiled code is for one state
+            return self.training
+        return (self.training, *((id(t), version_of(unwrapped(t))) for t in self.weights(weight)))
+
+    def weights(self, weight: Tensor) -> list[Tensor]:
+        """The weights that the norm depends on."""
+        return [weight]
+
+    def is_recomputed(self, weight: Tensor) -> bool:
+        """Whether a backward pass runs, which computes again what the last forward did, in a checkpoint."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return False
+        return self.tracking.used == self.state(weight)
+
+    def _in_training(self, weight: Tensor) -> Tensor:
+        tracking, state = self.tracking, self.state(weight)
+        if tracking.prepared != state:
+            if self.is_recomputed(weight):
+                return self._scaled(weight, tracking.last_step()[0], tracking.norm)
             track([(self, weight)])
-        gradient, norm = tracking.last_step()
+        tracking.norm, tracking.used = self._norm(weight), state
+        return self._scaled(weight, tracking.last_step()[0], tracking.norm)
+
+    def _norm(self, weight: Tensor) -> Tensor | float:
+        """The norm to go by: a float on a CPU, of the weight as it is."""
+        gradient, norm = self.tracking.last_step()
         if not _may_read(weight):
-            return self.scale(weight, gradient, norm)
-        if tracking.rested:
-            with torch.autocast(weight.device.type, enabled=False):
+            return norm
+        if self.tracking.rested:
+            with torch.autocast(weight.device.type, enabled=False), outside_of_transforms():
                 found, norm = norm, gradient.norm_of(computable(self.applied(weight)))
             change = abs(norm - found)
             if change > _CHANGE * norm:
-                tracking.interval = 1
+                self.tracking.interval = 1
             if not change <= _JUMP * norm:  # this is no training, but another weight
                 track([(self, weight)])
-                gradient, norm = tracking.last_step()
-        tracking.norm = float(norm)
-        if tracking.norm <= self.bound:
+                norm = self.tracking.last_step()[1]
+        return float(norm)
+
+    def _scaled(self, weight: Tensor, gradient: NormGradient, norm: Tensor | float) -> Tensor:
+        if isinstance(norm, float) and norm <= self.bound:
             return weight
-        return self.scale(weight, gradient, tracking.norm)
+        return self.scale(weight, gradient, norm)
+
+    def _in_eval(self, weight: Tensor) -> Tensor:
+        tracking = self.tracking
+        if tracking.prepared != self.state(weight) or tracking.certificate is None:
+            # Not before the model's forward: what runs outside of layers passes for a part of the model.
+            certify(tracking.together or [(self, weight)])
+            for constraint, own in tracking.together:
+                constraint.tracking.prepared = constraint.state(own)
+        assert tracking.certificate is not None
+        scale = tracking.certificate.scale(self.bound)
+        return weight if scale >= 1.0 else self.certified_scale(weight, tracking.certificate, scale)
 
     def applied(self, weight: Tensor) -> Tensor:
-        """The weight of the linear map whose norm is bounded, detached."""
-        return weight.detach()
+        """The weight of the linear map whose norm is bounded, its numbers alone."""
+        return unwrapped(weight.detach())
 
     def rounding(self, op: Operator, upper: float, eps: float) -> float:
         """By how much the map may exceed the one that was certified, beyond what scaling its weight adds."""
@@ -148,11 +172,15 @@ class NormConstraint(nn.Module):
 
     def scale(self, weight: Tensor, gradient: NormGradient, norm: Tensor | float) -> Tensor:
         """The weight times min(1, bound / norm); a float is above the bound."""
-        return _Scale.apply(weight, *gradient, norm, self.bound)
+        scaled: Tensor = Scale.apply(weight, *gradient, norm, self.bound)
+        return scaled
 
-    def certified_scale(self, weight: Tensor, certificate: _Certificate, scale: float) -> Tensor:
+    def certified_scale(self, weight: Tensor, certificate: Certificate, scale: float) -> Tensor:
         """The weight times a certified number, with the gradient of bound / norm."""
-        return _CertifiedScale.apply(weight, self, certificate, scale)
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return weight * scale
+        scaled: Tensor = CertifiedScale.apply(weight, partial(certificate.gradient, self.v), scale)
+        return scaled
 
     def due(self, weight: Tensor) -> bool:
         """Whether the vectors take a step in this forward."""
@@ -210,20 +238,24 @@ class FoldedConstraint(NormConstraint):
         """The layer in front of the BatchNorm."""
         return self._folded[0]
 
+    def weights(self, weight: Tensor) -> list[Tensor]:
+        own = self.layer._parameters.get("weight")
+        return [weight] if own is None else [weight, own]
+
     def applied(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            return self._fold(weight)
+            return unwrapped(self._fold(weight))
 
     def scale(self, weight: Tensor, gradient: NormGradient, norm: Tensor | float) -> Tensor:
-        own = _Norm.apply(self._fold(weight), *gradient, norm)
+        own = Norm.apply(self._fold(weight), *gradient, norm)
         # The backward pass of a number over the norm would square the norm's reciprocal, which may be out of range.
         return weight * (self.bound / own.clamp_min(self.bound)).to(weight.dtype)
 
-    def certified_scale(self, weight: Tensor, certificate: _Certificate, scale: float) -> Tensor:
+    def certified_scale(self, weight: Tensor, certificate: Certificate, scale: float) -> Tensor:
         if not torch.is_grad_enabled():
             return weight * scale
-        gradient, norm = certificate.gradient(self)
-        own = _Norm.apply(self._fold(weight), *gradient, norm)
+        gradient, norm = certificate.gradient(self.v)
+        own = Norm.apply(self._fold(weight), *gradient, norm)
         return weight * (scale * (norm / own)).to(weight.dtype)  # norm / own is 1, with a gradient
 
     def rounding(self, op: Operator, upper: float, eps: float) -> float:
@@ -248,12 +280,13 @@ def track(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
 
     On a CPU layers whose norm has moved take more of them.
     """
-    moving = [(constraint, constraint.applied(weight)) for constraint, weight in layers]
-    for turn in range(_MOST_TURNS):
-        raised = _take_steps(moving, catch_up=turn > 0)
-        moving = [pair for pair, share in zip(moving, raised, strict=True) if not share < _MOVING]
-        if not moving:
-            break
+    with outside_of_transforms():
+        moving = [(constraint, constraint.applied(weight)) for constraint, weight in layers]
+        for turn in range(_MOST_TURNS):
+            raised = _take_steps(moving, catch_up=turn > 0)
+            moving = [pair for pair, share in zip(moving, raised, strict=True) if not share < _MOVING]
+            if not moving:
+                break
 
 
 def _take_steps(layers: Sequence[tuple[NormConstraint, Tensor]], catch_up: bool) -> list[float]:
@@ -282,9 +315,21 @@ def _take_steps(layers: Sequence[tuple[NormConstraint, Tensor]], catch_up: bool)
 def certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
     """Certify the norms of layers in eval mode together, unless all weights are those that were certified last.
 
+    Those that were constrained by different calls, with options of their own, are certified apart.
+
     Raises:
-        ValueError: a weight holds NaN or infinite values; the message names the layer.
+        ValueError: a weight holds NaN or infinite values, or the bound is smaller than what its dtype can tell apart;
+            the message names the layer.
     """
+    by_call: dict[int, list[tuple[NormConstraint, Tensor]]] = {}
+    for constraint, weight in layers:
+        by_call.setdefault(id(constraint.options), []).append((constraint, weight))
+    with outside_of_transforms():
+        for own in by_call.values():
+            _certify(own)
+
+
+def _certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
     weights = [constraint.applied(weight) for constraint, weight in layers]
     if all(_is_certified(*pair, applied) for pair, applied in zip(layers, weights, strict=True)):
         return
@@ -297,72 +342,13 @@ def certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
             raise ValueError(f"layer {constraint.name}: {error}") from None
     uppers = certified_uppers(ops, layers[0][0].options)
     for (constraint, weight), op, upper in zip(layers, ops, uppers, strict=True):
-        eps = torch.finfo(weight.dtype).eps
-        constraint.tracking.certificate = _Certificate(op.weight, upper + constraint.rounding(op, upper, eps), eps)
+        rounding = constraint.rounding(op, upper, torch.finfo(weight.dtype).eps)
+        certificate = Certificate(op, upper + rounding, weight.dtype)
+        if not certificate.scale(constraint.bound) > 0.0:
+            raise ValueError(f"layer {constraint.name}: no weight in {weight.dtype} is small enough for its bound")
+        constraint.tracking.certificate = certificate
 
 
 def _is_certified(constraint: NormConstraint, weight: Tensor, applied: Tensor) -> bool:
     certificate = constraint.tracking.certificate
-    if certificate is None or torch.finfo(weight.dtype).eps > certificate.eps:
-        return False
-    return same_weight(certificate.weight, applied)
-
-
-class _Scale(torch.autograd.Function):
-    """The weight times min(1, bound / norm), where the norm is <G, weight>; a number, or a tensor that is not read."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor, norm: Tensor | float, bound: float) -> Tensor:
-        scale = (bound / norm).clamp(max=1.0) if isinstance(norm, Tensor) else bound / norm
-        scaled = (weight * scale).to(weight.dtype)
-        ctx.save_for_backward(scaled, left, right, *([norm] if isinstance(norm, Tensor) else []))
-        ctx.norm, ctx.bound = norm if isinstance(norm, float) else None, bound
-        return scaled
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled, left, right, *norms = ctx.saved_tensors
-        norm = norms[0] if norms else ctx.norm
-        with torch.autocast(grad.device.type, enabled=False):
-            found = NormGradient(left, right).through_scale(computable(grad), computable(scaled), norm, ctx.bound)
-        return found.to(grad.dtype), None, None, None, None
-
-
-class _Norm(torch.autograd.Function):
-    """A norm that is known, with its gradient G in the weight."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor, norm: Tensor | float) -> Tensor:
-        ctx.save_for_backward(left, right)
-        ctx.shape = weight.shape
-        return norm.to(weight.dtype, copy=True) if isinstance(norm, Tensor) else weight.new_tensor(norm)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        left, right = ctx.saved_tensors
-        product = left @ right if right.numel() else left
-        return (grad * product).view(ctx.shape).to(grad.dtype), None, None, None
-
-
-class _CertifiedScale(torch.autograd.Function):
-    """The weight times a certified number, with the gradient of bound / norm."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, constraint: NormConstraint, certificate: _Certificate, scale: float
-    ) -> Tensor:
-        scaled = weight * scale
-        ctx.save_for_backward(scaled)
-        ctx.constraint, ctx.certificate, ctx.scale = constraint, certificate, scale
-        return scaled
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (scaled,) = ctx.saved_tensors
-        gradient, norm = ctx.certificate.gradient(ctx.constraint)
-        with torch.autocast(grad.device.type, enabled=False):
-            found = gradient.through_scale(computable(grad), computable(scaled), norm, norm * ctx.scale)
-        return found.to(grad.dtype), None, None, None
+    return certificate is not None and certificate.holds_for(weight, applied)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastlip.norms._norm_gradients import computing_dtype
+from fastlip.norms._constrain.norm_gradients import computing_dtype
 from fastlip.norms._operators.modules import scale_channels
 
 

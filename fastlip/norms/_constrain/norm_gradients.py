@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlip.norms._constrain.transforms import is_batched
 from fastlip.norms._operators.operator import PADDING_MODES, Operator
 from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._solvers.applied_operator import unfolds, windows
@@ -53,7 +54,7 @@ class NormGradient(NamedTuple):
             bound: of the norm.
         """
         left, right = self.left.to(gradient.dtype), self.right.to(gradient.dtype)
-        if isinstance(norm, float) and gradient.device.type == "cpu":
+        if isinstance(norm, float) and gradient.device.type == "cpu" and not is_batched(gradient):
             return scaled_weight_grad(gradient, scaled, left, right if right.numel() else None, norm, bound)
         along: Tensor = torch.dot(gradient.flatten(), scaled.flatten()) / bound
         scale: Tensor | float

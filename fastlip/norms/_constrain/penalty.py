@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlip._arguments import integer
-from fastlip.norms._constrain_choice import ConstrainableLayer, Layers, constrainable_layers
-from fastlip.norms._constrain_norm import positive_bound
+from fastlip.norms._constrain.choice import ConstrainableLayer, Layers, constrainable_layers
+from fastlip.norms._constrain.norm_gradients import NormGradient, computable, encode, norm_gradients
+from fastlip.norms._constrain.one_layer import positive_bound
 from fastlip.norms._models.wrappers import bare_model
-from fastlip.norms._norm_gradients import NormGradient, computable, encode, norm_gradients
 from fastlip.norms._options import NormOptions
 
 
@@ -20,9 +20,10 @@ class SpectralPenalty:
     read from the model.
     """
 
-    def __init__(self, layers: Sequence[ConstrainableLayer], bound: float, iterations: int) -> None:
+    def __init__(
+        self, layers: Sequence[ConstrainableLayer], bound: float, iterations: int, generator: torch.Generator
+    ) -> None:
         self._layers, self._bound, self._iterations = list(layers), bound, iterations
-        generator = NormOptions().resolved([]).generator
         self._vectors = [layer.start_vectors(generator) for layer in layers]
         self._encoded = [number for layer in layers for number in encode(layer.geometry)]
 
@@ -58,6 +59,7 @@ def spectral_penalty(
     bound: float = 1.0,
     layers: Layers | None = None,
     iterations: int = 1,
+    generator: torch.Generator | None = None,
 ) -> SpectralPenalty:
     """A function of no arguments that gives the sum over layers of max(0, norm - bound)^2, to add to a loss.
 
@@ -70,6 +72,7 @@ def spectral_penalty(
         bound: norms up to this one cost nothing.
         layers: as in :func:`constrain_norms`.
         iterations: Krylov steps in each call.
+        generator: of the first vectors; if None one with a random seed.
 
     Raises:
         TypeError: an argument is of the wrong type; the message names it.
@@ -83,4 +86,5 @@ def spectral_penalty(
         >>> (0.01 * penalty()).backward()
     """
     bound, iterations = positive_bound(bound), integer(iterations, "iterations")
-    return SpectralPenalty(constrainable_layers(bare_model(model), input_shape, layers), bound, iterations)
+    found = constrainable_layers(bare_model(model), input_shape, layers)
+    return SpectralPenalty(found, bound, iterations, NormOptions(generator=generator).resolved([]).generator)

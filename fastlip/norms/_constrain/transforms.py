@@ -1,0 +1,39 @@
+"""What constraints need to know of the transforms of :mod:`torch.func`, which wrap tensors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+
+def unwrapped(t: Tensor) -> Tensor:
+    """The tensor that transforms have wrapped."""
+    if torch.compiler.is_compiling():
+        return t
+    while _functorch.is_functorch_wrapped_tensor(t):
+        t = _functorch.get_unwrapped(t)
+    return t
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether ``vmap`` maps over a tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    while _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.is_batchedtensor(t):
+            return True
+        t = _functorch.get_unwrapped(t)
+    return False
+
+
+@contextmanager
+def outside_of_transforms() -> Iterator[None]:
+    """Leave all transforms, for what computes with tensors that they have not wrapped and changes some in place."""
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None:
+        yield
+        return
+    with temporarily_clear_interpreter_stack():
+        yield

@@ -1,0 +1,271 @@
+"""What training code does with constrained layers beside calling the model and stepping."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
+
+from fastlip import layer_norms
+from fastlip.norms import constrain_norm, constrain_norms, conv_norm, spectral_penalty, unconstrain
+from fastlip.norms._constrain.constraint import NormConstraint
+
+SHAPE = (4, 6, 6)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5, bias=False)
+    )
+
+
+def enlarged(model: nn.Module, times: float) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(times)
+    return model
+
+
+def norm_of(weight: Tensor) -> float:
+    return conv_norm(weight.detach(), 6, padding=1, rtol=1e-4).upper
+
+
+def constraints(model: nn.Module) -> Iterator[NormConstraint]:
+    return (module for module in model.modules() if isinstance(module, NormConstraint))
+
+
+def alone(layer: nn.Conv2d) -> nn.Module:
+    return constrain_norm(layer, 6)
+
+
+def in_a_model(layer: nn.Conv2d) -> nn.Module:
+    return constrain_norms(nn.Sequential(layer), SHAPE)
+
+
+@pytest.mark.parametrize("constrained", [alone, in_a_model])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_whatever_part_of_a_weight_grows_is_scaled(groups: int, constrained: Callable[[nn.Conv2d], nn.Module]) -> None:
+    layer = nn.Conv2d(4, 4, 3, padding=1, bias=False, groups=groups)
+    enlarged(layer, 2.0)
+    model = constrained(layer)
+    x, original = torch.rand(2, *SHAPE), layer.parametrizations.weight.original
+    for _ in range(100):  # until vectors stand still
+        model(x)
+    for taken in range(120):
+        with torch.no_grad():
+            original[2:] *= 1.03 if taken < 60 else 1.0
+        model(x)
+    weight = F.conv2d(torch.zeros(1, *SHAPE), original, padding=1, groups=groups)  # of the right shape
+    assert weight.shape == (1, *SHAPE)
+    assert conv_norm(layer.weight.detach(), 6, padding=1, groups=groups, rtol=1e-4).lower <= 1.01
+    assert conv_norm(original.detach(), 6, padding=1, groups=groups).lower > 3.0
+
+
+class Interrupting(nn.Module):
+    """An interrupt from the keyboard in the middle of the forward."""
+
+    on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.on:
+            raise KeyboardInterrupt
+        return x
+
+
+def interrupted(training: bool) -> tuple[nn.Sequential, Tensor]:
+    stop = Interrupting()
+    layers = network()
+    model = nn.Sequential(layers[0], stop, *layers[1:])
+    enlarged(model, 10.0)
+    constrain_norms(model, SHAPE)
+    x = torch.rand(2, *SHAPE)
+    model(x)
+    model.eval()(x)
+    stop.on = True
+    with pytest.raises(KeyboardInterrupt):
+        model.train(training)(x)
+    stop.on = False
+    return model, x
+
+
+def test_an_interrupt_in_training_leaves_eval_mode_certified() -> None:
+    model, _ = interrupted(training=True)
+    for constraint in constraints(model):
+        constraint.tracking.certificate = None
+    for own in (model, copy.deepcopy(model)):
+        assert norm_of(own.eval()[0].weight) <= 1.0
+
+
+def test_an_interrupt_in_eval_mode_is_no_reason_to_trust_an_old_certificate() -> None:
+    model, x = interrupted(training=False)
+    enlarged(model, 100.0)
+    assert norm_of(model[0].weight) <= 1.0
+    shrunk = model[0](x)
+    assert shrunk.norm() <= x.norm()
+
+
+def test_after_an_interrupt_layers_that_are_called_alone_take_steps() -> None:
+    model, x = interrupted(training=True)
+    original = model[0].parametrizations.weight.original
+    for _ in range(40):
+        with torch.no_grad():
+            original += 0.3 * torch.randn_like(original)
+        model[0](x)
+    assert norm_of(model[0].weight) <= 1.05
+    assert norm_of(original) > 5.0
+
+
+def test_every_call_keeps_its_own_options() -> None:
+    model = network()
+    loose = constrain_norms(copy.deepcopy(model), SHAPE, bound=0.1, layers=["3"], rtol=0.5, confidence=0.5)
+    both = constrain_norms(copy.deepcopy(model), SHAPE, bound=0.1, layers=["0"], rtol=0.5, confidence=0.5)
+    constrain_norms(both, SHAPE, bound=0.1, layers=["3"], rtol=1e-4)
+    both.eval()(torch.rand(1, *SHAPE))
+    loose.eval()(torch.rand(1, *SHAPE))
+    certificate = both[3].parametrizations.weight[0].tracking.certificate
+    truth = torch.linalg.matrix_norm(model[3].weight, 2).item()
+    assert truth <= certificate.upper <= truth * 1.001
+    assert both[3].parametrizations.weight[0].options.confidence > 0.5
+    # Neither does a second call take steps of its own.
+    assert len(both._forward_pre_hooks) == len(both._forward_hooks) == 1
+
+
+def test_a_generator_makes_training_reproducible() -> None:
+    def trained(constrain: Callable[[torch.Generator], nn.Module]) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = constrain(torch.Generator().manual_seed(1))
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(5):
+            optimiser.zero_grad()
+            model(torch.rand(2, *SHAPE)).square().sum().backward()
+            optimiser.step()
+        return list(model.parameters())
+
+    def penalised(generator: torch.Generator) -> nn.Module:
+        model = network()
+        spectral_penalty(model, SHAPE, bound=0.1, generator=generator)().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        return model
+
+    for constrain in (
+        lambda g: constrain_norm(nn.Conv2d(4, 4, 3, padding=1), 6, bound=0.1, generator=g),
+        lambda g: constrain_norms(network(), SHAPE, bound=0.1, generator=g),
+        penalised,
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(trained(constrain), trained(constrain), strict=True))
+
+
+@pytest.mark.parametrize("size", [10, 300])
+def test_weights_that_become_subnormal_stay_below_the_bound(size: int) -> None:
+    layer = nn.Linear(size, size, bias=False).half()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    constrain_norm(layer, bound=1e-4).eval()
+    with torch.no_grad():
+        assert torch.linalg.matrix_norm(layer.weight.double(), 2) <= 1e-4
+    layer = constrain_norm(nn.Linear(300, 300).half(), bound=1e-6).eval()
+    with pytest.raises(ValueError, match=r"layer Linear: no weight in torch.float16 is small enough"):
+        layer(torch.ones(1, 300).half())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("constrained", [alone, in_a_model])
+def test_a_checkpoint_computes_the_same_again(constrained: Callable[[nn.Conv2d], nn.Module], reentrant: bool) -> None:
+    """The norm crosses the bound, where a step in the backward pass would make another graph."""
+    model = constrained(nn.Conv2d(4, 4, 3, padding=1, bias=False))
+    (constraint,) = constraints(model)
+    (original,) = model.parameters()
+    for _ in range(20):
+        with torch.no_grad():
+            original.mul_(0.999 / norm_of(original) * (1.0 + 0.002 * torch.rand(())))
+            original += 1e-3 * torch.randn_like(original)
+        x = torch.rand(2, *SHAPE, requires_grad=True)
+        kept = copy.deepcopy(model)
+        out = checkpoint(model, x, use_reentrant=reentrant)
+        vectors = constraint.v.clone()
+        out.square().sum().backward()
+        assert torch.equal(constraint.v, vectors)
+        kept(x).square().sum().backward()
+        torch.testing.assert_close(original.grad, next(kept.parameters()).grad)
+        original.grad = None
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_transforms_of_torch_func(training: bool, fold: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5))
+    model[1].track_running_stats = model[1].training = False
+    model = constrain_norms(enlarged(model, 3.0), SHAPE, bound=0.5, fold_batchnorm=fold, iterations=20).train(training)
+    model[1].eval()
+    x = torch.rand(3, *SHAPE)
+    for _ in range(3):
+        model(x)  # at a place where steps change no more than a little
+    parameters = dict(model.named_parameters())
+
+    def loss(values: dict[str, Tensor], images: Tensor) -> Tensor:
+        return torch.func.functional_call(model, values, (images,)).square().sum()
+
+    expected = torch.autograd.grad(loss(parameters, x), list(parameters.values()))
+    found = torch.func.grad(loss)(parameters, x)
+    for name, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=1e-2 * gradient.abs().max().item())
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:, None])
+    for name, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(each[name].sum(0), gradient, rtol=1e-2, atol=1e-2 * gradient.abs().max().item())
+    of_inputs = torch.func.vmap(torch.func.grad(lambda image: model(image[None]).sum()))(x)
+    wanted = x.clone().requires_grad_()
+    model(wanted).sum().backward()
+    torch.testing.assert_close(of_inputs, wanted.grad, rtol=1e-2, atol=1e-4)
+    assert torch.func.jacrev(model)(x).shape == (3, 5, 3, *SHAPE)
+    layer_norms(unconstrain(model).eval(), SHAPE)
+
+
+def test_several_models_at_once_are_refused_by_name() -> None:
+    models = [constrain_norms(network(), SHAPE).eval() for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = torch.rand(1, *SHAPE)
+    together = torch.func.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,)))
+    with pytest.raises(ValueError, match=r"layer 0 is constrained, and cannot take several weights at once"):
+        together(parameters, buffers)
+
+
+def test_what_is_constrained_in_inference_mode_can_be_trained() -> None:
+    model, layer = network(), nn.Conv2d(4, 4, 3, padding=1)
+    with torch.inference_mode():
+        constrain_norms(model, SHAPE)
+        constrain_norm(layer, 6)
+    model(torch.rand(2, *SHAPE)).sum().backward()
+    layer(torch.rand(2, *SHAPE)).sum().backward()
+    assert all(parameter.grad is not None for parameter in (*model.parameters(), *layer.parameters()))
+
+
+@pytest.mark.parametrize("constrained", [alone, in_a_model])
+def test_a_weight_that_is_assigned_is_scaled(constrained: Callable[[nn.Conv2d], nn.Module]) -> None:
+    layer = nn.Conv2d(4, 4, 3, padding=1)
+    model = constrained(layer)
+    new = torch.randn_like(layer.weight)
+    layer.weight = new
+    assert torch.equal(layer.parametrizations.weight.original, new)
+    model.eval()(torch.rand(1, *SHAPE))
+    assert norm_of(layer.weight) <= 1.0 < norm_of(new)
+
+
+def test_weights_that_are_no_parameters_are_refused_by_name() -> None:
+    pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=1)
+    with pytest.raises(ValueError, match="the Linear's weight is no parameter of its own"):
+        constrain_norm(pruned)
+    with pytest.raises(ValueError, match="weight is parametrised already"):
+        constrain_norm(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"its weight is no parameter of its own; ``layers`` may leave it out"):
+        constrain_norms(nn.Sequential(pruned), (4,))
+    spoilt = nn.Linear(4, 4)
+    with torch.no_grad():
+        spoilt.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="weight holds NaN or infinite values"):
+        constrain_norm(spoilt)
