@@ -199,12 +199,12 @@ def _constrain(rows: list[Row]) -> str:
     body = [
         (
             f"{r['network']}, batch {r['batch']}: {r['what']}",
-            *(number(r[column]) for column in ("step_ms", "added_ms", "alone_ms", "alone_x_each", "alone_x_torch")),
+            *(number(r[column]) for column in ("step_ms", "added_ms", "alone_ms", "alone_x_power", "alone_x_torch")),
             number(r["memory_mb"]),
         )
         for r in rows
     ]
-    head = ("", "step, ms", "added, ms", "weights alone, ms", "× layer by layer", "× torch", "memory added, MB")
+    head = ("", "step, ms", "added, ms", "weights alone, ms", "× power iteration", "× torch", "memory added, MB")
     return markdown(head, body)
 
 

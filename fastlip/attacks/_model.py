@@ -12,6 +12,7 @@ from fastlip.attacks._arguments import check_model, count, flag, number, shown
 from fastlip.attacks._counts import report, report_replayed
 from fastlip.attacks._graphs import IterationGraphs
 from fastlip.attacks._outputs import logits_in
+from fastlip.norms._models.restore import version_of
 
 Model = Callable[[Tensor], Tensor]
 
@@ -206,23 +207,18 @@ def is_compiled(model: Model) -> bool:
     return False
 
 
-def _version(t: Tensor) -> int:
-    """The number of in-place changes to a tensor; 0 for inference tensors, whose changes are not counted."""
-    return 0 if t.is_inference() else t._version
-
-
 def logits_of(
     model: Model,
     inputs: Tensor,  # [B, ...]
 ) -> Tensor:
     """The model's logits [B, C] in float32 at least; what it returns may hold them as :func:`logits_in` says."""
-    version = _version(inputs)
+    version = version_of(inputs)
     try:
         returned = model(inputs)
     except AssertionError as error:  # as vision transformers check the size of images
         raise ValueError(f"model does not run on inputs of shape {list(inputs.shape)}: {error}") from error
     logits = logits_in(returned, len(inputs))
-    if _version(inputs) != version:
+    if version_of(inputs) != version:
         raise ValueError("model must not change its input in place: what is attacked would change with it")
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != inputs.shape[0]:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

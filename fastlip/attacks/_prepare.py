@@ -21,6 +21,7 @@ from fastlip.attacks._graphs import IterationGraphs
 from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
 from fastlip.attacks._rewrite import fold, fuse, lower
+from fastlip.norms._models.restore import version_of
 from fastlip.norms._models.tracing import Tracer
 
 #: Largest difference of logits, relative to their spread, that counts as rounding.
@@ -220,7 +221,7 @@ _kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 def _fingerprint(model: nn.Module) -> object:
     tensors = (*model.parameters(), *model.buffers())
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    return tuple((t.data_ptr(), version_of(t)) for t in tensors)
 
 
 def _kept_of(model: nn.Module) -> _Kept:

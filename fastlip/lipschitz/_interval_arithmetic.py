@@ -487,6 +487,8 @@ _MODULES: dict[type[nn.Module], Callable[[Any, Interval], Interval]] = {
     nn.Softplus: _softplus,
     nn.ELU: _elu(lambda m: m.alpha),
     nn.CELU: _rises(),
+    nn.RReLU: _leaky_relu(lambda m: torch.tensor(0.5 * (m.lower + m.upper), dtype=torch.float64)),
+    nn.Threshold: _rises(),
     nn.LeakyReLU: _leaky_relu(lambda m: torch.tensor(m.negative_slope, dtype=torch.float64)),
     nn.PReLU: _leaky_relu(lambda m: m.weight),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _pool),

@@ -256,9 +256,25 @@ def missing_rule(what: str, name: str) -> MissingRule:
     )
 
 
+#: Functions that no rule could bound: those that jump, and those that draw random numbers.
+_JUMPING = frozenset(
+    "round floor ceil trunc fix frac sign sgn heaviside floor_divide floordiv remainder mod fmod gt lt ge le eq ne "
+    "greater less greater_equal less_equal argmax argmin argsort".split()
+)
+_RANDOM = frozenset("rand_like randn_like randint_like bernoulli normal normal_ uniform_ multinomial".split())
+
+
 def missing_function_rule(target: Any, name: str) -> MissingRule:
     """The error for a function or tensor method without a rule."""
     function = getattr(Tensor, target, target) if isinstance(target, str) else target
+    plain = str(getattr(function, "__name__", function)).strip("_")
+    if plain in _JUMPING:
+        return MissingRule(
+            f"{plain} (at {name}) jumps, and has no Lipschitz constant; where the whole has one, as x * (x > 0) has, "
+            "make it an activation of torch, or a module with a rule (@fastlip.lipschitz.rule)"
+        )
+    if plain in _RANDOM:
+        return MissingRule(f"{plain} (at {name}) draws random numbers, so that there is no Lipschitz constant")
     owner = "torch.Tensor" if isinstance(target, str) else getattr(function, "__module__", None) or "torch"
     shown = getattr(function, "__name__", str(function))
     return MissingRule(

@@ -100,6 +100,8 @@ def _leaky(slope: float | Tensor) -> tuple[list[float], list[float | Tensor]]:
 _PIECEWISE: dict[type[nn.Module], Callable[[Any], tuple[list[float], list[Any]]]] = {
     nn.ReLU: lambda m: _leaky(0.0),
     nn.LeakyReLU: lambda m: _leaky(float(m.negative_slope)),
+    nn.RReLU: lambda m: _leaky(0.5 * (float(m.lower) + float(m.upper))),
+    nn.Threshold: lambda m: ([float(m.threshold)], [0.0, 1.0]),
     nn.ReLU6: lambda m: ([0.0, 6.0], [0.0, 1.0, 0.0]),
     nn.Hardtanh: lambda m: ([float(m.min_val), float(m.max_val)], [0.0, 1.0, 0.0]),
     nn.Hardsigmoid: lambda m: ([-3.0, 3.0], [0.0, 1.0 / 6.0, 0.0]),

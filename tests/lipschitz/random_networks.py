@@ -419,7 +419,9 @@ def _activation(r: random.Random) -> tuple[str, _Forms]:
         "softplus": _named("Softplus", "softplus", f"beta={beta}", f"threshold={threshold}"),
         "softsign": _named("Softsign", "softsign"),
         "logsigmoid": _named("LogSigmoid", "logsigmoid"),
-        "softshrink": ("nn.Softshrink(0.5)", (), ()),
+        "softshrink": _named("Softshrink", "softshrink", "0.5"),
+        "rrelu": ("nn.RReLU()", ("F.rrelu({x}, training=self.training)",), ()),
+        "threshold": _named("Threshold", "threshold", repr(low), repr(low)),
         "tanhshrink": ("nn.Tanhshrink()", (), ()),
         "prelu": ("nn.PReLU()", (), ()),
     }

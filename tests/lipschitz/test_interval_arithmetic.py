@@ -184,6 +184,8 @@ ACTIVATIONS = [
     (nn.Mish(), lambda x: x * mpmath.tanh(_mp_softplus(x))),
     (nn.Hardswish(), lambda x: x * min(max(x / 6 + mpmath.mpf(0.5), mpmath.mpf(0)), mpmath.mpf(1))),
     (nn.Softplus(), _mp_softplus),
+    (nn.RReLU(0.25, 0.75), lambda x: x if x > 0 else x / 2),
+    (nn.Threshold(0.5, 0.5), lambda x: max(x, mpmath.mpf(0.5))),
     (nn.LeakyReLU(0.25), lambda x: x if x > 0 else x / 4),
     (nn.LeakyReLU(-0.25), lambda x: x if x > 0 else -x / 4),
 ]

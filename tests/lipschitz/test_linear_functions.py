@@ -35,6 +35,23 @@ LINEAR: dict[str, Callable[[Tensor], Tensor]] = {
     "quotient": lambda x: x / draw(4, 1),
     "widened": lambda x: x.double(),
     "the same": lambda x: x.to(torch.float32),
+    "cumulative sum": lambda x: x.cumsum(2),
+    "cumulative sum of one": lambda x: torch.cumsum(x[:, :, :1], dim=2),
+    "difference": lambda x: torch.diff(x, dim=2),
+    "difference along the last": lambda x: x.diff(),
+    "chosen or a number": lambda x: torch.where(draw(4, 3) > 0, x, torch.tensor(0.5)),
+    "chosen or a constant": lambda x: torch.where(draw(2, 4, 3) > 0, draw(4, 1), x),
+    "chosen by a method": lambda x: x.where(draw(4, 3) > 0.2, -1.0),
+    "chosen and broadcast": lambda x: torch.where(draw(5, 4, 3) > 0, x[:, :1], torch.tensor(0.0)),
+    "constant minus": lambda x: torch.rsub(x, 1.5),
+    "plus a multiple": lambda x: torch.add(draw(4, 3), x, alpha=-2.0),
+    "minus a constant's multiple": lambda x: x.sub(draw(4, 3), alpha=0.5),
+    "of its own shape": lambda x: x + torch.full_like(x, 2.0) * torch.ones_like(x),
+    "einsum, sum": lambda x: torch.einsum("bchw->bc", x),
+    "einsum, sum of two": lambda x: torch.einsum("bchw->bh", x),
+    "einsum, moved": lambda x: torch.einsum("bchw->bwch", x),
+    "einsum, diagonal": lambda x: torch.einsum("bchh->bch", x[:, :, :3]),
+    "einsum, trace": lambda x: torch.einsum("bchh->bc", x[:, :, :3]),
     "nothing left": lambda x: x[:, :0].sum((2, 3)),
 }
 
@@ -61,6 +78,9 @@ ORDERED: dict[str, Callable[[Tensor], Tensor]] = {
     "sort": lambda x: torch.sort(x, -1)[0],
     "topk": lambda x: x.flatten(1).topk(5)[0],
     "logsumexp": lambda x: x.logsumexp(1),
+    "median": lambda x: x.median(2).values,
+    "median of all": lambda x: torch.median(x, 3, keepdim=True)[0],
+    "kthvalue": lambda x: torch.kthvalue(x, 2, dim=1)[0],
 }
 
 

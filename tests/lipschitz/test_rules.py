@@ -1,19 +1,26 @@
 """The constants of activations and pooling, derived; the registry; and what is refused."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from applied import Applied
 from torch import Tensor, nn
 
 import fastlip
 from fastlip.lipschitz import FunctionCall, _registry, lipschitz_bound, require_rules, rule
 
+#: Constants of functions below.
+POINTS = torch.linspace(-1.0, 1.0, 30).view(5, 6)
+CHOICE = torch.arange(6) % 2 == 0
+
 SMOOTH = [
     nn.CELU(2.0), nn.ELU(0.5), nn.ELU(3.0), nn.GELU(), nn.GELU("tanh"), nn.Hardsigmoid(), nn.Hardswish(), nn.Hardtanh(),
     nn.LeakyReLU(0.1), nn.LeakyReLU(-3.0), nn.LogSigmoid(), nn.Mish(), nn.PReLU(init=-2.5), nn.ReLU(), nn.ReLU6(),
     nn.SELU(), nn.SiLU(), nn.Sigmoid(), nn.Softplus(), nn.Softplus(3.0), nn.Softshrink(), nn.Softsign(), nn.Tanh(),
+    nn.RReLU(), nn.RReLU(-2.0, -1.0), nn.Threshold(0.5, 0.5), nn.Threshold(-1.0, -1.0), nn.Hardshrink(0.0),
     nn.Tanhshrink(),
 ]  # fmt: skip
 
@@ -21,7 +28,7 @@ SMOOTH = [
 @pytest.mark.parametrize("module", SMOOTH, ids=repr)
 def test_activation_constants_are_the_largest_slope_rounded_upwards(module: nn.Module) -> None:
     x = torch.linspace(-12, 12, 2_400_001, dtype=torch.float64).requires_grad_()
-    (slope,) = torch.autograd.grad(module.double()(x).sum(), x)
+    (slope,) = torch.autograd.grad(module.double().eval()(x).sum(), x)
     largest = slope.abs().max().item()
     constant = lipschitz_bound(module, (3,)).upper
     assert largest <= constant * (1 + 1e-12)
@@ -81,6 +88,15 @@ def test_max_pools_are_bounded_and_the_bound_is_attained(module: nn.Module, size
         lambda x: x.relu(), lambda x: F.leaky_relu(x, 0.2), lambda x: F.elu(x, alpha=1.5), lambda x: -2.0 * x,
         lambda x: x.flatten(1), lambda x: x.view(x.shape[0], -1), lambda x: F.max_pool2d(x, 2),
         lambda x: F.avg_pool2d(x, 3, 1), lambda x: F.adaptive_avg_pool2d(x, (1, 1)), lambda x: x.mean([2, 3]),
+        lambda x: F.softshrink(x, 0.2), lambda x: F.threshold(x, 0.1, 0.1), lambda x: F.rrelu(x),
+        lambda x: F.hardshrink(x, 0.0),
+        lambda x: F.instance_norm(x, eps=0.1),
+        lambda x: F.instance_norm(x, weight=torch.tensor([2.0, -1.0]).to(x), eps=0.1),
+        lambda x: F.instance_norm(x, torch.zeros(2).to(x), torch.tensor([4.0, 0.25]).to(x), use_input_stats=False),
+        lambda x: torch.cdist(x[:, 0], POINTS[None].to(x)), lambda x: torch.cdist(POINTS[None].to(x), x[:, 1]),
+        lambda x: torch.cdist(x[:, 0], x[:, 1]), lambda x: F.pairwise_distance(x[:, 0], POINTS.to(x)[0]),
+        lambda x: F.pairwise_distance(x[:, 0], x[:, 1], 2.0), lambda x: torch.where(x[:, :1].new_ones(1) > 0, x, -x),
+        lambda x: torch.where(CHOICE, x, x.flip(2)), lambda x: torch.add(x, x.roll(1, 2), alpha=-0.5),
         lambda x: F.dropout(x, 0.5, training=False), lambda x: x.mul(torch.tensor([1.0, -3.0]).view(2, 1, 1)),
     ],
 )  # fmt: skip
@@ -95,6 +111,27 @@ def test_functions_have_their_modules_rules(function: object) -> None:
     moves = 1e-4 * torch.randn_like(x)
     stretch = (function(x + moves) - function(x)).flatten(1).norm(dim=1) / moves.flatten(1).norm(dim=1)
     assert stretch.max().item() <= bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: F.threshold(x, 0.1, 3.0), r"Threshold jumps from 3 to 0\.1, and has no Lipschitz constant"),
+        (lambda x: F.hardshrink(x), r"Hardshrink jumps at 0\.5, and has no Lipschitz constant"),
+        (lambda x: F.rrelu(x, training=True), r"rrelu runs with training=True also in eval mode"),
+        (lambda x: x.round(), r"round \(at round_1\) jumps, and has no Lipschitz constant"),
+        (lambda x: x * (x > 0), r"gt \(at gt\) jumps, .*x \* \(x > 0\) has, make it an activation"),
+        (lambda x: x % 1.0, r"mod \(at mod\) jumps"),
+        (lambda x: x + 0.1 * torch.randn_like(x), r"randn_like \(at randn_like\) draws random numbers"),
+        (lambda x: torch.bernoulli(x.sigmoid()), r"bernoulli \(at bernoulli\) draws random numbers"),
+        (lambda x: torch.cdist(x, x[:, :1], p=1.0), "cdist in another norm than L2"),
+        (lambda x: x.cumsum(0), "cumsum along the batch's axis|depends on the others in its batch"),
+        (lambda x: torch.diff(x, dim=0), "diff along the batch's axis|depends on the others in its batch|does not run"),
+    ],
+)
+def test_functions_that_jump_or_mix_the_batch(function: Callable[[Tensor], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lipschitz_bound(Applied(function), (2, 3))
 
 
 class Twice(nn.Module):
@@ -170,7 +207,7 @@ class Careless(nn.Module):
 
 class Unknown(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cumsum(x, 1)
+        return torch.logcumsumexp(x, 1)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +220,7 @@ class Unknown(nn.Module):
         (nn.Sequential(nn.ReLU(), Careless()), (4,), r"^1\.dropout: .*training=self\.training"),
         (nn.Sequential(nn.ReLU(), Twice()), (4,), r"^Twice \(at 1\) cannot be traced"),
         (nn.Linear(3, 3), (4,), r"^Linear does not run on an input of shape \[4\], without the batch axis: [^\n]*$"),
-        (Unknown(), (4,), "no Lipschitz rule for the function cumsum"),
+        (Unknown(), (4,), "no Lipschitz rule for the function logcumsumexp"),
         (nn.BatchNorm1d(4, track_running_stats=False), (4,), "without running statistics"),
         (nn.Sequential(nn.Linear(2, 2), nn.MultiheadAttention(2, 1)), (2,), "MultiheadAttention"),
     ],

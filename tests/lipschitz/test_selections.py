@@ -47,6 +47,10 @@ ONE = {
     "circular module": nn.CircularPad2d((1, 0, 2, 2)),
     "constant module": nn.ConstantPad2d(1, 0.5),
     "pixel_shuffle": lambda x: F.pixel_shuffle(x, 2),
+    "take_along_dim": lambda x: torch.take_along_dim(x, INDEX[:4].view(1, 4, 1, 1).expand(len(x), -1, 6, 5), 1),
+    "scatter": lambda x: x.scatter(2, torch.ones(len(x), 4, 1, 5, dtype=torch.long), 0.25),
+    "index_fill": lambda x: torch.index_fill(x, 2, torch.tensor([1, 4]), -2.0),
+    "fold module": nn.Sequential(nn.Flatten(2), nn.Fold((7, 6), 2)),
     "masked_fill": lambda x: x.masked_fill(torch.arange(5) > 2, -1.0),
 }
 SEVERAL = {

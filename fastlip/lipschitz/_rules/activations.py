@@ -55,6 +55,31 @@ def _leaky_relu(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     return _largest_slope(abs(module.negative_slope))
 
 
+@rule(nn.RReLU)
+def _rrelu(module: nn.Module, input_shape: tuple[int, ...]) -> float:
+    """In eval mode a leaky ReLU with the mean of both slopes."""
+    assert isinstance(module, nn.RReLU)
+    return _largest_slope(abs(0.5 * (module.lower + module.upper)))
+
+
+@rule(nn.Threshold)
+def _threshold(module: nn.Module, input_shape: tuple[int, ...]) -> float:
+    assert isinstance(module, nn.Threshold)
+    if module.value != module.threshold:
+        raise ValueError(
+            f"Threshold jumps from {module.value:g} to {module.threshold:g}, and has no Lipschitz constant"
+        )
+    return 1.0
+
+
+@rule(nn.Hardshrink)
+def _hardshrink(module: nn.Module, input_shape: tuple[int, ...]) -> float:
+    assert isinstance(module, nn.Hardshrink)
+    if module.lambd > 0.0:
+        raise ValueError(f"Hardshrink jumps at {module.lambd:g}, and has no Lipschitz constant; Softshrink has one")
+    return 1.0
+
+
 @rule(nn.PReLU)
 def _prelu(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     assert isinstance(module, nn.PReLU)

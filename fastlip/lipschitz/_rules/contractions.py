@@ -14,6 +14,7 @@ from fastlip.lipschitz._calls import Call
 from fastlip.lipschitz._combinations import Weighted
 from fastlip.lipschitz._intervals import EPS, INF, Interval
 from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz._rowwise import by_ends
 from fastlip.lipschitz._steps import Step, in_graph, in_sample
 
 
@@ -86,6 +87,8 @@ def _einsum(call: Call) -> Step | None:
     equation, *operands = call.args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
+    if isinstance(equation, str) and len(operands) == 1 and isinstance(operands[0], fx.Node) and not call.kwargs:
+        return _summed(call, equation, operands[0])
     if not isinstance(equation, str) or len(operands) != 2 or call.kwargs:
         return None
     if not all(isinstance(t, (fx.Node, Tensor)) for t in operands):
@@ -143,6 +146,28 @@ def _einsum(call: Call) -> Step | None:
         factor = norm * (1.0 + 1e-12) * summed[1 - at]
     step = Step(call.where, call.name, inputs, factor, call.shape, apply=apply, interval=interval)
     return step
+
+
+def _summed(call: Call, equation: str, operand: fx.Node) -> Step | None:
+    """A sum over some axes, a permutation or a diagonal: each element of the output is a sum of as many elements."""
+    given, arrow, output = equation.replace(" ", "").partition("->")
+    shape = call.values.shapes[operand]
+    if not arrow or len(given) != len(shape) or not given.isalpha() or len(set(output)) != len(output):
+        return None
+    sizes = dict(zip(given, shape, strict=True))
+    count = math.prod(size for label, size in sizes.items() if label not in output)
+    factor = math.sqrt(count) * (1.0 + EPS) if count != 1 else 1.0
+
+    def apply(_: str, *given: Any) -> Tensor:
+        return torch.einsum(equation, *given)
+
+    means = by_ends(call, lambda *args, **_: apply(*args) / max(count, 1), terms=max(count, 2))
+    return Step(
+        *(call.where, call.name, [call.steps[operand]], factor, call.shape),
+        apply=apply,
+        interval=lambda *args, **kwargs: arithmetic.scale(means(*args, **kwargs), float(count)),
+        linear=True,
+    )
 
 
 def _axes_of(equation: str, shapes: Sequence[Sequence[int]]) -> _Axes | None:

@@ -32,6 +32,11 @@ _BY_NAME: dict[str, Callable[..., nn.Module]] = {
     "softplus": lambda beta=1.0, threshold=20.0: nn.Softplus(beta, threshold),
     "softsign": lambda: nn.Softsign(),
     "logsigmoid": lambda: nn.LogSigmoid(),
+    "softshrink": lambda lambd=0.5: nn.Softshrink(lambd),
+    "hardshrink": lambda lambd=0.5: nn.Hardshrink(lambd),
+    "threshold": lambda threshold, value, inplace=False: nn.Threshold(threshold, value),
+    "_threshold": lambda threshold, value, inplace=False: nn.Threshold(threshold, value),
+    "rrelu": lambda lower=1 / 8, upper=1 / 3, training=False, inplace=False: _rrelu(lower, upper, training),
     "glu": lambda dim=-1: nn.GLU(dim),
     "local_response_norm": lambda size, alpha=1e-4, beta=0.75, k=1.0: nn.LocalResponseNorm(size, alpha, beta, k),
 }
@@ -57,6 +62,12 @@ def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn
     if training:
         raise ValueError("dropout runs with training=True also in eval mode; use training=self.training")
     return nn.Identity()
+
+
+def _rrelu(lower: float, upper: float, training: bool) -> nn.Module:
+    if training:
+        raise ValueError("rrelu runs with training=True also in eval mode; use training=self.training")
+    return nn.RReLU(lower, upper).eval()
 
 
 def _interpolate(

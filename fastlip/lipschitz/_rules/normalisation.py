@@ -20,6 +20,7 @@ from fastlip.lipschitz._calls import Call, copied
 from fastlip.lipschitz._combinations import Weighted
 from fastlip.lipschitz._intervals import EPS, Interval
 from fastlip.lipschitz._registry import builds, missing_rule
+from fastlip.lipschitz._rules.own_weights import by_statistics
 from fastlip.lipschitz._steps import Step
 
 #: Rounding of a few operations on numbers.
@@ -255,13 +256,28 @@ def _instance_norm(call: Call) -> Step | None:
     m = call.target
     if len(call.sources) != 1:
         return None
-    if m.track_running_stats:
-        raise ValueError(f"module {call.where}: InstanceNorm with running statistics has no Lipschitz rule")
     axes_of_sample = {nn.InstanceNorm1d: 2, nn.InstanceNorm2d: 3, nn.InstanceNorm3d: 4}
     axes = next(n for kind, n in axes_of_sample.items() if isinstance(m, kind))
     if len(call.sources[0].shape) != axes:
         raise ValueError(f"module {call.where}: {call.name} without a batch axis has no Lipschitz rule")
+    if m.track_running_stats:
+        return by_statistics(call, m.running_mean, m.running_var, m.weight, m.bias, m.eps)
     return _group_norm_step(call, call.shape[0], m.weight, m.bias, m.eps)
+
+
+@builds(F.instance_norm)
+def _functional_instance_norm(call: Call) -> Step | None:
+    names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+    given = _arguments(call, names, running_mean=None, running_var=None, weight=None, bias=None)
+    given = {"use_input_stats": True, "eps": 1e-5} | given
+    if not call.alone or len(call.shape) < 2:
+        raise missing_rule(f"{call.name} without a batch axis", call.where)
+    if given["use_input_stats"]:
+        return _group_norm_step(call, call.shape[0], given["weight"], given["bias"], given["eps"])
+    if given["running_mean"] is None or given["running_var"] is None:
+        raise missing_rule(f"{call.name} without statistics", call.where)
+    mean, variance = given["running_mean"], given["running_var"]
+    return by_statistics(call, mean, variance, given["weight"], given["bias"], given["eps"])
 
 
 def _softmax_step(call: Call, dim: int | None, *, log: bool) -> Step:

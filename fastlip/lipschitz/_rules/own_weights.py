@@ -96,17 +96,26 @@ def _batch_norm(call: Call) -> Step:
     given = {"training": False, "eps": 1e-5} | _constants(call, names)
     if given["training"] or given.get("running_mean") is None or given.get("running_var") is None:
         raise ValueError(f"{call.where}: {call.name} uses the statistics of its batch, which no Lipschitz rule covers")
+    return by_statistics(
+        call, given["running_mean"], given["running_var"], given.get("weight"), given.get("bias"), given["eps"]
+    )
+
+
+def by_statistics(
+    call: Call, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Step:
+    """The step of a normalisation of channels by statistics [C] that are constant."""
     if not call.alone:
         raise missing_rule(f"{call.name} of a tensor whose first axis is not the batch's", call.where)
-    module = nn.BatchNorm1d(len(given["running_var"]), eps=given["eps"], affine=False).eval()
-    module.running_mean, module.running_var = given["running_mean"], given["running_var"]
-    for name in ("weight", "bias"):
-        value = given.get(name)
+    module = nn.BatchNorm1d(len(variance), eps=eps, affine=False).eval()
+    module.running_mean, module.running_var = mean, variance
+    for name, value in (("weight", weight), ("bias", bias)):
         setattr(module, name, None if value is None else nn.Parameter(value.detach(), requires_grad=False))
     scale = batchnorm_scale(module)
-    shift = -scale * given["running_mean"].detach().double()
-    if given.get("bias") is not None:
-        shift = shift + given["bias"].detach().double()
+    centre = mean.detach().double()
+    shift = -scale * centre
+    if bias is not None:
+        shift = shift + bias.detach().double()
 
     def channels(t: Tensor, x: Tensor) -> Tensor:
         return t.to(x).view(-1, *(1,) * (x.dim() - 2))
@@ -117,7 +126,7 @@ def _batch_norm(call: Call) -> Step:
     def interval(x: Interval, *_: Any, **__: Any) -> Interval:
         y = arithmetic.scale(x, channels(scale, x.lower), 1e-14)
         # The error of the shift, which is a product and a sum.
-        slack = 1e-14 * (scale.abs() * given["running_mean"].detach().double().abs() + shift.abs())
+        slack = 1e-14 * (scale.abs() * centre.abs() + shift.abs())
         offset = channels(shift, x.lower)
         margin = channels(slack, x.lower)
         return Interval(arithmetic.shift(y, offset - margin).lower, arithmetic.shift(y, offset + margin).upper)

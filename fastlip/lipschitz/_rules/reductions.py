@@ -45,6 +45,7 @@ def _extreme(call: Call) -> Step | None:
 
 
 @builds(torch.max, torch.min, torch.sort, torch.topk, "max", "min", "sort", "topk")
+@builds(torch.median, torch.kthvalue, "median", "kthvalue")
 def _sorted(call: Call) -> Step | Sequence[Step | None] | None:
     """Values in order are no further apart than before (the rearrangement inequality); extremes are among them."""
     if not _is_plain(call):

@@ -33,7 +33,8 @@ _ONE: tuple[Any, ...] = (
     *(torch.roll, "roll", torch.flip, "flip", torch.fliplr, torch.flipud, torch.rot90, "rot90"),
     *(torch.diagonal, "diagonal", torch.tril, "tril", torch.triu, "triu", "unfold", F.unfold),
     *(F.pad, torch.constant_pad_nd, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, torch.channel_shuffle),
-    *(torch.masked_fill, "masked_fill", torch.gather, "gather"),
+    *(torch.masked_fill, "masked_fill", torch.gather, "gather", torch.take_along_dim, "take_along_dim"),
+    *(torch.scatter, "scatter", torch.index_fill, "index_fill"),
 )
 _SEVERAL: tuple[Any, ...] = (
     *(torch.split, "split", torch.split_with_sizes, "split_with_sizes", torch.chunk, "chunk", "tensor_split"),
@@ -104,11 +105,13 @@ def _padding(call: Call) -> Step | None:
     return _step(call, lambda x: type(module).forward(module, x), call.shape)
 
 
-@builds(F.fold)
+@builds(F.fold, nn.Fold)
 def _overlapping_sum(call: Call) -> Step | None:
     """The adjoint of :func:`torch.nn.functional.unfold`, which copies each element to the windows that contain it."""
     names = ("input", "output_size", "kernel_size", "dilation", "padding", "stride")
     given = dict(zip(names, call.args, strict=False)) | call.kwargs
+    if isinstance(call.target, nn.Fold):
+        given |= {name: getattr(call.target, name) for name in names[1:]}
     if not call.on_one or not call.alone or any(isinstance(given.get(name), fx.Node) for name in names[1:]):
         return None
     size, kernel = axes_of(given["output_size"], 2), axes_of(given["kernel_size"], 2)

@@ -1,10 +1,12 @@
 """Sums, differences and concatenations."""
 
 import operator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._broadcast import copies
@@ -21,31 +23,41 @@ _SUBTRACT = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
 
 @builds(*_ADD, *_SUBTRACT, fixed=True)
 def _sum(call: Call) -> Step:
-    operands = [a for a in call.args if isinstance(a, fx.Node)]
-    if call.kwargs or len(call.args) != 2:
-        raise missing_rule(f"{call.name} with alpha", call.where)
-    inputs = [call.steps[a] for a in operands]
-    added = call.target in _ADD
-    by = operator.add if added else operator.sub
-    repeated = tuple(copies(call.sample_shape(a), call.shape) for a in operands)
+    alpha = call.kwargs.get("alpha", 1)
+    if set(call.kwargs) - {"alpha"} or len(call.args) != 2 or not isinstance(alpha, (int, float)):
+        raise missing_rule(f"{call.name} with these arguments", call.where)
+    times = {0: 1.0, 1: abs(float(alpha))}
+    operands = {at: a for at, a in enumerate(call.args) if isinstance(a, fx.Node)}
+    inputs = [call.steps[a] for a in operands.values()]
+    added = (call.target in _ADD) == (alpha >= 0)
+    by: Callable[..., Tensor] = operator.add if call.target in _ADD else operator.sub
+    if alpha != 1:
+        by = partial(torch.add if call.target in _ADD else torch.sub, alpha=alpha)
+    weights = tuple(copies(call.sample_shape(a), call.shape) * times[at] for at, a in operands.items())
     factor: Factor | Combination
     if len(operands) == 1:
-        factor = repeated[0]  # adding a constant changes no distance
-    elif repeated != (1.0, 1.0):
-        factor = BroadcastSum(repeated)
+        factor = weights[0]  # adding a constant changes no distance
+    elif weights != (1.0, 1.0):
+        factor = BroadcastSum(weights)
     else:  # x + x counts x twice
         factor = Sum() if added else Difference()
 
-    def interval(*args: Any) -> Interval:
+    def interval(*args: Any, **_: Any) -> Interval:
         a, b = (constant_sample(call, a) for a in args)
+        if alpha != 1:
+            b = arithmetic.scale(b, times[1]) if isinstance(b, Interval) else b * times[1]
         if isinstance(a, Interval) and isinstance(b, Interval):
             return arithmetic.add(a, b) if added else arithmetic.subtract(a, b)
         if isinstance(a, Interval):
             return arithmetic.shift(a, b if added else -b)
         return arithmetic.shift(b if added else arithmetic.negative(b), a)
 
-    apply = with_constants(by, call.args)
-    same = added and factor == 1.0
+    combined = with_constants(by, call.args)
+
+    def apply(*args: Any, **_: Any) -> Tensor:
+        return combined(*args)
+
+    same = factor == 1.0 and (added or 0 in operands)
     return Step(
         call.where, call.name, inputs, factor, call.shape, apply=apply, interval=aligned(call, interval), same=same
     )

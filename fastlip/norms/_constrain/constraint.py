@@ -126,7 +126,8 @@ class NormConstraint(nn.Module):
         if tracking.prepared != state:
             if self.is_recomputed(weight):
                 return self._scaled(weight, tracking.last_step()[0], tracking.norm)
-            track([(self, weight)])
+            if self.due(weight):
+                track([(self, weight)])
         tracking.norm, tracking.used = self._norm(weight), state
         return self._scaled(weight, tracking.last_step()[0], tracking.norm)
 
