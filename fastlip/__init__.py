@@ -22,7 +22,7 @@ except PackageNotFoundError:
 if TYPE_CHECKING:
     from fastlip import attacks, data, integrations, lipschitz, metrics, models, norms, ops, study
     from fastlip._info import build_info
-    from fastlip.lipschitz import LipschitzBound, lipschitz_bound, local_lipschitz
+    from fastlip.lipschitz import LipschitzBound, lipschitz_bound, local_lipschitz, local_lipschitz_bounds
     from fastlip.norms import NormInterval, NormOptions, NormReport, conv_norm, layer_norms
 
 _EXPORTS = {
@@ -34,6 +34,7 @@ _EXPORTS = {
     "NormReport": "fastlip.norms",
     "lipschitz_bound": "fastlip.lipschitz",
     "local_lipschitz": "fastlip.lipschitz",
+    "local_lipschitz_bounds": "fastlip.lipschitz",
     "LipschitzBound": "fastlip.lipschitz",
 }
 _MODULES = ("attacks", "data", "integrations", "lipschitz", "metrics", "models", "norms", "ops", "study")
@@ -53,6 +54,7 @@ __all__ = [
     "lipschitz",
     "lipschitz_bound",
     "local_lipschitz",
+    "local_lipschitz_bounds",
     "metrics",
     "models",
     "norms",
