@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from fastlip.lipschitz._ball_pass import BallPass, Balls, NotApplicable, is_layer
 from fastlip.lipschitz._broadcast import copies
-from fastlip.lipschitz._combinations import Combination
+from fastlip.lipschitz._combinations import Combination, Weighted
 from fastlip.lipschitz._gain import OpenUnits, largest_norm
 from fastlip.lipschitz._graph import Traced
 from fastlip.lipschitz._interval_arithmetic import module_interval, softplus_jump
@@ -382,17 +382,24 @@ class _Pass(BallPass[_State]):
             if node not in sources and any(user not in self.env and user is not n for user in node.users)
         ]
         again = any(user is not n and user not in self.env for source in sources for user in source.users)
-        if len(sources) != 1 or alive or again or n in self.traced.bundles or isinstance(step.factor, Combination):
+        weighted = isinstance(step.factor, Weighted)
+        several = len(sources) != 1 or isinstance(step.factor, Combination)
+        if alive or again or n in self.traced.bundles or (several and not weighted):
             raise NotApplicable(f"{step.name} is neither affine nor an activation")
-        factor = step.factor
-        if isinstance(factor, NormInterval):
-            factor = factor.upper if factor.confidence == 1.0 else INF
-        elif isinstance(factor, Operator):
-            factor = factor.absolute_bound
-        elif isinstance(factor, Diagonal):
-            factor = diagonal_norm(factor.scale)
-        source = self.states[sources[0]]
-        self._before = up(up(self._before * self._gain(source)) * float(factor))
+        if weighted:
+            terms = [up(self._gain(state) * weight) for state, weight in self.weights(step, self._sharpened)]
+            gain = up(torch.stack(terms).nan_to_num(nan=INF).sum(0) * (1.0 + len(terms) * EPS))
+        else:
+            factor = step.factor
+            if isinstance(factor, NormInterval):
+                factor = factor.upper if factor.confidence == 1.0 else INF
+            elif isinstance(factor, Operator):
+                factor = factor.absolute_bound
+            elif isinstance(factor, Diagonal):
+                factor = diagonal_norm(factor.scale)
+            assert isinstance(factor, (int, float))
+            gain = up(self._gain(self.states[sources[0]]) * float(factor))
+        self._before = up(self._before * gain)
         centre, radius = value.centre_and_radius()
         self._begin(math.prod(step.shape))
         self._widths = radius.flatten(1)

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, fx
 
+from fastlip.lipschitz._combinations import Weighted
 from fastlip.lipschitz._graph import Traced
-from fastlip.lipschitz._intervals import EPS, Interval, up
+from fastlip.lipschitz._intervals import EPS, INF, Interval, up
 from fastlip.lipschitz._registry import find_rule
 from fastlip.lipschitz._rules.layers import weighted
 from fastlip.lipschitz._steps import Step
@@ -113,6 +115,19 @@ class BallPass(fx.Interpreter, ABC, Generic[State]):
             return given(self.states[a]) if a in self.states else self.env[a]
 
         return fx.node.map_arg(n.args, argument), fx.node.map_arg(n.kwargs, argument)
+
+    def weights(self, step: Step, values: Callable[[State], Interval]) -> list[tuple[State, Tensor]]:
+        """The state of each input of a step whose factor is weighted, and its weight on each ball, [B].
+
+        ``values`` gives bounds of the values of an input on each ball.
+        """
+        assert isinstance(step.factor, Weighted)
+        nodes = {own: node for node, own in self.traced.steps.items()}
+        inputs = [self.states[nodes[source]] for source in step.inputs]
+        bounds = [values(state) for state in inputs]
+        rows = [step.factor.weights([x.rows(slice(i, i + 1)) for x in bounds]) for i in range(len(self.balls.x))]
+        found = torch.tensor(rows, dtype=torch.float64, device=self.balls.x.device)
+        return list(zip(inputs, found.nan_to_num(nan=INF).unbind(1), strict=True))
 
     def _state(self, n: fx.Node, step: Step) -> State:
         if not step.inputs:

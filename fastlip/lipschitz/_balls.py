@@ -81,7 +81,8 @@ def local_lipschitz_bounds(
     NeurIPS 2022), this takes a matrix of as many columns as the input has elements, and those open units. Networks that
     are too large for it, or branch around steps other than affine ones and activations, get the least of
     :func:`lipschitz_bound`, everywhere and on the ball, and of the same composition with masked layers: in front of a
-    layer, each unit counts with its largest slope on the ball, so that inactive ones drop out.
+    layer, each unit counts with its largest slope on the ball, so that inactive ones drop out. Other steps multiply,
+    each by its constant on the ball.
 
     Lower sides: :func:`local_lipschitz` at the sample and at other points of the ball, in the end in float64 where the
     model runs in it.
@@ -150,7 +151,10 @@ def _upper_sides(
             replay(model, shape, traced, domain_of(shape, None, None, None))
         with torch.no_grad(), in_float64(model, balls.x):
             upper = _by_jacobians(traced, balls)
-            missing = upper.isnan()
+            missing = ~upper.isfinite()
+            if any(isinstance(step.factor, Weighted) for step in traced.steps.values()):
+                # Each starts anew, behind which a composition may know more.
+                missing |= upper > _FAR * lower
             if not bool(missing.any()):
                 # With most units open nothing is local any more, and the whole network has more time. What holds
                 # everywhere is at least the largest lower side.
@@ -159,8 +163,14 @@ def _upper_sides(
             # The least of two bounds holds if both do.
             halved = replace(options, confidence=1.0 - (1.0 - options.confidence) / 2.0)
             rest = Balls(balls.x[missing], balls.radius[missing], balls.norm)
-            upper[missing], chance = _by_masks(traced, rest, halved.resolved(model.parameters()))
-    composed, other = _by_composition(model, rest, check, halved, traced)
+            masked, chance = _by_masks(traced, rest, halved.resolved(model.parameters()))
+            upper[missing] = torch.fmin(upper[missing], masked)
+    try:
+        composed, other = _by_composition(model, rest, check, halved, traced)
+    except ValueError:
+        if not bool(upper.isfinite().all()):
+            raise
+        return upper, chance
     upper[missing] = torch.minimum(upper[missing], composed)
     return upper, max(0.0, 1.0 - (1.0 - chance) - (1.0 - other))
 

@@ -105,6 +105,10 @@ class Interval:
         """Shape of one sample."""
         return tuple(self.lower.shape[1:])
 
+    def rows(self, domains: slice) -> "Interval":
+        """Some of the domains."""
+        return Interval.as_stored(self.lower[domains], self.upper[domains], self.norm[domains])
+
     @property
     def batch(self) -> int:
         """Number of domains."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fastlip.lipschitz._ball_pass import BallPass, Balls, NotApplicable, is_layer
-from fastlip.lipschitz._combinations import Concatenation, Sum
+from fastlip.lipschitz._combinations import Concatenation, Sum, Weighted
 from fastlip.lipschitz._domain import stacked
 from fastlip.lipschitz._graph import Traced
 from fastlip.lipschitz._intervals import Interval, up
@@ -101,10 +101,7 @@ class _Pass(BallPass[_State]):
         if step in self._scaled:  # its constant contains the factors of the next step
             return state
         count = len(self.balls.x)
-        ball, centre = (
-            Interval(state.value.lower[rows], state.value.upper[rows], state.value.norm[rows])
-            for rows in (slice(count), slice(count, None))
-        )
+        ball, centre = (state.value.rows(part) for part in (slice(count), slice(count, None)))
         moved = up(state.constant * self.balls.l2_radius()).nan_to_num(nan=math.inf)
         return replace(state, value=stacked([ball.intersection(centre.widened(moved)), centre]))
 
@@ -118,6 +115,11 @@ class _Pass(BallPass[_State]):
             constants = {self.traced.steps[a]: state.constant for a, state in self.states.items()}
             several = torch.stack([constants[source] for source in step.inputs])
             return _State(value, up(torch.linalg.vector_norm(several, dim=0) * (1.0 + 1e-14)))
+        if isinstance(factor, Weighted):
+            rows = slice(len(self.balls.x))
+            terms = [up(state.constant * weight) for state, weight in self.weights(step, lambda s: s.value.rows(rows))]
+            total = torch.stack(terms).nan_to_num(nan=math.inf).sum(0)
+            return _State(value, up(total * (1.0 + 1e-14)))
         if len(sources) != 1 or not isinstance(factor, (int, float, NormInterval, Operator, Diagonal)):
             raise NotApplicable(f"{step.name} depends on more than one mask")
         if isinstance(factor, Operator):
@@ -138,7 +140,7 @@ class _Pass(BallPass[_State]):
             return _State(value, first.total, moved.view(-1, *step.shape))
         if step.module is not None:
             count = len(self.balls.x)
-            known = Interval(first.value.lower[:count], first.value.upper[:count])
+            known = first.value.rows(slice(count))
             slopes = slope_bounds(step.module, known)
             if slopes is not None:
                 return _State(value, first.total, self._masked(step, first, torch.maximum(-slopes[0], slopes[1])))

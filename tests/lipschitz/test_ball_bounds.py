@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlip import ops
-from fastlip.lipschitz import _ball_graph, lipschitz_bound, local_lipschitz_bounds
+from fastlip.lipschitz import _ball_graph, _balls, lipschitz_bound, local_lipschitz_bounds
 from fastlip.lipschitz._ball_graph import _columns_through, _State
 from fastlip.lipschitz._ball_pass import Balls
 from fastlip.lipschitz._gain import OpenUnits, _Problem, largest_norm
@@ -584,3 +585,61 @@ def test_balls_of_networks_whose_factors_depend_on_values() -> None:
     assert local_lipschitz_bounds(model, x, 30.0).upper.tolist() == pytest.approx([everywhere] * 4)
     # Linf balls count with the L2 ball around them.
     assert (local_lipschitz_bounds(model, x, radii / 12**0.5, norm="linf").upper <= found.upper * (1.0 + 1e-6)).all()
+
+
+class SqueezeAndExcite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.squeeze, self.excite = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 2), nn.Linear(2, 4)
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        gate = self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()
+        return self.head((x * gate[:, :, None, None]).flatten(1))
+
+
+class Elementwise(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+WEIGHTED = {
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), (6,)
+    ),
+    "square": (lambda: nn.Sequential(nn.Linear(6, 8), Elementwise(torch.square), nn.Linear(8, 3)), (6,)),
+    "exponential": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), Elementwise(torch.exp), nn.Linear(8, 3)), (6,)),
+    "gated linear unit": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GLU(), nn.Linear(4, 3)), (6,)),
+    "gate": (SqueezeAndExcite, (2, 4, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [None, 1], ids=["columns", "masks"])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_factors_that_depend_on_values_are_those_of_each_ball(
+    name: str, norm: str, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if most is not None:
+        monkeypatch.setattr(_balls, "_MOST_ELEMENTS", most)
+    make, shape = WEIGHTED[name]
+    torch.manual_seed(3)
+    net = make().double().eval()
+    x = torch.randn(4, *shape, dtype=torch.float64)
+    radius = torch.tensor([0.0, 0.01, 0.05, 0.3], dtype=torch.float64)
+    found = local_lipschitz_bounds(net, x, radius, norm=norm, points=32)
+    assert (found.upper >= found.lower).all()
+    for sample, r, upper in zip(x, radius, found.upper, strict=True):
+        ball = torch.randn(20, *shape, dtype=torch.float64)
+        ball = ball.sign() if norm == "linf" else F.normalize(ball.flatten(1)).view_as(ball)
+        for point in sample + r * torch.rand(20, *(1,) * len(shape)) * ball:
+            jacobian = torch.autograd.functional.jacobian(net, point[None]).view(-1, point.numel())
+            assert torch.linalg.matrix_norm(jacobian, 2) <= upper * (1 + 1e-9)
+    # On a small ball nothing is above what follows from how large values are there.
+    composed = lipschitz_bound(net, shape, around=x[0], radius=1e-9).upper
+    assert found.upper[0] <= max(composed, 2.0 * found.lower[0]) * (1 + 1e-6)
