@@ -50,9 +50,9 @@ class _Tracking:
         self.gradient: NormGradient | None = None
         self.found: Tensor | None = None
         self.norm: Tensor | float = 0.0
-        self.used: object = None
+        self.used: tuple[object, ...] | None = None
         self.rested, self.interval, self.steady = 0, 1, 0
-        self.prepared: object = None
+        self.prepared: tuple[object, ...] | None = None
         self.together: list[tuple[NormConstraint, Tensor]] = []
         self.certificate: Certificate | None = None
 
@@ -105,15 +105,20 @@ class NormConstraint(nn.Module):
         """What is assigned to the layer's weight is the weight to scale."""
         return weight
 
-    def state(self, weight: Tensor) -> object:
+    def state(self, weight: Tensor) -> tuple[object, ...]:
         """What tells whether the layer is in the same mode and has the same numbers as before."""
-        if torch.compiler.is_compiling():  # compiled code is for one state
-            return self.training
+        if torch.compiler.is_compiling():  # which holds for one forward
+            return (self.training,)
         return (self.training, *((id(t), version_of(unwrapped(t))) for t in self.weights(weight)))
 
     def weights(self, weight: Tensor) -> list[Tensor]:
         """The weights that the norm depends on."""
         return [weight]
+
+    def is_prepared(self, weight: Tensor) -> bool:
+        """Whether the model's forward, which is running, has taken the steps that were due or certified the layer."""
+        prepared, state = self.tracking.prepared, self.state(weight)
+        return prepared is not None and prepared[: len(state)] == state
 
     def is_recomputed(self, weight: Tensor) -> bool:
         """Whether a backward pass runs, which computes again what the last forward did, in a checkpoint."""
@@ -122,13 +127,13 @@ class NormConstraint(nn.Module):
         return self.tracking.used == self.state(weight)
 
     def _in_training(self, weight: Tensor) -> Tensor:
-        tracking, state = self.tracking, self.state(weight)
-        if tracking.prepared != state:
+        tracking = self.tracking
+        if not self.is_prepared(weight):
             if self.is_recomputed(weight):
                 return self._scaled(weight, tracking.last_step()[0], tracking.norm)
             if self.due(weight):
                 track([(self, weight)])
-        tracking.norm, tracking.used = self._norm(weight), state
+        tracking.norm, tracking.used = self._norm(weight), self.state(weight)
         return self._scaled(weight, tracking.last_step()[0], tracking.norm)
 
     def _norm(self, weight: Tensor) -> Tensor | float:
@@ -154,7 +159,7 @@ class NormConstraint(nn.Module):
 
     def _in_eval(self, weight: Tensor) -> Tensor:
         tracking = self.tracking
-        if tracking.prepared != self.state(weight) or tracking.certificate is None:
+        if not self.is_prepared(weight) or tracking.certificate is None:
             # Not before the model's forward: what runs outside of layers passes for a part of the model.
             certify(tracking.together or [(self, weight)])
             for constraint, own in tracking.together:
