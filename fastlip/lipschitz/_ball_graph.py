@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._ball_pass import BallPass, Balls, NotApplicable, is_layer
+from fastlip.lipschitz._ball_pass import BallPass, Balls, NotApplicable, fits, is_layer
 from fastlip.lipschitz._broadcast import copies
 from fastlip.lipschitz._combinations import Combination, Weighted
 from fastlip.lipschitz._gain import OpenUnits, largest_norm
 from fastlip.lipschitz._graph import Traced
 from fastlip.lipschitz._interval_arithmetic import module_interval, softplus_jump
-from fastlip.lipschitz._intervals import EPS, INF, TINY, Interval, up
+from fastlip.lipschitz._intervals import EPS, INF, TINY, Interval, as_rows, up
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._slopes import slope_bounds
 from fastlip.lipschitz._steps import Step, in_graph, in_sample
@@ -104,7 +104,7 @@ class _Pass(BallPass[_State]):
         self._most = most
         #: What the constants of all that was passed before multiply to.
         self._before = torch.ones_like(balls.radius)
-        self._begin(balls.x.flatten(1).shape[1])
+        self._begin(as_rows(balls.x).shape[1])
 
     def run_balls(self) -> Tensor:
         last = self.run_to_last()
@@ -133,7 +133,7 @@ class _Pass(BallPass[_State]):
     # -- states -------------------------------------------------------------------------------------------------------
 
     def _first(self, x: Tensor, value: Interval) -> _State:
-        count = x.flatten(1).shape[1]
+        count = as_rows(x).shape[1]
         self._require_room(count, x.shape[1:])
         columns = torch.eye(count, dtype=torch.float64, device=x.device).view(1, count, *x.shape[1:])
         zeros = torch.zeros_like(self.balls.radius)
@@ -149,7 +149,7 @@ class _Pass(BallPass[_State]):
         if value is None:
             value = Interval.unbounded(step.shape, len(self.balls.x), self.balls.x.device)
         first = self.states[sources[0]]
-        if len(sources) == 1 and isinstance(step.factor, Operator) and is_layer(step):
+        if len(sources) == 1 and isinstance(step.factor, Operator) and is_layer(step) and fits(step, step.factor):
             return self._through_layer(step, step.factor, first, value)
         if len(sources) == 1 and isinstance(step.factor, Diagonal) and step.exact:
             return self._scaled(n, step, step.factor.scale, first, value)
@@ -225,7 +225,7 @@ class _Pass(BallPass[_State]):
     def _apply(self, n: fx.Node, step: Step, t: Tensor) -> Tensor:
         """The step on samples [R, *shape] in place of its only traced argument, [R, *other shape]."""
         if step.places is not None:
-            return t.flatten(1)[:, step.places().to(t.device)].view(-1, *step.shape)
+            return as_rows(t)[:, step.places().to(t.device)].view(-1, *step.shape)
 
         def on_one(sample: Tensor) -> Tensor:
             given = in_graph(sample[None], step.inputs[0], 1)
@@ -332,7 +332,7 @@ class _Pass(BallPass[_State]):
             at = torch.where(opened, 0.25 * reach, 0.0)
         rows = (len(at), 1, *at.shape[1:])
         columns = source.columns * middle.view(rows)
-        widest = middle.flatten(1).abs().amax(1) if middle[0].numel() else torch.zeros_like(source.error)
+        widest = as_rows(middle).abs().amax(1) if middle[0].numel() else torch.zeros_like(source.centre_error)
         state = _State(
             _through(module, known, value),
             middle * source.centre + at,
@@ -345,7 +345,7 @@ class _Pass(BallPass[_State]):
     def _with_units(self, state: _State, source: _State, delta: Tensor, half: Tensor) -> _State:
         """Add the open units of an activation: their rows are those of its source, their columns unit vectors."""
         batch = len(delta)
-        flat, half = delta.flatten(1), half.flatten(1)
+        flat, half = as_rows(delta), as_rows(half)
         opened = flat > 0.0
         # Rounding alone separates the others from the affine map.
         lost = torch.linalg.vector_norm(torch.where(opened, 0.0, half), dim=1) * (1.0 + 1e-9)
@@ -357,7 +357,7 @@ class _Pass(BallPass[_State]):
         self._require_room(width + count, state.centre.shape[1:])
         order = opened.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
         chosen = opened.gather(1, order)
-        rows = source.columns.flatten(2)
+        rows = _elements(source.columns)
         rows = rows.gather(2, order[:, None].expand(-1, rows.shape[1], -1)).mT * chosen[..., None]
         own = torch.where(chosen, flat.gather(1, order), 0.0)
         noise = torch.where(chosen, half.gather(1, order), 0.0)
@@ -402,13 +402,13 @@ class _Pass(BallPass[_State]):
         self._before = up(self._before * gain)
         centre, radius = value.centre_and_radius()
         self._begin(math.prod(step.shape))
-        self._widths = radius.flatten(1)
+        self._widths = as_rows(radius)
         return self._first(centre, value)
 
     def _gain(self, state: _State) -> Tensor:
         """Upper bounds on the norms of the Jacobians from the last new input to a state, [B]."""
         width = self._inputs + sum(block.delta.shape[1] for block in self._blocks)
-        outer, error = _widened(state.columns, width).flatten(2).mT, _widened(state.error, width)
+        outer, error = _elements(_widened(state.columns, width)).mT, _widened(state.error, width)
         some = self._blocks
         nothing = outer.new_zeros(len(outer), 0, width)
         inner = torch.cat([_widened(block.rows.mT, width).mT for block in some], 1) if some else nothing
@@ -488,15 +488,20 @@ def _widened(columns: Tensor, width: int) -> Tensor:
     return torch.cat([columns, columns.new_zeros(len(columns), missing, *columns.shape[2:])], 1)
 
 
+def _elements(columns: Tensor) -> Tensor:
+    """Columns [B, n, *shape] as [B, n, elements]; the shape of a sample may be empty."""
+    return columns.flatten(2) if columns.dim() > 2 else columns[..., None]
+
+
 def _frobenius(t: Tensor, like: Tensor | None = None) -> Tensor:
     """Upper bounds on the L2 norms of the samples' elements, [B], of t where it broadcasts to ``like``."""
-    flat = (t if like is None else t.detach().double().broadcast_to(like.shape)).flatten(1)
+    flat = as_rows(t if like is None else t.detach().double().broadcast_to(like.shape))
     return torch.linalg.vector_norm(flat, dim=1) * (1.0 + EPS * (flat.shape[1] + 8)) + TINY
 
 
 def _lengths(columns: Tensor) -> Tensor:
     """Upper bounds on the L2 norms of columns, [B, n]."""
-    flat = columns.flatten(2)
+    flat = _elements(columns)
     return torch.linalg.vector_norm(flat, dim=2) * (1.0 + EPS * (flat.shape[2] + 8)) + TINY
 
 

@@ -15,6 +15,8 @@ from fastlip.lipschitz._intervals import EPS, INF, Interval, up
 from fastlip.lipschitz._registry import find_rule
 from fastlip.lipschitz._rules.layers import weighted
 from fastlip.lipschitz._steps import Step
+from fastlip.norms import Operator
+from fastlip.norms._operators.modules import TRANSPOSED
 
 State = TypeVar("State")
 
@@ -136,6 +138,12 @@ class BallPass(fx.Interpreter, ABC, Generic[State]):
 
     def _placeholder(self, step: Step | None) -> Tensor | None:
         return None if step is None else self.balls.x.new_zeros(()).expand(self._rows, *step.shape)
+
+
+def fits(step: Step, layer: Operator) -> bool:
+    """Whether a layer's entries are the samples of the graph: elsewhere they may be parts of one."""
+    shapes = (layer.input_shape, layer.output_shape)
+    return (shapes[::-1] if isinstance(step.module, TRANSPOSED) else shapes) == (step.inputs[0].shape, step.shape)
 
 
 def is_layer(step: Step) -> bool:

@@ -28,6 +28,8 @@ _SMALL_RAISES, _RAISES = (1e-8, 1e-5), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 _FARTHEST, _SPREAD = 300.0, 40.0
 #: What the error of a column of T may become when it is divided by the root of its unit's multiplier.
 _MAGNIFIED = 1e-6
+#: Rows and columns up to so many times their error are rounding.
+_ROUNDED = 1e3
 #: What a bound is at least.
 _TINIEST = 1e-200
 #: Number of open units up to which units have guesses of their own, in two blocks and in more: with depth one
@@ -138,13 +140,25 @@ class _Problem:
         self.gram = None if self.wide else self.x @ self.x.mT
         self.rows = torch.cat([units.left, units.between[:, first:]], 1)
         self.open = units.delta > 0.0
-        # The least logarithms of multipliers: units that reach no output would best have -inf, by which the errors of
-        # their columns would be divided.
-        error = units.outer_error[:, self.d :]
-        reach_nothing = torch.linalg.vector_norm(self.rows, dim=1) <= 1e3 * error
-        least = torch.where(reach_nothing, 2.0 * (error / _MAGNIFIED).log(), -_FARTHEST)
-        self.least = least.clamp(-_FARTHEST, _FARTHEST)
+        self.least, self.most = self._limits()
         self.vector, self.steps = _draw(min(self.size, self.d), x), _RITZ_STEPS
+
+    def _limits(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest logarithms of multipliers, [B, N].
+
+        Units that reach no output would best have the multiplier 0, by which the errors of their columns would be
+        divided, and those that read nothing an infinite one, by which the errors of their block would be multiplied.
+        """
+        units = self.units
+        error = units.outer_error[:, self.d :]
+        reach_nothing = torch.linalg.vector_norm(self.rows, dim=1) <= _ROUNDED * error
+        least = _limit(reach_nothing, error / _MAGNIFIED, -_FARTHEST)
+        widths = torch.tensor([b.stop - b.start for b in units.blocks], dtype=torch.long, device=error.device)
+        of_block = torch.linalg.vector_norm(units.inner_error[:, : len(widths)], dim=2)
+        error = of_block.repeat_interleave(widths, 1)
+        read_nothing = torch.linalg.vector_norm(torch.cat([units.right, units.between], 2), dim=2) <= _ROUNDED * error
+        share = _MAGNIFIED * torch.linalg.vector_norm(units.outer, dim=(1, 2))[:, None]
+        return least, _limit(read_nothing, share / (units.delta * error).clamp_min(1e-300), _FARTHEST)
 
     def _scales(self, log: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of rows, [B, m + N], and of columns, [B, N]."""
@@ -210,8 +224,9 @@ class _Problem:
         guesses = []
         for log in (self._layerwise(), *_guesses(units)):
             log = torch.where(self.open & log.isfinite(), log, -INF)
+            log = torch.minimum(log, self.most)
             least = torch.maximum(self.least, log.amax(1, keepdim=True).clamp(-_FARTHEST, _FARTHEST) - _SPREAD)
-            guesses.append(torch.where(self.open, torch.maximum(log, least), 0.0).clamp_max(_FARTHEST))
+            guesses.append(torch.where(self.open, torch.maximum(log, least).clamp_max(_FARTHEST), 0.0))
         if len(guesses) == 1:
             return guesses[0]
         gammas = torch.stack([self.evaluate(log)[0] for log in guesses])
@@ -268,7 +283,8 @@ class _Problem:
             first = _FIRST * first + (1.0 - _FIRST) * slope
             second = _SECOND * second + (1.0 - _SECOND) * slope.square()
             move = first / (1.0 - _FIRST**i) / ((second / (1.0 - _SECOND**i)).sqrt() + 1e-12)
-            log = torch.where(self.open, torch.maximum(log - step[:, None] * move, self.least), 0.0)
+            log = torch.maximum(torch.minimum(log - step[:, None] * move, self.most), self.least)
+            log = torch.where(self.open, log, 0.0)
             gamma, slope = self.evaluate(log)
             # From where there is no bound, or a much worse one, go back and on with half the step.
             bad = ~(gamma <= 1.2 * best)
@@ -343,6 +359,11 @@ class _Problem:
         matrix = matrix - rounding[:, None, None] * _eye(matrix)
         _, info = torch.linalg.cholesky_ex(matrix)
         return (info == 0) & (lost < 1.0) & matrix.flatten(1).isfinite().all(1)
+
+
+def _limit(where: Tensor, root: Tensor, otherwise: float) -> Tensor:
+    """Limits of the logarithms of multipliers with such roots, where there is a reason for one."""
+    return torch.where(where, 2.0 * root.log(), otherwise).clamp(-_FARTHEST, _FARTHEST)
 
 
 def _eye(like: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastlip.lipschitz._ball_pass import BallPass, Balls, NotApplicable, is_layer
+from fastlip.lipschitz._ball_pass import BallPass, Balls, NotApplicable, fits, is_layer
 from fastlip.lipschitz._combinations import Concatenation, Sum, Weighted
 from fastlip.lipschitz._domain import stacked
 from fastlip.lipschitz._graph import Traced
-from fastlip.lipschitz._intervals import Interval, up
+from fastlip.lipschitz._intervals import Interval, as_rows, up
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._slopes import slope_bounds
 from fastlip.lipschitz._steps import Step
@@ -51,7 +51,8 @@ class _State:
         """Bounds on the constants from the model's input, [B]."""
         if self.mask is None:
             return self.total
-        return up(self.total * self.mask.flatten(1).amax(1))
+        largest = as_rows(self.mask)
+        return up(self.total * (largest.amax(1) if largest.shape[1] else 0.0))
 
 
 def masked_products(traced: Traced, balls: Balls, options: ResolvedOptions) -> tuple[Tensor, float]:
@@ -136,7 +137,7 @@ class _Pass(BallPass[_State]):
         if step.places is not None:
             if first.mask is None:
                 return _State(value, first.total)
-            moved = first.mask.flatten(1)[:, step.places().to(first.mask.device)]
+            moved = as_rows(first.mask)[:, step.places().to(first.mask.device)]
             return _State(value, first.total, moved.view(-1, *step.shape))
         if step.module is not None:
             count = len(self.balls.x)
@@ -157,13 +158,12 @@ class _Pass(BallPass[_State]):
             scale = _by_channel(after.factor, after)
             self._scaled.add(step)
         transposed = isinstance(step.module, TRANSPOSED)
-        shapes = (layer.output_shape, layer.input_shape) if transposed else (layer.input_shape, layer.output_shape)
-        fits = is_layer(step) and shapes == (step.inputs[0].shape, step.shape)
+        matches = is_layer(step) and fits(step, layer) and source.mask is not None and source.mask[0].numel() > 0
         ordinary = _ORDINARY[0] <= layer.weight.detach().abs().max().item() <= _ORDINARY[1]
-        if not fits or not ordinary or source.mask is None:
+        if not matches or not ordinary or source.mask is None:
             return _State(value, up(source.constant * self._norm(layer, scale)))
         # Scaled to 1, as masked operators are not normalised.
-        size = source.mask.flatten(1).amax(1).clamp_min(1e-300)
+        size = as_rows(source.mask).amax(1).clamp_min(1e-300)
         masks = source.mask / size.view(-1, *(1,) * (source.mask.dim() - 1))
         ends = None if scale is None else scale.expand(step.shape)
         ops = [Masked(layer, ends, mask) if transposed else Masked(layer, mask, ends) for mask in masks]

@@ -44,7 +44,9 @@ def by_ends(
 
         lower, upper = end("lower"), end("upper")
         if terms > 1:
-            largest = torch.stack([as_rows(x.magnitude()).amax(1).expand(rows) for x in given]).amax(0)
+            magnitudes = [as_rows(x.magnitude()) for x in given]
+            largest = torch.stack([t.amax(1).expand(rows) if t.numel() else lower.new_zeros(rows) for t in magnitudes])
+            largest = largest.amax(0)
             margin = 1.01 * (terms + 4) * EPS * largest.view(-1, *(1,) * (lower.dim() - 1)) + terms * TINY
             lower, upper = down(lower - margin), up(upper + margin)
         size = None if norm is None else norm(*(x.norm.expand(rows) for x in given))

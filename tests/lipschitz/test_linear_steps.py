@@ -218,3 +218,91 @@ def test_balls_of_tuples_that_are_not_linear(pair: Callable[[Tensor], tuple[Tens
         moved = sample + 0.05 * F.normalize(torch.randn(200, 32, dtype=torch.float64)).view(-1, 2, 4, 4)
         stretch = (net(moved) - net(sample[None])).flatten(1).norm(dim=1) / (moved - sample).flatten(1).norm(dim=1)
         assert stretch.max() <= upper
+
+
+@pytest.mark.parametrize("value", [0.28125, 1.28125, 2.40625, 0.40625, 3.0, -1.0, math.inf])
+def test_no_constant_passes_for_an_element(value: float) -> None:
+    """Elements are found by numbers in their place, of which a constant may be one."""
+    fills = [
+        lambda x: F.pad(x, (1, 2), value=value),
+        lambda x: x.masked_fill(torch.tensor([True, False, True]), value),
+        lambda x: torch.index_fill(x, 1, torch.tensor([1]), value),
+        lambda x: x.scatter(1, torch.zeros(len(x), 1, dtype=torch.long), value),
+        lambda x: x.scatter(1, torch.ones(len(x), 1, dtype=torch.long), torch.full((len(x), 1), value)),
+    ]
+    for fill in fills:
+        net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), Applied(fill), Applied(lambda x: x.clamp(-9.0, 9.0)))
+        width = net(torch.zeros(1, 3)).shape[1]
+        net = nn.Sequential(*net, nn.Linear(width, 2))
+        found = local_lipschitz_bounds(net, torch.randn(4, 3), 0.1, points=4)
+        assert (found.upper >= found.lower * (1.0 - 1e-6)).all()
+        assert (found.lower > 0.0).all()
+        assert lipschitz_bound(net, (3,)).upper >= found.lower.max() * (1.0 - 1e-6)
+
+
+def test_what_changes_elements_selects_none() -> None:
+    index = torch.zeros(1, 1, dtype=torch.long)
+    for reduce in ("multiply", "add"):
+        net = Applied(lambda x, reduce=reduce: x.scatter(1, index.expand(len(x), 1), 20.0, reduce=reduce))
+        with pytest.raises(ValueError, match="no Lipschitz rule for the function scatter"):
+            lipschitz_bound(net, (3,))
+
+
+SCALARS: dict[str, Callable[[Tensor], Tensor]] = {
+    "margin": lambda h: h[:, 0] - h[:, 1],
+    "sum": lambda h: h.sum(1),
+    "mean": lambda h: h.mean(-1),
+    "squeezed": lambda h: h[:, :1].squeeze(1),
+    "squeezed and back": lambda h: (h[:, 0] + h[:, 1]).unsqueeze(1),
+    "broadcast": lambda h: h - h[:, 0].unsqueeze(1),
+    "activation": lambda h: torch.tanh(h[:, 0] + 0.5),
+    "relu of a mean": lambda h: F.relu(h.mean(-1)).unsqueeze(1) * 2.0,
+    "einsum": lambda h: torch.einsum("bi->b", h)[:, None],
+    "nothing beside": lambda h: torch.cat([F.relu(h[:, :0]), h], 1),
+    "nothing added up": lambda h: torch.cat([h[:, :0].cumsum(1), h], 1),
+    "another axis of samples": lambda h: h.flatten(0, 1).unsqueeze(1).mul(2.0).view(len(h), -1),
+}
+
+
+@pytest.mark.parametrize("most", [None, 1], ids=["columns", "masks"])
+@pytest.mark.parametrize("name", SCALARS)
+def test_samples_without_axes_or_elements(name: str, most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if most is not None:
+        monkeypatch.setattr(_balls, "_MOST_ELEMENTS", most)
+    net = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 4), nn.ReLU(), Applied(SCALARS[name])).double().eval()
+    x = torch.randn(3, 3, dtype=torch.float64)
+    found = local_lipschitz_bounds(net, x, 0.05, points=8)
+    assert (found.upper >= found.lower * (1.0 - 1e-9)).all()
+    for sample, upper in zip(x, found.upper, strict=True):
+        for point in sample + 0.05 * F.normalize(torch.randn(10, 3, dtype=torch.float64)):
+            jacobian = torch.autograd.functional.jacobian(net, point[None]).reshape(-1, 3)
+            assert torch.linalg.matrix_norm(jacobian, 2) <= upper * (1.0 + 1e-9)
+
+
+def test_a_layer_whose_batch_holds_parts_of_samples() -> None:
+    conv = nn.Conv1d(1, 1, 3, padding=1)
+    net = nn.Sequential(
+        Applied(lambda x: conv(x.flatten(0, 1).unsqueeze(1)).view(x.shape[0], -1)), nn.ReLU(), nn.Linear(12, 2)
+    )
+    found = local_lipschitz_bounds(net, torch.randn(2, 3, 4), 0.05, points=4)
+    assert (found.upper >= found.lower * (1.0 - 1e-6)).all()
+
+
+def test_units_that_read_nothing_cost_nothing() -> None:
+    """The multiplier of such a unit would best be infinite, by which the errors of its block would be multiplied."""
+    outer = torch.randn(2, 3, 5, dtype=torch.float64)
+    units = OpenUnits(
+        outer,
+        torch.randn(2, 3, 2, dtype=torch.float64),
+        torch.zeros(2, 2, 2, dtype=torch.float64),
+        torch.stack([torch.zeros(2, 5), 0.01 * torch.randn(2, 5)], 1).double(),
+        torch.full((2, 2), 0.5, dtype=torch.float64),
+        torch.ones(2, 2, dtype=torch.float64),
+        [slice(0, 2)],
+        torch.full((2, 7), 1e-15, dtype=torch.float64),
+        torch.full((2, 1, 7), 1e-15, dtype=torch.float64),
+    )
+    norm = torch.linalg.matrix_norm(outer, 2)
+    found = largest_norm(units)
+    assert (found >= norm).all()
+    assert (found <= 1.1 * norm).all()

@@ -106,7 +106,7 @@ def test_what_depends_on_the_input_does_not_select():
     def function(x):
         return torch.gather(x.flatten(1), 1, x.flatten(1).argsort(1))
 
-    with pytest.raises(ValueError, match="no Lipschitz rule for"):
+    with pytest.raises(ValueError, match=r"argsort \(at argsort\) jumps"):
         lipschitz_bound(Applied(function), SHAPE)
 
 

@@ -23,8 +23,8 @@ from fastlip.lipschitz._rowwise import fixed_values, on_samples
 from fastlip.lipschitz._rules.moving_modules import places_of
 from fastlip.lipschitz._steps import Step, in_graph, in_sample
 
-#: Added to each index, so that no constant that a function fills in passes for one.
-_MARK = 0.28125
+#: Added to each index in turn: what follows them is an element of the input, and all else a constant.
+_MARKS = (0.28125, 0.40625)
 
 _ONE: tuple[Any, ...] = (
     *(operator.getitem, torch.select, torch.narrow, torch.index_select, "select", "narrow", "index_select"),
@@ -50,7 +50,7 @@ _PADS = (
 
 @builds(*_ONE)
 def _selection(call: Call) -> Step | None:
-    if not call.on_one:
+    if not call.on_one or "reduce" in call.kwargs:
         return None
     return _step(call, as_function(call.target), call.shape)
 
@@ -116,8 +116,7 @@ def _overlapping_sum(call: Call) -> Step | None:
         return None
     size, kernel = axes_of(given["output_size"], 2), axes_of(given["kernel_size"], 2)
     settings = {name: value for name, value in given.items() if name not in names[:2]}
-    indices = torch.arange(math.prod(size), dtype=torch.float64).view(1, 1, *size) + _MARK
-    uses, _ = _uses(F.unfold(indices, **settings), indices.numel())
+    uses, _ = _uses(lambda x: F.unfold(x, **settings), torch.zeros(1, 1, *size, dtype=torch.float64))
     factor = int(uses.max()) ** 0.5 * (1.0 + EPS)
 
     def function(x: Tensor) -> Tensor:
@@ -140,44 +139,62 @@ def _step(call: Call, function: Callable[..., Tensor], shape: tuple[int, ...]) -
         call: the call.
         function: what it does, as a function of the node's arguments.
         shape: shape of one sample of the output.
+
+    Raises:
+        MissingRule: it does something else, or depends on the input otherwise.
     """
     node = next(n for n in call.node.all_input_nodes if n in call.steps)
     if call.args and any(isinstance(a, fx.Node) for a in (*call.args[1:], *call.kwargs.values())):
         raise missing_rule(f"{call.name} by what depends on the input", call.where)
-    indices = _indices(call, node)
-    seen = function(indices, *call.args[1:], **call.kwargs)
-    uses, filled = _uses(seen, indices.numel())
+
+    def apply(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The function, with constants that it may fill in in the input's dtype."""
+        args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: _in_dtype(a, x.dtype))
+        return function(x, *args, **kwargs)
+
+    def on(x: Tensor) -> Tensor:
+        return apply(x, *call.args[1:], **call.kwargs)
+
+    source, batch = call.steps[node], call.values.batch
+    like = torch.zeros(call.values.shapes[node], dtype=torch.float64, device=call.source_device)
+    uses, rest = _uses(on, like)
+    if rest is None:
+        raise missing_rule(f"{call.name} that computes", call.where)
     times = int(uses.max()) if uses.numel() else 0
     factor = times**0.5 * (1.0 + EPS * (times > 1))
-    source, batch = call.steps[node], call.values.batch
 
     def interval(x: Interval, *args: Any, **kwargs: Any) -> Interval:
         def rows(end: Tensor) -> Tensor:
-            made = (function(in_graph(row[None], source, batch), *args, **kwargs) for row in end)
+            made = (apply(in_graph(row[None], source, batch), *args, **kwargs) for row in end)
             return torch.cat([in_sample(t, step) for t in made])
 
-        return Interval(rows(x.lower), rows(x.upper), None if filled else x.norm * (factor * (1.0 + 4.0 * EPS)))
+        return Interval(rows(x.lower), rows(x.upper), None if rest.any() else x.norm * (factor * (1.0 + 4.0 * EPS)))
 
     step = Step(
         *(call.where, call.name, call.sources, factor, shape),
-        apply=function,
+        apply=apply,
         interval=interval,
         selected=(uses > 0).cpu(),
-        linear=not filled or not function(torch.zeros_like(indices), *call.args[1:], **call.kwargs).any(),
+        linear=not rest.any(),
     )
-    if times <= 1 and not filled and seen.numel() == indices.numel():
+    if len(rest) == 0 and int(uses.sum()) == like.numel() and times <= 1:
         step.places = places_of(step, call)
     return step
 
 
-def _indices(call: Call, node: fx.Node) -> Tensor:
-    """A tensor like the one of a node in the graph's run, each element of which holds its own number."""
-    shape = call.values.shapes[node]
-    return torch.arange(math.prod(shape), dtype=torch.float64, device=call.source_device).view(shape) + _MARK
+def _in_dtype(a: Any, dtype: torch.dtype) -> Any:
+    return a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a
 
 
-def _uses(seen: Tensor, count: int) -> tuple[Tensor, bool]:
-    """How often each of so many indices appears, [count], and whether anything else does."""
-    index = seen.double().flatten() - _MARK
-    whole = (index == index.round()) & (index >= 0.0) & (index < count)
-    return torch.bincount(index[whole].long(), minlength=count), not bool(whole.all())
+def _uses(function: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """How often each element of a tensor is selected, [elements], and all that is not, which are constants.
+
+    They are None where the function does something else to some elements. ``like`` has the shape, in float64.
+    """
+    numbers = torch.arange(like.numel(), dtype=torch.float64, device=like.device).view(like.shape)
+    # A constant is the same for both marks.
+    first, second = (function(numbers + mark).double().flatten() - mark for mark in _MARKS)
+    selected = (first == second) & (first == first.round()) & (first >= 0.0) & (first < like.numel())
+    rest = (first + _MARKS[0])[~selected]
+    constant = bool((rest == (second + _MARKS[1])[~selected]).all())
+    return torch.bincount(first[selected].long(), minlength=like.numel()), rest if constant else None
