@@ -26,8 +26,9 @@ _PATIENCE, _PROGRESS = 6, 0.01
 _SMALL_RAISES, _RAISES = (1e-8, 1e-5), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 #: Largest logarithm of a multiplier, and the largest difference of two.
 _FARTHEST, _SPREAD = 300.0, 40.0
-#: What the error of a column of T may become when it is divided by the root of its unit's multiplier.
-_MAGNIFIED = 1e-6
+#: What the error of a column may become when it is divided by the root of a multiplier, and by how much a column that
+#: is to be short is divided.
+_MAGNIFIED, _SHORTENED = 1e-6, 1e4
 #: Rows and columns up to so many times their error are rounding.
 _ROUNDED = 1e3
 #: What a bound is at least.
@@ -147,18 +148,17 @@ class _Problem:
         """The least and the largest logarithms of multipliers, [B, N].
 
         Units that reach no output would best have the multiplier 0, by which the errors of their columns would be
-        divided, and those that read nothing an infinite one, by which the errors of their block would be multiplied.
+        divided, and those that read nothing an infinite one, by which the errors of their block would be multiplied:
+        it is enough that their columns become short.
         """
         units = self.units
-        error = units.outer_error[:, self.d :]
-        reach_nothing = torch.linalg.vector_norm(self.rows, dim=1) <= _ROUNDED * error
-        least = _limit(reach_nothing, error / _MAGNIFIED, -_FARTHEST)
+        error, reach = units.outer_error[:, self.d :], torch.linalg.vector_norm(self.rows, dim=1)
+        least = _limit(reach <= _ROUNDED * error, error / _MAGNIFIED, -_FARTHEST)
         widths = torch.tensor([b.stop - b.start for b in units.blocks], dtype=torch.long, device=error.device)
         of_block = torch.linalg.vector_norm(units.inner_error[:, : len(widths)], dim=2)
         error = of_block.repeat_interleave(widths, 1)
         read_nothing = torch.linalg.vector_norm(torch.cat([units.right, units.between], 2), dim=2) <= _ROUNDED * error
-        share = _MAGNIFIED * torch.linalg.vector_norm(units.outer, dim=(1, 2))[:, None]
-        return least, _limit(read_nothing, share / (units.delta * error).clamp_min(1e-300), _FARTHEST)
+        return least, _limit(read_nothing, _SHORTENED * reach, _FARTHEST)
 
     def _scales(self, log: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of rows, [B, m + N], and of columns, [B, N]."""
