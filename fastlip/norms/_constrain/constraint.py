@@ -1,9 +1,12 @@
 """The parametrisation of a layer whose norm is kept below a bound, and the steps and certificates that it goes by."""
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,14 @@ from torch.nn.utils import parametrize
 
 from fastlip.norms._constrain.certificates import Certificate, certified_uppers
 from fastlip.norms._constrain.folded_batchnorm import folded_weight
-from fastlip.norms._constrain.norm_gradients import NormGradient, computable, computing_dtype, encode, norm_gradients
+from fastlip.norms._constrain.norm_gradients import (
+    NormGradient,
+    computable,
+    computing_dtype,
+    encode,
+    gradient_like,
+    norm_gradients,
+)
 from fastlip.norms._constrain.scaling import CertifiedScale, Norm, Scale
 from fastlip.norms._constrain.transforms import is_batched, outside_of_transforms, unwrapped
 from fastlip.norms._models.restore import version_of
@@ -79,16 +89,19 @@ class NormConstraint(nn.Module):
     Attributes:
         name: qualified name of the layer, or its class where no model is known.
         place: the layer's place among those that are constrained.
+        of: how many these are.
+        key: what compiled code finds the constraint by.
         v: the first two singular vectors so far, [2, Cin, *input_size], or [2, Cin] of what is a matrix.
     """
 
     v: Tensor
-    place = 0
+    place, of = 0, 1
 
     def __init__(
         self, name: str, geometry: Operator, vectors: Tensor, bound: float, iterations: int, options: NormOptions
     ) -> None:
         super().__init__()
+        self.key = _keep(self)
         self.name, self.bound, self.iterations, self.options = name, bound, iterations, options
         self.geometry, self.encoded = geometry, encode(geometry)
         self.tracking = _Tracking()
@@ -157,7 +170,13 @@ class NormConstraint(nn.Module):
             return weight
         return self.scale(weight, gradient, norm)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.key = _keep(self)  # a copy's is its own
+
     def _in_eval(self, weight: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._in_compiled_eval(weight)
         tracking = self.tracking
         if not self.is_prepared(weight) or tracking.certificate is None:
             # Not before the model's forward: what runs outside of layers passes for a part of the model.
@@ -168,8 +187,23 @@ class NormConstraint(nn.Module):
         scale = tracking.certificate.scale(self.bound)
         return weight if scale >= 1.0 else self.certified_scale(weight, tracking.certificate, scale)
 
+    def _in_compiled_eval(self, weight: Tensor) -> Tensor:
+        """As in eval mode, by operations that the compiler does not look into."""
+        applied = self.applied(weight)
+        scale = certified_scale(weight.detach(), applied, self.key).to(weight.dtype)
+        if not torch.is_grad_enabled():
+            return weight * scale
+        left, right, norm = certified_gradient(weight.detach(), applied, self.key)
+        own = Norm.apply(self.mapped(weight), left, right, norm)
+        factor = torch.where(scale < 1.0, norm / own, 1.0)  # 1, with a gradient
+        return weight * (scale * factor.to(weight.dtype))
+
+    def mapped(self, weight: Tensor) -> Tensor:
+        """The weight of the linear map whose norm is bounded."""
+        return weight
+
     def applied(self, weight: Tensor) -> Tensor:
-        """The weight of the linear map whose norm is bounded, its numbers alone."""
+        """The same, its numbers alone."""
         return unwrapped(weight.detach())
 
     def rounding(self, op: Operator, upper: float, eps: float) -> float:
@@ -250,10 +284,10 @@ class FoldedConstraint(NormConstraint):
 
     def applied(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            return unwrapped(self._fold(weight))
+            return unwrapped(self.mapped(weight))
 
     def scale(self, weight: Tensor, gradient: NormGradient, norm: Tensor | float) -> Tensor:
-        own = Norm.apply(self._fold(weight), *gradient, norm)
+        own = Norm.apply(self.mapped(weight), *gradient, norm)
         # The backward pass of a number over the norm would square the norm's reciprocal, which may be out of range.
         return weight * (self.bound / own.clamp_min(self.bound)).to(weight.dtype)
 
@@ -261,18 +295,73 @@ class FoldedConstraint(NormConstraint):
         if not torch.is_grad_enabled():
             return weight * scale
         gradient, norm = certificate.gradient(self.v)
-        own = Norm.apply(self._fold(weight), *gradient, norm)
+        own = Norm.apply(self.mapped(weight), *gradient, norm)
         return weight * (scale * (norm / own)).to(weight.dtype)  # norm / own is 1, with a gradient
 
     def rounding(self, op: Operator, upper: float, eps: float) -> float:
         # Operations that round the folded weight, and one or two that round the scaled factors, by channels.
         return 4.0 * torch.finfo(op.weight.dtype).eps * op.absolute_bound + 2.0 * eps * upper
 
-    def _fold(self, weight: Tensor) -> Tensor:
+    def mapped(self, weight: Tensor) -> Tensor:
         layer = self.layer
         if "weight" not in layer._parameters and not parametrize.is_parametrized(layer, "weight"):
             raise ValueError(f"layer {self.name}: its weight is no parameter any more, and may be out of date")
         return folded_weight(*self._folded, weight, self._transposed, self.geometry.groups)
+
+
+#: Constraints by their keys.
+_KEPT: WeakValueDictionary[int, NormConstraint] = WeakValueDictionary()
+_KEYS = itertools.count()
+
+
+def _keep(constraint: NormConstraint) -> int:
+    key = next(_KEYS)
+    _KEPT[key] = constraint
+    return key
+
+
+def _certificate(weight: Tensor, applied: Tensor, key: int) -> tuple[NormConstraint, Certificate]:
+    """A constraint and what is certified of its layer, now if need be, at its share of what may fail."""
+    constraint = _KEPT[key]
+    if not _is_certified(constraint, weight, applied):
+        chosen = constraint.options
+        failure = (1.0 - chosen.resolved([applied]).confidence) / constraint.of
+        _certify([(constraint, weight, applied)], replace(chosen, confidence=1.0 - failure))
+    assert constraint.tracking.certificate is not None
+    return constraint, constraint.tracking.certificate
+
+
+@torch.library.custom_op("fastlip::certified_scale", mutates_args=())
+def certified_scale(weight: Tensor, applied: Tensor, key: int) -> Tensor:
+    """The number that brings a layer's norm below its bound, at most 1; a float64 scalar.
+
+    Args:
+        weight: what is scaled by it.
+        applied: the weight of the linear map.
+        key: of the constraint.
+    """
+    constraint, certificate = _certificate(weight, applied, key)
+    return torch.tensor(certificate.scale(constraint.bound), dtype=torch.float64, device=weight.device)
+
+
+@certified_scale.register_fake
+def _(weight: Tensor, applied: Tensor, key: int) -> Tensor:
+    return weight.new_empty((), dtype=torch.float64)
+
+
+@torch.library.custom_op("fastlip::certified_gradient", mutates_args=())
+def certified_gradient(weight: Tensor, applied: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``left`` and ``right`` of the gradient of the norm of a map whose norm is certified, and that norm, a scalar."""
+    constraint, certificate = _certificate(weight, applied, key)
+    gradient, norm = certificate.gradient(constraint.v)
+    return gradient.left.clone(), gradient.right.clone(), gradient.left.new_tensor(norm)
+
+
+@certified_gradient.register_fake
+def _(weight: Tensor, applied: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
+    constraint = _KEPT[key]
+    left, right = gradient_like(constraint.operator(applied))
+    return left, right, left.new_empty(())
 
 
 def _may_read(weight: Tensor) -> bool:
@@ -332,22 +421,21 @@ def certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
         by_call.setdefault(id(constraint.options), []).append((constraint, weight))
     with outside_of_transforms():
         for own in by_call.values():
-            _certify(own)
+            found = [(constraint, weight, constraint.applied(weight)) for constraint, weight in own]
+            if not all(_is_certified(*layer) for layer in found):
+                _certify(found, own[0][0].options)
 
 
-def _certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
-    weights = [constraint.applied(weight) for constraint, weight in layers]
-    if all(_is_certified(*pair, applied) for pair, applied in zip(layers, weights, strict=True)):
-        return
-    copies = [weight.clone() for weight in weights]
-    ops = [constraint.operator(copy) for (constraint, _), copy in zip(layers, copies, strict=True)]
-    for (constraint, _), op in zip(layers, ops, strict=True):
+def _certify(layers: Sequence[tuple[NormConstraint, Tensor, Tensor]], options: NormOptions) -> None:
+    """Certify the norms of layers, given what is scaled and the weights of their maps."""
+    ops = [constraint.operator(applied.clone()) for constraint, _, applied in layers]
+    for (constraint, _, _), op in zip(layers, ops, strict=True):
         try:
             require_finite(op)
         except ValueError as error:
             raise ValueError(f"layer {constraint.name}: {error}") from None
-    uppers = certified_uppers(ops, layers[0][0].options)
-    for (constraint, weight), op, upper in zip(layers, ops, uppers, strict=True):
+    uppers = certified_uppers(ops, options)
+    for (constraint, weight, _), op, upper in zip(layers, ops, uppers, strict=True):
         rounding = constraint.rounding(op, upper, torch.finfo(weight.dtype).eps)
         certificate = Certificate(op, upper + rounding, weight.dtype)
         if not certificate.scale(constraint.bound) > 0.0:

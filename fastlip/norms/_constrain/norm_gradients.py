@@ -130,11 +130,18 @@ def _leading_vectors(ops: Sequence[Operator], vectors: Sequence[Tensor], steps: 
 def _(weights: Sequence[Tensor], vectors: Sequence[Tensor], geometry: Sequence[int], steps: int) -> list[Tensor]:
     found: list[Tensor] = []
     for op, vector in zip(_operators(weights, geometry), vectors, strict=True):
-        rows, columns, positions = len(op.weight), math.prod(op.weight.shape[1:]), _positions(op)
-        empty = partial(torch.empty, dtype=computing_dtype(op.weight), device=op.weight.device)
-        found += [torch.empty(vector.shape, dtype=vector.dtype, device=vector.device), empty(2)]
-        found += [empty(rows, positions), empty(positions, columns)] if positions else [empty(rows, columns), empty(0)]
+        left, right = gradient_like(op)
+        found += [torch.empty(vector.shape, dtype=vector.dtype, device=vector.device), left.new_empty(2), left, right]
     return found
+
+
+def gradient_like(op: Operator) -> NormGradient:
+    """Tensors without numbers, of the shapes of the gradient of an operator's norm."""
+    rows, columns, positions = len(op.weight), math.prod(op.weight.shape[1:]), _positions(op)
+    empty = partial(torch.empty, dtype=computing_dtype(op.weight), device=op.weight.device)
+    if not positions:
+        return NormGradient(empty(rows, columns), empty(0))
+    return NormGradient(empty(rows, positions), empty(positions, columns))
 
 
 def computing_dtype(weight: Tensor) -> torch.dtype:

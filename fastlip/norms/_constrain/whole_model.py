@@ -44,8 +44,8 @@ def constrain_norms(
     in the weights are refused by torch.
 
     In eval mode the weights are scaled by certified upper sides instead, computed for all layers together whenever a
-    weight has changed, so that the bound holds for all with ``confidence``. This runs outside of compiled code; use
-    :func:`unconstrain` before ``torch.compile`` with ``fullgraph``, ``torch.export`` and ``torch.jit.trace``, and to
+    weight has changed, so that the bound holds for all with ``confidence``. Code that ``torch.compile`` made does so by
+    one operation for each layer. Use :func:`unconstrain` before ``torch.export`` and ``torch.jit.trace``, and to
     vectorise over several models (``torch.func.stack_module_state``).
 
     The bound holds on inputs of the size that the layer had. On another size a layer warns once in training, and in
@@ -97,7 +97,7 @@ def constrain_norms(
         if layer.batchnorm is not None:
             module = layer.batchnorm
             constraint = FoldedConstraint(*given, layer.module, module, layer.transposed)
-        constraint.place = place
+        constraint.place, constraint.of = place, len(found)
         constraint.train(module.training)
         # The check of what the parametrisation returns would take a step, or certify.
         parametrize.register_parametrization(module, "weight", constraint, unsafe=True)

@@ -196,6 +196,33 @@ def test_a_checkpoint_computes_the_same_again(constrained: Callable[[nn.Conv2d],
         original.grad = None
 
 
+@pytest.mark.parametrize("gain", [0.1, 5.0])
+@pytest.mark.parametrize("fold", [False, True])
+def test_eval_mode_compiled_whole(fold: bool, gain: float) -> None:
+    """Certified again where weights have changed; copies have certificates of their own."""
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5))
+    constrain_norms(enlarged(model, gain), SHAPE, bound=0.7, fold_batchnorm=fold, rtol=1e-6).eval()
+    x, other = torch.rand(3, *SHAPE), copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for times in (1.0, 3.0):
+        enlarged(model, times)
+        enlarged(other, times)
+        found, expected = compiled(x), model(x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        for own, out in ((model, expected), (other, found)):
+            own.zero_grad()
+            out.square().sum().backward()
+        for p, q in zip(other.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4 * q.grad.abs().max().item())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    norms = layer_norms(other, SHAPE)
+    assert fold or all(norms[name].lower <= 0.7 for name in ("0", "4"))
+    enlarged(model, 100.0)  # is nothing to the copy
+    torch.testing.assert_close(compiled(x), found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_transforms_of_torch_func(training: bool, fold: bool) -> None:
