@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from fastlip.attacks import _precision
+from fastlip import _precision
 from fastlip.study.settings import machine, presets
 
 DEMO = presets.preset("demo")
