@@ -152,7 +152,7 @@ def _upper_sides(
         with torch.no_grad(), in_float64(model, balls.x):
             upper = _by_jacobians(traced, balls)
             missing = ~upper.isfinite()
-            if any(isinstance(step.factor, Weighted) for step in traced.steps.values()):
+            if _varies(traced):
                 # Each starts anew, behind which a composition may know more.
                 missing |= upper > _FAR * lower
             if not bool(missing.any()):
@@ -182,6 +182,11 @@ def _capped(model: nn.Module, shape: torch.Size, upper: Tensor, options: NormOpt
     except ValueError:
         return upper, 1.0
     return upper.clamp_max(everywhere.upper), everywhere.confidence
+
+
+def _varies(traced: Traced) -> bool:
+    """Whether factors depend on how large values are."""
+    return any(isinstance(step.factor, Weighted) for step in traced.steps.values())
 
 
 def _by_jacobians(traced: Traced, balls: Balls) -> Tensor:
@@ -220,7 +225,7 @@ def _by_composition(
     that hardly helps for some balls in a row, larger ones keep what holds everywhere.
     """
     shape, upper = balls.x.shape[1:], torch.full_like(balls.radius, torch.inf)
-    varies = any(isinstance(step.factor, Weighted) for step in traced.steps.values())
+    varies = _varies(traced)
     each = replace(options, confidence=1.0 - (1.0 - options.confidence) / (len(balls.x) + 1))
     everywhere, doubts = math.inf, 0.0
     try:

@@ -1,5 +1,6 @@
 """Calls in a traced graph, of which builders make steps."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastlip.lipschitz._steps import Step
+from fastlip.lipschitz._steps import Step, in_graph, in_sample
 from fastlip.lipschitz._trace import Values, location, module_name
 from fastlip.norms._models.tracing import Described
 
@@ -140,3 +141,17 @@ def with_constants(function: Callable[..., Tensor], arguments: Sequence[Any]) ->
         return result.to(first.dtype) if result.dtype != first.dtype else result
 
     return apply
+
+
+def places_of(step: Step, call: Call) -> Callable[[], Tensor] | None:
+    """Where what a step moves comes from; None among several samples, from one of which to another it may move."""
+    if call.values.batch > 1:
+        return None
+    (source,) = step.inputs
+    settings = {key: value for key, value in call.kwargs.items() if not isinstance(value, fx.Node)}
+
+    def places() -> Tensor:
+        numbers = torch.arange(math.prod(source.shape), dtype=torch.float64).view(1, *source.shape)
+        return in_sample(step.apply(in_graph(numbers, source, 1), *call.args[1:], **settings), step).flatten().long()
+
+    return places

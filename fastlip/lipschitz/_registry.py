@@ -261,7 +261,7 @@ _JUMPING = frozenset(
     "round floor ceil trunc fix frac sign sgn heaviside floor_divide floordiv remainder mod fmod gt lt ge le eq ne "
     "greater less greater_equal less_equal argmax argmin argsort".split()
 )
-_RANDOM = frozenset("rand_like randn_like randint_like bernoulli normal normal_ uniform_ multinomial".split())
+_RANDOM = frozenset("rand_like randn_like randint_like bernoulli normal uniform multinomial".split())
 
 
 def missing_function_rule(target: Any, name: str) -> MissingRule:

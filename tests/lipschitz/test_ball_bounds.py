@@ -3,12 +3,12 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from applied import Applied
 from torch import Tensor, nn
 
 from fastlip import ops
@@ -599,21 +599,12 @@ class SqueezeAndExcite(nn.Module):
         return self.head((x * gate[:, :, None, None]).flatten(1))
 
 
-class Elementwise(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 WEIGHTED = {
     "layer norm": (
         lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), (6,)
     ),
-    "square": (lambda: nn.Sequential(nn.Linear(6, 8), Elementwise(torch.square), nn.Linear(8, 3)), (6,)),
-    "exponential": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), Elementwise(torch.exp), nn.Linear(8, 3)), (6,)),
+    "square": (lambda: nn.Sequential(nn.Linear(6, 8), Applied(torch.square), nn.Linear(8, 3)), (6,)),
+    "exponential": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), Applied(torch.exp), nn.Linear(8, 3)), (6,)),
     "gated linear unit": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GLU(), nn.Linear(4, 3)), (6,)),
     "gate": (SqueezeAndExcite, (2, 4, 4)),
 }  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from applied import Applied
 from torch import Tensor, nn
 
 from fastlip.lipschitz import _balls, lipschitz_bound, local_lipschitz_bounds
@@ -70,17 +71,6 @@ MODULES: dict[str, nn.Module] = {
     "AvgPool2d": nn.AvgPool2d(2, stride=1),
     "AdaptiveAvgPool2d": nn.AdaptiveAvgPool2d(3),
 }
-
-
-class Applied(nn.Module):
-    """A function as a module, into which a graph is traced."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 #: Those that only move values.

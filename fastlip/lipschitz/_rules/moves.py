@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._calls import Call, as_function
+from fastlip.lipschitz._calls import Call, as_function, places_of
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds, missing_rule
 from fastlip.lipschitz._rowwise import by_ends, fixed_values
-from fastlip.lipschitz._rules.moving_modules import places_of
 from fastlip.lipschitz._steps import Step
 
 

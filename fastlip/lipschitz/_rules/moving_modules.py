@@ -1,14 +1,10 @@
 """Rules of modules that only move values, each to one place, perhaps with zeros around them."""
 
-import math
-from collections.abc import Callable
+from torch import nn
 
-import torch
-from torch import Tensor, fx, nn
-
-from fastlip.lipschitz._calls import Call
+from fastlip.lipschitz._calls import Call, places_of
 from fastlip.lipschitz._registry import find_rule, is_linear, linear, rule
-from fastlip.lipschitz._steps import Step, in_graph, in_sample
+from fastlip.lipschitz._steps import Step
 
 #: Modules that keep all values, in their order; dropout does nothing in eval mode.
 _IN_ORDER = (
@@ -41,17 +37,3 @@ def describe_linear_module(step: Step, call: Call) -> None:
     step.linear, step.same = is_linear(step.module), find_rule(step.module) is _in_order
     if find_rule(step.module) in (_in_order, _moving):
         step.places = places_of(step, call)
-
-
-def places_of(step: Step, call: Call) -> Callable[[], Tensor] | None:
-    """Where what a step moves comes from; None among several samples, from one of which to another it may move."""
-    if call.values.batch > 1:
-        return None
-    (source,) = step.inputs
-    settings = {key: value for key, value in call.kwargs.items() if not isinstance(value, fx.Node)}
-
-    def places() -> Tensor:
-        numbers = torch.arange(math.prod(source.shape), dtype=torch.float64).view(1, *source.shape)
-        return in_sample(step.apply(in_graph(numbers, source, 1), *call.args[1:], **settings), step).flatten().long()
-
-    return places

@@ -16,11 +16,10 @@ from torch import Tensor, fx, nn
 
 from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._broadcast import copies
-from fastlip.lipschitz._calls import Call, as_function
+from fastlip.lipschitz._calls import Call, as_function, places_of
 from fastlip.lipschitz._intervals import EPS, Interval
 from fastlip.lipschitz._registry import axes_of, builds, missing_rule
 from fastlip.lipschitz._rowwise import fixed_values, on_samples
-from fastlip.lipschitz._rules.moving_modules import places_of
 from fastlip.lipschitz._steps import Step, in_graph, in_sample
 
 #: Added to each index in turn: what follows them is an element of the input, and all else a constant.

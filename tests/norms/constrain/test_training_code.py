@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -59,8 +58,6 @@ def test_whatever_part_of_a_weight_grows_is_scaled(groups: int, constrained: Cal
         with torch.no_grad():
             original[2:] *= 1.03 if taken < 60 else 1.0
         model(x)
-    weight = F.conv2d(torch.zeros(1, *SHAPE), original, padding=1, groups=groups)  # of the right shape
-    assert weight.shape == (1, *SHAPE)
     assert conv_norm(layer.weight.detach(), 6, padding=1, groups=groups, rtol=1e-4).lower <= 1.01
     assert conv_norm(original.detach(), 6, padding=1, groups=groups).lower > 3.0
 
@@ -260,6 +257,14 @@ def test_several_models_at_once_are_refused_by_name() -> None:
     together = torch.func.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,)))
     with pytest.raises(ValueError, match=r"layer 0 is constrained, and cannot take several weights at once"):
         together(parameters, buffers)
+
+
+def test_second_derivatives_in_the_weights_are_refused() -> None:
+    model = constrain_norms(enlarged(network(), 5.0), SHAPE)
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(model(torch.rand(2, *SHAPE)).square().sum(), parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        sum(gradient.square().sum() for gradient in first).backward()
 
 
 def test_what_is_constrained_in_inference_mode_can_be_trained() -> None:
