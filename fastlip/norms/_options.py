@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlip._arguments import integer, number
+from fastlip._generators import unpredictable_generator
 
 DETERMINISTIC = ("ring", "gram", "cholesky")
 METHODS = ("auto", "lanczos", "power", *DETERMINISTIC, "svd")
@@ -85,10 +86,7 @@ class NormOptions:
 
     def resolved(self, tensors: Iterable[Tensor]) -> "ResolvedOptions":
         """The same for the device of ``tensors``, with a generator and a number of bytes in place of None."""
-        generator = self.generator
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
+        generator = unpredictable_generator() if self.generator is None else self.generator
         given = {f.name: getattr(self, f.name) for f in fields(NormOptions)}
         given |= {"generator": generator, "max_memory": memory_for(self.max_memory, tensors)}
         return ResolvedOptions(**given)

@@ -34,6 +34,17 @@ def test_value_and_gradient_agree_with_the_matrix(groups: int, kwargs: dict) -> 
     torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("rtol", [1e-3, 1e-5, 1e-8])
+def test_value_is_as_accurate_as_asked_from_any_start(rtol: float) -> None:
+    """Some starts hardly hold the leading singular vector, and later steps must not be content with the others."""
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    norm = conv_norm(weight, 5, padding=1, method="svd").upper
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        value = spectral_norm_value(weight, 5, padding=1, rtol=rtol, generator=generator)
+        assert value.item() == pytest.approx(norm, rel=rtol)
+
+
 def test_value_of_zero_is_zero_with_a_gradient() -> None:
     weight = torch.zeros(2, 2, 3, 3, requires_grad=True)
     value = spectral_norm_value(weight, 5)

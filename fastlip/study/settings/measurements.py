@@ -38,7 +38,7 @@ class LipschitzSettings:
     Attributes:
         eta: probability, over all random starts of the run, that any upper bound is wrong.
         jacobian_images: number of images at which the norm of the Jacobian is computed.
-        jacobian_steps: largest number of steps of the power iteration.
+        jacobian_steps: largest number of vectors that ``local_lipschitz`` tries.
     """
 
     eta: float = 1e-6
