@@ -55,8 +55,10 @@ def test_ten_steps_are_those_of_torchattacks_and_foolbox(problem):
     eps, step = EPS["linf"], EPS["linf"] / 4
     call = {"steps": 10, "loss": "ce", "keep": "last", "random_start": False}
     ours = attacks.pgd(model, images, labels, eps=eps, step_size=step, **call)
-    peer = torchattacks.PGD(model, eps=eps, alpha=step, steps=10, random_start=False)(images, labels)
-    assert torch.equal(ours, peer)
+    peer = torchattacks.PGD(model, eps=eps, alpha=step, steps=10, random_start=False)
+    assert torch.equal(ours[:128], peer(images[:128], labels[:128]))
+    # The peer's loss is a mean, and a division by 200 rounds, by which signs of gradients of rounding change.
+    assert (ours != peer(images, labels)).double().mean() < 1e-5
     network = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
     for norm, attack in (("linf", foolbox.attacks.LinfPGD), ("l2", foolbox.attacks.L2PGD)):
         ours = attacks.pgd(model, images, labels, norm=norm, eps=EPS[norm], step_size=EPS[norm] / 4, **call)

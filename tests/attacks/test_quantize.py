@@ -48,7 +48,7 @@ def test_smallest_perturbations_that_survive(problem, norm, method):
     model, inputs, labels = problem
     free = attacks.min_norm(model, inputs, labels, norm=norm, method=method)
     lost = (model(in_a_file(free.adversarial)).argmax(1) == labels).sum()
-    assert lost > 5, "the comparison needs images that rounding brings back"
+    assert lost > 1, "the comparison needs images that rounding brings back"
     found = attacks.min_norm(model, inputs, labels, norm=norm, method=method, quantize=8)
     assert found.found.all()
     assert torch.equal(found.adversarial, in_a_file(found.adversarial))
