@@ -1,8 +1,9 @@
 """Jacobian norms at single inputs: lower bounds on a network's Lipschitz constant."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,86 +71,83 @@ def local_lipschitz(
         x = x.detach().clone()  # autograd refuses tensors that were made in inference mode
         draws = torch.randn(x.shape, dtype=torch.float64, generator=generator, device=generator.device)
         start = unit(draws.to(x.device))
-        return _climbed(_jacobian(model, x, start), start, rtol, max_steps)
+        return _climbed(_products_of(model, x, start), start, rtol, max_steps)
 
 
-class _Jacobian:
-    """The Jacobians J of a model at samples x, [B, ...]: products in x's dtype with vectors in float64.
+@dataclass(frozen=True)
+class _Products:
+    """Products with the Jacobians J of a model at samples x, [B, ...], in x's dtype with vectors in float64.
 
-    Args:
+    Attributes:
         model: in eval mode.
-        x: samples.
-
-    Raises:
-        ValueError: the output is not one tensor with a row per sample.
+        x: the samples.
+        reverse: whether J v comes from the backward pass too.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.model, self.x = model, x
-        self.point = x.detach().requires_grad_()
-        self.out = self._output(self.point)
+    model: nn.Module
+    x: Tensor
+    reverse: bool = False
 
-    def _output(self, x: Tensor) -> Tensor:
-        out = tensor_in(self.model(x))
-        if not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
+    def __call__(self, v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """J v for v [B, ...], [B, outputs], and the function of one call that returns J^T u, [B, ...], for such a u.
+
+        Raises:
+            ValueError: the output is not one tensor with a row per sample.
+        """
+        point, v = self.x.detach().requires_grad_(), v.to(self.x)
+        if self.reverse:
+            out = self._output(self.model(point))
+            tangent = self._by_backward_pass(out, point, v)
+        else:
+            jvp: Any = torch.func.jvp(lambda t: tensor_in(self.model(t)), (point,), (v,))
+            out, tangent = self._output(jvp[0]), jvp[1]
+
+        def transposed(u: Tensor) -> Tensor:
+            (back,) = torch.autograd.grad(out, point, u.to(out).reshape(out.shape), allow_unused=True)
+            return torch.zeros_like(v, dtype=torch.float64) if back is None else back.double()
+
+        return as_rows(tangent.detach()).double(), transposed
+
+    def _output(self, out: Any) -> Tensor:
+        out = tensor_in(out)
+        if not isinstance(out, Tensor) or out.shape[:1] != self.x.shape[:1]:
             raise ValueError("model must return one tensor with a row per sample")
         return out
 
-    def times(self, v: Tensor) -> Tensor:
-        """J v for each sample, [B, outputs], by forward mode."""
-        with torch.no_grad():
-            jvp: Any = torch.func.jvp(self._output, (self.x,), (v.to(self.x),))
-        return as_rows(jvp[1]).double()
-
-    def transposed_times(self, u: Tensor) -> Tensor:
-        """J^T u for each sample, [B, ...], by reverse mode from [B, outputs]."""
-        back = None
-        if self.out.requires_grad:
-            cotangent = u.to(self.out).reshape(self.out.shape)
-            (back,) = torch.autograd.grad(self.out, self.point, cotangent, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(self.x, dtype=torch.float64) if back is None else back.double()
+    def _by_backward_pass(self, out: Tensor, point: Tensor, v: Tensor) -> Tensor:
+        """The derivative of <J^T u, v> in u."""
+        u = torch.ones_like(out).requires_grad_()
+        (back,) = torch.autograd.grad(out, point, u, create_graph=True, allow_unused=True)
+        if back is None or not back.requires_grad:
+            return torch.zeros_like(out)
+        (tangent,) = torch.autograd.grad(back, u, v, retain_graph=True)
+        return tangent
 
 
-class _ReverseJacobian(_Jacobian):
-    """The same by reverse mode alone: J v is the derivative of <J^T u, v> in u."""
-
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        super().__init__(model, x)
-        self.cotangent = torch.ones_like(self.out).requires_grad_()
-        self.back: Tensor | None = None
-        if self.out.requires_grad:
-            (self.back,) = torch.autograd.grad(
-                self.out, self.point, self.cotangent, create_graph=True, allow_unused=True
-            )
-
-    def times(self, v: Tensor) -> Tensor:
-        if self.back is None or not self.back.requires_grad:
-            return torch.zeros_like(as_rows(self.out), dtype=torch.float64)
-        (tangent,) = torch.autograd.grad(self.back, self.cotangent, v.to(self.x), retain_graph=True)
-        return as_rows(tangent).double()
-
-
-def _jacobian(model: nn.Module, x: Tensor, v: Tensor) -> _Jacobian:
-    """The Jacobians by both modes, or by reverse mode alone where ``v`` cannot be pushed forward."""
+def _products_of(model: nn.Module, x: Tensor, v: Tensor) -> _Products:
+    """The products by both modes, or by reverse mode alone where ``v`` cannot be pushed forward."""
+    products = _Products(model, x)
     try:
-        jacobian = _Jacobian(model, x)
-        jacobian.transposed_times(jacobian.times(v))
+        tangent, transposed = products(v)
+        transposed(tangent)
     except AssertionError as error:  # as vision transformers check the size of images
         raise ValueError(f"model does not run on x of shape {list(x.shape)}: {error}") from error
     except RuntimeError as error:  # of which NotImplementedError is one
-        where = _innermost(model, x, v)
+        where = _innermost(products, v)
+        products = _Products(model, x, reverse=True)
         try:
-            jacobian = _ReverseJacobian(model, x)
-            jacobian.transposed_times(jacobian.times(v))
+            tangent, transposed = products(v)
+            transposed(tangent)
         except RuntimeError:
             raise ValueError(
                 f"{where} has no forward-mode derivative, and its backward pass cannot be differentiated: {error}"
             ) from None
-    return jacobian
+    return products
 
 
-def _innermost(model: nn.Module, x: Tensor, v: Tensor) -> str:
+def _innermost(products: _Products, v: Tensor) -> str:
     """The innermost module that was at work when forward mode failed."""
+    model = products.model
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     active: list[nn.Module] = []
 
@@ -161,7 +159,7 @@ def _innermost(model: nn.Module, x: Tensor, v: Tensor) -> str:
             stack.enter_context(module.register_forward_pre_hook(lambda m, args: active.append(m)))
             stack.enter_context(module.register_forward_hook(leave))
         with suppress(RuntimeError):
-            torch.func.jvp(lambda t: tensor_in(model(t)), (x,), (v.to(x),))
+            products(v)
     last = active[-1] if active else model
     return f"{names[last]} ({type(last).__name__})"
 
@@ -170,16 +168,16 @@ def _innermost(model: nn.Module, x: Tensor, v: Tensor) -> str:
 _ROUNDING = 1e-12
 
 
-def _climbed(jacobian: _Jacobian, v: Tensor, rtol: float, max_steps: int) -> Tensor:
+def _climbed(products: _Products, v: Tensor, rtol: float, max_steps: int) -> Tensor:
     """||J v|| of the last of ``max_steps`` unit vectors, [B], or of an earlier one after two steps of small gain."""
-    image = jacobian.times(v)
-    if not image.numel():
+    image, transposed = products(v)
+    if not (image.numel() and v.numel()):
         return v.new_zeros(len(v))
     before, before_image = torch.zeros_like(v), torch.zeros_like(image)
     slow, stay = torch.zeros(len(v), dtype=torch.long, device=v.device), torch.eye(3, device=v.device).to(v)
     for _ in range(1, max_steps):
-        residual = _orthogonal_part(_checked(jacobian, v, image), [v, before])
-        residual_image = jacobian.times(residual)
+        residual = _orthogonal_part(_checked(products, v, image, transposed), [v, before])
+        residual_image, transposed = products(residual)
         _require_finite(residual_image)
         span = torch.stack([as_rows(t) for t in (v, residual, before)], 1)
         images = torch.stack([image, residual_image, before_image], 1)
@@ -190,14 +188,14 @@ def _climbed(jacobian: _Jacobian, v: Tensor, rtol: float, max_steps: int) -> Ten
         # Each sample ends by itself, whatever the others need.
         weights = torch.where(_rows(slow < 2, weights), weights, stay[:2])
         slow = torch.where((gain <= rtol) | (slow >= 2), slow + 1, 0)
-        v, before = (weights @ span).view(-1, 2, *v.shape[1:]).unbind(1)
+        v, before = (weights @ span).view(len(v), 2, *v.shape[1:]).unbind(1)
         image, before_image = (weights @ images).unbind(1)
         if bool((slow >= 2).all()):
             break
     # The image of a combination is the combination of images up to rounding only, and so is v a unit vector.
-    image = jacobian.times(v)
-    _checked(jacobian, v, image)
-    return _norms(image) / _norms(v.to(jacobian.x)).clamp_min(1e-300)
+    image, transposed = products(v)
+    _checked(products, v, image, transposed)
+    return _norms(image) / _norms(v.to(products.x)).clamp_min(1e-300)
 
 
 def _orthogonal_part(t: Tensor, basis: Sequence[Tensor]) -> Tensor:
@@ -226,7 +224,7 @@ def _best_combination(images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([best, unit(step)], 1), torch.where(largest.flatten() > 0.0, gain, 0.0)
 
 
-def _checked(jacobian: _Jacobian, v: Tensor, image: Tensor) -> Tensor:
+def _checked(products: _Products, v: Tensor, image: Tensor, transposed: Callable[[Tensor], Tensor]) -> Tensor:
     """J^T u for u = J v / ||J v||, as J^T (J v) can underflow.
 
     Raises:
@@ -234,21 +232,22 @@ def _checked(jacobian: _Jacobian, v: Tensor, image: Tensor) -> Tensor:
     """
     _require_finite(image)
     u = unit(image)
-    back = jacobian.transposed_times(u)
+    back = transposed(u)
     _require_finite(back)
     length = _norms(image)
-    gap = (_dots(v, back) - length).abs()
+    gap = (_dots(v.to(products.x).double(), back) - length).abs()
     # Rounding is relative to the largest singular value of a layer, and v need not be near its singular vector, so that
     # gaps of hundreds of eps are ordinary, and depth adds to them. Derivatives that differ at a kink differ in their
     # first digits. The fourth root of eps is 1e-4 in float64 and 2e-2 in float32.
-    apart = gap > torch.finfo(jacobian.x.dtype).eps ** 0.25 * length
+    apart = gap > torch.finfo(products.x.dtype).eps ** 0.25 * length
     if not bool(apart.any()):
         return back
     # If J v nearly cancels (a saturated softmax), it consists of rounding, which is not linear in v as J is.
     rounding = torch.zeros_like(gap)
     for scale in _SCALES:
-        forward = _norms(jacobian.times(scale * v) / scale - image)
-        reverse = _norms(jacobian.transposed_times(scale * u) / scale - back) * _norms(v)
+        scaled_image, transposed = products(scale * v)
+        forward = _norms(scaled_image / scale - image)
+        reverse = _norms(transposed(scale * u) / scale - back) * _norms(v)
         rounding = torch.maximum(rounding, forward + reverse)
     apart &= ~(gap <= 10.0 * rounding)
     if bool(apart.any()):

@@ -232,3 +232,63 @@ def test_a_module_without_either_derivative_is_named() -> None:
     with pytest.raises(ValueError, match=r"1\.0 \(Applied\) has no forward-mode derivative, and its backward pass"):
         local_lipschitz(model, torch.randn(2, 3))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class UsedOnce(torch.autograd.Function):
+    """x^2, whose backward pass drops what it needs."""
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.x = inputs[0].detach()
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, ctx.x = ctx.x, None
+        return 2 * x * grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (x,) = ctx.saved_tensors
+        return 2 * x * tangent
+
+
+def test_a_backward_pass_that_works_once_is_enough() -> None:
+    x = torch.randn(3, 4)
+    assert torch.allclose(local_lipschitz(Applied(UsedOnce), x), 2 * x.abs().amax(1).double(), rtol=1e-3)
+
+
+def test_hooks_of_a_backward_pass_change_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    x, generator = torch.randn(2, 4), torch.Generator()
+    before = local_lipschitz(model, x, generator=generator.manual_seed(0))
+    model[1].register_full_backward_hook(lambda module, grads, given: (grads[0].clamp(min=0),))
+    assert torch.equal(local_lipschitz(model, x, generator=generator.manual_seed(0)), before)
+
+
+class Detached(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return torch.sin(x).clone()
+
+
+def test_derivatives_that_are_lost_are_refused() -> None:
+    with pytest.raises(ValueError, match="no forward-mode derivative"):
+        local_lipschitz(Detached(), torch.randn(2, 3))
+
+
+def test_samples_without_elements() -> None:
+    assert local_lipschitz(nn.Flatten(), torch.randn(2, 3, 0)).tolist() == [0.0, 0.0]
+    assert local_lipschitz(nn.ReLU(), torch.randn(0, 3)).shape == (0,)
+
+
+def test_a_sample_does_not_depend_on_others() -> None:
+    """Each ends by itself, though some need more steps."""
+    model, x = small_network().double(), torch.randn(6, 2, 6, 6, dtype=torch.float64)
+    other = torch.cat([x[:3], torch.randn(3, 2, 6, 6, dtype=torch.float64)])
+    norms = [local_lipschitz(model, t, generator=torch.Generator().manual_seed(0))[:3] for t in (x, other)]
+    torch.testing.assert_close(*norms, rtol=1e-12, atol=0.0)
