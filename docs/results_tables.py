@@ -213,10 +213,10 @@ def _constrain_tracking(rows: list[Row]) -> str:
     for rate in dict.fromkeys(r["rate"] for r in rows):
         run = [r for r in rows if r["rate"] == rate]
         below = [1 - float(r["x_upper"]) for r in run if r["x_upper"]]
-        (certified,) = (r["upper"] for r in run if r["step"] == "certified")
+        certified = max((r["upper"] for r in run if r["step"] == "certified"), key=float)
         within = sum(b <= 0.02 for b in below)
         body.append(
-            (f"learning rate {rate}", f"{within} of {len(below)}", f"{100 * max(below):.1f}%", number(certified))
+            (f"learning rate {rate}, {len({r['seed'] for r in run})} seeds", f"{within} of {len(below)}", f"{100 * max(below):.1f}%", number(certified))
         )
     head = ("", "steps with every layer within 2%", "furthest below", "largest certified norm afterwards")
     return markdown(head, body)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from fastlip.norms._constrain.certificates import Certificate, certified_uppers
 from fastlip.norms._constrain.folded_batchnorm import folded_weight
 from fastlip.norms._constrain.norm_gradients import (
+    BETWEEN_WAVES,
     NormGradient,
     computable,
     computing_dtype,
@@ -49,6 +50,7 @@ class _Tracking:
         used: the state of the layer in that forward, as :meth:`NormConstraint.state` gives it.
         rested: forwards since the last step.
         interval: forwards from one step to the next.
+        forwards: since the steps looked for waves that overtake.
         steady: how many times in a row steps hardly raised the norm.
         prepared: the state of the layer for which the model's forward, which is running, took the steps that were due
             or certified it. An interrupt may leave it behind.
@@ -61,7 +63,7 @@ class _Tracking:
         self.found: Tensor | None = None
         self.norm: Tensor | float = 0.0
         self.used: tuple[object, ...] | None = None
-        self.rested, self.interval, self.steady = 0, 1, 0
+        self.rested, self.interval, self.steady, self.forwards = 0, 1, 0, 0
         self.prepared: tuple[object, ...] | None = None
         self.together: list[tuple[NormConstraint, Tensor]] = []
         self.certificate: Certificate | None = None
@@ -71,6 +73,12 @@ class _Tracking:
         assert self.gradient is not None
         assert self.found is not None
         return self.gradient, self.found
+
+    def looks_for_waves(self) -> bool:
+        """Whether the next steps look for a wave that overtakes, which takes as long as some of them."""
+        looks = self.forwards >= BETWEEN_WAVES
+        self.forwards = 0 if looks else self.forwards
+        return looks
 
     def set_interval(self, raised: float, place: int) -> None:
         """Choose when the next step is due, after one that raised the norm by this share of it."""
@@ -231,11 +239,12 @@ class NormConstraint(nn.Module):
             return True
         if gradient.left.is_inference() and not torch.is_inference_mode_enabled():
             return True  # autograd could not save it
+        self.tracking.forwards += 1
         self.tracking.rested += 1
         return self.tracking.rested >= self.tracking.interval
 
-    def steps(self, weight: Tensor, catch_up: bool) -> int:
-        """How many steps to take at once: on a CPU more for the forwards that the vectors rested, and to catch up."""
+    def most_steps(self, weight: Tensor, catch_up: bool) -> int:
+        """How many steps to take at most: on a CPU more for the forwards that the vectors rested, and to catch up."""
         times = 1
         if _may_read(weight):
             times = _MOST_AT_ONCE if catch_up else min(max(self.tracking.rested, 1), _MOST_AT_ONCE)
@@ -386,14 +395,16 @@ def track(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
 
 def _take_steps(layers: Sequence[tuple[NormConstraint, Tensor]], catch_up: bool) -> list[float]:
     """Krylov steps; returns the shares by which they raised the norms, 0 where no number may be read."""
-    alike: dict[tuple[int, torch.device], list[int]] = {}
+    alike: dict[tuple[int, int, bool, torch.device], list[int]] = {}
     for place, (constraint, weight) in enumerate(layers):
-        alike.setdefault((constraint.steps(weight, catch_up), weight.device), []).append(place)
+        most = constraint.most_steps(weight, catch_up)
+        waves = _may_read(weight) and constraint.tracking.looks_for_waves()
+        alike.setdefault((constraint.iterations, most, waves, weight.device), []).append(place)
     shares = [0.0] * len(layers)
-    for (steps, _), places in alike.items():
+    for (steps, most, waves, _), places in alike.items():
         weights, vectors = [layers[i][1] for i in places], [layers[i][0].v for i in places]
         encoded = [number for i in places for number in layers[i][0].encoded]
-        found = norm_gradients(weights, vectors, encoded, steps)
+        found = norm_gradients(weights, vectors, encoded, steps, most, waves)
         for n, (place, weight) in enumerate(zip(places, weights, strict=True)):
             constraint = layers[place][0]
             new, norms, left, right = found[4 * n : 4 * n + 4]

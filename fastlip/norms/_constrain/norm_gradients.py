@@ -21,6 +21,8 @@ from fastlip.norms._solvers.krylov_steps import LeadingVectors, krylov_steps
 from fastlip.norms._solvers.krylov_steps_together import krylov_steps_together
 from fastlip.ops import scaled_weight_grad
 
+#: Forwards, at least, from one look for waves that overtake to the next, as a look takes as long as some steps.
+BETWEEN_WAVES = 4
 #: Most outer products that G is kept as: of more the two factors take longer to multiply than G takes to read.
 _MOST_PRODUCTS = 16
 
@@ -88,7 +90,12 @@ def _operators(weights: Sequence[Tensor], geometry: Sequence[int]) -> list[Opera
 
 @torch.library.custom_op("fastlip::norm_gradients", mutates_args=())
 def norm_gradients(
-    weights: Sequence[Tensor], vectors: Sequence[Tensor], geometry: Sequence[int], steps: int
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    geometry: Sequence[int],
+    steps: int,
+    most_steps: int | None = None,
+    waves: bool = False,
 ) -> list[Tensor]:
     """Krylov steps for all layers at once.
 
@@ -99,6 +106,8 @@ def norm_gradients(
         vectors: the layers' first two singular vectors so far, [2, Cin, *input_size] each, orthonormal.
         geometry: numbers of :func:`encode`, one layer after the other.
         steps: to take, at least 1.
+        most_steps: to take at most on a CPU; elsewhere, and if None, ``steps`` are taken.
+        waves: on a CPU, whether to look for waves that are stretched more; see :func:`krylov_steps`.
 
     Returns:
         For each layer the new vectors, the norm before and after the steps, [2], and ``left`` and ``right`` of the
@@ -107,17 +116,19 @@ def norm_gradients(
     ops = [op.with_weight(computable(op.weight)) for op in _operators(weights, geometry)]
     found: list[Tensor] = []
     with torch.autocast(weights[0].device.type, enabled=False):
-        leading = _leading_vectors(ops, vectors, steps)
+        leading = _leading_vectors(ops, vectors, steps, most_steps, waves)
         for op, given, (v, u, norms) in zip(ops, vectors, leading, strict=True):
             found += [v.to(given.dtype), norms, *_outer(TorchOperator(op, op.weight), u, v[:1])]
     return found
 
 
-def _leading_vectors(ops: Sequence[Operator], vectors: Sequence[Tensor], steps: int) -> list[LeadingVectors]:
+def _leading_vectors(
+    ops: Sequence[Operator], vectors: Sequence[Tensor], steps: int, most_steps: int | None, waves: bool
+) -> list[LeadingVectors]:
     """What the steps find for each layer: on a CPU one after the other, elsewhere all of one dtype at once."""
     given = [pair.to(op.weight.dtype) for op, pair in zip(ops, vectors, strict=True)]
     if ops[0].weight.device.type == "cpu":
-        return [krylov_steps(op, pair, steps) for op, pair in zip(ops, given, strict=True)]
+        return [krylov_steps(op, pair, steps, most_steps, waves) for op, pair in zip(ops, given, strict=True)]
     found: dict[int, LeadingVectors] = {}
     for dtype in {op.weight.dtype for op in ops}:
         places = [place for place, op in enumerate(ops) if op.weight.dtype == dtype]
@@ -127,7 +138,14 @@ def _leading_vectors(ops: Sequence[Operator], vectors: Sequence[Tensor], steps: 
 
 
 @norm_gradients.register_fake
-def _(weights: Sequence[Tensor], vectors: Sequence[Tensor], geometry: Sequence[int], steps: int) -> list[Tensor]:
+def _(
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    geometry: Sequence[int],
+    steps: int,
+    most_steps: int | None = None,
+    waves: bool = False,
+) -> list[Tensor]:
     found: list[Tensor] = []
     for op, vector in zip(_operators(weights, geometry), vectors, strict=True):
         left, right = gradient_like(op)

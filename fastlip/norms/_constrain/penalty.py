@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from fastlip._arguments import integer
 from fastlip.norms._constrain.choice import ConstrainableLayer, Layers, constrainable_layers
-from fastlip.norms._constrain.norm_gradients import NormGradient, computable, encode, norm_gradients
+from fastlip.norms._constrain.norm_gradients import (
+    BETWEEN_WAVES,
+    NormGradient,
+    computable,
+    encode,
+    norm_gradients,
+)
 from fastlip.norms._constrain.one_layer import positive_bound
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormOptions
@@ -26,6 +32,7 @@ class SpectralPenalty:
         self._layers, self._bound, self._iterations = list(layers), bound, iterations
         self._vectors = [layer.start_vectors(generator) for layer in layers]
         self._encoded = [number for layer in layers for number in encode(layer.geometry)]
+        self._calls = 0
 
     def norms(self) -> dict[str, Tensor]:
         """The norm of each layer, by name: a scalar approached from below, with its gradient in the weight."""
@@ -35,8 +42,9 @@ class SpectralPenalty:
         self._vectors = [v.to(w.device) for v, w in zip(self._vectors, weights, strict=True)]
         with torch.no_grad():
             detached = [weight.detach() for weight in weights]
-            found = norm_gradients(detached, self._vectors, self._encoded, self._iterations)
-        self._vectors = found[::4]
+            waves = self._calls % BETWEEN_WAVES == BETWEEN_WAVES - 1
+            found = norm_gradients(detached, self._vectors, self._encoded, self._iterations, waves=waves)
+        self._calls, self._vectors = self._calls + 1, found[::4]
         with torch.autocast(weights[0].device.type, enabled=False):
             return {
                 layer.name: NormGradient(left, right).norm_of(computable(weight))

@@ -31,7 +31,7 @@ class AppliedOperator(Protocol):
         ...
 
     def forward(self, x: Tensor, out: Tensor, scale: float) -> None:
-        """Put scale A x into ``out``; both are contiguous."""
+        """Put scale A x into ``out`` for one vector or several, [b, groups, n]; all are contiguous."""
         ...
 
     def adjoint(self, y: Tensor, scale: float) -> Tensor:
@@ -91,8 +91,12 @@ class _UnfoldedOperator:
         return row.view(1, *self._op.output_shape)
 
     def forward(self, x: Tensor, out: Tensor, scale: float) -> None:
-        columns = windows(self._op, x.view(self._op.input_shape))
-        torch.mm(self._weight, columns, out=out.view(len(self._weight), -1)).mul_(scale)
+        columns = [windows(self._op, row.view(self._op.input_shape)) for row in x]
+        if len(x) == 1:
+            torch.mm(self._weight, columns[0], out=out.view(len(self._weight), -1)).mul_(scale)
+            return
+        images = torch.mm(self._weight, torch.cat(columns, 1)).view(len(self._weight), len(x), -1)
+        torch.mul(images.transpose(0, 1), scale, out=out.view(len(x), len(self._weight), -1))
 
     def adjoint(self, y: Tensor, scale: float) -> Tensor:
         op = self._op
@@ -122,12 +126,13 @@ class _PackedOperator:
         return from_rows(self._flat(row, self._op.output_shape[0])[None], self._op.output_shape).contiguous()
 
     def forward(self, x: Tensor, out: Tensor, scale: float) -> None:
-        if self._op.groups == 1:
-            self._packed.forward(x[0], out[0])
-            out.mul_(scale)
-        else:
-            y, _ = self._packed.forward(self._flat(x, self._op.input_shape[0]))
-            torch.mul(self._by_groups(y, self._op.output_shape[0]), scale, out=out)
+        for row, image in zip(x, out, strict=True):
+            if self._op.groups == 1:
+                self._packed.forward(row[0], image[0])
+                image.mul_(scale)
+            else:
+                y, _ = self._packed.forward(self._flat(row, self._op.input_shape[0]))
+                torch.mul(self._by_groups(y, self._op.output_shape[0]), scale, out=image)
 
     def adjoint(self, y: Tensor, scale: float) -> Tensor:
         x, _ = self._packed.adjoint(self._flat(y, self._op.output_shape[0]))

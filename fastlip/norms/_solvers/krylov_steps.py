@@ -30,11 +30,17 @@ from torch import Tensor
 
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers.applied_operator import AppliedOperator, applied_operator
+from fastlip.norms._solvers.waves import leading_wave
 
 #: A residual is rounding if it is shorter than this share of A^T A x, for the leading Ritz vector x.
 SETTLED = {torch.float32: 1e-5, torch.float64: 1e-10}
 #: Length below which a second vector, of length 1 or of one element's size, is what rounding left of it.
 LOST = 1e-4
+#: Growth of a convolution's norm in a step, relative, after which no more are taken than must be.
+_ENOUGH = 1e-4
+#: Stretch from which on a wave may overtake, relative to the norm; that of the first one is a little larger as well,
+#: since it does not end at the borders.
+_OVERTAKING = 1.002
 #: Most steps until the subspace is reduced to its two leading Ritz vectors.
 MOST_STEPS = 8
 
@@ -64,44 +70,56 @@ def krylov_steps(
     op: Operator,
     vectors: Tensor,  # [2, Cin, *input_size]
     steps: int,
+    most_steps: int | None = None,
+    waves: bool = False,
 ) -> LeadingVectors:
     """Take steps on a CPU.
 
     Args:
         op: operator with a weight in float32 or float64.
         vectors: the two vectors, in that dtype.
-        steps: how many to take, each one application of A and one or two of A^T.
+        steps: how many to take at least, each one application of A and one or two of A^T.
+        most_steps: how many to take at most, of a convolution while the norm grows; if None ``steps``.
+        waves: whether to look for a wave that is stretched more.
     """
-    dtype = op.weight.dtype
+    dtype, most_steps = op.weight.dtype, steps if most_steps is None else most_steps
     operator = applied_operator(op)
-    rows = 2 + min(steps, MOST_STEPS)
-    basis = torch.empty(rows, op.groups, math.prod(op.input_shape) // op.groups, dtype=dtype)
-    images = torch.empty(rows, op.groups, math.prod(op.output_shape) // op.groups, dtype=dtype)
+    most_rows = 3 + min(most_steps, MOST_STEPS)
+    basis = torch.empty(most_rows, op.groups, math.prod(op.input_shape) // op.groups, dtype=dtype)
+    images = torch.empty(most_rows, op.groups, math.prod(op.output_shape) // op.groups, dtype=dtype)
     basis[0] = _unit(operator.row(vectors[0]))
     basis[1] = _second(basis[0], operator.row(vectors[1]))
-    for row in range(2):
-        operator.forward(basis[row], images[row], 1.0)
+    operator.forward(basis[:2], images[:2], 1.0)
     # Products of images are of the scaled operator, since their squares would leave the range of their dtype.
     before, other = torch.linalg.vector_norm(images[:2], dim=2, dtype=torch.float64).amax(1).tolist()
-    size = max(before, other, torch.finfo(dtype).tiny)
-    images[:2] *= 1.0 / size
-    gram = np.stack([_products(images[:2], images[row]) for row in range(2)], 1)
+    size, count = max(before, other, torch.finfo(dtype).tiny), 2
+    if waves and (wave := leading_wave(op, _OVERTAKING * before)) is not None:
+        basis[2] = _unit(_orthogonal(_unit(_orthogonal(_unit(operator.row(wave)), basis[:2])), basis[:2]))
+        operator.forward(basis[2:3], images[2:3], 1.0)
+        count = 3
+    rows = count + min(most_steps, MOST_STEPS)
+    images[:count] *= 1.0 / size
+    gram = np.stack([_products(images[:count], images[row]) for row in range(count)], 1)
     if not gram.any():
         return _nothing_found(op, vectors, before, 0.0 if math.isfinite(size) else math.nan)
     if op.groups > 1:  # groups of zeros keep what they were given
-        gram[~gram.any((1, 2))] = np.diag([2e-300, 1e-300])
-    count, settled = 2, np.zeros(op.groups, bool)
-    for _ in range(steps):
+        gram[~gram.any((1, 2))] = np.diag([2e-300, 1e-300, 0.0][:count])
+    settled = np.zeros(op.groups, bool)
+    squares: _Array = np.zeros(op.groups)
+    for taken in range(most_steps):
         if not np.isfinite(gram).all():
+            break
+        last, squares = squares, _squares(gram)
+        if taken >= steps and op.kernel and (squares - last <= 2.0 * _ENOUGH * squares).all():
             break
         if count == rows:
             kept = _leading_eigenvectors(gram, 2)
-            basis[:2], images[:2] = _combined(kept, basis), _combined(kept, images)
+            basis[:2], images[:2] = _combined(kept, basis[:count]), _combined(kept, images[:count])
             gram, count = kept @ gram @ kept.swapaxes(1, 2), 2
         basis[count], settled = _expansion(operator, gram, basis[:count], images[:count], 1.0 / size)
         if settled.all():
             break
-        operator.forward(basis[count], images[count], 1.0 / size)
+        operator.forward(basis[count : count + 1], images[count : count + 1], 1.0 / size)
         products = _products(images[: count + 1], images[count])
         gram = np.concatenate([np.concatenate([gram, products[:, :-1, None]], 2), products[:, None]], 1)
         count += 1
@@ -173,6 +191,12 @@ def _second(first: Tensor, second: Tensor) -> Tensor:
 def _leading_eigenvectors(matrices: _Array, count: int) -> _Array:
     """The first unit eigenvectors of symmetric matrices [groups, n, n], [groups, count, n]."""
     found: _Array = np.linalg.eigh(matrices)[1][:, :, : -1 - count : -1].swapaxes(1, 2)
+    return found
+
+
+def _squares(matrices: _Array) -> _Array:
+    """The largest eigenvalues of symmetric matrices [groups, n, n], [groups]."""
+    found: _Array = np.linalg.eigvalsh(matrices)[:, -1].astype(np.float64)
     return found
 
 

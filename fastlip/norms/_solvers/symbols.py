@@ -44,18 +44,18 @@ _ROUNDING_SHARE, _NARROW_SIDE = 0.4, 16
 _ENTRIES = 1 << 21
 #: Least pixels per axis, and that many times the root of the width asked for: on smaller inputs the norm of the ring is
 #: above the operator's by more than an iteration's bound would be.
-_LEAST_SIZE, _LEAST_PER_WIDTH = 12, 2.0
+LEAST_SIZE, _LEAST_PER_WIDTH = 12, 2.0
 #: Multiplications of an iteration in the time of one of a factorisation, and of one of the coefficients' products; and
 #: those of a factorisation that take as long as a call.
 _SLOWER, _SLOWER_PRODUCT, _CALL = 8.0, 2.5, 1e7
 
 
 @dataclass(frozen=True, eq=False)
-class _Phases:
+class Phases:
     """A convolution without stride, of which the phases of the input are channels.
 
     Attributes:
-        weight: [groups, Cout / groups, channels, *kernel] float64; channels are [Cin / groups, *phases].
+        weight: [groups, Cout / groups, channels, *kernel]; channels are [Cin / groups, *phases].
         before: padding in front, per axis.
         smaller_in: whether blocks are P^H P rather than P P^H.
     """
@@ -85,10 +85,10 @@ def takes_symbol(op: Operator, options: NormOptions) -> bool:
 
 def _plan(op: Operator, options: NormOptions) -> _Plan | None:
     rings = ring_sizes(op) if op.kernel and op.weight.device.type == "cpu" else []
-    if not rings or min(op.input_size) < max(_LEAST_SIZE, _LEAST_PER_WIDTH / math.sqrt(options.rtol)):
+    if not rings or min(op.input_size) < max(LEAST_SIZE, _LEAST_PER_WIDTH / math.sqrt(options.rtol)):
         return None
     exact = tuple(m // s for m, s in zip(rings[0], op.stride, strict=True))
-    taps = tuple(-(-e // s) for e, s in zip(op.extent, op.stride, strict=True))
+    taps = taps_of(op)
     grid, looseness = _grid(exact, taps, _GRID_SHARE * options.rtol)
     return _Plan(grid, taps, looseness) if _pays(op, options, grid, taps, min(_sides(op))) else None
 
@@ -105,7 +105,7 @@ def symbol_interval(op: Operator, options: NormOptions) -> NormInterval | None:
         return None
     grid, taps, looseness = plan
     rows, columns = _sides(op)
-    phases = _phases(op, taps, columns < rows)
+    phases = phases_of(op, taps, columns < rows)
     square, wave = _largest(phases, grid, options.rtol)
     # The coefficients are sums of so many products, whose magnitudes add up to at most the square in the end.
     square += 2.0 * _EPS * (reduction_length(op) + 16) * op.absolute_bound**2
@@ -137,15 +137,23 @@ def _pays(op: Operator, options: NormOptions, grid: Sequence[int], taps: Sequenc
     return _SLOWER * (factorised + _CALL) + _SLOWER_PRODUCT * products < iterated
 
 
-def _phases(op: Operator, taps: Sequence[int], smaller_in: bool) -> _Phases:
+def taps_of(op: Operator) -> tuple[int, ...]:
+    """Taps per axis of the convolution without stride."""
+    return tuple(-(-e // s) for e, s in zip(op.extent, op.stride, strict=True))
+
+
+def phases_of(
+    op: Operator, taps: Sequence[int], smaller_in: bool = False, dtype: torch.dtype = torch.float64
+) -> Phases:
+    """The convolution without stride, with taps per axis as :func:`taps_of` gives them."""
     axes = len(taps)
-    weight = op.weight.double()
+    weight = op.weight.to(dtype)
     spread = weight.new_zeros(*weight.shape[:2], *(k * s for k, s in zip(taps, op.stride, strict=True)))
     spread[(slice(None), slice(None), *(slice(0, e, d) for e, d in zip(op.extent, op.dilation, strict=True)))] = weight
     for axis, (k, s) in enumerate(zip(taps, op.stride, strict=True)):
         spread = spread.unflatten(2 + 2 * axis, (k, s))
     spread = spread.permute(0, 1, *range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2)).flatten(1, 1 + axes)
-    return _Phases(spread.unflatten(0, (op.groups, -1)), tuple(left for left, _ in op.padding), smaller_in)
+    return Phases(spread.unflatten(0, (op.groups, -1)), tuple(left for left, _ in op.padding), smaller_in)
 
 
 def _lags(taps: Sequence[int]) -> list[tuple[int, ...]]:
@@ -154,7 +162,7 @@ def _lags(taps: Sequence[int]) -> list[tuple[int, ...]]:
     return every[len(every) // 2 :]
 
 
-def _coefficients(phases: _Phases, lags: Sequence[tuple[int, ...]]) -> Tensor:
+def _coefficients(phases: Phases, lags: Sequence[tuple[int, ...]]) -> Tensor:
     """C_l with P(w) P(w)^H = C_0 + sum over l of C_l exp(i l w) + C_l^T exp(-i l w), [lags, groups, n, n] float64."""
     weight = phases.weight
     taps = weight.shape[3:]
@@ -190,7 +198,7 @@ def _blocks(
 
 
 @dataclass(frozen=True, eq=False)
-class _Wave:
+class Wave:
     """The input of an operator's phases that about attains the largest norm, up to its amplitude's fading.
 
     Attributes:
@@ -204,7 +212,7 @@ class _Wave:
     amplitudes: Tensor
 
 
-def _largest(phases: _Phases, grid: Sequence[int], rtol: float) -> tuple[float, _Wave]:
+def _largest(phases: Phases, grid: Sequence[int], rtol: float) -> tuple[float, Wave]:
     """A number above all eigenvalues of all blocks whose coefficients are exact; and the wave of about the largest."""
     lags, n = _lags(phases.weight.shape[3:]), phases.side
     narrow = n >= _NARROW_SIDE and _backward_error(n, torch.float32) <= 2.0 * _ROUNDING_SHARE * rtol
@@ -232,7 +240,7 @@ def _backward_error(n: int, dtype: torch.dtype) -> float:
     return 4.0 * torch.finfo(dtype).eps * n * (n + 2)
 
 
-def _wave(phases: _Phases, group: int, frequency: Tensor, block: Tensor) -> _Wave:
+def _wave(phases: Phases, group: int, frequency: Tensor, block: Tensor) -> Wave:
     """The wave that belongs to the largest eigenvalue of a block."""
     amplitudes = torch.linalg.eigh(block.to(torch.complex128)).eigenvectors[:, -1]
     if not phases.smaller_in:
@@ -241,7 +249,7 @@ def _wave(phases: _Phases, group: int, frequency: Tensor, block: Tensor) -> _Wav
         turns = torch.polar(torch.ones(len(positions), dtype=torch.float64), positions @ frequency)
         symbol = phases.weight[group].flatten(2).to(turns.dtype) @ turns
         amplitudes = symbol.mH @ amplitudes
-    return _Wave(group, frequency, amplitudes)
+    return Wave(group, frequency, amplitudes)
 
 
 def _quotients(blocks: Tensor) -> Tensor:
@@ -276,19 +284,9 @@ def _above(blocks: Tensor, bound: float, step: float) -> float:
         bound = max(bound, torch.linalg.eigvalsh(some)[:, -1].max().item()) * (1.0 + step)
 
 
-def _attained(op: Operator, wave: _Wave, wanted: float) -> tuple[float, int]:
+def _attained(op: Operator, wave: Wave, wanted: float) -> tuple[float, int]:
     """The stretch of the wave, refined until it is the one wanted, rounded downwards; and the steps that this took."""
-    amplitudes = wave.amplitudes.unflatten(0, (-1, *op.stride))  # [Cin / groups, *phases]
-    field, channels = amplitudes, len(amplitudes)
-    axes = zip(op.input_size, op.stride, op.padding, wave.frequency.tolist(), strict=True)
-    for axis, (n, s, (left, _), w) in enumerate(axes):
-        at = torch.arange(n) + left
-        turn = torch.polar(torch.ones(n, dtype=torch.float64), w * (at // s).double())
-        if op.padding_mode == "zeros":
-            turn = turn * torch.sin(math.pi * torch.arange(1, n + 1, dtype=torch.float64) / (n + 1))
-        field = field.index_select(1 + axis, at % s) * turn.view(-1, *(1,) * (len(op.stride) - 1 - axis))
-    v = torch.zeros(1, *op.input_shape)
-    v[0, wave.group * channels : (wave.group + 1) * channels] = field.real
+    v = faded(op, wave, torch.float32)[None]
     v, steps = _refined(op, v, wanted)
     v = v.double()
     length = torch.linalg.vector_norm(v).item()
@@ -298,6 +296,22 @@ def _attained(op: Operator, wave: _Wave, wanted: float) -> tuple[float, int]:
     rounding = rounding_terms([op], np.array([v.numel()], dtype=np.int64))
     stretch = image / length * (1.0 - rounding.quotient.item()) - rounding.application.item()
     return max(stretch, 0.0), steps
+
+
+def faded(op: Operator, wave: Wave, dtype: torch.dtype) -> Tensor:
+    """A wave as an input of an operator, [Cin, *input_size], which fades towards borders of zeros."""
+    amplitudes = wave.amplitudes.unflatten(0, (-1, *op.stride))  # [Cin / groups, *phases]
+    field, channels = amplitudes, len(amplitudes)
+    axes = zip(op.input_size, op.stride, op.padding, wave.frequency.tolist(), strict=True)
+    for axis, (n, s, (left, _), w) in enumerate(axes):
+        at = torch.arange(n) + left
+        turn = torch.polar(torch.ones(n, dtype=torch.float64), w * (at // s).double())
+        if op.padding_mode == "zeros":
+            turn = turn * torch.sin(math.pi * torch.arange(1, n + 1, dtype=torch.float64) / (n + 1))
+        field = field.index_select(1 + axis, at % s) * turn.view(-1, *(1,) * (len(op.stride) - 1 - axis))
+    v = torch.zeros(op.input_shape, dtype=dtype)
+    v[wave.group * channels : (wave.group + 1) * channels] = field.real
+    return v
 
 
 def _refined(op: Operator, v: Tensor, wanted: float) -> tuple[Tensor, int]:

@@ -21,9 +21,12 @@ def assert_is(op: Operator, way: type) -> None:
     tolerance = {"rtol": 1e-4, "atol": 1e-4 * op.weight.abs().max().item()}
     if op.weight.dtype == torch.float64:
         tolerance = {key: value * 1e-8 for key, value in tolerance.items()}
-    for x, row in zip(pair, rows, strict=True):
-        out = torch.full((op.groups, math.prod(op.output_shape) // op.groups), math.nan, dtype=op.weight.dtype)
-        applied.forward(row, out, 0.5)
+    outs = torch.full((2, op.groups, math.prod(op.output_shape) // op.groups), math.nan, dtype=op.weight.dtype)
+    applied.forward(rows, outs, 0.5)
+    one = torch.full_like(outs[:1], math.nan)
+    applied.forward(rows[1:], one, 0.5)
+    torch.testing.assert_close(one, outs[1:], **tolerance)
+    for x, out in zip(pair, outs, strict=True):
         image = wanted.forward(x.to(op.weight.dtype)[None].double())
         torch.testing.assert_close(applied.image(out).double(), 0.5 * image, **tolerance)
         back = wanted.adjoint(applied.image(out).double())

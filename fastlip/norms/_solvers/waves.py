@@ -1,0 +1,70 @@
+"""The wave that a convolution stretches the most, in little time, to start an iteration from.
+
+A convolution turns a wave into one of the same frequency, but for the borders. So an iteration that follows the leading
+singular vector while the weight changes hardly ever meets the waves of other frequencies, one of which may overtake
+(horizontal and vertical edges in a first layer, say). Here the norms of the symbol are compared on a grid of
+frequencies; see :mod:`fastlip.norms._solvers.symbols`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlip.norms._operators.operator import Operator
+from fastlip.norms._solvers.deterministic import ring_sizes
+from fastlip.norms._solvers.symbols import LEAST_SIZE, Wave, faded, phases_of, taps_of
+
+#: Steps of power iteration at all frequencies, and at the one of the largest norm.
+_STEPS, _LAST_STEPS = 3, 12
+
+
+def leading_wave(op: Operator, above: float) -> Tensor | None:
+    """The wave that an operator stretches about the most, [Cin, *input_size], if its stretch may be above ``above``.
+
+    None for what is no convolution of zero or circular padding on an input of at least twelve pixels along each axis.
+
+    Args:
+        op: on a CPU, in float32 or float64.
+        above: stretch below which the wave is not of interest.
+    """
+    rings = ring_sizes(op) if op.kernel else []
+    if not rings or min(op.input_size) < LEAST_SIZE:
+        return None
+    largest = op.weight.abs().max().item()
+    if not 0.0 < largest < math.inf:
+        return None
+    taps = taps_of(op)
+    # On so many frequencies per axis the largest norm is at least cos(pi / 4) of that of all, and mostly close to it: an
+    # even number has those of edges, which is what first layers look for.
+    counts = [min(n // s, 2 * k + 2 if k > 1 else 1) for n, s, k in zip(rings[0], op.stride, taps, strict=True)]
+    half = (*counts[:-1], counts[-1] // 2 + 1)  # opposite frequencies have conjugate symbols
+    angles = [2.0 * math.pi / m * torch.arange(count) for m, count in zip(counts, half, strict=True)]
+    frequencies = torch.cartesian_prod(*angles).view(-1, len(half))
+    phases = phases_of(op.with_weight(op.weight / largest), taps, dtype=torch.float32)
+    positions = torch.cartesian_prod(*(torch.arange(k, dtype=torch.float32) for k in taps)).view(-1, len(taps))
+    turns = frequencies @ positions.mT
+    by_tap = phases.weight.flatten(3).permute(3, 0, 1, 2).flatten(1).contiguous()
+    symbols = torch.complex(turns.cos() @ by_tap, turns.sin() @ by_tap).view(-1, *phases.weight.shape[1:3])
+    start = torch.ones(1, 1, symbols.shape[1], dtype=symbols.dtype)
+    _, stretches = _stretched(symbols, start.expand(len(symbols), -1, -1), _STEPS)
+    likely = int(stretches.argmax())
+    amplitudes, stretch = _stretched(symbols[likely : likely + 1], start, _LAST_STEPS)
+    if not stretch.item() * largest > above:
+        return None
+    frequency, group = divmod(likely, op.groups)
+    wave = Wave(group, frequencies[frequency].double(), amplitudes[0].to(torch.complex128))
+    return faded(op, wave, op.weight.dtype)
+
+
+def _stretched(matrices: Tensor, rows: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Unit vectors after steps of power iteration on complex matrices [B, m, n], [B, n]; and their stretches.
+
+    ``rows``, [B, 1, m], is what the first of them is made of.
+    """
+    for _ in range(steps):
+        v = (rows @ matrices).conj().resolve_conj()
+        v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp_min(1e-30)
+        image = torch.bmm(matrices, v.mT)
+        rows = image.mT.conj().resolve_conj()
+    return v[:, 0], torch.linalg.vector_norm(image, dim=(1, 2))
