@@ -216,7 +216,12 @@ def _constrain_tracking(rows: list[Row]) -> str:
         certified = max((r["upper"] for r in run if r["step"] == "certified"), key=float)
         within = sum(b <= 0.02 for b in below)
         body.append(
-            (f"learning rate {rate}, {len({r['seed'] for r in run})} seeds", f"{within} of {len(below)}", f"{100 * max(below):.1f}%", number(certified))
+            (
+                f"learning rate {rate}, {len({r['seed'] for r in run})} seeds",
+                f"{within} of {len(below)}",
+                f"{100 * max(below):.1f}%",
+                number(certified),
+            )
         )
     head = ("", "steps with every layer within 2%", "furthest below", "largest certified norm afterwards")
     return markdown(head, body)
