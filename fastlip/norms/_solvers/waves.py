@@ -35,8 +35,8 @@ def leading_wave(op: Operator, above: float) -> Tensor | None:
     if not 0.0 < largest < math.inf:
         return None
     taps = taps_of(op)
-    # On so many frequencies per axis the largest norm is at least cos(pi / 4) of that of all, and mostly close to it: even
-    # numbers have those of edges, which is what first layers look for.
+    # On so many frequencies per axis the largest norm is at least cos(pi / 4) of that of all, and mostly close to it.
+    # An even number has those of edges, which is what first layers look for.
     counts = [min(n // s, 2 * k + 2 if k > 1 else 1) for n, s, k in zip(rings[0], op.stride, taps, strict=True)]
     half = (*counts[:-1], counts[-1] // 2 + 1)  # opposite frequencies have conjugate symbols
     angles = [2.0 * math.pi / m * torch.arange(count) for m, count in zip(counts, half, strict=True)]
