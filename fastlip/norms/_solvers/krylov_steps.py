@@ -20,7 +20,6 @@ NumPy, whose calls cost less than torch's. For a GPU, and for grouped convolutio
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers.applied_operator import AppliedOperator, applied_operator
+from fastlip.norms._solvers.start_vectors import fixed_direction
 from fastlip.norms._solvers.waves import leading_wave
 
 #: A residual is rounding if it is shorter than this share of A^T A x, for the leading Ritz vector x.
@@ -237,9 +237,3 @@ def _lengths(vector: Tensor) -> _Array:
     """Lengths of the rows of a vector [groups, n], [groups]."""
     found: _Array = torch.linalg.vector_norm(vector, dim=1).double().numpy()
     return found
-
-
-@lru_cache(maxsize=64)
-def fixed_direction(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers without a pattern that an operator could share, [size], the same in each run."""
-    return torch.sin(torch.arange(size, dtype=torch.float64, device=device).square() + 1.0).to(dtype)

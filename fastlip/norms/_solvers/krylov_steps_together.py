@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers.batched_operator import BatchedConvolutions, from_rows
-from fastlip.norms._solvers.krylov_steps import LOST, MOST_STEPS, SETTLED, LeadingVectors, fixed_direction
+from fastlip.norms._solvers.krylov_steps import LOST, MOST_STEPS, SETTLED, LeadingVectors
+from fastlip.norms._solvers.start_vectors import fixed_direction
 
 #: Rounds of three squarings for an eigenvector. Eigenvalues closer than 5e-5 of each other may stay mixed.
 _ROUNDS = 4

@@ -1,7 +1,8 @@
-"""The random start vectors of an iteration."""
+"""The start vectors of an iteration."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -45,3 +46,9 @@ def rows_by_size(flat: Tensor, sizes: Sequence[int], starts: int) -> Iterator[Te
         end = at + count * starts * size
         yield flat[at:end].view(count, starts, size)
         at = end
+
+
+@lru_cache(maxsize=64)
+def fixed_direction(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers without a pattern that an operator could share, [size], the same in each run."""
+    return torch.sin(torch.arange(size, dtype=torch.float64, device=device).square() + 1.0).to(dtype)

@@ -41,7 +41,7 @@ _REFINED, _MOST_REFINED, _PRODUCTS = 6, 48, 8
 #: Share of the width asked for that the rounding of float32 may cost, and the least side of blocks that gain by it.
 _ROUNDING_SHARE, _NARROW_SIDE = 0.4, 16
 #: Complex numbers of blocks that are in memory at once.
-_ENTRIES = 1 << 21
+MOST_ENTRIES = 1 << 21
 #: Least pixels per axis, and that many times the root of the width asked for: on smaller inputs the norm of the ring is
 #: above the operator's by more than an iteration's bound would be.
 LEAST_SIZE, _LEAST_PER_WIDTH = 12, 2.0
@@ -191,7 +191,7 @@ def _blocks(
     even[0] = coefficients[0].flatten()
     even = even.to(dtype)
     steps = torch.tensor(lags, dtype=torch.float64)
-    for some in frequencies.split(max(1, _ENTRIES // even.shape[1])):
+    for some in frequencies.split(max(1, MOST_ENTRIES // even.shape[1])):
         turned = some @ steps.mT
         blocks = torch.complex(turned.cos().to(dtype) @ even, turned.sin().to(dtype) @ odd)
         yield some, blocks.unflatten(1, coefficients.shape[1:])

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers.deterministic import ring_sizes
-from fastlip.norms._solvers.symbols import LEAST_SIZE, Wave, faded, phases_of, taps_of
+from fastlip.norms._solvers.start_vectors import fixed_direction
+from fastlip.norms._solvers.symbols import LEAST_SIZE, MOST_ENTRIES, Wave, faded, phases_of, taps_of
 
 #: Steps of power iteration at all frequencies, and at the one of the largest norm.
 _STEPS, _LAST_STEPS = 3, 12
@@ -43,17 +44,23 @@ def leading_wave(op: Operator, above: float) -> Tensor | None:
     frequencies = torch.cartesian_prod(*angles).view(-1, len(half))
     phases = phases_of(op.with_weight(op.weight / largest), taps, dtype=torch.float32)
     positions = torch.cartesian_prod(*(torch.arange(k, dtype=torch.float32) for k in taps)).view(-1, len(taps))
-    turns = frequencies @ positions.mT
     by_tap = phases.weight.flatten(3).permute(3, 0, 1, 2).flatten(1).contiguous()
-    symbols = torch.complex(turns.cos() @ by_tap, turns.sin() @ by_tap).view(-1, *phases.weight.shape[1:3])
-    start = torch.ones(1, 1, symbols.shape[1], dtype=symbols.dtype)
-    _, stretches = _stretched(symbols, start.expand(len(symbols), -1, -1), _STEPS)
-    likely = int(stretches.argmax())
-    amplitudes, stretch = _stretched(symbols[likely : likely + 1], start, _LAST_STEPS)
+    start = fixed_direction(phases.weight.shape[1], torch.float32, by_tap.device).to(torch.complex64)[None, None]
+    found, best = None, 0.0
+    for some in frequencies.split(max(1, MOST_ENTRIES // by_tap.shape[1])):
+        turns = some @ positions.mT
+        symbols = torch.complex(turns.cos() @ by_tap, turns.sin() @ by_tap).view(-1, *phases.weight.shape[1:3])
+        _, stretches = _stretched(symbols, start.expand(len(symbols), -1, -1), _STEPS)
+        likely = int(stretches.argmax())
+        if stretches[likely].item() > best:
+            best, (frequency, group) = stretches[likely].item(), divmod(likely, op.groups)
+            found = some[frequency], group, symbols[likely : likely + 1].clone()
+    if found is None:
+        return None
+    amplitudes, stretch = _stretched(found[2], start, _LAST_STEPS)
     if not stretch.item() * largest > above:
         return None
-    frequency, group = divmod(likely, op.groups)
-    wave = Wave(group, frequencies[frequency].double(), amplitudes[0].to(torch.complex128))
+    wave = Wave(found[1], found[0].double(), amplitudes[0].to(torch.complex128))
     return faded(op, wave, op.weight.dtype)
 
 

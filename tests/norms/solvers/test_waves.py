@@ -53,6 +53,22 @@ def test_waves_are_stretched_nearly_as_much_as_anything(name: str, dtype: torch.
         assert leading_wave(op, 2.0 * norm.upper) is None
 
 
+def test_filters_in_pairs_of_opposite_sign() -> None:
+    """Their sum is 0 at every frequency."""
+    weight = torch.randn(4, 3, 3, 3)
+    op = conv_operator(torch.cat([weight, -weight]), 16, padding=1)
+    wave = leading_wave(op, 0.0)
+    assert wave is not None
+    assert stretch(op, wave) > 0.8 * operator_norms([op], rtol=1e-3)[0].lower
+
+
+def test_few_frequencies_at_a_time_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = conv_operator(torch.randn(6, 2, 3, 3), 16, padding=1, groups=3)
+    expected = leading_wave(op, 0.0)
+    monkeypatch.setattr("fastlip.norms._solvers.waves.MOST_ENTRIES", 1)
+    torch.testing.assert_close(leading_wave(op, 0.0), expected)
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
 def test_waves_at_any_magnitude(scale: float) -> None:
     weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
