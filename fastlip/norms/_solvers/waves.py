@@ -16,8 +16,8 @@ from fastlip.norms._solvers.deterministic import ring_sizes
 from fastlip.norms._solvers.start_vectors import fixed_direction
 from fastlip.norms._solvers.symbols import LEAST_SIZE, MOST_ENTRIES, Wave, faded, phases_of, taps_of
 
-#: Steps of power iteration at all frequencies, and at the one of the largest norm.
-_STEPS, _LAST_STEPS = 3, 12
+#: Steps of power iteration at all frequencies, and how many more at so many of them whose norms seem the largest.
+_STEPS, _MORE_STEPS, _LIKELY = 4, 8, 4
 
 
 def leading_wave(op: Operator, above: float) -> Tensor | None:
@@ -46,32 +46,33 @@ def leading_wave(op: Operator, above: float) -> Tensor | None:
     positions = torch.cartesian_prod(*(torch.arange(k, dtype=torch.float32) for k in taps)).view(-1, len(taps))
     by_tap = phases.weight.flatten(3).permute(3, 0, 1, 2).flatten(1).contiguous()
     start = fixed_direction(phases.weight.shape[1], torch.float32, by_tap.device).to(torch.complex64)[None, None]
-    found, best = None, 0.0
+    found, best = None, above / largest
     for some in frequencies.split(max(1, MOST_ENTRIES // by_tap.shape[1])):
         turns = some @ positions.mT
         symbols = torch.complex(turns.cos() @ by_tap, turns.sin() @ by_tap).view(-1, *phases.weight.shape[1:3])
-        _, stretches = _stretched(symbols, start.expand(len(symbols), -1, -1), _STEPS)
-        likely = int(stretches.argmax())
-        if stretches[likely].item() > best:
-            best, (frequency, group) = stretches[likely].item(), divmod(likely, op.groups)
-            found = some[frequency], group, symbols[likely : likely + 1].clone()
-    if found is None:
-        return None
-    amplitudes, stretch = _stretched(found[2], start, _LAST_STEPS)
-    if not stretch.item() * largest > above:
-        return None
-    wave = Wave(found[1], found[0].double(), amplitudes[0].to(torch.complex128))
-    return faded(op, wave, op.weight.dtype)
+        images, _, stretches = _power_iteration(symbols, start.expand(len(symbols), -1, -1), _STEPS)
+        likely = stretches.topk(min(_LIKELY, len(stretches))).indices
+        _, amplitudes, stretches = _power_iteration(symbols[likely], images[likely], _MORE_STEPS)
+        place = int(stretches.argmax())
+        if stretches[place].item() > best:
+            best, (frequency, group) = stretches[place].item(), divmod(int(likely[place]), op.groups)
+            found = Wave(group, some[frequency].double(), amplitudes[place].to(torch.complex128))
+    return None if found is None else faded(op, found, op.weight.dtype)
 
 
-def _stretched(matrices: Tensor, rows: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Unit vectors after steps of power iteration on complex matrices [B, m, n], [B, n]; and their stretches.
+def _power_iteration(matrices: Tensor, images: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps of power iteration on complex matrices [B, m, n].
 
-    ``rows``, [B, 1, m], is what the first of them is made of.
+    Args:
+        matrices: A.
+        images: conjugates of vectors of the range, [B, 1, m], from which the first step begins.
+        steps: how many.
+
+    Returns:
+        The conjugates of A v, [B, 1, m], unit vectors v, [B, n], and their stretches ||A v||, [B].
     """
     for _ in range(steps):
-        v = (rows @ matrices).conj().resolve_conj()
+        v = (images @ matrices).conj().resolve_conj()
         v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp_min(1e-30)
-        image = torch.bmm(matrices, v.mT)
-        rows = image.mT.conj().resolve_conj()
-    return v[:, 0], torch.linalg.vector_norm(image, dim=(1, 2))
+        images = torch.bmm(matrices, v.mT).mT.conj().resolve_conj()
+    return images, v[:, 0], torch.linalg.vector_norm(images, dim=(1, 2))
