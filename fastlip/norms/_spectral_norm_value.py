@@ -54,8 +54,9 @@ def spectral_norm_value(
         dilation: see :func:`conv_norm`.
         groups: see :func:`conv_norm`.
         padding_mode: see :func:`conv_norm`.
-        options: of these ``rtol`` (the accuracy that the iteration aims at, and misses with probability 0.001 at most,
-            but for rounding), ``max_steps`` (if None 300) and ``generator`` play a part.
+        options: of these ``rtol`` (the accuracy that the iteration aims at; unless ``max_steps`` or rounding ends it
+            before, it misses that with a probability of at most 0.001), ``max_steps`` (if None 300) and ``generator``
+            play a part.
         keywords: the same three, in place of ``options``; ``rtol`` is 0.001 if it is not given.
 
     Returns:

@@ -7,13 +7,7 @@ from torch import Tensor, nn
 
 from fastlip._arguments import integer
 from fastlip.norms._constrain.choice import ConstrainableLayer, Layers, constrainable_layers
-from fastlip.norms._constrain.norm_gradients import (
-    BETWEEN_WAVES,
-    NormGradient,
-    computable,
-    encode,
-    norm_gradients,
-)
+from fastlip.norms._constrain.norm_gradients import BETWEEN_WAVES, NormGradient, computable, encode, norm_gradients
 from fastlip.norms._constrain.one_layer import positive_bound
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormOptions
@@ -22,7 +16,8 @@ from fastlip.norms._options import NormOptions
 class SpectralPenalty:
     """The sum over layers of max(0, norm - bound)^2, with its gradient in the weights.
 
-    Made by :func:`spectral_penalty`. Each call takes Krylov steps from the vectors of the last one. The weights are
+    Made by :func:`spectral_penalty`. Each call takes Krylov steps from the vectors of the last one, and on a CPU every
+    fourth looks for waves that overtake. The weights are
     read from the model.
     """
 
