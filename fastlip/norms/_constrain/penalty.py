@@ -17,8 +17,7 @@ class SpectralPenalty:
     """The sum over layers of max(0, norm - bound)^2, with its gradient in the weights.
 
     Made by :func:`spectral_penalty`. Each call takes Krylov steps from the vectors of the last one, and on a CPU every
-    fourth looks for waves that overtake. The weights are
-    read from the model.
+    fourth looks for waves that overtake. The weights are read from the model.
     """
 
     def __init__(
