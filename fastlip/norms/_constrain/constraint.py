@@ -23,17 +23,20 @@ from fastlip.norms._constrain.norm_gradients import (
     encode,
     gradient_like,
     norm_gradients,
+    with_wave,
 )
 from fastlip.norms._constrain.scaling import CertifiedScale, Norm, Scale
 from fastlip.norms._constrain.transforms import is_batched, outside_of_transforms, unwrapped
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._operators.operator import Operator, require_finite
 from fastlip.norms._options import NormOptions
+from fastlip.norms._solvers.waves import Waves, has_waves
 
 #: On a CPU a layer's vectors rest between steps. The interval from one to the next is doubled, up to so many forwards,
 #: after so many times in a row that the steps raised the norm by less than a share of it; where they raise it by more
-#: than the last share the interval is 1 again.
-_LONGEST, _IN_A_ROW, _STEADY, _MOVING = 16, 4, 6e-4, 1e-3
+#: than the last share the interval is 1 again. In the first forwards, when weights move the fastest, it is no longer
+#: than a share of their number.
+_LONGEST, _IN_A_ROW, _STEADY, _MOVING, _SHARE = 16, 4, 6e-4, 1e-3, 1 / 16
 #: Most steps, in multiples of ``iterations``, that are taken at once, and how often in one forward.
 _MOST_AT_ONCE, _MOST_TURNS = 4, 4
 #: Change of a norm since the vectors' last step after which they take one in the next forward, and in this one.
@@ -50,7 +53,9 @@ class _Tracking:
         used: the state of the layer in that forward, as :meth:`NormConstraint.state` gives it.
         rested: forwards since the last step.
         interval: forwards from one step to the next.
-        forwards: since the steps looked for waves that overtake.
+        forwards: since the first step.
+        waves: of a convolution on a CPU, to see when one overtakes; None until the first look.
+        looked: the number of forwards when this was looked at last.
         steady: how many times in a row steps hardly raised the norm.
         prepared: the state of the layer for which the model's forward, which is running, took the steps that were due
             or certified it. An interrupt may leave it behind.
@@ -63,7 +68,9 @@ class _Tracking:
         self.found: Tensor | None = None
         self.norm: Tensor | float = 0.0
         self.used: tuple[object, ...] | None = None
-        self.rested, self.interval, self.steady, self.forwards = 0, 1, 0, 0
+        self.rested, self.interval, self.steady = 0, 1, 0
+        self.forwards, self.looked = 0, 0
+        self.waves: Waves | None = None
         self.prepared: tuple[object, ...] | None = None
         self.together: list[tuple[NormConstraint, Tensor]] = []
         self.certificate: Certificate | None = None
@@ -74,11 +81,9 @@ class _Tracking:
         assert self.found is not None
         return self.gradient, self.found
 
-    def looks_for_waves(self) -> bool:
-        """Whether the next steps look for a wave that overtakes, which takes as long as some of them."""
-        looks = self.forwards >= BETWEEN_WAVES
-        self.forwards = 0 if looks else self.forwards
-        return looks
+    def at_most(self, interval: int) -> int:
+        """So many forwards, or as many as things are left alone for by now."""
+        return min(interval, _LONGEST, max(1, int(self.forwards * _SHARE)))
 
     def set_interval(self, raised: float, place: int) -> None:
         """Choose when the next step is due, after one that raised the norm by this share of it."""
@@ -87,7 +92,7 @@ class _Tracking:
         if not raised < _MOVING:
             self.interval = 1
         elif self.steady == _IN_A_ROW:
-            self.interval, self.steady = min(_LONGEST, 2 * self.interval), 0
+            self.interval, self.steady = self.at_most(2 * self.interval), 0
             self.rested = place % self.interval  # so that not all layers of a model are due in the same forward
 
 
@@ -244,11 +249,26 @@ class NormConstraint(nn.Module):
         return self.tracking.rested >= self.tracking.interval
 
     def most_steps(self, weight: Tensor, catch_up: bool) -> int:
-        """How many steps to take at most: on a CPU more for the forwards that the vectors rested, and to catch up."""
+        """How many steps to take at most: on a CPU more for the forwards that the vectors rested, and to catch up.
+
+        Of a matrix they take little time, and its singular values cross each other often.
+        """
         times = 1
         if _may_read(weight):
-            times = _MOST_AT_ONCE if catch_up else min(max(self.tracking.rested, 1), _MOST_AT_ONCE)
+            most = catch_up or not self.geometry.kernel
+            times = _MOST_AT_ONCE if most else min(max(self.tracking.rested, 1), _MOST_AT_ONCE)
         return times * self.iterations
+
+    def vectors(self, weight: Tensor) -> Tensor:
+        """The vectors to start from, and every few forwards on a CPU that of a wave that overtakes, if there is one."""
+        tracking, op = self.tracking, self.operator(weight)
+        due = tracking.forwards - tracking.looked >= tracking.at_most(BETWEEN_WAVES)
+        if tracking.found is None or not (due and _may_read(weight) and has_waves(op)):
+            return self.v
+        tracking.looked = tracking.forwards
+        if tracking.waves is None:
+            tracking.waves = Waves(op)
+        return with_wave(self.v, tracking.waves, op, tracking.found.item())
 
     def operator(self, weight: Tensor) -> Operator:
         """The layer's linear map with this weight."""
@@ -395,16 +415,16 @@ def track(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
 
 def _take_steps(layers: Sequence[tuple[NormConstraint, Tensor]], catch_up: bool) -> list[float]:
     """Krylov steps; returns the shares by which they raised the norms, 0 where no number may be read."""
-    alike: dict[tuple[int, int, bool, torch.device], list[int]] = {}
+    alike: dict[tuple[int, int, torch.device], list[int]] = {}
     for place, (constraint, weight) in enumerate(layers):
         most = constraint.most_steps(weight, catch_up)
-        waves = _may_read(weight) and constraint.tracking.looks_for_waves()
-        alike.setdefault((constraint.iterations, most, waves, weight.device), []).append(place)
+        alike.setdefault((constraint.iterations, most, weight.device), []).append(place)
     shares = [0.0] * len(layers)
-    for (steps, most, waves, _), places in alike.items():
-        weights, vectors = [layers[i][1] for i in places], [layers[i][0].v for i in places]
+    for (steps, most, _), places in alike.items():
+        weights = [layers[i][1] for i in places]
+        vectors = [layers[i][0].vectors(layers[i][1]) for i in places]
         encoded = [number for i in places for number in layers[i][0].encoded]
-        found = norm_gradients(weights, vectors, encoded, steps, most, waves)
+        found = norm_gradients(weights, vectors, encoded, steps, most)
         for n, (place, weight) in enumerate(zip(places, weights, strict=True)):
             constraint = layers[place][0]
             new, norms, left, right = found[4 * n : 4 * n + 4]

@@ -19,6 +19,7 @@ from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._solvers.applied_operator import unfolds, windows
 from fastlip.norms._solvers.krylov_steps import LeadingVectors, krylov_steps
 from fastlip.norms._solvers.krylov_steps_together import krylov_steps_together
+from fastlip.norms._solvers.waves import Waves
 from fastlip.ops import scaled_weight_grad
 
 #: Forwards, at least, from one look for waves that overtake to the next, as a look takes as long as some steps.
@@ -95,7 +96,6 @@ def norm_gradients(
     geometry: Sequence[int],
     steps: int,
     most_steps: int | None = None,
-    waves: bool = False,
 ) -> list[Tensor]:
     """Krylov steps for all layers at once.
 
@@ -103,11 +103,11 @@ def norm_gradients(
 
     Args:
         weights: [Cout, Cin / groups, *kernel] each, on one device.
-        vectors: the layers' first two singular vectors so far, [2, Cin, *input_size] each, orthonormal.
+        vectors: the layers' first two singular vectors so far, orthonormal, and on a CPU more to choose from, if any;
+            [at least 2, Cin, *input_size] each.
         geometry: numbers of :func:`encode`, one layer after the other.
         steps: to take, at least 1.
         most_steps: to take at most on a CPU; elsewhere, and if None, ``steps`` are taken.
-        waves: on a CPU, whether to look for waves that are stretched more; see :func:`krylov_steps`.
 
     Returns:
         For each layer the new vectors, the norm before and after the steps, [2], and ``left`` and ``right`` of the
@@ -116,19 +116,33 @@ def norm_gradients(
     ops = [op.with_weight(computable(op.weight)) for op in _operators(weights, geometry)]
     found: list[Tensor] = []
     with torch.autocast(weights[0].device.type, enabled=False):
-        leading = _leading_vectors(ops, vectors, steps, most_steps, waves)
+        leading = _leading_vectors(ops, vectors, steps, most_steps)
         for op, given, (v, u, norms) in zip(ops, vectors, leading, strict=True):
             found += [v.to(given.dtype), norms, *_outer(TorchOperator(op, op.weight), u, v[:1])]
     return found
 
 
+def with_wave(vectors: Tensor, waves: Waves, op: Operator, norm: float) -> Tensor:
+    """The vectors of an operator, [2, Cin, *input_size], and that of a wave that may have overtaken, if there is one.
+
+    Args:
+        vectors: the first two singular vectors so far.
+        waves: of the operator.
+        op: the operator with the weight as it is now, on a CPU.
+        norm: of it, as far as it is known.
+    """
+    with torch.autocast("cpu", enabled=False):
+        wave = waves.overtaking(op.with_weight(computable(op.weight)), norm)
+    return vectors if wave is None else torch.cat([vectors, wave[None].to(vectors.dtype)])
+
+
 def _leading_vectors(
-    ops: Sequence[Operator], vectors: Sequence[Tensor], steps: int, most_steps: int | None, waves: bool
+    ops: Sequence[Operator], vectors: Sequence[Tensor], steps: int, most_steps: int | None
 ) -> list[LeadingVectors]:
     """What the steps find for each layer: on a CPU one after the other, elsewhere all of one dtype at once."""
     given = [pair.to(op.weight.dtype) for op, pair in zip(ops, vectors, strict=True)]
     if ops[0].weight.device.type == "cpu":
-        return [krylov_steps(op, pair, steps, most_steps, waves) for op, pair in zip(ops, given, strict=True)]
+        return [krylov_steps(op, pair, steps, most_steps) for op, pair in zip(ops, given, strict=True)]
     found: dict[int, LeadingVectors] = {}
     for dtype in {op.weight.dtype for op in ops}:
         places = [place for place, op in enumerate(ops) if op.weight.dtype == dtype]
@@ -144,12 +158,11 @@ def _(
     geometry: Sequence[int],
     steps: int,
     most_steps: int | None = None,
-    waves: bool = False,
 ) -> list[Tensor]:
     found: list[Tensor] = []
     for op, vector in zip(_operators(weights, geometry), vectors, strict=True):
         left, right = gradient_like(op)
-        found += [torch.empty(vector.shape, dtype=vector.dtype, device=vector.device), left.new_empty(2), left, right]
+        found += [vector.new_empty(2, *vector.shape[1:]), left.new_empty(2), left, right]
     return found
 
 

@@ -7,10 +7,18 @@ from torch import Tensor, nn
 
 from fastlip._arguments import integer
 from fastlip.norms._constrain.choice import ConstrainableLayer, Layers, constrainable_layers
-from fastlip.norms._constrain.norm_gradients import BETWEEN_WAVES, NormGradient, computable, encode, norm_gradients
+from fastlip.norms._constrain.norm_gradients import (
+    BETWEEN_WAVES,
+    NormGradient,
+    computable,
+    encode,
+    norm_gradients,
+    with_wave,
+)
 from fastlip.norms._constrain.one_layer import positive_bound
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormOptions
+from fastlip.norms._solvers.waves import Waves, has_waves
 
 
 class SpectralPenalty:
@@ -26,6 +34,8 @@ class SpectralPenalty:
         self._layers, self._bound, self._iterations = list(layers), bound, iterations
         self._vectors = [layer.start_vectors(generator) for layer in layers]
         self._encoded = [number for layer in layers for number in encode(layer.geometry)]
+        self._norms: list[Tensor] = []
+        self._waves: dict[int, Waves] = {}
         self._calls = 0
 
     def norms(self) -> dict[str, Tensor]:
@@ -36,14 +46,25 @@ class SpectralPenalty:
         self._vectors = [v.to(w.device) for v, w in zip(self._vectors, weights, strict=True)]
         with torch.no_grad():
             detached = [weight.detach() for weight in weights]
-            waves = self._calls % BETWEEN_WAVES == BETWEEN_WAVES - 1
-            found = norm_gradients(detached, self._vectors, self._encoded, self._iterations, waves=waves)
-        self._calls, self._vectors = self._calls + 1, found[::4]
+            found = norm_gradients(detached, self._starts(detached), self._encoded, self._iterations)
+        self._calls, self._vectors, self._norms = self._calls + 1, found[::4], found[1::4]
         with torch.autocast(weights[0].device.type, enabled=False):
             return {
                 layer.name: NormGradient(left, right).norm_of(computable(weight))
                 for layer, weight, left, right in zip(self._layers, weights, found[2::4], found[3::4], strict=True)
             }
+
+    def _starts(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The vectors of all layers, and now and then on a CPU those of waves that overtake."""
+        if self._calls % BETWEEN_WAVES != BETWEEN_WAVES - 1:
+            return self._vectors
+        starts = list(self._vectors)
+        for place, (layer, weight) in enumerate(zip(self._layers, weights, strict=True)):
+            op = layer.geometry.with_weight(weight.reshape(layer.geometry.weight.shape))
+            if weight.device.type == "cpu" and has_waves(op):
+                waves = self._waves.setdefault(place, Waves(op))
+                starts[place] = with_wave(starts[place], waves, op, self._norms[place][1].item())
+        return starts
 
     def __call__(self) -> Tensor:
         """The penalty, a scalar."""

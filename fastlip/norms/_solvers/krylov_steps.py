@@ -30,7 +30,6 @@ from torch import Tensor
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers.applied_operator import AppliedOperator, applied_operator
 from fastlip.norms._solvers.start_vectors import fixed_direction
-from fastlip.norms._solvers.waves import leading_wave
 
 #: A residual is rounding if it is shorter than this share of A^T A x, for the leading Ritz vector x.
 SETTLED = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -38,9 +37,8 @@ SETTLED = {torch.float32: 1e-5, torch.float64: 1e-10}
 LOST = 1e-4
 #: Growth of a convolution's norm in a step, relative, after which no more are taken than must be.
 _ENOUGH = 1e-4
-#: Stretch from which on a wave may overtake, relative to the norm; that of the first one is a little larger as well,
-#: since it does not end at the borders.
-_OVERTAKING = 1.002
+#: Rows or columns of a matrix up to which its Gram matrix takes less time than steps.
+_NARROW = 32
 #: Most steps until the subspace is reduced to its two leading Ritz vectors.
 MOST_STEPS = 8
 
@@ -66,44 +64,38 @@ class LeadingVectors(NamedTuple):
     norms: Tensor
 
 
-def krylov_steps(
-    op: Operator,
-    vectors: Tensor,  # [2, Cin, *input_size]
-    steps: int,
-    most_steps: int | None = None,
-    waves: bool = False,
-) -> LeadingVectors:
+def krylov_steps(op: Operator, vectors: Tensor, steps: int, most_steps: int | None = None) -> LeadingVectors:
     """Take steps on a CPU.
 
     Args:
         op: operator with a weight in float32 or float64.
-        vectors: the two vectors, in that dtype.
+        vectors: the two vectors, in that dtype, and more to choose from, if any; [at least 2, Cin, *input_size].
         steps: how many to take at least, each one application of A and one or two of A^T.
         most_steps: how many to take at most, of a convolution while the norm grows; if None ``steps``.
-        waves: whether to look for a wave that is stretched more.
     """
+    if not op.kernel and min(op.weight.shape) <= _NARROW:
+        return _of_narrow_matrix(op, vectors)
     dtype, most_steps = op.weight.dtype, steps if most_steps is None else most_steps
     operator = applied_operator(op)
-    most_rows = 3 + min(most_steps, MOST_STEPS)
-    basis = torch.empty(most_rows, op.groups, math.prod(op.input_shape) // op.groups, dtype=dtype)
-    images = torch.empty(most_rows, op.groups, math.prod(op.output_shape) // op.groups, dtype=dtype)
+    count = len(vectors)
+    rows = count + min(most_steps, MOST_STEPS)
+    basis = torch.empty(rows, op.groups, math.prod(op.input_shape) // op.groups, dtype=dtype)
+    images = torch.empty(rows, op.groups, math.prod(op.output_shape) // op.groups, dtype=dtype)
     basis[0] = _unit(operator.row(vectors[0]))
     basis[1] = _second(basis[0], operator.row(vectors[1]))
-    operator.forward(basis[:2], images[:2], 1.0)
+    for place in range(2, count):
+        given = _unit(operator.row(vectors[place]))
+        basis[place] = _unit(_orthogonal(_unit(_orthogonal(given, basis[:place])), basis[:place]))
+    operator.forward(basis[:count], images[:count], 1.0)
     # Products of images are of the scaled operator, since their squares would leave the range of their dtype.
-    before, other = torch.linalg.vector_norm(images[:2], dim=2, dtype=torch.float64).amax(1).tolist()
-    size, count = max(before, other, torch.finfo(dtype).tiny), 2
-    if waves and (wave := leading_wave(op, _OVERTAKING * before)) is not None:
-        basis[2] = _unit(_orthogonal(_unit(_orthogonal(_unit(operator.row(wave)), basis[:2])), basis[:2]))
-        operator.forward(basis[2:3], images[2:3], 1.0)
-        count = 3
-    rows = count + min(most_steps, MOST_STEPS)
+    lengths = torch.linalg.vector_norm(images[:count], dim=2, dtype=torch.float64).amax(1)
+    before, size = lengths[0].item(), max(lengths.max().item(), torch.finfo(dtype).tiny)
     images[:count] *= 1.0 / size
     gram = np.stack([_products(images[:count], images[row]) for row in range(count)], 1)
     if not gram.any():
         return _nothing_found(op, vectors, before, 0.0 if math.isfinite(size) else math.nan)
     if op.groups > 1:  # groups of zeros keep what they were given
-        gram[~gram.any((1, 2))] = np.diag([2e-300, 1e-300, 0.0][:count])
+        gram[~gram.any((1, 2))] = np.diag([2e-300, 1e-300, *[0.0] * (count - 2)])
     settled = np.zeros(op.groups, bool)
     squares: _Array = np.zeros(op.groups)
     for taken in range(most_steps):
@@ -138,10 +130,32 @@ def krylov_steps(
     return LeadingVectors(operator.vectors(found), operator.image(shown), norms)
 
 
+def _of_narrow_matrix(op: Operator, vectors: Tensor) -> LeadingVectors:
+    """The leading singular vectors of a matrix of few rows or columns, by its Gram matrix."""
+    start = _unit(vectors[:1])
+    before = torch.linalg.vector_norm(torch.mv(op.weight, start[0]), dtype=torch.float64).item()
+    largest = torch.linalg.vector_norm(op.weight, math.inf).item()
+    if not 0.0 < largest < math.inf:
+        return _nothing_found(op, vectors, before, 0.0 if largest == 0.0 else math.nan)
+    weight = op.weight.double() / largest
+    wide = len(weight) <= weight.shape[1]
+    gram = weight @ weight.mT if wide else weight.mT @ weight
+    kept = torch.from_numpy(_leading_eigenvectors(gram.numpy()[None], min(2, len(gram)))[0].copy())
+    found = kept @ weight if wide else kept
+    first = _unit(found[:1])
+    second = _second(first, found[1:2] if len(found) > 1 else torch.zeros_like(first))
+    image = torch.mv(weight, first[0])
+    length = torch.linalg.vector_norm(image)
+    norms = op.weight.new_tensor([before, length.item() * largest])
+    return LeadingVectors(
+        torch.cat([first, second]).to(op.weight.dtype), (image / length)[None].to(op.weight.dtype), norms
+    )
+
+
 def _nothing_found(op: Operator, vectors: Tensor, before: float, norm: float) -> LeadingVectors:
     """Where the weight is 0 or not finite."""
     image = torch.zeros(1, *op.output_shape, dtype=op.weight.dtype)
-    return LeadingVectors(vectors.clone(), image, op.weight.new_tensor([before, norm]))
+    return LeadingVectors(vectors[:2].clone(), image, op.weight.new_tensor([before, norm]))
 
 
 def _expansion(

@@ -1,78 +1,205 @@
-"""The wave that a convolution stretches the most, in little time, to start an iteration from.
+"""The wave that a convolution stretches the most, followed in little time while its weight changes.
 
 A convolution turns a wave into one of the same frequency, but for the borders. So an iteration that follows the leading
 singular vector while the weight changes hardly ever meets the waves of other frequencies, one of which may overtake
-(horizontal and vertical edges in a first layer, say). Here the norms of the symbol are compared on a grid of
-frequencies; see :mod:`fastlip.norms._solvers.symbols`.
+(horizontal and vertical edges in a first layer, say). Here each of some frequencies has its own wave, which follows the
+leading singular vector of the symbol at that frequency; see :mod:`fastlip.norms._solvers.symbols`.
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._solvers.deterministic import ring_sizes
+from fastlip.norms._solvers.krylov_steps import krylov_steps
 from fastlip.norms._solvers.start_vectors import fixed_direction
-from fastlip.norms._solvers.symbols import LEAST_SIZE, MOST_ENTRIES, Wave, faded, phases_of, taps_of
+from fastlip.norms._solvers.symbols import LEAST_SIZE, MOST_ENTRIES, Wave, faded, taps_of
 
-#: Steps of power iteration at all frequencies, and how many more at so many of them whose norms seem the largest.
-_STEPS, _MORE_STEPS, _LIKELY = 4, 8, 4
+#: Steps at all frequencies when they are first looked at, and later.
+_FIRST_STEPS, _STEPS = 8, 2
+#: Krylov steps that bring a wave to the borders.
+_REFINING = 2
+#: Growth of the largest stretch in terms of the norm from which on a wave may have overtaken.
+_OVERTAKING = 1.002
+#: Least stretch of a wave that may overtake, in terms of the norm: between the frequencies it may be larger.
+_NEAR = 0.98
+#: Length of a residual, relative, below which it is rounding.
+_SETTLED = 1e-4
+#: Magnitudes between which squares of float32 are safe.
+_SAFE = (1e-12, 1e12)
 
 
-def leading_wave(op: Operator, above: float) -> Tensor | None:
-    """The wave that an operator stretches about the most, [Cin, *input_size], if its stretch may be above ``above``.
+def has_waves(op: Operator) -> bool:
+    """Whether an operator is a convolution of zero or circular padding, on at least twelve pixels along each axis."""
+    return bool(op.kernel) and min(op.input_size) >= LEAST_SIZE and bool(ring_sizes(op))
 
-    None for what is no convolution of zero or circular padding on an input of at least twelve pixels along each axis.
 
-    Args:
-        op: on a CPU, in float32 or float64.
-        above: stretch below which the wave is not of interest.
+class Waves:
+    """For each of some frequencies the wave that a convolution stretches the most, while its weight changes.
+
+    Attributes:
+        frequencies: [F, axes] float64.
+        amplitudes: what the waves were like when they were last looked at, [F, groups, Cin / groups * phases]
+            complex64; None before that.
+        stretches: theirs, in terms of the scale that the weight had, [F, groups].
     """
-    rings = ring_sizes(op) if op.kernel else []
-    if not rings or min(op.input_size) < LEAST_SIZE:
-        return None
-    largest = op.weight.abs().max().item()
-    if not 0.0 < largest < math.inf:
-        return None
-    taps = taps_of(op)
-    # On so many frequencies per axis the largest norm is at least cos(pi / 4) of that of all, and mostly close to it.
-    # An even number has those of edges, which is what first layers look for.
-    counts = [min(n // s, 2 * k + 2 if k > 1 else 1) for n, s, k in zip(rings[0], op.stride, taps, strict=True)]
-    half = (*counts[:-1], counts[-1] // 2 + 1)  # opposite frequencies have conjugate symbols
-    angles = [2.0 * math.pi / m * torch.arange(count) for m, count in zip(counts, half, strict=True)]
-    frequencies = torch.cartesian_prod(*angles).view(-1, len(half))
-    phases = phases_of(op.with_weight(op.weight / largest), taps, dtype=torch.float32)
-    positions = torch.cartesian_prod(*(torch.arange(k, dtype=torch.float32) for k in taps)).view(-1, len(taps))
-    by_tap = phases.weight.flatten(3).permute(3, 0, 1, 2).flatten(1).contiguous()
-    start = fixed_direction(phases.weight.shape[1], torch.float32, by_tap.device).to(torch.complex64)[None, None]
-    found, best = None, above / largest
-    for some in frequencies.split(max(1, MOST_ENTRIES // by_tap.shape[1])):
-        turns = some @ positions.mT
-        symbols = torch.complex(turns.cos() @ by_tap, turns.sin() @ by_tap).view(-1, *phases.weight.shape[1:3])
-        images, _, stretches = _power_iteration(symbols, start.expand(len(symbols), -1, -1), _STEPS)
-        likely = stretches.topk(min(_LIKELY, len(stretches))).indices
-        _, amplitudes, stretches = _power_iteration(symbols[likely], images[likely], _MORE_STEPS)
-        place = int(stretches.argmax())
-        if stretches[place].item() > best:
-            best, (frequency, group) = stretches[place].item(), divmod(int(likely[place]), op.groups)
-            found = Wave(group, some[frequency].double(), amplitudes[place].to(torch.complex128))
-    return None if found is None else faded(op, found, op.weight.dtype)
+
+    def __init__(self, op: Operator) -> None:
+        """The waves of an operator that :func:`has_waves`, whose weight is not read."""
+        # On so many frequencies per axis the largest norm is at least cos(pi / 4) of that of all, and mostly close to
+        # it. An even number has those of edges, which is what first layers look for.
+        taps = taps_of(op)
+        counts = [
+            min(n // s, 2 * k + 2 if k > 1 else 1) for n, s, k in zip(ring_sizes(op)[0], op.stride, taps, strict=True)
+        ]
+        half = (*counts[:-1], counts[-1] // 2 + 1)  # opposite frequencies have conjugate symbols
+        angles = [2.0 * math.pi / m * torch.arange(n, dtype=torch.float64) for m, n in zip(counts, half, strict=True)]
+        self.frequencies = torch.cartesian_prod(*angles).view(-1, len(half))
+        self.amplitudes: Tensor | None = None
+        self._least = 1.0  # of the largest stretch over the norm, since a wave was joined
+
+    def overtaking(self, op: Operator, norm: float) -> Tensor | None:
+        """A vector along the wave that is stretched the most, if it may have overtaken since the last look.
+
+        That is if its stretch has grown in terms of the norm. Its stretch by the operator is a little less than that of
+        the wave, which does not end at the borders.
+
+        Args:
+            op: the operator with the weight as it is now, on a CPU, in float32 or float64.
+            norm: of what is followed, that the operator has at least.
+
+        Returns:
+            A unit vector, [Cin, *input_size], or None.
+        """
+        found = self.leading(op) if norm > 0.0 else None
+        if found is None:
+            return None
+        wave, stretch = found
+        share, least = stretch / norm, _OVERTAKING * self._least
+        self._least = share if share > least else min(share, self._least)
+        if share <= max(_NEAR, least):
+            return None
+        vector = faded(op, wave, op.weight.dtype)
+        return krylov_steps(op, torch.stack([vector, torch.zeros_like(vector)]), _REFINING).vectors[0]
+
+    def leading(self, op: Operator) -> tuple[Wave, float] | None:
+        """The wave that is stretched the most, and its stretch; None for a weight of zeros or that is not finite."""
+        largest = torch.linalg.vector_norm(op.weight, math.inf).item()
+        if not 0.0 < largest < math.inf:
+            return None
+        scale = 1.0 if _SAFE[0] < largest < _SAFE[1] else largest
+        weight = (op.weight if scale == 1.0 else op.weight / scale).float().unflatten(0, (op.groups, -1)).flatten(3)
+        channels, phases = weight.shape[2], math.prod(op.stride)
+        steps = _STEPS
+        if self.amplitudes is None:
+            start = fixed_direction(channels * phases, torch.float32, weight.device).to(torch.complex64)
+            self.amplitudes, steps = start.expand(len(self.frequencies), op.groups, -1), _FIRST_STEPS
+        by_symbol = weight.shape[1] * phases < weight.shape[3]
+        entries = op.groups * channels * (weight.shape[1] * phases if by_symbol else weight.shape[3])
+        many = max(1, MOST_ENTRIES // entries)
+        parts = []
+        for frequencies, amplitudes in zip(self.frequencies.split(many), self.amplitudes.split(many), strict=True):
+            turns = _turns(op, frequencies)
+            symbols = _Blocks(weight, turns) if by_symbol else _Windows(weight, turns)
+            parts.append(_followed(symbols, amplitudes, steps))
+        self.amplitudes = torch.cat([part[0] for part in parts])
+        stretches = torch.cat([part[1] for part in parts])
+        frequency, group = divmod(int(stretches.argmax()), op.groups)
+        amplitudes = self.amplitudes[frequency, group].to(torch.complex128)
+        return Wave(group, self.frequencies[frequency], amplitudes), stretches[frequency, group].item() * scale
 
 
-def _power_iteration(matrices: Tensor, images: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps of power iteration on complex matrices [B, m, n].
+def _turns(op: Operator, frequencies: Tensor) -> Tensor:
+    """By what taps turn the phases of waves of some frequencies, [F, phases, taps] complex64; 0 for other phases."""
+    places = torch.cartesian_prod(*(torch.arange(k) * d for k, d in zip(op.kernel, op.dilation, strict=True)))
+    places, stride = places.view(-1, len(op.kernel)), torch.tensor(op.stride)
+    phase = torch.zeros(len(places), dtype=torch.int64)
+    for axis, s in enumerate(op.stride):
+        phase = phase * s + places[:, axis] % s
+    angles = (frequencies @ (places // stride).double().mT).float()
+    read = phase == torch.arange(math.prod(op.stride))[:, None]
+    return torch.polar(torch.ones_like(angles), angles)[:, None] * read
 
-    Args:
-        matrices: A.
-        images: conjugates of vectors of the range, [B, 1, m], from which the first step begins.
-        steps: how many.
 
-    Returns:
-        The conjugates of A v, [B, 1, m], unit vectors v, [B, n], and their stretches ||A v||, [B].
+class _Symbols(Protocol):
+    """The symbols of a convolution at some frequencies, one for each group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of inputs [F, groups, channels * phases], [F, groups, Cout / groups]."""
+        ...
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Of outputs, likewise."""
+        ...
+
+
+class _Windows:
+    """By products with the weight of what it sees of the waves, as the symbols of many channels are large."""
+
+    def __init__(self, weight: Tensor, turns: Tensor) -> None:
+        self._weight, self._turns = weight.flatten(2), turns
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x.unflatten(2, (-1, self._turns.shape[1])).flatten(1, 2) @ self._turns
+        return _complex(_real(seen.view(*x.shape[:2], -1)) @ self._weight.mT)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        seen = _complex(_real(y) @ self._weight).unflatten(2, (-1, self._turns.shape[2])).flatten(1, 2)
+        return (seen @ self._turns.mH).view(*y.shape[:2], -1)
+
+
+class _Blocks:
+    """By the symbols themselves, of few channels."""
+
+    def __init__(self, weight: Tensor, turns: Tensor) -> None:
+        rows = torch.view_as_real(turns.permute(2, 0, 1).contiguous()).flatten(1)  # [taps, F * phases * 2]
+        blocks = torch.view_as_complex((weight.flatten(0, 2) @ rows).unflatten(1, (*turns.shape[:2], 2)))
+        blocks = blocks.unflatten(0, weight.shape[:3])  # [groups, Cout / groups, channels, F, phases]
+        self._blocks = blocks.permute(3, 0, 1, 2, 4).flatten(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self._blocks * x[:, :, None]).sum(3)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return (self._blocks.conj() * y[..., None]).sum(2)
+
+
+def _real(t: Tensor) -> Tensor:
+    """Complex rows [F, groups, n] as real ones, [groups, 2 F, n]."""
+    return torch.view_as_real(t).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _complex(rows: Tensor) -> Tensor:
+    """Undoes :func:`_real`."""
+    return torch.view_as_complex(rows.unflatten(1, (-1, 2)).permute(1, 0, 3, 2).contiguous())
+
+
+def _followed(symbols: _Symbols, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Steps of steepest ascent towards the leading singular vectors, and the stretches of the unit vectors found.
+
+    In a step the best combination of x and the residual of A^H A x takes the place of x.
     """
+    x = x / _length(x).clamp_min(1e-30)
+    y = symbols.forward(x)
     for _ in range(steps):
-        v = (images @ matrices).conj().resolve_conj()
-        v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp_min(1e-30)
-        images = torch.bmm(matrices, v.mT).mT.conj().resolve_conj()
-    return images, v[:, 0], torch.linalg.vector_norm(images, dim=(1, 2))
+        back = symbols.adjoint(y)
+        residual = back - (x.conj() * back).sum(2, keepdim=True) * x
+        length = _length(residual)
+        residual = residual * torch.where(length > _SETTLED * _length(back), 1.0 / length, 0.0)
+        image = symbols.forward(residual)
+        mixed = (y.conj() * image).sum(2, keepdim=True)
+        half = 0.5 * (_length(y).square() - _length(image).square())
+        first = half + torch.sqrt(half.square() + mixed.abs().square())
+        scale = torch.hypot(first, mixed.abs())
+        # Both are 0 where x is of length 0 or stretched by less than a residual that it does not mix with.
+        first = torch.where(scale > 0.0, first / scale, 1.0)
+        second = torch.where(scale > 0.0, mixed.conj() / scale, 0.0)
+        x, y = first * x + second * residual, first * y + second * image
+    return x, (_length(y) / _length(x).clamp_min(1e-30))[:, :, 0]
+
+
+def _length(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(t, dim=2, keepdim=True)
