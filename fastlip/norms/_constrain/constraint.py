@@ -26,7 +26,7 @@ from fastlip.norms._constrain.norm_gradients import (
     with_wave,
 )
 from fastlip.norms._constrain.scaling import CertifiedScale, Norm, Scale
-from fastlip.norms._constrain.transforms import is_batched, outside_of_transforms, unwrapped
+from fastlip.norms._constrain.transforms import is_batched, outside_of_transforms, unwrapped, without_autocast
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._operators.operator import Operator, require_finite
 from fastlip.norms._options import NormOptions
@@ -36,7 +36,7 @@ from fastlip.norms._solvers.waves import Waves, has_waves
 #: after so many times in a row that the steps raised the norm by less than a share of it; where they raise it by more
 #: than the last share the interval is 1 again. In the first forwards, when weights move the fastest, it is no longer
 #: than a share of their number.
-_LONGEST, _IN_A_ROW, _STEADY, _MOVING, _SHARE = 16, 4, 6e-4, 1e-3, 1 / 16
+_LONGEST, _IN_A_ROW, _STEADY, _MOVING, _SHARE = 64, 4, 6e-4, 1e-3, 1 / 16
 #: Most steps, in multiples of ``iterations``, that are taken at once, and how often in one forward.
 _MOST_AT_ONCE, _MOST_TURNS = 4, 4
 #: Change of a norm since the vectors' last step after which they take one in the next forward, and in this one.
@@ -48,7 +48,7 @@ class _Tracking:
 
     Attributes:
         gradient: of the norm in the weight; None until the first step.
-        found: the norm after the last step, a scalar.
+        found: the norm after the last step: a float on a CPU, elsewhere and in compiled code a scalar tensor.
         norm: the norm that the last forward in training went by.
         used: the state of the layer in that forward, as :meth:`NormConstraint.state` gives it.
         rested: forwards since the last step.
@@ -65,7 +65,7 @@ class _Tracking:
 
     def __init__(self) -> None:
         self.gradient: NormGradient | None = None
-        self.found: Tensor | None = None
+        self.found: Tensor | float | None = None
         self.norm: Tensor | float = 0.0
         self.used: tuple[object, ...] | None = None
         self.rested, self.interval, self.steady = 0, 1, 0
@@ -75,7 +75,7 @@ class _Tracking:
         self.together: list[tuple[NormConstraint, Tensor]] = []
         self.certificate: Certificate | None = None
 
-    def last_step(self) -> tuple[NormGradient, Tensor]:
+    def last_step(self) -> tuple[NormGradient, Tensor | float]:
         """The gradient of the norm, and the norm, after the last step."""
         assert self.gradient is not None
         assert self.found is not None
@@ -164,19 +164,18 @@ class NormConstraint(nn.Module):
 
     def _norm(self, weight: Tensor) -> Tensor | float:
         """The norm to go by: a float on a CPU, of the weight as it is."""
-        gradient, norm = self.tracking.last_step()
-        if not _may_read(weight):
+        gradient, found = self.tracking.last_step()
+        if not (_may_read(weight) and self.tracking.rested):
+            return found
+        with without_autocast(weight.device), outside_of_transforms():
+            norm = gradient.norm_of(computable(self.applied(weight))).item()
+        change = abs(norm - float(found))
+        if change > _CHANGE * norm:
+            self.tracking.interval = 1
+        if change <= _JUMP * norm:
             return norm
-        if self.tracking.rested:
-            with torch.autocast(weight.device.type, enabled=False), outside_of_transforms():
-                found, norm = norm, gradient.norm_of(computable(self.applied(weight)))
-            change = abs(norm - found)
-            if change > _CHANGE * norm:
-                self.tracking.interval = 1
-            if not change <= _JUMP * norm:  # this is no training, but another weight
-                track([(self, weight)])
-                norm = self.tracking.last_step()[1]
-        return float(norm)
+        track([(self, weight)])  # this is no training, but another weight
+        return self.tracking.last_step()[1]
 
     def _scaled(self, weight: Tensor, gradient: NormGradient, norm: Tensor | float) -> Tensor:
         if isinstance(norm, float) and norm <= self.bound:
@@ -268,7 +267,7 @@ class NormConstraint(nn.Module):
         tracking.looked = tracking.forwards
         if tracking.waves is None:
             tracking.waves = Waves(op)
-        return with_wave(self.v, tracking.waves, op, tracking.found.item())
+        return with_wave(self.v, tracking.waves, op, float(tracking.found))
 
     def operator(self, weight: Tensor) -> Operator:
         """The layer's linear map with this weight."""
@@ -429,12 +428,14 @@ def _take_steps(layers: Sequence[tuple[NormConstraint, Tensor]], catch_up: bool)
             constraint = layers[place][0]
             new, norms, left, right = found[4 * n : 4 * n + 4]
             constraint.v.copy_(new)
-            constraint.tracking.gradient, constraint.tracking.found = NormGradient(left, right), norms[1]
+            tracking = constraint.tracking
+            tracking.gradient, tracking.found = NormGradient(left, right), norms[1]
             if _may_read(weight):
                 before, after = norms.tolist()
+                tracking.found = after
                 shares[place] = (after - before) / after if after > 0.0 else 0.0
                 # Of a norm of 0 nothing is known that could follow the weight.
-                constraint.tracking.set_interval(shares[place] if after > 0.0 else math.inf, constraint.place)
+                tracking.set_interval(shares[place] if after > 0.0 else math.inf, constraint.place)
     return shares
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlip.norms._constrain.transforms import is_batched
+from fastlip.norms._constrain.transforms import is_batched, without_autocast
 from fastlip.norms._operators.operator import PADDING_MODES, Operator
 from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._solvers.applied_operator import unfolds, windows
@@ -115,7 +115,7 @@ def norm_gradients(
     """
     ops = [op.with_weight(computable(op.weight)) for op in _operators(weights, geometry)]
     found: list[Tensor] = []
-    with torch.autocast(weights[0].device.type, enabled=False):
+    with without_autocast(weights[0].device):
         leading = _leading_vectors(ops, vectors, steps, most_steps)
         for op, given, (v, u, norms) in zip(ops, vectors, leading, strict=True):
             found += [v.to(given.dtype), norms, *_outer(TorchOperator(op, op.weight), u, v[:1])]
@@ -131,7 +131,7 @@ def with_wave(vectors: Tensor, waves: Waves, op: Operator, norm: float) -> Tenso
         op: the operator with the weight as it is now, on a CPU.
         norm: of it, as far as it is known.
     """
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(op.weight.device):
         wave = waves.overtaking(op.with_weight(computable(op.weight)), norm)
     return vectors if wave is None else torch.cat([vectors, wave[None].to(vectors.dtype)])
 

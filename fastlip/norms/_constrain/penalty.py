@@ -16,6 +16,7 @@ from fastlip.norms._constrain.norm_gradients import (
     with_wave,
 )
 from fastlip.norms._constrain.one_layer import positive_bound
+from fastlip.norms._constrain.transforms import without_autocast
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormOptions
 from fastlip.norms._solvers.waves import Waves, has_waves
@@ -48,7 +49,7 @@ class SpectralPenalty:
             detached = [weight.detach() for weight in weights]
             found = norm_gradients(detached, self._starts(detached), self._encoded, self._iterations)
         self._calls, self._vectors, self._norms = self._calls + 1, found[::4], found[1::4]
-        with torch.autocast(weights[0].device.type, enabled=False):
+        with without_autocast(weights[0].device):
             return {
                 layer.name: NormGradient(left, right).norm_of(computable(weight))
                 for layer, weight, left, right in zip(self._layers, weights, found[2::4], found[3::4], strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlip.norms._constrain.norm_gradients import NormGradient, computable
+from fastlip.norms._constrain.transforms import without_autocast
 
 
 class KnowsGradient(Protocol):
@@ -39,7 +40,7 @@ class Scale(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled, left, right, *norms = ctx.saved_tensors
         norm = norms[0] if norms else ctx.norm
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             found = NormGradient(left, right).through_scale(computable(grad), computable(scaled), norm, ctx.bound)
         return found.to(grad.dtype), None, None, None, None
 
@@ -86,6 +87,6 @@ class CertifiedScale(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scaled,) = ctx.saved_tensors
         gradient, norm = ctx.gradient()
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             found = gradient.through_scale(computable(grad), computable(scaled), norm, norm * ctx.scale)
         return found.to(grad.dtype), None, None

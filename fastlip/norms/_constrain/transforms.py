@@ -1,7 +1,8 @@
-"""What constraints need to know of the transforms of :mod:`torch.func`, which wrap tensors."""
+"""What constraints need to know of the transforms of :mod:`torch.func`, which wrap tensors, and of autocast."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,3 +38,10 @@ def outside_of_transforms() -> Iterator[None]:
         return
     with temporarily_clear_interpreter_stack():
         yield
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Leave autocast, which takes longer to enter and leave than to ask for."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

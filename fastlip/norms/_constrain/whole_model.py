@@ -190,12 +190,13 @@ def prepare(model: nn.Module, args: tuple[Any, ...]) -> None:
         ValueError: as for :func:`constrained_layers`; or the layer in front of a constrained BatchNorm was replaced.
     """
     found = constrained_layers(model)
-    if not torch.compiler.is_compiling() and not getattr(model, "_is_replica", False):
+    folded = [constraint for constraint, _ in found if isinstance(constraint, FoldedConstraint)]
+    if folded and not torch.compiler.is_compiling() and not getattr(model, "_is_replica", False):
         present = set(model.modules())
-        for constraint, _ in found:
-            if isinstance(constraint, FoldedConstraint) and constraint.layer not in present:
+        for batchnorm in folded:
+            if batchnorm.layer not in present:
                 raise ValueError(
-                    f"layer {constraint.name}: it was replaced after its constraint, which reads the former one; call "
+                    f"layer {batchnorm.name}: it was replaced after its constraint, which reads the former one; call "
                     "unconstrain and constrain again"
                 )
     fixed = [(constraint, weight) for constraint, weight in found if not constraint.training]

@@ -73,7 +73,7 @@ def krylov_steps(op: Operator, vectors: Tensor, steps: int, most_steps: int | No
         steps: how many to take at least, each one application of A and one or two of A^T.
         most_steps: how many to take at most, of a convolution while the norm grows; if None ``steps``.
     """
-    if not op.kernel and min(op.weight.shape) <= _NARROW:
+    if not op.kernel and op.groups == 1 and min(op.weight.shape) <= _NARROW:
         return _of_narrow_matrix(op, vectors)
     dtype, most_steps = op.weight.dtype, steps if most_steps is None else most_steps
     operator = applied_operator(op)
