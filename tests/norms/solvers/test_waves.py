@@ -1,5 +1,6 @@
 """Waves that a convolution stretches about the most, and the steps that start from them."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -247,3 +248,22 @@ def test_a_tracked_norm_follows_another_frequency(what: str) -> None:
             tracked = penalty.norms()["0"].item()
         truth = operator_norms([conv_operator(weight, 16, padding=1)], rtol=1e-3)[0].lower
         assert 0.95 * truth < tracked <= truth * (1 + 2e-3)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "inference"])
+def test_waves_are_kept(how: str) -> None:
+    """In copies, and from forwards in inference mode to those of training."""
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)), torch.rand(1, 2, 16, 16)
+    constrain_norms(model, (2, 16, 16), bound=0.1)
+    with torch.inference_mode(how == "inference"):
+        for _ in range(8):
+            model(x)
+    other = model if how == "inference" else copy.deepcopy(model)
+    (constraint, _), (kept, _) = constrained_layers(model)[0], constrained_layers(other)[0]
+    assert constraint.tracking.waves is not None
+    torch.testing.assert_close(kept.tracking.waves.amplitudes, constraint.tracking.waves.amplitudes)
+    for _ in range(8):
+        model(x).sum().backward()
+        if other is not model:
+            other(x)
+            assert kept.tracking.norm == constraint.tracking.norm
