@@ -1,6 +1,6 @@
 """How well the norms that ``constrain_norms`` tracks in training follow the certified ones.
 
-    FASTLIP_DATA=DIR python benchmarks/bench_constrain_tracking.py      # CSV under benchmarks/results, about twelve minutes
+    FASTLIP_DATA=DIR python benchmarks/bench_constrain_tracking.py      # CSV under benchmarks/results, twelve minutes
 
 The small network of ``train_cnn.py`` on CIFAR-10, every layer constrained to 1, SGD with momentum on batches of 128, at
 two learning rates and from several seeds. At every tenth of the first 500 steps, and every fiftieth later, when vectors

@@ -82,7 +82,7 @@ class _Tracking:
         return self.gradient, self.found
 
     def at_most(self, interval: int) -> int:
-        """So many forwards, or as many as things are left alone for by now."""
+        """The interval, or a shorter one in the first forwards."""
         return min(interval, _LONGEST, max(1, int(self.forwards * _SHARE)))
 
     def set_interval(self, raised: float, place: int) -> None:

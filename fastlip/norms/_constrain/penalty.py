@@ -63,8 +63,9 @@ class SpectralPenalty:
         for place, (layer, weight) in enumerate(zip(self._layers, weights, strict=True)):
             op = layer.geometry.with_weight(weight.reshape(layer.geometry.weight.shape))
             if weight.device.type == "cpu" and has_waves(op):
-                waves = self._waves.setdefault(place, Waves(op))
-                starts[place] = with_wave(starts[place], waves, op, self._norms[place][1].item())
+                if place not in self._waves:
+                    self._waves[place] = Waves(op)
+                starts[place] = with_wave(starts[place], self._waves[place], op, self._norms[place][1].item())
         return starts
 
     def __call__(self) -> Tensor:

@@ -28,8 +28,8 @@ _OVERTAKING = 1.002
 _NEAR = 0.98
 #: Length of a residual, relative, below which it is rounding.
 _SETTLED = 1e-4
-#: Magnitudes between which squares of float32 are safe.
-_SAFE = (1e-12, 1e12)
+#: Magnitudes of weights between which products of four of them, summed up, are in the range of float32.
+_SAFE = (1e-6, 1e6)
 
 
 def has_waves(op: Operator) -> bool:
@@ -44,7 +44,6 @@ class Waves:
         frequencies: [F, axes] float64.
         amplitudes: what the waves were like when they were last looked at, [F, groups, Cin / groups * phases]
             complex64; None before that.
-        stretches: theirs, in terms of the scale that the weight had, [F, groups].
     """
 
     def __init__(self, op: Operator) -> None:
@@ -59,7 +58,8 @@ class Waves:
         angles = [2.0 * math.pi / m * torch.arange(n, dtype=torch.float64) for m, n in zip(counts, half, strict=True)]
         self.frequencies = torch.cartesian_prod(*angles).view(-1, len(half))
         self.amplitudes: Tensor | None = None
-        self._least = 1.0  # of the largest stretch over the norm, since a wave was joined
+        # The least of the largest stretch over the norm, since a wave overtook.
+        self._least = 1.0
 
     def overtaking(self, op: Operator, norm: float) -> Tensor | None:
         """A vector along the wave that is stretched the most, if it may have overtaken since the last look.
@@ -72,7 +72,7 @@ class Waves:
             norm: of what is followed, that the operator has at least.
 
         Returns:
-            A unit vector, [Cin, *input_size], or None.
+            A vector, [Cin, *input_size], of length 1 in each group; or None.
         """
         found = self.leading(op) if norm > 0.0 else None
         if found is None:

@@ -139,7 +139,7 @@ def test_few_frequencies_at_a_time_find_the_same(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(few.amplitudes, waves.amplitudes, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-7, 1e-5, 1e5, 1e7, 1e30, 1e37])
 def test_waves_at_any_magnitude(scale: float) -> None:
     weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
     op = conv_operator(weight, 12, padding=1)
