@@ -6,7 +6,8 @@ Jacobian's norm at single points, which is a lower bound.
 """
 
 from fastlip.lipschitz._balls import BallBounds, local_lipschitz_bounds
-from fastlip.lipschitz._bound import LipschitzBound, Part, lipschitz_bound, require_rules
+from fastlip.lipschitz._bound import lipschitz_bound, require_rules
+from fastlip.lipschitz._bound_result import LipschitzBound, Part
 from fastlip.lipschitz._domain import Domain
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._local import local_lipschitz
