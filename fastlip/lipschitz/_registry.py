@@ -128,17 +128,20 @@ def function_builders(target: Any) -> tuple[list[Builder], bool]:
     return _BUILDERS.get(target, []), target in _FIXED
 
 
-#: What functions are traced as, in place of a call of them.
+#: What functions and tensor methods are traced as, in place of a call of them.
 _TRACED_AS: dict[Any, Callable[..., Any]] = {}
 #: Modules of torch that are traced into, unlike others without a rule.
 _TRACED_INTO = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
-def traced_as(function: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function to trace in place of calls of ``function``, where it does not raise NotImplementedError."""
+def traced_as(*targets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what to trace in place of calls of functions or tensor methods (by name).
+
+    Where it raises NotImplementedError the call is a step of the graph, as if nothing was registered.
+    """
 
     def register(other: Callable[..., Any]) -> Callable[..., Any]:
-        _TRACED_AS[function] = other
+        _TRACED_AS.update(dict.fromkeys(targets, other))
         return other
 
     return register
@@ -147,13 +150,15 @@ def traced_as(function: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 def body_of(target: Any) -> Callable[..., Any] | None:
     """What to trace in place of a call; None for calls that are steps of the graph.
 
-    Python functions of others than torch that :func:`torch.fx.wrap` would hide are traced into.
+    Python functions of others than torch that :func:`torch.fx.wrap` would hide are traced into. Functions for which a
+    user has registered a rule are not.
     """
+    if find_function_rule(target) is not None:
+        return None
     if target in _TRACED_AS:
         return _TRACED_AS[target]
     hidden = isinstance(target, FunctionType) and not f"{target.__module__}.".startswith(("torch.", "math."))
-    known = find_function_rule(target) is not None or bool(function_builders(target)[0])
-    return target if hidden and not known else None
+    return target if hidden and not function_builders(target)[0] else None
 
 
 def is_traced_into(module: nn.Module) -> bool:

@@ -90,7 +90,7 @@ class _Tracer(Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *others: Any, **settings: Any
     ) -> Any:
-        body = body_of(target) if kind == "call_function" else None
+        body = body_of(target) if kind in ("call_function", "call_method") else None
         if body is not None:
             try:
                 return body(*args, **kwargs)

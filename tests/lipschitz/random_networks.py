@@ -842,6 +842,14 @@ _FORMS_WITHOUT_RULES = [
     "{x}.movedim(1, -1)",
     "{x}.type_as({x})",
     "torch.utils.checkpoint.checkpoint(torch.relu, {x}, use_reentrant=False)",
+    "torch.lerp({x}, {x}.flip(1), 0.3)",
+    "torch.lerp({x}, torch.relu({x}), {x}.sigmoid())",
+    "torch.hypot({x}, 0.5 * {x}.flip(1))",
+    "torch.tensordot({x}, torch.full(({x}.shape[-1], 2), 0.5).to({x}), dims=1)",
+    "torch.baddbmm({x}, {x}, {x}.mT)",
+    "F.lp_pool1d({x}, 2, 3, 1)",
+    "F.lp_pool2d({x}, 4, 2)",
+    "F.grid_sample({x}, (torch.arange(40.0).view(1, 4, 5, 2) / 17 - 1).expand(len({x}), 4, 5, 2), align_corners=False)",
 ]
 
 

@@ -96,6 +96,7 @@ def _table() -> dict[Any, Callable[..., nn.Module]]:
         for place in (F, torch):
             table[getattr(place, f"max_pool{axes}d")] = pool
         table[getattr(F, f"avg_pool{axes}d")] = getattr(nn, f"AvgPool{axes}d")
+        table[getattr(F, f"lp_pool{axes}d")] = getattr(nn, f"LPPool{axes}d")
         table[getattr(F, f"adaptive_avg_pool{axes}d")] = getattr(nn, f"AdaptiveAvgPool{axes}d")
         table[getattr(F, f"adaptive_max_pool{axes}d")] = getattr(nn, f"AdaptiveMaxPool{axes}d")
     for function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):

@@ -1,4 +1,4 @@
-"""Rules of linear maps (layers with weights, BatchNorm in eval mode, average pooling, resizing) and of max-pooling."""
+"""Rules of linear maps (layers with weights, BatchNorm in eval mode, average pooling, resizing) and of other pools."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -68,9 +68,9 @@ def _adaptive_average_pool(module: nn.Module, input_shape: tuple[int, ...]) -> f
 
 
 _AXES = {
-    1: (nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
-    2: (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
-    3: (nn.AvgPool3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
+    1: (nn.AvgPool1d, nn.MaxPool1d, nn.LPPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
+    2: (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    3: (nn.AvgPool3d, nn.MaxPool3d, nn.LPPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
 }
 
 
@@ -136,6 +136,36 @@ def _max_pool(module: nn.Module, input_shape: tuple[int, ...]) -> float:
         count = (n + 2 * p - d * (k - 1) - 1) // s + 1 + int(module.ceil_mode)
         windows *= _most_covered(n, ((o * s - p + j * d for j in range(k)) for o in range(count)))
     return math.sqrt(windows) * (1.0 + 1e-15)
+
+
+@rule(nn.LPPool1d, nn.LPPool2d, nn.LPPool3d)
+def _power_average_pool(module: nn.Module, input_shape: tuple[int, ...]) -> float:
+    """That of the windows' p-norms, which change by no more than the values in a window do, for even p.
+
+    A window that reaches beyond the input, with ceil_mode, counts by k / c of its c values, where others have k. With
+    p = 1 the pool adds up, signs and all. Other roots of sums have no bound where the sum is 0, or are no number.
+
+    Raises:
+        ValueError: the exponent is not 1, an even number, or infinite.
+    """
+    assert isinstance(module, (nn.LPPool1d, nn.LPPool2d, nn.LPPool3d))
+    size, p = _spatial(module, input_shape), float(module.norm_type)
+    kernel = axes_of(module.kernel_size, len(size))
+    stride = axes_of(module.stride or module.kernel_size, len(size))
+    if not (p == 1.0 or math.isinf(p) or (p > 0.0 and p % 2.0 == 0.0)):
+        raise ValueError(f"LPPool with norm_type {p:g} has no Lipschitz constant, or is no number for negative inputs")
+    factor = 1.0
+    for n, k, s in zip(size, kernel, stride, strict=True):
+        if p == 1.0:
+            factor *= k * _axis_norm(n, lambda x, k=k, s=s: F.avg_pool1d(x, k, s, 0, module.ceil_mode))  # type: ignore[misc]
+            continue
+        count = (n - k) // s + 1
+        if module.ceil_mode and count * s < n and (n - k) % s:
+            count += 1
+        factor *= math.sqrt(_most_covered(n, ((o * s + j for j in range(k)) for o in range(count))))
+        inside = min(k, n - (count - 1) * s)
+        factor *= (k / inside) ** (0.0 if math.isinf(p) else 1.0 / p)
+    return factor * (1.0 + 1e-14)
 
 
 @rule(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fastlip.lipschitz import _interval_arithmetic as arithmetic
@@ -80,6 +81,39 @@ def _chosen(call: Call) -> Step | None:
         factor = Concatenation()
     inputs = [call.steps[node] for node, _ in nodes]
     return Step(call.where, call.name, inputs, factor, call.shape, apply=apply, interval=by_ends(call, apply))
+
+
+@builds(F.grid_sample)
+def _sampled(call: Call) -> Step | None:
+    """Averages of neighbouring pixels at places that do not depend on the input.
+
+    The norm of a matrix without negative entries is at most the root of its largest sum of a row and of a column.
+    """
+    names = ("input", "grid", "mode", "padding_mode", "align_corners")
+    given = dict(zip(names, call.args, strict=False)) | call.kwargs
+    grid, mode = given.get("grid"), given.get("mode", "bilinear")
+    if not call.on_one or not isinstance(grid, Tensor) or not call.sources[0].alone:
+        return None
+    if mode not in ("bilinear", "nearest"):
+        raise missing_rule(f"{call.name} with mode {mode!r}", call.where)
+    if not bool(torch.isfinite(grid).all()):
+        raise ValueError(f"{call.where}: {call.name} at places that are not finite")
+    held, settings = grid.detach().clone(), (mode, given.get("padding_mode", "zeros"), given.get("align_corners"))
+
+    def apply(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        now: Tensor = args[0] if args else kwargs["grid"]
+        return F.grid_sample(x, (held if now.shape == held.shape else now).to(x), *settings)
+
+    factor = 0.0
+    for dtype in {call.source_dtype, torch.float64}:  # a place is rounded to one pixel or its neighbour
+        with torch.inference_mode(False), torch.enable_grad():
+            ones = torch.ones(len(held), 1, *call.sources[0].shape[1:], dtype=dtype, device=held.device)
+            sums = apply(ones.requires_grad_(), held.clone())
+            (columns,) = torch.autograd.grad(sums.sum(), ones)
+        most = sums.amax().item() * columns.amax().item() if sums.numel() else 0.0
+        factor = max(factor, math.sqrt(most) * (1.0 + 100.0 * torch.finfo(dtype).eps))
+    interval = by_ends(call, apply, terms=2 ** (grid.dim() - 2))
+    return Step(call.where, call.name, call.sources, factor, call.shape, apply=apply, interval=interval, linear=True)
 
 
 @builds(torch.rsub)

@@ -24,6 +24,8 @@ _METADATA = frozenset(
 )
 #: Methods and functions that give the same tensor whatever numbers are in their first argument.
 _FILLED = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"})
+#: Methods that take nothing but a dtype and a device from other tensors.
+_CONVERTED = frozenset({"to", "type_as"})
 _OPERATORS = {
     f"__{name}__": getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "getitem")
@@ -193,7 +195,8 @@ class Tracer(fx.Tracer):
         arguments = _flat((args, kwargs))
         written = [(t, version_of(t)) for t in arguments if type(t) is not Proxy and isinstance(t, Tensor)]
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-        if kind in ("call_function", "call_method") and name in _FILLED and len(self.examples) == 1:
+        constant = name in _FILLED or (name in _CONVERTED and args and type(args[0]) is not Proxy)
+        if kind in ("call_function", "call_method") and constant and len(self.examples) == 1:
             return self._on_values(_function(kind, target), args, kwargs)[0]
         node = super().create_proxy(kind, target, args, kwargs, *others, **settings).node
         try:

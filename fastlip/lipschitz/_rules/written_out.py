@@ -1,0 +1,70 @@
+"""Functions that are traced as others which have rules: products and sums, blends, lengths of pairs."""
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastlip.lipschitz._registry import traced_as
+
+
+@traced_as(torch.addmm, "addmm")
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, **others: Any) -> Tensor:
+    if others:
+        raise NotImplementedError
+    product = torch.matmul(mat1, mat2)
+    if alpha != 1:
+        product = alpha * product
+    if beta == 0:  # torch ignores the input, whatever it holds
+        return product
+    return product + (input if beta == 1 else beta * input)
+
+
+@traced_as(torch.baddbmm, "baddbmm")
+def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, **others: Any) -> Tensor:
+    return _addmm(input, batch1, batch2, **others)
+
+
+@traced_as(torch.lerp, "lerp")
+def _lerp(input: Tensor, end: Tensor, weight: Tensor | float, **others: Any) -> Tensor:
+    if others:
+        raise NotImplementedError
+    if isinstance(weight, fx.Proxy):  # its slope is the distance of both
+        return input + weight * (end - input)
+    return (1 - weight) * input + weight * end
+
+
+@traced_as(torch.tensordot)
+def _tensordot(
+    a: Tensor, b: Tensor, dims: int | Sequence[Sequence[int] | int] = 2, *, out: Tensor | None = None
+) -> Tensor:
+    if out is not None or isinstance(dims, Tensor):
+        raise NotImplementedError
+    if isinstance(dims, int):
+        of_a, of_b = list(range(a.dim() - dims, a.dim())), list(range(dims))
+    else:
+        of_a, of_b = ([d] if isinstance(d, int) else list(d) for d in dims)
+    of_a, of_b = [d % a.dim() for d in of_a], [d % b.dim() for d in of_b]
+    free_a, free_b = ([d for d in range(t.dim()) if d not in used] for t, used in ((a, of_a), (b, of_b)))
+    kept_a, kept_b = [a.shape[d] for d in free_a], [b.shape[d] for d in free_b]
+    terms = math.prod(a.shape[d] for d in of_a)
+    left = a.permute(*free_a, *of_a).reshape(*kept_a, terms)
+    right = b.permute(*of_b, *free_b).reshape(terms, math.prod(kept_b))
+    return torch.matmul(left, right).reshape(*kept_a, *kept_b)
+
+
+@traced_as(torch.linalg.multi_dot)
+def _multi_dot(tensors: Sequence[Tensor], *, out: Tensor | None = None) -> Tensor:
+    if out is not None:
+        raise NotImplementedError
+    return reduce(torch.matmul, tensors)
+
+
+@traced_as(torch.hypot, "hypot")
+def _hypot(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
+    if out is not None or input.shape != other.shape:
+        raise NotImplementedError
+    return torch.linalg.vector_norm(torch.stack([input, other], -1), dim=-1)
