@@ -56,6 +56,52 @@ def test_bounds_of_linear_functions(name: str) -> None:
     assert bound <= 2.5 * norm
 
 
+class ByProducts(nn.Module):
+    """Layers as products with parameters, in the ways that they are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = [(6, 12), (5, 12), (10, 5), (4, 4)]
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(s) / s[1] ** 0.5) for s in shapes)
+        self.bias = nn.Parameter(torch.randn(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, mixing = self.weights
+        y = torch.relu(x @ first + self.bias)
+        y = mixing @ y  # positions
+        y = torch.relu(torch.matmul(y, second.t()))
+        return torch.matmul(y, other=third.T)
+
+
+class ByLayers(nn.Module):
+    """The same network."""
+
+    def __init__(self, given: ByProducts) -> None:
+        super().__init__()
+        first, second, third, mixing = given.weights
+        self.layers = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0]) for w in (first.T, mixing, second, third))
+        for layer, weight in zip(self.layers, (first.T, mixing, second, third), strict=True):
+            layer.weight.data.copy_(weight.data)
+            layer.bias.data.zero_()
+        self.layers[0].bias.data.copy_(given.bias.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, mixing, second, third = self.layers
+        y = mixing(torch.relu(first(x)).mT).mT
+        return third(torch.relu(second(y)))
+
+
+def test_layers_that_are_written_as_products_are_layers() -> None:
+    products = ByProducts().eval()
+    layers, x = ByLayers(products).eval(), torch.rand(2, 4, 6)
+    torch.testing.assert_close(products(x), layers(x))
+    bounds = [lipschitz_bound(model, (4, 6)).upper for model in (products, layers)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)
+    local = [fastlip.lipschitz.local_lipschitz_bounds(model, x, radius=0.1).upper for model in (products, layers)]
+    torch.testing.assert_close(local[0], local[1], rtol=1e-5, atol=0)
+    assert (local[0] >= fastlip.lipschitz.local_lipschitz(products, x) * (1 - 1e-6)).all()
+
+
 def test_a_product_of_two_that_depend_on_the_input_needs_a_domain() -> None:
     model = Applied(lambda x: torch.baddbmm(x, x, x.mT)).double()
     with pytest.raises(ValueError, match="bounds="):

@@ -1,14 +1,30 @@
 """Functions that are traced as others which have rules: products and sums, blends, lengths of pairs."""
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fastlip.lipschitz._registry import traced_as
+
+
+@traced_as(operator.matmul, torch.matmul, torch.mm, "matmul", "mm")
+def _matmul(input: Tensor, other: Tensor, **others: Any) -> Tensor:
+    """A product with a constant matrix is a linear layer, which is followed as such."""
+    if not others and _is_matrix(other) and isinstance(input, fx.Proxy):
+        return F.linear(input, other.mT)
+    if not others and _is_matrix(input) and isinstance(other, fx.Proxy) and other.dim() > 2:
+        return F.linear(other.mT, input).mT
+    raise NotImplementedError
+
+
+def _is_matrix(t: Any) -> bool:
+    return isinstance(t, Tensor) and not isinstance(t, fx.Proxy) and t.dim() == 2
 
 
 @traced_as(torch.addmm, "addmm")
