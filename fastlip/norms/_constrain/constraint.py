@@ -121,11 +121,15 @@ class NormConstraint(nn.Module):
         self.register_buffer("v", vectors)
 
     def forward(self, weight: Tensor) -> Tensor:
+        self.require_one(weight)
+        return self._in_training(weight) if self.training else self._in_eval(weight)
+
+    def require_one(self, weight: Tensor) -> None:
+        """Raise ValueError where ``vmap`` maps over several weights."""
         if is_batched(weight):
             raise ValueError(
                 f"layer {self.name} is constrained, and cannot take several weights at once; call unconstrain before"
             )
-        return self._in_training(weight) if self.training else self._in_eval(weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What is assigned to the layer's weight is the weight to scale."""
@@ -265,8 +269,7 @@ class NormConstraint(nn.Module):
         if tracking.found is None or not (due and _may_read(weight) and has_waves(op)):
             return self.v
         tracking.looked = tracking.forwards
-        if tracking.waves is None:
-            tracking.waves = Waves(op)
+        tracking.waves = tracking.waves or Waves(op)
         return with_wave(self.v, tracking.waves, op, float(tracking.found))
 
     def operator(self, weight: Tensor) -> Operator:

@@ -131,7 +131,7 @@ def with_wave(vectors: Tensor, waves: Waves, op: Operator, norm: float) -> Tenso
         op: the operator with the weight as it is now, on a CPU.
         norm: of it, as far as it is known.
     """
-    with without_autocast(op.weight.device):
+    with without_autocast(op.weight.device), op.weight.device:  # whatever the default device is
         wave = waves.overtaking(op.with_weight(computable(op.weight)), norm)
     return vectors if wave is None else torch.cat([vectors, wave[None].to(vectors.dtype)])
 

@@ -16,7 +16,7 @@ from fastlip.norms._constrain.norm_gradients import (
     with_wave,
 )
 from fastlip.norms._constrain.one_layer import positive_bound
-from fastlip.norms._constrain.transforms import without_autocast
+from fastlip.norms._constrain.transforms import is_batched, outside_of_transforms, unwrapped, without_autocast
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormOptions
 from fastlip.norms._solvers.waves import Waves, has_waves
@@ -44,11 +44,14 @@ class SpectralPenalty:
         weights = [layer.weight for layer in self._layers]
         if not weights:
             return {}
+        if any(map(is_batched, weights)):
+            raise ValueError("a penalty on norms cannot take several weights at once")
         self._vectors = [v.to(w.device) for v, w in zip(self._vectors, weights, strict=True)]
-        with torch.no_grad():
-            detached = [weight.detach() for weight in weights]
-            found = norm_gradients(detached, self._starts(detached), self._encoded, self._iterations)
-        self._calls, self._vectors, self._norms = self._calls + 1, found[::4], found[1::4]
+        with torch.no_grad(), outside_of_transforms():
+            own = [unwrapped(weight.detach()) for weight in weights]
+            starts = self._vectors if torch.compiler.is_compiling() else self._starts(own)
+            found = norm_gradients(own, starts, self._encoded, self._iterations)
+        self._vectors, self._norms = found[::4], found[1::4]
         with without_autocast(weights[0].device):
             return {
                 layer.name: NormGradient(left, right).norm_of(computable(weight))
@@ -57,7 +60,8 @@ class SpectralPenalty:
 
     def _starts(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """The vectors of all layers, and now and then on a CPU those of waves that overtake."""
-        if self._calls % BETWEEN_WAVES != BETWEEN_WAVES - 1:
+        self._calls += 1
+        if self._calls % BETWEEN_WAVES:
             return self._vectors
         starts = list(self._vectors)
         for place, (layer, weight) in enumerate(zip(self._layers, weights, strict=True)):

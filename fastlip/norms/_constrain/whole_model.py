@@ -190,6 +190,8 @@ def prepare(model: nn.Module, args: tuple[Any, ...]) -> None:
         ValueError: as for :func:`constrained_layers`; or the layer in front of a constrained BatchNorm was replaced.
     """
     found = constrained_layers(model)
+    for constraint, weight in found:
+        constraint.require_one(weight)
     folded = [constraint for constraint, _ in found if isinstance(constraint, FoldedConstraint)]
     if folded and not torch.compiler.is_compiling() and not getattr(model, "_is_replica", False):
         present = set(model.modules())

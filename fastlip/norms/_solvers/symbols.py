@@ -300,16 +300,16 @@ def _attained(op: Operator, wave: Wave, wanted: float) -> tuple[float, int]:
 
 def faded(op: Operator, wave: Wave, dtype: torch.dtype) -> Tensor:
     """A wave as an input of an operator, [Cin, *input_size], which fades towards borders of zeros."""
-    amplitudes = wave.amplitudes.unflatten(0, (-1, *op.stride))  # [Cin / groups, *phases]
+    amplitudes, device = wave.amplitudes.unflatten(0, (-1, *op.stride)), op.weight.device  # [Cin / groups, *phases]
     field, channels = amplitudes, len(amplitudes)
     axes = zip(op.input_size, op.stride, op.padding, wave.frequency.tolist(), strict=True)
     for axis, (n, s, (left, _), w) in enumerate(axes):
-        at = torch.arange(n) + left
-        turn = torch.polar(torch.ones(n, dtype=torch.float64), w * (at // s).double())
+        at = torch.arange(n, device=device) + left
+        turn = torch.polar(torch.ones(n, dtype=torch.float64, device=device), w * (at // s).double())
         if op.padding_mode == "zeros":
-            turn = turn * torch.sin(math.pi * torch.arange(1, n + 1, dtype=torch.float64) / (n + 1))
+            turn = turn * torch.sin(math.pi * (at - left + 1).double() / (n + 1))
         field = field.index_select(1 + axis, at % s) * turn.view(-1, *(1,) * (len(op.stride) - 1 - axis))
-    v = torch.zeros(op.input_shape, dtype=dtype)
+    v = torch.zeros(op.input_shape, dtype=dtype, device=device)
     v[wave.group * channels : (wave.group + 1) * channels] = field.real
     return v
 

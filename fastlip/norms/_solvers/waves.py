@@ -7,7 +7,7 @@ leading singular vector of the symbol at that frequency; see :mod:`fastlip.norms
 """
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +20,16 @@ from fastlip.norms._solvers.symbols import LEAST_SIZE, MOST_ENTRIES, Wave, faded
 
 #: Steps at all frequencies when they are first looked at, and later.
 _FIRST_STEPS, _STEPS = 8, 2
+#: Most frequencies per axis.
+_MOST_FREQUENCIES = 16
 #: Krylov steps that bring a wave to the borders.
 _REFINING = 2
 #: Growth of the largest stretch in terms of the norm from which on a wave may have overtaken.
 _OVERTAKING = 1.002
 #: Least stretch of a wave that may overtake, in terms of the norm: between the frequencies it may be larger.
 _NEAR = 0.98
-#: Length of a residual, relative, below which it is rounding.
-_SETTLED = 1e-4
+#: Length of a residual, relative, below which it is rounding, and the least of all lengths that are told from it.
+_SETTLED, _LEAST = 1e-4, 1e-18
 #: Magnitudes of weights between which products of four of them, summed up, are in the range of float32.
 _SAFE = (1e-6, 1e6)
 
@@ -50,12 +52,11 @@ class Waves:
         """The waves of an operator that :func:`has_waves`, whose weight is not read."""
         # On so many frequencies per axis the largest norm is at least cos(pi / 4) of that of all, and mostly close to
         # it. An even number has those of edges, which is what first layers look for.
-        taps = taps_of(op)
-        counts = [
-            min(n // s, 2 * k + 2 if k > 1 else 1) for n, s, k in zip(ring_sizes(op)[0], op.stride, taps, strict=True)
-        ]
+        wanted = [min(2 * k + 2 if k > 1 else 1, _MOST_FREQUENCIES) for k in taps_of(op)]
+        counts = [min(n // s, m) for n, s, m in zip(ring_sizes(op)[0], op.stride, wanted, strict=True)]
         half = (*counts[:-1], counts[-1] // 2 + 1)  # opposite frequencies have conjugate symbols
-        angles = [2.0 * math.pi / m * torch.arange(n, dtype=torch.float64) for m, n in zip(counts, half, strict=True)]
+        settings: dict[str, Any] = {"dtype": torch.float64, "device": op.weight.device}
+        angles = [2.0 * math.pi / m * torch.arange(n, **settings) for m, n in zip(counts, half, strict=True)]
         self.frequencies = torch.cartesian_prod(*angles).view(-1, len(half))
         self.amplitudes: Tensor | None = None
         # The least of the largest stretch over the norm, since a wave overtook.
@@ -80,7 +81,7 @@ class Waves:
         wave, stretch = found
         share, least = stretch / norm, _OVERTAKING * self._least
         self._least = share if share > least else min(share, self._least)
-        if share <= max(_NEAR, least):
+        if not share > max(_NEAR, least):
             return None
         vector = faded(op, wave, op.weight.dtype)
         return krylov_steps(op, torch.stack([vector, torch.zeros_like(vector)]), _REFINING).vectors[0]
@@ -97,13 +98,15 @@ class Waves:
         if self.amplitudes is None:
             start = fixed_direction(channels * phases, torch.float32, weight.device).to(torch.complex64)
             self.amplitudes, steps = start.expand(len(self.frequencies), op.groups, -1), _FIRST_STEPS
-        by_symbol = weight.shape[1] * phases < weight.shape[3]
-        entries = op.groups * channels * (weight.shape[1] * phases if by_symbol else weight.shape[3])
-        many = max(1, MOST_ENTRIES // entries)
+        phase, shifts = _taps(op)
+        by_symbol = phases == 1 and weight.shape[1] < weight.shape[3]
+        entries = op.groups * channels * (weight.shape[1] if by_symbol else weight.shape[3])
+        many = max(1, MOST_ENTRIES // max(entries, weight.shape[3]))
         parts = []
         for frequencies, amplitudes in zip(self.frequencies.split(many), self.amplitudes.split(many), strict=True):
-            turns = _turns(op, frequencies)
-            symbols = _Blocks(weight, turns) if by_symbol else _Windows(weight, turns)
+            angles = (frequencies @ shifts).float()
+            turns = torch.polar(torch.ones_like(angles), angles)
+            symbols = _Blocks(weight, turns) if by_symbol else _Windows(weight, turns, phase, phases)
             parts.append(_followed(symbols, amplitudes, steps))
         self.amplitudes = torch.cat([part[0] for part in parts])
         stretches = torch.cat([part[1] for part in parts])
@@ -112,16 +115,15 @@ class Waves:
         return Wave(group, self.frequencies[frequency], amplitudes), stretches[frequency, group].item() * scale
 
 
-def _turns(op: Operator, frequencies: Tensor) -> Tensor:
-    """By what taps turn the phases of waves of some frequencies, [F, phases, taps] complex64; 0 for other phases."""
-    places = torch.cartesian_prod(*(torch.arange(k) * d for k, d in zip(op.kernel, op.dilation, strict=True)))
-    places, stride = places.view(-1, len(op.kernel)), torch.tensor(op.stride)
-    phase = torch.zeros(len(places), dtype=torch.int64)
+def _taps(op: Operator) -> tuple[Tensor, Tensor]:
+    """Which phase of the input each tap reads, [taps], and how many strides further on, [axes, taps] float64."""
+    device = op.weight.device
+    places = [torch.arange(k, device=device) * d for k, d in zip(op.kernel, op.dilation, strict=True)]
+    taps = torch.cartesian_prod(*places).view(-1, len(places))
+    phase = torch.zeros(len(taps), dtype=torch.int64, device=device)
     for axis, s in enumerate(op.stride):
-        phase = phase * s + places[:, axis] % s
-    angles = (frequencies @ (places // stride).double().mT).float()
-    read = phase == torch.arange(math.prod(op.stride))[:, None]
-    return torch.polar(torch.ones_like(angles), angles)[:, None] * read
+        phase = phase * s + taps[:, axis] % s
+    return phase, (taps // torch.tensor(op.stride, device=device)).double().mT
 
 
 class _Symbols(Protocol):
@@ -139,32 +141,37 @@ class _Symbols(Protocol):
 class _Windows:
     """By products with the weight of what it sees of the waves, as the symbols of many channels are large."""
 
-    def __init__(self, weight: Tensor, turns: Tensor) -> None:
-        self._weight, self._turns = weight.flatten(2), turns
+    def __init__(self, weight: Tensor, turns: Tensor, phase: Tensor, phases: int) -> None:
+        self._weight, self._turns = weight.flatten(2), turns[:, None, None]
+        self._phase, self._phases = phase, phases
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = x.unflatten(2, (-1, self._turns.shape[1])).flatten(1, 2) @ self._turns
-        return _complex(_real(seen.view(*x.shape[:2], -1)) @ self._weight.mT)
+        seen = x.unflatten(2, (-1, self._phases))[..., self._phase] * self._turns
+        return _complex(_real(seen.flatten(2)) @ self._weight.mT)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        seen = _complex(_real(y) @ self._weight).unflatten(2, (-1, self._turns.shape[2])).flatten(1, 2)
-        return (seen @ self._turns.mH).view(*y.shape[:2], -1)
+        seen = _complex(_real(y) @ self._weight).unflatten(2, (-1, len(self._phase))) * self._turns.conj()
+        found = seen.new_zeros(*seen.shape[:3], self._phases)
+        return found.index_add_(3, self._phase, seen).flatten(2)
 
 
 class _Blocks:
-    """By the symbols themselves, of few channels."""
+    """By the symbols themselves, of few channels without stride."""
 
     def __init__(self, weight: Tensor, turns: Tensor) -> None:
-        rows = torch.view_as_real(turns.permute(2, 0, 1).contiguous()).flatten(1)  # [taps, F * phases * 2]
-        blocks = torch.view_as_complex((weight.flatten(0, 2) @ rows).unflatten(1, (*turns.shape[:2], 2)))
-        blocks = blocks.unflatten(0, weight.shape[:3])  # [groups, Cout / groups, channels, F, phases]
-        self._blocks = blocks.permute(3, 0, 1, 2, 4).flatten(3)
+        blocks = torch.view_as_real(turns).permute(0, 2, 1).flatten(0, 1) @ weight.flatten(0, 2).mT
+        self._blocks = _whole(blocks.unflatten(1, weight.shape[:3]))
 
     def forward(self, x: Tensor) -> Tensor:
         return (self._blocks * x[:, :, None]).sum(3)
 
     def adjoint(self, y: Tensor) -> Tensor:
         return (self._blocks.conj() * y[..., None]).sum(2)
+
+
+def _whole(parts: Tensor) -> Tensor:
+    """Complex numbers [F, ...] from their parts, [2 F, ...]."""
+    return torch.view_as_complex(parts.unflatten(0, (-1, 2)).movedim(1, -1).contiguous())
 
 
 def _real(t: Tensor) -> Tensor:
@@ -188,7 +195,8 @@ def _followed(symbols: _Symbols, x: Tensor, steps: int) -> tuple[Tensor, Tensor]
         back = symbols.adjoint(y)
         residual = back - (x.conj() * back).sum(2, keepdim=True) * x
         length = _length(residual)
-        residual = residual * torch.where(length > _SETTLED * _length(back), 1.0 / length, 0.0)
+        least = (_SETTLED * _length(back)).clamp_min(_LEAST)
+        residual = residual * torch.where(length > least, 1.0 / length.clamp_min(_LEAST), 0.0)
         image = symbols.forward(residual)
         mixed = (y.conj() * image).sum(2, keepdim=True)
         half = 0.5 * (_length(y).square() - _length(image).square())

@@ -250,8 +250,55 @@ def test_the_transforms_of_torch_func(training: bool, fold: bool) -> None:
     layer_norms(unconstrain(model).eval(), SHAPE)
 
 
-def test_several_models_at_once_are_refused_by_name() -> None:
-    models = [constrain_norms(network(), SHAPE).eval() for _ in range(2)]
+class Penalised(nn.Module):
+    """A penalty as a function of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.penalty = spectral_penalty(nn.Sequential(self.conv), (2, 12, 12), bound=0.1)
+
+    def forward(self) -> Tensor:
+        found: Tensor = self.penalty()
+        return found
+
+
+def test_penalties_under_the_transforms_of_torch_func() -> None:
+    model = Penalised()
+    values = {name: p.detach() for name, p in model.named_parameters()}
+
+    def penalty(given: dict[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, given, ())
+        return found
+
+    for _ in range(10):  # some of which look for waves that overtake
+        values = {name: v + 0.05 * torch.randn_like(v) for name, v in values.items()}
+        gradient = torch.func.grad(penalty)(values)["conv.weight"]
+        norm = norm_of_12(values["conv.weight"])
+        along = (gradient * values["conv.weight"]).sum().item() / (2 * (norm - 0.1) * norm)
+        assert 0.7 < along < 1.001  # norms are tracked from below
+    several = {name: torch.stack([v, v]) for name, v in values.items()}
+    with pytest.raises(ValueError, match="cannot take several weights at once"):
+        torch.func.vmap(penalty)(several)
+
+
+def norm_of_12(weight: Tensor) -> float:
+    return conv_norm(weight, 12, padding=1, rtol=1e-4).upper
+
+
+def test_a_penalty_is_compiled_once() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(432, 2))
+    penalty, x = spectral_penalty(model, (2, 12, 12), bound=0.1), torch.rand(2, 2, 12, 12)
+    compiled = torch.compile(lambda x: model(x).square().mean() + penalty(), backend="aot_eager", fullgraph=True)
+    for _ in range(12):
+        compiled(x).backward()
+    expected = model(x).square().mean() + penalty()
+    assert compiled(x).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_several_models_at_once_are_refused_by_name(training: bool) -> None:
+    models = [constrain_norms(network(), SHAPE).train(training) for _ in range(2)]
     parameters, buffers = torch.func.stack_module_state(models)
     x = torch.rand(1, *SHAPE)
     together = torch.func.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,)))
