@@ -18,6 +18,8 @@ from fastlip.lipschitz._registry import _FUNCTION_RULES
 WEIGHT, OTHER = torch.randn(6, 5, dtype=torch.float64) / 2, torch.randn(5, 3, dtype=torch.float64)
 STACK, OFFSET = torch.randn(4, 6, 5, dtype=torch.float64) / 2, torch.randn(5, dtype=torch.float64)
 
+WEIGHTS = {shape: torch.randn(shape, dtype=torch.float64) for shape in ((4, 6), (6, 5))}
+
 
 def stacked(x: Tensor) -> Tensor:
     return WEIGHT.type_as(x).expand(len(x), 6, 5)
@@ -73,6 +75,15 @@ class ByProducts(nn.Module):
         return torch.matmul(y, other=third.T)
 
 
+class ByEinsum(ByProducts):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, mixing = self.weights
+        y = torch.relu(torch.einsum("bti,io->bto", x, first) + self.bias)
+        y = torch.einsum("st,bto->bso", mixing, y)
+        y = torch.relu(torch.einsum("...o, po -> ...p", y, second))
+        return torch.einsum("bsp,qp->bsq", [y, third])
+
+
 class ByLayers(nn.Module):
     """The same network."""
 
@@ -91,8 +102,9 @@ class ByLayers(nn.Module):
         return third(torch.relu(second(y)))
 
 
-def test_layers_that_are_written_as_products_are_layers() -> None:
-    products = ByProducts().eval()
+@pytest.mark.parametrize("kind", [ByProducts, ByEinsum])
+def test_layers_that_are_written_as_products_are_layers(kind: type[ByProducts]) -> None:
+    products = kind().eval()
     layers, x = ByLayers(products).eval(), torch.rand(2, 4, 6)
     torch.testing.assert_close(products(x), layers(x))
     bounds = [lipschitz_bound(model, (4, 6)).upper for model in (products, layers)]
@@ -100,6 +112,17 @@ def test_layers_that_are_written_as_products_are_layers() -> None:
     local = [fastlip.lipschitz.local_lipschitz_bounds(model, x, radius=0.1).upper for model in (products, layers)]
     torch.testing.assert_close(local[0], local[1], rtol=1e-5, atol=0)
     assert (local[0] >= fastlip.lipschitz.local_lipschitz(products, x) * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("equation", ["bti,io->bot", "bti,ti->bt", "bti,io->bo", "bti,io->btio", "bti,io->bt"])
+def test_other_contractions_have_bounds_as_well(equation: str) -> None:
+    """They are no layers: their axes are in another order, or summed, or kept."""
+    shape = (4, 6) if ",ti" in equation else (6, 5)
+    model = Applied(lambda x: torch.einsum(equation, x, WEIGHTS[shape].to(x)))
+    bound = lipschitz_bound(model, (4, 6)).upper
+    norm = norm_of_jacobian(model, torch.rand(1, 4, 6, dtype=torch.float64))
+    assert norm <= bound * (1 + 1e-6)
+    assert bound <= 3.0 * norm
 
 
 def test_a_product_of_two_that_depend_on_the_input_needs_a_domain() -> None:

@@ -23,6 +23,28 @@ def _matmul(input: Tensor, other: Tensor, **others: Any) -> Tensor:
     raise NotImplementedError
 
 
+@traced_as(torch.einsum)
+def _einsum(equation: Any, *operands: Any) -> Tensor:
+    """A contraction of one axis with a constant matrix, which puts another in its place, is a linear layer."""
+    if not isinstance(equation, str) or len(operands) != 2:
+        raise NotImplementedError
+    terms, _, result = equation.replace(" ", "").partition("->")
+    of_x, of_matrix = terms.split(",")
+    x, matrix = operands
+    if isinstance(matrix, fx.Proxy):
+        of_x, of_matrix, x, matrix = of_matrix, of_x, matrix, x
+    axes = of_x.removeprefix("...")
+    gone, new = (set(of_matrix) & set(axes)) - set(result), set(of_matrix) - set(axes)
+    followed = isinstance(x, fx.Proxy) and _is_matrix(matrix) and len(of_matrix) == 2
+    if not (followed and len(gone) == len(new) == 1):
+        raise NotImplementedError
+    (old,), (other,) = gone, new
+    if len(set(axes)) < len(axes) or "." in axes or result != of_x.replace(old, other):
+        raise NotImplementedError
+    at = axes.index(old) - len(axes)
+    return F.linear(x.movedim(at, -1), matrix if of_matrix == other + old else matrix.mT).movedim(-1, at)
+
+
 def _is_matrix(t: Any) -> bool:
     return isinstance(t, Tensor) and not isinstance(t, fx.Proxy) and t.dim() == 2
 
