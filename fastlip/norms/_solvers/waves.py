@@ -31,7 +31,7 @@ _NEAR = 0.98
 #: Length of a residual, relative, below which it is rounding, and the least of all lengths that are told from it.
 _SETTLED, _LEAST = 1e-4, 1e-18
 #: Magnitudes of weights between which products of four of them, summed up, are in the range of float32.
-_SAFE = (1e-6, 1e6)
+_SAFE = (1e-6, 1e4)
 
 
 def has_waves(op: Operator) -> bool:
