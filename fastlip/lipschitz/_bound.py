@@ -285,11 +285,14 @@ def _compose(
 def _margin(last: Step, totals: dict[Step, float]) -> float:
     """log10 of a bound for the difference of any two outputs."""
     bound = multiply(totals[last], log10(math.sqrt(2.0) * (1.0 + 1e-15)))
-    is_matrix = isinstance(last.module, nn.Linear) and last.exact and len(last.shape) == 1
-    if is_matrix and isinstance(last.factor, Operator):
-        rows = last.factor.weight.double()
+    layer = last
+    while layer.same and len(layer.inputs) == 1 and layer.inputs[0].shape == last.shape:
+        layer = layer.inputs[0]  # a constant that is added moves both outputs
+    is_matrix = isinstance(layer.module, nn.Linear) and layer.exact and len(layer.shape) == 1
+    if is_matrix and isinstance(layer.factor, Operator):
+        rows = layer.factor.weight.double()
         distance = _largest_distance(rows)
-        bound = min(bound, multiply(totals[last.inputs[0]], log10(distance * (1.0 + 1e-12))))
+        bound = min(bound, multiply(totals[layer.inputs[0]], log10(distance * (1.0 + 1e-12))))
     return bound
 
 

@@ -117,6 +117,11 @@ def as_function(target: Any) -> Callable[..., Tensor]:
     return lambda x, *args, **kwargs: getattr(x, target)(*args, **kwargs)
 
 
+def dense(t: Tensor) -> Tensor:
+    """A tensor in the usual layout, such as a matrix of which sparse entries are stored."""
+    return t if t.layout == torch.strided else t.to_dense()
+
+
 def copied(value: Any) -> Any:
     """A copy of a tensor, or the value itself."""
     return value.clone() if isinstance(value, Tensor) else value

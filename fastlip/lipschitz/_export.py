@@ -171,17 +171,19 @@ def _group(graph_module: fx.GraphModule, root: Root) -> None:
 
 
 def _name(node: Any) -> str:
-    """The name of an operator of torch that a node calls; empty for other nodes."""
+    """The name of an operator of torch that a node calls; empty for other nodes, and for operators of others."""
     target = node.target if isinstance(node, fx.Node) else None
-    return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else ""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return ""
+    return target._schema.name.split("::")[-1]
 
 
 def _written(node: fx.Node) -> _Written:
     """An exported call as one would write it in Python."""
     target, kwargs = node.target, dict(node.kwargs)
-    if not isinstance(target, torch._ops.OpOverload):
-        return target, node.args, kwargs
     name, args = _name(node), tuple(node.args)
+    if not name or not isinstance(target, torch._ops.OpOverload):
+        return target, args, kwargs
     if name in _REWRITTEN:
         rest = target._schema.arguments[len(args) :]
         given = [*args, *(kwargs.get(a.name, a.default_value) for a in rest)]

@@ -114,6 +114,53 @@ def test_layers_that_are_written_as_products_are_layers(kind: type[ByProducts]) 
     assert (local[0] >= fastlip.lipschitz.local_lipschitz(products, x) * (1 - 1e-6)).all()
 
 
+def test_the_margin_of_a_product_with_an_offset() -> None:
+    layer = nn.Linear(6, 4).eval()
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    expected = lipschitz_bound(layer, (6,)).log10_margin
+    assert lipschitz_bound(Applied(lambda x: x @ weight.T + bias), (6,)).log10_margin == pytest.approx(expected)
+    # A factor changes it.
+    doubled = lipschitz_bound(Applied(lambda x: 2.0 * (x @ weight.T + bias)), (6,)).log10_margin
+    assert doubled >= expected + math.log10(2.0) - 1e-9
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[:, :0] @ torch.zeros(0, 4).to(x) + x,
+        lambda x: torch.cat([torch.relu(x @ torch.zeros(4, 0).to(x)) @ torch.zeros(0, 4).to(x), x], 1),
+    ],
+)
+def test_products_over_nothing(function: Callable[[Tensor], Tensor]) -> None:
+    assert lipschitz_bound(Applied(function), (4,)).upper == pytest.approx(1.0)
+    nothing = Applied(lambda x: torch.cat([torch.zeros(0, 4).to(x) @ x, x], 1))
+    local = fastlip.lipschitz.local_lipschitz_bounds(nothing, torch.randn(2, 4, 3), radius=0.1).upper
+    torch.testing.assert_close(local, torch.ones(2, dtype=torch.float64))
+
+
+def test_sparse_matrices() -> None:
+    matrix = torch.randn(4, 4) * (torch.rand(4, 4) < 0.5)
+    sparse, norm = matrix.to_sparse(), torch.linalg.matrix_norm(matrix.double(), 2).item()
+    functions = [lambda x: x @ sparse, lambda x: (sparse @ x.T).T, lambda x: (sparse.to(x) @ x.T).T]
+    for function in functions:
+        try:
+            bound = lipschitz_bound(Applied(function), (4,)).upper
+        except ValueError:  # a refusal
+            continue
+        assert bound == pytest.approx(norm, rel=1e-5)
+
+
+def test_an_operator_of_ones_own_that_is_called_as_a_conversion() -> None:
+    library = torch.library.Library("fastlip_test_conversions", "DEF")
+    library.define("type_as(Tensor c, Tensor x) -> Tensor")
+    library.impl("type_as", lambda c, x: c * x, "CompositeImplicitAutograd")
+    model = Applied(lambda x: torch.ops.fastlip_test_conversions.type_as(5.0 * torch.ones(4), x) + x)
+    try:
+        assert lipschitz_bound(model, (4,), check=False).upper >= 6.0 * (1 - 1e-6)
+    except ValueError:  # a refusal
+        pass
+
+
 @pytest.mark.parametrize("equation", ["bti,io->bot", "bti,ti->bt", "bti,io->bo", "bti,io->btio", "bti,io->bt"])
 def test_other_contractions_have_bounds_as_well(equation: str) -> None:
     """They are no layers: their axes are in another order, or summed, or kept."""
@@ -192,7 +239,7 @@ def test_pools_by_powers(axes: int, p: float, ceil_mode: bool) -> None:
         assert bound <= (1 + 1e-9 if p == 1 else 2.5) * largest
 
 
-@pytest.mark.parametrize("p", [3, 2.5, -2, -1])
+@pytest.mark.parametrize("p", [3, 2.5, -2, -1, 10, 64])
 def test_powers_without_a_bound(p: float) -> None:
     with pytest.raises(ValueError, match="norm_type"):
         lipschitz_bound(nn.LPPool2d(p, 2), (3, 6, 6))

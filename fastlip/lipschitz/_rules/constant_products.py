@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fastlip.lipschitz import _interval_arithmetic as arithmetic
 from fastlip.lipschitz._broadcast import copies
-from fastlip.lipschitz._calls import Call
+from fastlip.lipschitz._calls import Call, dense
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds
 from fastlip.lipschitz._rowwise import on_samples
@@ -25,7 +25,7 @@ def _matmul(call: Call) -> Step | None:
     constant, shape = call.args[1 - at], call.values.shapes[call.args[at]]
     if not isinstance(constant, Tensor) or constant.dim() < 2 or len(shape) < 2:
         return None
-    held, source = constant.detach().double(), call.sources[0]
+    held, source = dense(constant.detach()).double(), call.sources[0]
     # A matrix of the input that is multiplied by several constant ones is copied first.
     lead = torch.broadcast_shapes(shape[:-2], held.shape[:-2])
     factor = _largest_norm(held, call.where) * copies(shape[:-2], lead)

@@ -146,7 +146,7 @@ def _power_average_pool(module: nn.Module, input_shape: tuple[int, ...]) -> floa
     p = 1 the pool adds up, signs and all. Other roots of sums have no bound where the sum is 0, or are no number.
 
     Raises:
-        ValueError: the exponent is not 1, an even number, or infinite.
+        ValueError: the exponent is not 1, an even number of at most eight, or infinite.
     """
     assert isinstance(module, (nn.LPPool1d, nn.LPPool2d, nn.LPPool3d))
     size, p = _spatial(module, input_shape), float(module.norm_type)
@@ -154,6 +154,8 @@ def _power_average_pool(module: nn.Module, input_shape: tuple[int, ...]) -> floa
     stride = axes_of(module.stride or module.kernel_size, len(size))
     if not (p == 1.0 or math.isinf(p) or (p > 0.0 and p % 2.0 == 0.0)):
         raise ValueError(f"LPPool with norm_type {p:g} has no Lipschitz constant, or is no number for negative inputs")
+    if 8.0 < p < math.inf:
+        raise ValueError(f"LPPool with norm_type {p:g} takes powers that leave the range of floats")
     factor = 1.0
     for n, k, s in zip(size, kernel, stride, strict=True):
         if p == 1.0:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fastlip.lipschitz._calls import dense
 from fastlip.lipschitz._registry import traced_as
 
 
@@ -17,9 +18,9 @@ from fastlip.lipschitz._registry import traced_as
 def _matmul(input: Tensor, other: Tensor, **others: Any) -> Tensor:
     """A product with a constant matrix is a linear layer, which is followed as such."""
     if not others and _is_matrix(other) and isinstance(input, fx.Proxy):
-        return F.linear(input, other.mT)
+        return F.linear(input, dense(other).mT)
     if not others and _is_matrix(input) and isinstance(other, fx.Proxy) and other.dim() > 2:
-        return F.linear(other.mT, input).mT
+        return F.linear(other.mT, dense(input)).mT
     raise NotImplementedError
 
 
@@ -42,11 +43,12 @@ def _einsum(equation: Any, *operands: Any) -> Tensor:
     if len(set(axes)) < len(axes) or "." in axes or result != of_x.replace(old, other):
         raise NotImplementedError
     at = axes.index(old) - len(axes)
-    return F.linear(x.movedim(at, -1), matrix if of_matrix == other + old else matrix.mT).movedim(-1, at)
+    weight = dense(matrix) if of_matrix == other + old else dense(matrix).mT
+    return F.linear(x.movedim(at, -1), weight).movedim(-1, at)
 
 
 def _is_matrix(t: Any) -> bool:
-    return isinstance(t, Tensor) and not isinstance(t, fx.Proxy) and t.dim() == 2
+    return isinstance(t, Tensor) and not isinstance(t, fx.Proxy) and t.dim() == 2 and t.numel() > 0
 
 
 @traced_as(torch.addmm, "addmm")

@@ -195,8 +195,7 @@ class Tracer(fx.Tracer):
         arguments = _flat((args, kwargs))
         written = [(t, version_of(t)) for t in arguments if type(t) is not Proxy and isinstance(t, Tensor)]
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-        constant = name in _FILLED or (name in _CONVERTED and args and type(args[0]) is not Proxy)
-        if kind in ("call_function", "call_method") and constant and len(self.examples) == 1:
+        if len(self.examples) == 1 and _is_constant(kind, target, args):
             return self._on_values(_function(kind, target), args, kwargs)[0]
         node = super().create_proxy(kind, target, args, kwargs, *others, **settings).node
         try:
@@ -329,6 +328,14 @@ def _spread(value: Any) -> Any:
 
 def _tensors(values: Any) -> list[Tensor]:
     return [t for t in _flat(values) if isinstance(t, Tensor)]
+
+
+def _is_constant(kind: str, target: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call takes no more than shapes, a dtype or a device from what is traced."""
+    if kind == "call_function":
+        name = getattr(target, "__name__", "")
+        return name in _FILLED and target is getattr(torch, name, None)
+    return kind == "call_method" and (target in _FILLED or (target in _CONVERTED and type(args[0]) is not Proxy))
 
 
 def _holds_tensor(argument: Any) -> bool:
