@@ -34,6 +34,8 @@ def module_step(call: Call) -> Step:
     module, name, sources = call.target, call.where, call.sources
     if len(sources) != 1:
         raise missing_rule(f"{type(module).__name__} with {len(sources)} inputs", name)
+    if call.node not in call.values.shapes:
+        raise missing_rule(f"{type(module).__name__} of something other than a tensor", name)
     stated = module_factor(module, name, sources[0].entry_shape, call.shape, call.source_dtype)
     factor = stated.factor
     step = Step(name, call.name, sources, factor, call.shape, module, interval=stated.interval)

@@ -102,6 +102,18 @@ class _Tracer(Tracer):
         return location(node)
 
 
+def _compute_weights(model: nn.Module, x: Tensor) -> None:
+    """Have hooks compute weights, which rules have to see; what else a run leaves behind is undone."""
+    hooked = [module for module in model.modules() if module._forward_pre_hooks]
+    if not hooked:
+        return
+    with as_found(model):
+        model(x.clone())
+        computed = [(m, name, value) for m in hooked for name, value in vars(m).items() if isinstance(value, Tensor)]
+    for module, name, value in computed:
+        vars(module)[name] = value
+
+
 def trace_graph(
     model: nn.Module,
     x: Tensor,  # [B, ...]
@@ -123,8 +135,7 @@ def trace_graph(
         failed = shown(tracer.failed)
         what = f"{type(model.get_submodule(failed)).__name__} (at {failed})" if failed else type(model).__name__
         raise Untraceable(f"{what} cannot be traced by torch.fx ({error or type(error).__name__})") from error
-    if any(module._forward_pre_hooks for module in model.modules()):
-        model(x.clone())  # weights that they compute are what rules have to see
+    _compute_weights(model, x)
     for node in graph.nodes:  # what a function that was traced into returned must not pass for a call of it
         node.meta.pop("is_wrapped", None)
     _drop_unused(graph)

@@ -199,3 +199,36 @@ def test_layers_that_are_also_called_on_constants(model: nn.Module) -> None:
 def test_other_calls_beside_those_on_constants_are_seen(differentiable: bool) -> None:
     with pytest.raises(ValueError, match="does something else than its traced graph"):
         lipschitz_bound(_ConstantAndMore(differentiable).eval(), (6,))
+
+
+class _KeptFromTheFirstCall(nn.Module):
+    """Multiplies by a number that the size of the first batch decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.gain = nn.Linear(3, 4), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gain is None:
+            self.gain = 1.0 + len(x)
+        return self.gain * self.fc(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_what_hooks_compute_is_kept_and_nothing_else() -> None:
+    """The run that has a hook compute a weight must not be the first one that the model remembers."""
+    model = _KeptFromTheFirstCall().eval()
+    nn.utils.weight_norm(model.fc)
+    with pytest.raises(ValueError, match="depends on the others in its batch, on what ran before"):
+        lipschitz_bound(model, (3,))
+    assert model.gain is None
+    layer = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4))).eval()
+    with torch.no_grad():
+        layer[0].weight_g.mul_(3.0)  # which the weight does not show before the next run
+    truth = torch.linalg.matrix_norm(torch._weight_norm(layer[0].weight_v, layer[0].weight_g, 0), 2).item()
+    assert lipschitz_bound(layer, (3,)).upper == pytest.approx(truth, rel=1e-5)
+
+
+def test_a_module_that_takes_a_list() -> None:
+    model = nn.Sequential(Applied(lambda x: [2.0 * x]), nn.Identity())
+    assert lipschitz_bound(model, (3,)).upper == pytest.approx(2.0)
