@@ -16,7 +16,8 @@ blocks back as soon as they are free.
 
 "power iteration, each layer" is what ``constrain_norm`` was at first: a warm step of power iteration for each layer, by
 torch's operations, and autograd's gradient. "scaled by a constant" is the floor of whatever scales weights: each is
-multiplied by a number, and its gradient too. Torch's ``spectral_norm`` takes the norm of the reshaped kernel, which is
+multiplied by a number, and its gradient too. Layers that are constrained one by one are due in the same forward, which
+fewer rounds than their interval may miss. Torch's ``spectral_norm`` takes the norm of the reshaped kernel, which is
 not that of the convolution, and deel-torchlip's layers orthogonalise it in addition; where that is not installed it is
 left out.
 """

@@ -22,7 +22,7 @@ from fastlip.norms._solvers.krylov_steps_together import krylov_steps_together
 from fastlip.norms._solvers.waves import Waves
 from fastlip.ops import scaled_weight_grad
 
-#: Forwards, at least, from one look for waves that overtake to the next, as a look takes as long as some steps.
+#: Forwards, at least, from one look for waves that overtake to the next, as a look takes as long as a step or more.
 BETWEEN_WAVES = 4
 #: Most outer products that G is kept as: of more the two factors take longer to multiply than G takes to read.
 _MOST_PRODUCTS = 16

@@ -12,7 +12,8 @@ is rounding as well, the second vector starts again from a fixed direction, so t
 searched over and over for a larger singular value.
 
 The groups of a grouped convolution share nothing, so that what follows one of them would never meet another's. Each is
-followed by two vectors of its own, and the largest norm is the operator's.
+followed by two vectors of its own, and the largest norm is the operator's. More vectors may be given to choose from,
+and a matrix of few rows or columns is decomposed at once.
 
 On a CPU one operator comes after the other, whose weight then stays in the cache, and all that is small is computed by
 NumPy, whose calls cost less than torch's. For a GPU, and for grouped convolutions, see
