@@ -1,7 +1,7 @@
 """What a norm constraint on every layer adds to a training step.
 
     pip install torchvision deel-torchlip
-    python benchmarks/bench_constrain.py          # CSV under benchmarks/results, about half an hour on one core
+    python benchmarks/bench_constrain.py          # CSV under benchmarks/results, about fifty minutes on one core
     python benchmarks/bench_constrain.py --device cuda --batch 128
 
 ResNet-18 and ResNet-50 for 32x32 images (3x3 stem, no pooling), random batches, SGD with momentum. The ways to
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=32)
     parser.add_argument("--warm", type=int, default=1040)
     parser.add_argument("--networks", nargs="*", default=NETWORKS)
     parser.add_argument("--memory", choices=WAYS, help="only print the peak memory of three steps of this way, in MB")

@@ -220,16 +220,20 @@ struct IndirectConv {
   }
 };
 
-// The gradient in a weight W [rows, columns] of what depends on scaled = (bound / norm) W, norm = <G, W>:
-//   out = scale grad + factor G, with scale = bound / norm and factor = -<grad, scaled> / norm.
-// G is left right, or left where rank is 0. CPU only.
-struct ScaledWeightGrad {
-  void* out;
-  const void *grad, *scaled;
+// The gradient G of a norm in a weight W [rows, columns]: left right, or left where rank is 0. The norm is <G, W>.
+struct NormGradient {
   const void* left;   // [rows, rank]; [rows, columns] where rank is 0
   const void* right;  // [rank, columns]
   DType dtype;        // f32 or f64
   int64_t rows, columns, rank;
+};
+
+// The gradient in W of what depends on scaled = (bound / norm) W, norm = <G, W>:
+//   out = scale grad + factor G, with scale = bound / norm and factor = -<grad, scaled> / norm. CPU only.
+struct ScaledWeightGrad {
+  NormGradient gradient;
+  void* out;
+  const void *grad, *scaled;
   double scale, factor;
 };
 
@@ -247,8 +251,10 @@ struct Kernels {
   // Rows [begin, end) of the targets x batch of the product, and panels of outputs; scratch as IndirectConv says.
   void (*indirect_conv)(const IndirectConv&, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
                         void* scratch);
-  // <grad, scaled> over elements [begin, end).
-  double (*weight_product)(const ScaledWeightGrad&, int64_t begin, int64_t end);
+  // <G, weight> over rows [begin, end).
+  double (*norm_along)(const NormGradient&, const void* weight, int64_t begin, int64_t end);
+  // <a, b> over elements [begin, end) of f32 or f64.
+  double (*product)(const void* a, const void* b, DType, int64_t begin, int64_t end);
   // Rows [begin, end) of the result.
   void (*scaled_weight_grad)(const ScaledWeightGrad&, int64_t begin, int64_t end);
   // Benchmark floor: y[i] = a[i] + b[i] + c[i], three reads and one write.

@@ -409,34 +409,35 @@ inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor&
           outputs};
 }
 
-inline ScaledWeightGrad scaled_weight_grad_of(Tensor& out, const Tensor& grad, const Tensor& scaled, const Tensor& left,
-                                              const Tensor& right, double norm, double bound) {
-  const DType dtype = dtype_of(grad, "grad");
-  STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, "grad must be float32 or float64");
-  for (const auto& [t, name] : {std::pair{&grad, "grad"}, {&scaled, "scaled"}, {&left, "left"}, {&right, "right"}})
-    STD_TORCH_CHECK(t->scalar_type() == grad.scalar_type() && t->is_contiguous() && t->device().is_cpu(), name,
-                    " must be contiguous, in grad's dtype and on the CPU");
-  STD_TORCH_CHECK(grad.dim() >= 1 && scaled.numel() == grad.numel(), "scaled must have grad's shape");
-  const int64_t rows = grad.size(0), columns = rows ? grad.numel() / rows : 0;
+// `weight` is called `name`; `left` and `right` are what NormGradient says.
+inline NormGradient norm_gradient_of(const Tensor& weight, const char* name, const Tensor& left, const Tensor& right) {
+  const DType dtype = dtype_of(weight, name);
+  STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, name, " must be float32 or float64");
+  STD_TORCH_CHECK(weight.dim() >= 1, name, " must have at least one axis");
+  for (const auto& [t, own] : {std::pair{&weight, name}, {&left, "left"}, {&right, "right"}})
+    STD_TORCH_CHECK(t->scalar_type() == weight.scalar_type() && t->is_contiguous() && t->device().is_cpu(), own,
+                    " must be contiguous, in ", name, "'s dtype and on the CPU");
+  const int64_t rows = weight.size(0);
+  int64_t columns = 1;
+  for (int64_t d = 1; d < weight.dim(); ++d) columns *= weight.size(d);
   STD_TORCH_CHECK(left.dim() == 2 && left.size(0) == rows, "left must be [rows, rank]");
-  const int64_t rank = right.numel() ? left.size(1) : 0;
+  const int64_t rank = right.dim() == 2 ? left.size(1) : 0;
   if (rank) {
     STD_TORCH_CHECK(right.dim() == 2 && right.size(0) == rank && right.size(1) == columns,
                     "right must be [rank, columns]");
   } else {
-    STD_TORCH_CHECK(left.numel() == grad.numel(), "left must be [rows, columns] without right");
+    STD_TORCH_CHECK(left.numel() == weight.numel(), "left must be [rows, columns] without right");
   }
-  return {out.mutable_data_ptr(),
-          data_of(grad),
-          data_of(scaled),
-          data_of(left),
-          data_of(right),
-          dtype,
-          rows,
-          columns,
-          rank,
-          bound / norm,
-          0};
+  return {data_of(left), data_of(right), dtype, rows, columns, rank};
+}
+
+inline ScaledWeightGrad scaled_weight_grad_of(Tensor& out, const Tensor& grad, const Tensor& scaled, const Tensor& left,
+                                              const Tensor& right, double norm, double bound) {
+  const NormGradient gradient = norm_gradient_of(grad, "grad", left, right);
+  STD_TORCH_CHECK(scaled.scalar_type() == grad.scalar_type() && scaled.is_contiguous() && scaled.device().is_cpu(),
+                  "scaled must be contiguous, in grad's dtype and on the CPU");
+  STD_TORCH_CHECK(scaled.numel() == grad.numel(), "scaled must have grad's shape");
+  return {gradient, out.mutable_data_ptr(), data_of(grad), data_of(scaled), bound / norm, 0};
 }
 
 // Logical dimension 1 where x is channels_last, else 1; see RandomStart::channels.

@@ -214,23 +214,44 @@ void indirect_convs_(std::vector<Tensor> out, std::vector<Tensor> x, std::vector
   for (const IndirectConv& conv : convs) run(conv);
 }
 
+// The sum of f(begin, end) over [0, count) in chunks of a fixed size, so that it does not depend on the threads.
+template <typename F>
+double sum_over(int64_t count, int64_t chunk, F f) {
+  std::vector<double> sums((count + chunk - 1) / chunk);
+  torch::stable::parallel_for(0, static_cast<int64_t>(sums.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sums[i] = f(i * chunk, std::min(count, (i + 1) * chunk));
+  });
+  double sum = 0;
+  for (const double part : sums) sum += part;
+  return sum;
+}
+
+// Rows worth a thread, a multiple of those that the kernels take at once.
+int64_t rows_each(const NormGradient& g) { return std::max<int64_t>(1, kGrain / g.columns / 4) * 4; }
+
+Tensor norm_along(const Tensor& weight, const Tensor& left, const Tensor& right) {
+  const NormGradient gradient = norm_gradient_of(weight, "weight", left, right);
+  Tensor out = torch::stable::new_zeros(weight, {}, ScalarType::Double);
+  if (weight.numel() == 0) return out;
+  const cpu::Kernels& table = kernels();
+  const void* const at = data_of(weight);
+  *static_cast<double*>(out.mutable_data_ptr()) =
+      sum_over(gradient.rows, rows_each(gradient),
+               [&](int64_t begin, int64_t end) { return table.norm_along(gradient, at, begin, end); });
+  return out;
+}
+
 Tensor scaled_weight_grad(const Tensor& grad, const Tensor& scaled, const Tensor& left, const Tensor& right,
                           double norm, double bound) {
   Tensor out = torch::stable::empty_like(grad);
   ScaledWeightGrad problem = scaled_weight_grad_of(out, grad, scaled, left, right, norm, bound);
-  const int64_t count = grad.numel();
-  if (count == 0) return out;
+  if (grad.numel() == 0) return out;
   const cpu::Kernels& table = kernels();
-  // Chunks of a fixed size, so that the sum does not depend on the threads.
-  std::vector<double> sums((count + kGrain - 1) / kGrain);
-  torch::stable::parallel_for(0, static_cast<int64_t>(sums.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      sums[i] = table.weight_product(problem, i * kGrain, std::min(count, (i + 1) * kGrain));
+  const double product = sum_over(grad.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    return table.product(problem.grad, problem.scaled, problem.gradient.dtype, begin, end);
   });
-  double product = 0;
-  for (const double sum : sums) product += sum;
   problem.factor = -product / norm;
-  torch::stable::parallel_for(0, problem.rows, std::max<int64_t>(4, kGrain / problem.columns),
+  torch::stable::parallel_for(0, problem.gradient.rows, rows_each(problem.gradient),
                               [&](int64_t begin, int64_t end) { table.scaled_weight_grad(problem, begin, end); });
   return out;
 }
@@ -296,6 +317,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("judge", TORCH_BOX(&judge));
   m.impl("pack_weights_", TORCH_BOX(&pack_weights_));
   m.impl("indirect_convs_", TORCH_BOX(&indirect_convs_));
+  m.impl("norm_along", TORCH_BOX(&norm_along));
   m.impl("scaled_weight_grad", TORCH_BOX(&scaled_weight_grad));
   m.impl("top_eigenpairs", TORCH_BOX(&top_eigenpairs));
   m.impl("krylov_bound", TORCH_BOX(&krylov_bound));

@@ -28,12 +28,12 @@ from fastlip.ops._indirect_conv import IndirectConvs, meeting_pixels, packed_tap
 from fastlip.ops._judge import BestRecord, Judgement, Loss, judge
 from fastlip.ops._krylov import krylov_bound, top_eigenpairs
 from fastlip.ops._model_input import ModelInput, model_input
+from fastlip.ops._norm_gradient import norm_along, scaled_weight_grad
 from fastlip.ops._operator_plan import ConvGeometry, OperatorPlan, operator_plan
 from fastlip.ops._operator_step import MATMUL_PRECISIONS, MatmulPrecision, operator_step_
 from fastlip.ops._pack_weights import pack_weights
 from fastlip.ops._pgd_step import pgd_step, pgd_step_, project, project_, random_start
 from fastlip.ops._register import Backend, backends
-from fastlip.ops._scaled_weight_grad import scaled_weight_grad
 
 __all__ = [
     "MATMUL_PRECISIONS",
@@ -58,6 +58,7 @@ __all__ = [
     "krylov_bound",
     "meeting_pixels",
     "model_input",
+    "norm_along",
     "operator_plan",
     "operator_step_",
     "pack_weights",

@@ -33,6 +33,11 @@ def _judge(logits: Tensor, labels: Tensor, *others: object, **record: object) ->
     return logits.new_empty(logits.shape[0]), torch.empty_like(logits), *flags
 
 
+@torch.library.register_fake("fastlip::norm_along")
+def _norm_along(weight: Tensor, *others: object) -> Tensor:
+    return weight.new_empty((), dtype=torch.float64)
+
+
 @torch.library.register_fake("fastlip::scaled_weight_grad")
 def _scaled_weight_grad(grad: Tensor, *others: object) -> Tensor:
     return torch.empty_like(grad)

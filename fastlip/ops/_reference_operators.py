@@ -120,6 +120,12 @@ def _indirect_conv_(
     out.copy_(torch.where(mask <= 0, 0.0, total) if mask.numel() else total)
 
 
+def norm_along(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The sum of the products of elements, in float64."""
+    gradient = left.double() @ right.double() if right.numel() else left.double()
+    return (weight.double() * gradient.view(weight.shape)).sum()
+
+
 def scaled_weight_grad(grad: Tensor, scaled: Tensor, left: Tensor, right: Tensor, norm: float, bound: float) -> Tensor:
     """The two terms of the product rule, in float64."""
     gradient = (left.double() @ right.double() if right.numel() else left.double()).view(grad.shape)

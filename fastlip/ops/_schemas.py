@@ -118,6 +118,7 @@ HOST_SCHEMAS = {
         "Tensor![] out, Tensor[] x, Tensor[] weight, Tensor[] table, Tensor[] bias, Tensor[] other, Tensor[] mask, "
         "int[] relu"
     ),
+    "norm_along": _schema("Tensor weight, Tensor left, Tensor right", returns="Tensor"),
     "scaled_weight_grad": _schema(
         "Tensor grad, Tensor scaled, Tensor left, Tensor right, float norm, float bound", returns="Tensor"
     ),

@@ -13,6 +13,7 @@ from fastlip.ops._reference_judge import judge
 from fastlip.ops._reference_operators import (
     indirect_convs_,
     krylov_bound,
+    norm_along,
     operator_step_,
     pack_weights_,
     scaled_weight_grad,
@@ -27,6 +28,7 @@ __all__ = [
     "judge",
     "kept_elements",
     "krylov_bound",
+    "norm_along",
     "operator_step_",
     "pack_weights_",
     "pgd_step_",

@@ -31,6 +31,7 @@ WANTED = {
     "pack_weights_": "(Tensor(a!) out, Tensor[] weights, int[] groups, bool adjoint) -> ()",
     "indirect_convs_": "(Tensor(a!)[] out, Tensor[] x, Tensor[] weight, Tensor[] table, Tensor[] bias, Tensor[] other, "
     "Tensor[] mask, int[] relu) -> ()",
+    "norm_along": "(Tensor weight, Tensor left, Tensor right) -> Tensor",
     "scaled_weight_grad": "(Tensor grad, Tensor scaled, Tensor left, Tensor right, float norm, float bound) -> Tensor",
     "top_eigenpairs": "(Tensor diagonal, Tensor off_diagonal) -> (Tensor, Tensor)",
     "krylov_bound": "(Tensor diagonal, Tensor off_diagonal, Tensor last, Tensor residual, Tensor start_overlap, "

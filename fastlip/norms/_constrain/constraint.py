@@ -25,8 +25,8 @@ from fastlip.norms._constrain.norm_gradients import (
     norm_gradients,
     with_wave,
 )
-from fastlip.norms._constrain.scaling import CertifiedScale, Norm, Scale
-from fastlip.norms._constrain.transforms import is_batched, outside_of_transforms, unwrapped, without_autocast
+from fastlip.norms._constrain.scaling import CertifiedScale, EagerScale, Norm, Scale
+from fastlip.norms._constrain.transforms import is_batched, is_eager, outside_of_transforms, unwrapped
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._operators.operator import Operator, require_finite
 from fastlip.norms._options import NormOptions
@@ -39,7 +39,8 @@ from fastlip.norms._solvers.waves import Waves, has_waves
 _LONGEST, _IN_A_ROW, _STEADY, _MOVING, _SHARE = 64, 4, 6e-4, 1e-3, 1 / 16
 #: Most steps, in multiples of ``iterations``, that are taken at once, and how often in one forward.
 _MOST_AT_ONCE, _MOST_TURNS = 4, 4
-#: Change of a norm since the vectors' last step after which they take one in the next forward, and in this one.
+#: Change of a norm since the vectors' last step after which they take one in the next forward, and in this one. Along
+#: its vectors the norm is known; only what the steps find beside them makes the interval 1 again.
 _CHANGE, _JUMP = 2e-3, 0.1
 
 
@@ -168,14 +169,16 @@ class NormConstraint(nn.Module):
 
     def _norm(self, weight: Tensor) -> Tensor | float:
         """The norm to go by: a float on a CPU, of the weight as it is."""
-        gradient, found = self.tracking.last_step()
-        if not (_may_read(weight) and self.tracking.rested):
+        tracking = self.tracking
+        gradient, found = tracking.last_step()
+        if not (_may_read(weight) and tracking.rested):
             return found
-        with without_autocast(weight.device), outside_of_transforms():
-            norm = gradient.norm_of(computable(self.applied(weight))).item()
+        with outside_of_transforms():
+            norm = gradient.number_of(computable(self.applied(weight)))
         change = abs(norm - float(found))
-        if change > _CHANGE * norm:
-            self.tracking.interval = 1
+        if change > _CHANGE * norm and tracking.rested < tracking.interval:
+            tracking.interval = max(1, tracking.interval // 2)
+            tracking.rested = tracking.interval  # due in the next forward
         if change <= _JUMP * norm:
             return norm
         track([(self, weight)])  # this is no training, but another weight
@@ -228,7 +231,8 @@ class NormConstraint(nn.Module):
 
     def scale(self, weight: Tensor, gradient: NormGradient, norm: Tensor | float) -> Tensor:
         """The weight times min(1, bound / norm); a float is above the bound."""
-        scaled: Tensor = Scale.apply(weight, *gradient, norm, self.bound)
+        function = EagerScale if is_eager() else Scale
+        scaled: Tensor = function.apply(weight, *gradient, norm, self.bound)
         return scaled
 
     def certified_scale(self, weight: Tensor, certificate: Certificate, scale: float) -> Tensor:

@@ -20,7 +20,6 @@ from fastlip.norms._solvers.applied_operator import unfolds, windows
 from fastlip.norms._solvers.krylov_steps import LeadingVectors, krylov_steps
 from fastlip.norms._solvers.krylov_steps_together import krylov_steps_together
 from fastlip.norms._solvers.waves import Waves
-from fastlip.ops import scaled_weight_grad
 
 #: Forwards, at least, from one look for waves that overtake to the next, as a look takes as long as a step or more.
 BETWEEN_WAVES = 4
@@ -46,6 +45,11 @@ class NormGradient(NamedTuple):
             return torch.dot(rows.flatten(), self.left.flatten())
         return torch.dot(torch.mm(rows, self.right.mT).flatten(), self.left.flatten())
 
+    def number_of(self, weight: Tensor) -> float:
+        """The same as a number, of a weight on a CPU, without a graph and in the dtype of the factors."""
+        found: Tensor = torch.ops.fastlip.norm_along(weight.contiguous(), self.left, self.right)
+        return found.item()
+
     def through_scale(self, gradient: Tensor, scaled: Tensor, norm: Tensor | float, bound: float) -> Tensor:
         """The gradient in a weight, from that in (bound / norm) weight, the norm being <G, weight>.
 
@@ -58,7 +62,9 @@ class NormGradient(NamedTuple):
         """
         left, right = self.left.to(gradient.dtype), self.right.to(gradient.dtype)
         if isinstance(norm, float) and gradient.device.type == "cpu" and not is_batched(gradient):
-            return scaled_weight_grad(gradient, scaled, left, right if right.numel() else None, norm, bound)
+            operands = (gradient.contiguous(), scaled.contiguous(), left, right)
+            found: Tensor = torch.ops.fastlip.scaled_weight_grad(*operands, norm, bound)
+            return found
         along: Tensor = torch.dot(gradient.flatten(), scaled.flatten()) / bound
         scale: Tensor | float
         if isinstance(norm, float):
@@ -182,7 +188,8 @@ def computing_dtype(weight: Tensor) -> torch.dtype:
 
 def computable(weight: Tensor) -> Tensor:
     """The weight in the dtype to compute with."""
-    return weight.to(computing_dtype(weight))
+    dtype = computing_dtype(weight)
+    return weight if weight.dtype == dtype else weight.to(dtype)  # asking takes less time than a call
 
 
 def _positions(op: Operator) -> int:

@@ -30,10 +30,15 @@ def is_batched(t: Tensor) -> bool:
     return False
 
 
+def is_eager() -> bool:
+    """Whether neither a transform nor a compiler is at work."""
+    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is None
+
+
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
     """Leave all transforms, for what computes with tensors that they have not wrapped and changes some in place."""
-    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None:
+    if torch.compiler.is_compiling() or is_eager():
         yield
         return
     with temporarily_clear_interpreter_stack():

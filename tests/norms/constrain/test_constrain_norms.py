@@ -490,6 +490,23 @@ def test_another_weight_is_followed_at_once(begin: float) -> None:
             assert applied_norm(model) <= 1.05
 
 
+def test_vectors_take_steps_soon_after_the_norm_has_moved_and_then_rest_as_before() -> None:
+    model = constrain_norms(nn.Sequential(nn.Linear(40, 40, bias=False)), (40,))
+    ((constraint, weight),) = constrained_layers(model)
+    tracking = constraint.tracking
+    for _ in range(256):
+        applied_norm(model)
+    rest, norm = tracking.interval, tracking.found
+    assert rest >= 4
+    with torch.no_grad():
+        weight.mul_(1.01)
+    applied_norm(model)  # goes by the norm of the new weight
+    assert tracking.norm == pytest.approx(1.01 * norm, rel=1e-5)
+    applied_norm(model)
+    assert tracking.found == pytest.approx(1.01 * norm, rel=1e-5)
+    assert rest // 2 <= tracking.interval <= rest
+
+
 def test_a_vector_that_the_new_weight_takes_to_nothing() -> None:
     model = nn.Sequential(nn.Linear(2, 1, bias=False))
     weight = model[0].weight

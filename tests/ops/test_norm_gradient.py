@@ -1,4 +1,4 @@
-"""The gradient of a weight scaled to a bound, against autograd and the definition, on every instruction set."""
+"""A norm by its gradient, and that of a weight scaled to a bound, against definitions, on every instruction set."""
 
 import math
 
@@ -20,8 +20,18 @@ def operands(rows, columns, rank, dtype, seed=0):
     return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
 
 
+def assert_norm_agrees(weight, left, right):
+    got = torch.ops.fastlip.norm_along(weight, left, right)
+    want = reference.norm_along(weight, left, right)
+    gradient = left.double().abs() @ right.double().abs() if right.numel() else left.double().abs()
+    terms = (weight.double().abs().view_as(gradient) * gradient).sum().item()
+    rounding = (len(right) + 2) * torch.finfo(weight.dtype).eps + weight.numel() * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(got, want, atol=rounding * terms, rtol=0)
+
+
 def assert_agrees(grad, scaled, left, right, norm, bound):
-    """The result is the definition's, up to the rounding of its terms and of the sum over all elements."""
+    """The results are the definitions', up to the rounding of their terms and of the sum over all elements."""
+    assert_norm_agrees(scaled, left, right)
     got = torch.ops.fastlip.scaled_weight_grad(grad, scaled, left, right, norm, bound)
     want = reference.scaled_weight_grad(grad, scaled, left, right, norm, bound)
     eps, rank = torch.finfo(grad.dtype).eps, len(right)
@@ -51,6 +61,25 @@ def test_the_sum_over_many_elements(dtype):
     assert_agrees(1e4 * signs.to(dtype), scaled.abs(), left, right, 3.0, 1.0)
 
 
+@DTYPES
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(("rows", "columns"), [(137, 512), (130, 1000), (66, 1024)])
+def test_gradients_that_are_written_past_the_caches(rows, columns, rank, dtype):
+    tensors = operands(rows, columns, rank, dtype)
+    assert tensors[0].numel() * tensors[0].element_size() >= 2**18
+    assert_agrees(*tensors, 2.5, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_largest_singular_value(seed):
+    torch.manual_seed(seed)
+    weight = torch.randn(6, 3, 3, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    for given in (weight, weight.mT.contiguous().mT):
+        torch.testing.assert_close(ops.norm_along(given, u[:, :1], vh[:1]), s[0])
+        torch.testing.assert_close(ops.norm_along(given, u[:, :1] @ vh[:1], None), s[0])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_autograd_through_the_singular_value(seed):
     torch.manual_seed(seed)
@@ -71,15 +100,17 @@ def test_autograd_through_the_singular_value(seed):
 def test_threads_change_nothing():
     grad, scaled, left, right = operands(300, 700, 3, torch.float32)
     threads = torch.get_num_threads()
-    found = []
+    found, norms = [], []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             found.append(ops.scaled_weight_grad(grad, scaled, left, right, 2.0, 1.0))
+            norms.append(ops.norm_along(scaled, left, right).item())
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+    assert norms == [norms[0]] * 3
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
@@ -88,6 +119,8 @@ def test_nothing_to_do(shape):
     assert ops.scaled_weight_grad(empty, empty, torch.empty(shape), None, 2.0, 1.0).shape == shape
     left, right = torch.empty(shape[0], 3), torch.empty(3, shape[1])
     assert ops.scaled_weight_grad(empty, empty, left, right, 2.0, 1.0).shape == shape
+    assert ops.norm_along(empty, left, right).item() == 0.0
+    assert ops.norm_along(empty, torch.empty(shape), None).item() == 0.0
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18])
@@ -96,30 +129,34 @@ def test_products_that_leave_the_range_of_float32(size):
     got = ops.scaled_weight_grad(grad, scaled * size, left, right, 2.0 / size, size)
     want = reference.scaled_weight_grad(grad, scaled * size, left, right, 2.0 / size, size)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 * want.abs().max().item())
+    for power in (1.0, size):
+        assert_norm_agrees(scaled * power, left, right)
 
 
 def test_nan_stays_in_sight():
     grad, scaled, left, right = operands(5, 20, 2, torch.float32)
     grad[1, 2] = math.nan
     assert ops.scaled_weight_grad(grad, scaled, left, right, 2.0, 1.0).isnan().all()
+    assert ops.norm_along(grad, left, right).isnan()
 
 
 @every_isa
 def test_every_instruction_set(isa):
-    run_with_isa(isa, __file__, "definition or many")
+    run_with_isa(isa, __file__, "definition or many or caches")
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_opcheck(rank):
     arguments = operands(5, 20, rank, torch.float32)
     torch.library.opcheck(torch.ops.fastlip.scaled_weight_grad.default, (*arguments, 2.0, 1.0))
+    torch.library.opcheck(torch.ops.fastlip.norm_along.default, tuple(arguments[1:]))
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({0: torch.zeros(5, 20).half()}, TypeError, "grad must be float32 or float64"),
-        ({0: torch.tensor(1.0)}, ValueError, "scaled must have grad's shape"),
+        ({0: torch.tensor(1.0)}, ValueError, "grad must have at least one axis"),
         ({1: torch.zeros(5, 20).double()}, TypeError, "scaled must be in grad's dtype"),
         ({1: torch.zeros(4, 20)}, ValueError, "scaled must have grad's shape"),
         ({2: torch.zeros(4, 2)}, ValueError, r"left must be \[5, 2\]"),
@@ -137,6 +174,46 @@ def test_wrong_arguments(change, error, message):
         arguments[position] = value
     with pytest.raises(error, match=message):
         ops.scaled_weight_grad(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({0: torch.zeros(5, 20).half()}, TypeError, "weight must be float32 or float64"),
+        ({0: torch.tensor(1.0)}, ValueError, "weight must have at least one axis"),
+        ({0: torch.zeros(5, 20, device="meta")}, ValueError, "weight must be on the CPU"),
+        ({1: torch.zeros(5, 2).double()}, TypeError, "left must be in weight's dtype"),
+        ({1: torch.zeros(4, 2)}, ValueError, r"left must be \[5, 2\]"),
+        ({2: None}, ValueError, r"left must be \[5, 20\]"),
+        ({2: torch.zeros(2, 19)}, ValueError, r"right must be \[rank, 20\]"),
+    ],
+)
+def test_wrong_arguments_of_the_norm(change, error, message):
+    arguments = operands(5, 20, 2, torch.float32)[1:]
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(error, match=message):
+        ops.norm_along(*arguments)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(5, 20).half()}, "weight must be float32 or float64"),
+        ({0: torch.tensor(1.0)}, "weight must have at least one axis"),
+        ({0: torch.zeros(5, 40)[:, ::2]}, "weight must be contiguous"),
+        ({1: torch.zeros(4, 2)}, "left must be"),
+        ({1: torch.zeros(5, 3)}, "right must be"),
+        ({2: torch.zeros(0)}, "left must be .rows, columns. without right"),
+    ],
+)
+def test_direct_calls_for_the_norm_are_checked(change, message):
+    arguments = operands(5, 20, 2, torch.float32)[1:]
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastlip.norm_along(*arguments)
 
 
 @needs_native
