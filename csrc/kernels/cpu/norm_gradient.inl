@@ -37,7 +37,7 @@ double product(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
-// Calls f(at, V...) with the elements of G from index `at` on: R rows, V registers of columns.
+// Calls f(at, v) for V registers v of elements of each of R rows of G, which begin at index `at`.
 template <typename T, int R, int V, typename F>
 FASTLIP_INLINE inline void tile(const NormGradient& g, int64_t row, int64_t column, F f) {
   constexpr int64_t lanes = VectorOf<T>::lanes;

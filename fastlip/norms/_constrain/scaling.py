@@ -54,7 +54,9 @@ class EagerScale(torch.autograd.Function):
         Scale.setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(Scale.backward)
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return Scale.backward(ctx, *grads)
 
 
 class Norm(torch.autograd.Function):
