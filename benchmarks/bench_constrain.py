@@ -208,7 +208,7 @@ def peak_memory(name: str, way: str, batch: int, device: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def measure(name: str, batch: int, rounds: int, warm: int, device: str, results: Results) -> None:
+def measure(name: str, batch: int, rounds: int, warm: int, device: str, with_memory: bool, results: Results) -> None:
     base = network(name)
     runs: dict[str, Run] = {}
     for way, constrain in WAYS.items():
@@ -231,7 +231,7 @@ def measure(name: str, batch: int, rounds: int, warm: int, device: str, results:
     for _ in range(rounds):
         for way, compute in alone.items():
             seconds[way].append(compute())
-    memory = {way: peak_memory(name, way, batch, device) for way in runs}
+    memory = {way: peak_memory(name, way, batch, device) for way in runs} if with_memory else {}
     added = {w: mean(a - b for a, b in zip(own, steps["nothing"], strict=False)) for w, own in steps.items()}
     for way in runs:
         row: dict[str, Any] = {"network": name, "batch": batch, "what": way, "step_ms": mean(steps[way])}
@@ -242,7 +242,7 @@ def measure(name: str, batch: int, rounds: int, warm: int, device: str, results:
         }
         for short, other in (("torch", "torch spectral_norm"), ("power", "power iteration, each layer")):
             row[f"alone_x_{short}"] = mean(seconds[way]) / mean(seconds[other]) if way in seconds else ""
-        row |= {"memory_mb": memory[way] - memory["nothing"], "steps": len(steps[way])}
+        row |= {"memory_mb": memory[way] - memory["nothing"] if memory else "", "steps": len(steps[way])}
         results.add(row)
         print(row, flush=True)
 
@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=1040)
     parser.add_argument("--networks", nargs="*", default=NETWORKS)
     parser.add_argument("--memory", choices=WAYS, help="only print the peak memory of three steps of this way, in MB")
+    parser.add_argument("--no-memory", action="store_true", help="leave out memory, which takes a process for each way")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -272,7 +273,7 @@ def main() -> None:
         return
     results = Results(args.out / f"constrain_{args.device}.csv", environment(args.device), digits=4)
     for name in args.networks:
-        measure(name, args.batch, args.rounds, args.warm, args.device, results)
+        measure(name, args.batch, args.rounds, args.warm, args.device, not args.no_memory, results)
 
 
 if __name__ == "__main__":

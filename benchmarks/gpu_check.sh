@@ -2,7 +2,8 @@
 # What needs a GPU, in two runs of a few minutes each, the most valuable first:
 #
 #   benchmarks/gpu_check.sh first     install, a covering set of the GPU tests, memcheck, norms, steps, PGD end to end
-#   benchmarks/gpu_check.sh second    the study's training, all GPU tests, racecheck, eleven Triton tests, products
+#   benchmarks/gpu_check.sh second    the study's training, all GPU tests, racecheck, eleven Triton tests,
+#                                     training under a constraint, products
 #   benchmarks/gpu_check.sh           both
 #
 # The machine has to have torch, torchvision, triton, scipy and pytest; nothing is fetched. WHEEL=FILE installs that file
@@ -27,7 +28,7 @@ case $part in
   second) allowed=290 ;;
   both) allowed=900 ;;
   *)
-    sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
 esac
@@ -108,6 +109,7 @@ if [[ $device == cpu ]]; then
   attack=(--images 8 --batch 4 --train-seconds "${TRAIN_SECONDS:-60}")
   study=(--images 1024 --attacked 8 --seconds 1 --warm 2 --limit 60 --no-compile --set architecture=resnet18)
   operators=(--starts 1 --seconds 0.01)
+  constrain=(--networks resnet18 --batch 4 --rounds 1 --warm 0 --no-memory)
 else
   chosen=(--cover 2 "$repository/tests") all=("$repository/tests")
   interpreted=()
@@ -131,6 +133,7 @@ else
   attack=(--train-seconds 12 --limit 45)
   study=(--seconds 4 --limit 100)
   operators=(--starts 4 --seconds 0.05)
+  constrain=(--networks resnet18 --batch 128 --rounds 8 --warm 0 --no-memory)
   step machine 10 nvidia-smi
 fi
 
@@ -167,6 +170,7 @@ if [[ $part != first ]]; then
   begin all_tests 100 "${run[@]}" tests native "${at_once[@]}" "${all[@]}"
   if [[ $device == cuda ]]; then begin racecheck 100 "${run[@]}" sanitize racecheck; fi
   begin triton 100 env "${interpreted[@]}" "${run[@]}" tests triton "${triton[@]}"
+  step bench_constrain 35 "${run[@]}" bench bench_constrain "${constrain[@]}"
   step bench_operator_step 30 "${run[@]}" bench bench_operator_step "${operators[@]}"
 fi
 
@@ -185,7 +189,7 @@ done
 rm -rf new old functions.sh
 tar -czf "$out/logs.tar.gz" ./*
 cd "$out"
-for log in build_info bench_pgd_step bench_apgd_step bench_gpu_norms bench_gpu_attack bench_study; do
+for log in build_info bench_pgd_step bench_apgd_step bench_gpu_norms bench_gpu_attack bench_study bench_constrain; do
   [[ -f $logs/$log.log ]] || continue
   printf '\n--- %s\n' "$log"
   tail -n 60 "$logs/$log.log"

@@ -86,6 +86,11 @@ def results(folder: Path, device: str) -> list[tuple[str, str, float | None]]:
         one(study, what="training", kind="scratch", how="study", compiled=compiled) for compiled in ("False", "True")
     ]
     hours = [(r["kind"], r["missing"], number(r, "hours")) for r in study if r["what"] == "prediction"]
+    constrain = read(folder, f"constrain_{device}")
+    free, added = (
+        number(one(constrain, what=w), c) for w, c in (("nothing", "step_ms"), ("constrain_norms", "added_ms"))
+    )
+    share_added = 100.0 * added / free if free and added is not None else None
     builds = []
     for name, rows in (("pgd_step", pgd), ("apgd_step", apgd)):
         for label in labels(folder, name, device):
@@ -122,6 +127,7 @@ def results(folder: Path, device: str) -> list[tuple[str, str, float | None]]:
         ("study, training, x a plain loop, compiled", "", number(training[1], "x_plain")),
         ("study, share of a step that the device waits", "", number(training[0], "waits")),
         ("study, share that it waits, compiled", "", number(training[1], "waits")),
+        ("constrain_norms, % that it adds to a ResNet-18 step", "<= 5", share_added),
         *(
             (f"study, predicted hours: {kind}{', kinds are missing' if missing else ''}", "", value)
             for kind, missing, value in hours

@@ -141,6 +141,12 @@ def test_on_a_gpu_every_step_comes_before_any_peer():
     assert not any("compiled" in m.what for m in large)
 
 
+def test_the_share_of_a_step_that_a_constraint_takes(tmp_path):
+    (tmp_path / "constrain_cpu.csv").write_text("what,step_ms,added_ms\nnothing,50,0\nconstrain_norms,52,2\n")
+    found = {what: value for what, _, value in gpu_summary.results(tmp_path, "cpu") if value is not None}
+    assert found == {"constrain_norms, % that it adds to a ResNet-18 step": pytest.approx(4.0)}
+
+
 @torch.no_grad()
 def test_norms_of_a_tiny_network_and_what_their_summary_says(tmp_path, capsys):
     bench_gpu_norms.main(["--device", "cpu", "--tiny", "--checkpoints", "2", "--seconds", "0", "--out", str(tmp_path)])
