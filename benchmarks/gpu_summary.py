@@ -87,9 +87,8 @@ def results(folder: Path, device: str) -> list[tuple[str, str, float | None]]:
     ]
     hours = [(r["kind"], r["missing"], number(r, "hours")) for r in study if r["what"] == "prediction"]
     constrain = read(folder, f"constrain_{device}")
-    free, added = (
-        number(one(constrain, what=w), c) for w, c in (("nothing", "step_ms"), ("constrain_norms", "added_ms"))
-    )
+    free = number(one(constrain, what="nothing"), "step_ms")
+    added = number(one(constrain, what="constrain_norms"), "added_ms")
     share_added = 100.0 * added / free if free and added is not None else None
     builds = []
     for name, rows in (("pgd_step", pgd), ("apgd_step", apgd)):
