@@ -423,9 +423,9 @@ inline NormGradient norm_gradient_of(const Tensor& weight, const char* name, con
   STD_TORCH_CHECK(left.dim() == 2 && left.size(0) == rows, "left must be [rows, rank]");
   const int64_t rank = right.dim() == 2 ? left.size(1) : 0;
   if (rank) {
-    STD_TORCH_CHECK(right.dim() == 2 && right.size(0) == rank && right.size(1) == columns,
-                    "right must be [rank, columns]");
+    STD_TORCH_CHECK(right.size(0) == rank && right.size(1) == columns, "right must be [rank, columns]");
   } else {
+    STD_TORCH_CHECK(right.numel() == 0, "right must be [rank, columns]");
     STD_TORCH_CHECK(left.numel() == weight.numel(), "left must be [rows, columns] without right");
   }
   return {data_of(left), data_of(right), dtype, rows, columns, rank};

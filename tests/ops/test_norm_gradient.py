@@ -206,6 +206,7 @@ def test_wrong_arguments_of_the_norm(change, error, message):
         ({1: torch.zeros(4, 2)}, "left must be"),
         ({1: torch.zeros(5, 3)}, "right must be"),
         ({2: torch.zeros(0)}, "left must be .rows, columns. without right"),
+        ({1: torch.zeros(5, 20), 2: torch.zeros(40)}, "right must be"),
     ],
 )
 def test_direct_calls_for_the_norm_are_checked(change, message):
