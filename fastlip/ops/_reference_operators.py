@@ -122,15 +122,19 @@ def _indirect_conv_(
 
 def norm_along(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """The sum of the products of elements, in float64."""
-    gradient = left.double() @ right.double() if right.numel() else left.double()
-    return (weight.double() * gradient.view(weight.shape)).sum()
+    return (weight.double() * _norm_gradient(left, right).view(weight.shape)).sum()
 
 
 def scaled_weight_grad(grad: Tensor, scaled: Tensor, left: Tensor, right: Tensor, norm: float, bound: float) -> Tensor:
     """The two terms of the product rule, in float64."""
-    gradient = (left.double() @ right.double() if right.numel() else left.double()).view(grad.shape)
+    gradient = _norm_gradient(left, right).view(grad.shape)
     by_norm = -(grad.double() * scaled.double().view(grad.shape)).sum() / norm
     return (grad.double() * (bound / norm) + by_norm * gradient).to(grad.dtype)
+
+
+def _norm_gradient(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two factors, or the first where the other is empty, of one axis."""
+    return left.double() @ right.double() if right.dim() == 2 else left.double()
 
 
 def top_eigenpairs(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
