@@ -1,7 +1,7 @@
 """What a norm constraint on every layer adds to a training step.
 
     pip install torchvision deel-torchlip
-    python benchmarks/bench_constrain.py          # CSV under benchmarks/results, about fifty minutes on one core
+    python benchmarks/bench_constrain.py          # CSV under benchmarks/results, about 35 minutes on one core
     python benchmarks/bench_constrain.py --device cuda --batch 128
 
 ResNet-18 and ResNet-50 for 32x32 images (3x3 stem, no pooling), random batches, SGD with momentum. The ways to

@@ -25,7 +25,7 @@ done
 WHEEL=${WHEEL:+$(realpath "$WHEEL")} OLD_WHEEL=${OLD_WHEEL:+$(realpath "$OLD_WHEEL")}
 case $part in
   first) allowed=350 ;;
-  second) allowed=290 ;;
+  second) allowed=300 ;;
   both) allowed=900 ;;
   *)
     sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2

@@ -16,8 +16,8 @@ def norm_along(
 ) -> Tensor:
     """Return <G, weight>, which is the norm of a weight where G is its gradient.
 
-    The weight is read once, and G is not formed where it is given in factors. Products are rounded to the dtype and
-    added in float64. The result does not depend on the number of threads.
+    The weight is read once, and G is not formed where it is given in factors. Products are rounded to the dtype at
+    most, and added in float64. The result does not depend on the number of threads.
 
     Args:
         weight: float32 or float64, on the CPU; columns are the elements of a row.

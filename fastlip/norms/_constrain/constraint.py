@@ -52,7 +52,7 @@ class _Tracking:
         found: the norm after the last step: a float on a CPU, elsewhere and in compiled code a scalar tensor.
         norm: the norm that the last forward in training went by.
         used: the state of the layer in that forward, as :meth:`NormConstraint.state` gives it.
-        rested: forwards since the last step.
+        rested: forwards since the last step, or as many as make the next one due.
         interval: forwards from one step to the next.
         forwards: since the first step.
         waves: of a convolution on a CPU, to see when one overtakes; None until the first look.

@@ -20,6 +20,7 @@ from fastlip.norms._solvers.applied_operator import unfolds, windows
 from fastlip.norms._solvers.krylov_steps import LeadingVectors, krylov_steps
 from fastlip.norms._solvers.krylov_steps_together import krylov_steps_together
 from fastlip.norms._solvers.waves import Waves
+from fastlip.ops import norm_along, scaled_weight_grad
 
 #: Forwards, at least, from one look for waves that overtake to the next, as a look takes as long as a step or more.
 BETWEEN_WAVES = 4
@@ -47,8 +48,7 @@ class NormGradient(NamedTuple):
 
     def number_of(self, weight: Tensor) -> float:
         """The same as a number, of a weight on a CPU, without a graph and in the dtype of the factors."""
-        found: Tensor = torch.ops.fastlip.norm_along(weight.contiguous(), self.left, self.right)
-        return found.item()
+        return norm_along(weight, self.left, self.right if self.right.numel() else None).item()
 
     def through_scale(self, gradient: Tensor, scaled: Tensor, norm: Tensor | float, bound: float) -> Tensor:
         """The gradient in a weight, from that in (bound / norm) weight, the norm being <G, weight>.
@@ -62,9 +62,7 @@ class NormGradient(NamedTuple):
         """
         left, right = self.left.to(gradient.dtype), self.right.to(gradient.dtype)
         if isinstance(norm, float) and gradient.device.type == "cpu" and not is_batched(gradient):
-            operands = (gradient.contiguous(), scaled.contiguous(), left, right)
-            found: Tensor = torch.ops.fastlip.scaled_weight_grad(*operands, norm, bound)
-            return found
+            return scaled_weight_grad(gradient, scaled, left, right if right.numel() else None, norm, bound)
         along: Tensor = torch.dot(gradient.flatten(), scaled.flatten()) / bound
         scale: Tensor | float
         if isinstance(norm, float):
