@@ -220,7 +220,7 @@ struct IndirectConv {
   }
 };
 
-// The gradient G of a norm in a weight W [rows, columns]: left right, or left where rank is 0. The norm is <G, W>. CPU only.
+// The gradient G of a norm <G, W> in a weight W [rows, columns]: left right, or left where rank is 0. CPU only.
 struct NormGradient {
   const void* left;   // [rows, rank]; [rows, columns] where rank is 0
   const void* right;  // [rank, columns]

@@ -38,12 +38,12 @@ def constrain_norms(
     grouped convolution has vectors of its own. The norm is computed for the weight as it is in each forward, and
     approached from below: while another singular value becomes the largest, the weight's norm may exceed the bound by
     some percent. The steps are one operation for all layers, which runs when the model is called. On a GPU, and in
-    compiled code, every layer takes part each time. On a CPU a layer's vectors rest as long as steps hardly
-    raise its norm and that stays within 0.2%, for up to a sixteenth of the forwards so far and at most 64, and then take
-    up to four steps at once;
-    what grows in other directions meanwhile is seen with the next of them. There the symbols of convolutions on larger
-    inputs are followed as well, as a wave of another frequency may overtake that no step would meet. A layer that is
-    called without the model takes its steps by itself. Second derivatives in the weights are refused by torch.
+    compiled code, every layer takes part each time. On a CPU a layer's vectors rest as long as steps hardly raise its
+    norm and that stays within 0.2%, for up to a sixteenth of the forwards so far and at most 64, and then take up to
+    four steps at once; what grows in other directions meanwhile is seen with the next of them. There the symbols of
+    convolutions on larger inputs are followed as well, as a wave of another frequency may overtake that no step would
+    meet. A layer that is called without the model takes its steps by itself. Second derivatives in the weights are
+    refused by torch.
 
     In eval mode the weights are scaled by certified upper sides instead, computed for all layers together whenever a
     weight has changed, so that the bound holds for all with ``confidence``. Code that ``torch.compile`` made does so by
