@@ -4,6 +4,7 @@
 // model reads, and what is saved.
 // What the ops mean stands in fastlip/ops/__init__.py and, as code, in fastlip/ops/reference.py.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 namespace fastlip {
@@ -220,6 +221,45 @@ struct IndirectConv {
   }
 };
 
+// A convolution by a 3x3 kernel at stride 1, padded with zeros, by Winograd's minimal filtering F(4x4, 3x3) (Lavin and
+// Gray 2016, "Fast Algorithms for Convolutional Neural Networks"): every 4x4 pixels of a result are
+//   A^T (sum over channels of (G g[channel] G^T) * (B^T d[channel] B)) A
+// of the 6x6 pixels d that they meet and the kernel g; and then, as in IndirectConv, bias, other, ReLU and mask.
+// The points are 0, +-sqrt(1/2), +-sqrt(2) and infinity. CPU only.
+struct WinogradConv {
+  float* out;           // [batch, out_height, out_width, outputs]
+  const float* x;       // [batch, height, width, channels]
+  const float* weight;  // [panels, 9 * channels, kLanes]
+  bool rotated;         // by half a turn: the last tap is the first
+  const float* bias;    // as in IndirectConv, these four
+  const float* other;
+  const float* mask;
+  bool relu;
+  int64_t batch, height, width, out_height, out_width, channels, outputs;
+
+  static constexpr int64_t kSide = 4, kPatch = kSide + 2, kTaps = kPatch * kPatch;
+  static constexpr int64_t kLanes = IndirectConv::kLanes;
+
+  int64_t padding() const { return (out_height - height + 2) / 2; }
+  int64_t tiles_across() const { return (out_width + kSide - 1) / kSide; }
+  int64_t tiles() const { return (out_height + kSide - 1) / kSide * tiles_across(); }  // of an image
+
+  static constexpr int64_t kChannels = 64;  // whose kernels are transformed at a time, and stay in L2
+
+  // Tiles taken at a time: as many as the outer caches hold, with their sums.
+  static constexpr int64_t together(int64_t channels) {
+    const int64_t most = (1 << 20) / (kTaps * (padded(channels) + 2 * kLanes));
+    return std::clamp<int64_t>(most, 2 * IndirectConv::kMostRows, 5 * IndirectConv::kMostRows);
+  }
+  static constexpr int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
+  // From one tap to the next: an odd number of cache lines, so that taps do not meet in a few sets of the cache.
+  static constexpr int64_t tap_stride(int64_t rows, int64_t width) { return (rows * width / kLanes | 1) * kLanes; }
+  static constexpr int64_t scratch_bytes(int64_t channels) {
+    const int64_t rows = together(channels), own = padded(channels), lanes = 2 * kLanes;
+    return 4 * (kTaps * (tap_stride(rows, own) + tap_stride(rows, lanes) + 2 * tap_stride(kChannels, kLanes)) + own);
+  }
+};
+
 // The gradient G of a norm <G, W> in a weight W [rows, columns]: left right, or left where rank is 0. CPU only.
 struct NormGradient {
   const void* left;   // [rows, rank]; [rows, columns] where rank is 0
@@ -250,6 +290,9 @@ struct Kernels {
   void (*operator_tile)(const OperatorStep&, int64_t tile);
   // Rows [begin, end) of the targets x batch of the product, and panels of outputs; scratch as IndirectConv says.
   void (*indirect_conv)(const IndirectConv&, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
+                        void* scratch);
+  // Tiles [begin, end) of all images, and panels of outputs; scratch as WinogradConv says.
+  void (*winograd_conv)(const WinogradConv&, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
                         void* scratch);
   // <G, weight> over rows [begin, end).
   double (*norm_along)(const NormGradient&, const void* weight, int64_t begin, int64_t end);

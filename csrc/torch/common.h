@@ -367,21 +367,34 @@ inline PackWeights pack_weights_of(Tensor& out, const std::vector<Tensor>& weigh
   return {out.mutable_data_ptr(), dtype, problems.data(), static_cast<int64_t>(problems.size()), adjoint};
 }
 
+inline const float* host_floats(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.device().is_cpu(), name,
+                  " must be contiguous float32 on the CPU");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// What follows a convolution's sums: null where it is left out.
+struct Epilogue {
+  const float *bias, *other, *mask;
+};
+
+inline Epilogue epilogue_of(const Tensor& out, const Tensor& bias, const Tensor& other, const Tensor& mask) {
+  const auto like_out = [&](const Tensor& t, const char* name) -> const float* {
+    if (t.numel() == 0) return nullptr;
+    bool alike = t.dim() == out.dim();
+    for (int64_t d = 0; alike && d < out.dim(); ++d) alike = t.size(d) == out.size(d);
+    STD_TORCH_CHECK(alike, name, " must have out's shape");
+    return host_floats(t, name);
+  };
+  STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == out.size(out.dim() - 1)),
+                  "bias must be [outputs]");
+  return {bias.numel() ? host_floats(bias, "bias") : nullptr, like_out(other, "other"), like_out(mask, "mask")};
+}
+
 // The table's entries are trusted.
 inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& table,
                                      const Tensor& bias, const Tensor& other, const Tensor& mask, bool relu) {
-  const auto floats = [](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.device().is_cpu(), name,
-                    " must be contiguous float32 on the CPU");
-    return static_cast<const float*>(t.const_data_ptr());
-  };
-  const auto like_out = [&](const Tensor& t, const char* name) -> const float* {
-    if (t.numel() == 0) return nullptr;
-    STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == out.size(0) && t.size(1) == out.size(1) && t.size(2) == out.size(2),
-                    name, " must have out's shape");
-    return floats(t, name);
-  };
-  floats(out, "out");
+  host_floats(out, "out");
   STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.size(0) == out.size(0),
                   "x must be [B, sources, channels], and out [B, targets, outputs]");
   STD_TORCH_CHECK(table.dim() == 2 && table.scalar_type() == ScalarType::Int && table.is_contiguous() &&
@@ -392,19 +405,50 @@ inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor&
   STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == (outputs + kLanes - 1) / kLanes &&
                       weight.size(1) == taps * channels && weight.size(2) == kLanes,
                   "weight must be [panels, taps * channels, 16]");
-  STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == outputs), "bias must be [outputs]");
+  const Epilogue then = epilogue_of(out, bias, other, mask);
   return {static_cast<float*>(out.mutable_data_ptr()),
-          floats(x, "x"),
-          floats(weight, "weight"),
-          bias.numel() ? floats(bias, "bias") : nullptr,
-          like_out(other, "other"),
-          like_out(mask, "mask"),
+          host_floats(x, "x"),
+          host_floats(weight, "weight"),
+          then.bias,
+          then.other,
+          then.mask,
           static_cast<const int32_t*>(table.const_data_ptr()),
           relu,
           out.size(0),
           x.size(1),
           out.size(1),
           taps,
+          channels,
+          outputs};
+}
+
+inline WinogradConv winograd_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, bool rotated,
+                                     const Tensor& bias, const Tensor& other, const Tensor& mask, bool relu) {
+  host_floats(out, "out");
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
+                  "x must be [B, H, W, channels], and out [B, H', W', outputs]");
+  const int64_t more = out.size(1) - x.size(1) + 2;
+  STD_TORCH_CHECK(more == out.size(2) - x.size(2) + 2 && more >= 0 && more % 2 == 0,
+                  "out must have x's height and width, plus 2 padding - 2");
+  constexpr int64_t kLanes = WinogradConv::kLanes;
+  const int64_t channels = x.size(3), outputs = out.size(3);
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == (outputs + kLanes - 1) / kLanes &&
+                      weight.size(1) == 9 * channels && weight.size(2) == kLanes,
+                  "weight must be [panels, 9 * channels, 16]");
+  const Epilogue then = epilogue_of(out, bias, other, mask);
+  return {static_cast<float*>(out.mutable_data_ptr()),
+          host_floats(x, "x"),
+          host_floats(weight, "weight"),
+          rotated,
+          then.bias,
+          then.other,
+          then.mask,
+          relu,
+          out.size(0),
+          x.size(1),
+          x.size(2),
+          out.size(1),
+          out.size(2),
           channels,
           outputs};
 }

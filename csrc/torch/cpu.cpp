@@ -214,6 +214,29 @@ void indirect_convs_(std::vector<Tensor> out, std::vector<Tensor> x, std::vector
   for (const IndirectConv& conv : convs) run(conv);
 }
 
+void winograd_conv_(Tensor out, const Tensor& x, const Tensor& weight, bool rotated, const Tensor& bias,
+                    const Tensor& other, const Tensor& mask, bool relu) {
+  const WinogradConv conv = winograd_conv_of(out, x, weight, rotated, bias, other, mask, relu);
+  const int64_t tiles = conv.batch * conv.tiles(),
+                panels = (conv.outputs + WinogradConv::kLanes - 1) / WinogradConv::kLanes;
+  if (tiles == 0 || panels == 0) return;
+  constexpr int64_t kWorth = 2 * IndirectConv::kMostRows;  // tiles worth being divided from others
+  const int64_t pairs = (panels + 1) / 2, threads = torch::stable::get_num_threads();
+  const int64_t wanted = threads == 1 ? 1 : 2 * threads;
+  // Panels are divided last, because each part of them transforms its tiles again.
+  const int64_t tile_parts = std::clamp<int64_t>(tiles / kWorth, 1, wanted);
+  const int64_t panel_parts = std::clamp<int64_t>(wanted / tile_parts, 1, pairs);
+  const auto product = kernels().winograd_conv;
+  torch::stable::parallel_for(0, tile_parts * panel_parts, 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = std::make_unique_for_overwrite<std::byte[]>(WinogradConv::scratch_bytes(conv.channels));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tile = i / panel_parts, panel = i % panel_parts;
+      product(conv, tiles * tile / tile_parts, tiles * (tile + 1) / tile_parts, 2 * (pairs * panel / panel_parts),
+              std::min(panels, 2 * (pairs * (panel + 1) / panel_parts)), scratch.get());
+    }
+  });
+}
+
 // The sum of f(begin, end) over [0, count) in chunks of a fixed size, so that it does not depend on the threads.
 template <typename F>
 double sum_over(int64_t count, int64_t chunk, F f) {
@@ -317,6 +340,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("judge", TORCH_BOX(&judge));
   m.impl("pack_weights_", TORCH_BOX(&pack_weights_));
   m.impl("indirect_convs_", TORCH_BOX(&indirect_convs_));
+  m.impl("winograd_conv_", TORCH_BOX(&winograd_conv_));
   m.impl("norm_along", TORCH_BOX(&norm_along));
   m.impl("scaled_weight_grad", TORCH_BOX(&scaled_weight_grad));
   m.impl("top_eigenpairs", TORCH_BOX(&top_eigenpairs));

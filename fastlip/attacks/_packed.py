@@ -1,6 +1,7 @@
 """Convolutions in float32 on a CPU whose weights are packed once for both passes."""
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from fastlip.attacks._fused import FusedConv
 _LANES = 16
 #: From so many output pixels on, a kernel of several taps loses more by gathering than it saves at the map's edges.
 _LARGE = 256
+#: Products of sums over taps, for each of Winograd's filtering, from which on that is faster: it transforms the rest.
+_WORTH = 1.75
 
 
 def can_be_packed(conv: nn.Conv2d) -> bool:
@@ -26,10 +29,11 @@ class PackedConv(nn.Module):
     """A layer of a :class:`Chain`: relu(conv(x) + other), or less of that, by :class:`fastlip.ops.IndirectConvs`.
 
     Products with padding are left out in both passes; where maps are small, those are most of all products. The weights
-    are packed for each pass when the first input comes, and no longer kept as they were.
+    are packed for each pass when the first input comes, and no longer kept as they were. On maps of 4x4 pixels and more
+    3x3 kernels at stride 1 take a quarter of the products, by :func:`fastlip.ops.winograd_conv_`.
 
     There are two exceptions. Large maps have little padding, and PyTorch's convolution does not gather their pixels: it
-    serves both passes, if the kernel has more than one tap. An input of few channels, which is an image, is read by
+    serves both passes of other kernels of more than one tap. An input of few channels, which is an image, is read by
     PyTorch's convolution too; but its gradient is computed for blocks of pixels, as if their channels were one pixel's,
     unless there are few output channels as well.
 
@@ -61,7 +65,7 @@ class PackedConv(nn.Module):
         if self.packed or plain is None:
             return
         pixels = math.prod(self.out_shape(x)[2:])
-        large = not self.few and math.prod(self.kernel) > 1 and pixels >= _LARGE
+        large = not self.few and math.prod(self.kernel) > 1 and pixels >= _LARGE and not self._is_filtered(x)
         if large or (self.few and self.channels[1] < 2 * _LANES):
             return
         weight = plain.conv.weight.detach()
@@ -88,6 +92,11 @@ class PackedConv(nn.Module):
         if (plain := self.plain) is not None:
             return plain.product(x, other, relu, convs)
         out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        if self._is_filtered(x):
+            convs.run()
+            summand = None if other is None else _pixels(other)
+            ops.winograd_conv_(_pixels(out), _pixels(x), self.forward_weight, bias=self.bias, other=summand, relu=relu)
+            return out
         summand = None if other is None else _rows(other)
         table = self._meeting(x)[0]
         convs.add(_rows(out), _rows(x), self.forward_weight, table, bias=self.bias, other=summand, relu=relu)
@@ -104,12 +113,20 @@ class PackedConv(nn.Module):
         """The gradient of x plus ``other`` where ``mask`` is positive (0 elsewhere), once ``convs`` are run."""
         if (plain := self.plain) is not None and not self.packed:
             return plain.gradient(grad, x, other, mask, convs)
-        table = self._meeting(x)[1]
         if self.block == [1, 1]:
             out = torch.empty(x.shape, dtype=grad.dtype, device=x.device, memory_format=torch.channels_last)
+            if self._is_filtered(x):
+                convs.run()
+                summand, kept = (None if t is None else _pixels(t) for t in (other, mask))
+                ops.winograd_conv_(
+                    _pixels(out), _pixels(grad), self.adjoint_weight, rotated=True, other=summand, mask=kept
+                )
+                return out
             summand, kept = (None if t is None else _rows(t) for t in (other, mask))
+            table = self._meeting(x)[1]
             convs.add(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
             return out
+        table = self._meeting(x)[1]
         height, width = (-(-x.shape[2 + i] // self.block[i]) for i in (0, 1))
         blocks = grad.new_empty(len(x), height * width, math.prod(self.block) * self.channels[0])
         convs.add(blocks, _rows(grad), self.adjoint_weight, table)
@@ -118,6 +135,13 @@ class PackedConv(nn.Module):
         out = pixels.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)[:, :, : x.shape[2], : x.shape[3]]
         out = out if other is None else out + other
         return out if mask is None else torch.ops.aten.threshold_backward(out, mask, 0)
+
+    def _is_filtered(self, x: Tensor) -> bool:
+        """Whether both passes go by Winograd's filtering; the batch has no say, so that no result depends on it."""
+        if self.few or self.kernel != (3, 3) or self.stride != (1, 1) or self.dilation != (1, 1):
+            return False
+        padding = self.padding[0]
+        return padding == self.padding[1] <= 2 and _saves_products(x.shape[2], x.shape[3], padding)
 
     def _outputs(self, size: int, axis: int) -> int:
         reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
@@ -176,6 +200,17 @@ class PackedConv(nn.Module):
         return torch.where((strides % self.dilation[axis] == 0) & (tap >= 0), tap, self.kernel[axis])
 
 
+@cache
+def _saves_products(height: int, width: int, padding: int) -> bool:
+    """Whether Winograd's filtering takes so few of the products of a 3x3 kernel's passes that it is faster."""
+    sums, filtered = 1, 36
+    for size in (height, width):
+        outputs = size + 2 * padding - 2
+        sums *= sum(0 <= i + tap - padding < size for i in range(outputs) for tap in range(3))
+        filtered *= -(-max(size, outputs) // 4)
+    return sums >= _WORTH * filtered
+
+
 def _count(end: int) -> Tensor:
     """0, 1, ..., end - 1, whatever torch's default device is."""
     return torch.arange(end, device="cpu")
@@ -186,7 +221,12 @@ def _inside(position: Tensor, size: int) -> Tensor:
     return torch.where((position >= 0) & (position < size), position, -1)
 
 
+def _pixels(x: Tensor) -> Tensor:
+    """[B, C, H, W] as [B, H, W, C], contiguous."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
 def _rows(x: Tensor) -> Tensor:
     """[B, C, H, W] as [B, H W, C], contiguous."""
     batch, channels, height, width = x.shape
-    return x.permute(0, 2, 3, 1).contiguous().view(batch, height * width, channels)
+    return _pixels(x).view(batch, height * width, channels)

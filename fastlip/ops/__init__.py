@@ -34,6 +34,7 @@ from fastlip.ops._operator_step import MATMUL_PRECISIONS, MatmulPrecision, opera
 from fastlip.ops._pack_weights import pack_weights
 from fastlip.ops._pgd_step import pgd_step, pgd_step_, project, project_, random_start
 from fastlip.ops._register import Backend, backends
+from fastlip.ops._winograd_conv import winograd_conv_
 
 __all__ = [
     "MATMUL_PRECISIONS",
@@ -70,6 +71,7 @@ __all__ = [
     "random_start",
     "scaled_weight_grad",
     "top_eigenpairs",
+    "winograd_conv_",
 ]
 
 #: Former names, each with its present one.

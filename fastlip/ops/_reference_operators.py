@@ -103,6 +103,22 @@ def indirect_convs_(
         _indirect_conv_(result, *operands)
 
 
+def winograd_conv_(
+    out: Tensor, x: Tensor, weight: Tensor, rotated: bool, bias: Tensor, other: Tensor, mask: Tensor, relu: bool
+) -> None:
+    """Tap by tap, in float64."""
+    channels, (height, width, outputs) = x.shape[3], out.shape[1:]
+    taps = weight.transpose(0, 1).flatten(1)[:, :outputs].double().unflatten(0, (3, 3, channels))
+    taps = taps.flip(0, 1) if rotated else taps
+    padding = (height - x.shape[1] + 2) // 2
+    padded = functional.pad(x.double(), (0, 0, padding, padding, padding, padding))
+    total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
+    for i, row in enumerate(taps):
+        for j, matrix in enumerate(row):
+            total += padded[:, i : i + height, j : j + width] @ matrix
+    _finish_(out, total, bias, other, mask, relu)
+
+
 def _indirect_conv_(
     out: Tensor, x: Tensor, weight: Tensor, table: Tensor, bias: Tensor, other: Tensor, mask: Tensor, relu: int
 ) -> None:
@@ -114,6 +130,11 @@ def _indirect_conv_(
     for tap, source in enumerate(sources.T):
         met = torch.where((source >= 0)[:, None], x[:, source.clamp_min(0)], 0.0)
         total[:, target] += met.double() @ matrix[tap * channels : (tap + 1) * channels]
+    _finish_(out, total, bias, other, mask, relu)
+
+
+def _finish_(out: Tensor, total: Tensor, bias: Tensor, other: Tensor, mask: Tensor, relu: int) -> None:
+    """What follows a convolution's sums; an operand that has no elements is left out."""
     for summand in (bias, other):
         total = total + summand if summand.numel() else total
     total = total.relu() if relu else total

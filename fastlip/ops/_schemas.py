@@ -118,6 +118,9 @@ HOST_SCHEMAS = {
         "Tensor![] out, Tensor[] x, Tensor[] weight, Tensor[] table, Tensor[] bias, Tensor[] other, Tensor[] mask, "
         "int[] relu"
     ),
+    "winograd_conv_": _schema(
+        "Tensor! out, Tensor x, Tensor weight, bool rotated, Tensor bias, Tensor other, Tensor mask, bool relu"
+    ),
     "norm_along": _schema("Tensor weight, Tensor left, Tensor right", returns="Tensor"),
     "scaled_weight_grad": _schema(
         "Tensor grad, Tensor scaled, Tensor left, Tensor right, float norm, float bound", returns="Tensor"

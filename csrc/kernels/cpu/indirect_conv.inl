@@ -6,29 +6,12 @@
 // gathered at a time, so that a group of panels comes from memory once for all of them. Every sum is one chain of
 // multiply-adds over taps and channels in the table's order, so that an image's result depends on neither its batch nor
 // the threads.
-#include "kernels/cpu/sample.h"
+#include "kernels/cpu/product.h"
 
 namespace fastlip::cpu {
 namespace {
 
-constexpr int64_t kLanes = IndirectConv::kLanes;
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRegisters = 32;
-#else
-constexpr int kRegisters = 16;
-#endif
-constexpr int kPanels = kVectorBytes == 64 ? 2 : 1;  // multiplied at once
-constexpr int kPerPanel = static_cast<int>(kLanes) * 4 / kVectorBytes;
-constexpr int kVectors = kPanels * kPerPanel;
-constexpr int kTileRows = (kRegisters - kVectors - 1) / kVectors;  // the other registers hold weights and one factor
 constexpr int kTiles = IndirectConv::kTiles;
-constexpr int64_t kDepth = 16;  // channels of a gathered row that lie side by side
-constexpr int64_t kWidth = kVectorBytes / 4;
-static_assert(kTileRows <= IndirectConv::kMostRows);
-
-using Lanes = Vector<float>;
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A tile's rows: where their images begin in x, their pixels' rows of the table, where their results go in out.
 struct Rows {
@@ -38,55 +21,6 @@ struct Rows {
   const int32_t* entry[kTileRows];
   int64_t out[kTileRows];
 };
-
-// A gathered tile: for each tap that a row meets and each kDepth channels, the rows' channels one row after the other.
-struct Gathered {
-  Rows rows;
-  const float* values;
-  const int32_t* taps;
-  int64_t tap_count;
-};
-
-// sums[row][lane] = sum over taps and channels, for R rows and P panels.
-template <int R, int P>
-void multiply(float* sums, const Gathered& tile, const float* weight, int64_t panel, int64_t channels) {
-  constexpr int V = P * kPerPanel;
-  Lanes sum[R][V] = {};
-  const float* a = tile.values;
-  for (int64_t t = 0; t < tile.tap_count; ++t) {
-    const float* w = weight + tile.taps[t] * channels * kLanes;
-    for (int64_t c = 0; c < channels; c += kDepth) {
-      const int64_t depth = least(kDepth, channels - c);
-#pragma GCC unroll 2
-      for (int64_t k = 0; k < depth; ++k) {
-        Lanes factor[V];
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) factor[v] = load<Lanes>(w + (v / kPerPanel) * panel + (v % kPerPanel) * kWidth);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-          for (int v = 0; v < V; ++v) sum[r][v] += factor[v] * a[r * kDepth + k];
-        w += kLanes;
-      }
-      a += R * kDepth;
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) store<Lanes>(sums + (r * V + v) * kWidth, sum[r][v]);
-}
-
-using Multiply = void (*)(float*, const Gathered&, const float*, int64_t, int64_t);
-
-template <int P, int R = kTileRows>
-Multiply multiply_of(int64_t rows) {
-  if constexpr (R == 1) {
-    return multiply<1, P>;
-  } else {
-    return rows == R ? multiply<R, P> : multiply_of<P, R - 1>(rows);
-  }
-}
 
 // Whether two rows of the table meet the same taps.
 bool alike(const IndirectConv& p, const int32_t* a, const int32_t* b) {
@@ -130,8 +64,13 @@ inline void copy_channels(float* to, const float* from, int64_t channels, int64_
   for (int64_t k = 0; c + k < channels; ++k) to[k] = from[c + k];
 }
 
+struct Tile {
+  Rows rows;
+  Gathered gathered;
+};
+
 // Copies a tile's rows to `values` and the taps that any of them meets to `taps`; `end` is where the values end.
-Gathered gather(const IndirectConv& p, const Rows& rows, float* values, int32_t* taps, float** end) {
+Tile gather(const IndirectConv& p, const Rows& rows, float* values, int32_t* taps, float** end) {
   const int64_t step = rows.count * kDepth;
   int64_t count = 0;
   float* to = values;
@@ -154,26 +93,18 @@ Gathered gather(const IndirectConv& p, const Rows& rows, float* values, int32_t*
     to += rows.count * round_up(p.channels, kDepth);
   }
   *end = to;
-  return {rows, values, taps, count};
+  return {rows, {values, taps, count}};
 }
 
-// Adds the bias and the other summand, applies ReLU and mask, and writes `width` channels from `channel` on.
-void finish(const IndirectConv& p, const float* sums, const Rows& rows, int64_t stride, int64_t channel,
-            int64_t width) {
+// Writes `width` channels of a tile's rows, from `channel` on.
+void finish_rows(const IndirectConv& p, const float* sums, const Rows& rows, int64_t stride, int64_t channel,
+                 int64_t width) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const int64_t at = rows.out[r] + channel;
     const float* sum = sums + r * stride;
-    const auto lanes = [&]<typename L>(int64_t i) FASTLIP_INLINE {
-      L value = load<L>(sum + i);
-      if (p.bias) value += load<L>(p.bias + channel + i);
-      if (p.other) value += load<L>(p.other + at + i);
-      if (p.relu) value = value < 0 ? L{} : value;  // keeps NaN, as torch does
-      if (p.mask) value = load<L>(p.mask + at + i) <= 0 ? L{} : value;
-      store<L>(p.out + at + i, value);
-    };
     int64_t i = 0;
-    for (; i + kWidth <= width; i += kWidth) lanes.template operator()<Lanes>(i);
-    for (; i < width; ++i) lanes.template operator()<float>(i);
+    for (; i + kWidth <= width; i += kWidth) finish(p, at + i, channel + i, load<Lanes>(sum + i));
+    for (; i < width; ++i) finish(p, at + i, channel + i, sum[i]);
   }
 }
 
@@ -189,7 +120,7 @@ void FASTLIP_CAT(indirect_conv_, FASTLIP_ISA)(const IndirectConv& p, int64_t beg
   const int64_t panel = p.taps * p.channels * kLanes;
   alignas(64) float sums[kTileRows * kPanels * kLanes];
   while (begin < end) {
-    Gathered tile[kTiles];
+    Tile tile[kTiles];
     int64_t tiles = 0;
     for (float* to = values; begin < end && tiles < most; ++tiles) {
       if (tiles > 0 && to - values + largest > IndirectConv::values_of(p.taps, p.channels)) break;
@@ -202,8 +133,8 @@ void FASTLIP_CAT(indirect_conv_, FASTLIP_ISA)(const IndirectConv& p, int64_t beg
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t rows = tile[i].rows.count;
         const Multiply run = count == kPanels ? multiply_of<kPanels>(rows) : multiply_of<1>(rows);
-        run(sums, tile[i], p.weight + q * panel, panel, p.channels);
-        finish(p, sums, tile[i].rows, count * kLanes, q * kLanes, width);
+        run(sums, false, tile[i].gathered, p.weight + q * panel, panel, p.channels);
+        finish_rows(p, sums, tile[i].rows, count * kLanes, q * kLanes, width);
       }
     }
   }

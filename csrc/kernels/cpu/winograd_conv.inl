@@ -1,0 +1,227 @@
+// Convolutions by Winograd's minimal filtering on the CPU, compiled once per instruction set.
+//
+// A block of tiles is transformed once: for each of the 36 taps a matrix of tiles by channels, in the layout of
+// product.h. Each is multiplied by one group of weight panels, and the products of all taps are transformed back, for
+// one group after the other. Every sum is one chain of multiply-adds over channels, so that an image's result depends
+// on neither its batch nor the threads.
+#include <algorithm>
+
+#include "kernels/cpu/product.h"
+
+namespace fastlip::cpu {
+namespace {
+
+constexpr int kSide = WinogradConv::kSide, kPatch = WinogradConv::kPatch, kTaps = WinogradConv::kTaps;
+// The points are 0, +-kInner, +-kOuter and infinity, with kInner kOuter = 1.
+constexpr float kInner = 0.70710678F, kOuter = 1.41421356F, kInner2 = 0.5F, kOuter2 = 2.0F;
+
+FASTLIP_INLINE inline Lanes times(float factor, Lanes value) { return broadcast<Lanes>(factor) * value; }
+
+// to[i step] = (B^T d)[i].
+FASTLIP_INLINE inline void transform(const Lanes (&d)[kPatch], Lanes* to, int64_t step) {
+  const Lanes inner = d[4] - kOuter2 * d[2], inner_odd = times(kInner, d[3] - kOuter2 * d[1]);
+  const Lanes outer = d[4] - kInner2 * d[2], outer_odd = times(kOuter, d[3] - kInner2 * d[1]);
+  to[0] = d[0] - (kInner2 + kOuter2) * d[2] + d[4];
+  to[step] = inner + inner_odd;
+  to[2 * step] = inner - inner_odd;
+  to[3 * step] = outer + outer_odd;
+  to[4 * step] = outer - outer_odd;
+  to[5 * step] = d[1] - (kInner2 + kOuter2) * d[3] + d[5];
+}
+
+// to[i step] = (A^T m)[i].
+FASTLIP_INLINE inline void transform_back(const Lanes (&m)[kPatch], Lanes* to, int64_t step) {
+  const Lanes inner = m[1] + m[2], inner_odd = times(kInner, m[1] - m[2]);
+  const Lanes outer = m[3] + m[4], outer_odd = times(kOuter, m[3] - m[4]);
+  to[0] = m[0] + inner + outer;
+  to[step] = inner_odd + outer_odd;
+  to[2 * step] = kInner2 * inner + kOuter2 * outer;
+  to[3 * step] = kInner2 * inner_odd + kOuter2 * outer_odd + m[5];
+}
+
+// to[i step] = (G g)[i].
+FASTLIP_INLINE inline void transform_kernel(const Lanes (&g)[3], Lanes* to, int64_t step) {
+  const Lanes inner = times(-2.0F / 3.0F, g[0] + kInner2 * g[2]), inner_odd = times(-2.0F / 3.0F * kInner, g[1]);
+  const Lanes outer = times(1.0F / 6.0F, g[0] + kOuter2 * g[2]), outer_odd = times(1.0F / 6.0F * kOuter, g[1]);
+  to[0] = g[0];
+  to[step] = inner + inner_odd;
+  to[2 * step] = inner - inner_odd;
+  to[3 * step] = outer + outer_odd;
+  to[4 * step] = outer - outer_odd;
+  to[5 * step] = g[2];
+}
+
+// The kernels of `count` channels of a panel, transformed; from tap to tap it is `stride`.
+void transform_panel(const WinogradConv& p, const float* weight, int64_t count, float* kernels, int64_t stride) {
+  for (int64_t c = 0; c < count; ++c) {
+    for (int64_t k = 0; k < kLanes; k += kWidth) {
+      Lanes half[kPatch][3];
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) {
+        Lanes g[3];
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) {
+          const int tap = p.rotated ? 8 - (3 * i + j) : 3 * i + j;
+          g[i] = load<Lanes>(weight + (tap * p.channels + c) * kLanes + k);
+        }
+        transform_kernel(g, &half[0][j], 3);
+      }
+#pragma GCC unroll 6
+      for (int i = 0; i < kPatch; ++i) {
+        Lanes row[kPatch];
+        transform_kernel(half[i], row, 1);
+#pragma GCC unroll 6
+        for (int j = 0; j < kPatch; ++j) store<Lanes>(kernels + (i * kPatch + j) * stride + c * kLanes + k, row[j]);
+      }
+    }
+  }
+}
+
+// A tile's image and first pixel of the result.
+struct Place {
+  int64_t image, y, x;
+};
+
+Place place_of(const WinogradConv& p, int64_t tile) {
+  const int64_t within = tile % p.tiles(), across = p.tiles_across();
+  return {tile / p.tiles(), within / across * kSide, within % across * kSide};
+}
+
+// Lanes from `channel` on; the last ones may be beyond a pixel's channels, and are 0.
+FASTLIP_INLINE inline Lanes channels_of(const float* pixel, int64_t channel, int64_t channels) {
+  if (channel + kWidth <= channels) return load<Lanes>(pixel + channel);
+  Lanes value{};
+  for (int64_t k = channel; k < channels; ++k) value[k - channel] = pixel[k];
+  return value;
+}
+
+// A tile's patch, transformed; `values` is where its first kDepth channels go at the first tap, `zeros` a pixel of
+// padding, and from kDepth channels to the next it is `step`, from tap to tap `stride`.
+void transform_tile(const WinogradConv& p, const Place& place, float* values, const float* zeros, int64_t step,
+                    int64_t stride) {
+  const float* pixel[kPatch][kPatch];
+  const float* image = p.x + place.image * p.height * p.width * p.channels;
+  for (int i = 0; i < kPatch; ++i) {
+    const int64_t y = place.y - p.padding() + i;
+    for (int j = 0; j < kPatch; ++j) {
+      const int64_t x = place.x - p.padding() + j;
+      const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
+      pixel[i][j] = inside ? image + (y * p.width + x) * p.channels : zeros;
+    }
+  }
+  for (int64_t c = 0; c < p.channels; c += kDepth, values += step) {
+    for (int64_t k = 0; k < kDepth; k += kWidth) {
+      Lanes half[kPatch][kPatch];
+#pragma GCC unroll 6
+      for (int j = 0; j < kPatch; ++j) {
+        Lanes d[kPatch];
+#pragma GCC unroll 6
+        for (int i = 0; i < kPatch; ++i) d[i] = channels_of(pixel[i][j], c + k, p.channels);
+        transform(d, &half[0][j], kPatch);
+      }
+#pragma GCC unroll 6
+      for (int i = 0; i < kPatch; ++i) {
+        Lanes row[kPatch];
+        transform(half[i], row, 1);
+#pragma GCC unroll 6
+        for (int j = 0; j < kPatch; ++j) store<Lanes>(values + (i * kPatch + j) * stride + k, row[j]);
+      }
+    }
+  }
+}
+
+// Writes kWidth outputs of a tile, from `channel` on; `sums` are those of the first tap.
+void finish_tile(const WinogradConv& p, const Place& place, const float* sums, int64_t stride, int64_t channel) {
+  Lanes half[kSide][kPatch];
+#pragma GCC unroll 6
+  for (int j = 0; j < kPatch; ++j) {
+    Lanes m[kPatch];
+#pragma GCC unroll 6
+    for (int i = 0; i < kPatch; ++i) m[i] = load<Lanes>(sums + (i * kPatch + j) * stride);
+    transform_back(m, &half[0][j], kPatch);
+  }
+  const int64_t height = least<int64_t>(kSide, p.out_height - place.y);
+  const int64_t width = least<int64_t>(kSide, p.out_width - place.x);
+  for (int64_t i = 0; i < height; ++i) {
+    Lanes row[kSide];
+    transform_back(half[i], row, 1);
+    const int64_t pixel = (place.image * p.out_height + place.y + i) * p.out_width + place.x;
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t at = (pixel + j) * p.outputs + channel;
+      if (channel + kWidth <= p.outputs) {
+        finish(p, at, channel, row[j]);
+      } else {
+        for (int64_t k = 0; channel + k < p.outputs; ++k) finish(p, at + k, channel + k, float{row[j][k]});
+      }
+    }
+  }
+}
+
+// A block of tiles in groups of as many as are multiplied at once, and its memory.
+struct Block {
+  int64_t count, groups;
+  float *values, *sums;          // transformed tiles; their products with a group of panels
+  int64_t value_step, sum_step;  // from tap to tap
+
+  int64_t row(int64_t group) const { return count * group / groups; }  // the first of a group; at `groups`, the end
+};
+
+// Multiplies the channels [begin, end) of a block with those of `panels` transformed panels, at all taps.
+void multiply_taps(const Block& block, const float* kernels, int64_t kernel_step, int64_t panels, int64_t padded,
+                   int64_t begin, int64_t end) {
+  const int32_t first_tap = 0;
+  for (int64_t tap = 0; tap < kTaps; ++tap) {
+    for (int64_t group = 0; group < block.groups; ++group) {
+      const int64_t first = block.row(group), rows = block.row(group + 1) - first;
+      const float* const values = block.values + tap * block.value_step + first * padded + begin * rows;
+      const Multiply run = panels == kPanels ? multiply_of<kPanels>(rows) : multiply_of<1>(rows);
+      run(block.sums + tap * block.sum_step + first * panels * kLanes, begin > 0, {values, &first_tap, 1},
+          kernels + tap * kernel_step, kTaps * kernel_step, end - begin);
+    }
+  }
+}
+
+}  // namespace
+
+void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv&, int64_t, int64_t, int64_t, int64_t, void*);
+void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv& p, int64_t begin, int64_t end, int64_t first_panel,
+                                              int64_t last_panel, void* scratch) {
+  const auto step_of = WinogradConv::tap_stride;
+  const int64_t padded = WinogradConv::padded(p.channels), most = WinogradConv::together(p.channels);
+  const int64_t panel = 9 * p.channels * kLanes, lanes = kPanels * kLanes;
+  const int64_t kernel_step = step_of(WinogradConv::kChannels, kLanes);
+  float* const values = static_cast<float*>(scratch);
+  float* const sums = values + kTaps * step_of(most, padded);
+  float* const kernels = sums + kTaps * step_of(most, lanes);
+  float* const zeros = kernels + kTaps * kPanels * kernel_step;
+  std::fill_n(zeros, padded, 0.0F);
+  while (begin < end) {
+    const int64_t blocks = (end - begin + most - 1) / most, count = (end - begin + blocks - 1) / blocks;
+    const Block block{
+        count, (count + kTileRows - 1) / kTileRows, values, sums, step_of(count, padded), step_of(count, lanes)};
+    for (int64_t group = 0; group < block.groups; ++group) {
+      const int64_t first = block.row(group), rows = block.row(group + 1) - first;
+      for (int64_t r = 0; r < rows; ++r)
+        transform_tile(p, place_of(p, begin + first + r), values + first * padded + r * kDepth, zeros, rows * kDepth,
+                       block.value_step);
+    }
+    for (int64_t q = first_panel; q < last_panel; q += kPanels) {
+      const int64_t panels = least<int64_t>(kPanels, last_panel - q);
+      int64_t c = 0;
+      do {  // once without channels, too
+        const int64_t to = least(c + WinogradConv::kChannels, p.channels);
+        for (int64_t i = 0; i < panels; ++i)
+          transform_panel(p, p.weight + (q + i) * panel + c * kLanes, to - c, kernels + i * kTaps * kernel_step,
+                          kernel_step);
+        multiply_taps(block, kernels, kernel_step, panels, padded, c, to);
+        c = to;
+      } while (c < p.channels);
+      for (int64_t tile = 0; tile < count; ++tile)
+        for (int64_t k = 0; k < panels * kLanes && q * kLanes + k < p.outputs; k += kWidth)
+          finish_tile(p, place_of(p, begin + tile), sums + tile * panels * kLanes + k, block.sum_step, q * kLanes + k);
+    }
+    begin += count;
+  }
+}
+
+}  // namespace fastlip::cpu

@@ -1,0 +1,54 @@
+"""3x3 convolutions on the CPU by Winograd's minimal filtering: the wrapper of ``winograd_conv_``."""
+
+import torch
+from torch import Tensor
+
+
+def winograd_conv_(
+    out: Tensor,  # [B, H', W', outputs], overwritten
+    x: Tensor,  # [B, H, W, channels]
+    weight: Tensor,  # [panels, 9 * channels, 16]
+    *,
+    rotated: bool = False,
+    bias: Tensor | None = None,  # [outputs]
+    other: Tensor | None = None,  # [B, H', W', outputs]
+    mask: Tensor | None = None,  # [B, H', W', outputs]
+    relu: bool = False,
+) -> Tensor:
+    """A convolution by a 3x3 kernel at stride 1, padded with zeros, in float32 on the CPU.
+
+    By minimal filtering F(4x4, 3x3) of Winograd (Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural
+    Networks") at the points 0, +-sqrt(1/2), +-sqrt(2) and infinity: 36 products give 16 pixels, in place of 144. The
+    result rounds about five times as much as sums of products do. A value that is not finite may spread to all pixels
+    of the tiles of 4x4 that meet it.
+
+    As with :class:`IndirectConvs`, ``bias`` and ``other`` are added to the convolution; with ``relu`` negative elements
+    become 0; and last, elements become 0 where ``mask`` is not positive. An image's result depends neither on the other
+    images nor on the number of threads.
+
+    Args:
+        out: overwritten, [B, H + 2 padding - 2, W + 2 padding - 2, outputs]; must not share memory with the others.
+        x: the maps, channels last.
+        weight: from :func:`packed_taps` of the kernel as [9, channels, outputs], row by row.
+        rotated: whether to turn the kernel by half a turn, as a convolution's adjoint does.
+        bias: added to every pixel.
+        other: added to the result.
+        mask: the result is kept where it is positive.
+        relu: whether a ReLU follows the sums.
+
+    Returns:
+        out.
+
+    Raises:
+        RuntimeError: a tensor is not contiguous, float32, on the CPU or of the shape above.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> kernel = torch.randn(5, 4, 3, 3)  # from 4 channels to 5
+        >>> weight = ops.packed_taps(kernel.flatten(2).permute(2, 1, 0))
+        >>> out = ops.winograd_conv_(torch.empty(1, 8, 8, 5), torch.randn(1, 8, 8, 4), weight, relu=True)
+    """
+    bias, other, mask = (x.new_empty(0) if t is None else t for t in (bias, other, mask))
+    torch.ops.fastlip.winograd_conv_(out, x, weight, rotated, bias, other, mask, relu)
+    return out

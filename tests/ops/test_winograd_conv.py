@@ -1,0 +1,188 @@
+"""Winograd's filtering against convolutions in float64, on every instruction set."""
+
+import itertools
+
+import pytest
+import torch
+from instruction_sets import every_isa, run_with_isa
+from torch.nn import functional
+
+from fastlip import ops
+from fastlip.ops import reference
+
+needs_native = pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="checks of the compiled bindings")
+
+SIZES = [
+    # height, width, channels, outputs, padding
+    (1, 1, 1, 1, 1),
+    (3, 3, 5, 7, 0),
+    (4, 4, 16, 16, 1),
+    (5, 7, 3, 70, 1),
+    (8, 8, 33, 32, 1),
+    (9, 6, 65, 33, 2),
+    (2, 13, 48, 17, 1),
+    (14, 15, 20, 40, 0),
+    (4, 8, 300, 20, 1),
+    (6, 6, 130, 15, 3),
+]
+EMPTY = [(0, 0, 4, 5, 2), (0, 3, 4, 5, 1), (2, 5, 4, 3, 0), (5, 4, 0, 3, 1), (5, 4, 3, 0, 1)]
+
+
+def operands(batch, height, width, channels, outputs, padding, seed=0):
+    """x, the kernel [outputs, channels, 3, 3], and what follows the sums."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    shape = (batch, height + 2 * padding - 2, width + 2 * padding - 2, outputs)
+    extra = {"bias": random(outputs), "other": random(*shape), "mask": random(*shape)}
+    kernel = random(outputs, channels, 3, 3) / max(9 * channels, 1) ** 0.5
+    return random(batch, height, width, channels), kernel, extra
+
+
+def packed(kernel):
+    return ops.packed_taps(kernel.flatten(2).permute(2, 1, 0))
+
+
+def convolved(x, kernel, padding, rotated):
+    """In float64."""
+    kernel = kernel.double().flip(2, 3) if rotated else kernel.double()
+    return functional.conv2d(x.double().permute(0, 3, 1, 2), kernel, padding=padding).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_definition(sizes, batch):
+    """Rounding is some five times that of sums of products: of their sizes, not of what they come to."""
+    x, kernel, extra = operands(batch, *sizes)
+    for rotated in (False, True):
+        sums = convolved(x, kernel, sizes[-1], rotated)
+        atol = 3e-6 * float(convolved(x.abs(), kernel.abs(), sizes[-1], rotated).amax())
+        for relu, count in itertools.product((False, True), range(len(extra) + 1)):
+            for names in itertools.combinations(extra, count):
+                chosen = {name: extra[name] for name in names}
+                out = torch.full_like(extra["other"], torch.nan)
+                assert ops.winograd_conv_(out, x, packed(kernel), rotated=rotated, relu=relu, **chosen) is out
+                want = sums + sum(chosen[name] for name in names if name != "mask")
+                want = want.relu() if relu else want
+                if "mask" in names:
+                    want = torch.where(extra["mask"] <= 0, 0.0, want)
+                    assert (out[extra["mask"] <= 0] == 0).all()
+                torch.testing.assert_close(out, want.float(), atol=atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", SIZES + EMPTY)
+def test_the_reference(sizes):
+    x, kernel, extra = operands(2, *sizes)
+    out, want = (torch.full_like(extra["other"], torch.nan) for _ in range(2))
+    for rotated, relu in itertools.product((False, True), (False, True)):
+        ops.winograd_conv_(out, x, packed(kernel), rotated=rotated, relu=relu, **extra)
+        reference.winograd_conv_(want, x, packed(kernel), rotated, *extra.values(), relu)
+        torch.testing.assert_close(out, want, atol=3e-5, rtol=1e-5)
+
+
+@needs_native
+def test_rounding_is_about_five_times_that_of_sums():
+    """On what a network computes: positive maps, and weights whose squares add up to 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 16, 16, 128, generator=generator).relu()
+    kernel = torch.randn(64, 128, 3, 3, generator=generator) / (9 * 128) ** 0.5
+    want = convolved(x, kernel, 1, False)
+    out = ops.winograd_conv_(torch.empty(8, 16, 16, 64), x, packed(kernel))
+    assert (out - want).norm() < 2e-6 * want.norm()
+
+
+def test_the_adjoint():
+    """<y, K x> = <K^T y, x>, in which the turned kernel has the other padding."""
+    x, kernel, extra = operands(3, 9, 7, 20, 36, 0)
+    y = extra["other"]
+    image = ops.winograd_conv_(torch.empty_like(y), x, packed(kernel))
+    back = ops.winograd_conv_(torch.empty_like(x), y, packed(kernel.transpose(0, 1)), rotated=True)
+    torch.testing.assert_close((y.double() * image).sum(), (back.double() * x).sum(), rtol=1e-5, atol=1e-3)
+
+
+def test_what_is_not_finite_reaches_the_pixels_that_it_should():
+    x = torch.zeros(1, 8, 8, 1)
+    x[0, 0, 0] = torch.nan
+    out = ops.winograd_conv_(torch.empty(1, 8, 8, 1), x, packed(torch.ones(1, 1, 3, 3)), relu=True)
+    assert out[0, :2, :2].isnan().all()
+    assert (out[0, 4:, 4:] == 0).all()
+
+
+def test_masks_and_negative_sums():
+    mask = torch.tensor([0.0, -1.0, torch.nan, 1.0]).view(1, 1, 4, 1)
+    out, x = torch.empty(1, 1, 4, 1), torch.ones(1, 1, 4, 1)
+    kernel = torch.zeros(1, 1, 3, 3)
+    kernel[0, 0, 1, 1] = -1.0
+    ops.winograd_conv_(out, x, packed(kernel), mask=mask)
+    torch.testing.assert_close(out.flatten(), torch.tensor([0.0, 0.0, -1.0, -1.0]))
+    ops.winograd_conv_(out, x, packed(kernel), relu=True)
+    assert (out == 0).all()
+
+
+@needs_native
+def test_an_image_depends_on_neither_its_batch_nor_the_threads():
+    x, kernel, extra = operands(40, 12, 12, 72, 100, 1)
+    whole = ops.winograd_conv_(torch.empty_like(extra["other"]), x, packed(kernel), **extra)
+    threads = torch.get_num_threads()
+    for rows, count in itertools.product((slice(0, 1), slice(3, 10), slice(39, 40), slice(0, 40)), (1, 2, 3, 7)):
+        part = torch.full_like(whole[rows], torch.nan)
+        more = {name: t if name == "bias" else t[rows] for name, t in extra.items()}
+        torch.set_num_threads(count)
+        try:
+            ops.winograd_conv_(part, x[rows], packed(kernel), **more)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(part, whole[rows])
+
+
+def test_nothing_to_do():
+    x, kernel, extra = operands(2, 4, 4, 3, 5, 1)
+    memory = torch.ones_like(extra["other"])
+    ops.winograd_conv_(memory[:0], x[:0], packed(kernel))
+    assert (memory == 1).all()
+
+
+@every_isa
+def test_every_instruction_set(isa):
+    run_with_isa(isa, __file__, "definition")
+
+
+def test_opcheck():
+    x, kernel, extra = operands(2, 4, 5, 3, 6, 1)
+    out = torch.zeros_like(extra["other"])
+    arguments = (out, x, packed(kernel), True, *extra.values(), True)
+    torch.library.opcheck(torch.ops.fastlip.winograd_conv_.default, arguments)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(2, 4, 5, 6).double()}, "out must be contiguous float32"),
+        ({0: torch.zeros(2, 4, 5, 12)[..., ::2]}, "out must be contiguous float32"),
+        ({0: torch.zeros(3, 4, 5, 6)}, "x must be"),
+        ({0: torch.zeros(2, 20, 6)}, "x must be"),
+        ({0: torch.zeros(2, 5, 6, 6)}, "out must have x's height and width"),
+        ({0: torch.zeros(2, 6, 5, 6)}, "out must have x's height and width"),
+        ({0: torch.zeros(2, 0, 1, 6)}, "out must have x's height and width"),
+        ({0: torch.zeros(2, 4, 5, 17)}, "weight must be"),
+        ({1: torch.zeros(2, 4, 5, 3).half()}, "x must be contiguous float32"),
+        ({1: torch.zeros(2, 4, 5, 4)}, "weight must be"),
+        ({2: torch.zeros(1, 27, 16).double()}, "weight must be contiguous float32"),
+        ({2: torch.zeros(1, 36, 16)}, "weight must be"),
+        ({4: torch.zeros(5)}, "bias must be"),
+        ({4: torch.zeros(6).double()}, "bias must be contiguous float32"),
+        ({5: torch.zeros(2, 4, 5, 5)}, "other must have out's shape"),
+        ({6: torch.zeros(2, 20, 6)}, "mask must have out's shape"),
+        ({6: torch.zeros(2, 4, 5, 6).half()}, "mask must be contiguous float32"),
+    ],
+)
+def test_direct_calls_are_checked(change, message):
+    x, kernel, extra = operands(2, 4, 5, 3, 6, 1)
+    arguments = [torch.zeros(2, 4, 5, 6), x, packed(kernel), False, *extra.values(), False]
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastlip.winograd_conv_(*arguments)
