@@ -5,14 +5,15 @@
     python benchmarks/bench_attacks.py --network small                       # needs no data
     python benchmarks/bench_attacks.py --network small --old OTHER_TREE      # beside another build of fastlip
 
-PGD-20 and APGD-20 in Linf with cross-entropy and a random start, on correctly classified CIFAR-10 test images, by a
-ResNet-50 with the ImageNet stem at 32x32; and by a convolutional network of three small layers on random images, with
-its own decisions as labels, where the loop is a larger part. Two radii: one at which nearly all images stay robust,
-where only the speed of a step counts, and one at which attacks succeed. The libraries take turns, so that a drift
-affects all alike. "last iterate" is ``keep="last"``, which is what the peers' PGD returns; by default the best iterate
-is kept. ``fast`` and ``precision`` are those of ``fastlip.attacks``; every success of theirs is confirmed in float32,
-and the copy that they follow, made in the first round and kept, is compared with the model in every call.
-Robust accuracy is judged alike for all, by the float32 model.
+PGD-20 and APGD-20 in Linf with cross-entropy and a random start: on correctly classified CIFAR-10 test images by a
+ResNet-50 with the ImageNet stem at 32x32; and on random images, with the network's own decisions as labels, by a
+ResNet-18 with the CIFAR stem and random weights, and by a convolutional network of three small layers, where the loop
+is a larger part. Two radii: one at which nearly all images stay robust, where only the speed of a step counts, and
+one at which attacks succeed. The libraries take turns, so that a drift affects all alike. "last iterate" is
+``keep="last"``, which is what the peers' PGD returns; by default the best iterate is kept. ``fast`` and ``precision``
+are those of ``fastlip.attacks``; every success of theirs is confirmed in float32, and the copy that they follow, made
+in the first round and kept, is compared with the model in every call. Robust accuracy is judged alike for all, by the
+float32 model.
 
 "compiled" is torchattacks' loop with model and update under torch.compile, the peer of ``prepare``; it is left out
 where compiling takes longer than ``--compile`` seconds (0: at once). ``calls_per_step`` counts the dispatcher's calls
@@ -51,10 +52,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlip import attacks
 from fastlip.data import cifar10
-from fastlip.models import load_checkpoint, resnet50, save_checkpoint
+from fastlip.models import load_checkpoint, resnet18, resnet50, save_checkpoint
 
 STEPS = 20
-NETWORKS = ("resnet50", "small")
+NETWORKS = ("resnet50", "resnet18", "small")
 #: fastlip's ways, by the options of an attack.
 OURS: dict[str, dict[str, Any]] = {
     "fastlip": {},
@@ -312,8 +313,9 @@ def measure(
 
 def problem_of(network_name: str, args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:
     """A network, and images with the labels that it gives them."""
-    if network_name == "small":
-        model = small_network().to(args.device)
+    if network_name != "resnet50":
+        model = small_network() if network_name == "small" else resnet18(10, stem="cifar", seed=0).eval()
+        model = model.to(args.device)
         images = torch.rand(args.images, 3, 32, 32).to(args.device)
         with torch.no_grad():
             return model, images, model(images).argmax(1)

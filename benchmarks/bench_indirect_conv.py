@@ -1,15 +1,16 @@
-"""Convolutions of a faster copy on the CPU: packed once (``indirect_convs_``) against PyTorch's.
+"""Convolutions of a faster copy on the CPU: packed once (``indirect_convs_``, ``winograd_conv_``) against PyTorch's.
 
     python benchmarks/bench_indirect_conv.py                # CSV under benchmarks/results
-    python benchmarks/bench_indirect_conv.py --images 8
+    python benchmarks/bench_indirect_conv.py --network resnet18 --images 8
 
-Each different convolution of ResNet-50 with the ImageNet stem at 3x32x32, in the forward pass and as the gradient of
-its input, float32, channels last, without bias, ReLU or sum:
+Each different convolution of ResNet-50 with the ImageNet stem, and of ResNet-18 with the CIFAR stem, at 3x32x32, in the
+forward pass and as the gradient of its input, float32, channels last, without bias, ReLU or sum:
 
 - packed: :class:`fastlip.attacks._packed.PackedConv`, which prepared networks run where it can be packed;
 - PyTorch: ``conv2d`` and its backward operator, by oneDNN;
 - fused: :class:`fastlip.attacks._fused.FusedConv`, which does without packing: matrix products where maps are small;
-- floor: one matrix product by PyTorch with as many multiply-adds as the convolution has without its padding.
+- floor: one matrix product by PyTorch with as many multiply-adds as the convolution has without its padding. Winograd's
+  filtering, by which 3x3 kernels are packed where maps are no smaller than 4x4, has fewer.
 
 ``count`` is how often the network has the convolution, ``x_torch`` the time over PyTorch's.
 """
@@ -26,16 +27,17 @@ from torch import Tensor, nn
 
 from fastlip.attacks._fused import FusedConv
 from fastlip.attacks._packed import PackedConv
-from fastlip.models import resnet50
+from fastlip.models import resnet18, resnet50
 from fastlip.ops import IndirectConvs
 
+NETWORKS = {"resnet50": lambda: resnet50(10, seed=0), "resnet18": lambda: resnet18(10, stem="cifar", seed=0)}
 Geometry = tuple[int, int, tuple[int, int], tuple[int, int], tuple[int, int], int]
 
 
-def geometries() -> Counter[Geometry]:
+def geometries(network: str) -> Counter[Geometry]:
     """Channels in and out, kernel, stride, padding and side of the map of each convolution, and how many there are."""
     found: Counter[Geometry] = Counter()
-    model = resnet50(10, seed=0).eval()
+    model = NETWORKS[network]().eval()
 
     def seen(conv: nn.Conv2d, args: tuple[Tensor], output: Tensor) -> None:
         padding = (int(conv.padding[0]), int(conv.padding[1]))
@@ -83,20 +85,9 @@ def candidates(conv: nn.Conv2d, x: Tensor, products: int, *, backward: bool) -> 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0.15, help="per measurement")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    shared = environment("cpu")
-    results = Results(args.out / "indirect_conv_cpu.csv", shared)
-    print(f"{shared['device']}, {shared['isa']}, torch {shared['torch']}, {args.threads} thread(s)")
-    print(f"{'convolution':<28} {'count':>5} {'pass':<8} {'what':<8} {'us':>9} {'GFLOP/s':>8} {'x torch':>8}")
+def measure(network: str, args: argparse.Namespace, results: Results) -> None:
     total: Counter[tuple[str, str]] = Counter()
-    for (channels, outputs, kernel, stride, padding, side), count in geometries().items():
+    for (channels, outputs, kernel, stride, padding, side), count in geometries(network).items():
         conv = nn.Conv2d(channels, outputs, kernel, stride, padding, bias=False).requires_grad_(False)
         conv = conv.to(memory_format=torch.channels_last)
         x = torch.rand(args.images, channels, side, side).contiguous(memory_format=torch.channels_last)
@@ -109,15 +100,33 @@ def main() -> None:
                 }
             for what, (median, low, high) in medians.items():
                 total[name, what] += count * median
-                row = {"images": args.images, "channels": channels, "outputs": outputs, "kernel": kernel[0]}
-                row |= {"stride": stride[0], "side": side, "count": count, "pass": name, "what": what, "us": median}
+                row = {"network": network, "images": args.images, "channels": channels, "outputs": outputs}
+                row |= {"kernel": kernel[0], "stride": stride[0], "side": side, "count": count, "pass": name}
+                row |= {"what": what, "us": median}
                 row |= {"us_p20": low, "us_p80": high, "gflops": 2e-3 * products / median}
                 results.add(row | {"x_torch": median / medians["PyTorch"][0]})
                 what_it_is = f"{channels}->{outputs} {kernel[0]}x{kernel[1]} /{stride[0]} at {side}"
                 rate, ratio = 2e-3 * products / median, median / medians["PyTorch"][0]
                 print(f"{what_it_is:<28} {count:>5} {name:<8} {what:<8} {median:>9.0f} {rate:>8.1f} {ratio:>8.2f}")
     for (name, what), us in total.items():
-        print(f"all of them, {name}: {what:<8} {us / 1e3:.1f} ms")
+        print(f"{network}, all of them, {name}: {what:<8} {us / 1e3:.1f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, nargs="*", default=list(NETWORKS))
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=0.15, help="per measurement")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shared = environment("cpu")
+    results = Results(args.out / "indirect_conv_cpu.csv", shared)
+    print(f"{shared['device']}, {shared['isa']}, torch {shared['torch']}, {args.threads} thread(s)")
+    print(f"{'convolution':<28} {'count':>5} {'pass':<8} {'what':<8} {'us':>9} {'GFLOP/s':>8} {'x torch':>8}")
+    for network in args.network:
+        measure(network, args, results)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def _layer_norms(rows: list[Row]) -> str:
 def _attacks(rows: list[Row]) -> str:
     body = [
         (
-            f"{r['attack']}, {r['regime']}: {r['what']}",
+            f"{r['network']}, {r['attack']}, {r['regime']}: {r['what']}",
             number(r["ms"]),
             number(r["x_fastest_peer"]),
             f"{100 * float(r['robust_accuracy']):.0f}%",
