@@ -249,7 +249,7 @@ struct WinogradConv {
   // Tiles taken at a time: as many as the outer caches hold, with their sums.
   static constexpr int64_t together(int64_t channels) {
     const int64_t most = (1 << 20) / (kTaps * (padded(channels) + 2 * kLanes));
-    return std::clamp<int64_t>(most, 2 * IndirectConv::kMostRows, 5 * IndirectConv::kMostRows);
+    return std::clamp<int64_t>(most, 2 * IndirectConv::kMostRows, 8 * IndirectConv::kMostRows);
   }
   static constexpr int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
   // From one tap to the next: an odd number of cache lines, so that taps do not meet in a few sets of the cache.

@@ -11,6 +11,7 @@
 namespace fastlip::cpu {
 namespace {
 
+constexpr int64_t kLine = 16;  // floats of a cache line
 constexpr int kSide = WinogradConv::kSide, kPatch = WinogradConv::kPatch, kTaps = WinogradConv::kTaps;
 // The points are 0, +-kInner, +-kOuter and infinity, with kInner kOuter = 1.
 constexpr float kInner = 0.70710678F, kOuter = 1.41421356F, kInner2 = 0.5F, kOuter2 = 2.0F;
@@ -95,6 +96,20 @@ FASTLIP_INLINE inline Lanes channels_of(const float* pixel, int64_t channel, int
   return value;
 }
 
+// Fetches the pixels that the next tile meets and this one does not.
+void fetch_tile(const WinogradConv& p, const Place& place) {
+  const float* image = p.x + place.image * p.height * p.width * p.channels;
+  const int64_t first = place.x - p.padding() + kPatch - kSide;
+  for (int64_t i = 0; i < kPatch; ++i) {
+    const int64_t y = place.y - p.padding() + i;
+    if (y < 0 || y >= p.height) continue;
+    for (int64_t x = first; x < first + kSide && x < p.width; ++x) {
+      const float* pixel = image + (y * p.width + x) * p.channels;
+      for (int64_t c = 0; c < p.channels; c += kLine) __builtin_prefetch(pixel + c);
+    }
+  }
+}
+
 // A tile's patch, transformed; `values` is where its first kDepth channels go at the first tap, `zeros` a pixel of
 // padding, and from kDepth channels to the next it is `step`, from tap to tap `stride`.
 void transform_tile(const WinogradConv& p, const Place& place, float* values, const float* zeros, int64_t step,
@@ -157,6 +172,23 @@ void finish_tile(const WinogradConv& p, const Place& place, const float* sums, i
   }
 }
 
+// Fetches where `width` outputs of tiles [begin, end) go, from `channel` on, and what is added to them or masks them.
+void fetch_outputs(const WinogradConv& p, int64_t begin, int64_t end, int64_t channel, int64_t width) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const Place place = place_of(p, tile);
+    for (int64_t y = place.y; y < least(place.y + kSide, p.out_height); ++y) {
+      for (int64_t x = place.x; x < least(place.x + kSide, p.out_width); ++x) {
+        const int64_t at = ((place.image * p.out_height + y) * p.out_width + x) * p.outputs + channel;
+        for (int64_t k = 0; k < width; k += kLine) {
+          __builtin_prefetch(p.out + at + k, 1);
+          if (p.other) __builtin_prefetch(p.other + at + k);
+          if (p.mask) __builtin_prefetch(p.mask + at + k);
+        }
+      }
+    }
+  }
+}
+
 // A block of tiles in groups of as many as are multiplied at once, and its memory.
 struct Block {
   int64_t count, groups;
@@ -166,18 +198,17 @@ struct Block {
   int64_t row(int64_t group) const { return count * group / groups; }  // the first of a group; at `groups`, the end
 };
 
-// Multiplies the channels [begin, end) of a block with those of `panels` transformed panels, at all taps.
-void multiply_taps(const Block& block, const float* kernels, int64_t kernel_step, int64_t panels, int64_t padded,
-                   int64_t begin, int64_t end) {
-  const int32_t first_tap = 0;
-  for (int64_t tap = 0; tap < kTaps; ++tap) {
-    for (int64_t group = 0; group < block.groups; ++group) {
-      const int64_t first = block.row(group), rows = block.row(group + 1) - first;
-      const float* const values = block.values + tap * block.value_step + first * padded + begin * rows;
-      const Multiply run = panels == kPanels ? multiply_of<kPanels>(rows) : multiply_of<1>(rows);
-      run(block.sums + tap * block.sum_step + first * panels * kLanes, begin > 0, {values, &first_tap, 1},
-          kernels + tap * kernel_step, kTaps * kernel_step, end - begin);
-    }
+// Multiplies a block's channels [begin, end) at a tap with the tap's kernels, which lie `panel` apart from panel to
+// panel.
+void multiply_tap(const Block& block, int64_t tap, int64_t padded, int64_t begin, int64_t end, const float* kernels,
+                  int64_t panel, int64_t panels) {
+  const int32_t only = 0;
+  for (int64_t group = 0; group < block.groups; ++group) {
+    const int64_t first = block.row(group), rows = block.row(group + 1) - first;
+    const float* const values = block.values + tap * block.value_step + first * padded + begin * rows;
+    const Multiply run = panels == kPanels ? multiply_of<kPanels>(rows) : multiply_of<1>(rows);
+    run(block.sums + tap * block.sum_step + first * panels * kLanes, begin > 0, {values, &only, 1}, kernels, panel,
+        end - begin);
   }
 }
 
@@ -201,9 +232,11 @@ void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv& p, int64_t beg
         count, (count + kTileRows - 1) / kTileRows, values, sums, step_of(count, padded), step_of(count, lanes)};
     for (int64_t group = 0; group < block.groups; ++group) {
       const int64_t first = block.row(group), rows = block.row(group + 1) - first;
-      for (int64_t r = 0; r < rows; ++r)
+      for (int64_t r = 0; r < rows; ++r) {
+        if (begin + first + r + 1 < end) fetch_tile(p, place_of(p, begin + first + r + 1));
         transform_tile(p, place_of(p, begin + first + r), values + first * padded + r * kDepth, zeros, rows * kDepth,
                        block.value_step);
+      }
     }
     for (int64_t q = first_panel; q < last_panel; q += kPanels) {
       const int64_t panels = least<int64_t>(kPanels, last_panel - q);
@@ -213,7 +246,12 @@ void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv& p, int64_t beg
         for (int64_t i = 0; i < panels; ++i)
           transform_panel(p, p.weight + (q + i) * panel + c * kLanes, to - c, kernels + i * kTaps * kernel_step,
                           kernel_step);
-        multiply_taps(block, kernels, kernel_step, panels, padded, c, to);
+        for (int64_t tap = 0; tap < kTaps; ++tap) {
+          multiply_tap(block, tap, padded, c, to, kernels + tap * kernel_step, kTaps * kernel_step, panels);
+          if (to == p.channels)  // meanwhile
+            fetch_outputs(p, begin + count * tap / kTaps, begin + count * (tap + 1) / kTaps, q * kLanes,
+                          panels * kLanes);
+        }
         c = to;
       } while (c < p.channels);
       for (int64_t tile = 0; tile < count; ++tile)
