@@ -132,6 +132,7 @@ void FASTLIP_CAT(indirect_conv_, FASTLIP_ISA)(const IndirectConv& p, int64_t beg
       const int64_t width = least(count * kLanes, p.outputs - q * kLanes);
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t rows = tile[i].rows.count;
+        for (int64_t r = 0; r < rows; ++r) fetch(p, tile[i].rows.out[r] + q * kLanes, width);
         const Multiply run = count == kPanels ? multiply_of<kPanels>(rows) : multiply_of<1>(rows);
         run(sums, false, tile[i].gathered, p.weight + q * panel, panel, p.channels);
         finish_rows(p, sums, tile[i].rows, count * kLanes, q * kLanes, width);

@@ -18,6 +18,7 @@ constexpr int kVectors = kPanels * kPerPanel;
 constexpr int kTileRows = (kRegisters - kVectors - 1) / kVectors;  // the other registers hold weights and one factor
 constexpr int64_t kDepth = 16;                                     // channels of a row that lie side by side
 constexpr int64_t kWidth = kVectorBytes / 4;
+constexpr int64_t kLine = 16;  // floats of a cache line
 static_assert(kTileRows <= IndirectConv::kMostRows);
 
 using Lanes = Vector<float>;
@@ -75,6 +76,16 @@ Multiply multiply_of(int64_t rows) {
     return multiply<1, P>;
   } else {
     return rows == R ? multiply<R, P> : multiply_of<P, R - 1>(rows);
+  }
+}
+
+// Fetches `width` elements of the result from `at` on, and what is added to them or masks them.
+template <typename Conv>
+FASTLIP_INLINE inline void fetch(const Conv& p, int64_t at, int64_t width) {
+  for (int64_t k = 0; k < width; k += kLine) {
+    __builtin_prefetch(p.out + at + k, 1);
+    if (p.other) __builtin_prefetch(p.other + at + k);
+    if (p.mask) __builtin_prefetch(p.mask + at + k);
   }
 }
 

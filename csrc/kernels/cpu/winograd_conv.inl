@@ -11,7 +11,6 @@
 namespace fastlip::cpu {
 namespace {
 
-constexpr int64_t kLine = 16;  // floats of a cache line
 constexpr int kSide = WinogradConv::kSide, kPatch = WinogradConv::kPatch, kTaps = WinogradConv::kTaps;
 // The points are 0, +-kInner, +-kOuter and infinity, with kInner kOuter = 1.
 constexpr float kInner = 0.70710678F, kOuter = 1.41421356F, kInner2 = 0.5F, kOuter2 = 2.0F;
@@ -179,11 +178,7 @@ void fetch_outputs(const WinogradConv& p, int64_t begin, int64_t end, int64_t ch
     for (int64_t y = place.y; y < least(place.y + kSide, p.out_height); ++y) {
       for (int64_t x = place.x; x < least(place.x + kSide, p.out_width); ++x) {
         const int64_t at = ((place.image * p.out_height + y) * p.out_width + x) * p.outputs + channel;
-        for (int64_t k = 0; k < width; k += kLine) {
-          __builtin_prefetch(p.out + at + k, 1);
-          if (p.other) __builtin_prefetch(p.other + at + k);
-          if (p.mask) __builtin_prefetch(p.mask + at + k);
-        }
+        fetch(p, at, width);
       }
     }
   }
