@@ -255,20 +255,21 @@ inline T unit_of(T v) {
 
 // --- limits of the box -------------------------------------------------------------------
 
-// Both limits of one sample; kLoRow, kHiRow: a row of its own rather than one number.
-template <typename T, bool kLoRow, bool kHiRow>
+// Both limits of one sample. kRows: read from memory, where a number for all elements is a vector that is read over and
+// over; else both are such numbers, in registers.
+template <typename T, bool kRows>
 struct Box {
-  const T* lo_row;
-  const T* hi_row;
+  const T *lo_row, *hi_row;
+  int64_t lo_mask, hi_mask;  // of indices: 0 for one number, else -1
   T lo_scalar, hi_scalar;
   template <typename P>
   FASTLIP_INLINE P lo(int64_t i) const {
-    if constexpr (kLoRow) return load<P>(lo_row + i);
+    if constexpr (kRows) return load<P>(lo_row + (i & lo_mask));
     return broadcast<P>(lo_scalar);
   }
   template <typename P>
   FASTLIP_INLINE P hi(int64_t i) const {
-    if constexpr (kHiRow) return load<P>(hi_row + i);
+    if constexpr (kRows) return load<P>(hi_row + (i & hi_mask));
     return broadcast<P>(hi_scalar);
   }
   template <typename P>
@@ -282,16 +283,17 @@ struct Box {
   }
 };
 
-// Calls f(box) with the kind of box at hand, from element `first` of the sample on.
+// Calls f(box) with the kind of box at hand, from element `first` of the sample on. Every kind is another copy of all
+// that f does, so that a number beside a row has none of its own.
 template <typename T, typename F>
 inline void with_box(const PgdStep& p, int64_t sample, int64_t first, F f) {
   const Limit<T> lo(p.lo, sample), hi(p.hi, sample);
-  const T* lo_row = lo.row ? lo.row + first : nullptr;
-  const T* hi_row = hi.row ? hi.row + first : nullptr;
-  if (lo_row && hi_row) return f(Box<T, true, true>{lo_row, hi_row, 0, 0});
-  if (lo_row) return f(Box<T, true, false>{lo_row, nullptr, 0, hi.scalar});
-  if (hi_row) return f(Box<T, false, true>{nullptr, hi_row, lo.scalar, 0});
-  return f(Box<T, false, false>{nullptr, nullptr, lo.scalar, hi.scalar});
+  if (!lo.row && !hi.row) return f(Box<T, false>{nullptr, nullptr, 0, 0, lo.scalar, hi.scalar});
+  const Vector<T> all_lo = broadcast<Vector<T>>(lo.scalar), all_hi = broadcast<Vector<T>>(hi.scalar);
+  const auto row = [&](const Limit<T>& limit, const Vector<T>& all) {
+    return limit.row ? limit.row + first : reinterpret_cast<const T*>(&all);
+  };
+  f(Box<T, true>{row(lo, all_lo), row(hi, all_hi), lo.row ? -1 : 0, hi.row ? -1 : 0, 0, 0});
 }
 
 // --- 16-bit storage ----------------------------------------------------------------------
