@@ -40,6 +40,7 @@ void linf_apgd(T* out, const T* x, const T* g, const T* x0, const T* last, T ste
 template <typename S>
 int64_t support_of(const S* a, const S* b, int64_t n) {
   int64_t count = 0;
+#pragma omp simd reduction(+ : count)
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (is_wide<S>) {
       count += a[i] != b[i];

@@ -210,18 +210,23 @@ FASTLIP_INLINE inline Totals<kSums> reduce(int64_t n, Body body, const Ahead<T>*
     while (i <= end) {
       if (ahead) ahead->fetch(i);
 #pragma GCC unroll 4
-      for (int u = 0; u < kUnroll; ++u, i += lanes) body.template operator()<V>(i, sums[u], counts);
+      for (int u = 0; u < kUnroll; ++u) body.template operator()<V>(i + u * lanes, sums[u], counts);
+      i += kUnroll * lanes;
     }
 #pragma GCC unroll 2
     for (int s = 0; s < kSums; ++s) wide[s] += in_double((sums[0][s] + sums[1][s]) + (sums[2][s] + sums[3][s]));
   }
   Totals<kSums> total{};
+#pragma GCC unroll 2
   for (int s = 0; s < kSums; ++s)
+#pragma GCC unroll 8
     for (int64_t l = 0; l < VectorOf<double>::lanes; ++l) total.of[s] += wide[s][l];
+#pragma GCC unroll 16
   for (int64_t l = 0; l < lanes; ++l) total.count += counts[l];
   for (; i < n; ++i) {
     T sums[kSums] = {};
     body.template operator()<T>(i, sums, total.count);
+#pragma GCC unroll 2
     for (int s = 0; s < kSums; ++s) total.of[s] += static_cast<double>(sums[s]);
   }
   return total;
@@ -627,6 +632,7 @@ int64_t count_from(const Bits* keys, Bits threshold, int64_t n, int64_t thin) {
   }
   for (; i + stride <= n; i += stride) counts[0] -= load<V>(keys + i) > below;
   const V sum = (counts[0] + counts[1]) + (counts[2] + counts[3]);
+#pragma GCC unroll 16
   for (int64_t l = 0; l < lanes; ++l) total += sum[l];
   if (thin == 1)
     for (; i < n; ++i) total += keys[i] >= threshold;
