@@ -10,7 +10,8 @@ seconds, which on one thread are seconds, do not count what else the machine doe
 those of an earlier run.
 
 fastlip's rows: ``keep="last"`` takes every step on every image, as torchattacks does; the default stops on an image
-once it is misclassified, as most are to begin with here, where labels are random: "falling" tells what that saves.
+once it is misclassified, as most are to begin with here, where labels are random: "falling" tells what that saves. With
+``fast=True`` every step makes a copy of the model anew.
 """
 
 import argparse
@@ -56,6 +57,8 @@ def ways(model: nn.Module) -> dict[str, Attack]:
         "plain": lambda x, y: x,
         "fastlip": lambda x, y: attacks.pgd(model, x, y, keep="last", **call),
         "fastlip, falling": lambda x, y: attacks.pgd(model, x, y, **call),
+        "fastlip, fast": lambda x, y: attacks.pgd(model, x, y, keep="last", fast=True, **call),
+        "fastlip, fast, falling": lambda x, y: attacks.pgd(model, x, y, fast=True, **call),
     }
     try:
         import torchattacks

@@ -18,12 +18,14 @@ def winograd_conv_(
     """A convolution by a 3x3 kernel at stride 1, padded with zeros, in float32 on the CPU.
 
     By minimal filtering F(4x4, 3x3) of Winograd (Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural
-    Networks") at the points 0, +-sqrt(1/2), +-sqrt(2) and infinity: 36 products give 16 pixels, in place of 144. The
-    result rounds about five times as much as sums of products do. A value that is not finite may spread to all pixels
-    of the tiles of 4x4 that meet it.
+    Networks") at the points 0, +-sqrt(1/2), +-sqrt(2) and infinity: 36 products give 16 pixels, in place of 144.
+
+    The results of a tile of 4x4 pixels round together, about five times as much as sums of products of the largest
+    values among the 6x6 pixels that they meet: beside a far larger pixel small ones are lost, and sums that would be 0
+    are 0 up to rounding. Values that are not finite, or beyond some 1e36, may spread to all pixels of a tile.
 
     As with :class:`IndirectConvs`, ``bias`` and ``other`` are added to the convolution; with ``relu`` negative elements
-    become 0; and last, elements become 0 where ``mask`` is not positive. An image's result depends neither on the other
+    become 0; and last, elements become 0 where ``mask`` is at most 0. An image's result depends neither on the other
     images nor on the number of threads.
 
     Args:
@@ -33,7 +35,7 @@ def winograd_conv_(
         rotated: whether to turn the kernel by half a turn, as a convolution's adjoint does.
         bias: added to every pixel.
         other: added to the result.
-        mask: the result is kept where it is positive.
+        mask: the result becomes 0 where it is at most 0.
         relu: whether a ReLU follows the sums.
 
     Returns:

@@ -106,26 +106,28 @@ def test_what_the_readme_says_of_speed_follows_from_the_rows(tables):
     readme = " ".join((DOCS.parent / "README.md").read_text().split())
     pgd = [r for r in tables.rows_of("attacks_cpu") if r["attack"] == "pgd-20" and r["threads"] == "1"]
 
-    def between(what: str) -> list[str]:
-        speeds = [float(r["x_fastest_peer"]) for r in pgd if r["what"] == what]
-        return [f"{v:.2f}" for v in (min(speeds), max(speeds))]
+    def between(network: str, what: str) -> str:
+        speeds = [float(r["x_fastest_peer"]) for r in pgd if (r["network"], r["what"]) == (network, what)]
+        return f"{min(speeds):.2f} to {max(speeds):.2f}"
 
-    slow, fast = between("fastlip"), between("fastlip, fast")
-    assert f"run in {slow[0]} to {slow[1]} of the fastest peer's speed" in readme
-    assert f"with `fast=True` in {fast[0]} to {fast[1]}" in readme
+    assert f"run in {between('resnet50', 'fastlip')} of the fastest peer's speed" in readme
+    assert f"with `fast=True` in {between('resnet50', 'fastlip, fast')}" in readme
+    assert f"on a ResNet-18 for small images in {between('resnet18', 'fastlip, fast')}" in readme
     chosen = ("cifar", "random", "fastlip", "rtol 0.01")
     rows = [r for r in tables.rows_of("layer_norms_cpu") if r["x_torch_power"]]
     power = [float(r["x_torch_power"]) for r in rows if (r["stem"], r["weights"], r["method"], r["setting"]) == chosen]
     assert any(f"take {v:.2f} of 100 steps of power iteration" in readme for v in power)
 
 
-def test_fused_convolutions_take_the_time_of_matrix_products(tables):
-    rows = tables.rows_of("indirect_conv_cpu")
-    packed, floor = (
-        sum(float(r["us"]) * int(r["count"]) for r in rows if r["what"] == what) / 1e3 for what in ("packed", "floor")
-    )
+def test_how_long_packed_convolutions_take(tables):
     text = " ".join((DOCS / "results.md").read_text().split())
-    assert f"{packed:.0f} ms for both passes on one thread, beside {floor:.0f} ms" in text
+    for network in ("resnet50", "resnet18"):
+        rows = [r for r in tables.rows_of("indirect_conv_cpu") if r["network"] == network]
+        packed, floor, torch = (
+            sum(float(r["us"]) * int(r["count"]) for r in rows if r["what"] == what) / 1e3
+            for what in ("packed", "floor", "PyTorch")
+        )
+        assert f"{packed:.0f} ms beside {floor:.0f} ms and {torch:.0f} ms" in text
 
 
 def test_local_constants_are_compared_on_the_same_images_and_are_bounds(tables):

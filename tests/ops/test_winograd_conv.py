@@ -186,3 +186,13 @@ def test_direct_calls_are_checked(change, message):
         arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastlip.winograd_conv_(*arguments)
+
+
+def test_rounding_goes_by_the_largest_pixel_that_a_tile_meets():
+    """As the docstring says: a pixel that is 1e4 times as large costs its neighbours four digits, and no other tile."""
+    x, kernel, extra = operands(1, 12, 12, 32, 32, 1)
+    x[0, 0, 0] *= 1e4
+    out = ops.winograd_conv_(torch.empty_like(extra["other"]), x, packed(kernel))
+    error = (out - convolved(x, kernel, 1, False)).abs()[0]
+    assert error[:4, :4].amax() < 0.1
+    assert error[4:, 4:].amax() < 1e-4
