@@ -113,23 +113,27 @@ class PackedConv(nn.Module):
         """The gradient of x plus ``other`` where ``mask`` is positive (0 elsewhere), once ``convs`` are run."""
         if (plain := self.plain) is not None and not self.packed:
             return plain.gradient(grad, x, other, mask, convs)
-        if self.block == [1, 1]:
-            out = torch.empty(x.shape, dtype=grad.dtype, device=x.device, memory_format=torch.channels_last)
-            if self._is_filtered(x):
-                convs.run()
-                summand, kept = (None if t is None else _pixels(t) for t in (other, mask))
-                ops.winograd_conv_(
-                    _pixels(out), _pixels(grad), self.adjoint_weight, rotated=True, other=summand, mask=kept
-                )
-                return out
-            summand, kept = (None if t is None else _rows(t) for t in (other, mask))
-            table = self._meeting(x)[1]
-            convs.add(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
+        if self.block != [1, 1]:
+            return self._gradient_by_blocks(grad, x, other, mask, convs)
+        out = torch.empty(x.shape, dtype=grad.dtype, device=x.device, memory_format=torch.channels_last)
+        if self._is_filtered(x):
+            convs.run()
+            summand, kept = (None if t is None else _pixels(t) for t in (other, mask))
+            weight = self.adjoint_weight
+            ops.winograd_conv_(_pixels(out), _pixels(grad), weight, rotated=True, other=summand, mask=kept)
             return out
+        summand, kept = (None if t is None else _rows(t) for t in (other, mask))
         table = self._meeting(x)[1]
+        convs.add(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
+        return out
+
+    def _gradient_by_blocks(
+        self, grad: Tensor, x: Tensor, other: Tensor | None, mask: Tensor | None, convs: ops.IndirectConvs
+    ) -> Tensor:
+        """:meth:`gradient` where the pixels of a block are computed as one."""
         height, width = (-(-x.shape[2 + i] // self.block[i]) for i in (0, 1))
         blocks = grad.new_empty(len(x), height * width, math.prod(self.block) * self.channels[0])
-        convs.add(blocks, _rows(grad), self.adjoint_weight, table)
+        convs.add(blocks, _rows(grad), self.adjoint_weight, self._meeting(x)[1])
         convs.run()
         pixels = blocks.view(len(x), height, width, *self.block, self.channels[0]).transpose(2, 3)
         out = pixels.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)[:, :, : x.shape[2], : x.shape[3]]
