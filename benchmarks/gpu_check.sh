@@ -6,8 +6,8 @@
 #                                     training under a constraint, products
 #   benchmarks/gpu_check.sh           both
 #
-# The machine has to have torch, torchvision, triton, scipy and pytest; nothing is fetched. WHEEL=FILE installs that file
-# (see CONTRIBUTING.md for how to make one beforehand); without it the package is built, which takes nvcc,
+# The machine has to have torch, torchvision, triton, scipy, matplotlib and pytest; nothing is fetched. WHEEL=FILE installs
+# that file (see CONTRIBUTING.md for how to make one beforehand); without it the package is built, which takes nvcc,
 # scikit-build-core, pybind11 and ninja. OLD_WHEEL=FILE times another build's steps beside this one's.
 # CSVs, written row by row, and logs.tar.gz go to ${OUT:-benchmarks/results/gpu}; a table of what was aimed at and what
 # was measured comes last. A step that fails or overruns its time does not stop later ones; the exit status says whether

@@ -214,11 +214,12 @@ class _Kept:
     def __init__(self, model: nn.Module) -> None:
         self.fingerprint = _fingerprint(model)
         self.copies: dict[object, _Copy] = {}
-        self.small: dict[object, bool] = {}  # by the shape of inputs
 
 
 #: Copies hold no reference to the model, so that they are freed with it.
 _kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+#: Multiply-adds of models, by the shapes of inputs and parameters: a step of training changes neither.
+_counted: WeakKeyDictionary[nn.Module, dict[object, float]] = WeakKeyDictionary()
 
 
 def _fingerprint(model: nn.Module) -> object:
@@ -235,10 +236,11 @@ def _kept_of(model: nn.Module) -> _Kept:
 
 def _is_small(model: nn.Module, inputs: Tensor) -> bool:
     """Whether fused convolutions would save less than a copy costs."""
-    known = _kept_of(model).small
-    if inputs.shape[1:] not in known:
-        known[inputs.shape[1:]] = _multiply_adds(model, inputs) < _LEAST_MULTIPLY_ADDS
-    return known[inputs.shape[1:]]
+    counted = _counted.setdefault(model, {})
+    shapes = (inputs.shape[1:], *(p.shape for p in model.parameters()))
+    if shapes not in counted:
+        counted[shapes] = _multiply_adds(model, inputs)
+    return counted[shapes] < _LEAST_MULTIPLY_ADDS
 
 
 def _copy_of(
