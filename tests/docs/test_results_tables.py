@@ -130,6 +130,15 @@ def test_how_long_packed_convolutions_take(tables):
         assert f"{packed:.0f} ms beside {floor:.0f} ms and {torch:.0f} ms" in text
 
 
+def test_the_guide_says_how_fast_adversarial_training_is(tables):
+    text = " ".join((DOCS / "guides" / "adversarial-training.md").read_text().split())
+    speed = {(r["network"], r["way"]): float(r["x_torchattacks"]) for r in tables.rows_of("adversarial_training_cpu")}
+    large, small = ([speed[network, way] for way in ("fastlip", "fastlip, fast")] for network in ("resnet18", "small"))
+    assert f"has {large[0]:.2f} of its images a second on a ResNet-18 and {small[0]:.2f} on a network" in text
+    assert f"with `fast=True` as well {large[1]:.2f} and {small[1]:.2f}" in text
+    assert min(speed[network, "fastlip, falling"] for network in ("resnet18", "small")) > 3.0
+
+
 def test_local_constants_are_compared_on_the_same_images_and_are_bounds(tables):
     rows = tables.rows_of("local_bounds_cpu")
     assert len({r["network"] for r in rows if r["network"].startswith("cnn")}) >= 2
