@@ -39,9 +39,10 @@ from fastlip.norms._solvers.waves import Waves, has_waves
 _LONGEST, _IN_A_ROW, _STEADY, _MOVING, _SHARE = 64, 4, 6e-4, 1e-3, 1 / 16
 #: Most steps, in multiples of ``iterations``, that are taken at once, and how often in one forward.
 _MOST_AT_ONCE, _MOST_TURNS = 4, 4
-#: Change of a norm since the vectors' last step after which they take one in the next forward, and in this one. Along
-#: its vectors the norm is known; only what the steps find beside them makes the interval 1 again.
-_CHANGE, _JUMP = 2e-3, 0.1
+#: Change of a norm since the vectors' last step after which they take one in the next forward; after which the interval
+#: is 1 again, as training hardly changes a weight so much at once; and after which they take steps in this forward.
+#: Along its vectors the norm is known: small changes say nothing of others.
+_CHANGE, _LEAP, _JUMP = 2e-3, 1e-2, 0.1
 
 
 class _Tracking:
@@ -177,7 +178,7 @@ class NormConstraint(nn.Module):
             norm = gradient.number_of(computable(self.applied(weight)))
         change = abs(norm - float(found))
         if change > _CHANGE * norm and tracking.rested < tracking.interval:
-            tracking.interval = max(1, tracking.interval // 2)
+            tracking.interval = 1 if change > _LEAP * norm else max(1, tracking.interval // 2)
             tracking.rested = tracking.interval  # due in the next forward
         if change <= _JUMP * norm:
             return norm

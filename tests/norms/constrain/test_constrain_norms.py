@@ -507,6 +507,23 @@ def test_vectors_take_steps_soon_after_the_norm_has_moved_and_then_rest_as_befor
     assert rest // 2 <= tracking.interval <= rest
 
 
+def test_vectors_take_steps_in_every_forward_after_the_norm_has_leapt() -> None:
+    """A weight that is replaced may have any singular vectors, of which the old ones know little."""
+    model = constrain_norms(nn.Sequential(nn.Linear(40, 40, bias=False)), (40,))
+    ((constraint, weight),) = constrained_layers(model)
+    for _ in range(1100):
+        applied_norm(model)
+    assert constraint.tracking.interval >= 32
+    with torch.no_grad():
+        u, s, vh = torch.linalg.svd(weight)
+        s[0] *= 1.02
+        s[20] = 1.03 * s[0]  # and passes by
+        weight.copy_(u * s @ vh)
+    over = [applied_norm(model) for _ in range(12)]
+    assert over[0] > 1.02
+    assert over[-1] < 1.005
+
+
 def test_a_vector_that_the_new_weight_takes_to_nothing() -> None:
     model = nn.Sequential(nn.Linear(2, 1, bias=False))
     weight = model[0].weight
