@@ -107,7 +107,7 @@ if [[ $device == cpu ]]; then
   norms=(--tiny --checkpoints 3 --seconds 0.02)
   steps=(--shape 256x3x32x32 --seconds 0.01 --no-compile)
   attack=(--images 8 --batch 4 --train-seconds "${TRAIN_SECONDS:-60}")
-  study=(--images 1024 --attacked 8 --seconds 1 --warm 2 --limit 60 --no-compile --set architecture=resnet18)
+  study=(--images 1024 --attacked 8 --seconds 1 --warm 2 --limit 60 --no-compile --set model=torchvision:resnet18)
   operators=(--starts 1 --seconds 0.01)
   constrain=(--networks resnet18 --batch 4 --rounds 1 --warm 0 --no-memory)
 else

@@ -1,11 +1,14 @@
 """The check on a GPU: a few cases of each test in which everything occurs, and a script that says how it is used."""
 
+import re
 import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+
+from fastlip.study.settings import overrides, presets
 
 REPOSITORY = Path(__file__).parents[2]
 TEST = "tests/ops/test_random_start.py::test_matches_reference"
@@ -36,6 +39,12 @@ def test_the_script_says_how_it_is_used():
     assert found.returncode == 2
     assert "gpu_check.sh first" in found.stderr
     assert "gpu_check.sh second" in found.stderr
+
+
+def test_the_study_has_the_settings_that_the_script_changes():
+    assignments = re.findall(r"--set ([^\s)]+)", (REPOSITORY / "benchmarks/gpu_check.sh").read_text())
+    assert assignments
+    overrides.override(presets.preset("full"), assignments)
 
 
 def test_a_wheel_that_is_not_there_is_named(tmp_path):
