@@ -15,10 +15,11 @@ import fastlip
 from fastlip.lipschitz import lipschitz_bound
 from fastlip.lipschitz._registry import _FUNCTION_RULES
 
-WEIGHT, OTHER = torch.randn(6, 5, dtype=torch.float64) / 2, torch.randn(5, 3, dtype=torch.float64)
-STACK, OFFSET = torch.randn(4, 6, 5, dtype=torch.float64) / 2, torch.randn(5, dtype=torch.float64)
-
-WEIGHTS = {shape: torch.randn(shape, dtype=torch.float64) for shape in ((4, 6), (6, 5))}
+# Drawn before a test's seed is set.
+DRAWN = partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+WEIGHT, OTHER = DRAWN(6, 5) / 2, DRAWN(5, 3)
+STACK, OFFSET = DRAWN(4, 6, 5) / 2, DRAWN(5)
+WEIGHTS = {shape: DRAWN(shape) for shape in ((4, 6), (6, 5))}
 
 
 def stacked(x: Tensor) -> Tensor:
