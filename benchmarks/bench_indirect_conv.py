@@ -9,8 +9,8 @@ forward pass and as the gradient of its input, float32, channels last, without b
 - packed: :class:`fastlip.attacks._packed.PackedConv`, which prepared networks run where it can be packed;
 - PyTorch: ``conv2d`` and its backward operator, by oneDNN;
 - fused: :class:`fastlip.attacks._fused.FusedConv`, which does without packing: matrix products where maps are small;
-- floor: one matrix product by PyTorch with as many multiply-adds as the convolution has without its padding. Winograd's
-  filtering, by which 3x3 kernels are packed where maps are no smaller than 4x4, has fewer.
+- floor: one matrix product by PyTorch with as many multiply-adds as the convolution has without its padding. On large
+  maps its operands outgrow the caches, and it is no floor; nor is it where 3x3 kernels go by Winograd's filtering.
 
 ``count`` is how often the network has the convolution, ``x_torch`` the time over PyTorch's.
 """

@@ -244,19 +244,21 @@ struct WinogradConv {
   int64_t tiles_across() const { return (out_width + kSide - 1) / kSide; }
   int64_t tiles() const { return (out_height + kSide - 1) / kSide * tiles_across(); }  // of an image
 
-  static constexpr int64_t kChannels = 64;  // whose kernels are transformed at a time, and stay in L2
+  static constexpr int64_t kMostPanels = 2;  // multiplied at once, whatever the instruction set
+  static constexpr int64_t kChannels = 64;   // whose kernels are transformed at a time, and stay in L2
 
   // Tiles taken at a time: as many as the outer caches hold, with their sums.
   static constexpr int64_t together(int64_t channels) {
-    const int64_t most = (1 << 20) / (kTaps * (padded(channels) + 2 * kLanes));
+    const int64_t most = (1 << 20) / (kTaps * (padded(channels) + kMostPanels * kLanes));
     return std::clamp<int64_t>(most, 2 * IndirectConv::kMostRows, 8 * IndirectConv::kMostRows);
   }
   static constexpr int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
   // From one tap to the next: an odd number of cache lines, so that taps do not meet in a few sets of the cache.
   static constexpr int64_t tap_stride(int64_t rows, int64_t width) { return (rows * width / kLanes | 1) * kLanes; }
   static constexpr int64_t scratch_bytes(int64_t channels) {
-    const int64_t rows = together(channels), own = padded(channels), lanes = 2 * kLanes;
-    return 4 * (kTaps * (tap_stride(rows, own) + tap_stride(rows, lanes) + 2 * tap_stride(kChannels, kLanes)) + own);
+    const int64_t rows = together(channels), own = padded(channels);
+    const int64_t sums = tap_stride(rows, kMostPanels * kLanes), kernels = kMostPanels * tap_stride(kChannels, kLanes);
+    return 4 * (kTaps * (tap_stride(rows, own) + sums + kernels) + own);
   }
 };
 

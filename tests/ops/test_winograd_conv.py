@@ -45,10 +45,10 @@ def packed(kernel):
     return ops.packed_taps(kernel.flatten(2).permute(2, 1, 0))
 
 
-def convolved(x, kernel, padding, rotated):
-    """In float64."""
-    kernel = kernel.double().flip(2, 3) if rotated else kernel.double()
-    return functional.conv2d(x.double().permute(0, 3, 1, 2), kernel, padding=padding).permute(0, 2, 3, 1)
+def convolved(x, kernel, padding, rotated, dtype=torch.float64):
+    """By torch."""
+    kernel = kernel.to(dtype).flip(2, 3) if rotated else kernel.to(dtype)
+    return functional.conv2d(x.to(dtype).permute(0, 3, 1, 2), kernel, padding=padding).permute(0, 2, 3, 1)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
@@ -90,7 +90,15 @@ def test_rounding_is_about_five_times_that_of_sums():
     kernel = torch.randn(64, 128, 3, 3, generator=generator) / (9 * 128) ** 0.5
     want = convolved(x, kernel, 1, False)
     out = ops.winograd_conv_(torch.empty(8, 16, 16, 64), x, packed(kernel))
-    assert (out - want).norm() < 2e-6 * want.norm()
+    error, sums = ((found - want).norm() for found in (out, convolved(x, kernel, 1, False, torch.float32)))
+    assert error < 2e-6 * want.norm()
+    assert error < 10.0 * sums
+
+
+def test_values_up_to_1e36_do_not_overflow():
+    x, kernel, extra = operands(2, 9, 9, 32, 32, 1)
+    out = ops.winograd_conv_(torch.empty_like(extra["other"]), 1e36 * x.clamp(-3.0, 3.0), packed(kernel))
+    assert out.isfinite().all()
 
 
 def test_the_adjoint():

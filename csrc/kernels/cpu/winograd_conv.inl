@@ -11,6 +11,7 @@
 namespace fastlip::cpu {
 namespace {
 
+static_assert(kPanels <= WinogradConv::kMostPanels);
 constexpr int kSide = WinogradConv::kSide, kPatch = WinogradConv::kPatch, kTaps = WinogradConv::kTaps;
 // The points are 0, +-kInner, +-kOuter and infinity, with kInner kOuter = 1.
 constexpr float kInner = 0.70710678F, kOuter = 1.41421356F, kInner2 = 0.5F, kOuter2 = 2.0F;
