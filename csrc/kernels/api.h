@@ -4,8 +4,11 @@
 // model reads, and what is saved.
 // What the ops mean stands in fastlip/ops/__init__.py and, as code, in fastlip/ops/reference.py.
 #pragma once
-#include <algorithm>
 #include <cstdint>
+
+// Of functions that units of several instruction sets include: none of them has a copy for the linker to keep, see
+// cpu/scalar.h. Of a lambda: what it captures by reference may lie in registers.
+#define FASTLIP_INLINE __attribute__((always_inline))
 
 namespace fastlip {
 
@@ -212,7 +215,7 @@ struct IndirectConv {
   static constexpr int64_t kMostRows = 14;  // of a tile, whatever the instruction set
   static constexpr int64_t kTiles = 16;     // gathered at a time, at most
   // Floats and bytes of scratch memory: as many gathered values as L2 holds with room to spare, or one tile.
-  static constexpr int64_t values_of(int64_t taps, int64_t channels) {
+  FASTLIP_INLINE static constexpr int64_t values_of(int64_t taps, int64_t channels) {
     const int64_t tile = kMostRows * taps * ((channels + 15) / 16 * 16);
     return tile > (1 << 16) ? tile : (1 << 16);
   }
@@ -240,21 +243,24 @@ struct WinogradConv {
   static constexpr int64_t kSide = 4, kPatch = kSide + 2, kTaps = kPatch * kPatch;
   static constexpr int64_t kLanes = IndirectConv::kLanes;
 
-  int64_t padding() const { return (out_height - height + 2) / 2; }
-  int64_t tiles_across() const { return (out_width + kSide - 1) / kSide; }
-  int64_t tiles() const { return (out_height + kSide - 1) / kSide * tiles_across(); }  // of an image
+  FASTLIP_INLINE int64_t padding() const { return (out_height - height + 2) / 2; }
+  FASTLIP_INLINE int64_t tiles_across() const { return (out_width + kSide - 1) / kSide; }
+  FASTLIP_INLINE int64_t tiles() const { return (out_height + kSide - 1) / kSide * tiles_across(); }  // of an image
 
   static constexpr int64_t kMostPanels = 2;  // multiplied at once, whatever the instruction set
   static constexpr int64_t kChannels = 64;   // whose kernels are transformed at a time, and stay in L2
 
   // Tiles taken at a time: as many as the outer caches hold, with their sums.
-  static constexpr int64_t together(int64_t channels) {
+  FASTLIP_INLINE static constexpr int64_t together(int64_t channels) {
     const int64_t most = (1 << 20) / (kTaps * (padded(channels) + kMostPanels * kLanes));
-    return std::clamp<int64_t>(most, 2 * IndirectConv::kMostRows, 8 * IndirectConv::kMostRows);
+    constexpr int64_t low = 2 * IndirectConv::kMostRows, high = 8 * IndirectConv::kMostRows;
+    return most < low ? low : most > high ? high : most;
   }
-  static constexpr int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
+  FASTLIP_INLINE static constexpr int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
   // From one tap to the next: an odd number of cache lines, so that taps do not meet in a few sets of the cache.
-  static constexpr int64_t tap_stride(int64_t rows, int64_t width) { return (rows * width / kLanes | 1) * kLanes; }
+  FASTLIP_INLINE static constexpr int64_t tap_stride(int64_t rows, int64_t width) {
+    return (rows * width / kLanes | 1) * kLanes;
+  }
   static constexpr int64_t scratch_bytes(int64_t channels) {
     const int64_t rows = together(channels), own = padded(channels);
     const int64_t sums = tap_stride(rows, kMostPanels * kLanes), kernels = kMostPanels * tap_stride(kChannels, kLanes);

@@ -128,8 +128,7 @@ py::array step(py::array x, const py::array* grad, const py::array& x0, const Pe
       refuse("active must be contiguous and have shape [B]");
     mask = static_cast<const uint8_t*>(active->data());
   }
-  const int64_t size = sample_size(x), spared = static_cast<int64_t>(std::floor(sparsity * static_cast<double>(size)));
-  const int64_t kept = std::min(size, std::max<int64_t>(1, size - spared));
+  const int64_t size = sample_size(x);
   const PgdStep p{x.mutable_data(),
                   grad ? grad->data() : nullptr,
                   x0.data(),
@@ -138,7 +137,7 @@ py::array step(py::array x, const py::array* grad, const py::array& x0, const Pe
                   norm_of(norm),
                   lo.value,
                   hi.value,
-                  kept,
+                  kept_elements(size, sparsity),
                   mask,
                   dtype_of(x, "x"),
                   x.shape(0),

@@ -4,6 +4,7 @@
 // A step must read x, grad, x0 and x_prev and write x and x_prev: 24 bytes an element in float32, 32 where the best
 // iterate changes. Linf goes through a sample once, a chunk in the L1 cache at a time; L2 and L1 keep it in cache.
 #include "kernels/apgd.h"
+#include "kernels/cpu/ball.h"
 #include "kernels/cpu/saved.h"
 
 namespace fastlip::cpu {
@@ -126,7 +127,7 @@ void ball_rows(const Rows<S>& r, const ApgdStep& a, int64_t sample, bool first, 
       return heavy_ball(load<P>(x + i), load<P>(z + i), load<P>(last + i), momentum, rest);
     });
     copy_row(r.x_prev, r.from, n);
-    l2_project(out, z, x0, eps, box, sums, n);
+    l2_project<T>(out, z, x0, eps, box, sums, n, nullptr);
   });
   if constexpr (!is_wide<S>) narrow_row(r.x, z, x0, n);
 }

@@ -3,7 +3,7 @@
 // Both go by the gradient G of the norm. Floor: the norm reads the weight once; the gradient reads the weight and its
 // own gradient once for their product, and that once more while the result is written. Elements of G = left right are
 // made in registers, kTogether rows and kVectors SIMD registers of columns at a time.
-#include "kernels/cpu/sample.h"
+#include "kernels/cpu/sums.h"
 
 namespace fastlip::cpu {
 namespace {

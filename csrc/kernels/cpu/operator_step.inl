@@ -5,7 +5,7 @@
 // columns before the next ones: kColumns at a time, by as many SIMD registers of channels as there are. Each such part
 // is summed in registers of its own before it is added to the tile's sums, so that the longest chain of additions is
 // kDepth + taps * source channels / kDepth: float32 certificates depend on it.
-#include "kernels/cpu/sample.h"
+#include "kernels/cpu/vectors.h"
 
 namespace fastlip::cpu {
 namespace {

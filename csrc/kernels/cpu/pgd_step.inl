@@ -2,11 +2,31 @@
 //
 // A step must read x, grad and x0 and write x: 16 bytes an element in float32; with what the model reads in 16 bits as
 // much, since the gradient has 16 bits then, too. Linf is one pass; for L2 and L1 one sample at a time stays in cache
-// (sample.h).
+// (ball.h).
+#include "kernels/cpu/ball.h"
 #include "kernels/cpu/saved.h"
 
 namespace fastlip::cpu {
 namespace {
+
+template <typename T>
+void linf_part(T* x, const T* g, const T* x0, const PgdStep& p, int64_t sample, int64_t first, int64_t n) {
+  const T step = g ? finite_or_zero(at<T>(p.step_size, sample)) : T(0);
+  const T eps = radius<T>(p.eps, sample);
+  with_box<T>(p, sample, first, [&](const auto box) {
+    const auto finish = [&]<typename P>(P v, int64_t i) FASTLIP_INLINE {
+      const P centre = load<P>(x0 + i);
+      const P d = lesser(greater(v - centre, broadcast<P>(-eps)), broadcast<P>(eps));
+      store(x + i, box.clip(centre + d, i));
+    };
+    if (g) {
+      map<T>(n, [&]<typename P>(int64_t i)
+                    FASTLIP_INLINE { finish(load<P>(x + i) + signed_step(load<P>(g + i), step), i); });
+    } else {
+      map<T>(n, [&]<typename P>(int64_t i) FASTLIP_INLINE { finish(load<P>(x + i), i); });
+    }
+  });
+}
 
 template <typename S>
 void pgd_step_linf_as(const PgdStep& p, int64_t begin, int64_t end) {
@@ -34,6 +54,21 @@ void pgd_step_linf_as(const PgdStep& p, int64_t begin, int64_t end) {
       }
     }
   }
+}
+
+template <typename T>
+void ball_sample(T* x, const T* g, const T* x0, const PgdStep& p, int64_t sample, const Scratch<T>& scratch,
+                 const Ahead<T>* ahead) {
+  const T step = g ? finite_or_zero(at<T>(p.step_size, sample)) : T(0);
+  const T eps = radius<T>(p.eps, sample);
+  T* const d = scratch.row(kDisplacement);
+  with_box<T>(p, sample, 0, [&](const auto box) {
+    if (p.norm == Norm::l2) {
+      l2_sample(x, x, g, x0, step, eps, box, p.size, x, ahead);
+    } else {
+      l1_sample(x, x, g, x0, step, eps, box, p.kept, p.size, d, scratch.row(kCap), ahead);
+    }
+  });
 }
 
 template <typename S>

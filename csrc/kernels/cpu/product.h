@@ -1,7 +1,7 @@
 // Products of a few rows by panels of weights on the CPU, all sums in registers: what convolutions are made of.
 #pragma once
 
-#include "kernels/cpu/sample.h"
+#include "kernels/cpu/vectors.h"
 
 namespace fastlip::cpu {
 namespace {

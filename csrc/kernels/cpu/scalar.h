@@ -2,7 +2,8 @@
 //
 // Everything has internal linkage, because translation units of several instruction sets include it, and no standard
 // header with code in it is used: an inline std:: function emitted by one of them could be the copy the linker keeps
-// for every caller, with instructions older CPUs lack.
+// for every caller, with instructions older CPUs lack. What units of one set share is in a namespace of its name
+// (sums.h). tests/build/test_instruction_sets.py looks for the rest.
 #pragma once
 #include "kernels/api.h"
 

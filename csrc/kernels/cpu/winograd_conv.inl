@@ -4,8 +4,6 @@
 // product.h. Each is multiplied by one group of weight panels, and the products of all taps are transformed back, for
 // one group after the other. Every sum is one chain of multiply-adds over channels, so that an image's result depends
 // on neither its batch nor the threads.
-#include <algorithm>
-
 #include "kernels/cpu/product.h"
 
 namespace fastlip::cpu {
@@ -213,19 +211,18 @@ void multiply_tap(const Block& block, int64_t tap, int64_t padded, int64_t begin
 void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv&, int64_t, int64_t, int64_t, int64_t, void*);
 void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv& p, int64_t begin, int64_t end, int64_t first_panel,
                                               int64_t last_panel, void* scratch) {
-  const auto step_of = WinogradConv::tap_stride;
   const int64_t padded = WinogradConv::padded(p.channels), most = WinogradConv::together(p.channels);
   const int64_t panel = 9 * p.channels * kLanes, lanes = kPanels * kLanes;
-  const int64_t kernel_step = step_of(WinogradConv::kChannels, kLanes);
+  const int64_t kernel_step = WinogradConv::tap_stride(WinogradConv::kChannels, kLanes);
   float* const values = static_cast<float*>(scratch);
-  float* const sums = values + kTaps * step_of(most, padded);
-  float* const kernels = sums + kTaps * step_of(most, lanes);
+  float* const sums = values + kTaps * WinogradConv::tap_stride(most, padded);
+  float* const kernels = sums + kTaps * WinogradConv::tap_stride(most, lanes);
   float* const zeros = kernels + kTaps * kPanels * kernel_step;
-  std::fill_n(zeros, padded, 0.0F);
+  __builtin_memset(zeros, 0, static_cast<decltype(sizeof(float))>(padded) * sizeof(float));
   while (begin < end) {
     const int64_t blocks = (end - begin + most - 1) / most, count = (end - begin + blocks - 1) / blocks;
-    const Block block{
-        count, (count + kTileRows - 1) / kTileRows, values, sums, step_of(count, padded), step_of(count, lanes)};
+    const Block block{count, (count + kTileRows - 1) / kTileRows,     values,
+                      sums,  WinogradConv::tap_stride(count, padded), WinogradConv::tap_stride(count, lanes)};
     for (int64_t group = 0; group < block.groups; ++group) {
       const int64_t first = block.row(group), rows = block.row(group + 1) - first;
       for (int64_t r = 0; r < rows; ++r) {

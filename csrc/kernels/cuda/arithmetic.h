@@ -12,9 +12,6 @@
 #include "kernels/api.h"
 #include "kernels/either.h"
 
-// Of a lambda: what it captures by reference may lie in registers then.
-#define FASTLIP_INLINE __attribute__((always_inline))
-
 namespace fastlip::cuda {
 
 template <typename S>

@@ -11,7 +11,7 @@
 namespace fastlip::cuda {
 namespace {
 
-constexpr int kEach = 4;              // loads that a thread has under way
+constexpr int kLoads = 4;             // loads that a thread has under way
 constexpr int kClassesPerWarp = 256;  // beyond which another warp helps
 constexpr int kMostWarps = 16;
 constexpr int kSamplesPerBlock = 4;  // of a warp each
@@ -54,15 +54,15 @@ class SampleThreads {
   }
   __device__ Ranking<T> rank(const T* logits, int64_t count) const {
     Ranking<T> ranking = Ranking<T>::empty();
-    for (int64_t first = lane_; first < count; first += kEach * lanes_) {
-      T logit[kEach];
+    for (int64_t first = lane_; first < count; first += kLoads * lanes_) {
+      T logit[kLoads];
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
+      for (int i = 0; i < kLoads; ++i) {
         const int64_t c = first + i * lanes_;
         logit[i] = c < count ? logits[c] : -kInfinite<T>;
       }
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
+      for (int i = 0; i < kLoads; ++i) {
         ranking.note(logit[i]);
         if (logit[i] > -kInfinite<T>) ranking.insert(logit[i], static_cast<int32_t>(first + i * lanes_));
       }

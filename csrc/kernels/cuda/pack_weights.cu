@@ -12,7 +12,7 @@
 namespace fastlip::cuda {
 namespace {
 
-constexpr int kThreads = 256, kEach = 16, kMost = 64;
+constexpr int kPackThreads = 256, kPackEach = 16, kMost = 64;
 
 struct Batch {
   PackProblem problems[kMost];
@@ -22,7 +22,7 @@ struct Batch {
 };
 
 template <typename To>
-__global__ void __launch_bounds__(kThreads) pack_weights_kernel(const __grid_constant__ Batch batch, To* out) {
+__global__ void __launch_bounds__(kPackThreads) pack_weights_kernel(const __grid_constant__ Batch batch, To* out) {
   int low = 0, high = batch.count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -34,9 +34,9 @@ __global__ void __launch_bounds__(kThreads) pack_weights_kernel(const __grid_con
   }
   const PackProblem& p = batch.problems[low];
   const int64_t size = pack_size(p);
-  const int64_t begin = static_cast<int64_t>(blockIdx.x - batch.first_block[low]) * (kThreads * kEach);
-  for (int i = 0; i < kEach; ++i) {
-    const int64_t at = begin + i * kThreads + threadIdx.x;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x - batch.first_block[low]) * (kPackThreads * kPackEach);
+  for (int i = 0; i < kPackEach; ++i) {
+    const int64_t at = begin + i * kPackThreads + threadIdx.x;
     if (at >= size) return;
     const int64_t from = pack_source(p, batch.adjoint, at);
     To value = 0;
@@ -57,14 +57,14 @@ int pack_weights_(const PackWeights& pack, void* stream) {
     int64_t blocks = 0;
     for (; first < pack.count && batch.count < kMost; ++first) {
       const PackProblem& p = pack.problems[first];
-      const int64_t own = (pack_size(p) + kThreads * kEach - 1) / (kThreads * kEach);
+      const int64_t own = (pack_size(p) + kPackThreads * kPackEach - 1) / (kPackThreads * kPackEach);
       if (batch.count > 0 && blocks + own > INT32_MAX) break;
       batch.problems[batch.count] = p;
       blocks += own;
       batch.first_block[++batch.count] = static_cast<unsigned>(blocks);
     }
     if (blocks == 0) continue;
-    const auto config = configure(blocks, kThreads, 0, stream);
+    const auto config = configure(blocks, kPackThreads, 0, stream);
     const auto error =
         pack.dtype == DType::f64
             ? cudaLaunchKernelEx(&config, pack_weights_kernel<double>, batch, static_cast<double*>(pack.out))
