@@ -1,10 +1,12 @@
-"""Convolutions of a faster copy on the CPU: packed once (``indirect_convs_``, ``winograd_conv_``) against PyTorch's.
+"""Convolutions of a faster copy on the CPU, by ``fastlip.ops``'s three operators for them, and PyTorch's.
 
     python benchmarks/bench_indirect_conv.py                # CSV under benchmarks/results
     python benchmarks/bench_indirect_conv.py --network resnet18 --images 8
 
-Each different convolution of ResNet-50 with the ImageNet stem, and of ResNet-18 with the CIFAR stem, at 3x32x32, in the
-forward pass and as the gradient of its input, float32, channels last, without bias, ReLU or sum:
+Each different convolution of ResNet-50 with the ImageNet stem and of ResNet-18 with the CIFAR stem, at 3x32x32, and of
+the two small networks of Wong and Kolter (2018, "Provable defenses against adversarial examples via the convex outer
+adversarial polytope") at 3x32x32 and 1x28x28, in the forward pass and as the gradient of its input, float32, channels
+last, without bias, ReLU or sum:
 
 - packed: :class:`fastlip.attacks._packed.PackedConv`, which prepared networks run where it can be packed;
 - PyTorch: ``conv2d`` and its backward operator, by oneDNN;
@@ -30,7 +32,13 @@ from fastlip.attacks._packed import PackedConv
 from fastlip.models import resnet18, resnet50
 from fastlip.ops import IndirectConvs
 
-NETWORKS = {"resnet50": lambda: resnet50(10, seed=0), "resnet18": lambda: resnet18(10, stem="cifar", seed=0)}
+NETWORKS = {
+    "resnet50": lambda: resnet50(10, seed=0),
+    "resnet18": lambda: resnet18(10, stem="cifar", seed=0),
+    "small": lambda: nn.Sequential(nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1)),
+    "small_mnist": lambda: nn.Sequential(nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1)),
+}
+SHAPES = {"small_mnist": (1, 28, 28)}  # of images; of others 3x32x32
 Geometry = tuple[int, int, tuple[int, int], tuple[int, int], tuple[int, int], int]
 
 
@@ -48,7 +56,7 @@ def geometries(network: str) -> Counter[Geometry]:
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(seen)
     with torch.no_grad():
-        model(torch.rand(1, 3, 32, 32))
+        model(torch.rand(1, *SHAPES.get(network, (3, 32, 32))))
     return found
 
 

@@ -268,6 +268,56 @@ struct WinogradConv {
   }
 };
 
+// The gradient of a convolution with respect to an input of few channels, as images are: a vector holds outputs at the
+// taps of a row, and is summed for each channel of a pixel. CPU only.
+//
+// With stride s the pixels x = s X + phase meet taps i = first, first + s, ... alone, at the output pixels
+// X + offset, X + offset + 1, ... in the reverse order of the taps.
+struct ConvInputGrad {
+  float* out;  // [batch, channels, height, width]
+  int64_t out_stride[4];
+  const float* grad;    // [batch, grad_size[0], grad_size[1], outputs]
+  const float* weight;  // [outputs, channels, kernel[0], kernel[1]]
+  const float* packed;  // packed_floats() of them, from pack_conv_input_grad
+  int64_t batch, channels, outputs;
+  int64_t size[2], grad_size[2], kernel[2], stride[2], padding[2];
+
+  static constexpr int64_t kLanes = 16, kMostTaps = 64;  // of a kernel's column
+  struct Phase {
+    int64_t last, taps, offset;  // the last tap, how many there are, and the output pixel at it for X = 0
+  };
+  FASTLIP_INLINE Phase phase(int axis, int64_t at) const {
+    const int64_t first = (at + padding[axis]) % stride[axis];
+    const int64_t taps = first < kernel[axis] ? (kernel[axis] - 1 - first) / stride[axis] + 1 : 0;
+    const int64_t last = first + stride[axis] * (taps - 1);
+    return {last, taps, (at + padding[axis] - last) / stride[axis]};
+  }
+  // Floats of a row of taps, padded to whole vectors.
+  FASTLIP_INLINE int64_t run(const Phase& across) const {
+    return (across.taps * outputs + kLanes - 1) / kLanes * kLanes;
+  }
+  // For each phase (down, across), for each channel, for each row of taps: a run.
+  FASTLIP_INLINE int64_t packed_floats() const {
+    int64_t floats = 0;
+    for (int64_t a = 0; a < stride[0]; ++a)
+      for (int64_t b = 0; b < stride[1]; ++b) floats += channels * phase(0, a).taps * run(phase(1, b));
+    return floats;
+  }
+  // Output pixels before and behind those that there are, which pixels meet at the sides.
+  FASTLIP_INLINE int64_t before() const {
+    int64_t least = 0;
+    for (int64_t b = 0; b < stride[1]; ++b) least = phase(1, b).offset < least ? phase(1, b).offset : least;
+    return -least;
+  }
+  FASTLIP_INLINE int64_t row_floats() const {
+    const int64_t coarse = (size[1] + stride[1] - 1) / stride[1];
+    const int64_t met = before() + coarse + kernel[1] + padding[1], own = before() + grad_size[1];
+    return ((met > own ? met : own) * outputs + kLanes - 1) / kLanes * kLanes;
+  }
+  // Bytes of scratch memory: as many padded rows of grad as a row of out meets, at a cache line, and a vector.
+  int64_t scratch_bytes() const { return 4 * ((kernel[0] / stride[0] + 2) * row_floats() + 2 * kLanes); }
+};
+
 // The gradient G of a norm <G, W> in a weight W [rows, columns]: left right, or left where rank is 0. CPU only.
 struct NormGradient {
   const void* left;   // [rows, rank]; [rows, columns] where rank is 0
@@ -302,6 +352,8 @@ struct Kernels {
   // Tiles [begin, end) of all images, and panels of outputs; scratch as WinogradConv says.
   void (*winograd_conv)(const WinogradConv&, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
                         void* scratch);
+  // Images [begin, end); scratch as ConvInputGrad says.
+  void (*conv_input_grad)(const ConvInputGrad&, int64_t begin, int64_t end, void* scratch);
   // <G, weight> over rows [begin, end).
   double (*norm_along)(const NormGradient&, const void* weight, int64_t begin, int64_t end);
   // <a, b> over elements [begin, end) of f32 or f64.
@@ -320,6 +372,7 @@ constexpr int64_t scratch_bytes(int64_t size) { return 4 * (size + 64) * static_
 // Table for this CPU, or for FASTLIP_CPU_ISA; null with a message in `error` where that is unknown or unsupported.
 const Kernels* kernels(const char** error);
 void pack_weights(const PackWeights&, int64_t problem);
+void pack_conv_input_grad(const ConvInputGrad&, float* packed);
 // out_square: the partial sums of all tiles, added in order.
 void operator_squares(const OperatorStep&);
 const char* compiled_isas();  // comma-separated

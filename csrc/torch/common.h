@@ -453,6 +453,53 @@ inline WinogradConv winograd_conv_of(Tensor& out, const Tensor& x, const Tensor&
           outputs};
 }
 
+inline ConvInputGrad conv_input_grad_of(Tensor& out, const Tensor& grad, const Tensor& weight,
+                                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
+  STD_TORCH_CHECK(out.dim() == 4 && grad.dim() == 4 && out.size(0) == grad.size(0),
+                  "out must be [B, channels, H, W], and grad [B, H', W', outputs]");
+  const int64_t channels = out.size(1), height = out.size(2), width = out.size(3);
+  const auto laid_out = [&](int64_t channel, int64_t row, int64_t column) {
+    const int64_t strides[] = {channels * height * width, channel, row, column};
+    for (int64_t d = 0; d < 4; ++d)
+      if (out.size(d) > 1 && out.stride(d) != strides[d]) return false;
+    return true;
+  };
+  STD_TORCH_CHECK(
+      dtype_of(out, "out") == DType::f32 && out.device().is_cpu() &&
+          (out.numel() == 0 || laid_out(height * width, width, 1) || laid_out(1, width * channels, channels)),
+      "out must be float32 on the CPU, contiguous or channels_last");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == grad.size(3) && weight.size(1) == out.size(1),
+                  "weight must be [outputs, channels, h, w]");
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2, "stride and padding must be two numbers");
+  ConvInputGrad p{static_cast<float*>(out.mutable_data_ptr()),
+                  {out.stride(0), out.stride(1), out.stride(2), out.stride(3)},
+                  host_floats(grad, "grad"),
+                  host_floats(weight, "weight"),
+                  nullptr,
+                  out.size(0),
+                  out.size(1),
+                  grad.size(3),
+                  {},
+                  {},
+                  {},
+                  {},
+                  {}};
+  for (int axis = 0; axis < 2; ++axis) {
+    p.size[axis] = out.size(2 + axis);
+    p.grad_size[axis] = grad.size(1 + axis);
+    p.kernel[axis] = weight.size(2 + axis);
+    p.stride[axis] = stride[axis];
+    p.padding[axis] = padding[axis];
+    STD_TORCH_CHECK(p.kernel[axis] >= 1 && p.kernel[axis] <= ConvInputGrad::kMostTaps,
+                    "weight must have 1 to 64 taps along each side");
+    STD_TORCH_CHECK(p.stride[axis] >= 1 && p.padding[axis] >= 0, "stride must be at least 1 and padding at least 0");
+    STD_TORCH_CHECK(p.size[axis] + 2 * p.padding[axis] >= p.kernel[axis] &&
+                        p.grad_size[axis] == (p.size[axis] + 2 * p.padding[axis] - p.kernel[axis]) / p.stride[axis] + 1,
+                    "grad must have the height and width that the convolution of out has");
+  }
+  return p;
+}
+
 // `weight` is called `name`; `left` and `right` are what NormGradient says.
 inline NormGradient norm_gradient_of(const Tensor& weight, const char* name, const Tensor& left, const Tensor& right) {
   const DType dtype = dtype_of(weight, name);

@@ -237,6 +237,24 @@ void winograd_conv_(Tensor out, const Tensor& x, const Tensor& weight, bool rota
   });
 }
 
+struct alignas(64) CacheLine {
+  float of[ConvInputGrad::kLanes];
+};
+
+void conv_input_grad_(Tensor out, const Tensor& grad, const Tensor& weight, std::vector<int64_t> stride,
+                      std::vector<int64_t> padding) {
+  ConvInputGrad p = conv_input_grad_of(out, grad, weight, stride, padding);
+  if (p.batch == 0 || p.channels == 0 || p.size[0] == 0 || p.size[1] == 0) return;
+  std::vector<CacheLine> packed(static_cast<size_t>(p.packed_floats()) / ConvInputGrad::kLanes);
+  cpu::pack_conv_input_grad(p, reinterpret_cast<float*>(packed.data()));
+  p.packed = reinterpret_cast<const float*>(packed.data());
+  const auto sum = kernels().conv_input_grad;
+  torch::stable::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(p.scratch_bytes()));
+    sum(p, begin, end, scratch.get());
+  });
+}
+
 // The sum of f(begin, end) over [0, count) in chunks of a fixed size, so that it does not depend on the threads.
 template <typename F>
 double sum_over(int64_t count, int64_t chunk, F f) {
@@ -341,6 +359,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("pack_weights_", TORCH_BOX(&pack_weights_));
   m.impl("indirect_convs_", TORCH_BOX(&indirect_convs_));
   m.impl("winograd_conv_", TORCH_BOX(&winograd_conv_));
+  m.impl("conv_input_grad_", TORCH_BOX(&conv_input_grad_));
   m.impl("norm_along", TORCH_BOX(&norm_along));
   m.impl("scaled_weight_grad", TORCH_BOX(&scaled_weight_grad));
   m.impl("top_eigenpairs", TORCH_BOX(&top_eigenpairs));

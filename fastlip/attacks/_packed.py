@@ -5,7 +5,6 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastlip import ops
 from fastlip.attacks._fused import FusedConv
@@ -14,6 +13,8 @@ from fastlip.attacks._fused import FusedConv
 _LANES = 16
 #: From so many output pixels on, a kernel of several taps loses more by gathering than it saves at the map's edges.
 _LARGE = 256
+#: Taps along a side that :func:`fastlip.ops.conv_input_grad_` takes.
+_MOST_TAPS = 64
 #: Products of sums over taps, for each of Winograd's filtering, from which on that is faster: it transforms the rest.
 _WORTH = 1.75
 
@@ -33,9 +34,8 @@ class PackedConv(nn.Module):
     3x3 kernels at stride 1 take a quarter of the products, by :func:`fastlip.ops.winograd_conv_`.
 
     There are two exceptions. Large maps have little padding, and PyTorch's convolution does not gather their pixels: it
-    serves both passes of other kernels of more than one tap. An input of few channels, which is an image, is read by
-    PyTorch's convolution too; but its gradient is computed for blocks of pixels, as if their channels were one pixel's,
-    unless there are few output channels as well.
+    serves both passes of other kernels of more than one tap. An input of few channels, as an image is, is read by
+    PyTorch's convolution too; but its gradient is computed by :func:`fastlip.ops.conv_input_grad_`.
 
     Args:
         conv: a convolution of one group in float32 on the CPU, padded with zeros by numbers of pixels.
@@ -54,27 +54,22 @@ class PackedConv(nn.Module):
         self.bias = conv.bias
         self.plain: FusedConv | None = FusedConv(conv, relu)
         self.few = self.channels[0] < _LANES
-        block = [max(2, s) for s in self.stride]
-        self.block = block if math.prod(block) * self.channels[0] <= _LANES else [1, 1]
         self.packed = False
         self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def _pack(self, x: Tensor) -> None:
         """Pack the weights where that pays off."""
         plain = self.plain  # another thread may drop it meanwhile
-        if self.packed or plain is None:
+        if self.packed or self.few or plain is None:
             return
-        pixels = math.prod(self.out_shape(x)[2:])
-        large = not self.few and math.prod(self.kernel) > 1 and pixels >= _LARGE and not self._is_filtered(x)
-        if large or (self.few and self.channels[1] < 2 * _LANES):
+        large = math.prod(self.kernel) > 1 and math.prod(self.out_shape(x)[2:]) >= _LARGE
+        if large and not self._is_filtered(x):
             return
         weight = plain.conv.weight.detach()
-        self.register_buffer("adjoint_weight", ops.packed_taps(self._adjoint_taps(weight)))
-        if not self.few:
-            self.register_buffer("forward_weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
+        self.register_buffer("adjoint_weight", ops.packed_taps(weight.flatten(2).permute(2, 0, 1)))
+        self.register_buffer("forward_weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
         self.packed = True
-        if not self.few:
-            self.plain = None
+        self.plain = None
 
     def out_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """The shape of conv(x), [B, C', H', W']."""
@@ -111,10 +106,8 @@ class PackedConv(nn.Module):
         convs: ops.IndirectConvs,
     ) -> Tensor:
         """The gradient of x plus ``other`` where ``mask`` is positive (0 elsewhere), once ``convs`` are run."""
-        if (plain := self.plain) is not None and not self.packed:
-            return plain.gradient(grad, x, other, mask, convs)
-        if self.block != [1, 1]:
-            return self._gradient_by_blocks(grad, x, other, mask, convs)
+        if (plain := self.plain) is not None:
+            return self._few_gradient(plain, grad, x, other, mask, convs)
         out = torch.empty(x.shape, dtype=grad.dtype, device=x.device, memory_format=torch.channels_last)
         if self._is_filtered(x):
             convs.run()
@@ -127,16 +120,25 @@ class PackedConv(nn.Module):
         convs.add(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
         return out
 
-    def _gradient_by_blocks(
-        self, grad: Tensor, x: Tensor, other: Tensor | None, mask: Tensor | None, convs: ops.IndirectConvs
+    def _few_gradient(
+        self,
+        plain: FusedConv,
+        grad: Tensor,
+        x: Tensor,
+        other: Tensor | None,
+        mask: Tensor | None,
+        convs: ops.IndirectConvs,
     ) -> Tensor:
-        """:meth:`gradient` where the pixels of a block are computed as one."""
-        height, width = (-(-x.shape[2 + i] // self.block[i]) for i in (0, 1))
-        blocks = grad.new_empty(len(x), height * width, math.prod(self.block) * self.channels[0])
-        convs.add(blocks, _rows(grad), self.adjoint_weight, self._meeting(x)[1])
+        """:meth:`gradient` of what PyTorch's convolution reads."""
+        if not self.few or self.dilation != (1, 1) or max(self.kernel) > _MOST_TAPS:
+            return plain.gradient(grad, x, other, mask, convs)
         convs.run()
-        pixels = blocks.view(len(x), height, width, *self.block, self.channels[0]).transpose(2, 3)
-        out = pixels.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)[:, :, : x.shape[2], : x.shape[3]]
+        # An image's gradient is contiguous, as images are.
+        out = torch.empty_like(
+            x, memory_format=torch.contiguous_format if self.channels[0] <= 4 else torch.channels_last
+        )
+        weight = plain.conv.weight.contiguous()
+        ops.conv_input_grad_(out, _pixels(grad), weight, stride=self.stride, padding=self.padding)
         out = out if other is None else out + other
         return out if mask is None else torch.ops.aten.threshold_backward(out, mask, 0)
 
@@ -169,39 +171,11 @@ class PackedConv(nn.Module):
         return _inside(_count(self._outputs(size, axis))[:, None] * self.stride[axis] + taps, size)
 
     def _adjoint_sources(self, size: int, axis: int) -> Tensor:
-        """The output row that each block of input rows meets at each of the adjoint's taps, [blocks, taps], or -1."""
-        stride, outputs = self.stride[axis], self._outputs(size, axis)
-        if self.block == [1, 1]:
-            taps = _count(self.kernel[axis]) * self.dilation[axis] - self.padding[axis]
-            strides = _count(size)[:, None] - taps
-            return torch.where(strides % stride == 0, _inside(strides.div(stride, rounding_mode="floor"), outputs), -1)
-        blocks = _count(-(-size // self.block[axis]))
-        return _inside(blocks[:, None] * (self.block[axis] // stride) + self._block_taps(axis), outputs)
-
-    def _block_taps(self, axis: int) -> Tensor:
-        """Output rows that a block of input rows meets, counted from the one that begins where the block does."""
-        stride, padding = self.stride[axis], self.padding[axis]
-        first = -((self.dilation[axis] * (self.kernel[axis] - 1) - padding) // stride)
-        return first + _count((self.block[axis] - 1 + padding) // stride + 1 - first)
-
-    def _adjoint_taps(
-        self,
-        weight: Tensor,  # [C', C, h, w]
-    ) -> Tensor:
-        """The matrices of the adjoint's taps, [taps, C', block * C]."""
-        if self.block == [1, 1]:
-            return weight.flatten(2).permute(2, 0, 1)
-        down, across = (self._kernel_taps(i) for i in (0, 1))
-        padded = functional.pad(weight, (0, 1, 0, 1))
-        taps = padded[:, :, down[:, :, None, None], across]  # [C', C, taps, block, taps, block]
-        return taps.permute(2, 4, 0, 3, 5, 1).flatten(3).flatten(0, 1)
-
-    def _kernel_taps(self, axis: int) -> Tensor:
-        """The kernel's tap between each of the adjoint's taps and each row of a block; one past the end for none."""
-        rows = _count(self.block[axis]) + self.padding[axis]
-        strides = rows - self._block_taps(axis)[:, None] * self.stride[axis]
-        tap = _inside(strides.div(self.dilation[axis], rounding_mode="floor"), self.kernel[axis])
-        return torch.where((strides % self.dilation[axis] == 0) & (tap >= 0), tap, self.kernel[axis])
+        """The output row that each input row meets at each tap, [rows, taps]; -1 for none."""
+        stride = self.stride[axis]
+        strides = _count(size)[:, None] + self.padding[axis] - _count(self.kernel[axis]) * self.dilation[axis]
+        found = _inside(strides.div(stride, rounding_mode="floor"), self._outputs(size, axis))
+        return torch.where(strides % stride == 0, found, -1)
 
 
 @cache

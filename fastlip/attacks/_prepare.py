@@ -34,7 +34,7 @@ _TIMED = 16
 #: The number of copies of a model that are kept, for different precisions or shapes of inputs.
 _MOST_KEPT = 3
 #: Multiply-adds in the convolutions of one image from which on fused ones save more than a copy costs.
-_LEAST_MULTIPLY_ADDS = 3e5
+_LEAST_MULTIPLY_ADDS = 1e5
 
 
 def prepare(

@@ -1,4 +1,4 @@
-"""Units of several instruction sets share no function: the linker would keep one copy for CPUs that lack its instructions.
+"""Units of several instruction sets share no function: the linker might keep one with instructions that a CPU lacks.
 
 Compiled without optimisation, where every function that is not inlined for sure is there.
 """

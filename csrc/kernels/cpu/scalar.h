@@ -21,11 +21,11 @@ inline T clip(T v, T lo, T hi) {
   return v > hi ? hi : v;
 }
 template <typename T>
-inline T least(T a, T b) {
+constexpr T least(T a, T b) {
   return a < b ? a : b;
 }
 template <typename T>
-inline T most(T a, T b) {
+constexpr T most(T a, T b) {
   return a > b ? a : b;
 }
 inline float magnitude(float v) { return __builtin_fabsf(v); }

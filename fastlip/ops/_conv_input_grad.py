@@ -1,0 +1,46 @@
+"""Gradients of convolutions with respect to images on the CPU: the wrapper of ``conv_input_grad_``."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def conv_input_grad_(
+    out: Tensor,  # [B, C, H, W], overwritten
+    grad: Tensor,  # [B, H', W', outputs]
+    weight: Tensor,  # [outputs, C, h, w]
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+) -> Tensor:
+    """The gradient of a convolution with respect to an input of few channels, in float32 on the CPU.
+
+    What ``torch.nn.grad.conv2d_input`` computes, for one group without dilation. It is made for images, whose channels
+    fill a small part of a SIMD register: registers hold the outputs at the taps of a row, and are summed in the end.
+
+    An image's result depends neither on the other images nor on the number of threads.
+
+    Args:
+        out: overwritten, contiguous or channels_last; must not share memory with the others.
+        grad: the gradient with respect to what the convolution returns, channels last.
+        weight: the convolution's.
+        stride: the convolution's, of rows and columns.
+        padding: the convolution's, by zeros.
+
+    Returns:
+        out.
+
+    Raises:
+        RuntimeError: a tensor is not float32, on the CPU, contiguous or of the shape above; ``grad`` has not the size
+            that the convolution of ``out`` has; or the kernel has more than 64 taps along one side.
+
+    Example:
+        >>> import torch
+        >>> from fastlip import ops
+        >>> weight = torch.randn(16, 3, 5, 5)
+        >>> grad = torch.randn(8, 14, 14, 16)  # channels last
+        >>> out = ops.conv_input_grad_(torch.empty(8, 3, 28, 28), grad, weight, stride=(2, 2), padding=(2, 2))
+    """
+    torch.ops.fastlip.conv_input_grad_(out, grad, weight, list(stride), list(padding))
+    return out
