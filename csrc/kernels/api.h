@@ -352,7 +352,7 @@ struct Kernels {
   // Tiles [begin, end) of all images, and panels of outputs; scratch as WinogradConv says.
   void (*winograd_conv)(const WinogradConv&, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
                         void* scratch);
-  // Images [begin, end); scratch as ConvInputGrad says.
+  // Rows [begin, end) of all images; scratch as ConvInputGrad says.
   void (*conv_input_grad)(const ConvInputGrad&, int64_t begin, int64_t end, void* scratch);
   // <G, weight> over rows [begin, end).
   double (*norm_along)(const NormGradient&, const void* weight, int64_t begin, int64_t end);

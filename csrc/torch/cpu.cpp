@@ -248,8 +248,12 @@ void conv_input_grad_(Tensor out, const Tensor& grad, const Tensor& weight, std:
   std::vector<CacheLine> packed(static_cast<size_t>(p.packed_floats()) / ConvInputGrad::kLanes);
   cpu::pack_conv_input_grad(p, reinterpret_cast<float*>(packed.data()));
   p.packed = reinterpret_cast<const float*>(packed.data());
+  constexpr int64_t kWorth =
+      1 << 17;  // multiply-adds worth a thread; which reads as many rows of grad again as it meets
+  const int64_t products = p.channels * p.outputs * p.kernel[0] * p.kernel[1] * p.grad_size[1] / p.stride[0];
+  const int64_t grain = std::max(4 * p.kernel[0], kWorth / (products + 1));
   const auto sum = kernels().conv_input_grad;
-  torch::stable::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, p.batch * p.size[0], grain, [&](int64_t begin, int64_t end) {
     const auto scratch = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(p.scratch_bytes()));
     sum(p, begin, end, scratch.get());
   });

@@ -33,8 +33,10 @@ _COMPARED, _MARGIN, _LEAST = 4, 4.0, 1e-6
 _TIMED = 16
 #: The number of copies of a model that are kept, for different precisions or shapes of inputs.
 _MOST_KEPT = 3
-#: Multiply-adds in the convolutions of one image from which on fused ones save more than a copy costs.
+#: Multiply-adds in the convolutions of one image from which on fused ones save more than a copy costs, and how many times
+#: as many where the weights have changed since the last attack, so that they may change before the next one.
 _LEAST_MULTIPLY_ADDS = 1e5
+_IN_TRAINING = 30.0
 
 
 def prepare(
@@ -56,7 +58,8 @@ def prepare(
     time, and 3x3 kernels at stride 1 go by Winograd's filtering, which takes a quarter of the products and rounds about
     five times as much: where a gradient is exactly 0, the copy's may be at the level of rounding, and a step in Linf
     goes by its sign. Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have
-    nothing to gain there. On a GPU, CUDA graphs are replayed.
+    nothing to gain there, and small ones whose weights have changed since the last attack, as in training. On a GPU,
+    CUDA graphs are replayed.
 
     ``precision`` makes the copy compute all but its first layer in low precision. A low precision that this machine
     computes more slowly than float32 (bfloat16 on a CPU without AVX512-BF16 or AMX, for example) is not used: a warning
@@ -236,11 +239,15 @@ def _kept_of(model: nn.Module) -> _Kept:
 
 def _is_small(model: nn.Module, inputs: Tensor) -> bool:
     """Whether fused convolutions would save less than a copy costs."""
+    kept = _kept.get(model)
+    least = _LEAST_MULTIPLY_ADDS
+    if kept is not None and kept is not _kept_of(model):
+        least *= _IN_TRAINING
     counted = _counted.setdefault(model, {})
     shapes = (inputs.shape[1:], *(p.shape for p in model.parameters()))
     if shapes not in counted:
         counted[shapes] = _multiply_adds(model, inputs)
-    return counted[shapes] < _LEAST_MULTIPLY_ADDS
+    return counted[shapes] < least
 
 
 def _copy_of(

@@ -498,3 +498,25 @@ def test_a_copy_that_holds_the_size_of_a_batch_is_not_to_be_had():
             return self.head(self.conv(x).flatten(1)) * (2.0 if len(x) > 3 else 1.0)
 
     assert attacks.prepare(Scaled().eval(), torch.rand(6, 3, 8, 8)).faster is None
+
+
+def test_small_networks_in_training_have_no_copy(monkeypatch):
+    """The first attack does not know; one on weights as they were makes a copy again."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12544, 10)).eval()
+    inputs = torch.rand(4, 3, 16, 16)
+    monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", LEAST)
+
+    def copied():
+        return not _prepare.network_of(model, inputs, fast=True, precision=None).exact
+
+    assert copied()
+    assert copied()
+    for _ in range(3):
+        with torch.no_grad():
+            model[0].weight.mul_(0.9)
+        assert not copied()
+    assert copied()
+    monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", LEAST / _prepare._IN_TRAINING)
+    with torch.no_grad():
+        model[0].weight.mul_(0.9)
+    assert copied(), "a larger one does"

@@ -113,6 +113,7 @@ def test_what_the_readme_says_of_speed_follows_from_the_rows(tables):
     assert f"run in {between('resnet50', 'fastlip')} of the fastest peer's speed" in readme
     assert f"with `fast=True` in {between('resnet50', 'fastlip, fast')}" in readme
     assert f"on a ResNet-18 for small images in {between('resnet18', 'fastlip, fast')}" in readme
+    assert f"on three small convolutions in {between('small', 'fastlip, fast')}" in readme
     chosen = ("cifar", "random", "fastlip", "rtol 0.01")
     rows = [r for r in tables.rows_of("layer_norms_cpu") if r["x_torch_power"]]
     power = [float(r["x_torch_power"]) for r in rows if (r["stem"], r["weights"], r["method"], r["setting"]) == chosen]
@@ -128,6 +129,12 @@ def test_how_long_packed_convolutions_take(tables):
             for what in ("packed", "floor", "PyTorch")
         )
         assert f"{packed:.0f} ms beside {floor:.0f} ms and {torch:.0f} ms" in text
+    images = [
+        float(r["x_torch"])
+        for r in tables.rows_of("indirect_conv_cpu")
+        if (r["pass"], r["what"]) == ("gradient", "packed") and int(r["channels"]) <= 3
+    ]
+    assert f"takes {min(images):.2f} to {max(images):.2f} of the time that it takes PyTorch" in text
 
 
 def test_the_guide_says_how_fast_adversarial_training_is(tables):

@@ -110,12 +110,12 @@ def test_what_is_not_finite_reaches_the_pixels_that_it_should(case, value):
 
 
 @needs_native
-def test_an_image_depends_on_neither_its_batch_nor_the_threads():
-    case = CASES[0]
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], (3, 24, (5, 5), (2, 3), (2, 1), (90, 40))])
+def test_an_image_depends_on_neither_its_batch_nor_the_threads(case):
     out, grad, weight = operands(9, case)
     whole = ops.conv_input_grad_(out, grad, weight, stride=case[3], padding=case[4])
     threads = torch.get_num_threads()
-    for rows, count in itertools.product((slice(0, 1), slice(3, 7), slice(0, 9)), (1, 2, 3)):
+    for rows, count in itertools.product((slice(0, 1), slice(3, 7), slice(0, 9)), (1, 2, 3, 8)):
         torch.set_num_threads(count)
         try:
             part = ops.conv_input_grad_(

@@ -178,28 +178,27 @@ void phase_row(const ConvInputGrad& p, float* out, const ConvInputGrad::Phase& a
 void FASTLIP_CAT(conv_input_grad_, FASTLIP_ISA)(const ConvInputGrad&, int64_t, int64_t, void*);
 void FASTLIP_CAT(conv_input_grad_, FASTLIP_ISA)(const ConvInputGrad& p, int64_t begin, int64_t end, void* scratch) {
   PaddedRows rows(p, at_cache_line(static_cast<float*>(scratch)));
-  for (int64_t image = begin; image < end; ++image) {
-    rows.begin(p.grad + image * p.grad_size[0] * p.grad_size[1] * p.outputs);
-    for (int64_t y = 0; y < p.size[0]; ++y) {
-      const auto down = p.phase(0, y % p.stride[0]);
-      const int64_t top = y / p.stride[0] + down.offset;
-      const float* grad[ConvInputGrad::kMostTaps];
-      int64_t tap[ConvInputGrad::kMostTaps], count = 0;
-      for (int64_t t = 0; t < down.taps; ++t) {
-        if (top + t < 0 || top + t >= p.grad_size[0]) continue;
-        grad[count] = rows.row(top + t);
-        tap[count++] = t;
-      }
-      float* const out = p.out + image * p.out_stride[0] + y * p.out_stride[2];
-      const float* weight = p.packed;
-      for (int64_t a = 0; a < y % p.stride[0]; ++a)
-        for (int64_t b = 0; b < p.stride[1]; ++b) weight += p.channels * p.phase(0, a).taps * p.run(p.phase(1, b));
-      for (int64_t b = 0; b < least(p.stride[1], p.size[1]); ++b) {
-        const auto across = p.phase(1, b);
-        const int64_t run = p.run(across), pixels = (p.size[1] - b + p.stride[1] - 1) / p.stride[1];
-        phase_row(p, out + b * p.out_stride[3], across, down.taps, pixels, Met{grad, tap, count, run}, weight);
-        weight += p.channels * down.taps * run;
-      }
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t image = row / p.size[0], y = row % p.size[0];
+    if (row == begin || y == 0) rows.begin(p.grad + image * p.grad_size[0] * p.grad_size[1] * p.outputs);
+    const auto down = p.phase(0, y % p.stride[0]);
+    const int64_t top = y / p.stride[0] + down.offset;
+    const float* grad[ConvInputGrad::kMostTaps];
+    int64_t tap[ConvInputGrad::kMostTaps], count = 0;
+    for (int64_t t = 0; t < down.taps; ++t) {
+      if (top + t < 0 || top + t >= p.grad_size[0]) continue;
+      grad[count] = rows.row(top + t);
+      tap[count++] = t;
+    }
+    float* const out = p.out + image * p.out_stride[0] + y * p.out_stride[2];
+    const float* weight = p.packed;
+    for (int64_t a = 0; a < y % p.stride[0]; ++a)
+      for (int64_t b = 0; b < p.stride[1]; ++b) weight += p.channels * p.phase(0, a).taps * p.run(p.phase(1, b));
+    for (int64_t b = 0; b < least(p.stride[1], p.size[1]); ++b) {
+      const auto across = p.phase(1, b);
+      const int64_t run = p.run(across), pixels = (p.size[1] - b + p.stride[1] - 1) / p.stride[1];
+      phase_row(p, out + b * p.out_stride[3], across, down.taps, pixels, Met{grad, tap, count, run}, weight);
+      weight += p.channels * down.taps * run;
     }
   }
 }
