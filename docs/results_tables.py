@@ -78,11 +78,12 @@ def _attacks(rows: list[Row]) -> str:
             f"{r['network']}, {r['attack']}, {r['regime']}: {r['what']}",
             number(r["ms"]),
             number(r["x_fastest_peer"]),
+            number(r["x_old"]) if r["x_old"] else "",
             f"{100 * float(r['robust_accuracy']):.0f}%",
         )
         for r in rows
     ]
-    head = ("", "ms", "speed against the fastest peer", "robust accuracy")
+    head = ("", "ms", "speed against the fastest peer", "against fastlip at 655219d", "robust accuracy")
     return markdown(head, body)
 
 
