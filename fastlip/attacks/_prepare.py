@@ -33,8 +33,8 @@ _COMPARED, _MARGIN, _LEAST = 4, 4.0, 1e-6
 _TIMED = 16
 #: The number of copies of a model that are kept, for different precisions or shapes of inputs.
 _MOST_KEPT = 3
-#: Multiply-adds in the convolutions of one image from which on fused ones save more than a copy costs, and how many times
-#: as many where the weights have changed since the last attack, so that they may change before the next one.
+#: Multiply-adds in the convolutions of one image from which on fused ones save more than a copy costs, and how many
+#: times as many where the weights have changed since the last attack, so that they may change before the next one.
 _LEAST_MULTIPLY_ADDS = 1e5
 _IN_TRAINING = 30.0
 
