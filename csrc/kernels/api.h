@@ -283,6 +283,7 @@ struct ConvInputGrad {
   int64_t size[2], grad_size[2], kernel[2], stride[2], padding[2];
 
   static constexpr int64_t kLanes = 16, kMostTaps = 64;  // of a kernel's column
+  static constexpr int64_t kMostStride = 1 << 30;        // and padding
   struct Phase {
     int64_t last, taps, offset;  // the last tap, how many there are, and the output pixel at it for X = 0
   };
@@ -296,17 +297,24 @@ struct ConvInputGrad {
   FASTLIP_INLINE int64_t run(const Phase& across) const {
     return (across.taps * outputs + kLanes - 1) / kLanes * kLanes;
   }
+  // Phases that pixels have.
+  FASTLIP_INLINE int64_t phases(int axis) const { return stride[axis] < size[axis] ? stride[axis] : size[axis]; }
+  // Floats of the runs of all phases across.
+  FASTLIP_INLINE int64_t runs() const {
+    int64_t floats = 0;
+    for (int64_t b = 0; b < phases(1); ++b) floats += run(phase(1, b));
+    return floats;
+  }
   // For each phase (down, across), for each channel, for each row of taps: a run.
   FASTLIP_INLINE int64_t packed_floats() const {
-    int64_t floats = 0;
-    for (int64_t a = 0; a < stride[0]; ++a)
-      for (int64_t b = 0; b < stride[1]; ++b) floats += channels * phase(0, a).taps * run(phase(1, b));
-    return floats;
+    int64_t taps = 0;
+    for (int64_t a = 0; a < phases(0); ++a) taps += phase(0, a).taps;
+    return channels * taps * runs();
   }
   // Output pixels before and behind those that there are, which pixels meet at the sides.
   FASTLIP_INLINE int64_t before() const {
     int64_t least = 0;
-    for (int64_t b = 0; b < stride[1]; ++b) least = phase(1, b).offset < least ? phase(1, b).offset : least;
+    for (int64_t b = 0; b < phases(1); ++b) least = phase(1, b).offset < least ? phase(1, b).offset : least;
     return -least;
   }
   FASTLIP_INLINE int64_t row_floats() const {

@@ -492,7 +492,9 @@ inline ConvInputGrad conv_input_grad_of(Tensor& out, const Tensor& grad, const T
     p.padding[axis] = padding[axis];
     STD_TORCH_CHECK(p.kernel[axis] >= 1 && p.kernel[axis] <= ConvInputGrad::kMostTaps,
                     "weight must have 1 to 64 taps along each side");
-    STD_TORCH_CHECK(p.stride[axis] >= 1 && p.padding[axis] >= 0, "stride must be at least 1 and padding at least 0");
+    STD_TORCH_CHECK(p.stride[axis] >= 1 && p.padding[axis] >= 0 && p.stride[axis] <= ConvInputGrad::kMostStride &&
+                        p.padding[axis] <= ConvInputGrad::kMostStride,
+                    "stride must be at least 1 and padding at least 0, both at most 2^30");
     STD_TORCH_CHECK(p.size[axis] + 2 * p.padding[axis] >= p.kernel[axis] &&
                         p.grad_size[axis] == (p.size[axis] + 2 * p.padding[axis] - p.kernel[axis]) / p.stride[axis] + 1,
                     "grad must have the height and width that the convolution of out has");

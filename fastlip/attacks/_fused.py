@@ -58,7 +58,7 @@ class FusedConv(nn.Module):
 
     def _convolved(self, x: Tensor) -> Tensor:
         c = self.conv
-        dense = self._matrix(x)
+        dense = self.matrix(x)
         if dense is None and not self.pointwise:
             y = functional.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
             return y if self.low is None else y.to(self.low)
@@ -86,7 +86,7 @@ class FusedConv(nn.Module):
 
     def _gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         c = self.conv
-        if dense := self._matrix(x):
+        if dense := self.matrix(x):
             return _maps(_pixels(grad).flatten(1) @ dense[0], len(x), x.shape[2:], c.in_channels)
         if self.pointwise:
             rows = _pixels(grad).flatten(0, 2) @ c.weight.flatten(1)
@@ -101,7 +101,7 @@ class FusedConv(nn.Module):
         )[0]
         return back.to(x.dtype)
 
-    def _matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """The dense matrix [H' W' C', H W C] and bias [H' W' C'], or None if the kernel needs fewer products."""
         size = (x.shape[2], x.shape[3])
         c = self.conv

@@ -35,7 +35,8 @@ class PackedConv(nn.Module):
 
     There are two exceptions. Large maps have little padding, and PyTorch's convolution does not gather their pixels: it
     serves both passes of other kernels of more than one tap. An input of few channels, as an image is, is read by
-    PyTorch's convolution too; but its gradient is computed by :func:`fastlip.ops.conv_input_grad_`.
+    PyTorch's convolution too; but its gradient is computed by :func:`fastlip.ops.conv_input_grad_`, unless the map is
+    smaller than the kernel.
 
     Args:
         conv: a convolution of one group in float32 on the CPU, padded with zeros by numbers of pixels.
@@ -130,7 +131,8 @@ class PackedConv(nn.Module):
         convs: ops.IndirectConvs,
     ) -> Tensor:
         """:meth:`gradient` of what PyTorch's convolution reads."""
-        if not self.few or self.dilation != (1, 1) or max(self.kernel) > _MOST_TAPS:
+        small = plain.matrix(x) is not None
+        if small or not self.few or self.dilation != (1, 1) or max(self.kernel) > _MOST_TAPS:
             return plain.gradient(grad, x, other, mask, convs)
         convs.run()
         # An image's gradient is contiguous, as images are.

@@ -26,6 +26,8 @@ CASES = [
     (3, 6, (64, 2), (5, 1), (0, 0), (70, 4)),
     (3, 1, (8, 8), (3, 2), (7, 0), (2, 8)),
     (8, 16, (3, 3), (2, 2), (1, 1), (1, 1)),
+    (3, 12, (16, 16), (16, 16), (0, 0), (40, 33)),
+    (2, 6, (3, 3), (9, 11), (2, 1), (12, 5)),
 ]
 EMPTY = [
     (3, 0, (3, 3), (1, 1), (1, 1), (4, 4)),
@@ -126,6 +128,22 @@ def test_an_image_depends_on_neither_its_batch_nor_the_threads(case):
         assert torch.equal(part, whole[rows])
 
 
+def test_numbers_for_both_sides():
+    out, grad, weight = operands(2, CASES[0])
+    want = wanted(out, grad, weight, CASES[0]).float()
+    torch.testing.assert_close(ops.conv_input_grad_(out, grad, weight, padding=1), want, atol=1e-4, rtol=1e-5)
+
+
+@needs_native
+def test_strides_beyond_the_map_cost_nothing():
+    """Phases are those that pixels have: all strides would be 2^60."""
+    weight, grad = torch.randn(4, 3, 3, 3), torch.randn(1, 1, 1, 4)
+    out = ops.conv_input_grad_(torch.empty(1, 3, 5, 5), grad, weight, stride=2**30)
+    want = torch.zeros(1, 3, 5, 5)
+    want[:, :, :3, :3] = torch.einsum("k,kcij->cij", grad.flatten(), weight)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+
+
 def test_nothing_to_do():
     case = CASES[0]
     out, grad, weight = operands(2, case)
@@ -166,6 +184,8 @@ def test_opcheck():
         ({2: torch.zeros(5, 2, 65, 4)}, "1 to 64 taps"),
         ({3: [2]}, "two numbers"),
         ({3: [0, 2]}, "stride must be at least 1"),
+        ({3: [2, 2**31]}, "at most 2"),
+        ({4: [1, 2**63 - 1]}, "at most 2"),
         ({4: [1, -1]}, "padding at least 0"),
         ({4: [1, 1, 1]}, "two numbers"),
     ],

@@ -178,8 +178,12 @@ void phase_row(const ConvInputGrad& p, float* out, const ConvInputGrad::Phase& a
 void FASTLIP_CAT(conv_input_grad_, FASTLIP_ISA)(const ConvInputGrad&, int64_t, int64_t, void*);
 void FASTLIP_CAT(conv_input_grad_, FASTLIP_ISA)(const ConvInputGrad& p, int64_t begin, int64_t end, void* scratch) {
   PaddedRows rows(p, at_cache_line(static_cast<float*>(scratch)));
+  const int64_t runs = p.channels * p.runs();
+  const float* weight = p.packed;  // of the phase
+  for (int64_t a = 0; a < begin % p.size[0] % p.stride[0]; ++a) weight += runs * p.phase(0, a).taps;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t image = row / p.size[0], y = row % p.size[0];
+    if (y % p.stride[0] == 0) weight = p.packed;
     if (row == begin || y == 0) rows.begin(p.grad + image * p.grad_size[0] * p.grad_size[1] * p.outputs);
     const auto down = p.phase(0, y % p.stride[0]);
     const int64_t top = y / p.stride[0] + down.offset;
@@ -191,10 +195,7 @@ void FASTLIP_CAT(conv_input_grad_, FASTLIP_ISA)(const ConvInputGrad& p, int64_t 
       tap[count++] = t;
     }
     float* const out = p.out + image * p.out_stride[0] + y * p.out_stride[2];
-    const float* weight = p.packed;
-    for (int64_t a = 0; a < y % p.stride[0]; ++a)
-      for (int64_t b = 0; b < p.stride[1]; ++b) weight += p.channels * p.phase(0, a).taps * p.run(p.phase(1, b));
-    for (int64_t b = 0; b < least(p.stride[1], p.size[1]); ++b) {
+    for (int64_t b = 0; b < p.phases(1); ++b) {
       const auto across = p.phase(1, b);
       const int64_t run = p.run(across), pixels = (p.size[1] - b + p.stride[1] - 1) / p.stride[1];
       phase_row(p, out + b * p.out_stride[3], across, down.taps, pixels, Met{grad, tap, count, run}, weight);

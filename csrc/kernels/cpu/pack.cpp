@@ -79,8 +79,8 @@ void pack_weights(const PackWeights& pack, int64_t problem) {
 
 void pack_conv_input_grad(const ConvInputGrad& p, float* packed) {
   const int64_t taps = p.kernel[0] * p.kernel[1];
-  for (int64_t a = 0; a < p.stride[0]; ++a) {
-    for (int64_t b = 0; b < p.stride[1]; ++b) {
+  for (int64_t a = 0; a < p.phases(0); ++a) {
+    for (int64_t b = 0; b < p.phases(1); ++b) {
       const auto down = p.phase(0, a), across = p.phase(1, b);
       for (int64_t c = 0; c < p.channels; ++c) {
         for (int64_t row = 0; row < down.taps; ++row) {
