@@ -239,10 +239,9 @@ def _kept_of(model: nn.Module) -> _Kept:
 
 def _is_small(model: nn.Module, inputs: Tensor) -> bool:
     """Whether fused convolutions would save less than a copy costs."""
-    kept = _kept.get(model)
-    least = _LEAST_MULTIPLY_ADDS
-    if kept is not None and kept is not _kept_of(model):
-        least *= _IN_TRAINING
+    before = _kept.get(model)
+    changed = before is not None and before is not _kept_of(model)
+    least = _LEAST_MULTIPLY_ADDS * (_IN_TRAINING if changed else 1.0)
     counted = _counted.setdefault(model, {})
     shapes = (inputs.shape[1:], *(p.shape for p in model.parameters()))
     if shapes not in counted:
