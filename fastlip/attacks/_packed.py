@@ -108,7 +108,7 @@ class PackedConv(nn.Module):
     ) -> Tensor:
         """The gradient of x plus ``other`` where ``mask`` is positive (0 elsewhere), once ``convs`` are run."""
         if (plain := self.plain) is not None:
-            return self._few_gradient(plain, grad, x, other, mask, convs)
+            return self._plain_gradient(plain, grad, x, other, mask, convs)
         out = torch.empty(x.shape, dtype=grad.dtype, device=x.device, memory_format=torch.channels_last)
         if self._is_filtered(x):
             convs.run()
@@ -121,7 +121,7 @@ class PackedConv(nn.Module):
         convs.add(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
         return out
 
-    def _few_gradient(
+    def _plain_gradient(
         self,
         plain: FusedConv,
         grad: Tensor,
