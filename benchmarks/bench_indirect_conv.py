@@ -4,9 +4,9 @@
     python benchmarks/bench_indirect_conv.py --network resnet18 --images 8
 
 Each different convolution of ResNet-50 with the ImageNet stem and of ResNet-18 with the CIFAR stem, at 3x32x32, and of
-the two small networks of Wong and Kolter (2018, "Provable defenses against adversarial examples via the convex outer
-adversarial polytope") at 3x32x32 and 1x28x28, in the forward pass and as the gradient of its input, float32, channels
-last, without bias, ReLU or sum:
+two small networks for 3x32x32 and 1x28x28, of two 4x4 convolutions at stride 2 to 16 and 32 channels, as in the work on
+certified training; in the forward pass and as the gradient of its input, float32, channels last, without bias, ReLU or
+sum:
 
 - packed: :class:`fastlip.attacks._packed.PackedConv`, which prepared networks run where it can be packed;
 - PyTorch: ``conv2d`` and its backward operator, by oneDNN;

@@ -135,6 +135,10 @@ def test_how_long_packed_convolutions_take(tables):
         if (r["pass"], r["what"]) == ("gradient", "packed") and int(r["channels"]) <= 3
     ]
     assert f"takes {min(images):.2f} to {max(images):.2f} of the time that it takes PyTorch" in text
+    for network in ("small", "small_mnist"):  # where it is most of the backward pass
+        rows = [r for r in tables.rows_of("indirect_conv_cpu") if (r["network"], r["pass"]) == (network, "gradient")]
+        first, other = sorted((int(r["channels"]), float(r["us"])) for r in rows if r["what"] == "PyTorch")
+        assert first[1] > other[1]
 
 
 def test_the_guide_says_how_fast_adversarial_training_is(tables):

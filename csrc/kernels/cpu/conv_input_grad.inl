@@ -12,13 +12,10 @@ namespace {
 
 using Lanes = Vector<float>;
 constexpr int kWidth = kVectorBytes / 4;
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kMostPixels = 8;  // that leave registers for sums
-#else
-constexpr int kMostPixels = 6;
-#endif
-constexpr int kMostChannels = 4;  // summed together
+constexpr int kMostPixels = kRegisters == 32 ? 8 : 6;  // that leave registers for sums
+constexpr int kMostChannels = 4;                       // summed together
 
+// As std::make_integer_sequence; see scalar.h.
 template <int... I>
 struct Indices {};
 template <int N, int... I>
@@ -112,10 +109,6 @@ void sum_row(float* out, int64_t out_channel, int64_t out_pixel, int64_t count, 
   }
 }
 
-float* at_cache_line(float* memory) {
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-}
-
 // Rows of an image's grad with zeros at the sides, the last few that were asked for.
 class PaddedRows {
  public:
@@ -177,7 +170,7 @@ void phase_row(const ConvInputGrad& p, float* out, const ConvInputGrad::Phase& a
 
 void FASTLIP_CAT(conv_input_grad_, FASTLIP_ISA)(const ConvInputGrad&, int64_t, int64_t, void*);
 void FASTLIP_CAT(conv_input_grad_, FASTLIP_ISA)(const ConvInputGrad& p, int64_t begin, int64_t end, void* scratch) {
-  PaddedRows rows(p, at_cache_line(static_cast<float*>(scratch)));
+  PaddedRows rows(p, at_cache_line<float>(scratch));
   const int64_t runs = p.channels * p.runs();
   const float* weight = p.packed;  // of the phase
   for (int64_t a = 0; a < begin % p.size[0] % p.stride[0]; ++a) weight += runs * p.phase(0, a).taps;

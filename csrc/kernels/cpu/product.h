@@ -7,11 +7,6 @@ namespace fastlip::cpu {
 namespace {
 
 constexpr int64_t kLanes = IndirectConv::kLanes;
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRegisters = 32;
-#else
-constexpr int kRegisters = 16;
-#endif
 constexpr int kPanels = kVectorBytes == 64 ? 2 : 1;  // multiplied at once
 constexpr int kPerPanel = static_cast<int>(kLanes) * 4 / kVectorBytes;
 constexpr int kVectors = kPanels * kPerPanel;

@@ -123,7 +123,7 @@ struct Scratch {
   int64_t stride;
   Scratch(void* memory, int64_t n) {
     constexpr int64_t line = 64 / sizeof(T);
-    first = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    first = at_cache_line<T>(memory);
     stride = (n + line - 1) / line * line + line;
   }
   T* row(int64_t k) const { return first + k * stride; }

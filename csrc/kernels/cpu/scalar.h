@@ -41,6 +41,11 @@ inline To bits_as(From v) {
   return __builtin_bit_cast(To, v);
 }
 
+template <typename T>
+inline T* at_cache_line(void* memory) {
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+}
+
 struct Half {
   uint16_t bits;
 };

@@ -18,6 +18,11 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 
 // Bits of a float as an integer; the smallest normal number; sums of squares trusted without a unit of their own: above
 // kLow they miss nothing that counts, even where subnormal squares are flushed to zero. Numbers below kSmall may be too
