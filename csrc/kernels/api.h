@@ -268,62 +268,55 @@ struct WinogradConv {
   }
 };
 
-// The gradient of a convolution with respect to an input of few channels, as images are: a vector holds outputs at the
-// taps of a row, and is summed for each channel of a pixel. CPU only.
+// A convolution, or its adjoint, of few channels: vectors hold neighbouring pixels, which is direct summation without a
+// matrix product. Like IndirectConv, then bias, other, ReLU and mask. CPU only.
 //
-// With stride s the pixels x = s X + phase meet taps i = first, first + s, ... alone, at the output pixels
-// X + offset, X + offset + 1, ... in the reverse order of the taps.
-struct ConvInputGrad {
-  float* out;  // [batch, channels, height, width]
-  int64_t out_stride[4];
-  const float* grad;    // [batch, grad_size[0], grad_size[1], outputs]
+// With stride s the pixels of an image are divided into phases, x = s X + phase, and each tap i meets one of them
+// alone: with i dilation - padding = s shift + phase, output X meets pixel X + shift of the phase. A band of rows of
+// the source is copied to planes, one for each phase and channel, of `pitch` pixels a row: their own, and zeros that
+// are as many as taps reach beyond either side. Then pixels of several rows share a vector, and a tap is an offset for
+// all of them. Targets have that pitch too.
+struct DirectConv {
+  float* out;           // [batch, targets, height, width], in either of torch's memory formats
+  const float* x;       // [batch, sources, height, width], likewise
   const float* weight;  // [outputs, channels, kernel[0], kernel[1]]
-  const float* packed;  // packed_floats() of them, from pack_conv_input_grad
-  int64_t batch, channels, outputs;
-  int64_t size[2], grad_size[2], kernel[2], stride[2], padding[2];
+  const float* bias;    // [targets]; null: 0
+  const float* other;   // like out; null: 0
+  const float* mask;    // like out; null: 1
+  bool relu, adjoint;
+  int64_t out_stride[4], x_stride[4];
+  int64_t batch, sources, targets;
+  int64_t image[2], map[2];  // height and width of the convolution's input and of its output
+  int64_t kernel[2], stride[2], padding[2];
 
-  static constexpr int64_t kLanes = 16, kMostTaps = 64;  // of a kernel's column
-  static constexpr int64_t kMostStride = 1 << 30;        // and padding
+  // Targets whose weights lie side by side; taps of a side; the largest stride and padding.
+  static constexpr int64_t kTargets = 8, kMostTaps = 64, kMostStride = 1 << 30;
+
+  // Pixels at, at + step, ... of a source or a target, in rows and columns.
   struct Phase {
-    int64_t last, taps, offset;  // the last tap, how many there are, and the output pixel at it for X = 0
+    int64_t at[2], size[2];
+    // Of a target: how many taps it meets, what they add to a pixel's place in the first source's planes, and where its
+    // weights begin: for every kTargets targets, for each source, for each tap.
+    int64_t taps;
+    const int64_t* offset;
+    int64_t weight;
   };
-  FASTLIP_INLINE Phase phase(int axis, int64_t at) const {
-    const int64_t first = (at + padding[axis]) % stride[axis];
-    const int64_t taps = first < kernel[axis] ? (kernel[axis] - 1 - first) / stride[axis] + 1 : 0;
-    const int64_t last = first + stride[axis] * (taps - 1);
-    return {last, taps, (at + padding[axis] - last) / stride[axis]};
+  // Made by DirectConvPlan.
+  const Phase *source_phase, *target_phase;  // row by row
+  const float* packed;
+  int64_t source_phases[2], target_phases[2];
+  int64_t source_step[2];
+  int64_t x_floats;              // of x in all
+  int64_t above, reach, before;  // the first row that a target at 0 meets, rows met beyond, zeros before a row
+  int64_t pitch, plane, planes;  // floats of a row, a plane, all planes of a source
+  int64_t sums, joined;          // of a target in a band: a phase's sums, all pixels
+  int64_t rows, bands;           // rows of a target phase in a band
+
+  // Floats of scratch memory: planes, sums, some targets of out, and the way to a cache line.
+  int64_t scratch_floats() const {
+    constexpr int64_t kLanes = IndirectConv::kLanes;
+    return sources * planes + target_phases[0] * target_phases[1] * targets * sums + kLanes * joined + 2 * kLanes;
   }
-  // Floats of a row of taps, padded to whole vectors.
-  FASTLIP_INLINE int64_t run(const Phase& across) const {
-    return (across.taps * outputs + kLanes - 1) / kLanes * kLanes;
-  }
-  // Phases that pixels have.
-  FASTLIP_INLINE int64_t phases(int axis) const { return stride[axis] < size[axis] ? stride[axis] : size[axis]; }
-  // Floats of the runs of all phases across.
-  FASTLIP_INLINE int64_t runs() const {
-    int64_t floats = 0;
-    for (int64_t b = 0; b < phases(1); ++b) floats += run(phase(1, b));
-    return floats;
-  }
-  // For each phase (down, across), for each channel, for each row of taps: a run.
-  FASTLIP_INLINE int64_t packed_floats() const {
-    int64_t taps = 0;
-    for (int64_t a = 0; a < phases(0); ++a) taps += phase(0, a).taps;
-    return channels * taps * runs();
-  }
-  // Output pixels before and behind those that there are, which pixels meet at the sides.
-  FASTLIP_INLINE int64_t before() const {
-    int64_t least = 0;
-    for (int64_t b = 0; b < phases(1); ++b) least = phase(1, b).offset < least ? phase(1, b).offset : least;
-    return -least;
-  }
-  FASTLIP_INLINE int64_t row_floats() const {
-    const int64_t coarse = (size[1] + stride[1] - 1) / stride[1];
-    const int64_t met = before() + coarse + kernel[1] + padding[1], own = before() + grad_size[1];
-    return ((met > own ? met : own) * outputs + kLanes - 1) / kLanes * kLanes;
-  }
-  // Bytes of scratch memory: as many padded rows of grad as a row of out meets, at a cache line, and a vector.
-  int64_t scratch_bytes() const { return 4 * ((kernel[0] / stride[0] + 2) * row_floats() + 2 * kLanes); }
 };
 
 // The gradient G of a norm <G, W> in a weight W [rows, columns]: left right, or left where rank is 0. CPU only.
@@ -360,8 +353,8 @@ struct Kernels {
   // Tiles [begin, end) of all images, and panels of outputs; scratch as WinogradConv says.
   void (*winograd_conv)(const WinogradConv&, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
                         void* scratch);
-  // Rows [begin, end) of all images; scratch as ConvInputGrad says.
-  void (*conv_input_grad)(const ConvInputGrad&, int64_t begin, int64_t end, void* scratch);
+  // Bands [begin, end) of all images; scratch as DirectConv says.
+  void (*direct_conv)(const DirectConv&, int64_t begin, int64_t end, float* scratch);
   // <G, weight> over rows [begin, end).
   double (*norm_along)(const NormGradient&, const void* weight, int64_t begin, int64_t end);
   // <a, b> over elements [begin, end) of f32 or f64.
@@ -380,7 +373,6 @@ constexpr int64_t scratch_bytes(int64_t size) { return 4 * (size + 64) * static_
 // Table for this CPU, or for FASTLIP_CPU_ISA; null with a message in `error` where that is unknown or unsupported.
 const Kernels* kernels(const char** error);
 void pack_weights(const PackWeights&, int64_t problem);
-void pack_conv_input_grad(const ConvInputGrad&, float* packed);
 // out_square: the partial sums of all tiles, added in order.
 void operator_squares(const OperatorStep&);
 const char* compiled_isas();  // comma-separated

@@ -453,51 +453,74 @@ inline WinogradConv winograd_conv_of(Tensor& out, const Tensor& x, const Tensor&
           outputs};
 }
 
-inline ConvInputGrad conv_input_grad_of(Tensor& out, const Tensor& grad, const Tensor& weight,
-                                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
-  STD_TORCH_CHECK(out.dim() == 4 && grad.dim() == 4 && out.size(0) == grad.size(0),
-                  "out must be [B, channels, H, W], and grad [B, H', W', outputs]");
-  const int64_t channels = out.size(1), height = out.size(2), width = out.size(3);
-  const auto laid_out = [&](int64_t channel, int64_t row, int64_t column) {
+// Whether a tensor of four axes is contiguous or channels_last.
+inline bool is_laid_out(const Tensor& t) {
+  const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
+  const auto has = [&](int64_t channel, int64_t row, int64_t column) {
     const int64_t strides[] = {channels * height * width, channel, row, column};
     for (int64_t d = 0; d < 4; ++d)
-      if (out.size(d) > 1 && out.stride(d) != strides[d]) return false;
+      if (t.size(d) > 1 && t.stride(d) != strides[d]) return false;
     return true;
   };
-  STD_TORCH_CHECK(
-      dtype_of(out, "out") == DType::f32 && out.device().is_cpu() &&
-          (out.numel() == 0 || laid_out(height * width, width, 1) || laid_out(1, width * channels, channels)),
-      "out must be float32 on the CPU, contiguous or channels_last");
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == grad.size(3) && weight.size(1) == out.size(1),
+  return t.numel() == 0 || has(height * width, width, 1) || has(1, width * channels, channels);
+}
+
+// All of a convolution but what DirectConvPlan makes.
+inline DirectConv direct_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                 const Tensor& other, const Tensor& mask, const std::vector<int64_t>& stride,
+                                 const std::vector<int64_t>& padding, bool adjoint, bool relu) {
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
+                  "x must be [B, sources, H, W], and out [B, targets, H', W']");
+  const auto floats = [](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.device().is_cpu() && is_laid_out(t), name,
+                    " must be float32 on the CPU, contiguous or channels_last");
+    return static_cast<const float*>(t.const_data_ptr());
+  };
+  const auto like_out = [&](const Tensor& t, const char* name) -> const float* {
+    if (t.numel() == 0) return nullptr;
+    bool alike = t.dim() == 4;
+    for (int64_t d = 0; alike && d < 4; ++d)
+      alike = t.size(d) == out.size(d) && (t.size(d) == 1 || t.stride(d) == out.stride(d));
+    STD_TORCH_CHECK(alike, name, " must have out's shape and memory format");
+    return floats(t, name);
+  };
+  floats(out, "out");
+  DirectConv p{};
+  p.out = static_cast<float*>(out.mutable_data_ptr());
+  p.x = floats(x, "x");
+  p.weight = host_floats(weight, "weight");
+  p.other = like_out(other, "other");
+  p.mask = like_out(mask, "mask");
+  p.relu = relu;
+  p.adjoint = adjoint;
+  p.batch = out.size(0);
+  p.sources = x.size(1);
+  p.targets = out.size(1);
+  STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == p.targets), "bias must be [targets]");
+  p.bias = bias.numel() ? host_floats(bias, "bias") : nullptr;
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == (adjoint ? p.sources : p.targets) &&
+                      weight.size(1) == (adjoint ? p.targets : p.sources),
                   "weight must be [outputs, channels, h, w]");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2, "stride and padding must be two numbers");
-  ConvInputGrad p{static_cast<float*>(out.mutable_data_ptr()),
-                  {out.stride(0), out.stride(1), out.stride(2), out.stride(3)},
-                  host_floats(grad, "grad"),
-                  host_floats(weight, "weight"),
-                  nullptr,
-                  out.size(0),
-                  out.size(1),
-                  grad.size(3),
-                  {},
-                  {},
-                  {},
-                  {},
-                  {}};
+  for (int64_t d = 0; d < 4; ++d) {
+    p.out_stride[d] = out.stride(d);
+    p.x_stride[d] = x.stride(d);
+  }
   for (int axis = 0; axis < 2; ++axis) {
-    p.size[axis] = out.size(2 + axis);
-    p.grad_size[axis] = grad.size(1 + axis);
+    p.image[axis] = (adjoint ? out : x).size(2 + axis);
+    p.map[axis] = (adjoint ? x : out).size(2 + axis);
     p.kernel[axis] = weight.size(2 + axis);
     p.stride[axis] = stride[axis];
     p.padding[axis] = padding[axis];
-    STD_TORCH_CHECK(p.kernel[axis] >= 1 && p.kernel[axis] <= ConvInputGrad::kMostTaps,
+    STD_TORCH_CHECK(p.kernel[axis] >= 1 && p.kernel[axis] <= DirectConv::kMostTaps,
                     "weight must have 1 to 64 taps along each side");
-    STD_TORCH_CHECK(p.stride[axis] >= 1 && p.padding[axis] >= 0 && p.stride[axis] <= ConvInputGrad::kMostStride &&
-                        p.padding[axis] <= ConvInputGrad::kMostStride,
+    STD_TORCH_CHECK(p.stride[axis] >= 1 && p.padding[axis] >= 0 && p.stride[axis] <= DirectConv::kMostStride &&
+                        p.padding[axis] <= DirectConv::kMostStride,
                     "stride must be at least 1 and padding at least 0, both at most 2^30");
-    STD_TORCH_CHECK(p.size[axis] + 2 * p.padding[axis] >= p.kernel[axis] &&
-                        p.grad_size[axis] == (p.size[axis] + 2 * p.padding[axis] - p.kernel[axis]) / p.stride[axis] + 1,
-                    "grad must have the height and width that the convolution of out has");
+    STD_TORCH_CHECK(p.image[axis] + 2 * p.padding[axis] >= p.kernel[axis] &&
+                        p.map[axis] == (p.image[axis] + 2 * p.padding[axis] - p.kernel[axis]) / p.stride[axis] + 1,
+                    adjoint ? "x" : "out", " must have the height and width that the convolution of ",
+                    adjoint ? "out" : "x", " has");
   }
   return p;
 }

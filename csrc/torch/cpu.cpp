@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "kernels/api.h"
+#include "kernels/cpu/direct_conv.h"
 #include "torch/common.h"
 #include "torch/judge.h"
 
@@ -237,25 +238,19 @@ void winograd_conv_(Tensor out, const Tensor& x, const Tensor& weight, bool rota
   });
 }
 
-struct alignas(64) CacheLine {
-  float of[ConvInputGrad::kLanes];
-};
-
-void conv_input_grad_(Tensor out, const Tensor& grad, const Tensor& weight, std::vector<int64_t> stride,
-                      std::vector<int64_t> padding) {
-  ConvInputGrad p = conv_input_grad_of(out, grad, weight, stride, padding);
-  if (p.batch == 0 || p.channels == 0 || p.size[0] == 0 || p.size[1] == 0) return;
-  std::vector<CacheLine> packed(static_cast<size_t>(p.packed_floats()) / ConvInputGrad::kLanes);
-  cpu::pack_conv_input_grad(p, reinterpret_cast<float*>(packed.data()));
-  p.packed = reinterpret_cast<const float*>(packed.data());
-  constexpr int64_t kWorth =
-      1 << 17;  // multiply-adds worth a thread; which reads as many rows of grad again as it meets
-  const int64_t products = p.channels * p.outputs * p.kernel[0] * p.kernel[1] * p.grad_size[1] / p.stride[0];
-  const int64_t grain = std::max(4 * p.kernel[0], kWorth / (products + 1));
-  const auto sum = kernels().conv_input_grad;
-  torch::stable::parallel_for(0, p.batch * p.size[0], grain, [&](int64_t begin, int64_t end) {
-    const auto scratch = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(p.scratch_bytes()));
-    sum(p, begin, end, scratch.get());
+void direct_conv_(Tensor out, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& other,
+                  const Tensor& mask, std::vector<int64_t> stride, std::vector<int64_t> padding, bool adjoint,
+                  bool relu) {
+  DirectConv conv = direct_conv_of(out, x, weight, bias, other, mask, stride, padding, adjoint, relu);
+  if (out.numel() == 0) return;
+  const cpu::DirectConvPlan plan(conv);
+  constexpr int64_t kWorth = 1 << 17;  // multiply-adds worth a thread
+  const int64_t products = conv.sources * conv.targets * conv.kernel[0] * conv.kernel[1] * conv.map[0] * conv.map[1];
+  const int64_t grain = std::max<int64_t>(1, kWorth * conv.bands / (products + 1));
+  const auto sum = kernels().direct_conv;
+  torch::stable::parallel_for(0, conv.batch * conv.bands, grain, [&](int64_t begin, int64_t end) {
+    const auto scratch = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(conv.scratch_floats()));
+    sum(conv, begin, end, scratch.get());
   });
 }
 
@@ -363,7 +358,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("pack_weights_", TORCH_BOX(&pack_weights_));
   m.impl("indirect_convs_", TORCH_BOX(&indirect_convs_));
   m.impl("winograd_conv_", TORCH_BOX(&winograd_conv_));
-  m.impl("conv_input_grad_", TORCH_BOX(&conv_input_grad_));
+  m.impl("direct_conv_", TORCH_BOX(&direct_conv_));
   m.impl("norm_along", TORCH_BOX(&norm_along));
   m.impl("scaled_weight_grad", TORCH_BOX(&scaled_weight_grad));
   m.impl("top_eigenpairs", TORCH_BOX(&top_eigenpairs));

@@ -13,7 +13,7 @@ from fastlip.attacks._fused import FusedConv
 _LANES = 16
 #: From so many output pixels on, a kernel of several taps loses more by gathering than it saves at the map's edges.
 _LARGE = 256
-#: Taps along a side that :func:`fastlip.ops.conv_input_grad_` takes.
+#: Taps along a side that :func:`fastlip.ops.direct_conv_` takes.
 _MOST_TAPS = 64
 #: Products of sums over taps, for each of Winograd's filtering, from which on that is faster: it transforms the rest.
 _WORTH = 1.75
@@ -34,9 +34,12 @@ class PackedConv(nn.Module):
     3x3 kernels at stride 1 take a quarter of the products, by :func:`fastlip.ops.winograd_conv_`.
 
     There are two exceptions. Large maps have little padding, and PyTorch's convolution does not gather their pixels: it
-    serves both passes of other kernels of more than one tap. An input of few channels, as an image is, is read by
-    PyTorch's convolution too; but its gradient is computed by :func:`fastlip.ops.conv_input_grad_`, unless the map is
-    smaller than the kernel.
+    serves both passes of other kernels of more than one tap. An input of few channels, as an image is, is convolved by
+    PyTorch too, or to few outputs by :func:`fastlip.ops.direct_conv_`, which computes the gradient in any case; unless
+    the map is smaller than the kernel.
+
+    Attributes:
+        either_format: whether an input may as well be contiguous as channels_last.
 
     Args:
         conv: a convolution of one group in float32 on the CPU, padded with zeros by numbers of pixels.
@@ -55,6 +58,8 @@ class PackedConv(nn.Module):
         self.bias = conv.bias
         self.plain: FusedConv | None = FusedConv(conv, relu)
         self.few = self.channels[0] < _LANES
+        self.direct = self.few and self.dilation == (1, 1) and max(self.kernel) <= _MOST_TAPS
+        self.either_format = self.direct and self.channels[1] <= _LANES
         self.packed = False
         self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -86,6 +91,11 @@ class PackedConv(nn.Module):
         """conv(x), plus ``other``, and its positive part with ``relu``, once ``convs`` are run; like :class:`Layer`."""
         self._pack(x)
         if (plain := self.plain) is not None:
+            if self.either_format and self._is_direct(plain, x):
+                # Most likely the next layer has an input of few channels too, or else pixels for rows of a matrix.
+                memory_format = torch.contiguous_format if self.channels[1] < _LANES else torch.channels_last
+                out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=memory_format)
+                return self._summed(plain, out, x, other, None, relu, convs)
             return plain.product(x, other, relu, convs)
         out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         if self._is_filtered(x):
@@ -108,7 +118,12 @@ class PackedConv(nn.Module):
     ) -> Tensor:
         """The gradient of x plus ``other`` where ``mask`` is positive (0 elsewhere), once ``convs`` are run."""
         if (plain := self.plain) is not None:
-            return self._plain_gradient(plain, grad, x, other, mask, convs)
+            if self._is_direct(plain, x):
+                # An image's gradient is contiguous, as images are.
+                planes = x.is_contiguous() or self.channels[0] <= 4
+                out = torch.empty_like(x, memory_format=torch.contiguous_format if planes else torch.channels_last)
+                return self._summed(plain, out, grad, other, mask, False, convs, adjoint=True)
+            return plain.gradient(grad, x, other, mask, convs)
         out = torch.empty(x.shape, dtype=grad.dtype, device=x.device, memory_format=torch.channels_last)
         if self._is_filtered(x):
             convs.run()
@@ -121,28 +136,31 @@ class PackedConv(nn.Module):
         convs.add(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
         return out
 
-    def _plain_gradient(
+    def _is_direct(self, plain: FusedConv, x: Tensor) -> bool:
+        """Whether :func:`fastlip.ops.direct_conv_` computes the gradient with respect to an input like x."""
+        return self.direct and plain.matrix(x) is None
+
+    def _summed(
         self,
         plain: FusedConv,
-        grad: Tensor,
+        out: Tensor,
         x: Tensor,
         other: Tensor | None,
         mask: Tensor | None,
+        relu: bool,
         convs: ops.IndirectConvs,
+        adjoint: bool = False,
     ) -> Tensor:
-        """:meth:`gradient` of what PyTorch's convolution reads."""
-        small = plain.matrix(x) is not None
-        if small or not self.few or self.dilation != (1, 1) or max(self.kernel) > _MOST_TAPS:
-            return plain.gradient(grad, x, other, mask, convs)
+        """``out`` by :func:`fastlip.ops.direct_conv_`."""
         convs.run()
-        # An image's gradient is contiguous, as images are.
-        out = torch.empty_like(
-            x, memory_format=torch.contiguous_format if self.channels[0] <= 4 else torch.channels_last
-        )
-        weight = plain.conv.weight.contiguous()
-        ops.conv_input_grad_(out, _pixels(grad), weight, stride=self.stride, padding=self.padding)
-        out = out if other is None else out + other
-        return out if mask is None else torch.ops.aten.threshold_backward(out, mask, 0)
+        planes = out.is_contiguous()
+        other, mask = (None if t is None else _maps(t, planes) for t in (other, mask))
+        if not (weight := plain.conv.weight).is_contiguous():
+            plain.conv.weight = weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        return ops.direct_conv_(
+            out, _either(x), weight, stride=self.stride, padding=self.padding, adjoint=adjoint,
+            bias=None if adjoint else self.bias, other=other, mask=mask, relu=relu,
+        )  # fmt: skip
 
     def _is_filtered(self, x: Tensor) -> bool:
         """Whether both passes go by Winograd's filtering; the batch has no say, so that no result depends on it."""
@@ -199,6 +217,16 @@ def _count(end: int) -> Tensor:
 def _inside(position: Tensor, size: int) -> Tensor:
     """Positions, and -1 for those outside of [0, size)."""
     return torch.where((position >= 0) & (position < size), position, -1)
+
+
+def _maps(x: Tensor, planes: bool) -> Tensor:
+    """x, contiguous or channels_last."""
+    return x.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
+
+
+def _either(x: Tensor) -> Tensor:
+    """x, contiguous unless it is channels_last."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from fastlip.attacks._diagnose import AttackWarning
 from fastlip.attacks._graphs import IterationGraphs
 from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
-from fastlip.attacks._rewrite import fold, fuse, lower
+from fastlip.attacks._rewrite import fold, fuse, lower, takes_either_format
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._models.tracing import Tracer
 
@@ -390,7 +390,8 @@ def _laid_out(made: nn.Module, inputs: Tensor, model: nn.Module) -> Model:
     for tensor in (*made.parameters(), *made.buffers()):
         if tensor.untyped_storage().data_ptr() in models:
             tensor.data = tensor.data.clone()
-    return _OwnLayout(made, torch.channels_last if inputs.dim() == 4 else torch.preserve_format)
+    either = isinstance(made, fx.GraphModule) and takes_either_format(made)
+    return _OwnLayout(made, torch.channels_last if inputs.dim() == 4 and not either else torch.preserve_format)
 
 
 class _OwnLayout:

@@ -96,6 +96,22 @@ def fuse(model: fx.GraphModule) -> None:
     _link(model)
 
 
+def takes_either_format(model: fx.GraphModule) -> bool:
+    """Whether all that reads the input may as well have it contiguous as channels_last."""
+    modules = dict(model.named_modules())
+    inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        for user in node.users:
+            chain = modules[str(user.target)] if user.op == "call_module" else None
+            if not isinstance(chain, Chain):
+                return False
+            value = user.args.index(node)
+            readers = [layer for layer, source in zip(chain.layers, chain.plan.sources, strict=True) if source == value]
+            if value in chain.plan.others or not all(getattr(layer, "either_format", False) for layer in readers):
+                return False
+    return True
+
+
 def _link(model: fx.GraphModule) -> None:
     """Replace each run of fused convolutions that follow one another by a :class:`Chain`."""
     modules = dict(model.named_modules())

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from fastlip.ops import _fakes  # noqa: F401  # registers them
 from fastlip.ops._apgd_step import APGDState, apgd_schedule, apgd_state, apgd_step_
 from fastlip.ops._checks import Bounds, Norm, PerSample
-from fastlip.ops._conv_input_grad import conv_input_grad_
+from fastlip.ops._direct_conv import direct_conv_
 from fastlip.ops._indirect_conv import IndirectConvs, meeting_pixels, packed_taps
 from fastlip.ops._judge import BestRecord, Judgement, Loss, judge
 from fastlip.ops._krylov import krylov_bound, top_eigenpairs
@@ -56,7 +56,7 @@ __all__ = [
     "apgd_state",
     "apgd_step_",
     "backends",
-    "conv_input_grad_",
+    "direct_conv_",
     "judge",
     "krylov_bound",
     "meeting_pixels",

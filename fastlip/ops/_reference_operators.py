@@ -119,18 +119,37 @@ def winograd_conv_(
     _finish_(out, total, bias, other, mask, relu)
 
 
-def conv_input_grad_(out: Tensor, grad: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> None:
+def direct_conv_(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    other: Tensor,
+    mask: Tensor,
+    stride: list[int],
+    padding: list[int],
+    adjoint: bool,
+    relu: bool,
+) -> None:
     """Tap by tap, in float64."""
-    (down, across), (top, left) = stride, padding
-    height, width = grad.shape[1:3]
-    rows = max((height - 1) * down + weight.shape[2], out.shape[2] + top)
-    columns = max((width - 1) * across + weight.shape[3], out.shape[3] + left)
-    padded = torch.zeros(*out.shape[:2], rows, columns, dtype=torch.float64, device=out.device)
+    image, maps = (out, x) if adjoint else (x, out)
+    (down, across), (top, left), (height, width) = stride, padding, maps.shape[2:]
+    rows = max((height - 1) * down + weight.shape[2], image.shape[2] + top)
+    columns = max((width - 1) * across + weight.shape[3], image.shape[3] + left)
+    padded = torch.zeros(*image.shape[:2], rows, columns, dtype=torch.float64, device=out.device)
+    inside = padded[:, :, top : top + image.shape[2], left : left + image.shape[3]]
+    total = torch.zeros(maps.shape, dtype=torch.float64, device=out.device)
+    if not adjoint:
+        inside += x
     for i in range(weight.shape[2]):
         for j in range(weight.shape[3]):
             met = padded[:, :, i : i + (height - 1) * down + 1 : down, j : j + (width - 1) * across + 1 : across]
-            met += torch.einsum("bhwk,kc->bchw", grad.double(), weight[:, :, i, j].double())
-    out.copy_(padded[:, :, top : top + out.shape[2], left : left + out.shape[3]])
+            matrix = weight[:, :, i, j].double()
+            if adjoint:
+                met += torch.einsum("bkhw,kc->bchw", x.double(), matrix)
+            else:
+                total += torch.einsum("bchw,kc->bkhw", met, matrix)
+    _finish_(out, inside if adjoint else total, bias[:, None, None] if bias.numel() else bias, other, mask, relu)
 
 
 def _indirect_conv_(

@@ -121,7 +121,10 @@ HOST_SCHEMAS = {
     "winograd_conv_": _schema(
         "Tensor! out, Tensor x, Tensor weight, bool rotated, Tensor bias, Tensor other, Tensor mask, bool relu"
     ),
-    "conv_input_grad_": _schema("Tensor! out, Tensor grad, Tensor weight, int[] stride, int[] padding"),
+    "direct_conv_": _schema(
+        "Tensor! out, Tensor x, Tensor weight, Tensor bias, Tensor other, Tensor mask, int[] stride, int[] padding, "
+        "bool adjoint, bool relu"
+    ),
     "norm_along": _schema("Tensor weight, Tensor left, Tensor right", returns="Tensor"),
     "scaled_weight_grad": _schema(
         "Tensor grad, Tensor scaled, Tensor left, Tensor right, float norm, float bound", returns="Tensor"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlip.ops._reference_judge import judge
 from fastlip.ops._reference_operators import (
-    conv_input_grad_,
+    direct_conv_,
     indirect_convs_,
     krylov_bound,
     norm_along,
@@ -26,7 +26,7 @@ from fastlip.ops._schemas import Ball, Normalised, Saved, StepSize, takes_fields
 __all__ = [
     "apgd_step_",
     "compute_dtype",
-    "conv_input_grad_",
+    "direct_conv_",
     "indirect_convs_",
     "judge",
     "kept_elements",

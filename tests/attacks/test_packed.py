@@ -43,6 +43,13 @@ GEOMETRIES = [
     ((4, 36), (6, 6), 1, 2, 0, 1),
     ((1, 33), (10, 10), (2, 3), 4, 1, 1),
     ((5, 37), (5, 5), 3, 1, 1, 1),
+    # few outputs as well
+    ((3, 8), (16, 15), 3, 2, 1, 1),
+    ((1, 16), (14, 14), 4, 2, 1, 1),
+    ((8, 16), (7, 9), (3, 2), (2, 1), (1, 0), 1),
+    ((15, 2), (6, 8), 3, 1, 2, 1),
+    ((6, 5), (1, 1), 3, 1, 1, 1),
+    ((4, 9), (8, 8), 3, 1, 2, 2),
     # large maps
     ((18, 17), (16, 17), 3, 1, 1, 1),
     ((16, 20), (33, 34), 3, 2, 1, 1),
@@ -121,13 +128,13 @@ def test_weights_are_kept_once_for_each_pass():
 class Residual(nn.Module):
     """Blocks of several kinds: plain, with a shortcut of its own, read outside, broadcasting, in dead ends."""
 
-    def __init__(self):
+    def __init__(self, channels, more):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(9))
-        self.first = nn.Conv2d(3, 16, 3, padding=1)
-        self.short, self.strided = nn.Conv2d(16, 24, 1, 2), nn.Conv2d(16, 24, 3, 2, 1)
-        self.squeezed, self.wide = nn.Conv2d(24, 24, 1), nn.Conv2d(24, 24, 3, padding=1, groups=4)
-        self.last = nn.Conv2d(24, 5, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(9))
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.short, self.strided = nn.Conv2d(channels, more, 1, 2), nn.Conv2d(channels, more, 3, 2, 1)
+        self.squeezed, self.wide = nn.Conv2d(more, more, 1), nn.Conv2d(more, more, 3, padding=1, groups=4)
+        self.last = nn.Conv2d(more, 5, 1)
 
     def forward(self, x):
         c = self.convs
@@ -144,11 +151,11 @@ class Residual(nn.Module):
         return self.last(i).relu().mean((2, 3)) + f.sigmoid().mean((1, 2, 3))[:, None] + c[7](c[8](e)).mean()
 
 
-@pytest.fixture
-def residual():
+@pytest.fixture(params=[(16, 24), (6, 12), (12, 20)], ids=str)
+def residual(request):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Residual().eval().requires_grad_(False)
+        return Residual(*request.param).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (3, 5), (1, 1)])
@@ -170,7 +177,32 @@ def test_blocks_of_all_kinds(residual, size, batch):
     chained = [m for m in made.modules() if isinstance(m, Chain)]
     assert max(len(m.layers) for m in chained) >= 7
     assert sum(isinstance(m, PackedConv) for m in made.modules()) >= 12
-    assert sum(isinstance(m, FusedConv) for m in made.modules()) == 1 + 1, "the grouped one and the first"
+    if residual.first.out_channels == 16:
+        assert sum(isinstance(m, FusedConv) for m in made.modules()) == 1 + 1, "the grouped one and the first"
+
+
+@pytest.mark.parametrize("outputs", [8, 16, 20])
+def test_inputs_in_either_memory_format(outputs):
+    """Images are converted for PyTorch's convolution alone, and their gradients are contiguous in any case."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Conv2d(3, outputs, 3, 2, 1), nn.ReLU(), nn.Conv2d(outputs, 16, 3, 1, 1), nn.ReLU())
+        model = nn.Sequential(*body, nn.Flatten(), nn.Linear(16 * 64, 4)).eval()
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    faster = attacks.prepare(model, x, fast=True).faster
+    assert (faster.memory_format == torch.preserve_format) == (outputs <= 16)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        own = x.contiguous(memory_format=layout).requires_grad_()
+        logits = faster(own)
+        found.append((logits, torch.autograd.grad(logits.square().sum(), own)[0]))
+    wide = x.double().requires_grad_()
+    want = copy.deepcopy(model).double()(wide)
+    (grad,) = torch.autograd.grad(want.square().sum(), wide)
+    for logits, back in found:
+        torch.testing.assert_close(logits, want.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(back, grad.float(), atol=1e-5, rtol=1e-4)
+    assert found[0][1].is_contiguous()
 
 
 def test_inputs_without_gradients_and_outputs_without_use():

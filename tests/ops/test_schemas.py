@@ -33,7 +33,8 @@ WANTED = {
     "Tensor[] mask, int[] relu) -> ()",
     "winograd_conv_": "(Tensor(a!) out, Tensor x, Tensor weight, bool rotated, Tensor bias, Tensor other, Tensor mask, "
     "bool relu) -> ()",
-    "conv_input_grad_": "(Tensor(a!) out, Tensor grad, Tensor weight, int[] stride, int[] padding) -> ()",
+    "direct_conv_": "(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias, Tensor other, Tensor mask, int[] stride, "
+    "int[] padding, bool adjoint, bool relu) -> ()",
     "norm_along": "(Tensor weight, Tensor left, Tensor right) -> Tensor",
     "scaled_weight_grad": "(Tensor grad, Tensor scaled, Tensor left, Tensor right, float norm, float bound) -> Tensor",
     "top_eigenpairs": "(Tensor diagonal, Tensor off_diagonal) -> (Tensor, Tensor)",

@@ -1,6 +1,6 @@
-// pack_weights_ and the packing of conv_input_grad_ on the CPU.
+// pack_weights_ on the CPU.
 //
-// Floor of the former: every element read once and written once. Rows of a block are written whole. Where the elements
+// Floor: every element read once and written once. Rows of a block are written whole. Where the elements
 // of one target are contiguous, 64 of them at a time are transposed in a buffer, so that each cache line is read once.
 #include "kernels/pack.h"
 
@@ -74,26 +74,6 @@ void pack_weights(const PackWeights& pack, int64_t problem) {
   } else {
     auto* const out = static_cast<float*>(pack.out) + p.at;
     p.dtype == DType::f64 ? pack_as<double>(out, p, pack.adjoint) : pack_as<float>(out, p, pack.adjoint);
-  }
-}
-
-void pack_conv_input_grad(const ConvInputGrad& p, float* packed) {
-  const int64_t taps = p.kernel[0] * p.kernel[1];
-  for (int64_t a = 0; a < p.phases(0); ++a) {
-    for (int64_t b = 0; b < p.phases(1); ++b) {
-      const auto down = p.phase(0, a), across = p.phase(1, b);
-      for (int64_t c = 0; c < p.channels; ++c) {
-        for (int64_t row = 0; row < down.taps; ++row) {
-          const float* const from = p.weight + c * taps + (down.last - row * p.stride[0]) * p.kernel[1];
-          float* const run = packed;
-          for (int64_t column = 0; column < across.taps; ++column) {
-            const float* const tap = from + across.last - column * p.stride[1];
-            for (int64_t k = 0; k < p.outputs; ++k) *packed++ = tap[k * p.channels * taps];
-          }
-          packed = std::fill_n(packed, p.run(across) - (packed - run), 0.0F);
-        }
-      }
-    }
   }
 }
 

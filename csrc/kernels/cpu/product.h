@@ -84,15 +84,20 @@ FASTLIP_INLINE inline void fetch(const Conv& p, int64_t at, int64_t width) {
   }
 }
 
-// Writes a sum to element `at` of the result, which is `channel` of its pixel: with bias and other summand, through
-// ReLU and mask. L is float or Lanes.
+// Writes a sum with its bias to element `at` of the result: with the other summand, through ReLU and mask. L is float
+// or Lanes.
 template <typename L, typename Conv>
-FASTLIP_INLINE inline void finish(const Conv& p, int64_t at, int64_t channel, L value) {
-  if (p.bias) value += load<L>(p.bias + channel);
+FASTLIP_INLINE inline void finish(const Conv& p, int64_t at, L value) {
   if (p.other) value += load<L>(p.other + at);
   if (p.relu) value = value < 0 ? L{} : value;  // keeps NaN, as torch does
   if (p.mask) value = load<L>(p.mask + at) <= 0 ? L{} : value;
   store<L>(p.out + at, value);
+}
+// Writes a sum to element `at`, which is `channel` of its pixel.
+template <typename L, typename Conv>
+FASTLIP_INLINE inline void finish(const Conv& p, int64_t at, int64_t channel, L value) {
+  if (p.bias) value += load<L>(p.bias + channel);
+  finish(p, at, value);
 }
 
 }  // namespace
