@@ -63,6 +63,7 @@ class _Tracking:
             or certified it. An interrupt may leave it behind.
         together: layers in eval mode that the model's forward, which is running, certifies with this one.
         certificate: what eval mode goes by.
+        scale: what compiled code scales the weight by in eval mode, in the model's forward, which is running.
     """
 
     def __init__(self) -> None:
@@ -76,6 +77,7 @@ class _Tracking:
         self.prepared: tuple[object, ...] | None = None
         self.together: list[tuple[NormConstraint, Tensor]] = []
         self.certificate: Certificate | None = None
+        self.scale: Tensor | None = None
 
     def last_step(self) -> tuple[NormGradient, Tensor | float]:
         """The gradient of the norm, and the norm, after the last step."""
@@ -209,11 +211,13 @@ class NormConstraint(nn.Module):
 
     def _in_compiled_eval(self, weight: Tensor) -> Tensor:
         """As in eval mode, by operations that the compiler does not look into."""
-        applied = self.applied(weight)
-        scale = certified_scale(weight.detach(), applied, self.key).to(weight.dtype)
+        if self.tracking.scale is None:
+            certify_in_compiled_code([(self, weight)])
+        assert self.tracking.scale is not None
+        scale = self.tracking.scale.to(weight.dtype)
         if not torch.is_grad_enabled():
             return weight * scale
-        left, right, norm = certified_gradient(weight.detach(), applied, self.key)
+        left, right, norm = certified_gradient(weight.detach(), self.applied(weight), self.key)
         own = Norm.apply(self.mapped(weight), left, right, norm)
         factor = torch.where(scale < 1.0, norm / own, 1.0)  # 1, with a gradient
         return weight * (scale * factor.to(weight.dtype))
@@ -356,40 +360,37 @@ def _keep(constraint: NormConstraint) -> int:
     return key
 
 
-def _certificate(weight: Tensor, applied: Tensor, key: int) -> tuple[NormConstraint, Certificate]:
-    """A constraint and what is certified of its layer, now if need be, at its share of what may fail."""
-    constraint = _KEPT[key]
-    if not _is_certified(constraint, weight, applied):
-        chosen = constraint.options
-        failure = (1.0 - chosen.resolved([applied]).confidence) / constraint.of
-        _certify([(constraint, weight, applied)], replace(chosen, confidence=1.0 - failure))
-    assert constraint.tracking.certificate is not None
-    return constraint, constraint.tracking.certificate
-
-
-@torch.library.custom_op("fastlip::certified_scale", mutates_args=())
-def certified_scale(weight: Tensor, applied: Tensor, key: int) -> Tensor:
-    """The number that brings a layer's norm below its bound, at most 1; a float64 scalar.
+@torch.library.custom_op("fastlip::certified_scales", mutates_args=())
+def certified_scales(weights: Sequence[Tensor], applied: Sequence[Tensor], keys: Sequence[int]) -> list[Tensor]:
+    """The numbers that bring layers' norms below their bounds, at most 1; float64 scalars.
 
     Args:
-        weight: what is scaled by it.
-        applied: the weight of the linear map.
-        key: of the constraint.
+        weights: what is scaled by them.
+        applied: the weights of the linear maps.
+        keys: of the constraints.
     """
-    constraint, certificate = _certificate(weight, applied, key)
-    return torch.tensor(certificate.scale(constraint.bound), dtype=torch.float64, device=weight.device)
+    layers = list(zip([_KEPT[key] for key in keys], weights, applied, strict=True))
+    _certify_together(layers)
+    scales = []
+    for constraint, weight, _ in layers:
+        assert constraint.tracking.certificate is not None
+        scale = constraint.tracking.certificate.scale(constraint.bound)
+        scales.append(torch.tensor(scale, dtype=torch.float64, device=weight.device))
+    return scales
 
 
-@certified_scale.register_fake
-def _(weight: Tensor, applied: Tensor, key: int) -> Tensor:
-    return weight.new_empty((), dtype=torch.float64)
+@certified_scales.register_fake
+def _(weights: Sequence[Tensor], applied: Sequence[Tensor], keys: Sequence[int]) -> list[Tensor]:
+    return [weight.new_empty((), dtype=torch.float64) for weight in weights]
 
 
 @torch.library.custom_op("fastlip::certified_gradient", mutates_args=())
 def certified_gradient(weight: Tensor, applied: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
     """``left`` and ``right`` of the gradient of the norm of a map whose norm is certified, and that norm, a scalar."""
-    constraint, certificate = _certificate(weight, applied, key)
-    gradient, norm = certificate.gradient(constraint.v)
+    constraint = _KEPT[key]
+    _certify_together([(constraint, weight, applied)])
+    assert constraint.tracking.certificate is not None
+    gradient, norm = constraint.tracking.certificate.gradient(constraint.v)
     return gradient.left.clone(), gradient.right.clone(), gradient.left.new_tensor(norm)
 
 
@@ -456,14 +457,31 @@ def certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
         ValueError: a weight holds NaN or infinite values, or the bound is smaller than what its dtype can tell apart;
             the message names the layer.
     """
-    by_call: dict[int, list[tuple[NormConstraint, Tensor]]] = {}
-    for constraint, weight in layers:
-        by_call.setdefault(id(constraint.options), []).append((constraint, weight))
     with outside_of_transforms():
-        for own in by_call.values():
-            found = [(constraint, weight, constraint.applied(weight)) for constraint, weight in own]
-            if not all(_is_certified(*layer) for layer in found):
-                _certify(found, own[0][0].options)
+        _certify_together([(constraint, weight, constraint.applied(weight)) for constraint, weight in layers])
+
+
+def certify_in_compiled_code(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
+    """The same by one operation, for the model's forward that is compiled."""
+    weights = [weight.detach() for _, weight in layers]
+    applied = [constraint.applied(weight) for constraint, weight in layers]
+    scales = certified_scales(weights, applied, [constraint.key for constraint, _ in layers])
+    for (constraint, _), scale in zip(layers, scales, strict=True):
+        constraint.tracking.scale = scale
+
+
+def _certify_together(layers: Sequence[tuple[NormConstraint, Tensor, Tensor]]) -> None:
+    """:func:`certify`, given what is scaled and the weights of the maps as well."""
+    by_call: dict[int, list[tuple[NormConstraint, Tensor, Tensor]]] = {}
+    for layer in layers:
+        by_call.setdefault(id(layer[0].options), []).append(layer)
+    for own in by_call.values():
+        if not all(_is_certified(*layer) for layer in own):
+            constraint, _, applied = own[0]
+            # Fewer than were constrained together have their share of what may fail.
+            share = min(1.0, len(own) / constraint.of)
+            failure = (1.0 - constraint.options.resolved([applied]).confidence) * share
+            _certify(own, replace(constraint.options, confidence=1.0 - failure))
 
 
 def _certify(layers: Sequence[tuple[NormConstraint, Tensor, Tensor]], options: NormOptions) -> None:

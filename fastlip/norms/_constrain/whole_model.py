@@ -11,7 +11,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fastlip._arguments import integer
 from fastlip.norms._constrain.choice import Layers, constrainable_layers
-from fastlip.norms._constrain.constraint import FoldedConstraint, NormConstraint, certify, track
+from fastlip.norms._constrain.constraint import (
+    FoldedConstraint,
+    NormConstraint,
+    certify,
+    certify_in_compiled_code,
+    track,
+)
 from fastlip.norms._constrain.one_layer import SizeWatch, positive_bound
 from fastlip.norms._models.wrappers import bare_model
 from fastlip.norms._options import NormKeywords, NormOptions, chosen_options
@@ -46,9 +52,9 @@ def constrain_norms(
     refused by torch.
 
     In eval mode the weights are scaled by certified upper sides instead, computed for all layers together whenever a
-    weight has changed, so that the bound holds for all with ``confidence``. Code that ``torch.compile`` made does so by
-    one operation for each layer. Use :func:`unconstrain` before ``torch.export`` and ``torch.jit.trace``, and to
-    vectorise over several models (``torch.func.stack_module_state``).
+    weight has changed, so that the bound holds for all with ``confidence``. Use :func:`unconstrain` before
+    ``torch.export`` and ``torch.jit.trace``, and to vectorise over several models
+    (``torch.func.stack_module_state``).
 
     The bound holds on inputs of the size that the layer had. On another size a layer warns once in training, and in
     eval mode refuses its input by name. Layers that do not run on such an input, and weights that are not those of such
@@ -213,6 +219,8 @@ def prepare(model: nn.Module, args: tuple[Any, ...]) -> None:
         track(due)
     for constraint, _ in found:
         constraint.tracking.prepared, constraint.tracking.together = None, [] if constraint.training else fixed
+    if fixed and torch.compiler.is_compiling():
+        certify_in_compiled_code(fixed)
     for constraint, weight in moving:
         constraint.tracking.prepared = constraint.state(weight)
 
@@ -223,4 +231,4 @@ def finish(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         constraint.tracking.prepared, constraint.tracking.together = None, []
         if torch.compiler.is_compiling():
             # What compiled code computes is for this forward alone.
-            constraint.tracking.gradient = constraint.tracking.found = None
+            constraint.tracking.gradient = constraint.tracking.found = constraint.tracking.scale = None

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fastlip
-from fastlip.norms import constrain_norm, constrain_norms, layer_norms, unconstrain
+from fastlip.norms import NormOptions, constrain_norm, constrain_norms, layer_norms, unconstrain
+from fastlip.norms._constrain import constraint as constraint_module
+from fastlip.norms._constrain.certificates import certified_uppers
 from fastlip.norms._constrain.constraint import NormConstraint
 from fastlip.norms._constrain.whole_model import constrained_layers
+from fastlip.norms._operators.operator import Operator
 
 SHAPE = (3, 8, 8)
 
@@ -361,6 +364,32 @@ def test_compiled_whole() -> None:
     constraint, _ = constrained_layers(compiled._orig_mod)[0]
     assert not torch.equal(before, constraint.v)
     assert _reaches_the_norm(constraint, other)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiled_eval_certifies_all_layers_together(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = constrain_norms(small_network(), SHAPE, bound=0.5).eval()
+    solved: list[int] = []
+
+    def noted(ops: list[Operator], options: NormOptions) -> list[float]:
+        solved.append(len(ops))
+        return certified_uppers(ops, options)
+
+    monkeypatch.setattr(constraint_module, "certified_uppers", noted)
+    x, layers = images()[0], len(constrained_layers(model))
+    own = copy.deepcopy(model)
+    compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        found = [compiled(x), compiled(x)]
+        assert solved == [layers]
+        with torch.no_grad():
+            constrained_layers(own)[0][1].mul_(1.5)
+        found.append(compiled(x))
+        assert solved == [layers, layers]
+        torch.testing.assert_close(found[0], model(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[0], found[1])
+    assert max(norm.lower for norm in layer_norms(own, SHAPE).values()) <= 0.5
+    assert all(constraint.tracking.scale is None for constraint, _ in constrained_layers(own))
 
 
 def _reaches_the_norm(constraint: NormConstraint, weight: Tensor) -> bool:
