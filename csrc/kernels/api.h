@@ -289,8 +289,8 @@ struct DirectConv {
   int64_t image[2], map[2];  // height and width of the convolution's input and of its output
   int64_t kernel[2], stride[2], padding[2];
 
-  // Targets whose weights lie side by side; taps of a side; the largest stride and padding.
-  static constexpr int64_t kTargets = 8, kMostTaps = 64, kMostStride = 1 << 30;
+  // Targets whose weights lie side by side; taps and stride along a side; padding.
+  static constexpr int64_t kTargets = 8, kMostTaps = 64, kMostPadding = 1 << 30;
 
   // Pixels at, at + step, ... of a source or a target, in rows and columns.
   struct Phase {

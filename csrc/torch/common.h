@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -453,16 +454,17 @@ inline WinogradConv winograd_conv_of(Tensor& out, const Tensor& x, const Tensor&
           outputs};
 }
 
-// Whether a tensor of four axes is contiguous or channels_last.
-inline bool is_laid_out(const Tensor& t) {
+// The strides of a contiguous or channels_last tensor of four axes, also of those along which it has one element.
+inline std::array<int64_t, 4> strides_of_maps(const Tensor& t, const char* name) {
   const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
-  const auto has = [&](int64_t channel, int64_t row, int64_t column) {
-    const int64_t strides[] = {channels * height * width, channel, row, column};
-    for (int64_t d = 0; d < 4; ++d)
-      if (t.size(d) > 1 && t.stride(d) != strides[d]) return false;
-    return true;
-  };
-  return t.numel() == 0 || has(height * width, width, 1) || has(1, width * channels, channels);
+  const std::array<int64_t, 4> formats[] = {{channels * height * width, height * width, width, 1},
+                                            {channels * height * width, 1, width * channels, channels}};
+  for (const auto& strides : formats) {
+    bool alike = true;
+    for (int64_t d = 0; d < 4; ++d) alike = alike && (t.size(d) <= 1 || t.stride(d) == strides[d]);
+    if (alike || t.numel() == 0) return strides;
+  }
+  STD_TORCH_CHECK(false, name, " must be float32 on the CPU, contiguous or channels_last");
 }
 
 // All of a convolution but what DirectConvPlan makes.
@@ -472,7 +474,7 @@ inline DirectConv direct_conv_of(Tensor& out, const Tensor& x, const Tensor& wei
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
                   "x must be [B, sources, H, W], and out [B, targets, H', W']");
   const auto floats = [](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.device().is_cpu() && is_laid_out(t), name,
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.device().is_cpu(), name,
                     " must be float32 on the CPU, contiguous or channels_last");
     return static_cast<const float*>(t.const_data_ptr());
   };
@@ -485,6 +487,7 @@ inline DirectConv direct_conv_of(Tensor& out, const Tensor& x, const Tensor& wei
     return floats(t, name);
   };
   floats(out, "out");
+  const std::array<int64_t, 4> out_stride = strides_of_maps(out, "out"), x_stride = strides_of_maps(x, "x");
   DirectConv p{};
   p.out = static_cast<float*>(out.mutable_data_ptr());
   p.x = floats(x, "x");
@@ -503,8 +506,8 @@ inline DirectConv direct_conv_of(Tensor& out, const Tensor& x, const Tensor& wei
                   "weight must be [outputs, channels, h, w]");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2, "stride and padding must be two numbers");
   for (int64_t d = 0; d < 4; ++d) {
-    p.out_stride[d] = out.stride(d);
-    p.x_stride[d] = x.stride(d);
+    p.out_stride[d] = out_stride[d];
+    p.x_stride[d] = x_stride[d];
   }
   for (int axis = 0; axis < 2; ++axis) {
     p.image[axis] = (adjoint ? out : x).size(2 + axis);
@@ -514,9 +517,8 @@ inline DirectConv direct_conv_of(Tensor& out, const Tensor& x, const Tensor& wei
     p.padding[axis] = padding[axis];
     STD_TORCH_CHECK(p.kernel[axis] >= 1 && p.kernel[axis] <= DirectConv::kMostTaps,
                     "weight must have 1 to 64 taps along each side");
-    STD_TORCH_CHECK(p.stride[axis] >= 1 && p.padding[axis] >= 0 && p.stride[axis] <= DirectConv::kMostStride &&
-                        p.padding[axis] <= DirectConv::kMostStride,
-                    "stride must be at least 1 and padding at least 0, both at most 2^30");
+    STD_TORCH_CHECK(p.stride[axis] >= 1 && p.stride[axis] <= DirectConv::kMostTaps, "stride must be 1 to 64");
+    STD_TORCH_CHECK(p.padding[axis] >= 0 && p.padding[axis] <= DirectConv::kMostPadding, "padding must be 0 to 2^30");
     STD_TORCH_CHECK(p.image[axis] + 2 * p.padding[axis] >= p.kernel[axis] &&
                         p.map[axis] == (p.image[axis] + 2 * p.padding[axis] - p.kernel[axis]) / p.stride[axis] + 1,
                     adjoint ? "x" : "out", " must have the height and width that the convolution of ",

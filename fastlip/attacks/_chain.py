@@ -1,6 +1,7 @@
 """Fused layers that follow each other, as one function with a backward pass of its own."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -51,6 +52,13 @@ class Plan(NamedTuple):
     outputs: tuple[int, ...]
 
 
+@cache
+def _readers(plan: Plan) -> tuple[dict[int | None, int], dict[int | None, int]]:
+    """The first and the last layer that reads each value."""
+    reads = [(v, i) for i, pair in enumerate(zip(plan.sources, plan.others, strict=True)) for v in pair]
+    return dict(reversed(reads)), dict(reads)
+
+
 class Chain(nn.Module):
     """Layers that run one after the other, as one function of its inputs.
 
@@ -86,7 +94,7 @@ def _values(
     values = dict(enumerate(inputs))
     shapes = [x.shape for x in inputs]
     convs = IndirectConvs(_TOGETHER)
-    last = {v: i for i, pair in enumerate(zip(plan.sources, plan.others, strict=True)) for v in pair if v is not None}
+    _, last = _readers(plan)
     for i, layer in enumerate(layers):
         source, other = plan.sources[i], plan.others[i]
         x, summand = values[source], None if other is None else values[other]
@@ -123,7 +131,7 @@ class _Chained(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         layers, plan = ctx.layers, ctx.plan
         values = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
-        first = {v: i for i in reversed(range(len(layers))) for v in (plan.others[i], plan.sources[i])}
+        first, _ = _readers(plan)
         sums = {v: grad for v, grad in zip(plan.outputs, grads, strict=True) if grad is not None}
         convs = IndirectConvs(_TOGETHER)
         done = set()  # values whose sums have been through the ReLU's threshold
@@ -145,8 +153,7 @@ class _Chained(torch.autograd.Function):
             if layer < 0 and not ctx.needs_input_grad[2 + source]:
                 continue
             last = layer >= 0 and layers[layer].relu and first[source] == i
-            shape = layers[i].out_shape(x)
-            if grad.shape != shape:
+            if other is not None and grad.shape != (shape := layers[i].out_shape(x)):  # the convolution broadcast
                 convs.run()
                 grad = grad.sum_to_size(shape)
             sums[source] = layers[i].gradient(grad, x, sums.get(source), x if last else None, convs)

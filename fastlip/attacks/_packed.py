@@ -13,7 +13,7 @@ from fastlip.attacks._fused import FusedConv
 _LANES = 16
 #: From so many output pixels on, a kernel of several taps loses more by gathering than it saves at the map's edges.
 _LARGE = 256
-#: Taps along a side that :func:`fastlip.ops.direct_conv_` takes.
+#: Taps and stride along a side that :func:`fastlip.ops.direct_conv_` takes.
 _MOST_TAPS = 64
 #: Products of sums over taps, for each of Winograd's filtering, from which on that is faster: it transforms the rest.
 _WORTH = 1.75
@@ -58,7 +58,7 @@ class PackedConv(nn.Module):
         self.bias = conv.bias
         self.plain: FusedConv | None = FusedConv(conv, relu)
         self.few = self.channels[0] < _LANES
-        self.direct = self.few and self.dilation == (1, 1) and max(self.kernel) <= _MOST_TAPS
+        self.direct = self.few and self.dilation == (1, 1) and max(*self.kernel, *self.stride) <= _MOST_TAPS
         self.either_format = self.direct and self.channels[1] <= _LANES
         self.packed = False
         self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}

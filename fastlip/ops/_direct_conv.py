@@ -47,7 +47,7 @@ def direct_conv_(
 
     Raises:
         RuntimeError: a tensor is not float32, on the CPU, in one of these memory formats or of the shape above; the
-            convolution's output has not the size that it should; or the kernel has more than 64 taps along one side.
+            convolution's output has not the size that it should; or kernel or stride are larger than 64 along a side.
 
     Example:
         >>> import torch
