@@ -43,8 +43,7 @@ class PackedConv(nn.Module):
         relu: whether a ReLU follows.
     """
 
-    forward_weight: Tensor
-    adjoint_weight: Tensor
+    weight: Tensor
 
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
         super().__init__()
@@ -67,8 +66,7 @@ class PackedConv(nn.Module):
         if large and not self._is_filtered(x):
             return
         weight = plain.conv.weight.detach()
-        self.register_buffer("adjoint_weight", ops.packed_taps(weight.flatten(2).permute(2, 0, 1)))
-        self.register_buffer("forward_weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
+        self.register_buffer("weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
         self.packed = True
         self.plain = None
 
@@ -91,11 +89,11 @@ class PackedConv(nn.Module):
         if self._is_filtered(x):
             convs.run()
             summand = None if other is None else _pixels(other)
-            ops.winograd_conv_(_pixels(out), _pixels(x), self.forward_weight, bias=self.bias, other=summand, relu=relu)
+            ops.winograd_conv_(_pixels(out), _pixels(x), self.weight, bias=self.bias, other=summand, relu=relu)
             return out
         summand = None if other is None else _rows(other)
         table = self._meeting(x)[0]
-        convs.add(_rows(out), _rows(x), self.forward_weight, table, bias=self.bias, other=summand, relu=relu)
+        convs.add(_rows(out), _rows(x), self.weight, table, bias=self.bias, other=summand, relu=relu)
         return out
 
     def gradient(
@@ -113,12 +111,11 @@ class PackedConv(nn.Module):
         if self._is_filtered(x):
             convs.run()
             summand, kept = (None if t is None else _pixels(t) for t in (other, mask))
-            weight = self.adjoint_weight
-            ops.winograd_conv_(_pixels(out), _pixels(grad), weight, rotated=True, other=summand, mask=kept)
+            ops.winograd_conv_(_pixels(out), _pixels(grad), self.weight, adjoint=True, other=summand, mask=kept)
             return out
         summand, kept = (None if t is None else _rows(t) for t in (other, mask))
         table = self._meeting(x)[1]
-        convs.add(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
+        convs.add(_rows(out), _rows(grad), self.weight, table, adjoint=True, other=summand, mask=kept)
         return out
 
     def _plain_gradient(

@@ -90,6 +90,7 @@ class IndirectConvs:
         weight: Tensor,  # [panels, taps * channels, 16]
         table: Tensor,  # [targets, 1 + taps] int32
         *,
+        adjoint: bool = False,
         bias: Tensor | None = None,  # [outputs]
         other: Tensor | None = None,  # [B, targets, outputs]
         mask: Tensor | None = None,  # [B, targets, outputs]
@@ -102,6 +103,8 @@ class IndirectConvs:
             x: pixels of the maps, channels last.
             weight: from :func:`packed_taps`.
             table: from :func:`meeting_pixels`, each target once; its entries are not checked.
+            adjoint: whether ``weight`` is that of the map whose adjoint this is, [panels, taps * outputs, 16]: each
+                tap's matrix is transposed.
             bias: added to every pixel.
             other: added to the result.
             mask: the result is kept where it is positive.
@@ -113,7 +116,7 @@ class IndirectConvs:
         """
         none = self._none
         optional = (none if t is None else t for t in (bias, other, mask))
-        self._operands.append((out, x, weight, table, *optional, int(relu)))
+        self._operands.append((out, x, weight, table, int(adjoint), *optional, int(relu)))
         if len(self._operands) >= self._most:
             self.run()
 

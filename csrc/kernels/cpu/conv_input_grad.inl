@@ -15,16 +15,6 @@ constexpr int kWidth = kVectorBytes / 4;
 constexpr int kMostPixels = kRegisters == 32 ? 8 : 6;  // that leave registers for sums
 constexpr int kMostChannels = 4;                       // summed together
 
-// As std::make_integer_sequence; see scalar.h.
-template <int... I>
-struct Indices {};
-template <int N, int... I>
-struct UpTo : UpTo<N - 1, N - 1, I...> {};
-template <int... I>
-struct UpTo<0, I...> {
-  using Type = Indices<I...>;
-};
-
 // In each group of 2 D lanes of a, then of b: lane i plus lane i + D.
 template <int D, int... I>
 FASTLIP_INLINE inline Lanes halved(Lanes a, Lanes b, Indices<I...>) {

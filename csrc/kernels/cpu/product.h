@@ -14,22 +14,34 @@ constexpr int kTileRows = (kRegisters - kVectors - 1) / kVectors;  // the other 
 constexpr int64_t kDepth = 16;                                     // channels of a row that lie side by side
 constexpr int64_t kWidth = kVectorBytes / 4;
 constexpr int64_t kLine = 16;  // floats of a cache line
+constexpr int64_t kAhead = 2;  // pieces of kDepth channels fetched ahead
 static_assert(kTileRows <= IndirectConv::kMostRows);
 
 using Lanes = Vector<float>;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// What a few rows hold at some taps: for each tap and each kDepth channels, the rows' channels one row after the other.
-struct Gathered {
-  const float* values;
+// The factors of a product at some taps. One of them is packed weights, which have all taps; the other was gathered
+// from maps, and has these alone.
+struct Factors {
+  const float* rows;   // for each kDepth channels, the rows' channels one row after the other
+  int64_t row_tap;     // from tap to tap
+  int64_t row_step;    // from kDepth channels to the next
+  const float* lanes;  // [taps, channels, kLanes]
+  int64_t panel;       // from one of these to the next
   const int32_t* taps;
-  int64_t tap_count;
+  int64_t tap_count, channels;
+  bool packed_rows;  // the rows are the packed weights
+
+  FASTLIP_INLINE const float* rows_at(int64_t t) const { return rows + (packed_rows ? taps[t] : t) * row_tap; }
+  FASTLIP_INLINE const float* lanes_at(int64_t t) const {
+    return lanes + (packed_rows ? t : taps[t]) * channels * kLanes;
+  }
 };
 
 // sums[row][lane] = sum over taps and channels, for R rows and P panels; `more`: added to what is there.
 template <int R, int P>
-void multiply(float* sums, bool more, const Gathered& rows, const float* weight, int64_t panel, int64_t channels) {
+void multiply(float* sums, bool more, const Factors& p) {
   constexpr int V = P * kPerPanel;
   Lanes sum[R][V] = {};
   if (more) {
@@ -38,23 +50,26 @@ void multiply(float* sums, bool more, const Gathered& rows, const float* weight,
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sum[r][v] = load<Lanes>(sums + (r * V + v) * kWidth);
   }
-  const float* a = rows.values;
-  for (int64_t t = 0; t < rows.tap_count; ++t) {
-    const float* w = weight + rows.taps[t] * channels * kLanes;
-    for (int64_t c = 0; c < channels; c += kDepth) {
-      const int64_t depth = least(kDepth, channels - c);
+  for (int64_t t = 0; t < p.tap_count; ++t) {
+    const float *a = p.rows_at(t), *w = p.lanes_at(t);
+    for (int64_t c = 0; c < p.channels; c += kDepth) {
+      if (p.packed_rows && c + kAhead * kDepth < p.channels) {  // which lie apart, so that the processor does not
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) __builtin_prefetch(a + kAhead * p.row_step + r * kDepth);
+      }
+      const int64_t depth = least(kDepth, p.channels - c);
 #pragma GCC unroll 2
       for (int64_t k = 0; k < depth; ++k) {
         Lanes factor[V];
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) factor[v] = load<Lanes>(w + (v / kPerPanel) * panel + (v % kPerPanel) * kWidth);
+        for (int v = 0; v < V; ++v) factor[v] = load<Lanes>(w + (v / kPerPanel) * p.panel + (v % kPerPanel) * kWidth);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
           for (int v = 0; v < V; ++v) sum[r][v] += factor[v] * a[r * kDepth + k];
         w += kLanes;
       }
-      a += R * kDepth;
+      a += p.row_step;
     }
   }
 #pragma GCC unroll 16
@@ -63,7 +78,7 @@ void multiply(float* sums, bool more, const Gathered& rows, const float* weight,
     for (int v = 0; v < V; ++v) store<Lanes>(sums + (r * V + v) * kWidth, sum[r][v]);
 }
 
-using Multiply = void (*)(float*, bool, const Gathered&, const float*, int64_t, int64_t);
+using Multiply = void (*)(float*, bool, const Factors&);
 
 template <int P, int R = kTileRows>
 Multiply multiply_of(int64_t rows) {
@@ -71,6 +86,37 @@ Multiply multiply_of(int64_t rows) {
     return multiply<1, P>;
   } else {
     return rows == R ? multiply<R, P> : multiply_of<P, R - 1>(rows);
+  }
+}
+
+// Exchanges D lanes of a and b in each group of 2 D lanes: a's second ones for b's first ones.
+template <int D, int... I>
+FASTLIP_INLINE inline void exchange(Lanes& a, Lanes& b, Indices<I...>) {
+  const Lanes first = __builtin_shufflevector(a, b, (I / D % 2 ? I - D + kWidth : I)...);
+  b = __builtin_shufflevector(a, b, (I / D % 2 ? I + kWidth : I + D)...);
+  a = first;
+}
+template <int D = kWidth / 2>
+FASTLIP_INLINE inline void transpose(Lanes (&v)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i)
+    if (i / D % 2 == 0) exchange<D>(v[i], v[i + D], typename UpTo<kWidth>::Type{});
+  if constexpr (D > 1) transpose<D / 2>(v);
+}
+
+// to[j][i] = from[i][j] for the `rows` first i < kLanes, and 0 for the others.
+FASTLIP_INLINE inline void transpose_block(const float* from, int64_t rows, float* to) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kLanes; i += kWidth) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kLanes; j += kWidth) {
+      Lanes v[kWidth];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kWidth; ++r) v[r] = i + r < rows ? load<Lanes>(from + (i + r) * kLanes + j) : Lanes{};
+      transpose(v);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kWidth; ++r) store<Lanes>(to + (j + r) * kLanes + i, v[r]);
+    }
   }
 }
 

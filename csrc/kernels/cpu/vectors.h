@@ -56,6 +56,16 @@ template <typename T>
 using Vector = typename VectorOf<T>::type;
 using Doubles = Vector<double>;
 
+// As std::make_integer_sequence; see scalar.h.
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct UpTo : UpTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct UpTo<0, I...> {
+  using Type = Indices<I...>;
+};
+
 // P is T or Vector<T>.
 template <typename P, typename T>
 FASTLIP_INLINE inline P load(const T* p) {

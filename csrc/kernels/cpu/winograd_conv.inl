@@ -50,8 +50,9 @@ FASTLIP_INLINE inline void transform_kernel(const Lanes (&g)[3], Lanes* to, int6
   to[5 * step] = g[2];
 }
 
-// The kernels of `count` channels of a panel, transformed; from tap to tap it is `stride`.
-void transform_panel(const WinogradConv& p, const float* weight, int64_t count, float* kernels, int64_t stride) {
+// The kernels of `count` channels of a panel, transformed; from tap to tap it is `tap_step`, and then `stride`.
+void transform_panel(const WinogradConv& p, const float* weight, int64_t tap_step, int64_t count, float* kernels,
+                     int64_t stride) {
   for (int64_t c = 0; c < count; ++c) {
     for (int64_t k = 0; k < kLanes; k += kWidth) {
       Lanes half[kPatch][3];
@@ -60,8 +61,8 @@ void transform_panel(const WinogradConv& p, const float* weight, int64_t count, 
         Lanes g[3];
 #pragma GCC unroll 3
         for (int i = 0; i < 3; ++i) {
-          const int tap = p.rotated ? 8 - (3 * i + j) : 3 * i + j;
-          g[i] = load<Lanes>(weight + (tap * p.channels + c) * kLanes + k);
+          const int tap = p.adjoint ? 8 - (3 * i + j) : 3 * i + j;
+          g[i] = load<Lanes>(weight + tap * tap_step + c * kLanes + k);
         }
         transform_kernel(g, &half[0][j], 3);
       }
@@ -73,6 +74,17 @@ void transform_panel(const WinogradConv& p, const float* weight, int64_t count, 
         for (int j = 0; j < kPatch; ++j) store<Lanes>(kernels + (i * kPatch + j) * stride + c * kLanes + k, row[j]);
       }
     }
+  }
+}
+
+// Of the adjoint's panel, where the lanes of `weight` are the channels: `outputs` is that many it has left.
+void transform_adjoint_panel(const WinogradConv& p, const float* weight, int64_t outputs, int64_t count, float* kernels,
+                             int64_t stride) {
+  alignas(64) float turned[9 * kLanes * kLanes];
+  for (int64_t c = 0; c < count; c += kLanes, weight += 9 * p.outputs * kLanes) {
+    for (int64_t tap = 0; tap < 9; ++tap)
+      transpose_block(weight + tap * p.outputs * kLanes, outputs, turned + tap * kLanes * kLanes);
+    transform_panel(p, turned, kLanes * kLanes, least(kLanes, count - c), kernels + c * kLanes, stride);
   }
 }
 
@@ -201,8 +213,8 @@ void multiply_tap(const Block& block, int64_t tap, int64_t padded, int64_t begin
     const int64_t first = block.row(group), rows = block.row(group + 1) - first;
     const float* const values = block.values + tap * block.value_step + first * padded + begin * rows;
     const Multiply run = panels == kPanels ? multiply_of<kPanels>(rows) : multiply_of<1>(rows);
-    run(block.sums + tap * block.sum_step + first * panels * kLanes, begin > 0, {values, &only, 1}, kernels, panel,
-        end - begin);
+    run(block.sums + tap * block.sum_step + first * panels * kLanes, begin > 0,
+        {values, 0, rows * kDepth, kernels, panel, &only, 1, end - begin, false});
   }
 }
 
@@ -212,7 +224,7 @@ void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv&, int64_t, int6
 void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv& p, int64_t begin, int64_t end, int64_t first_panel,
                                               int64_t last_panel, void* scratch) {
   const int64_t padded = WinogradConv::padded(p.channels), most = WinogradConv::together(p.channels);
-  const int64_t panel = 9 * p.channels * kLanes, lanes = kPanels * kLanes;
+  const int64_t lanes = kPanels * kLanes;
   const int64_t kernel_step = WinogradConv::tap_stride(WinogradConv::kChannels, kLanes);
   float* const values = static_cast<float*>(scratch);
   float* const sums = values + kTaps * WinogradConv::tap_stride(most, padded);
@@ -236,9 +248,17 @@ void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv& p, int64_t beg
       int64_t c = 0;
       do {  // once without channels, too
         const int64_t to = least(c + WinogradConv::kChannels, p.channels);
-        for (int64_t i = 0; i < panels; ++i)
-          transform_panel(p, p.weight + (q + i) * panel + c * kLanes, to - c, kernels + i * kTaps * kernel_step,
-                          kernel_step);
+        for (int64_t i = 0; i < panels; ++i) {
+          float* const own = kernels + i * kTaps * kernel_step;
+          const int64_t output = (q + i) * kLanes;
+          if (p.adjoint) {
+            transform_adjoint_panel(p, p.weight + (c / kLanes * 9 * p.outputs + output) * kLanes, p.outputs - output,
+                                    to - c, own, kernel_step);
+          } else {
+            transform_panel(p, p.weight + (output * 9 * p.channels + c * kLanes), p.channels * kLanes, to - c, own,
+                            kernel_step);
+          }
+        }
         for (int64_t tap = 0; tap < kTaps; ++tap) {
           multiply_tap(block, tap, padded, c, to, kernels + tap * kernel_step, kTaps * kernel_step, panels);
           if (to == p.channels)  // meanwhile
