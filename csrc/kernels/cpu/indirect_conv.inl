@@ -139,12 +139,12 @@ float* next_tile(const IndirectConv& p, int64_t begin, int64_t end, float* value
   const int64_t count = meet(p, rows, taps), panels = (rows.count + kLanes - 1) / kLanes;
   const int64_t panel = count * p.channels * kLanes;
   const int64_t size = p.adjoint ? panels * panel : count * rows.count * round_up(p.channels, kDepth);
-  if (size > room) return nullptr;
+  const int64_t largest = (p.adjoint ? kTileLanes : kTileRows) * p.taps * round_up(p.channels, kDepth);
+  if (room < p.values() && largest > room) return nullptr;
   tile->panels = panels;
   if (p.adjoint) {
     for (int64_t i = 0; i < panels; ++i) gather_lanes(p, rows, i * kLanes, taps, count, values + i * panel);
-    tile->factors = {nullptr, p.outputs * kLanes, p.taps * p.outputs * kLanes, values, panel, taps, count, p.channels,
-                     true};
+    tile->factors = {nullptr, p.outputs * kLanes, p.taps * p.outputs * kLanes, values, panel, taps, count, p.channels};
   } else {
     gather(p, rows, taps, count, values);
     tile->factors = {values,
@@ -154,8 +154,7 @@ float* next_tile(const IndirectConv& p, int64_t begin, int64_t end, float* value
                      p.taps * p.channels * kLanes,
                      taps,
                      count,
-                     p.channels,
-                     false};
+                     p.channels};
   }
   return values + size;
 }
@@ -224,7 +223,8 @@ void finish_adjoint(const IndirectConv& p, Tile* tile, int64_t tiles, int64_t fi
       for (int64_t i = 0; i < tiles; ++i) {
         if (group == 0)
           for (int64_t r = 0; r < tile[i].rows.count; ++r) fetch(p, tile[i].rows.out[r] + begin, count);
-        const Multiply run = tile[i].panels == kPanels ? multiply_of<kPanels>(outputs) : multiply_of<1>(outputs);
+        const Multiply run =
+            tile[i].panels == kPanels ? multiply_of<kPanels, true>(outputs) : multiply_of<1, true>(outputs);
         tile[i].factors.rows = p.weight + (begin + first) * kLanes;
         run(sums + i * kStep + first * tile[i].panels * kLanes, false, tile[i].factors);
       }

@@ -31,16 +31,11 @@ struct Factors {
   int64_t panel;       // from one of these to the next
   const int32_t* taps;
   int64_t tap_count, channels;
-  bool packed_rows;  // the rows are the packed weights
-
-  FASTLIP_INLINE const float* rows_at(int64_t t) const { return rows + (packed_rows ? taps[t] : t) * row_tap; }
-  FASTLIP_INLINE const float* lanes_at(int64_t t) const {
-    return lanes + (packed_rows ? t : taps[t]) * channels * kLanes;
-  }
 };
 
-// sums[row][lane] = sum over taps and channels, for R rows and P panels; `more`: added to what is there.
-template <int R, int P>
+// sums[row][lane] = sum over taps and channels, for R rows and P panels; `more`: added to what is there. The
+// packed weights are the lanes or, for an adjoint, the rows.
+template <int R, int P, bool kAdjoint>
 void multiply(float* sums, bool more, const Factors& p) {
   constexpr int V = P * kPerPanel;
   Lanes sum[R][V] = {};
@@ -51,9 +46,10 @@ void multiply(float* sums, bool more, const Factors& p) {
       for (int v = 0; v < V; ++v) sum[r][v] = load<Lanes>(sums + (r * V + v) * kWidth);
   }
   for (int64_t t = 0; t < p.tap_count; ++t) {
-    const float *a = p.rows_at(t), *w = p.lanes_at(t);
+    const float* a = p.rows + (kAdjoint ? p.taps[t] : t) * p.row_tap;
+    const float* w = p.lanes + (kAdjoint ? t : p.taps[t]) * p.channels * kLanes;
     for (int64_t c = 0; c < p.channels; c += kDepth) {
-      if (p.packed_rows && c + kAhead * kDepth < p.channels) {  // which lie apart, so that the processor does not
+      if (kAdjoint && c + kAhead * kDepth < p.channels) {  // which lie apart, so that the processor does not
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) __builtin_prefetch(a + kAhead * p.row_step + r * kDepth);
       }
@@ -80,12 +76,12 @@ void multiply(float* sums, bool more, const Factors& p) {
 
 using Multiply = void (*)(float*, bool, const Factors&);
 
-template <int P, int R = kTileRows>
+template <int P, bool kAdjoint = false, int R = kTileRows>
 Multiply multiply_of(int64_t rows) {
   if constexpr (R == 1) {
-    return multiply<1, P>;
+    return multiply<1, P, kAdjoint>;
   } else {
-    return rows == R ? multiply<R, P> : multiply_of<P, R - 1>(rows);
+    return rows == R ? multiply<R, P, kAdjoint> : multiply_of<P, kAdjoint, R - 1>(rows);
   }
 }
 
@@ -96,23 +92,50 @@ FASTLIP_INLINE inline void exchange(Lanes& a, Lanes& b, Indices<I...>) {
   b = __builtin_shufflevector(a, b, (I / D % 2 ? I + kWidth : I + D)...);
   a = first;
 }
+// Interleaves runs of D lanes of a and b in each group of four lanes: their first ones in a, their second ones in b.
+template <int D, int... I>
+FASTLIP_INLINE inline void interleave(Lanes& a, Lanes& b, Indices<I...>) {
+  const Lanes first = __builtin_shufflevector(a, b, (I / 4 * 4 + I % 4 / (2 * D) * D + I % D + I / D % 2 * kWidth)...);
+  b = __builtin_shufflevector(a, b, (I / 4 * 4 + I % 4 / (2 * D) * D + I % D + I / D % 2 * kWidth + 2)...);
+  a = first;
+}
+// By instructions that do not mix lanes across groups of four, as far as it goes: GCC makes two of each other one.
 template <int D = kWidth / 2>
 FASTLIP_INLINE inline void transpose(Lanes (&v)[kWidth]) {
+  using All = typename UpTo<kWidth>::Type;
+  if constexpr (D >= 4) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i)
-    if (i / D % 2 == 0) exchange<D>(v[i], v[i + D], typename UpTo<kWidth>::Type{});
-  if constexpr (D > 1) transpose<D / 2>(v);
+    for (int i = 0; i < kWidth; ++i)
+      if (i / D % 2 == 0) exchange<D>(v[i], v[i + D], All{});
+    transpose<D / 2>(v);
+  } else {
+#pragma GCC unroll 4
+    for (int i = 0; i < kWidth; i += 4) {
+      interleave<1>(v[i], v[i + 1], All{});  // each two elements of two rows
+      interleave<1>(v[i + 2], v[i + 3], All{});
+      interleave<2>(v[i], v[i + 2], All{});  // an element of four rows
+      interleave<2>(v[i + 1], v[i + 3], All{});
+      const Lanes second = v[i + 2];
+      v[i + 2] = v[i + 1];
+      v[i + 1] = second;
+    }
+  }
 }
 
 // to[j][i] = from[i][j] for the `rows` first i < kLanes, and 0 for the others.
 FASTLIP_INLINE inline void transpose_block(const float* from, int64_t rows, float* to) {
+  alignas(64) float padded[kLanes * kLanes];
+  if (rows < kLanes) {
+    for (int64_t i = 0; i < kLanes * kLanes; ++i) padded[i] = i < rows * kLanes ? from[i] : 0.0F;
+    from = padded;
+  }
 #pragma GCC unroll 4
   for (int64_t i = 0; i < kLanes; i += kWidth) {
 #pragma GCC unroll 4
     for (int64_t j = 0; j < kLanes; j += kWidth) {
       Lanes v[kWidth];
 #pragma GCC unroll 16
-      for (int64_t r = 0; r < kWidth; ++r) v[r] = i + r < rows ? load<Lanes>(from + (i + r) * kLanes + j) : Lanes{};
+      for (int64_t r = 0; r < kWidth; ++r) v[r] = load<Lanes>(from + (i + r) * kLanes + j);
       transpose(v);
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kWidth; ++r) store<Lanes>(to + (j + r) * kLanes + i, v[r]);

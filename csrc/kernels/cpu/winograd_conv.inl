@@ -50,6 +50,25 @@ FASTLIP_INLINE inline void transform_kernel(const Lanes (&g)[3], Lanes* to, int6
   to[5 * step] = g[2];
 }
 
+// A tap's weights from channel c and panel q on: the channels follow, or, for the adjoint, the outputs of c's panel.
+FASTLIP_INLINE inline const float* weights_at(const WinogradConv& p, int64_t q, int64_t tap, int64_t c) {
+  return p.weight +
+         (p.adjoint ? (c / kLanes * 9 + tap) * p.outputs + q * kLanes : (q * 9 + tap) * p.channels + c) * kLanes;
+}
+
+// Fetches one of kTaps parts of the weights of `panels` panels from q on and of kChannels channels from c on.
+void fetch_weights(const WinogradConv& p, int64_t q, int64_t panels, int64_t c, int64_t part) {
+  static_assert(kTaps * kLanes == 9 * WinogradConv::kChannels);
+  const int64_t tap = part % 9;
+  c += part / 9 * kLanes;
+  if (c >= p.channels) return;
+  const int64_t lines = p.adjoint ? least(panels * kLanes, p.outputs - q * kLanes) : least(kLanes, p.channels - c);
+  for (int64_t i = 0; i < (p.adjoint ? 1 : panels); ++i) {
+    const float* from = weights_at(p, q + i, tap, c);
+    for (int64_t k = 0; k < lines; ++k) __builtin_prefetch(from + k * kLanes, 0, 2);
+  }
+}
+
 // The kernels of `count` channels of a panel, transformed; from tap to tap it is `tap_step`, and then `stride`.
 void transform_panel(const WinogradConv& p, const float* weight, int64_t tap_step, int64_t count, float* kernels,
                      int64_t stride) {
@@ -214,7 +233,7 @@ void multiply_tap(const Block& block, int64_t tap, int64_t padded, int64_t begin
     const float* const values = block.values + tap * block.value_step + first * padded + begin * rows;
     const Multiply run = panels == kPanels ? multiply_of<kPanels>(rows) : multiply_of<1>(rows);
     run(block.sums + tap * block.sum_step + first * panels * kLanes, begin > 0,
-        {values, 0, rows * kDepth, kernels, panel, &only, 1, end - begin, false});
+        {values, 0, rows * kDepth, kernels, panel, &only, 1, end - begin});
   }
 }
 
@@ -250,18 +269,19 @@ void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv& p, int64_t beg
         const int64_t to = least(c + WinogradConv::kChannels, p.channels);
         for (int64_t i = 0; i < panels; ++i) {
           float* const own = kernels + i * kTaps * kernel_step;
-          const int64_t output = (q + i) * kLanes;
+          const float* const weight = weights_at(p, q + i, 0, c);
           if (p.adjoint) {
-            transform_adjoint_panel(p, p.weight + (c / kLanes * 9 * p.outputs + output) * kLanes, p.outputs - output,
-                                    to - c, own, kernel_step);
+            transform_adjoint_panel(p, weight, p.outputs - (q + i) * kLanes, to - c, own, kernel_step);
           } else {
-            transform_panel(p, p.weight + (output * 9 * p.channels + c * kLanes), p.channels * kLanes, to - c, own,
-                            kernel_step);
+            transform_panel(p, weight, p.channels * kLanes, to - c, own, kernel_step);
           }
         }
+        const bool last = to == p.channels;
+        const int64_t next_q = last ? q + kPanels : q, next_panels = least<int64_t>(kPanels, last_panel - next_q);
         for (int64_t tap = 0; tap < kTaps; ++tap) {
           multiply_tap(block, tap, padded, c, to, kernels + tap * kernel_step, kTaps * kernel_step, panels);
-          if (to == p.channels)  // meanwhile
+          fetch_weights(p, next_q, next_panels, last ? 0 : to, tap);  // meanwhile
+          if (last)
             fetch_outputs(p, begin + count * tap / kTaps, begin + count * (tap + 1) / kTaps, q * kLanes,
                           panels * kLanes);
         }
