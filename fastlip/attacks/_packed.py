@@ -41,11 +41,12 @@ class PackedConv(nn.Module):
     Args:
         conv: a convolution of one group in float32 on the CPU, padded with zeros by numbers of pixels.
         relu: whether a ReLU follows.
+        own: whether nothing else reads the convolution's weights, so that they may be packed where they are.
     """
 
     weight: Tensor
 
-    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, relu: bool, own: bool = False) -> None:
         super().__init__()
         self.relu = relu
         self.channels = (conv.in_channels, conv.out_channels)
@@ -53,6 +54,7 @@ class PackedConv(nn.Module):
         self.padding = (int(conv.padding[0]), int(conv.padding[1]))
         self.bias = conv.bias
         self.plain: FusedConv | None = FusedConv(conv, relu)
+        self.own = own
         self.few = self.channels[0] < _LANES
         self.packed = False
         self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -66,7 +68,12 @@ class PackedConv(nn.Module):
         if large and not self._is_filtered(x):
             return
         weight = plain.conv.weight.detach()
-        self.register_buffer("weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
+        packed = ops.packed_taps(weight.flatten(2).permute(2, 1, 0))
+        if self.own and weight.is_contiguous() and weight.numel() == packed.numel():
+            # What is freed here is as large as what the next layer asks for; the weights freed would not be, and leave
+            # holes.
+            packed = weight.view(packed.shape).copy_(packed)
+        self.register_buffer("weight", packed)
         self.packed = True
         self.plain = None
 

@@ -20,6 +20,7 @@ from fastlip.attacks._diagnose import AttackWarning
 from fastlip.attacks._graphs import IterationGraphs
 from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
+from fastlip.attacks._packed import PackedConv
 from fastlip.attacks._rewrite import fold, fuse, lower
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._models.tracing import Tracer
@@ -333,13 +334,15 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
     if not inputs.is_cuda and any(_padded_pointwise(m) for m in model.modules()):
         raise ValueError("PyTorch's channels_last kernels do not take every padded 1x1 convolution")
     made = _traced(model, inputs)
-    fold(made)
+    folded = fold(made)
     if precision:
         lower(made, precision)
     if not inputs.is_cuda:
-        fuse(made)
+        fuse(made, folded)
     made.delete_all_unused_submodules()
     made.recompile()
+    if any(isinstance(m, PackedConv) for m in made.modules()):
+        made.forward(inputs)  # which packs weights: what is packed needs no other layout first, and no storage of its own
     laid_out = _laid_out(made, inputs, model)
     return _FewSizes(laid_out) if precision and not inputs.is_cuda else laid_out
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 #: Outputs of a panel of weights, as in csrc/kernels/api.h.
 _LANES = 16
@@ -21,8 +20,14 @@ def packed_taps(
         >>> from fastlip import ops
         >>> weight = ops.packed_taps(torch.randn(2, 4, 5))  # 2 taps, from 4 channels to 5
     """
-    padded = functional.pad(weight.flatten(0, 1), (0, -weight.shape[2] % _LANES))
-    return padded.unflatten(1, (-1, _LANES)).transpose(0, 1).contiguous()
+    taps, channels, outputs = weight.shape
+    packed = weight.new_empty(-(-outputs // _LANES), taps, channels, _LANES)
+    whole = outputs // _LANES
+    packed[:whole] = weight[:, :, : whole * _LANES].unflatten(2, (whole, _LANES)).permute(2, 0, 1, 3)
+    if rest := outputs % _LANES:
+        packed[whole, :, :, :rest] = weight[:, :, whole * _LANES :]
+        packed[whole, :, :, rest:] = 0.0
+    return packed.flatten(1, 2)
 
 
 def meeting_pixels(
