@@ -56,19 +56,6 @@ FASTLIP_INLINE inline const float* weights_at(const WinogradConv& p, int64_t q, 
          (p.adjoint ? (c / kLanes * 9 + tap) * p.outputs + q * kLanes : (q * 9 + tap) * p.channels + c) * kLanes;
 }
 
-// Fetches one of kTaps parts of the weights of `panels` panels from q on and of kChannels channels from c on.
-void fetch_weights(const WinogradConv& p, int64_t q, int64_t panels, int64_t c, int64_t part) {
-  static_assert(kTaps * kLanes == 9 * WinogradConv::kChannels);
-  const int64_t tap = part % 9;
-  c += part / 9 * kLanes;
-  if (c >= p.channels) return;
-  const int64_t lines = p.adjoint ? least(panels * kLanes, p.outputs - q * kLanes) : least(kLanes, p.channels - c);
-  for (int64_t i = 0; i < (p.adjoint ? 1 : panels); ++i) {
-    const float* from = weights_at(p, q + i, tap, c);
-    for (int64_t k = 0; k < lines; ++k) __builtin_prefetch(from + k * kLanes, 0, 2);
-  }
-}
-
 // The kernels of `count` channels of a panel, transformed; from tap to tap it is `tap_step`, and then `stride`.
 void transform_panel(const WinogradConv& p, const float* weight, int64_t tap_step, int64_t count, float* kernels,
                      int64_t stride) {
@@ -276,12 +263,9 @@ void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv& p, int64_t beg
             transform_panel(p, weight, p.channels * kLanes, to - c, own, kernel_step);
           }
         }
-        const bool last = to == p.channels;
-        const int64_t next_q = last ? q + kPanels : q, next_panels = least<int64_t>(kPanels, last_panel - next_q);
         for (int64_t tap = 0; tap < kTaps; ++tap) {
           multiply_tap(block, tap, padded, c, to, kernels + tap * kernel_step, kTaps * kernel_step, panels);
-          fetch_weights(p, next_q, next_panels, last ? 0 : to, tap);  // meanwhile
-          if (last)
+          if (to == p.channels)  // meanwhile
             fetch_outputs(p, begin + count * tap / kTaps, begin + count * (tap + 1) / kTaps, q * kLanes,
                           panels * kLanes);
         }
