@@ -33,8 +33,9 @@ class PackedConv(nn.Module):
     """A layer of a :class:`Chain`: relu(conv(x) + other), or less of that, by :class:`fastlip.ops.IndirectConvs`.
 
     Products with padding are left out in both passes; where maps are small, those are most of all products. The weights
-    are packed for each pass when the first input comes, and no longer kept as they were. On maps of 4x4 pixels and more
-    3x3 kernels at stride 1 take a quarter of the products, by :func:`fastlip.ops.winograd_conv_`.
+    are packed when the first input comes, once for both passes unless they are few, and no longer kept as they were. On
+    maps of 4x4 pixels and more 3x3 kernels at stride 1 take a quarter of the products, by
+    :func:`fastlip.ops.winograd_conv_`.
 
     There are two exceptions. Large maps have little padding, and PyTorch's convolution does not gather their pixels: it
     serves both passes of other kernels of more than one tap. An input of few channels, as an image is, is read by

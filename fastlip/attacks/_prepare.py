@@ -55,8 +55,8 @@ def prepare(
     With ``fast`` the copy is traced, for inputs of this shape where the model's forward asks for shapes; BatchNorm is
     folded into convolutions, nothing is computed for the gradients of weights, and images are stored channels last. On
     a CPU, convolutions are fused with the sums and ReLUs that follow, in both passes. In float32, if fastlip was
-    compiled, their weights are packed once for each pass, which takes as much memory as the model's weights a second
-    time, and 3x3 kernels at stride 1 go by Winograd's filtering, which takes a quarter of the products and rounds about
+    compiled, their weights are packed once for both passes, which takes as much memory as the model's weights, and 3x3
+    kernels at stride 1 go by Winograd's filtering, which takes a quarter of the products and rounds about
     five times as much: where a gradient is exactly 0, the copy's may be at the level of rounding, and a step in Linf
     goes by its sign. Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have
     nothing to gain there, and small ones whose weights have changed since the last attack, as in training. On a GPU,
@@ -342,7 +342,7 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
     made.delete_all_unused_submodules()
     made.recompile()
     if any(isinstance(m, PackedConv) for m in made.modules()):
-        made.forward(inputs)  # which packs weights: what is packed needs no other layout first, and no storage of its own
+        made.forward(inputs)  # packs weights, which need neither a layout nor storage of their own before
     laid_out = _laid_out(made, inputs, model)
     return _FewSizes(laid_out) if precision and not inputs.is_cuda else laid_out
 

@@ -95,7 +95,9 @@ def fuse(model: fx.GraphModule, own: Collection[nn.Module] = ()) -> None:
         if relu := user is not None and _is_relu(user, modules):
             chain.append(user)
         packed = low is None and can_be_packed(conv)
-        model.set_submodule(str(node.target), PackedConv(conv, relu, conv in own) if packed else FusedConv(conv, relu, low))
+        model.set_submodule(
+            str(node.target), PackedConv(conv, relu, conv in own) if packed else FusedConv(conv, relu, low)
+        )
         with model.graph.inserting_before(chain[-1]):
             fused = model.graph.call_module(str(node.target), tuple(a for a in (node.args[0], other) if a is not None))
         chain[-1].replace_all_uses_with(fused)

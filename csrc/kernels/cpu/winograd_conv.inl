@@ -83,13 +83,18 @@ void transform_panel(const WinogradConv& p, const float* weight, int64_t tap_ste
   }
 }
 
-// Of the adjoint's panel, where the lanes of `weight` are the channels: `outputs` is that many it has left.
-void transform_adjoint_panel(const WinogradConv& p, const float* weight, int64_t outputs, int64_t count, float* kernels,
-                             int64_t stride) {
+// The same of an adjoint's panel, in whose `weight` lanes are channels; `outputs` and `left` channels are left from its
+// first ones on.
+void transform_adjoint_panel(const WinogradConv& p, const float* weight, int64_t outputs, int64_t left, int64_t count,
+                             float* kernels, int64_t stride) {
   alignas(64) float turned[9 * kLanes * kLanes];
   for (int64_t c = 0; c < count; c += kLanes, weight += 9 * p.outputs * kLanes) {
-    for (int64_t tap = 0; tap < 9; ++tap)
-      transpose_block(weight + tap * p.outputs * kLanes, outputs, turned + tap * kLanes * kLanes);
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      const float* const from = weight + tap * p.outputs * kLanes;
+      if (c + kLanes < left)  // the next channels lie far behind, so that the processor does not fetch them of itself
+        for (int64_t k = 0; k < least(outputs, kLanes); ++k) __builtin_prefetch(from + (9 * p.outputs + k) * kLanes);
+      transpose_block(from, outputs, turned + tap * kLanes * kLanes);
+    }
     transform_panel(p, turned, kLanes * kLanes, least(kLanes, count - c), kernels + c * kLanes, stride);
   }
 }
@@ -258,7 +263,7 @@ void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv& p, int64_t beg
           float* const own = kernels + i * kTaps * kernel_step;
           const float* const weight = weights_at(p, q + i, 0, c);
           if (p.adjoint) {
-            transform_adjoint_panel(p, weight, p.outputs - (q + i) * kLanes, to - c, own, kernel_step);
+            transform_adjoint_panel(p, weight, p.outputs - (q + i) * kLanes, p.channels - c, to - c, own, kernel_step);
           } else {
             transform_panel(p, weight, p.channels * kLanes, to - c, own, kernel_step);
           }
