@@ -17,8 +17,8 @@ _LARGE = 256
 _MOST_TAPS = 64
 #: Products of sums over taps, for each of Winograd's filtering, from which on that is faster: it transforms the rest.
 _WORTH = 1.75
-#: Up to so many weights the gradient has a packing of its own: where few weights meet many pixels, it is 3 to 10 percent
-#: faster to read them as lanes, and they take no memory worth speaking of.
+#: Up to so many weights the gradient has a packing of its own: where few weights meet many pixels it is some percent
+#: faster, and takes little memory.
 _SMALL = 1 << 16
 
 

@@ -109,7 +109,7 @@ def winograd_conv_(
 ) -> None:
     """Tap by tap, in float64."""
     height, width = out.shape[1:3]
-    taps = _unpacked(weight, 9, x.shape[3], out.shape[3], adjoint).unflatten(0, (3, 3))
+    taps = _tap_matrices(weight, 9, x.shape[3], out.shape[3], adjoint).unflatten(0, (3, 3))
     taps = taps.flip(0, 1) if adjoint else taps
     padding = (height - x.shape[1] + 2) // 2
     padded = functional.pad(x.double(), (0, 0, padding, padding, padding, padding))
@@ -134,7 +134,7 @@ def conv_input_grad_(out: Tensor, grad: Tensor, weight: Tensor, stride: list[int
     out.copy_(padded[:, :, top : top + out.shape[2], left : left + out.shape[3]])
 
 
-def _unpacked(weight: Tensor, taps: int, channels: int, outputs: int, adjoint: int) -> Tensor:
+def _tap_matrices(weight: Tensor, taps: int, channels: int, outputs: int, adjoint: int) -> Tensor:
     """The matrices of packed taps, [taps, channels, outputs]."""
     rows, columns = (outputs, channels) if adjoint else (channels, outputs)
     matrices = weight.transpose(0, 1).flatten(1)[:, :columns].double().unflatten(0, (taps, rows))
@@ -154,7 +154,7 @@ def _indirect_conv_(
 ) -> None:
     """Tap by tap, in float64."""
     target, sources = table[:, 0].long(), table[:, 1:].long()
-    matrices = _unpacked(weight, sources.shape[1], x.shape[2], out.shape[2], adjoint)
+    matrices = _tap_matrices(weight, sources.shape[1], x.shape[2], out.shape[2], adjoint)
     total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
     for tap, source in enumerate(sources.T):
         met = torch.where((source >= 0)[:, None], x[:, source.clamp_min(0)], 0.0)
