@@ -191,12 +191,13 @@ struct KrylovBound {
 struct IndirectConv {
   float* out;            // [batch, targets, outputs]
   const float* x;        // [batch, sources, channels]
-  const float* weight;   // [panels, taps * channels, kLanes]: panels of kLanes outputs, the last one padded
+  const float* weight;   // [panels, taps * channels, kLanes]: panels of kLanes outputs, the last one padded;
+                         // adjoint: as the other map's, [panels, taps * outputs, kLanes] with panels of channels
   const float* bias;     // [outputs]; null: 0
   const float* other;    // like out; null: 0
   const float* mask;     // like out; null: 1
   const int32_t* table;  // [targets, 1 + taps]
-  bool relu;
+  bool adjoint, relu;
   int64_t batch, sources, targets, taps, channels, outputs;
 
   // The same for images [begin, end) alone.
@@ -214,14 +215,16 @@ struct IndirectConv {
   static constexpr int64_t kLanes = 16;
   static constexpr int64_t kMostRows = 14;  // of a tile, whatever the instruction set
   static constexpr int64_t kTiles = 16;     // gathered at a time, at most
+  // The adjoint's tiles have pixels in place of outputs, in up to kMostPanels panels, and outputs in place of pixels;
+  // of kOutputs at a time the sums are kept.
+  static constexpr int64_t kMostPanels = 2, kOutputs = 3 * kLanes;
   // Floats and bytes of scratch memory: as many gathered values as L2 holds with room to spare, or one tile.
-  FASTLIP_INLINE static constexpr int64_t values_of(int64_t taps, int64_t channels) {
-    const int64_t tile = kMostRows * taps * ((channels + 15) / 16 * 16);
+  FASTLIP_INLINE int64_t values() const {
+    const int64_t rows = adjoint ? kMostPanels * kLanes : kMostRows, tile = rows * taps * ((channels + 15) / 16 * 16);
     return tile > (1 << 16) ? tile : (1 << 16);
   }
-  static constexpr int64_t scratch_bytes(int64_t taps, int64_t channels) {
-    return 4 * (values_of(taps, channels) + kTiles * taps);
-  }
+  FASTLIP_INLINE int64_t sums() const { return adjoint ? kTiles * kOutputs * kMostPanels * kLanes : 0; }
+  int64_t scratch_bytes() const { return 4 * (values() + sums() + kTiles * taps); }
 };
 
 // A convolution by a 3x3 kernel at stride 1, padded with zeros, by Winograd's minimal filtering F(4x4, 3x3) (Lavin and
@@ -233,8 +236,9 @@ struct WinogradConv {
   float* out;           // [batch, out_height, out_width, outputs]
   const float* x;       // [batch, height, width, channels]
   const float* weight;  // [panels, 9 * channels, kLanes]
-  bool rotated;         // by half a turn: the last tap is the first
-  const float* bias;    // as in IndirectConv, these four
+  bool adjoint;       // weight is that of the other map, [panels of channels, 9 * outputs, kLanes]; its last tap is g's
+                      // first
+  const float* bias;  // as in IndirectConv, these four
   const float* other;
   const float* mask;
   bool relu;

@@ -393,19 +393,27 @@ inline Epilogue epilogue_of(const Tensor& out, const Tensor& bias, const Tensor&
 }
 
 // The table's entries are trusted.
+// Whether `weight` is packed for a map by `taps` taps from `channels` to `outputs`, or, for its adjoint, the other way.
+inline void check_packed(const Tensor& weight, const char* taps_name, int64_t taps, bool adjoint, int64_t channels,
+                         int64_t outputs) {
+  constexpr int64_t kLanes = IndirectConv::kLanes;
+  const int64_t lanes = adjoint ? channels : outputs, rows = adjoint ? outputs : channels;
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == (lanes + kLanes - 1) / kLanes &&
+                      weight.size(1) == taps * rows && weight.size(2) == kLanes,
+                  "weight must be [panels, ", taps_name, " * ", adjoint ? "outputs" : "channels", ", 16]");
+}
+
 inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& table,
-                                     const Tensor& bias, const Tensor& other, const Tensor& mask, bool relu) {
+                                     bool adjoint, const Tensor& bias, const Tensor& other, const Tensor& mask,
+                                     bool relu) {
   host_floats(out, "out");
   STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.size(0) == out.size(0),
                   "x must be [B, sources, channels], and out [B, targets, outputs]");
   STD_TORCH_CHECK(table.dim() == 2 && table.scalar_type() == ScalarType::Int && table.is_contiguous() &&
                       table.size(0) == out.size(1) && table.size(1) > 0,
                   "table must be contiguous int32 [targets, 1 + taps]");
-  constexpr int64_t kLanes = IndirectConv::kLanes;
   const int64_t taps = table.size(1) - 1, channels = x.size(2), outputs = out.size(2);
-  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == (outputs + kLanes - 1) / kLanes &&
-                      weight.size(1) == taps * channels && weight.size(2) == kLanes,
-                  "weight must be [panels, taps * channels, 16]");
+  check_packed(weight, "taps", taps, adjoint, channels, outputs);
   const Epilogue then = epilogue_of(out, bias, other, mask);
   return {static_cast<float*>(out.mutable_data_ptr()),
           host_floats(x, "x"),
@@ -414,6 +422,7 @@ inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor&
           then.other,
           then.mask,
           static_cast<const int32_t*>(table.const_data_ptr()),
+          adjoint,
           relu,
           out.size(0),
           x.size(1),
@@ -423,7 +432,7 @@ inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor&
           outputs};
 }
 
-inline WinogradConv winograd_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, bool rotated,
+inline WinogradConv winograd_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, bool adjoint,
                                      const Tensor& bias, const Tensor& other, const Tensor& mask, bool relu) {
   host_floats(out, "out");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
@@ -431,16 +440,13 @@ inline WinogradConv winograd_conv_of(Tensor& out, const Tensor& x, const Tensor&
   const int64_t more = out.size(1) - x.size(1) + 2;
   STD_TORCH_CHECK(more == out.size(2) - x.size(2) + 2 && more >= 0 && more % 2 == 0,
                   "out must have x's height and width, plus 2 padding - 2");
-  constexpr int64_t kLanes = WinogradConv::kLanes;
   const int64_t channels = x.size(3), outputs = out.size(3);
-  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == (outputs + kLanes - 1) / kLanes &&
-                      weight.size(1) == 9 * channels && weight.size(2) == kLanes,
-                  "weight must be [panels, 9 * channels, 16]");
+  check_packed(weight, "9", 9, adjoint, channels, outputs);
   const Epilogue then = epilogue_of(out, bias, other, mask);
   return {static_cast<float*>(out.mutable_data_ptr()),
           host_floats(x, "x"),
           host_floats(weight, "weight"),
-          rotated,
+          adjoint,
           then.bias,
           then.other,
           then.mask,

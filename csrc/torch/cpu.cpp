@@ -189,8 +189,7 @@ void run(const IndirectConv& conv) {
   const int64_t panel_parts = std::clamp<int64_t>(wanted / row_parts, 1, pairs);
   const auto product = kernels().indirect_conv;
   torch::stable::parallel_for(0, blocks * row_parts * panel_parts, 1, [&](int64_t begin, int64_t end) {
-    const auto scratch =
-        std::make_unique_for_overwrite<std::byte[]>(IndirectConv::scratch_bytes(conv.taps, conv.channels));
+    const auto scratch = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(conv.scratch_bytes()));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / (row_parts * panel_parts), row = i / panel_parts % row_parts, panel = i % panel_parts;
       const IndirectConv part = conv.images(conv.batch * block / blocks, conv.batch * (block + 1) / blocks);
@@ -203,21 +202,22 @@ void run(const IndirectConv& conv) {
 
 // One convolution after the other. An operand that has no elements is left out.
 void indirect_convs_(std::vector<Tensor> out, std::vector<Tensor> x, std::vector<Tensor> weight,
-                     std::vector<Tensor> table, std::vector<Tensor> bias, std::vector<Tensor> other,
-                     std::vector<Tensor> mask, std::vector<int64_t> relu) {
+                     std::vector<Tensor> table, std::vector<int64_t> adjoint, std::vector<Tensor> bias,
+                     std::vector<Tensor> other, std::vector<Tensor> mask, std::vector<int64_t> relu) {
   for (const size_t count :
-       {x.size(), weight.size(), table.size(), bias.size(), other.size(), mask.size(), relu.size()})
+       {x.size(), weight.size(), table.size(), adjoint.size(), bias.size(), other.size(), mask.size(), relu.size()})
     STD_TORCH_CHECK(count == out.size(), "all lists must be as long as out");
   std::vector<IndirectConv> convs;
   convs.reserve(out.size());
   for (size_t i = 0; i < out.size(); ++i)
-    convs.push_back(indirect_conv_of(out[i], x[i], weight[i], table[i], bias[i], other[i], mask[i], relu[i] != 0));
+    convs.push_back(
+        indirect_conv_of(out[i], x[i], weight[i], table[i], adjoint[i] != 0, bias[i], other[i], mask[i], relu[i] != 0));
   for (const IndirectConv& conv : convs) run(conv);
 }
 
-void winograd_conv_(Tensor out, const Tensor& x, const Tensor& weight, bool rotated, const Tensor& bias,
+void winograd_conv_(Tensor out, const Tensor& x, const Tensor& weight, bool adjoint, const Tensor& bias,
                     const Tensor& other, const Tensor& mask, bool relu) {
-  const WinogradConv conv = winograd_conv_of(out, x, weight, rotated, bias, other, mask, relu);
+  const WinogradConv conv = winograd_conv_of(out, x, weight, adjoint, bias, other, mask, relu);
   const int64_t tiles = conv.batch * conv.tiles(),
                 panels = (conv.outputs + WinogradConv::kLanes - 1) / WinogradConv::kLanes;
   if (tiles == 0 || panels == 0) return;

@@ -17,6 +17,9 @@ _LARGE = 256
 _MOST_TAPS = 64
 #: Products of sums over taps, for each of Winograd's filtering, from which on that is faster: it transforms the rest.
 _WORTH = 1.75
+#: Up to so many weights the gradient has a packing of its own: where few weights meet many pixels it is some percent
+#: faster, and takes little memory.
+_SMALL = 1 << 16
 
 
 def can_be_packed(conv: nn.Conv2d) -> bool:
@@ -30,8 +33,9 @@ class PackedConv(nn.Module):
     """A layer of a :class:`Chain`: relu(conv(x) + other), or less of that, by :class:`fastlip.ops.IndirectConvs`.
 
     Products with padding are left out in both passes; where maps are small, those are most of all products. The weights
-    are packed for each pass when the first input comes, and no longer kept as they were. On maps of 4x4 pixels and more
-    3x3 kernels at stride 1 take a quarter of the products, by :func:`fastlip.ops.winograd_conv_`.
+    are packed when the first input comes, once for both passes unless they are few, and no longer kept as they were. On
+    maps of 4x4 pixels and more 3x3 kernels at stride 1 take a quarter of the products, by
+    :func:`fastlip.ops.winograd_conv_`.
 
     There are two exceptions. Large maps have little padding, and PyTorch's convolution does not gather their pixels: it
     serves both passes of other kernels of more than one tap. An input of few channels, as an image is, is convolved by
@@ -44,12 +48,13 @@ class PackedConv(nn.Module):
     Args:
         conv: a convolution of one group in float32 on the CPU, padded with zeros by numbers of pixels.
         relu: whether a ReLU follows.
+        own: whether nothing else reads the convolution's weights, so that they may be packed where they are.
     """
 
-    forward_weight: Tensor
-    adjoint_weight: Tensor
+    weight: Tensor
+    adjoint_weight: Tensor | None
 
-    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, relu: bool, own: bool = False) -> None:
         super().__init__()
         self.relu = relu
         self.channels = (conv.in_channels, conv.out_channels)
@@ -57,6 +62,7 @@ class PackedConv(nn.Module):
         self.padding = (int(conv.padding[0]), int(conv.padding[1]))
         self.bias = conv.bias
         self.plain: FusedConv | None = FusedConv(conv, relu)
+        self.own = own
         self.few = self.channels[0] < _LANES
         self.direct = self.few and self.dilation == (1, 1) and max(*self.kernel, *self.stride) <= _MOST_TAPS
         self.either_format = self.direct and self.channels[1] <= _LANES
@@ -72,8 +78,15 @@ class PackedConv(nn.Module):
         if large and not self._is_filtered(x):
             return
         weight = plain.conv.weight.detach()
-        self.register_buffer("adjoint_weight", ops.packed_taps(weight.flatten(2).permute(2, 0, 1)))
-        self.register_buffer("forward_weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
+        small = weight.numel() <= _SMALL and not self._is_filtered(x)
+        adjoint = ops.packed_taps(weight.flatten(2).permute(2, 0, 1)) if small else None
+        self.register_buffer("adjoint_weight", adjoint)
+        packed = ops.packed_taps(weight.flatten(2).permute(2, 1, 0))
+        if self.own and weight.is_contiguous() and weight.numel() == packed.numel():
+            # What is freed here is as large as what the next layer asks for; the weights freed would not be, and leave
+            # holes.
+            packed = weight.view(packed.shape).copy_(packed)
+        self.register_buffer("weight", packed)
         self.packed = True
         self.plain = None
 
@@ -101,11 +114,11 @@ class PackedConv(nn.Module):
         if self._is_filtered(x):
             convs.run()
             summand = None if other is None else _pixels(other)
-            ops.winograd_conv_(_pixels(out), _pixels(x), self.forward_weight, bias=self.bias, other=summand, relu=relu)
+            ops.winograd_conv_(_pixels(out), _pixels(x), self.weight, bias=self.bias, other=summand, relu=relu)
             return out
         summand = None if other is None else _rows(other)
         table = self._meeting(x)[0]
-        convs.add(_rows(out), _rows(x), self.forward_weight, table, bias=self.bias, other=summand, relu=relu)
+        convs.add(_rows(out), _rows(x), self.weight, table, bias=self.bias, other=summand, relu=relu)
         return out
 
     def gradient(
@@ -128,12 +141,12 @@ class PackedConv(nn.Module):
         if self._is_filtered(x):
             convs.run()
             summand, kept = (None if t is None else _pixels(t) for t in (other, mask))
-            weight = self.adjoint_weight
-            ops.winograd_conv_(_pixels(out), _pixels(grad), weight, rotated=True, other=summand, mask=kept)
+            ops.winograd_conv_(_pixels(out), _pixels(grad), self.weight, adjoint=True, other=summand, mask=kept)
             return out
         summand, kept = (None if t is None else _rows(t) for t in (other, mask))
-        table = self._meeting(x)[1]
-        convs.add(_rows(out), _rows(grad), self.adjoint_weight, table, other=summand, mask=kept)
+        table, own = self._meeting(x)[1], self.adjoint_weight
+        weight = self.weight if own is None else own
+        convs.add(_rows(out), _rows(grad), weight, table, adjoint=own is None, other=summand, mask=kept)
         return out
 
     def _is_direct(self, plain: FusedConv, x: Tensor) -> bool:

@@ -20,6 +20,7 @@ from fastlip.attacks._diagnose import AttackWarning
 from fastlip.attacks._graphs import IterationGraphs
 from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
+from fastlip.attacks._packed import PackedConv
 from fastlip.attacks._rewrite import fold, fuse, lower, takes_either_format
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._models.tracing import Tracer
@@ -54,12 +55,12 @@ def prepare(
     With ``fast`` the copy is traced, for inputs of this shape where the model's forward asks for shapes; BatchNorm is
     folded into convolutions, nothing is computed for the gradients of weights, and images are stored channels last. On
     a CPU, convolutions are fused with the sums and ReLUs that follow, in both passes. In float32, if fastlip was
-    compiled, their weights are packed once for each pass, which takes as much memory as the model's weights a second
-    time, and 3x3 kernels at stride 1 go by Winograd's filtering, which takes a quarter of the products and rounds about
-    five times as much: where a gradient is exactly 0, the copy's may be at the level of rounding, and a step in Linf
-    goes by its sign. Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have
-    nothing to gain there, and small ones whose weights have changed since the last attack, as in training. On a GPU,
-    CUDA graphs are replayed.
+    compiled, their weights are packed once for both passes, which takes as much memory as the model's weights, and 3x3
+    kernels at stride 1 go by Winograd's filtering, which takes a quarter of the products and rounds about five times as
+    much: where a gradient is exactly 0, the copy's may be at the level of rounding, and a step in Linf goes by its
+    sign. Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have nothing to gain
+    there, and small ones whose weights have changed since the last attack, as in training. On a GPU, CUDA graphs are
+    replayed.
 
     ``precision`` makes the copy compute all but its first layer in low precision. A low precision that this machine
     computes more slowly than float32 (bfloat16 on a CPU without AVX512-BF16 or AMX, for example) is not used: a warning
@@ -333,13 +334,15 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
     if not inputs.is_cuda and any(_padded_pointwise(m) for m in model.modules()):
         raise ValueError("PyTorch's channels_last kernels do not take every padded 1x1 convolution")
     made = _traced(model, inputs)
-    fold(made)
+    folded = fold(made)
     if precision:
         lower(made, precision)
     if not inputs.is_cuda:
-        fuse(made)
+        fuse(made, folded)
     made.delete_all_unused_submodules()
     made.recompile()
+    if any(isinstance(m, PackedConv) for m in made.modules()):
+        made.forward(inputs)  # packs weights, which need neither a layout nor storage of their own before
     laid_out = _laid_out(made, inputs, model)
     return _FewSizes(laid_out) if precision and not inputs.is_cuda else laid_out
 

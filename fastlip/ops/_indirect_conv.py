@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 #: Outputs of a panel of weights, as in csrc/kernels/api.h.
 _LANES = 16
@@ -21,8 +20,14 @@ def packed_taps(
         >>> from fastlip import ops
         >>> weight = ops.packed_taps(torch.randn(2, 4, 5))  # 2 taps, from 4 channels to 5
     """
-    padded = functional.pad(weight.flatten(0, 1), (0, -weight.shape[2] % _LANES))
-    return padded.unflatten(1, (-1, _LANES)).transpose(0, 1).contiguous()
+    taps, channels, outputs = weight.shape
+    packed = weight.new_empty(-(-outputs // _LANES), taps, channels, _LANES)
+    whole = outputs // _LANES
+    packed[:whole] = weight[:, :, : whole * _LANES].unflatten(2, (whole, _LANES)).permute(2, 0, 1, 3)
+    if rest := outputs % _LANES:
+        packed[whole, :, :, :rest] = weight[:, :, whole * _LANES :]
+        packed[whole, :, :, rest:] = 0.0
+    return packed.flatten(1, 2)
 
 
 def meeting_pixels(
@@ -90,6 +95,7 @@ class IndirectConvs:
         weight: Tensor,  # [panels, taps * channels, 16]
         table: Tensor,  # [targets, 1 + taps] int32
         *,
+        adjoint: bool = False,
         bias: Tensor | None = None,  # [outputs]
         other: Tensor | None = None,  # [B, targets, outputs]
         mask: Tensor | None = None,  # [B, targets, outputs]
@@ -102,6 +108,8 @@ class IndirectConvs:
             x: pixels of the maps, channels last.
             weight: from :func:`packed_taps`.
             table: from :func:`meeting_pixels`, each target once; its entries are not checked.
+            adjoint: whether ``weight`` is that of the map whose adjoint this is, [panels, taps * outputs, 16]: each
+                tap's matrix is transposed.
             bias: added to every pixel.
             other: added to the result.
             mask: the result is kept where it is positive.
@@ -113,7 +121,7 @@ class IndirectConvs:
         """
         none = self._none
         optional = (none if t is None else t for t in (bias, other, mask))
-        self._operands.append((out, x, weight, table, *optional, int(relu)))
+        self._operands.append((out, x, weight, table, int(adjoint), *optional, int(relu)))
         if len(self._operands) >= self._most:
             self.run()
 

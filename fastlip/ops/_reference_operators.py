@@ -93,23 +93,24 @@ def indirect_convs_(
     x: list[Tensor],
     weight: list[Tensor],
     table: list[Tensor],
+    adjoint: list[int],
     bias: list[Tensor],
     other: list[Tensor],
     mask: list[Tensor],
     relu: list[int],
 ) -> None:
     """One convolution after the other; an operand that has no elements is left out."""
-    for result, *operands in zip(out, x, weight, table, bias, other, mask, relu, strict=True):
+    for result, *operands in zip(out, x, weight, table, adjoint, bias, other, mask, relu, strict=True):
         _indirect_conv_(result, *operands)
 
 
 def winograd_conv_(
-    out: Tensor, x: Tensor, weight: Tensor, rotated: bool, bias: Tensor, other: Tensor, mask: Tensor, relu: bool
+    out: Tensor, x: Tensor, weight: Tensor, adjoint: bool, bias: Tensor, other: Tensor, mask: Tensor, relu: bool
 ) -> None:
     """Tap by tap, in float64."""
-    channels, (height, width, outputs) = x.shape[3], out.shape[1:]
-    taps = weight.transpose(0, 1).flatten(1)[:, :outputs].double().unflatten(0, (3, 3, channels))
-    taps = taps.flip(0, 1) if rotated else taps
+    height, width = out.shape[1:3]
+    taps = _tap_matrices(weight, 9, x.shape[3], out.shape[3], adjoint).unflatten(0, (3, 3))
+    taps = taps.flip(0, 1) if adjoint else taps
     padding = (height - x.shape[1] + 2) // 2
     padded = functional.pad(x.double(), (0, 0, padding, padding, padding, padding))
     total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
@@ -152,17 +153,31 @@ def direct_conv_(
     _finish_(out, inside if adjoint else total, bias[:, None, None] if bias.numel() else bias, other, mask, relu)
 
 
+def _tap_matrices(weight: Tensor, taps: int, channels: int, outputs: int, adjoint: int) -> Tensor:
+    """The matrices of packed taps, [taps, channels, outputs]."""
+    rows, columns = (outputs, channels) if adjoint else (channels, outputs)
+    matrices = weight.transpose(0, 1).flatten(1)[:, :columns].double().unflatten(0, (taps, rows))
+    return matrices.mT if adjoint else matrices
+
+
 def _indirect_conv_(
-    out: Tensor, x: Tensor, weight: Tensor, table: Tensor, bias: Tensor, other: Tensor, mask: Tensor, relu: int
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    adjoint: int,
+    bias: Tensor,
+    other: Tensor,
+    mask: Tensor,
+    relu: int,
 ) -> None:
     """Tap by tap, in float64."""
     target, sources = table[:, 0].long(), table[:, 1:].long()
-    channels, outputs = x.shape[2], out.shape[2]
-    matrix = weight.transpose(0, 1).flatten(1)[:, :outputs].double()  # [taps * channels, outputs]
+    matrices = _tap_matrices(weight, sources.shape[1], x.shape[2], out.shape[2], adjoint)
     total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
     for tap, source in enumerate(sources.T):
         met = torch.where((source >= 0)[:, None], x[:, source.clamp_min(0)], 0.0)
-        total[:, target] += met.double() @ matrix[tap * channels : (tap + 1) * channels]
+        total[:, target] += met.double() @ matrices[tap]
     _finish_(out, total, bias, other, mask, relu)
 
 

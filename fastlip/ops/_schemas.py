@@ -115,11 +115,11 @@ SCHEMAS = {
 #: Operators that run on the CPU alone, natively where the CPU library was built.
 HOST_SCHEMAS = {
     "indirect_convs_": _schema(
-        "Tensor![] out, Tensor[] x, Tensor[] weight, Tensor[] table, Tensor[] bias, Tensor[] other, Tensor[] mask, "
-        "int[] relu"
+        "Tensor![] out, Tensor[] x, Tensor[] weight, Tensor[] table, int[] adjoint, Tensor[] bias, "
+        "Tensor[] other, Tensor[] mask, int[] relu"
     ),
     "winograd_conv_": _schema(
-        "Tensor! out, Tensor x, Tensor weight, bool rotated, Tensor bias, Tensor other, Tensor mask, bool relu"
+        "Tensor! out, Tensor x, Tensor weight, bool adjoint, Tensor bias, Tensor other, Tensor mask, bool relu"
     ),
     "direct_conv_": _schema(
         "Tensor! out, Tensor x, Tensor weight, Tensor bias, Tensor other, Tensor mask, int[] stride, int[] padding, "

@@ -9,7 +9,7 @@ def winograd_conv_(
     x: Tensor,  # [B, H, W, channels]
     weight: Tensor,  # [panels, 9 * channels, 16]
     *,
-    rotated: bool = False,
+    adjoint: bool = False,
     bias: Tensor | None = None,  # [outputs]
     other: Tensor | None = None,  # [B, H', W', outputs]
     mask: Tensor | None = None,  # [B, H', W', outputs]
@@ -32,7 +32,8 @@ def winograd_conv_(
         out: overwritten, [B, H + 2 padding - 2, W + 2 padding - 2, outputs]; must not share memory with the others.
         x: the maps, channels last.
         weight: from :func:`packed_taps` of the kernel as [9, channels, outputs], row by row.
-        rotated: whether to turn the kernel by half a turn, as a convolution's adjoint does.
+        adjoint: whether ``weight`` is that of the convolution whose adjoint this is, [panels, 9 * outputs, 16]: the
+            kernel is turned by half a turn, and each tap's matrix transposed.
         bias: added to every pixel.
         other: added to the result.
         mask: the result becomes 0 where it is at most 0.
@@ -52,5 +53,5 @@ def winograd_conv_(
         >>> out = ops.winograd_conv_(torch.empty(1, 8, 8, 5), torch.randn(1, 8, 8, 4), weight, relu=True)
     """
     bias, other, mask = (x.new_empty(0) if t is None else t for t in (bias, other, mask))
-    torch.ops.fastlip.winograd_conv_(out, x, weight, rotated, bias, other, mask, relu)
+    torch.ops.fastlip.winograd_conv_(out, x, weight, adjoint, bias, other, mask, relu)
     return out

@@ -116,13 +116,25 @@ def test_what_is_packed():
     assert not can_be_packed(nn.Conv2d(16, 16, 3, device="meta"))
 
 
-def test_weights_are_kept_once_for_each_pass():
-    for stride, size, factor in ((1, 8, 2), (1, 20, 2), (2, 8, 2), (2, 40, 1)):
-        conv = nn.Conv2d(64, 128, 3, stride)
+def test_weights_are_kept_once_for_both_passes_unless_they_are_few():
+    for kernel, stride, size, factor in ((3, 1, 8, 1), (3, 1, 20, 1), (3, 2, 8, 1), (3, 2, 40, 1), (1, 1, 8, 2)):
+        conv = nn.Conv2d(64, 128, kernel, stride)
         packed = PackedConv(copy.deepcopy(conv), False)
         packed.product(torch.zeros(1, 64, size, size), None, False, NOW)
         held = {t.data_ptr(): t.numel() for t in packed.state_dict().values()}
         assert sum(held.values()) == factor * conv.weight.numel() + conv.bias.numel()
+
+
+def test_weights_are_packed_where_they_are_if_nothing_else_reads_them():
+    x, grad = torch.randn(2, 64, 8, 8), torch.randn(2, 128, 8, 8)
+    conv = nn.Conv2d(64, 128, 3, padding=1).requires_grad_(False)
+    before = conv.weight.clone()
+    plain, own = PackedConv(conv, False), PackedConv(copy.deepcopy(conv), False, own=True)
+    memory = own.plain.conv.weight.data_ptr()
+    assert torch.equal(plain.product(x, None, False, NOW), own.product(x, None, False, NOW))
+    assert torch.equal(plain.gradient(grad, x, None, None, NOW), own.gradient(grad, x, None, None, NOW))
+    assert own.weight.data_ptr() == memory != plain.weight.data_ptr()
+    assert torch.equal(conv.weight, before)
 
 
 class Residual(nn.Module):

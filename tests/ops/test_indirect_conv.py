@@ -26,31 +26,37 @@ def operands(batch, sources, targets, taps, channels, outputs, seed=0):
     return (random(batch, sources, channels), weight, table.int()), extra
 
 
-def both(arguments, extra, names, relu):
+def transposed(weight, taps, channels, outputs):
+    """Packed weights as those of the other map, of which this one is the adjoint."""
+    rows = weight.transpose(0, 1).flatten(1)[:, :outputs].unflatten(0, (taps, channels))
+    return ops.packed_taps(rows.mT)
+
+
+def both(arguments, extra, names, relu, adjoint=False):
     """What the operator gives with the extra operands of these ``names``, and what it should."""
     got, want = torch.full_like(extra["other"], torch.nan), torch.full_like(extra["other"], torch.nan)
     chosen = {name: tensor if name in names else None for name, tensor in extra.items()}
-    ops.IndirectConvs().add(got, *arguments, **chosen, relu=relu)
+    ops.IndirectConvs().add(got, *arguments, **chosen, relu=relu, adjoint=adjoint)
     optional = [torch.empty(0) if t is None else t for t in chosen.values()]
-    reference.indirect_convs_(*([t] for t in (want, *arguments, *optional, relu)))
+    reference.indirect_convs_(*([t] for t in (want, *arguments, int(adjoint), *optional, int(relu))))
     return got, want
 
 
+SIZES = [
+    # sources, targets, taps, channels, outputs
+    (1, 1, 1, 1, 1),
+    (4, 3, 2, 5, 7),
+    (4, 4, 9, 16, 16),
+    (9, 30, 4, 17, 33),
+    (30, 9, 3, 33, 48),
+    (16, 16, 9, 3, 70),
+    (700, 650, 2, 4, 5),
+    (5, 5, 25, 300, 20),
+]
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5, 32])
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        # sources, targets, taps, channels, outputs
-        (1, 1, 1, 1, 1),
-        (4, 3, 2, 5, 7),
-        (4, 4, 9, 16, 16),
-        (9, 30, 4, 17, 33),
-        (30, 9, 3, 33, 48),
-        (16, 16, 9, 3, 70),
-        (700, 650, 2, 4, 5),
-        (5, 5, 25, 300, 20),
-    ],
-)
+@pytest.mark.parametrize("sizes", SIZES)
 def test_the_definition(sizes, batch):
     arguments, extra = operands(batch, *sizes)
     names = tuple(extra)
@@ -62,6 +68,20 @@ def test_the_definition(sizes, batch):
             if "mask" in chosen:
                 assert (got[extra["mask"] <= 0] == 0).all()
             assert not relu or (got >= 0).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 19, 33, 40])
+@pytest.mark.parametrize("sizes", [*SIZES, (4, 4, 9, 65, 130), (1, 1, 1, 40, 0), (1, 1, 1, 0, 40)])
+def test_the_adjoint_definition(sizes, batch):
+    """The same sums from the other map's weights: natively the same multiply-adds, one after the other."""
+    (x, weight, table), extra = operands(batch, *sizes)
+    arguments = (x, transposed(weight, *sizes[2:]), table)
+    atol = 1e-5 * (1 + sizes[2] * sizes[3]) ** 0.5
+    for relu, names in itertools.product((False, True), ((), ("bias",), ("other", "mask"), tuple(extra))):
+        got, want = both(arguments, extra, names, relu, adjoint=True)
+        torch.testing.assert_close(got, want, atol=atol, rtol=1e-5)
+        same, _ = both((x, weight, table), extra, names, relu)
+        assert torch.equal(got, same)
 
 
 def test_nothing_to_do():
@@ -87,15 +107,18 @@ def test_nan_and_infinity_stay():
 
 
 @needs_native
-def test_an_image_depends_on_neither_its_batch_nor_the_threads():
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_an_image_depends_on_neither_its_batch_nor_the_threads(adjoint):
     arguments, extra = operands(40, 64, 64, 9, 40, 72)
     x, weight, table = arguments
+    weight = transposed(weight, 9, 40, 72) if adjoint else weight
+    extra["adjoint"] = adjoint
     whole = torch.empty(40, 64, 72)
     ops.IndirectConvs().add(whole, x, weight, table, **extra)
     for rows in (slice(0, 1), slice(3, 10), slice(39, 40)):
         part = torch.empty_like(whole[rows])
         ops.IndirectConvs().add(
-            part, x[rows], weight, table, **{k: v if k == "bias" else v[rows] for k, v in extra.items()}
+            part, x[rows], weight, table, **{k: v if k in ("bias", "adjoint") else v[rows] for k, v in extra.items()}
         )
         assert torch.equal(part, whole[rows])
     threads = torch.get_num_threads()
@@ -103,7 +126,7 @@ def test_an_image_depends_on_neither_its_batch_nor_the_threads():
         torch.set_num_threads(count)
         try:
             again = torch.full_like(whole[:batch], torch.nan)
-            more = {name: t if name == "bias" else t[:batch] for name, t in extra.items()}
+            more = {name: t if name in ("bias", "adjoint") else t[:batch] for name, t in extra.items()}
             ops.IndirectConvs().add(again, x[:batch], weight, table, **more)
         finally:
             torch.set_num_threads(threads)
@@ -117,7 +140,7 @@ def test_every_instruction_set(isa):
 
 def test_opcheck():
     (x, weight, table), extra = operands(2, 3, 4, 2, 5, 6)
-    arguments = [[t, t] for t in (x, weight, table, *extra.values(), 1)]
+    arguments = [[t, t] for t in (x, weight, table, 0, *extra.values(), 1)]
     torch.library.opcheck(
         torch.ops.fastlip.indirect_convs_.default, ([torch.zeros(2, 4, 6), torch.zeros(2, 4, 6)], *arguments)
     )
@@ -157,15 +180,16 @@ def test_convolutions_are_collected_and_run_in_order():
         ({3: torch.zeros(4, 3, dtype=torch.int64)}, "table must be"),
         ({3: torch.zeros(4, 4, dtype=torch.int32)}, "weight must be"),
         ({3: torch.zeros(4, 0, dtype=torch.int32)}, "table must be"),
-        ({4: torch.zeros(5)}, "bias must be"),
-        ({5: torch.zeros(2, 4, 5)}, "other must have out's shape"),
-        ({6: torch.zeros(2, 4)}, "mask must have out's shape"),
-        ({6: torch.zeros(2, 4, 6).half()}, "mask must be contiguous float32"),
+        ({4: 1}, "weight must be .*taps . outputs"),
+        ({5: torch.zeros(5)}, "bias must be"),
+        ({6: torch.zeros(2, 4, 5)}, "other must have out's shape"),
+        ({7: torch.zeros(2, 4)}, "mask must have out's shape"),
+        ({7: torch.zeros(2, 4, 6).half()}, "mask must be contiguous float32"),
     ],
 )
 def test_direct_calls_are_checked(change, message):
     (x, weight, table), extra = operands(2, 3, 4, 2, 5, 6)
-    arguments = [torch.zeros(2, 4, 6), x, weight, table, *extra.values(), False]
+    arguments = [torch.zeros(2, 4, 6), x, weight, table, 0, *extra.values(), False]
     for position, value in change.items():
         arguments[position] = value
     with pytest.raises(RuntimeError, match=message):

@@ -29,9 +29,9 @@ WANTED = {
     "Tensor? previous_square, Tensor weights, Tensor problems, Tensor tiles, Tensor gather_groups, Tensor entries, "
     "int max_vectors, int parts, str matmul_precision, Tensor? active) -> ()",
     "pack_weights_": "(Tensor(a!) out, Tensor[] weights, int[] groups, bool adjoint) -> ()",
-    "indirect_convs_": "(Tensor(a!)[] out, Tensor[] x, Tensor[] weight, Tensor[] table, Tensor[] bias, Tensor[] other, "
-    "Tensor[] mask, int[] relu) -> ()",
-    "winograd_conv_": "(Tensor(a!) out, Tensor x, Tensor weight, bool rotated, Tensor bias, Tensor other, Tensor mask, "
+    "indirect_convs_": "(Tensor(a!)[] out, Tensor[] x, Tensor[] weight, Tensor[] table, int[] adjoint, Tensor[] bias, "
+    "Tensor[] other, Tensor[] mask, int[] relu) -> ()",
+    "winograd_conv_": "(Tensor(a!) out, Tensor x, Tensor weight, bool adjoint, Tensor bias, Tensor other, Tensor mask, "
     "bool relu) -> ()",
     "direct_conv_": "(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias, Tensor other, Tensor mask, int[] stride, "
     "int[] padding, bool adjoint, bool relu) -> ()",

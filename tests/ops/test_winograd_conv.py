@@ -41,13 +41,14 @@ def operands(batch, height, width, channels, outputs, padding, seed=0):
     return random(batch, height, width, channels), kernel, extra
 
 
-def packed(kernel):
-    return ops.packed_taps(kernel.flatten(2).permute(2, 1, 0))
+def packed(kernel, adjoint=False):
+    """For the adjoint's operator, the weights of the convolution whose adjoint this kernel makes."""
+    return ops.packed_taps(kernel.flatten(2).permute(2, 0, 1) if adjoint else kernel.flatten(2).permute(2, 1, 0))
 
 
-def convolved(x, kernel, padding, rotated, dtype=torch.float64):
+def convolved(x, kernel, padding, turned, dtype=torch.float64):
     """By torch."""
-    kernel = kernel.to(dtype).flip(2, 3) if rotated else kernel.to(dtype)
+    kernel = kernel.to(dtype).flip(2, 3) if turned else kernel.to(dtype)
     return functional.conv2d(x.to(dtype).permute(0, 3, 1, 2), kernel, padding=padding).permute(0, 2, 3, 1)
 
 
@@ -56,14 +57,15 @@ def convolved(x, kernel, padding, rotated, dtype=torch.float64):
 def test_the_definition(sizes, batch):
     """Rounding is some five times that of sums of products: of their sizes, not of what they come to."""
     x, kernel, extra = operands(batch, *sizes)
-    for rotated in (False, True):
-        sums = convolved(x, kernel, sizes[-1], rotated)
-        atol = 3e-6 * float(convolved(x.abs(), kernel.abs(), sizes[-1], rotated).amax())
+    for adjoint in (False, True):
+        sums = convolved(x, kernel, sizes[-1], adjoint)
+        atol = 3e-6 * float(convolved(x.abs(), kernel.abs(), sizes[-1], adjoint).amax())
         for relu, count in itertools.product((False, True), range(len(extra) + 1)):
             for names in itertools.combinations(extra, count):
                 chosen = {name: extra[name] for name in names}
                 out = torch.full_like(extra["other"], torch.nan)
-                assert ops.winograd_conv_(out, x, packed(kernel), rotated=rotated, relu=relu, **chosen) is out
+                weight = packed(kernel, adjoint)
+                assert ops.winograd_conv_(out, x, weight, adjoint=adjoint, relu=relu, **chosen) is out
                 want = sums + sum(chosen[name] for name in names if name != "mask")
                 want = want.relu() if relu else want
                 if "mask" in names:
@@ -72,13 +74,25 @@ def test_the_definition(sizes, batch):
                 torch.testing.assert_close(out, want.float(), atol=atol, rtol=1e-5)
 
 
+@needs_native
+@pytest.mark.parametrize("sizes", SIZES + EMPTY)
+def test_the_adjoint_definition_is_the_turned_kernel(sizes):
+    """The same sums from the other convolution's weights, one multiply-add after the other."""
+    x, kernel, extra = operands(5, *sizes)
+    out, want = (torch.full_like(extra["other"], torch.nan) for _ in range(2))
+    ops.winograd_conv_(out, x, packed(kernel, adjoint=True), adjoint=True, **extra)
+    ops.winograd_conv_(want, x, packed(kernel.flip(2, 3)), **extra)
+    assert torch.equal(out, want)
+
+
 @pytest.mark.parametrize("sizes", SIZES + EMPTY)
 def test_the_reference(sizes):
     x, kernel, extra = operands(2, *sizes)
     out, want = (torch.full_like(extra["other"], torch.nan) for _ in range(2))
-    for rotated, relu in itertools.product((False, True), (False, True)):
-        ops.winograd_conv_(out, x, packed(kernel), rotated=rotated, relu=relu, **extra)
-        reference.winograd_conv_(want, x, packed(kernel), rotated, *extra.values(), relu)
+    for adjoint, relu in itertools.product((False, True), (False, True)):
+        weight = packed(kernel, adjoint)
+        ops.winograd_conv_(out, x, weight, adjoint=adjoint, relu=relu, **extra)
+        reference.winograd_conv_(want, x, weight, adjoint, *extra.values(), relu)
         torch.testing.assert_close(out, want, atol=3e-5, rtol=1e-5)
 
 
@@ -106,7 +120,7 @@ def test_the_adjoint():
     x, kernel, extra = operands(3, 9, 7, 20, 36, 0)
     y = extra["other"]
     image = ops.winograd_conv_(torch.empty_like(y), x, packed(kernel))
-    back = ops.winograd_conv_(torch.empty_like(x), y, packed(kernel.transpose(0, 1)), rotated=True)
+    back = ops.winograd_conv_(torch.empty_like(x), y, packed(kernel), adjoint=True)
     torch.testing.assert_close((y.double() * image).sum(), (back.double() * x).sum(), rtol=1e-5, atol=1e-3)
 
 
@@ -130,16 +144,18 @@ def test_masks_and_negative_sums():
 
 
 @needs_native
-def test_an_image_depends_on_neither_its_batch_nor_the_threads():
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_an_image_depends_on_neither_its_batch_nor_the_threads(adjoint):
     x, kernel, extra = operands(40, 12, 12, 72, 100, 1)
-    whole = ops.winograd_conv_(torch.empty_like(extra["other"]), x, packed(kernel), **extra)
+    weight = packed(kernel, adjoint)
+    whole = ops.winograd_conv_(torch.empty_like(extra["other"]), x, weight, adjoint=adjoint, **extra)
     threads = torch.get_num_threads()
     for rows, count in itertools.product((slice(0, 1), slice(3, 10), slice(39, 40), slice(0, 40)), (1, 2, 3, 7)):
         part = torch.full_like(whole[rows], torch.nan)
         more = {name: t if name == "bias" else t[rows] for name, t in extra.items()}
         torch.set_num_threads(count)
         try:
-            ops.winograd_conv_(part, x[rows], packed(kernel), **more)
+            ops.winograd_conv_(part, x[rows], weight, adjoint=adjoint, **more)
         finally:
             torch.set_num_threads(threads)
         assert torch.equal(part, whole[rows])
@@ -160,7 +176,7 @@ def test_every_instruction_set(isa):
 def test_opcheck():
     x, kernel, extra = operands(2, 4, 5, 3, 6, 1)
     out = torch.zeros_like(extra["other"])
-    arguments = (out, x, packed(kernel), True, *extra.values(), True)
+    arguments = (out, x, packed(kernel, True), True, *extra.values(), True)
     torch.library.opcheck(torch.ops.fastlip.winograd_conv_.default, arguments)
 
 
@@ -180,6 +196,7 @@ def test_opcheck():
         ({1: torch.zeros(2, 4, 5, 4)}, "weight must be"),
         ({2: torch.zeros(1, 27, 16).double()}, "weight must be contiguous float32"),
         ({2: torch.zeros(1, 36, 16)}, "weight must be"),
+        ({3: True}, "weight must be .*9 . outputs"),
         ({4: torch.zeros(5)}, "bias must be"),
         ({4: torch.zeros(6).double()}, "bias must be contiguous float32"),
         ({5: torch.zeros(2, 4, 5, 5)}, "other must have out's shape"),

@@ -7,7 +7,6 @@
 // are in registers together. Every sum is one chain of multiply-adds over channels and taps, so that an image's result
 // depends on neither its batch nor the threads.
 #include "kernels/cpu/product.h"
-#include "kernels/cpu/shuffles.h"
 
 namespace fastlip::cpu {
 namespace {

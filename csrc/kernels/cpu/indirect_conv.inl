@@ -6,20 +6,26 @@
 // gathered at a time, so that a group of panels comes from memory once for all of them. Every sum is one chain of
 // multiply-adds over taps and channels in the table's order, so that an image's result depends on neither its batch nor
 // the threads.
+//
+// The adjoint reads the same panels, in which its channels are lanes and its outputs rows: the pixels take the lanes,
+// gathered in panels of their own, and the sums are transposed when they are written.
 #include "kernels/cpu/product.h"
 
 namespace fastlip::cpu {
 namespace {
 
 constexpr int kTiles = IndirectConv::kTiles;
+constexpr int64_t kTileLanes = kPanels * kLanes;  // rows of the adjoint's tiles
+static_assert(kPanels <= IndirectConv::kMostPanels);
 
 // A tile's rows: where their images begin in x, their pixels' rows of the table, where their results go in out.
 struct Rows {
+  static constexpr int64_t kMost = most<int64_t>(kTileRows, kTileLanes);
   int64_t count;
   bool alike;  // whether all rows meet the same taps
-  const float* image[kTileRows];
-  const int32_t* entry[kTileRows];
-  int64_t out[kTileRows];
+  const float* image[kMost];
+  const int32_t* entry[kMost];
+  int64_t out[kMost];
 };
 
 // Whether two rows of the table meet the same taps.
@@ -29,20 +35,22 @@ bool alike(const IndirectConv& p, const int32_t* a, const int32_t* b) {
   return true;
 }
 
-// The rows of the tile that begins at `first`. Rows that meet the same taps are shared out evenly among tiles; only
-// where they are too few to be worth a tile of their own do others join them.
+// The rows of the tile that begins at `first`. Rows that meet the same taps are shared out evenly among tiles, or fill
+// the adjoint's one after the other; only where they are too few to be worth a tile of their own do others join them.
 Rows rows_of_tile(const IndirectConv& p, int64_t first, int64_t end) {
+  const int64_t room = p.adjoint ? kTileLanes : kTileRows, worth = (p.adjoint ? kLanes : kTileRows) / 2;
   const int32_t* entry = p.table + first / p.batch * (1 + p.taps);
   int64_t image = first % p.batch;
   int64_t run = least(end, first - image + p.batch);
-  for (const int32_t* next = entry + 1 + p.taps; run < end && run - first < kTileRows * kTiles; next += 1 + p.taps) {
+  for (const int32_t* next = entry + 1 + p.taps; run < end && run - first < room * kTiles; next += 1 + p.taps) {
     if (!alike(p, entry, next)) break;
     run = least(end, run + p.batch);
   }
   Rows rows;
-  const int64_t count = run - first, tiles = (count + kTileRows - 1) / kTileRows;
-  rows.alike = count >= kTileRows / 2 || run == end;
-  rows.count = rows.alike ? (count + tiles - 1) / tiles : least<int64_t>(kTileRows, end - first);
+  const int64_t count = run - first, tiles = (count + room - 1) / room;
+  rows.alike = count >= worth || run == end;
+  rows.count = least(room, rows.alike ? count : end - first);
+  if (rows.alike && !p.adjoint) rows.count = (count + tiles - 1) / tiles;
   for (int64_t r = 0; r < rows.count; ++r) {
     rows.image[r] = p.x + image * p.sources * p.channels;
     rows.entry[r] = entry;
@@ -64,24 +72,30 @@ inline void copy_channels(float* to, const float* from, int64_t channels, int64_
   for (int64_t k = 0; c + k < channels; ++k) to[k] = from[c + k];
 }
 
-struct Tile {
-  Rows rows;
-  Gathered gathered;
-};
-
-// Copies a tile's rows to `values` and the taps that any of them meets to `taps`; `end` is where the values end.
-Tile gather(const IndirectConv& p, const Rows& rows, float* values, int32_t* taps, float** end) {
-  const int64_t step = rows.count * kDepth;
+// Writes the taps that any of the rows meets; their number.
+int64_t meet(const IndirectConv& p, const Rows& rows, int32_t* taps) {
   int64_t count = 0;
-  float* to = values;
   for (int64_t t = 0; t < p.taps; ++t) {
     bool met = rows.entry[0][1 + t] >= 0;
     if (!rows.alike)
       for (int64_t r = 1; r < rows.count; ++r) met |= rows.entry[r][1 + t] >= 0;
-    if (!met) continue;
-    taps[count++] = static_cast<int32_t>(t);
+    if (met) taps[count++] = static_cast<int32_t>(t);
+  }
+  return count;
+}
+
+struct Tile {
+  Rows rows;
+  int64_t panels;   // of rows: the adjoint's
+  Factors factors;  // but for the weights
+};
+
+// Copies a tile's rows at their taps to `to`.
+void gather(const IndirectConv& p, const Rows& rows, const int32_t* taps, int64_t count, float* to) {
+  const int64_t step = rows.count * kDepth;
+  for (int64_t i = 0; i < count; ++i) {
     for (int64_t r = 0; r < rows.count; ++r) {
-      const int64_t source = rows.entry[r][1 + t];
+      const int64_t source = rows.entry[r][1 + taps[i]];
       float* into = to + r * kDepth;
       if (source >= 0) {
         copy_channels(into, rows.image[r] + source * p.channels, p.channels, step);
@@ -92,8 +106,57 @@ Tile gather(const IndirectConv& p, const Rows& rows, float* values, int32_t* tap
     }
     to += rows.count * round_up(p.channels, kDepth);
   }
-  *end = to;
-  return {rows, {values, taps, count}};
+}
+
+// Copies up to kLanes rows, from `first` on, at their taps to `to`: [taps, channels, kLanes].
+void gather_lanes(const IndirectConv& p, const Rows& rows, int64_t first, const int32_t* taps, int64_t count,
+                  float* to) {
+  for (int64_t i = 0; i < count; ++i, to += p.channels * kLanes) {
+    for (int64_t begin = 0; begin < kLanes; begin += kWidth) {
+      const float* from[kWidth] = {};  // null: 0
+      for (int64_t r = first + begin; r < least(first + begin + kWidth, rows.count); ++r)
+        if (const int64_t source = rows.entry[r][1 + taps[i]]; source >= 0)
+          from[r - first - begin] = rows.image[r] + source * p.channels;
+      int64_t c = 0;
+      for (; c + kWidth <= p.channels; c += kWidth) {
+        Lanes v[kWidth];
+#pragma GCC unroll 16
+        for (int r = 0; r < kWidth; ++r) v[r] = from[r] ? load<Lanes>(from[r] + c) : Lanes{};
+        transpose(v);
+#pragma GCC unroll 16
+        for (int k = 0; k < kWidth; ++k) store<Lanes>(to + (c + k) * kLanes + begin, v[k]);
+      }
+      for (; c < p.channels; ++c)
+        for (int r = 0; r < kWidth; ++r) to[c * kLanes + begin + r] = from[r] ? from[r][c] : 0.0F;
+    }
+  }
+}
+
+// The next tile, gathered to `values`, and where these end; none and null if there is room for fewer than it takes.
+float* next_tile(const IndirectConv& p, int64_t begin, int64_t end, float* values, int64_t room, int32_t* taps,
+                 Tile* tile) {
+  const Rows& rows = tile->rows = rows_of_tile(p, begin, end);
+  const int64_t count = meet(p, rows, taps), panels = (rows.count + kLanes - 1) / kLanes;
+  const int64_t panel = count * p.channels * kLanes;
+  const int64_t size = p.adjoint ? panels * panel : count * rows.count * round_up(p.channels, kDepth);
+  const int64_t largest = (p.adjoint ? kTileLanes : kTileRows) * p.taps * round_up(p.channels, kDepth);
+  if (room < p.values() && largest > room) return nullptr;
+  tile->panels = panels;
+  if (p.adjoint) {
+    for (int64_t i = 0; i < panels; ++i) gather_lanes(p, rows, i * kLanes, taps, count, values + i * panel);
+    tile->factors = {nullptr, p.outputs * kLanes, p.taps * p.outputs * kLanes, values, panel, taps, count, p.channels};
+  } else {
+    gather(p, rows, taps, count, values);
+    tile->factors = {values,
+                     rows.count * round_up(p.channels, kDepth),
+                     rows.count * kDepth,
+                     nullptr,
+                     p.taps * p.channels * kLanes,
+                     taps,
+                     count,
+                     p.channels};
+  }
+  return values + size;
 }
 
 // Writes `width` channels of a tile's rows, from `channel` on.
@@ -108,35 +171,89 @@ void finish_rows(const IndirectConv& p, const float* sums, const Rows& rows, int
   }
 }
 
+// Writes outputs [begin, end) of a tile's rows, whose sums are [end - begin, kLanes x panels].
+void finish_lanes(const IndirectConv& p, const float* sums, const Tile& tile, int64_t begin, int64_t end) {
+  const int64_t stride = tile.panels * kLanes;
+  for (int64_t channel = begin; channel < end; channel += kWidth, sums += kWidth * stride) {
+    for (int64_t first = 0; first < tile.rows.count; first += kWidth) {
+      Lanes v[kWidth];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) v[i] = channel + i < end ? load<Lanes>(sums + i * stride + first) : Lanes{};
+      transpose(v);
+      const int64_t rows = least(kWidth, tile.rows.count - first);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = tile.rows.out[first + r] + channel;
+        if (channel + kWidth <= end) {
+          finish(p, at, channel, v[r]);
+        } else {
+          for (int64_t i = 0; channel + i < end; ++i) finish(p, at + i, channel + i, float{v[r][i]});
+        }
+      }
+    }
+  }
+}
+
+// Outputs of some panels of some tiles.
+void finish_forward(const IndirectConv& p, Tile* tile, int64_t tiles, int64_t first_panel, int64_t last_panel) {
+  alignas(64) float sums[kTileRows * kPanels * kLanes];
+  for (int64_t q = first_panel; q < last_panel; q += kPanels) {
+    const int64_t count = least<int64_t>(kPanels, last_panel - q);
+    const int64_t width = least(count * kLanes, p.outputs - q * kLanes);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t rows = tile[i].rows.count;
+      for (int64_t r = 0; r < rows; ++r) fetch(p, tile[i].rows.out[r] + q * kLanes, width);
+      const Multiply run = count == kPanels ? multiply_of<kPanels>(rows) : multiply_of<1>(rows);
+      tile[i].factors.lanes = p.weight + q * tile[i].factors.panel;
+      run(sums, false, tile[i].factors);
+      finish_rows(p, sums, tile[i].rows, count * kLanes, q * kLanes, width);
+    }
+  }
+}
+
+void finish_adjoint(const IndirectConv& p, Tile* tile, int64_t tiles, int64_t first_panel, int64_t last_panel,
+                    float* sums) {
+  constexpr int64_t kStep = IndirectConv::kOutputs * kTileLanes;  // from tile to tile
+  const int64_t panels = last_panel - first_panel, parts = (panels * kLanes - 1) / IndirectConv::kOutputs + 1;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = (first_panel + panels * part / parts) * kLanes;
+    const int64_t end = least(p.outputs, (first_panel + panels * (part + 1) / parts) * kLanes);
+    const int64_t count = end - begin, groups = (count + kTileRows - 1) / kTileRows;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t first = count * group / groups, outputs = count * (group + 1) / groups - first;
+      for (int64_t i = 0; i < tiles; ++i) {
+        if (group == 0)
+          for (int64_t r = 0; r < tile[i].rows.count; ++r) fetch(p, tile[i].rows.out[r] + begin, count);
+        const Multiply run =
+            tile[i].panels == kPanels ? multiply_of<kPanels, true>(outputs) : multiply_of<1, true>(outputs);
+        tile[i].factors.rows = p.weight + (begin + first) * kLanes;
+        run(sums + i * kStep + first * tile[i].panels * kLanes, false, tile[i].factors);
+      }
+    }
+    for (int64_t i = 0; i < tiles; ++i) finish_lanes(p, sums + i * kStep, tile[i], begin, end);
+  }
+}
+
 }  // namespace
 
 void FASTLIP_CAT(indirect_conv_, FASTLIP_ISA)(const IndirectConv&, int64_t, int64_t, int64_t, int64_t, void*);
 void FASTLIP_CAT(indirect_conv_, FASTLIP_ISA)(const IndirectConv& p, int64_t begin, int64_t end, int64_t first_panel,
                                               int64_t last_panel, void* scratch) {
   float* const values = static_cast<float*>(scratch);
-  auto* const taps = reinterpret_cast<int32_t*>(values + IndirectConv::values_of(p.taps, p.channels));
-  const int64_t largest = kTileRows * p.taps * round_up(p.channels, kDepth);  // values of a tile
-  const int64_t most = last_panel - first_panel > kPanels ? kTiles : 1;       // what is read once may stay in L1
-  const int64_t panel = p.taps * p.channels * kLanes;
-  alignas(64) float sums[kTileRows * kPanels * kLanes];
+  float* const sums = values + p.values();
+  auto* const taps = reinterpret_cast<int32_t*>(sums + p.sums());
+  const int64_t most = last_panel - first_panel > kPanels ? kTiles : 1;  // what is read once may stay in L1
   while (begin < end) {
     Tile tile[kTiles];
     int64_t tiles = 0;
     for (float* to = values; begin < end && tiles < most; ++tiles) {
-      if (tiles > 0 && to - values + largest > IndirectConv::values_of(p.taps, p.channels)) break;
-      tile[tiles] = gather(p, rows_of_tile(p, begin, end), to, taps + tiles * p.taps, &to);
+      to = next_tile(p, begin, end, to, values + p.values() - to, taps + tiles * p.taps, tile + tiles);
+      if (to == nullptr) break;
       begin += tile[tiles].rows.count;
     }
-    for (int64_t q = first_panel; q < last_panel; q += kPanels) {
-      const int64_t count = least<int64_t>(kPanels, last_panel - q);
-      const int64_t width = least(count * kLanes, p.outputs - q * kLanes);
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t rows = tile[i].rows.count;
-        for (int64_t r = 0; r < rows; ++r) fetch(p, tile[i].rows.out[r] + q * kLanes, width);
-        const Multiply run = count == kPanels ? multiply_of<kPanels>(rows) : multiply_of<1>(rows);
-        run(sums, false, tile[i].gathered, p.weight + q * panel, panel, p.channels);
-        finish_rows(p, sums, tile[i].rows, count * kLanes, q * kLanes, width);
-      }
+    if (p.adjoint) {
+      finish_adjoint(p, tile, tiles, first_panel, last_panel, sums);
+    } else {
+      finish_forward(p, tile, tiles, first_panel, last_panel);
     }
   }
 }

@@ -50,8 +50,15 @@ FASTLIP_INLINE inline void transform_kernel(const Lanes (&g)[3], Lanes* to, int6
   to[5 * step] = g[2];
 }
 
-// The kernels of `count` channels of a panel, transformed; from tap to tap it is `stride`.
-void transform_panel(const WinogradConv& p, const float* weight, int64_t count, float* kernels, int64_t stride) {
+// A tap's weights from channel c and panel q on: the channels follow, or, for the adjoint, the outputs of c's panel.
+FASTLIP_INLINE inline const float* weights_at(const WinogradConv& p, int64_t q, int64_t tap, int64_t c) {
+  return p.weight +
+         (p.adjoint ? (c / kLanes * 9 + tap) * p.outputs + q * kLanes : (q * 9 + tap) * p.channels + c) * kLanes;
+}
+
+// The kernels of `count` channels of a panel, transformed; from tap to tap it is `tap_step`, and then `stride`.
+void transform_panel(const WinogradConv& p, const float* weight, int64_t tap_step, int64_t count, float* kernels,
+                     int64_t stride) {
   for (int64_t c = 0; c < count; ++c) {
     for (int64_t k = 0; k < kLanes; k += kWidth) {
       Lanes half[kPatch][3];
@@ -60,8 +67,8 @@ void transform_panel(const WinogradConv& p, const float* weight, int64_t count, 
         Lanes g[3];
 #pragma GCC unroll 3
         for (int i = 0; i < 3; ++i) {
-          const int tap = p.rotated ? 8 - (3 * i + j) : 3 * i + j;
-          g[i] = load<Lanes>(weight + (tap * p.channels + c) * kLanes + k);
+          const int tap = p.adjoint ? 8 - (3 * i + j) : 3 * i + j;
+          g[i] = load<Lanes>(weight + tap * tap_step + c * kLanes + k);
         }
         transform_kernel(g, &half[0][j], 3);
       }
@@ -73,6 +80,22 @@ void transform_panel(const WinogradConv& p, const float* weight, int64_t count, 
         for (int j = 0; j < kPatch; ++j) store<Lanes>(kernels + (i * kPatch + j) * stride + c * kLanes + k, row[j]);
       }
     }
+  }
+}
+
+// The same of an adjoint's panel, in whose `weight` lanes are channels; `outputs` and `left` channels are left from its
+// first ones on.
+void transform_adjoint_panel(const WinogradConv& p, const float* weight, int64_t outputs, int64_t left, int64_t count,
+                             float* kernels, int64_t stride) {
+  alignas(64) float turned[9 * kLanes * kLanes];
+  for (int64_t c = 0; c < count; c += kLanes, weight += 9 * p.outputs * kLanes) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      const float* const from = weight + tap * p.outputs * kLanes;
+      if (c + kLanes < left)  // the next channels lie far behind, so that the processor does not fetch them of itself
+        for (int64_t k = 0; k < least(outputs, kLanes); ++k) __builtin_prefetch(from + (9 * p.outputs + k) * kLanes);
+      transpose_block(from, outputs, turned + tap * kLanes * kLanes);
+    }
+    transform_panel(p, turned, kLanes * kLanes, least(kLanes, count - c), kernels + c * kLanes, stride);
   }
 }
 
@@ -201,8 +224,8 @@ void multiply_tap(const Block& block, int64_t tap, int64_t padded, int64_t begin
     const int64_t first = block.row(group), rows = block.row(group + 1) - first;
     const float* const values = block.values + tap * block.value_step + first * padded + begin * rows;
     const Multiply run = panels == kPanels ? multiply_of<kPanels>(rows) : multiply_of<1>(rows);
-    run(block.sums + tap * block.sum_step + first * panels * kLanes, begin > 0, {values, &only, 1}, kernels, panel,
-        end - begin);
+    run(block.sums + tap * block.sum_step + first * panels * kLanes, begin > 0,
+        {values, 0, rows * kDepth, kernels, panel, &only, 1, end - begin});
   }
 }
 
@@ -212,7 +235,7 @@ void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv&, int64_t, int6
 void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv& p, int64_t begin, int64_t end, int64_t first_panel,
                                               int64_t last_panel, void* scratch) {
   const int64_t padded = WinogradConv::padded(p.channels), most = WinogradConv::together(p.channels);
-  const int64_t panel = 9 * p.channels * kLanes, lanes = kPanels * kLanes;
+  const int64_t lanes = kPanels * kLanes;
   const int64_t kernel_step = WinogradConv::tap_stride(WinogradConv::kChannels, kLanes);
   float* const values = static_cast<float*>(scratch);
   float* const sums = values + kTaps * WinogradConv::tap_stride(most, padded);
@@ -236,9 +259,15 @@ void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv& p, int64_t beg
       int64_t c = 0;
       do {  // once without channels, too
         const int64_t to = least(c + WinogradConv::kChannels, p.channels);
-        for (int64_t i = 0; i < panels; ++i)
-          transform_panel(p, p.weight + (q + i) * panel + c * kLanes, to - c, kernels + i * kTaps * kernel_step,
-                          kernel_step);
+        for (int64_t i = 0; i < panels; ++i) {
+          float* const own = kernels + i * kTaps * kernel_step;
+          const float* const weight = weights_at(p, q + i, 0, c);
+          if (p.adjoint) {
+            transform_adjoint_panel(p, weight, p.outputs - (q + i) * kLanes, p.channels - c, to - c, own, kernel_step);
+          } else {
+            transform_panel(p, weight, p.channels * kLanes, to - c, own, kernel_step);
+          }
+        }
         for (int64_t tap = 0; tap < kTaps; ++tap) {
           multiply_tap(block, tap, padded, c, to, kernels + tap * kernel_step, kTaps * kernel_step, panels);
           if (to == p.channels)  // meanwhile
