@@ -14,7 +14,6 @@ constexpr int kTileRows = (kRegisters - kVectors - 1) / kVectors;  // the other 
 constexpr int64_t kDepth = 16;                                     // channels of a row that lie side by side
 constexpr int64_t kWidth = kVectorBytes / 4;
 constexpr int64_t kLine = 16;  // floats of a cache line
-constexpr int64_t kAhead = 2;  // pieces of kDepth channels fetched ahead
 static_assert(kTileRows <= IndirectConv::kMostRows);
 
 using Lanes = Vector<float>;
@@ -49,9 +48,9 @@ void multiply(float* sums, bool more, const Factors& p) {
     const float* a = p.rows + (kAdjoint ? p.taps[t] : t) * p.row_tap;
     const float* w = p.lanes + (kAdjoint ? t : p.taps[t]) * p.channels * kLanes;
     for (int64_t c = 0; c < p.channels; c += kDepth) {
-      if (kAdjoint && c + kAhead * kDepth < p.channels) {  // which lie apart, so that the processor does not
+      if (kAdjoint) {  // these channels' weights for the outputs that come next: the processor sees no order in them
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) __builtin_prefetch(a + kAhead * p.row_step + r * kDepth);
+        for (int r = 0; r < R; ++r) __builtin_prefetch(a + (IndirectConv::kOutputs + r) * kDepth, 0, 2);
       }
       const int64_t depth = least(kDepth, p.channels - c);
 #pragma GCC unroll 2
