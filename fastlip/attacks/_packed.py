@@ -48,7 +48,8 @@ class PackedConv(nn.Module):
     Args:
         conv: a convolution of one group in float32 on the CPU, padded with zeros by numbers of pixels.
         relu: whether a ReLU follows.
-        own: whether nothing else reads the convolution's weights, so that they may be packed where they are.
+        own: whether nothing else reads the convolution's weights, nor another thread, so that they may be packed where
+            they are.
     """
 
     weight: Tensor

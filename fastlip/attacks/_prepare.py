@@ -341,8 +341,10 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
         fuse(made, folded)
     made.delete_all_unused_submodules()
     made.recompile()
-    if any(isinstance(m, PackedConv) for m in made.modules()):
+    if packed := [m for m in made.modules() if isinstance(m, PackedConv)]:
         made.forward(inputs)  # packs weights, which need neither a layout nor storage of their own before
+        for conv in packed:
+            conv.own = False  # as threads may share the copy from now on
     laid_out = _laid_out(made, inputs, model)
     return _FewSizes(laid_out) if precision and not inputs.is_cuda else laid_out
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fastlip import attacks
+from fastlip import attacks, ops
 from fastlip.attacks import _prepare, _rewrite
+from fastlip.attacks._packed import PackedConv
 from fastlip.models import resnet50
 
 CALL = {"eps": 0.065, "steps": 8, "loss": "ce"}
@@ -520,3 +521,33 @@ def test_small_networks_in_training_have_no_copy(monkeypatch):
     with torch.no_grad():
         model[0].weight.mul_(0.9)
     assert copied(), "a larger one does"
+
+
+class Unsqueezed(nn.Module):
+    """Takes images without an axis for channels, so that a copy has no memory format of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 5, padding=2), nn.BatchNorm2d(32), nn.ReLU()
+        )
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x.unsqueeze(1)).mean((2, 3)))
+
+
+@pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="only the compiled library packs")
+def test_weights_are_packed_in_place_only_while_nobody_else_reads_them() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Unsqueezed().eval()
+    large, small = torch.rand(2, 18, 18), torch.rand(2, 8, 8)
+    faster = attacks.prepare(model, large, fast=True).faster
+    layer = next(m for m in faster.model.modules() if isinstance(m, PackedConv) and m.channels == (16, 32))
+    assert layer.plain is not None  # the map is too large for the kernel to be packed
+    weight = layer.plain.conv.weight
+    before = weight.clone()
+    torch.testing.assert_close(faster(small), model(small), rtol=1e-4, atol=1e-5)
+    assert layer.plain is None
+    assert torch.equal(weight, before)

@@ -211,10 +211,10 @@ class NormConstraint(nn.Module):
 
     def _in_compiled_eval(self, weight: Tensor) -> Tensor:
         """As in eval mode, by operations that the compiler does not look into."""
-        if self.tracking.scale is None:
-            certify_in_compiled_code([(self, weight)])
-        assert self.tracking.scale is not None
-        scale = self.tracking.scale.to(weight.dtype)
+        found = self.tracking.scale
+        if found is None:  # outside of the model's forward, after which nothing would be forgotten
+            (found,) = certified_scales([weight.detach()], [self.applied(weight)], [self.key])
+        scale = found.to(weight.dtype)
         if not torch.is_grad_enabled():
             return weight * scale
         left, right, norm = certified_gradient(weight.detach(), self.applied(weight), self.key)
@@ -462,7 +462,7 @@ def certify(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
 
 
 def certify_in_compiled_code(layers: Sequence[tuple[NormConstraint, Tensor]]) -> None:
-    """The same by one operation, for the model's forward that is compiled."""
+    """The same by one operation, in the compiled forward of a model that forgets the scales in the end."""
     weights = [weight.detach() for _, weight in layers]
     applied = [constraint.applied(weight) for constraint, weight in layers]
     scales = certified_scales(weights, applied, [constraint.key for constraint, _ in layers])

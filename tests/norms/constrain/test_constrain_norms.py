@@ -392,6 +392,25 @@ def test_compiled_eval_certifies_all_layers_together(grad: bool, monkeypatch: py
     assert all(constraint.tracking.scale is None for constraint, _ in constrained_layers(own))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiled_parts_of_a_model_follow_its_weights(grad: bool) -> None:
+    """Outside of the model's own forward as well: one layer, or a function that calls some."""
+    model = constrain_norms(small_network(), SHAPE, bound=0.5).eval()
+    x = images()[0]
+    first = torch.compile(model[0], fullgraph=True, backend="aot_eager")
+    some = torch.compile(lambda x: model[2](model[0](x).relu()), fullgraph=True, backend="aot_eager")
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        for factor in (1.0, 50.0, 0.1):
+            with torch.no_grad():
+                for _, weight in constrained_layers(model):
+                    weight.mul_(factor)
+            torch.testing.assert_close(first(x), model[0](x))
+            torch.testing.assert_close(some(x), model[2](model[0](x).relu()))
+            torch.testing.assert_close(whole(x), model(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(first(x), model[0](x))
+
+
 def _reaches_the_norm(constraint: NormConstraint, weight: Tensor) -> bool:
     op = constraint.operator(weight.detach())
     image = F.conv2d(constraint.v[:1], op.weight, padding=1)

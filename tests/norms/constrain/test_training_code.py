@@ -200,7 +200,6 @@ def test_eval_mode_compiled_whole(fold: bool, gain: float) -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5))
     constrain_norms(enlarged(model, gain), SHAPE, bound=0.7, fold_batchnorm=fold, rtol=1e-6).eval()
     x, other = torch.rand(3, *SHAPE), copy.deepcopy(model)
-    torch._dynamo.reset()
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     for times in (1.0, 3.0):
         enlarged(model, times)
