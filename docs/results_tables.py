@@ -87,6 +87,11 @@ def _attacks(rows: list[Row]) -> str:
     return markdown(head, body)
 
 
+def _attack_memory(rows: list[Row]) -> str:
+    body = [(f"{r['network']}: {r['what']}", number(r["memory_mb"]), number(r["old_mb"])) for r in rows]
+    return markdown(("", "MB", "MB with fastlip at 655219d"), body)
+
+
 def _ball(row: Row) -> str:
     eps = float(row["eps"])
     ball = f"Linf {eps * 255:.3g}/255" if row["norm"] == "linf" else f"{row['norm'].upper()} {eps:g}"
@@ -271,6 +276,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "pgd_step_cpu": _pgd_step,
     "layer_norms_cpu": _layer_norms,
     "attacks_cpu": _attacks,
+    "attack_memory_cpu": _attack_memory,
     "strength_suites": _strength_suites,
     "strength_norms": _strength_norms,
     "attackbench_cpu": _attackbench,

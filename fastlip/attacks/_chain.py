@@ -149,6 +149,7 @@ class _Chained(torch.autograd.Function):
                     convs.run()
                 part = grad.sum_to_size(ctx.shapes[other])
                 sums[other] = sums[other] + part if other in sums else part
+                del part  # which would live through the products below
             x, layer = values[source], source - plan.inputs
             if layer < 0 and not ctx.needs_input_grad[2 + source]:
                 continue

@@ -120,6 +120,13 @@ def test_what_the_readme_says_of_speed_follows_from_the_rows(tables):
     assert any(f"take {v:.2f} of 100 steps of power iteration" in readme for v in power)
 
 
+def test_how_much_memory_attacks_take(tables):
+    text = " ".join((DOCS / "results.md").read_text().split())
+    rows = [r for r in tables.rows_of("attack_memory_cpu") if r["what"] == "fastlip, fast"]
+    shares = [float(r["memory_mb"]) / float(r["old_mb"]) for r in rows]
+    assert f"{min(shares):.2f} to {max(shares):.2f} of what it took at 655219d" in text
+
+
 def test_how_long_packed_convolutions_take(tables):
     text = " ".join((DOCS / "results.md").read_text().split())
     for network in ("resnet50", "resnet18"):
