@@ -276,7 +276,7 @@ struct WinogradConv {
 // matrix product. Like IndirectConv, then bias, other, ReLU and mask. CPU only.
 //
 // With stride s the pixels of an image are divided into phases, x = s X + phase, and each tap i meets one of them
-// alone: with i dilation - padding = s shift + phase, output X meets pixel X + shift of the phase. A band of rows of
+// alone: with i - padding = s shift + phase, output X meets pixel X + shift of the phase. A band of rows of
 // the source is copied to planes, one for each phase and channel, of `pitch` pixels a row: their own, and zeros that
 // are as many as taps reach beyond either side. Then pixels of several rows share a vector, and a tap is an offset for
 // all of them. Targets have that pitch too.
