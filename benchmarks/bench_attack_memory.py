@@ -6,9 +6,8 @@
 PGD in Linf on standing images, with random weights: ResNet-50 with the ImageNet stem on 32 images of 3x32x32,
 ResNet-18 with the CIFAR stem on 16, three small convolutions on 64. Each is measured in a process of its own, which
 holds the model and the images, has run one forward pass and an attack on another network, and gives large blocks back
-as soon as they are free.
-``memory_mb`` is by how much its resident memory grows at most: the copy that ``fast=True`` makes is part of it.
-``old_mb`` is that of the build in the folder OTHER_TREE (what PYTHONPATH would name).
+as soon as they are free. ``memory_mb`` is by how much its resident memory grows at most: the copy that ``fast=True``
+makes is part of it. ``old_mb`` is that of the build in the folder OTHER_TREE (what PYTHONPATH would name).
 """
 
 import argparse

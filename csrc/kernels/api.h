@@ -236,9 +236,8 @@ struct WinogradConv {
   float* out;           // [batch, out_height, out_width, outputs]
   const float* x;       // [batch, height, width, channels]
   const float* weight;  // [panels, 9 * channels, kLanes]
-  bool adjoint;       // weight is that of the other map, [panels of channels, 9 * outputs, kLanes]; its last tap is g's
-                      // first
-  const float* bias;  // as in IndirectConv, these four
+  bool adjoint;         // as in IndirectConv; and the weight's last tap is the kernel's first
+  const float* bias;    // as in IndirectConv, these four
   const float* other;
   const float* mask;
   bool relu;
@@ -276,10 +275,10 @@ struct WinogradConv {
 // matrix product. Like IndirectConv, then bias, other, ReLU and mask. CPU only.
 //
 // With stride s the pixels of an image are divided into phases, x = s X + phase, and each tap i meets one of them
-// alone: with i - padding = s shift + phase, output X meets pixel X + shift of the phase. A band of rows of
-// the source is copied to planes, one for each phase and channel, of `pitch` pixels a row: their own, and zeros that
-// are as many as taps reach beyond either side. Then pixels of several rows share a vector, and a tap is an offset for
-// all of them. Targets have that pitch too.
+// alone: with i - padding = s shift + phase, output X meets pixel X + shift of the phase. A band of rows of the source
+// is copied to planes, one for each phase and channel, of `pitch` pixels a row: their own, and zeros that are as many
+// as taps reach beyond either side. Then pixels of several rows share a vector, and a tap is an offset for all of them.
+// Targets have that pitch too.
 struct DirectConv {
   float* out;           // [batch, targets, height, width], in either of torch's memory formats
   const float* x;       // [batch, sources, height, width], likewise

@@ -48,14 +48,12 @@ class PackedConv(nn.Module):
     Args:
         conv: a convolution of one group in float32 on the CPU, padded with zeros by numbers of pixels.
         relu: whether a ReLU follows.
-        own: whether nothing else reads the convolution's weights, nor another thread, so that they may be packed where
-            they are.
     """
 
     weight: Tensor
     adjoint_weight: Tensor | None
 
-    def __init__(self, conv: nn.Conv2d, relu: bool, own: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
         super().__init__()
         self.relu = relu
         self.channels = (conv.in_channels, conv.out_channels)
@@ -63,7 +61,6 @@ class PackedConv(nn.Module):
         self.padding = (int(conv.padding[0]), int(conv.padding[1]))
         self.bias = conv.bias
         self.plain: FusedConv | None = FusedConv(conv, relu)
-        self.own = own
         self.few = self.channels[0] < _LANES
         self.direct = self.few and self.dilation == (1, 1) and max(*self.kernel, *self.stride) <= _MOST_TAPS
         self.either_format = self.direct and self.channels[1] <= _LANES
@@ -82,12 +79,7 @@ class PackedConv(nn.Module):
         small = weight.numel() <= _SMALL and not self._is_filtered(x)
         adjoint = ops.packed_taps(weight.flatten(2).permute(2, 0, 1)) if small else None
         self.register_buffer("adjoint_weight", adjoint)
-        packed = ops.packed_taps(weight.flatten(2).permute(2, 1, 0))
-        if self.own and weight.is_contiguous() and weight.numel() == packed.numel():
-            # What is freed here is as large as what the next layer asks for; the weights freed would not be, and leave
-            # holes.
-            packed = weight.view(packed.shape).copy_(packed)
-        self.register_buffer("weight", packed)
+        self.register_buffer("weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
         self.packed = True
         self.plain = None
 

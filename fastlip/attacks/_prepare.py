@@ -334,17 +334,15 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
     if not inputs.is_cuda and any(_padded_pointwise(m) for m in model.modules()):
         raise ValueError("PyTorch's channels_last kernels do not take every padded 1x1 convolution")
     made = _traced(model, inputs)
-    folded = fold(made)
+    fold(made)
     if precision:
         lower(made, precision)
     if not inputs.is_cuda:
-        fuse(made, folded)
+        fuse(made)
     made.delete_all_unused_submodules()
     made.recompile()
-    if packed := [m for m in made.modules() if isinstance(m, PackedConv)]:
+    if any(isinstance(m, PackedConv) for m in made.modules()):
         made.forward(inputs)  # packs weights, which need neither a layout nor storage of their own before
-        for conv in packed:
-            conv.own = False  # as threads may share the copy from now on
     laid_out = _laid_out(made, inputs, model)
     return _FewSizes(laid_out) if precision and not inputs.is_cuda else laid_out
 
@@ -352,11 +350,18 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
 def _traced(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
     """A traced copy, which takes batches of all sizes but only the inputs' shape where its forward asks for that."""
     try:
-        return fx.symbolic_trace(_copied(model))
+        return _traced_by(fx.Tracer(), _copied(model))
     except Exception:  # a forward may do anything with what stands for a tensor
         other = inputs[:-1] if len(inputs) > 1 else torch.cat([inputs, inputs])
-        made = _copied(model)
-        return fx.GraphModule(made, Tracer([inputs, other]).trace(made))
+        return _traced_by(Tracer([inputs, other]), _copied(model))
+
+
+def _traced_by(tracer: fx.Tracer, model: nn.Module) -> fx.GraphModule:
+    try:
+        return fx.GraphModule(model, tracer.trace(model))
+    finally:
+        # It is part of a cycle, and would hold the layers, with weights that are packed below, until that is collected.
+        vars(tracer).clear()
 
 
 def _multiply_adds(model: nn.Module, inputs: Tensor) -> float:

@@ -1,7 +1,6 @@
 """Rewriting a traced model so that it is faster in eval mode and differs from the original by rounding alone."""
 
 import operator
-from collections.abc import Collection
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,13 +17,8 @@ _ADDS = (operator.add, operator.iadd, torch.add)
 _RELUS = (functional.relu, torch.relu, torch.relu_)
 
 
-def fold(model: fx.GraphModule) -> set[nn.Module]:
-    """Fold each BatchNorm into the convolution or linear layer before it, unless something else reads that output.
-
-    Returns:
-        The layers that have new weights.
-    """
-    folded = set()
+def fold(model: fx.GraphModule) -> None:
+    """Fold each BatchNorm into the convolution or linear layer before it, unless something else reads that output."""
     modules = dict(model.named_modules())
     calls = [n.target for n in model.graph.nodes if n.op == "call_module"]
     for node in list(model.graph.nodes):
@@ -44,10 +38,8 @@ def fold(model: fx.GraphModule) -> set[nn.Module]:
             linear.weight, linear.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
         linear.weight, linear.bias = weight.requires_grad_(False), bias.requires_grad_(False)
-        folded.add(linear)
         node.replace_all_uses_with(before)
         model.graph.erase_node(node)
-    return folded
 
 
 class FullFirst(nn.Module):
@@ -72,11 +64,11 @@ def lower(model: fx.GraphModule, precision: torch.dtype) -> None:
     model.set_submodule(order[first], FullFirst(modules[order[first]], precision))
 
 
-def fuse(model: fx.GraphModule, own: Collection[nn.Module] = ()) -> None:
+def fuse(model: fx.GraphModule) -> None:
     """Fuse each convolution with the sum and the ReLU that follow it, and runs of fused convolutions into chains.
 
     A sum or a ReLU is fused if nothing else reads what comes before it. The fused convolution is a :class:`PackedConv`
-    where its weights can be packed, and a :class:`FusedConv` elsewhere. Nothing else reads the weights of ``own``.
+    where its weights can be packed, and a :class:`FusedConv` elsewhere.
     """
     modules = dict(model.named_modules())
     calls = [n.target for n in model.graph.nodes if n.op == "call_module"]
@@ -95,9 +87,7 @@ def fuse(model: fx.GraphModule, own: Collection[nn.Module] = ()) -> None:
         if relu := user is not None and _is_relu(user, modules):
             chain.append(user)
         packed = low is None and can_be_packed(conv)
-        model.set_submodule(
-            str(node.target), PackedConv(conv, relu, conv in own) if packed else FusedConv(conv, relu, low)
-        )
+        model.set_submodule(str(node.target), PackedConv(conv, relu) if packed else FusedConv(conv, relu, low))
         with model.graph.inserting_before(chain[-1]):
             fused = model.graph.call_module(str(node.target), tuple(a for a in (node.args[0], other) if a is not None))
         chain[-1].replace_all_uses_with(fused)

@@ -125,18 +125,6 @@ def test_weights_are_kept_once_for_both_passes_unless_they_are_few():
         assert sum(held.values()) == factor * conv.weight.numel() + conv.bias.numel()
 
 
-def test_weights_are_packed_where_they_are_if_nothing_else_reads_them():
-    x, grad = torch.randn(2, 64, 8, 8), torch.randn(2, 128, 8, 8)
-    conv = nn.Conv2d(64, 128, 3, padding=1).requires_grad_(False)
-    before = conv.weight.clone()
-    plain, own = PackedConv(conv, False), PackedConv(copy.deepcopy(conv), False, own=True)
-    memory = own.plain.conv.weight.data_ptr()
-    assert torch.equal(plain.product(x, None, False, NOW), own.product(x, None, False, NOW))
-    assert torch.equal(plain.gradient(grad, x, None, None, NOW), own.gradient(grad, x, None, None, NOW))
-    assert own.weight.data_ptr() == memory != plain.weight.data_ptr()
-    assert torch.equal(conv.weight, before)
-
-
 class Residual(nn.Module):
     """Blocks of several kinds: plain, with a shortcut of its own, read outside, broadcasting, in dead ends."""
 
