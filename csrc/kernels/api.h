@@ -187,7 +187,7 @@ struct KrylovBound {
 // A convolution of maps in channels_last, or its adjoint, by a table of who meets whom (Dukhan 2019, "The Indirect
 // Convolution Algorithm"): for every image and every row (target, source of tap 0, source of tap 1, ...) of the table
 //   out[target] = act(sum over taps whose source >= 0 of x[source] weight[tap] + bias + other[target]),
-// where act is ReLU or nothing, and then 0 where mask[target] <= 0. CPU only.
+// where act is ReLU, the gradient of a ReLU that is active in part, or nothing. CPU only.
 struct IndirectConv {
   float* out;            // [batch, targets, outputs]
   const float* x;        // [batch, sources, channels]
@@ -195,7 +195,8 @@ struct IndirectConv {
                          // adjoint: as the other map's, [panels, taps * outputs, kLanes] with panels of channels
   const float* bias;     // [outputs]; null: 0
   const float* other;    // like out; null: 0
-  const float* mask;     // like out; null: 1
+  uint8_t* active;       // like out: with relu written, 1 where it passes its argument and 0 elsewhere; else 0 makes 0
+                         // of the result; null: none of this
   const int32_t* table;  // [targets, 1 + taps]
   bool adjoint, relu;
   int64_t batch, sources, targets, taps, channels, outputs;
@@ -207,7 +208,7 @@ struct IndirectConv {
     part.out += at;
     part.x += begin * sources * channels;
     if (other) part.other += at;
-    if (mask) part.mask += at;
+    if (active) part.active += at;
     part.batch = end - begin;
     return part;
   }
@@ -230,7 +231,7 @@ struct IndirectConv {
 // A convolution by a 3x3 kernel at stride 1, padded with zeros, by Winograd's minimal filtering F(4x4, 3x3) (Lavin and
 // Gray 2016, "Fast Algorithms for Convolutional Neural Networks"): every 4x4 pixels of a result are
 //   A^T (sum over channels of (G g[channel] G^T) * (B^T d[channel] B)) A
-// of the 6x6 pixels d that they meet and the kernel g; and then, as in IndirectConv, bias, other, ReLU and mask.
+// of the 6x6 pixels d that they meet and the kernel g; and then, as in IndirectConv, bias, other and act.
 // The points are 0, +-sqrt(1/2), +-sqrt(2) and infinity. CPU only.
 struct WinogradConv {
   float* out;           // [batch, out_height, out_width, outputs]
@@ -239,7 +240,7 @@ struct WinogradConv {
   bool adjoint;         // as in IndirectConv; and the weight's last tap is the kernel's first
   const float* bias;    // as in IndirectConv, these four
   const float* other;
-  const float* mask;
+  uint8_t* active;
   bool relu;
   int64_t batch, height, width, out_height, out_width, channels, outputs;
 
@@ -272,7 +273,7 @@ struct WinogradConv {
 };
 
 // A convolution, or its adjoint, of few channels: vectors hold neighbouring pixels, which is direct summation without a
-// matrix product. Like IndirectConv, then bias, other, ReLU and mask. CPU only.
+// matrix product. Like IndirectConv, then bias, other and act. CPU only.
 //
 // With stride s the pixels of an image are divided into phases, x = s X + phase, and each tap i meets one of them
 // alone: with i - padding = s shift + phase, output X meets pixel X + shift of the phase. A band of rows of the source
@@ -285,7 +286,7 @@ struct DirectConv {
   const float* weight;  // [outputs, channels, kernel[0], kernel[1]]
   const float* bias;    // [targets]; null: 0
   const float* other;   // like out; null: 0
-  const float* mask;    // like out; null: 1
+  uint8_t* active;      // like out; as in IndirectConv
   bool relu, adjoint;
   int64_t out_stride[4], x_stride[4];
   int64_t batch, sources, targets;

@@ -374,25 +374,36 @@ inline const float* host_floats(const Tensor& t, const char* name) {
   return static_cast<const float*>(t.const_data_ptr());
 }
 
+inline bool same_shape(const Tensor& t, const Tensor& other) {
+  bool same = t.dim() == other.dim();
+  for (int64_t d = 0; same && d < other.dim(); ++d) same = t.size(d) == other.size(d);
+  return same;
+}
+
 // What follows a convolution's sums: null where it is left out.
 struct Epilogue {
-  const float *bias, *other, *mask;
+  const float *bias, *other;
+  uint8_t* active;
 };
 
-inline Epilogue epilogue_of(const Tensor& out, const Tensor& bias, const Tensor& other, const Tensor& mask) {
-  const auto like_out = [&](const Tensor& t, const char* name) -> const float* {
-    if (t.numel() == 0) return nullptr;
-    bool alike = t.dim() == out.dim();
-    for (int64_t d = 0; alike && d < out.dim(); ++d) alike = t.size(d) == out.size(d);
-    STD_TORCH_CHECK(alike, name, " must have out's shape");
-    return host_floats(t, name);
+inline Epilogue epilogue_of(const Tensor& out, const Tensor& bias, const Tensor& other, Tensor& active) {
+  const auto given = [&](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.numel() == 0 || same_shape(t, out), name, " must have out's shape");
+    return t.numel() > 0;
   };
   STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == out.size(out.dim() - 1)),
                   "bias must be [outputs]");
-  return {bias.numel() ? host_floats(bias, "bias") : nullptr, like_out(other, "other"), like_out(mask, "mask")};
+  Epilogue then{};
+  if (bias.numel() > 0) then.bias = host_floats(bias, "bias");
+  if (given(other, "other")) then.other = host_floats(other, "other");
+  if (given(active, "active")) {
+    STD_TORCH_CHECK(active.scalar_type() == ScalarType::Bool && active.is_contiguous() && active.device().is_cpu(),
+                    "active must be contiguous bool on the CPU");
+    then.active = static_cast<uint8_t*>(active.mutable_data_ptr());
+  }
+  return then;
 }
 
-// The table's entries are trusted.
 // Whether `weight` is packed for a map by `taps` taps from `channels` to `outputs`, or, for its adjoint, the other way.
 inline void check_packed(const Tensor& weight, const char* taps_name, int64_t taps, bool adjoint, int64_t channels,
                          int64_t outputs) {
@@ -403,9 +414,9 @@ inline void check_packed(const Tensor& weight, const char* taps_name, int64_t ta
                   "weight must be [panels, ", taps_name, " * ", adjoint ? "outputs" : "channels", ", 16]");
 }
 
+// The table's entries are trusted.
 inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& table,
-                                     bool adjoint, const Tensor& bias, const Tensor& other, const Tensor& mask,
-                                     bool relu) {
+                                     bool adjoint, const Tensor& bias, const Tensor& other, Tensor& active, bool relu) {
   host_floats(out, "out");
   STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.size(0) == out.size(0),
                   "x must be [B, sources, channels], and out [B, targets, outputs]");
@@ -414,13 +425,13 @@ inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor&
                   "table must be contiguous int32 [targets, 1 + taps]");
   const int64_t taps = table.size(1) - 1, channels = x.size(2), outputs = out.size(2);
   check_packed(weight, "taps", taps, adjoint, channels, outputs);
-  const Epilogue then = epilogue_of(out, bias, other, mask);
+  const Epilogue then = epilogue_of(out, bias, other, active);
   return {static_cast<float*>(out.mutable_data_ptr()),
           host_floats(x, "x"),
           host_floats(weight, "weight"),
           then.bias,
           then.other,
-          then.mask,
+          then.active,
           static_cast<const int32_t*>(table.const_data_ptr()),
           adjoint,
           relu,
@@ -433,7 +444,7 @@ inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor&
 }
 
 inline WinogradConv winograd_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, bool adjoint,
-                                     const Tensor& bias, const Tensor& other, const Tensor& mask, bool relu) {
+                                     const Tensor& bias, const Tensor& other, Tensor& active, bool relu) {
   host_floats(out, "out");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
                   "x must be [B, H, W, channels], and out [B, H', W', outputs]");
@@ -442,14 +453,14 @@ inline WinogradConv winograd_conv_of(Tensor& out, const Tensor& x, const Tensor&
                   "out must have x's height and width, plus 2 padding - 2");
   const int64_t channels = x.size(3), outputs = out.size(3);
   check_packed(weight, "9", 9, adjoint, channels, outputs);
-  const Epilogue then = epilogue_of(out, bias, other, mask);
+  const Epilogue then = epilogue_of(out, bias, other, active);
   return {static_cast<float*>(out.mutable_data_ptr()),
           host_floats(x, "x"),
           host_floats(weight, "weight"),
           adjoint,
           then.bias,
           then.other,
-          then.mask,
+          then.active,
           relu,
           out.size(0),
           x.size(1),
@@ -475,7 +486,7 @@ inline std::array<int64_t, 4> strides_of_maps(const Tensor& t, const char* name)
 
 // All of a convolution but what DirectConvPlan makes.
 inline DirectConv direct_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                 const Tensor& other, const Tensor& mask, const std::vector<int64_t>& stride,
+                                 const Tensor& other, Tensor& active, const std::vector<int64_t>& stride,
                                  const std::vector<int64_t>& padding, bool adjoint, bool relu) {
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
                   "x must be [B, sources, H, W], and out [B, targets, H', W']");
@@ -484,13 +495,12 @@ inline DirectConv direct_conv_of(Tensor& out, const Tensor& x, const Tensor& wei
                     " must be float32 on the CPU, contiguous or channels_last");
     return static_cast<const float*>(t.const_data_ptr());
   };
-  const auto like_out = [&](const Tensor& t, const char* name) -> const float* {
-    if (t.numel() == 0) return nullptr;
-    bool alike = t.dim() == 4;
-    for (int64_t d = 0; alike && d < 4; ++d)
-      alike = t.size(d) == out.size(d) && (t.size(d) == 1 || t.stride(d) == out.stride(d));
+  const auto given = [&](const Tensor& t, const char* name) {
+    if (t.numel() == 0) return false;
+    bool alike = same_shape(t, out);
+    for (int64_t d = 0; alike && d < 4; ++d) alike = t.size(d) == 1 || t.stride(d) == out.stride(d);
     STD_TORCH_CHECK(alike, name, " must have out's shape and memory format");
-    return floats(t, name);
+    return true;
   };
   floats(out, "out");
   const std::array<int64_t, 4> out_stride = strides_of_maps(out, "out"), x_stride = strides_of_maps(x, "x");
@@ -498,8 +508,12 @@ inline DirectConv direct_conv_of(Tensor& out, const Tensor& x, const Tensor& wei
   p.out = static_cast<float*>(out.mutable_data_ptr());
   p.x = floats(x, "x");
   p.weight = host_floats(weight, "weight");
-  p.other = like_out(other, "other");
-  p.mask = like_out(mask, "mask");
+  if (given(other, "other")) p.other = floats(other, "other");
+  if (given(active, "active")) {
+    STD_TORCH_CHECK(active.scalar_type() == ScalarType::Bool && active.device().is_cpu(),
+                    "active must be bool on the CPU");
+    p.active = static_cast<uint8_t*>(active.mutable_data_ptr());
+  }
   p.relu = relu;
   p.adjoint = adjoint;
   p.batch = out.size(0);

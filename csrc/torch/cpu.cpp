@@ -203,21 +203,21 @@ void run(const IndirectConv& conv) {
 // One convolution after the other. An operand that has no elements is left out.
 void indirect_convs_(std::vector<Tensor> out, std::vector<Tensor> x, std::vector<Tensor> weight,
                      std::vector<Tensor> table, std::vector<int64_t> adjoint, std::vector<Tensor> bias,
-                     std::vector<Tensor> other, std::vector<Tensor> mask, std::vector<int64_t> relu) {
+                     std::vector<Tensor> other, std::vector<Tensor> active, std::vector<int64_t> relu) {
   for (const size_t count :
-       {x.size(), weight.size(), table.size(), adjoint.size(), bias.size(), other.size(), mask.size(), relu.size()})
+       {x.size(), weight.size(), table.size(), adjoint.size(), bias.size(), other.size(), active.size(), relu.size()})
     STD_TORCH_CHECK(count == out.size(), "all lists must be as long as out");
   std::vector<IndirectConv> convs;
   convs.reserve(out.size());
   for (size_t i = 0; i < out.size(); ++i)
-    convs.push_back(
-        indirect_conv_of(out[i], x[i], weight[i], table[i], adjoint[i] != 0, bias[i], other[i], mask[i], relu[i] != 0));
+    convs.push_back(indirect_conv_of(out[i], x[i], weight[i], table[i], adjoint[i] != 0, bias[i], other[i], active[i],
+                                     relu[i] != 0));
   for (const IndirectConv& conv : convs) run(conv);
 }
 
 void winograd_conv_(Tensor out, const Tensor& x, const Tensor& weight, bool adjoint, const Tensor& bias,
-                    const Tensor& other, const Tensor& mask, bool relu) {
-  const WinogradConv conv = winograd_conv_of(out, x, weight, adjoint, bias, other, mask, relu);
+                    const Tensor& other, Tensor active, bool relu) {
+  const WinogradConv conv = winograd_conv_of(out, x, weight, adjoint, bias, other, active, relu);
   const int64_t tiles = conv.batch * conv.tiles(),
                 panels = (conv.outputs + WinogradConv::kLanes - 1) / WinogradConv::kLanes;
   if (tiles == 0 || panels == 0) return;
@@ -239,9 +239,8 @@ void winograd_conv_(Tensor out, const Tensor& x, const Tensor& weight, bool adjo
 }
 
 void direct_conv_(Tensor out, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& other,
-                  const Tensor& mask, std::vector<int64_t> stride, std::vector<int64_t> padding, bool adjoint,
-                  bool relu) {
-  DirectConv conv = direct_conv_of(out, x, weight, bias, other, mask, stride, padding, adjoint, relu);
+                  Tensor active, std::vector<int64_t> stride, std::vector<int64_t> padding, bool adjoint, bool relu) {
+  DirectConv conv = direct_conv_of(out, x, weight, bias, other, active, stride, padding, adjoint, relu);
   if (out.numel() == 0) return;
   const cpu::DirectConvPlan plan(conv);
   constexpr int64_t kWorth = 1 << 17;  // multiply-adds worth a thread

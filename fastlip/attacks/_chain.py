@@ -1,13 +1,14 @@
 """Fused layers that follow each other, as one function with a backward pass of its own."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastlip.attacks._fused import through_relu
 from fastlip.ops import IndirectConvs
 
 #: Convolutions that are collected before they are run.
@@ -25,13 +26,22 @@ class Layer(Protocol):
     def out_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of conv(x)."""
 
-    def product(self, x: Tensor, other: Tensor | None, relu: bool, convs: IndirectConvs) -> Tensor:
-        """conv(x), plus ``other`` of the same shape, and its positive part with ``relu``; no view."""
+    def product(
+        self, x: Tensor, other: Tensor | None, relu: bool, convs: IndirectConvs, record: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """conv(x), plus ``other`` of the same shape, and its positive part with ``relu``; no view.
+
+        To ``record`` is to return where the ReLU passes elements on, too: a tensor of the same shape which is positive
+        or True there, and 0 elsewhere.
+        """
 
     def gradient(
-        self, grad: Tensor, x: Tensor, other: Tensor | None, mask: Tensor | None, convs: IndirectConvs
+        self, grad: Tensor, like: Tensor, other: Tensor | None, active: Tensor | None, convs: IndirectConvs
     ) -> Tensor:
-        """The gradient of x plus ``other`` where ``mask`` is positive, and 0 elsewhere."""
+        """The gradient of x plus ``other`` where ``active`` is positive or True, and 0 elsewhere.
+
+        ``like`` stands for x, and has its shape, strides and dtype alone.
+        """
 
 
 class Plan(NamedTuple):
@@ -63,8 +73,9 @@ class Chain(nn.Module):
     """Layers that run one after the other, as one function of its inputs.
 
     Its backward pass uses what autograd does not know: that the gradient of a ReLU's output matters only where that is
-    positive. The sum of the gradients that meet at such a value, and the ReLU's threshold, are part of the product that
-    computes the last one of them.
+    positive. The sum of the gradients that meet at such a value, and the ReLU's gradient, are part of the product that
+    computes the last one of them. Nor do gradients of inputs alone need any value of the forward pass: where each ReLU
+    was active is all that is kept of it.
     """
 
     def __init__(self, layers: Sequence[nn.Module], plan: Plan) -> None:
@@ -83,58 +94,71 @@ def run(layers: Sequence[Any], plan: Plan, *inputs: Tensor) -> tuple[Tensor, ...
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         outputs: tuple[Tensor, ...] = _Chained.apply(layers, plan, *inputs)
         return outputs
-    values, _ = _values(layers, plan, inputs, plan.outputs)
-    return tuple(values[v] for v in plan.outputs)
+    outputs, _, _ = _forward(layers, plan, inputs, record=False)
+    return outputs
 
 
-def _values(
-    layers: Sequence[Layer], plan: Plan, inputs: Sequence[Tensor], kept: Sequence[int]
-) -> tuple[dict[int, Tensor], list[torch.Size]]:
-    """The values that are ``kept`` (others live for as long as they are read), and the shapes of all."""
+def _forward(
+    layers: Sequence[Layer], plan: Plan, inputs: Sequence[Tensor], *, record: bool
+) -> tuple[tuple[Tensor, ...], dict[int, Tensor], list[Tensor]]:
+    """The plan's outputs; with ``record`` where ReLUs are active, by value, and what has the form of each value."""
     values = dict(enumerate(inputs))
-    shapes = [x.shape for x in inputs]
+    active: dict[int, Tensor] = {}
+    likes = [_like(x) for x in inputs]
     convs = IndirectConvs(_TOGETHER)
     _, last = _readers(plan)
     for i, layer in enumerate(layers):
         source, other = plan.sources[i], plan.others[i]
         x, summand = values[source], None if other is None else values[other]
         if summand is None or summand.shape == layer.out_shape(x):
-            y = layer.product(x, summand, layer.relu, convs)
+            y, passes = layer.product(x, summand, layer.relu, convs, record)
         else:  # one of them broadcasts
-            y = layer.product(x, None, False, convs)
+            y, _ = layer.product(x, None, False, convs)
             convs.run()
             y = y + summand
-            y = y.relu() if layer.relu else y
+            y = passes = y.relu() if layer.relu else y
         values[plan.inputs + i] = y
-        shapes.append(y.shape)
-        for v in {source, other} - {None, *kept}:
+        if record:
+            likes.append(_like(y))
+            if layer.relu and passes is not None:
+                active[plan.inputs + i] = passes
+        del x, y, summand, passes  # values live for as long as they are read
+        for v in {source, other} - {None, *plan.outputs}:
             if v is not None and last[v] == i:
                 del values[v]
     convs.run()
-    return values, shapes
+    return tuple(values[v] for v in plan.outputs), active, likes
+
+
+def _like(x: Tensor) -> Tensor:
+    """A tensor with the shape, strides and dtype of x and no memory."""
+    return _formed(x.shape, x.stride(), x.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _formed(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 class _Chained(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layers: Sequence[Layer], plan: Plan, *inputs: Tensor) -> tuple[Tensor, ...]:
-        results = range(plan.inputs, plan.inputs + len(layers))
-        ctx.kept = {*plan.sources, *(v for v in results if layers[v - plan.inputs].relu)}
-        values, shapes = _values(layers, plan, inputs, (*ctx.kept, *plan.outputs))
+        outputs, active, ctx.likes = _forward(layers, plan, inputs, record=True)
         ctx.layers, ctx.plan = layers, plan
-        ctx.shapes = shapes
-        ctx.save_for_backward(*(values[v] for v in ctx.kept))
+        ctx.with_relu = tuple(active)
+        ctx.save_for_backward(*active.values())
         ctx.set_materialize_grads(False)
-        return tuple(values[v] for v in plan.outputs)
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         layers, plan = ctx.layers, ctx.plan
-        values = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        active = dict(zip(ctx.with_relu, ctx.saved_tensors, strict=True))
         first, _ = _readers(plan)
         sums = {v: grad for v, grad in zip(plan.outputs, grads, strict=True) if grad is not None}
         convs = IndirectConvs(_TOGETHER)
-        done = set()  # values whose sums have been through the ReLU's threshold
+        done = set()  # values whose sums have been through the ReLU
         for i in reversed(range(len(layers))):
             value = plan.inputs + i
             if value not in sums:
@@ -142,22 +166,23 @@ class _Chained(torch.autograd.Function):
             grad = sums.pop(value)
             if layers[i].relu and value not in done:
                 convs.run()
-                grad = torch.ops.aten.threshold_backward(grad, values[value], 0)
+                grad = through_relu(grad, active[value])
             source, other = plan.sources[i], plan.others[i]
             if other is not None:
-                if other in sums or grad.shape != ctx.shapes[other]:
+                shape = ctx.likes[other].shape
+                if other in sums or grad.shape != shape:
                     convs.run()
-                part = grad.sum_to_size(ctx.shapes[other])
+                part = grad.sum_to_size(shape)
                 sums[other] = sums[other] + part if other in sums else part
                 del part  # which would live through the products below
-            x, layer = values[source], source - plan.inputs
+            like, layer = ctx.likes[source], source - plan.inputs
             if layer < 0 and not ctx.needs_input_grad[2 + source]:
                 continue
             last = layer >= 0 and layers[layer].relu and first[source] == i
-            if other is not None and grad.shape != (shape := layers[i].out_shape(x)):  # the convolution broadcast
+            if other is not None and grad.shape != (shape := layers[i].out_shape(like)):  # the convolution broadcast
                 convs.run()
                 grad = grad.sum_to_size(shape)
-            sums[source] = layers[i].gradient(grad, x, sums.get(source), x if last else None, convs)
+            sums[source] = layers[i].gradient(grad, like, sums.get(source), active[source] if last else None, convs)
             if last:
                 done.add(source)
         convs.run()

@@ -49,12 +49,14 @@ class FusedConv(nn.Module):
         other: Tensor | None,  # [B, C', H', W']
         relu: bool,
         convs: IndirectConvs,
-    ) -> Tensor:
-        """conv(x), plus ``other``, and its positive part with ``relu``; [B, C', H', W'], not a view."""
+        record: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """conv(x), plus ``other``, and its positive part with ``relu``, [B, C', H', W']; which is the record, too."""
         convs.run()
         y = self._convolved(x)
         y = y if other is None else y.add_(other)
-        return y.relu_() if relu else y
+        y = y.relu_() if relu else y
+        return y, y if relu and record else None
 
     def _convolved(self, x: Tensor) -> Tensor:
         c = self.conv
@@ -73,33 +75,35 @@ class FusedConv(nn.Module):
     def gradient(
         self,
         grad: Tensor,  # [B, C', H', W']
-        x: Tensor,  # [B, C, H, W]
+        like: Tensor,  # [B, C, H, W]
         other: Tensor | None,  # [B, C, H, W]
-        mask: Tensor | None,  # [B, C, H, W]
+        active: Tensor | None,  # [B, C, H, W]
         convs: IndirectConvs,
     ) -> Tensor:
-        """The gradient of x plus ``other`` where ``mask`` is positive, and 0 elsewhere; [B, C, H, W]."""
+        """The gradient of x plus ``other`` where ``active`` is positive or True, and 0 elsewhere; [B, C, H, W]."""
         convs.run()
-        back = self._gradient(grad, x)
+        back = self._gradient(grad, like)
         back = back if other is None else back + other
-        return back if mask is None else torch.ops.aten.threshold_backward(back, mask, 0)
+        return back if active is None else through_relu(back, active)
 
-    def _gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+    def _gradient(self, grad: Tensor, like: Tensor) -> Tensor:
         c = self.conv
-        if dense := self.matrix(x):
-            return _maps(_pixels(grad).flatten(1) @ dense[0], len(x), x.shape[2:], c.in_channels)
+        batch, _, *size = like.shape
+        if dense := self.matrix(like):
+            return _maps(_pixels(grad).flatten(1) @ dense[0], batch, size, c.in_channels)
         if self.pointwise:
             rows = _pixels(grad).flatten(0, 2) @ c.weight.flatten(1)
             if c.stride == (1, 1):
-                return _maps(rows, len(x), x.shape[2:], c.in_channels)
-            spread = torch.zeros_like(x, memory_format=torch.channels_last)
-            spread[:, :, :: c.stride[0], :: c.stride[1]] = _maps(rows, len(x), grad.shape[2:], c.in_channels)
+                return _maps(rows, batch, size, c.in_channels)
+            spread = torch.empty(like.shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+            spread.zero_()[:, :, :: c.stride[0], :: c.stride[1]] = _maps(rows, batch, grad.shape[2:], c.in_channels)
             return spread
-        low = x.to(self.back.dtype)
+        unread = torch.empty_like(like, dtype=self.back.dtype, device=grad.device)  # the operator asks for its shape
         back = torch.ops.aten.convolution_backward(
-            grad, low, self.back, None, c.stride, c.padding, c.dilation, False, [0, 0], c.groups, [True, False, False]
-        )[0]
-        return back.to(x.dtype)
+            grad, unread, self.back, None, c.stride, c.padding, c.dilation, False, [0, 0], c.groups,
+            [True, False, False],
+        )[0]  # fmt: skip
+        return back.to(like.dtype)
 
     def matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """The dense matrix [H' W' C', H W C] and bias [H' W' C'], or None if the kernel needs fewer products."""
@@ -125,6 +129,13 @@ def dense_matrix(conv: nn.Conv2d, size: tuple[int, int], out: tuple[int, int]) -
             if 0 <= y < size[0] and 0 <= x < size[1]:
                 dense[row, column, :, y, x] = weight[:, :, i, j]
     return dense.view(out[0] * out[1] * weight.shape[0], -1)
+
+
+def through_relu(grad: Tensor, active: Tensor) -> Tensor:
+    """``grad`` where ``active``, of the same shape, is positive or True, and 0 elsewhere."""
+    if active.dtype == torch.bool:
+        active = active.view(torch.int8).to(grad.dtype)  # a sixth of the time that torch.where takes
+    return torch.ops.aten.threshold_backward(grad, active, 0)
 
 
 def _pixels(x: Tensor) -> Tensor:

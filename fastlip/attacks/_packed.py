@@ -93,7 +93,8 @@ class PackedConv(nn.Module):
         other: Tensor | None,  # [B, C', H', W']
         relu: bool,
         convs: ops.IndirectConvs,
-    ) -> Tensor:
+        record: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """conv(x), plus ``other``, and its positive part with ``relu``, once ``convs`` are run; like :class:`Layer`."""
         self._pack(x)
         if (plain := self.plain) is not None:
@@ -101,45 +102,53 @@ class PackedConv(nn.Module):
                 # Most likely the next layer has an input of few channels too, or else pixels for rows of a matrix.
                 memory_format = torch.contiguous_format if self.channels[1] < _LANES else torch.channels_last
                 out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=memory_format)
-                return self._summed(plain, out, x, other, None, relu, convs)
-            return plain.product(x, other, relu, convs)
+                active = torch.empty_like(out, dtype=torch.bool) if relu and record else None
+                return self._summed(plain, out, x, other, active, relu, convs), active
+            return plain.product(x, other, relu, convs, record)
         out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        active = torch.empty_like(out, dtype=torch.bool) if relu and record else None
         if self._is_filtered(x):
             convs.run()
-            summand = None if other is None else _pixels(other)
-            ops.winograd_conv_(_pixels(out), _pixels(x), self.weight, bias=self.bias, other=summand, relu=relu)
-            return out
-        summand = None if other is None else _rows(other)
+            summand, passes = (None if t is None else _pixels(t) for t in (other, active))
+            ops.winograd_conv_(
+                _pixels(out), _pixels(x), self.weight, bias=self.bias, other=summand, relu=relu, active=passes
+            )
+            return out, active
+        summand, passes = (None if t is None else _rows(t) for t in (other, active))
         table = self._meeting(x)[0]
-        convs.add(_rows(out), _rows(x), self.weight, table, bias=self.bias, other=summand, relu=relu)
-        return out
+        convs.add(_rows(out), _rows(x), self.weight, table, bias=self.bias, other=summand, relu=relu, active=passes)
+        return out, active
 
     def gradient(
         self,
         grad: Tensor,  # [B, C', H', W']
-        x: Tensor,  # [B, C, H, W]
+        like: Tensor,  # [B, C, H, W]
         other: Tensor | None,  # [B, C, H, W]
-        mask: Tensor | None,  # [B, C, H, W]
+        active: Tensor | None,  # [B, C, H, W]
         convs: ops.IndirectConvs,
     ) -> Tensor:
-        """The gradient of x plus ``other`` where ``mask`` is positive (0 elsewhere), once ``convs`` are run."""
-        if (plain := self.plain) is not None:
-            if self._is_direct(plain, x):
-                # An image's gradient is contiguous, as images are.
-                planes = x.is_contiguous() or self.channels[0] <= 4
-                out = torch.empty_like(x, memory_format=torch.contiguous_format if planes else torch.channels_last)
-                return self._summed(plain, out, grad, other, mask, False, convs, adjoint=True)
-            return plain.gradient(grad, x, other, mask, convs)
-        out = torch.empty(x.shape, dtype=grad.dtype, device=x.device, memory_format=torch.channels_last)
-        if self._is_filtered(x):
+        """The gradient of x plus ``other`` where ``active`` (0 elsewhere), once ``convs`` are run."""
+        plain = self.plain
+        direct = plain is not None and self._is_direct(plain, like)
+        if plain is not None and not direct:
+            return plain.gradient(grad, like, other, active, convs)
+        # An image's gradient is contiguous, as images are.
+        planes = direct and (like.is_contiguous() or self.channels[0] <= 4)
+        memory_format = torch.contiguous_format if planes else torch.channels_last
+        out = torch.empty(like.shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+        if active is not None and active.dtype != torch.bool:
+            active = active.bool()
+        if plain is not None:
+            return self._summed(plain, out, grad, other, active, False, convs, adjoint=True)
+        if self._is_filtered(like):
             convs.run()
-            summand, kept = (None if t is None else _pixels(t) for t in (other, mask))
-            ops.winograd_conv_(_pixels(out), _pixels(grad), self.weight, adjoint=True, other=summand, mask=kept)
+            summand, passes = (None if t is None else _pixels(t) for t in (other, active))
+            ops.winograd_conv_(_pixels(out), _pixels(grad), self.weight, adjoint=True, other=summand, active=passes)
             return out
-        summand, kept = (None if t is None else _rows(t) for t in (other, mask))
-        table, own = self._meeting(x)[1], self.adjoint_weight
+        summand, passes = (None if t is None else _rows(t) for t in (other, active))
+        table, own = self._meeting(like)[1], self.adjoint_weight
         weight = self.weight if own is None else own
-        convs.add(_rows(out), _rows(grad), weight, table, adjoint=own is None, other=summand, mask=kept)
+        convs.add(_rows(out), _rows(grad), weight, table, adjoint=own is None, other=summand, active=passes)
         return out
 
     def _is_direct(self, plain: FusedConv, x: Tensor) -> bool:
@@ -152,7 +161,7 @@ class PackedConv(nn.Module):
         out: Tensor,
         x: Tensor,
         other: Tensor | None,
-        mask: Tensor | None,
+        active: Tensor | None,
         relu: bool,
         convs: ops.IndirectConvs,
         adjoint: bool = False,
@@ -160,12 +169,12 @@ class PackedConv(nn.Module):
         """``out`` by :func:`fastlip.ops.direct_conv_`."""
         convs.run()
         planes = out.is_contiguous()
-        other, mask = (None if t is None else _maps(t, planes) for t in (other, mask))
+        other, active = (None if t is None else _maps(t, planes) for t in (other, active))
         if not (weight := plain.conv.weight).is_contiguous():
             plain.conv.weight = weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         return ops.direct_conv_(
             out, _either(x), weight, stride=self.stride, padding=self.padding, adjoint=adjoint,
-            bias=None if adjoint else self.bias, other=other, mask=mask, relu=relu,
+            bias=None if adjoint else self.bias, other=other, relu=relu, active=active,
         )  # fmt: skip
 
     def _is_filtered(self, x: Tensor) -> bool:

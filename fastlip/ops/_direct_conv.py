@@ -16,8 +16,8 @@ def direct_conv_(
     adjoint: bool = False,
     bias: Tensor | None = None,  # [targets]
     other: Tensor | None = None,  # [B, targets, H', W']
-    mask: Tensor | None = None,  # [B, targets, H', W']
     relu: bool = False,
+    active: Tensor | None = None,  # [B, targets, H', W'] bool, overwritten with relu
 ) -> Tensor:
     """A convolution with few channels, or its adjoint, in float32 on the CPU.
 
@@ -25,10 +25,9 @@ def direct_conv_(
     respect to the convolution's input. It is made for images and small networks, whose channels fill a small part of
     a SIMD register: registers hold neighbouring pixels of a channel.
 
-    As with :class:`IndirectConvs`, ``bias`` and ``other`` are added to the convolution; with ``relu`` negative elements
-    become 0; and last, elements become 0 where ``mask`` is at most 0. An image's result depends neither on the other
-    images nor on the number of threads. A weight that is not finite may make NaN of pixels that meet padding. Not
-    differentiable.
+    ``bias``, ``other``, ``relu`` and ``active`` are as with :class:`IndirectConvs`. An image's result depends neither
+    on the other images nor on the number of threads. A weight that is not finite may make NaN of pixels that meet
+    padding. Not differentiable.
 
     Args:
         out: overwritten, contiguous or channels_last; must not share memory with the others.
@@ -39,15 +38,16 @@ def direct_conv_(
         adjoint: whether to apply the adjoint.
         bias: added to every pixel.
         other: added to the result, in the memory format of ``out``.
-        mask: the result becomes 0 where it is at most 0; likewise.
         relu: whether a ReLU follows the sums.
+        active: where the ReLU passes elements on, or without ``relu`` where the result is kept; likewise.
 
     Returns:
         out.
 
     Raises:
-        RuntimeError: a tensor is not float32, on the CPU, in one of these memory formats or of the shape above; the
-            convolution's output has not the size that it should; or kernel or stride are larger than 64 along a side.
+        RuntimeError: a tensor is not float32 (``active`` bool), on the CPU, in one of these memory formats or of the
+            shape above; the convolution's output has not the size that it should; or kernel or stride are larger than
+            64 along a side.
 
     Example:
         >>> import torch
@@ -58,6 +58,6 @@ def direct_conv_(
     """
     down, padded = ([given] * 2 if isinstance(given, int) else given for given in (stride, padding))
     none = out.new_empty(0)
-    bias, other, mask = (none if t is None else t for t in (bias, other, mask))
-    torch.ops.fastlip.direct_conv_(out, x, weight, bias, other, mask, down, padded, adjoint, relu)
+    bias, other, active = (none if t is None else t for t in (bias, other, active))
+    torch.ops.fastlip.direct_conv_(out, x, weight, bias, other, active, down, padded, adjoint, relu)
     return out

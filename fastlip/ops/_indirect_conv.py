@@ -68,8 +68,9 @@ class IndirectConvs:
 
     For every row (target, source of tap 0, source of tap 1, ...) of its table, a convolution makes ``out[:, target]``
     the sum of ``x[:, source] @ weight[tap]`` over the taps whose source is not -1, plus ``bias`` plus
-    ``other[:, target]``. With ``relu``, negative elements then become 0. Last, elements become 0 where ``mask`` is not
-    positive: with a ReLU's output for a mask, the adjoint of the next layer gives the gradient before that ReLU.
+    ``other[:, target]``. With ``relu``, negative elements then become 0, and ``active`` becomes True where the ReLU
+    passes an element on, positive or NaN. Without, elements become 0 where ``active`` is False: the adjoint of the next
+    layer gives the gradient before that ReLU.
 
     An image's result depends neither on the other images nor on the number of threads.
 
@@ -98,8 +99,8 @@ class IndirectConvs:
         adjoint: bool = False,
         bias: Tensor | None = None,  # [outputs]
         other: Tensor | None = None,  # [B, targets, outputs]
-        mask: Tensor | None = None,  # [B, targets, outputs]
         relu: bool = False,
+        active: Tensor | None = None,  # [B, targets, outputs] bool, overwritten with relu
     ) -> None:
         """Add a convolution, and run those collected where they are as many as there may be.
 
@@ -112,15 +113,15 @@ class IndirectConvs:
                 tap's matrix is transposed.
             bias: added to every pixel.
             other: added to the result.
-            mask: the result is kept where it is positive.
             relu: whether a ReLU follows the sums.
+            active: where the ReLU passes elements on, or without ``relu`` where the result is kept; contiguous.
 
         Raises:
-            RuntimeError: a tensor is not contiguous, float32 (the table int32), on the CPU or of the shape above; when
-                the convolution is run.
+            RuntimeError: a tensor is not contiguous, float32 (the table int32, ``active`` bool), on the CPU or of the
+                shape above; when the convolution is run.
         """
         none = self._none
-        optional = (none if t is None else t for t in (bias, other, mask))
+        optional = (none if t is None else t for t in (bias, other, active))
         self._operands.append((out, x, weight, table, int(adjoint), *optional, int(relu)))
         if len(self._operands) >= self._most:
             self.run()

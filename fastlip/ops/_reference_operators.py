@@ -96,16 +96,16 @@ def indirect_convs_(
     adjoint: list[int],
     bias: list[Tensor],
     other: list[Tensor],
-    mask: list[Tensor],
+    active: list[Tensor],
     relu: list[int],
 ) -> None:
     """One convolution after the other; an operand that has no elements is left out."""
-    for result, *operands in zip(out, x, weight, table, adjoint, bias, other, mask, relu, strict=True):
+    for result, *operands in zip(out, x, weight, table, adjoint, bias, other, active, relu, strict=True):
         _indirect_conv_(result, *operands)
 
 
 def winograd_conv_(
-    out: Tensor, x: Tensor, weight: Tensor, adjoint: bool, bias: Tensor, other: Tensor, mask: Tensor, relu: bool
+    out: Tensor, x: Tensor, weight: Tensor, adjoint: bool, bias: Tensor, other: Tensor, active: Tensor, relu: bool
 ) -> None:
     """Tap by tap, in float64."""
     height, width = out.shape[1:3]
@@ -117,7 +117,7 @@ def winograd_conv_(
     for i, row in enumerate(taps):
         for j, matrix in enumerate(row):
             total += padded[:, i : i + height, j : j + width] @ matrix
-    _finish_(out, total, bias, other, mask, relu)
+    _finish_(out, total, bias, other, active, relu)
 
 
 def direct_conv_(
@@ -126,7 +126,7 @@ def direct_conv_(
     weight: Tensor,
     bias: Tensor,
     other: Tensor,
-    mask: Tensor,
+    active: Tensor,
     stride: list[int],
     padding: list[int],
     adjoint: bool,
@@ -150,7 +150,7 @@ def direct_conv_(
                 met += torch.einsum("bkhw,kc->bchw", x.double(), matrix)
             else:
                 total += torch.einsum("bchw,kc->bkhw", met, matrix)
-    _finish_(out, inside if adjoint else total, bias[:, None, None] if bias.numel() else bias, other, mask, relu)
+    _finish_(out, inside if adjoint else total, bias[:, None, None] if bias.numel() else bias, other, active, relu)
 
 
 def _tap_matrices(weight: Tensor, taps: int, channels: int, outputs: int, adjoint: int) -> Tensor:
@@ -168,7 +168,7 @@ def _indirect_conv_(
     adjoint: int,
     bias: Tensor,
     other: Tensor,
-    mask: Tensor,
+    active: Tensor,
     relu: int,
 ) -> None:
     """Tap by tap, in float64."""
@@ -178,15 +178,19 @@ def _indirect_conv_(
     for tap, source in enumerate(sources.T):
         met = torch.where((source >= 0)[:, None], x[:, source.clamp_min(0)], 0.0)
         total[:, target] += met.double() @ matrices[tap]
-    _finish_(out, total, bias, other, mask, relu)
+    _finish_(out, total, bias, other, active, relu)
 
 
-def _finish_(out: Tensor, total: Tensor, bias: Tensor, other: Tensor, mask: Tensor, relu: int) -> None:
+def _finish_(out: Tensor, total: Tensor, bias: Tensor, other: Tensor, active: Tensor, relu: int) -> None:
     """What follows a convolution's sums; an operand that has no elements is left out."""
     for summand in (bias, other):
         total = total + summand if summand.numel() else total
-    total = total.relu() if relu else total
-    out.copy_(torch.where(mask <= 0, 0.0, total) if mask.numel() else total)
+    total = total.to(out.dtype)
+    if relu and active.numel():
+        active.copy_(~(total <= 0))
+    elif active.numel():
+        total = torch.where(active, total, 0.0)
+    out.copy_(total.relu() if relu else total)
 
 
 def norm_along(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:

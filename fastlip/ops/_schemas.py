@@ -116,13 +116,13 @@ SCHEMAS = {
 HOST_SCHEMAS = {
     "indirect_convs_": _schema(
         "Tensor![] out, Tensor[] x, Tensor[] weight, Tensor[] table, int[] adjoint, Tensor[] bias, "
-        "Tensor[] other, Tensor[] mask, int[] relu"
+        "Tensor[] other, Tensor![] active, int[] relu"
     ),
     "winograd_conv_": _schema(
-        "Tensor! out, Tensor x, Tensor weight, bool adjoint, Tensor bias, Tensor other, Tensor mask, bool relu"
+        "Tensor! out, Tensor x, Tensor weight, bool adjoint, Tensor bias, Tensor other, Tensor! active, bool relu"
     ),
     "direct_conv_": _schema(
-        "Tensor! out, Tensor x, Tensor weight, Tensor bias, Tensor other, Tensor mask, int[] stride, int[] padding, "
+        "Tensor! out, Tensor x, Tensor weight, Tensor bias, Tensor other, Tensor! active, int[] stride, int[] padding, "
         "bool adjoint, bool relu"
     ),
     "norm_along": _schema("Tensor weight, Tensor left, Tensor right", returns="Tensor"),

@@ -12,8 +12,8 @@ def winograd_conv_(
     adjoint: bool = False,
     bias: Tensor | None = None,  # [outputs]
     other: Tensor | None = None,  # [B, H', W', outputs]
-    mask: Tensor | None = None,  # [B, H', W', outputs]
     relu: bool = False,
+    active: Tensor | None = None,  # [B, H', W', outputs] bool, overwritten with relu
 ) -> Tensor:
     """A convolution by a 3x3 kernel at stride 1, padded with zeros, in float32 on the CPU.
 
@@ -24,9 +24,8 @@ def winograd_conv_(
     values among the 6x6 pixels that they meet: beside a far larger pixel small ones are lost, and sums that would be 0
     are 0 up to rounding. Values that are not finite, or beyond some 1e36, may spread to all pixels of a tile.
 
-    As with :class:`IndirectConvs`, ``bias`` and ``other`` are added to the convolution; with ``relu`` negative elements
-    become 0; and last, elements become 0 where ``mask`` is at most 0. An image's result depends neither on the other
-    images nor on the number of threads.
+    ``bias``, ``other``, ``relu`` and ``active`` are as with :class:`IndirectConvs`. An image's result depends neither
+    on the other images nor on the number of threads.
 
     Args:
         out: overwritten, [B, H + 2 padding - 2, W + 2 padding - 2, outputs]; must not share memory with the others.
@@ -36,14 +35,14 @@ def winograd_conv_(
             kernel is turned by half a turn, and each tap's matrix transposed.
         bias: added to every pixel.
         other: added to the result.
-        mask: the result becomes 0 where it is at most 0.
         relu: whether a ReLU follows the sums.
+        active: where the ReLU passes elements on, or without ``relu`` where the result is kept.
 
     Returns:
         out.
 
     Raises:
-        RuntimeError: a tensor is not contiguous, float32, on the CPU or of the shape above.
+        RuntimeError: a tensor is not contiguous, float32 (``active`` bool), on the CPU or of the shape above.
 
     Example:
         >>> import torch
@@ -52,6 +51,7 @@ def winograd_conv_(
         >>> weight = ops.packed_taps(kernel.flatten(2).permute(2, 1, 0))
         >>> out = ops.winograd_conv_(torch.empty(1, 8, 8, 5), torch.randn(1, 8, 8, 4), weight, relu=True)
     """
-    bias, other, mask = (x.new_empty(0) if t is None else t for t in (bias, other, mask))
-    torch.ops.fastlip.winograd_conv_(out, x, weight, adjoint, bias, other, mask, relu)
+    none = x.new_empty(0)
+    bias, other, active = (none if t is None else t for t in (bias, other, active))
+    torch.ops.fastlip.winograd_conv_(out, x, weight, adjoint, bias, other, active, relu)
     return out

@@ -79,22 +79,27 @@ def test_values_and_gradients_are_those_of_the_convolution(geometry, channels_la
     assert packed.out_shape(x) == y.shape
     for summand, relu in itertools.product((None, other), (False, True)):
         want = y if summand is None else y + summand
-        got = packed.product(x, summand, relu, NOW)
+        got, active = packed.product(x, summand, relu, NOW, record=True)
         torch.testing.assert_close(got, (want.relu() if relu else want).float(), atol=2e-5, rtol=1e-5)
+        assert torch.equal(active > 0, got > 0) if relu else active is None
+        again, unwanted = packed.product(x, summand, relu, NOW)
+        assert torch.equal(again, got)
+        assert unwanted is None
     grad = torch.randn(y.shape, generator=generator)
     wide = x.double().requires_grad_()
     (back,) = torch.autograd.grad(double(wide), wide, grad.double())
-    more, mask = (torch.randn(x.shape, generator=generator) for _ in range(2))
-    for summand, kept in itertools.product((None, more), (None, mask)):
+    more, relu = (torch.randn(x.shape, generator=generator) for _ in range(2))
+    like = torch.empty_like(x, device="meta")
+    for summand, active in itertools.product((None, more), (None, relu.relu(), relu > 0)):
         want = back if summand is None else back + summand
-        want = want if kept is None else torch.where(kept > 0, want, 0.0)
-        got = packed.gradient(grad, x, summand, kept, NOW)
+        want = want if active is None else torch.where(active > 0, want, 0.0)
+        got = packed.gradient(grad, like, summand, active, NOW)
         torch.testing.assert_close(got, want.float(), atol=2e-5, rtol=1e-5)
 
 
 def test_default_devices_and_dtypes_do_not_matter():
     conv, x = conv_of(GEOMETRIES[4], bias=True), torch.randn(2, 40, 2, 2)
-    want = PackedConv(conv, relu=False).product(x, None, False, NOW)
+    want, _ = PackedConv(conv, relu=False).product(x, None, False, NOW)
     try:
         torch.set_default_dtype(torch.float64)
         torch.set_default_device("meta")
@@ -226,14 +231,21 @@ def test_values_that_nothing_reads_again_are_freed():
         relu = False
         out_shape = layer.out_shape
 
-        def product(self, x, other, relu, convs):
-            alive.append(sum(y() is not None for y in made))
-            y = layer.product(x, other, relu, convs)
-            made.append(weakref.ref(y))
-            return y
+        gradient = layer.gradient
 
-    run([Watched()] * 40, Plan(1, tuple(range(40)), (None,) * 40, (40,)), torch.randn(2, 16, 4, 4))
-    assert max(alive) <= _chain._TOGETHER
+        def product(self, x, other, relu, convs, record=False):
+            alive.append(sum(y() is not None for y in made))
+            y, active = layer.product(x, other, self.relu, convs, record)
+            made.append(weakref.ref(y))
+            return y, active
+
+    x, plan = torch.randn(2, 16, 4, 4), Plan(1, tuple(range(40)), (None,) * 40, (40,))
+    for relu, gradient in itertools.product((False, True), (False, True)):
+        alive.clear()
+        Watched.relu = relu
+        (y,) = run([Watched()] * 40, plan, x.clone().requires_grad_(gradient))
+        assert y.requires_grad == gradient
+        assert max(alive) <= _chain._TOGETHER
 
 
 def test_the_same_images_fall_as_with_the_model_itself():

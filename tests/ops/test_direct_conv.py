@@ -46,15 +46,15 @@ def geometry(case):
 
 
 def operands(batch, case, adjoint, seed=0):
-    """An empty out, x and the weight; then a bias, another summand and a mask."""
+    """An empty out, x and the weight; then a bias, another summand and where a ReLU is active."""
     channels, outputs, kernel, stride, padding, size = case
     generator = torch.Generator().manual_seed(seed)
     maps = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(size, padding, kernel, stride, strict=True)]
     image, result = (batch, channels, *size), (batch, outputs, *maps)
     source, target = (result, image) if adjoint else (image, result)
     weight = torch.randn(outputs, channels, *kernel, generator=generator)
-    x, other, mask = (torch.randn(shape, generator=generator) for shape in (source, target, target))
-    return torch.full(target, torch.nan), x, weight, torch.randn(target[1], generator=generator), other, mask
+    x, other, passed = (torch.randn(shape, generator=generator) for shape in (source, target, target))
+    return torch.full(target, torch.nan), x, weight, torch.randn(target[1], generator=generator), other, passed > 0
 
 
 def wanted(out, x, weight, case, adjoint, dtype=torch.float64):
@@ -89,28 +89,32 @@ def test_the_definition_on_random_convolutions(adjoint):
         kernel, stride, padding = ((number(low, high), number(low, high)) for low, high in ((1, 7), (1, 4), (0, 4)))
         size = tuple(number(max(1, k - 2 * p), 38) for k, p in zip(kernel, padding, strict=True))
         case = (number(1, 20), number(1, 40), kernel, stride, padding, size)
-        out, x, weight, bias, other, mask = operands(2, case, adjoint, seed)
+        out, x, weight, bias, other, active = operands(2, case, adjoint, seed)
         given, own = FORMATS[number(0, 1)], FORMATS[number(0, 1)]
         found = torch.full_like(out, torch.nan, memory_format=own)
-        x, other, mask = (t.contiguous(memory_format=f) for t, f in ((x, given), (other, own), (mask, own)))
+        x, other, passed = (t.clone(memory_format=f) for t, f in ((x, given), (other, own), (active, own)))
         relu = bool(number(0, 1))
-        then = {"bias": bias, "other": other, "mask": mask, "relu": relu}
+        then = {"bias": bias, "other": other, "relu": relu, "active": passed}
         ops.direct_conv_(found, x, weight, adjoint=adjoint, **then, **geometry(case))
         want = wanted(out, x, weight, case, adjoint) + bias[:, None, None] + other
-        want = torch.where(mask <= 0, 0, want.relu() if relu else want)
+        want = want.relu() if relu else torch.where(active, want, 0)
+        assert torch.equal(passed, found > 0 if relu else active)
         torch.testing.assert_close(found, want.float(), atol=2e-4, rtol=1e-4, msg=str(case))
 
 
 @both_passes
 @pytest.mark.parametrize("case", CASES + EMPTY)
 def test_the_reference(case, adjoint):
-    out, x, weight, bias, other, mask = operands(2, case, adjoint)
+    out, x, weight, bias, other, active = operands(2, case, adjoint)
     want, none = out.clone(), torch.empty(0)
     if 0 in out.shape[1:]:
-        bias, other, mask = none, none, none
-    ops.direct_conv_(out, x, weight, adjoint=adjoint, bias=bias, other=other, mask=mask, **geometry(case))
-    reference.direct_conv_(want, x, weight, bias, other, mask, case[3], case[4], adjoint, False)
-    torch.testing.assert_close(out, want, atol=2e-4, rtol=1e-5)
+        bias, other, active = none, none, none
+    for relu in (False, True):
+        then = {"bias": bias, "other": other, "relu": relu, "active": active}
+        ops.direct_conv_(out, x, weight, adjoint=adjoint, **then, **geometry(case))
+        reference.direct_conv_(want, x, weight, bias, other, active, case[3], case[4], adjoint, relu)
+        torch.testing.assert_close(out, want, atol=2e-4, rtol=1e-5)
+        assert not relu or torch.equal(active.view(out.shape), out > 0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,17 +144,22 @@ def test_what_is_not_finite_reaches_the_pixels_that_it_should(case, value, adjoi
 
 @both_passes
 def test_what_follows_the_sums(adjoint):
-    """Negative sums become 0 with ``relu``, NaN stays, and a mask of 0 or less makes 0."""
+    """Negative sums become 0 with ``relu``, NaN stays and is active, and where the ReLU is not active there is 0."""
     case = CASES[3]
-    out, x, weight, bias, other, mask = operands(2, case, adjoint)
-    other[0, 0, 0, 0], mask[0, 0, 0, 0] = torch.nan, 1.0
-    mask[0, 0, 0, 1] = 0.0
-    then = {"bias": bias, "other": other, "mask": mask, "relu": True}
-    ops.direct_conv_(out, x, weight, adjoint=adjoint, **then, **geometry(case))
-    want = torch.where(mask <= 0, 0, (wanted(out, x, weight, case, adjoint) + bias[:, None, None] + other).relu())
-    torch.testing.assert_close(out, want.float(), atol=1e-4, rtol=1e-4, equal_nan=True)
-    assert out[0, 0, 0, 0].isnan()
-    assert out[0, 0, 0, 1] == 0.0
+    for layout in FORMATS:
+        out, x, weight, bias, other, active = operands(2, case, adjoint)
+        other[0, 0, 0, 0] = torch.nan
+        out, other, active = (t.contiguous(memory_format=layout) for t in (out, other, active))
+        sums = wanted(out, x, weight, case, adjoint) + bias[:, None, None] + other
+        then = {"bias": bias, "other": other, "active": active}
+        ops.direct_conv_(out, x, weight, adjoint=adjoint, relu=True, **then, **geometry(case))
+        torch.testing.assert_close(out, sums.relu().float(), atol=1e-4, rtol=1e-4, equal_nan=True)
+        assert out[0, 0, 0, 0].isnan()
+        assert torch.equal(active, ~(out <= 0))
+        ops.direct_conv_(out, x, weight, adjoint=adjoint, **then, **geometry(case))
+        want = torch.where(active, sums, 0).float()
+        torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4, equal_nan=True)
+        assert (out[~active] == 0).all()
 
 
 @needs_native
@@ -231,8 +240,8 @@ def test_every_instruction_set(isa):
 
 @both_passes
 def test_opcheck(adjoint):
-    out, x, weight, bias, other, mask = operands(2, CASES[3], adjoint)
-    arguments = (out.zero_(), x, weight, bias, other, mask, [2, 2], [1, 1], adjoint, True)
+    out, x, weight, bias, other, active = operands(2, CASES[3], adjoint)
+    arguments = (out.zero_(), x, weight, bias, other, active, [2, 2], [1, 1], adjoint, True)
     torch.library.opcheck(torch.ops.fastlip.direct_conv_.default, arguments)
 
 
@@ -264,8 +273,8 @@ def test_opcheck(adjoint):
             {4: torch.zeros(2, 2, 12, 9).contiguous(memory_format=torch.channels_last)},
             "other must have out's shape and",
         ),
-        ({5: torch.zeros(1, 2, 12, 9)}, "mask must have out's shape and memory format"),
-        ({5: torch.zeros(2, 2, 12, 9).double()}, "mask must be float32"),
+        ({5: torch.zeros(1, 2, 12, 9)}, "active must have out's shape and memory format"),
+        ({5: torch.zeros(2, 2, 12, 9)}, "active must be bool"),
         ({6: [2]}, "two numbers"),
         ({6: [0, 2]}, "stride must be 1 to 64"),
         ({6: [2, 65]}, "stride must be 1 to 64"),

@@ -22,7 +22,8 @@ def operands(batch, sources, targets, taps, channels, outputs, seed=0):
     table = torch.randint(-sources // 2, sources, (targets, 1 + taps), generator=generator).clamp_min(-1)
     table[:, 0] = torch.randperm(targets, generator=generator)
     weight = ops.packed_taps(random(taps, channels, outputs))
-    extra = {"bias": random(outputs), "other": random(batch, targets, outputs), "mask": random(batch, targets, outputs)}
+    other, active = random(batch, targets, outputs), random(batch, targets, outputs) > 0
+    extra = {"bias": random(outputs), "other": other, "active": active}
     return (random(batch, sources, channels), weight, table.int()), extra
 
 
@@ -35,10 +36,14 @@ def transposed(weight, taps, channels, outputs):
 def both(arguments, extra, names, relu, adjoint=False):
     """What the operator gives with the extra operands of these ``names``, and what it should."""
     got, want = torch.full_like(extra["other"], torch.nan), torch.full_like(extra["other"], torch.nan)
-    chosen = {name: tensor if name in names else None for name, tensor in extra.items()}
+    chosen = {name: tensor.clone() if name in names else None for name, tensor in extra.items()}
     ops.IndirectConvs().add(got, *arguments, **chosen, relu=relu, adjoint=adjoint)
-    optional = [torch.empty(0) if t is None else t for t in chosen.values()]
+    if "active" in names:
+        assert torch.equal(chosen["active"], got > 0 if relu else extra["active"])
+    optional = [torch.empty(0) if t is None else t.clone() for t in chosen.values()]
     reference.indirect_convs_(*([t] for t in (want, *arguments, int(adjoint), *optional, int(relu))))
+    if "active" in names:
+        assert torch.equal(optional[-1], want > 0 if relu else extra["active"])
     return got, want
 
 
@@ -65,8 +70,8 @@ def test_the_definition(sizes, batch):
         for chosen in itertools.combinations(names, count):
             got, want = both(arguments, extra, chosen, relu)
             torch.testing.assert_close(got, want, atol=atol, rtol=1e-5)
-            if "mask" in chosen:
-                assert (got[extra["mask"] <= 0] == 0).all()
+            if "active" in chosen and not relu:
+                assert (got[~extra["active"]] == 0).all()
             assert not relu or (got >= 0).all()
 
 
@@ -77,7 +82,7 @@ def test_the_adjoint_definition(sizes, batch):
     (x, weight, table), extra = operands(batch, *sizes)
     arguments = (x, transposed(weight, *sizes[2:]), table)
     atol = 1e-5 * (1 + sizes[2] * sizes[3]) ** 0.5
-    for relu, names in itertools.product((False, True), ((), ("bias",), ("other", "mask"), tuple(extra))):
+    for relu, names in itertools.product((False, True), ((), ("bias",), ("other", "active"), tuple(extra))):
         got, want = both(arguments, extra, names, relu, adjoint=True)
         torch.testing.assert_close(got, want, atol=atol, rtol=1e-5)
         same, _ = both((x, weight, table), extra, names, relu)
@@ -96,14 +101,30 @@ def test_nothing_to_do():
 
 def test_nan_and_infinity_stay():
     x = torch.tensor([[[torch.nan], [torch.inf], [-1.0]]])
+    active = torch.tensor([[[False], [False], [True]]])
     table = torch.tensor([[0, 0], [1, 1], [2, 2]], dtype=torch.int32)
     out = torch.empty(1, 3, 1)
-    ops.IndirectConvs().add(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, relu=True)
+    ops.IndirectConvs().add(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, relu=True, active=active)
     assert out[0, 0].isnan()
     assert out[0, 1:].flatten().tolist() == [torch.inf, 0.0]
-    mask = torch.tensor([[[0.0], [-1.0], [torch.nan]]])
-    ops.IndirectConvs().add(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, mask=mask)
+    assert active.flatten().tolist() == [True, True, False]
+    active = torch.tensor([[[False], [False], [True]]])
+    ops.IndirectConvs().add(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, active=active)
     assert out.flatten().tolist() == [0.0, 0.0, -1.0]
+
+
+@pytest.mark.parametrize("outputs", [1, 5, 16, 17, 47])
+def test_where_the_relu_is_active(outputs):
+    """Where torch passes a gradient on: not at 0 of either sign, and at NaN."""
+    x = torch.tensor([1.0, -1.0, 0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45, -1e-45]).view(1, -1, 1)
+    count = x.shape[1]
+    table = torch.arange(count, dtype=torch.int32)[:, None].repeat(1, 2)
+    out, active = torch.empty(1, count, outputs), torch.zeros(1, count, outputs, dtype=torch.bool)
+    weight = ops.packed_taps(torch.ones(1, 1, outputs))
+    ops.IndirectConvs().add(out, x, weight, table, relu=True, active=active)
+    sums = x.expand_as(out).clone().requires_grad_()
+    (passed,) = torch.autograd.grad(sums.relu().sum(), sums)
+    assert torch.equal(active, passed == 1)
 
 
 @needs_native
@@ -183,8 +204,9 @@ def test_convolutions_are_collected_and_run_in_order():
         ({4: 1}, "weight must be .*taps . outputs"),
         ({5: torch.zeros(5)}, "bias must be"),
         ({6: torch.zeros(2, 4, 5)}, "other must have out's shape"),
-        ({7: torch.zeros(2, 4)}, "mask must have out's shape"),
-        ({7: torch.zeros(2, 4, 6).half()}, "mask must be contiguous float32"),
+        ({7: torch.zeros(2, 4)}, "active must have out's shape"),
+        ({7: torch.zeros(2, 4, 6)}, "active must be contiguous bool"),
+        ({7: torch.zeros(2, 4, 12, dtype=torch.bool)[..., ::2]}, "active must be contiguous bool"),
     ],
 )
 def test_direct_calls_are_checked(change, message):

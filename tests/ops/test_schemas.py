@@ -30,11 +30,11 @@ WANTED = {
     "int max_vectors, int parts, str matmul_precision, Tensor? active) -> ()",
     "pack_weights_": "(Tensor(a!) out, Tensor[] weights, int[] groups, bool adjoint) -> ()",
     "indirect_convs_": "(Tensor(a!)[] out, Tensor[] x, Tensor[] weight, Tensor[] table, int[] adjoint, Tensor[] bias, "
-    "Tensor[] other, Tensor[] mask, int[] relu) -> ()",
-    "winograd_conv_": "(Tensor(a!) out, Tensor x, Tensor weight, bool adjoint, Tensor bias, Tensor other, Tensor mask, "
-    "bool relu) -> ()",
-    "direct_conv_": "(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias, Tensor other, Tensor mask, int[] stride, "
-    "int[] padding, bool adjoint, bool relu) -> ()",
+    "Tensor[] other, Tensor(b!)[] active, int[] relu) -> ()",
+    "winograd_conv_": "(Tensor(a!) out, Tensor x, Tensor weight, bool adjoint, Tensor bias, Tensor other, "
+    "Tensor(b!) active, bool relu) -> ()",
+    "direct_conv_": "(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias, Tensor other, Tensor(b!) active, "
+    "int[] stride, int[] padding, bool adjoint, bool relu) -> ()",
     "norm_along": "(Tensor weight, Tensor left, Tensor right) -> Tensor",
     "scaled_weight_grad": "(Tensor grad, Tensor scaled, Tensor left, Tensor right, float norm, float bound) -> Tensor",
     "top_eigenpairs": "(Tensor diagonal, Tensor off_diagonal) -> (Tensor, Tensor)",

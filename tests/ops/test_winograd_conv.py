@@ -36,7 +36,7 @@ def operands(batch, height, width, channels, outputs, padding, seed=0):
         return torch.randn(*shape, generator=generator)
 
     shape = (batch, height + 2 * padding - 2, width + 2 * padding - 2, outputs)
-    extra = {"bias": random(outputs), "other": random(*shape), "mask": random(*shape)}
+    extra = {"bias": random(outputs), "other": random(*shape), "active": random(*shape) > 0}
     kernel = random(outputs, channels, 3, 3) / max(9 * channels, 1) ** 0.5
     return random(batch, height, width, channels), kernel, extra
 
@@ -62,15 +62,15 @@ def test_the_definition(sizes, batch):
         atol = 3e-6 * float(convolved(x.abs(), kernel.abs(), sizes[-1], adjoint).amax())
         for relu, count in itertools.product((False, True), range(len(extra) + 1)):
             for names in itertools.combinations(extra, count):
-                chosen = {name: extra[name] for name in names}
+                chosen = {name: extra[name].clone() for name in names}
                 out = torch.full_like(extra["other"], torch.nan)
                 weight = packed(kernel, adjoint)
                 assert ops.winograd_conv_(out, x, weight, adjoint=adjoint, relu=relu, **chosen) is out
-                want = sums + sum(chosen[name] for name in names if name != "mask")
+                want = sums + sum(chosen[name] for name in names if name != "active")
                 want = want.relu() if relu else want
-                if "mask" in names:
-                    want = torch.where(extra["mask"] <= 0, 0.0, want)
-                    assert (out[extra["mask"] <= 0] == 0).all()
+                if "active" in names:
+                    want = want if relu else torch.where(extra["active"], want, 0.0)
+                    assert torch.equal(chosen["active"], out > 0 if relu else extra["active"])
                 torch.testing.assert_close(out, want.float(), atol=atol, rtol=1e-5)
 
 
@@ -132,15 +132,18 @@ def test_what_is_not_finite_reaches_the_pixels_that_it_should():
     assert (out[0, 4:, 4:] == 0).all()
 
 
-def test_masks_and_negative_sums():
-    mask = torch.tensor([0.0, -1.0, torch.nan, 1.0]).view(1, 1, 4, 1)
+def test_negative_sums_and_where_the_relu_is_active():
+    active = torch.tensor([False, False, True, True]).view(1, 1, 4, 1)
     out, x = torch.empty(1, 1, 4, 1), torch.ones(1, 1, 4, 1)
     kernel = torch.zeros(1, 1, 3, 3)
     kernel[0, 0, 1, 1] = -1.0
-    ops.winograd_conv_(out, x, packed(kernel), mask=mask)
+    ops.winograd_conv_(out, x, packed(kernel), active=active)
     torch.testing.assert_close(out.flatten(), torch.tensor([0.0, 0.0, -1.0, -1.0]))
-    ops.winograd_conv_(out, x, packed(kernel), relu=True)
+    ops.winograd_conv_(out, x, packed(kernel), relu=True, active=active)
     assert (out == 0).all()
+    assert not active.any()
+    ops.winograd_conv_(out, -x, packed(kernel), relu=True, active=active)
+    assert active.all()
 
 
 @needs_native
@@ -200,8 +203,8 @@ def test_opcheck():
         ({4: torch.zeros(5)}, "bias must be"),
         ({4: torch.zeros(6).double()}, "bias must be contiguous float32"),
         ({5: torch.zeros(2, 4, 5, 5)}, "other must have out's shape"),
-        ({6: torch.zeros(2, 20, 6)}, "mask must have out's shape"),
-        ({6: torch.zeros(2, 4, 5, 6).half()}, "mask must be contiguous float32"),
+        ({6: torch.zeros(2, 20, 6)}, "active must have out's shape"),
+        ({6: torch.zeros(2, 4, 5, 6)}, "active must be contiguous bool"),
     ],
 )
 def test_direct_calls_are_checked(change, message):

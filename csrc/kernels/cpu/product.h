@@ -1,6 +1,7 @@
 // Products of a few rows by panels of weights on the CPU, all sums in registers: what convolutions are made of.
 #pragma once
 
+#include "kernels/cpu/flags.h"
 #include "kernels/cpu/shuffles.h"
 
 namespace fastlip::cpu {
@@ -97,23 +98,27 @@ FASTLIP_INLINE inline void transpose_block(const float* from, int64_t rows, floa
     for (int64_t j = 0; j < kLanes; j += kWidth) transpose(to + j * kLanes + i, kLanes, from + i * kLanes + j, kLanes);
 }
 
-// Fetches `width` elements of the result from `at` on, and what is added to them or masks them.
+// Fetches `width` elements of the result from `at` on, and what they are computed or recorded with.
 template <typename Conv>
 FASTLIP_INLINE inline void fetch(const Conv& p, int64_t at, int64_t width) {
   for (int64_t k = 0; k < width; k += kLine) {
     __builtin_prefetch(p.out + at + k, 1);
     if (p.other) __builtin_prefetch(p.other + at + k);
-    if (p.mask) __builtin_prefetch(p.mask + at + k);
+    if (p.active && k % (4 * kLine) == 0) __builtin_prefetch(p.active + at + k);
   }
 }
 
-// Writes a sum with its bias to element `at` of the result: with the other summand, through ReLU and mask. L is float
-// or Lanes.
+// Writes a sum with its bias to element `at` of the result: with the other summand, through a ReLU or its gradient. L
+// is float or Lanes.
 template <typename L, typename Conv>
 FASTLIP_INLINE inline void finish(const Conv& p, int64_t at, L value) {
   if (p.other) value += load<L>(p.other + at);
-  if (p.relu) value = value < 0 ? L{} : value;  // keeps NaN, as torch does
-  if (p.mask) value = load<L>(p.mask + at) <= 0 ? L{} : value;
+  if (p.relu) {
+    if (p.active) store_flags(p.active + at, value);
+    value = value < 0 ? L{} : value;  // keeps NaN, as torch does
+  } else if (p.active) {
+    value = where_flagged(p.active + at, value);
+  }
   store<L>(p.out + at, value);
 }
 // Writes a sum to element `at`, which is `channel` of its pixel.
