@@ -36,11 +36,17 @@ class Layer(Protocol):
         """
 
     def gradient(
-        self, grad: Tensor, like: Tensor, other: Tensor | None, active: Tensor | None, convs: IndirectConvs
+        self,
+        grad: Tensor,
+        like: Tensor,
+        other: Tensor | None,
+        active: Tensor | None,
+        convs: IndirectConvs,
+        in_place: bool = False,
     ) -> Tensor:
         """The gradient of x plus ``other`` where ``active`` is positive or True, and 0 elsewhere.
 
-        ``like`` stands for x, and has its shape, strides and dtype alone.
+        ``like`` stands for x, and has its shape, strides and dtype alone. ``in_place``: ``other`` may be overwritten.
         """
 
 
@@ -159,6 +165,7 @@ class _Chained(torch.autograd.Function):
         sums = {v: grad for v, grad in zip(plan.outputs, grads, strict=True) if grad is not None}
         convs = IndirectConvs(_TOGETHER)
         done = set()  # values whose sums have been through the ReLU
+        own = set()  # values whose sums nothing else reads from their memory, once the convolutions so far are run
         for i in reversed(range(len(layers))):
             value = plan.inputs + i
             if value not in sums:
@@ -167,12 +174,15 @@ class _Chained(torch.autograd.Function):
             if layers[i].relu and value not in done:
                 convs.run()
                 grad = through_relu(grad, active[value])
+                own.add(value)
             source, other = plan.sources[i], plan.others[i]
             if other is not None:
                 shape = ctx.likes[other].shape
                 if other in sums or grad.shape != shape:
                     convs.run()
                 part = grad.sum_to_size(shape)
+                if other in sums or part is not grad or value in own:
+                    own.add(other)
                 sums[other] = sums[other] + part if other in sums else part
                 del part  # which would live through the products below
             like, layer = ctx.likes[source], source - plan.inputs
@@ -182,7 +192,12 @@ class _Chained(torch.autograd.Function):
             if other is not None and grad.shape != (shape := layers[i].out_shape(like)):  # the convolution broadcast
                 convs.run()
                 grad = grad.sum_to_size(shape)
-            sums[source] = layers[i].gradient(grad, like, sums.get(source), active[source] if last else None, convs)
+            so_far = sums.get(source)
+            in_place = source in own and so_far is not grad
+            passes = active[source] if last else None
+            sums[source] = layers[i].gradient(grad, like, so_far, passes, convs, in_place)
+            own.add(source)
+            del so_far
             if last:
                 done.add(source)
         convs.run()

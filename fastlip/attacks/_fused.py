@@ -79,11 +79,12 @@ class FusedConv(nn.Module):
         other: Tensor | None,  # [B, C, H, W]
         active: Tensor | None,  # [B, C, H, W]
         convs: IndirectConvs,
+        in_place: bool = False,
     ) -> Tensor:
         """The gradient of x plus ``other`` where ``active`` is positive or True, and 0 elsewhere; [B, C, H, W]."""
         convs.run()
         back = self._gradient(grad, like)
-        back = back if other is None else back + other
+        back = back if other is None else back.add_(other)
         return back if active is None else through_relu(back, active)
 
     def _gradient(self, grad: Tensor, like: Tensor) -> Tensor:

@@ -126,6 +126,7 @@ class PackedConv(nn.Module):
         other: Tensor | None,  # [B, C, H, W]
         active: Tensor | None,  # [B, C, H, W]
         convs: ops.IndirectConvs,
+        in_place: bool = False,
     ) -> Tensor:
         """The gradient of x plus ``other`` where ``active`` (0 elsewhere), once ``convs`` are run."""
         plain = self.plain
@@ -135,7 +136,10 @@ class PackedConv(nn.Module):
         # An image's gradient is contiguous, as images are.
         planes = direct and (like.is_contiguous() or self.channels[0] <= 4)
         memory_format = torch.contiguous_format if planes else torch.channels_last
-        out = torch.empty(like.shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+        if other is not None and in_place and other.is_contiguous(memory_format=memory_format):
+            out = other
+        else:
+            out = torch.empty(like.shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
         if active is not None and active.dtype != torch.bool:
             active = active.bool()
         if plain is not None:

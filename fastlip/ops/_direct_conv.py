@@ -30,7 +30,7 @@ def direct_conv_(
     padding. Not differentiable.
 
     Args:
-        out: overwritten, contiguous or channels_last; must not share memory with the others.
+        out: overwritten, contiguous or channels_last; may be ``other``, and shares no memory with the rest.
         x: what is convolved, or with ``adjoint`` the gradient with respect to the convolution's output; likewise.
         weight: the convolution's, of one group; its outputs are the targets, or with ``adjoint`` the sources.
         stride: the convolution's, of rows and columns or one for both.

@@ -105,7 +105,7 @@ class IndirectConvs:
         """Add a convolution, and run those collected where they are as many as there may be.
 
         Args:
-            out: overwritten; must not share memory with the other tensors.
+            out: overwritten; may be ``other``, and shares no memory with the rest.
             x: pixels of the maps, channels last.
             weight: from :func:`packed_taps`.
             table: from :func:`meeting_pixels`, each target once; its entries are not checked.

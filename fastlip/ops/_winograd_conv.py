@@ -28,7 +28,8 @@ def winograd_conv_(
     on the other images nor on the number of threads.
 
     Args:
-        out: overwritten, [B, H + 2 padding - 2, W + 2 padding - 2, outputs]; must not share memory with the others.
+        out: overwritten, [B, H + 2 padding - 2, W + 2 padding - 2, outputs]; may be ``other``, and shares no memory
+            with the rest.
         x: the maps, channels last.
         weight: from :func:`packed_taps` of the kernel as [9, channels, outputs], row by row.
         adjoint: whether ``weight`` is that of the convolution whose adjoint this is, [panels, 9 * outputs, 16]: the

@@ -89,12 +89,15 @@ def test_values_and_gradients_are_those_of_the_convolution(geometry, channels_la
     wide = x.double().requires_grad_()
     (back,) = torch.autograd.grad(double(wide), wide, grad.double())
     more, relu = (torch.randn(x.shape, generator=generator) for _ in range(2))
-    like = torch.empty_like(x, device="meta")
+    like, before = torch.empty_like(x, device="meta"), more.clone()
     for summand, active in itertools.product((None, more), (None, relu.relu(), relu > 0)):
         want = back if summand is None else back + summand
         want = want if active is None else torch.where(active > 0, want, 0.0)
         got = packed.gradient(grad, like, summand, active, NOW)
         torch.testing.assert_close(got, want.float(), atol=2e-5, rtol=1e-5)
+        assert torch.equal(more, before)
+        spare = None if summand is None else summand.clone()
+        assert torch.equal(packed.gradient(grad, like, spare, active, NOW, in_place=True), got)
 
 
 def test_default_devices_and_dtypes_do_not_matter():
@@ -184,6 +187,50 @@ def test_blocks_of_all_kinds(residual, size, batch):
     assert sum(isinstance(m, PackedConv) for m in made.modules()) >= 12
     if residual.first.out_channels == 16:
         assert sum(isinstance(m, FusedConv) for m in made.modules()) == 1 + 1, "the grouped one and the first"
+
+
+def test_random_chains():
+    """Values and gradients of random plans are autograd's, and nothing that others hold is overwritten."""
+    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**32)
+
+    def number(least, most):
+        return int(torch.randint(least, most + 1, (), generator=generator))
+
+    for _ in range(40):
+        channels, side, inputs, count = (8, 16, 24)[number(0, 2)], number(1, 6), number(1, 2), number(1, 12)
+        layers = [
+            conv_of(((channels,) * 2, None, *((3, 1, 1), (1, 1, 0))[number(0, 1)], 1), True) for _ in range(count)
+        ]
+        sources, others = [], []
+        for i in range(count):
+            last = inputs + i - 1
+            sources.append(number(max(0, last - 2), last))
+            others.append(number(0, last) if number(0, 1) else None)
+        outputs = {inputs + count - 1, *(number(inputs, inputs + count - 1) for _ in range(number(0, 2)))}
+        plan = Plan(inputs, tuple(sources), tuple(others), tuple(outputs))
+        chained = [PackedConv(copy.deepcopy(conv), bool(number(0, 1))) for conv in layers]
+        x = [torch.randn(2, channels, side, side, generator=generator).requires_grad_() for _ in range(inputs)]
+        got = run(chained, plan, *x)
+        values = [t.detach().double().requires_grad_() for t in x]
+        wide = list(values)
+        for conv, own, source, other in zip(layers, chained, sources, others, strict=True):
+            y = copy.deepcopy(conv).double()(wide[source]) + (0.0 if other is None else wide[other])
+            wide.append(y.relu() if own.relu else y)
+        want = [wide[v] for v in plan.outputs]
+        weights = [torch.randn(t.shape, generator=generator) for t in got]
+        before = [t.clone() for t in (*weights, *x, *got)]
+        for _ in range(2):
+            grads = torch.autograd.grad(got, x, weights, retain_graph=True, allow_unused=True)
+            wanted = torch.autograd.grad(
+                want, values, [w.double() for w in weights], retain_graph=True, allow_unused=True
+            )
+            for back, exact in zip(grads, wanted, strict=True):
+                assert (back is None) == (exact is None)
+                if back is not None:
+                    torch.testing.assert_close(back, exact.float(), atol=1e-3, rtol=1e-3, msg=str(plan))
+        assert all(torch.equal(t, kept) for t, kept in zip((*weights, *x, *got), before, strict=True))
+        for y, exact in zip(got, want, strict=True):
+            torch.testing.assert_close(y, exact.float(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("outputs", [8, 16, 20])

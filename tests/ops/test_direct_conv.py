@@ -117,6 +117,17 @@ def test_the_reference(case, adjoint):
         assert not relu or torch.equal(active.view(out.shape), out > 0)
 
 
+@both_passes
+@pytest.mark.parametrize("case", CASES)
+def test_the_result_may_take_the_place_of_other(case, adjoint):
+    for layout in FORMATS:
+        want, x, weight, _, other, active = operands(3, case, adjoint)
+        want, other, active = (t.contiguous(memory_format=layout) for t in (want, other, active))
+        ops.direct_conv_(want, x, weight, adjoint=adjoint, other=other, active=active, **geometry(case))
+        ops.direct_conv_(other, x, weight, adjoint=adjoint, other=other, active=active, **geometry(case))
+        assert torch.equal(other, want)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_adjoint(case):
     """<y, K x> = <K^T y, x>."""

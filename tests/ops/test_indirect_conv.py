@@ -89,6 +89,17 @@ def test_the_adjoint_definition(sizes, batch):
         assert torch.equal(got, same)
 
 
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_the_result_may_take_the_place_of_other(adjoint):
+    for sizes in SIZES:
+        (x, weight, table), extra = operands(5, *sizes)
+        weight = transposed(weight, *sizes[2:]) if adjoint else weight
+        want, out = torch.empty_like(extra["other"]), extra["other"].clone()
+        ops.IndirectConvs().add(want, x, weight, table, adjoint=adjoint, **extra)
+        ops.IndirectConvs().add(out, x, weight, table, adjoint=adjoint, **{**extra, "other": out})
+        assert torch.equal(out, want)
+
+
 def test_nothing_to_do():
     arguments, _ = operands(2, 3, 4, 2, 5, 6)
     x, weight, table = arguments

@@ -85,6 +85,16 @@ def test_the_adjoint_definition_is_the_turned_kernel(sizes):
     assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_result_may_take_the_place_of_other(sizes):
+    x, kernel, extra = operands(5, *sizes)
+    for adjoint in (False, True):
+        want, out = torch.empty_like(extra["other"]), extra["other"].clone()
+        ops.winograd_conv_(want, x, packed(kernel, adjoint), adjoint=adjoint, **extra)
+        ops.winograd_conv_(out, x, packed(kernel, adjoint), adjoint=adjoint, **{**extra, "other": out})
+        assert torch.equal(out, want)
+
+
 @pytest.mark.parametrize("sizes", SIZES + EMPTY)
 def test_the_reference(sizes):
     x, kernel, extra = operands(2, *sizes)
