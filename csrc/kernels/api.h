@@ -228,11 +228,49 @@ struct IndirectConv {
   int64_t scratch_bytes() const { return 4 * (values() + sums() + kTiles * taps); }
 };
 
-// A convolution by a 3x3 kernel at stride 1, padded with zeros, by Winograd's minimal filtering F(4x4, 3x3) (Lavin and
-// Gray 2016, "Fast Algorithms for Convolutional Neural Networks"): every 4x4 pixels of a result are
+// How a convolution by a 3x3 kernel is filtered: every tile of side x side pixels of its result is
 //   A^T (sum over channels of (G g[channel] G^T) * (B^T d[channel] B)) A
-// of the 6x6 pixels d that they meet and the kernel g; and then, as in IndirectConv, bias, other and act.
-// The points are 0, +-sqrt(1/2), +-sqrt(2) and infinity. CPU only.
+// of the kernel g and the pixels d that the tile meets, with values x values products for each channel.
+struct Filtering {
+  int64_t side;
+  int64_t left_out;  // pixels at either end of those that a tile meets along a side, being padding
+  int64_t values;
+
+  static constexpr int64_t kLanes = IndirectConv::kLanes;
+  static constexpr int64_t kMostPanels = 2;  // multiplied at once, whatever the instruction set
+  static constexpr int64_t kChannels = 64;   // whose kernels are transformed at a time, and stay in L2
+
+  FASTLIP_INLINE constexpr int64_t pixels() const { return side + 2 - 2 * left_out; }
+  FASTLIP_INLINE constexpr int64_t taps() const { return values * values; }
+  // Tiles taken at a time: as many as the outer caches hold, with their sums.
+  FASTLIP_INLINE constexpr int64_t together(int64_t channels) const {
+    const int64_t most = (1 << 20) / (taps() * (padded(channels) + kMostPanels * kLanes));
+    constexpr int64_t low = 2 * IndirectConv::kMostRows, high = 8 * IndirectConv::kMostRows;
+    return most < low ? low : most > high ? high : most;
+  }
+  FASTLIP_INLINE static constexpr int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
+  // From one tap to the next: an odd number of cache lines, so that taps do not meet in a few sets of the cache.
+  FASTLIP_INLINE static constexpr int64_t tap_stride(int64_t rows, int64_t width) {
+    return (rows * width / kLanes | 1) * kLanes;
+  }
+  constexpr int64_t scratch_bytes(int64_t channels) const {
+    const int64_t rows = together(channels), own = padded(channels);
+    const int64_t sums = tap_stride(rows, kMostPanels * kLanes), kernels = kMostPanels * tap_stride(kChannels, kLanes);
+    return 4 * (taps() * (tap_stride(rows, own) + sums + kernels) + own);
+  }
+};
+// Winograd's F(4x4, 3x3) (Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks") at the points 0,
+// +-sqrt(1/2), +-sqrt(2) and infinity.
+inline constexpr Filtering kTiles4{4, 0, 6};
+// Maps of 2x2 pixels that stay so: their padding, which is most of what they meet, takes no products. Along a side
+//   y0 = g1 d0 + g2 d1 = g1 (d0 + d1) + (g2 - g1) d1
+//   y1 = g0 d0 + g1 d1 = g1 (d0 + d1) + (g0 - g1) d0
+// share a product, as in Karatsuba's multiplication (Karatsuba and Ofman 1962, "Multiplication of Multidigit Numbers on
+// Automata"): 9 in two dimensions, in place of 16.
+inline constexpr Filtering kMap2{2, 1, 3};
+
+// A convolution by a 3x3 kernel at stride 1, padded with zeros, by minimal filtering; and then, as in IndirectConv,
+// bias, other and act. CPU only.
 struct WinogradConv {
   float* out;           // [batch, out_height, out_width, outputs]
   const float* x;       // [batch, height, width, channels]
@@ -244,31 +282,15 @@ struct WinogradConv {
   bool relu;
   int64_t batch, height, width, out_height, out_width, channels, outputs;
 
-  static constexpr int64_t kSide = 4, kPatch = kSide + 2, kTaps = kPatch * kPatch;
   static constexpr int64_t kLanes = IndirectConv::kLanes;
 
   FASTLIP_INLINE int64_t padding() const { return (out_height - height + 2) / 2; }
-  FASTLIP_INLINE int64_t tiles_across() const { return (out_width + kSide - 1) / kSide; }
-  FASTLIP_INLINE int64_t tiles() const { return (out_height + kSide - 1) / kSide * tiles_across(); }  // of an image
-
-  static constexpr int64_t kMostPanels = 2;  // multiplied at once, whatever the instruction set
-  static constexpr int64_t kChannels = 64;   // whose kernels are transformed at a time, and stay in L2
-
-  // Tiles taken at a time: as many as the outer caches hold, with their sums.
-  FASTLIP_INLINE static constexpr int64_t together(int64_t channels) {
-    const int64_t most = (1 << 20) / (kTaps * (padded(channels) + kMostPanels * kLanes));
-    constexpr int64_t low = 2 * IndirectConv::kMostRows, high = 8 * IndirectConv::kMostRows;
-    return most < low ? low : most > high ? high : most;
-  }
-  FASTLIP_INLINE static constexpr int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
-  // From one tap to the next: an odd number of cache lines, so that taps do not meet in a few sets of the cache.
-  FASTLIP_INLINE static constexpr int64_t tap_stride(int64_t rows, int64_t width) {
-    return (rows * width / kLanes | 1) * kLanes;
-  }
-  static constexpr int64_t scratch_bytes(int64_t channels) {
-    const int64_t rows = together(channels), own = padded(channels);
-    const int64_t sums = tap_stride(rows, kMostPanels * kLanes), kernels = kMostPanels * tap_stride(kChannels, kLanes);
-    return 4 * (kTaps * (tap_stride(rows, own) + sums + kernels) + own);
+  // Whether kMap2 is taken, and not kTiles4; the batch has no say, so that no result depends on it.
+  FASTLIP_INLINE bool is_map2() const { return height == 2 && width == 2 && out_height == 2 && out_width == 2; }
+  FASTLIP_INLINE const Filtering& filtering() const { return is_map2() ? kMap2 : kTiles4; }
+  FASTLIP_INLINE int64_t tiles_across(int64_t side) const { return (out_width + side - 1) / side; }
+  FASTLIP_INLINE int64_t tiles(int64_t side) const {  // of an image
+    return (out_height + side - 1) / side * tiles_across(side);
   }
 };
 

@@ -218,7 +218,8 @@ void indirect_convs_(std::vector<Tensor> out, std::vector<Tensor> x, std::vector
 void winograd_conv_(Tensor out, const Tensor& x, const Tensor& weight, bool adjoint, const Tensor& bias,
                     const Tensor& other, Tensor active, bool relu) {
   const WinogradConv conv = winograd_conv_of(out, x, weight, adjoint, bias, other, active, relu);
-  const int64_t tiles = conv.batch * conv.tiles(),
+  const Filtering& filtering = conv.filtering();
+  const int64_t tiles = conv.batch * conv.tiles(filtering.side),
                 panels = (conv.outputs + WinogradConv::kLanes - 1) / WinogradConv::kLanes;
   if (tiles == 0 || panels == 0) return;
   constexpr int64_t kWorth = 2 * IndirectConv::kMostRows;  // tiles worth being divided from others
@@ -229,7 +230,7 @@ void winograd_conv_(Tensor out, const Tensor& x, const Tensor& weight, bool adjo
   const int64_t panel_parts = std::clamp<int64_t>(wanted / tile_parts, 1, pairs);
   const auto product = kernels().winograd_conv;
   torch::stable::parallel_for(0, tile_parts * panel_parts, 1, [&](int64_t begin, int64_t end) {
-    const auto scratch = std::make_unique_for_overwrite<std::byte[]>(WinogradConv::scratch_bytes(conv.channels));
+    const auto scratch = std::make_unique_for_overwrite<std::byte[]>(filtering.scratch_bytes(conv.channels));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = i / panel_parts, panel = i % panel_parts;
       product(conv, tiles * tile / tile_parts, tiles * (tile + 1) / tile_parts, 2 * (pairs * panel / panel_parts),

@@ -34,8 +34,8 @@ class PackedConv(nn.Module):
 
     Products with padding are left out in both passes; where maps are small, those are most of all products. The weights
     are packed when the first input comes, once for both passes unless they are few, and no longer kept as they were. On
-    maps of 4x4 pixels and more 3x3 kernels at stride 1 take a quarter of the products, by
-    :func:`fastlip.ops.winograd_conv_`.
+    maps of 4x4 pixels and more 3x3 kernels at stride 1 take a quarter of the products, and on maps of 2x2 pixels that
+    stay so 9 in place of 16, by :func:`fastlip.ops.winograd_conv_`.
 
     There are two exceptions. Large maps have little padding, and PyTorch's convolution does not gather their pixels: it
     serves both passes of other kernels of more than one tap. An input of few channels, as an image is, is convolved by
@@ -220,7 +220,8 @@ class PackedConv(nn.Module):
 @cache
 def _saves_products(height: int, width: int, padding: int) -> bool:
     """Whether Winograd's filtering takes so few of the products of a 3x3 kernel's passes that it is faster."""
-    sums, filtered = 1, 36
+    map2 = height == width == 2 and padding == 1  # has a filtering of its own
+    sums, filtered = 1, 9 if map2 else 36
     for size in (height, width):
         outputs = size + 2 * padding - 2
         sums *= sum(0 <= i + tap - padding < size for i in range(outputs) for tap in range(3))

@@ -1,4 +1,4 @@
-"""3x3 convolutions on the CPU by Winograd's minimal filtering: the wrapper of ``winograd_conv_``."""
+"""3x3 convolutions on the CPU by minimal filtering: the wrapper of ``winograd_conv_``."""
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ def winograd_conv_(
     The results of a tile of 4x4 pixels round together, about five times as much as sums of products of the largest
     values among the 6x6 pixels that they meet: beside a far larger pixel small ones are lost, and sums that would be 0
     are 0 up to rounding. Values that are not finite, or beyond some 1e36, may spread to all pixels of a tile.
+
+    Maps of 2x2 pixels that stay so have a filtering of their own: their padding takes no products, and of the other 16
+    for each channel 9 are left, by Karatsuba's way of multiplying. It rounds at most about twice as much as sums of
+    products do, and with many channels no more than they.
 
     ``bias``, ``other``, ``relu`` and ``active`` are as with :class:`IndirectConvs`. An image's result depends neither
     on the other images nor on the number of threads.

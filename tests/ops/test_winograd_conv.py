@@ -1,4 +1,4 @@
-"""Winograd's filtering against convolutions in float64, on every instruction set."""
+"""Winograd's filtering, and that of maps of 2x2 pixels, against convolutions in float64, on every instruction set."""
 
 import itertools
 
@@ -24,8 +24,26 @@ SIZES = [
     (14, 15, 20, 40, 0),
     (4, 8, 300, 20, 1),
     (6, 6, 130, 15, 3),
+    # of 2x2 pixels, and some close to that, which are not filtered as they are
+    (2, 2, 1, 1, 1),
+    (2, 2, 3, 17, 1),
+    (2, 2, 64, 64, 1),
+    (2, 2, 17, 130, 1),
+    (2, 2, 130, 3, 1),
+    (2, 2, 5, 17, 2),
+    (4, 4, 17, 5, 0),
+    (2, 3, 20, 17, 1),
+    (3, 2, 17, 20, 1),
 ]
-EMPTY = [(0, 0, 4, 5, 2), (0, 3, 4, 5, 1), (2, 5, 4, 3, 0), (5, 4, 0, 3, 1), (5, 4, 3, 0, 1)]
+EMPTY = [
+    (0, 0, 4, 5, 2),
+    (0, 3, 4, 5, 1),
+    (2, 5, 4, 3, 0),
+    (5, 4, 0, 3, 1),
+    (5, 4, 3, 0, 1),
+    (2, 2, 0, 3, 1),
+    (2, 2, 3, 0, 1),
+]
 
 
 def operands(batch, height, width, channels, outputs, padding, seed=0):
@@ -119,6 +137,18 @@ def test_rounding_is_about_five_times_that_of_sums():
     assert error < 10.0 * sums
 
 
+@needs_native
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize(("channels", "outputs"), [(1, 1), (3, 17), (17, 3), (64, 64), (130, 33), (512, 20)])
+def test_maps_of_2x2_pixels_round_about_as_sums_do(channels, outputs, adjoint):
+    x, kernel, _ = operands(256, 2, 2, channels, outputs, 1)
+    want = convolved(x, kernel, 1, adjoint)
+    out = ops.winograd_conv_(torch.empty(want.shape), x, packed(kernel, adjoint), adjoint=adjoint)
+    error, sums = ((found - want).norm() for found in (out, convolved(x, kernel, 1, adjoint, torch.float32)))
+    assert error < (4.0 if channels < 16 else 2.0) * sums
+    assert (out - want).abs().amax() < 4e-7 * convolved(x.abs(), kernel.abs(), 1, adjoint).amax()
+
+
 def test_values_up_to_1e36_do_not_overflow():
     x, kernel, extra = operands(2, 9, 9, 32, 32, 1)
     out = ops.winograd_conv_(torch.empty_like(extra["other"]), 1e36 * x.clamp(-3.0, 3.0), packed(kernel))
@@ -158,8 +188,9 @@ def test_negative_sums_and_where_the_relu_is_active():
 
 @needs_native
 @pytest.mark.parametrize("adjoint", [False, True])
-def test_an_image_depends_on_neither_its_batch_nor_the_threads(adjoint):
-    x, kernel, extra = operands(40, 12, 12, 72, 100, 1)
+@pytest.mark.parametrize("side", [2, 12])
+def test_an_image_depends_on_neither_its_batch_nor_the_threads(side, adjoint):
+    x, kernel, extra = operands(40, side, side, 72, 100, 1)
     weight = packed(kernel, adjoint)
     whole = ops.winograd_conv_(torch.empty_like(extra["other"]), x, weight, adjoint=adjoint, **extra)
     threads = torch.get_num_threads()
@@ -174,8 +205,9 @@ def test_an_image_depends_on_neither_its_batch_nor_the_threads(adjoint):
         assert torch.equal(part, whole[rows])
 
 
-def test_nothing_to_do():
-    x, kernel, extra = operands(2, 4, 4, 3, 5, 1)
+@pytest.mark.parametrize("side", [2, 4])
+def test_nothing_to_do(side):
+    x, kernel, extra = operands(2, side, side, 3, 5, 1)
     memory = torch.ones_like(extra["other"])
     ops.winograd_conv_(memory[:0], x[:0], packed(kernel))
     assert (memory == 1).all()
