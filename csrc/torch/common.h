@@ -374,10 +374,25 @@ inline const float* host_floats(const Tensor& t, const char* name) {
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-inline bool same_shape(const Tensor& t, const Tensor& other) {
-  bool same = t.dim() == other.dim();
-  for (int64_t d = 0; same && d < other.dim(); ++d) same = t.size(d) == other.size(d);
-  return same;
+// Maps are [B, C, H, W] here, contiguous or channels_last. Their strides, also along axes of one element:
+inline std::array<int64_t, 4> strides_of(const Tensor& maps, bool channels_last) {
+  const int64_t channels = maps.size(1), height = maps.size(2), width = maps.size(3);
+  if (channels_last) return {channels * height * width, 1, width * channels, channels};
+  return {channels * height * width, height * width, width, 1};
+}
+inline bool has_strides(const Tensor& maps, const std::array<int64_t, 4>& strides) {
+  for (int64_t d = 0; d < 4; ++d)
+    if (maps.size(d) > 1 && maps.stride(d) != strides[d] && maps.numel() > 0) return false;
+  return true;
+}
+
+// The elements of maps, which are channels_last, or `either`.
+inline const float* map_floats(const Tensor& maps, const char* name, bool either = false) {
+  STD_TORCH_CHECK(
+      maps.scalar_type() == ScalarType::Float && maps.device().is_cpu() &&
+          (has_strides(maps, strides_of(maps, true)) || (either && has_strides(maps, strides_of(maps, false)))),
+      name, " must be float32 on the CPU, ", either ? "contiguous or channels_last" : "channels_last");
+  return static_cast<const float*>(maps.const_data_ptr());
 }
 
 // What follows a convolution's sums: null where it is left out.
@@ -387,20 +402,21 @@ struct Epilogue {
 };
 
 inline Epilogue epilogue_of(const Tensor& out, const Tensor& bias, const Tensor& other, Tensor& active) {
-  const auto given = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.numel() == 0 || same_shape(t, out), name, " must have out's shape");
-    return t.numel() > 0;
+  const auto given = [&](const Tensor& t, const char* name, ScalarType dtype) {
+    if (t.numel() == 0) return false;
+    bool alike = t.dim() == 4 && t.scalar_type() == dtype && t.device().is_cpu();
+    for (int64_t d = 0; alike && d < 4; ++d)
+      alike = t.size(d) == out.size(d) && (t.size(d) == 1 || t.stride(d) == out.stride(d));
+    STD_TORCH_CHECK(alike, name, " must be ", dtype == ScalarType::Bool ? "bool" : "float32",
+                    " on the CPU with out's shape and memory format");
+    return true;
   };
-  STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == out.size(out.dim() - 1)),
-                  "bias must be [outputs]");
+  STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == out.size(1)),
+                  "bias must have an element for each channel of out");
   Epilogue then{};
   if (bias.numel() > 0) then.bias = host_floats(bias, "bias");
-  if (given(other, "other")) then.other = host_floats(other, "other");
-  if (given(active, "active")) {
-    STD_TORCH_CHECK(active.scalar_type() == ScalarType::Bool && active.is_contiguous() && active.device().is_cpu(),
-                    "active must be contiguous bool on the CPU");
-    then.active = static_cast<uint8_t*>(active.mutable_data_ptr());
-  }
+  if (given(other, "other", ScalarType::Float)) then.other = static_cast<const float*>(other.const_data_ptr());
+  if (given(active, "active", ScalarType::Bool)) then.active = static_cast<uint8_t*>(active.mutable_data_ptr());
   return then;
 }
 
@@ -417,17 +433,18 @@ inline void check_packed(const Tensor& weight, const char* taps_name, int64_t ta
 // The table's entries are trusted.
 inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& table,
                                      bool adjoint, const Tensor& bias, const Tensor& other, Tensor& active, bool relu) {
-  host_floats(out, "out");
-  STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.size(0) == out.size(0),
-                  "x must be [B, sources, channels], and out [B, targets, outputs]");
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
+                  "x must be [B, channels, H, W], and out [B, outputs, H', W']");
+  map_floats(out, "out");
+  const int64_t targets = out.size(2) * out.size(3), channels = x.size(1), outputs = out.size(1);
   STD_TORCH_CHECK(table.dim() == 2 && table.scalar_type() == ScalarType::Int && table.is_contiguous() &&
-                      table.size(0) == out.size(1) && table.size(1) > 0,
-                  "table must be contiguous int32 [targets, 1 + taps]");
-  const int64_t taps = table.size(1) - 1, channels = x.size(2), outputs = out.size(2);
+                      table.size(0) == targets && table.size(1) > 0,
+                  "table must be contiguous int32 [H' W', 1 + taps]");
+  const int64_t taps = table.size(1) - 1;
   check_packed(weight, "taps", taps, adjoint, channels, outputs);
   const Epilogue then = epilogue_of(out, bias, other, active);
   return {static_cast<float*>(out.mutable_data_ptr()),
-          host_floats(x, "x"),
+          map_floats(x, "x"),
           host_floats(weight, "weight"),
           then.bias,
           then.other,
@@ -436,8 +453,8 @@ inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor&
           adjoint,
           relu,
           out.size(0),
-          x.size(1),
-          out.size(1),
+          x.size(2) * x.size(3),
+          targets,
           taps,
           channels,
           outputs};
@@ -445,17 +462,17 @@ inline IndirectConv indirect_conv_of(Tensor& out, const Tensor& x, const Tensor&
 
 inline WinogradConv winograd_conv_of(Tensor& out, const Tensor& x, const Tensor& weight, bool adjoint,
                                      const Tensor& bias, const Tensor& other, Tensor& active, bool relu) {
-  host_floats(out, "out");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
-                  "x must be [B, H, W, channels], and out [B, H', W', outputs]");
-  const int64_t more = out.size(1) - x.size(1) + 2;
-  STD_TORCH_CHECK(more == out.size(2) - x.size(2) + 2 && more >= 0 && more % 2 == 0,
+                  "x must be [B, channels, H, W], and out [B, outputs, H', W']");
+  map_floats(out, "out");
+  const int64_t more = out.size(2) - x.size(2) + 2;
+  STD_TORCH_CHECK(more == out.size(3) - x.size(3) + 2 && more >= 0 && more % 2 == 0,
                   "out must have x's height and width, plus 2 padding - 2");
-  const int64_t channels = x.size(3), outputs = out.size(3);
+  const int64_t channels = x.size(1), outputs = out.size(1);
   check_packed(weight, "9", 9, adjoint, channels, outputs);
   const Epilogue then = epilogue_of(out, bias, other, active);
   return {static_cast<float*>(out.mutable_data_ptr()),
-          host_floats(x, "x"),
+          map_floats(x, "x"),
           host_floats(weight, "weight"),
           adjoint,
           then.bias,
@@ -463,25 +480,12 @@ inline WinogradConv winograd_conv_of(Tensor& out, const Tensor& x, const Tensor&
           then.active,
           relu,
           out.size(0),
-          x.size(1),
           x.size(2),
-          out.size(1),
+          x.size(3),
           out.size(2),
+          out.size(3),
           channels,
           outputs};
-}
-
-// The strides of a contiguous or channels_last tensor of four axes, also of those along which it has one element.
-inline std::array<int64_t, 4> strides_of_maps(const Tensor& t, const char* name) {
-  const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
-  const std::array<int64_t, 4> formats[] = {{channels * height * width, height * width, width, 1},
-                                            {channels * height * width, 1, width * channels, channels}};
-  for (const auto& strides : formats) {
-    bool alike = true;
-    for (int64_t d = 0; d < 4; ++d) alike = alike && (t.size(d) <= 1 || t.stride(d) == strides[d]);
-    if (alike || t.numel() == 0) return strides;
-  }
-  STD_TORCH_CHECK(false, name, " must be float32 on the CPU, contiguous or channels_last");
 }
 
 // All of a convolution but what DirectConvPlan makes.
@@ -490,45 +494,30 @@ inline DirectConv direct_conv_of(Tensor& out, const Tensor& x, const Tensor& wei
                                  const std::vector<int64_t>& padding, bool adjoint, bool relu) {
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
                   "x must be [B, sources, H, W], and out [B, targets, H', W']");
-  const auto floats = [](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.device().is_cpu(), name,
-                    " must be float32 on the CPU, contiguous or channels_last");
-    return static_cast<const float*>(t.const_data_ptr());
-  };
-  const auto given = [&](const Tensor& t, const char* name) {
-    if (t.numel() == 0) return false;
-    bool alike = same_shape(t, out);
-    for (int64_t d = 0; alike && d < 4; ++d) alike = t.size(d) == 1 || t.stride(d) == out.stride(d);
-    STD_TORCH_CHECK(alike, name, " must have out's shape and memory format");
-    return true;
-  };
-  floats(out, "out");
-  const std::array<int64_t, 4> out_stride = strides_of_maps(out, "out"), x_stride = strides_of_maps(x, "x");
+  map_floats(out, "out", true);
   DirectConv p{};
   p.out = static_cast<float*>(out.mutable_data_ptr());
-  p.x = floats(x, "x");
+  p.x = map_floats(x, "x", true);
   p.weight = host_floats(weight, "weight");
-  if (given(other, "other")) p.other = floats(other, "other");
-  if (given(active, "active")) {
-    STD_TORCH_CHECK(active.scalar_type() == ScalarType::Bool && active.device().is_cpu(),
-                    "active must be bool on the CPU");
-    p.active = static_cast<uint8_t*>(active.mutable_data_ptr());
-  }
+  const Epilogue then = epilogue_of(out, bias, other, active);
+  p.bias = then.bias;
+  p.other = then.other;
+  p.active = then.active;
   p.relu = relu;
   p.adjoint = adjoint;
   p.batch = out.size(0);
   p.sources = x.size(1);
   p.targets = out.size(1);
-  STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == p.targets), "bias must be [targets]");
-  p.bias = bias.numel() ? host_floats(bias, "bias") : nullptr;
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == (adjoint ? p.sources : p.targets) &&
                       weight.size(1) == (adjoint ? p.targets : p.sources),
                   "weight must be [outputs, channels, h, w]");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2, "stride and padding must be two numbers");
-  for (int64_t d = 0; d < 4; ++d) {
-    p.out_stride[d] = out_stride[d];
-    p.x_stride[d] = x_stride[d];
-  }
+  const auto own_strides = [](const Tensor& maps, int64_t (&to)[4]) {
+    const auto strides = strides_of(maps, !has_strides(maps, strides_of(maps, false)));
+    std::copy(strides.begin(), strides.end(), to);
+  };
+  own_strides(out, p.out_stride);
+  own_strides(x, p.x_stride);
   for (int axis = 0; axis < 2; ++axis) {
     p.image[axis] = (adjoint ? out : x).size(2 + axis);
     p.map[axis] = (adjoint ? x : out).size(2 + axis);

@@ -105,18 +105,15 @@ class PackedConv(nn.Module):
                 active = torch.empty_like(out, dtype=torch.bool) if relu and record else None
                 return self._summed(plain, out, x, other, active, relu, convs), active
             return plain.product(x, other, relu, convs, record)
+        x, other = _channels_last(x), None if other is None else _channels_last(other)
         out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         active = torch.empty_like(out, dtype=torch.bool) if relu and record else None
         if self._is_filtered(x):
             convs.run()
-            summand, passes = (None if t is None else _pixels(t) for t in (other, active))
-            ops.winograd_conv_(
-                _pixels(out), _pixels(x), self.weight, bias=self.bias, other=summand, relu=relu, active=passes
-            )
-            return out, active
-        summand, passes = (None if t is None else _rows(t) for t in (other, active))
-        table = self._meeting(x)[0]
-        convs.add(_rows(out), _rows(x), self.weight, table, bias=self.bias, other=summand, relu=relu, active=passes)
+            ops.winograd_conv_(out, x, self.weight, bias=self.bias, other=other, relu=relu, active=active)
+        else:
+            table = self._meeting(x)[0]
+            convs.add(out, x, self.weight, table, bias=self.bias, other=other, relu=relu, active=active)
         return out, active
 
     def gradient(
@@ -144,15 +141,15 @@ class PackedConv(nn.Module):
             active = active.bool()
         if plain is not None:
             return self._summed(plain, out, grad, other, active, False, convs, adjoint=True)
+        grad = _channels_last(grad)
+        other, active = (None if t is None else _channels_last(t) for t in (other, active))
         if self._is_filtered(like):
             convs.run()
-            summand, passes = (None if t is None else _pixels(t) for t in (other, active))
-            ops.winograd_conv_(_pixels(out), _pixels(grad), self.weight, adjoint=True, other=summand, active=passes)
-            return out
-        summand, passes = (None if t is None else _rows(t) for t in (other, active))
-        table, own = self._meeting(like)[1], self.adjoint_weight
-        weight = self.weight if own is None else own
-        convs.add(_rows(out), _rows(grad), weight, table, adjoint=own is None, other=summand, active=passes)
+            ops.winograd_conv_(out, grad, self.weight, adjoint=True, other=other, active=active)
+        else:
+            table, own = self._meeting(like)[1], self.adjoint_weight
+            weight = self.weight if own is None else own
+            convs.add(out, grad, weight, table, adjoint=own is None, other=other, active=active)
         return out
 
     def _is_direct(self, plain: FusedConv, x: Tensor) -> bool:
@@ -172,8 +169,8 @@ class PackedConv(nn.Module):
     ) -> Tensor:
         """``out`` by :func:`fastlip.ops.direct_conv_`."""
         convs.run()
-        planes = out.is_contiguous()
-        other, active = (None if t is None else _maps(t, planes) for t in (other, active))
+        memory_format = torch.contiguous_format if out.is_contiguous() else torch.channels_last
+        other, active = (None if t is None else t.contiguous(memory_format=memory_format) for t in (other, active))
         if not (weight := plain.conv.weight).is_contiguous():
             plain.conv.weight = weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         return ops.direct_conv_(
@@ -239,22 +236,10 @@ def _inside(position: Tensor, size: int) -> Tensor:
     return torch.where((position >= 0) & (position < size), position, -1)
 
 
-def _maps(x: Tensor, planes: bool) -> Tensor:
-    """x, contiguous or channels_last."""
-    return x.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _either(x: Tensor) -> Tensor:
     """x, contiguous unless it is channels_last."""
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """[B, C, H, W] as [B, H, W, C], contiguous."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[B, C, H, W] as [B, H W, C], contiguous."""
-    batch, channels, height, width = x.shape
-    return _pixels(x).view(batch, height * width, channels)

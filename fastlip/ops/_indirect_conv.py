@@ -66,11 +66,11 @@ class IndirectConvs:
     They are collected and run together, because Python is slow between two of them: by then each has replaced the
     cache's contents. The result of a convolution may be an operand of those added after it.
 
-    For every row (target, source of tap 0, source of tap 1, ...) of its table, a convolution makes ``out[:, target]``
-    the sum of ``x[:, source] @ weight[tap]`` over the taps whose source is not -1, plus ``bias`` plus
-    ``other[:, target]``. With ``relu``, negative elements then become 0, and ``active`` becomes True where the ReLU
-    passes an element on, positive or NaN. Without, elements become 0 where ``active`` is False: the adjoint of the next
-    layer gives the gradient before that ReLU.
+    For every row (target, source of tap 0, source of tap 1, ...) of its table, a convolution makes the channels of
+    ``out`` at the pixel ``target``, counted row by row, the sum of those of ``x`` at ``source`` times ``weight[tap]``
+    over the taps whose source is not -1, plus ``bias`` and ``other``. With ``relu``, negative elements then become 0,
+    and ``active`` becomes True where the ReLU passes an element on, positive or NaN. Without, elements become 0 where
+    ``active`` is False: the adjoint of the next layer gives the gradient before that ReLU.
 
     An image's result depends neither on the other images nor on the number of threads.
 
@@ -79,8 +79,9 @@ class IndirectConvs:
         >>> from fastlip import ops
         >>> rows = torch.tensor([[0]])  # one row, and a kernel of two columns on three pixels
         >>> table = ops.meeting_pixels(rows, torch.tensor([[0, 1], [1, 2]]), width=3)
-        >>> weight, out = ops.packed_taps(torch.randn(2, 4, 5)), torch.empty(1, 2, 5)
-        >>> ops.IndirectConvs().add(out, torch.randn(1, 3, 4), weight, table, relu=True)
+        >>> weight, x = ops.packed_taps(torch.randn(2, 4, 5)), torch.randn(1, 4, 1, 3)
+        >>> out = torch.empty(1, 5, 1, 2, memory_format=torch.channels_last)
+        >>> ops.IndirectConvs().add(out, x.contiguous(memory_format=torch.channels_last), weight, table, relu=True)
     """
 
     def __init__(self, most: int = 1) -> None:
@@ -91,34 +92,34 @@ class IndirectConvs:
 
     def add(
         self,
-        out: Tensor,  # [B, targets, outputs], overwritten
-        x: Tensor,  # [B, sources, channels]
+        out: Tensor,  # [B, outputs, H', W'], overwritten
+        x: Tensor,  # [B, channels, H, W]
         weight: Tensor,  # [panels, taps * channels, 16]
-        table: Tensor,  # [targets, 1 + taps] int32
+        table: Tensor,  # [H' W', 1 + taps] int32
         *,
         adjoint: bool = False,
         bias: Tensor | None = None,  # [outputs]
-        other: Tensor | None = None,  # [B, targets, outputs]
+        other: Tensor | None = None,  # [B, outputs, H', W']
         relu: bool = False,
-        active: Tensor | None = None,  # [B, targets, outputs] bool, overwritten with relu
+        active: Tensor | None = None,  # [B, outputs, H', W'] bool, overwritten with relu
     ) -> None:
         """Add a convolution, and run those collected where they are as many as there may be.
 
         Args:
-            out: overwritten; may be ``other``, and shares no memory with the rest.
-            x: pixels of the maps, channels last.
+            out: overwritten, channels_last; may be ``other``, and shares no memory with the rest.
+            x: what is convolved, channels_last.
             weight: from :func:`packed_taps`.
             table: from :func:`meeting_pixels`, each target once; its entries are not checked.
             adjoint: whether ``weight`` is that of the map whose adjoint this is, [panels, taps * outputs, 16]: each
                 tap's matrix is transposed.
             bias: added to every pixel.
-            other: added to the result.
+            other: added to the result; channels_last.
             relu: whether a ReLU follows the sums.
-            active: where the ReLU passes elements on, or without ``relu`` where the result is kept; contiguous.
+            active: where the ReLU passes elements on, or without ``relu`` where the result is kept; likewise.
 
         Raises:
-            RuntimeError: a tensor is not contiguous, float32 (the table int32, ``active`` bool), on the CPU or of the
-                shape above; when the convolution is run.
+            RuntimeError: a tensor is not channels_last or contiguous, float32 (the table int32, ``active`` bool), on
+                the CPU or of the shape above; when the convolution is run.
         """
         none = self._none
         optional = (none if t is None else t for t in (bias, other, active))

@@ -108,15 +108,14 @@ def winograd_conv_(
     out: Tensor, x: Tensor, weight: Tensor, adjoint: bool, bias: Tensor, other: Tensor, active: Tensor, relu: bool
 ) -> None:
     """Tap by tap, in float64."""
-    height, width = out.shape[1:3]
-    taps = _tap_matrices(weight, 9, x.shape[3], out.shape[3], adjoint).unflatten(0, (3, 3))
+    height, width = out.shape[2:]
+    taps = _tap_matrices(weight, 9, x.shape[1], out.shape[1], adjoint).unflatten(0, (3, 3))
     taps = taps.flip(0, 1) if adjoint else taps
-    padding = (height - x.shape[1] + 2) // 2
-    padded = functional.pad(x.double(), (0, 0, padding, padding, padding, padding))
+    padded = functional.pad(x.double(), [(height - x.shape[2] + 2) // 2] * 4)
     total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
     for i, row in enumerate(taps):
         for j, matrix in enumerate(row):
-            total += padded[:, i : i + height, j : j + width] @ matrix
+            total += torch.einsum("bchw,ck->bkhw", padded[:, :, i : i + height, j : j + width], matrix)
     _finish_(out, total, bias, other, active, relu)
 
 
@@ -150,7 +149,7 @@ def direct_conv_(
                 met += torch.einsum("bkhw,kc->bchw", x.double(), matrix)
             else:
                 total += torch.einsum("bchw,kc->bkhw", met, matrix)
-    _finish_(out, inside if adjoint else total, bias[:, None, None] if bias.numel() else bias, other, active, relu)
+    _finish_(out, inside if adjoint else total, bias, other, active, relu)
 
 
 def _tap_matrices(weight: Tensor, taps: int, channels: int, outputs: int, adjoint: int) -> Tensor:
@@ -173,17 +172,17 @@ def _indirect_conv_(
 ) -> None:
     """Tap by tap, in float64."""
     target, sources = table[:, 0].long(), table[:, 1:].long()
-    matrices = _tap_matrices(weight, sources.shape[1], x.shape[2], out.shape[2], adjoint)
-    total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
+    matrices = _tap_matrices(weight, sources.shape[1], x.shape[1], out.shape[1], adjoint)
+    total = torch.zeros(out.shape, dtype=torch.float64, device=out.device).flatten(2)
     for tap, source in enumerate(sources.T):
-        met = torch.where((source >= 0)[:, None], x[:, source.clamp_min(0)], 0.0)
-        total[:, target] += met.double() @ matrices[tap]
-    _finish_(out, total, bias, other, active, relu)
+        met = torch.where(source >= 0, x.flatten(2)[:, :, source.clamp_min(0)], 0.0)
+        total[:, :, target] += torch.einsum("bcp,ck->bkp", met.double(), matrices[tap])
+    _finish_(out, total.view(out.shape), bias, other, active, relu)
 
 
 def _finish_(out: Tensor, total: Tensor, bias: Tensor, other: Tensor, active: Tensor, relu: int) -> None:
     """What follows a convolution's sums; an operand that has no elements is left out."""
-    for summand in (bias, other):
+    for summand in (bias[:, None, None], other):
         total = total + summand if summand.numel() else total
     total = total.to(out.dtype)
     if relu and active.numel():

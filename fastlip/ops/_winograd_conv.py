@@ -5,15 +5,15 @@ from torch import Tensor
 
 
 def winograd_conv_(
-    out: Tensor,  # [B, H', W', outputs], overwritten
-    x: Tensor,  # [B, H, W, channels]
+    out: Tensor,  # [B, outputs, H', W'], overwritten
+    x: Tensor,  # [B, channels, H, W]
     weight: Tensor,  # [panels, 9 * channels, 16]
     *,
     adjoint: bool = False,
     bias: Tensor | None = None,  # [outputs]
-    other: Tensor | None = None,  # [B, H', W', outputs]
+    other: Tensor | None = None,  # [B, outputs, H', W']
     relu: bool = False,
-    active: Tensor | None = None,  # [B, H', W', outputs] bool, overwritten with relu
+    active: Tensor | None = None,  # [B, outputs, H', W'] bool, overwritten with relu
 ) -> Tensor:
     """A convolution by a 3x3 kernel at stride 1, padded with zeros, in float32 on the CPU.
 
@@ -32,29 +32,32 @@ def winograd_conv_(
     on the other images nor on the number of threads.
 
     Args:
-        out: overwritten, [B, H + 2 padding - 2, W + 2 padding - 2, outputs]; may be ``other``, and shares no memory
-            with the rest.
-        x: the maps, channels last.
+        out: overwritten, [B, outputs, H + 2 padding - 2, W + 2 padding - 2], channels_last; may be ``other``, and
+            shares no memory with the rest.
+        x: what is convolved, channels_last.
         weight: from :func:`packed_taps` of the kernel as [9, channels, outputs], row by row.
         adjoint: whether ``weight`` is that of the convolution whose adjoint this is, [panels, 9 * outputs, 16]: the
             kernel is turned by half a turn, and each tap's matrix transposed.
         bias: added to every pixel.
-        other: added to the result.
+        other: added to the result; channels_last.
         relu: whether a ReLU follows the sums.
-        active: where the ReLU passes elements on, or without ``relu`` where the result is kept.
+        active: where the ReLU passes elements on, or without ``relu`` where the result is kept; likewise.
 
     Returns:
         out.
 
     Raises:
-        RuntimeError: a tensor is not contiguous, float32 (``active`` bool), on the CPU or of the shape above.
+        RuntimeError: a tensor is not channels_last or contiguous, float32 (``active`` bool), on the CPU or of the
+            shape above.
 
     Example:
         >>> import torch
         >>> from fastlip import ops
         >>> kernel = torch.randn(5, 4, 3, 3)  # from 4 channels to 5
         >>> weight = ops.packed_taps(kernel.flatten(2).permute(2, 1, 0))
-        >>> out = ops.winograd_conv_(torch.empty(1, 8, 8, 5), torch.randn(1, 8, 8, 4), weight, relu=True)
+        >>> x = torch.randn(1, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+        >>> out = torch.empty(1, 5, 8, 8, memory_format=torch.channels_last)
+        >>> out = ops.winograd_conv_(out, x, weight, relu=True)
     """
     none = x.new_empty(0)
     bias, other, active = (none if t is None else t for t in (bias, other, active))

@@ -12,6 +12,11 @@ from fastlip.ops import reference
 needs_native = pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="checks of the compiled bindings")
 
 
+def maps(rows):
+    """[B, pixels, channels] as maps of one column, [B, channels, pixels, 1], channels_last."""
+    return rows.mT[..., None]
+
+
 def operands(batch, sources, targets, taps, channels, outputs, seed=0):
     """A table of any pixels whatever, some of which meet nothing at a tap."""
     generator = torch.Generator().manual_seed(seed)
@@ -22,9 +27,9 @@ def operands(batch, sources, targets, taps, channels, outputs, seed=0):
     table = torch.randint(-sources // 2, sources, (targets, 1 + taps), generator=generator).clamp_min(-1)
     table[:, 0] = torch.randperm(targets, generator=generator)
     weight = ops.packed_taps(random(taps, channels, outputs))
-    other, active = random(batch, targets, outputs), random(batch, targets, outputs) > 0
-    extra = {"bias": random(outputs), "other": other, "active": active}
-    return (random(batch, sources, channels), weight, table.int()), extra
+    other, active = (maps(random(batch, targets, outputs)) for _ in range(2))
+    extra = {"bias": random(outputs), "other": other, "active": active > 0}
+    return (maps(random(batch, sources, channels)), weight, table.int()), extra
 
 
 def transposed(weight, taps, channels, outputs):
@@ -103,23 +108,23 @@ def test_the_result_may_take_the_place_of_other(adjoint):
 def test_nothing_to_do():
     arguments, _ = operands(2, 3, 4, 2, 5, 6)
     x, weight, table = arguments
-    memory = torch.full((2, 4, 6), 1.0)
+    memory = maps(torch.full((2, 4, 6), 1.0))
     ops.IndirectConvs().add(memory[:0], x[:0], weight, table)
-    ops.IndirectConvs().add(memory.view(2, 24)[:, :0].view(2, 0, 6), x, weight, table[:0])
+    ops.IndirectConvs().add(memory[:, :, :0], x, weight, table[:0])
     ops.IndirectConvs().run()
     assert (memory == 1).all()
 
 
 def test_nan_and_infinity_stay():
-    x = torch.tensor([[[torch.nan], [torch.inf], [-1.0]]])
-    active = torch.tensor([[[False], [False], [True]]])
+    x = maps(torch.tensor([[[torch.nan], [torch.inf], [-1.0]]]))
+    active = maps(torch.tensor([[[False], [False], [True]]]))
     table = torch.tensor([[0, 0], [1, 1], [2, 2]], dtype=torch.int32)
-    out = torch.empty(1, 3, 1)
+    out = torch.empty(1, 1, 3, 1)
     ops.IndirectConvs().add(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, relu=True, active=active)
-    assert out[0, 0].isnan()
-    assert out[0, 1:].flatten().tolist() == [torch.inf, 0.0]
+    assert out[0, 0, 0].isnan()
+    assert out[0, 0, 1:].flatten().tolist() == [torch.inf, 0.0]
     assert active.flatten().tolist() == [True, True, False]
-    active = torch.tensor([[[False], [False], [True]]])
+    active = maps(torch.tensor([[[False], [False], [True]]]))
     ops.IndirectConvs().add(out, x, ops.packed_taps(torch.ones(1, 1, 1)), table, active=active)
     assert out.flatten().tolist() == [0.0, 0.0, -1.0]
 
@@ -127,10 +132,10 @@ def test_nan_and_infinity_stay():
 @pytest.mark.parametrize("outputs", [1, 5, 16, 17, 47])
 def test_where_the_relu_is_active(outputs):
     """Where torch passes a gradient on: not at 0 of either sign, and at NaN."""
-    x = torch.tensor([1.0, -1.0, 0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45, -1e-45]).view(1, -1, 1)
-    count = x.shape[1]
+    x = torch.tensor([1.0, -1.0, 0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45, -1e-45]).view(1, 1, -1, 1)
+    count = x.shape[2]
     table = torch.arange(count, dtype=torch.int32)[:, None].repeat(1, 2)
-    out, active = torch.empty(1, count, outputs), torch.zeros(1, count, outputs, dtype=torch.bool)
+    out, active = maps(torch.empty(1, count, outputs)), maps(torch.zeros(1, count, outputs, dtype=torch.bool))
     weight = ops.packed_taps(torch.ones(1, 1, outputs))
     ops.IndirectConvs().add(out, x, weight, table, relu=True, active=active)
     sums = x.expand_as(out).clone().requires_grad_()
@@ -145,7 +150,7 @@ def test_an_image_depends_on_neither_its_batch_nor_the_threads(adjoint):
     x, weight, table = arguments
     weight = transposed(weight, 9, 40, 72) if adjoint else weight
     extra["adjoint"] = adjoint
-    whole = torch.empty(40, 64, 72)
+    whole = maps(torch.empty(40, 64, 72))
     ops.IndirectConvs().add(whole, x, weight, table, **extra)
     for rows in (slice(0, 1), slice(3, 10), slice(39, 40)):
         part = torch.empty_like(whole[rows])
@@ -174,13 +179,13 @@ def test_opcheck():
     (x, weight, table), extra = operands(2, 3, 4, 2, 5, 6)
     arguments = [[t, t] for t in (x, weight, table, 0, *extra.values(), 1)]
     torch.library.opcheck(
-        torch.ops.fastlip.indirect_convs_.default, ([torch.zeros(2, 4, 6), torch.zeros(2, 4, 6)], *arguments)
+        torch.ops.fastlip.indirect_convs_.default, ([maps(torch.zeros(2, 4, 6)) for _ in range(2)], *arguments)
     )
 
 
 def test_convolutions_are_collected_and_run_in_order():
     """Each reads the result of the one before; the third one runs all of them."""
-    x = torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    x = maps(torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(0)))
     weight = ops.packed_taps(2.0 * torch.eye(16)[None])
     table = torch.arange(4, dtype=torch.int32)[:, None].repeat(1, 2)
     values = [x, *(torch.full_like(x, torch.nan) for _ in range(5))]
@@ -199,30 +204,33 @@ def test_convolutions_are_collected_and_run_in_order():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: torch.zeros(2, 4, 6).double()}, "out must be contiguous float32"),
-        ({0: torch.zeros(2, 4, 12)[..., ::2]}, "out must be contiguous float32"),
-        ({0: torch.zeros(3, 4, 6)}, "x must be"),
-        ({0: torch.zeros(2, 5, 6)}, "table must be"),
-        ({0: torch.zeros(2, 4, 17)}, "weight must be"),
-        ({1: torch.zeros(2, 3, 5).half()}, "x must be contiguous float32"),
-        ({1: torch.zeros(2, 5)}, "x must be"),
-        ({1: torch.zeros(2, 3, 4)}, "weight must be"),
+        ({0: maps(torch.zeros(2, 4, 6)).double()}, "out must be float32"),
+        ({0: torch.zeros(2, 6, 4, 1)}, "out must be float32 on the CPU, channels_last"),
+        ({0: maps(torch.zeros(2, 4, 12))[:, ::2]}, "out must be float32 on the CPU, channels_last"),
+        ({0: maps(torch.zeros(3, 4, 6))}, "x must be"),
+        ({0: maps(torch.zeros(2, 5, 6))}, "table must be"),
+        ({0: maps(torch.zeros(2, 4, 17))}, "weight must be"),
+        ({1: maps(torch.zeros(2, 3, 5)).half()}, "x must be float32"),
+        ({1: torch.zeros(2, 5, 3, 1)}, "x must be float32 on the CPU, channels_last"),
+        ({1: torch.zeros(2, 3, 5)}, "x must be"),
+        ({1: maps(torch.zeros(2, 3, 4))}, "weight must be"),
         ({2: torch.zeros(1, 10, 16).double()}, "weight must be contiguous float32"),
         ({2: torch.zeros(1, 10, 8)}, "weight must be"),
         ({3: torch.zeros(4, 3, dtype=torch.int64)}, "table must be"),
         ({3: torch.zeros(4, 4, dtype=torch.int32)}, "weight must be"),
         ({3: torch.zeros(4, 0, dtype=torch.int32)}, "table must be"),
         ({4: 1}, "weight must be .*taps . outputs"),
-        ({5: torch.zeros(5)}, "bias must be"),
-        ({6: torch.zeros(2, 4, 5)}, "other must have out's shape"),
-        ({7: torch.zeros(2, 4)}, "active must have out's shape"),
-        ({7: torch.zeros(2, 4, 6)}, "active must be contiguous bool"),
-        ({7: torch.zeros(2, 4, 12, dtype=torch.bool)[..., ::2]}, "active must be contiguous bool"),
+        ({5: torch.zeros(5)}, "bias must have"),
+        ({6: maps(torch.zeros(2, 4, 5))}, "other must be float32 on the CPU with out's shape"),
+        ({6: torch.zeros(2, 6, 4, 1)}, "other must be float32 on the CPU with out's shape and memory format"),
+        ({7: torch.zeros(2, 4, dtype=torch.bool)}, "active must be bool on the CPU with out's shape"),
+        ({7: maps(torch.zeros(2, 4, 6))}, "active must be bool"),
+        ({7: torch.zeros(2, 6, 4, 1, dtype=torch.bool)}, "active must be bool .*memory format"),
     ],
 )
 def test_direct_calls_are_checked(change, message):
     (x, weight, table), extra = operands(2, 3, 4, 2, 5, 6)
-    arguments = [torch.zeros(2, 4, 6), x, weight, table, 0, *extra.values(), False]
+    arguments = [maps(torch.zeros(2, 4, 6)), x, weight, table, 0, *extra.values(), False]
     for position, value in change.items():
         arguments[position] = value
     with pytest.raises(RuntimeError, match=message):

@@ -46,6 +46,11 @@ EMPTY = [
 ]
 
 
+def maps(pixels):
+    """[B, H, W, C] as [B, C, H, W], channels_last."""
+    return pixels.permute(0, 3, 1, 2)
+
+
 def operands(batch, height, width, channels, outputs, padding, seed=0):
     """x, the kernel [outputs, channels, 3, 3], and what follows the sums."""
     generator = torch.Generator().manual_seed(seed)
@@ -54,9 +59,9 @@ def operands(batch, height, width, channels, outputs, padding, seed=0):
         return torch.randn(*shape, generator=generator)
 
     shape = (batch, height + 2 * padding - 2, width + 2 * padding - 2, outputs)
-    extra = {"bias": random(outputs), "other": random(*shape), "active": random(*shape) > 0}
+    extra = {"bias": random(outputs), "other": maps(random(*shape)), "active": maps(random(*shape)) > 0}
     kernel = random(outputs, channels, 3, 3) / max(9 * channels, 1) ** 0.5
-    return random(batch, height, width, channels), kernel, extra
+    return maps(random(batch, height, width, channels)), kernel, extra
 
 
 def packed(kernel, adjoint=False):
@@ -67,7 +72,7 @@ def packed(kernel, adjoint=False):
 def convolved(x, kernel, padding, turned, dtype=torch.float64):
     """By torch."""
     kernel = kernel.to(dtype).flip(2, 3) if turned else kernel.to(dtype)
-    return functional.conv2d(x.to(dtype).permute(0, 3, 1, 2), kernel, padding=padding).permute(0, 2, 3, 1)
+    return functional.conv2d(x.to(dtype), kernel, padding=padding)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
@@ -84,7 +89,7 @@ def test_the_definition(sizes, batch):
                 out = torch.full_like(extra["other"], torch.nan)
                 weight = packed(kernel, adjoint)
                 assert ops.winograd_conv_(out, x, weight, adjoint=adjoint, relu=relu, **chosen) is out
-                want = sums + sum(chosen[name] for name in names if name != "active")
+                want = sums + (chosen["bias"][:, None, None] if "bias" in names else 0.0) + chosen.get("other", 0.0)
                 want = want.relu() if relu else want
                 if "active" in names:
                     want = want if relu else torch.where(extra["active"], want, 0.0)
@@ -128,10 +133,10 @@ def test_the_reference(sizes):
 def test_rounding_is_about_five_times_that_of_sums():
     """On what a network computes: positive maps, and weights whose squares add up to 1."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 16, 16, 128, generator=generator).relu()
+    x = maps(torch.randn(8, 16, 16, 128, generator=generator).relu())
     kernel = torch.randn(64, 128, 3, 3, generator=generator) / (9 * 128) ** 0.5
     want = convolved(x, kernel, 1, False)
-    out = ops.winograd_conv_(torch.empty(8, 16, 16, 64), x, packed(kernel))
+    out = ops.winograd_conv_(maps(torch.empty(8, 16, 16, 64)), x, packed(kernel))
     error, sums = ((found - want).norm() for found in (out, convolved(x, kernel, 1, False, torch.float32)))
     assert error < 2e-6 * want.norm()
     assert error < 10.0 * sums
@@ -141,9 +146,9 @@ def test_rounding_is_about_five_times_that_of_sums():
 @pytest.mark.parametrize("adjoint", [False, True])
 @pytest.mark.parametrize(("channels", "outputs"), [(1, 1), (3, 17), (17, 3), (64, 64), (130, 33), (512, 20)])
 def test_maps_of_2x2_pixels_round_about_as_sums_do(channels, outputs, adjoint):
-    x, kernel, _ = operands(256, 2, 2, channels, outputs, 1)
+    x, kernel, extra = operands(256, 2, 2, channels, outputs, 1)
     want = convolved(x, kernel, 1, adjoint)
-    out = ops.winograd_conv_(torch.empty(want.shape), x, packed(kernel, adjoint), adjoint=adjoint)
+    out = ops.winograd_conv_(torch.empty_like(extra["other"]), x, packed(kernel, adjoint), adjoint=adjoint)
     error, sums = ((found - want).norm() for found in (out, convolved(x, kernel, 1, adjoint, torch.float32)))
     assert error < (4.0 if channels < 16 else 2.0) * sums
     assert (out - want).abs().amax() < 4e-7 * convolved(x.abs(), kernel.abs(), 1, adjoint).amax()
@@ -165,16 +170,16 @@ def test_the_adjoint():
 
 
 def test_what_is_not_finite_reaches_the_pixels_that_it_should():
-    x = torch.zeros(1, 8, 8, 1)
-    x[0, 0, 0] = torch.nan
-    out = ops.winograd_conv_(torch.empty(1, 8, 8, 1), x, packed(torch.ones(1, 1, 3, 3)), relu=True)
-    assert out[0, :2, :2].isnan().all()
-    assert (out[0, 4:, 4:] == 0).all()
+    x = torch.zeros(1, 1, 8, 8)
+    x[0, 0, 0, 0] = torch.nan
+    out = ops.winograd_conv_(torch.empty(1, 1, 8, 8), x, packed(torch.ones(1, 1, 3, 3)), relu=True)
+    assert out[0, 0, :2, :2].isnan().all()
+    assert (out[0, 0, 4:, 4:] == 0).all()
 
 
 def test_negative_sums_and_where_the_relu_is_active():
-    active = torch.tensor([False, False, True, True]).view(1, 1, 4, 1)
-    out, x = torch.empty(1, 1, 4, 1), torch.ones(1, 1, 4, 1)
+    active = torch.tensor([False, False, True, True]).view(1, 1, 1, 4)
+    out, x = torch.empty(1, 1, 1, 4), torch.ones(1, 1, 1, 4)
     kernel = torch.zeros(1, 1, 3, 3)
     kernel[0, 0, 1, 1] = -1.0
     ops.winograd_conv_(out, x, packed(kernel), active=active)
@@ -229,29 +234,32 @@ def test_opcheck():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: torch.zeros(2, 4, 5, 6).double()}, "out must be contiguous float32"),
-        ({0: torch.zeros(2, 4, 5, 12)[..., ::2]}, "out must be contiguous float32"),
-        ({0: torch.zeros(3, 4, 5, 6)}, "x must be"),
+        ({0: maps(torch.zeros(2, 4, 5, 6)).double()}, "out must be float32"),
+        ({0: torch.zeros(2, 6, 4, 5)}, "out must be float32 on the CPU, channels_last"),
+        ({0: maps(torch.zeros(2, 4, 5, 12))[:, ::2]}, "out must be float32 on the CPU, channels_last"),
+        ({0: maps(torch.zeros(3, 4, 5, 6))}, "x must be"),
         ({0: torch.zeros(2, 20, 6)}, "x must be"),
-        ({0: torch.zeros(2, 5, 6, 6)}, "out must have x's height and width"),
-        ({0: torch.zeros(2, 6, 5, 6)}, "out must have x's height and width"),
-        ({0: torch.zeros(2, 0, 1, 6)}, "out must have x's height and width"),
-        ({0: torch.zeros(2, 4, 5, 17)}, "weight must be"),
-        ({1: torch.zeros(2, 4, 5, 3).half()}, "x must be contiguous float32"),
-        ({1: torch.zeros(2, 4, 5, 4)}, "weight must be"),
+        ({0: maps(torch.zeros(2, 5, 6, 6))}, "out must have x's height and width"),
+        ({0: maps(torch.zeros(2, 6, 5, 6))}, "out must have x's height and width"),
+        ({0: maps(torch.zeros(2, 0, 1, 6))}, "out must have x's height and width"),
+        ({0: maps(torch.zeros(2, 4, 5, 17))}, "weight must be"),
+        ({1: maps(torch.zeros(2, 4, 5, 3)).half()}, "x must be float32"),
+        ({1: torch.zeros(2, 3, 4, 5)}, "x must be float32 on the CPU, channels_last"),
+        ({1: maps(torch.zeros(2, 4, 5, 4))}, "weight must be"),
         ({2: torch.zeros(1, 27, 16).double()}, "weight must be contiguous float32"),
         ({2: torch.zeros(1, 36, 16)}, "weight must be"),
         ({3: True}, "weight must be .*9 . outputs"),
-        ({4: torch.zeros(5)}, "bias must be"),
+        ({4: torch.zeros(5)}, "bias must have"),
         ({4: torch.zeros(6).double()}, "bias must be contiguous float32"),
-        ({5: torch.zeros(2, 4, 5, 5)}, "other must have out's shape"),
-        ({6: torch.zeros(2, 20, 6)}, "active must have out's shape"),
-        ({6: torch.zeros(2, 4, 5, 6)}, "active must be contiguous bool"),
+        ({5: maps(torch.zeros(2, 4, 5, 5))}, "other must be float32 on the CPU with out's shape"),
+        ({5: torch.zeros(2, 6, 4, 5)}, "other must be .*memory format"),
+        ({6: torch.zeros(2, 20, 6, dtype=torch.bool)}, "active must be bool on the CPU with out's shape"),
+        ({6: maps(torch.zeros(2, 4, 5, 6))}, "active must be bool"),
     ],
 )
 def test_direct_calls_are_checked(change, message):
     x, kernel, extra = operands(2, 4, 5, 3, 6, 1)
-    arguments = [torch.zeros(2, 4, 5, 6), x, packed(kernel), False, *extra.values(), False]
+    arguments = [maps(torch.zeros(2, 4, 5, 6)), x, packed(kernel), False, *extra.values(), False]
     for position, value in change.items():
         arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
@@ -261,8 +269,8 @@ def test_direct_calls_are_checked(change, message):
 def test_rounding_goes_by_the_largest_pixel_that_a_tile_meets():
     """As the docstring says: a pixel that is 1e4 times as large costs its neighbours four digits, and no other tile."""
     x, kernel, extra = operands(1, 12, 12, 32, 32, 1)
-    x[0, 0, 0] *= 1e4
+    x[0, :, 0, 0] *= 1e4
     out = ops.winograd_conv_(torch.empty_like(extra["other"]), x, packed(kernel))
     error = (out - convolved(x, kernel, 1, False)).abs()[0]
-    assert error[:4, :4].amax() < 0.1
-    assert error[4:, 4:].amax() < 1e-4
+    assert error[:, :4, :4].amax() < 0.1
+    assert error[:, 4:, 4:].amax() < 1e-4

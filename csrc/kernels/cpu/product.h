@@ -98,7 +98,7 @@ FASTLIP_INLINE inline void transpose_block(const float* from, int64_t rows, floa
     for (int64_t j = 0; j < kLanes; j += kWidth) transpose(to + j * kLanes + i, kLanes, from + i * kLanes + j, kLanes);
 }
 
-// Fetches `width` elements of the result from `at` on, and what they are computed or recorded with.
+// Fetches `width` elements of the result from `at` on, and what goes into or along with them.
 template <typename Conv>
 FASTLIP_INLINE inline void fetch(const Conv& p, int64_t at, int64_t width) {
   for (int64_t k = 0; k < width; k += kLine) {

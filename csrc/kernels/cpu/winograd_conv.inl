@@ -261,7 +261,7 @@ void finish_tile(const WinogradConv& p, const Place& place, const float* sums, i
   }
 }
 
-// Fetches where `width` outputs of tiles [begin, end) go, from `channel` on, and what is added to them or masks them.
+// Fetches where `width` outputs of tiles [begin, end) go, from `channel` on, and what goes into or along with them.
 template <typename F>
 FASTLIP_INLINE inline void fetch_outputs(const WinogradConv& p, int64_t begin, int64_t end, int64_t channel,
                                          int64_t width) {
