@@ -214,15 +214,16 @@ struct IndirectConv {
   }
 
   static constexpr int64_t kLanes = 16;
-  static constexpr int64_t kMostRows = 14;  // of a tile, whatever the instruction set
-  static constexpr int64_t kTiles = 16;     // gathered at a time, at most
+  static constexpr int64_t kMostRows = 14;   // of a tile, whatever the instruction set
+  static constexpr int64_t kTiles = 16;      // gathered at a time, at most
+  static constexpr int64_t kInL2 = 1 << 16;  // floats that L2 holds with room to spare
   // The adjoint's tiles have pixels in place of outputs, in up to kMostPanels panels, and outputs in place of pixels;
   // of kOutputs at a time the sums are kept.
   static constexpr int64_t kMostPanels = 2, kOutputs = 3 * kLanes;
-  // Floats and bytes of scratch memory: as many gathered values as L2 holds with room to spare, or one tile.
+  // Floats and bytes of scratch memory: as many gathered values as stay in L2, or one tile.
   FASTLIP_INLINE int64_t values() const {
     const int64_t rows = adjoint ? kMostPanels * kLanes : kMostRows, tile = rows * taps * ((channels + 15) / 16 * 16);
-    return tile > (1 << 16) ? tile : (1 << 16);
+    return tile > kInL2 ? tile : kInL2;
   }
   FASTLIP_INLINE int64_t sums() const { return adjoint ? kTiles * kOutputs * kMostPanels * kLanes : 0; }
   int64_t scratch_bytes() const { return 4 * (values() + sums() + kTiles * taps); }

@@ -3,9 +3,9 @@
 // The rows of the product are the target pixels of all images, in the table's order, which puts pixels that meet the
 // same taps side by side. A tile of up to kTileRows rows is gathered once, without the taps that none of its rows
 // meets, and multiplied by one group of weight panels after the other, all sums in registers. Several tiles are
-// gathered at a time, so that a group of panels comes from memory once for all of them. Every sum is one chain of
-// multiply-adds over taps and channels in the table's order, so that an image's result depends on neither its batch nor
-// the threads.
+// gathered at a time, so that a group of panels comes from memory once for all of them; or one, where L2 holds all
+// panels, so that rows of the result are written whole. Every sum is one chain of multiply-adds over taps and channels
+// in the table's order, so that an image's result depends on neither its batch nor the threads.
 //
 // The adjoint reads the same panels, in which its channels are lanes and its outputs rows: the pixels take the lanes,
 // gathered in panels of their own, and the sums are transposed when they are written.
@@ -241,11 +241,12 @@ void FASTLIP_CAT(indirect_conv_, FASTLIP_ISA)(const IndirectConv& p, int64_t beg
   float* const values = static_cast<float*>(scratch);
   float* const sums = values + p.values();
   auto* const taps = reinterpret_cast<int32_t*>(sums + p.sums());
-  const int64_t most = last_panel - first_panel > kPanels ? kTiles : 1;  // what is read once may stay in L1
+  const int64_t panels = last_panel - first_panel;
+  const bool whole = panels <= kPanels || panels * kLanes * p.taps * p.channels <= IndirectConv::kInL2;
   while (begin < end) {
     Tile tile[kTiles];
     int64_t tiles = 0;
-    for (float* to = values; begin < end && tiles < most; ++tiles) {
+    for (float* to = values; begin < end && tiles < (whole ? 1 : kTiles); ++tiles) {
       to = next_tile(p, begin, end, to, values + p.values() - to, taps + tiles * p.taps, tile + tiles);
       if (to == nullptr) break;
       begin += tile[tiles].rows.count;
