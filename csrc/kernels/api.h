@@ -262,13 +262,13 @@ struct Filtering {
 };
 // Winograd's F(4x4, 3x3) (Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks") at the points 0,
 // +-sqrt(1/2), +-sqrt(2) and infinity.
-inline constexpr Filtering kTiles4{4, 0, 6};
+constexpr Filtering kTiles4{4, 0, 6};
 // Maps of 2x2 pixels that stay so: their padding, which is most of what they meet, takes no products. Along a side
 //   y0 = g1 d0 + g2 d1 = g1 (d0 + d1) + (g2 - g1) d1
 //   y1 = g0 d0 + g1 d1 = g1 (d0 + d1) + (g0 - g1) d0
 // share a product, as in Karatsuba's multiplication (Karatsuba and Ofman 1962, "Multiplication of Multidigit Numbers on
 // Automata"): 9 in two dimensions, in place of 16.
-inline constexpr Filtering kMap2{2, 1, 3};
+constexpr Filtering kMap2{2, 1, 3};
 
 // A convolution by a 3x3 kernel at stride 1, padded with zeros, by minimal filtering; and then, as in IndirectConv,
 // bias, other and act. CPU only.
