@@ -159,46 +159,59 @@ class _Chained(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        layers, plan = ctx.layers, ctx.plan
         active = dict(zip(ctx.with_relu, ctx.saved_tensors, strict=True))
-        first, _ = _readers(plan)
-        sums = {v: grad for v, grad in zip(plan.outputs, grads, strict=True) if grad is not None}
-        convs = IndirectConvs(_TOGETHER)
-        done = set()  # values whose sums have been through the ReLU
-        own = set()  # values whose sums nothing else reads from their memory, once the convolutions so far are run
-        for i in reversed(range(len(layers))):
-            value = plan.inputs + i
-            if value not in sums:
-                continue
-            grad = sums.pop(value)
-            if layers[i].relu and value not in done:
+        with torch.autocast("cpu", enabled=False):  # whatever the caller of the backward pass is in
+            sums = _backward(ctx.layers, ctx.plan, grads, active, ctx.likes, ctx.needs_input_grad[2:])
+        return (None, None, *sums)
+
+
+def _backward(
+    layers: Sequence[Layer],
+    plan: Plan,
+    grads: Sequence[Tensor | None],
+    active: dict[int, Tensor],
+    likes: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of the inputs that are ``wanted`` from those of the outputs and from what :func:`_forward` kept."""
+    first, _ = _readers(plan)
+    sums = {v: grad for v, grad in zip(plan.outputs, grads, strict=True) if grad is not None}
+    convs = IndirectConvs(_TOGETHER)
+    done = set()  # values whose sums have been through the ReLU
+    own = set()  # values whose sums nothing else reads from their memory, once the convolutions so far are run
+    for i in reversed(range(len(layers))):
+        value = plan.inputs + i
+        if value not in sums:
+            continue
+        grad = sums.pop(value)
+        if layers[i].relu and value not in done:
+            convs.run()
+            grad = through_relu(grad, active[value])
+            own.add(value)
+        source, other = plan.sources[i], plan.others[i]
+        if other is not None:
+            size = likes[other].shape
+            if other in sums or grad.shape != size:
                 convs.run()
-                grad = through_relu(grad, active[value])
-                own.add(value)
-            source, other = plan.sources[i], plan.others[i]
-            if other is not None:
-                shape = ctx.likes[other].shape
-                if other in sums or grad.shape != shape:
-                    convs.run()
-                part = grad.sum_to_size(shape)
-                if other in sums or part is not grad or value in own:
-                    own.add(other)
-                sums[other] = sums[other] + part if other in sums else part
-                del part  # which would live through the products below
-            like, layer = ctx.likes[source], source - plan.inputs
-            if layer < 0 and not ctx.needs_input_grad[2 + source]:
-                continue
-            last = layer >= 0 and layers[layer].relu and first[source] == i
-            if other is not None and grad.shape != (shape := layers[i].out_shape(like)):  # the convolution broadcast
-                convs.run()
-                grad = grad.sum_to_size(shape)
-            so_far = sums.get(source)
-            in_place = source in own and so_far is not grad
-            passes = active[source] if last else None
-            sums[source] = layers[i].gradient(grad, like, so_far, passes, convs, in_place)
-            own.add(source)
-            del so_far
-            if last:
-                done.add(source)
-        convs.run()
-        return (None, None, *(sums.get(v) for v in range(plan.inputs)))
+            part = grad.sum_to_size(size)
+            if other in sums or part is not grad or value in own:
+                own.add(other)
+            sums[other] = sums[other] + part if other in sums else part
+            del part  # which would live through the products below
+        like, layer = likes[source], source - plan.inputs
+        if layer < 0 and not wanted[source]:
+            continue
+        last = layer >= 0 and layers[layer].relu and first[source] == i
+        if other is not None and grad.shape != (shape := layers[i].out_shape(like)):  # the convolution broadcast
+            convs.run()
+            grad = grad.sum_to_size(shape)
+        so_far = sums.get(source)
+        in_place = source in own and so_far is not grad
+        passes = active[source] if last else None
+        sums[source] = layers[i].gradient(grad, like, so_far, passes, convs, in_place)
+        own.add(source)
+        del so_far
+        if last:
+            done.add(source)
+    convs.run()
+    return [sums.get(v) for v in range(plan.inputs)]

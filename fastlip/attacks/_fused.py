@@ -135,7 +135,7 @@ def dense_matrix(conv: nn.Conv2d, size: tuple[int, int], out: tuple[int, int]) -
 def through_relu(grad: Tensor, active: Tensor) -> Tensor:
     """``grad`` where ``active``, of the same shape, is positive or True, and 0 elsewhere."""
     if active.dtype == torch.bool:
-        active = active.view(torch.int8).to(grad.dtype)  # a sixth of the time that torch.where takes
+        active = active.view(torch.int8).to(grad.dtype)  # a fraction of the time that torch.where takes
     return torch.ops.aten.threshold_backward(grad, active, 0)
 
 

@@ -57,7 +57,7 @@ def prepare(
     a CPU, convolutions are fused with the sums and ReLUs that follow, in both passes. In float32, if fastlip was
     compiled, their weights are packed once for both passes, which takes as much memory as the model's weights, and 3x3
     kernels at stride 1 go by Winograd's filtering, which takes a quarter of the products and rounds about five times as
-    much (on maps of 2x2 pixels 9 in 16, at no such price): where a gradient is exactly 0, the copy's may be at the
+    much (on maps of 2x2 pixels 9 in 16, at a lower price): where a gradient is exactly 0, the copy's may be at the
     level of rounding, and a step in Linf goes by its sign. Attacks with ``fast=True`` leave out networks with next to
     nothing in convolutions, which have nothing to gain there, and small ones whose weights have changed since the last
     attack, as in training. On a GPU, CUDA graphs are replayed.

@@ -7,11 +7,13 @@ from fastlip.ops import _register  # noqa: F401  # defines the operators
 from fastlip.ops._schemas import HOST_SCHEMAS, SCHEMAS
 
 
-def _in_place(x: Tensor, *others: object) -> None:
+def _in_place(*operands: object) -> None:
     """Nothing; but a tensor on the meta device beside one that is not is answered here, and shall not be."""
-    for t in others:
-        if isinstance(t, Tensor) and t.device != x.device:
-            raise RuntimeError(f"all tensors must be on {x.device}, got one on {t.device}")
+    listed = (t for given in operands for t in (given if isinstance(given, list) else [given]))
+    devices = {t.device: None for t in listed if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        first, second = list(devices)[:2]
+        raise RuntimeError(f"all tensors must be on {first}, got one on {second}")
 
 
 for _name, _schema in (SCHEMAS | HOST_SCHEMAS).items():

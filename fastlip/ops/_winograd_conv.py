@@ -25,8 +25,9 @@ def winograd_conv_(
     are 0 up to rounding. Values that are not finite, or beyond some 1e36, may spread to all pixels of a tile.
 
     Maps of 2x2 pixels that stay so have a filtering of their own: their padding takes no products, and of the other 16
-    for each channel 9 are left, by Karatsuba's way of multiplying. It rounds at most about twice as much as sums of
-    products do, and with many channels no more than they.
+    for each channel 9 are left, by Karatsuba's way of multiplying. It rounds as sums of products do where pixels and
+    taps of a kernel are alike in size and of either sign, and up to about five times as much where one tap outweighs
+    the others. Here, too, the pixels of a map round together.
 
     ``bias``, ``other``, ``relu`` and ``active`` are as with :class:`IndirectConvs`. An image's result depends neither
     on the other images nor on the number of threads.

@@ -237,3 +237,13 @@ def test_direct_calls_are_checked(change, message):
         torch.ops.fastlip.indirect_convs_(*([argument] for argument in arguments))
     with pytest.raises(RuntimeError, match="all lists must be as long as out"):
         torch.ops.fastlip.indirect_convs_(*([argument] for argument in arguments[:-1]), [])
+
+
+def test_tensors_without_memory_are_refused():
+    """Beside others, in any list."""
+    (x, weight, table), extra = operands(2, 3, 4, 2, 5, 6)
+    arguments = [maps(torch.zeros(2, 4, 6)), x, weight, table, 0, *extra.values(), 1]
+    for i in (0, 1, 2, 3, 5, 6, 7):
+        changed = [*arguments[:i], arguments[i].to("meta"), *arguments[i + 1 :]]
+        with pytest.raises(RuntimeError, match="all tensors must be on"):
+            torch.ops.fastlip.indirect_convs_(*([argument] for argument in changed))
