@@ -23,7 +23,7 @@ from fastlip.attacks._outputs import logits_in
 from fastlip.attacks._packed import PackedConv
 from fastlip.attacks._rewrite import fold, fuse, lower, takes_either_format
 from fastlip.norms._models.restore import version_of
-from fastlip.norms._models.tracing import Tracer
+from fastlip.norms._models.tracing import InPlaceTracer, Tracer
 
 #: Largest difference of logits, relative to their spread, that counts as rounding.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 0.05, torch.bfloat16: 0.2}
@@ -350,7 +350,7 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
 def _traced(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
     """A traced copy, which takes batches of all sizes but only the inputs' shape where its forward asks for that."""
     try:
-        return _traced_by(fx.Tracer(), _copied(model))
+        return _traced_by(InPlaceTracer(), _copied(model))
     except Exception:  # a forward may do anything with what stands for a tensor
         other = inputs[:-1] if len(inputs) > 1 else torch.cat([inputs, inputs])
         return _traced_by(Tracer([inputs, other]), _copied(model))

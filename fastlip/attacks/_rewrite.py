@@ -1,6 +1,7 @@
 """Rewriting a traced model so that it is faster in eval mode and differs from the original by rounding alone."""
 
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +15,7 @@ from fastlip.attacks._packed import PackedConv, can_be_packed
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ADDS = (operator.add, operator.iadd, torch.add)
+_AUGMENTED = ("iadd", "isub", "imul", "itruediv")
 _RELUS = (functional.relu, torch.relu, torch.relu_)
 
 
@@ -86,6 +88,8 @@ def fuse(model: fx.GraphModule) -> None:
         user = _only_user(chain[-1])
         if relu := user is not None and _is_relu(user, modules):
             chain.append(user)
+        if any(_changes(between, modules) for between in _between(node, chain[-1]) if between not in chain):
+            other, relu, chain = None, False, [node]  # what the convolution or the sum reads may be another by then
         packed = low is None and can_be_packed(conv)
         model.set_submodule(str(node.target), PackedConv(conv, relu) if packed else FusedConv(conv, relu, low))
         with model.graph.inserting_before(chain[-1]):
@@ -150,6 +154,26 @@ def _replace(model: fx.GraphModule, nodes: list[fx.Node], layers: list[nn.Module
                 user.replace_input_with(node, result)
     for node in reversed(nodes):
         model.graph.erase_node(node)
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    node = first.next
+    while first is not last and node is not last:
+        yield node
+        node = node.next
+
+
+def _changes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node may change a tensor in place."""
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    inplace = bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    return inplace or name.endswith("_") or name == "setitem" or (name in _AUGMENTED)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

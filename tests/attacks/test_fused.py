@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import fx, nn
 
+from fastlip import attacks
 from fastlip.attacks._chain import Chain, Plan
 from fastlip.attacks._fused import FusedConv, dense_matrix
 from fastlip.attacks._rewrite import FullFirst, fold, fuse, lower
+from fastlip.norms._models.tracing import InPlaceTracer
 
 GEOMETRIES = [
     # channels, size, kernel, stride, padding, dilation, groups
@@ -127,7 +129,8 @@ def test_every_spelling_is_fused_and_nothing_else():
         model = Patterns().double()
         model(torch.randn(8, 4, 5, 5, dtype=torch.float64))
     model.eval().requires_grad_(False)
-    made = fx.symbolic_trace(copy.deepcopy(model))
+    copied = copy.deepcopy(model)
+    made = fx.GraphModule(copied, InPlaceTracer().trace(copied))
     fold(made)
     fuse(made)
     made.delete_all_unused_submodules()
@@ -147,6 +150,50 @@ def test_every_spelling_is_fused_and_nothing_else():
     assert sum("relu" in name or name == "act" for name in called) == 1
     assert isinstance(made.circular, nn.Conv2d)
     assert isinstance(made.same, nn.Conv2d)
+
+
+class Overwritten(nn.Module):
+    """Tensors that change in place while something else refers to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(6))
+        self.act = nn.LeakyReLU(0.1, inplace=True)
+
+    def forward(self, x):
+        c = self.convs
+        a = c[0](x)
+        same = a
+        a *= 2.0  # changes both
+        b = c[1](same) + a
+        d = c[2](x)
+        e = c[3](b) + d  # before d changes
+        d += 1.0
+        e = e.relu()
+        f = c[4](x)
+        g = f + c[5](e)
+        self.act(f)
+        return g.relu() + f * d
+
+
+def test_what_changes_in_place_is_read_as_it_was():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Overwritten().eval().requires_grad_(False)
+    copied = copy.deepcopy(model).double()
+    made = fx.GraphModule(copied, InPlaceTracer().trace(copied))
+    fuse(made)
+    made.recompile()
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(made(x), copy.deepcopy(model).double()(x), atol=1e-12, rtol=1e-12)
+    images = x.float()
+    network = attacks.prepare(nn.Sequential(model, nn.Flatten()).eval(), images)
+    assert network.faster is not None
+    found = []
+    for call in (network.faster, network.model):
+        own = images.clone().requires_grad_()
+        found.append(torch.autograd.grad(call(own).square().sum(), own)[0])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
 def test_only_the_first_layer_stays_wide():

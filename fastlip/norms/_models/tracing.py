@@ -41,11 +41,33 @@ class Described:
     device: torch.device
 
 
-class Proxy(fx.Proxy):
+class InPlaceProxy(fx.Proxy):
+    """Augmented assignments are recorded as in place, unlike fx's, as they change other references to a tensor too."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
+class InPlaceTracer(fx.Tracer):
+    """torch.fx's own tracer, which knows no values, but for augmented assignments."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
+
+
+class Proxy(InPlaceProxy):
     """Stands for a tensor, or a tuple of tensors, in a forward, and passes for one in its ``isinstance``.
 
     It knows its values for all examples. Where these agree on a number, a shape or a type, the forward is given that.
-    Augmented assignments are recorded as in place, unlike fx, because they also change other references to the tensor.
     """
 
     tracer: "Tracer"
@@ -98,18 +120,6 @@ class Proxy(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.agreed(self, self.of_examples, "value"))
-
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
 class Tracer(fx.Tracer):
