@@ -15,7 +15,7 @@ from fastlip.attacks._packed import PackedConv, can_be_packed
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ADDS = (operator.add, operator.iadd, torch.add)
-_AUGMENTED = ("iadd", "isub", "imul", "itruediv")
+_WRITE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 _RELUS = (functional.relu, torch.relu, torch.relu_)
 
 
@@ -157,6 +157,7 @@ def _replace(model: fx.GraphModule, nodes: list[fx.Node], layers: list[nn.Module
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """The nodes after ``first`` and before ``last``."""
     node = first.next
     while first is not last and node is not last:
         yield node
@@ -171,9 +172,8 @@ def _changes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return str(node.target).endswith("_")
     if node.op != "call_function":
         return False
-    name = getattr(node.target, "__name__", "")
-    inplace = bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-    return inplace or name.endswith("_") or name == "setitem" or (name in _AUGMENTED)
+    written = node.target in _WRITE or getattr(node.target, "__name__", "").endswith("_")
+    return written or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

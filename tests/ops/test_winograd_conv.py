@@ -154,6 +154,31 @@ def test_maps_of_2x2_pixels_round_about_as_sums_do(channels, outputs, adjoint):
     assert (out - want).abs().amax() < 4e-7 * convolved(x.abs(), kernel.abs(), 1, adjoint).amax()
 
 
+@needs_native
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_maps_of_2x2_pixels_round_more_where_one_tap_outweighs_the_others(adjoint):
+    """Positive maps, and the centre tap alone, which all products hold: about five times as much."""
+    for channels, outputs in ((64, 64), (512, 20)):
+        x, kernel, extra = operands(64, 2, 2, channels, outputs, 1)
+        x = x.relu()
+        kernel[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0.0
+        want = convolved(x, kernel, 1, adjoint)
+        out = ops.winograd_conv_(torch.empty_like(extra["other"]), x, packed(kernel, adjoint), adjoint=adjoint)
+        error, sums = ((found - want).norm() for found in (out, convolved(x, kernel, 1, adjoint, torch.float32)))
+        assert error < 8.0 * sums
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_the_pixels_of_a_2x2_map_round_together(adjoint):
+    """A pixel that is 1e4 times as large costs the others four digits, and other images none."""
+    x, kernel, extra = operands(2, 2, 2, 32, 32, 1)
+    x[0, :, 1, 1] *= 1e4
+    out = ops.winograd_conv_(torch.empty_like(extra["other"]), x, packed(kernel, adjoint), adjoint=adjoint)
+    error = (out - convolved(x, kernel, 1, adjoint)).abs()
+    assert error[0].amax() < 0.1
+    assert error[1].amax() < 1e-5
+
+
 def test_values_up_to_1e36_do_not_overflow():
     x, kernel, extra = operands(2, 9, 9, 32, 32, 1)
     out = ops.winograd_conv_(torch.empty_like(extra["other"]), 1e36 * x.clamp(-3.0, 3.0), packed(kernel))
