@@ -78,17 +78,34 @@ void sum_phase(const DirectConv& p, const DirectConv::Phase& phase, int64_t rows
   }
 }
 
-// The functions below write whole vectors, beyond where they should: what lies there is written after that, or is free.
+// The functions below write whole vectors: zeros beyond where they should, or what is written after that.
 
 void clear(float* to, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) store<Lanes>(to + i, Lanes{});
 }
 
+struct FirstLanes {
+  int32_t lanes[2 * kWidth] = {};
+  constexpr FirstLanes() {
+    for (int i = 0; i < kWidth; ++i) lanes[i] = -1;
+  }
+};
+constexpr FirstLanes kFirst;
+
+// The first `count` lanes of a vector, up to all, and 0 in the others.
+FASTLIP_INLINE inline Lanes first_lanes(Lanes v, int64_t count) {
+  using Mask = decltype(v < v);
+  return (Lanes)((Mask)v & load<Mask>(kFirst.lanes + kWidth - count));
+}
+
 // to[i] = from[i * step]; `there`: floats that there are from `from` on.
 FASTLIP_INLINE inline void take(float* to, const float* from, int64_t step, int64_t count, int64_t there) {
   int64_t i = 0;
-  if (step == 1)
-    for (; i < count && i + kWidth <= there; i += kWidth) store<Lanes>(to + i, load<Lanes>(from + i));
+  if (step == 1) {
+    for (; i < count && i + kWidth <= there; i += kWidth)
+      store<Lanes>(to + i, first_lanes(load<Lanes>(from + i), least(kWidth, count - i)));
+  }
+  if (i < count) clear(to + i / kWidth * kWidth, count - i);
   for (; i < count; ++i) to[i] = from[i * step];
 }
 
@@ -98,8 +115,13 @@ FASTLIP_INLINE inline void take_both(float* to, int64_t plane, const float* from
   int64_t i = 0;
   for (; i < even && 2 * (i + kWidth) <= there; i += kWidth) {
     const Lanes a = load<Lanes>(from + 2 * i), b = load<Lanes>(from + 2 * i + kWidth);
-    store<Lanes>(to + i, every_second<0>(a, b, LanesOfFloats{}));
-    store<Lanes>(to + plane + i, every_second<1>(a, b, LanesOfFloats{}));
+    const Lanes first = every_second<0>(a, b, LanesOfFloats{}), second = every_second<1>(a, b, LanesOfFloats{});
+    store<Lanes>(to + i, first_lanes(first, least(kWidth, even - i)));
+    store<Lanes>(to + plane + i, first_lanes(second, least(kWidth, odd - i)));
+  }
+  for (int64_t k = i; k < even; k += kWidth) {
+    store<Lanes>(to + k, Lanes{});
+    store<Lanes>(to + plane + k, Lanes{});
   }
   for (; i < even; ++i) {
     to[i] = from[2 * i];
@@ -111,114 +133,143 @@ FASTLIP_INLINE inline void take_both(float* to, int64_t plane, const float* from
 FASTLIP_INLINE inline void take_transposed(float* to, int64_t to_step, const float* from, int64_t step, int64_t count,
                                            int64_t there) {
   int64_t i = 0;
-  for (; i < count && (i + kWidth - 1) * step + kWidth <= there; i += kWidth)
-    transpose(to + i, to_step, from + i * step, step);
-  for (; i < count; ++i)
-    for (int64_t k = 0; k < kWidth; ++k) to[k * to_step + i] = from[i * step + k];
+  for (; i < count && (i + kWidth - 1) * step + kWidth <= there; i += kWidth) {
+    Lanes v[kWidth];
+    load_transposed(v, from + i * step, step);
+#pragma GCC unroll 16
+    for (int k = 0; k < kWidth; ++k) store<Lanes>(to + k * to_step + i, first_lanes(v[k], least(kWidth, count - i)));
+  }
+  for (int64_t k = 0; k < kWidth && i < count; ++k) {
+    clear(to + k * to_step + i, count - i);
+    for (int64_t j = i; j < count; ++j) to[k * to_step + j] = from[j * step + k];
+  }
 }
 
-// A row of the sources' planes for each of the phases that differ in columns alone, the first of which is `phase`;
-// `there`: floats of x from `from` on. The zeros at the sides are there already.
-FASTLIP_INLINE inline void put_row(const DirectConv& p, float* to, const float* from, const DirectConv::Phase* phase,
-                                   int64_t there) {
-  const int64_t phases = p.source_phases[1], pixel = p.x_stride[3], step = p.source_step[1] * pixel;
-  const bool both = phases == 2 && step == 2;
-  const auto behind = [&](float* row, int64_t b) FASTLIP_INLINE {
-    const int64_t own = phase[b].size[1];
-    if (both || own % kWidth) store<Lanes>(row + own, Lanes{});
-  };
-  int64_t c = 0;
-  if (p.x_stride[1] == 1) {
-    for (; c + kWidth <= p.sources; c += kWidth) {
-      for (int64_t b = 0; b < phases; ++b) {
-        float* const row = to + c * p.planes + b * p.plane;
-        const int64_t at = phase[b].at[1] * pixel + c;
-        take_transposed(row, p.planes, from + at, step, phase[b].size[1], there - at);
-        for (int64_t k = 0; k < kWidth; ++k) behind(row + k * p.planes, b);
-      }
+// Calls put(to, at) for the rows of planes that `rows` rows of targets from `begin` on meet, of one source and of the
+// first phase of columns: `at` is where the row begins in x, or negative if it is none of the image's.
+template <typename Put>
+FASTLIP_INLINE inline void each_row(const DirectConv& p, int64_t image, float* planes, int64_t begin, int64_t rows,
+                                    Put put) {
+  const int64_t across = p.source_phases[1];
+  for (int64_t a = 0; a < p.source_phases[0]; ++a) {
+    const DirectConv::Phase& phase = p.source_phase[a * across];
+    float* to = planes + a * across * p.plane + p.before;
+    int64_t y = begin + p.above;
+    int64_t at = image * p.x_stride[0] + (y * p.source_step[0] + phase.at[0]) * p.x_stride[2];
+    for (int64_t row = 0; row < rows + p.reach; ++row) {
+      put(to, y >= 0 && y < phase.size[0] ? at : -1);
+      to += p.pitch;
+      at += p.source_step[0] * p.x_stride[2];
+      ++y;
     }
-  }
-  for (; c < p.sources; ++c) {
-    float* const row = to + c * p.planes;
-    const int64_t at = c * p.x_stride[1];
-    if (both) {
-      take_both(row, p.plane, from + at, phase[0].size[1], phase[1].size[1], there - at);
-    } else {
-      for (int64_t b = 0; b < phases; ++b) {
-        const int64_t own = at + phase[b].at[1] * pixel;
-        take(row + b * p.plane, from + own, step, phase[b].size[1], there - own);
-      }
-    }
-    for (int64_t b = 0; b < phases; ++b) behind(row + b * p.plane, b);
   }
 }
 
 // The planes of an image for the `rows` rows of targets from `begin` on.
 void put_planes(const DirectConv& p, int64_t image, float* planes, int64_t begin, int64_t rows) {
-  const int64_t across = p.source_phases[1];
-  for (int64_t a = 0; a < p.source_phases[0]; ++a) {
-    const DirectConv::Phase* const phase = p.source_phase + a * across;
-    float* to = planes + a * across * p.plane + p.before;
-    for (int64_t row = 0; row < rows + p.reach; ++row, to += p.pitch) {
-      const int64_t y = begin + p.above + row;
-      if (y >= 0 && y < phase->size[0]) {
-        const int64_t at = image * p.x_stride[0] + (y * p.source_step[0] + phase->at[0]) * p.x_stride[2];
-        put_row(p, to, p.x + at, phase, p.x_floats - at);
-      } else {
-        for (int64_t c = 0; c < p.sources; ++c)
-          for (int64_t b = 0; b < across; ++b) clear(to + c * p.planes + b * p.plane, phase[b].size[1]);
+  const int64_t phases = p.source_phases[1], pixel = p.x_stride[3], step = p.source_step[1] * pixel;
+  const DirectConv::Phase* const phase = p.source_phase;  // sizes of rows are the same in those below
+  if (p.source_phases[0] == 0) return;
+  int64_t c = 0;
+  if (p.x_stride[1] == 1) {
+    for (; c + kWidth <= p.sources; c += kWidth) {
+      for (int64_t b = 0; b < phases; ++b) {
+        const int64_t own = phase[b].at[1] * pixel + c, count = phase[b].size[1];
+        each_row(p, image, planes + c * p.planes + b * p.plane, begin, rows, [&](float* to, int64_t at) FASTLIP_INLINE {
+          if (at >= 0) return take_transposed(to, p.planes, p.x + at + own, step, count, p.x_floats - at - own);
+          for (int64_t k = 0; k < kWidth; ++k) clear(to + k * p.planes, count);
+        });
       }
+    }
+  }
+  for (; c < p.sources; ++c) {
+    const int64_t source = c * p.x_stride[1];
+    if (phases == 2 && step == 2) {
+      const int64_t even = phase[0].size[1], odd = phase[1].size[1];
+      each_row(p, image, planes + c * p.planes, begin, rows, [&](float* to, int64_t at) FASTLIP_INLINE {
+        if (at >= 0) return take_both(to, p.plane, p.x + at + source, even, odd, p.x_floats - at - source);
+        clear(to, even);
+        clear(to + p.plane, odd);
+      });
+      continue;
+    }
+    for (int64_t b = 0; b < phases; ++b) {
+      const int64_t own = source + phase[b].at[1] * pixel, count = phase[b].size[1];
+      each_row(p, image, planes + c * p.planes + b * p.plane, begin, rows, [&](float* to, int64_t at) FASTLIP_INLINE {
+        if (at >= 0) return take(to, p.x + at + own, step, count, p.x_floats - at - own);
+        clear(to, count);
+      });
     }
   }
 }
 
 // A row of out from a row of each phase, which are `step` apart.
-void join(const DirectConv& p, float* to, const float* sums, int64_t step, int64_t width) {
-  if (p.target_phases[1] == 1) return take(to, sums, 1, width, width + kWidth);
+FASTLIP_INLINE inline void join(const DirectConv& p, float* to, const float* sums, int64_t step, int64_t width) {
   int64_t x = 0;
-  if (p.target_phases[1] == 2) {
+  if (p.target_phases[1] == 1) {
+    for (; x < width; x += kWidth) store<Lanes>(to + x, load<Lanes>(sums + x));
+  } else if (p.target_phases[1] == 2) {
     for (; x < width; x += 2 * kWidth) {
       const Lanes a = load<Lanes>(sums + x / 2), b = load<Lanes>(sums + step + x / 2);
       store<Lanes>(to + x, in_turns<0>(a, b, LanesOfFloats{}));
-      store<Lanes>(to + x + kWidth, in_turns<1>(a, b, LanesOfFloats{}));
+      if (x + kWidth < width) store<Lanes>(to + x + kWidth, in_turns<1>(a, b, LanesOfFloats{}));
     }
   }
   for (int64_t at = 0; x < width; ++at)
     for (int64_t phase = 0; phase < p.target_phases[1] && x < width; ++phase, ++x) to[x] = sums[phase * step + at];
 }
 
+// Up to kWidth targets: sums that begin `step` apart, whose rows begin `pitch` apart. `at`: the first element of out.
+void put_targets(const DirectConv& p, int64_t first, int64_t targets, int64_t at, const float* sums, int64_t step,
+                 int64_t rows, int64_t width, int64_t pitch) {
+  if (p.out_stride[1] == 1 && targets == kWidth) {  // as p.targets < kWidth would leave most of a vector empty
+    const int64_t pixels = (rows - 1) * pitch + width;
+    for (int64_t begin = 0, column = 0; begin < pixels; begin += kWidth) {
+      Lanes v[kWidth];
+      load_transposed(v, sums + begin, step);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        if (column < width && begin + i < pixels) {
+          finish(p, at, first, v[i]);
+          at += p.out_stride[3];
+        }
+        column = column + 1 == pitch ? 0 : column + 1;
+      }
+    }
+    return;
+  }
+  for (int64_t t = 0; t < targets; ++t) {
+    const float bias = p.bias ? p.bias[first + t] : 0.0F;
+    int64_t to = at + t * p.out_stride[1];
+    for (int64_t y = 0; y < rows; ++y, to += width * p.out_stride[3]) {
+      const float* const found = sums + t * step + y * pitch;
+      int64_t i = 0;
+      if (p.out_stride[3] == 1)
+        for (; i + kWidth <= width; i += kWidth) finish(p, to + i, load<Lanes>(found + i) + bias);
+      for (; i < width; ++i) finish(p, to + i * p.out_stride[3], found[i] + bias);
+    }
+  }
+}
+
 // Writes `rows` rows of out from `begin` on.
 void put_rows(const DirectConv& p, int64_t image, int64_t begin, int64_t rows, const float* sums, float* joined) {
-  const int64_t width = p.adjoint ? p.image[1] : p.map[1], step = p.targets * p.sums, pixels = rows * width;
+  const int64_t width = p.adjoint ? p.image[1] : p.map[1], step = p.targets * p.sums;
+  const int64_t down = p.target_phases[0], across = p.target_phases[1];
   for (int64_t first = 0; first < p.targets; first += kWidth) {
-    const int64_t targets = least<int64_t>(kWidth, p.targets - first);
-    for (int64_t t = 0; t < targets; ++t) {
-      const float* const own = sums + (first + t) * p.sums;
-      float* to = joined + t * p.joined;
-      for (int64_t y = 0; y < rows; ++y, to += width) {
-        const int64_t phase = y % p.target_phases[0], row = y / p.target_phases[0];
-        join(p, to, own + phase * p.target_phases[1] * step + row * p.pitch, step, width);
-      }
-    }
+    const int64_t targets = least(kWidth, p.targets - first);
     const int64_t at = image * p.out_stride[0] + first * p.out_stride[1] + begin * p.out_stride[2];
-    int64_t x = 0;
-    if (p.out_stride[1] == 1 && targets == kWidth) {  // as p.targets < kWidth would leave most of a vector empty
-      for (; x + kWidth <= pixels; x += kWidth) {
-        Lanes v[kWidth];
-        load_transposed(v, joined + x, p.joined);
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) finish(p, at + (x + i) * p.out_stride[3], first, v[i]);
-      }
+    if (down * across == 1 && (p.out_stride[1] == 1 || width % kWidth == 0)) {
+      put_targets(p, first, targets, at, sums + first * p.sums, p.sums, rows, width, p.pitch);
+      continue;
     }
     for (int64_t t = 0; t < targets; ++t) {
-      const float* const found = joined + t * p.joined;
-      const float bias = p.bias ? p.bias[first + t] : 0.0F;
-      const int64_t own = at + t * p.out_stride[1];
-      int64_t i = x;
-      if (p.out_stride[3] == 1)
-        for (; i + kWidth <= pixels; i += kWidth) finish(p, own + i, load<Lanes>(found + i) + bias);
-      for (; i < pixels; ++i) finish(p, own + i * p.out_stride[3], found[i] + bias);
+      const float* own = sums + (first + t) * p.sums;
+      float* to = joined + t * p.joined;
+      for (int64_t y = 0; y < rows; own += p.pitch)
+        for (int64_t a = 0; a < down && y < rows; ++a, ++y, to += width)
+          join(p, to, own + a * across * step, step, width);
     }
+    put_targets(p, first, targets, at, joined, p.joined, 1, rows * width, rows * width);
   }
 }
 
