@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from fastlip import ops
 from fastlip.attacks._fused import FusedConv
+from fastlip.attacks._packed_ways import LANES, Direct, Filtered, Gathered, Geometry, Size
 
-#: Floats of the widest vector register. An input of fewer channels would fill a small part of one.
-_LANES = 16
 #: From so many output pixels on, a kernel of several taps loses more by gathering than it saves at the map's edges.
 _LARGE = 256
+#: How maps of one size are convolved.
+Way = Direct | Filtered | Gathered | FusedConv
 #: Taps and stride along a side that :func:`fastlip.ops.direct_conv_` takes.
 _MOST_TAPS = 64
 #: Products of sums over taps, for each of Winograd's filtering, from which on that is faster: it transforms the rest.
@@ -56,36 +57,21 @@ class PackedConv(nn.Module):
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
         super().__init__()
         self.relu = relu
-        self.channels = (conv.in_channels, conv.out_channels)
-        self.kernel, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding = (int(conv.padding[0]), int(conv.padding[1]))
+        padding = (int(conv.padding[0]), int(conv.padding[1]))
+        channels = (conv.in_channels, conv.out_channels)
+        self.geometry = Geometry(channels, _pair(conv.kernel_size), _pair(conv.stride), _pair(conv.dilation), padding)
         self.bias = conv.bias
         self.plain: FusedConv | None = FusedConv(conv, relu)
-        self.few = self.channels[0] < _LANES
-        self.direct = self.few and self.dilation == (1, 1) and max(*self.kernel, *self.stride) <= _MOST_TAPS
-        self.either_format = self.direct and self.channels[1] <= _LANES
-        self.packed = False
-        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def _pack(self, x: Tensor) -> None:
-        """Pack the weights where that pays off."""
-        plain = self.plain  # another thread may drop it meanwhile
-        if self.packed or self.few or plain is None:
-            return
-        large = math.prod(self.kernel) > 1 and math.prod(self.out_shape(x)[2:]) >= _LARGE
-        if large and not self._is_filtered(x):
-            return
-        weight = plain.conv.weight.detach()
-        small = weight.numel() <= _SMALL and not self._is_filtered(x)
-        adjoint = ops.packed_taps(weight.flatten(2).permute(2, 0, 1)) if small else None
-        self.register_buffer("adjoint_weight", adjoint)
-        self.register_buffer("weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
-        self.packed = True
-        self.plain = None
+        largest = max(*self.geometry.kernel, *self.geometry.stride)
+        self.few = channels[0] < LANES
+        self.direct = self.few and self.geometry.dilation == (1, 1) and largest <= _MOST_TAPS
+        self.either_format = self.direct and channels[1] <= LANES
+        #: How maps of each size that has come are convolved.
+        self._ways: dict[Size, Way] = {}
 
     def out_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """The shape of conv(x), [B, C', H', W']."""
-        return len(x), self.channels[1], self._outputs(x.shape[2], 0), self._outputs(x.shape[3], 1)
+        return x.shape[0], self.geometry.channels[1], *self.geometry.outputs((x.shape[2], x.shape[3]))
 
     def product(
         self,
@@ -96,25 +82,7 @@ class PackedConv(nn.Module):
         record: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """conv(x), plus ``other``, and its positive part with ``relu``, once ``convs`` are run; like :class:`Layer`."""
-        self._pack(x)
-        if (plain := self.plain) is not None:
-            if self.either_format and self._is_direct(plain, x):
-                # Most likely the next layer has an input of few channels too, or else pixels for rows of a matrix.
-                memory_format = torch.contiguous_format if self.channels[1] < _LANES else torch.channels_last
-                out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=memory_format)
-                active = torch.empty_like(out, dtype=torch.bool) if relu and record else None
-                return self._summed(plain, out, x, other, active, relu, convs), active
-            return plain.product(x, other, relu, convs, record)
-        x, other = _channels_last(x), None if other is None else _channels_last(other)
-        out = torch.empty(self.out_shape(x), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        active = torch.empty_like(out, dtype=torch.bool) if relu and record else None
-        if self._is_filtered(x):
-            convs.run()
-            ops.winograd_conv_(out, x, self.weight, bias=self.bias, other=other, relu=relu, active=active)
-        else:
-            table = self._meeting(x)[0]
-            convs.add(out, x, self.weight, table, bias=self.bias, other=other, relu=relu, active=active)
-        return out, active
+        return self._way(x).product(x, other, relu, convs, record)
 
     def gradient(
         self,
@@ -126,92 +94,47 @@ class PackedConv(nn.Module):
         in_place: bool = False,
     ) -> Tensor:
         """The gradient of x plus ``other`` where ``active`` (0 elsewhere), once ``convs`` are run."""
-        plain = self.plain
-        direct = plain is not None and self._is_direct(plain, like)
-        if plain is not None and not direct:
-            return plain.gradient(grad, like, other, active, convs)
-        # An image's gradient is contiguous, as images are.
-        planes = direct and (like.is_contiguous() or self.channels[0] <= 4)
-        memory_format = torch.contiguous_format if planes else torch.channels_last
-        if other is not None and in_place and other.is_contiguous(memory_format=memory_format):
-            out = other
-        else:
-            out = torch.empty(like.shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-        if active is not None and active.dtype != torch.bool:
-            active = active.bool()
-        if plain is not None:
-            return self._summed(plain, out, grad, other, active, False, convs, adjoint=True)
-        grad = _channels_last(grad)
-        other, active = (None if t is None else _channels_last(t) for t in (other, active))
-        if self._is_filtered(like):
-            convs.run()
-            ops.winograd_conv_(out, grad, self.weight, adjoint=True, other=other, active=active)
-        else:
-            table, own = self._meeting(like)[1], self.adjoint_weight
-            weight = self.weight if own is None else own
-            convs.add(out, grad, weight, table, adjoint=own is None, other=other, active=active)
-        return out
+        return self._way(like).gradient(grad, like, other, active, convs, in_place)
 
-    def _is_direct(self, plain: FusedConv, x: Tensor) -> bool:
-        """Whether :func:`fastlip.ops.direct_conv_` computes the gradient with respect to an input like x."""
-        return self.direct and plain.matrix(x) is None
-
-    def _summed(
-        self,
-        plain: FusedConv,
-        out: Tensor,
-        x: Tensor,
-        other: Tensor | None,
-        active: Tensor | None,
-        relu: bool,
-        convs: ops.IndirectConvs,
-        adjoint: bool = False,
-    ) -> Tensor:
-        """``out`` by :func:`fastlip.ops.direct_conv_`."""
-        convs.run()
-        memory_format = torch.contiguous_format if out.is_contiguous() else torch.channels_last
-        other, active = (None if t is None else t.contiguous(memory_format=memory_format) for t in (other, active))
-        if not (weight := plain.conv.weight).is_contiguous():
-            plain.conv.weight = weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        return ops.direct_conv_(
-            out, _either(x), weight, stride=self.stride, padding=self.padding, adjoint=adjoint,
-            bias=None if adjoint else self.bias, other=other, relu=relu, active=active,
-        )  # fmt: skip
-
-    def _is_filtered(self, x: Tensor) -> bool:
-        """Whether both passes go by Winograd's filtering; the batch has no say, so that no result depends on it."""
-        if self.few or self.kernel != (3, 3) or self.stride != (1, 1) or self.dilation != (1, 1):
-            return False
-        padding = self.padding[0]
-        return padding == self.padding[1] <= 2 and _saves_products(x.shape[2], x.shape[3], padding)
-
-    def _outputs(self, size: int, axis: int) -> int:
-        reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
-        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
-
-    def _meeting(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The tables of the forward pass and of the gradient."""
+    def _way(self, x: Tensor) -> Way:
+        """How maps of x's size are convolved; the batch has no say, so that no result depends on it."""
         size = (x.shape[2], x.shape[3])
-        if size not in self._tables:
-            rows, columns = (self._sources(size[i], i) for i in (0, 1))
-            adjoint_rows, adjoint_columns = (self._adjoint_sources(size[i], i) for i in (0, 1))
-            self._tables[size] = (
-                ops.meeting_pixels(rows, columns, size[1]),
-                ops.meeting_pixels(adjoint_rows, adjoint_columns, self._outputs(size[1], 1)),
-            )
-        return self._tables[size]
+        if (way := self._ways.get(size)) is None:
+            way = self._ways[size] = self._new_way(x, size)
+        return way
 
-    def _sources(self, size: int, axis: int) -> Tensor:
-        """The input row (or column) that each output row meets at each tap, [outputs, taps]; -1 for padding."""
-        taps = _count(self.kernel[axis]) * self.dilation[axis] - self.padding[axis]
-        return _inside(_count(self._outputs(size, axis))[:, None] * self.stride[axis] + taps, size)
+    def _new_way(self, x: Tensor, size: Size) -> Way:
+        plain, geometry = self.plain, self.geometry  # another thread may drop the former meanwhile
+        filtered = self._is_filtered(size)
+        if plain is not None:
+            if self.few:
+                if not self.direct or plain.matrix(x) is not None:
+                    return plain
+                return Direct(plain.conv.weight, self.bias, geometry, size, None if self.either_format else plain)
+            if math.prod(geometry.kernel) > 1 and math.prod(geometry.outputs(size)) >= _LARGE and not filtered:
+                return plain
+            self._pack(plain, filtered)
+        if filtered:
+            return Filtered(self.weight, self.bias, geometry, size)
+        return Gathered(self.weight, self.adjoint_weight, self.bias, geometry, size)
 
-    def _adjoint_sources(self, size: int, axis: int) -> Tensor:
-        """The output row that each input row meets at each tap, [rows, taps]; -1 for none."""
-        stride = self.stride[axis]
-        strides = _count(size)[:, None] + self.padding[axis] - _count(self.kernel[axis]) * self.dilation[axis]
-        found = _inside(strides.div(stride, rounding_mode="floor"), self._outputs(size, axis))
-        return torch.where(strides % stride == 0, found, -1)
+    def _pack(self, plain: FusedConv, filtered: bool) -> None:
+        """Pack the weights, and no longer keep them as they were."""
+        weight = plain.conv.weight.detach()
+        small = weight.numel() <= _SMALL and not filtered
+        adjoint = ops.packed_taps(weight.flatten(2).permute(2, 0, 1)) if small else None
+        self.register_buffer("adjoint_weight", adjoint)
+        self.register_buffer("weight", ops.packed_taps(weight.flatten(2).permute(2, 1, 0)))
+        self._ways.clear()
+        self.plain = None
+
+    def _is_filtered(self, size: Size) -> bool:
+        """Whether both passes go by Winograd's filtering."""
+        geometry = self.geometry
+        if self.few or geometry.kernel != (3, 3) or geometry.stride != (1, 1) or geometry.dilation != (1, 1):
+            return False
+        padding = geometry.padding[0]
+        return padding == geometry.padding[1] <= 2 and _saves_products(*size, padding)
 
 
 @cache
@@ -226,20 +149,5 @@ def _saves_products(height: int, width: int, padding: int) -> bool:
     return sums >= _WORTH * filtered
 
 
-def _count(end: int) -> Tensor:
-    """0, 1, ..., end - 1, whatever torch's default device is."""
-    return torch.arange(end, device="cpu")
-
-
-def _inside(position: Tensor, size: int) -> Tensor:
-    """Positions, and -1 for those outside of [0, size)."""
-    return torch.where((position >= 0) & (position < size), position, -1)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _either(x: Tensor) -> Tensor:
-    """x, contiguous unless it is channels_last."""
-    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+def _pair(numbers: tuple[int, ...]) -> Size:
+    return numbers[0], numbers[1]
