@@ -27,9 +27,9 @@ from fastlip.norms._models.tracing import InPlaceTracer, Tracer
 
 #: Largest difference of logits, relative to their spread, that counts as rounding.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 0.05, torch.bfloat16: 0.2}
-#: The number of inputs on which copy and model are compared, the factor by which they may differ more on other inputs,
-#: and the smallest difference assumed.
-_COMPARED, _MARGIN, _LEAST = 4, 4.0, 1e-6
+#: The number of inputs on which a new copy and the model are compared, and of those before it is used again; the factor
+#: by which they may differ more on other inputs, and the smallest difference assumed.
+_COMPARED, _COMPARED_AGAIN, _MARGIN, _LEAST = 4, 2, 4.0, 1e-6
 #: The number of inputs on which copies of two precisions are timed.
 _TIMED = 16
 #: The number of copies of a model that are kept, for different precisions or shapes of inputs.
@@ -81,7 +81,7 @@ def prepare(
 
     While one thread makes a copy, others must not run models: tracing changes how modules are called in the whole
     process. Copies are kept for as long as the model lives. A copy is used again if the model's tensors are still the
-    same and both still agree on ``inputs``.
+    same and both still agree on the first two of ``inputs``.
 
     Args:
         model: maps inputs to logits [B, C].
@@ -184,19 +184,19 @@ def network_of(
         module.training = False
     try:
         with torch.inference_mode(False), torch.no_grad():
-            few, want = _compared(inside, inputs.detach())
-            timed = inputs[:_TIMED].detach().clone() if precision == "auto" and inputs.device.type == "cpu" else None
-            small = not (however_small or low or inputs.is_cuda) and _is_small(inside, few)
-            made = None if small else _copy_of(inside, few, want, fast, low, timed)
+            inputs = inputs.detach()
+            timed = inputs[:_TIMED].clone() if precision == "auto" and inputs.device.type == "cpu" else None
+            small = not (however_small or low or inputs.is_cuda) and _is_small(inside, inputs)
+            made = None if small else _copy_of(inside, inputs, fast, low, timed)
         return Network(model, made.model, made.rounding, graphs=made.graphs) if made else Network(model)
     finally:
         for module in training:
             module.training = True
 
 
-def _compared(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """A few inputs, or all of them where the model takes no other number; and the model's logits."""
-    few = inputs[:_COMPARED].clone()
+def _compared(model: nn.Module, inputs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``count`` inputs, or all of them where the model takes no other number; and the model's logits."""
+    few = inputs[:count].clone()
     try:
         return few, logits_of(model, few)
     except Exception:  # a model may raise anything at a size that it was not made for
@@ -251,9 +251,9 @@ def _is_small(model: nn.Module, inputs: Tensor) -> bool:
 
 
 def _copy_of(
-    model: nn.Module, inputs: Tensor, want: Tensor, fast: bool, low: torch.dtype | None, timed: Tensor | None
+    model: nn.Module, inputs: Tensor, fast: bool, low: torch.dtype | None, timed: Tensor | None
 ) -> _Copy | None:
-    """A copy that gives ``want``: one made before, or a new one.
+    """A copy with the model's logits: one made before, or a new one.
 
     That tensors are unchanged is not enough, because ``.data`` and submodules can be replaced unnoticed: logits are
     compared too.
@@ -261,8 +261,12 @@ def _copy_of(
     kept = _kept_of(model)
     purpose = (fast, low, timed is None, inputs.shape[1:], inputs.dtype, inputs.device)
     made = kept.copies.pop(purpose, None)
-    if made is None or not _distance(logits_of(made.model, inputs), want) <= made.rounding:
-        made = _faster(model, inputs, want, fast, low, timed)
+    if made is not None:
+        few, want = _compared(model, inputs, _COMPARED_AGAIN)
+        if not _distance(logits_of(made.model, few), want) <= made.rounding:
+            made = None
+    if made is None:
+        made = _faster(model, *_compared(model, inputs, _COMPARED), fast, low, timed)
     if made is not None and not isinstance(made.model, _Autocast):  # which holds the model
         kept.copies[purpose] = made
         if len(kept.copies) > _MOST_KEPT:
@@ -366,14 +370,16 @@ def _traced_by(tracer: fx.Tracer, model: nn.Module) -> fx.GraphModule:
 
 def _multiply_adds(model: nn.Module, inputs: Tensor) -> float:
     """Those of the convolutions in a forward pass of one image; inf where they cannot be counted."""
-    try:
-        made = _copied(model)
-        with FlopCounterMode(display=False) as counter:
-            made(inputs)
-    except Exception:  # a model may raise anything under a mode that it was not written for
-        return torch.inf
-    flops = counter.get_flop_counts().get("Global", {})
-    return sum(count for operator, count in flops.items() if "convolution" in str(operator)) / (2.0 * len(inputs))
+    for few in (inputs[:1], inputs):  # a model may take no other number
+        try:
+            made = _copied(model)
+            with FlopCounterMode(display=False) as counter:
+                made(few)
+        except Exception:  # a model may raise anything under a mode that it was not written for
+            continue
+        flops = counter.get_flop_counts().get("Global", {})
+        return sum(count for operator, count in flops.items() if "convolution" in str(operator)) / (2.0 * len(few))
+    return torch.inf
 
 
 def _padded_pointwise(module: nn.Module) -> bool:

@@ -274,6 +274,12 @@ def test_multiply_adds_are_those_of_one_image():
     for images in (1, 3):
         assert _prepare._multiply_adds(model, torch.rand(images, 4, 16, 16)) == expected
 
+    class ForThree(nn.Module):
+        def forward(self, x):
+            return model(x.view(3, 4, 16, 16))
+
+    assert _prepare._multiply_adds(ForThree(), torch.rand(3, 4, 16, 16)) == expected
+
 
 def test_multiply_adds_are_counted_once_and_failures_do_not_last(cnn_problem, monkeypatch):
     model, inputs, _ = cnn_problem
@@ -352,6 +358,22 @@ def test_copies_serve_again_while_the_model_is_the_same(residual):
     residual[0].weight.data.mul_(1.01)
     assert copy_of() is not second, "the logits"
     torch.testing.assert_close(copy_of()(inputs), residual(inputs), atol=1e-5, rtol=1e-4)
+
+
+def test_a_new_copy_is_compared_on_more_inputs_than_one_that_serves_again(residual):
+    inputs = torch.rand(8, 3, 12, 12, generator=gen())
+    seen = []
+    residual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+
+    def compared_on():
+        seen.clear()
+        attacks.prepare(residual, inputs)
+        return seen
+
+    assert compared_on() == [4]
+    assert compared_on() == [2]
+    residual[0].weight.data.mul_(1.01)  # which the logits alone show
+    assert compared_on() == [2, 4]
 
 
 @pytest.mark.parametrize("averaged", [{}, {"draws": 2}, {"draws": 2, "when": "afterwards"}])
