@@ -72,8 +72,8 @@ def prepare(
     gradients of the mean over ``eot`` passes. In every attack an image that a single pass may change by chance then
     falls only where the average does.
 
-    The copy is compared with the model on ``inputs``. Whatever cannot be done for a model, because it cannot be traced
-    or draws random numbers, is left out; in the last resort the model's own gradients are followed.
+    The copy is compared with the model on the first four of ``inputs``. Whatever cannot be done for a model, because it
+    cannot be traced or draws random numbers, is left out; in the last resort the model's own gradients are followed.
 
     An attack makes the copy anew where the model's parameters or buffers have changed since, by a step of training for
     example, and warns of it once, because that takes time. Changes through ``.data`` that leave a tensor where it is
