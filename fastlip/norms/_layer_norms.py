@@ -63,7 +63,8 @@ def layer_norms(
     factor max |gamma| / sqrt(var + eps); other factors appear alike, and those of a BatchNorm in disguise, which
     multiplies by something computed from a ``running_var``, are folded as well. What remains of the model's weights is
     listed with the reason in :attr:`NormReport.left_out`: recurrences, normalisations by the input's own deviation,
-    products of two inputs, layers that do something else than any map that is known, and what did not run.
+    products of two inputs, layers that do something else than any map that is known, and what did not run; quantised
+    layers, by their names, and functions that are given a weight that no module holds, as ``linear()``.
 
     Models of the same classes, attributes and tensor shapes, such as checkpoints of one model, are taken to run alike:
     one of them runs in each call.

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -273,7 +274,6 @@ LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
         "by whole numbers",
     ),
     "not run": (lambda: _Wrapped(nn.Linear(4, 4), lambda m, x: x), ["inner.weight"], "did not run"),
-    "depends on the input": (Dynamic, ["inner"], "used in mul"),
     "a product with the input": (lambda: Holder(lambda x, inner: inner / x, inner=torch.ones(4)), ["inner"], "in div"),
     "larger output": (lambda: Holder(lambda x, inner: x * inner, inner=torch.ones(2, 1, 3, 4)), ["inner"], "in mul"),
     "not a function of torch": (
@@ -337,6 +337,67 @@ def test_what_is_left_out_is_said_with_the_reason(case: str) -> None:
             layer_norms(model, (3, 4), strict=True)
     else:
         layer_norms(model, (3, 4), strict=True)
+
+
+def of_a_list() -> nn.Module:
+    model = Holder(lambda x, shift: F.linear(x, model.matrices[0]) + shift, shift=torch.randn(5))
+    model.matrices = [torch.randn(5, 4)]
+    return model
+
+
+def of_an_array() -> nn.Module:
+    kernel = np.random.default_rng(0).standard_normal((2, 3, 1), dtype=np.float32)
+    return _Wrapped(nn.Identity(), lambda m, x: F.conv1d(x, torch.from_numpy(kernel)))
+
+
+@pytest.mark.parametrize(
+    ("build", "function"),
+    [(of_a_list, "linear()"), (of_an_array, "conv1d()"), (Dynamic, "linear()")],
+    ids=["of a list", "of an array", "of the input"],
+)
+def test_weights_that_no_module_holds_are_left_out(build: Callable[[], nn.Module], function: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), build())
+    report = layer_norms(model, (3, 4))
+    assert list(report) == ["0"]
+    assert "not made of tensors of the model's modules" in report.left_out[function]
+    assert set(report.left_out) == {function} | ({"1.inner"} if build is Dynamic else set())
+    assert report.log10_product_upper is None
+    with pytest.raises(ValueError, match="would be left out"):
+        layer_norms(model, (3, 4), strict=True)
+
+
+def quantised(model: nn.Module, x: Tensor) -> nn.Module:
+    """Model with its convolutions quantised, by what the input showed."""
+    model = model.eval()
+    model.qconfig = torch.ao.quantization.get_default_qconfig(torch.backends.quantized.engine)
+    model[-1].qconfig = None
+    prepared = torch.ao.quantization.prepare(model)
+    prepared(x)
+    return torch.ao.quantization.convert(prepared)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated
+@pytest.mark.parametrize("kind", ["dynamic", "static", "whole"])
+def test_quantised_layers_are_left_out_by_name(kind: str) -> None:
+    ao = torch.ao.quantization
+    if kind == "static":
+        layers = [ao.QuantStub(), nn.Conv2d(3, 4, 3), ao.DeQuantStub(), nn.Flatten(), nn.Linear(16, 5)]
+        model, shape = quantised(nn.Sequential(*layers), torch.rand(4, 3, 4, 4)), (3, 4, 4)
+    else:
+        inner = ao.quantize_dynamic(nn.Sequential(nn.Linear(5, 4), nn.ReLU()).eval(), {nn.Linear})
+        model, shape = (
+            nn.Sequential(nn.Linear(6, 5), inner) if kind == "dynamic" else inner[0],
+            (6 - (kind == "whole"),),
+        )
+    report = layer_norms(model, shape)
+    left = {"dynamic": "1.0", "static": "1", "whole": type(model).__name__}[kind]
+    assert dict.fromkeys(report.left_out, "quantised") == {left: "quantised"}
+    assert "packed for quantised arithmetic" in report.left_out[left]
+    assert list(report) == {"dynamic": ["0"], "static": ["4"], "whole": []}[kind]
+    assert report.log10_product_upper is None
+    with pytest.raises(ValueError, match=f"weight {left} would be left out"):
+        layer_norms(model, shape, strict=True)
 
 
 class PlusShift(nn.Module):

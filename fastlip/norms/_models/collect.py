@@ -30,6 +30,8 @@ from fastlip.norms._operators.registry import find_operator, registered_operator
 _FEW = 64
 #: Why weights are left out beside ``DID_NOT_RUN``, which is no fault of the report's.
 _UNSEEN = "no use of it was seen in the run, as inside TorchScript or functions that are not torch's"
+_FOREIGN = "it is given a weight that is not made of tensors of the model's modules alone"
+_PACKED = "its weight is packed for quantised arithmetic, and no tensor"
 _BATCH = (
     "it is used otherwise in a batch of two inputs than in one of one, or with another weight for another input, so "
     "that it has no norm for itself; check=False takes it as it is for one input"
@@ -169,6 +171,11 @@ def _left_out(model: nn.Module, held: HeldTensors, ran: Recording, covered: set[
     for tensor, reason in ran.left_out.items():
         if tensor not in held.parameters and held.multiplies(tensor):
             found[held.name(tensor)] = reason
+    found |= {f"{name}()": _FOREIGN for name in sorted(ran.foreign)}
+    for name, module in model.named_modules():
+        if any(isinstance(value, torch.ScriptObject) for value in vars(module).values()):
+            layer = f".{name}".removesuffix("._packed_params")[1:]
+            found[layer or held.model_name] = _PACKED
     return found
 
 
@@ -196,6 +203,7 @@ def _record(
     differ = {name for name in one | two if not _are_alike(one[name], two[name])}
     alone.calls += [call for call in first.calls if call.name not in one]
     alone.left_out |= first.left_out
+    alone.foreign |= first.foreign
     return alone, dict.fromkeys(differ, _BATCH)
 
 

@@ -78,6 +78,9 @@ class Listener(Protocol):
     def leaves_out(self, tensors: Collection[int], reason: str) -> None:
         """These tensors were used in another way."""
 
+    def leaves_out_weight_of(self, name: str) -> None:
+        """A function that takes a weight was given one that is not made of the model's tensors alone."""
+
 
 class WatchedFunctions(TorchFunctionMode):
     """Sees every function of torch that is called, and tells a listener what it did with the model's tensors.
@@ -103,15 +106,18 @@ class WatchedFunctions(TorchFunctionMode):
         made_of = [self.made_of(t) for t in _tensors((args, kwargs))]
         held = frozenset[int]().union(*(m for m in made_of if m))
         name = getattr(func, "__name__", str(func)).strip("_")
+        weight = (args[1] if len(args) > 1 else kwargs["weight"]) if func in TAKE_A_WEIGHT else None
         if None not in made_of:
             y = func(*args, **kwargs)
             if made_of or name in _MAKES:
                 for t in (*_tensors(y), *_written(func, args, kwargs)):
                     self._made_of[t] = held
             return y
+        if not self._listener.silent() and isinstance(weight, Tensor) and self.made_of(weight) is None:
+            self._listener.leaves_out_weight_of(name)
         if not held or self._listener.silent():
-            if func in TAKE_A_WEIGHT:
-                self._see_weight(args[1] if len(args) > 1 else kwargs["weight"])
+            if isinstance(weight, Tensor):
+                self._see_weight(weight)
             y = func(*args, **kwargs)
         elif name in _OF_THE_FIRST:
             y = func(*args, **kwargs)

@@ -6,6 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastlip.norms._models.restore import as_found
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
 
 class Refused(ValueError):
     """The model does something else than what would be bounded; raised from within its runs, and passed on as it is."""
@@ -30,14 +35,31 @@ def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
 def example_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     """A zero input, [1, *input_shape], in the dtype and on the device of the model's first parameter or buffer.
 
+    It is in float32 where a model in half precision, which is in eval mode, takes that: such a model rounds its input.
+
     Raises:
         ValueError: ``input_shape`` is not a sequence of positive integers.
     """
     shape = checked_shape(input_shape)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
-            return torch.zeros(1, *shape, dtype=tensor.dtype, device=tensor.device)
+            like = torch.zeros(1, *shape, dtype=tensor.dtype, device=tensor.device)
+            return like.float() if like.dtype in _HALF and _runs(model, like.float()) else like
     return torch.zeros(1, *shape)
+
+
+def _runs(model: nn.Module, x: Tensor) -> bool:
+    """Whether the model runs on x, alone or twice."""
+    for batch in (x, torch.cat([x, x])):
+        try:
+            with torch.no_grad(), as_found(model):
+                model(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a model may raise anything on a dtype that it was not made for
+            continue
+        return True
+    return False
 
 
 def random_inputs(model: nn.Module, input_shape: Sequence[int], count: int, seed: int = 0) -> Tensor:

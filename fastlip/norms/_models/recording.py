@@ -83,6 +83,7 @@ class Recording:
         uses: the same with inputs and outputs, if they were to be kept.
         added: the model's tensors that were added to others.
         left_out: those that were used in ways that have no norm, with the reason.
+        foreign: the functions that applied weights that are not made of the model's tensors alone, by name.
         ran: the modules that ran.
         own_weights: whether every layer ran with the weight that its module holds, if weights were watched.
     """
@@ -91,6 +92,7 @@ class Recording:
     uses: list[Use]
     added: set[int]
     left_out: dict[int, str]
+    foreign: set[str]
     ran: set[int]
     own_weights: bool
 
@@ -153,6 +155,7 @@ class _Recorder:
         self._uses: list[Use] = []
         self._added: set[int] = set()
         self._left_out: dict[int, str] = {}
+        self._foreign: set[str] = set()
         self._ran: set[int] = set()
         self._running: list[_Frame] = []
 
@@ -281,6 +284,10 @@ class _Recorder:
             for tensor in tensors:
                 self._left_out.setdefault(tensor, reason)
 
+    def leaves_out_weight_of(self, name: str) -> None:
+        """A function that takes a weight was given one that is not made of the model's tensors alone."""
+        self._foreign.add(name)
+
     def _linear(
         self, name: str, call: LinearCall, source: Source, output: Tensor | None, covers: frozenset[int], text: str
     ) -> None:
@@ -330,7 +337,7 @@ class _Recorder:
         for call in self._calls:
             call.output = None
         own = self._watched is not None and self._watched.unchanged()
-        return Recording(self._calls, self._uses, self._added, self._left_out, self._ran, own)
+        return Recording(self._calls, self._uses, self._added, self._left_out, self._foreign, self._ran, own)
 
 
 class _Weights:

@@ -29,8 +29,9 @@ class NormReport(Mapping[str, NormInterval]):
         descriptions: layer name to a short description of the layer.
         confidence: probability that all upper sides hold at once; 1.0 when all are deterministic.
         seed: seed of the random starts, None if nothing was drawn.
-        left_out: the weights of the model that no layer of the report accounts for, each with the reason; there is no
-            product unless they did not run.
+        left_out: the weights of the model that no layer of the report accounts for, by name (of what holds them or is
+            given them, if that is no name of a tensor), each with the reason; there is no product unless they did not
+            run.
 
     Example:
         >>> from torch import nn
