@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,10 +15,17 @@ from fastlip.norms._models.tracing import Described
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """The steps made so far, of the nodes that are tensors and of those that are tuples of tensors."""
+    """The steps made so far, of the nodes that are tensors and of those that are tuples of tensors.
+
+    Attributes:
+        steps: of each node that is a tensor.
+        bundles: of each that is a tuple, None for a part that has none, such as the indices of a maximum.
+        without: such parts, which nothing can be made of, and the tuples that they are of.
+    """
 
     steps: dict[fx.Node, Step]
     bundles: dict[fx.Node, tuple[Step | None, ...]]
+    without: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +114,16 @@ def _call(node: fx.Node, target: Any, name: str, where: str, made: Made, values:
     sources = list(dict.fromkeys(part for part in parts if part is not None))
     shape = values.sample_shape(node) if node in values.shapes else ()
     return Call(node, target, name, where, args, kwargs, sources, shape, made.steps, made.bundles, values)
+
+
+def has_all_values(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype has all values of another, of floating point as well."""
+    if not dtype.is_floating_point:
+        return False
+    try:
+        return torch.promote_types(dtype, other) == dtype
+    except RuntimeError:  # as for those of 8 bits
+        return dtype == other
 
 
 def as_function(target: Any) -> Callable[..., Tensor]:

@@ -1,8 +1,10 @@
 """The graph of a model by torch.export, in the terms of torch.fx: modules with a rule, functions and tensor methods."""
 
+import io
+import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ def export_graph(
     """
     root = Root(model)
     try:
-        with as_found(model), _registration_hooks_as_found():
+        with as_found(model), _registration_hooks_as_found(), _quiet():
             program = torch.export.export(root, (x,), strict=False)
             graph_module = _in_calls(program, root)
             try:
@@ -63,6 +65,19 @@ def _registration_hooks_as_found() -> Iterator[None]:
         for of_one_kind, kept in zip(hooks, found, strict=True):
             for key in set(of_one_kind) - kept:
                 del of_one_kind[key]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what torch.export prints of a model that it cannot export, graphs and all, from standard error."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Run(fx.Interpreter):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._calls import Call, Made, as_function, function_call, module_call
+from fastlip.lipschitz._calls import Call, Made, as_function, function_call, has_all_values, module_call
 from fastlip.lipschitz._export import export_graph
 from fastlip.lipschitz._factors import function_factor
 from fastlip.lipschitz._module_steps import layer_operator, module_step, takes_scale
@@ -20,6 +20,7 @@ from fastlip.lipschitz._registry import (
     missing_function_rule,
     missing_rule,
     module_builders,
+    no_rule_possible,
 )
 from fastlip.lipschitz._rules.functional import step_by_module
 from fastlip.lipschitz._steps import Step, topological_order
@@ -107,6 +108,8 @@ def _build(graph_module: fx.GraphModule, values: Values) -> Traced:
     for node in graph_module.graph.nodes:
         if node.op == "output":
             result = node.args[0]
+            if result in made.without:
+                raise _without_step(node, result, made.without[result], values)
             if not isinstance(result, fx.Node) or result not in made.steps:
                 raise ValueError("the model must return one tensor that depends on its input")
             last = made.steps[result]
@@ -144,6 +147,8 @@ def _take_parts(node: fx.Node, made: Made) -> None:
         made.bundles[node] = taken
     elif taken is not None:
         made.steps[node] = taken
+    else:
+        made.without[node] = node.args[0]  # type: ignore[assignment]
 
 
 def _require_no_rounding(node: fx.Node, step: Step, values: Values) -> None:
@@ -151,7 +156,7 @@ def _require_no_rounding(node: fx.Node, step: Step, values: Values) -> None:
     after = values.dtypes.get(node, torch.float64)
     own = step.module is None or type(step.module).__module__.startswith("torch.")
     before = [values.dtypes[source] for source in node.all_input_nodes if source in values.dtypes]
-    if own and after.is_floating_point and any(torch.promote_types(dtype, after) != after for dtype in before):
+    if own and after.is_floating_point and not all(has_all_values(after, dtype) for dtype in before):
         raise ValueError(f"{step.name}: {step.kind} rounds to {after}, and has no Lipschitz constant; avoid autocast")
 
 
@@ -178,6 +183,9 @@ def _step(node: fx.Node, graph_module: fx.GraphModule, made: Made, values: Value
     Raises:
         ValueError: nothing makes one; the message names the module or function.
     """
+    for part in node.all_input_nodes:
+        if part in made.without:
+            raise _without_step(node, part, made.without[part], values)
     if node.op == "call_module":
         call = module_call(node, graph_module, made, values)
         builders = [*module_builders(call.target), module_step]
@@ -199,10 +207,22 @@ def _step(node: fx.Node, graph_module: fx.GraphModule, made: Made, values: Value
     raise missing_function_rule(call.target, call.where)
 
 
+def _without_step(node: fx.Node, part: fx.Node, whole: fx.Node, values: Values) -> MissingRule:
+    """The error for a node that reads a part of a tuple of which no rule says anything."""
+    if not (values.dtypes[part].is_floating_point or values.dtypes[part].is_complex):
+        return MissingRule(
+            f"{node.name} reads the indices that {location(whole)} gives, which jump, and have no Lipschitz constant; "
+            "where the whole has one, make it a module with a rule (@fastlip.lipschitz.rule)"
+        )
+    return missing_rule(f"{node.name}, which reads more than the first result of {whole.name},", location(node))
+
+
 def _step_by_module(call: Call) -> Step | None:
     """The step of a function by the rule of a module that does the same."""
     if not call.on_one:
-        raise missing_rule(f"{call.name} of several traced tensors, or with the input in another place", call.where)
+        raise no_rule_possible(call.target, call.where) or missing_rule(
+            f"{call.name} of several traced tensors, or with the input in another place", call.where
+        )
     return step_by_module(call)
 
 

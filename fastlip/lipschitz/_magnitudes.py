@@ -158,7 +158,7 @@ class _Follow:
             )
         unknown = next((self._unknown[source] for source in step.inputs if source in self._unknown), None)
         if unknown is None:
-            return f"{where} has no Lipschitz constant on this domain: its slope is not bounded there"
+            return f"{where} has no bound on this domain: its slope is not bounded where its inputs are known to lie"
         return (
             f"{where} has no bound on this domain, because nothing is known of how large {unknown.name} "
             f"({unknown.kind}) gets there; register a rule for it that returns fastlip.lipschitz.Ranged"

@@ -264,13 +264,13 @@ def missing_rule(what: str, name: str) -> MissingRule:
 #: Functions that no rule could bound: those that jump, and those that draw random numbers.
 _JUMPING = frozenset(
     "round floor ceil trunc fix frac sign sgn heaviside floor_divide floordiv remainder mod fmod gt lt ge le eq ne "
-    "greater less greater_equal less_equal argmax argmin argsort".split()
+    "greater less greater_equal less_equal argmax argmin argsort bucketize searchsorted".split()
 )
 _RANDOM = frozenset("rand_like randn_like randint_like bernoulli normal uniform multinomial".split())
 
 
-def missing_function_rule(target: Any, name: str) -> MissingRule:
-    """The error for a function or tensor method without a rule."""
+def no_rule_possible(target: Any, name: str) -> MissingRule | None:
+    """The error for a function or tensor method that has no Lipschitz constant; None for others."""
     function = getattr(Tensor, target, target) if isinstance(target, str) else target
     plain = str(getattr(function, "__name__", function)).strip("_")
     if plain in _JUMPING:
@@ -280,6 +280,14 @@ def missing_function_rule(target: Any, name: str) -> MissingRule:
         )
     if plain in _RANDOM:
         return MissingRule(f"{plain} (at {name}) draws random numbers, so that there is no Lipschitz constant")
+    return None
+
+
+def missing_function_rule(target: Any, name: str) -> MissingRule:
+    """The error for a function or tensor method without a rule."""
+    if (never := no_rule_possible(target, name)) is not None:
+        return never
+    function = getattr(Tensor, target, target) if isinstance(target, str) else target
     owner = "torch.Tensor" if isinstance(target, str) else getattr(function, "__module__", None) or "torch"
     shown = getattr(function, "__name__", str(function))
     return MissingRule(

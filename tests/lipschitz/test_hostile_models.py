@@ -11,6 +11,7 @@ from fastlip.lipschitz import _balls, lipschitz_bound, local_lipschitz, local_li
 from fastlip.lipschitz._export import export_graph
 from fastlip.lipschitz._replay import _set_moved
 from fastlip.lipschitz._steps import Step
+from fastlip.norms import layer_norms
 
 
 def stretch(model: nn.Module, x: Tensor) -> float:
@@ -116,6 +117,32 @@ class Autocast(nn.Module):
 def test_a_layer_that_rounds_under_autocast_is_refused():
     with pytest.raises(ValueError, match="layer: Linear rounds to"):
         lipschitz_bound(Autocast(), (4,))
+
+
+class InHalf(nn.Module):
+    """Takes float32, and computes in its own dtype, which may be the input's."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+
+    def forward(self, x):
+        return self.inner(x.to(self.inner[0].weight.dtype)).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_that_rounds_its_input_is_refused(dtype):
+    model = InHalf(dtype).eval()
+    gap = torch.finfo(dtype).eps / 2
+    x, y = (torch.full((1, 4), 1.0 + gap * (1.0 + side * 2.0**-6)) for side in (-1, 1))  # which it rounds apart
+    stretch = (model(x) - model(y)).norm() / (x - y).norm()
+    assert stretch > 10.0 * lipschitz_bound(model.inner, (4,)).upper  # which takes its own dtype alone
+    with pytest.raises(ValueError, match=rf"to rounds to {dtype}, and has no Lipschitz constant"):
+        lipschitz_bound(model, (4,))
+    with pytest.raises(ValueError, match=rf"to rounds to {dtype}"):
+        local_lipschitz_bounds(model, torch.ones(1, 4), radius=0.01)
+    assert list(layer_norms(model, (4,))) == ["inner.0", "inner.2"]
+    assert lipschitz_bound(InHalf(torch.float32), (4,)).upper > 0.0
 
 
 @pytest.mark.parametrize(("offset", "least"), [(0.0, 3.0), (1e10, 0.0)])

@@ -125,6 +125,18 @@ def test_functions_have_their_modules_rules(function: object) -> None:
         (lambda x: x.round(), r"round \(at round_1\) jumps, and has no Lipschitz constant"),
         (lambda x: x * (x > 0), r"gt \(at gt\) jumps, .*x \* \(x > 0\) has, make it an activation"),
         (lambda x: x % 1.0, r"mod \(at mod\) jumps"),
+        (lambda x: sum(x.max(2, keepdim=True)), r"add(_1)? reads the indices that max_1 gives, which jump"),
+        (lambda x: torch.mul(*x.topk(2, dim=1)), "mul reads the indices that topk gives, which jump"),
+        (lambda x: x.sort(1).indices.float(), r"float_1 reads the indices that sort gives, which jump"),
+        (lambda x: torch.cat([x, x.min(1)[1][:, None]], 1), r"min_1 gives, which jump"),
+        (lambda x: x.kthvalue(2, 2)[1], r"output reads the indices that kthvalue gives, which jump"),
+        (lambda x: torch.bucketize(x, POINTS[0].to(x).sort()[0]), r"bucketize \(at bucketize\) jumps"),
+        (lambda x: torch.searchsorted(POINTS[0].to(x).sort()[0], x), r"searchsorted \(at searchsorted\) jumps"),
+        (
+            lambda x: x.to(torch.float8_e4m3fn).float(),
+            r"to rounds to torch\.float8_e4m3fn, and has no Lipschitz constant",
+        ),
+        (lambda x: torch.view_as_real(x.to(torch.complex64)), "to makes complex numbers, which no rule covers"),
         (lambda x: x + 0.1 * torch.randn_like(x), r"randn_like \(at randn_like\) draws random numbers"),
         (lambda x: torch.bernoulli(x.sigmoid()), r"bernoulli \(at bernoulli\) draws random numbers"),
         (lambda x: torch.cdist(x, x[:, :1], p=1.0), "cdist in another norm than L2"),
@@ -135,6 +147,24 @@ def test_functions_have_their_modules_rules(function: object) -> None:
 def test_functions_that_jump_or_mix_the_batch(function: Callable[[Tensor], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lipschitz_bound(Applied(function), (2, 3))
+
+
+class Binned(nn.Module):
+    """Embeds the bins that values are in, or what numbers are cut off to."""
+
+    def __init__(self, cut: bool) -> None:
+        super().__init__()
+        self.cut, self.table = cut, nn.Embedding(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(x.long() if self.cut else torch.bucketize(x, POINTS[0].to(x)))
+
+
+def test_embeddings_are_refused_for_what_jumps_in_front_of_them() -> None:
+    with pytest.raises(ValueError, match=r"bucketize \(at bucketize\) jumps"):
+        lipschitz_bound(Binned(False), (3,), bounds=(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"rounds to torch\.int64"):
+        lipschitz_bound(Binned(True), (3,), bounds=(0.0, 1.0))
 
 
 class Twice(nn.Module):

@@ -169,8 +169,11 @@ def test_hooks_on_layers_of_an_exported_model_are_seen() -> None:
         lipschitz_bound(model, (3, 6, 6))
 
 
-def test_what_neither_way_can_trace_says_why_in_one_line() -> None:
+def test_what_neither_way_can_trace_says_why_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     def branching(model: By, x: Tensor) -> Tensor:
+        for _ in range(3):
+            if (torch.tanh(x) - x).norm() < 1e-5:  # of which torch.export prints graphs
+                break
         return x if x.sum() > 0.0 else 2.0 * x
 
     message = (
@@ -178,6 +181,7 @@ def test_what_neither_way_can_trace_says_why_in_one_line() -> None:
     )
     with pytest.raises(ValueError, match=message):
         lipschitz_bound(By(branching), (3,))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_tracing_leaves_no_trace_in_the_process() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastlip.lipschitz._calls import Call, as_function, places_of
+from fastlip.lipschitz._calls import Call, as_function, has_all_values, places_of
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import builds, missing_rule
 from fastlip.lipschitz._rowwise import by_ends, fixed_values
@@ -69,7 +69,9 @@ def _moved(call: Call, function: Callable[[Tensor], Tensor], *, in_order: bool) 
 def _converted(call: Call) -> Step:
     """A conversion to a dtype that has all values of the input's: it changes none of them."""
     before, after = call.source_dtype, call.values.dtypes[call.node]
-    if not after.is_floating_point or torch.promote_types(before, after) != after:
+    if after.is_complex:
+        raise ValueError(f"{call.where}: {call.name} makes complex numbers, which no rule covers")
+    if not has_all_values(after, before):
         raise ValueError(f"{call.where}: {call.name} rounds to {after}, and has no Lipschitz constant")
 
     def apply(x: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -1,8 +1,9 @@
 """What the functions that a model calls do with the tensors that it holds."""
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastlip.norms._models.aten import as_function
 from fastlip.norms._models.held import Factors, HeldTensors, storage_address
 from fastlip.norms._models.linear_calls import TAKE_A_WEIGHT, LinearCall, LinearMap, Pad, linear_call
 from fastlip.norms._models.restore import version_of
@@ -103,14 +105,16 @@ class WatchedFunctions(TorchFunctionMode):
     ) -> Any:
         """Call the function and say what it did."""
         kwargs = kwargs or {}
+        run = partial(func, *args, **kwargs)
+        func, args, written_name = as_function(func, args)
+        name = written_name.strip("_")
         made_of = [self.made_of(t) for t in _tensors((args, kwargs))]
         held = frozenset[int]().union(*(m for m in made_of if m))
-        name = getattr(func, "__name__", str(func)).strip("_")
         weight = (args[1] if len(args) > 1 else kwargs["weight"]) if func in TAKE_A_WEIGHT else None
         if None not in made_of:
-            y = func(*args, **kwargs)
+            y = run()
             if made_of or name in _MAKES:
-                for t in (*_tensors(y), *_written(func, args, kwargs)):
+                for t in (*_tensors(y), *_written(written_name, args, kwargs)):
                     self._made_of[t] = held
             return y
         if not self._listener.silent() and isinstance(weight, Tensor) and self.made_of(weight) is None:
@@ -118,15 +122,15 @@ class WatchedFunctions(TorchFunctionMode):
         if not held or self._listener.silent():
             if isinstance(weight, Tensor):
                 self._see_weight(weight)
-            y = func(*args, **kwargs)
+            y = run()
         elif name in _OF_THE_FIRST:
-            y = func(*args, **kwargs)
+            y = run()
             first = self.made_of(args[0])
             if first is not None:
                 self._made_of[y] = first
         else:
-            y = self._call(func, name, args, kwargs, held)
-        for t in _written(func, args, kwargs):
+            y = self._call(func, name, args, kwargs, held, run)
+        for t in _written(written_name, args, kwargs):
             if self.made_of(t) is not None:
                 self._written[storage_address(t)] = t
         if func is F.pad and isinstance(y, Tensor):
@@ -151,13 +155,21 @@ class WatchedFunctions(TorchFunctionMode):
         if made_of is None or not all(map(self._held.is_unchanged, made_of)):
             self._listener.has_weight(weight)
 
-    def _call(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], held: frozenset[int]) -> Any:
+    def _call(
+        self,
+        func: Any,
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        held: frozenset[int],
+        run: Callable[[], Any],
+    ) -> Any:
         """Call a function of the model's input and of some of the model's tensors, and say what it did."""
         if func is F.multi_head_attention_forward:
             self._attention(_ATTENTION.bind(*args, **kwargs).arguments, held)
-            return func(*args, **kwargs)
+            return run()
         if func is F.batch_norm:
-            return self._batchnorm(func, args, kwargs, held)
+            return self._batchnorm(args, kwargs, held, run)
         if func is F.scaled_dot_product_attention:  # the mask is added to the products of queries and keys
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             added = frozenset[int]().union(*(self.made_of(t) or () for t in _tensors(mask)))
@@ -165,7 +177,7 @@ class WatchedFunctions(TorchFunctionMode):
             held -= added
         scaled = self._scaled(name, args, kwargs)
         before = self._listener.output_of(scaled[0]) if scaled else None
-        y = func(*args, **kwargs)
+        y = run()
         call = self._linear(func, args, kwargs, y)
         if call is not None:
             weights = self.made_of(call.given)
@@ -214,14 +226,16 @@ class WatchedFunctions(TorchFunctionMode):
             return first, second
         return (second, first) if self._is_weight(first) and name not in _DIVIDES else None
 
-    def _batchnorm(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], held: frozenset[int]) -> Any:
+    def _batchnorm(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], held: frozenset[int], run: Callable[[], Any]
+    ) -> Any:
         bound = _BATCHNORM.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         x, variance, weight, bias = (given[name] for name in ("input", "running_var", "weight", "bias"))
         added = frozenset[int]() if bias is None else self.made_of(bias) or frozenset[int]()
         before = self._listener.output_of(x)
-        y = func(*args, **kwargs)
+        y = run()
         self._listener.adds(added)
         factors = (variance, weight)
         if given["training"] or variance is None:
@@ -273,8 +287,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that a function writes into."""
-    name = getattr(func, "__name__", "")
+def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that a function of this name writes into."""
     in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     return [*_tensors(kwargs.get("out")), *(_tensors(args[:1]) if in_place else ())]

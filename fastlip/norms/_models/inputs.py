@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from fastlip.norms._models.restore import as_found
 
-
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -44,13 +43,14 @@ def example_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             like = torch.zeros(1, *shape, dtype=tensor.dtype, device=tensor.device)
-            return like.float() if like.dtype in _HALF and _runs(model, like.float()) else like
+            wide = like.float()
+            return wide if like.dtype in _HALF and _runs_on_one_of(model, wide, torch.cat([wide, wide])) else like
     return torch.zeros(1, *shape)
 
 
-def _runs(model: nn.Module, x: Tensor) -> bool:
-    """Whether the model runs on x, alone or twice."""
-    for batch in (x, torch.cat([x, x])):
+def _runs_on_one_of(model: nn.Module, *batches: Tensor) -> bool:
+    """Whether the model runs on one of these batches."""
+    for batch in batches:
         try:
             with torch.no_grad(), as_found(model):
                 model(batch)
@@ -83,6 +83,10 @@ def runs_on(model: nn.Module, input_shape: Sequence[int]) -> Iterator[None]:
         raise
     except Exception as error:
         name, why = type(model).__name__, f"{error}" or type(error).__name__
-        raise ValueError(
-            f"{name} does not run on an input of shape {list(input_shape)}, without the batch axis: {why}"
-        ) from error
+        shape = f"shape {list(input_shape)}, without the batch axis"
+        if _runs_on_one_of(model, example_input(model, input_shape)):
+            raise ValueError(
+                f"{name} runs on one input of {shape}, and not on several at once, which are compared: {why}; "
+                "torch.export takes dynamic_shapes for a batch of any size"
+            ) from error
+        raise ValueError(f"{name} does not run on an input of {shape}: {why}") from error
