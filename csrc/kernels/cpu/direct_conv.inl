@@ -105,7 +105,7 @@ FASTLIP_INLINE inline void take(float* to, const float* from, int64_t step, int6
     for (; i < count && i + kWidth <= there; i += kWidth)
       store<Lanes>(to + i, first_lanes(load<Lanes>(from + i), least(kWidth, count - i)));
   }
-  if (i < count) clear(to + i / kWidth * kWidth, count - i);
+  if (i < count) clear(to + i, count - i);
   for (; i < count; ++i) to[i] = from[i * step];
 }
 
