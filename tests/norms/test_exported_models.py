@@ -73,6 +73,15 @@ def test_a_program_for_one_input_is_refused_with_the_reason() -> None:
         layer_norms(program, (4,))
     with pytest.raises(ValueError, match=r"does not run on an input of shape \[5\]"):
         layer_norms(program, (5,))
+
+    class Images(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.min() < 0.0:
+                raise RuntimeError("values below 0")
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match=r"does not run on an input of shape .*: values below 0"):
+        layer_norms(Images(4, 3), (4,))
     assert layer_norms(program, (4,), check=False)["weight"].upper == pytest.approx(
         torch.linalg.matrix_norm(model.weight.double(), 2).item()
     )

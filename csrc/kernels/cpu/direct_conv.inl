@@ -78,7 +78,8 @@ void sum_phase(const DirectConv& p, const DirectConv::Phase& phase, int64_t rows
   }
 }
 
-// The functions below write whole vectors: zeros beyond where they should, or what is written after that.
+// What lies between the pixels of a row of a plane and those of the next one is 0 from the start, and stays so: the
+// functions below write whole vectors, but zeros beyond the row's end, and the rows of a plane one after the other.
 
 void clear(float* to, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) store<Lanes>(to + i, Lanes{});
@@ -105,7 +106,6 @@ FASTLIP_INLINE inline void take(float* to, const float* from, int64_t step, int6
     for (; i < count && i + kWidth <= there; i += kWidth)
       store<Lanes>(to + i, first_lanes(load<Lanes>(from + i), least(kWidth, count - i)));
   }
-  if (i < count) clear(to + i, count - i);
   for (; i < count; ++i) to[i] = from[i * step];
 }
 
@@ -118,10 +118,6 @@ FASTLIP_INLINE inline void take_both(float* to, int64_t plane, const float* from
     const Lanes first = every_second<0>(a, b, LanesOfFloats{}), second = every_second<1>(a, b, LanesOfFloats{});
     store<Lanes>(to + i, first_lanes(first, least(kWidth, even - i)));
     store<Lanes>(to + plane + i, first_lanes(second, least(kWidth, odd - i)));
-  }
-  for (int64_t k = i; k < even; k += kWidth) {
-    store<Lanes>(to + k, Lanes{});
-    store<Lanes>(to + plane + k, Lanes{});
   }
   for (; i < even; ++i) {
     to[i] = from[2 * i];
@@ -139,14 +135,13 @@ FASTLIP_INLINE inline void take_transposed(float* to, int64_t to_step, const flo
 #pragma GCC unroll 16
     for (int k = 0; k < kWidth; ++k) store<Lanes>(to + k * to_step + i, first_lanes(v[k], least(kWidth, count - i)));
   }
-  for (int64_t k = 0; k < kWidth && i < count; ++k) {
-    clear(to + k * to_step + i, count - i);
-    for (int64_t j = i; j < count; ++j) to[k * to_step + j] = from[j * step + k];
-  }
+  for (; i < count; ++i)
+    for (int64_t k = 0; k < kWidth; ++k) to[k * to_step + i] = from[i * step + k];
 }
 
-// Calls put(to, at) for the rows of planes that `rows` rows of targets from `begin` on meet, of one source and of the
-// first phase of columns: `at` is where the row begins in x, or negative if it is none of the image's.
+// Calls put(to, at) for the rows that `rows` rows of targets from `begin` on meet, in all phases of rows: `to` is where
+// the row begins in the planes of a source and of a phase of columns, whose first one is at `planes`; `at` where it
+// begins in x for the first source and phase of columns, or negative if it is none of the image's.
 template <typename Put>
 FASTLIP_INLINE inline void each_row(const DirectConv& p, int64_t image, float* planes, int64_t begin, int64_t rows,
                                     Put put) {
@@ -168,7 +163,7 @@ FASTLIP_INLINE inline void each_row(const DirectConv& p, int64_t image, float* p
 // The planes of an image for the `rows` rows of targets from `begin` on.
 void put_planes(const DirectConv& p, int64_t image, float* planes, int64_t begin, int64_t rows) {
   const int64_t phases = p.source_phases[1], pixel = p.x_stride[3], step = p.source_step[1] * pixel;
-  const DirectConv::Phase* const phase = p.source_phase;  // sizes of rows are the same in those below
+  const DirectConv::Phase* const phase = p.source_phase;  // each phase of rows has the same ones of columns
   if (p.source_phases[0] == 0) return;
   int64_t c = 0;
   if (p.x_stride[1] == 1) {
@@ -176,8 +171,10 @@ void put_planes(const DirectConv& p, int64_t image, float* planes, int64_t begin
       for (int64_t b = 0; b < phases; ++b) {
         const int64_t own = phase[b].at[1] * pixel + c, count = phase[b].size[1];
         each_row(p, image, planes + c * p.planes + b * p.plane, begin, rows, [&](float* to, int64_t at) FASTLIP_INLINE {
-          if (at >= 0) return take_transposed(to, p.planes, p.x + at + own, step, count, p.x_floats - at - own);
-          for (int64_t k = 0; k < kWidth; ++k) clear(to + k * p.planes, count);
+          if (at >= 0)
+            take_transposed(to, p.planes, p.x + at + own, step, count, p.x_floats - at - own);
+          else
+            for (int64_t k = 0; k < kWidth; ++k) clear(to + k * p.planes, count);
         });
       }
     }
@@ -187,23 +184,28 @@ void put_planes(const DirectConv& p, int64_t image, float* planes, int64_t begin
     if (phases == 2 && step == 2) {
       const int64_t even = phase[0].size[1], odd = phase[1].size[1];
       each_row(p, image, planes + c * p.planes, begin, rows, [&](float* to, int64_t at) FASTLIP_INLINE {
-        if (at >= 0) return take_both(to, p.plane, p.x + at + source, even, odd, p.x_floats - at - source);
-        clear(to, even);
-        clear(to + p.plane, odd);
+        if (at >= 0) {
+          take_both(to, p.plane, p.x + at + source, even, odd, p.x_floats - at - source);
+        } else {
+          clear(to, even);
+          clear(to + p.plane, odd);
+        }
       });
       continue;
     }
     for (int64_t b = 0; b < phases; ++b) {
       const int64_t own = source + phase[b].at[1] * pixel, count = phase[b].size[1];
       each_row(p, image, planes + c * p.planes + b * p.plane, begin, rows, [&](float* to, int64_t at) FASTLIP_INLINE {
-        if (at >= 0) return take(to, p.x + at + own, step, count, p.x_floats - at - own);
-        clear(to, count);
+        if (at >= 0)
+          take(to, p.x + at + own, step, count, p.x_floats - at - own);
+        else
+          clear(to, count);
       });
     }
   }
 }
 
-// A row of out from a row of each phase, which are `step` apart.
+// A row of out from a row of each phase, which are `step` apart; beyond its end comes what the next row replaces.
 FASTLIP_INLINE inline void join(const DirectConv& p, float* to, const float* sums, int64_t step, int64_t width) {
   int64_t x = 0;
   if (p.target_phases[1] == 1) {
@@ -219,7 +221,8 @@ FASTLIP_INLINE inline void join(const DirectConv& p, float* to, const float* sum
     for (int64_t phase = 0; phase < p.target_phases[1] && x < width; ++phase, ++x) to[x] = sums[phase * step + at];
 }
 
-// Up to kWidth targets: sums that begin `step` apart, whose rows begin `pitch` apart. `at`: the first element of out.
+// Up to kWidth targets: sums that begin `step` apart, whose rows begin `pitch` apart, are rows of out from element `at`
+// on, which follow one another. What lies between rows of sums is transposed too, and dropped.
 void put_targets(const DirectConv& p, int64_t first, int64_t targets, int64_t at, const float* sums, int64_t step,
                  int64_t rows, int64_t width, int64_t pitch) {
   if (p.out_stride[1] == 1 && targets == kWidth) {  // as p.targets < kWidth would leave most of a vector empty
@@ -258,6 +261,7 @@ void put_rows(const DirectConv& p, int64_t image, int64_t begin, int64_t rows, c
   for (int64_t first = 0; first < p.targets; first += kWidth) {
     const int64_t targets = least(kWidth, p.targets - first);
     const int64_t at = image * p.out_stride[0] + first * p.out_stride[1] + begin * p.out_stride[2];
+    // Pixels of one target are joined where vectors of them would else end with each row.
     if (down * across == 1 && (p.out_stride[1] == 1 || width % kWidth == 0)) {
       put_targets(p, first, targets, at, sums + first * p.sums, p.sums, rows, width, p.pitch);
       continue;

@@ -72,8 +72,7 @@ def _threshold(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     return 1.0
 
 
-@rule(nn.Embedding)
-@rule(nn.EmbeddingBag)
+@rule(nn.Embedding, nn.EmbeddingBag)
 def _embedding(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     raise ValueError(f"{type(module).__name__} looks rows up by whole numbers: it jumps, and has no Lipschitz constant")
 

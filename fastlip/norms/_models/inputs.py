@@ -84,7 +84,8 @@ def runs_on(model: nn.Module, input_shape: Sequence[int]) -> Iterator[None]:
     except Exception as error:
         name, why = type(model).__name__, f"{error}" or type(error).__name__
         shape = f"shape {list(input_shape)}, without the batch axis"
-        if _runs_on_one_of(model, example_input(model, input_shape)):
+        one = example_input(model, input_shape)
+        if _runs_on_one_of(model, one) and not _runs_on_one_of(model, torch.cat([one, one])):
             raise ValueError(
                 f"{name} runs on one input of {shape}, and not on several at once, which are compared: {why}; "
                 "torch.export takes dynamic_shapes for a batch of any size"
