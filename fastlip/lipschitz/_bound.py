@@ -21,7 +21,7 @@ from fastlip.lipschitz._regions import bound_regions, find_regions
 from fastlip.lipschitz._registry import Diagonal
 from fastlip.lipschitz._replay import in_float64, replay
 from fastlip.lipschitz._residual import Block, block_factor, block_operators, find_block
-from fastlip.lipschitz._steps import Step, origin_of, topological_order
+from fastlip.lipschitz._steps import Step, is_its_operator, origin_of, topological_order
 from fastlip.norms import NormInterval, NormOptions, Operator, diagonal_norm, operator_norms
 from fastlip.norms._models.eval_mode import eval_mode, require_eval
 from fastlip.norms._models.inputs import checked_shape, example_input
@@ -183,15 +183,21 @@ def _bound(
     # Layers and blocks have start vectors of their own, and each family gets half of the probability of failure, before
     # it is known which operators need random vectors.
     share = replace(options, confidence=1.0 - (1.0 - options.confidence) / 2.0) if blocks else options
-    norms = _norms(steps, share)
+    padded = _padded_layers(steps)
+    norms, of_padded = _norms(steps, [joined for _, joined in padded.values()], share)
     logs = {step: log10(_constant(step, norms)) for step in steps if not isinstance(step.factor, Combination)}
     sizes = _sizes(model, traced, logs, domain)
     plain, _ = _compose(steps, logs, sizes)
     # These norms are added to other terms, so that less accuracy suffices.
     tighter, chances = _tighten(blocks, plain, norms, replace(share, rtol=_AUXILIARY * options.rtol))
+    chances += [interval.confidence for interval in of_padded if interval.confidence < 1.0]
+    with_padding = {
+        step: (origin, log10(interval.upper))
+        for (step, (origin, _)), interval in zip(padded.items(), of_padded, strict=True)
+    }
     regions = bound_regions(find_regions(steps, tight_residuals)) if tight_chains else {}
-    parts = joined_parts(steps, logs, sizes, tighter, regions)
-    totals, origins = _compose(steps, logs, sizes, tighter, regions, parts)
+    parts = joined_parts(steps, logs, sizes, tighter, with_padding, regions)
+    totals, origins = _compose(steps, logs, sizes, tighter, with_padding, regions, parts)
     given = [n.confidence for n in norms.values() if n.confidence < 1.0] + chances
     drawn = bool(chances) or any(isinstance(s.factor, Operator) and norms[s].confidence < 1.0 for s in norms)
     # Operators share 1 - confidence; each interval that a rule returns adds its own probability of failure.
@@ -210,8 +216,29 @@ def _bound(
     return bound, totals, set(origins)
 
 
-def _norms(steps: list[Step], options: ResolvedOptions) -> dict[Step, NormInterval]:
-    """Intervals of all layers; the norm of a module that is used several times on one shape is computed once."""
+def _padded_layers(steps: list[Step]) -> dict[Step, tuple[Step, Operator]]:
+    """Layers whose input was padded with its own values, each with the step that was padded and both as one operator.
+
+    The norm of padding comes of the elements that it repeats, of which a layer behind it rarely makes as much.
+    """
+    found: dict[Step, tuple[Step, Operator]] = {}
+    for step in steps:
+        before = step.inputs[0] if step.inputs and is_its_operator(step) else step
+        if before.pad is None or before.factor == 1.0 or not isinstance(step.factor, Operator):
+            continue
+        joined, origin = before.pad.before(step.factor), before.inputs[0]
+        if joined is not None and (joined.input_shape, joined.output_shape) == (origin.shape, step.shape):
+            found[step] = origin, joined
+    return found
+
+
+def _norms(
+    steps: list[Step], more: Sequence[Operator], options: ResolvedOptions
+) -> tuple[dict[Step, NormInterval], list[NormInterval]]:
+    """Intervals of all layers, and of ``more`` operators, jointly.
+
+    The norm of a module that is used several times on one shape is computed once.
+    """
     pending: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[Step]] = {}
     norms: dict[Step, NormInterval] = {}
     for step in steps:
@@ -222,10 +249,10 @@ def _norms(steps: list[Step], options: ResolvedOptions) -> dict[Step, NormInterv
             key = (id(same), step.inputs[0].shape, step.shape)
             pending.setdefault(key, []).append(step)
     operators = [group[0].factor for group in pending.values()]
-    intervals = operator_norms([op for op in operators if isinstance(op, Operator)], options)
-    for group, interval in zip(pending.values(), intervals, strict=True):
+    intervals = operator_norms([*(op for op in operators if isinstance(op, Operator)), *more], options)
+    for group, interval in zip(pending.values(), intervals[: len(pending)], strict=True):
         norms |= dict.fromkeys(group, interval)
-    return norms
+    return norms, list(intervals[len(pending) :])
 
 
 def _constant(step: Step, norms: dict[Step, NormInterval]) -> float:

@@ -156,7 +156,8 @@ def _slopes(step: Step) -> tuple[float, float] | None:
 
 def _is_map(step: Step) -> bool:
     if step.linear:  # a function may take more of its node's arguments
-        return step.module is not None and step.places is None and not _is_same(step)
+        of_one = step.module is not None or step.pad is not None
+        return of_one and step.places is None and not _is_same(step)
     if isinstance(step.factor, Diagonal):
         return step.exact
     return is_its_operator(step)

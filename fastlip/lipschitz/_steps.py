@@ -10,6 +10,7 @@ from fastlip.lipschitz._combinations import Combination
 from fastlip.lipschitz._intervals import Interval
 from fastlip.lipschitz._registry import Factor
 from fastlip.norms import Operator
+from fastlip.norms._models.linear_calls import Pad
 from fastlip.norms._operators.modules import TRANSPOSED
 
 
@@ -39,6 +40,7 @@ class Step:
             [elements] int64; None for all else, and where that is not known.
         linear: whether it is a linear map of its only input, whose ``factor`` is a number that also bounds the norm of
             the map with the magnitudes of its coefficients.
+        pad: what it does, of padding.
         selected: for what selects elements, on which elements of the input's tensor in the graph the output depends,
             flat, bool; None if that is not known.
         moved: lower and upper bound on the distance of the outputs of two samples, [2]; None before the replay.
@@ -62,6 +64,7 @@ class Step:
     same: bool = False
     linear: bool = False
     places: Callable[[], Tensor] | None = None
+    pad: Pad | None = None
     selected: Tensor | None = None
     moved: Tensor | None = None
     seen: Tensor | None = None

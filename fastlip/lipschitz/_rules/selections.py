@@ -21,6 +21,7 @@ from fastlip.lipschitz._intervals import EPS, Interval
 from fastlip.lipschitz._registry import axes_of, builds, missing_rule
 from fastlip.lipschitz._rowwise import fixed_values, on_samples
 from fastlip.lipschitz._steps import Step, in_graph, in_sample
+from fastlip.norms._models.linear_calls import Pad
 
 #: Added to each index in turn: what follows them is an element of the input, and all else a constant.
 _MARKS = (0.28125, 0.40625)
@@ -31,7 +32,7 @@ _ONE: tuple[Any, ...] = (
     *(torch.Tensor.repeat, "repeat", torch.tile, "tile", torch.repeat_interleave, "repeat_interleave"),
     *(torch.roll, "roll", torch.flip, "flip", torch.fliplr, torch.flipud, torch.rot90, "rot90"),
     *(torch.diagonal, "diagonal", torch.tril, "tril", torch.triu, "triu", "unfold", F.unfold),
-    *(F.pad, torch.constant_pad_nd, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, torch.channel_shuffle),
+    *(torch.constant_pad_nd, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, torch.channel_shuffle),
     *(torch.masked_fill, "masked_fill", torch.gather, "gather", torch.take_along_dim, "take_along_dim"),
     *(torch.scatter, "scatter", torch.index_fill, "index_fill"),
 )
@@ -39,12 +40,13 @@ _SEVERAL: tuple[Any, ...] = (
     *(torch.split, "split", torch.split_with_sizes, "split_with_sizes", torch.chunk, "chunk", "tensor_split"),
     *(torch.tensor_split, torch.unbind, "unbind", torch.unsafe_chunk, torch.unsafe_split),
 )
-_PADS = (
-    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
-    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
-    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
-    *(nn.Unfold,),
-)
+#: Modules that pad, and with what.
+_PADS: dict[Any, str] = {
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d), "reflect"),
+    **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d), "replicate"),
+    **dict.fromkeys((nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d), "circular"),
+    **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), "constant"),
+}
 
 
 @builds(*_ONE)
@@ -97,7 +99,27 @@ def _selections(call: Call) -> list[Step | None] | None:
 
 
 @builds(*_PADS)
+def _padding_module(call: Call) -> Step | None:
+    if len(call.sources) != 1:
+        return None
+    module = call.target
+    step = _step(call, lambda x: type(module).forward(module, x), call.shape)
+    mode = next((_PADS[cls] for cls in type(module).__mro__ if cls in _PADS), "")
+    step.pad = Pad(module.padding, mode, getattr(module, "value", None))
+    return step
+
+
+@builds(F.pad)
 def _padding(call: Call) -> Step | None:
+    if not call.on_one:
+        return None
+    step = _step(call, lambda x, *_, **__: F.pad(x, *call.args[1:], **call.kwargs), call.shape)
+    step.pad = Pad(*call.args[1:], **call.kwargs)
+    return step
+
+
+@builds(nn.Unfold)
+def _windows(call: Call) -> Step | None:
     if len(call.sources) != 1:
         return None
     module = call.target

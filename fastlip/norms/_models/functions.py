@@ -134,7 +134,8 @@ class WatchedFunctions(TorchFunctionMode):
             if self.made_of(t) is not None:
                 self._written[storage_address(t)] = t
         if func is F.pad and isinstance(y, Tensor):
-            self._pads[y] = Pad(**_PAD.bind(*args, **kwargs).arguments), version_of(y)
+            given = _PAD.bind(*args, **kwargs).arguments
+            self._pads[y] = given.pop("input"), Pad(**given), version_of(y)
         return y
 
     def made_of(self, t: Tensor) -> frozenset[int] | None:
@@ -206,11 +207,11 @@ class WatchedFunctions(TorchFunctionMode):
             return None
         if call is None:
             return None
-        pad, version = self._pads.get(call.x, (None, 0))
+        x, pad, version = self._pads.get(call.x, (None, None, 0))
         joined = pad.before(call.map.operator) if pad and version == version_of(call.x) and _may_pad(call) else None
-        if pad is None or joined is None:
+        if joined is None:
             return call
-        return replace(call, x=pad.x, map=replace(call.map, operator=joined))
+        return replace(call, x=x, map=replace(call.map, operator=joined))
 
     def _scaled(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
         """The tensor that is multiplied or divided, and the factors made of the model's tensors alone."""

@@ -63,10 +63,10 @@ class LinearCall:
 
 
 class Pad:
-    """A call of ``F.pad`` with zeros, or with the input's own values."""
+    """What ``F.pad`` does, with zeros or with the input's own values; its arguments but for the input."""
 
-    def __init__(self, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> None:
-        self.x, self.mode = input, "zeros" if mode == "constant" else mode
+    def __init__(self, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> None:
+        self.mode = "zeros" if mode == "constant" else mode
         # The last axis comes first.
         self.pairs = tuple(zip(pad[::2], pad[1::2], strict=True))[::-1]
         self.usable = not value
