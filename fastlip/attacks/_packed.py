@@ -12,8 +12,6 @@ from fastlip.attacks._packed_ways import LANES, Direct, Filtered, Gathered, Geom
 
 #: From so many output pixels on, a kernel of several taps loses more by gathering than it saves at the map's edges.
 _LARGE = 256
-#: How maps of one size are convolved.
-Way = Direct | Filtered | Gathered | FusedConv
 #: Taps and stride along a side that :func:`fastlip.ops.direct_conv_` takes.
 _MOST_TAPS = 64
 #: Products of sums over taps, for each of Winograd's filtering, from which on that is faster: it transforms the rest.
@@ -21,6 +19,9 @@ _WORTH = 1.75
 #: Up to so many weights the gradient has a packing of its own: where few weights meet many pixels it is some percent
 #: faster, and takes little memory.
 _SMALL = 1 << 16
+
+#: How maps of one size are convolved.
+Way = Direct | Filtered | Gathered | FusedConv
 
 
 def can_be_packed(conv: nn.Conv2d) -> bool:

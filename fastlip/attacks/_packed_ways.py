@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlip import ops
 from fastlip.attacks._fused import FusedConv
 
-#: Floats of the widest vector register.
+#: Floats of the widest vector register. An input of fewer channels would fill a small part of one.
 LANES = 16
 
 Size = tuple[int, int]
@@ -172,11 +172,9 @@ class Direct:
     def __init__(
         self, weight: Tensor, bias: Tensor | None, geometry: Geometry, size: Size, forward: FusedConv | None
     ) -> None:
-        self.weight, self.bias, self.forward = (
-            weight.detach().clone(memory_format=torch.contiguous_format),
-            bias,
-            forward,
-        )
+        # Memory of its own: the model may change its weights, and the copy's may get another layout.
+        self.weight = weight.detach().clone(memory_format=torch.contiguous_format)
+        self.bias, self.forward = bias, forward
         self.stride, self.padding = geometry.stride, geometry.padding
         self.input = (geometry.channels[0], *size)
         self.output = (geometry.channels[1], *geometry.outputs(size))

@@ -141,14 +141,15 @@ def _require_batch_first(node: fx.Node, values: Values) -> None:
 
 def _take_parts(node: fx.Node, made: Made) -> None:
     """An element of a tuple, or a slice of it, is made of the same steps."""
-    bundle, index = made.bundles[node.args[0]], node.args[1]  # type: ignore[index]
-    taken = bundle[index]  # type: ignore[index]
+    whole, index = node.args
+    assert isinstance(whole, fx.Node)
+    taken = made.bundles[whole][index]  # type: ignore[index]
     if isinstance(taken, tuple):
         made.bundles[node] = taken
     elif taken is not None:
         made.steps[node] = taken
     else:
-        made.without[node] = node.args[0]  # type: ignore[assignment]
+        made.without[node] = whole
 
 
 def _require_no_rounding(node: fx.Node, step: Step, values: Values) -> None:
