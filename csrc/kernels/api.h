@@ -346,6 +346,56 @@ struct DirectConv {
   }
 };
 
+// Convolutions and linear layers that follow one another, or their adjoints in reverse, where channels are too few to
+// fill vectors: a vector holds one element of several images. CPU only.
+//
+// kImages images at a time go through all layers, each map as planes [channels, height, pitch] of vectors. A row has
+// zeros at its sides, as many as taps reach beyond them; rows beyond the map are left out. A linear layer is a
+// convolution of maps of one pixel; what a map's elements are one after the other serves as its input.
+struct InterleavedLayers {
+  static constexpr int64_t kImages = 16;                      // side by side
+  static constexpr int64_t kTargets = 8;                      // whose weights are side by side
+  static constexpr int64_t kMostTaps = 16, kMostStride = 64;  // along a side; dilation and padding have the latter too
+
+  struct Maps {
+    int64_t channels, height, width;
+    int64_t pitch, before;  // pixels of a row, and of them zeros before the map's own
+    FASTLIP_INLINE int64_t elements() const { return channels * height * width; }
+    FASTLIP_INLINE int64_t plane() const { return height * pitch; }
+    int64_t floats() const { return channels * plane() * kImages; }
+  };
+  struct Tap {
+    int64_t at;      // of a kernel's row or column
+    int64_t source;  // the row that it meets; or the column, for the first target column of a phase
+  };
+  // A layer, in one direction.
+  struct Step {
+    Maps source, target;
+    const float* weight;  // [ceil(targets / kTargets), sources, taps, kTargets]; null: the source's elements, laid out
+    const float* bias;    // [targets]; null: 0
+    bool relu;
+    int64_t flags;  // where the target's begin among an image's; negative: none
+    int64_t taps, taps_across;
+    // Target columns phase, phase + target_step, ... meet source columns Tap::source, Tap::source + source_step, ...
+    int64_t source_step, target_step;
+    const Tap *row, *column;
+    const int64_t *row_begin, *column_begin;  // [target.height + 1], [target_step + 1], in these
+  };
+
+  float* out;       // [batch, elements of the last step's target]
+  const float* x;   // [batch, elements of the first step's source]
+  uint8_t* active;  // [blocks, flags, kImages], where ReLUs pass elements on; null: not kept
+  bool adjoint;     // of the last layer's adjoint first; then active is read
+  int64_t batch, flags;
+  int64_t x_flags;  // of x, which go before all else; negative: none
+  const Step* step;
+  int64_t steps;
+  int64_t floats[2];  // of scratch memory for the steps' sources and targets, in turns
+
+  int64_t blocks() const { return (batch + kImages - 1) / kImages; }
+  int64_t scratch_floats() const { return floats[0] + floats[1] + 2 * kImages; }
+};
+
 // The gradient G of a norm <G, W> in a weight W [rows, columns]: left right, or left where rank is 0. CPU only.
 struct NormGradient {
   const void* left;   // [rows, rank]; [rows, columns] where rank is 0
@@ -382,6 +432,8 @@ struct Kernels {
                         void* scratch);
   // Bands [begin, end) of all images; scratch as DirectConv says.
   void (*direct_conv)(const DirectConv&, int64_t begin, int64_t end, float* scratch);
+  // Blocks [begin, end) of images; scratch as InterleavedLayers says.
+  void (*interleaved_layers)(const InterleavedLayers&, int64_t begin, int64_t end, float* scratch);
   // <G, weight> over rows [begin, end).
   double (*norm_along)(const NormGradient&, const void* weight, int64_t begin, int64_t end);
   // <a, b> over elements [begin, end) of f32 or f64.

@@ -254,6 +254,19 @@ void direct_conv_(Tensor out, const Tensor& x, const Tensor& weight, const Tenso
   });
 }
 
+void interleaved_layers_(Tensor out, const Tensor& x, std::vector<Tensor> weight, std::vector<Tensor> bias,
+                         std::vector<int64_t> geometry, Tensor active, bool adjoint) {
+  InterleavedLayers problem{};
+  const auto layers = interleaved_layers_of(problem, out, x, weight, bias, geometry, active, adjoint);
+  if (problem.batch == 0) return;
+  const cpu::InterleavedPlan plan(problem, layers);
+  const auto run_blocks = kernels().interleaved_layers;
+  torch::stable::parallel_for(0, problem.blocks(), 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(problem.scratch_floats()));
+    run_blocks(problem, begin, end, scratch.get());
+  });
+}
+
 // The sum of f(begin, end) over [0, count) in chunks of a fixed size, so that it does not depend on the threads.
 template <typename F>
 double sum_over(int64_t count, int64_t chunk, F f) {
@@ -359,6 +372,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlip, CPU, m) {
   m.impl("indirect_convs_", TORCH_BOX(&indirect_convs_));
   m.impl("winograd_conv_", TORCH_BOX(&winograd_conv_));
   m.impl("direct_conv_", TORCH_BOX(&direct_conv_));
+  m.impl("interleaved_layers_", TORCH_BOX(&interleaved_layers_));
   m.impl("norm_along", TORCH_BOX(&norm_along));
   m.impl("scaled_weight_grad", TORCH_BOX(&scaled_weight_grad));
   m.impl("top_eigenpairs", TORCH_BOX(&top_eigenpairs));

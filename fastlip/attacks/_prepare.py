@@ -58,9 +58,11 @@ def prepare(
     compiled, their weights are packed once for both passes, which takes as much memory as the model's weights, and 3x3
     kernels at stride 1 go by Winograd's filtering, which takes a quarter of the products and rounds about five times as
     much (on maps of 2x2 pixels 9 in 16, at a lower price): where a gradient is exactly 0, the copy's may be at the
-    level of rounding, and a step in Linf goes by its sign. Attacks with ``fast=True`` leave out networks with next to
-    nothing in convolutions, which have nothing to gain there, and small ones whose weights have changed since the last
-    attack, as in training. On a GPU, CUDA graphs are replayed.
+    level of rounding, and a step in Linf goes by its sign. Convolutions of up to 16 channels on one side, with the
+    linear layers behind them, are one function of sixteen images at a time.
+
+    Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have nothing to gain, and
+    small ones whose weights have changed since the last attack, as in training. On a GPU, CUDA graphs are replayed.
 
     ``precision`` makes the copy compute all but its first layer in low precision. A low precision that this machine
     computes more slowly than float32 (bfloat16 on a CPU without AVX512-BF16 or AMX, for example) is not used: a warning

@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from fastlip.attacks._chain import Chain, Plan
 from fastlip.attacks._fused import FusedConv
+from fastlip.attacks._interleaved import SmallNetwork, can_be_interleaved
 from fastlip.attacks._packed import PackedConv, can_be_packed
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -17,6 +18,8 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ADDS = (operator.add, operator.iadd, torch.add)
 _WRITE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 _RELUS = (functional.relu, torch.relu, torch.relu_)
+#: Layers that do nothing in eval mode.
+_IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def fold(model: fx.GraphModule) -> None:
@@ -98,6 +101,7 @@ def fuse(model: fx.GraphModule) -> None:
         for done in reversed(chain):
             model.graph.erase_node(done)
     _link(model)
+    _interleave(model)
 
 
 def takes_either_format(model: fx.GraphModule) -> bool:
@@ -107,6 +111,8 @@ def takes_either_format(model: fx.GraphModule) -> bool:
     for node in inputs:
         for user in node.users:
             chain = modules[str(user.target)] if user.op == "call_module" else None
+            if isinstance(chain, SmallNetwork):
+                continue
             if not isinstance(chain, Chain):
                 return False
             value = user.args.index(node)
@@ -154,6 +160,78 @@ def _replace(model: fx.GraphModule, nodes: list[fx.Node], layers: list[nn.Module
                 user.replace_input_with(node, result)
     for node in reversed(nodes):
         model.graph.erase_node(node)
+
+
+def _interleave(model: fx.GraphModule) -> None:
+    """Replace chains of few channels, with the linear layers behind them, by a :class:`SmallNetwork` each."""
+    modules = dict(model.named_modules())
+    for node in list(model.graph.nodes):
+        chain = modules[str(node.target)] if node.op == "call_module" else None
+        if not isinstance(chain, Chain) or not can_be_interleaved(chain):
+            continue
+        linear, last = _linear_behind(node, modules)
+        if len(chain.layers) + len(linear) == 1:
+            continue  # it has nothing to stay in cache for
+        name = f"small_{node.target}"
+        model.add_submodule(name, SmallNetwork(chain, linear))
+        with model.graph.inserting_before(node):
+            small = model.graph.call_module(name, node.args)
+        last.replace_all_uses_with(small)
+        for reader in [user for user in node.users if _reads_batch(user)]:
+            reader.replace_input_with(node, small)
+        while last is not node:
+            (before,) = last.all_input_nodes[:1]
+            model.graph.erase_node(last)
+            last = before
+        model.graph.erase_node(node)
+
+
+def _linear_behind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[tuple[nn.Linear, bool]], fx.Node]:
+    """The linear layers on the elements of maps, each on what the one before it gives, and whether a ReLU follows.
+
+    Also the node of the last of them, or ``node`` itself.
+    """
+    linear: list[tuple[nn.Linear, bool]] = []
+    last, flat = node, False
+    readers = [user for user in node.users if not _reads_batch(user)]
+    user = readers[0] if len(readers) == 1 else None
+    while user is not None:
+        layer = modules[str(user.target)] if user.op == "call_module" else None
+        if flat and type(layer) is nn.Linear and layer.weight.dtype == torch.float32:
+            linear.append((layer, False))
+            last = user
+        elif linear and not linear[-1][1] and _is_relu(user, modules):
+            linear[-1] = (linear[-1][0], True)
+            last = user
+        elif not flat and _flattens(user, modules):
+            flat = True
+        elif not isinstance(layer, _IDLE):
+            break
+        user = _only_user(user)
+    return linear, last
+
+
+def _flattens(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node makes one vector of each image's maps."""
+    if node.op == "call_module":
+        layer = modules[str(node.target)]
+        return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
+    if node.target in (torch.flatten, "flatten"):
+        return (node.args[1:], node.kwargs) in (((1,), {}), ((1, -1), {}), ((), {"start_dim": 1}))
+    if node.op == "call_method" and node.target in ("view", "reshape"):
+        size = node.args[1] if len(node.args) == 3 and node.args[2] == -1 else None
+        batch = size.args[0] if isinstance(size, fx.Node) and size.target is operator.getitem else size
+        return isinstance(batch, fx.Node) and batch.args[:1] == node.args[:1] and _reads_batch(batch)
+    return False
+
+
+def _reads_batch(node: fx.Node) -> bool:
+    """Whether all that is read is how many images there are."""
+    if node.op == "call_method" and node.target == "size":
+        return node.args[1:] == (0,)
+    if node.target is getattr and node.args[1:] == ("shape",):
+        return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+    return False
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:

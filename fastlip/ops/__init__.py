@@ -26,6 +26,7 @@ from fastlip.ops._apgd_step import APGDState, apgd_schedule, apgd_state, apgd_st
 from fastlip.ops._checks import Bounds, Norm, PerSample
 from fastlip.ops._direct_conv import direct_conv_
 from fastlip.ops._indirect_conv import IndirectConvs, meeting_pixels, packed_taps
+from fastlip.ops._interleaved_layers import InterleavedLayers, LayerGeometry
 from fastlip.ops._judge import BestRecord, Judgement, Loss, judge
 from fastlip.ops._krylov import krylov_bound, top_eigenpairs
 from fastlip.ops._model_input import ModelInput, model_input
@@ -45,7 +46,9 @@ __all__ = [
     "Bounds",
     "ConvGeometry",
     "IndirectConvs",
+    "InterleavedLayers",
     "Judgement",
+    "LayerGeometry",
     "Loss",
     "MatmulPrecision",
     "ModelInput",

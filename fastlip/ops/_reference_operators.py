@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.grad import conv2d_input
 
 #: Halvings of a bracket, enough for the resolution of float64.
 _BISECTIONS = 70
@@ -150,6 +151,44 @@ def direct_conv_(
             else:
                 total += torch.einsum("bchw,kc->bkhw", met, matrix)
     _finish_(out, inside if adjoint else total, bias, other, active, relu)
+
+
+def interleaved_layers_(
+    out: Tensor, x: Tensor, weight: list[Tensor], bias: list[Tensor], geometry: list[int], active: Tensor, adjoint: bool
+) -> None:
+    """Layer by layer, by PyTorch's convolutions in float64."""
+    batch = len(x)
+    numbers = [geometry[i : i + 13] for i in range(0, len(geometry), 13)]
+    sizes = [  # of the layers' maps, the input's first
+        [numbers[0][0], *numbers[0][2:4]],
+        *([n[1], *((n[2 + a] + 2 * n[10 + a] - n[8 + a] * (n[4 + a] - 1) - 1) // n[6 + a] + 1 for a in (0, 1))]
+          for n in numbers),
+    ]  # fmt: skip
+    elements = [math.prod(size) if n[-1] else 0 for size, n in zip(sizes[1:], numbers, strict=True)]
+    kept = active.view(-1, sum(elements), 16) if active.numel() else None  # [blocks, elements, images]
+    flags = kept.transpose(1, 2).flatten(0, 1)[:batch].split(elements, 1) if kept is not None else None
+    value = x.double().reshape(batch, *sizes[-1 if adjoint else 0])
+    for i in reversed(range(len(numbers))) if adjoint else range(len(numbers)):
+        channels, outputs, height, width, h, w, *rest = numbers[i]
+        stride, dilation, padding, relu = rest[:2], rest[2:4], rest[4:6], rest[6]
+        matrix = weight[i].permute(0, 3, 1, 2).flatten(0, 1)[: channels if adjoint else outputs].double()
+        kernel = (matrix.transpose(0, 1) if adjoint else matrix).unflatten(2, (h, w))
+        if adjoint:
+            value = value.reshape(batch, *sizes[i + 1])
+            if relu and flags is not None:
+                value = torch.where(flags[i].view(value.shape), value, 0.0)
+            size = (batch, channels, height, width)
+            value = conv2d_input(size, kernel, value, stride, padding, dilation)
+            continue
+        value = value.reshape(batch, channels, height, width)
+        own = bias[i].double() if bias[i].numel() else None
+        value = functional.conv2d(value, kernel, own, stride, padding, dilation)
+        if relu and kept is not None:
+            first, block = sum(elements[:i]), -(-batch // 16) * 16
+            passes = functional.pad(~(value.float().flatten(1) <= 0), (0, 0, 0, block - batch))
+            kept[:, first : first + elements[i]] = passes.unflatten(0, (-1, 16)).transpose(1, 2)
+        value = value.relu() if relu else value
+    out.copy_(value.reshape(out.shape))
 
 
 def _tap_matrices(weight: Tensor, taps: int, channels: int, outputs: int, adjoint: int) -> Tensor:

@@ -125,6 +125,9 @@ HOST_SCHEMAS = {
         "Tensor! out, Tensor x, Tensor weight, Tensor bias, Tensor other, Tensor! active, int[] stride, int[] padding, "
         "bool adjoint, bool relu"
     ),
+    "interleaved_layers_": _schema(
+        "Tensor! out, Tensor x, Tensor[] weight, Tensor[] bias, int[] geometry, Tensor! active, bool adjoint"
+    ),
     "norm_along": _schema("Tensor weight, Tensor left, Tensor right", returns="Tensor"),
     "scaled_weight_grad": _schema(
         "Tensor grad, Tensor scaled, Tensor left, Tensor right, float norm, float bound", returns="Tensor"

@@ -13,6 +13,7 @@ from fastlip.ops._reference_judge import judge
 from fastlip.ops._reference_operators import (
     direct_conv_,
     indirect_convs_,
+    interleaved_layers_,
     krylov_bound,
     norm_along,
     operator_step_,
@@ -28,6 +29,7 @@ __all__ = [
     "compute_dtype",
     "direct_conv_",
     "indirect_convs_",
+    "interleaved_layers_",
     "judge",
     "kept_elements",
     "krylov_bound",

@@ -35,6 +35,8 @@ WANTED = {
     "Tensor(b!) active, bool relu) -> ()",
     "direct_conv_": "(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias, Tensor other, Tensor(b!) active, "
     "int[] stride, int[] padding, bool adjoint, bool relu) -> ()",
+    "interleaved_layers_": "(Tensor(a!) out, Tensor x, Tensor[] weight, Tensor[] bias, int[] geometry, "
+    "Tensor(b!) active, bool adjoint) -> ()",
     "norm_along": "(Tensor weight, Tensor left, Tensor right) -> Tensor",
     "scaled_weight_grad": "(Tensor grad, Tensor scaled, Tensor left, Tensor right, float norm, float bound) -> Tensor",
     "top_eigenpairs": "(Tensor diagonal, Tensor off_diagonal) -> (Tensor, Tensor)",

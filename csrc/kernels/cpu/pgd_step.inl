@@ -169,6 +169,7 @@ void FASTLIP_CAT(operator_tile_, FASTLIP_ISA)(const OperatorStep&, int64_t);    
 void FASTLIP_CAT(indirect_conv_, FASTLIP_ISA)(const IndirectConv&, int64_t, int64_t, int64_t, int64_t, void*);
 void FASTLIP_CAT(winograd_conv_, FASTLIP_ISA)(const WinogradConv&, int64_t, int64_t, int64_t, int64_t, void*);
 void FASTLIP_CAT(direct_conv_, FASTLIP_ISA)(const DirectConv&, int64_t, int64_t, float*);
+void FASTLIP_CAT(interleaved_layers_, FASTLIP_ISA)(const InterleavedLayers&, int64_t, int64_t, float*);
 double FASTLIP_CAT(norm_along_, FASTLIP_ISA)(const NormGradient&, const void*, int64_t, int64_t);  // norm_gradient.inl
 double FASTLIP_CAT(product_, FASTLIP_ISA)(const void*, const void*, DType, int64_t, int64_t);
 void FASTLIP_CAT(scaled_weight_grad_, FASTLIP_ISA)(const ScaledWeightGrad&, int64_t, int64_t);
@@ -182,6 +183,7 @@ const Kernels FASTLIP_CAT(kernels_, FASTLIP_ISA){FASTLIP_STR(FASTLIP_ISA),
                                                  FASTLIP_CAT(indirect_conv_, FASTLIP_ISA),
                                                  FASTLIP_CAT(winograd_conv_, FASTLIP_ISA),
                                                  FASTLIP_CAT(direct_conv_, FASTLIP_ISA),
+                                                 FASTLIP_CAT(interleaved_layers_, FASTLIP_ISA),
                                                  FASTLIP_CAT(norm_along_, FASTLIP_ISA),
                                                  FASTLIP_CAT(product_, FASTLIP_ISA),
                                                  FASTLIP_CAT(scaled_weight_grad_, FASTLIP_ISA),

@@ -1,0 +1,224 @@
+"""Small networks as one function: which models become one, and that it is the model's."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fastlip import attacks, ops
+from fastlip.attacks import _interleaved
+from fastlip.attacks._interleaved import SmallNetwork
+from fastlip.attacks._prepare import network_of
+
+pytestmark = pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="only the compiled library packs")
+
+
+def body(channels=(3, 8, 16), stride=2):
+    return [part for a, b in itertools.pairwise(channels) for part in (nn.Conv2d(a, b, 3, stride, 1), nn.ReLU())]
+
+
+def sequential(*head, channels=(3, 8, 16)):
+    return nn.Sequential(*body(channels), *head)
+
+
+class Written(nn.Module):
+    """A model whose forward makes vectors of maps in one of the usual ways."""
+
+    def __init__(self, flatten):
+        super().__init__()
+        self.body = nn.Sequential(*body())
+        self.hidden, self.drop, self.last = nn.Linear(16 * 16, 20), nn.Dropout(0.5), nn.Linear(20, 5)
+        self.flatten = flatten
+
+    def forward(self, x):
+        x = self.flatten(self.body(x))
+        return self.last(self.drop(functional.relu(self.hidden(x))))
+
+
+WHOLE = {
+    "modules": lambda: sequential(nn.Flatten(), nn.Linear(256, 5)),
+    "a dropout": lambda: sequential(nn.Flatten(), nn.Dropout(), nn.Linear(256, 9), nn.ReLU(), nn.Linear(9, 5)),
+    "batch norm": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)
+    ),
+    "no bias": lambda: nn.Sequential(nn.Conv2d(3, 4, 5, 3, bias=False), nn.Flatten(), nn.Linear(64, 5, bias=False)),
+    "view(size)": lambda: Written(lambda x: x.view(x.size(0), -1)),
+    "view(shape)": lambda: Written(lambda x: x.view(x.shape[0], -1)),
+    "reshape(shape)": lambda: Written(lambda x: x.reshape(x.shape[0], -1)),
+    "torch.flatten": lambda: Written(lambda x: torch.flatten(x, 1)),
+    "start_dim": lambda: Written(lambda x: torch.flatten(x, start_dim=1)),
+    "flatten method": lambda: Written(lambda x: x.flatten(1)),
+}
+
+
+def problem(model, batch=5, size=16):
+    torch.manual_seed(0)
+    model = model().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    return model, torch.rand(batch, 3, size, size)
+
+
+def copy_of(model, x):
+    return network_of(model, x, fast=True, precision=None, however_small=True).faster
+
+
+def small_networks(made):
+    return [m for m in made.model.modules() if isinstance(m, SmallNetwork)]
+
+
+def interleaved(small):
+    return [layers for layers in small._interleaved.values() if layers is not None]
+
+
+def check(made, model, x):
+    seen = x.clone().requires_grad_()
+    want = model(seen)
+    weights = torch.linspace(-1, 1, want.numel()).view(want.shape)
+    (wanted,) = torch.autograd.grad((want * weights).sum(), seen)
+    found = made(other := x.clone().requires_grad_())
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), other)[0], wanted, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(made(x), found)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_models_that_become_one_function(name):
+    model, x = problem(WHOLE[name])
+    made = copy_of(model, x)
+    (small,) = small_networks(made)
+    (layers,) = interleaved(small)
+    linear = sum(type(m) is nn.Linear for m in model.modules())
+    assert len(layers.layers) == linear + sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert not [n for n in made.model.graph.nodes if n.op == "call_function" and n.target is not getattr and n.users]
+    for batch in (1, 5, 23):
+        check(made, model, torch.rand(batch, *x.shape[1:]))
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Linear(8 * 256, 5)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        return self.last((self.second(y).relu() + y).flatten(1))
+
+
+class Reads(nn.Module):
+    """Maps that something else reads as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.last = nn.Sequential(*body()), nn.Linear(256, 5)
+
+    def forward(self, x):
+        maps = self.body(x)
+        return self.last(maps.flatten(1)) + maps.mean((1, 2, 3))[:, None]
+
+
+def test_networks_of_more_channels_and_branches_stay_chains():
+    for make in (
+        lambda: sequential(nn.Flatten(), nn.Linear(32 * 16, 5), channels=(3, 32, 32)),
+        Branching,
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(128, 5)),
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.Flatten(), nn.Linear(6 * 196, 5)),
+    ):
+        model, x = problem(make)
+        made = copy_of(model, x)
+        assert not small_networks(made)
+        check(made, model, x)
+
+
+def test_layers_behind_that_are_not_part_of_it():
+    """The maps alone are interleaved where they are read in another way."""
+    for make in (
+        Reads,
+        lambda: sequential(nn.Flatten(2), nn.Flatten(), nn.Linear(256, 5)),
+        lambda: sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
+        lambda: sequential(nn.Conv2d(16, 5, 4), nn.Flatten()),
+        lambda: sequential(nn.Flatten(), nn.Tanh(), nn.Linear(256, 5)),
+    ):
+        model, x = problem(make)
+        made = copy_of(model, x)
+        (small,) = small_networks(made)
+        assert not small.linear
+        assert interleaved(small)
+        check(made, model, x)
+
+
+def test_a_second_relu_is_left_behind():
+    model, x = problem(lambda: sequential(nn.Flatten(), nn.Linear(256, 5), nn.ReLU(), nn.ReLU(), nn.Linear(5, 4)))
+    made = copy_of(model, x)
+    (small,) = small_networks(made)
+    assert len(small.linear) == 1
+    check(made, model, x)
+
+
+def test_maps_of_sizes_on_which_it_would_not_be_faster(monkeypatch):
+    model, x = problem(lambda: sequential(nn.Conv2d(16, 4, 3, 1, 1)))
+    pooled = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    made = copy_of(pooled, x)
+    (small,) = small_networks(made)
+    monkeypatch.setattr(_interleaved, "_MOST_ELEMENTS", 2000)
+    large = torch.rand(3, 3, 32, 30)
+    check(made, pooled, large)
+    assert small._interleaved[32, 30] is None
+    check(made, pooled, torch.rand(3, 3, 15, 13))
+    check(made, pooled, x)
+    assert list(small._interleaved) == [(16, 16), (32, 30), (15, 13)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sequential(nn.Flatten(), nn.Linear(256, 1100)),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=65), nn.ReLU(), nn.Conv2d(4, 5, 100), nn.Flatten()),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=8), nn.ReLU(), nn.Conv2d(4, 5, 17), nn.Flatten()),
+    ],
+)
+def test_layers_that_are_too_large(make):
+    model, x = problem(make)
+    made = copy_of(model, x)
+    (small,) = small_networks(made)
+    assert not interleaved(small)
+    check(made, model, x)
+
+
+def test_errors_are_the_models():
+    model, x = problem(WHOLE["modules"])
+    made = copy_of(model, x)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        made(torch.rand(2, 3, 32, 32))
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    model, x = problem(WHOLE["modules"], batch=37)
+    made = copy_of(model, x)
+    for rows in (slice(0, 1), slice(4, 12), slice(9, 26)):
+        assert torch.equal(made(x[rows]), made(x)[rows])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
+def test_attacks_find_what_they_find_on_the_model(attack, norm):
+    model, x = problem(WHOLE["a dropout"], batch=40)
+    for parameter in model.parameters():
+        parameter.data.mul_(2 if parameter.dim() > 1 else 0)  # so that classes differ between images
+    labels = model(x).argmax(1)
+    eps = {"linf": 0.0125, "l2": 0.2, "l1": 2.0}[norm]
+    made = attacks.prepare(model, x, fast=True)
+    assert small_networks(made.faster)
+    for loss in ("ce", "dlr"):
+        fooled = [
+            (model(attack(m, x, labels, norm=norm, eps=eps, loss=loss, random_start=False)).argmax(1) != labels)
+            for m in (model, made)
+        ]
+        assert 0 < fooled[0].sum() < len(x)
+        assert (fooled[0] != fooled[1]).sum() <= 2
