@@ -325,7 +325,9 @@ def _margin(last: Step, totals: dict[Step, float]) -> float:
 
 def _largest_distance(rows: Tensor) -> float:
     """Largest distance of two rows of a matrix [n, m] float64, rounded upwards; inf beyond the range."""
-    _, exponent = math.frexp(rows.abs().max().item() if rows.numel() else 0.0)
+    if rows.numel() == 0:
+        return 0.0
+    _, exponent = math.frexp(rows.abs().max().item())
     if abs(exponent) > _SQUARES:  # squares would leave the range: halved or doubled, which is exact
         half = exponent // 2
         rows = rows * 2.0**-half * 2.0 ** (half - exponent)

@@ -202,4 +202,4 @@ def _lines(parts: tuple[Part, ...], depth: int) -> Iterator[str]:
 
 
 def _show(log10: float) -> str:
-    return f"{exp10(log10):.4g}" if abs(log10) < 6 else f"10^{log10:.3f}"
+    return f"{exp10(log10):.4g}" if abs(log10) < 6 or log10 == -math.inf else f"10^{log10:.3f}"

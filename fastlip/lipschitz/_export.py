@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 
 from fastlip.lipschitz._registry import is_leaf
 from fastlip.lipschitz._trace import Root, Untraceable, Values, location, varying_nodes
+from fastlip.norms._constrain.transforms import own_export
 from fastlip.norms._models.inputs import Refused
 from fastlip.norms._models.restore import as_found, version_of
 from fastlip.norms._models.tracing import described
@@ -35,7 +36,7 @@ def export_graph(
     """
     root = Root(model)
     try:
-        with as_found(model), _registration_hooks_as_found(), _quiet():
+        with as_found(model), _registration_hooks_as_found(), _quiet(), own_export():
             program = torch.export.export(root, (x,), strict=False)
             graph_module = _in_calls(program, root)
             try:

@@ -23,6 +23,11 @@ class LayerGeometry(NamedTuple):
         dilation: likewise.
         padding: likewise, at each side.
         relu: whether a ReLU follows.
+
+    Example:
+        >>> from fastlip import ops
+        >>> layer = ops.LayerGeometry(3, 8, (32, 30), (3, 3), stride=(2, 2), padding=(1, 1), relu=True)
+        >>> print(layer.output)  # (8, 16, 15)
     """
 
     channels: int

@@ -1,10 +1,14 @@
 """The command line of the study."""
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -229,10 +233,34 @@ def _run(settings: Settings, paths: InputPaths, out: Path, join: bool, only: lis
         # torchvision and matplotlib take seconds to import, and mistakes on the command line are reported before.
         from fastlip.study.pipeline import runner
 
-        runner.run(settings, paths, out, join=join, only=only or ())
+        with _terminated_as_interrupted():
+            runner.run(settings, paths, out, join=join, only=only or ())
+    except _Terminated:
+        raise StudyError("terminated; run the same command again to go on", status=143) from None
     except KeyboardInterrupt:
         # Typer would exit without a message.
         raise StudyError("interrupted; run the same command again to go on", status=130) from None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send before they kill."""
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Have SIGTERM end what runs as Ctrl-C does."""
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()

@@ -88,6 +88,11 @@ def test_corruptions_that_are_not_cifar10s(command, tmp_path, monkeypatch, chang
     assert not (tmp_path / "run").exists()
 
 
+def test_a_wrong_seed_is_told_by_the_option_that_was_given(command, tmp_path):
+    is_one_line(command(*QUICK, "--seed", "-3", "--out", tmp_path / "run"), 2, "--seed: must be at least 0")
+    is_one_line(command(*QUICK, "--set", "seeds=0", "--out", tmp_path / "run"), 2, "--set seeds: must be at least 1")
+
+
 @pytest.mark.parametrize("make", [lambda p: p, lambda p: p.mkdir()])
 def test_a_wrong_data_directory(command, tmp_path, make):
     make(tmp_path / "data")
@@ -181,7 +186,10 @@ def test_a_full_disk_is_one_line_and_what_was_done_stays(tmp_path, micro_argumen
     assert [p.name for p in (tmp_path / "run").rglob("*source*")] == []
 
 
-def test_an_interruption_is_one_line_and_what_was_done_stays(micro_arguments, tmp_path):
+@pytest.mark.parametrize(
+    ("sent", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interruption_is_one_line_and_what_was_done_stays(micro_arguments, tmp_path, sent, status, word):
     arguments = [sys.executable, "-m", "fastlip.study", "--out", str(tmp_path / "run"), *micro_arguments]
     process = subprocess.Popen(
         arguments,
@@ -189,13 +197,13 @@ def test_an_interruption_is_one_line_and_what_was_done_stays(micro_arguments, tm
         stderr=subprocess.PIPE,
         text=True,
         # Where the tests run in the background, a shell may have them ignore the signal.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),
     )
     while not (tmp_path / "run/checkpoints/source.safetensors").exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, said = process.communicate(timeout=120)
-    is_one_line((process.returncode, said), 130, "interrupted", "same command again")
+    is_one_line((process.returncode, said), status, word, "same command again")
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "source.safetensors")[0]
     assert not list((tmp_path / "run").rglob("*.part*"))
 

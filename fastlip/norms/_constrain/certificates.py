@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlip.norms._constrain.norm_gradients import NormGradient, computable, encode, norm_gradients
+from fastlip.norms._constrain.transforms import outside_of_transforms, unwrapped
 from fastlip.norms._operators.operator import Operator
 from fastlip.norms._operators.torch_operator import TorchOperator
 from fastlip.norms._options import NormOptions
@@ -53,13 +54,17 @@ class Certificate:
             vectors: first two singular vectors of a weight like this one, [2, Cin, *input_size].
         """
         if self._gradient is None:
-            weight = computable(self._op.weight)
-            start = vectors.to(weight.dtype)
-            first = _settled_vector(TorchOperator(self._op, weight), start[0])
-            encoded = encode(self._op)
-            _, norms, left, right = norm_gradients([weight], [torch.stack([first, start[1]])], encoded, 4)
-            self._gradient = NormGradient(left, right), float(norms[1])
+            with outside_of_transforms():  # what they wrap would outlive them
+                self._gradient = self._new_gradient(unwrapped(vectors))
         return self._gradient
+
+    def _new_gradient(self, vectors: Tensor) -> tuple[NormGradient, float]:
+        weight = computable(self._op.weight)
+        start = vectors.to(weight.dtype)
+        first = _settled_vector(TorchOperator(self._op, weight), start[0])
+        encoded = encode(self._op)
+        _, norms, left, right = norm_gradients([weight], [torch.stack([first, start[1]])], encoded, 4)
+        return NormGradient(left, right), float(norms[1])
 
 
 def certified_uppers(ops: Sequence[Operator], options: NormOptions) -> list[float]:

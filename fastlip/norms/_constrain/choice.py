@@ -99,6 +99,8 @@ def constrainable_layers(
             uses.setdefault(modules[template.weight.module], []).append(template)
     found = {}
     for name, module in chosen.items():
+        if isinstance(weight := module._parameters.get("weight"), Tensor) and weight.numel() == 0:
+            continue  # its norm is 0
         own = [t for t in uses.get(module, []) if t.weight is not None and t.weight.attribute == "weight"]
         reason = _obstacle(module, own, left_out.get(f"{name}.weight", left_out.get(name)))
         folded = own[0].batchnorm if own else None

@@ -26,7 +26,7 @@ from fastlip.norms._constrain.norm_gradients import (
     with_wave,
 )
 from fastlip.norms._constrain.scaling import CertifiedScale, EagerScale, Norm, Scale
-from fastlip.norms._constrain.transforms import is_batched, is_eager, outside_of_transforms, unwrapped
+from fastlip.norms._constrain.transforms import is_batched, is_eager, is_exported, outside_of_transforms, unwrapped
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._operators.operator import Operator, require_finite
 from fastlip.norms._options import NormOptions
@@ -129,7 +129,12 @@ class NormConstraint(nn.Module):
         return self._in_training(weight) if self.training else self._in_eval(weight)
 
     def require_one(self, weight: Tensor) -> None:
-        """Raise ValueError where ``vmap`` maps over several weights."""
+        """Raise ValueError where ``vmap`` maps over several weights, or torch.export is at work."""
+        if is_exported():
+            raise ValueError(
+                "a constrained model cannot be exported, as its bounds are computed anew whenever weights change; call "
+                "unconstrain on it, or on a copy.deepcopy of it, before"
+            )
         if is_batched(weight):
             raise ValueError(
                 f"layer {self.name} is constrained, and cannot take several weights at once; call unconstrain before"
@@ -285,8 +290,11 @@ class NormConstraint(nn.Module):
         """The layer's linear map with this weight."""
         return self.geometry.with_weight(weight.reshape(self.geometry.weight.shape))
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        given = state_dict.get(f"{prefix}v")
+        if isinstance(given, Tensor) and given.shape != self.v.shape:
+            state_dict[f"{prefix}v"] = self.v  # those of inputs of another size, with which this layer cannot begin
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.tracking = _Tracking()
 
 
@@ -360,6 +368,13 @@ def _keep(constraint: NormConstraint) -> int:
     return key
 
 
+def _kept(key: int) -> NormConstraint:
+    constraint = _KEPT.get(key)
+    if constraint is None:
+        raise RuntimeError("the constrained model that this code was compiled for is not in this process any more")
+    return constraint
+
+
 @torch.library.custom_op("fastlip::certified_scales", mutates_args=())
 def certified_scales(weights: Sequence[Tensor], applied: Sequence[Tensor], keys: Sequence[int]) -> list[Tensor]:
     """The numbers that bring layers' norms below their bounds, at most 1; float64 scalars.
@@ -369,7 +384,7 @@ def certified_scales(weights: Sequence[Tensor], applied: Sequence[Tensor], keys:
         applied: the weights of the linear maps.
         keys: of the constraints.
     """
-    layers = list(zip([_KEPT[key] for key in keys], weights, applied, strict=True))
+    layers = list(zip([_kept(key) for key in keys], weights, applied, strict=True))
     _certify_together(layers)
     scales = []
     for constraint, weight, _ in layers:
@@ -387,7 +402,7 @@ def _(weights: Sequence[Tensor], applied: Sequence[Tensor], keys: Sequence[int])
 @torch.library.custom_op("fastlip::certified_gradient", mutates_args=())
 def certified_gradient(weight: Tensor, applied: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
     """``left`` and ``right`` of the gradient of the norm of a map whose norm is certified, and that norm, a scalar."""
-    constraint = _KEPT[key]
+    constraint = _kept(key)
     _certify_together([(constraint, weight, applied)])
     assert constraint.tracking.certificate is not None
     gradient, norm = constraint.tracking.certificate.gradient(constraint.v)
@@ -396,7 +411,7 @@ def certified_gradient(weight: Tensor, applied: Tensor, key: int) -> tuple[Tenso
 
 @certified_gradient.register_fake
 def _(weight: Tensor, applied: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
-    constraint = _KEPT[key]
+    constraint = _kept(key)
     left, right = gradient_like(constraint.operator(applied))
     return left, right, left.new_empty(())
 

@@ -66,6 +66,8 @@ def constrain_norm(
         raise ValueError(f"the {name}'s weight is parametrised already")
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         raise ValueError(f"the {name}'s weight is no parameter of its own")
+    if weight.numel() == 0:
+        raise ValueError(f"the {name}'s weight must not be empty")
     axes = weight.dim() - 2
     if isinstance(input_size, Sequence) and not isinstance(input_size, str) and len(input_size) != axes:
         raise ValueError(f"input_size must have {axes} axes for {name}, got {input_size!r}")
@@ -78,7 +80,7 @@ def constrain_norm(
     # The check of what the parametrisation returns would take a step, or certify.
     parametrize.register_parametrization(module, "weight", constraint, unsafe=True)
     if axes:
-        module.register_forward_pre_hook(SizeWatch(tuple(sizes)))
+        module.register_forward_pre_hook(SizeWatch(module, tuple(sizes)))
     return module
 
 
@@ -95,22 +97,33 @@ def positive_bound(bound: float) -> float:
     return bound
 
 
+#: Attributes that a layer's linear map depends on, beside its weight and the size of its input.
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "transposed")
+
+
 class SizeWatch:
     """A hook that warns once of an input on whose size the bound does not hold; a named layer refuses it in eval mode.
 
+    So does a layer whose stride, padding or the like is another one than when it was constrained.
+
     Raises:
-        ValueError: a named layer is in eval mode, and its input of another size.
+        ValueError: a named layer is in eval mode, and its input of another size, or its map another one.
     """
 
-    def __init__(self, size: tuple[int, ...], name: str = "") -> None:
-        self.size, self.name = size, name
+    def __init__(self, module: nn.Module, size: tuple[int, ...], name: str = "") -> None:
+        self.size, self.name, self.geometry = size, name, _geometry(module)
         self.warned = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         refuses = self.name and not module.training
         if (self.warned and not refuses) or not args or not isinstance(args[0], Tensor):
             return
-        size = tuple(args[0].shape[-len(self.size) :])
+        size, called = tuple(args[0].shape[-len(self.size) :]), self.name or type(module).__name__
+        if (changed := self._changed(module)) and refuses:
+            raise ValueError(f"layer {called} is constrained {changed}; call unconstrain and constrain it again")
+        if changed:
+            self.warned = True
+            warnings.warn(f"{called} is constrained {changed}: its norm may exceed the bound", stacklevel=3)
         if size != self.size and refuses:
             raise ValueError(
                 f"layer {self.name} is constrained on inputs of size {list(self.size)}, and its norm on {list(size)} "
@@ -123,3 +136,12 @@ class SizeWatch:
                 f"{list(size)}, where its norm may exceed the bound",
                 stacklevel=3,
             )
+
+    def _changed(self, module: nn.Module) -> str:
+        """What is different about the layer, in words."""
+        changed = [(k, v, getattr(module, k, None)) for k, v in self.geometry if getattr(module, k, None) != v]
+        return " and ".join(f"with {name} {before!r}, and now has {now!r}" for name, before, now in changed)
+
+
+def _geometry(module: nn.Module) -> list[tuple[str, object]]:
+    return [(name, getattr(module, name)) for name in _GEOMETRY if hasattr(module, name)]

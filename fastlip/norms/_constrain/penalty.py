@@ -26,12 +26,18 @@ class SpectralPenalty:
     """The sum over layers of max(0, norm - bound)^2, with its gradient in the weights.
 
     Made by :func:`spectral_penalty`. Each call takes Krylov steps from the vectors of the last one, and on a CPU every
-    fourth looks for waves that overtake. The weights are read from the model.
+    fourth looks for waves that overtake. The weights are read from the model, in which the layers must still be.
     """
 
     def __init__(
-        self, layers: Sequence[ConstrainableLayer], bound: float, iterations: int, generator: torch.Generator
+        self,
+        model: nn.Module,
+        layers: Sequence[ConstrainableLayer],
+        bound: float,
+        iterations: int,
+        generator: torch.Generator,
     ) -> None:
+        self._model = model
         self._layers, self._bound, self._iterations = list(layers), bound, iterations
         self._vectors = [layer.start_vectors(generator) for layer in layers]
         self._encoded = [number for layer in layers for number in encode(layer.geometry)]
@@ -40,7 +46,12 @@ class SpectralPenalty:
         self._calls = 0
 
     def norms(self) -> dict[str, Tensor]:
-        """The norm of each layer, by name: a scalar approached from below, with its gradient in the weight."""
+        """The norm of each layer, by name: a scalar approached from below, with its gradient in the weight.
+
+        Raises:
+            ValueError: a layer was replaced, or the weights are several; the message names it.
+        """
+        self._require_present()
         weights = [layer.weight for layer in self._layers]
         if not weights:
             return {}
@@ -58,6 +69,17 @@ class SpectralPenalty:
                 for layer, weight, left, right in zip(self._layers, weights, found[2::4], found[3::4], strict=True)
             }
 
+    def _require_present(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        present = set(self._model.modules())
+        for layer in self._layers:
+            if layer.module not in present:
+                raise ValueError(
+                    f"layer {layer.name}: it was replaced after its penalty, which reads the former one; call "
+                    "spectral_penalty again"
+                )
+
     def _starts(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """The vectors of all layers, and now and then on a CPU those of waves that overtake."""
         self._calls += 1
@@ -73,7 +95,7 @@ class SpectralPenalty:
         return starts
 
     def __call__(self) -> Tensor:
-        """The penalty, a scalar."""
+        """The penalty, a scalar; raises as :meth:`norms` does."""
         norms = list(self.norms().values())
         if not norms:
             return torch.zeros(())
@@ -115,5 +137,6 @@ def spectral_penalty(
         >>> (0.01 * penalty()).backward()
     """
     bound, iterations = positive_bound(bound), integer(iterations, "iterations")
-    found = constrainable_layers(bare_model(model), input_shape, layers)
-    return SpectralPenalty(found, bound, iterations, NormOptions(generator=generator).resolved([]).generator)
+    root = bare_model(model)
+    found = constrainable_layers(root, input_shape, layers)
+    return SpectralPenalty(root, found, bound, iterations, NormOptions(generator=generator).resolved([]).generator)

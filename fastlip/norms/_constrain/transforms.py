@@ -1,4 +1,4 @@
-"""What constraints need to know of the transforms of :mod:`torch.func`, which wrap tensors, and of autocast."""
+"""What constraints need to know of what may be around them: transforms of :mod:`torch.func`, exports, autocast."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,12 +37,39 @@ def is_eager() -> bool:
 
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
-    """Leave all transforms, for what computes with tensors that they have not wrapped and changes some in place."""
-    if torch.compiler.is_compiling() or is_eager():
+    """Leave all transforms, for what computes with tensors that they have not wrapped and changes some in place.
+
+    Nor do functions that are called here pass for a part of a model whose functions are watched, or make their tensors
+    on another default device.
+    """
+    if torch.compiler.is_compiling():
         yield
-        return
-    with temporarily_clear_interpreter_stack():
+    elif is_eager():
+        with torch._C.DisableTorchFunction():
+            yield
+    else:
+        with torch._C.DisableTorchFunction(), temporarily_clear_interpreter_stack():
+            yield
+
+
+#: Whether an export that is running is one of fastlip's own, which does not outlive its model.
+_own_export = False
+
+
+@contextmanager
+def own_export() -> Iterator[None]:
+    """Let constrained models be exported, by what uses the program in this process alone."""
+    global _own_export
+    before, _own_export = _own_export, True
+    try:
         yield
+    finally:
+        _own_export = before
+
+
+def is_exported() -> bool:
+    """Whether torch.export is at work, to make a program that may go elsewhere."""
+    return torch.compiler.is_exporting() and not _own_export
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,5 +1,6 @@
 """All layers of a model kept below a bound together."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
@@ -52,13 +53,15 @@ def constrain_norms(
     refused by torch.
 
     In eval mode the weights are scaled by certified upper sides instead, computed for all layers together whenever a
-    weight has changed, so that the bound holds for all with ``confidence``. Use :func:`unconstrain` before
-    ``torch.export`` and ``torch.jit.trace``, and to vectorise over several models
-    (``torch.func.stack_module_state``).
+    weight has changed, so that the bound holds for all with ``confidence``. Use :func:`unconstrain` before what
+    rewrites layers or makes another program of them: ``torch.export``, ``torch.jit``, quantisation, pruning, fusing
+    convolutions with BatchNorms; and to vectorise over several models (``torch.func.stack_module_state``). Convert
+    BatchNorms to SyncBatchNorm before constraining layers together with them.
 
-    The bound holds on inputs of the size that the layer had. On another size a layer warns once in training, and in
-    eval mode refuses its input by name. Layers that do not run on such an input, and weights that are not those of such
-    modules, stay as they are.
+    The bound holds on inputs of the size that the layer had. On another size, or once its stride, padding or the like
+    is another one, a layer warns once in training, and in eval mode refuses its input by name. Layers that do not run
+    on such an input, that are empty, and weights that are not those of such modules, stay as they are. A layer that
+    takes the place of a constrained one has no bound, of which a warning says so.
 
     Args:
         model: the model, changed in place and returned; in what ``torch.compile`` made, the model inside. Constrain it
@@ -110,7 +113,7 @@ def constrain_norms(
         # The check of what the parametrisation returns would take a step, or certify.
         parametrize.register_parametrization(module, "weight", constraint, unsafe=True)
         if layer.input_size:
-            layer.module.register_forward_pre_hook(SizeWatch(layer.input_size, layer.name))
+            layer.module.register_forward_pre_hook(SizeWatch(layer.module, layer.input_size, layer.name))
     if found and prepare not in root._forward_pre_hooks.values():
         root.register_forward_pre_hook(prepare)
         root.register_forward_hook(finish, always_call=True)
@@ -199,6 +202,8 @@ def prepare(model: nn.Module, args: tuple[Any, ...]) -> None:
     found = constrained_layers(model)
     for constraint, weight in found:
         constraint.require_one(weight)
+    if not torch.compiler.is_compiling():
+        _warn_of_missing([constraint for constraint, _ in found])
     folded = [constraint for constraint, _ in found if isinstance(constraint, FoldedConstraint)]
     if folded and not torch.compiler.is_compiling() and not getattr(model, "_is_replica", False):
         present = set(model.modules())
@@ -223,6 +228,20 @@ def prepare(model: nn.Module, args: tuple[Any, ...]) -> None:
         certify_in_compiled_code(fixed)
     for constraint, weight in moving:
         constraint.tracking.prepared = constraint.state(weight)
+
+
+def _warn_of_missing(found: Sequence[NormConstraint]) -> None:
+    """Warn of layers that were constrained and are not in the model any more."""
+    together: dict[int, list[NormConstraint]] = {}
+    for constraint in found:
+        together.setdefault(id(constraint.options), []).append(constraint)
+    for own in together.values():
+        if (missing := own[0].of - len(own)) > 0:
+            warnings.warn(
+                f"{missing} of {own[0].of} layers that were constrained are not in the model any more, and what took "
+                "their place has no bound: call unconstrain and constrain_norms again",
+                stacklevel=2,
+            )
 
 
 def finish(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -37,9 +37,14 @@ def example_input(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     It is in float32 where a model in half precision, which is in eval mode, takes that: such a model rounds its input.
 
     Raises:
-        ValueError: ``input_shape`` is not a sequence of positive integers.
+        ValueError: ``input_shape`` is not a sequence of positive integers, or the model is on the meta device.
     """
     shape = checked_shape(input_shape)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model is on the meta device, where {name} has no numbers: call to_empty and load its weights before"
+            )
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             like = torch.zeros(1, *shape, dtype=tensor.dtype, device=tensor.device)

@@ -108,9 +108,11 @@ class _Snapshot:
         for tensor, data, values, version in self._held:
             if tensor._version != version:
                 data.copy_(values)
-        copied = [(data, values) for _, data, values, _ in self._parameters if values is not None and data.numel()]
+        copied = [
+            (data, values) for _, data, values, _ in self._parameters if values is not None and _has_numbers(data)
+        ]
         if self._outer:
-            copied += [(data, values) for _, data, values, _ in self._held if data.numel() and _is_dense(data)]
+            copied += [(data, values) for _, data, values, _ in self._held if _has_numbers(data) and _is_dense(data)]
         if copied:
             # No version counts writes through .data, so values are compared, with one read for all.
             written = torch.stack([_differ(data, values).cpu() for data, values in copied]).tolist()
@@ -119,6 +121,10 @@ class _Snapshot:
                     data.copy_(values)
         uncopied = [(t, v) for t, _, values, v in self._parameters if values is None and self._outer]
         return next((self._names[id(t)] for t, version in uncopied if version_of(t) != version), None)
+
+
+def _has_numbers(t: Tensor) -> bool:
+    return t.numel() > 0 and not t.is_meta
 
 
 def _is_dense(t: Tensor) -> bool:

@@ -37,6 +37,8 @@ def largest_eigenvalue(matrices: Tensor, accuracy: float = 0.0) -> tuple[float, 
     the two sides then differ at most.
     """
     n = matrices.shape[1]
+    if n == 0:
+        return 0.0, 0.0
     slack = 10.0 * n * _EPS * torch.linalg.matrix_norm(matrices).max().item()
     if len(matrices) == 1 and n > EIGEN_SIDE:
         theta = _ritz_value(matrices[0], max(1e-11, accuracy / 300.0))

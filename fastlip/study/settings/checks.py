@@ -24,12 +24,15 @@ from fastlip.study.settings.training import ARMS, Schedule
 
 #: Data sets that torchvision reads from the folder ``--data``.
 NAMED = ("cifar10", "cifar100", "svhn")
+#: Settings that have an option of their own.
+OWN_OPTIONS = ("seed",)
 
 
 def need(condition: bool, name: str, wanted: str) -> None:
     """Raise where ``condition`` fails, which the setting ``name`` must satisfy; ``wanted`` says it in words."""
     if not condition:
-        raise StudyError(f"--set {name}: {wanted}", status=2)
+        option = f"--{name}" if name in OWN_OPTIONS else f"--set {name}"
+        raise StudyError(f"{option}: {wanted}", status=2)
 
 
 def check_arms(arms: tuple[str, ...], checkpoints: tuple[str, ...]) -> None:

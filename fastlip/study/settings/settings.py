@@ -134,7 +134,8 @@ class Settings:
         need(not named or fits, "head", "stages and head are of one network: name one --model for all checkpoints")
         checks.check_model(self.stem, self.scale, self.weights, self.source)
         need((self.dataset == "generated") == (self.source == "generated"), "source", "generated images go together")
-        need(self.seeds > 0 and self.seed >= 0, "seeds", "seeds must be at least 1 and seed at least 0")
+        need(self.seeds > 0, "seeds", "must be at least 1")
+        need(self.seed >= 0, "seed", "must be at least 0")
         need(self.threads >= 0, "threads", "must be at least 0")
         need(self.save_seconds >= 0, "save_seconds", "must be at least 0")
         for name in ("pretrain", "scratch", "finetune", "reference"):

@@ -1,6 +1,7 @@
 """Atomic writing, and reading that turns damage into one-line errors."""
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):  # NumPy would advise to load it unsafely
+                raise ValueError("no archive")
+            file.seek(0)
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("no archive")

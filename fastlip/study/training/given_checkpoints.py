@@ -1,5 +1,6 @@
 """Checkpoints of one's own, which the study measures without having trained them."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,10 @@ def _read(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             return load_checkpoint(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        # What torch says of other files advises to load them unsafely.
+        why = "it is none, or holds other objects" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise StudyError(
-            f"{where} cannot be read; it must be safetensors or a torch file of tensors alone ({first_line(error)})",
+            f"{where} cannot be read; it must be safetensors or a torch file of tensors alone ({why})",
             status=2,
         ) from None
     if _is_state_dict(found):

@@ -1,6 +1,7 @@
 """What training code does with constrained layers beside calling the model and stepping."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from fastlip import layer_norms
+from fastlip import layer_norms, lipschitz_bound
 from fastlip.norms import constrain_norm, constrain_norms, conv_norm, spectral_penalty, unconstrain
 from fastlip.norms._constrain.constraint import NormConstraint
 
@@ -347,3 +348,165 @@ def test_weights_that_are_no_parameters_are_refused_by_name() -> None:
         spoilt.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="weight holds NaN or infinite values"):
         constrain_norm(spoilt)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_export_is_refused_whatever_the_mode(training: bool, strict: bool) -> None:
+    """A program would go by the constraints of whatever process it is loaded in."""
+    model = constrain_norms(network(), SHAPE, bound=0.5).train(training)
+    x = torch.rand(2, *SHAPE)
+    with pytest.raises(Exception, match="unconstrain"):
+        torch.export.export(model, (x,), strict=strict)
+    plain = unconstrain(copy.deepcopy(model)).eval()
+    program = torch.export.export(plain, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model.eval()(x), atol=1e-5, rtol=1e-5)
+
+
+class Unpacked(nn.Module):
+    """A model that torch.fx cannot trace, and torch.export can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (wide,) = [self.first(x)]
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError("not by torch.fx")
+        return self.last(wide.relu())
+
+
+def test_bounds_of_constrained_models_that_are_exported_for_them() -> None:
+    model = constrain_norms(Unpacked(), (8,), bound=0.5).eval()
+    bound = lipschitz_bound(model, (8,)).upper
+    assert bound <= 0.25 * (1 + 1e-4)
+    jacobian = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], torch.rand(8))
+    assert torch.linalg.matrix_norm(jacobian, 2) <= bound
+
+
+def test_compiled_code_says_so_where_its_model_is_gone() -> None:
+    weight = torch.rand(3, 3)
+    with pytest.raises(RuntimeError, match="is not in this process any more"):
+        torch.ops.fastlip.certified_scales([weight], [weight], [-1])
+    with pytest.raises(RuntimeError, match="is not in this process any more"):
+        torch.ops.fastlip.certified_gradient(weight, weight, -1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("stride", (1, 1)), ("padding", (0, 1)), ("dilation", (2, 2)), ("padding_mode", "circular")]
+)
+def test_a_layer_whose_map_is_another_one_is_refused_in_eval_mode(name: str, value: object) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1))
+    constrain_norms(model, SHAPE, bound=0.5).eval()
+    x = torch.rand(1, *SHAPE)
+    model(x)
+    setattr(model[1], name, value)
+    with pytest.raises(ValueError, match=rf"layer 1 is constrained with {name} .*now has .*call unconstrain"):
+        model(x)
+    with pytest.warns(UserWarning, match=f"1 is constrained with {name}"):
+        model.train()(x)
+    alone = constrain_norm(nn.Conv2d(4, 4, 3, stride=2, padding=1), 6).eval()
+    alone(x)
+    setattr(alone, name, value)
+    with pytest.warns(UserWarning, match=f"Conv2d is constrained with {name}"):
+        alone(x)
+
+
+def test_a_replaced_layer_is_told_of() -> None:
+    model = network()
+    penalty = spectral_penalty(model, SHAPE, bound=0.1)
+    assert penalty() > 0
+    model[3] = nn.Linear(216, 3)
+    with pytest.raises(ValueError, match="layer 3: it was replaced after its penalty"):
+        penalty()
+    model = constrain_norms(network(), SHAPE, bound=0.1).eval()
+    x = torch.rand(1, *SHAPE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+        copy.deepcopy(model)(x)
+    model[3] = nn.Linear(216, 3)
+    with pytest.warns(UserWarning, match="1 of 2 layers that were constrained are not in the model any more"):
+        model(x)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad"])
+def test_a_model_is_copied_after_transforms_in_eval_mode(transform: str) -> None:
+    """What they wrap must not outlive them."""
+    model = constrain_norms(network(), SHAPE, bound=0.1).eval()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(given: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, given, (x[None],)).square().sum()
+
+    x = torch.rand(3, *SHAPE)
+    if transform == "grad":
+        found = torch.func.grad(loss)(parameters, x[0])
+    else:
+        found = {name: g[0] for name, g in torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x).items()}
+    made = copy.deepcopy(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    torch.testing.assert_close(made(x), model(x))
+    torch.testing.assert_close(average(x), model(x))
+    model(x[:1]).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+class ReadsWeights(nn.Module):
+    """Weights that are read outside of their layers' forward, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.linear(x, self.first.weight, self.first.bias).relu())
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(ReadsWeights, (8,)), (lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), (4, 8))],
+)
+def test_layer_norms_of_weights_that_are_read_outside_of_their_layers(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    model = make().eval()
+    plain = layer_norms(model, shape)
+    constrain_norms(model, shape, bound=0.5, layers=lambda name, module: "self_attn" not in name).eval()
+    report = layer_norms(model, shape, strict=not plain.left_out)
+    assert report.keys() == plain.keys()
+    assert report.left_out == plain.left_out
+    assert (report.log10_product_upper is None) == (plain.log10_product_upper is None)
+    assert all(report[name].upper <= 0.5 * (1 + 1e-3) for name in report if "self_attn" not in name)
+
+
+def test_weights_from_a_model_constrained_on_inputs_of_another_size() -> None:
+    def pooled() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+
+    given = constrain_norms(pooled(), SHAPE, bound=0.5)
+    taken = constrain_norms(pooled(), (4, 9, 7), bound=0.5)
+    state = given.state_dict()
+    before = {name: t.clone() for name, t in state.items()}
+    assert taken.load_state_dict(state) == ([], [])
+    assert all(torch.equal(t, before[name]) for name, t in state.items())
+    assert torch.equal(taken[0].parametrizations.weight.original, given[0].parametrizations.weight.original)
+    assert taken[0].parametrizations.weight[0].v.shape == (2, 4, 9, 7)
+    report = layer_norms(taken.eval(), (4, 9, 7))
+    assert all(interval.upper <= 0.5 * (1 + 1e-3) for interval in report.values())
+
+
+def test_empty_layers_and_models_without_numbers() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of empty tensors
+        empty, model = nn.Linear(3, 0), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 0))
+    with pytest.raises(ValueError, match="weight must not be empty"):
+        constrain_norm(empty)
+    assert set(spectral_penalty(model, (4,)).norms()) == {"0"}
+    assert lipschitz_bound(model, (4,)).upper == 0.0
+    assert constrain_norms(model, (4,))(torch.rand(2, 4)).shape == (2, 0)
+    for function in (constrain_norms, spectral_penalty, layer_norms, lipschitz_bound):
+        with pytest.raises(ValueError, match=r"on the meta device, where 0\.weight has no numbers"):
+            function(nn.Sequential(nn.Linear(4, 3, device="meta")), (4,))

@@ -172,6 +172,7 @@ def test_files_that_are_no_checkpoints(tmp_path, network, monkeypatch):
         with pytest.raises(StudyError, match=rf"--checkpoint tuned={name} {message}") as caught:
             given(Path(name))
         assert caught.value.status == 2
+        assert "weights_only" not in str(caught.value)
     assert not Path("exploded").exists()
 
 

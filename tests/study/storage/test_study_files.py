@@ -22,6 +22,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    def full():
+        with files.replacing(tmp_path / "a.json"):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.json") as caught:
+        full()
+    assert caught.value.filename == str(tmp_path / "a.json")
+
+
 def test_nan_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "a.json", [float("nan")])
@@ -45,6 +55,13 @@ def test_a_truncated_archive_is_one_line(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(StudyError, match=r"a\.npz is damaged"):
         files.read_arrays(path)
+
+
+def test_what_is_no_archive_is_not_said_to_be_loaded_otherwise(tmp_path):
+    (tmp_path / "a.npz").write_bytes(bytes(range(256)) * 4)
+    with pytest.raises(StudyError, match="no archive") as caught:
+        files.read_arrays(tmp_path / "a.npz")
+    assert "pickle" not in str(caught.value)
 
 
 def test_pickled_objects_are_not_loaded(tmp_path):
