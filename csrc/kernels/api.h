@@ -346,15 +346,16 @@ struct DirectConv {
   }
 };
 
-// Convolutions and linear layers that follow one another, or their adjoints in reverse, where channels are too few to
-// fill vectors: a vector holds one element of several images. CPU only.
+// Convolutions, pools and linear layers that follow one another, or their adjoints in reverse, where channels are too
+// few to fill vectors: a vector holds one element of several images. CPU only.
 //
 // kImages images at a time go through all layers, each map as planes [channels, height, pitch] of vectors. A row has
 // zeros at its sides, as many as taps reach beyond them; rows beyond the map are left out. A linear layer is a
 // convolution of maps of one pixel; what a map's elements are one after the other serves as its input.
 struct InterleavedLayers {
-  static constexpr int64_t kImages = 16;                      // side by side
-  static constexpr int64_t kTargets = 8;                      // whose weights are side by side
+  static constexpr int64_t kImages = 16;  // side by side
+  static constexpr int64_t kTargets = 8;  // whose weights are side by side
+  static constexpr uint8_t kStopped = 255;
   static constexpr int64_t kMostTaps = 16, kMostStride = 64;  // along a side; dilation and padding have the latter too
 
   struct Maps {
@@ -368,13 +369,17 @@ struct InterleavedLayers {
     int64_t at;      // of a kernel's row or column
     int64_t source;  // the row that it meets; or the column, for the first target column of a phase
   };
+  // kSpread: the source's elements, laid out as the target's.
+  enum class Kind { kConvolution, kMaxPool, kAveragePool, kSpread };
   // A layer, in one direction.
   struct Step {
+    Kind kind;
     Maps source, target;
-    const float* weight;  // [ceil(targets / kTargets), sources, taps, kTargets]; null: the source's elements, laid out
+    const float* weight;  // of a convolution, [ceil(targets / kTargets), sources, taps, kTargets]
     const float* bias;    // [targets]; null: 0
     bool relu;
     int64_t flags;  // where the target's begin among an image's; negative: none
+    int64_t taken;  // likewise, which elements the source's maxima are
     int64_t taps, taps_across;
     // Target columns phase, phase + target_step, ... meet source columns Tap::source, Tap::source + source_step, ...
     int64_t source_step, target_step;
@@ -382,10 +387,12 @@ struct InterleavedLayers {
     const int64_t *row_begin, *column_begin;  // [target.height + 1], [target_step + 1], in these
   };
 
-  float* out;       // [batch, elements of the last step's target]
-  const float* x;   // [batch, elements of the first step's source]
-  uint8_t* active;  // [blocks, flags, kImages], where ReLUs pass elements on; null: not kept
-  bool adjoint;     // of the last layer's adjoint first; then active is read
+  float* out;      // [batch, elements of the last step's target]
+  const float* x;  // [batch, elements of the first step's source]
+  // [blocks, flags, kImages], of elements on which ReLUs act whether they pass them on, 0 or 1; of maxima which tap
+  // they are, and kStopped where a ReLU stops them. Null: not kept.
+  uint8_t* active;
+  bool adjoint;  // of the last layer's adjoint first; then active is read
   int64_t batch, flags;
   int64_t x_flags;  // of x, which go before all else; negative: none
   const Step* step;

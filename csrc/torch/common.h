@@ -537,33 +537,38 @@ inline DirectConv direct_conv_of(Tensor& out, const Tensor& x, const Tensor& wei
   return p;
 }
 
-// Layers by thirteen numbers each, as ops.interleaved_layers_ says. All of `p` but what InterleavedPlan makes is set.
+// Layers by fourteen numbers each, as ops.LayerGeometry says. All of `p` but what InterleavedPlan makes is set.
 inline std::vector<cpu::InterleavedLayer> interleaved_layers_of(InterleavedLayers& p, Tensor& out, const Tensor& x,
                                                                 const std::vector<Tensor>& weight,
                                                                 const std::vector<Tensor>& bias,
                                                                 const std::vector<int64_t>& geometry, Tensor& active,
                                                                 bool adjoint) {
-  constexpr size_t kNumbers = 13;
+  using Kind = InterleavedLayers::Kind;
+  constexpr size_t kNumbers = 14;
   constexpr int64_t kTaps = InterleavedLayers::kMostTaps, kStride = InterleavedLayers::kMostStride;
   constexpr int64_t kTargets = InterleavedLayers::kTargets;
+  constexpr int64_t kMost = 1 << 20, kMostElements = int64_t{1} << 31;  // whose products do not overflow
   const size_t count = weight.size();
   STD_TORCH_CHECK(count > 0 && bias.size() == count && geometry.size() == kNumbers * count,
-                  "there must be a layer, and a weight, a bias and 13 numbers for each");
+                  "there must be a layer, and a weight, a bias and 14 numbers for each");
   std::vector<cpu::InterleavedLayer> layers;
   layers.reserve(count);
   int64_t elements = 0, flags = 0;  // of the last output; of all ReLUs
   for (size_t i = 0; i < count; ++i) {
     const int64_t* n = geometry.data() + kNumbers * i;
-    cpu::InterleavedLayer layer{n[0],         n[1],           {n[2], n[3]}, {n[4], n[5]}, {n[6], n[7]},
-                                {n[8], n[9]}, {n[10], n[11]}, n[12] != 0,   nullptr,      nullptr};
-    STD_TORCH_CHECK(layer.channels >= 1 && layer.outputs >= 1, "channels must be at least 1");
+    STD_TORCH_CHECK(n[13] >= 0 && n[13] <= static_cast<int64_t>(Kind::kAveragePool), "kind must be 0, 1 or 2");
+    cpu::InterleavedLayer layer{
+        static_cast<Kind>(n[13]), n[0],       n[1],    {n[2], n[3]}, {n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]},
+        {n[10], n[11]},           n[12] != 0, nullptr, nullptr};
+    for (const int64_t count : {layer.channels, layer.outputs})
+      STD_TORCH_CHECK(count >= 1 && count <= kMost, "channels must be 1 to 2^20");
     for (int axis = 0; axis < 2; ++axis) {
-      STD_TORCH_CHECK(layer.size[axis] >= 1, "maps must have at least one pixel");
+      STD_TORCH_CHECK(layer.size[axis] >= 1 && layer.size[axis] <= kMost, "maps must have 1 to 2^20 pixels a side");
       STD_TORCH_CHECK(layer.kernel[axis] >= 1 && layer.kernel[axis] <= kTaps, "kernels must have 1 to 16 taps a side");
       for (const int64_t number : {layer.stride[axis], layer.dilation[axis]})
         STD_TORCH_CHECK(number >= 1 && number <= kStride, "stride and dilation must be 1 to 64");
       STD_TORCH_CHECK(layer.padding[axis] >= 0 && layer.padding[axis] <= kStride, "padding must be 0 to 64");
-      STD_TORCH_CHECK(layer.map(axis) >= 1, "maps must have at least one pixel");
+      STD_TORCH_CHECK(layer.map(axis) >= 1, "maps must have 1 to 2^20 pixels a side");
     }
     const int64_t own = layer.channels * layer.size[0] * layer.size[1];
     const auto fits = [&](const cpu::InterleavedLayer& last) {
@@ -574,16 +579,23 @@ inline std::vector<cpu::InterleavedLayer> interleaved_layers_of(InterleavedLayer
     const int64_t targets = adjoint ? layer.channels : layer.outputs,
                   sources = adjoint ? layer.outputs : layer.channels;
     const int64_t taps = layer.kernel[0] * layer.kernel[1];
-    layer.weight = host_floats(weight[i], "weight");
-    STD_TORCH_CHECK(weight[i].dim() == 4 && weight[i].size(0) == (targets + kTargets - 1) / kTargets &&
-                        weight[i].size(1) == sources && weight[i].size(2) == taps && weight[i].size(3) == kTargets,
-                    "weight must be [ceil(targets / 8), sources, taps, 8]");
+    if (layer.kind == Kind::kConvolution) {
+      layer.weight = host_floats(weight[i], "weight");
+      STD_TORCH_CHECK(weight[i].dim() == 4 && weight[i].size(0) == (targets + kTargets - 1) / kTargets &&
+                          weight[i].size(1) == sources && weight[i].size(2) == taps && weight[i].size(3) == kTargets,
+                      "weight must be [ceil(targets / 8), sources, taps, 8]");
+    } else {
+      STD_TORCH_CHECK(layer.channels == layer.outputs && weight[i].numel() == 0 && bias[i].numel() == 0,
+                      "pools have as many outputs as channels, and neither weight nor bias");
+      STD_TORCH_CHECK(taps <= InterleavedLayers::kStopped, "pools must have at most 255 taps");
+    }
     if (bias[i].numel() > 0) {
       layer.bias = host_floats(bias[i], "bias");
       STD_TORCH_CHECK(bias[i].numel() == layer.outputs, "bias must have an element for each output");
     }
-    elements = layer.outputs * layer.map(0) * layer.map(1);
-    flags += layer.relu ? elements : 0;
+    elements = layer.elements();
+    STD_TORCH_CHECK(std::max(own, elements) <= kMostElements, "maps must have at most 2^31 elements");
+    flags += layer.flags();
     layers.push_back(layer);
   }
   const int64_t inputs = layers[0].channels * layers[0].size[0] * layers[0].size[1];
@@ -598,12 +610,13 @@ inline std::vector<cpu::InterleavedLayer> interleaved_layers_of(InterleavedLayer
   STD_TORCH_CHECK(out.numel() == p.batch * (adjoint ? inputs : elements), "out must have the elements of ",
                   adjoint ? "the first input" : "the last output");
   if (active.numel() > 0) {
-    STD_TORCH_CHECK(active.scalar_type() == ScalarType::Bool && active.is_contiguous() && active.device().is_cpu() &&
+    STD_TORCH_CHECK(active.scalar_type() == ScalarType::Byte && active.is_contiguous() && active.device().is_cpu() &&
                         active.numel() == p.blocks() * flags * InterleavedLayers::kImages,
-                    "active must be contiguous bool on the CPU, [ceil(B / 16), elements of all ReLUs, 16]");
+                    "active must be contiguous uint8 on the CPU, [ceil(B / 16), elements of all ReLUs and maxima, 16]");
     p.active = static_cast<uint8_t*>(active.mutable_data_ptr());
   } else {
-    STD_TORCH_CHECK(!adjoint || flags == 0 || p.batch == 0, "the adjoint must have active, unless there are no ReLUs");
+    STD_TORCH_CHECK(!adjoint || flags == 0 || p.batch == 0,
+                    "the adjoint must have active, unless there are neither ReLUs nor maxima");
   }
   return layers;
 }

@@ -1,7 +1,7 @@
 """Small networks as one function with a backward pass of its own, in float32 on a CPU."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from fastlip.attacks._fused import FusedConv
 from fastlip.attacks._packed import PackedConv
 from fastlip.ops import InterleavedLayers, LayerGeometry
 
-#: Channels on one side of each convolution: where both have more, they fill vectors, and Winograd's filtering takes
-#: fewer products.
+#: Channels on one side of each convolution: where both have more, they fill vectors. Fewer than that where Winograd's
+#: filtering takes a quarter of the products.
 _FEW = 16
 #: Weights of a linear layer, which are kept for both passes, and read anew for each block of images.
 _MOST_WEIGHTS = 1 << 18
@@ -25,22 +25,19 @@ _MOST_TAPS, _MOST_STRIDE = 16, 64
 
 
 class SmallNetwork(nn.Module):
-    """A chain of convolutions and the linear layers behind it, by :class:`fastlip.ops.InterleavedLayers`.
+    """Chains, pools and linear layers that follow one another, by :class:`fastlip.ops.InterleavedLayers`.
 
-    On maps of a size on which that would not be faster, the chain and the layers run as they are.
+    On maps of a size on which that would not be faster, they run as they are.
 
     Args:
-        chain: each layer a :class:`PackedConv` of the one before it alone.
-        linear: what is applied to the elements of its maps, as vectors, and whether a ReLU follows.
+        parts: chains of which :func:`can_be_interleaved` is true, modules of which :func:`is_pool` is, and ReLUs; then
+            perhaps ``nn.Flatten()``, and behind it linear layers in float32 and ReLUs.
     """
 
-    def __init__(self, chain: Chain, linear: Sequence[tuple[nn.Linear, bool]]) -> None:
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.chain = chain
-        self.linear = [layer for layer, _ in linear]
-        self.relus = [relu for _, relu in linear]
-        self.is_flat = len(linear) > 0
-        self.layers = nn.ModuleList(self.linear)  # registered
+        self.parts = nn.ModuleList(parts)
+        self.is_flat = any(isinstance(part, nn.Flatten) for part in parts)
         #: The layers on maps of each size that has come; None where they run as they are.
         self._interleaved: dict[tuple[int, int], InterleavedLayers | None] = {}
 
@@ -48,39 +45,53 @@ class SmallNetwork(nn.Module):
         """What the last layer gives: [B, C', H', W'], or of a linear one [B, N]."""
         size = (x.shape[2], x.shape[3])
         if size not in self._interleaved:
-            self._interleaved[size] = self._interleaved_on(size)
+            self._interleaved[size] = self._interleaved_on(x.shape[1], size)
         if (interleaved := self._interleaved[size]) is None:
-            return self._as_they_are(x)
+            for part in self.parts:
+                x = part(x)
+            return x
         if x.requires_grad and torch.is_grad_enabled():
             out: Tensor = _Interleaved.apply(interleaved, x, self.is_flat)
             return out
         out, _ = interleaved.product(x)
         return out.flatten(1) if self.is_flat else out
 
-    def _as_they_are(self, x: Tensor) -> Tensor:
-        y: Tensor = self.chain(x)
-        y = y.flatten(1) if self.is_flat else y
-        for layer, relu in zip(self.linear, self.relus, strict=True):
-            y = layer(y)
-            y = y.relu() if relu else y
-        return y
-
-    def _interleaved_on(self, size: tuple[int, int]) -> InterleavedLayers | None:
-        convs = [(layer.plain, layer.relu) for layer in self.chain.layers if isinstance(layer, PackedConv)]
+    def _interleaved_on(self, channels: int, size: tuple[int, int]) -> InterleavedLayers | None:
         layers: list[LayerGeometry] = []
-        own: list[nn.Conv2d | nn.Linear] = []
-        for fused, relu in convs:
-            if fused is None:  # its weights have been packed for maps of another size
+        own: list[nn.Conv2d | nn.Linear | None] = []
+        for part in self._flattened():
+            if isinstance(part, nn.ReLU):
+                layers[-1] = layers[-1]._replace(relu=True)
+                continue
+            if isinstance(part, PackedConv):
+                if part.plain is None:  # its weights have been packed for maps of another size
+                    return None
+                if part.is_filtered(size) and min(part.geometry.channels) >= _FEW:
+                    return None
+                own.append(part.plain.conv)
+                layers.append(_convolution(part.plain.conv, size, part.relu))
+            elif isinstance(part, nn.Linear):
+                own.append(part)
+                layers.append(LayerGeometry(part.in_features, part.out_features))
+                if layers[-1].channels != channels * math.prod(size):
+                    return None  # the model says so
+            else:
+                own.append(None)
+                layers.append(_pool(part, channels, size))
+            if not _is_small(layers[-1]):
                 return None
-            layers.append(_geometry(fused.conv, size, relu))
-            own.append(fused.conv)
-            size = layers[-1].output[1:]
-        for linear, relu in zip(self.linear, self.relus, strict=True):
-            layers.append(LayerGeometry(linear.in_features, linear.out_features, relu=relu))
-            own.append(linear)
-        if not all(map(_is_small, layers)) or not _fit(layers, len(convs)):
-            return None
-        return InterleavedLayers(layers, [o.weight for o in own], [o.bias for o in own])
+            channels, *rest = layers[-1].output
+            size = (rest[0], rest[1])
+        weights, biases = ([None if o is None else getattr(o, name) for o in own] for name in ("weight", "bias"))
+        return InterleavedLayers(layers, weights, biases)
+
+    def _flattened(self) -> Iterator[nn.Module]:
+        """The layers of all parts."""
+        for part in self.parts:
+            if isinstance(part, Chain):
+                yield from part.layers
+            elif not isinstance(part, nn.Flatten):
+                yield part
 
 
 class _Interleaved(torch.autograd.Function):
@@ -112,22 +123,47 @@ def _is_narrow(layer: nn.Module) -> bool:
     return min(conv.in_channels, conv.out_channels) <= _FEW
 
 
-def _geometry(conv: nn.Conv2d, size: tuple[int, int], relu: bool) -> LayerGeometry:
-    kernel, stride, dilation, padding = (
-        (int(given[0]), int(given[1])) for given in (conv.kernel_size, conv.stride, conv.dilation, conv.padding)
-    )
+def is_pool(module: nn.Module) -> bool:
+    """Whether :class:`SmallNetwork` takes a pool."""
+    if type(module) is nn.AdaptiveAvgPool2d:
+        return module.output_size in (1, (1, 1))
+    if type(module) is nn.AvgPool2d:
+        counted = module.count_include_pad or _pair(module.padding) == (0, 0)
+        return counted and not module.ceil_mode and module.divisor_override is None
+    return type(module) is nn.MaxPool2d and not module.ceil_mode and not module.return_indices
+
+
+def _convolution(conv: nn.Conv2d, size: tuple[int, int], relu: bool) -> LayerGeometry:
+    kernel, stride, dilation, padding = map(_pair, (conv.kernel_size, conv.stride, conv.dilation, conv.padding))
     return LayerGeometry(conv.in_channels, conv.out_channels, size, kernel, stride, dilation, padding, relu)
+
+
+def _pool(module: nn.Module, channels: int, size: tuple[int, int]) -> LayerGeometry:
+    if isinstance(module, nn.MaxPool2d):
+        kernel, stride, padding = map(_pair, (module.kernel_size, module.stride, module.padding))
+        dilation = _pair(module.dilation)
+        return LayerGeometry(channels, channels, size, kernel, stride, dilation, padding, kind="max_pool")
+    if isinstance(module, nn.AvgPool2d):
+        kernel, stride, padding = map(_pair, (module.kernel_size, module.stride, module.padding))
+        return LayerGeometry(channels, channels, size, kernel, stride, padding=padding, kind="average_pool")
+    return LayerGeometry(channels, channels, size, size, kind="average_pool")
+
+
+def _pair(number: Any) -> tuple[int, int]:
+    """One number for both sides, or one for each."""
+    first, second = number if isinstance(number, Sequence) else (number, number)
+    return int(first), int(second)
 
 
 def _is_small(layer: LayerGeometry) -> bool:
     """Whether the operator takes a layer, and is faster for it."""
     if max(layer.kernel) > _MOST_TAPS or max(*layer.stride, *layer.dilation, *layer.padding) > _MOST_STRIDE:
         return False
-    if min(layer.output) < 1 or layer.channels * layer.outputs * math.prod(layer.kernel) > _MOST_WEIGHTS:
+    taps = math.prod(layer.kernel)
+    if layer.kind == "conv":
+        fits = layer.channels * layer.outputs * taps <= _MOST_WEIGHTS
+    else:  # a window without an element is an error of PyTorch's
+        fits = taps < 256 and all(2 * p <= k for p, k in zip(layer.padding, layer.kernel, strict=True))
+    if not fits or min(layer.output) < 1:
         return False
     return max(math.prod((layer.channels, *layer.size)), math.prod(layer.output)) <= _MOST_ELEMENTS
-
-
-def _fit(layers: Sequence[LayerGeometry], convs: int) -> bool:
-    """Whether the first linear layer takes as many elements as the last convolution gives; the model says if not."""
-    return convs == len(layers) or math.prod(layers[convs - 1].output) == layers[convs].channels

@@ -106,7 +106,7 @@ class PackedConv(nn.Module):
 
     def _new_way(self, x: Tensor, size: Size) -> Way:
         plain, geometry = self.plain, self.geometry  # another thread may drop the former meanwhile
-        filtered = self._is_filtered(size)
+        filtered = self.is_filtered(size)
         if plain is not None:
             if self.few:
                 if not self.direct or plain.matrix(x) is not None:
@@ -129,7 +129,7 @@ class PackedConv(nn.Module):
         self._ways.clear()
         self.plain = None
 
-    def _is_filtered(self, size: Size) -> bool:
+    def is_filtered(self, size: Size) -> bool:
         """Whether both passes go by Winograd's filtering."""
         geometry = self.geometry
         if self.few or geometry.kernel != (3, 3) or geometry.stride != (1, 1) or geometry.dilation != (1, 1):

@@ -59,7 +59,7 @@ def prepare(
     kernels at stride 1 go by Winograd's filtering, which takes a quarter of the products and rounds about five times as
     much (on maps of 2x2 pixels 9 in 16, at a lower price): where a gradient is exactly 0, the copy's may be at the
     level of rounding, and a step in Linf goes by its sign. Convolutions of up to 16 channels on one side, with the
-    linear layers behind them, are one function of sixteen images at a time.
+    pools and linear layers behind them, are one function of sixteen images at a time.
 
     Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have nothing to gain, and
     small ones whose weights have changed since the last attack, as in training. On a GPU, CUDA graphs are replayed.

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from fastlip.attacks._chain import Chain, Plan
 from fastlip.attacks._fused import FusedConv
-from fastlip.attacks._interleaved import SmallNetwork, can_be_interleaved
+from fastlip.attacks._interleaved import SmallNetwork, can_be_interleaved, is_pool
 from fastlip.attacks._packed import PackedConv, can_be_packed
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -18,6 +19,19 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ADDS = (operator.add, operator.iadd, torch.add)
 _WRITE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 _RELUS = (functional.relu, torch.relu, torch.relu_)
+#: Pools as functions, each with the module that does the same, and the names of its arguments behind the input.
+_POOLS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
+    functional.max_pool2d: (
+        nn.MaxPool2d,
+        ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    ),
+    torch.max_pool2d: (nn.MaxPool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
+    functional.avg_pool2d: (
+        nn.AvgPool2d,
+        ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    ),
+    functional.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
+}
 #: Layers that do nothing in eval mode.
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -163,52 +177,69 @@ def _replace(model: fx.GraphModule, nodes: list[fx.Node], layers: list[nn.Module
 
 
 def _interleave(model: fx.GraphModule) -> None:
-    """Replace chains of few channels, with the linear layers behind them, by a :class:`SmallNetwork` each."""
+    """Replace chains of few channels, with the pools and linear layers behind them, by a :class:`SmallNetwork` each."""
     modules = dict(model.named_modules())
+    done: set[fx.Node] = set()
     for node in list(model.graph.nodes):
-        chain = modules[str(node.target)] if node.op == "call_module" else None
-        if not isinstance(chain, Chain) or not can_be_interleaved(chain):
+        if node in done or not isinstance(_part(node, modules), Chain):
             continue
-        linear, last = _linear_behind(node, modules)
-        if len(chain.layers) + len(linear) == 1:
+        parts, nodes = _parts_from(node, modules)
+        if sum(len(part.layers) if isinstance(part, Chain) else 1 for part in parts) == 1:
             continue  # it has nothing to stay in cache for
         name = f"small_{node.target}"
-        model.add_submodule(name, SmallNetwork(chain, linear))
+        model.add_submodule(name, SmallNetwork(parts))
         with model.graph.inserting_before(node):
             small = model.graph.call_module(name, node.args)
-        last.replace_all_uses_with(small)
-        for reader in [user for user in node.users if _reads_batch(user)]:
-            reader.replace_input_with(node, small)
-        while last is not node:
-            (before,) = last.all_input_nodes[:1]
-            model.graph.erase_node(last)
-            last = before
-        model.graph.erase_node(node)
+        nodes[-1].replace_all_uses_with(small)
+        for inner in reversed(nodes):
+            for reader in list(inner.users):  # of the size of the batch alone
+                reader.replace_input_with(inner, small)
+            model.graph.erase_node(inner)
+        done.update(nodes)
 
 
-def _linear_behind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[tuple[nn.Linear, bool]], fx.Node]:
-    """The linear layers on the elements of maps, each on what the one before it gives, and whether a ReLU follows.
-
-    Also the node of the last of them, or ``node`` itself.
-    """
-    linear: list[tuple[nn.Linear, bool]] = []
-    last, flat = node, False
-    readers = [user for user in node.users if not _reads_batch(user)]
-    user = readers[0] if len(readers) == 1 else None
-    while user is not None:
-        layer = modules[str(user.target)] if user.op == "call_module" else None
-        if flat and type(layer) is nn.Linear and layer.weight.dtype == torch.float32:
-            linear.append((layer, False))
-            last = user
-        elif linear and not linear[-1][1] and _is_relu(user, modules):
-            linear[-1] = (linear[-1][0], True)
-            last = user
-        elif not flat and _flattens(user, modules):
-            flat = True
-        elif not isinstance(layer, _IDLE):
+def _parts_from(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[nn.Module], list[fx.Node]]:
+    """The parts of a :class:`SmallNetwork` from a chain on, each the only one that reads the one before, and nodes."""
+    parts: list[nn.Module] = []
+    nodes: list[fx.Node] = []
+    more: list[nn.Module] = []
+    passed: list[fx.Node] = []
+    at: fx.Node | None = node
+    while at is not None:
+        part = _part(at, modules)
+        of_vectors = any(isinstance(before, nn.Flatten) for before in (*parts, *more))
+        fits = isinstance(part, nn.Linear) == of_vectors or isinstance(part, (nn.ReLU, *_IDLE))
+        if part is None or not fits:
             break
-        user = _only_user(user)
-    return linear, last
+        passed.append(at)
+        if not isinstance(part, _IDLE):
+            more.append(part)
+        if not isinstance(part, (nn.Flatten, *_IDLE)):  # which nothing is gained by
+            parts, more = parts + more, []
+            nodes, passed = nodes + passed, []
+        readers = [user for user in at.users if not _reads_batch(user)]
+        at = readers[0] if len(readers) == 1 else None
+    return parts, nodes
+
+
+def _part(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+    """What a node does, if it may be in a :class:`SmallNetwork`."""
+    layer = modules[str(node.target)] if node.op == "call_module" else None
+    if isinstance(layer, Chain):
+        return layer if can_be_interleaved(layer) else None
+    if type(layer) is nn.Linear:
+        return layer if layer.weight.dtype == torch.float32 else None
+    if isinstance(layer, _IDLE):
+        return layer
+    if _is_relu(node, modules):
+        return nn.ReLU()
+    if _flattens(node, modules):
+        return nn.Flatten()
+    if node.op == "call_function" and node.target in _POOLS:
+        kind, names = _POOLS[node.target]
+        given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+        layer = None if any(isinstance(value, fx.Node) for value in given.values()) else kind(**given)
+    return layer if layer is not None and is_pool(layer) else None
 
 
 def _flattens(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

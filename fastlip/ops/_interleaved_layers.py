@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 #: Targets whose weights lie side by side, and images in a block, as in csrc/kernels/api.h.
 _TARGETS, _IMAGES = 8, 16
+_KINDS = ("conv", "max_pool", "average_pool")
 
 
 class LayerGeometry(NamedTuple):
-    """A convolution of one group, padded with zeros, with the ReLU behind it; or a linear layer, which is the default.
+    """A convolution of one group, padded with zeros, or a pool, with the ReLU behind it.
+
+    The default is a linear layer, a convolution of maps of one pixel. An average counts the padding's zeros.
 
     Attributes:
         channels: of the input; of a linear layer, its elements.
@@ -23,6 +26,7 @@ class LayerGeometry(NamedTuple):
         dilation: likewise.
         padding: likewise, at each side.
         relu: whether a ReLU follows.
+        kind: "conv", "max_pool" or "average_pool"; pools have as many outputs as channels.
 
     Example:
         >>> from fastlip import ops
@@ -38,6 +42,7 @@ class LayerGeometry(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     relu: bool = False
+    kind: Literal["conv", "max_pool", "average_pool"] = "conv"
 
     @property
     def output(self) -> tuple[int, int, int]:
@@ -50,7 +55,7 @@ class LayerGeometry(NamedTuple):
 
 
 class InterleavedLayers:
-    """Convolutions and linear layers that follow one another, each with its ReLU, in float32 on the CPU.
+    """Convolutions, pools and linear layers that follow one another, each with its ReLU, in float32 on the CPU.
 
     It is made for networks of few channels, whose layers take less time than calling them does: registers hold an
     element of several images, and no map leaves the cache on its way through all layers. Each layer takes the maps that
@@ -58,18 +63,19 @@ class InterleavedLayers:
     ``torch.nn.Flatten`` has them.
 
     An image's result depends neither on the other images nor on the number of threads. A weight that is not finite may
-    make NaN of pixels that meet padding. Not differentiable by autograd: :meth:`gradient` is the backward pass.
+    make NaN of pixels that meet padding. Of several elements that are the largest the first one gets the gradient, as
+    in PyTorch. Not differentiable by autograd: :meth:`gradient` is the backward pass.
 
     Args:
         layers: what the layers are.
-        weights: theirs, [outputs, channels, ...] float32 on the CPU; they are copied.
+        weights: theirs, [outputs, channels, ...] float32 on the CPU; they are copied. None of pools.
         biases: theirs, [outputs], None for none.
 
     Raises:
         ValueError: there are not as many weights and biases as layers, or a weight is not [outputs, channels, h, w].
         RuntimeError: once called, a tensor is not float32 on the CPU or has a wrong shape; a layer does not take what
-            the one before it gives; kernels have more than 16 taps a side; or stride, dilation or padding is larger
-            than 64.
+            the one before it gives; kernels have more than 16 taps a side, pools more than 255 in all; or stride,
+            dilation or padding is larger than 64.
 
     Example:
         >>> import torch
@@ -82,24 +88,29 @@ class InterleavedLayers:
     """
 
     def __init__(
-        self, layers: Sequence[LayerGeometry], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+        self, layers: Sequence[LayerGeometry], weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]
     ) -> None:
         if not len(layers) == len(weights) == len(biases) > 0:
             raise ValueError("there must be a layer, and a weight and a bias (or None) for each")
         for layer, weight in zip(layers, weights, strict=True):
+            if layer.kind not in _KINDS:
+                raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {layer.kind!r}")
+            if (weight is None) != (layer.kind != "conv"):
+                raise ValueError(f"convolutions alone must have a weight, got {layer} with {weight is not None:d}")
             taps = layer.kernel[0] * layer.kernel[1]
-            if weight.shape[:2] != (layer.outputs, layer.channels) or weight[0, 0].numel() != taps:
+            shape = (layer.outputs, layer.channels)
+            if weight is not None and (weight.shape[:2] != shape or weight[0, 0].numel() != taps):
                 raise ValueError(f"weight of {layer} must be [outputs, channels, h, w], got {list(weight.shape)}")
         self.layers = tuple(layers)
-        self._forward = [_packed(weight) for weight in weights]
-        self._adjoint = [_packed(weight.transpose(0, 1)) for weight in weights]
         none = torch.empty(0, device="cpu")
+        self._forward = [none if weight is None else _packed(weight) for weight in weights]
+        self._adjoint = [none if weight is None else _packed(weight.transpose(0, 1)) for weight in weights]
         self._biases = [none if bias is None else bias.detach().clone() for bias in biases]
-        self._no_flags = torch.empty(0, dtype=torch.bool, device="cpu")
+        self._no_flags = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._geometry = flat_geometry(layers)
         first = layers[0]
         self._input, self._output = (first.channels, *first.size), layers[-1].output
-        self._flags = sum(math.prod(layer.output) for layer in layers if layer.relu)
+        self._flags = sum(math.prod(layer.output) for layer in layers if layer.relu or layer.kind == "max_pool")
 
     def product(
         self,
@@ -109,14 +120,15 @@ class InterleavedLayers:
     ) -> tuple[Tensor, Tensor | None]:
         """The last layer's output, [B, outputs, H', W'].
 
-        To ``record`` is to return what :meth:`gradient` has to know as well: where ReLUs pass elements on, positive or
-        NaN, [ceil(B / 16), elements of all ReLUs' outputs, 16] bool; those beyond the batch are of no meaning.
+        To ``record`` is to return what :meth:`gradient` has to know as well, [ceil(B / 16), elements, 16] uint8: where
+        ReLUs pass elements on, positive or NaN, and which element of its window each maximum is, or 255 where a ReLU
+        stops it. Those beyond the batch are of no meaning.
         """
         batch = x.shape[0]
         out = torch.empty(batch, *self._output, device="cpu", dtype=torch.float32)
         active = None
         if record:
-            active = torch.empty(-(-batch // _IMAGES), self._flags, _IMAGES, dtype=torch.bool, device="cpu")
+            active = torch.empty(-(-batch // _IMAGES), self._flags, _IMAGES, dtype=torch.uint8, device="cpu")
         torch.ops.fastlip.interleaved_layers_(
             out, x.contiguous(), self._forward, self._biases, self._geometry,
             self._no_flags if active is None else active, False,
@@ -138,13 +150,12 @@ class InterleavedLayers:
 
 
 def flat_geometry(layers: Sequence[LayerGeometry]) -> list[int]:
-    """Layers as the operator takes them: 13 numbers each."""
-    return [
-        int(number)
-        for layer in layers
-        for field in layer
-        for number in (field if isinstance(field, tuple) else (field,))
-    ]
+    """Layers as the operator takes them: 14 numbers each."""
+    flat: list[int] = []
+    for layer in layers:
+        flat += layer.channels, layer.outputs, *layer.size, *layer.kernel, *layer.stride, *layer.dilation
+        flat += *layer.padding, int(layer.relu), _KINDS.index(layer.kind)
+    return flat
 
 
 def _packed(

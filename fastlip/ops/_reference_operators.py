@@ -158,37 +158,75 @@ def interleaved_layers_(
 ) -> None:
     """Layer by layer, by PyTorch's convolutions in float64."""
     batch = len(x)
-    numbers = [geometry[i : i + 13] for i in range(0, len(geometry), 13)]
+    numbers = [geometry[i : i + 14] for i in range(0, len(geometry), 14)]
     sizes = [  # of the layers' maps, the input's first
         [numbers[0][0], *numbers[0][2:4]],
         *([n[1], *((n[2 + a] + 2 * n[10 + a] - n[8 + a] * (n[4 + a] - 1) - 1) // n[6 + a] + 1 for a in (0, 1))]
           for n in numbers),
     ]  # fmt: skip
-    elements = [math.prod(size) if n[-1] else 0 for size, n in zip(sizes[1:], numbers, strict=True)]
+    elements = [math.prod(size) if n[12] or n[13] == 1 else 0 for size, n in zip(sizes[1:], numbers, strict=True)]
     kept = active.view(-1, sum(elements), 16) if active.numel() else None  # [blocks, elements, images]
     flags = kept.transpose(1, 2).flatten(0, 1)[:batch].split(elements, 1) if kept is not None else None
     value = x.double().reshape(batch, *sizes[-1 if adjoint else 0])
     for i in reversed(range(len(numbers))) if adjoint else range(len(numbers)):
         channels, outputs, height, width, h, w, *rest = numbers[i]
-        stride, dilation, padding, relu = rest[:2], rest[2:4], rest[4:6], rest[6]
-        matrix = weight[i].permute(0, 3, 1, 2).flatten(0, 1)[: channels if adjoint else outputs].double()
-        kernel = (matrix.transpose(0, 1) if adjoint else matrix).unflatten(2, (h, w))
+        stride, dilation, padding, relu, kind = rest[:2], rest[2:4], rest[4:6], rest[6], rest[7]
+        if kind == 0:
+            matrix = weight[i].permute(0, 3, 1, 2).flatten(0, 1)[: channels if adjoint else outputs].double()
+            kernel = (matrix.transpose(0, 1) if adjoint else matrix).unflatten(2, (h, w))
+        else:  # each channel by itself: the mean, or one tap of a maximum after another
+            kernel = torch.eye(h * w, dtype=torch.float64).view(h * w, 1, h, w)
+            kernel = kernel.mean(0, keepdim=True) if kind == 2 else kernel
+        groups, each = (1, channels) if kind == 0 else (channels, 1)
         if adjoint:
             value = value.reshape(batch, *sizes[i + 1])
-            if relu and flags is not None:
-                value = torch.where(flags[i].view(value.shape), value, 0.0)
-            size = (batch, channels, height, width)
-            value = conv2d_input(size, kernel, value, stride, padding, dilation)
+            if kind == 1 and flags is not None:
+                taken = flags[i].view(value.shape).unsqueeze(2) == torch.arange(h * w).view(-1, 1, 1)
+                value = (value.unsqueeze(2) * taken).flatten(1, 2)
+            elif relu and flags is not None:
+                value = torch.where(flags[i].view(value.shape) > 0, value, 0.0)
+            kernel = kernel.repeat(groups, 1, 1, 1) if kind else kernel
+            size = (batch, groups * each, height, width)
+            value = conv2d_input(size, kernel, value, stride, padding, dilation, groups)
             continue
         value = value.reshape(batch, channels, height, width)
         own = bias[i].double() if bias[i].numel() else None
-        value = functional.conv2d(value, kernel, own, stride, padding, dilation)
-        if relu and kept is not None:
+        if kind == 1:
+            value, marks = _maxima(value, (h, w), stride, padding, dilation)
+            marks = torch.where(value.float() <= 0, 255, marks) if relu else marks
+        else:
+            kernel = kernel.repeat(groups, 1, 1, 1) if kind else kernel
+            value = functional.conv2d(value, kernel, own, stride, padding, dilation, groups)
+            marks = ~(value.float() <= 0)
+        if elements[i] and kept is not None:
             first, block = sum(elements[:i]), -(-batch // 16) * 16
-            passes = functional.pad(~(value.float().flatten(1) <= 0), (0, 0, 0, block - batch))
-            kept[:, first : first + elements[i]] = passes.unflatten(0, (-1, 16)).transpose(1, 2)
+            padded = functional.pad(marks.flatten(1).to(torch.uint8), (0, 0, 0, block - batch))
+            kept[:, first : first + elements[i]] = padded.unflatten(0, (-1, 16)).transpose(1, 2)
         value = value.relu() if relu else value
     out.copy_(value.reshape(out.shape))
+
+
+def _maxima(
+    x: Tensor, kernel: tuple[int, int], stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The largest element of each window, and its tap: the first one, or the last NaN."""
+    top, left = padding
+    padded = functional.pad(x, (left, left, top, top), value=-torch.inf)
+    inside = functional.pad(torch.ones_like(x), (left, left, top, top)) > 0
+    height, width = (
+        (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+    )
+    largest = torch.full((*x.shape[:2], height, width), -torch.inf, dtype=x.dtype)
+    taken = torch.full(largest.shape, -1)
+    for tap in range(math.prod(kernel)):
+        rows, columns = (
+            slice(first := i * d, first + (n - 1) * s + 1, s)
+            for i, d, n, s in zip(divmod(tap, kernel[1]), dilation, (height, width), stride, strict=True)
+        )
+        value, there = padded[:, :, rows, columns], inside[:, :, rows, columns]
+        better = there & ((value > largest) | value.isnan() | (taken < 0))
+        largest, taken = torch.where(better, value, largest), torch.where(better, tap, taken)
+    return largest, taken
 
 
 def _tap_matrices(weight: Tensor, taps: int, channels: int, outputs: int, adjoint: int) -> Tensor:

@@ -127,7 +127,7 @@ def test_networks_of_more_channels_and_branches_stay_chains():
     for make in (
         lambda: sequential(nn.Flatten(), nn.Linear(32 * 16, 5), channels=(3, 32, 32)),
         Branching,
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(128, 5)),
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(3, ceil_mode=True), nn.Flatten(), nn.Linear(200, 5)),
         lambda: nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.Flatten(), nn.Linear(6 * 196, 5)),
     ):
         model, x = problem(make)
@@ -141,24 +141,83 @@ def test_layers_behind_that_are_not_part_of_it():
     for make in (
         Reads,
         lambda: sequential(nn.Flatten(2), nn.Flatten(), nn.Linear(256, 5)),
-        lambda: sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
+        lambda: sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 5)),
+        lambda: sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.Flatten(), nn.Linear(256, 5)),
+        lambda: sequential(nn.AvgPool2d(2, divisor_override=3), nn.Flatten(), nn.Linear(64, 5)),
+        lambda: sequential(nn.BatchNorm2d(16, affine=False), nn.Flatten(), nn.Linear(256, 5)),
         lambda: sequential(nn.Conv2d(16, 5, 4), nn.Flatten()),
         lambda: sequential(nn.Flatten(), nn.Tanh(), nn.Linear(256, 5)),
+        lambda: sequential(nn.Flatten(), nn.Flatten(), nn.Linear(256, 5)),
     ):
         model, x = problem(make)
         made = copy_of(model, x)
         (small,) = small_networks(made)
-        assert not small.linear
+        assert len(small.parts) == 1
         assert interleaved(small)
         check(made, model, x)
 
 
-def test_a_second_relu_is_left_behind():
-    model, x = problem(lambda: sequential(nn.Flatten(), nn.Linear(256, 5), nn.ReLU(), nn.ReLU(), nn.Linear(5, 4)))
+class Pooled(nn.Module):
+    """Pools as functions, and ReLUs behind them."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3), nn.Linear(8 * 9, 5)
+        self.pool = pool
+
+    def forward(self, x):
+        x = functional.relu(self.pool(self.first(x)))
+        x = self.pool(self.second(x).relu())
+        return self.last(x.flatten(1))
+
+
+class Global(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.last = nn.Sequential(*body()), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.last(functional.adaptive_avg_pool2d(self.body(x), 1).flatten(1))
+
+
+POOLED = {  # models, and how many layers become one function
+    "max": (lambda: Pooled(lambda x: functional.max_pool2d(x, 2)), 5),
+    "max, torch": (lambda: Pooled(lambda x: torch.max_pool2d(x, (2, 2), (2, 2))), 5),
+    "max, all arguments": (lambda: Pooled(lambda x: functional.max_pool2d(x, 3, 2, 1, 1, ceil_mode=False)), 5),
+    "average": (lambda: Pooled(lambda x: functional.avg_pool2d(x, kernel_size=2, stride=2)), 5),
+    "global": (Global, 4),
+    "modules": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 9, 3), nn.AvgPool2d(2, 1, 1), nn.ReLU(),
+            nn.Dropout2d(), nn.Conv2d(9, 10, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(),
+            nn.Linear(10, 4), nn.ReLU(), nn.ReLU(), nn.Linear(4, 3),
+        ),
+        8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_networks_with_pools(name):
+    make, layers = POOLED[name]
+    model, x = problem(make)
     made = copy_of(model, x)
     (small,) = small_networks(made)
-    assert len(small.linear) == 1
-    check(made, model, x)
+    (found,) = interleaved(small)
+    assert len(found.layers) == layers
+    assert not [n for n in made.model.graph.nodes if n.op == "call_function"]
+    for batch in (1, 6, 20):
+        check(made, model, torch.rand(batch, *x.shape[1:]))
+
+
+def test_pools_that_pytorch_refuses_are_refused():
+    model, x = problem(lambda: sequential(nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(64, 5)))
+    made = copy_of(model, x)
+    (small,) = small_networks(made)
+    small.parts[1].padding = 2
+    small._interleaved.clear()
+    with pytest.raises(RuntimeError, match="pad should be at most half"):
+        made(x)
 
 
 def test_maps_of_sizes_on_which_it_would_not_be_faster(monkeypatch):

@@ -41,6 +41,24 @@ NETWORKS = {
     "large kernels": [LayerGeometry(1, 3, (40, 33), (16, 16), (16, 16)), LayerGeometry(3, 2, (2, 2), (2, 1))],
     "a column": [LayerGeometry(3, 5, (19, 1), (3, 1), (2, 1), relu=True), LayerGeometry(5, 4, (9, 1), (2, 1))],
     "linear": [LayerGeometry(37, 9, relu=True)],
+    "max pools": [
+        LayerGeometry(2, 5, (13, 12), (3, 3), padding=(1, 1)),
+        LayerGeometry(5, 5, (13, 12), (2, 2), (2, 2), relu=True, kind="max_pool"),
+        LayerGeometry(5, 3, (6, 6), (3, 3), padding=(1, 1), relu=True),
+        LayerGeometry(3, 3, (6, 6), (3, 3), (2, 2), padding=(1, 1), kind="max_pool"),
+        LayerGeometry(27, 4),
+    ],
+    "average pools": [
+        LayerGeometry(2, 5, (13, 11), (3, 3), relu=True),
+        LayerGeometry(5, 5, (11, 9), (3, 2), (2, 3), padding=(1, 1), relu=True, kind="average_pool"),
+        LayerGeometry(5, 5, (6, 4), (6, 4), kind="average_pool"),
+        LayerGeometry(5, 3),
+    ],
+    "pools at both ends": [
+        LayerGeometry(3, 3, (9, 10), (3, 2), (1, 2), (2, 3), (1, 1), relu=True, kind="max_pool"),
+        LayerGeometry(3, 4, (7, 5), (2, 2)),
+        LayerGeometry(4, 4, (6, 4), (2, 3), (2, 1), padding=(0, 1), relu=True, kind="max_pool"),
+    ],
     "a map that stays": [LayerGeometry(2, 2, (1, 17), (1, 1)), LayerGeometry(2, 1, (1, 17), (1, 3), padding=(0, 1))],
 }
 every_network = pytest.mark.parametrize("name", NETWORKS)
@@ -54,6 +72,10 @@ def weights_of(layers, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weights, biases = [], []
     for i, layer in enumerate(layers):
+        if layer.kind != "conv":
+            weights.append(None)
+            biases.append(None)
+            continue
         taps = () if is_linear(layer) else layer.kernel
         weights.append(torch.randn(layer.outputs, layer.channels, *taps, generator=generator))
         weights[-1] /= weights[-1][0].numel() ** 0.5
@@ -70,7 +92,11 @@ def by_pytorch(layers, weights, biases, x):
     """The layers by PyTorch, in the precision of ``x``."""
     for layer, weight, bias in zip(layers, weights, biases, strict=True):
         own = None if bias is None else bias.to(x.dtype)
-        if is_linear(layer):
+        if layer.kind == "max_pool":
+            x = functional.max_pool2d(x, layer.kernel, layer.stride, layer.padding, layer.dilation)
+        elif layer.kind == "average_pool":
+            x = functional.avg_pool2d(x, layer.kernel, layer.stride, layer.padding)
+        elif is_linear(layer):
             x = functional.linear(x.flatten(1), weight.to(x.dtype), own)
         else:
             x = functional.conv2d(x, weight.to(x.dtype), own, layer.stride, layer.padding, layer.dilation)
@@ -107,7 +133,15 @@ def random_layers(number):
     """Layers that fit each other; ``number`` draws one of a range."""
     layers = []
     channels, size = number(1, 12), (number(1, 24), number(1, 24))
-    for _ in range(number(1, 3)):
+    for _ in range(number(1, 4)):
+        kind = ("conv", "conv", "max_pool", "average_pool")[number(0, 3)]
+        if kind != "conv":
+            kernel = [number(1, min(4, n)) for n in size]
+            stride, padding = [number(1, 3) for _ in size], [number(0, k // 2) for k in kernel]
+            shape = map(tuple, (size, kernel, stride, (1, 1), padding))
+            layers.append(LayerGeometry(channels, channels, *shape, bool(number(0, 1)), kind))
+            channels, *size = layers[-1].output
+            continue
         kernel, dilation, padding, stride = ([number(1, most) for _ in size] for most in (5, 3, 4, 4))
         kernel = [min(k, (n + 2 * p - 1) // d + 1) for k, n, p, d in zip(kernel, size, padding, dilation, strict=True)]
         shape = (size, kernel, stride, dilation, padding)
@@ -161,7 +195,10 @@ def test_the_reference(name, batch):
 @every_network
 def test_it_is_the_adjoint(name):
     """<y, K x> = <K^T y, x> for layers without ReLUs."""
-    layers = [layer._replace(relu=False) for layer in NETWORKS[name]]
+    layers = [
+        layer._replace(relu=False, kind="average_pool" if layer.kind == "max_pool" else layer.kind)
+        for layer in NETWORKS[name]
+    ]
     weights, _ = weights_of(layers)
     network, x = InterleavedLayers(layers, weights, [None] * len(layers)), images(11, layers)
     out, active = network.product(x, record=True)
@@ -182,10 +219,28 @@ def test_what_is_not_finite_stays_with_its_image(name, value):
     clean = network.product(x)[0]
     x[4, -1, -1, 0] = value
     out = network.product(x)[0]
-    ones = [torch.ones_like(w) for w in weights]
+    ones = [None if w is None else torch.ones_like(w) for w in weights]
     met = by_pytorch(layers, ones, [None] * len(layers), (~x.isfinite()).double())
     assert torch.equal(out.isfinite(), met == 0)
     assert torch.equal(out[met == 0], clean[met == 0])
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_maxima_that_are_met_several_times_and_nan(relu):
+    """The first of equal elements gets the gradient, and NaN wins, as in PyTorch."""
+    layer = LayerGeometry(1, 1, (4, 6), (3, 3), (1, 1), padding=(1, 1), relu=relu, kind="max_pool")
+    network = InterleavedLayers([layer], [None], [None])
+    x = torch.randint(-1, 2, (40, 1, 4, 6), generator=torch.Generator().manual_seed(0)).float()
+    x[::3][x[::3] > 0] = torch.nan
+    x[::4][x[::4] < 0] = -torch.inf
+    seen = x.clone().requires_grad_()
+    want = functional.max_pool2d(seen, 3, 1, 1)
+    want = want.relu() if relu else want
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
+    (wanted,) = torch.autograd.grad(want, seen, grad)
+    out, active = network.product(x, record=True)
+    torch.testing.assert_close(out, want, equal_nan=True, atol=0, rtol=0)
+    torch.testing.assert_close(network.gradient(grad, active), wanted)
 
 
 def test_relus_keep_nan_and_stop_what_is_not_positive():
@@ -254,7 +309,7 @@ def test_nothing_outside_of_the_operands_is_read_or_written(name):
             own = flags[64 : 64 + active.numel()]
             own.copy_(active.flatten())
             source = source.view(given.shape).copy_(given)
-            arguments = (packed, network._biases, network._geometry, own.view(active.shape).view(torch.bool), adjoint)
+            arguments = (packed, network._biases, network._geometry, own.view(active.shape), adjoint)
             torch.ops.fastlip.interleaved_layers_(result, source, *arguments)
             assert torch.equal(result, found)
             assert memory[:64].isnan().all()
@@ -304,7 +359,7 @@ def test_default_devices_and_dtypes_do_not_matter():
 
 @every_isa
 def test_every_instruction_set(isa):
-    run_with_isa(isa, __file__, "definition or finite or relu or outside or depends")
+    run_with_isa(isa, __file__, "definition or finite or relu or maxima or outside or depends")
 
 
 @pytest.mark.parametrize("adjoint", [False, True])
@@ -327,6 +382,11 @@ def test_weights_are_checked():
         InterleavedLayers(layers, weights[1:], biases)
     with pytest.raises(ValueError, match="there must be a layer"):
         InterleavedLayers(layers, weights, biases[1:])
+    with pytest.raises(ValueError, match="kind must be one of conv, max_pool, average_pool"):
+        InterleavedLayers([LayerGeometry(2, 2, kind="pool")], [None], [None])
+    for layer, weight in ((LayerGeometry(2, 2, kind="max_pool"), torch.eye(2)), (LayerGeometry(2, 2), None)):
+        with pytest.raises(ValueError, match="convolutions alone must have a weight"):
+            InterleavedLayers([layer], [weight], [None])
     for wrong in (weights[0][:4], weights[0][:, :, :3], weights[0].flatten(2)[..., 1:]):
         with pytest.raises(ValueError, match=r"must be \[outputs, channels, h, w\]"):
             InterleavedLayers(layers, [wrong, *weights[1:]], biases)
@@ -360,21 +420,24 @@ LAYERS = NETWORKS["two linear layers"]
         ({3: []}, "a bias"),
         ({3: [torch.zeros(4)] * 3}, "bias must have an element for each output"),
         ({3: [torch.zeros(5).double()] * 3}, "bias must be contiguous float32"),
-        ({4: [1] * 13}, "13 numbers"),
-        ({4: numbers(LAYERS, 0, 0)}, "channels must be at least 1"),
-        ({4: numbers(LAYERS, 1, -1)}, "channels must be at least 1"),
-        ({4: numbers(LAYERS, 2, 0)}, "at least one pixel"),
-        ({4: numbers(LAYERS, 3, 1)}, "at least one pixel"),
+        ({4: [1] * 14}, "14 numbers"),
+        ({4: numbers(LAYERS, 0, 0)}, "channels must be 1 to"),
+        ({4: numbers(LAYERS, 1, -1)}, "channels must be 1 to"),
+        ({4: numbers(LAYERS, 2, 0)}, "1 to 2.20 pixels"),
+        ({4: numbers(LAYERS, 3, 1)}, "1 to 2.20 pixels"),
         ({4: numbers(LAYERS, 4, 17)}, "1 to 16 taps"),
         ({4: numbers(LAYERS, 5, 0)}, "1 to 16 taps"),
         ({4: numbers(LAYERS, 6, 0)}, "stride and dilation must be 1 to 64"),
         ({4: numbers(LAYERS, 9, 65)}, "stride and dilation must be 1 to 64"),
         ({4: numbers(LAYERS, 10, -1)}, "padding must be 0 to 64"),
         ({4: numbers(LAYERS, 11, 65)}, "padding must be 0 to 64"),
-        ({4: numbers(LAYERS, 13, 139)}, "a layer must take what the one before it gives"),
-        ({4: numbers(LAYERS, 1, 2**40)}, "a layer must take|weight must be"),
-        ({5: torch.zeros(1, 163, 15, dtype=torch.bool)}, "active must be contiguous bool"),
-        ({5: torch.zeros(1, 163, 16)}, "active must be contiguous bool"),
+        ({4: numbers(LAYERS, 14, 139)}, "a layer must take what the one before it gives"),
+        ({4: numbers(LAYERS, 1, 2**40)}, "channels must be 1 to"),
+        ({5: torch.zeros(1, 163, 15, dtype=torch.uint8)}, "active must be contiguous uint8"),
+        ({5: torch.zeros(1, 163, 16)}, "active must be contiguous uint8"),
+        ({4: numbers(LAYERS, 27, 3)}, "kind must be 0, 1 or 2"),
+        ({4: numbers(LAYERS, 27, 1)}, "pools have as many outputs as channels"),
+        ({4: numbers(LAYERS, 2, 2**20), 2: [torch.zeros(1, 1, 16, 8)] * 3}, "at most 2.31 elements|must take"),
         ({6: True, 0: torch.zeros(2, 126), 1: torch.zeros(2, 3)}, "weight must be"),
     ],
 )

@@ -53,9 +53,10 @@ InterleavedPlan::InterleavedPlan(InterleavedLayers& p, const std::vector<Interle
   // Where the flags of each layer's output begin; one more in front, for the input, which has none.
   std::vector<int64_t> flags{-1};
   for (const InterleavedLayer& layer : layers) {
-    flags.push_back(layer.relu ? p.flags : -1);
-    if (layer.relu) p.flags += layer.outputs * layer.map(0) * layer.map(1);
+    flags.push_back(layer.flags() && p.active ? p.flags : -1);
+    p.flags += layer.flags();
   }
+  const auto is_max = [&](int64_t i) { return i >= 0 && layers[i].kind == InterleavedLayers::Kind::kMaxPool; };
   tables_.reserve(layers.size());
   for (int64_t i = 0; i < count; ++i) tables_.push_back(tables_of(layers[p.adjoint ? count - 1 - i : i], p.adjoint));
 
@@ -66,6 +67,7 @@ InterleavedPlan::InterleavedPlan(InterleavedLayers& p, const std::vector<Interle
     const Maps image{layer.channels, layer.size[0], layer.size[1], layer.size[1], 0};
     const Maps map{layer.outputs, layer.map(0), layer.map(1), layer.map(1), 0};
     Step step{};
+    step.kind = layer.kind;
     step.source = p.adjoint ? map : image;
     step.target = p.adjoint ? image : map;
     step.source.before = own.before;
@@ -77,18 +79,24 @@ InterleavedPlan::InterleavedPlan(InterleavedLayers& p, const std::vector<Interle
         last = step.source;
       } else if (step.source.pitch != step.source.width) {
         Step spread{};
+        spread.kind = InterleavedLayers::Kind::kSpread;
         spread.source = step.source;
         spread.source.pitch = step.source.width;
         spread.source.before = 0;
         spread.target = step.source;
-        spread.flags = -1;
+        spread.flags = spread.taken = -1;
         steps_.push_back(spread);
       }
     }
     step.weight = layer.weight;
     step.bias = p.adjoint ? nullptr : layer.bias;
     step.relu = !p.adjoint && layer.relu;
-    step.flags = p.active ? flags[p.adjoint ? at : at + 1] : -1;
+    step.flags = flags[p.adjoint ? at : at + 1];
+    step.taken = -1;
+    if (p.adjoint) {
+      if (is_max(at)) step.taken = flags[at + 1];
+      if (is_max(at - 1)) step.flags = -1;  // which of them a ReLU stops is known where they are shared out
+    }
     step.taps = layer.kernel[0] * layer.kernel[1];
     step.taps_across = layer.kernel[1];
     step.source_step = p.adjoint ? 1 : layer.stride[1];
@@ -99,7 +107,7 @@ InterleavedPlan::InterleavedPlan(InterleavedLayers& p, const std::vector<Interle
     step.column_begin = own.columns.begin.data();
     steps_.push_back(step);
   }
-  p.x_flags = p.adjoint && p.active && count > 0 ? flags[count] : -1;
+  p.x_flags = p.adjoint && !is_max(count - 1) ? flags[count] : -1;
   p.step = steps_.data();
   p.steps = static_cast<int64_t>(steps_.size());
   for (int64_t i = 0; i < p.steps; ++i) {

@@ -7,19 +7,23 @@
 
 namespace fastlip::cpu {
 
-// A convolution of one group, padded with zeros, or a linear layer, whose maps have one pixel.
+// A convolution of one group, padded with zeros; a linear layer, whose maps have one pixel; or a pool over each
+// channel.
 struct InterleavedLayer {
+  InterleavedLayers::Kind kind;
   int64_t channels, outputs;
   int64_t size[2];  // of the input's maps; rows and columns, as those below are
   int64_t kernel[2], stride[2], dilation[2], padding[2];
   bool relu;
-  const float* weight;  // as InterleavedLayers::Step says; for the adjoint its outputs are sources
+  const float* weight;  // of a convolution, as InterleavedLayers::Step says; for the adjoint its outputs are sources
   const float* bias;
 
   int64_t map(int axis) const {  // the size of the output's maps; 0 or less where there is none
     const int64_t reach = dilation[axis] * (kernel[axis] - 1) + 1, room = size[axis] + 2 * padding[axis] - reach;
     return room < 0 ? 0 : room / stride[axis] + 1;
   }
+  int64_t elements() const { return outputs * map(0) * map(1); }
+  int64_t flags() const { return relu || kind == InterleavedLayers::Kind::kMaxPool ? elements() : 0; }
 };
 
 // What an InterleavedLayers points to.

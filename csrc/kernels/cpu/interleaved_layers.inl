@@ -38,8 +38,10 @@ FASTLIP_INLINE inline Lanes as_lanes(Sums<true>::Part v) {
 // What some target pixels of a row meet.
 struct Met {
   int64_t taps;
-  int64_t source[kMostTaps];  // where the first one's sources are in the first channel
-  int64_t weight[kMostTaps];  // and the weights, among those of a channel
+  int64_t source[kMostTaps];                  // where the first one's sources are in the first channel,
+  int64_t row[kMostTaps], column[kMostTaps];  // also as the row and the column of the map;
+  int64_t tap[kMostTaps];                     // the taps,
+  int64_t weight[kMostTaps];                  // and their weights, among those of a channel
 };
 
 // Where the sums of targets go: `out`, `flags` and `bias` are those of the first target and pixel.
@@ -51,6 +53,17 @@ struct Place {
   int64_t pixel;                // from pixel to pixel, of out and flags
   bool relu;
 };
+
+// A value through a ReLU, or through the gradient of one, with `flags`.
+FASTLIP_INLINE inline void finish(bool relu, uint8_t* flags, float* to, Lanes value) {
+  if (relu) {
+    if (flags) store_flags(flags, value);
+    value = value < 0 ? Lanes{} : value;  // keeps NaN, as torch does
+  } else if (flags) {
+    value = where_flagged(flags, value);
+  }
+  store<Lanes>(to, value);
+}
 
 using SumTile = void (*)(const Step&, const Met&, const float*, const float*, const Place&);
 
@@ -86,15 +99,8 @@ void sum_tile(const Step& step, const Met& met, const float* weight, const float
     for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
       for (int k = 0; k < kParts; ++k) {
-        Lanes value = as_lanes(sum[r][p][k]) + bias;
-        uint8_t* const flags = to.flags + r * to.flag_target + p * to.pixel + k * kLanes;
-        if (to.relu) {
-          if (to.flags) store_flags(flags, value);
-          value = value < 0 ? Lanes{} : value;  // keeps NaN, as torch does
-        } else if (to.flags) {
-          value = where_flagged(flags, value);
-        }
-        store<Lanes>(to.out + r * to.target + p * to.pixel + k * kLanes, value);
+        uint8_t* const flags = to.flags ? to.flags + r * to.flag_target + p * to.pixel + k * kLanes : nullptr;
+        finish(to.relu, flags, to.out + r * to.target + p * to.pixel + k * kLanes, as_lanes(sum[r][p][k]) + bias);
       }
     }
   }
@@ -127,6 +133,83 @@ void sum_targets(const Step& step, const Met& met, int64_t targets, int64_t pixe
   }
 }
 
+// Calls pool(c, k, target) for channels and pixels of a phase of a row, with where the target is.
+template <typename Pool>
+FASTLIP_INLINE inline void each_target(const Step& step, int64_t y, int64_t phase, float* target, Pool pool) {
+  const Maps& to = step.target;
+  for (int64_t c = 0; c < to.channels; ++c) {
+    float* at = target + (c * to.plane() + y * to.pitch + to.before + phase) * kImages;
+    for (int64_t k = 0; phase + k * step.target_step < to.width; ++k, at += step.target_step * kImages) pool(c, k, at);
+  }
+}
+
+// The largest of the elements that taps meet, and which of them that is: the first one, or the last NaN, as torch has
+// it.
+void take_maxima(const Step& step, const Met& met, int64_t y, const float* source, float* target, uint8_t* flags) {
+  using Numbers = Vector<int32_t>;
+  const Maps &from = step.source, &to = step.target;
+  each_target(step, y, 0, target, [&](int64_t c, int64_t k, float* at) FASTLIP_INLINE {
+    uint8_t* const own = flags ? flags + ((c * to.height + y) * to.width + k) * kImages : nullptr;
+    const float* const first = source + (c * from.plane() + k * step.source_step) * kImages;
+    for (int64_t lane = 0; lane < kImages; lane += kWidth) {
+      Lanes largest = Lanes{} - __builtin_inff();
+      Numbers tap = Numbers{} - 1;
+      for (int64_t t = 0; t < met.taps; ++t) {
+        const int64_t column = met.column[t] + k * step.source_step;
+        if (column < 0 || column >= from.width) continue;
+        const Lanes value = load<Lanes>(first + met.source[t] + lane);
+        const Numbers better = (value > largest) | (value != value) | (tap < 0);
+        largest = better ? value : largest;
+        tap = better ? Numbers{} + static_cast<int32_t>(met.tap[t]) : tap;
+      }
+      if (step.relu) {
+        tap = largest <= 0 ? Numbers{} + InterleavedLayers::kStopped : tap;
+        largest = largest < 0 ? Lanes{} : largest;
+      }
+      if (own) store_bytes(own + lane, tap);
+      store<Lanes>(at + lane, largest);
+    }
+  });
+}
+
+// Of the gradients of the maxima that meet an element, those that are taken from it. `taken` are the maxima's.
+void share_out(const Step& step, const Met& met, int64_t y, int64_t phase, const float* source, float* target,
+               const uint8_t* flags, const uint8_t* taken) {
+  const Maps &from = step.source, &to = step.target;
+  each_target(step, y, phase, target, [&](int64_t c, int64_t k, float* at) FASTLIP_INLINE {
+    const uint8_t* const own =
+        flags ? flags + ((c * to.height + y) * to.width + phase + k * step.target_step) * kImages : nullptr;
+    const float* const first = source + (c * from.plane() + k) * kImages;
+    for (int64_t lane = 0; lane < kImages; lane += kWidth) {
+      Lanes sum{};
+      for (int64_t t = 0; t < met.taps; ++t) {
+        const int64_t column = met.column[t] + k;
+        if (column < 0 || column >= from.width) continue;
+        const uint8_t* const which = taken + ((c * from.height + met.row[t]) * from.width + column) * kImages + lane;
+        sum += where_byte(which, static_cast<uint8_t>(met.tap[t]), load<Lanes>(first + met.source[t] + lane));
+      }
+      store<Lanes>(at + lane, own ? where_flagged(own + lane, sum) : sum);
+    }
+  });
+}
+
+// The mean over all taps, or its adjoint.
+void average(const Step& step, const Met& met, int64_t y, int64_t phase, const float* source, float* target,
+             uint8_t* flags) {
+  const Maps &from = step.source, &to = step.target;
+  const float share = 1.0F / static_cast<float>(step.taps);
+  each_target(step, y, phase, target, [&](int64_t c, int64_t k, float* at) FASTLIP_INLINE {
+    uint8_t* const own =
+        flags ? flags + ((c * to.height + y) * to.width + phase + k * step.target_step) * kImages : nullptr;
+    const float* const first = source + (c * from.plane() + k * step.source_step) * kImages;
+    for (int64_t lane = 0; lane < kImages; lane += kWidth) {
+      Lanes sum{};
+      for (int64_t t = 0; t < met.taps; ++t) sum += load<Lanes>(first + met.source[t] + lane);
+      finish(step.relu, own ? own + lane : nullptr, at + lane, sum * share);
+    }
+  });
+}
+
 // Zeros at the sides of all rows.
 void clear_sides(const Maps& maps, float* at) {
   const int64_t before = maps.before * kImages, own = maps.width * kImages, pitch = maps.pitch * kImages;
@@ -137,9 +220,32 @@ void clear_sides(const Maps& maps, float* at) {
   }
 }
 
-// `flags` are the target's, or null.
+// All targets of a phase of a row.
 template <bool kHalf>
-void run_step(const Step& step, const float* source, float* target, uint8_t* flags) {
+void sum_row(const Step& step, const Met& met, int64_t y, int64_t phase, const float* source, float* target,
+             uint8_t* flags) {
+  const Maps &from = step.source, &to = step.target;
+  const int64_t pixels = (to.width - phase - 1) / step.target_step + 1;
+  for (int64_t block = 0; block < to.channels; block += kTargets) {
+    const float* const weight = step.weight + block * from.channels * step.taps;
+    const int64_t count = least(kTargets, to.channels - block);
+    constexpr int64_t kMost = Sums<kHalf>::kMostTargets;
+    for (int64_t first = 0; first < count; first += kMost) {
+      const int64_t t = block + first;
+      const Place place{target + (t * to.plane() + y * to.pitch + to.before + phase) * kImages,
+                        flags ? flags + ((t * to.height + y) * to.width + phase) * kImages : nullptr,
+                        step.bias ? step.bias + t : nullptr,
+                        to.plane() * kImages,
+                        to.height * to.width * kImages,
+                        step.target_step * kImages,
+                        step.relu};
+      sum_targets<kHalf>(step, met, least(kMost, count - first), pixels, weight + first, source, place);
+    }
+  }
+}
+
+// `flags` are the target's, and `taken` the source's, or null.
+void run_step(const Step& step, const float* source, float* target, uint8_t* flags, const uint8_t* taken, bool half) {
   const Maps &from = step.source, &to = step.target;
   Met met;
   for (int64_t y = 0; y < to.height; ++y) {
@@ -149,26 +255,23 @@ void run_step(const Step& step, const float* source, float* target, uint8_t* fla
         for (int64_t j = step.column_begin[phase]; j < step.column_begin[phase + 1]; ++j) {
           const Tap &row = step.row[i], &column = step.column[j];
           met.source[met.taps] = (row.source * from.pitch + from.before + column.source) * kImages;
-          met.weight[met.taps++] = (row.at * step.taps_across + column.at) * kTargets;
+          met.row[met.taps] = row.source;
+          met.column[met.taps] = column.source;
+          met.tap[met.taps] = row.at * step.taps_across + column.at;
+          met.weight[met.taps] = met.tap[met.taps] * kTargets;
+          ++met.taps;
         }
       }
-      const int64_t pixels = (to.width - phase - 1) / step.target_step + 1;
-      for (int64_t block = 0; block < to.channels; block += kTargets) {
-        const float* const weight = step.weight + block * from.channels * step.taps;
-        const int64_t count = least(kTargets, to.channels - block);
-        constexpr int64_t kMost = Sums<kHalf>::kMostTargets;
-        for (int64_t first = 0; first < count; first += kMost) {
-          const int64_t t = block + first;
-          const Place place{target + (t * to.plane() + y * to.pitch + to.before + phase) * kImages,
-                            flags ? flags + ((t * to.height + y) * to.width + phase) * kImages : nullptr,
-                            step.bias ? step.bias + t : nullptr,
-                            to.plane() * kImages,
-                            to.height * to.width * kImages,
-                            step.target_step * kImages,
-                            step.relu};
-          sum_targets<kHalf>(step, met, least(kMost, count - first), pixels, weight + first, source, place);
-        }
-      }
+      if (step.kind == InterleavedLayers::Kind::kAveragePool)
+        average(step, met, y, phase, source, target, flags);
+      else if (step.kind == InterleavedLayers::Kind::kMaxPool && taken)
+        share_out(step, met, y, phase, source, target, flags, taken);
+      else if (step.kind == InterleavedLayers::Kind::kMaxPool)
+        take_maxima(step, met, y, source, target, flags);
+      else if (half)
+        sum_row<true>(step, met, y, phase, source, target, flags);
+      else
+        sum_row<false>(step, met, y, phase, source, target, flags);
     }
   }
 }
@@ -260,13 +363,13 @@ void FASTLIP_CAT(interleaved_layers_, FASTLIP_ISA)(const InterleavedLayers& p, i
       const float* const source = maps[i % 2];
       float* const target = maps[(i + 1) % 2];
       clear_sides(step.target, target);
-      uint8_t* const own = step.flags < 0 ? nullptr : flags + step.flags * kImages;
-      if (!step.weight)
+      if (step.kind == InterleavedLayers::Kind::kSpread) {
         spread(step, source, target);
-      else if (p.batch - block * kImages > kImages / 2)
-        run_step<false>(step, source, target, own);
-      else
-        run_step<true>(step, source, target, own);
+        continue;
+      }
+      const auto flags_at = [&](int64_t at) { return at < 0 ? nullptr : flags + at * kImages; };
+      run_step(step, source, target, flags_at(step.flags), flags_at(step.taken),
+               p.batch - block * kImages <= kImages / 2);
     }
     take_images(p, block, maps[p.steps % 2]);
   }
