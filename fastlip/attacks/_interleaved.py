@@ -15,7 +15,7 @@ from fastlip.ops import InterleavedLayers, LayerGeometry
 
 #: Channels on one side of each convolution: where both have more, they fill vectors. Fewer than that where Winograd's
 #: filtering takes a quarter of the products.
-_FEW = 16
+FEW = 16
 #: Weights of a linear layer, which are kept for both passes, and read anew for each block of images.
 _MOST_WEIGHTS = 1 << 18
 #: Elements of a map of one image: more of them do not stay in cache.
@@ -66,7 +66,7 @@ class SmallNetwork(nn.Module):
             if isinstance(part, PackedConv):
                 if part.plain is None:  # its weights have been packed for maps of another size
                     return None
-                if part.is_filtered(size) and min(part.geometry.channels) >= _FEW:
+                if part.is_filtered(size) and min(part.geometry.channels) >= FEW:
                     return None
                 own.append(part.plain.conv)
                 layers.append(_convolution(part.plain.conv, size, part.relu))
@@ -120,7 +120,7 @@ def _is_narrow(layer: nn.Module) -> bool:
     if not isinstance(layer, PackedConv) or not isinstance(layer.plain, FusedConv):
         return False
     conv = layer.plain.conv
-    return min(conv.in_channels, conv.out_channels) <= _FEW
+    return min(conv.in_channels, conv.out_channels) <= FEW
 
 
 def is_pool(module: nn.Module) -> bool:

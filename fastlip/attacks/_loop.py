@@ -263,10 +263,15 @@ class AttackLoop:
             The images that the model saw, [K, ...] in the dtype of the inputs; its logits [K, C], with a graph where a
             ``gradient`` is wanted; and their judgement, which brings the ``record`` up to date.
         """
-        image = self.image(batch, x).requires_grad_(gradient)
+        seen = self.image(batch, x) if self._may_be_kept(x) else x.detach()
+        image = seen.requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             logits = self.network.ascend(image, counted=counted)
         return image, logits, self.judged(batch, logits, record)
+
+    def _may_be_kept(self, x: Tensor) -> bool:
+        """Whether what follows ``x`` may keep it, which the step changes, or has to be given another one."""
+        return self.grid is not None or x.dtype != self.dtype or self.callback is not None or self.network.may_keep
 
     def judged(
         self,

@@ -38,6 +38,7 @@ class Network:
 
     Attributes:
         exact: whether the gradients are those of what decides.
+        may_keep: whether what is followed may keep its input, as a model may, and a traced copy does not.
         largest: the size of the largest batch so far.
         graphs: the CUDA graphs of attacks on this network, where :func:`prepare` made it fast on a GPU. At most 32 are
             alive, in at most half of the device's memory; ``graphs.alive`` and ``graphs.bytes`` say what there is now,
@@ -85,6 +86,7 @@ class Network:
         # Averages of different draws differ by more than any rounding.
         one_pass = self.draws == self.eot == 1
         self.exact = faster is None and one_pass
+        self.may_keep = not getattr(faster, "keeps_nothing", False)
         self.rounding = rounding if one_pass else math.inf
 
     def __call__(self, inputs: Tensor) -> Tensor:

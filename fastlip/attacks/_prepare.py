@@ -18,6 +18,7 @@ from fastlip._precision import Precision, least_seconds, precision_for
 from fastlip.attacks._arguments import check_images, check_model, check_precision, flag
 from fastlip.attacks._diagnose import AttackWarning
 from fastlip.attacks._graphs import IterationGraphs
+from fastlip.attacks._interleaved import FEW
 from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
 from fastlip.attacks._packed import PackedConv
@@ -38,6 +39,10 @@ _MOST_KEPT = 3
 #: times as many where the weights have changed since the last attack, so that they may change before the next one.
 _LEAST_MULTIPLY_ADDS = 1e5
 _IN_TRAINING = 30.0
+#: The share of these, and the former factor, for networks of few channels: they gain more, and a copy takes a few
+#: milliseconds. So many parameters are the most of one.
+_SHARE_OF_FEW, _IN_TRAINING_OF_FEW = 0.05, 2.0
+_MOST_PARAMETERS = 1e6
 
 
 def prepare(
@@ -61,8 +66,9 @@ def prepare(
     level of rounding, and a step in Linf goes by its sign. Convolutions of up to 16 channels on one side, with the
     pools and linear layers behind them, are one function of sixteen images at a time.
 
-    Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have nothing to gain, and
-    small ones whose weights have changed since the last attack, as in training. On a GPU, CUDA graphs are replayed.
+    Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have nothing to gain, and,
+    unless their convolutions have few channels, small ones whose weights have changed since the last attack, as in
+    training. On a GPU, CUDA graphs are replayed.
 
     ``precision`` makes the copy compute all but its first layer in low precision. A low precision that this machine
     computes more slowly than float32 (bfloat16 on a CPU without AVX512-BF16 or AMX, for example) is not used: a warning
@@ -244,12 +250,26 @@ def _is_small(model: nn.Module, inputs: Tensor) -> bool:
     """Whether fused convolutions would save less than a copy costs."""
     before = _kept.get(model)
     changed = before is not None and before is not _kept_of(model)
-    least = _LEAST_MULTIPLY_ADDS * (_IN_TRAINING if changed else 1.0)
+    share, in_training = (_SHARE_OF_FEW, _IN_TRAINING_OF_FEW) if _is_of_few_channels(model) else (1.0, _IN_TRAINING)
+    least = _LEAST_MULTIPLY_ADDS * share * (in_training if changed else 1.0)
     counted = _counted.setdefault(model, {})
     shapes = (inputs.shape[1:], *(p.shape for p in model.parameters()))
     if shapes not in counted:
         counted[shapes] = _multiply_adds(model, inputs)
     return counted[shapes] < least
+
+
+def _is_of_few_channels(model: nn.Module) -> bool:
+    """Whether a model is likely to become one function (:class:`SmallNetwork`)."""
+    for module in model.modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if isinstance(module, nn.Conv2d):
+            if min(module.in_channels, module.out_channels) > FEW:
+                return False
+        elif not isinstance(module, nn.Linear | nn.BatchNorm2d):
+            return False
+    return sum(p.numel() for p in model.parameters()) <= _MOST_PARAMETERS
 
 
 def _copy_of(
@@ -420,6 +440,9 @@ class _OwnLayout:
         # A graph's __call__ prints the code of whatever fails, which is nobody's concern where a copy is only tried.
         self.call: Model = model.forward if isinstance(model, fx.GraphModule) else model
         self.memory_format = memory_format
+        # Nothing but a hook could keep what a graph is given.
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        self.keeps_nothing = isinstance(model, fx.GraphModule) and not hooked
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.memory_format != torch.preserve_format:

@@ -95,3 +95,27 @@ def test_what_a_model_was_given_is_left_alone(attack, norm):
     attack(model, inputs, labels, norm=norm, eps=0.01, steps=6, early_stop=False)
     assert len(model.kept) > 6
     assert all(torch.equal(x, seen) for x, seen in model.kept)
+
+
+@pytest.mark.parametrize("kept_by", ["nothing", "a hook", "a callback", "the model"])
+def test_iterates_are_copied_where_something_may_keep_them(kept_by):
+    """A step changes the iterate in place: what was given to the model must stay."""
+    torch.manual_seed(0)
+    kept = []
+    conv = nn.Conv2d(3, 4, 3, padding_mode="circular")  # which a copy does not replace
+    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    x = torch.rand(4, 3, 8, 8)
+    labels = model(x).argmax(1)
+    if kept_by in ("a hook", "the model"):
+        conv.register_forward_pre_hook(lambda module, given: kept.append(given[0]))
+    network = attacks.prepare(model, x, fast=kept_by != "the model")
+    assert (network.faster is None) == (kept_by == "the model")
+    assert network.may_keep == (kept_by in ("a hook", "the model"))
+    kept.clear()
+    callback = (lambda iteration: kept.append(iteration.images)) if kept_by == "a callback" else None
+    attacks.pgd(network, x, labels, eps=1e-4, steps=4, random_start=False, early_stop=False, callback=callback)
+    if kept_by != "nothing":
+        iterates = [images.detach() for images in kept if images.shape == x.shape]
+        assert len(iterates) >= 5
+        assert (iterates[0] - iterates[3]).abs().max() > 1e-6
+        torch.testing.assert_close(iterates[0], x, atol=1e-7, rtol=0)

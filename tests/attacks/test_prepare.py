@@ -252,7 +252,9 @@ def test_models_without_a_faster_form_go_as_they_are(cnn_problem):
     ("body", "copied"),
     [
         (lambda: [nn.Flatten(), nn.Linear(768, 400), nn.ReLU(), nn.Linear(400, 10)], False),
-        (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 10)], False),
+        (lambda: [nn.Conv2d(3, 4, 3, 6), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10)], False),
+        (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 10)], True),
+        (lambda: [nn.Conv2d(3, 4, 3), nn.PReLU(), nn.Flatten(), nn.Linear(784, 10)], False),
         (lambda: [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12544, 10)], True),
     ],
 )
@@ -524,7 +526,7 @@ def test_a_copy_that_holds_the_size_of_a_batch_is_not_to_be_had():
 
 def test_small_networks_in_training_have_no_copy(monkeypatch):
     """The first attack does not know; one on weights as they were makes a copy again."""
-    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12544, 10)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.PReLU(), nn.Flatten(), nn.Linear(12544, 10)).eval()
     inputs = torch.rand(4, 3, 16, 16)
     monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", LEAST)
 
@@ -542,6 +544,18 @@ def test_small_networks_in_training_have_no_copy(monkeypatch):
     with torch.no_grad():
         model[0].weight.mul_(0.9)
     assert copied(), "a larger one does"
+
+
+def test_networks_of_few_channels_have_a_copy_in_training(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1568, 10)).eval()
+    inputs = torch.rand(4, 3, 16, 16)
+    monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", LEAST)
+    for _ in range(3):
+        network = _prepare.network_of(model, inputs, fast=True, precision=None)
+        torch.testing.assert_close(network.ascend(inputs), model(inputs))
+        assert not network.exact
+        with torch.no_grad():
+            model[0].weight.mul_(0.9)
 
 
 class AsksForShapes(nn.Module):
