@@ -39,10 +39,8 @@ _MOST_KEPT = 3
 #: times as many where the weights have changed since the last attack, so that they may change before the next one.
 _LEAST_MULTIPLY_ADDS = 1e5
 _IN_TRAINING = 30.0
-#: The share of these, and the former factor, for networks of few channels: they gain more, and a copy takes a few
-#: milliseconds. So many parameters are the most of one.
-_SHARE_OF_FEW, _IN_TRAINING_OF_FEW = 0.05, 2.0
-_MOST_PARAMETERS = 1e6
+#: The share of these from which on networks of few channels gain, where the weights stay; and their most parameters.
+_SHARE_OF_FEW, _MOST_PARAMETERS = 0.05, 1e6
 
 
 def prepare(
@@ -66,9 +64,8 @@ def prepare(
     level of rounding, and a step in Linf goes by its sign. Convolutions of up to 16 channels on one side, with the
     pools and linear layers behind them, are one function of sixteen images at a time.
 
-    Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have nothing to gain, and,
-    unless their convolutions have few channels, small ones whose weights have changed since the last attack, as in
-    training. On a GPU, CUDA graphs are replayed.
+    Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have nothing to gain, and
+    small ones whose weights have changed since the last attack, as in training. On a GPU, CUDA graphs are replayed.
 
     ``precision`` makes the copy compute all but its first layer in low precision. A low precision that this machine
     computes more slowly than float32 (bfloat16 on a CPU without AVX512-BF16 or AMX, for example) is not used: a warning
@@ -250,8 +247,8 @@ def _is_small(model: nn.Module, inputs: Tensor) -> bool:
     """Whether fused convolutions would save less than a copy costs."""
     before = _kept.get(model)
     changed = before is not None and before is not _kept_of(model)
-    share, in_training = (_SHARE_OF_FEW, _IN_TRAINING_OF_FEW) if _is_of_few_channels(model) else (1.0, _IN_TRAINING)
-    least = _LEAST_MULTIPLY_ADDS * share * (in_training if changed else 1.0)
+    share = _SHARE_OF_FEW if _is_of_few_channels(model) else 1.0
+    least = _LEAST_MULTIPLY_ADDS * (_IN_TRAINING if changed else share)
     counted = _counted.setdefault(model, {})
     shapes = (inputs.shape[1:], *(p.shape for p in model.parameters()))
     if shapes not in counted:
