@@ -39,26 +39,32 @@ class SmallNetwork(nn.Module):
         self.parts = nn.ModuleList(parts)
         self.is_flat = any(isinstance(part, nn.Flatten) for part in parts)
         #: The layers on maps of each size that has come; None where they run as they are.
-        self._interleaved: dict[tuple[int, int], InterleavedLayers | None] = {}
+        self.interleaved: dict[tuple[int, int], InterleavedLayers | None] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """What the last layer gives: [B, C', H', W'], or of a linear one [B, N]."""
         size = (x.shape[2], x.shape[3])
-        if size not in self._interleaved:
-            self._interleaved[size] = self._interleaved_on(x.shape[1], size)
-        if (interleaved := self._interleaved[size]) is None:
+        if size not in self.interleaved:
+            self.interleaved[size] = self._interleaved_on(x.shape[1], size)
+        if (interleaved := self.interleaved[size]) is None:
             for part in self.parts:
                 x = part(x)
             return x
-        if x.requires_grad and torch.is_grad_enabled():
-            out: Tensor = _Interleaved.apply(interleaved, x, self.is_flat)
-            return out
-        out, _ = interleaved.product(x)
-        return out.flatten(1) if self.is_flat else out
+        return _run(interleaved, x, self.is_flat)
+
+    def with_weights(self) -> list[nn.Conv2d | nn.Linear | None]:
+        """The module that has the weight of each layer, None of pools; as long as chains are not packed."""
+        own: list[nn.Conv2d | nn.Linear | None] = []
+        for part in self._flattened():
+            if isinstance(part, PackedConv):
+                assert part.plain is not None
+                own.append(part.plain.conv)
+            elif not isinstance(part, nn.ReLU):
+                own.append(part if isinstance(part, nn.Linear) else None)
+        return own
 
     def _interleaved_on(self, channels: int, size: tuple[int, int]) -> InterleavedLayers | None:
         layers: list[LayerGeometry] = []
-        own: list[nn.Conv2d | nn.Linear | None] = []
         for part in self._flattened():
             if isinstance(part, nn.ReLU):
                 layers[-1] = layers[-1]._replace(relu=True)
@@ -68,20 +74,18 @@ class SmallNetwork(nn.Module):
                     return None
                 if part.is_filtered(size) and min(part.geometry.channels) >= FEW:
                     return None
-                own.append(part.plain.conv)
                 layers.append(_convolution(part.plain.conv, size, part.relu))
             elif isinstance(part, nn.Linear):
-                own.append(part)
                 layers.append(LayerGeometry(part.in_features, part.out_features))
                 if layers[-1].channels != channels * math.prod(size):
                     return None  # the model says so
             else:
-                own.append(None)
                 layers.append(_pool(part, channels, size))
             if not _is_small(layers[-1]):
                 return None
             channels, *rest = layers[-1].output
             size = (rest[0], rest[1])
+        own = self.with_weights()
         weights, biases = ([None if o is None else getattr(o, name) for o in own] for name in ("weight", "bias"))
         return InterleavedLayers(layers, weights, biases)
 
@@ -92,6 +96,26 @@ class SmallNetwork(nn.Module):
                 yield from part.layers
             elif not isinstance(part, nn.Flatten):
                 yield part
+
+
+class OneFunction(nn.Module):
+    """What a :class:`SmallNetwork` is on maps of one size, alone."""
+
+    def __init__(self, layers: InterleavedLayers, is_flat: bool) -> None:
+        super().__init__()
+        self.layers, self.is_flat = layers, is_flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As :meth:`SmallNetwork.forward`."""
+        return _run(self.layers, x, self.is_flat)
+
+
+def _run(layers: InterleavedLayers, x: Tensor, flat: bool) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        out: Tensor = _Interleaved.apply(layers, x, flat)
+        return out
+    out, _ = layers.product(x)
+    return out.flatten(1) if flat else out
 
 
 class _Interleaved(torch.autograd.Function):

@@ -18,10 +18,11 @@ from fastlip._precision import Precision, least_seconds, precision_for
 from fastlip.attacks._arguments import check_images, check_model, check_precision, flag
 from fastlip.attacks._diagnose import AttackWarning
 from fastlip.attacks._graphs import IterationGraphs
-from fastlip.attacks._interleaved import FEW
+from fastlip.attacks._interleaved import FEW, OneFunction
 from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
 from fastlip.attacks._packed import PackedConv
+from fastlip.attacks._recipe import Recipe, recipe_of
 from fastlip.attacks._rewrite import fold, fuse, lower, takes_either_format
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._models.tracing import InPlaceTracer, Tracer
@@ -65,7 +66,8 @@ def prepare(
     pools and linear layers behind them, are one function of sixteen images at a time.
 
     Attacks with ``fast=True`` leave out networks with next to nothing in convolutions, which have nothing to gain, and
-    small ones whose weights have changed since the last attack, as in training. On a GPU, CUDA graphs are replayed.
+    small ones whose weights have changed since the last attack, as in training, except those that are one function,
+    which is made anew without tracing. On a GPU, CUDA graphs are replayed.
 
     ``precision`` makes the copy compute all but its first layer in low precision. A low precision that this machine
     computes more slowly than float32 (bfloat16 on a CPU without AVX512-BF16 or AMX, for example) is not used: a warning
@@ -192,7 +194,7 @@ def network_of(
             inputs = inputs.detach()
             timed = inputs[:_TIMED].clone() if precision == "auto" and inputs.device.type == "cpu" else None
             small = not (however_small or low or inputs.is_cuda) and _is_small(inside, inputs)
-            made = None if small else _copy_of(inside, inputs, fast, low, timed)
+            made = None if small else _copy_of(inside, inputs, fast, low, timed, any_size=however_small)
         return Network(model, made.model, made.rounding, graphs=made.graphs) if made else Network(model)
     finally:
         for module in training:
@@ -216,13 +218,19 @@ class _Copy:
     rounding: float
     graphs: IterationGraphs | None  # of attacks on it
 
+    @property
+    def any_size(self) -> bool:
+        """Whether it takes images of other sizes than those that it was made for, if the model does."""
+        return not (isinstance(self.model, _OwnLayout) and isinstance(self.model.model, OneFunction))
+
 
 class _Kept:
     """The copies of one model, for as long as its tensors stay as they are."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, recipes: dict[object, Recipe]) -> None:
         self.fingerprint = _fingerprint(model)
         self.copies: dict[object, _Copy] = {}
+        self.recipes = recipes  # of copies of other weights too, by their purpose
 
 
 #: Copies hold no reference to the model, so that they are freed with it.
@@ -239,7 +247,7 @@ def _fingerprint(model: nn.Module) -> object:
 def _kept_of(model: nn.Module) -> _Kept:
     kept = _kept.get(model)
     if kept is None or kept.fingerprint != _fingerprint(model):
-        kept = _kept[model] = _Kept(model)
+        kept = _kept[model] = _Kept(model, {} if kept is None else kept.recipes)
     return kept
 
 
@@ -248,7 +256,7 @@ def _is_small(model: nn.Module, inputs: Tensor) -> bool:
     before = _kept.get(model)
     changed = before is not None and before is not _kept_of(model)
     share = _SHARE_OF_FEW if _is_of_few_channels(model) else 1.0
-    least = _LEAST_MULTIPLY_ADDS * (_IN_TRAINING if changed else share)
+    least = _LEAST_MULTIPLY_ADDS * (_IN_TRAINING if changed and not _kept_of(model).recipes else share)
     counted = _counted.setdefault(model, {})
     shapes = (inputs.shape[1:], *(p.shape for p in model.parameters()))
     if shapes not in counted:
@@ -270,9 +278,9 @@ def _is_of_few_channels(model: nn.Module) -> bool:
 
 
 def _copy_of(
-    model: nn.Module, inputs: Tensor, fast: bool, low: torch.dtype | None, timed: Tensor | None
+    model: nn.Module, inputs: Tensor, fast: bool, low: torch.dtype | None, timed: Tensor | None, any_size: bool
 ) -> _Copy | None:
-    """A copy with the model's logits: one made before, or a new one.
+    """A copy with the model's logits, made before or anew; unless ``any_size``, perhaps for images of this size alone.
 
     That tensors are unchanged is not enough, because ``.data`` and submodules can be replaced unnoticed: logits are
     compared too.
@@ -280,16 +288,31 @@ def _copy_of(
     kept = _kept_of(model)
     purpose = (fast, low, timed is None, inputs.shape[1:], inputs.dtype, inputs.device)
     made = kept.copies.pop(purpose, None)
+    if any_size and made is not None and not made.any_size:
+        made = None
     if made is not None:
         few, want = _compared(model, inputs, _COMPARED_AGAIN)
         if not _distance(logits_of(made.model, few), want) <= made.rounding:
             made = None
     if made is None:
-        made = _faster(model, *_compared(model, inputs, _COMPARED), fast, low, timed)
+        few, want = _compared(model, inputs, _COMPARED)
+        recipe = None if any_size else kept.recipes.pop(purpose, None)
+        if recipe is not None:
+            made = _first_to_agree([lambda: _made_again(recipe, model)], few, want, _ROUNDING[few.dtype], fast)
+        made = made or _faster(model, few, want, fast, low, timed)
     if made is not None and not isinstance(made.model, _Autocast):  # which holds the model
         kept.copies[purpose] = made
-        if len(kept.copies) > _MOST_KEPT:
-            del kept.copies[next(iter(kept.copies))]
+        if isinstance(made.model, _OwnLayout) and made.model.recipe is not None:
+            kept.recipes[purpose] = made.model.recipe
+        for held in (kept.copies, kept.recipes):
+            if len(held) > _MOST_KEPT:
+                del held[next(iter(held))]
+    return made
+
+
+def _made_again(recipe: Recipe, model: nn.Module) -> Model:
+    made = _OwnLayout(recipe.copy_of(model), torch.preserve_format)
+    made.recipe = recipe
     return made
 
 
@@ -357,7 +380,8 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
     if not inputs.is_cuda and any(_padded_pointwise(m) for m in model.modules()):
         raise ValueError("PyTorch's channels_last kernels do not take every padded 1x1 convolution")
     made = _traced(model, inputs)
-    fold(made)
+    names = {id(module): name for name, module in made.named_modules()}
+    folded = fold(made)
     if precision:
         lower(made, precision)
     if not inputs.is_cuda:
@@ -367,6 +391,8 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
     if any(isinstance(m, PackedConv) for m in made.modules()):
         made.forward(inputs)  # packs weights, which need neither a layout nor storage of their own before
     laid_out = _laid_out(made, inputs, model)
+    if inputs.dim() == 4:
+        laid_out.recipe = recipe_of(made, (inputs.shape[2], inputs.shape[3]), names, folded)
     return _FewSizes(laid_out) if precision and not inputs.is_cuda else laid_out
 
 
@@ -417,7 +443,7 @@ def _copied(model: nn.Module) -> nn.Module:
     return made
 
 
-def _laid_out(made: nn.Module, inputs: Tensor, model: nn.Module) -> Model:
+def _laid_out(made: nn.Module, inputs: Tensor, model: nn.Module) -> "_OwnLayout":
     """``made``, changed to be in channels_last if the inputs are images, and to share no storage with the model."""
     if inputs.dim() == 4:
         made = made.to(memory_format=torch.channels_last)
@@ -437,9 +463,10 @@ class _OwnLayout:
         # A graph's __call__ prints the code of whatever fails, which is nobody's concern where a copy is only tried.
         self.call: Model = model.forward if isinstance(model, fx.GraphModule) else model
         self.memory_format = memory_format
+        self.recipe: Recipe | None = None
         # Nothing but a hook could keep what a graph is given.
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-        self.keeps_nothing = isinstance(model, fx.GraphModule) and not hooked
+        self.keeps_nothing = isinstance(model, fx.GraphModule | OneFunction) and not hooked
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.memory_format != torch.preserve_format:

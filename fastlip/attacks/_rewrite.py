@@ -36,8 +36,13 @@ _POOLS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def fold(model: fx.GraphModule) -> None:
-    """Fold each BatchNorm into the convolution or linear layer before it, unless something else reads that output."""
+def fold(model: fx.GraphModule) -> dict[str, str]:
+    """Fold each BatchNorm into the convolution or linear layer before it, unless something else reads that output.
+
+    Returns:
+        The names of the BatchNorms by those of the layers.
+    """
+    folded = {}
     modules = dict(model.named_modules())
     calls = [n.target for n in model.graph.nodes if n.op == "call_module"]
     for node in list(model.graph.nodes):
@@ -52,13 +57,18 @@ def fold(model: fx.GraphModule) -> None:
             continue
         if type(linear) not in (*_CONVS, nn.Linear) or (type(linear) is nn.Linear and norm.weight is None):
             continue
-        fuse = fuse_linear_bn_weights if type(linear) is nn.Linear else fuse_conv_bn_weights
-        weight, bias = fuse(
-            linear.weight, linear.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
+        weight, bias = folded_weights(linear, norm)
         linear.weight, linear.bias = weight.requires_grad_(False), bias.requires_grad_(False)
+        folded[str(before.target)] = str(node.target)
         node.replace_all_uses_with(before)
         model.graph.erase_node(node)
+    return folded
+
+
+def folded_weights(linear: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of a layer with those of the BatchNorm behind it, whose statistics are fixed."""
+    fuse = fuse_linear_bn_weights if type(linear) is nn.Linear else fuse_conv_bn_weights
+    return fuse(linear.weight, linear.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
 
 
 class FullFirst(nn.Module):
@@ -195,6 +205,10 @@ def _interleave(model: fx.GraphModule) -> None:
             for reader in list(inner.users):  # of the size of the batch alone
                 reader.replace_input_with(inner, small)
             model.graph.erase_node(inner)
+        for reader in [user for user in small.users if _reads_batch(user)]:
+            for idle in (*[user for user in reader.users if not user.users], reader):
+                if not idle.users:
+                    model.graph.erase_node(idle)
         done.update(nodes)
 
 

@@ -1,6 +1,8 @@
 """Small networks as one function: which models become one, and that it is the model's."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from fastlip import attacks, ops
-from fastlip.attacks import _interleaved
-from fastlip.attacks._interleaved import SmallNetwork
+from fastlip.attacks import _interleaved, _prepare
+from fastlip.attacks._interleaved import OneFunction, SmallNetwork
 from fastlip.attacks._prepare import network_of
 
 pytestmark = pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="only the compiled library packs")
@@ -72,7 +74,7 @@ def small_networks(made):
 
 
 def interleaved(small):
-    return [layers for layers in small._interleaved.values() if layers is not None]
+    return [layers for layers in small.interleaved.values() if layers is not None]
 
 
 def check(made, model, x):
@@ -215,7 +217,7 @@ def test_pools_that_pytorch_refuses_are_refused():
     made = copy_of(model, x)
     (small,) = small_networks(made)
     small.parts[1].padding = 2
-    small._interleaved.clear()
+    small.interleaved.clear()
     with pytest.raises(RuntimeError, match="pad should be at most half"):
         made(x)
 
@@ -228,10 +230,10 @@ def test_maps_of_sizes_on_which_it_would_not_be_faster(monkeypatch):
     monkeypatch.setattr(_interleaved, "_MOST_ELEMENTS", 2000)
     large = torch.rand(3, 3, 32, 30)
     check(made, pooled, large)
-    assert small._interleaved[32, 30] is None
+    assert small.interleaved[32, 30] is None
     check(made, pooled, torch.rand(3, 3, 15, 13))
     check(made, pooled, x)
-    assert list(small._interleaved) == [(16, 16), (32, 30), (15, 13)]
+    assert list(small.interleaved) == [(16, 16), (32, 30), (15, 13)]
 
 
 @pytest.mark.parametrize(
@@ -281,3 +283,78 @@ def test_attacks_find_what_they_find_on_the_model(attack, norm):
         ]
         assert 0 < fooled[0].sum() < len(x)
         assert (fooled[0] != fooled[1]).sum() <= 2
+
+
+def trained_on(model):
+    """What a step of training does to weights and statistics."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9).add_(0.01)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.add_(0.1)
+                module.running_var.mul_(1.2)
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *POOLED])
+def test_copies_in_training_are_made_without_tracing(name, monkeypatch):
+    make = WHOLE[name] if name in WHOLE else POOLED[name][0]
+    model, x = problem(make)
+    network_of(model, x, fast=True, precision=None)
+    monkeypatch.setattr(_prepare, "_traced", None)  # not to be called
+    for _ in range(3):
+        trained_on(model)
+        made = network_of(model, x, fast=True, precision=None).faster
+        assert isinstance(made.model, OneFunction)
+        assert made.keeps_nothing
+        for batch in (1, 5, 23):
+            check(made, model, torch.rand(batch, *x.shape[1:]))
+    again = network_of(model, x, fast=True, precision=None).faster
+    assert again is made, "the weights are the same"
+
+
+def test_copies_for_images_of_any_size_are_traced():
+    """What is prepared may be attacked on images of other sizes."""
+    pooled, x = problem(Global)
+    network_of(pooled, x, fast=True, precision=None)
+    trained_on(pooled)
+    assert isinstance(network_of(pooled, x, fast=True, precision=None).faster.model, OneFunction)
+    network = attacks.prepare(pooled, x, fast=True)
+    assert small_networks(network.faster)
+    trained_on(pooled)
+    larger = torch.rand(3, 3, 24, 20)
+    labels = pooled(larger).argmax(1)
+    with pytest.warns(attacks.AttackWarning, match="prepared again"):
+        attacks.pgd(network, x, pooled(x).argmax(1), eps=0.01, steps=2)
+    check(network.faster, pooled, larger)
+    attacks.pgd(network, larger, labels, eps=0.01, steps=2)
+    assert isinstance(network_of(pooled, larger, fast=True, precision=None).faster.model, _prepare.fx.GraphModule)
+
+
+@pytest.mark.parametrize("change", ["stride", "layer", "more layers", "activation"])
+def test_a_model_of_another_structure_is_traced_anew(change):
+    model, x = problem(lambda: sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)))
+    network_of(model, x, fast=True, precision=None)
+    trained_on(model)
+    if change == "stride":
+        model[2].stride = (1, 1)
+    elif change == "layer":
+        model[2] = nn.Conv2d(8, 16, 5, padding=2)
+    elif change == "more layers":
+        model.append(nn.Linear(5, 3))
+    else:
+        model[1] = nn.Tanh()
+    made = network_of(model, x, fast=True, precision=None).faster
+    assert not isinstance(made.model, OneFunction)
+    check(made, model, x)
+
+
+def test_recipes_hold_no_model():
+    model, x = problem(WHOLE["batch norm"])
+    network_of(model, x, fast=True, precision=None)
+    trained_on(model)
+    network_of(model, x, fast=True, precision=None)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
