@@ -260,6 +260,8 @@ void interleaved_layers_(Tensor out, const Tensor& x, std::vector<Tensor> weight
   const auto layers = interleaved_layers_of(problem, out, x, weight, bias, geometry, active, adjoint);
   if (problem.batch == 0) return;
   const cpu::InterleavedPlan plan(problem, layers);
+  constexpr int64_t kMostScratch = int64_t{1} << 28;
+  STD_TORCH_CHECK(problem.scratch_floats() <= kMostScratch, "layers must take at most 2^28 floats of scratch memory");
   const auto run_blocks = kernels().interleaved_layers;
   torch::stable::parallel_for(0, problem.blocks(), 1, [&](int64_t begin, int64_t end) {
     const auto scratch = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(problem.scratch_floats()));

@@ -1,7 +1,7 @@
 """Small networks as one function with a backward pass of its own, in float32 on a CPU."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from fastlip.ops import InterleavedLayers, LayerGeometry
 FEW = 16
 #: Weights of a linear layer, which are kept for both passes, and read anew for each block of images.
 _MOST_WEIGHTS = 1 << 18
+#: Products of an image in all layers. A few images take the time of eight, which is more than their overhead in large
+#: networks.
+_MOST_PRODUCTS = 3e6
 #: Elements of a map of one image: more of them do not stay in cache.
 _MOST_ELEMENTS = 1 << 16
 #: What the operator takes: taps a side; stride, dilation and padding.
@@ -25,9 +28,7 @@ _MOST_TAPS, _MOST_STRIDE = 16, 64
 
 
 class SmallNetwork(nn.Module):
-    """Chains, pools and linear layers that follow one another, by :class:`fastlip.ops.InterleavedLayers`.
-
-    On maps of a size on which that would not be faster, they run as they are.
+    """Chains, pools and linear layers that follow one another, as one function as far as that is faster.
 
     Args:
         parts: chains of which :func:`can_be_interleaved` is true, modules of which :func:`is_pool` is, and ReLUs; then
@@ -37,94 +38,71 @@ class SmallNetwork(nn.Module):
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
-        self.is_flat = any(isinstance(part, nn.Flatten) for part in parts)
-        #: The layers on maps of each size that has come; None where they run as they are.
-        self.interleaved: dict[tuple[int, int], InterleavedLayers | None] = {}
+        #: What runs on maps of each size that has come: parts, the first of which may have become one function.
+        self.ways: dict[tuple[int, int], list[nn.Module]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the last layer gives: [B, C', H', W'], or of a linear one [B, N]."""
+        """What the last part gives: [B, C', H', W'], or of a linear layer [B, N]."""
         size = (x.shape[2], x.shape[3])
-        if size not in self.interleaved:
-            self.interleaved[size] = self._interleaved_on(x.shape[1], size)
-        if (interleaved := self.interleaved[size]) is None:
-            for part in self.parts:
-                x = part(x)
-            return x
-        return _run(interleaved, x, self.is_flat)
+        if (way := self.ways.get(size)) is None:
+            way = self.ways[size] = self._way_on(x.shape[1], size)
+        for part in way:
+            x = part(x)
+        return x
 
-    def with_weights(self) -> list[nn.Conv2d | nn.Linear | None]:
-        """The module that has the weight of each layer, None of pools; as long as chains are not packed."""
-        own: list[nn.Conv2d | nn.Linear | None] = []
-        for part in self._flattened():
-            if isinstance(part, PackedConv):
-                assert part.plain is not None
-                own.append(part.plain.conv)
-            elif not isinstance(part, nn.ReLU):
-                own.append(part if isinstance(part, nn.Linear) else None)
-        return own
-
-    def _interleaved_on(self, channels: int, size: tuple[int, int]) -> InterleavedLayers | None:
+    def _way_on(self, channels: int, size: tuple[int, int]) -> list[nn.Module]:
         layers: list[LayerGeometry] = []
-        for part in self._flattened():
+        own: list[nn.Conv2d | nn.Linear | None] = []
+        done, flat, is_flat = 0, False, False
+        for place, part in enumerate(self.parts):
+            if isinstance(part, nn.Flatten):
+                flat = True
+                continue
             if isinstance(part, nn.ReLU):
                 layers[-1] = layers[-1]._replace(relu=True)
-                continue
-            if isinstance(part, PackedConv):
-                if part.plain is None:  # its weights have been packed for maps of another size
-                    return None
-                if part.is_filtered(size) and min(part.geometry.channels) >= FEW:
-                    return None
-                layers.append(_convolution(part.plain.conv, size, part.relu))
-            elif isinstance(part, nn.Linear):
-                layers.append(LayerGeometry(part.in_features, part.out_features))
-                if layers[-1].channels != channels * math.prod(size):
-                    return None  # the model says so
             else:
-                layers.append(_pool(part, channels, size))
-            if not _is_small(layers[-1]):
-                return None
-            channels, *rest = layers[-1].output
-            size = (rest[0], rest[1])
-        own = self.with_weights()
+                found = _described(part, channels, size)
+                if found is None or _products(layers) + _products(found[0]) > _MOST_PRODUCTS:
+                    break
+                layers, own = layers + found[0], own + found[1]
+                channels, *rest = layers[-1].output
+                size = (rest[0], rest[1])
+            done, is_flat = place + 1, flat
+        if sum(o is not None for o in own) < 2:  # nothing stays in cache between them
+            return list(self.parts)
         weights, biases = ([None if o is None else getattr(o, name) for o in own] for name in ("weight", "bias"))
-        return InterleavedLayers(layers, weights, biases)
-
-    def _flattened(self) -> Iterator[nn.Module]:
-        """The layers of all parts."""
-        for part in self.parts:
-            if isinstance(part, Chain):
-                yield from part.layers
-            elif not isinstance(part, nn.Flatten):
-                yield part
+        ids = [None if o is None else id(o) for o in own]
+        return [OneFunction(InterleavedLayers(layers, weights, biases), is_flat, ids), *self.parts[done:]]
 
 
 class OneFunction(nn.Module):
-    """What a :class:`SmallNetwork` is on maps of one size, alone."""
+    """Layers by :class:`fastlip.ops.InterleavedLayers`.
 
-    def __init__(self, layers: InterleavedLayers, is_flat: bool) -> None:
+    Args:
+        interleaved: the layers.
+        is_flat: whether the output is [B, N], and not [B, C', H', W'].
+        own: the ids of the modules with their weights, None of pools.
+    """
+
+    def __init__(self, interleaved: InterleavedLayers, is_flat: bool, own: Sequence[int | None] = ()) -> None:
         super().__init__()
-        self.layers, self.is_flat = layers, is_flat
+        self.interleaved, self.is_flat, self.own = interleaved, is_flat, own
 
     def forward(self, x: Tensor) -> Tensor:
-        """As :meth:`SmallNetwork.forward`."""
-        return _run(self.layers, x, self.is_flat)
-
-
-def _run(layers: InterleavedLayers, x: Tensor, flat: bool) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
-        out: Tensor = _Interleaved.apply(layers, x, flat)
-        return out
-    out, _ = layers.product(x)
-    return out.flatten(1) if flat else out
+        """What the last layer gives."""
+        if x.requires_grad and torch.is_grad_enabled():
+            out: Tensor = _Interleaved.apply(self.interleaved, x, self.is_flat)
+            return out
+        return self.interleaved.product(x, flat=self.is_flat)[0]
 
 
 class _Interleaved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layers: InterleavedLayers, x: Tensor, flat: bool) -> Tensor:
-        out, active = layers.product(x, record=True)
+        out, active = layers.product(x, record=True, flat=flat)  # no view, as something may be written into it
         ctx.layers = layers
         ctx.save_for_backward(active)
-        return out.flatten(1) if flat else out
+        return out
 
     @staticmethod
     @once_differentiable
@@ -157,6 +135,45 @@ def is_pool(module: nn.Module) -> bool:
     return type(module) is nn.MaxPool2d and not module.ceil_mode and not module.return_indices
 
 
+#: Layers, each with the module that has its weight; None of pools.
+_Described = tuple[list[LayerGeometry], list[nn.Conv2d | nn.Linear | None]]
+
+
+def _described(part: nn.Module, channels: int, size: tuple[int, int]) -> _Described | None:
+    """The layers of a part on such maps, or None if the operator takes one of them not at all or no faster."""
+    layers: list[LayerGeometry] = []
+    own: list[nn.Conv2d | nn.Linear | None] = []
+    for layer in part.layers if isinstance(part, Chain) else [part]:
+        if isinstance(layer, PackedConv):
+            plain = layer.plain  # another thread may drop it meanwhile
+            if plain is None:  # packed on maps of another size
+                return None
+            if layer.is_filtered(size) and min(layer.geometry.channels) >= FEW:
+                return None
+            own.append(plain.conv)
+            layers.append(_convolution(plain.conv, size, layer.relu))
+        elif isinstance(layer, nn.Linear):
+            if layer.in_features != channels * math.prod(size):
+                return None  # PyTorch says so
+            own.append(layer)
+            layers.append(LayerGeometry(layer.in_features, layer.out_features))
+        else:
+            own.append(None)
+            layers.append(_pool(layer, channels, size))
+        if not _is_small(layers[-1]):
+            return None
+        channels, *rest = layers[-1].output
+        size = (rest[0], rest[1])
+    return layers, own
+
+
+def _products(layers: Sequence[LayerGeometry]) -> int:
+    """Of an image."""
+    return sum(
+        layer.channels * math.prod(layer.kernel) * math.prod(layer.output) for layer in layers if layer.kind == "conv"
+    )
+
+
 def _convolution(conv: nn.Conv2d, size: tuple[int, int], relu: bool) -> LayerGeometry:
     kernel, stride, dilation, padding = map(_pair, (conv.kernel_size, conv.stride, conv.dilation, conv.padding))
     return LayerGeometry(conv.in_channels, conv.out_channels, size, kernel, stride, dilation, padding, relu)
@@ -175,8 +192,8 @@ def _pool(module: nn.Module, channels: int, size: tuple[int, int]) -> LayerGeome
 
 def _pair(number: Any) -> tuple[int, int]:
     """One number for both sides, or one for each."""
-    first, second = number if isinstance(number, Sequence) else (number, number)
-    return int(first), int(second)
+    numbers = tuple(number) if isinstance(number, Sequence) else (number,)
+    return int(numbers[0]), int(numbers[-1])
 
 
 def _is_small(layer: LayerGeometry) -> bool:

@@ -61,8 +61,9 @@ def recipe_of(
     (output,) = (node for node in made.graph.nodes if node.op == "output")
     if not isinstance(small, SmallNetwork) or output.args != (calls[0],):
         return None
-    layers = small.interleaved.get(size)
-    if layers is None:
+    whole, *rest = small.ways.get(size, [None])
+    if rest or not isinstance(whole, OneFunction):
         return None
-    own = [None if layer is None else names[id(layer)] for layer in small.with_weights()]
-    return Recipe(layers.layers, tuple(None if o is None else (o, folded.get(o)) for o in own), small.is_flat)
+    own = [None if place is None else names[place] for place in whole.own]
+    folded_into = tuple(None if name is None else (name, folded.get(name)) for name in own)
+    return Recipe(whole.interleaved.layers, folded_into, whole.is_flat)

@@ -32,6 +32,8 @@ _POOLS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     ),
     functional.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
 }
+#: Where modules have functions that see or change what they do.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Layers that do nothing in eval mode.
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -239,6 +241,8 @@ def _parts_from(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[nn.M
 def _part(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
     """What a node does, if it may be in a :class:`SmallNetwork`."""
     layer = modules[str(node.target)] if node.op == "call_module" else None
+    if layer is not None and any(getattr(layer, hooks) for hooks in _HOOKS):
+        return None
     if isinstance(layer, Chain):
         return layer if can_be_interleaved(layer) else None
     if type(layer) is nn.Linear:

@@ -117,15 +117,17 @@ class InterleavedLayers:
         x: Tensor,  # [B, channels, H, W]
         *,
         record: bool = False,
+        flat: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The last layer's output, [B, outputs, H', W'].
+        """The last layer's output, [B, outputs, H', W'], or with ``flat`` [B, outputs H' W'].
 
         To ``record`` is to return what :meth:`gradient` has to know as well, [ceil(B / 16), elements, 16] uint8: where
         ReLUs pass elements on, positive or NaN, and which element of its window each maximum is, or 255 where a ReLU
         stops it. Those beyond the batch are of no meaning.
         """
         batch = x.shape[0]
-        out = torch.empty(batch, *self._output, device="cpu", dtype=torch.float32)
+        shape = (math.prod(self._output),) if flat else self._output
+        out = torch.empty(batch, *shape, device="cpu", dtype=torch.float32)
         active = None
         if record:
             active = torch.empty(-(-batch // _IMAGES), self._flags, _IMAGES, dtype=torch.uint8, device="cpu")
@@ -137,7 +139,7 @@ class InterleavedLayers:
 
     def gradient(
         self,
-        grad: Tensor,  # [B, outputs, H', W']
+        grad: Tensor,  # [B, outputs, H', W'] or [B, outputs H' W']
         active: Tensor | None,  # what it returned with it
     ) -> Tensor:
         """The gradient of the input, [B, channels, H, W], where ``grad`` is that of the output."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 from fastlip import attacks, ops
 from fastlip.attacks import _interleaved, _prepare
 from fastlip.attacks._interleaved import OneFunction, SmallNetwork
+from fastlip.attacks._packed import PackedConv
 from fastlip.attacks._prepare import network_of
 
 pytestmark = pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="only the compiled library packs")
@@ -74,7 +75,8 @@ def small_networks(made):
 
 
 def interleaved(small):
-    return [layers for layers in small.interleaved.values() if layers is not None]
+    """The layers that have become one function, for each size that has come."""
+    return [way[0].interleaved for way in small.ways.values() if isinstance(way[0], OneFunction)]
 
 
 def check(made, model, x):
@@ -217,7 +219,7 @@ def test_pools_that_pytorch_refuses_are_refused():
     made = copy_of(model, x)
     (small,) = small_networks(made)
     small.parts[1].padding = 2
-    small.interleaved.clear()
+    small.ways.clear()
     with pytest.raises(RuntimeError, match="pad should be at most half"):
         made(x)
 
@@ -230,16 +232,16 @@ def test_maps_of_sizes_on_which_it_would_not_be_faster(monkeypatch):
     monkeypatch.setattr(_interleaved, "_MOST_ELEMENTS", 2000)
     large = torch.rand(3, 3, 32, 30)
     check(made, pooled, large)
-    assert small.interleaved[32, 30] is None
+    assert not isinstance(small.ways[32, 30][0], OneFunction)
     check(made, pooled, torch.rand(3, 3, 15, 13))
     check(made, pooled, x)
-    assert list(small.interleaved) == [(16, 16), (32, 30), (15, 13)]
+    assert list(small.ways) == [(16, 16), (32, 30), (15, 13)]
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: sequential(nn.Flatten(), nn.Linear(256, 1100)),
+        lambda: nn.Sequential(nn.Conv2d(3, 16, 7, padding=3), nn.ReLU(), nn.Conv2d(16, 64, 7, padding=3), nn.Flatten()),
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=65), nn.ReLU(), nn.Conv2d(4, 5, 100), nn.Flatten()),
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=8), nn.ReLU(), nn.Conv2d(4, 5, 17), nn.Flatten()),
     ],
@@ -250,6 +252,94 @@ def test_layers_that_are_too_large(make):
     (small,) = small_networks(made)
     assert not interleaved(small)
     check(made, model, x)
+
+
+@pytest.mark.parametrize(
+    ("head", "own"),
+    [
+        (lambda: [nn.Flatten(), nn.Linear(256, 1100), nn.ReLU(), nn.Linear(1100, 5)], 2),
+        (lambda: [nn.Flatten(), nn.Linear(256, 20), nn.ReLU(), nn.Linear(20, 14000)], 3),
+        (lambda: [nn.Upsample(scale_factor=6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)], 2),
+        (lambda: [nn.MaxPool2d(2), nn.Conv2d(16, 5, 17, padding=8), nn.AdaptiveAvgPool2d(1), nn.Flatten()], 3),
+    ],
+)
+def test_what_comes_before_a_layer_that_is_too_large(head, own):
+    model, x = problem(lambda: sequential(*head()))
+    made = copy_of(model, x)
+    small = small_networks(made)[0]
+    (layers,) = interleaved(small)
+    assert len(layers.layers) == own
+    for batch in (1, 5, 20):
+        check(made, model, torch.rand(batch, *x.shape[1:]))
+
+
+@pytest.mark.parametrize("place", [4, 5, 6, 7])
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_layers_with_hooks_stay_as_they_are(hook, place):
+    """What a hook changes, on other images than those that were compared, is what the model computes."""
+    model, x = problem(lambda: sequential(nn.Flatten(), nn.Linear(256, 16), nn.ReLU(), nn.Linear(16, 5)), batch=12)
+    limit = model(x[:4]).abs().max() + 0.5
+    changes = {
+        "register_forward_hook": lambda module, given, out: out.clamp(max=limit),
+        "register_forward_pre_hook": lambda module, given: (given[0].clamp(max=limit),),
+        "register_full_backward_hook": lambda module, grads, out: (grads[0].clamp(min=0),),
+    }
+    getattr(model[place], hook)(changes[hook])
+    made = copy_of(model, x)
+    (small,) = small_networks(made)
+    assert len(small.parts) <= place - 3
+    check(made, model, 5 * torch.rand(7, *x.shape[1:]))
+
+
+class InPlace(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.body, self.change = sequential(nn.Flatten(), nn.Linear(256, 5)), change
+
+    def forward(self, x):
+        return self.change(self.body(x))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda y: y.div_(2.0), lambda y: y.sub_(y.mean(1, keepdim=True)), lambda y: y + y.relu_()]
+)
+def test_what_comes_out_may_be_written_into(change):
+    model, x = problem(lambda: InPlace(change))
+    made = copy_of(model, x)
+    assert len(small_networks(made)) == 1
+    check(made, model, x)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: functional.avg_pool2d(x, (2,)), lambda x: functional.max_pool2d(x, [2]),
+        lambda x: functional.max_pool2d(x, 2, [2], (0, 0), 1), nn.MaxPool2d([2]),
+    ],
+)  # fmt: skip
+def test_one_number_in_brackets_is_for_both_sides(pool):
+    model, x = problem(lambda: Pooled(pool))
+    made = copy_of(model, x)
+    assert len(interleaved(small_networks(made)[0])[0].layers) == 5
+    check(made, model, x)
+
+
+def test_weights_that_another_thread_packs_meanwhile(monkeypatch):
+    """On maps of another size they are packed, and no longer there as they were."""
+    model, x = problem(lambda: sequential(nn.Conv2d(16, 4, 3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    made = copy_of(model, x)
+    (small,) = small_networks(made)
+    is_filtered = PackedConv.is_filtered
+
+    def meanwhile(self, size):
+        if self.plain is not None and not self.few:
+            self._pack(self.plain, filtered=False)
+        return is_filtered(self, size)
+
+    monkeypatch.setattr(PackedConv, "is_filtered", meanwhile)
+    check(made, model, torch.rand(3, 3, 12, 12))
+    check(made, model, torch.rand(3, 3, 14, 12))
+    assert not isinstance(small.ways[14, 12][0], OneFunction)
 
 
 def test_errors_are_the_models():

@@ -473,3 +473,11 @@ def test_a_module_of_the_same_layers(batch):
     out, active = network.product(x.detach(), record=True)
     torch.testing.assert_close(out.flatten(1), want)
     torch.testing.assert_close(network.gradient(torch.ones_like(out), active), back)
+
+
+@needs_native
+def test_layers_that_would_take_too_much_scratch_memory():
+    layer = LayerGeometry(16, 16, (1 << 17, 1), (1, 1), (64, 64), padding=(0, 64))
+    network = InterleavedLayers([layer], [torch.zeros(16, 16, 1, 1)], [None])
+    with pytest.raises(RuntimeError, match=r"at most 2\^28 floats of scratch memory"):
+        network.product(torch.zeros(1, 16, 1 << 17, 1))
