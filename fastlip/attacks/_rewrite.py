@@ -32,7 +32,7 @@ _POOLS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     ),
     functional.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
 }
-#: Where modules have functions that see or change what they do.
+#: Where modules have functions that are called with what they do.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Layers that do nothing in eval mode.
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -55,6 +55,8 @@ def fold(model: fx.GraphModule) -> dict[str, str]:
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
         linear = modules[str(before.target)]
+        if _is_hooked(norm) or _is_hooked(linear):
+            continue
         if calls.count(before.target) > 1 or norm.running_mean is None or norm.running_var is None:
             continue
         if type(linear) not in (*_CONVS, nn.Linear) or (type(linear) is nn.Linear and norm.weight is None):
@@ -106,6 +108,8 @@ def fuse(model: fx.GraphModule) -> None:
     for node in list(model.graph.nodes):
         layer = modules[str(node.target)] if node.op == "call_module" else None
         conv, low = (layer.layer, layer.precision) if isinstance(layer, FullFirst) else (layer, None)
+        if _is_hooked(layer) or _is_hooked(conv):
+            continue
         if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue
         if calls.count(node.target) > 1 or len(node.args) != 1:
@@ -241,7 +245,7 @@ def _parts_from(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[nn.M
 def _part(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
     """What a node does, if it may be in a :class:`SmallNetwork`."""
     layer = modules[str(node.target)] if node.op == "call_module" else None
-    if layer is not None and any(getattr(layer, hooks) for hooks in _HOOKS):
+    if _is_hooked(layer):
         return None
     if isinstance(layer, Chain):
         return layer if can_be_interleaved(layer) else None
@@ -291,6 +295,11 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
         node = node.next
 
 
+def _is_hooked(layer: nn.Module | None) -> bool:
+    """Whether functions see or change what a layer does, which nothing may take the place of then."""
+    return layer is not None and any(getattr(layer, hooks) for hooks in _HOOKS)
+
+
 def _changes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node may change a tensor in place."""
     if node.op == "call_module":
@@ -320,7 +329,8 @@ def _other_summand(node: fx.Node | None, one: fx.Node) -> fx.Node | None:
 
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return type(modules[str(node.target)]) is nn.ReLU
+        layer = modules[str(node.target)]
+        return type(layer) is nn.ReLU and not _is_hooked(layer)
     if node.op == "call_method":
         return node.target in ("relu", "relu_")
     return node.op == "call_function" and node.target in _RELUS

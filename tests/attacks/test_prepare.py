@@ -582,3 +582,36 @@ def test_weights_are_freed_as_soon_as_they_are_packed(wrapped, monkeypatch):
         assert all(weight() is None for weight in folded)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("channels", [6, 20])
+@pytest.mark.parametrize("place", range(8))
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_layers_with_hooks_are_not_replaced(hook, place, channels):
+    """A hook may act on other images than those that were compared."""
+    torch.manual_seed(0)
+    body = [
+        nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, stride=2, padding=1), nn.BatchNorm2d(channels), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16 * channels, 5),
+    ]  # fmt: skip
+    model, inputs = nn.Sequential(*body).eval(), torch.rand(4, 3, 8, 8)
+    calls = []
+    limit = 0.3 if place == 0 else 1.5  # of inputs that are scaled by 4
+    changes = {
+        "register_forward_hook": lambda module, given, out: calls.append(1) or torch.where(out > limit, 2 * out, out),
+        "register_forward_pre_hook": lambda module, given: calls.append(1) or torch.where(given[0] > 2, 0.5, given[0]),
+        "register_full_backward_hook": lambda module, grads, out: calls.append(1) or (2 * grads[0].clamp(min=0),),
+    }
+    getattr(model[place], hook)(changes[hook])
+    made = attacks.prepare(model, inputs, fast=True).faster
+    assert made is not None
+    images = 4 * torch.rand(6, 3, 8, 8)
+    found = []
+    for network in (model, made):
+        calls.clear()
+        logits = network(x := images.clone().requires_grad_())
+        found.append((logits.detach(), torch.autograd.grad(logits.square().sum(), x)[0]))
+        assert calls
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4 * want.abs().max().item(), rtol=1e-4)
