@@ -448,3 +448,29 @@ def test_recipes_hold_no_model():
     del model
     gc.collect()
     assert reference() is None
+
+
+class Normalised(nn.Module):
+    def __init__(self, model, also_read):
+        super().__init__()
+        self.model, self.also_read = model, also_read
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+        self.register_buffer("deviation", torch.rand(3, 1, 1) + 0.5)
+
+    def forward(self, x):
+        y = (x - self.mean) / self.deviation
+        return self.model(y) + (y.amax((1, 2, 3))[:, None] if self.also_read else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("channels", "also_read", "as_given"),
+    [((3, 8, 16), False, True), ((3, 8, 16), True, False), ((3, 20, 24), False, False)],
+)
+def test_images_that_are_normalised_keep_their_memory_format(channels, also_read, as_given):
+    """Converting them to channels_last and back would take longer than a layer."""
+    head = nn.Linear(channels[-1] * 16, 5)
+    model, x = problem(lambda: Normalised(sequential(nn.Flatten(), head, channels=channels), also_read))
+    made = copy_of(model, x)
+    assert (made.memory_format == torch.preserve_format) == as_given
+    for layout in (torch.contiguous_format, torch.channels_last):
+        check(made, model, torch.rand(7, 3, 16, 16).contiguous(memory_format=layout))
