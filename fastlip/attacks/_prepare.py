@@ -18,11 +18,11 @@ from fastlip._precision import Precision, least_seconds, precision_for
 from fastlip.attacks._arguments import check_images, check_model, check_precision, flag
 from fastlip.attacks._diagnose import AttackWarning
 from fastlip.attacks._graphs import IterationGraphs
-from fastlip.attacks._interleaved import FEW, OneFunction
+from fastlip.attacks._interleaved import FEW
 from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
 from fastlip.attacks._packed import PackedConv
-from fastlip.attacks._recipe import Recipe, recipe_of
+from fastlip.attacks._recipe import Recipe, Remade, recipe_of
 from fastlip.attacks._rewrite import fold, fuse, lower, takes_either_format
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._models.tracing import InPlaceTracer, Tracer
@@ -221,7 +221,7 @@ class _Copy:
     @property
     def any_size(self) -> bool:
         """Whether it takes images of other sizes than those that it was made for, if the model does."""
-        return not (isinstance(self.model, _OwnLayout) and isinstance(self.model.model, OneFunction))
+        return not (isinstance(self.model, _OwnLayout) and isinstance(self.model.model, Remade))
 
 
 class _Kept:
@@ -466,7 +466,7 @@ class _OwnLayout:
         self.recipe: Recipe | None = None
         # Nothing but a hook could keep what a graph is given.
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-        self.keeps_nothing = isinstance(model, fx.GraphModule | OneFunction) and not hooked
+        self.keeps_nothing = isinstance(model, fx.GraphModule | Remade) and not hooked
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.memory_format != torch.preserve_format:

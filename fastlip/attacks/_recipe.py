@@ -1,31 +1,62 @@
 """Small networks made anew after each step of training, without tracing the model again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from fastlip.attacks._interleaved import OneFunction, SmallNetwork
-from fastlip.attacks._rewrite import folded_weights
+from fastlip.attacks._rewrite import POINTWISE, folded_weights
 from fastlip.ops import InterleavedLayers, LayerGeometry
 
 
 @dataclass(frozen=True)
+class _Held:
+    """A parameter or buffer of the model."""
+
+    name: str
+
+
+#: The place of the value so far among a function's arguments.
+_SO_FAR = object()
+#: A function element by element, and its arguments.
+_Pointwise = tuple[Callable[..., Tensor], tuple[object, ...], dict[str, Any]]
+
+
+class Remade(nn.Module):
+    """A copy by a recipe, for images of one size: functions element by element, then one function."""
+
+    def __init__(self, before: Sequence[_Pointwise], function: OneFunction) -> None:
+        super().__init__()
+        self.before, self.function = before, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the model gives, up to rounding."""
+        for function, arguments, keywords in self.before:
+            x = function(*(x if given is _SO_FAR else given for given in arguments), **keywords)
+        found: Tensor = self.function(x)
+        return found
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """What a copy that is one function is made of.
+    """What a copy is made of that is one function, perhaps behind a normalisation.
 
     Attributes:
+        before: what is computed element by element before.
         layers: of the function.
         names: of the model's modules with their weights, each with the name of the BatchNorm folded into it; None of
             pools.
         is_flat: whether the output is [B, N].
     """
 
+    before: tuple[_Pointwise, ...]
     layers: tuple[LayerGeometry, ...]
     names: tuple[tuple[str, str | None] | None, ...]
     is_flat: bool
 
-    def copy_of(self, model: nn.Module) -> OneFunction:
+    def copy_of(self, model: nn.Module) -> Remade:
         """A copy of a model of the same structure, with the weights that it has now.
 
         Raises:
@@ -41,13 +72,22 @@ class Recipe:
                 weight, bias = (layer.weight, layer.bias) if norm is None else folded_weights(layer, norm)
             weights.append(weight)
             biases.append(bias)
-        return OneFunction(InterleavedLayers(self.layers, weights, biases), self.is_flat)
+
+        def now(given: object) -> object:
+            if not isinstance(given, _Held):
+                return given
+            path, _, name = given.name.rpartition(".")
+            held: Tensor = getattr(model.get_submodule(path), name)
+            return held.detach().clone()
+
+        before = [(f, tuple(map(now, given)), keywords) for f, given, keywords in self.before]
+        return Remade(before, OneFunction(InterleavedLayers(self.layers, weights, biases), self.is_flat))
 
 
 def recipe_of(
     made: fx.GraphModule, size: tuple[int, int], names: Mapping[int, str], folded: Mapping[str, str]
 ) -> Recipe | None:
-    """How to make a copy of a model again on maps of this size; None if it is not one function.
+    """How to make a copy of a model again on maps of this size; None if more than one function is needed.
 
     Args:
         made: the copy.
@@ -56,14 +96,27 @@ def recipe_of(
         folded: names of BatchNorms that were folded into layers, by the names of these.
     """
     modules = dict(made.named_modules())
-    calls = [node for node in made.graph.nodes if node.op not in ("placeholder", "output")]
-    small = modules[str(calls[0].target)] if len(calls) == 1 and calls[0].op == "call_module" else None
-    (output,) = (node for node in made.graph.nodes if node.op == "output")
-    if not isinstance(small, SmallNetwork) or output.args != (calls[0],):
+    value, *nodes = (node for node in made.graph.nodes if node.op != "get_attr")
+    before: list[_Pointwise] = []
+    while nodes and (node := nodes[0]).op == "call_function" and node.target in POINTWISE:
+        arguments = tuple(_argument(given, value) for given in node.args)
+        if any(isinstance(given, fx.Node) for given in (*arguments, *node.kwargs.values())):
+            return None
+        before.append((node.target, arguments, dict(node.kwargs)))
+        value = nodes.pop(0)
+    if len(nodes) != 2 or nodes[0].op != "call_module" or nodes[0].args != (value,) or nodes[1].args != (nodes[0],):
         return None
-    whole, *rest = small.ways.get(size, [None])
+    small = modules[str(nodes[0].target)]
+    whole, *rest = small.ways.get(size, [None]) if isinstance(small, SmallNetwork) else [None]
     if rest or not isinstance(whole, OneFunction):
         return None
     own = [None if place is None else names[place] for place in whole.own]
     folded_into = tuple(None if name is None else (name, folded.get(name)) for name in own)
-    return Recipe(whole.interleaved.layers, folded_into, whole.is_flat)
+    return Recipe(tuple(before), whole.interleaved.layers, folded_into, whole.is_flat)
+
+
+def _argument(given: object, value: fx.Node) -> object:
+    """An argument of a function that is given ``value``, the only one that depends on the input."""
+    if given is value:
+        return _SO_FAR
+    return _Held(str(given.target)) if isinstance(given, fx.Node) and given.op == "get_attr" else given

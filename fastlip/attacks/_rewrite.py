@@ -17,7 +17,7 @@ from fastlip.attacks._packed import PackedConv, can_be_packed
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ADDS = (operator.add, operator.iadd, torch.add)
-_POINTWISE = (*_ADDS, operator.sub, torch.sub, operator.mul, torch.mul, operator.truediv, torch.div)
+POINTWISE = (*_ADDS, operator.sub, torch.sub, operator.mul, torch.mul, operator.truediv, torch.div)
 _WRITE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 _RELUS = (functional.relu, torch.relu, torch.relu_)
 #: Pools as functions, each with the module that does the same, and the names of its arguments behind the input.
@@ -141,7 +141,7 @@ def takes_either_format(model: fx.GraphModule) -> bool:
     inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
     for node in inputs:  # and what is computed of them element by element, as a normalisation is
         for user in node.users:
-            if user.op == "call_function" and user.target in _POINTWISE:
+            if user.op == "call_function" and user.target in POINTWISE:
                 inputs.append(user)
                 continue
             chain = modules[str(user.target)] if user.op == "call_module" else None

@@ -14,6 +14,7 @@ from fastlip.attacks import _interleaved, _prepare
 from fastlip.attacks._interleaved import OneFunction, SmallNetwork
 from fastlip.attacks._packed import PackedConv
 from fastlip.attacks._prepare import network_of
+from fastlip.attacks._recipe import Remade
 
 pytestmark = pytest.mark.skipif(ops.backends["cpu"].name != "native", reason="only the compiled library packs")
 
@@ -395,7 +396,7 @@ def test_copies_in_training_are_made_without_tracing(name, monkeypatch):
     for _ in range(3):
         trained_on(model)
         made = network_of(model, x, fast=True, precision=None).faster
-        assert isinstance(made.model, OneFunction)
+        assert isinstance(made.model, Remade)
         assert made.keeps_nothing
         for batch in (1, 5, 23):
             check(made, model, torch.rand(batch, *x.shape[1:]))
@@ -408,7 +409,7 @@ def test_copies_for_images_of_any_size_are_traced():
     pooled, x = problem(Global)
     network_of(pooled, x, fast=True, precision=None)
     trained_on(pooled)
-    assert isinstance(network_of(pooled, x, fast=True, precision=None).faster.model, OneFunction)
+    assert isinstance(network_of(pooled, x, fast=True, precision=None).faster.model, Remade)
     network = attacks.prepare(pooled, x, fast=True)
     assert small_networks(network.faster)
     trained_on(pooled)
@@ -435,7 +436,7 @@ def test_a_model_of_another_structure_is_traced_anew(change):
     else:
         model[1] = nn.Tanh()
     made = network_of(model, x, fast=True, precision=None).faster
-    assert not isinstance(made.model, OneFunction)
+    assert not isinstance(made.model, Remade)
     check(made, model, x)
 
 
@@ -459,7 +460,7 @@ class Normalised(nn.Module):
 
     def forward(self, x):
         y = (x - self.mean) / self.deviation
-        return self.model(y) + (y.amax((1, 2, 3))[:, None] if self.also_read else 0.0)
+        return self.model(y) + y.amax((1, 2, 3))[:, None] if self.also_read else self.model(y)
 
 
 @pytest.mark.parametrize(
@@ -474,3 +475,24 @@ def test_images_that_are_normalised_keep_their_memory_format(channels, also_read
     assert (made.memory_format == torch.preserve_format) == as_given
     for layout in (torch.contiguous_format, torch.channels_last):
         check(made, model, torch.rand(7, 3, 16, 16).contiguous(memory_format=layout))
+
+
+@pytest.mark.parametrize("name", ["modules", "batch norm"])
+def test_copies_of_models_that_normalise_are_made_without_tracing(name, monkeypatch):
+    """With the mean and the deviation as they are by then."""
+    model, x = problem(lambda: Normalised(WHOLE[name](), also_read=False))
+    network_of(model, x, fast=True, precision=None)
+    with monkeypatch.context() as patched:
+        patched.setattr(_prepare, "_traced", None)
+        for _ in range(2):
+            trained_on(model)
+            model.mean.add_(0.1)
+            model.deviation = model.deviation * 1.1
+            made = network_of(model, x, fast=True, precision=None).faster
+            assert isinstance(made.model, Remade)
+            check(made, model, torch.rand(7, *x.shape[1:]))
+    model.also_read = True
+    trained_on(model)
+    made = network_of(model, x, fast=True, precision=None).faster
+    assert not isinstance(made.model, Remade)
+    check(made, model, x)
