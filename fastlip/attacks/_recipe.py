@@ -18,8 +18,10 @@ class _Held:
     name: str
 
 
-#: The place of the value so far among a function's arguments.
-_SO_FAR = object()
+class _SoFar:
+    """The place of the value so far among a function's arguments; the class itself, of which there are no copies."""
+
+
 #: A function element by element, and its arguments.
 _Pointwise = tuple[Callable[..., Tensor], tuple[object, ...], dict[str, Any]]
 
@@ -34,7 +36,7 @@ class Remade(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the model gives, up to rounding."""
         for function, arguments, keywords in self.before:
-            x = function(*(x if given is _SO_FAR else given for given in arguments), **keywords)
+            x = function(*(x if given is _SoFar else given for given in arguments), **keywords)
         found: Tensor = self.function(x)
         return found
 
@@ -118,5 +120,5 @@ def recipe_of(
 def _argument(given: object, value: fx.Node) -> object:
     """An argument of a function that is given ``value``, the only one that depends on the input."""
     if given is value:
-        return _SO_FAR
+        return _SoFar
     return _Held(str(given.target)) if isinstance(given, fx.Node) and given.op == "get_attr" else given

@@ -1,7 +1,9 @@
 """Small networks as one function: which models become one, and that it is the model's."""
 
+import copy
 import gc
 import itertools
+import pickle
 import weakref
 
 import pytest
@@ -490,7 +492,8 @@ def test_copies_of_models_that_normalise_are_made_without_tracing(name, monkeypa
             model.deviation = model.deviation * 1.1
             made = network_of(model, x, fast=True, precision=None).faster
             assert isinstance(made.model, Remade)
-            check(made, model, torch.rand(7, *x.shape[1:]))
+            for own in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+                check(own, model, torch.rand(7, *x.shape[1:]))
     model.also_read = True
     trained_on(model)
     made = network_of(model, x, fast=True, precision=None).faster
