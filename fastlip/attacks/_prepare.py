@@ -29,6 +29,8 @@ from fastlip.norms._models.tracing import InPlaceTracer, Tracer
 
 #: Largest difference of logits, relative to their spread, that counts as rounding.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 0.05, torch.bfloat16: 0.2}
+#: The same of copies that are made anew without tracing: no more than what is to be expected of their sums.
+_ROUNDING_AGAIN = 2e-5
 #: The number of inputs on which a new copy and the model are compared, and of those before it is used again; the factor
 #: by which they may differ more on other inputs, and the smallest difference assumed.
 _COMPARED, _COMPARED_AGAIN, _MARGIN, _LEAST = 4, 2, 4.0, 1e-6
@@ -298,7 +300,7 @@ def _copy_of(
         few, want = _compared(model, inputs, _COMPARED)
         recipe = None if any_size else kept.recipes.pop(purpose, None)
         if recipe is not None:
-            made = _first_to_agree([lambda: _made_again(recipe, model)], few, want, _ROUNDING[few.dtype], fast)
+            made = _first_to_agree([lambda: _made_again(recipe, model)], few, want, _ROUNDING_AGAIN, fast)
         made = made or _faster(model, few, want, fast, low, timed)
     if made is not None and not isinstance(made.model, _Autocast):  # which holds the model
         kept.copies[purpose] = made
@@ -392,7 +394,7 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
         made.forward(inputs)  # packs weights, which need neither a layout nor storage of their own before
     laid_out = _laid_out(made, inputs, model)
     if inputs.dim() == 4:
-        laid_out.recipe = recipe_of(made, (inputs.shape[2], inputs.shape[3]), names, folded)
+        laid_out.recipe = recipe_of(made, (inputs.shape[2], inputs.shape[3]), names, folded, model)
     return _FewSizes(laid_out) if precision and not inputs.is_cuda else laid_out
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fastlip.attacks._interleaved import OneFunction, SmallNetwork
-from fastlip.attacks._rewrite import POINTWISE, folded_weights
+from fastlip.attacks._rewrite import HOOKS, POINTWISE, folded_weights
 from fastlip.ops import InterleavedLayers, LayerGeometry
 
 
@@ -22,6 +22,7 @@ class _SoFar:
     """The place of the value so far among a function's arguments; the class itself, of which there are no copies."""
 
 
+_PLAIN = (bool, int, float, str, type(None))
 #: A function element by element, and its arguments.
 _Pointwise = tuple[Callable[..., Tensor], tuple[object, ...], dict[str, Any]]
 
@@ -46,6 +47,7 @@ class Recipe:
     """What a copy is made of that is one function, perhaps behind a normalisation.
 
     Attributes:
+        structure: of the model, as :func:`structure_of` gives it.
         before: what is computed element by element before.
         layers: of the function.
         names: of the model's modules with their weights, each with the name of the BatchNorm folded into it; None of
@@ -53,17 +55,21 @@ class Recipe:
         is_flat: whether the output is [B, N].
     """
 
+    structure: object
     before: tuple[_Pointwise, ...]
     layers: tuple[LayerGeometry, ...]
     names: tuple[tuple[str, str | None] | None, ...]
     is_flat: bool
 
     def copy_of(self, model: nn.Module) -> Remade:
-        """A copy of a model of the same structure, with the weights that it has now.
+        """A copy of a model, with the weights that it has now.
 
         Raises:
-            AttributeError: the structure is another one. Not all that is different is seen.
+            ValueError: its structure is another one by now.
+            AttributeError: likewise. A module's forward may do something else without either.
         """
+        if structure_of(model) != self.structure:
+            raise ValueError("the model has changed otherwise than in its weights")
         weights: list[Tensor | None] = []
         biases: list[Tensor | None] = []
         for names in self.names:
@@ -87,7 +93,7 @@ class Recipe:
 
 
 def recipe_of(
-    made: fx.GraphModule, size: tuple[int, int], names: Mapping[int, str], folded: Mapping[str, str]
+    made: fx.GraphModule, size: tuple[int, int], names: Mapping[int, str], folded: Mapping[str, str], model: nn.Module
 ) -> Recipe | None:
     """How to make a copy of a model again on maps of this size; None if more than one function is needed.
 
@@ -96,6 +102,7 @@ def recipe_of(
         size: of the images, whose copy has run.
         names: in the model, of modules by their ids.
         folded: names of BatchNorms that were folded into layers, by the names of these.
+        model: what it is a copy of.
     """
     modules = dict(made.named_modules())
     value, *nodes = (node for node in made.graph.nodes if node.op != "get_attr")
@@ -114,7 +121,25 @@ def recipe_of(
         return None
     own = [None if place is None else names[place] for place in whole.own]
     folded_into = tuple(None if name is None else (name, folded.get(name)) for name in own)
-    return Recipe(tuple(before), whole.interleaved.layers, folded_into, whole.is_flat)
+    return Recipe(structure_of(model), tuple(before), whole.interleaved.layers, folded_into, whole.is_flat)
+
+
+def structure_of(model: nn.Module) -> object:
+    """What differs where a model computes something else with the same weights, as far as it can be seen."""
+    return [
+        (name, type(module), [tuple(getattr(module, hooks)) for hooks in HOOKS], _settings(module))
+        for name, module in model.named_modules()
+    ]
+
+
+def _settings(module: nn.Module) -> list[tuple[str, object]]:
+    """Attributes that are numbers, words, or tuples of them."""
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if name != "training"
+        and all(isinstance(part, _PLAIN) for part in (value if isinstance(value, tuple) else (value,)))
+    ]
 
 
 def _argument(given: object, value: fx.Node) -> object:

@@ -34,7 +34,7 @@ _POOLS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     functional.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
 }
 #: Where modules have functions that are called with what they do.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Layers that do nothing in eval mode.
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -301,7 +301,7 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 def _is_hooked(layer: nn.Module | None) -> bool:
     """Whether functions see or change what a layer does, which nothing may take the place of then."""
-    return layer is not None and any(getattr(layer, hooks) for hooks in _HOOKS)
+    return layer is not None and any(getattr(layer, hooks) for hooks in HOOKS)
 
 
 def _changes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -424,6 +424,33 @@ def test_copies_for_images_of_any_size_are_traced():
     assert isinstance(network_of(pooled, larger, fast=True, precision=None).faster.model, _prepare.fx.GraphModule)
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model, self.factor = WHOLE["modules"](), 1.0
+
+    def forward(self, x):
+        return self.model(x * self.factor)
+
+
+@pytest.mark.parametrize("change", ["number", "hook", "hook of a container", "class"])
+def test_changes_that_the_compared_images_do_not_show(change):
+    model, x = problem(Scaled)
+    network_of(model, x, fast=True, precision=None)
+    for step in range(3):
+        trained_on(model)
+        if step == 1 and change == "number":
+            model.factor = 1.0 + 1e-7
+        elif step == 1 and change == "class":
+            model.model[1].__class__ = type("Other", (nn.ReLU,), {})
+        elif step == 1:
+            hooked = model.model[2] if change == "hook" else model.model
+            hooked.register_forward_hook(lambda module, given, out: out.clamp(max=1e3))
+        made = network_of(model, x, fast=True, precision=None).faster
+        check(made, model, torch.rand(7, *x.shape[1:]))
+        assert step == 2 or isinstance(made.model, Remade) == (step == 0)
+
+
 @pytest.mark.parametrize("change", ["stride", "layer", "more layers", "activation"])
 def test_a_model_of_another_structure_is_traced_anew(change):
     model, x = problem(lambda: sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)))
