@@ -587,7 +587,8 @@ inline std::vector<cpu::InterleavedLayer> interleaved_layers_of(InterleavedLayer
     } else {
       STD_TORCH_CHECK(layer.channels == layer.outputs && weight[i].numel() == 0 && bias[i].numel() == 0,
                       "pools have as many outputs as channels, and neither weight nor bias");
-      STD_TORCH_CHECK(taps <= InterleavedLayers::kStopped, "pools must have at most 255 taps");
+      STD_TORCH_CHECK(layer.kind != Kind::kMaxPool || taps <= InterleavedLayers::kStopped,
+                      "maxima must be of at most 255 taps");
     }
     if (bias[i].numel() > 0) {
       layer.bias = host_floats(bias[i], "bias");

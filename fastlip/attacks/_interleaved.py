@@ -158,9 +158,10 @@ def _described(part: nn.Module, channels: int, size: tuple[int, int]) -> _Descri
             own.append(layer)
             layers.append(LayerGeometry(layer.in_features, layer.out_features))
         else:
-            own.append(None)
-            layers.append(_pool(layer, channels, size))
-        if not _is_small(layers[-1]):
+            pools = _pools(layer, channels, size)
+            own += [None] * len(pools)
+            layers += pools
+        if not layers or not all(map(_is_small, layers)):
             return None
         channels, *rest = layers[-1].output
         size = (rest[0], rest[1])
@@ -179,15 +180,28 @@ def _convolution(conv: nn.Conv2d, size: tuple[int, int], relu: bool) -> LayerGeo
     return LayerGeometry(conv.in_channels, conv.out_channels, size, kernel, stride, dilation, padding, relu)
 
 
-def _pool(module: nn.Module, channels: int, size: tuple[int, int]) -> LayerGeometry:
+def _pools(module: nn.Module, channels: int, size: tuple[int, int]) -> list[LayerGeometry]:
+    """A pool, as means of means where it is over a large map; none where that cannot be."""
     if isinstance(module, nn.MaxPool2d):
         kernel, stride, padding = map(_pair, (module.kernel_size, module.stride, module.padding))
         dilation = _pair(module.dilation)
-        return LayerGeometry(channels, channels, size, kernel, stride, dilation, padding, kind="max_pool")
+        return [LayerGeometry(channels, channels, size, kernel, stride, dilation, padding, kind="max_pool")]
     if isinstance(module, nn.AvgPool2d):
         kernel, stride, padding = map(_pair, (module.kernel_size, module.stride, module.padding))
-        return LayerGeometry(channels, channels, size, kernel, stride, padding=padding, kind="average_pool")
-    return LayerGeometry(channels, channels, size, size, kind="average_pool")
+        return [LayerGeometry(channels, channels, size, kernel, stride, padding=padding, kind="average_pool")]
+    found: list[LayerGeometry] = []
+    while size != (1, 1):
+        kernel = _largest_factor(size[0]), _largest_factor(size[1])
+        if kernel == (1, 1):
+            return []
+        found.append(LayerGeometry(channels, channels, size, kernel, kernel, kind="average_pool"))
+        size = size[0] // kernel[0], size[1] // kernel[1]
+    return found or [LayerGeometry(channels, channels, kind="average_pool")]
+
+
+def _largest_factor(number: int) -> int:
+    """The largest one that the operator takes as a side of a kernel."""
+    return next(factor for factor in range(min(number, _MOST_TAPS), 0, -1) if number % factor == 0)
 
 
 def _pair(number: Any) -> tuple[int, int]:
@@ -204,7 +218,9 @@ def _is_small(layer: LayerGeometry) -> bool:
     if layer.kind == "conv":
         fits = layer.channels * layer.outputs * taps <= _MOST_WEIGHTS
     else:  # a window without an element is an error of PyTorch's
-        fits = taps < 256 and all(2 * p <= k for p, k in zip(layer.padding, layer.kernel, strict=True))
+        fits = (taps < 256 or layer.kind != "max_pool") and all(
+            2 * p <= k for p, k in zip(layer.padding, layer.kernel, strict=True)
+        )
     if not fits or min(layer.output) < 1:
         return False
     return max(math.prod((layer.channels, *layer.size)), math.prod(layer.output)) <= _MOST_ELEMENTS

@@ -22,7 +22,7 @@ from fastlip.attacks._interleaved import FEW
 from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
 from fastlip.attacks._packed import PackedConv
-from fastlip.attacks._recipe import Recipe, Remade, recipe_of
+from fastlip.attacks._recipe import Recipe, Remade, classes_and_hooks, recipe_of
 from fastlip.attacks._rewrite import fold, fuse, lower, takes_either_format
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._models.tracing import InPlaceTracer, Tracer
@@ -195,8 +195,9 @@ def network_of(
         with torch.inference_mode(False), torch.no_grad():
             inputs = inputs.detach()
             timed = inputs[:_TIMED].clone() if precision == "auto" and inputs.device.type == "cpu" else None
-            small = not (however_small or low or inputs.is_cuda) and _is_small(inside, inputs)
-            made = None if small else _copy_of(inside, inputs, fast, low, timed, any_size=however_small)
+            purpose = (fast, low, timed is None, inputs.shape[1:], inputs.dtype, inputs.device)
+            small = not (however_small or low or inputs.is_cuda) and _is_small(inside, inputs, purpose)
+            made = None if small else _copy_of(inside, inputs, purpose, timed, any_size=however_small)
         return Network(model, made.model, made.rounding, graphs=made.graphs) if made else Network(model)
     finally:
         for module in training:
@@ -226,12 +227,16 @@ class _Copy:
         return not (isinstance(self.model, _OwnLayout) and isinstance(self.model.model, Remade))
 
 
+#: What a copy is for: whether it is to be fast, its precision, whether that was not timed, and what it is given.
+_Purpose = tuple[bool, torch.dtype | None, bool, torch.Size, torch.dtype, torch.device]
+
+
 class _Kept:
     """The copies of one model, for as long as its tensors stay as they are."""
 
-    def __init__(self, model: nn.Module, recipes: dict[object, Recipe]) -> None:
+    def __init__(self, model: nn.Module, recipes: dict[_Purpose, Recipe]) -> None:
         self.fingerprint = _fingerprint(model)
-        self.copies: dict[object, _Copy] = {}
+        self.copies: dict[_Purpose, _Copy] = {}
         self.recipes = recipes  # of copies of other weights too, by their purpose
 
 
@@ -243,7 +248,7 @@ _counted: WeakKeyDictionary[nn.Module, dict[object, float]] = WeakKeyDictionary(
 
 def _fingerprint(model: nn.Module) -> object:
     tensors = (*model.parameters(), *model.buffers())
-    return tuple((t.data_ptr(), version_of(t)) for t in tensors)
+    return [(t.data_ptr(), version_of(t)) for t in tensors], classes_and_hooks(model)
 
 
 def _kept_of(model: nn.Module) -> _Kept:
@@ -253,12 +258,12 @@ def _kept_of(model: nn.Module) -> _Kept:
     return kept
 
 
-def _is_small(model: nn.Module, inputs: Tensor) -> bool:
+def _is_small(model: nn.Module, inputs: Tensor, purpose: _Purpose) -> bool:
     """Whether fused convolutions would save less than a copy costs."""
     before = _kept.get(model)
     changed = before is not None and before is not _kept_of(model)
     share = _SHARE_OF_FEW if _is_of_few_channels(model) else 1.0
-    least = _LEAST_MULTIPLY_ADDS * (_IN_TRAINING if changed and not _kept_of(model).recipes else share)
+    least = _LEAST_MULTIPLY_ADDS * (_IN_TRAINING if changed and purpose not in _kept_of(model).recipes else share)
     counted = _counted.setdefault(model, {})
     shapes = (inputs.shape[1:], *(p.shape for p in model.parameters()))
     if shapes not in counted:
@@ -279,16 +284,14 @@ def _is_of_few_channels(model: nn.Module) -> bool:
     return sum(p.numel() for p in model.parameters()) <= _MOST_PARAMETERS
 
 
-def _copy_of(
-    model: nn.Module, inputs: Tensor, fast: bool, low: torch.dtype | None, timed: Tensor | None, any_size: bool
-) -> _Copy | None:
+def _copy_of(model: nn.Module, inputs: Tensor, purpose: _Purpose, timed: Tensor | None, any_size: bool) -> _Copy | None:
     """A copy with the model's logits, made before or anew; unless ``any_size``, perhaps for images of this size alone.
 
     That tensors are unchanged is not enough, because ``.data`` and submodules can be replaced unnoticed: logits are
     compared too.
     """
     kept = _kept_of(model)
-    purpose = (fast, low, timed is None, inputs.shape[1:], inputs.dtype, inputs.device)
+    fast, low, *_ = purpose
     made = kept.copies.pop(purpose, None)
     if any_size and made is not None and not made.any_size:
         made = None

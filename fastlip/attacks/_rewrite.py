@@ -300,8 +300,8 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 
 def _is_hooked(layer: nn.Module | None) -> bool:
-    """Whether functions see or change what a layer does, which nothing may take the place of then."""
-    return layer is not None and any(getattr(layer, hooks) for hooks in HOOKS)
+    """Whether functions of its own see or change what a layer does, which nothing may take the place of then."""
+    return layer is not None and ("forward" in vars(layer) or any(getattr(layer, hooks) for hooks in HOOKS))
 
 
 def _changes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -74,7 +74,7 @@ class InterleavedLayers:
     Raises:
         ValueError: there are not as many weights and biases as layers, or a weight is not [outputs, channels, h, w].
         RuntimeError: once called, a tensor is not float32 on the CPU or has a wrong shape; a layer does not take what
-            the one before it gives; kernels have more than 16 taps a side, pools more than 255 in all; or stride,
+            the one before it gives; kernels have more than 16 taps a side, or maxima more than 255 in all; or stride,
             dilation or padding is larger than 64.
 
     Example:

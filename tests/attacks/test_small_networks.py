@@ -433,6 +433,81 @@ class Scaled(nn.Module):
         return self.model(x * self.factor)
 
 
+class Adapted(nn.Conv2d):
+    """With a change of low rank, 0 to begin with, and learned."""
+
+    def __init__(self, conv):
+        super().__init__(8, 16, 3, 2, 1)
+        self.load_state_dict(conv.state_dict())
+        self.down, self.up = torch.randn(8, 72) * 0.1, torch.zeros(16, 8)
+
+    def forward(self, x):
+        return super().forward(x) + functional.conv2d(x, (self.up @ self.down).view_as(self.weight), None, 2, 1)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("change", ["hook", "gradient", "patched", "adapter", "slope"])
+def test_changes_of_other_images_or_of_the_gradient_alone(change, trains):
+    """With and without new weights, for several attacks."""
+    model, x = problem(lambda: sequential(nn.Flatten(), nn.Linear(256, 5)))
+    for _ in range(2):
+        check(network_of(model, x, fast=True, precision=None).faster, model, x)
+        trained_on(model)
+    if change == "hook":
+        model[3].register_full_backward_hook(lambda module, grads, out: (0.2 * grads[0],))
+    elif change == "gradient":
+        model[3] = Straight()
+    elif change == "patched" and trains:
+        model[3].forward = lambda x: x.relu() * 0.5 + x.relu().detach() * 0.5
+    elif change == "adapter":
+        model[2] = Adapted(model[2])
+    elif change == "slope":
+        model[3] = nn.LeakyReLU(1e-4)
+    for _ in range(3):
+        if trains:
+            trained_on(model)
+        if change == "adapter":
+            model[2].up += 2e-4 * torch.randn(16, 8)
+        made = network_of(model, x, fast=True, precision=None).faster
+        if made is not None:
+            check(made, model, 3 * torch.rand(7, *x.shape[1:]))
+
+
+class Straight(nn.Module):
+    """A ReLU with another gradient."""
+
+    def forward(self, x):
+        return x.relu() * 0.5 + x.relu().detach() * 0.5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (28, 28), (17, 34), (64, 6), (19, 17)])
+def test_means_over_large_maps(size):
+    """As means of means, where a side is no larger prime."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)
+    ).eval()
+    x = torch.rand(5, 3, *size)
+    made = copy_of(model, x)
+    (small,) = small_networks(made)
+    primes = [side for side in size if side in (17, 19, 34)]
+    assert bool(interleaved(small)) == (not primes)
+    for batch in (1, 18):
+        check(made, model, torch.rand(batch, 3, *size))
+
+
+def test_a_recipe_is_for_images_of_one_size(monkeypatch):
+    """For others the network counts as what it was: too small for a copy in training."""
+    model, x = problem(Global)
+    monkeypatch.setattr(_prepare, "_LEAST_MULTIPLY_ADDS", 1e5)
+    assert network_of(model, x, fast=True, precision=None).faster is not None
+    trained_on(model)
+    assert isinstance(network_of(model, x, fast=True, precision=None).faster.model, Remade)
+    trained_on(model)
+    assert network_of(model, torch.rand(5, 3, 20, 20), fast=True, precision=None).faster is None
+    assert isinstance(network_of(model, x, fast=True, precision=None).faster.model, Remade)
+
+
 @pytest.mark.parametrize("change", ["number", "hook", "hook of a container", "class"])
 def test_changes_that_the_compared_images_do_not_show(change):
     model, x = problem(Scaled)

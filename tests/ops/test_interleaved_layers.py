@@ -54,6 +54,10 @@ NETWORKS = {
         LayerGeometry(5, 5, (6, 4), (6, 4), kind="average_pool"),
         LayerGeometry(5, 3),
     ],
+    "a mean of 256": [
+        LayerGeometry(2, 2, (17, 18), (16, 16), kind="average_pool"),
+        LayerGeometry(2, 3, (2, 3), (2, 2)),
+    ],
     "pools at both ends": [
         LayerGeometry(3, 3, (9, 10), (3, 2), (1, 2), (2, 3), (1, 1), relu=True, kind="max_pool"),
         LayerGeometry(3, 4, (7, 5), (2, 2)),
@@ -436,6 +440,10 @@ LAYERS = NETWORKS["two linear layers"]
         ({5: torch.zeros(1, 163, 15, dtype=torch.uint8)}, "active must be contiguous uint8"),
         ({5: torch.zeros(1, 163, 16)}, "active must be contiguous uint8"),
         ({4: numbers(LAYERS, 27, 3)}, "kind must be 0, 1 or 2"),
+        (
+            {4: [2, 2, 17, 17, 16, 16, 1, 1, 1, 1, 0, 0, 0, 1], 2: [torch.zeros(0)], 3: [torch.zeros(0)]},
+            "maxima must be of at most 255 taps",
+        ),
         ({4: numbers(LAYERS, 27, 1)}, "pools have as many outputs as channels"),
         ({4: numbers(LAYERS, 2, 2**20), 2: [torch.zeros(1, 1, 16, 8)] * 3}, "at most 2.31 elements|must take"),
         ({6: True, 0: torch.zeros(2, 126), 1: torch.zeros(2, 3)}, "weight must be"),
