@@ -23,7 +23,7 @@ from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
 from fastlip.attacks._packed import PackedConv
 from fastlip.attacks._recipe import Recipe, Remade, classes_and_hooks, recipe_of
-from fastlip.attacks._rewrite import fold, fuse, lower, takes_either_format
+from fastlip.attacks._rewrite import fold, fuse, is_hooked, lower, takes_either_format
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._models.tracing import InPlaceTracer, Tracer
 
@@ -404,10 +404,17 @@ def _rewritten(model: nn.Module, inputs: Tensor, precision: torch.dtype | None) 
 def _traced(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
     """A traced copy, which takes batches of all sizes but only the inputs' shape where its forward asks for that."""
     try:
-        return _traced_by(InPlaceTracer(), _copied(model))
+        return _traced_by(_CopyTracer(), _copied(model))
     except Exception:  # a forward may do anything with what stands for a tensor
         other = inputs[:-1] if len(inputs) > 1 else torch.cat([inputs, inputs])
-        return _traced_by(Tracer([inputs, other]), _copied(model))
+        return _traced_by(Tracer([inputs, other], is_hooked), _copied(model))
+
+
+class _CopyTracer(InPlaceTracer):
+    """Hooks are called where modules run, and not once with what stands for a tensor."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_hooked(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced_by(tracer: fx.Tracer, model: nn.Module) -> fx.GraphModule:

@@ -56,7 +56,7 @@ def fold(model: fx.GraphModule) -> dict[str, str]:
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
         linear = modules[str(before.target)]
-        if _is_hooked(norm) or _is_hooked(linear):
+        if is_hooked(norm) or is_hooked(linear):
             continue
         if calls.count(before.target) > 1 or norm.running_mean is None or norm.running_var is None:
             continue
@@ -109,7 +109,7 @@ def fuse(model: fx.GraphModule) -> None:
     for node in list(model.graph.nodes):
         layer = modules[str(node.target)] if node.op == "call_module" else None
         conv, low = (layer.layer, layer.precision) if isinstance(layer, FullFirst) else (layer, None)
-        if _is_hooked(layer) or _is_hooked(conv):
+        if is_hooked(layer) or is_hooked(conv):
             continue
         if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue
@@ -249,7 +249,7 @@ def _parts_from(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[nn.M
 def _part(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
     """What a node does, if it may be in a :class:`SmallNetwork`."""
     layer = modules[str(node.target)] if node.op == "call_module" else None
-    if _is_hooked(layer):
+    if is_hooked(layer):
         return None
     if isinstance(layer, Chain):
         return layer if can_be_interleaved(layer) else None
@@ -299,7 +299,7 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
         node = node.next
 
 
-def _is_hooked(layer: nn.Module | None) -> bool:
+def is_hooked(layer: nn.Module | None) -> bool:
     """Whether functions of its own see or change what a layer does, which nothing may take the place of then."""
     return layer is not None and ("forward" in vars(layer) or any(getattr(layer, hooks) for hooks in HOOKS))
 
@@ -334,7 +334,7 @@ def _other_summand(node: fx.Node | None, one: fx.Node) -> fx.Node | None:
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         layer = modules[str(node.target)]
-        return type(layer) is nn.ReLU and not _is_hooked(layer)
+        return type(layer) is nn.ReLU and not is_hooked(layer)
     if node.op == "call_method":
         return node.target in ("relu", "relu_")
     return node.op == "call_function" and node.target in _RELUS

@@ -615,3 +615,24 @@ def test_layers_with_hooks_are_not_replaced(hook, place, channels):
         assert calls
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4 * want.abs().max().item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_parts_of_models_with_hooks_run_as_they_are(patched):
+    """A hook gets tensors, in each pass; and what else the model does is in the graph."""
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), part, nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    inputs, seen = torch.rand(4, 3, 8, 8), []
+    if patched:
+        body = part.forward
+        part.forward = lambda x: seen.append(x) or body(x).clamp(max=0.5)
+    else:
+        part.register_forward_hook(lambda module, given, out: seen.append(out) or out.clamp(max=0.5))
+    made = attacks.prepare(model, inputs, fast=True).faster
+    assert all(type(t) is torch.Tensor for t in seen)
+    seen.clear()
+    images = 5 * torch.rand(6, 3, 8, 8)
+    torch.testing.assert_close(made(images), model(images), atol=1e-4, rtol=1e-4)
+    assert [len(t) for t in seen] == [6, 6]
+    assert made.model.graph.find_nodes(op="call_module", target="2")
