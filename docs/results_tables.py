@@ -250,6 +250,17 @@ def _local_bounds(rows: list[Row]) -> str:
     return markdown(head, body)
 
 
+def _small_networks(rows: list[Row]) -> str:
+    ways = ("PyTorch", "separate", "one function", "floor")
+    found = {(r["network"], r["images"], r["what"]): number(r["ms"]) for r in rows}
+    body = [
+        (f"{network}, {images}", *(found[network, images, way] for way in ways))
+        for network, images in dict.fromkeys((r["network"], r["images"]) for r in rows)
+    ]
+    head = ("network, images", "PyTorch, ms", "layer by layer", "one function", "a product of matrices")
+    return markdown(head, body)
+
+
 def _lipschitz(rows: list[Row]) -> str:
     other = {(r["model"], r["size"]): r for r in rows if r["build"] == "other"}
     body = []
@@ -277,6 +288,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "layer_norms_cpu": _layer_norms,
     "attacks_cpu": _attacks,
     "attack_memory_cpu": _attack_memory,
+    "small_networks_cpu": _small_networks,
     "strength_suites": _strength_suites,
     "strength_norms": _strength_norms,
     "attackbench_cpu": _attackbench,
