@@ -5,11 +5,12 @@
 A pass forward and the gradient with respect to the images, with random weights: the three convolutions of
 ``bench_attacks.py``, LeNet for CIFAR-10, the network with two pools of PyTorch's MNIST example in its first version,
 and the smaller network of Wong and Kolter (2018) for MNIST. "one function" is ``fastlip.ops.InterleavedLayers`` as
-attacks with ``fast=True`` run it, "separate" the same copy with its layers one after the other. "floor" is one product
+attacks with ``fast=True`` run it, "separate" such a copy with its layers one after the other. "floor" is one product
 of matrices by PyTorch with the multiply-adds of both passes, a square of 512 by 512 the second factor.
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from _timing import Results, environment, percentiles, times
 from bench_attacks import small_network
 from torch import Tensor, fx, nn
 
-from fastlip import attacks
 from fastlip.attacks._interleaved import OneFunction, SmallNetwork
+from fastlip.attacks._rewrite import fuse
 
 BATCHES = (1, 8, 64)
 _SIDE = 512
@@ -59,29 +60,35 @@ def both_passes(network: Callable[[Tensor], Tensor], x: Tensor) -> None:
     torch.autograd.grad(network(seen).sum(), seen)
 
 
-def copies(model: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], int]:
+def copies(model: nn.Module, x: Tensor) -> tuple[fx.GraphModule, fx.GraphModule, int]:
     """The model as one function, with its layers one after the other, and an image's multiply-adds in both passes."""
-    one, separate = (attacks.prepare(model, x, fast=True).faster for model in (model, _again(model)))
-    assert one is not None
-    assert separate is not None
+    one, separate = fused(model), fused(model)
+    one(x)
+    (way,) = only_part(one).ways.values()
+    (whole,) = way
+    assert isinstance(whole, OneFunction)
+    small = only_part(separate)
+    small.ways[x.shape[2], x.shape[3]] = list(small.parts)
     products = 0
-    for faster, alone in ((one, False), (separate, True)):
-        (small,) = (m for m in faster.model.modules() if isinstance(m, SmallNetwork))  # type: ignore[attr-defined]
-        ((size, (whole, *rest)),) = small.ways.items()
-        assert isinstance(whole, OneFunction)
-        assert not rest
-        for layer in whole.interleaved.layers:
-            outputs, height, width = layer.output
-            own = layer.channels * layer.kernel[0] * layer.kernel[1] if layer.kind == "conv" else 0
-            products += 0 if alone else 2 * outputs * height * width * own
-        if alone:
-            small.ways[size] = list(small.parts)
+    for layer in whole.interleaved.layers:
+        outputs, height, width = layer.output
+        own = layer.channels * layer.kernel[0] * layer.kernel[1] if layer.kind == "conv" else 0
+        products += 2 * outputs * height * width * own
     return one, separate, products
 
 
-def _again(model: nn.Module) -> nn.Module:
-    """The same model, of which copies are kept apart."""
-    return fx.GraphModule(model, fx.Tracer().trace(model))
+def fused(model: nn.Module) -> fx.GraphModule:
+    """The model as an attack's copy is made of it."""
+    made = fx.symbolic_trace(copy.deepcopy(model))
+    fuse(made)
+    made.delete_all_unused_submodules()
+    made.recompile()
+    return made
+
+
+def only_part(made: fx.GraphModule) -> SmallNetwork:
+    (small,) = (m for m in made.modules() if isinstance(m, SmallNetwork))
+    return small
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
 // CPU implementations of torch.ops.fastlip: checks, scratch memory and threads; the arithmetic is in kernels/cpu.
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <memory>
 #include <tuple>
 
 #include "kernels/api.h"
-#include "kernels/cpu/direct_conv.h"
 #include "torch/common.h"
+#include "torch/convolutions.h"
 #include "torch/judge.h"
 
 namespace fastlip {

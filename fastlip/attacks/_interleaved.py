@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastlip.attacks._chain import Chain
-from fastlip.attacks._fused import FusedConv
 from fastlip.attacks._packed import PackedConv
 from fastlip.ops import InterleavedLayers, LayerGeometry
 
@@ -119,7 +118,7 @@ def can_be_interleaved(chain: Chain) -> bool:
 
 
 def _is_narrow(layer: nn.Module) -> bool:
-    if not isinstance(layer, PackedConv) or not isinstance(layer.plain, FusedConv):
+    if not isinstance(layer, PackedConv) or layer.plain is None:
         return False
     conv = layer.plain.conv
     return min(conv.in_channels, conv.out_channels) <= FEW

@@ -22,7 +22,7 @@ from fastlip.attacks._interleaved import FEW
 from fastlip.attacks._model import Model, Network, logits_of, unwrapped
 from fastlip.attacks._outputs import logits_in
 from fastlip.attacks._packed import PackedConv
-from fastlip.attacks._recipe import Recipe, Remade, classes_and_hooks, recipe_of
+from fastlip.attacks._recipe import Recipe, Remade, code_of, recipe_of
 from fastlip.attacks._rewrite import fold, fuse, is_hooked, lower, takes_either_format
 from fastlip.norms._models.restore import version_of
 from fastlip.norms._models.tracing import InPlaceTracer, Tracer
@@ -232,7 +232,7 @@ _Purpose = tuple[bool, torch.dtype | None, bool, torch.Size, torch.dtype, torch.
 
 
 class _Kept:
-    """The copies of one model, for as long as its tensors stay as they are."""
+    """The copies of one model, for as long as its tensors and its modules' code stay as they are."""
 
     def __init__(self, model: nn.Module, recipes: dict[_Purpose, Recipe]) -> None:
         self.fingerprint = _fingerprint(model)
@@ -248,7 +248,7 @@ _counted: WeakKeyDictionary[nn.Module, dict[object, float]] = WeakKeyDictionary(
 
 def _fingerprint(model: nn.Module) -> object:
     tensors = (*model.parameters(), *model.buffers())
-    return [(t.data_ptr(), version_of(t)) for t in tensors], classes_and_hooks(model)
+    return [(t.data_ptr(), version_of(t)) for t in tensors], code_of(model)
 
 
 def _kept_of(model: nn.Module) -> _Kept:
@@ -476,9 +476,8 @@ class _OwnLayout:
         self.call: Model = model.forward if isinstance(model, fx.GraphModule) else model
         self.memory_format = memory_format
         self.recipe: Recipe | None = None
-        # Nothing but a hook could keep what a graph is given.
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-        self.keeps_nothing = isinstance(model, fx.GraphModule | Remade) and not hooked
+        # Nothing but code of a module's own could keep what a graph is given.
+        self.keeps_nothing = isinstance(model, fx.GraphModule | Remade) and not any(map(is_hooked, model.modules()))
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.memory_format != torch.preserve_format:

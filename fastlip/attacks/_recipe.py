@@ -124,16 +124,16 @@ def recipe_of(
     return Recipe(structure_of(model), tuple(before), whole.interleaved.layers, folded_into, whole.is_flat)
 
 
-def classes_and_hooks(model: nn.Module) -> object:
-    """Those of all modules, but for the model's own hooks, which see what its copies give."""
-    parts = model.modules()
-    return type(next(parts)), [(type(part), [tuple(getattr(part, hooks, ())) for hooks in HOOKS]) for part in parts]
+def code_of(model: nn.Module) -> object:
+    """Classes, forwards and hooks of all modules, but for the model's own hooks, which see what its copies give."""
+    parts = [(type(part), id(vars(part).get("forward"))) for part in model.modules()]
+    inner = list(model.modules())[1:]
+    return parts, [[tuple(getattr(part, hooks, ())) for hooks in HOOKS] for part in inner]
 
 
 def structure_of(model: nn.Module) -> object:
     """What differs where a model computes something else with the same weights, as far as it can be seen."""
-    parts = [(name, id(vars(part).get("forward")), _settings(part)) for name, part in model.named_modules()]
-    return classes_and_hooks(model), parts
+    return code_of(model), [(name, _settings(part)) for name, part in model.named_modules()]
 
 
 def _settings(module: nn.Module) -> list[tuple[str, object]]:

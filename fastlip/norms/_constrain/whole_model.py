@@ -231,15 +231,15 @@ def prepare(model: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _warn_of_missing(found: Sequence[NormConstraint]) -> None:
-    """Warn of layers that were constrained and are not in the model any more."""
+    """Warn of layers that were constrained together with others and no longer are."""
     together: dict[int, list[NormConstraint]] = {}
     for constraint in found:
         together.setdefault(id(constraint.options), []).append(constraint)
     for own in together.values():
         if (missing := own[0].of - len(own)) > 0:
             warnings.warn(
-                f"{missing} of {own[0].of} layers that were constrained are not in the model any more, and what took "
-                "their place has no bound: call unconstrain and constrain_norms again",
+                f"{missing} of {own[0].of} layers that were constrained together no longer are, as they were replaced "
+                "or unconstrained, and have no bound: call unconstrain and constrain_norms again",
                 stacklevel=2,
             )
 

@@ -427,7 +427,7 @@ def test_a_replaced_layer_is_told_of() -> None:
         model(x)
         copy.deepcopy(model)(x)
     model[3] = nn.Linear(216, 3)
-    with pytest.warns(UserWarning, match="1 of 2 layers that were constrained are not in the model any more"):
+    with pytest.warns(UserWarning, match="1 of 2 layers that were constrained together no longer are"):
         model(x)
 
 
